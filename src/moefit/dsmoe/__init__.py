@@ -1,0 +1,1 @@
+"""The DS-MoE architecture: configuration, model, attention and losses."""

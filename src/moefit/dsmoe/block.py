@@ -1,0 +1,87 @@
+"""The MoE block of DS-MoE: one router and its experts, as modules.
+
+Owns the experts' parameter names (transformers' stacked layout, so every implementation that is
+registered with its experts interface can serve them) and the choice between the two ways of
+computing them. Knows nothing of attention or of the model around it.
+
+Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.router import DsMoeRouter
+from moefit.moe.experts import ExpertWeights, grouped_experts, scattered_scores, wide_experts
+from moefit.moe.routing import Routing, Rule, route
+
+
+def _experts_forward(experts: nn.Module, x_TD: Tensor, routing: Routing) -> Tensor:
+    """All experts as one wide MLP if every token uses all of them, else grouped by expert."""
+    weights = ExpertWeights(
+        w_in_EID=experts.gate_up_proj if experts.has_gate else experts.up_proj,
+        w_out_EDF=experts.down_proj,
+        activation=experts.act_fn,
+        gated=experts.has_gate,
+    )
+    num_experts = weights.w_in_EID.shape[0]
+    if num_experts == 1:
+        return wide_experts(x_TD, None, weights)
+    if routing.ids_TK.shape[1] == num_experts:
+        return wide_experts(x_TD, scattered_scores(routing, num_experts), weights)
+    return grouped_experts(x_TD, routing, weights)
+
+
+@use_experts_implementation
+class DsMoeGatedExperts(nn.Module):
+    """SwiGLU experts, stacked: gate and up [E, 2F, D], down [E, D, F]."""
+
+    def __init__(self, config: DsMoeConfig):
+        super().__init__()
+        shape = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
+        self.down_proj = nn.Parameter(torch.empty(shape))
+        self.act_fn = ACT2FN["silu"]
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """y_TD."""
+        return _experts_forward(self, x_TD, Routing(ids_TK, weights_TK))
+
+
+@use_experts_implementation(has_gate=False)
+class DsMoeExperts(nn.Module):
+    """GELU experts of two matrices (the paper), stacked: up [E, F, D], down [E, D, F]."""
+
+    def __init__(self, config: DsMoeConfig):
+        super().__init__()
+        shape = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts = config.num_experts
+        self.up_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.down_proj = nn.Parameter(torch.empty(shape))
+        self.act_fn = ACT2FN["gelu_pytorch_tanh"]
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """y_TD."""
+        return _experts_forward(self, x_TD, Routing(ids_TK, weights_TK))
+
+
+class DsMoeBlock(nn.Module):
+    """A router with its experts; without a router if there is but one expert."""
+
+    def __init__(self, config: DsMoeConfig):
+        super().__init__()
+        self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
+        self.experts = (DsMoeGatedExperts if config.mlp_type == "swiglu" else DsMoeExperts)(config)
+
+    def forward(self, x_BTD: Tensor, rule: Rule, real_T: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; real_T is False where a token is padding."""
+        x_TD = x_BTD.flatten(0, 1)
+        if self.gate is None:
+            ids_TK = x_TD.new_zeros((x_TD.shape[0], 1), dtype=torch.long)
+            routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
+        else:
+            routing = route(self.gate.scores(x_TD), rule, real_T)
+        return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)

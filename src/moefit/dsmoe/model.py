@@ -1,0 +1,246 @@
+"""DS-MoE as a transformers model: decoder layer, base model and language-model head.
+
+Owns the order of operations and the parameter names. Which experts take part is a `Rule`, taken
+from the configuration on every forward: `training_rule` in train mode, `inference_rule` in eval
+mode. Knows nothing of data, optimisers or serving.
+
+Shapes: B sequences, T tokens, D model width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.olmoe.modeling_olmoe import OlmoeRotaryEmbedding
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from moefit.dsmoe.attention import DsMoeAttention
+from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.objective import RouterLossWeights, language_model_loss, router_loss
+from moefit.dsmoe.router import DsMoeRouter
+from moefit.moe.routing import Rule
+
+
+class DsMoeRotaryEmbedding(OlmoeRotaryEmbedding):
+    """Rotary position angles, transformers' own."""
+
+
+class DsMoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MoE block, each with a residual."""
+
+    def __init__(self, config: DsMoeConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DsMoeAttention(config, layer_idx)
+        self.mlp = DsMoeBlock(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, *, rule: Rule, real_T: Tensor | None, **kwargs) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rule=rule, **kwargs)[0]
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T)
+
+
+class DsMoePreTrainedModel(PreTrainedModel):
+    """What transformers must know of the family."""
+
+    config: DsMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DsMoeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(DsMoeRouter, index=0, layer_name="mlp"),
+        "attention_router_logits": OutputRecorder(DsMoeRouter, index=0, layer_name="self_attn"),
+        "hidden_states": DsMoeDecoderLayer,
+        "attentions": OutputRecorder(DsMoeAttention, index=1),
+    }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our own forward unless another is asked for; transformers would take grouped_mm."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in this file's source; the experts are in block.py.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DsMoeGatedExperts | DsMoeExperts):
+            for weight in module.parameters():
+                init.normal_(weight, std=std)
+        elif isinstance(module, DsMoeRouter):
+            init.normal_(module.weight, std=std)
+
+
+class DsMoeModel(DsMoePreTrainedModel):
+    """Embeddings, decoder layers, final norm."""
+
+    def __init__(self, config: DsMoeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DsMoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DsMoeRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + seen
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rule = self.config.training_rule if self.training else self.config.inference_rule
+        shared = {
+            "rule": Rule.parse(rule),
+            "real_T": _real_tokens(attention_mask, x_BTD.shape[1]),
+            "position_embeddings": self.rotary_emb(x_BTD, position_ids),
+            "attention_mask": causal_mask,
+            "past_key_values": past_key_values,
+        }
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, **shared, **kwargs)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
+        )
+
+
+def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The padding mask [B, cached + T] as a flat real_T over this forward's tokens."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].flatten().bool()
+
+
+class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
+    """DS-MoE with a language-model head; `generate`, `save_pretrained` and the rest work."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DsMoeConfig):
+        super().__init__(config)
+        self.model = DsMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_inference_rule(self, rule: str | Rule) -> str:
+        """Use `rule` in eval mode from now on; gives back the rule that it replaces.
+
+        Raises ConfigError if the rule is unknown or asks for more experts than there are.
+        """
+        rule = Rule.parse(rule) if isinstance(rule, str) else rule
+        rule.check(self.config.num_experts)
+        before, self.config.inference_rule = self.config.inference_rule, str(rule)
+        return before
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """input_ids [B, T] -> logits [B, T, V].
+
+        With labels [B, T] (-100 is not predicted) also `loss`, cross-entropy plus the router
+        losses weighted by the configuration, and `aux_loss`, the router losses alone. Asked for
+        `output_router_logits`, also `router_logits` and `attention_router_logits`, one tensor a
+        layer.
+        """
+        weights = router_loss_weights(self.config)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits or labels is not None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_router_logits=output_router_logits,
+            output_attention_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        routers = {
+            name: outputs[name]
+            for name in ("router_logits", "attention_router_logits")
+            if output_router_logits
+        }
+        loss = aux_loss = None
+        if labels is not None:
+            real_T = _real_tokens(attention_mask, labels.shape[1])
+            aux_loss = router_loss(*routers.values(), weights, real_T)
+            loss = language_model_loss(logits, labels) + aux_loss
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+        for name, captured in routers.items():
+            output[name] = captured
+        return output
+
+
+def router_loss_weights(config: DsMoeConfig) -> RouterLossWeights:
+    """The configuration's router losses; load balancing counts the training rule's top k."""
+    return RouterLossWeights(
+        mlp_mi=config.mlp_mi_loss_coef,
+        attention_mi=config.attention_mi_loss_coef,
+        load_balancing=config.load_balancing_loss_coef,
+        z=config.z_loss_coef,
+        k=Rule.parse(config.training_rule).k or 1,
+    )
+
+
+def register() -> None:
+    """Make transformers' Auto classes know DS-MoE; may be called again."""
+    AutoConfig.register("dsmoe", DsMoeConfig, exist_ok=True)
+    AutoModel.register(DsMoeConfig, DsMoeModel, exist_ok=True)
+    AutoModelForCausalLM.register(DsMoeConfig, DsMoeForCausalLM, exist_ok=True)

@@ -1,0 +1,36 @@
+"""The errors that a user can cause.
+
+    MoefitError
+    ├── ConfigError            what was asked for contradicts itself or does not exist
+    ├── DataError              the text cannot be read, or is too little
+    ├── CheckpointError        a checkpoint is missing, damaged, foreign or cannot be written
+    ├── UnsupportedModelError  the model is sound, but this operation cannot represent it
+    └── DivergenceError        training reached a loss that is not a number
+
+Each message says what was given, why it can't be, and the nearest thing that works. Broken
+invariants of our own are `assert`s, not these.
+"""
+
+
+class MoefitError(Exception):
+    """Base of all errors that a user can cause; the command line prints it without a traceback."""
+
+
+class ConfigError(MoefitError, ValueError):
+    """What was asked for contradicts itself or does not exist."""
+
+
+class DataError(MoefitError):
+    """The text cannot be read, or there is too little of it."""
+
+
+class CheckpointError(MoefitError):
+    """A checkpoint is missing, damaged, foreign, or cannot be written."""
+
+
+class UnsupportedModelError(MoefitError):
+    """The model is sound, but this operation cannot represent it."""
+
+
+class DivergenceError(MoefitError):
+    """Training reached a loss that is not finite."""

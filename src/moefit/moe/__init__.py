@@ -1,0 +1,1 @@
+"""The mathematics of a MoE block, shared by training and serving."""

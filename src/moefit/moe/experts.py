@@ -1,0 +1,83 @@
+"""The experts of one MoE block, computed over stacked weights.
+
+Two ways of the same sum, y = sum over chosen experts of weight * expert(x): all experts as one
+wide MLP, and tokens grouped by expert. `reference.py` holds the obvious third one. Knows nothing
+of routers, layers or where weights are kept.
+
+Shapes: T tokens, D model width, E experts, K chosen per token, F expert width, I rows of the
+input matrix (2F for gated experts, gate rows first; else F), R routed rows (token-expert pairs).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefit.moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """Stacked matrices in transformers' layout: w_in_EID [E, I, D], w_out_EDF [E, D, F]."""
+
+    w_in_EID: Tensor
+    w_out_EDF: Tensor
+    activation: Callable[[Tensor], Tensor]
+    gated: bool
+
+    def activate(self, h_I: Tensor) -> Tensor:
+        """act(h), or act(gate) * up for gated experts, over the last dimension [.., I] -> [.., F]."""
+        if not self.gated:
+            return self.activation(h_I)
+        gate_F, up_F = h_I.chunk(2, dim=-1)
+        return self.activation(gate_F) * up_F
+
+
+def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights) -> Tensor:
+    """All experts as one MLP of width E * F, y_TD.
+
+    The score of an expert multiplies its hidden units between activation and down projection,
+    which equals summing score * output because the down projection is linear and without bias
+    (IBM/dolomite-engine's DenseMoE, see DS-MoE section 3.2). No per-expert output ever exists.
+    scores_TE None means all ones: a plain MLP.
+    """
+    num_experts, rows, width = weights.w_in_EID.shape
+    h_TEI = F.linear(x_TD, weights.w_in_EID.view(num_experts * rows, width))
+    h_TEF = weights.activate(h_TEI.view(-1, num_experts, rows))
+    if scores_TE is not None:
+        h_TEF = h_TEF * scores_TE.to(h_TEF.dtype).unsqueeze(-1)
+    w_out_DEF = weights.w_out_EDF.transpose(0, 1)
+    return F.linear(h_TEF.flatten(1), w_out_DEF.flatten(1))
+
+
+def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Only the chosen experts, each over all of its tokens at once, y_TD.
+
+    Weighted outputs are added up in float32, whatever the dtype of x_TD.
+    """
+    num_experts = weights.w_in_EID.shape[0]
+    ids_R = routing.ids_TK.flatten()
+    order_R = ids_R.argsort(stable=True)
+    token_R = order_R // routing.ids_TK.shape[1]
+    weight_R1 = routing.weights_TK.flatten()[order_R].unsqueeze(1).float()
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    start = 0
+    counts_E = torch.bincount(ids_R, minlength=num_experts + 1)[:num_experts]
+    for expert, count in enumerate(counts_E.tolist()):
+        if count == 0:
+            continue
+        rows = slice(start, start + count)
+        start += count
+        h = weights.activate(F.linear(x_TD[token_R[rows]], weights.w_in_EID[expert]))
+        y = F.linear(h, weights.w_out_EDF[expert])
+        y_TD.index_add_(0, token_R[rows], y.float() * weight_R1[rows])
+    return y_TD.to(x_TD.dtype)
+
+
+def scattered_scores(routing: Routing, num_experts: int) -> Tensor:
+    """A routing as scores_TE, zero where an expert was not chosen; differentiable in weights."""
+    num_tokens = routing.ids_TK.shape[0]
+    scores_TE1 = routing.weights_TK.new_zeros(num_tokens, num_experts + 1)
+    return scores_TE1.scatter_add(1, routing.ids_TK, routing.weights_TK)[:, :num_experts]

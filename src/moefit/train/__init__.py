@@ -1,0 +1,1 @@
+"""Dense training: text to tokens, the loop, checkpoints that resume exactly."""

@@ -1,0 +1,212 @@
+"""What a training run is made of, as one strict record.
+
+Owns the names, defaults and sanity of every setting, and the reading of `CONFIG.yaml key=value`.
+An unknown key is an error. Knows nothing of tensors, files of text or how training is done.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moefit.errors import ConfigError
+
+STDLIB = "stdlib"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    """Where the text comes from and how it becomes tokens.
+
+    `sources` are files or folders (.txt, .md, .rst, .py, .jsonl, .parquet), `hf:DATASET[:SPLIT]`
+    for a Hugging Face dataset, or `stdlib`, the source of the running Python's standard library.
+    """
+
+    sources: tuple[str, ...] = (STDLIB,)
+    held_out: tuple[str, ...] = ()
+    """Sources to evaluate on; when empty, `held_out_fraction` of the documents is held out."""
+    held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    text_key: str = "text"
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Read at most this much text; for quick runs."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder holding one; when None, a BPE is trained on the corpus."""
+    vocab_size: int = Field(default=4096, ge=257)
+    cache_dir: str | None = None
+    """Where token files are kept; $XDG_CACHE_HOME/moefit/data when None."""
+
+
+class ModelConfig(BaseModel):
+    """The architecture: a named preset, fields of the model's own configuration, or both.
+
+    Every further key is a field of `DsMoeConfig` (or of transformers' `OlmoeConfig` when
+    `architecture: olmoe`); the vocabulary size comes from the tokenizer.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    architecture: Literal["dsmoe", "olmoe"] = "dsmoe"
+    preset: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model configuration's own fields, as given."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class LossConfig(_Strict):
+    """Weights of the router losses, each summed over layers; alpha in the DS-MoE paper."""
+
+    mlp_mi: float = Field(default=0.0, ge=0)
+    attention_mi: float = Field(default=0.0, ge=0)
+    load_balancing: float = Field(default=0.0, ge=0)
+    z: float = Field(default=0.0, ge=0)
+
+
+class OptimizerConfig(_Strict):
+    """AdamW with linear warm-up and a cosine down to `final_lr_ratio` of the peak."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class LogConfig(_Strict):
+    """What is written down, and how often (in optimizer steps)."""
+
+    every: int = Field(default=10, gt=0)
+    eval_every: int = Field(default=200, gt=0)
+    eval_tokens: int = Field(default=65536, gt=0)
+    epsilon: float = Field(default=0.48, gt=0)
+    """Threshold under which experts are counted as active in the log."""
+    tensorboard: bool = False
+
+
+class CheckpointConfig(_Strict):
+    """How often (in optimizer steps) the whole state is saved, and how many are kept."""
+
+    every: int = Field(default=200, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class TrainConfig(_Strict):
+    """One training run. `batch_size` counts sequences of one forward; a step does
+    `accumulation` of them.
+    """
+
+    out: str = "runs/default"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: int = Field(default=1000, gt=0)
+    seq_len: int = Field(default=256, gt=1)
+    batch_size: int = Field(default=16, gt=0)
+    accumulation: int = Field(default=1, gt=0)
+    seed: int = 0
+    device: str = "auto"
+    """`auto` is the first CUDA device, else the CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 autocast on CUDA and on CPUs with matrix units for it, else fp32."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                f"steps={self.steps}; the most that works is {self.steps - 1}"
+            )
+        return self
+
+
+def read_config(path: Path | None, overrides: list[str]) -> TrainConfig:
+    """A YAML file (or none: all defaults) with `a.b=value` overrides, each value read as YAML.
+
+    Raises ConfigError for an unreadable file, an unknown key or a value out of bounds.
+    """
+    tree = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return make_config(tree)
+
+
+def make_config(tree: dict[str, Any]) -> TrainConfig:
+    """A nested dict as a TrainConfig; errors as in `read_config`."""
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, but a mapping is needed")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a group of settings")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from error
+    tree[leaf] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 (no dot) as a string; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] != "extra_forbidden":
+        given = "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
+        return f"{where}: {item['msg']}{given}"
+    *parents, leaf = item["loc"]
+    known = list(_group(parents).model_fields)
+    nearest = difflib.get_close_matches(str(leaf), known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _group(parents: list[Any]) -> type[BaseModel]:
+    group: type[BaseModel] = TrainConfig
+    for parent in parents:
+        annotation = group.model_fields[parent].annotation
+        assert isinstance(annotation, type)
+        group = annotation
+    return group

@@ -1,0 +1,193 @@
+"""Text as documents.
+
+Owns the reading of plain text, JSONL, Parquet and Hugging Face datasets, and what is said when
+they cannot be read. Takes `data.sources`, gives named documents in an order that is the same on
+every machine. Knows nothing of which documents are held out, nor of tokens.
+"""
+
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moefit.errors import DataError
+from moefit.train.sources import JSONL_SUFFIX, PARQUET_SUFFIX, HubDataset, TextFile, parts
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text; its name is relative to its source, so it is the same on every machine."""
+
+    name: str
+    text: str
+
+
+def documents(
+    sources: Sequence[str], *, text_key: str, excluding: Sequence[str] = ()
+) -> Iterator[Document]:
+    """The documents of each source in turn, sorted by path within it; empty ones are left out.
+
+    A file reached through two sources is read once; one that also belongs to a source of
+    `excluding`, not at all.
+    """
+    is_empty = True
+    for part in parts(sources, excluding=excluding):
+        for document in _read(part, text_key):
+            if document.text:
+                is_empty = False
+                yield document
+    if is_empty:
+        but = f" that is not in {', '.join(excluding)} too" if excluding else ""
+        raise DataError(
+            f"there is no text in {', '.join(sources) or 'an empty list of sources'}{but}; "
+            f"give a file or folder that holds some, or 'stdlib'"
+        )
+
+
+def _read(part: TextFile | HubDataset, text_key: str) -> Iterator[Document]:
+    if isinstance(part, HubDataset):
+        return _read_hub(part, text_key)
+    reader = {JSONL_SUFFIX: _read_jsonl, PARQUET_SUFFIX: _read_parquet}.get(
+        part.path.suffix.lower(), _read_plain
+    )
+    return _readable(part, reader(part, text_key))
+
+
+def _readable(part: TextFile, found: Iterator[Document]) -> Iterator[Document]:
+    try:
+        yield from found
+    except OSError as error:
+        raise DataError(
+            f"{part.path} cannot be read ({error.strerror or error}); "
+            f"make it readable or leave it out of data.sources"
+        ) from error
+
+
+def _read_plain(part: TextFile, text_key: str) -> Iterator[Document]:
+    raw = part.path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if part.in_stdlib:  # its tests hold badly encoded files on purpose
+            return
+        raise _not_utf8(f"{part.path}", error.start, raw[error.start]) from error
+    yield Document(name=part.name, text=text.removeprefix(BYTE_ORDER_MARK))
+
+
+def _read_jsonl(part: TextFile, text_key: str) -> Iterator[Document]:
+    offset = 0
+    with part.path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{part.path}, line {number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(where, offset + error.start, raw[error.start]) from error
+            offset += len(raw)
+            line = line.removeprefix(BYTE_ORDER_MARK)
+            if line.strip():
+                text = _text_of(_json_object(line, where), text_key, where)
+                yield Document(name=f"{part.name}:{number}", text=text)
+
+
+def _read_parquet(part: TextFile, text_key: str) -> Iterator[Document]:
+    parquet = _optional("pyarrow.parquet", f"reading {part.path}")
+    try:
+        with parquet.ParquetFile(part.path) as file:
+            _check_key(file.schema_arrow.names, text_key, f"{part.path}")
+            batches = file.iter_batches(columns=[text_key])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from _rows(rows, part.name, text_key)
+    except ValueError as error:  # what pyarrow's own errors derive from
+        raise DataError(
+            f"{part.path} is not sound Parquet ({error}); write it again, or as {JSONL_SUFFIX}"
+        ) from error
+
+
+def _read_hub(part: HubDataset, text_key: str) -> Iterator[Document]:
+    datasets = _optional("datasets", f"reading {part.name}")
+    try:
+        rows = datasets.load_dataset(part.dataset, split=part.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"dataset {part.dataset!r} with split {part.split!r} cannot be had: {error}; check "
+            f"both names on huggingface.co, or give its downloaded {PARQUET_SUFFIX} files as source"
+        ) from error
+    _check_key(rows.column_names, text_key, part.name)
+    yield from _rows(rows.select_columns([text_key]), part.name, text_key)
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], name: str, text_key: str) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        text = _text_of(row, text_key, f"{name}, row {number}")
+        yield Document(name=f"{name}:{number}", text=text)
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); JSONL has one object a line") from error
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply; give a flat object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} holds a JSON {type(row).__name__}, but JSONL has one object a line, "
+            f'like {{"text": "..."}}'
+        )
+    return row
+
+
+def _text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
+    """The text of a row; a null is no text, which is common in published data sets."""
+    _check_key(row, text_key, where)
+    text = row[text_key]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: {text_key!r} is of type {type(text).__name__}, not text; "
+            f"name a key that holds text with data.text_key"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(
+            f"{where}: character {error.start} of {text_key!r} is half a surrogate pair, which "
+            f"no UTF-8 text can hold; remove or replace it"
+        ) from error
+    return text
+
+
+def _check_key(keys: Iterable[str], text_key: str, where: str) -> None:
+    present = list(keys)
+    if text_key in present:
+        return
+    close = difflib.get_close_matches(text_key, present, n=1) or present[:1]
+    hint = f"give data.text_key={close[0]}" if close else "leave it out"
+    raise DataError(
+        f"{where} has no {text_key!r} (data.text_key); it has {', '.join(present) or 'nothing'}; "
+        f"{hint}"
+    )
+
+
+def _not_utf8(where: str, offset: int, byte: int) -> DataError:
+    return DataError(
+        f"{where} is not UTF-8: byte {offset} is 0x{byte:02x}; convert the file, for example "
+        f"with `iconv -f LATIN1 -t UTF-8`, or leave it out of data.sources"
+    )
+
+
+def _optional(module: str, purpose: str) -> Any:
+    """A module of the `datasets` extra; imported here since most runs need none of them."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"{purpose} needs {module.partition('.')[0]}, which is not installed; "
+            f"run `pip install 'moefit[datasets]'`, or give {JSONL_SUFFIX} or text files"
+        ) from error

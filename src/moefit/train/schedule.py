@@ -1,0 +1,52 @@
+"""The learning rate of each step, and which parameters decay.
+
+Owns AdamW's set-up. Knows nothing of losses or data.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from moefit.train.config import OptimizerConfig
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Linear from 0 to the peak over the warm-up, then a cosine to final_lr_ratio of it.
+
+    >>> round(learning_rate(0, 100, OptimizerConfig(lr=1.0, warmup_steps=10)), 3)
+    0.1
+    >>> learning_rate(9, 100, OptimizerConfig(lr=1.0, warmup_steps=10))
+    1.0
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms and biases alone.
+
+    Experts are stacked [E, rows, columns], so every parameter of two dimensions or more is a
+    matrix or a stack of them.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        },
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group the learning rate `value`."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
