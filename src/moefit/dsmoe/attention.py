@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb, eager_attention_forward
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.norm import DsMoeRMSNorm
 from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.routing import Rule, active_experts, masked_scores
 
@@ -43,9 +44,9 @@ class DsMoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width_kv, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width_kv, bias=False)
         self.o_proj = nn.Linear(width_q, config.hidden_size, bias=False)
-        norm = (lambda width: nn.RMSNorm(width, eps=config.rms_norm_eps)) if config.qk_norm else None
-        self.q_norm = norm(width_q) if norm else nn.Identity()
-        self.k_norm = norm(width_kv) if norm else nn.Identity()
+        eps = config.rms_norm_eps
+        self.q_norm = DsMoeRMSNorm(width_q, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = DsMoeRMSNorm(width_kv, eps) if config.qk_norm else nn.Identity()
         experts = config.num_attention_experts
         self.gate = DsMoeRouter(config, experts) if experts > 1 else None
 
@@ -99,9 +100,7 @@ class DsMoeAttention(nn.Module):
             mask_BTE = active_experts(scores_BTE, rule)
             scores_BTE = masked_scores(scores_BTE, mask_BTE, renormalize=rule.renormalize)
         batch, length = scores_BTE.shape[:2]
-        grouped_BTGEC = output_BTHC.view(
-            batch, length, self.num_key_value_heads, -1, self.head_dim
-        )
+        grouped_BTGEC = output_BTHC.view(batch, length, self.num_key_value_heads, -1, self.head_dim)
         return grouped_BTGEC * scores_BTE.to(output_BTHC.dtype)[:, :, None, :, None]
 
 
@@ -120,9 +119,7 @@ def attention_reference(module: DsMoeAttention, x_BTD: Tensor, cos: Tensor, sin:
     for expert in range(experts):
         for head in range(kv_heads):
             q_BTC = x_BTD @ w_q[head, expert].T
-            q_BTC, k_BTC = apply_rotary_pos_emb(
-                q_BTC[:, None], k_BTGC[:, None, :, head], cos, sin
-            )
+            q_BTC, k_BTC = apply_rotary_pos_emb(q_BTC[:, None], k_BTGC[:, None, :, head], cos, sin)
             logits_BTT = (q_BTC @ k_BTC.transpose(-1, -2))[:, 0] * module.scaling
             attention_BTT = logits_BTT.masked_fill(~causal_TT, float("-inf")).softmax(-1)
             head_BTC = attention_BTT @ v_BTGC[:, :, head]

@@ -75,6 +75,8 @@ class DsMoeBlock(nn.Module):
         super().__init__()
         self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
         self.experts = (DsMoeGatedExperts if config.mlp_type == "swiglu" else DsMoeExperts)(config)
+        # Threshold rules use the padding id; transformers' implementations skip it only if told.
+        self.experts._is_expert_parallel = True  # pyright: ignore[reportArgumentType]
 
     def forward(self, x_BTD: Tensor, rule: Rule, real_T: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; real_T is False where a token is padding."""

@@ -63,7 +63,9 @@ class DsMoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // max(1, self.num_attention_experts)
+            self.num_key_value_heads = self.num_attention_heads // max(
+                1, self.num_attention_experts
+            )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
             _require(

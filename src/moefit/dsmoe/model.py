@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from moefit.dsmoe.attention import DsMoeAttention
 from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.norm import DsMoeRMSNorm
 from moefit.dsmoe.objective import RouterLossWeights, language_model_loss, router_loss
 from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.routing import Rule
@@ -44,8 +45,8 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = DsMoeAttention(config, layer_idx)
         self.mlp = DsMoeBlock(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, *, rule: Rule, real_T: Tensor | None, **kwargs) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -100,7 +101,7 @@ class DsMoeModel(DsMoePreTrainedModel):
         self.layers = nn.ModuleList(
             DsMoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DsMoeRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()

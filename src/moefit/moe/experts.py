@@ -28,7 +28,7 @@ class ExpertWeights:
     gated: bool
 
     def activate(self, h_I: Tensor) -> Tensor:
-        """act(h), or act(gate) * up for gated experts, over the last dimension [.., I] -> [.., F]."""
+        """act(h), or act(gate) * up for gated experts; [.., I] -> [.., F]."""
         if not self.gated:
             return self.activation(h_I)
         gate_F, up_F = h_I.chunk(2, dim=-1)

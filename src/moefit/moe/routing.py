@@ -72,7 +72,7 @@ class Rule:
 
     def __str__(self) -> str:
         value = self.k if self.kind == "top_k" else self.epsilon
-        parts = [self.kind] if value is None else [self.kind, f"{value:g}"]
+        parts = [self.kind] if value is None else [self.kind, str(value)]
         return ":".join([*parts, "renormalize"] if self.renormalize else parts)
 
     def check(self, num_experts: int) -> None:
@@ -165,3 +165,20 @@ def _route_by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
 
 def _normalized(weights_TK: Tensor) -> Tensor:
     return weights_TK / weights_TK.sum(-1, keepdim=True)
+
+
+def default_rules(num_experts: int) -> tuple[Rule, ...]:
+    """A ladder for comparing: all experts, then fewer and fewer, then the adaptive rules.
+
+    >>> [str(rule) for rule in default_rules(16)][:4]
+    ['dense', 'top_k:8', 'top_k:4', 'top_k:2']
+    """
+    if num_experts == 1:
+        return (Rule(kind="dense"),)
+    ladder = sorted({max(1, num_experts // part) for part in (2, 4, 8, 16)}, reverse=True)
+    return (
+        Rule(kind="dense"),
+        *(Rule(kind="top_k", k=k) for k in ladder if k < num_experts),
+        Rule(kind="threshold", epsilon=0.48),
+        Rule(kind="threshold_top_k", epsilon=0.48),
+    )

@@ -168,7 +168,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4")
+        raise ConfigError(
+            f"{override!r} is no override; write key=value, such as optimizer.lr=3e-4"
+        )
     *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -194,7 +196,9 @@ def _number(value: Any) -> Any:
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] != "extra_forbidden":
-        given = "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
+        given = (
+            "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
+        )
         return f"{where}: {item['msg']}{given}"
     *parents, leaf = item["loc"]
     known = list(_group(parents).model_fields)

@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Which signal asked to stop, None so far."""
 
-    signal: signal.Signals | None = None
+    received: signal.Signals | None = None
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal is not None:
+        if request.received is not None:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        request.received = signal.Signals(number)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:

@@ -1,0 +1,146 @@
+"""`moefit demo`: a DS-MoE trained before your eyes, then the shipped one measured.
+
+Owns the story that a newcomer sees. Every number is measured where it runs; nothing is stored.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.loading import REFERENCE, load, locate
+from moefit.evaluate.passage import held_out_text
+from moefit.evaluate.perplexity import Score, score
+from moefit.evaluate.report import score_table
+from moefit.moe.routing import default_rules
+from moefit.train.batches import Batches
+from moefit.train.build import build_model, loss_weights, use_bf16
+from moefit.train.config import TrainConfig, make_config
+from moefit.train.display import display
+from moefit.train.loop import train
+from moefit.train.schedule import make_optimizer
+from moefit.train.step import Stepper, make_losses
+from moefit.train.tokenizer import vocabulary_size
+from moefit.train.tokens import prepare
+
+WIDTH = {"hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 16}
+EVAL_TOKENS = 16_384
+PROMPT = "def read_config(path):\n    "
+
+
+def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
+    """Train for about `seconds`, score both models, draw the picture; gives all figures."""
+    out.mkdir(parents=True, exist_ok=True)
+    console.rule("1. training a small DS-MoE on the standard library's source")
+    trained = _train(out / "run", seconds, console)
+    console.rule("2. the model that ships with moefit, by inference rule")
+    reference = _scores(REFERENCE)
+    Console().print(score_table(reference, "reference model on the held-out standard library"))
+    small = _scores(str(out / "run"))
+    Console().print(
+        score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)")
+    )
+    picture = out / "demo.png"
+    draw(reference, small, picture)
+    console.print(f"picture: {picture}, training curve: {out / 'run' / 'curve.png'}")
+    console.print("next:", style="bold")
+    console.print(f'  moefit generate {REFERENCE} "def main():" --rule top_k:3', markup=False)
+    console.print("  moefit train my.yaml data.sources=[FOLDER] out=runs/mine", markup=False)
+    console.print("  moefit describe dsmoe-3b", markup=False)
+    return {
+        "training": trained,
+        "reference": [one.as_dict() for one in reference],
+        "trained": [one.as_dict() for one in small],
+        "picture": str(picture),
+    }
+
+
+def _train(out: Path, seconds: int, console: Console) -> dict[str, Any]:
+    shutil.rmtree(out, ignore_errors=True)
+    with display(console) as watcher:
+        steps = _steps_in(_config(out, steps=1000), seconds)
+        result = train(_config(out, steps=steps), watcher)
+    return {
+        "steps": result.step,
+        "tokens": result.step * 2048,
+        "held_out_loss": result.held_out_loss,
+        "checkpoint": str(result.checkpoint),
+    }
+
+
+def _config(out: Path, steps: int) -> TrainConfig:
+    """Text, tokenizer and vocabulary of the shipped model, so that perplexities compare."""
+    return make_config(
+        {
+            "out": str(out),
+            "model": {
+                **WIDTH,
+                "num_attention_heads": 2,
+                "qk_norm": True,
+                "tie_word_embeddings": True,
+            },
+            "data": {"max_bytes": 4_000_000, "tokenizer": str(locate(REFERENCE))},
+            "loss": {"mlp_mi": 0.02},
+            "optimizer": {"lr": 4e-3, "warmup_steps": max(1, steps // 20)},
+            "log": {"eval_every": max(10, steps // 3), "eval_tokens": EVAL_TOKENS},
+            "checkpoint": {"every": steps, "keep": 1},
+            "steps": steps,
+            "batch_size": 8,
+        }
+    )
+
+
+def _steps_in(config: TrainConfig, seconds: int) -> int:
+    """How many steps of `config` this machine does in `seconds`, from a few that it tries."""
+    data = prepare(config.data, seq_len=config.seq_len)
+    device = torch.device("cpu")
+    eos = data.tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    model = build_model(config, vocab_size=vocabulary_size(data.tokenizer), eos_token_id=eos)
+    stepper = Stepper(
+        model=model,
+        optimizer=make_optimizer(model, config.optimizer),
+        losses=make_losses(model, loss_weights(config, model), compile=False),
+        device=device,
+        bf16=use_bf16(config, device),
+        clip=config.optimizer.clip,
+    )
+    batch = Batches(
+        tokens=data.train.open(), seq_len=config.seq_len, batch_size=config.batch_size, seed=0
+    ).batch(0)
+    stepper.step([batch], 1)
+    tries = 5
+    began = time.perf_counter()
+    for _ in range(tries):
+        stepper.step([batch], 1)
+    return max(30, int(seconds * tries / (time.perf_counter() - began)))
+
+
+def _scores(model: str) -> list[Score]:
+    loaded, tokenizer = load(model)
+    assert isinstance(loaded, DsMoeForCausalLM)
+    text = held_out_text(tokenizer, context=256, max_tokens=EVAL_TOKENS)
+    return score(loaded, text, default_rules(loaded.config.num_experts))
+
+
+def draw(reference: list[Score], trained: list[Score], path: Path) -> None:
+    """Perplexity against the share of parameters that a token uses."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, scores, title in (
+        (left, reference, "shipped reference model"),
+        (right, trained, "model trained in this demo"),
+    ):
+        for one in scores:
+            axes.plot(100 * one.active_share, one.perplexity, "o", label=one.rule)
+        axes.set_title(title)
+        axes.set_xlabel("active parameters, % (without embeddings)")
+        axes.set_ylabel("held-out perplexity")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

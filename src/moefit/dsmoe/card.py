@@ -1,0 +1,240 @@
+"""What a model costs, computed from its configuration alone.
+
+Owns the arithmetic of parameters, bytes and FLOPs, part by part. Allocates no tensor and knows
+nothing of modules; a test holds it to the real ones. Rendering is in `card_view.py`.
+
+Counts are of the whole model, all layers. FLOPs are those of matrix multiplications, two for
+each multiply-add; norms, activations, softmax, rotary positions and the embedding look-up are
+left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.errors import ConfigError
+from moefit.moe.routing import Rule
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """How many parameters each part has; `head` is 0 if it is tied to the embeddings."""
+
+    embeddings: int
+    head: int
+    attention: int
+    attention_routers: int
+    mlp_experts: int
+    mlp_routers: int
+    norms: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Part -> count, in the order of the fields."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """Parameters, bytes and FLOPs of one configuration.
+
+    - `query_output`: attention parameters that belong to single attention experts (the query and
+      output projections); keys and values are shared by all.
+    - `vectors`: parameters that aren't in matrices (norms, router biases).
+    - `head_matrix`: the output matrix's size, tied or not, because it is multiplied either way.
+    - `query_width`, `key_value_width`: of all heads of one layer together.
+    """
+
+    parameters: Parameters
+    query_output: int
+    vectors: int
+    head_matrix: int
+    num_layers: int
+    num_experts: int
+    num_attention_experts: int
+    query_width: int
+    key_value_width: int
+    max_positions: int
+    training_rule: Rule
+    inference_rule: Rule
+
+    @property
+    def total(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(self.parameters.as_dict().values())
+
+    @property
+    def total_without_embeddings(self) -> int:
+        """Without input embeddings and head, which is how DS-MoE's tables count."""
+        return self.total - self.parameters.embeddings - self.parameters.head
+
+    def active(
+        self,
+        rule: Rule,
+        mean_mlp_experts: float | None = None,
+        mean_attention_experts: float | None = None,
+    ) -> int:
+        """Parameters that one token uses under `rule`, without embeddings and head.
+
+        Under threshold rules the text decides how many experts are on, so measured means per
+        token and layer are needed; only `threshold` switches attention experts off.
+
+        Raises ConfigError if a mean is missing, out of range, or given where the rule fixes it.
+        """
+        mlp = self._mlp_share(rule, mean_mlp_experts)
+        attention = self._attention_share(rule, mean_attention_experts)
+        saved = (1 - mlp) * self.parameters.mlp_experts + (1 - attention) * self.query_output
+        return round(self.total_without_embeddings - saved)
+
+    def forward_flops_per_token(
+        self,
+        rule: Rule,
+        *,
+        context: float,
+        mean_mlp_experts: float | None = None,
+        mean_attention_experts: float | None = None,
+    ) -> float:
+        """2 * (active matrix parameters + head) + 4 * layers * active query width * context.
+
+        `context` is the number of positions that the token attends to, itself included; over a
+        sequence of length T its mean is (T + 1) / 2. The second term is scores and values, two
+        multiply-adds for each query channel and position. Attention experts that are off count as
+        saved, though `DsMoeAttention` computes them and multiplies by zero.
+        """
+        matrices = self.active(rule, mean_mlp_experts, mean_attention_experts) - self.vectors
+        width = self._attention_share(rule, mean_attention_experts) * self.query_width
+        return 2 * (matrices + self.head_matrix) + 4 * self.num_layers * width * context
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """Three forwards (one forward, two for the gradients) under the training rule, in the mean.
+
+        For DS-MoE that is the dense forward. A training rule with a threshold counts as dense,
+        the most that it can be. Recomputation by gradient checkpointing is not counted, as in MFU.
+        """
+        rule = Rule(kind="dense") if _by_text(self.training_rule) else self.training_rule
+        return 3 * self.forward_flops_per_token(rule, context=(sequence_length + 1) / 2)
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all parameters in `dtype`. Raises ConfigError if the dtype is unknown."""
+        return self.total * _dtype_bytes(dtype)
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of one token's keys and values. Raises ConfigError if the dtype is unknown."""
+        return 2 * self.num_layers * self.key_value_width * _dtype_bytes(dtype)
+
+    def active_range(self, rule: Rule) -> tuple[int, int]:
+        """The fewest and most parameters that `active` can give under `rule`, whatever the text."""
+        mlp = 1 if _by_text(rule) and self.num_experts > 1 else None
+        attention = 1 if rule.kind == "threshold" and self.num_attention_experts > 1 else None
+        fewest = self.active(rule, mlp, attention)
+        return fewest, self.total_without_embeddings if _by_text(rule) else fewest
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the parts, what is derived from them, and active parameters by rule."""
+        return {
+            "parameters": self.parameters.as_dict(),
+            "total": self.total,
+            "total_without_embeddings": self.total_without_embeddings,
+            "training_rule": str(self.training_rule),
+            "inference_rule": str(self.inference_rule),
+            "active_range_training": self.active_range(self.training_rule),
+            "active_range_inference": self.active_range(self.inference_rule),
+            "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in DTYPE_BYTES},
+            "kv_bytes_per_token": {dtype: self.kv_bytes_per_token(dtype) for dtype in DTYPE_BYTES},
+            "sequence_length": self.max_positions,
+            "training_flops_per_token": self.training_flops_per_token(self.max_positions),
+        }
+
+    def _mlp_share(self, rule: Rule, mean: float | None) -> float:
+        """The share of MLP experts that is on."""
+        if self.num_experts > 1 and _by_text(rule):
+            return _checked(mean, "mean_mlp_experts", self.num_experts, rule) / self.num_experts
+        _forbid(mean, "mean_mlp_experts", self.num_experts, rule)
+        rule.check(self.num_experts)
+        return 1.0 if rule.k is None else rule.k / self.num_experts
+
+    def _attention_share(self, rule: Rule, mean: float | None) -> float:
+        """The share of attention experts that is on; all unless the rule is `threshold`."""
+        experts = self.num_attention_experts
+        if experts > 1 and rule.kind == "threshold":
+            return _checked(mean, "mean_attention_experts", experts, rule) / experts
+        _forbid(mean, "mean_attention_experts", experts, rule)
+        return 1.0
+
+
+def model_card(config: DsMoeConfig) -> ModelCard:
+    """The card of a configuration, whether from a preset, a file or a checkpoint."""
+    head_dim, kv_heads = config.head_dim, config.num_key_value_heads
+    assert head_dim is not None  # filled in by the configuration
+    assert kv_heads is not None
+    layers, width = config.num_hidden_layers, config.hidden_size
+    query_width, key_value_width = config.num_attention_heads * head_dim, kv_heads * head_dim
+    matrices = 3 if config.mlp_type == "swiglu" else 2
+    embeddings = config.vocab_size * width
+    norms = layers * 2 * width + width
+    if config.qk_norm:
+        norms += layers * (query_width + key_value_width)
+    parameters = Parameters(
+        embeddings=embeddings,
+        head=0 if config.tie_word_embeddings else embeddings,
+        attention=layers * 2 * width * (query_width + key_value_width),
+        attention_routers=layers * _router(config, config.num_attention_experts),
+        mlp_experts=layers * config.num_experts * matrices * width * config.intermediate_size,
+        mlp_routers=layers * _router(config, config.num_experts),
+        norms=norms,
+    )
+    routers = (config.num_experts > 1) + (config.num_attention_experts > 1)
+    return ModelCard(
+        parameters=parameters,
+        query_output=layers * 2 * width * query_width,
+        vectors=norms + layers * routers * (config.router_hidden_size or 0),
+        head_matrix=embeddings,
+        num_layers=layers,
+        num_experts=config.num_experts,
+        num_attention_experts=config.num_attention_experts,
+        query_width=query_width,
+        key_value_width=key_value_width,
+        max_positions=config.max_position_embeddings,
+        training_rule=Rule.parse(config.training_rule),
+        inference_rule=Rule.parse(config.inference_rule),
+    )
+
+
+def _router(config: DsMoeConfig, num_experts: int) -> int:
+    """Parameters of one router; its hidden layer has a bias, its output has none."""
+    if num_experts == 1:
+        return 0
+    hidden = config.router_hidden_size
+    if hidden is None:
+        return config.hidden_size * num_experts
+    return (config.hidden_size + 1) * hidden + hidden * num_experts
+
+
+def _by_text(rule: Rule) -> bool:
+    return rule.kind in ("threshold", "threshold_top_k")
+
+
+def _checked(mean: float | None, name: str, experts: int, rule: Rule) -> float:
+    if mean is None:
+        raise ConfigError(
+            f"how many experts {rule} activates depends on the text; "
+            f"give {name}, as measured, between 1 and {experts}"
+        )
+    if not 1 <= mean <= experts:
+        raise ConfigError(f"{name}={mean:g}, but it must be between 1 and {experts}")
+    return mean
+
+
+def _forbid(mean: float | None, name: str, experts: int, rule: Rule) -> None:
+    if mean is not None:
+        raise ConfigError(
+            f"{name}={mean:g} was given, but {rule} over {experts} experts leaves no mean open; "
+            f"leave {name} out, or ask about a threshold rule"
+        )
+
+
+def _dtype_bytes(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"{dtype!r} is not a known dtype; use {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]

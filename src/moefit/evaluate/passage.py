@@ -1,0 +1,54 @@
+"""The text that a model is scored on, as tokens.
+
+Owns the default: the held-out part of the running Python's standard library, which is held out
+by file name, so that it is the same files on every machine and none that a model trained on the
+standard library has seen.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moefit.errors import DataError
+from moefit.evaluate.perplexity import Text
+from moefit.train.config import DataConfig
+from moefit.train.split import split
+
+
+def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:
+    """The held-out standard library."""
+    documents = split(DataConfig()).held_out()
+    return _text((document.text for document in documents), tokenizer, context, max_tokens)
+
+
+def text_of_file(
+    path: Path, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
+) -> Text:
+    """One UTF-8 file. Raises DataError if it can't be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it, for example with "
+            f"iconv -f LATIN1 -t UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return _text([text], tokenizer, context, max_tokens)
+
+
+def _text(texts, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:
+    """Documents one after the other, each ended by the end-of-text token, as in training."""
+    ids: list[int] = []
+    text_bytes = 0
+    for text in texts:
+        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [*more, tokenizer.eos_token_id]
+        text_bytes += len(text.encode())
+        if max_tokens is not None and len(ids) > max_tokens:
+            ids = list(islice(ids, max_tokens))
+            text_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+            break
+    return Text(ids_T=torch.tensor(ids), text_bytes=max(1, text_bytes), context=context)

@@ -1,0 +1,157 @@
+"""Perplexity of a model on a text, under each inference rule asked for.
+
+Owns how held-out text is cut (windows of `context` tokens, every token but the first a target
+exactly once) and what a rule costs (experts and parameters active per token, measured). Knows
+nothing of training.
+
+Shapes: B sequences, T tokens, E experts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefit.dsmoe.card import model_card
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import DataError
+from moefit.moe.routing import Rule, active_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one rule gave. Loss in nats per token; tokens/s are of this evaluation (prefill).
+
+    `active_parameters` is without embeddings and head, as in the DS-MoE paper, a mean per token.
+    """
+
+    rule: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    mlp_experts: float
+    attention_experts: float
+    active_parameters: int
+    active_share: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A tokenised text, the UTF-8 bytes it had, and the context length it is read in."""
+
+    ids_T: Tensor
+    text_bytes: int
+    context: int
+    batch_size: int = 8
+
+    def batches(self) -> Iterator[Tensor]:
+        """ids [B, context + 1]; neighbours share one token, so all but the first are targets."""
+        starts = range(0, len(self.ids_T) - 1, self.context)
+        windows = [self.ids_T[start : start + self.context + 1] for start in starts]
+        whole = windows if len(windows[-1]) == self.context + 1 else windows[:-1]
+        for first in range(0, len(whole), self.batch_size):
+            yield torch.stack(whole[first : first + self.batch_size])
+        if len(whole) < len(windows):
+            yield windows[-1][None]
+
+
+@torch.inference_mode()
+def score(
+    model: DsMoeForCausalLM,
+    text: Text,
+    rules: Sequence[Rule],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Score]:
+    """Score a text under each rule; the model's own rule and mode are left as they were.
+
+    Bits per byte is the mean loss over all predicted tokens times tokens in all, over the text's
+    bytes. `progress` hears the rule and how many tokens of how many are done. Raises DataError
+    for fewer than two tokens, ConfigError for a rule that asks for more experts than there are.
+    """
+    if len(text.ids_T) < 2:
+        raise DataError(f"a text of {len(text.ids_T)} token(s) cannot be predicted; give more text")
+    before, was_training = model.config.inference_rule, model.training
+    model.eval()
+    try:
+        return [_score(model, text, rule, progress) for rule in rules]
+    finally:
+        model.set_inference_rule(before)
+        model.train(was_training)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Running sums over tokens."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    mlp: float = 0.0
+    attention: float = 0.0
+
+
+def _score(
+    model: DsMoeForCausalLM,
+    text: Text,
+    rule: Rule,
+    progress: Callable[[str, int, int], None] | None,
+) -> Score:
+    model.set_inference_rule(rule)
+    sums = _Sums()
+    began = time.perf_counter()
+    for ids_BL1 in text.batches():
+        ids_BL1 = ids_BL1.to(model.device)
+        output = model(
+            input_ids=ids_BL1[:, :-1],
+            use_cache=False,
+            output_router_logits=rule.kind.startswith("threshold"),
+        )
+        targets_R = ids_BL1[:, 1:].flatten()
+        nats = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_R, reduction="sum")
+        sums.nats += nats.item()
+        sums.tokens += len(targets_R)
+        if rule.kind.startswith("threshold"):
+            sums.mlp += len(targets_R) * _mean_active(output.router_logits, rule)
+            attention = output.attention_router_logits
+            sums.attention += len(targets_R) * _mean_active(attention, rule)
+        if progress is not None:
+            progress(str(rule), sums.tokens, len(text.ids_T) - 1)
+    return _summary(model, text, rule, sums, time.perf_counter() - began)
+
+
+def _mean_active(logits: Sequence[Tensor], rule: Rule) -> float:
+    """Mean active experts per token and layer; zero without routers."""
+    if not logits:
+        return 0.0
+    counts = [active_experts(layer.flatten(0, -2).softmax(-1), rule).sum(-1) for layer in logits]
+    return torch.stack(counts).float().mean().item()
+
+
+def _summary(model: DsMoeForCausalLM, text: Text, rule: Rule, sums: _Sums, seconds: float) -> Score:
+    config, card = model.config, model_card(model.config)
+    measured_mlp = sums.mlp / sums.tokens if rule.kind.startswith("threshold") else 0.0
+    measured_attention = sums.attention / sums.tokens if rule.kind == "threshold" else 0.0
+    active = card.active(rule, measured_mlp or None, measured_attention or None)
+    loss = sums.nats / sums.tokens
+    return Score(
+        rule=str(rule),
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss / math.log(2) * len(text.ids_T) / text.text_bytes,
+        tokens=sums.tokens,
+        mlp_experts=measured_mlp or float(rule.k or config.num_experts),
+        attention_experts=measured_attention or float(config.num_attention_experts),
+        active_parameters=active,
+        active_share=active / card.total_without_embeddings,
+        tokens_per_second=sums.tokens / seconds,
+    )

@@ -1,0 +1,29 @@
+"""Scores as a table for people.
+
+Knows nothing of how they were measured.
+"""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from moefit.evaluate.perplexity import Score
+
+
+def score_table(scores: Sequence[Score], title: str) -> Table:
+    """One row a rule; parameters without embeddings, as in the DS-MoE paper."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("inference rule")
+    for name in ("MLP experts", "active parameters", "share", "perplexity", "bits/byte", "tok/s"):
+        table.add_column(name, justify="right")
+    for score in scores:
+        table.add_row(
+            score.rule,
+            f"{score.mlp_experts:.2f}",
+            f"{score.active_parameters / 1e6:.2f} M",
+            f"{score.active_share:.0%}",
+            f"{score.perplexity:.3f}",
+            f"{score.bits_per_byte:.4f}",
+            f"{score.tokens_per_second:,.0f}",
+        )
+    return table

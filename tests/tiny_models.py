@@ -1,0 +1,38 @@
+"""Small random models for the tests, with weights large enough that routers are decided."""
+
+import torch
+from torch import Tensor
+
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.model import DsMoeForCausalLM
+
+VOCABULARY = 37
+
+
+def tiny_config(**changes) -> DsMoeConfig:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_experts": 5,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 64,
+    }
+    return DsMoeConfig(**(sizes | changes))
+
+
+def tiny_model(*, seed: int = 0, **changes) -> DsMoeForCausalLM:
+    torch.manual_seed(seed)
+    return DsMoeForCausalLM(tiny_config(**changes)).eval()
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(
+        3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed)
+    )  # 0 to 2 are left for padding and the like
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
