@@ -1,6 +1,83 @@
-"""One thread per test process: the tests' tensors are tiny, and on shared cores OpenMP's waiting
-threads cost ten times the work. Set before torch is imported; subprocesses inherit it."""
+"""What several test files share: a small corpus, a small run, a watcher that listens."""
 
-import os
+import random
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+from moefit.train.config import make_config
+
+
+class Listener:
+    """A Watcher that keeps what it is told."""
+
+    def __init__(self):
+        self.steps, self.events, self.stages = [], [], set()
+        self.facts = None
+        self.on_step = None
+
+    def preparing(self, stage, done, total):
+        self.stages.add(stage)
+
+    def started(self, *, step, steps, facts):
+        self.facts = facts
+
+    def stepped(self, step, values):
+        self.steps.append((step, values))
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def event(self, text):
+        self.events.append(text)
+
+
+@pytest.fixture
+def listener():
+    return Listener()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of ten small text files with some structure to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["expert", "router", "token", "slot", "budget", "dense", "sparse", "memory"]
+    chance = random.Random(0)
+    for number in range(10):
+        lines = [" ".join(chance.choices(words, k=8)) for _ in range(60)]
+        (folder / f"text{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def tree(corpus, tmp_path):
+    """The settings of a run that takes a second; change what a test is about."""
+    return {
+        "out": str(tmp_path / "run"),
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_attention_experts": 2,
+            "num_experts": 4,
+            "attention_dropout": 0.1,
+        },
+        "data": {
+            "sources": [str(corpus)],
+            "held_out_fraction": 0.2,
+            "vocab_size": 300,
+            "cache_dir": str(corpus.parent / "cache"),
+        },
+        "loss": {"mlp_mi": 0.02, "attention_mi": 0.01},
+        "optimizer": {"warmup_steps": 2},
+        "log": {"every": 1, "eval_every": 4, "eval_tokens": 128},
+        "checkpoint": {"every": 4, "keep": 2},
+        "steps": 8,
+        "seq_len": 16,
+        "batch_size": 4,
+        "precision": "fp32",
+    }
+
+
+@pytest.fixture
+def config(tree):
+    return make_config(tree)

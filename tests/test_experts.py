@@ -2,13 +2,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import tiny_model, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.moe.experts import ExpertWeights, grouped_experts, scattered_scores, wide_experts
 from moefit.moe.reference import reference_experts
 from moefit.moe.routing import Routing, Rule, route
-from tiny_models import tiny_model, tokens
 
 Compute = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
@@ -115,10 +115,12 @@ def test_no_tokens(compute: Compute, gated: bool) -> None:
 
 
 def test_without_scores_it_is_a_plain_mlp() -> None:
-    w_in_EID, w_out_EDF, x_TD = normal(3, 5, 7, seed=0), normal(3, 7, 5, seed=1), normal(4, 7, seed=2)
-    weights = ExpertWeights(
-        w_in_EID=w_in_EID, w_out_EDF=w_out_EDF, activation=F.gelu, gated=False
+    w_in_EID, w_out_EDF, x_TD = (
+        normal(3, 5, 7, seed=0),
+        normal(3, 7, 5, seed=1),
+        normal(4, 7, seed=2),
     )
+    weights = ExpertWeights(w_in_EID=w_in_EID, w_out_EDF=w_out_EDF, activation=F.gelu, gated=False)
     w_out_DEF = w_out_EDF.transpose(0, 1)
     expected_TD = F.gelu(x_TD @ w_in_EID.flatten(0, 1).T) @ w_out_DEF.flatten(1).T
     torch.testing.assert_close(wide_experts(x_TD, None, weights), expected_TD)

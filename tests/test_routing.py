@@ -33,9 +33,7 @@ def sets(routing: Routing, num_experts: int) -> list[set[int]]:
 
 rules = st.one_of(
     st.just(Rule(kind="dense")),
-    st.builds(
-        Rule, kind=st.just("top_k"), k=st.integers(1, 4), epsilon=st.none(), renormalize=...
-    ),
+    st.builds(Rule, kind=st.just("top_k"), k=st.integers(1, 4), epsilon=st.none(), renormalize=...),
     st.builds(
         Rule,
         kind=st.sampled_from(["threshold", "threshold_top_k"]),

@@ -6,6 +6,9 @@ from torch import Tensor
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 
+# On shared cores OpenMP's waiting threads cost ten times the work of tensors as small as these.
+torch.set_num_threads(1)
+
 VOCABULARY = 37
 
 

@@ -196,7 +196,8 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         """
         weights = router_loss_weights(self.config)
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits or labels is not None
+            output_router_logits = self.config.output_router_logits
+        output_router_logits = output_router_logits or labels is not None  # the losses need them
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -5,7 +5,6 @@ by file name, so that it is the same files on every machine and none that a mode
 standard library has seen.
 """
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -47,8 +46,9 @@ def _text(texts, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: i
         more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += [*more, tokenizer.eos_token_id]
         text_bytes += len(text.encode())
-        if max_tokens is not None and len(ids) > max_tokens:
-            ids = list(islice(ids, max_tokens))
-            text_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
-            break
-    return Text(ids_T=torch.tensor(ids), text_bytes=max(1, text_bytes), context=context)
+    return Text(
+        ids_T=torch.tensor(ids),
+        text_bytes=max(1, text_bytes),
+        context=context,
+        max_tokens=max_tokens,
+    )

@@ -21,6 +21,7 @@ from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import DataError
 from moefit.moe.routing import Rule, active_experts
+from moefit.train.batches import windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +49,26 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A tokenised text, the UTF-8 bytes it had, and the context length it is read in."""
+    """A tokenised text, the UTF-8 bytes it had, and the context length it is read in.
+
+    With `max_tokens`, only as many windows as give that many targets, spread evenly.
+    """
 
     ids_T: Tensor
     text_bytes: int
     context: int
+    max_tokens: int | None = None
     batch_size: int = 8
 
     def batches(self) -> Iterator[Tensor]:
         """ids [B, context + 1]; neighbours share one token, so all but the first are targets."""
-        starts = range(0, len(self.ids_T) - 1, self.context)
-        windows = [self.ids_T[start : start + self.context + 1] for start in starts]
-        whole = windows if len(windows[-1]) == self.context + 1 else windows[:-1]
+        cut = windows(self.ids_T.numpy(), self.context, self.max_tokens)
+        found = [torch.from_numpy(window_T) for window_T in cut]
+        whole = found if len(found[-1]) == self.context + 1 else found[:-1]
         for first in range(0, len(whole), self.batch_size):
             yield torch.stack(whole[first : first + self.batch_size])
-        if len(whole) < len(windows):
-            yield windows[-1][None]
+        if len(whole) < len(found):
+            yield found[-1][None]
 
 
 @torch.inference_mode()

@@ -74,13 +74,19 @@ def _starts_W(windows: int, stride: int, max_offset: int, seed: int, epoch: int)
     return starts_W
 
 
-def windows(tokens: np.ndarray, seq_len: int) -> Iterator[np.ndarray]:
+def windows(tokens: np.ndarray, seq_len: int, limit: int | None = None) -> Iterator[np.ndarray]:
     """Evaluation windows of at most `seq_len` + 1 tokens, in order.
 
     Each token but the corpus's first is a target exactly once; the last window may be shorter.
+    With a `limit`, only as many windows as give that many targets, spread evenly over the
+    corpus: its beginning alone may be unlike the rest.
 
     >>> [w.tolist() for w in windows(np.arange(6), 2)]
     [[0, 1, 2], [2, 3, 4], [4, 5]]
+    >>> [w.tolist() for w in windows(np.arange(6), 2, limit=4)]
+    [[0, 1, 2], [4, 5]]
     """
-    for start in range(0, len(tokens) - 1, seq_len):
+    starts = range(0, len(tokens) - 1, seq_len)
+    every = 1 if limit is None else max(1, -(-len(starts) * seq_len // limit))
+    for start in starts[::every]:
         yield tokens[start : start + seq_len + 1]

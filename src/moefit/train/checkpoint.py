@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.errors import CheckpointError
@@ -57,7 +58,7 @@ def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
             shutil.rmtree(place)
         building.rename(place)
         _sync(out)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(_cannot_write(out, place, error)) from error
     for old in checkpoints(out)[:-keep]:

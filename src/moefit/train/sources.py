@@ -22,7 +22,8 @@ PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*PLAIN_SUFFIXES, JSONL_SUFFIX, PARQUET_SUFFIX)
 
 HUB_PREFIX = "hf:"
-NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
+# `encodings` is a folder of generated tables, which nobody wrote and nobody would read.
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,5 @@
+"""`python -m moefit` is the same as `moefit`."""
+
+from moefit.cli import main
+
+main()

@@ -1,0 +1,100 @@
+"""The shape of the package: imports point one way, and importing changes nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import moefit
+
+ROOT = Path(moefit.__file__).parent
+# Each layer may import those before it and itself; names on one line never import each other.
+LAYERS = (
+    {"errors"},
+    {"checkpoint"},
+    {"moe"},
+    {"formats"},
+    {"dsmoe"},
+    {"train", "serve"},
+    {"evaluate"},
+    {"plan"},
+    {"demo"},
+    {"cli"},
+)
+
+
+def parts(path: Path) -> list[str]:
+    names = list(path.relative_to(ROOT).with_suffix("").parts)
+    return names[:-1] if names[-1] == "__init__" else names
+
+
+MODULES = {".".join(["moefit", *parts(path)]): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports anywhere in it, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{name.name}" for name in node.names} | {str(node.module)}
+    return found & MODULES.keys()
+
+
+def layer(module: str) -> tuple[int, str]:
+    part = module.split(".")[1]
+    for height, names in enumerate(LAYERS):
+        if part in names:
+            return height, part
+    raise AssertionError(f"{module} has no place in LAYERS; give it one in docs and here")
+
+
+def test_every_module_has_its_layer() -> None:
+    for module in MODULES.keys() - {"moefit", "moefit.__main__"}:
+        layer(module)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for module in MODULES.keys() - {"moefit", "moefit.__main__"}:
+        height, part = layer(module)
+        for other in imports(MODULES[module]) - {"moefit"}:
+            other_height, other_part = layer(other)
+            if other_height > height or (other_height == height and other_part != part):
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    assert imports(MODULES["moefit"]) <= {"moefit"}
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {module: imports(path) - {module, "moefit"} for module, path in MODULES.items()}
+    while leaves := {module for module, needs in graph.items() if not needs}:
+        graph = {m: needs - leaves for m, needs in graph.items() if m not in leaves}
+    assert not graph, f"a cycle among {sorted(graph)}"
+
+
+REGISTERS_NOTHING = """
+import transformers
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+implementations = set(ALL_EXPERTS_FUNCTIONS.keys())
+import moefit.dsmoe.export
+from moefit.dsmoe.model import register
+from moefit.dsmoe.stock import register_dense_experts
+assert "dsmoe" not in CONFIG_MAPPING
+assert set(ALL_EXPERTS_FUNCTIONS.keys()) == implementations
+register()
+assert "dsmoe" in CONFIG_MAPPING
+assert set(ALL_EXPERTS_FUNCTIONS.keys()) == implementations
+register_dense_experts()
+assert set(ALL_EXPERTS_FUNCTIONS.keys()) == implementations | {"moefit_dense"}
+"""
+
+
+def test_importing_registers_nothing() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", REGISTERS_NOTHING], check=True)
