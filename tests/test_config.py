@@ -6,8 +6,8 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.errors import ConfigError
 
 POSITIVE = [
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads",
-    "num_attention_experts", "num_experts",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_attention_experts", "num_experts",
 ]  # fmt: skip
 
 
@@ -20,12 +20,16 @@ def message(**fields) -> str:
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -3])
 def test_sizes_are_at_least_one(name: str, value: int) -> None:
-    assert message(**{name: value, "head_dim": 32}) == f"{name}={value}, but it must be at least 1"
+    assert message(**{name: value, "head_dim": 32}).startswith(
+        f"{name}={value}, but it must be a whole number from 1 on"
+    )
 
 
 @pytest.mark.parametrize("value", [0, -2])
 def test_head_dim_is_at_least_one(value: int) -> None:
-    assert message(head_dim=value) == f"head_dim={value}, but it must be at least 1"
+    assert message(head_dim=value).startswith(
+        f"head_dim={value}, but it must be a whole number from 1 on"
+    )
 
 
 def test_heads_must_divide_the_width() -> None:
@@ -40,7 +44,7 @@ def test_what_it_names_works() -> None:
 
 
 def test_more_heads_than_width() -> None:
-    assert "nearest that works is hidden_size=8" in message(hidden_size=4, num_attention_heads=8)
+    assert "nearest that works is hidden_size=16" in message(hidden_size=4, num_attention_heads=8)
 
 
 def test_odd_head_dim() -> None:
@@ -87,7 +91,7 @@ def test_unknown_mlp_type() -> None:
 
 def test_router_hidden_size() -> None:
     text = message(router_hidden_size=0)
-    assert "router_hidden_size=0, but it must be at least 1" in text
+    assert "router_hidden_size=0, but it must be a whole number from 1 on" in text
     assert "null for a linear router" in text
 
 
@@ -114,3 +118,12 @@ def test_a_dense_model_has_no_two_best_experts() -> None:
 def test_is_a_value_error_too() -> None:
     with pytest.raises(ValueError, match="num_experts=0"):
         DsMoeConfig(num_experts=0)
+
+
+@pytest.mark.parametrize("value", ["16", 16.0, True, None])
+def test_sizes_are_whole_numbers(value) -> None:
+    assert f"num_experts={value!r}, but it must be a whole number" in message(num_experts=value)
+
+
+def test_loss_weights_are_not_negative() -> None:
+    assert "mlp_mi_loss_coef=-1.0" in message(mlp_mi_loss_coef=-1.0)

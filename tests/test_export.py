@@ -30,10 +30,10 @@ def exportable(**changes) -> DsMoeForCausalLM:
     return tiny_model(**({"qk_norm": True, "inference_rule": "top_k:2"} | changes))
 
 
-def stock_model() -> OlmoeForCausalLM:
+def stock_model(intermediate_size: int = 8) -> OlmoeForCausalLM:
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
+        vocab_size=37, hidden_size=16, intermediate_size=intermediate_size, num_hidden_layers=2,
         num_attention_heads=4, num_experts=5, num_experts_per_tok=5, initializer_range=0.4,
         pad_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -97,6 +97,16 @@ def test_an_eps_that_vllm_ignores_is_exact_in_transformers_and_warned_of(tmp_pat
         export_olmoe(model, tmp_path / "out", experts_per_token=2)
     torch.testing.assert_close(
         logits(stored(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_sizes_that_transformers_computes_only_eagerly_are_warned_of(tmp_path: Path) -> None:
+    for name, model in {"ours": exportable(intermediate_size=6), "stock": stock_model(6)}.items():
+        with pytest.warns(UserWarning, match="intermediate_size=6, no multiple of 8"):
+            export_olmoe(model, tmp_path / name, experts_per_token=2)
+    loaded = stored(tmp_path / "ours", experts_implementation="eager")
+    torch.testing.assert_close(
+        logits(loaded), logits(exportable(intermediate_size=6)), rtol=1e-4, atol=1e-4
     )
 
 

@@ -11,6 +11,28 @@ from transformers.modeling_rope_utils import RopeParameters
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 
+DEFAULT_OF_NULL = {
+    "num_key_value_heads": ", or null to follow from the other heads",
+    "head_dim": ", or null to follow from the width",
+    "router_hidden_size": ", or null for a linear router",
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_attention_experts",
+    "num_experts",
+    *DEFAULT_OF_NULL,
+)
+LOSS_COEFFICIENTS = (
+    "mlp_mi_loss_coef",
+    "attention_mi_loss_coef",
+    "load_balancing_loss_coef",
+    "z_loss_coef",
+)
+
 
 class DsMoeConfig(PreTrainedConfig):
     """Configuration of `DsMoeModel`; sizes as in DS-MoE's Table 1.
@@ -62,48 +84,53 @@ class DsMoeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_sizes()
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads // max(
-                1, self.num_attention_experts
+            self.num_key_value_heads = max(
+                1, self.num_attention_heads // self.num_attention_experts
             )
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+            nearest = _nearest_multiple(self.hidden_size, 2 * self.num_attention_heads)
             _require(
                 self.head_dim * self.num_attention_heads == self.hidden_size,
                 f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
-                f"{self.num_attention_heads}; the nearest that works is hidden_size="
-                f"{max(1, self.head_dim) * self.num_attention_heads}, or give head_dim",
+                f"{self.num_attention_heads}; the nearest that works is hidden_size={nearest}, "
+                "or give head_dim",
             )
-        self._check_sizes()
         self._check_heads()
         for rule in (self.training_rule, self.inference_rule):
             Rule.parse(rule).check(self.num_experts)
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "num_attention_experts",
-            "num_experts",
-        ):  # fmt: skip
+        for name in SIZES:
             value = getattr(self, name)
-            _require(value > 0, f"{name}={value}, but it must be at least 1")
+            optional = name in DEFAULT_OF_NULL and value is None
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            fallback = DEFAULT_OF_NULL.get(name, "")
+            _require(
+                optional or whole,
+                f"{name}={value!r}, but it must be a whole number from 1 on{fallback}",
+            )
         _require(
             self.mlp_type in ("gelu", "swiglu"),
             f"mlp_type={self.mlp_type!r} is unknown; use 'gelu' or 'swiglu'",
         )
-        width = self.router_hidden_size
-        _require(
-            width is None or width > 0,
-            f"router_hidden_size={width}, but it must be at least 1, or null for a linear router",
-        )
+        for name in LOSS_COEFFICIENTS:
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}, but a loss weight must be zero or more")
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         experts, head_dim = self.num_attention_experts, self.head_dim
         assert kv_heads is not None
         assert head_dim is not None
-        _require(head_dim % 2 == 0, f"head_dim={head_dim} is odd, but rotary embeddings need pairs")
+        _require(
+            head_dim % 2 == 0,
+            f"head_dim={head_dim} is odd, but rotary embeddings need pairs; the nearest that "
+            f"works is head_dim={head_dim + 1}",
+        )
         if experts > 1:
             _require(
                 heads == experts * kv_heads,
@@ -113,9 +140,13 @@ class DsMoeConfig(PreTrainedConfig):
             )
         _require(
             heads % kv_heads == 0,
-            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}; "
-            f"the nearest that works is num_attention_heads={max(1, heads // kv_heads) * kv_heads}",
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}; the "
+            f"nearest that works is num_attention_heads={_nearest_multiple(heads, kv_heads)}",
         )
+
+
+def _nearest_multiple(value: int, step: int) -> int:
+    return max(1, (value + step // 2) // step) * step
 
 
 def _require(condition: bool, message: str) -> None:

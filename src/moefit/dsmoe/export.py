@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.olmoe import olmoe_config, other_engines
+from moefit.dsmoe.olmoe import olmoe_caveats, olmoe_config
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.moe.routing import Rule
 
@@ -48,8 +48,8 @@ def export_olmoe(
     float32 (in bfloat16 OLMoE's router rounds, ours does not). This needs memory for up to
     three more copies of the model. `out_dir` appears complete and checked, or not at all.
 
-    Warns (UserWarning) of what is exact in transformers but computed otherwise by vLLM or
-    llama.cpp, such as an rms_norm_eps that is not 1e-5.
+    Warns (UserWarning) of what vLLM or llama.cpp compute otherwise, such as an rms_norm_eps that
+    is not 1e-5; see `olmoe_caveats`.
 
     Raises ConfigError if there are fewer than K experts or the tokenizer does not fit,
     UnsupportedModelError if OLMoE cannot represent the model, CheckpointError if `out_dir` is in
@@ -60,8 +60,8 @@ def export_olmoe(
     config = olmoe_config(model.config, experts_per_token)
     _require_fitting(tokenizer, config)
     _require_unused(out_dir)
-    if caveats := other_engines(config):
-        message = f"this checkpoint is exact in transformers only: {', '.join(caveats)}"
+    if caveats := olmoe_caveats(config):
+        message = f"not every engine will compute this model as it is: {'; '.join(caveats)}"
         warnings.warn(message, stacklevel=2)
     olmoe = _olmoe_model(model, config, dtype)
     with _whole_or_not_at_all(out_dir) as partial:
@@ -131,7 +131,9 @@ def _check_written(
     folder: Path, olmoe: OlmoeForCausalLM, source: DsMoeForCausalLM | OlmoeForCausalLM
 ) -> None:
     """Raise CheckpointError unless `folder`, loaded by transformers alone, equals the source."""
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     state = {name: tensor.float() for name, tensor in olmoe.state_dict().items()}
     stored = reloaded.state_dict()
     changed = [name for name in state if not torch.equal(state[name], stored[name])]
@@ -165,6 +167,7 @@ def _twin(
             k, renormalize = config.num_experts_per_tok, config.norm_topk_prob
             twin = DsMoeForCausalLM(copy.deepcopy(source.config))
             twin.set_inference_rule(Rule(kind="top_k", k=k, renormalize=renormalize))
+    twin.set_experts_implementation("eager")
     twin.load_state_dict(state, assign=True)
     return twin.eval()
 

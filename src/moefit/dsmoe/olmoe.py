@@ -82,11 +82,13 @@ def olmoe_obstacles(config: DsMoeConfig, experts_per_token: int) -> list[str]:
     return [obstacle for obstacle, is_there in found.items() if is_there]
 
 
-def other_engines(config: OlmoeConfig) -> list[str]:
-    """What vLLM or llama.cpp would compute otherwise than transformers, whatever `config` says.
+def olmoe_caveats(config: OlmoeConfig) -> list[str]:
+    """What of `config` others compute otherwise than transformers' eager code, or cannot compute.
 
-    Read in vLLM 0.33's olmoe.py and llama.cpp's olmoe graph, which fix these values.
+    Read in vLLM 0.33's olmoe.py and llama.cpp's graph, which fix most of this whatever a
+    checkpoint says, and in torch's grouped matrix product, transformers' default for experts.
     """
+    sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
     found = {
         f"rms_norm_eps={config.rms_norm_eps:g} (vLLM computes with 1e-05)": (
             config.rms_norm_eps != 1e-5
@@ -95,5 +97,10 @@ def other_engines(config: OlmoeConfig) -> list[str]:
         f"clip_qkv={config.clip_qkv} (vLLM does not clip)": config.clip_qkv is not None,
         "attention_bias=True (vLLM has no such biases)": config.attention_bias,
         f"hidden_act={config.hidden_act!r} (others compute 'silu')": config.hidden_act != "silu",
+    } | {
+        f"{name}={size}, no multiple of 8 (transformers needs experts_implementation='eager')": (
+            size % 8 != 0
+        )
+        for name, size in sizes.items()
     }
     return [caveat for caveat, is_there in found.items() if is_there]
