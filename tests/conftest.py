@@ -1,8 +1,12 @@
 """What several test files share: a small corpus, a small run, a watcher that listens."""
 
+import os
 import random
 
 import pytest
+
+# On shared cores OpenMP's waiting threads cost ten times the work of tensors as small as ours.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from moefit.train.config import make_config
 

@@ -71,7 +71,7 @@ class DsMoeAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         output_BTHC, weights = attention(
             self,

@@ -7,6 +7,8 @@ computing them. Knows nothing of attention or of the model around it.
 Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -18,7 +20,7 @@ from moefit.moe.experts import ExpertWeights, grouped_experts, scattered_scores,
 from moefit.moe.routing import Routing, Rule, route
 
 
-def _experts_forward(experts: nn.Module, x_TD: Tensor, routing: Routing) -> Tensor:
+def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
     """All experts as one wide MLP if every token uses all of them, else grouped by expert."""
     weights = ExpertWeights(
         w_in_EID=experts.gate_up_proj if experts.has_gate else experts.up_proj,

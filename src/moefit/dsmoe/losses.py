@@ -21,8 +21,9 @@ def entropies(logits_TE: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, 
         logits_TE = logits_TE[real_T]
     log_p_TE = F.log_softmax(logits_TE.float(), dim=-1)
     p_TE = log_p_TE.exp()
-    conditional = -(p_TE * log_p_TE).sum(-1).mean()
-    p_E = p_TE.mean(0)
+    count = max(1, p_TE.shape[0])  # a batch of nothing but padding has no entropy, not NaN
+    conditional = -(p_TE * log_p_TE).sum() / count
+    p_E = p_TE.sum(0) / count
     # The floor keeps 0 * log 0 at 0 and its gradient finite; it is below float32's smallest p.
     marginal = -(p_E * p_E.clamp_min(torch.finfo(p_E.dtype).tiny).log()).sum()
     return marginal, conditional
@@ -44,13 +45,13 @@ def load_balancing_loss(logits_TE: Tensor, k: int, real_T: Tensor | None = None)
     p_TE = logits_TE.float().softmax(-1)
     chosen_TK = p_TE.topk(k, dim=-1).indices
     num_experts = p_TE.shape[-1]
-    counts_E = torch.bincount(chosen_TK.flatten(), minlength=num_experts)
-    f_E = counts_E / max(1, p_TE.shape[0])
-    return num_experts * (f_E * p_TE.mean(0)).sum()
+    count = max(1, p_TE.shape[0])
+    f_E = torch.bincount(chosen_TK.flatten(), minlength=num_experts) / count
+    return num_experts * (f_E * p_TE.sum(0) / count).sum()
 
 
 def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
     if real_T is not None:
         logits_TE = logits_TE[real_T]
-    return logits_TE.float().logsumexp(-1).square().mean()
+    return logits_TE.float().logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])

@@ -215,7 +215,9 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         loss = aux_loss = None
         if labels is not None:
             real_T = _real_tokens(attention_mask, labels.shape[1])
-            aux_loss = router_loss(*routers.values(), weights, real_T)
+            aux_loss = router_loss(
+                routers["router_logits"], routers["attention_router_logits"], weights, real_T
+            )
             loss = language_model_loss(logits, labels) + aux_loss
         output = MoeCausalLMOutputWithPast(
             loss=loss,

@@ -75,7 +75,8 @@ def load(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the model in {path} cannot be read: {error}") from error
-    return loaded.to(device).eval(), tokenizer
+    loaded.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    return loaded.eval(), tokenizer
 
 
 def _check_family(path: Path) -> None:

@@ -51,10 +51,11 @@ class Run:
         eos = data.tokenizer.eos_token_id
         assert isinstance(eos, int)
         vocab_size = vocabulary_size(data.tokenizer)
-        self.model = build_model(config, vocab_size=vocab_size, eos_token_id=eos).to(self.device)
+        self.model = build_model(config, vocab_size=vocab_size, eos_token_id=eos)
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.model.set_attn_implementation(attention_implementation(config, self.device))
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
         self.optimizer = make_optimizer(self.model, config.optimizer)
         weights = loss_weights(config, self.model)
         self.stepper = Stepper(

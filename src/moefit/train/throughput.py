@@ -39,11 +39,10 @@ def training_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a square matrix product of width 2048, the ceiling that MFU is a share of."""
     a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    for _ in range(2):
-        a @ b
+    torch.mm(a, b)
     count, start = 0, _now(device)
     while (elapsed := _now(device) - start) < seconds or count == 0:
-        a @ b
+        torch.mm(a, b)
         count += 1
     return count * 2 * 2048**3 / elapsed if elapsed else float("inf")
 

@@ -1,0 +1,116 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import moefit
+from moefit.cli import app
+from moefit.errors import MoefitError
+from moefit.train.tokenizer import train_bpe
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(["some text to learn from"], 300)
+    model = tiny_model(
+        vocab_size=300, qk_norm=True, num_attention_experts=1, eos_token_id=tokenizer.eos_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some text to predict, " * 20)
+    return str(path)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_train_then_eval_then_generate(tree, tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    out = str(tmp_path / "cli-run")
+    trained = json.loads(run("train", str(path), "steps=4", f"out={out}", "--json").stdout)
+    assert trained["step"] == 4
+    assert (tmp_path / "cli-run" / "curve.png").is_file()
+    scores = json.loads(
+        run("eval", out, "--text", text, "--rule", "dense", "--rule", "top_k:1", "--json").stdout
+    )
+    assert [score["rule"] for score in scores] == ["dense", "top_k:1"]
+    assert scores[0]["active_parameters"] > scores[1]["active_parameters"]
+    assert "expert" in run("generate", out, "expert router", "--max-new-tokens", "3").stdout
+
+
+def test_eval_prints_a_table(saved, text):
+    table = run("eval", saved, "--text", text, "--context", "16").stdout
+    for words in ("dense", "top_k:2", "threshold:0.48", "perplexity"):
+        assert words in table
+
+
+def test_generate_obeys_rule_and_seed(saved):
+    sampled = ("generate", saved, "some", "--temperature", "1", "--max-new-tokens", "8")
+    assert run(*sampled, "--seed", "1").stdout == run(*sampled, "--seed", "1").stdout
+    assert run(*sampled, "--seed", "1").stdout != run(*sampled, "--seed", "2").stdout
+    greedy = ("generate", saved, "some", "--max-new-tokens", "8")
+    assert run(*greedy, "--rule", "dense").stdout == run(*greedy, "--rule", "top_k:5").stdout
+
+
+def test_describe(saved):
+    card = json.loads(run("describe", "dsmoe-3b", "--json").stdout)
+    assert 2.7e9 < card["total_without_embeddings"] < 2.9e9
+    assert "KV" in run("describe", "dsmoe-3b").stdout
+    assert json.loads(run("describe", saved, "--json").stdout)["total"] < 1e6
+
+
+def test_export(saved, tmp_path):
+    run("export", saved, str(tmp_path / "olmoe"), "--experts-per-token", "2")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
+
+
+def test_version():
+    assert run("--version").stdout.strip() == moefit.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "no-such-model"], "there is no folder"),
+        (["describe", "dsmoe-4b"], "did you mean"),
+        (["train", "steps=-1"], "steps"),
+        (["train", "data.sources=[/no/such/folder]"], "does not exist"),
+        (["train", "no-such.yaml"], "cannot read the configuration"),
+        (["eval", "MODEL", "--text", "/no/such/file"], "cannot read"),
+        (["eval", "MODEL", "--rule", "top_k:6"], "top_k:5"),
+        (["eval", "MODEL", "--rule", "best"], "is not an inference rule"),
+        (["generate", "MODEL", ""], "the prompt is empty"),
+        (["export", "MODEL", "OUT", "-k", "6"], "6"),
+    ],
+)
+def test_mistakes_are_named(saved, tmp_path, arguments, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": saved, "OUT": str(tmp_path / "out")}
+    with pytest.raises(MoefitError, match=words):
+        run(*(places.get(argument, argument) for argument in arguments))
+
+
+def test_a_mistake_is_one_message_and_exit_code_2():
+    command = [sys.executable, "-m", "moefit", "describe", "dsmoe-4b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ConfigError: 'dsmoe-4b' is not a preset")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,34 @@
+import io
+
+from rich.console import Console
+
+from moefit.train.display import display
+
+FACTS = {
+    "parameters": 1e6, "train_tokens": 2e6, "epochs": 0.5, "precision": "fp32", "device": "cpu",
+    "threads": 2, "peak_flops": 1e11,
+}  # fmt: skip
+VALUES = {"loss": 3.21, "tokens_per_second": 4567.0, "mfu": 0.34}
+
+
+def test_it_says_what_happens():
+    out = io.StringIO()
+    with display(Console(file=out, width=160, force_terminal=True)) as watcher:
+        watcher.preparing("reading", 100, None)
+        watcher.preparing("tokenising", 100, 1000)
+        watcher.event("resuming from somewhere")
+        watcher.started(step=0, steps=10, facts=FACTS)
+        watcher.stepped(10, {**VALUES, "held_out_loss": 3.5, "seconds": 1.0})
+    text = out.getvalue()
+    for words in ("1.00 M parameters", "resuming", "loss 3.210", "4,567 tok/s", "MFU 34%", "3.500"):
+        assert words in text
+
+
+def test_without_a_terminal_it_prints_a_line_now_and_then():
+    out = io.StringIO()
+    with display(Console(file=out, width=160, force_terminal=False)) as watcher:
+        watcher.started(step=0, steps=10, facts=FACTS)
+        for step, seconds in ((1, 1.0), (2, 31.0), (3, 32.0), (4, 62.0)):
+            watcher.stepped(step, {**VALUES, "seconds": seconds})
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step")]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]

@@ -1,0 +1,33 @@
+import pytest
+
+from moefit.errors import DataError
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.train.tokenizer import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["def f(x):\n    return x\n" * 5], 300)
+
+
+def test_a_file(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("def größe(x):\n", encoding="utf-8")
+    text = text_of_file(path, tokenizer, 16, None)
+    assert tokenizer.decode(text.ids_T[:-1]) == "def größe(x):\n"
+    assert text.ids_T[-1] == tokenizer.eos_token_id
+    assert text.text_bytes == len("def größe(x):\n".encode())
+
+
+def test_the_held_out_standard_library(tokenizer):
+    text = held_out_text(tokenizer, 256, 1000)
+    assert len(text.ids_T) > 10_000
+    assert sum(ids.shape[0] * (ids.shape[1] - 1) for ids in text.batches()) <= 1000
+
+
+def test_what_cannot_be_read(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"cannot read .*nothing\.txt"):
+        text_of_file(tmp_path / "nothing.txt", tokenizer, 16, None)
+    (tmp_path / "latin.txt").write_bytes(b"gr\xf6\xdfe")
+    with pytest.raises(DataError, match=r"not UTF-8 \(byte 2\).*iconv"):
+        text_of_file(tmp_path / "latin.txt", tokenizer, 16, None)

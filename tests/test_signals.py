@@ -1,0 +1,18 @@
+import os
+import signal
+
+import pytest
+
+from moefit.train.signals import stop_on_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_is_noted_second_interrupts_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with stop_on_signal() as request:
+        assert request.received is None
+        os.kill(os.getpid(), number)
+        assert request.received is number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before

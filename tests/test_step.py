@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.dsmoe.objective import RouterLossWeights
+from moefit.errors import DivergenceError
+from moefit.train.config import OptimizerConfig
+from moefit.train.schedule import make_optimizer
+from moefit.train.step import Stepper, make_losses
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return DsMoeForCausalLM(
+        DsMoeConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_attention_experts=2,
+            num_experts=4,
+            mlp_mi_loss_coef=0.3,
+            attention_mi_loss_coef=0.2,
+        )
+    ).train()
+
+
+def stepper(model, weights=None):
+    return Stepper(
+        model=model,
+        optimizer=make_optimizer(model, OptimizerConfig(lr=1e-2)),
+        losses=make_losses(model, weights or RouterLossWeights(mlp_mi=0.3, attention_mi=0.2), compile=False),
+        device=torch.device("cpu"),
+        bf16=False,
+        clip=1.0,
+    )  # fmt: skip
+
+
+def test_its_losses_are_the_models_own(model):
+    ids = torch.randint(50, (3, 9))
+    expected = model(input_ids=ids, labels=ids)
+    result = stepper(model).step([ids], 1)
+    assert result.lm_loss + result.router_loss == pytest.approx(expected.loss.item(), abs=1e-6)
+    assert result.router_loss == pytest.approx(expected.aux_loss.item(), abs=1e-6)
+    assert [x.shape[-1] for x in result.mlp_logits] == [4, 4]
+    assert [x.shape[-1] for x in result.attention_logits] == [2, 2]
+
+
+def test_it_learns_one_batch_by_heart(model):
+    ids = torch.randint(50, (4, 9))
+    steps = stepper(model)
+    losses = [steps.step([ids], 1).lm_loss for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(DivergenceError, match="loss nan"):
+        stepper(model).step([torch.randint(50, (2, 9))], 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_same(model):
+    ids, weights = torch.randint(50, (3, 9)), RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
+    plain = make_losses(model, weights, compile=False)(ids)
+    compiled = make_losses(model, weights, compile=True)(ids)
+    for a, b in zip(plain[:2], compiled[:2], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
