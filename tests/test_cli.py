@@ -56,7 +56,8 @@ def test_train_then_eval_then_generate(tree, tmp_path, text):
 
 
 def test_eval_prints_a_table(saved, text):
-    table = run("eval", saved, "--text", text, "--context", "16").stdout
+    command = ["eval", saved, "--text", text, "--context", "16"]
+    table = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).stdout
     for words in ("dense", "top_k:2", "threshold:0.48", "perplexity"):
         assert words in table
 

@@ -13,7 +13,7 @@ VALUES = {"loss": 3.21, "tokens_per_second": 4567.0, "mfu": 0.34}
 
 def test_it_says_what_happens():
     out = io.StringIO()
-    with display(Console(file=out, width=160, force_terminal=True)) as watcher:
+    with display(Console(file=out, width=160, force_terminal=True, color_system=None)) as watcher:
         watcher.preparing("reading", 100, None)
         watcher.preparing("tokenising", 100, 1000)
         watcher.event("resuming from somewhere")

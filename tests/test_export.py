@@ -60,6 +60,7 @@ def assert_nothing_left(out_dir: Path) -> None:
     [
         {},
         {"inference_rule": "dense"},
+        {"routed_scaling_factor": 3.0},
         {"num_key_value_heads": 2},
         {"tie_word_embeddings": True},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 321.0}},

@@ -76,6 +76,7 @@ class DsMoeBlock(nn.Module):
     def __init__(self, config: DsMoeConfig):
         super().__init__()
         self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
+        self.scale = config.routed_scaling_factor
         self.experts = (DsMoeGatedExperts if config.mlp_type == "swiglu" else DsMoeExperts)(config)
         # Threshold rules use the padding id; transformers' implementations skip it only if told.
         self.experts._is_expert_parallel = True  # pyright: ignore[reportArgumentType]
@@ -88,4 +89,5 @@ class DsMoeBlock(nn.Module):
             routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
         else:
             routing = route(self.gate.scores(x_TD), rule, real_T)
+            routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)

@@ -42,6 +42,8 @@ class DsMoeConfig(PreTrainedConfig):
     - `intermediate_size`: hidden width of *one* expert; the dense twin's is times `num_experts`.
     - `mlp_type`: `gelu` (two matrices, the paper) or `swiglu` (three).
     - `router_hidden_size`: None for a linear router, else the hidden width of a two-layer one.
+    - `routed_scaling_factor`: multiplies the MLP experts' weights (DeepSeek's name). Scores over E
+      experts start at 1 / E, and so does the MLP's share of what is learnt; a factor makes up.
     - `training_rule`, `inference_rule`: see `moefit.moe.routing.Rule`; which experts take part
       in `model.train()` and in `model.eval()`.
     - `*_loss_coef`: weights of the router losses, each summed over layers. alpha in the paper is
@@ -65,6 +67,7 @@ class DsMoeConfig(PreTrainedConfig):
     mlp_type: str = "swiglu"
     router_hidden_size: int | None = None
     qk_norm: bool = False
+    routed_scaling_factor: float = 1.0
     training_rule: str = "dense"
     inference_rule: str = "dense"
     mlp_mi_loss_coef: float = 0.0

@@ -102,7 +102,9 @@ def _olmoe_model(
     with torch.device("meta"):
         olmoe = OlmoeForCausalLM(config)
     state = {
-        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype)
+        name: _rescaled(name, tensor.detach(), _scale(model)).to(
+            device="cpu", dtype=dtype or tensor.dtype
+        )
         for name, tensor in model.state_dict().items()
     }
     if model.config.tie_word_embeddings:
@@ -110,6 +112,15 @@ def _olmoe_model(
     olmoe.load_state_dict(state, assign=True)
     olmoe.generation_config = copy.deepcopy(model.generation_config)
     return olmoe
+
+
+def _scale(model: DsMoeForCausalLM | OlmoeForCausalLM) -> float:
+    """OLMoE has no factor on its experts' weights; theirs goes into the down projections."""
+    return getattr(model.config, "routed_scaling_factor", 1.0)
+
+
+def _rescaled(name: str, tensor: Tensor, factor: float) -> Tensor:
+    return tensor * factor if name.endswith("experts.down_proj") and factor != 1.0 else tensor
 
 
 @contextmanager
@@ -167,6 +178,7 @@ def _twin(
             k, renormalize = config.num_experts_per_tok, config.norm_topk_prob
             twin = DsMoeForCausalLM(copy.deepcopy(source.config))
             twin.set_inference_rule(Rule(kind="top_k", k=k, renormalize=renormalize))
+    state = {name: _rescaled(name, tensor, 1 / _scale(source)) for name, tensor in state.items()}
     twin.set_experts_implementation("eager")
     twin.load_state_dict(state, assign=True)
     return twin.eval()

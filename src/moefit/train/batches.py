@@ -79,7 +79,7 @@ def windows(tokens: np.ndarray, seq_len: int, limit: int | None = None) -> Itera
 
     Each token but the corpus's first is a target exactly once; the last window may be shorter.
     With a `limit`, only as many windows as give that many targets, spread evenly over the
-    corpus: its beginning alone may be unlike the rest.
+    corpus: its beginning alone may be unlike the rest. At least one window.
 
     >>> [w.tolist() for w in windows(np.arange(6), 2)]
     [[0, 1, 2], [2, 3, 4], [4, 5]]
@@ -87,6 +87,6 @@ def windows(tokens: np.ndarray, seq_len: int, limit: int | None = None) -> Itera
     [[0, 1, 2], [4, 5]]
     """
     starts = range(0, len(tokens) - 1, seq_len)
-    every = 1 if limit is None else max(1, -(-len(starts) * seq_len // limit))
+    every = 1 if limit is None else max(1, -(-len(starts) // max(1, limit // seq_len)))
     for start in starts[::every]:
         yield tokens[start : start + seq_len + 1]
