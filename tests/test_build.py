@@ -46,3 +46,16 @@ def test_precision(tree):
     assert not use_bf16(make_config(tree | {"precision": "fp32"}), CPU)
     automatic = use_bf16(make_config(tree | {"precision": "auto"}), CPU)
     assert automatic == torch.cpu._is_amx_tile_supported()
+
+
+def test_a_presets_alpha_counts_unless_another_is_given(tree):
+    tree["model"], tree["loss"] = {"preset": "dsmoe-tiny"}, {}
+    config = make_config(tree)
+    model = build_model(config, vocab_size=300, eos_token_id=0)
+    assert loss_weights(config, model).mlp_mi == model.config.mlp_mi_loss_coef > 0
+    config = make_config(tree | {"loss": {"mlp_mi": 0.0}})
+    assert loss_weights(config, build_model(config, vocab_size=300, eos_token_id=0)).mlp_mi == 0
+
+
+def test_without_any_model_setting_it_is_a_preset():
+    assert make_config({}).model.preset == "dsmoe-tiny"

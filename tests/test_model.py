@@ -290,3 +290,17 @@ def test_embeddings_can_be_given_instead_of_ids() -> None:
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids).logits)
     with pytest.raises(ValueError, match="exactly one of"):
         model()
+
+
+def test_the_routed_scaling_factor_multiplies_the_experts_sum() -> None:
+    """A factor of 4 equals down projections four times as large, under dense and sparse rules."""
+    scaled, plain = tiny_model(routed_scaling_factor=4.0), tiny_model()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("experts.down_proj"):
+                parameter *= 4
+    for rule in ("dense", "top_k:2"):
+        for model in (scaled, plain):
+            model.set_inference_rule(rule)
+        with torch.no_grad():
+            torch.testing.assert_close(scaled(tokens(2, 5)).logits, plain(tokens(2, 5)).logits)

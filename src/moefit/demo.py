@@ -12,12 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.loading import REFERENCE, load, locate
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Score, score
 from moefit.evaluate.report import score_table
-from moefit.moe.routing import default_rules
+from moefit.moe.routing import Rule, default_rules
 from moefit.train.batches import Batches
 from moefit.train.build import build_model, loss_weights, use_bf16
 from moefit.train.config import TrainConfig, make_config
@@ -28,9 +29,9 @@ from moefit.train.step import Stepper, make_losses
 from moefit.train.tokenizer import vocabulary_size
 from moefit.train.tokens import prepare
 
-WIDTH = {"hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 4, "num_experts": 16}
 EVAL_TOKENS = 16_384
-PROMPT = "def read_config(path):\n    "
+PROMPT = "def read_config(path):\n"
+ANSWER_RULE = "top_k:3"
 
 
 def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
@@ -41,6 +42,9 @@ def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
     console.rule("2. the model that ships with moefit, by inference rule")
     reference = _scores(REFERENCE)
     Console().print(score_table(reference, "reference model on the held-out standard library"))
+    answer = _answer()
+    console.print(f"it answers with {answer['active_share']:.0%} of its parameters:")
+    console.print(answer["text"], markup=False, highlight=False)
     small = _scores(str(out / "run"))
     Console().print(
         score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)")
@@ -56,6 +60,7 @@ def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
         "training": trained,
         "reference": [one.as_dict() for one in reference],
         "trained": [one.as_dict() for one in small],
+        "answer": answer,
         "picture": str(picture),
     }
 
@@ -78,14 +83,9 @@ def _config(out: Path, steps: int) -> TrainConfig:
     return make_config(
         {
             "out": str(out),
-            "model": {
-                **WIDTH,
-                "num_attention_heads": 2,
-                "qk_norm": True,
-                "tie_word_embeddings": True,
-            },
+            "model": {"preset": "dsmoe-tiny"},
             "data": {"max_bytes": 4_000_000, "tokenizer": str(locate(REFERENCE))},
-            "loss": {"mlp_mi": 0.02},
+            "loss": {"mlp_mi": 0.01},
             "optimizer": {"lr": 4e-3, "warmup_steps": max(1, steps // 20)},
             "log": {"eval_every": max(10, steps // 3), "eval_tokens": EVAL_TOKENS},
             "checkpoint": {"every": steps, "keep": 1},
@@ -126,6 +126,21 @@ def _scores(model: str) -> list[Score]:
     assert isinstance(loaded, DsMoeForCausalLM)
     text = held_out_text(tokenizer, context=256, max_tokens=EVAL_TOKENS)
     return score(loaded, text, default_rules(loaded.config.num_experts))
+
+
+def _answer() -> dict[str, Any]:
+    """A greedy continuation by the shipped model with few experts, and what share that is."""
+    loaded, tokenizer = load(REFERENCE)
+    assert isinstance(loaded, DsMoeForCausalLM)
+    loaded.set_inference_rule(ANSWER_RULE)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    ids = loaded.generate(  # pyright: ignore[reportCallIssue]
+        **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    card = model_card(loaded.config)
+    active = card.active(Rule.parse(ANSWER_RULE)) / card.total_without_embeddings
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    return {"rule": ANSWER_RULE, "active_share": active, "text": text}
 
 
 def draw(reference: list[Score], trained: list[Score], path: Path) -> None:

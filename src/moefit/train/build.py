@@ -10,12 +10,11 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.dsmoe.model import DsMoeForCausalLM, router_loss_weights
 from moefit.dsmoe.objective import RouterLossWeights
 from moefit.dsmoe.presets import check_fields, field_names, preset
 from moefit.dsmoe.stock import DENSE_EXPERTS, register_dense_experts
 from moefit.errors import ConfigError
-from moefit.moe.routing import Rule
 from moefit.train.config import TrainConfig
 
 OWNED = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
@@ -36,16 +35,11 @@ def build_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int) -> P
 
 
 def loss_weights(config: TrainConfig, model: PreTrainedModel) -> RouterLossWeights:
-    """The router losses of this run; load balancing counts the training rule's top k."""
-    rule = getattr(model.config, "training_rule", "dense")
-    loss = config.loss
-    return RouterLossWeights(
-        mlp_mi=loss.mlp_mi,
-        attention_mi=loss.attention_mi,
-        load_balancing=loss.load_balancing,
-        z=loss.z,
-        k=Rule.parse(rule).k or 1,
-    )
+    """The router losses of this run: our own model carries them, OLMoE's come from `loss`."""
+    if isinstance(model, DsMoeForCausalLM):
+        return router_loss_weights(model.config)
+    given = {name: value or 0.0 for name, value in config.loss.model_dump().items()}
+    return RouterLossWeights(**given, k=model.config.num_experts_per_tok)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device) -> str:
@@ -79,14 +73,11 @@ def _check_owned(settings: dict[str, Any]) -> None:
 
 
 def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
-    loss = config.loss
+    loss = config.loss.model_dump(exclude_none=True)
     settings = {
         "max_position_embeddings": max(config.seq_len, 2048),
         **config.model.settings,
-        "mlp_mi_loss_coef": loss.mlp_mi,
-        "attention_mi_loss_coef": loss.attention_mi,
-        "load_balancing_loss_coef": loss.load_balancing,
-        "z_loss_coef": loss.z,
+        **{f"{name}_loss_coef": value for name, value in loss.items()},
         **tokens,
     }
     if config.model.preset is None:

@@ -60,12 +60,15 @@ class ModelConfig(BaseModel):
 
 
 class LossConfig(_Strict):
-    """Weights of the router losses, each summed over layers; alpha in the DS-MoE paper."""
+    """Weights of the router losses, each summed over layers; alpha in the DS-MoE paper.
 
-    mlp_mi: float = Field(default=0.0, ge=0)
-    attention_mi: float = Field(default=0.0, ge=0)
-    load_balancing: float = Field(default=0.0, ge=0)
-    z: float = Field(default=0.0, ge=0)
+    What is not given is what the model's preset says, and zero without a preset.
+    """
+
+    mlp_mi: float | None = Field(default=None, ge=0)
+    attention_mi: float | None = Field(default=None, ge=0)
+    load_balancing: float | None = Field(default=None, ge=0)
+    z: float | None = Field(default=None, ge=0)
 
 
 class OptimizerConfig(_Strict):
@@ -103,7 +106,7 @@ class TrainConfig(_Strict):
     """
 
     out: str = "runs/default"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig(preset="dsmoe-tiny")
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,0 +1,62 @@
+"""Turn the finished run of configs/reference.yaml into the model that ships with moefit.
+
+Casts the last checkpoint to bf16 and puts its resolved configuration, its log and a card with its
+measured scores beside it.
+
+    python benchmarks/ship_reference.py RUN [DENSE_TWIN_RUN]
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.loading import load, reference_path
+from moefit.evaluate.passage import held_out_text
+from moefit.evaluate.perplexity import Score, score
+from moefit.evaluate.report import score_table
+from moefit.moe.routing import Rule
+from moefit.train.config import make_config
+
+RULES = ("dense", "top_k:8", "top_k:4", "top_k:3", "top_k:2", "threshold:0.48", "threshold:1")
+
+
+def main() -> None:
+    run, *twin = map(Path, sys.argv[1:])
+    model, tokenizer = load(str(run), dtype=torch.bfloat16)
+    assert isinstance(model, DsMoeForCausalLM)
+    model.set_inference_rule("top_k:3")
+    place = reference_path()
+    shutil.rmtree(place, ignore_errors=True)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = make_config(config | {"out": "runs/reference"}).model_dump(mode="json")
+    (place / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    shutil.copy(run / "log.jsonl", place / "log.jsonl")
+    scores = measured("reference", *RULES)
+    beside = {"reference": [one.as_dict() for one in scores]}
+    if twin:
+        beside["plain dense twin"] = [one.as_dict() for one in measured(str(twin[0]), "dense")]
+    (place / "scores.json").write_text(json.dumps(beside, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in place.iterdir())
+    print(f"{place}: {size / 1e6:.1f} MB")
+
+
+def measured(model: str, *rules: str) -> list[Score]:
+    """Scores on all of the held-out standard library, in the dtype that it is stored in."""
+    loaded, tokenizer = load(model)
+    assert isinstance(loaded, DsMoeForCausalLM)
+    text = held_out_text(tokenizer, 256, None)
+    scores = score(loaded, text, [Rule.parse(rule) for rule in rules])
+    Console(width=120).print(score_table(scores, model))
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What the shipped model promises, measured on text that it has not seen."""
+
+import json
+
+import pytest
+import yaml
+
+from moefit.dsmoe.card import model_card
+from moefit.evaluate.loading import REFERENCE, load, reference_path
+from moefit.evaluate.passage import held_out_text
+from moefit.evaluate.perplexity import score
+from moefit.moe.routing import Rule
+from moefit.train.config import make_config
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(REFERENCE)
+
+
+def test_its_size(loaded):
+    total = model_card(loaded[0].config).total
+    assert total == sum(parameter.numel() for parameter in loaded[0].parameters())
+    assert 8e6 <= total <= 10e6
+    assert sum(path.stat().st_size for path in reference_path().iterdir()) < 20e6
+
+
+def test_its_configuration_and_log_are_beside_it(loaded):
+    config = make_config(yaml.safe_load((reference_path() / "train.yaml").read_text()))
+    assert config.model.settings["num_experts"] == loaded[0].config.num_experts
+    log = [json.loads(line) for line in (reference_path() / "log.jsonl").read_text().splitlines()]
+    assert max(record["step"] for record in log) == config.steps
+
+
+def test_a_quarter_of_the_experts_are_enough(loaded):
+    model, tokenizer = loaded
+    text = held_out_text(tokenizer, 256, 8192)
+    dense, quarter = score(model, text, [Rule.parse("dense"), Rule.parse("top_k:4")])
+    assert dense.perplexity < 100
+    assert quarter.perplexity < 1.01 * dense.perplexity
+    assert quarter.mlp_experts == model.config.num_experts / 4
+
+
+def test_the_scores_beside_it_are_of_this_model(loaded):
+    model, tokenizer = loaded
+    told = json.loads((reference_path() / "scores.json").read_text())["reference"]
+    by_rule = {one["rule"]: one for one in told}
+    (dense,) = score(model, held_out_text(tokenizer, 256, 8192), [Rule.parse("dense")])
+    # A sample of the text, and another Python's standard library: near, not equal.
+    assert dense.perplexity == pytest.approx(by_rule["dense"]["perplexity"], rel=0.3)
