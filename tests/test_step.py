@@ -28,15 +28,16 @@ def model():
     ).train()
 
 
-def stepper(model, weights=None):
+def stepper(model):
+    weights = RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
     return Stepper(
         model=model,
         optimizer=make_optimizer(model, OptimizerConfig(lr=1e-2)),
-        losses=make_losses(model, weights or RouterLossWeights(mlp_mi=0.3, attention_mi=0.2), compile=False),
+        losses=make_losses(model, weights, compile=False),
         device=torch.device("cpu"),
         bf16=False,
         clip=1.0,
-    )  # fmt: skip
+    )
 
 
 def test_its_losses_are_the_models_own(model):
