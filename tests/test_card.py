@@ -308,7 +308,9 @@ def test_json_and_table_say_the_same(name: str) -> None:
     assert rows["total"].endswith("M")
     assert (rows["MLP routers"] == "none") == (card.num_experts == 1)
     assert (rows["head"] == "tied to the embeddings") == (record["parameters"]["head"] == 0)
-    assert len(rows) == 14
+    assert rows["active, dense"] == rows["total without embeddings"]
+    assert f"active, {card.inference_rule}" in rows
+    assert record["active"]["dense"] == [card.total_without_embeddings] * 2
 
 
 def test_table_prints() -> None:

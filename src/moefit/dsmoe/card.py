@@ -13,7 +13,7 @@ from typing import Any
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.errors import ConfigError
-from moefit.moe.routing import Rule
+from moefit.moe.routing import Rule, default_rules
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -140,6 +140,10 @@ class ModelCard:
             "inference_rule": str(self.inference_rule),
             "active_range_training": self.active_range(self.training_rule),
             "active_range_inference": self.active_range(self.inference_rule),
+            "active": {
+                str(rule): self.active_range(rule)
+                for rule in (*default_rules(self.num_experts), self.inference_rule)
+            },
             "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in DTYPE_BYTES},
             "kv_bytes_per_token": {dtype: self.kv_bytes_per_token(dtype) for dtype in DTYPE_BYTES},
             "sequence_length": self.max_positions,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from moefit.dsmoe.card import ModelCard
-from moefit.moe.routing import Rule
+from moefit.moe.routing import Rule, default_rules
 
 _PARTS = {
     "embeddings": "embeddings",
@@ -28,10 +28,14 @@ def card_rows(card: ModelCard, *, dtype: str = "bfloat16") -> Iterator[tuple[str
         yield _PARTS[part], "tied to the embeddings" if tied else _count(count)
     yield "total", _count(card.total)
     yield "total without embeddings", _count(card.total_without_embeddings)
-    yield f"active in training, {card.training_rule}", _active(card, card.training_rule)
-    yield f"active in inference, {card.inference_rule}", _active(card, card.inference_rule)
+    for rule in _rules(card):
+        yield f"active, {rule}", _active(card, rule)
     yield f"weights in {dtype}", _bytes(card.weight_bytes(dtype))
     yield f"KV cache in {dtype}", f"{_bytes(card.kv_bytes_per_token(dtype))} a token"
+    for rule in _rules(card):
+        if rule.k is not None or rule.kind == "dense":
+            forward = card.forward_flops_per_token(rule, context=(card.max_positions + 1) / 2)
+            yield f"forward, {rule}", f"{forward / 1e9:,.3f} GFLOPs a token"
     flops = card.training_flops_per_token(card.max_positions)
     yield f"training at length {card.max_positions}", f"{flops / 1e9:,.3f} GFLOPs a token"
 
@@ -42,10 +46,16 @@ def card_table(card: ModelCard, title: str = "", *, dtype: str = "bfloat16") -> 
     table.add_column("what")
     table.add_column("how much", justify="right")
     for what, how_much in card_rows(card, dtype=dtype):
-        if what in ("total", f"weights in {dtype}"):
+        if what in ("total", "active, dense", f"weights in {dtype}", "forward, dense"):
             table.add_section()
         table.add_row(what, how_much)
     return table
+
+
+def _rules(card: ModelCard) -> list[Rule]:
+    """The model's own rules and a ladder to compare them with."""
+    rules = (*default_rules(card.num_experts), card.training_rule, card.inference_rule)
+    return list(dict.fromkeys(rules))
 
 
 def _active(card: ModelCard, rule: Rule) -> str:

@@ -11,11 +11,14 @@ from moefit.evaluate.perplexity import Score
 
 
 def score_table(scores: Sequence[Score], title: str) -> Table:
-    """One row a rule; parameters without embeddings, as in the DS-MoE paper."""
+    """One row a rule: MLP experts and parameters active per token, and their share of all.
+
+    Parameters are without embeddings and head, as in the DS-MoE paper.
+    """
     table = Table(title=title, title_justify="left")
-    table.add_column("inference rule")
-    for name in ("MLP experts", "active parameters", "share", "perplexity", "bits/byte", "tok/s"):
-        table.add_column(name, justify="right")
+    table.add_column("inference rule", no_wrap=True)
+    for name in ("experts", "active", "share", "perplexity", "bits/byte", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for score in scores:
         table.add_row(
             score.rule,
