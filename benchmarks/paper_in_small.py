@@ -62,7 +62,7 @@ def main() -> None:
             for name, result in results.items()
         }
         notes = (
-            "All held-out tokens, bf16 autocast as in training. Active parameters without "
+            "All held-out tokens; bf16 autocast where there is AMX. Active parameters without "
             "embeddings and head, as in the paper; hours of training include evaluations."
         )
         path = record.write("paper-in-small", rows, notes=notes, suffix=options.name)
