@@ -73,3 +73,23 @@ def test_every_token_is_a_target_once(count: int, seq_len: int) -> None:
     targets = [int(token) for window in found for token in window[1:]]
     assert targets == list(range(1, count))
     assert all(2 <= len(window) <= seq_len + 1 for window in found)
+
+
+@given(st.integers(2, 80), st.integers(1, 20), st.integers(1, 100))
+def test_a_limit_is_met_as_closely_as_whole_windows_allow(count: int, seq_len: int, limit: int):
+    everything = [window.tolist() for window in windows(np.arange(count), seq_len)]
+    chosen = [window.tolist() for window in windows(np.arange(count), seq_len, limit)]
+    targets = sum(len(window) - 1 for window in chosen)
+    assert [window for window in everything if window in chosen] == chosen  # in order, once each
+    if limit >= count - 1:
+        assert chosen == everything
+    else:
+        assert targets <= limit or len(chosen) == 1
+        assert targets > limit - seq_len
+
+
+def test_the_chosen_windows_are_spread() -> None:
+    starts = [int(window[0]) for window in windows(np.arange(1001), 10, limit=40)]
+    assert starts == [120, 370, 620, 870]
+    # Just more than the limit used to become every second window.
+    assert len(list(windows(np.arange(1001), 10, limit=990))) == 99

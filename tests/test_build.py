@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moefit.errors import ConfigError
 from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
 from moefit.train.config import make_config
 
@@ -16,7 +17,7 @@ def test_the_seed_makes_the_weights_and_leaves_the_global_state_alone(config):
 
 
 def test_a_preset_with_a_field_of_its_own(tree):
-    tree["model"] = {"preset": "dsmoe-tiny", "num_experts": 8}
+    tree["model"], tree["loss"] = {"preset": "dsmoe-tiny", "num_experts": 8}, {"mlp_mi": 0.02}
     model = build_model(make_config(tree), vocab_size=300, eos_token_id=0)
     assert (model.config.num_experts, model.config.vocab_size) == (8, 300)
     assert model.config.mlp_mi_loss_coef == 0.02
@@ -59,3 +60,92 @@ def test_a_presets_alpha_counts_unless_another_is_given(tree):
 
 def test_without_any_model_setting_it_is_a_preset():
     assert make_config({}).model.preset == "dsmoe-tiny"
+
+
+OLMOE = {
+    "architecture": "olmoe",
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+}
+
+
+def built(**settings):
+    return build_model(make_config(settings), vocab_size=300, eos_token_id=0)
+
+
+def test_olmoe_trains_all_of_its_experts():
+    model = built(model=OLMOE, loss={"load_balancing": 0.01, "attention_mi": 0})
+    assert model.config.num_experts_per_tok == model.config.num_experts == 4
+    weights = loss_weights(make_config({"loss": {"load_balancing": 0.01}}), model)
+    assert (weights.k, weights.load_balancing) == (4, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 33}, "model.hidden_size=33 does not divide .* model.hidden_size=32"),
+        ({"hidden_size": 12}, "model.hidden_size=12 does not divide .* model.hidden_size=16"),
+        ({"num_experts": 1}, "model.num_experts=1, .* the fewest that works is 2"),
+        ({"num_experts": "x"}, "no OLMoE can be built of .*num_experts='x'.* 'num_experts' expec"),
+        ({"num_experts": -4}, "model.num_experts=-4"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0, but it must be a whole number"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+        ({"rms_norm_eps": "tiny"}, "model.rms_norm_eps='tiny': .* expected float, got str"),
+        ({"attention_dropout": 2.0}, "attention_dropout=2.0, but it must be"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "'spiral' is unknown; use one of default"),
+        ({"hidden_act": "sili"}, "model.hidden_act='sili' is unknown; use one of .*silu"),
+        ({"router_aux_loss_coef": 0.1}, "would do nothing here.* use loss.load_balancing"),
+        ({"output_router_logits": True}, "would do nothing here.* use loss.load_balancing"),
+        ({"num_experts_per_tok": 2}, "choose K at export"),
+        ({"mlp_type": "gelu"}, "model.mlp_type is no field of OlmoeConfig"),
+    ],
+)
+def test_an_olmoe_that_cannot_be(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        built(model=OLMOE | changes)
+
+
+def test_what_the_model_stumbles_over_is_the_users_error_too(monkeypatch):
+    def stumble(config):
+        raise RuntimeError("not\n  so")
+
+    monkeypatch.setattr("moefit.train.build.OlmoeForCausalLM", stumble)
+    with pytest.raises(ConfigError, match=r"model\.num_experts=4: not so; change what it"):
+        built(model=OLMOE)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "said"),
+    [
+        ({"preset": "dsmoe-tiny"}, {"attention_mi": 0.1}, "loss.attention_mi=0.1 would do nothing"),
+        ({"num_experts": 4}, {"attention_mi": 1}, "model.num_attention_experts=1 has no router"),
+        ({"preset": "dense-tiny"}, {"mlp_mi": 0.1}, "loss.mlp_mi=0.1 would do .* give 0, or give"),
+        ({"num_experts": 1}, {"load_balancing": 1}, "loss.load_balancing=1 would do nothing"),
+        ({"num_experts": 1}, {"z": 0.1}, "loss.z=0.1 .* give model.num_experts=2 or more"),
+        (
+            {"num_experts": 1, "routed_scaling_factor": 16},
+            {},
+            "model.routed_scaling_factor=16 would do nothing, .* leave it out, give 1, or",
+        ),
+    ],
+)
+def test_settings_without_a_router_to_act_on_are_refused(model, loss, said):
+    with pytest.raises(ConfigError, match=said):
+        built(model=model, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"preset": "dense-tiny", "routed_scaling_factor": 1},
+        {"preset": "dsmoe-tiny", "num_experts": 1},  # the preset's own factor and alpha stand idle
+        {"num_experts": 1, "hidden_size": 32},
+    ],
+)
+def test_zeros_and_a_presets_own_values_may_stand_idle(model):
+    zeros = {"mlp_mi": 0, "attention_mi": 0.0, "load_balancing": 0, "z": 0}
+    assert built(model=model, loss=zeros).config.num_experts == 1
+    assert built(model=model).config.num_experts == 1

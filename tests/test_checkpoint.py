@@ -1,8 +1,8 @@
 import json
 import os
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,38 +66,133 @@ def test_a_foreign_folder_is_refused(tmp_path):
         checkpoint.load_state(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "[]",
+        '{"files": []}',
+        '{"files": {"trainer.pt": 5}}',
+        '{"files": {"trainer.pt": {"crc32": 1}}}',
+        '{"files": {"trainer.pt": {"bytes": null, "crc32": 1}}}',
+    ],
+)
+def test_a_damaged_manifest(tmp_path, parts, manifest):
+    folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
+    (folder / checkpoint.MANIFEST).write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing, unreadable or damaged"):
+        checkpoint.verify(folder)
+
+
+def test_an_unreadable_file(tmp_path, parts, monkeypatch):
+    folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
+
+    def refuse(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_crc32", refuse)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read \(Input/output error"):
+        checkpoint.verify(folder)
+
+
+def test_a_checkpoint_stops_counting_before_its_files_go(tmp_path, parts, monkeypatch):
+    """Killed while it prunes, the process leaves no half a checkpoint under a good name."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, snapshot(parts, step), keep=2)
+
+    def killed(folder, ignore_errors):
+        if "removing" in folder.name:
+            (folder / "model.safetensors").unlink()
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            checkpoint.save(tmp_path, snapshot(parts, 3), keep=2)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["step-00000002", "step-00000003"]
+    for path in checkpoint.checkpoints(tmp_path):
+        checkpoint.verify(path)
+    checkpoint.save(tmp_path, snapshot(parts, 4), keep=2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_step_saved_once_more_replaces_the_first(tmp_path, parts):
+    checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
+    again = snapshot(parts, 1)
+    again.state["seconds"] = 9.0
+    folder = checkpoint.save(tmp_path, again, keep=2)
+    assert checkpoint.load_state(folder)["seconds"] == 9.0
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_copy_beside_it_is_no_checkpoint_of_the_run(tmp_path, parts):
+    folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=1)
+    folder.rename(tmp_path / "step-00000001.bak")
+    checkpoint.save(tmp_path, snapshot(parts, 2), keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002"]
+    assert (tmp_path / "step-00000001.bak").is_dir()
+
+
+# In the order in which they are written each is larger than those before it, so that a limit
+# just below its size is one that it alone hits.
+GROWING = ("model.safetensors", "tokenizer.json", "trainer.pt")
+
 FULL_DISK = """
-import resource, signal, sys
+import json, resource, signal, sys
 from pathlib import Path
+import torch
 from moefit.errors import CheckpointError
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import checkpoint, snapshot
-from moefit.dsmoe.config import DsMoeConfig
-from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.train.tokenizer import train_bpe
-config = DsMoeConfig(vocab_size=300, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
-parts = DsMoeForCausalLM(config), train_bpe(["some text"], 300)
+from test_checkpoint import GROWING, checkpoint, small_parts, snapshot
 out = Path(sys.argv[1])
-checkpoint.save(out, snapshot(parts, 1), keep=2)
+parts = small_parts()
+torch.manual_seed(0)
+state = {"optimizer": {"x": torch.ones(30_000)}}
+first, second = (
+    checkpoint.Snapshot(step=step, model=parts[0], tokenizer=parts[1], state=state)
+    for step in (1, 2)
+)
+folder = checkpoint.save(out, first, keep=2)
+sizes = [(folder / name).stat().st_size for name in GROWING]
+assert sizes == sorted(sizes), sizes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    checkpoint.save(out, snapshot(parts, 2), keep=2)
-except CheckpointError as error:
-    print(error)
+messages = []
+for size in sizes:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(out, second, keep=2)
+    except CheckpointError as error:
+        messages.append(str(error))
+    assert [path.name for path in out.iterdir()] == ["step-00000001"]
+print(json.dumps(messages))
 """
 
 
+def small_parts():
+    config = DsMoeConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=4,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        num_experts=2,
+    )
+    return DsMoeForCausalLM(config), train_bpe([Path(__file__).read_text()], 800)
+
+
 def test_no_room_loses_no_checkpoint(tmp_path):
-    """The kernel refuses to write beyond 100 kB, as it would on a full disk."""
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    """The kernel refuses to write beyond a size, as it would on a full disk, file after file."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__)],
         capture_output=True,
         text=True,
-        check=True,
     )
-    assert "cannot write the checkpoint" in done.stdout
-    assert f"the last good checkpoint is {tmp_path / 'step-00000001'}" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(done.stdout)
+    assert len(messages) == len(GROWING)
+    for message in messages:
+        assert "cannot write the checkpoint" in message
+        assert f"the last good checkpoint is {tmp_path / 'step-00000001'}" in message
+    assert "the tokenizer could not be saved" in messages[1]
     assert checkpoint.load_state(tmp_path / "step-00000001")["step"] == 1

@@ -1,14 +1,17 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig
 from typer.testing import CliRunner
 
 import moefit
+from moefit import cli
 from moefit.cli import app
 from moefit.errors import MoefitError
 from moefit.train.tokenizer import train_bpe
@@ -57,9 +60,10 @@ def test_train_then_eval_then_generate(tree, tmp_path, text):
 
 def test_eval_prints_a_table(saved, text):
     command = ["eval", saved, "--text", text, "--context", "16"]
-    table = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).stdout
-    for words in ("dense", "top_k:2", "threshold:0.48", "perplexity"):
+    table = CliRunner().invoke(app, command, env={"COLUMNS": "80"}).stdout
+    for words in ("dense", "top_k:2", "threshold_top_k:0.48", "experts", "perplexity", "tok/s"):
         assert words in table
+    assert "…" not in table.split("perplexity")[1]
 
 
 def test_generate_obeys_rule_and_seed(saved):
@@ -82,6 +86,55 @@ def test_export(saved, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
 
 
+def test_export_of_a_model_with_a_threshold(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["inference_rule"] = "threshold:0.48:renormalize"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="norm_topk_prob=True"):
+        run("export", str(folder), str(tmp_path / "olmoe"), "-k", "2")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config
+    assert (written.num_experts_per_tok, written.norm_topk_prob) == (2, True)
+
+
+def test_the_stock_route_from_training_to_export_is_scored(tree, tmp_path, text):
+    settings = {**tree, "out": str(tmp_path / "run"), "steps": 4, "loss": {"mlp_mi": 0.02}}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: tree["model"][name] for name in (*names, "num_experts")}
+    settings["model"] = {"architecture": "olmoe", **sizes}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    run("train", str(tmp_path / "run.yaml"))
+    run("export", str(tmp_path / "run"), str(tmp_path / "olmoe"), "-k", "2")
+    scored = [
+        json.loads(run("eval", str(tmp_path / name), "--text", text, "--json").stdout)
+        for name in ("run", "olmoe")
+    ]
+    assert [score["rule"] for score in scored[0]] == ["dense", "top_k:2", "top_k:1"]
+    for ours, theirs in zip(*scored, strict=True):
+        assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)
+    words = run("generate", str(tmp_path / "olmoe"), "expert", "--rule", "dense").stdout
+    assert words.startswith("expert")
+
+
+def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
+    folder = tmp_path / "[bold]x[" / "[red]"
+    shutil.copytree(saved, folder)
+    command = ["eval", str(folder), "--text", text, "--rule", "dense"]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "400"}).stdout
+    assert "[bold]x[/[red]on" in "".join(shown.split())
+    described = CliRunner().invoke(app, ["describe", str(folder)], env={"COLUMNS": "400"}).stdout
+    assert "[red]" in "".join(described.split())
+
+
+def test_a_demo_that_is_stopped_exits_as_the_shell_expects(monkeypatch):
+    figures = {"training": {"stopped_by": "SIGINT"}}
+    monkeypatch.setattr(cli.demonstration, "run", lambda *args, **options: figures)
+    assert run("demo").exit_code == 130
+    figures["training"]["stopped_by"] = None
+    assert run("demo").exit_code == 0
+
+
 def test_version():
     assert run("--version").stdout.strip() == moefit.__version__
 
@@ -91,6 +144,10 @@ def test_version():
     [
         (["eval", "no-such-model"], "there is no folder"),
         (["describe", "dsmoe-4b"], "did you mean"),
+        (["describe", "OLMOE"], "'olmoe' model; this command knows dsmoe"),
+        (["describe", "DAMAGED"], "config.json cannot be read"),
+        (["eval", "MODEL", "--device", "foo"], "device='foo' is not to be had here"),
+        (["generate", "MODEL", "some", "--device", "cuda:99"], "device='cuda:99' is not to be had"),
         (["train", "steps=-1"], "steps"),
         (["train", "data.sources=[/no/such/folder]"], "does not exist"),
         (["train", "no-such.yaml"], "cannot read the configuration"),
@@ -103,6 +160,9 @@ def test_version():
 )
 def test_mistakes_are_named(saved, tmp_path, arguments, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    OlmoeConfig().save_pretrained(tmp_path / "OLMOE")
+    (tmp_path / "DAMAGED").mkdir()
+    (tmp_path / "DAMAGED" / "config.json").write_text('{"model_type": "dsm')
     places = {"MODEL": saved, "OUT": str(tmp_path / "out")}
     with pytest.raises(MoefitError, match=words):
         run(*(places.get(argument, argument) for argument in arguments))
@@ -115,3 +175,10 @@ def test_a_mistake_is_one_message_and_exit_code_2():
     assert done.stdout == ""
     assert done.stderr.startswith("error: ConfigError: 'dsmoe-4b' is not a preset")
     assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_is_not_utf_8(saved):
+    command = [sys.executable, "-m", "moefit", "generate", saved, "größe ☃", "--max-new-tokens=1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert done.stdout.startswith(b"gr??e ?")

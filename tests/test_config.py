@@ -7,7 +7,12 @@ from moefit.errors import ConfigError
 
 POSITIVE = [
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "num_attention_experts", "num_experts",
+    "num_key_value_heads", "num_attention_experts", "num_experts", "max_position_embeddings",
+]  # fmt: skip
+
+
+LOSSES = [
+    "mlp_mi_loss_coef", "attention_mi_loss_coef", "load_balancing_loss_coef", "z_loss_coef",
 ]  # fmt: skip
 
 
@@ -125,5 +130,71 @@ def test_sizes_are_whole_numbers(value) -> None:
     assert f"num_experts={value!r}, but it must be a whole number" in message(num_experts=value)
 
 
-def test_loss_weights_are_not_negative() -> None:
-    assert "mlp_mi_loss_coef=-1.0" in message(mlp_mi_loss_coef=-1.0)
+@pytest.mark.parametrize(
+    ("name", "wrong", "bound"),
+    [
+        *(
+            (name, [-1.0, "1e-3", None, True, float("nan")], "a number from 0 on")
+            for name in LOSSES
+        ),
+        ("routed_scaling_factor", [0, -2.0, "2e1", float("inf")], "a number above 0"),
+        ("initializer_range", [0.0, "0.02", None], "a number above 0"),
+        ("rms_norm_eps", [0, "1e-6", [1e-6]], "a number above 0"),
+        ("attention_dropout", [1, -0.1, "0.1"], "a number from 0 on and below 1"),
+        ("qk_norm", [1, "true", None], "true or false"),
+        ("use_cache", ["no"], "true or false"),
+        ("output_router_logits", [0], "true or false"),
+        ("tie_word_embeddings", ["yes"], "true or false"),
+        ("training_rule", [3, None, ["dense"]], "text, such as 'dense' or 'top_k:4'"),
+        ("inference_rule", [0.48], "text, such as 'dense' or 'top_k:4'"),
+    ],
+)
+def test_every_field_has_its_bounds(name: str, wrong: list, bound: str) -> None:
+    for value in wrong:
+        assert message(**{name: value}) == f"{name}={value!r}, but it must be {bound}"
+
+
+def test_whole_numbers_will_do_where_any_number_does() -> None:
+    fields = {"routed_scaling_factor": 16, "attention_dropout": 0, "mlp_mi_loss_coef": 1}
+    config = DsMoeConfig(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", ["0", -1, 1.0, True, ["0"]])
+def test_token_ids(name: str, value) -> None:
+    assert message(**{name: value}).startswith(f"{name}={value!r}, but a token's id is")
+    assert DsMoeConfig(**{name: 7}).vocab_size > 7
+    assert DsMoeConfig(eos_token_id=[1, 2]).eos_token_id == [1, 2]
+
+
+def test_a_padding_token_beyond_the_vocabulary() -> None:
+    assert message(pad_token_id=50, vocab_size=50).endswith("the largest that works is 49")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("linear", "rope_parameters='linear', but it must be a mapping"),
+        (
+            {"rope_type": "spiral"},
+            "rope_type='spiral' is unknown; use one of default, linear, dynamic, yarn",
+        ),
+        ({"rope_type": "linear"}, "Missing required keys"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4', but it must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta=0, but it must be a number above 0"),
+        ({"rope_type": "linear", "factor": None}, "factor=None, but it must be a number above 0"),
+    ],
+)
+def test_rotary_parameters(given, said: str) -> None:
+    assert said in message(rope_parameters=given)
+
+
+def test_rotary_parameters_that_work_are_left_as_given(tmp_path) -> None:
+    given = {"rope_type": "linear", "factor": 2}
+    config = DsMoeConfig(rope_parameters=given)
+    assert given == {"rope_type": "linear", "factor": 2}
+    config.save_pretrained(tmp_path)
+    again = DsMoeConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == config.rope_parameters
+    assert again.rope_parameters["factor"] == 2

@@ -200,10 +200,11 @@ def test_a_dataset_of_the_hub(monkeypatch) -> None:
     class DatasetsError(Exception):
         pass
 
-    def load_dataset(name: str, *, split: str) -> FakeRows:
-        if name != "org/set":
+    def load_dataset(path: str, name: str | None = None, *, split: str) -> FakeRows:
+        if path != "org/set" or name not in (None, "v1-raw"):
             raise DatasetsError("no such dataset")
-        return FakeRows([{"text": f"{split} {n}", "id": n} for n in range(2)])
+        which = f"{name} {split}" if name else split
+        return FakeRows([{"text": f"{which} {n}", "id": n} for n in range(2)])
 
     fake = ModuleType("datasets")
     vars(fake).update(
@@ -215,12 +216,24 @@ def test_a_dataset_of_the_hub(monkeypatch) -> None:
         "hf:org/set:test:1",
         "hf:org/set:test:2",
     ]
+    assert read("hf:org/set@v1-raw") == {
+        "hf:org/set@v1-raw:train:1": "v1-raw train 0",
+        "hf:org/set@v1-raw:train:2": "v1-raw train 1",
+    }
+    both = read("hf:org/set@v1-raw:test", "hf:org/set:test", excluding=("hf:org/set:test",))
+    assert list(both.values()) == ["v1-raw test 0", "v1-raw test 1"]
+    with pytest.raises(DataError, match="'org/set' with configuration 'v2', split 'x' cannot be"):
+        read("hf:org/set@v2:x")
     with pytest.raises(DataError, match="'org/sat' with split 'train' cannot be had: no such"):
         read("hf:org/sat")
     with pytest.raises(DataError, match="it has text, id"):
         read("hf:org/set", text_key="body")
     with pytest.raises(DataError, match="names no dataset; write hf:DATASET"):
         read("hf:")
+    with pytest.raises(DataError, match=r"names no dataset; .* hf:DATASET@CONFIG"):
+        read("hf:@v1-raw")
+    with pytest.raises(DataError, match="names no configuration; write hf:DATASET"):
+        read("hf:org/set@:test")
 
 
 def test_jsonl_reads_what_json_writes(tmp_path: Path) -> None:

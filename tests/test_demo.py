@@ -1,11 +1,18 @@
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
 from moefit import demo
+from moefit.errors import CheckpointError
+from moefit.evaluate.loading import reference_path
 from moefit.evaluate.perplexity import Score
+from moefit.train.run import TrainResult
 
 
 def made_up(rule, share, perplexity):
@@ -21,7 +28,61 @@ def test_the_picture(tmp_path):
     assert imread(tmp_path / "demo.png").shape[0] > 400
 
 
+def test_only_what_a_demo_made_is_deleted(tmp_path):
+    folder = tmp_path / "run"
+    demo._make_anew(folder)
+    (folder / "step-1").mkdir()
+    demo._make_anew(folder)
+    assert [path.name for path in folder.iterdir()] == [demo.MARK]
+    (folder / demo.MARK).unlink()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds no \.moefit-demo.*another folder with --out"):
+        demo._make_anew(folder)
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_its_place_is_kept(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(CheckpointError, match="not made by a demo"):
+        demo._make_anew(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="cannot write into"):
+        demo._make_anew(tmp_path / "run" / "below")
+
+
+def test_a_signal_ends_it(tmp_path, monkeypatch):
+    def stopped(config, watcher):
+        return TrainResult(
+            step=3, checkpoint=Path(config.out), held_out_loss=None, stopped_by="SIGINT"
+        )
+
+    monkeypatch.setattr(demo, "train", stopped)
+    monkeypatch.setattr(demo, "_steps_in", lambda config, seconds, watcher: 30)
+    monkeypatch.setattr(demo, "_scores", None)
+    console = Console(file=io.StringIO(), width=120)
+    result = demo.run(tmp_path / "demo", seconds=5, console=console)
+    assert result["training"]["stopped_by"] == "SIGINT"
+    assert result["training"]["tokens"] == 3 * 8 * demo._config(tmp_path, 30).seq_len
+    assert result.keys() == {"training"}
+
+
+needs_reference = pytest.mark.skipif(
+    not (reference_path() / "model.safetensors").is_file(), reason="no reference model yet"
+)
+
+
 @pytest.mark.slow
+@needs_reference
+def test_json_is_all_of_stdout(tmp_path):
+    command = [sys.executable, "-m", "moefit", "demo", "--seconds", "5", "--json", "--out", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout).keys() == {
+        "training", "reference", "trained", "answer", "picture",
+    }  # fmt: skip
+    assert "perplexity" in done.stderr  # the tables are there
+
+
+@pytest.mark.slow
+@needs_reference
 def test_the_whole_story(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     result = demo.run(tmp_path / "demo", seconds=5, console=console)

@@ -16,11 +16,18 @@ def test_it_says_what_happens():
     with display(Console(file=out, width=160, force_terminal=True, color_system=None)) as watcher:
         watcher.preparing("reading", 100, None)
         watcher.preparing("tokenising", 100, 1000)
-        watcher.event("resuming from somewhere")
+        watcher.event("resuming from runs/[a]/[/b]")
         watcher.started(step=0, steps=10, facts=FACTS)
         watcher.stepped(10, {**VALUES, "held_out_loss": 3.5, "seconds": 1.0})
     text = out.getvalue()
-    for words in ("1.00 M parameters", "resuming", "loss 3.210", "4,567 tok/s", "MFU 34%", "3.500"):
+    for words in (
+        "1.00 M parameters",
+        "runs/[a]/[/b]",
+        "loss 3.210",
+        "4,567 tok/s",
+        "MFU 34%",
+        "3.500",
+    ):
         assert words in text
 
 

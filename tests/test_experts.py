@@ -6,7 +6,13 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.moe.experts import ExpertWeights, grouped_experts, scattered_scores, wide_experts
+from moefit.moe.experts import (
+    ExpertWeights,
+    expert_weights,
+    grouped_experts,
+    scattered_scores,
+    wide_experts,
+)
 from moefit.moe.reference import reference_experts
 from moefit.moe.routing import Routing, Rule, route
 
@@ -129,6 +135,16 @@ def test_without_scores_it_is_a_plain_mlp() -> None:
 def test_scattered_scores_put_each_weight_at_its_expert() -> None:
     routing = Routing(torch.tensor([[2, 0], [3, 1]]), torch.tensor([[0.5, 0.25], [0.0, 1.0]]))
     assert scattered_scores(routing, 3).tolist() == [[0.25, 0.0, 0.5], [0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("mlp_type", "rows"), [("gelu", 8), ("swiglu", 16)])
+def test_weights_of_a_module_are_its_own_parameters(mlp_type: str, rows: int) -> None:
+    module = tiny_model(mlp_type=mlp_type).model.layers[0].mlp.experts
+    weights = expert_weights(module)
+    assert weights.w_in_EID.shape == (5, rows, 16)
+    assert weights.w_out_EDF is module.down_proj
+    assert weights.gated == (mlp_type == "swiglu")
+    assert weights.activate(torch.ones(3, rows)).shape == (3, 8)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

@@ -270,6 +270,18 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         export_olmoe(exportable(), tmp_path / "file" / "out", experts_per_token=2)
 
 
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved(tmp_path: Path, monkeypatch) -> None:
+    def full(self: PreTrainedTokenizerFast, folder: Path) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written: the tokenizer .*No space left"):
+        export_olmoe(
+            exportable(), tmp_path / "out", experts_per_token=2, tokenizer=tiny_tokenizer()
+        )
+    assert_nothing_left(tmp_path / "out")
+
+
 def test_what_a_killed_export_left_is_not_trusted(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export.os, "getpid", lambda: 4)
     (tmp_path / ".out.4.partial").mkdir()

@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 from tiny_models import tiny_model, tokens
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, OlmoeForCausalLM
 
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moefit.evaluate.loading import load, locate, reference_path
+from moefit.evaluate.loading import check_family, config_of, load, locate, reference_path
 from moefit.train import checkpoint
 from moefit.train.tokenizer import train_bpe
 
@@ -81,13 +81,93 @@ def test_missing_weights(saved, tmp_path):
         load(str(folder))
 
 
-def test_a_config_that_contradicts_itself(saved, tmp_path):
-    folder = tmp_path / "model"
+def with_config(saved, folder, **changes):
     shutil.copytree(saved, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 3}))
-    with pytest.raises(ConfigError, match="head_dim=3"):
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 3}, r"missing \(model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"unexpected \(model\.layers\.1\."),
+        ({"qk_norm": True}, r"4 missing \(model\.layers\.0\.self_attn\.k_norm\.weight"),
+        ({"num_experts": 4}, r"of another shape \(model\.layers.* is \[5, .*\], not \[4, "),
+    ],
+)
+def test_a_config_of_another_model(saved, tmp_path, changes, words):
+    with pytest.raises(CheckpointError, match=f"not those of its config.json: .*{words}"):
+        load(with_config(saved, tmp_path / "model", **changes))
+
+
+def test_tied_embeddings_are_not_missing(saved, tmp_path):
+    tiny_model(vocab_size=300, tie_word_embeddings=True).save_pretrained(tmp_path)
+    train_bpe(["some text"], 300).save_pretrained(tmp_path)
+    load(str(tmp_path))
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_an_olmoe_of_any_width(tmp_path, width):
+    config = OlmoeConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=width, num_hidden_layers=1,
+        num_attention_heads=4, num_experts=4, num_experts_per_tok=4, pad_token_id=None,
+    )  # fmt: skip
+    OlmoeForCausalLM(config).save_pretrained(tmp_path)
+    train_bpe(["some text"], 300).save_pretrained(tmp_path)
+    model, _ = load(str(tmp_path))
+    assert isinstance(model, OlmoeForCausalLM)
+    with torch.no_grad():
+        assert model(tokens(1, 5)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model": 3}'])
+def test_a_tokenizer_that_is_none(saved, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "dsmoe", "qk_norm": "perhaps"}'])
+def test_a_config_that_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((CheckpointError, ConfigError)):
+        check_family(tmp_path)
+    with pytest.raises((CheckpointError, ConfigError)):
+        config_of(str(tmp_path))
+
+
+def test_the_family_is_known_without_the_weights(saved, tmp_path):
+    assert check_family(saved) == "dsmoe"
+    (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
+    with pytest.raises(UnsupportedModelError, match="a 'never_heard_of' model"):
+        check_family(tmp_path)
+
+
+def test_the_shape_of_a_preset_and_of_a_folder(saved):
+    assert config_of("dsmoe-3b").num_experts > 1
+    assert config_of(str(saved)).vocab_size == 300
+
+
+def test_the_shape_of_another_family_is_not_guessed(tmp_path):
+    OlmoeConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"'olmoe' model; this command knows dsmoe$"):
+        config_of(str(tmp_path))
+
+
+def test_a_device_that_is_not_here(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # said before reading
+    with pytest.raises(ConfigError, match="device='cuda' is not to be had here; use auto or cpu"):
+        load(str(saved), device="cuda")
+
+
+def test_a_config_that_contradicts_itself(saved, tmp_path):
+    with pytest.raises(ConfigError, match="head_dim=3"):
+        load(with_config(saved, tmp_path / "model", head_dim=3))
 
 
 def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path):

@@ -1,10 +1,12 @@
 import builtins
 import json
+import os
 
 import pytest
 
-from moefit.errors import ConfigError
-from moefit.train.log import RunLog, read_log
+from moefit.errors import CheckpointError, ConfigError
+from moefit.train import folder
+from moefit.train.log import RunLog, last_record, read_log
 
 
 def test_resuming_drops_what_came_after(tmp_path):
@@ -25,6 +27,52 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 0}\n')
     RunLog(tmp_path, resumed_step=0, tensorboard=False).close()
     assert read_log(tmp_path) == []
+
+
+def test_a_log_with_nothing_to_drop_is_not_rewritten(tmp_path):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log.write("train", 1, {"loss": 1.0})
+    log.close()
+    before = os.stat(tmp_path / "log.jsonl")
+    RunLog(tmp_path, resumed_step=1, tensorboard=False).close()
+    assert os.stat(tmp_path / "log.jsonl") == before
+
+
+def test_dropping_lines_fails_whole(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log.write("train", 1, {"loss": 1.0})
+    log.write("train", 2, {"loss": 0.5})
+    log.close()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: No space left.*make room"):
+        RunLog(tmp_path, resumed_step=1, tensorboard=False)
+    assert len(read_log(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+def test_a_full_disk_is_told_in_words(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = RunLog.__new__(RunLog)
+    log._path, log._writer = tmp_path / "log.jsonl", None
+    log._file = log._path.open("w", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"cannot write the log .*log\.jsonl: No space left"):
+        log.write("train", 1, {"loss": 1.0})
+    with pytest.raises(CheckpointError, match="No space left"):
+        log.close()
+
+
+def test_the_newest_of_a_kind(tmp_path):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    for step in (1, 2):
+        log.write("eval", step, {"loss": 1.0 / step})
+        log.write("train", step, {"loss": 7.0})
+    log.close()
+    assert last_record(read_log(tmp_path), "eval") == {"kind": "eval", "step": 2, "loss": 0.5}
+    assert last_record(read_log(tmp_path), "run") is None
 
 
 def test_tensorboard_on_request(tmp_path):

@@ -2,6 +2,8 @@ import pytest
 
 from moefit.errors import DataError
 from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.train.corpus import Document
+from moefit.train.token_file import write_tokens
 from moefit.train.tokenizer import train_bpe
 
 
@@ -31,3 +33,26 @@ def test_what_cannot_be_read(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes(b"gr\xf6\xdfe")
     with pytest.raises(DataError, match=r"not UTF-8 \(byte 2\).*iconv"):
         text_of_file(tmp_path / "latin.txt", tokenizer, 16, None)
+
+
+def test_it_reads_a_text_as_training_does(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("def <|endoftext|> f(x):\n<|endoftext|>", encoding="utf-8")
+    document = Document(name="text.txt", text=path.read_text("utf-8"))
+    trained = write_tokens(
+        tmp_path / "tokens", [document], tokenizer, on_written=lambda more: None
+    ).open()
+    ids = text_of_file(path, tokenizer, 16, None).ids_T.tolist()
+    assert ids == trained.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_without_an_end_of_text_token(tmp_path):
+    tokenizer = train_bpe(["some text"], 300)
+    tokenizer.eos_token = None
+    path = tmp_path / "text.txt"
+    path.write_text("some text")
+    text = text_of_file(path, tokenizer, 16, None)
+    assert tokenizer.decode(text.ids_T) == "some text"
+    path.write_text("")
+    assert len(text_of_file(path, tokenizer, 16, None).ids_T) == 0

@@ -6,6 +6,7 @@ from tiny_models import tiny_model, tokens
 
 from moefit.dsmoe.card import model_card
 from moefit.errors import ConfigError, DataError
+from moefit.evaluate import perplexity
 from moefit.evaluate.perplexity import Text, score
 from moefit.moe.routing import Rule
 
@@ -95,3 +96,27 @@ def test_progress_is_told():
     heard = []
     score(tiny_model(), text(33, 8, batch_size=2), rules("dense"), lambda *a: heard.append(a))
     assert heard == [("dense", 16, 32), ("dense", 32, 32)]
+
+
+def test_progress_ends_at_its_total_with_a_limit():
+    heard = []
+    limited = text(100, 8, batch_size=2, max_tokens=30)
+    score(tiny_model(), limited, rules("dense"), lambda *a: heard.append(a))
+    assert heard == [("dense", 16, 24), ("dense", 24, 24)]
+    assert limited.targets == 24
+
+
+def test_no_rule_pays_for_the_first_call(monkeypatch):
+    model, batches, clock = tiny_model(), [], iter(range(100))
+    monkeypatch.setattr(perplexity.time, "perf_counter", lambda: next(clock))
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        batches.append(next(clock))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    first, second = score(model, text(33, 8), rules("dense", "top_k:2"))
+    # For each rule a call, the clock, a call, the clock.
+    assert batches == [0, 2, 4, 6]
+    assert first.tokens_per_second == second.tokens_per_second == 16

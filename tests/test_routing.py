@@ -147,6 +147,15 @@ def test_more_experts_than_there_are_is_an_error(choose) -> None:
         choose(random_scores(2, 5), Rule.parse("top_k:6"))
 
 
+@pytest.mark.parametrize("text", ["threshold_top_k:0.9", "threshold_top_k:1.5:renormalize"])
+@pytest.mark.parametrize("real", [0, 1, 7, 17])
+def test_route_and_active_experts_agree_about_padding(text: str, real: int) -> None:
+    scores_TE, rule, real_T = random_scores(17, 5), Rule.parse(text), torch.arange(17) < real
+    mask_TE = active_experts(scores_TE, rule, real_T)
+    routing = route(scores_TE, rule, real_T)
+    assert sets(routing, 5) == [set(row.nonzero()[:, 0].tolist()) for row in mask_TE]
+
+
 @given(st.integers(0, 30), st.integers(1, 6), st.sampled_from(RULES), st.integers(0, 5))
 def test_every_rule_gives_a_sound_routing(t: int, e: int, text: str, seed: int) -> None:
     rule = Rule.parse(text)

@@ -69,7 +69,21 @@ def test_a_loss_that_is_not_finite_changes_no_weight(model):
 @pytest.mark.slow
 def test_compiled_losses_are_the_same(model):
     ids, weights = torch.randint(50, (3, 9)), RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
-    plain = make_losses(model, weights, compile=False)(ids)
-    compiled = make_losses(model, weights, compile=True)(ids)
+    scale = torch.tensor(1.0)
+    plain = make_losses(model, weights, compile=False)(ids, scale)
+    compiled = make_losses(model, weights, compile=True)(ids, scale)
     for a, b in zip(plain[:2], compiled[:2], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_mi_scale_multiplies_mi_alone(model):
+    ids, steps = torch.randint(50, (3, 9)), stepper(model)
+    whole, half, none = (
+        make_losses(model, RouterLossWeights(mlp_mi=0.3, attention_mi=0.2, z=0.1), compile=False)(
+            ids, torch.tensor(scale)
+        )[1].item()
+        for scale in (1.0, 0.5, 0.0)
+    )
+    assert half == pytest.approx((whole + none) / 2, abs=1e-6)
+    assert none > 0 > whole - none
+    assert steps.step([ids], 1, mi_scale=0.0).router_loss == 0

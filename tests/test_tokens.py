@@ -102,7 +102,7 @@ def test_a_half_built_folder_is_never_trusted(data: DataConfig, monkeypatch) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moefit.train.tokens._save_tokenizer", interrupt)
+        patch.setattr("moefit.train.tokens.save_tokenizer", interrupt)
         patch.setattr("moefit.train.tokens.shutil.rmtree", lambda *a, **k: None)  # as if killed
         with pytest.raises(KeyboardInterrupt):
             prepare(data, seq_len=16)

@@ -31,6 +31,11 @@ def test_defaults_and_overrides(tmp_path):
         ("precision=fp8", ["precision", "fp8"]),
         ("optimizer.warmup_steps=1000", ["warmup_steps=1000", "the most that works is 999"]),
         ("steps=[", ["not a YAML value"]),
+        ("out=2024-13-45", ["2024-13-45", "not a YAML value"]),
+        ("seed=-1", ["seed", "greater than or equal to 0", "-1"]),
+        ("seed=99999999999999999999", ["seed", "less than"]),
+        ("optimizer.betas=[1.5,0.9]", ["optimizer.betas.0", "less than 1", "1.5"]),
+        ("optimizer.betas=[0.9,-1]", ["optimizer.betas.1", "-1"]),
     ],
 )
 def test_what_is_wrong_is_named(override, words):
@@ -47,7 +52,34 @@ def test_an_override_below_a_value(tmp_path):
         read_config(path, ["steps.more=1"])
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_scientific_notation_is_a_number_wherever_it_stands(tmp_path) -> None:
+    """YAML 1.1 takes 1e-6 for text, which would reach the model's configuration as such."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model:\n"
+        "  rms_norm_eps: 1e-6\n"
+        "  routed_scaling_factor: 2e1\n"
+        "  initializer_range: -.5E+3\n"
+        "  rope_parameters: {rope_theta: 1.e4, factors: [1e0, 2]}\n"
+    )
+    assert read_config(path, ["model.z=3e-4"]).model.settings == {
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 20.0,
+        "initializer_range": -500.0,
+        "rope_parameters": {"rope_theta": 1e4, "factors": [1.0, 2]},
+        "z": 3e-4,
+    }
+
+
+@pytest.mark.parametrize("text", ["'123'", "'1e5'", "nan", "inf", "e5", "1e", "1e5x", "v1e5"])
+def test_what_is_text_stays_text(tmp_path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{text_key: {text}}}\n")
+    assert read_config(path, []).data.text_key == text.strip("'")
+    assert read_config(None, [f"data.text_key={text}"]).data.text_key == text.strip("'")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00", "out: 2024-13-45"])
 def test_broken_yaml(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
@@ -58,3 +90,8 @@ def test_broken_yaml(tmp_path, text):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*nothing\.yaml"):
         read_config(tmp_path / "nothing.yaml", [])
+
+
+def test_a_ramp_that_ends_before_it_starts():
+    with pytest.raises(ConfigError, match="ends before it starts"):
+        read_config(None, ["loss.mi_ramp=[0.9, 0.5]"])

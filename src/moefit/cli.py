@@ -1,7 +1,10 @@
 """The command line: parse, call, print."""
 
+import io
 import json
+import signal
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -9,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -16,16 +20,16 @@ import moefit
 from moefit import demo as demonstration
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
-from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.presets import preset, preset_names
-from moefit.errors import DataError, MoefitError, UnsupportedModelError
-from moefit.evaluate.loading import REFERENCE, load, locate
+from moefit.dsmoe.presets import preset_names
+from moefit.errors import DataError, MoefitError
+from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import score
 from moefit.evaluate.report import score_table
-from moefit.moe.routing import Rule, default_rules
+from moefit.evaluate.subject import subject_of
+from moefit.moe.routing import Rule
 from moefit.train.config import read_config
 from moefit.train.display import display
 from moefit.train.loop import train as run_training
@@ -35,7 +39,7 @@ console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help=f"model folder, training run, or '{REFERENCE}'")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
 class Dtype(StrEnum):
@@ -75,13 +79,13 @@ def train(
             }
         )
     if result.stopped_by is not None:
-        console.print(
+        _say(
             f"{result.stopped_by}: saved {result.checkpoint} and stopped at step {result.step} "
             f"of {config.steps}; the same command goes on from there"
         )
-        raise typer.Exit(130 if result.stopped_by == "SIGINT" else 143)
-    console.print(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
-    console.print(f"next: moefit eval {config.out}", soft_wrap=True)
+        raise _stopped(result.stopped_by)
+    _say(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
+    _say(f"next: moefit eval {config.out}")
 
 
 @app.command(name="eval", help="Perplexity and cost of a model under each inference rule.")
@@ -96,7 +100,9 @@ def evaluate(
         typer.Option(help="dense, top_k:K, threshold:EPS, threshold_top_k:EPS; may be repeated"),
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens the model sees at once")] = 256,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="read no more than this")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="predict about this many, spread over the text")
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -104,23 +110,20 @@ def evaluate(
     """Scores every rule on the same windows of the same text."""
     rules = [Rule.parse(one) for one in rule or []]
     loaded, tokenizer = load(model, device=device, dtype=dtype.torch if dtype else None)
-    subject = _dsmoe(loaded, model)
-    rules = rules or default_rules(subject.config.num_experts)
+    rules = rules or subject_of(loaded).default_rules()
     source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
     passage = source(tokenizer, context, max_tokens)
     with console.status("scoring") as status:
-        scores = score(
-            subject,
-            passage,
-            rules,
-            lambda name, done, total: status.update(f"{name}: {done:,} of {total:,} tokens"),
-        )
+
+        def tell(name: str, done: int, total: int) -> None:
+            status.update(f"{name}: {done:,} of {total:,} tokens")
+
+        scores = score(loaded, passage, rules, tell)
     if as_json:
         _print_json([one.as_dict() for one in scores])
     else:
-        Console().print(
-            score_table(scores, f"{model} on {text or 'the held-out standard library'}")
-        )
+        title = f"{model} on {text or 'the held-out standard library'}"
+        Console().print(score_table(scores, title))
 
 
 @app.command(help="Continue a prompt, streaming.")
@@ -137,23 +140,23 @@ def generate(
     device: Device = "cpu",
 ) -> None:
     """Writes the continuation to standard output as it comes."""
+    chosen = None if rule is None else Rule.parse(rule)
     loaded, tokenizer = load(model, device=device)
-    if rule is not None:
-        _dsmoe(loaded, model).set_inference_rule(rule)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty; give at least one character")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     torch.manual_seed(seed)
-    loaded.generate(  # pyright: ignore[reportCallIssue]
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
-        **sampling,
-    )
+    with nullcontext() if chosen is None else subject_of(loaded).use(chosen):
+        loaded.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
+            **sampling,
+        )
 
 
 @app.command(help="Parameters, bytes and FLOPs of a preset or a model, from its shape alone.")
@@ -164,11 +167,11 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """Allocates no weights."""
-    card = model_card(_config_of(model))
+    card = model_card(config_of(model))
     if as_json:
         _print_json(card.as_dict())
     else:
-        Console().print(card_table(card, model))
+        Console().print(card_table(card, escape(model)))
 
 
 @app.command(help="Write a checkpoint that plain transformers, vLLM and llama.cpp load (OLMoE).")
@@ -180,6 +183,9 @@ def export(
 ) -> None:
     """Verified: the written checkpoint's logits equal ours at top_k:K."""
     loaded, tokenizer = load(model)
+    if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
+        renormalize = Rule.parse(loaded.config.inference_rule).renormalize
+        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
     export_olmoe(
         loaded,
         out,
@@ -187,7 +193,7 @@ def export(
         tokenizer=tokenizer,
         dtype=dtype.torch if dtype else None,
     )
-    console.print(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
+    _say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
 
 
 @app.command(help="Train a small DS-MoE for a minute, then measure the shipped one.")
@@ -202,6 +208,8 @@ def demo(
     result = demonstration.run(out, seconds=seconds, console=console)
     if as_json:
         _print_json(result)
+    if result["training"]["stopped_by"] is not None:
+        raise _stopped(result["training"]["stopped_by"])
 
 
 @app.callback(invoke_without_command=True)
@@ -211,23 +219,14 @@ def _version(version: Annotated[bool, typer.Option("--version", is_eager=True)] 
         raise typer.Exit
 
 
-def _config_of(model: str) -> DsMoeConfig:
-    if model in preset_names():
-        return preset(model)
-    if model != REFERENCE and not Path(model).exists():
-        preset(model)  # raises, naming the nearest preset
-    config = DsMoeConfig.from_pretrained(locate(model))
-    assert isinstance(config, DsMoeConfig)
-    return config
+def _stopped(by: str) -> typer.Exit:
+    """The exit code that a shell gives a program ended by that signal."""
+    return typer.Exit(128 + signal.Signals[by])
 
 
-def _dsmoe(model: Any, name: str) -> DsMoeForCausalLM:
-    if not isinstance(model, DsMoeForCausalLM):
-        raise UnsupportedModelError(
-            f"{name} is a {model.config.model_type!r} model, which has no inference rules; "
-            "its K is fixed at export"
-        )
-    return model
+def _say(text: str) -> None:
+    """One line for people; a path in it may have brackets and be long."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -236,12 +235,15 @@ def _print_json(value: Any) -> None:
 
 def main() -> NoReturn:
     """Entry point: a user's mistake is one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't UTF-8 gets "?"
+            stream.reconfigure(errors="replace")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         app()
     except MoefitError as error:
         console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
+        _say(str(error))
         sys.exit(2)
     sys.exit(0)

@@ -1,6 +1,7 @@
 """`moefit demo`: a DS-MoE trained before your eyes, then the shipped one measured.
 
-Owns the story that a newcomer sees. Every number is measured where it runs; nothing is stored.
+Owns the story that a newcomer sees, and the folder of its run, which each demo makes anew. Every
+number is measured where it runs; nothing is stored.
 """
 
 import shutil
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import CheckpointError
 from moefit.evaluate.loading import REFERENCE, load, locate
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Score, score
@@ -28,34 +30,45 @@ from moefit.train.schedule import make_optimizer
 from moefit.train.step import Stepper, make_losses
 from moefit.train.tokenizer import vocabulary_size
 from moefit.train.tokens import prepare
+from moefit.train.watcher import Watcher
 
 EVAL_TOKENS = 16_384
 PROMPT = "def read_config(path):\n"
 ANSWER_RULE = "top_k:3"
+MARK = ".moefit-demo"  # lies in the folders that a later demo may delete
 
 
 def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
-    """Train for about `seconds`, score both models, draw the picture; gives all figures."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Train for about `seconds`, score both models, draw the picture; gives all figures.
+
+    All that it prints goes to `console`. If a signal stops the training, that is the end, and the
+    figures are those of `training` alone.
+
+    Raises CheckpointError if `out`/run holds something that no demo made.
+    """
     console.rule("1. training a small DS-MoE on the standard library's source")
     trained = _train(out / "run", seconds, console)
+    if trained["stopped_by"] is not None:
+        _say(console, f"{trained['stopped_by']}: stopped at step {trained['steps']}")
+        return {"training": trained}
     console.rule("2. the model that ships with moefit, by inference rule")
     reference = _scores(REFERENCE)
-    Console().print(score_table(reference, "reference model on the held-out standard library"))
+    console.print(score_table(reference, "reference model on the held-out standard library"))
     answer = _answer()
-    console.print(f"it answers with {answer['active_share']:.0%} of its parameters:")
-    console.print(answer["text"], markup=False, highlight=False)
-    small = _scores(str(out / "run"))
-    Console().print(
-        score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)")
+    _say(
+        console,
+        f"it answers with {answer['active_share']:.0%} of its parameters (without embeddings):",
     )
+    _say(console, answer["text"])
+    small = _scores(str(out / "run"))
+    console.print(score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)"))
     picture = out / "demo.png"
     draw(reference, small, picture)
-    console.print(f"picture: {picture}, training curve: {out / 'run' / 'curve.png'}")
+    _say(console, f"picture: {picture}, training curve: {out / 'run' / 'curve.png'}")
     console.print("next:", style="bold")
-    console.print(f'  moefit generate {REFERENCE} "def main():" --rule top_k:3', markup=False)
-    console.print("  moefit train my.yaml data.sources=[FOLDER] out=runs/mine", markup=False)
-    console.print("  moefit describe dsmoe-3b", markup=False)
+    _say(console, f'  moefit generate {REFERENCE} "def main():" --rule {ANSWER_RULE}')
+    _say(console, "  moefit train my.yaml data.sources=[FOLDER] out=runs/mine")
+    _say(console, "  moefit describe dsmoe-3b")
     return {
         "training": trained,
         "reference": [one.as_dict() for one in reference],
@@ -65,17 +78,40 @@ def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
     }
 
 
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _train(out: Path, seconds: int, console: Console) -> dict[str, Any]:
-    shutil.rmtree(out, ignore_errors=True)
+    _make_anew(out)
     with display(console) as watcher:
-        steps = _steps_in(_config(out, steps=1000), seconds)
-        result = train(_config(out, steps=steps), watcher)
+        config = _config(out, steps=_steps_in(_config(out, steps=1000), seconds, watcher))
+        result = train(config, watcher)
     return {
         "steps": result.step,
-        "tokens": result.step * 2048,
+        "tokens": result.step * config.batch_size * config.accumulation * config.seq_len,
         "held_out_loss": result.held_out_loss,
         "checkpoint": str(result.checkpoint),
+        "stopped_by": result.stopped_by,
     }
+
+
+def _make_anew(folder: Path) -> None:
+    """An empty, marked folder; what an earlier demo left there is deleted, nothing else is."""
+    try:
+        if (folder / MARK).is_file():
+            shutil.rmtree(folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder} exists and was not made by a demo (it holds no {MARK}), so it is not "
+                "deleted; give another folder with --out, or remove it first"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write into {folder}: {error.strerror}; give another folder with --out"
+        ) from error
 
 
 def _config(out: Path, steps: int) -> TrainConfig:
@@ -95,9 +131,9 @@ def _config(out: Path, steps: int) -> TrainConfig:
     )
 
 
-def _steps_in(config: TrainConfig, seconds: int) -> int:
+def _steps_in(config: TrainConfig, seconds: int, watcher: Watcher) -> int:
     """How many steps of `config` this machine does in `seconds`, from a few that it tries."""
-    data = prepare(config.data, seq_len=config.seq_len)
+    data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
     device = torch.device("cpu")
     eos = data.tokenizer.eos_token_id
     assert isinstance(eos, int)
@@ -134,7 +170,7 @@ def _answer() -> dict[str, Any]:
     assert isinstance(loaded, DsMoeForCausalLM)
     loaded.set_inference_rule(ANSWER_RULE)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    ids = loaded.generate(  # pyright: ignore[reportCallIssue]
+    ids = loaded.generate(  # pyright: ignore[reportAttributeAccessIssue]
         **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
     card = model_card(loaded.config)

@@ -16,18 +16,13 @@ from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.router import DsMoeRouter
-from moefit.moe.experts import ExpertWeights, grouped_experts, scattered_scores, wide_experts
+from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
 from moefit.moe.routing import Routing, Rule, route
 
 
 def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
     """All experts as one wide MLP if every token uses all of them, else grouped by expert."""
-    weights = ExpertWeights(
-        w_in_EID=experts.gate_up_proj if experts.has_gate else experts.up_proj,
-        w_out_EDF=experts.down_proj,
-        activation=experts.act_fn,
-        gated=experts.has_gate,
-    )
+    weights = expert_weights(experts)
     num_experts = weights.w_in_EID.shape[0]
     if num_experts == 1:
         return wide_experts(x_TD, None, weights)

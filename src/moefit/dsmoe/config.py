@@ -1,12 +1,17 @@
 """What a DS-MoE model is made of, in transformers' configuration style.
 
-Owns the fields, their defaults and the check that they don't contradict each other. One class
-serves three kinds of model: a DS-MoE (all experts trained), a sparse MoE baseline
+Owns the fields, their defaults, what each may hold, and the check that they don't contradict each
+other: what passes here can be built, so no wrong setting surfaces as a traceback of torch. One
+class serves three kinds of model: a DS-MoE (all experts trained), a sparse MoE baseline
 (`training_rule="top_k:2"`), and a plain dense model (`num_experts=1`).
 """
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
+
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
@@ -24,14 +29,25 @@ SIZES = (
     "num_attention_heads",
     "num_attention_experts",
     "num_experts",
+    "max_position_embeddings",
     *DEFAULT_OF_NULL,
 )
-LOSS_COEFFICIENTS = (
-    "mlp_mi_loss_coef",
-    "attention_mi_loss_coef",
-    "load_balancing_loss_coef",
-    "z_loss_coef",
-)
+FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_Bound = tuple[Callable[[float], bool], str]
+_AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number from 0 on")
+_ABOVE_0: _Bound = (lambda value: value > 0, "a number above 0")
+NUMBERS: Mapping[str, _Bound] = {
+    "routed_scaling_factor": _ABOVE_0,
+    "mlp_mi_loss_coef": _AT_LEAST_0,
+    "attention_mi_loss_coef": _AT_LEAST_0,
+    "load_balancing_loss_coef": _AT_LEAST_0,
+    "z_loss_coef": _AT_LEAST_0,
+    "initializer_range": _ABOVE_0,
+    "rms_norm_eps": _ABOVE_0,
+    "attention_dropout": (lambda value: 0 <= value < 1, "a number from 0 on and below 1"),
+}
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 class DsMoeConfig(PreTrainedConfig):
@@ -49,7 +65,7 @@ class DsMoeConfig(PreTrainedConfig):
     - `*_loss_coef`: weights of the router losses, each summed over layers. alpha in the paper is
       `mlp_mi_loss_coef` and `attention_mi_loss_coef`.
 
-    Raises ConfigError if sizes contradict each other.
+    Raises ConfigError if a field holds what it cannot, or if sizes contradict each other.
     """
 
     model_type = "dsmoe"
@@ -87,14 +103,15 @@ class DsMoeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._check_sizes()
+        self._check_values()
+        self._check_tokens()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = max(
                 1, self.num_attention_heads // self.num_attention_experts
             )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-            nearest = _nearest_multiple(self.hidden_size, 2 * self.num_attention_heads)
+            nearest = nearest_multiple(self.hidden_size, 2 * self.num_attention_heads)
             _require(
                 self.head_dim * self.num_attention_heads == self.hidden_size,
                 f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
@@ -104,25 +121,79 @@ class DsMoeConfig(PreTrainedConfig):
         self._check_heads()
         for rule in (self.training_rule, self.inference_rule):
             Rule.parse(rule).check(self.num_experts)
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # transformers writes into it
         super().__post_init__(**kwargs)
+        self._check_rope()
 
-    def _check_sizes(self) -> None:
+    def _check_values(self) -> None:
         for name in SIZES:
             value = getattr(self, name)
             optional = name in DEFAULT_OF_NULL and value is None
-            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
             fallback = DEFAULT_OF_NULL.get(name, "")
             _require(
-                optional or whole,
+                optional or (_is_whole(value) and value > 0),
                 f"{name}={value!r}, but it must be a whole number from 1 on{fallback}",
             )
+        for name, (fits, words) in NUMBERS.items():
+            value = getattr(self, name)
+            _require(_is_real(value) and fits(value), f"{name}={value!r}, but it must be {words}")
+        for name in FLAGS:
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name}={value!r}, but it must be true or false")
         _require(
             self.mlp_type in ("gelu", "swiglu"),
             f"mlp_type={self.mlp_type!r} is unknown; use 'gelu' or 'swiglu'",
         )
-        for name in LOSS_COEFFICIENTS:
+        for name in ("training_rule", "inference_rule"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name}={value}, but a loss weight must be zero or more")
+            _require(
+                isinstance(value, str),
+                f"{name}={value!r}, but it must be text, such as 'dense' or 'top_k:4'",
+            )
+        _require(
+            self.rope_parameters is None or isinstance(self.rope_parameters, dict),
+            f"rope_parameters={self.rope_parameters!r}, but it must be a mapping, such as "
+            "{rope_theta: 10000.0}, or null",
+        )
+
+    def _check_tokens(self) -> None:
+        for name in TOKENS:
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, list)
+            ids = value if several else [] if value is None else [value]
+            _require(
+                all(_is_whole(token) and token >= 0 for token in ids),
+                f"{name}={value!r}, but a token's id is a whole number from 0 on, or null",
+            )
+        _require(
+            self.pad_token_id is None or self.pad_token_id < self.vocab_size,
+            f"pad_token_id={self.pad_token_id} is beyond vocab_size={self.vocab_size}; the "
+            f"largest that works is {self.vocab_size - 1}",
+        )
+
+    def _check_rope(self) -> None:
+        """Of what transformers has made of all its spellings of rotary parameters."""
+        rope: Mapping[str, Any] = self.rope_parameters or {}
+        kind = rope.get("rope_type")
+        _require(
+            kind in ROPE_TYPES,
+            f"rope_parameters.rope_type={kind!r} is unknown; use one of {', '.join(ROPE_TYPES)}",
+        )
+        for name in ("rope_theta", "factor"):
+            value = rope.get(name, 1)
+            _require(
+                _is_real(value) and value > 0,
+                f"rope_parameters.{name}={value!r}, but it must be a number above 0",
+            )
+        try:
+            self.validate_rope()
+        except (KeyError, TypeError, ValueError) as error:
+            said = error.args[0] if error.args else error
+            raise ConfigError(
+                f"rope_parameters={dict(rope)} cannot be used: {said}; add what it names, or use "
+                "rope_type: default, which needs no more"
+            ) from error
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -144,12 +215,21 @@ class DsMoeConfig(PreTrainedConfig):
         _require(
             heads % kv_heads == 0,
             f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}; the "
-            f"nearest that works is num_attention_heads={_nearest_multiple(heads, kv_heads)}",
+            f"nearest that works is num_attention_heads={nearest_multiple(heads, kv_heads)}",
         )
 
 
-def _nearest_multiple(value: int, step: int) -> int:
+def nearest_multiple(value: int, step: int) -> int:
+    """The multiple of `step` that is nearest to `value`, and at least `step`."""
     return max(1, (value + step // 2) // step) * step
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _require(condition: bool, message: str) -> None:

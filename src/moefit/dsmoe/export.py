@@ -67,7 +67,7 @@ def export_olmoe(
     with _whole_or_not_at_all(out_dir) as partial:
         olmoe.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
         _check_written(partial, olmoe, model)
     return out_dir
 
@@ -136,6 +136,13 @@ def _whole_or_not_at_all(out_dir: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out_dir} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # all that the tokenizers library raises is bare Exception
+        raise OSError(f"the tokenizer could not be saved ({error})") from error
 
 
 def _check_written(

@@ -42,17 +42,18 @@ def router_loss(
     attention_logits: Sequence[Tensor],
     weights: RouterLossWeights,
     real_T: Tensor | None = None,
+    mi_scale: Tensor | float = 1.0,
 ) -> Tensor:
     """The weighted router losses of all layers, a scalar; zero without routers.
 
     mlp_logits, attention_logits: one [.., E] per layer, tokens in the order of real_T, which is
-    False where a token is padding.
+    False where a token is padding. mi_scale multiplies both MI weights (a schedule's business).
     """
     total = torch.zeros((), device=mlp_logits[0].device if mlp_logits else None)
     for logits in mlp_logits:
         logits_TE = logits.flatten(0, -2)
         if weights.mlp_mi:
-            total = total + weights.mlp_mi * mutual_information_loss(logits_TE, real_T)
+            total = total + weights.mlp_mi * mi_scale * mutual_information_loss(logits_TE, real_T)
         if weights.load_balancing:
             balance = load_balancing_loss(logits_TE, weights.k, real_T)
             total = total + weights.load_balancing * balance
@@ -61,5 +62,5 @@ def router_loss(
     if weights.attention_mi:
         for logits in attention_logits:
             loss = mutual_information_loss(logits.flatten(0, -2), real_T)
-            total = total + weights.attention_mi * loss
+            total = total + weights.attention_mi * mi_scale * loss
     return total

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from moefit.errors import UnsupportedModelError
-from moefit.moe.experts import ExpertWeights, scattered_scores, wide_experts
+from moefit.moe.experts import expert_weights, scattered_scores, wide_experts
 from moefit.moe.routing import Routing
 
 DENSE_EXPERTS = "moefit_dense"
@@ -44,12 +44,7 @@ def dense_experts_forward(
             f"{type(experts).__name__} cannot be computed as one wide MLP: {'; '.join(reasons)}. "
             'The nearest that works is model.set_experts_implementation("eager")'
         )
-    weights = ExpertWeights(
-        w_in_EID=experts.gate_up_proj if experts.has_gate else experts.up_proj,
-        w_out_EDF=experts.down_proj,
-        activation=experts.act_fn,
-        gated=experts.has_gate,
-    )
+    weights = expert_weights(experts)
     routing = Routing(top_k_index, top_k_weights)
     scores_TE = scattered_scores(routing, weights.w_in_EID.shape[0])
     return wide_experts(hidden_states, scores_TE, weights)

@@ -5,20 +5,26 @@ folder, or a training run's folder (its last checkpoint). Knows nothing of what 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
+    OlmoeForCausalLM,
     PreTrainedTokenizerBase,
 )
 
 import moefit
-from moefit.dsmoe.model import register
+from moefit.device import parse_device
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.model import DsMoeForCausalLM, register
+from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.train import checkpoint
 
@@ -57,37 +63,117 @@ def locate(model: str) -> Path:
 
 def load(
     model: str, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[DsMoeForCausalLM | OlmoeForCausalLM, PreTrainedTokenizerBase]:
     """The model in eval mode and its tokenizer; dtype None is the checkpoint's own.
 
-    Raises CheckpointError if it is missing or damaged, UnsupportedModelError if it is of a family
-    that this half of moefit doesn't know.
+    Raises CheckpointError if it is missing or damaged, or its weights are others than those that
+    its configuration describes; UnsupportedModelError if it is of a family that this half of
+    moefit doesn't know; ConfigError if there is no such device.
     """
+    place = parse_device(device)
     path = locate(model)
     if (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify(path)
+    check_family(path)
+    loaded, tokenizer = _weights(path, dtype), _tokenizer(path)
+    if isinstance(loaded, OlmoeForCausalLM) and not _grouped_mm_fits(loaded):
+        loaded.set_experts_implementation("eager")
+    loaded.to(place)  # pyright: ignore[reportArgumentType]
+    return loaded.eval(), tokenizer
+
+
+def config_of(model: str) -> DsMoeConfig:
+    """The configuration of a preset or of what `model` means; no weights are read.
+
+    Raises ConfigError, naming the nearest preset, if it is neither; otherwise as `check_family`.
+    """
+    if model in preset_names():
+        return preset(model)
+    if model != REFERENCE and not Path(model).expanduser().exists():
+        preset(model)  # raises
+    path = locate(model)
+    check_family(path, known=("dsmoe",))
+    config = DsMoeConfig.from_pretrained(path)
+    assert isinstance(config, DsMoeConfig)
+    return config
+
+
+def check_family(path: Path, known: Sequence[str] = ARCHITECTURES) -> str:
+    """The family of the model in `path`, which is one of `known`; its configuration is sound.
+
+    Raises CheckpointError if config.json cannot be read, ConfigError if it contradicts itself,
+    UnsupportedModelError for another family.
+    """
     register()
-    _check_family(path)
+    file = path / "config.json"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        family = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if family not in known:
+        raise UnsupportedModelError(
+            f"{path} is a {family!r} model; this command knows {' and '.join(known)}"
+        )
+    try:
+        AutoConfig.from_pretrained(path)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return family
+
+
+def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeForCausalLM:
+    try:
+        loaded, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            path,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the model in {path} cannot be read: {error}") from error
-    loaded.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-    return loaded.eval(), tokenizer
-
-
-def _check_family(path: Path) -> None:
-    try:
-        family = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-        AutoConfig.from_pretrained(path)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}") from error
-    if family not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{path} is a {family!r} model; this command knows {' and '.join(ARCHITECTURES)}"
+    if differences := _differences(found):
+        raise CheckpointError(
+            f"the weights in {path} are not those of its config.json: {'; '.join(differences)}. "
+            "Without them it would compute with random numbers; give the config.json that was "
+            "saved together with the weights"
         )
+    assert isinstance(loaded, DsMoeForCausalLM | OlmoeForCausalLM), "check_family() saw to this"
+    return loaded
+
+
+def _differences(found: dict[str, Any]) -> list[str]:
+    """What transformers passes over in silence: too few weights, too many, of other shapes."""
+    shapes = [
+        f"{name} is {list(stored)}, not {list(expected)}"
+        for name, stored, expected in sorted(found["mismatched_keys"])
+    ]
+    mismatched = {name for name, *_ in found["mismatched_keys"]}
+    kinds = {
+        "missing": sorted(set(found["missing_keys"]) - mismatched),
+        "unexpected": sorted(found["unexpected_keys"]),
+        "of another shape": shapes,
+    }
+    return [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be read: {type(error).__name__}: {error}; copy the "
+            "tokenizer files there again from where the model was made"
+        ) from error
+
+
+def _grouped_mm_fits(model: OlmoeForCausalLM) -> bool:
+    """Whether transformers' default for experts can compute these widths."""
+    return model.config.hidden_size % 8 == 0 and model.config.intermediate_size % 8 == 0

@@ -5,6 +5,7 @@ by file name, so that it is the same files on every machine and none that a mode
 standard library has seen.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,16 +39,28 @@ def text_of_file(
     return _text([text], tokenizer, context, max_tokens)
 
 
-def _text(texts, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:
-    """Documents one after the other, each ended by the end-of-text token, as in training."""
+def _text(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int | None,
+) -> Text:
+    """Documents one after the other, each ended by the end-of-text token, as in training.
+
+    As there, `<|endoftext|>` in a text is read as any other text. A tokenizer without such a
+    token leaves the documents unseparated.
+    """
     ids: list[int] = []
     text_bytes = 0
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
-        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [*more, tokenizer.eos_token_id]
+        more = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
+        ids += [*more, *end]
         text_bytes += len(text.encode())
     return Text(
-        ids_T=torch.tensor(ids),
+        ids_T=torch.tensor(ids, dtype=torch.int64),
         text_bytes=max(1, text_bytes),
         context=context,
         max_tokens=max_tokens,

@@ -5,6 +5,8 @@ Knows nothing of how they were measured.
 
 from collections.abc import Sequence
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from moefit.evaluate.perplexity import Score
@@ -15,7 +17,14 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
 
     Parameters are without embeddings and head, as in the DS-MoE paper.
     """
-    table = Table(title=title, title_justify="left")
+    # Narrow enough for 80 columns: where room is short, rich would cut the numbers.
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("inference rule", no_wrap=True)
     for name in ("experts", "active", "share", "perplexity", "bits/byte", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)

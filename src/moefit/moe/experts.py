@@ -10,6 +10,7 @@ input matrix (2F for gated experts, gate rows first; else F), R routed rows (tok
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,20 @@ class ExpertWeights:
             return self.activation(h_I)
         gate_F, up_F = h_I.chunk(2, dim=-1)
         return self.activation(gate_F) * up_F
+
+
+def expert_weights(module: Any) -> ExpertWeights:
+    """The weights of a module that transformers' `use_experts_implementation` decorates.
+
+    Its attribute names are that interface's; matrices that are transposed or interleaved, or
+    come with biases, aren't looked for here (`dsmoe/stock.py` refuses them).
+    """
+    return ExpertWeights(
+        w_in_EID=module.gate_up_proj if module.has_gate else module.up_proj,
+        w_out_EDF=module.down_proj,
+        activation=module.act_fn,
+        gated=module.has_gate,
+    )
 
 
 def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights) -> Tensor:

@@ -103,14 +103,11 @@ def active_experts(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) 
 
     real_T: False where a token is padding; such tokens don't count in threshold_top_k's mean.
     """
-    num_experts = scores_TE.shape[-1]
     if rule.kind == "dense":
         return torch.ones_like(scores_TE, dtype=torch.bool)
     if rule.kind == "threshold":
         return _above_threshold(scores_TE, rule)
-    k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
-    rule.check(num_experts)
-    ids_TK = scores_TE.topk(k, dim=-1).indices
+    ids_TK = _top_k(scores_TE, rule, real_T).ids_TK
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TK, True)
 
 
@@ -119,6 +116,14 @@ def _above_threshold(scores_TE: Tensor, rule: Rule) -> Tensor:
     mask_TE = scores_TE * scores_TE.shape[-1] > rule.epsilon
     # An epsilon of 1 or more may pass nobody; a token without experts would lose its MLP.
     return mask_TE.scatter(-1, scores_TE.argmax(-1, keepdim=True), True)
+
+
+def _top_k(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> Routing:
+    """Every token's k best, k being the rule's own or the batch's mean count."""
+    k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
+    rule.check(scores_TE.shape[-1])
+    weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
+    return Routing(ids_TK, weights_TK)
 
 
 def _mean_count(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> int:
@@ -146,25 +151,22 @@ def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routin
         ids_E = torch.arange(num_experts, device=scores_TE.device)
         return Routing(ids_E.expand(num_tokens, num_experts), scores_TE)
     if rule.kind == "threshold":
-        return _route_by_threshold(scores_TE, rule)
-    k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
-    rule.check(num_experts)
-    weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
-    return Routing(ids_TK, _normalized(weights_TK) if rule.renormalize else weights_TK)
+        routing = _by_threshold(scores_TE, rule)
+    else:
+        routing = _top_k(scores_TE, rule, real_T)
+    if not rule.renormalize:
+        return routing
+    weights_TK = routing.weights_TK
+    return Routing(routing.ids_TK, weights_TK / weights_TK.sum(-1, keepdim=True))
 
 
-def _route_by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
+def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
     mask_TE = _above_threshold(scores_TE, rule)
     k = int(mask_TE.sum(-1).max()) if mask_TE.numel() else 1
     weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
     chosen_TK = mask_TE.gather(-1, ids_TK)
     weights_TK = weights_TK * chosen_TK
-    ids_TK = ids_TK.masked_fill(~chosen_TK, scores_TE.shape[-1])
-    return Routing(ids_TK, _normalized(weights_TK) if rule.renormalize else weights_TK)
-
-
-def _normalized(weights_TK: Tensor) -> Tensor:
-    return weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Routing(ids_TK.masked_fill(~chosen_TK, scores_TE.shape[-1]), weights_TK)
 
 
 def default_rules(num_experts: int) -> tuple[Rule, ...]:

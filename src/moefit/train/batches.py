@@ -78,15 +78,20 @@ def windows(tokens: np.ndarray, seq_len: int, limit: int | None = None) -> Itera
     """Evaluation windows of at most `seq_len` + 1 tokens, in order.
 
     Each token but the corpus's first is a target exactly once; the last window may be shorter.
-    With a `limit`, only as many windows as give that many targets, spread evenly over the
-    corpus: its beginning alone may be unlike the rest. At least one window.
+    With a `limit` below that, as many whole windows as have at most so many targets, at least
+    one, spread evenly over the corpus: its beginning alone may be unlike the rest.
 
     >>> [w.tolist() for w in windows(np.arange(6), 2)]
     [[0, 1, 2], [2, 3, 4], [4, 5]]
-    >>> [w.tolist() for w in windows(np.arange(6), 2, limit=4)]
-    [[0, 1, 2], [4, 5]]
+    >>> [w.tolist() for w in windows(np.arange(9), 2, limit=5)]
+    [[2, 3, 4], [6, 7, 8]]
     """
-    starts = range(0, len(tokens) - 1, seq_len)
-    every = 1 if limit is None else max(1, -(-len(starts) // max(1, limit // seq_len)))
-    for start in starts[::every]:
+    targets = len(tokens) - 1
+    chosen = range(0, targets, seq_len)
+    if limit is not None and limit < targets and targets >= seq_len:
+        whole = targets // seq_len
+        count = max(1, limit // seq_len)
+        # Each from the middle of its share of the corpus.
+        chosen = [(2 * i + 1) * whole // (2 * count) * seq_len for i in range(count)]
+    for start in chosen:
         yield tokens[start : start + seq_len + 1]

@@ -1,15 +1,20 @@
 """The model of a training run, from its configuration.
 
-Owns the choice of architecture and the strictness of its settings. Every architecture trains
-densely in the same way: all experts active, computed as one wide MLP.
+Owns the choice of architecture and the strictness of its settings: what cannot be built is a
+ConfigError, and so is what would be built but do nothing. Every architecture trains densely in
+the same way: all experts active, computed as one wide MLP.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 
-from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.config import DsMoeConfig, nearest_multiple
 from moefit.dsmoe.model import DsMoeForCausalLM, router_loss_weights
 from moefit.dsmoe.objective import RouterLossWeights
 from moefit.dsmoe.presets import check_fields, field_names, preset
@@ -17,6 +22,11 @@ from moefit.dsmoe.stock import DENSE_EXPERTS, register_dense_experts
 from moefit.errors import ConfigError
 from moefit.train.config import TrainConfig
 
+# What transformers and torch raise of a configuration that cannot be built.
+_CONSTRUCTION = (
+    StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
+    ZeroDivisionError, AssertionError,
+)  # fmt: skip
 OWNED = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -31,15 +41,16 @@ def build_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int) -> P
         torch.manual_seed(config.seed)
         if config.model.architecture == "olmoe":
             return _olmoe(config, tokens)
-        return DsMoeForCausalLM(_dsmoe_config(config, tokens))
+        dsmoe = _dsmoe_config(config, tokens)
+        _check_effects(config, dsmoe)
+        return DsMoeForCausalLM(dsmoe)
 
 
 def loss_weights(config: TrainConfig, model: PreTrainedModel) -> RouterLossWeights:
     """The router losses of this run: our own model carries them, OLMoE's come from `loss`."""
     if isinstance(model, DsMoeForCausalLM):
         return router_loss_weights(model.config)
-    given = {name: value or 0.0 for name, value in config.loss.model_dump().items()}
-    return RouterLossWeights(**given, k=model.config.num_experts_per_tok)
+    return RouterLossWeights(**config.loss.weights, k=model.config.num_experts_per_tok)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device) -> str:
@@ -73,8 +84,8 @@ def _check_owned(settings: dict[str, Any]) -> None:
 
 
 def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
-    loss = config.loss.model_dump(exclude_none=True)
-    settings = {
+    loss = config.loss.weights
+    settings: dict[str, Any] = {
         "max_position_embeddings": max(config.seq_len, 2048),
         **config.model.settings,
         **{f"{name}_loss_coef": value for name, value in loss.items()},
@@ -86,25 +97,86 @@ def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
     return preset(config.model.preset, **settings)
 
 
-def _olmoe(config: TrainConfig, tokens: dict[str, Any]) -> PreTrainedModel:
+def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
+    """Refuse what was given but has no router to act on; a preset's own values may stand idle."""
+    given = {f"loss.{name}": value for name, value in config.loss.weights.items() if value}
+    factor = config.model.settings.get("routed_scaling_factor", 1)
+    if factor != 1:
+        given["model.routed_scaling_factor"] = factor
+    for name, value in given.items():
+        size = "num_attention_experts" if name == "loss.attention_mi" else "num_experts"
+        if getattr(dsmoe, size) == 1:
+            nothing = 1 if name.startswith("model.") else 0
+            raise ConfigError(
+                f"{name}={value:g} would do nothing, as model.{size}=1 has no router; leave it "
+                f"out, give {nothing}, or give model.{size}=2 or more"
+            )
+
+
+def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
     settings = config.model.settings
-    if config.model.preset is not None or config.loss.attention_mi:
+    _check_olmoe_settings(config, settings)
+    register_dense_experts()
+    try:
+        # A copy, as transformers writes into rope_parameters.
+        olmoe = OlmoeConfig(**{**copy.deepcopy(settings), **tokens})
+        _check_olmoe_shape(olmoe)
+        olmoe.num_experts_per_tok = olmoe.num_experts
+        model = OlmoeForCausalLM(olmoe)
+    except ConfigError:
+        raise
+    except _CONSTRUCTION as error:
+        given = ", ".join(f"model.{name}={value!r}" for name, value in settings.items())
         raise ConfigError(
-            "architecture: olmoe takes neither model.preset nor loss.attention_mi; "
-            "give OlmoeConfig's fields, such as model.num_experts=16"
-        )
-    known = set(OlmoeConfig.__annotations__)
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"model.{name} is no field of OlmoeConfig; known: {sorted(known)}")
+            f"no OLMoE can be built of {given or 'its defaults'}: {' '.join(str(error).split())}; "
+            "change what it names, or leave it out for OlmoeConfig's default"
+        ) from error
+    model.set_experts_implementation(DENSE_EXPERTS)
+    return model
+
+
+def _check_olmoe_settings(config: TrainConfig, settings: Mapping[str, Any]) -> None:
     experts = settings.get("num_experts", OlmoeConfig().num_experts)
     if settings.get("num_experts_per_tok", experts) != experts:
         raise ConfigError(
             "dense training activates all experts, so model.num_experts_per_tok is not set "
             "here; choose K at export: moefit export RUN OUT --experts-per-token K"
         )
-    register_dense_experts()
-    olmoe = OlmoeConfig(**{**settings, **tokens, "num_experts_per_tok": experts})
-    model = OlmoeForCausalLM(olmoe)
-    model.set_experts_implementation(DENSE_EXPERTS)
-    return model
+    if config.model.preset is not None or config.loss.attention_mi:
+        raise ConfigError(
+            "architecture: olmoe takes neither model.preset nor loss.attention_mi; "
+            "give OlmoeConfig's fields, such as model.num_experts=16"
+        )
+    known = sorted(OlmoeConfig.__annotations__)
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"model.{name} is no field of OlmoeConfig; known: {known}")
+    for name in ("router_aux_loss_coef", "output_router_logits"):
+        if name in settings:
+            raise ConfigError(
+                f"model.{name}={settings[name]!r} would do nothing here, where the router losses "
+                "are our own; use loss.load_balancing"
+            )
+
+
+def _check_olmoe_shape(olmoe: OlmoeConfig) -> None:
+    """What transformers lets pass, or stumbles over only while building."""
+    if olmoe.num_experts < 2:
+        raise ConfigError(
+            f"model.num_experts={olmoe.num_experts}, but OLMoE's blocks have a router; the fewest "
+            "that works is 2 (architecture: dsmoe takes 1)"
+        )
+    if olmoe.hidden_act not in ACT2FN:
+        raise ConfigError(
+            f"model.hidden_act={olmoe.hidden_act!r} is unknown; use one of {', '.join(ACT2FN)}"
+        )
+    heads, width = olmoe.num_attention_heads, olmoe.hidden_size
+    if heads > 0 and width > 0 and width % (2 * heads):
+        raise ConfigError(
+            f"model.hidden_size={width} does not divide into model.num_attention_heads={heads} of "
+            "even width, as rotary embeddings need; the nearest that works is "
+            f"model.hidden_size={nearest_multiple(width, 2 * heads)}"
+        )
+    # What both configurations call by one name means the same, so our own has the bounds.
+    shared = OlmoeConfig.__annotations__.keys() & set(field_names())
+    DsMoeConfig(**{name: copy.deepcopy(getattr(olmoe, name)) for name in shared})

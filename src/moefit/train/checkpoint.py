@@ -6,9 +6,11 @@ written beside its place and renamed into it, so one that has its name is whole.
 how the state came about.
 """
 
+import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -20,10 +22,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.errors import CheckpointError
+from moefit.train.tokenizer import save_tokenizer
 
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 PREFIX = "step-"
+BUILDING, REMOVING = ".building", ".removing"  # endings of hidden folders that don't count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,35 +44,63 @@ def checkpoints(out: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     if not out.is_dir():
         return []
-    return sorted(path for path in out.glob(f"{PREFIX}*") if (path / MANIFEST).is_file())
+    named = (path for path in out.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal())
+    return sorted(path for path in named if (path / MANIFEST).is_file())
+
+
+def step_of(folder: Path) -> int:
+    """The step after which the checkpoint in `folder` was taken.
+
+    >>> step_of(Path("runs/default/step-00000200"))
+    200
+    """
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Write a checkpoint, then remove the oldest ones beyond `keep`; gives its folder.
 
-    Raises CheckpointError if it cannot be written; earlier checkpoints are then untouched.
+    Only one process may save into `out` at a time. Raises CheckpointError if it cannot be
+    written; earlier checkpoints are then untouched.
     """
     place = out / f"{PREFIX}{snapshot.step:08d}"
-    building = out / f".{place.name}.building"
+    building = out / f".{place.name}{BUILDING}"
+    _sweep(out)
     try:
-        shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         _write(building, snapshot)
-        if place.exists():
-            shutil.rmtree(place)
+        replaced = _set_aside(place) if place.exists() else None
         building.rename(place)
         _sync(out)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(_cannot_write(out, place, error)) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(_set_aside(old), ignore_errors=True)
     return place
+
+
+def _set_aside(folder: Path) -> Path:
+    """Take away the name that makes `folder` count, before any of its files goes."""
+    doomed = folder.with_name(f".{folder.name}{REMOVING}")
+    folder.rename(doomed)
+    return doomed
+
+
+def _sweep(out: Path) -> None:
+    """Remove what earlier processes were killed over: half built, or half removed."""
+    for leftover in out.glob(f".{PREFIX}*"):
+        if leftover.suffix in (BUILDING, REMOVING):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     snapshot.model.save_pretrained(folder)
-    snapshot.tokenizer.save_pretrained(folder)
+    save_tokenizer(snapshot.tokenizer, folder)
     torch.save({**snapshot.state, "step": snapshot.step}, folder / STATE)
     files = {
         path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
@@ -123,27 +155,39 @@ def load_state(folder: Path) -> dict[str, Any]:
     verify(folder)
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from error
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless `folder` is a whole checkpoint of this trainer."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is no checkpoint of moefit: {MANIFEST} is missing or unreadable ({error})"
-        ) from error
-    for name, expected in files.items():
+    for name, expected in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"] or _crc32(path) != expected["crc32"]:
+        try:
+            found = path.stat().st_size, _crc32(path)
+        except OSError as error:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {size:,} bytes of "
-                f"{expected['bytes']:,} or other content than was written; remove the folder "
+                f"checkpoint {folder} cannot be checked: {name} cannot be read "
+                f"({error.strerror or error})"
+            ) from error
+        if found != expected:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} has {found[0]:,} bytes of "
+                f"{expected[0]:,} or other content than was written; remove the folder "
                 "and the run resumes from the one before it"
             )
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and checksum of each file, by its name."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {name: (int(file["bytes"]), int(file["crc32"])) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of moefit: {MANIFEST} is missing, unreadable or damaged "
+            f"({type(error).__name__}: {error}); if it is one of a run's, remove it and the run "
+            "resumes from the one before it"
+        ) from error

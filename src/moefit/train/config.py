@@ -5,8 +5,9 @@ An unknown key is an error. Knows nothing of tensors, files of text or how train
 """
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +17,20 @@ from moefit.errors import ConfigError
 STDLIB = "stdlib"
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 3e-4 and 1.5e3 are numbers; YAML 1.1 wants 3.0e-4 and 1.5e+3, else it's text.
+
+    A resolver sees plain scalars alone, so that whatever stands in quotes stays text.
+    """
+
+
+_Yaml.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -23,8 +38,12 @@ class _Strict(BaseModel):
 class DataConfig(_Strict):
     """Where the text comes from and how it becomes tokens.
 
-    `sources` are files or folders (.txt, .md, .rst, .py, .jsonl, .parquet), `hf:DATASET[:SPLIT]`
-    for a Hugging Face dataset, or `stdlib`, the source of the running Python's standard library.
+    `sources` are files or folders (.txt, .md, .rst, .py, .jsonl, .parquet), `stdlib`, the source
+    of the running Python's standard library, or a Hugging Face dataset: `hf:DATASET[:SPLIT]`, or
+    `hf:DATASET@CONFIG[:SPLIT]` if it has several configurations; the split is train if not given.
+
+    Without `held_out`, whole documents are held out, chosen by a hash of their names; where that
+    leaves one side empty (a single file, a few novels), the end of every document is instead.
     """
 
     sources: tuple[str, ...] = (STDLIB,)
@@ -38,7 +57,8 @@ class DataConfig(_Strict):
     """A tokenizer.json or a folder holding one; when None, a BPE is trained on the corpus."""
     vocab_size: int = Field(default=4096, ge=257)
     cache_dir: str | None = None
-    """Where token files are kept; $XDG_CACHE_HOME/moefit/data when None."""
+    """Where token files are kept; $XDG_CACHE_HOME/moefit/data when None, where
+    XDG_CACHE_HOME is ~/.cache if it is not set."""
 
 
 class ModelConfig(BaseModel):
@@ -59,6 +79,9 @@ class ModelConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class LossConfig(_Strict):
     """Weights of the router losses, each summed over layers; alpha in the DS-MoE paper.
 
@@ -69,6 +92,16 @@ class LossConfig(_Strict):
     attention_mi: float | None = Field(default=None, ge=0)
     load_balancing: float | None = Field(default=None, ge=0)
     z: float | None = Field(default=None, ge=0)
+    mi_ramp: tuple[_Share, _Share] = (0.0, 0.0)
+    """Shares of the training between which both MI weights rise from zero to their full value."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are given, by name."""
+        return self.model_dump(exclude_none=True, exclude={"mi_ramp"})
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(_Strict):
@@ -77,7 +110,7 @@ class OptimizerConfig(_Strict):
     lr: float = Field(default=1e-3, gt=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
 
@@ -116,7 +149,7 @@ class TrainConfig(_Strict):
     seq_len: int = Field(default=256, gt=1)
     batch_size: int = Field(default=16, gt=0)
     accumulation: int = Field(default=1, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     """`auto` is the first CUDA device, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -132,6 +165,9 @@ class TrainConfig(_Strict):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
                 f"steps={self.steps}; the most that works is {self.steps - 1}"
             )
+        start, end = self.loss.mi_ramp
+        if start > end:
+            raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
         return self
 
 
@@ -156,16 +192,16 @@ def make_config(tree: dict[str, Any]) -> TrainConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is no date
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}, but a mapping is needed")
-    return tree
+    return cast(dict[str, Any], tree)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -176,24 +212,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        group: Any = tree.setdefault(parent, {})
+        if not isinstance(group, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a group of settings")
+        tree = cast(dict[str, Any], group)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree[leaf] = _load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from error
-    tree[leaf] = _number(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 (no dot) as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)
 
 
 def _explain(item: Any) -> str:

@@ -1,8 +1,9 @@
 """Text as documents.
 
-Owns the reading of plain text, JSONL, Parquet and Hugging Face datasets, and what is said when
-they cannot be read. Takes `data.sources`, gives named documents in an order that is the same on
-every machine. Knows nothing of which documents are held out, nor of tokens.
+Owns the reading of plain text, JSONL, Parquet and Hugging Face datasets (whole, or the one
+configuration that `hf:DATASET@CONFIG` names), and what is said when they cannot be read. Takes
+`data.sources`, gives named documents in an order that is the same on every machine. Knows nothing
+of which documents are held out, nor of tokens.
 """
 
 import difflib
@@ -10,7 +11,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from moefit.errors import DataError
 from moefit.train.sources import JSONL_SUFFIX, PARQUET_SUFFIX, HubDataset, TextFile, parts
@@ -111,11 +112,13 @@ def _read_parquet(part: TextFile, text_key: str) -> Iterator[Document]:
 def _read_hub(part: HubDataset, text_key: str) -> Iterator[Document]:
     datasets = _optional("datasets", f"reading {part.name}")
     try:
-        rows = datasets.load_dataset(part.dataset, split=part.split)
+        rows = datasets.load_dataset(part.dataset, name=part.config, split=part.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        config = f" with configuration {part.config!r}," if part.config else " with"
         raise DataError(
-            f"dataset {part.dataset!r} with split {part.split!r} cannot be had: {error}; check "
-            f"both names on huggingface.co, or give its downloaded {PARQUET_SUFFIX} files as source"
+            f"dataset {part.dataset!r}{config} split {part.split!r} cannot be had: {error}; check "
+            f"the names on huggingface.co (hf:DATASET@CONFIG:SPLIT), or give its downloaded "
+            f"{PARQUET_SUFFIX} files as source"
         ) from error
     _check_key(rows.column_names, text_key, part.name)
     yield from _rows(rows.select_columns([text_key]), part.name, text_key)
@@ -139,7 +142,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
             f"{where} holds a JSON {type(row).__name__}, but JSONL has one object a line, "
             f'like {{"text": "..."}}'
         )
-    return row
+    return cast(dict[str, Any], row)
 
 
 def _text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:

@@ -10,7 +10,10 @@ from matplotlib.figure import Figure
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss, and below them the MLP routers' state if there are any."""
+    """Training and held-out loss, and below them the MLP routers' state if there are any.
+
+    Raises OSError if it cannot be written; what stood at `path` is then untouched.
+    """
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
     routed = [record for record in train if "mlp_mi" in record]
@@ -20,7 +23,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     if routed:
         _draw_routers(axes[1], routed)
     axes[-1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120)
+    beside = path.with_name(f".writing-{path.name}")  # the ending says which format to write
+    try:
+        figure.savefig(beside, dpi=120)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _draw_losses(axes: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:

@@ -68,7 +68,7 @@ class Display:
 
     def event(self, text: str) -> None:
         """Something else worth a line happened."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def _restart(self, stage: str, total: int | None) -> None:
         if self._task is not None:

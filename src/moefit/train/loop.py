@@ -1,23 +1,23 @@
 """A training run from its configuration to its last checkpoint.
 
-Owns the run's folder: one run lives in it, its resolved configuration stands there, and the same
-command goes on where it stopped. What happens in between is `run.py`'s.
+Owns the order around a run: claim the folder, prepare, build, train, draw. The same command goes
+on where it stopped; a finished run is left as it is. What happens in between is `run.py`'s.
 """
 
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from moefit.errors import CheckpointError, ConfigError
+from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
 from moefit.train.curve import draw_curve
-from moefit.train.log import read_log
+from moefit.train.folder import locked, refuse_another_run, save_config
+from moefit.train.log import last_record, read_log
 from moefit.train.run import Run, TrainResult
 from moefit.train.signals import stop_on_signal
 from moefit.train.tokens import prepare
 from moefit.train.watcher import Watcher
+
+CURVE = "curve.png"
 
 
 def train(config: TrainConfig, watcher: Watcher) -> TrainResult:
@@ -26,49 +26,49 @@ def train(config: TrainConfig, watcher: Watcher) -> TrainResult:
     Raises ConfigError, DataError, CheckpointError, or DivergenceError naming the last good
     checkpoint.
     """
-    out = Path(config.out)
-    _claim(out, config)
+    out = Path(config.out).expanduser()
+    with locked(out):
+        refuse_another_run(out, config)
+        finished = _finished(out, config.steps)
+        result = finished or _train(out, config, watcher)
+        drawn = finished is not None and (out / CURVE).is_file()
+        if result.step == config.steps and not drawn:
+            _draw(out, watcher)
+        return result
+
+
+def _finished(out: Path, steps: int) -> TrainResult | None:
+    """The result of a run that has nothing left to do, without building anything."""
+    found = checkpoint.checkpoints(out)
+    if not found or checkpoint.step_of(found[-1]) != steps:
+        return None
+    evaluated = last_record(read_log(out), "eval")
+    if evaluated is None or evaluated["step"] != steps:
+        return None  # killed before its last evaluation, which is still to be done
+    checkpoint.verify(found[-1])
+    return TrainResult(
+        step=steps, checkpoint=found[-1], held_out_loss=evaluated["loss"], stopped_by=None
+    )
+
+
+def _train(out: Path, config: TrainConfig, watcher: Watcher) -> TrainResult:
     data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
-    run = Run(config, data, watcher)
-    run.resume()
-    run.log.write("run", run.first_step, run.facts)
-    watcher.started(step=run.first_step, steps=config.steps, facts=run.facts)
-    with stop_on_signal() as request:
-        result = run.until_done(request)
-    run.log.close()
-    if config.steps == result.step:
-        draw_curve(read_log(out), out / "curve.png")
-    return result
+    run = Run(config, out, data, watcher)
+    with closing(run.log):
+        save_config(out, config)  # only now: a mistake in it must not claim the folder
+        run.log.write("run", run.first_step, run.facts)
+        watcher.started(step=run.first_step, steps=config.steps, facts=run.facts)
+        with stop_on_signal() as request:
+            return run.until_done(request)
 
 
-def _claim(out: Path, config: TrainConfig) -> None:
-    """Save the resolved configuration; refuse a folder that holds another run."""
-    path = out / "config.yaml"
-    resolved = config.model_dump(mode="json")
-    if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = sorted(_differences(before, resolved))
-        if differing:
-            raise ConfigError(
-                f"{out} holds a run with other settings ({', '.join(differing)}); resume it with "
-                "the same ones, or give another folder with out=FOLDER"
-            )
+def _draw(out: Path, watcher: Watcher) -> None:
+    """Draw the curve; a run that is finished and good doesn't fail for want of a picture."""
+    path = out / CURVE
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        draw_curve(read_log(out), path)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write into {out}: {error.strerror}; give another folder with out=FOLDER"
-        ) from error
-
-
-def _differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Settings that would make a resumed run another one; log and checkpoint rhythm may change."""
-    if where in ("log", "checkpoint", "out", "data.cache_dir"):
-        return
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in before.keys() | after.keys():
-            inner = f"{where}.{key}" if where else key
-            yield from _differences(before.get(key), after.get(key), inner)
-    elif before != after:
-        yield where
+        watcher.event(
+            f"the run is finished, but {path} could not be drawn: {error.strerror or error}; "
+            "make room, then run the same command again"
+        )

@@ -1,29 +1,31 @@
-"""The state of one run: everything that steps change and a checkpoint must carry.
+"""One run, from its first step in this process to its last.
 
 Owns the order of events within a run: resume, steps, log, evaluation, checkpoints, the way out.
 Prints nothing; a `Watcher` is told.
-
-Shapes: B sequences, L1 tokens a sequence plus the last target.
 """
 
-import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from moefit.device import parse_device
 from moefit.dsmoe.router_state import router_state
-from moefit.errors import ConfigError, DivergenceError
+from moefit.errors import DivergenceError
 from moefit.train import checkpoint
-from moefit.train.batches import Batches, windows
+from moefit.train.batches import Batches
 from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
 from moefit.train.config import TrainConfig
-from moefit.train.log import RunLog
-from moefit.train.schedule import learning_rate, make_optimizer, set_learning_rate
+from moefit.train.held_out import HeldOut
+from moefit.train.log import RunLog, last_record, read_log
+from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
 from moefit.train.signals import StopRequest
-from moefit.train.step import Stepper, make_losses
+from moefit.train.state import RunState
+from moefit.train.step import Stepper, StepResult, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
 from moefit.train.tokenizer import vocabulary_size
 from moefit.train.tokens import PreparedData
@@ -41,42 +43,64 @@ class TrainResult:
 
 
 class Run:
-    """The state of one run. Everything that a checkpoint must carry is saved by `_save`."""
+    """A run at its newest checkpoint, or before its first step; whole once it is built."""
 
-    def __init__(self, config: TrainConfig, data: PreparedData, watcher: Watcher):
-        self.config, self.data, self.watcher = config, data, watcher
-        self.out = Path(config.out)
-        self.device = _device(config.device)
+    def __init__(self, config: TrainConfig, out: Path, data: PreparedData, watcher: Watcher):
+        self.config, self.out, self.data, self.watcher = config, out, data, watcher
+        self.device = parse_device(config.device)
         self.bf16 = use_bf16(config, self.device)
-        eos = data.tokenizer.eos_token_id
-        assert isinstance(eos, int)
-        vocab_size = vocabulary_size(data.tokenizer)
-        self.model = build_model(config, vocab_size=vocab_size, eos_token_id=eos)
-        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-        self.model.set_attn_implementation(attention_implementation(config, self.device))
-        if config.activation_checkpointing:
-            self.model.activation_checkpointing_enable()
+        self.model = self._model()
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        weights = loss_weights(config, self.model)
-        self.stepper = Stepper(
-            model=self.model,
-            optimizer=self.optimizer,
-            losses=make_losses(self.model, weights, compile=config.compile),
-            device=self.device,
-            bf16=self.bf16,
-            clip=config.optimizer.clip,
-        )
+        self.stepper = self._stepper()
         self.batches = Batches(
             tokens=data.train.open(),
             seq_len=config.seq_len,
             batch_size=config.batch_size,
             seed=config.seed,
         )
+        self.held_out = HeldOut(
+            tokens=data.held_out.open(),
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            limit=config.log.eval_tokens,
+            bf16=self.bf16,
+        )
         self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
-        self.first_step = 0
-        self.seconds_before = 0.0
-        self.held_out_loss: float | None = None
         self.facts = self._facts()
+        self.state = RunState(
+            model=self.model,
+            optimizer=self.optimizer,
+            device=self.device,
+            precision=self.facts["precision"],
+            fingerprint=data.fingerprint,
+        )
+        self.first_step, self.seconds_before = self._resume()
+        self.log = RunLog(out, resumed_step=self.first_step, tensorboard=config.log.tensorboard)
+        evaluated = last_record(read_log(out), "eval") or {"loss": None, "step": 0}
+        self.held_out_loss: float | None = evaluated["loss"]
+        self._evaluated_step: int = evaluated["step"]
+
+    def _model(self) -> PreTrainedModel:
+        eos = self.data.tokenizer.eos_token_id
+        assert isinstance(eos, int)
+        vocab_size = vocabulary_size(self.data.tokenizer)
+        model = build_model(self.config, vocab_size=vocab_size, eos_token_id=eos)
+        model.to(self.device)  # pyright: ignore[reportArgumentType]
+        model.set_attn_implementation(attention_implementation(self.config, self.device))
+        if self.config.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        return model
+
+    def _stepper(self) -> Stepper:
+        weights = loss_weights(self.config, self.model)
+        return Stepper(
+            model=self.model,
+            optimizer=self.optimizer,
+            losses=make_losses(self.model, weights, compile=self.config.compile),
+            device=self.device,
+            bf16=self.bf16,
+            clip=self.config.optimizer.clip,
+        )
 
     def _facts(self) -> dict[str, Any]:
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -89,139 +113,118 @@ class Run:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "precision": "bf16" if self.bf16 else "fp32",
+            "attention": attention_implementation(self.config, self.device),
             "flops_per_token": training_flops_per_token(self.model, self.config.seq_len),
             "peak_flops": measured_peak_flops(self.device, dtype),
         }
 
-    def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one; every file of it is verified first."""
+    def _resume(self) -> tuple[int, float]:
+        """Step and seconds of the newest checkpoint, taken up; zeros and the seed without one."""
         found = checkpoint.checkpoints(self.out)
-        if found:
-            folder = found[-1]
-            state = checkpoint.load_state(folder)
-            saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
-            self.model.load_state_dict(saved.state_dict())
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-            self.first_step, self.seconds_before = state["step"], state["seconds"]
-            self.watcher.event(f"resuming from {folder}")
-        else:
+        if not found:
             torch.manual_seed(self.config.seed)
-        self.log = RunLog(
-            self.out, resumed_step=self.first_step, tensorboard=self.config.log.tensorboard
-        )
+            return 0, 0.0
+        resumed = self.state.restore(found[-1])
+        self.watcher.event(f"resuming from {found[-1]}")
+        return resumed
 
     def until_done(self, request: StopRequest) -> TrainResult:
         """All remaining steps; on a signal, the current one and a checkpoint."""
         self.model.train()
-        start = time.perf_counter()
-        saved: Path | None = None
-        step = self.first_step
-        for step in range(self.first_step + 1, self.config.steps + 1):
-            began = time.perf_counter()
-            values = self._step(step)
-            values["tokens_per_second"] = self.tokens_per_step / (time.perf_counter() - began)
-            values["mfu"] = (
-                values["tokens_per_second"]
-                * self.facts["flops_per_token"]
-                / self.facts["peak_flops"]
-            )
+        steps, step, start = self.config.steps, self.first_step, time.perf_counter()
+        seconds, stopping = self.seconds_before, False
+        if step < steps:  # what a stop or a kill left out, as if it had not come between
+            self._evaluate(step, seconds, lambda: request.received is not None)
+        while step < steps and not stopping:
+            step += 1
+            values = self._timed_step(step)
             seconds = self.seconds_before + time.perf_counter() - start
-            self._tell(step, {**values, "seconds": seconds})
-            saved = None
-            last = step == self.config.steps or request.received is not None
-            if last or step % self.config.checkpoint.every == 0:
-                saved = self._save(step, seconds)
-            if last:
-                break
-        if saved is None:
-            saved = checkpoint.checkpoints(self.out)[-1]
+            self._tell(step, {**values, "seconds": seconds}, request)
+            stopping = request.received is not None
+            if stopping or step == steps or step % self.config.checkpoint.every == 0:
+                self._save(step, seconds)
+        if step == steps:  # still to do if a request came before the last checkpoint was safe
+            self._evaluate(step, seconds, lambda: False)
         return TrainResult(
             step=step,
-            checkpoint=saved,
+            checkpoint=checkpoint.checkpoints(self.out)[-1],
             held_out_loss=self.held_out_loss,
-            stopped_by=request.received.name if request.received else None,
+            stopped_by=request.received.name if request.received and step < steps else None,
         )
+
+    def _timed_step(self, step: int) -> dict[str, float]:
+        began = time.perf_counter()
+        values = self._step(step)
+        speed = self.tokens_per_step / (time.perf_counter() - began)
+        share = speed * self.facts["flops_per_token"] / self.facts["peak_flops"]
+        return {**values, "tokens_per_second": speed, "mfu": share}
 
     def _step(self, step: int) -> dict[str, float]:
         rate = learning_rate(step - 1, self.config.steps, self.config.optimizer)
         set_learning_rate(self.optimizer, rate)
+        scale = mi_scale(step, self.config.steps, self.config.loss.mi_ramp)
         count = self.config.accumulation
         micro_batches = (self.batches.batch((step - 1) * count + i) for i in range(count))
         try:
-            result = self.stepper.step(micro_batches, count)
+            result = self.stepper.step(micro_batches, count, mi_scale=scale)
         except DivergenceError as error:
-            raise DivergenceError(self._diverged(step, error)) from error
+            raise self._diverged(step, str(error)) from error
         values = {
             "loss": result.lm_loss,
             "router_loss": result.router_loss,
             "gradient_norm": result.gradient_norm,
             "lr": rate,
         }
-        if step % self.config.log.every == 0 or step in (1, self.config.steps):
-            for kind in ("mlp", "attention"):
-                logits = result.mlp_logits if kind == "mlp" else result.attention_logits
-                state = router_state(logits, self.config.log.epsilon)
-                values |= {f"{kind}_{name}": value for name, value in state.items()}
-        return values
+        return values | self._routers(result) if self._logged(step) else values
 
-    def _diverged(self, step: int, error: DivergenceError) -> str:
+    def _routers(self, result: StepResult) -> dict[str, float]:
+        kinds = {"mlp": result.mlp_logits, "attention": result.attention_logits}
+        return {
+            f"{kind}_{name}": value
+            for kind, logits in kinds.items()
+            for name, value in router_state(logits, self.config.log.epsilon).items()
+        }
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step in (1, self.config.steps)
+
+    def _diverged(self, step: int, reason: str) -> DivergenceError:
         kept = checkpoint.checkpoints(self.out)
         good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was reached"
-        return (
-            f"training diverged at step {step}: {error}; {good}; try a lower optimizer.lr "
-            f"(now {self.config.optimizer.lr:g}) or more optimizer.warmup_steps"
+        where = f" with out=FOLDER (or after removing {self.out})" if kept else ""
+        return DivergenceError(
+            f"training diverged at step {step}: {reason}; {good}; try a lower optimizer.lr "
+            f"(now {self.config.optimizer.lr:g}) or more optimizer.warmup_steps{where}"
         )
 
-    def _tell(self, step: int, values: dict[str, float]) -> None:
-        config = self.config.log
-        if step % config.every == 0 or step in (1, self.config.steps):
+    def _tell(self, step: int, values: dict[str, float], request: StopRequest) -> None:
+        if self._logged(step):
             self.log.write("train", step, values)
-        if step % config.eval_every == 0 or step == self.config.steps:
-            self.held_out_loss = self._evaluate()
-            self.log.write("eval", step, {"loss": self.held_out_loss, "seconds": values["seconds"]})
+        self._evaluate(step, values["seconds"], lambda: request.received is not None)
         if self.held_out_loss is not None:
             values = {**values, "held_out_loss": self.held_out_loss}
         self.watcher.stepped(step, values)
 
-    @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean held-out loss over at most `eval_tokens`, in eval mode (the inference rule)."""
-        tokens, limit = self.data.held_out.open(), self.config.log.eval_tokens
-        self.model.eval()
-        total, count = 0.0, 0
-        for window_L1 in windows(tokens, self.config.seq_len, limit):
-            ids_BL1 = torch.from_numpy(window_L1.astype("int64"))[None].to(self.device)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                logits = self.model(input_ids=ids_BL1[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[0].float(), ids_BL1[0, 1:], reduction="sum"
-            )
-            total, count = total + loss.item(), count + ids_BL1.shape[1] - 1
-        self.model.train()
-        return total / count
+    def _evaluate(self, step: int, seconds: float, stop: Callable[[], bool]) -> None:
+        """Evaluate if it is time and not yet done; given up when `stop` says so."""
+        due = step > 0 and (step % self.config.log.eval_every == 0 or step == self.config.steps)
+        if not due or self._evaluated_step == step:
+            return
+        loss = self.held_out.loss(self.model, stop)
+        if loss is not None:
+            self.held_out_loss, self._evaluated_step = loss, step
+            self.log.write("eval", step, {"loss": loss, "seconds": seconds})
 
-    def _save(self, step: int, seconds: float) -> Path:
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "seconds": seconds,
-        }
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+    def _save(self, step: int, seconds: float) -> None:
+        """Finite losses don't vouch for the weights that the update made: look at these too."""
+        finite = [(name, p.isfinite().all()) for name, p in self.model.named_parameters()]
+        if not torch.stack([one for _, one in finite]).all():
+            name = next(name for name, one in finite if not one)
+            raise self._diverged(step, f"{name} holds values that are not finite")
         snapshot = checkpoint.Snapshot(
-            step=step, model=self.model, tokenizer=self.data.tokenizer, state=state
+            step=step,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            state=self.state.pack(seconds),
         )
-        return checkpoint.save(self.out, snapshot, keep=self.config.checkpoint.keep)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.suppress(RuntimeError):
-        device = torch.device(name)
-        if device.type == "cpu" or torch.cuda.is_available():
-            return device
-    raise ConfigError(f"device={name!r} is not to be had here; use auto or cpu")
+        checkpoint.save(self.out, snapshot, keep=self.config.checkpoint.keep)

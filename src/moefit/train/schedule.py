@@ -26,6 +26,23 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
 
 
+def mi_scale(step: int, steps: int, ramp: tuple[float, float]) -> float:
+    """The share of the MI weights that is in force at `step`, rising linearly over the ramp.
+
+    While it is zero the routers mix experts freely and the model learns as its dense twin does;
+    what it has learnt is then concentrated in few experts as the learning rate falls.
+
+    >>> [mi_scale(step, 100, (0.5, 0.9)) for step in (0, 50, 70, 90, 100)]
+    [0.0, 0.0, 0.5, 1.0, 1.0]
+    >>> mi_scale(0, 100, (0.0, 0.0))
+    1.0
+    """
+    start, end = (share * steps for share in ramp)
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - start) / (end - start))
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves norms and biases alone.
 

@@ -1,7 +1,7 @@
 """Find the files that a source names.
 
 Owns what may stand in `data.sources` and what each entry means: `stdlib`, a file, a folder, or
-`hf:DATASET[:SPLIT]`. Gives parts, in an order and under names that are the same on every
+`hf:DATASET[@CONFIG][:SPLIT]`. Gives parts, in an order and under names that are the same on every
 machine. Knows nothing of what is inside a file: reading is corpus.py's.
 """
 
@@ -37,15 +37,17 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a dataset of the Hugging Face hub."""
+    """One split of a dataset of the Hugging Face hub; `config` is None if it has but one."""
 
     dataset: str
+    config: str | None = None
     split: str
 
     @property
     def name(self) -> str:
         """As it may be written in `data.sources`."""
-        return f"{HUB_PREFIX}{self.dataset}:{self.split}"
+        config = f"@{self.config}" if self.config else ""
+        return f"{HUB_PREFIX}{self.dataset}{config}:{self.split}"
 
 
 def parts(sources: Sequence[str], *, excluding: Sequence[str] = ()) -> list[TextFile | HubDataset]:
@@ -101,10 +103,14 @@ def _stdlib() -> list[TextFile | HubDataset]:
 
 
 def _hub_dataset(source: str) -> HubDataset:
-    dataset, _, split = source.removeprefix(HUB_PREFIX).partition(":")
-    if not dataset:
-        raise DataError(f"{source!r} names no dataset; write hf:DATASET or hf:DATASET:SPLIT")
-    return HubDataset(dataset=dataset, split=split or "train")
+    which, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    dataset, at, config = which.partition("@")
+    if not dataset or (at and not config):
+        raise DataError(
+            f"{source!r} names no {'configuration' if dataset else 'dataset'}; write hf:DATASET "
+            "or hf:DATASET@CONFIG, and :SPLIT behind it if not train is meant"
+        )
+    return HubDataset(dataset=dataset, config=config or None, split=split or "train")
 
 
 def _folder(source: str, root: Path) -> list[TextFile | HubDataset]:

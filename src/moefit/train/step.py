@@ -33,19 +33,19 @@ Losses = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 def make_losses(
     model: PreTrainedModel, weights: RouterLossWeights, *, compile: bool
-) -> Callable[[Tensor], Losses]:
-    """A function from ids_BL1 to (lm loss, router loss, MLP logits, attention logits).
+) -> Callable[[Tensor, Tensor], Losses]:
+    """From ids_BL1 and the MI weights' scale to lm loss, router loss, MLP and attention logits.
 
     It serves our own model and transformers' OLMoE alike. Losses are taken here and not inside
     the model because OLMoE would add its own balance loss.
     """
 
-    def losses(ids_BL1: Tensor) -> Losses:
+    def losses(ids_BL1: Tensor, mi_scale: Tensor) -> Losses:
         output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True)
         mlp_logits = tuple(output.router_logits)
         attention_logits = tuple(output.get("attention_router_logits", ()))
         lm_loss = language_model_loss(output.logits, ids_BL1)
-        router = router_loss(mlp_logits, attention_logits, weights)
+        router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale)
         return lm_loss, router, mlp_logits, attention_logits
 
     return torch.compile(losses) if compile else losses
@@ -57,23 +57,29 @@ class Stepper:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    losses: Callable[[Tensor], Losses]
+    losses: Callable[[Tensor, Tensor], Losses]
     device: torch.device
     bf16: bool
     clip: float
 
-    def step(self, micro_batches: Iterable[Tensor], count: int) -> StepResult:
+    def step(
+        self, micro_batches: Iterable[Tensor], count: int, *, mi_scale: float = 1.0
+    ) -> StepResult:
         """Accumulate the gradients of `count` micro-batches ids_BL1, clip, update.
+
+        mi_scale: share of the MI weights in force now.
 
         Raises DivergenceError, before any weight changes, if a loss or gradient is not finite.
         """
         lm_total = router_total = 0.0
         mlp_logits: tuple[Tensor, ...] = ()
         attention_logits: tuple[Tensor, ...] = ()
+        # A tensor, for torch.compile would make another graph of every new float.
+        scale = torch.tensor(mi_scale, device=self.device)
         for ids_BL1 in micro_batches:
             ids_BL1 = ids_BL1.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                lm_loss, router, mlp_logits, attention_logits = self.losses(ids_BL1)
+                lm_loss, router, mlp_logits, attention_logits = self.losses(ids_BL1, scale)
             ((lm_loss + router) / count).backward()
             lm_total += lm_loss.item() / count
             router_total += router.item() / count

@@ -1,8 +1,7 @@
 """How fast a run is, against what the machine can do.
 
-Owns the FLOP formula and the measured ceiling behind MFU (model FLOPs utilisation).
-
-Shapes: none; everything here is a scalar.
+Owns the FLOPs of a training token and the measured ceiling, the two sides of MFU (model FLOPs
+utilisation). For our own models the count is the model card's.
 """
 
 import time
@@ -11,40 +10,49 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moefit.moe.routing import Rule
+from moefit.dsmoe.card import model_card
+from moefit.dsmoe.config import DsMoeConfig
+
+# Width of the square product that is timed, and how many of them between two looks at the clock.
+# A GPU's clock is read by waiting for it, and small products end before the next one is queued.
+CPU_PRODUCTS = (2048, 1)
+CUDA_PRODUCTS = (8192, 10)
 
 
 def training_flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
-    """6 per active matrix parameter plus 12 * layers * heads * head width * seq_len.
+    """FLOPs of matrix products per token, forward and backward, in the mean over a sequence.
 
-    The formula of PaLM's appendix B (arXiv 2204.02311): attention without a discount for the
-    causal mask. An embedding look-up costs nothing; a tied one counts once, as the head. Under
-    sparse training only k of the E experts count.
+    What `ModelCard.training_flops_per_token` says of a DS-MoE. For a stock OLMoE the same from
+    its parameters: 6 per active matrix parameter and 12 * layers * query width * context. In
+    both, context is the (seq_len + 1) / 2 positions that the causal mask leaves a token in the
+    mean, an embedding look-up costs nothing, and a tied embedding counts once, as the head.
     """
     config = model.config
+    if isinstance(config, DsMoeConfig):
+        return model_card(config).training_flops_per_token(seq_len)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    rule = Rule.parse(getattr(config, "training_rule", "dense"))
-    tied = bool(config.tie_word_embeddings)
-    parameters = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    parameters -= 0 if tied else embedding.weight.numel()
-    if rule.k is not None:
-        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        parameters -= experts * (1 - rule.k / config.num_experts)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
-    return 6.0 * parameters + 12.0 * attention
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim >= 2}
+    experts = sum(count for name, count in matrices.items() if ".experts." in name)
+    unused = experts * (1 - config.num_experts_per_tok / config.num_experts)
+    look_up = 0 if config.tie_word_embeddings else embedding.weight.numel()
+    query_width = config.hidden_size  # OLMoE's heads divide it
+    attention = config.num_hidden_layers * query_width * (seq_len + 1) / 2
+    return 6.0 * (sum(matrices.values()) - unused - look_up) + 12.0 * attention
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product of width 2048, the ceiling that MFU is a share of."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
+    """FLOP/s of a large square matrix product, the ceiling that MFU is a share of."""
+    width, at_once = CUDA_PRODUCTS if device.type == "cuda" else CPU_PRODUCTS
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    for _ in range(2):  # the first loads kernels, the second finds caches and clocks warm
+        torch.mm(a, b)
     count, start = 0, _now(device)
     while (elapsed := _now(device) - start) < seconds or count == 0:
-        torch.mm(a, b)
-        count += 1
-    return count * 2 * 2048**3 / elapsed if elapsed else float("inf")
+        for _ in range(at_once):
+            torch.mm(a, b)
+        count += at_once
+    return count * 2 * width**3 / elapsed
 
 
 def _now(device: torch.device) -> float:

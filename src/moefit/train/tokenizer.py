@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moefit.errors import DataError
 
@@ -73,6 +73,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise _no_end_of_text(tokenizer, folder)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files into `folder`; raises OSError if they can't be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # all that the tokenizers library raises is bare Exception
+        raise OSError(f"the tokenizer could not be saved: {error}") from error
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:

@@ -22,7 +22,7 @@ from moefit.train.config import DataConfig
 from moefit.train.corpus import Document
 from moefit.train.split import Split, split
 from moefit.train.token_file import TokenFile, write_tokens
-from moefit.train.tokenizer import load_tokenizer, tokenizer_files, train_bpe
+from moefit.train.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, train_bpe
 
 FORMAT = 1  # raise it when the same documents would become other tokens
 TRAIN, HELD_OUT, TOKENIZER, META = "train.bin", "held_out.bin", "tokenizer", "meta.json"
@@ -165,7 +165,7 @@ def _build(building: Path, job: _Job) -> None:
     for name, found in ((TRAIN, job.division.train()), (HELD_OUT, job.division.held_out())):
         file = write_tokens(building / name, found, tokenizer, on_written=on_written)
         meta[name] = {key: value for key, value in asdict(file).items() if key != "path"}
-    _save_tokenizer(tokenizer, building / TOKENIZER)
+    save_tokenizer(tokenizer, building / TOKENIZER)
     (building / META).write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
 
 
@@ -180,13 +180,6 @@ def _counted(found: Iterator[Document], total: int, report: Progress) -> Iterato
         yield document.text
         done += len(document.text.encode())
         report("training the tokenizer", done, total)
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # all that the tokenizers library raises is bare Exception
-        raise OSError(f"the tokenizer could not be saved: {error}") from error
 
 
 def _publish(building: Path, folder: Path) -> None:

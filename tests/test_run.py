@@ -1,0 +1,179 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from moefit.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from moefit.train import checkpoint
+from moefit.train.config import make_config
+from moefit.train.log import RunLog, read_log
+from moefit.train.loop import train
+from moefit.train.step import Stepper
+
+
+def losses(out, kind="train"):
+    return [(r["step"], r["loss"]) for r in read_log(out) if r["kind"] == kind]
+
+
+def weights(result):
+    return {p.name: p.read_bytes() for p in result.checkpoint.glob("*.safetensors")}
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Have something happen in the middle of the n-th step that this process takes."""
+    real, count = Stepper.step, 0
+
+    def arrange(number, action):
+        def step(self, micro_batches, accumulation):
+            nonlocal count
+            count += 1
+            result = real(self, micro_batches, accumulation)
+            if count == number:
+                action(self)
+            return result
+
+        monkeypatch.setattr(Stepper, "step", step)
+
+    return arrange
+
+
+def ask_to_stop(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def spoil(stepper):
+    with torch.no_grad():
+        stepper.model.lm_head.weight[3, 3] = float("nan")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_equals_never_having_stopped(tree, listener, tmp_path, accumulation):
+    """Bit for bit, with dropout on, so that the random state counts too."""
+    tree["accumulation"] = accumulation
+    whole = train(make_config(tree), listener)
+    tree["out"] = str(tmp_path / "broken")
+    config = make_config(tree)
+    listener.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    stopped = train(config, listener)
+    assert (stopped.step, stopped.stopped_by) == (3, "SIGTERM")
+    listener.on_step = None
+    torch.manual_seed(12345)  # whatever state the new process happens to have
+    resumed = train(config, listener)
+    assert any("resuming" in event for event in listener.events)
+    assert weights(resumed) == weights(whole)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "run")
+    states = [checkpoint.load_state(result.checkpoint) for result in (whole, resumed)]
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        for a, b in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
+            assert torch.equal(a[name], b[name])
+
+
+def test_a_stop_leaves_the_evaluation_to_the_next_start(tree, listener, tmp_path, during):
+    whole = train(make_config(tree), listener)
+    tree["out"] = str(tmp_path / "broken")
+    during(4, ask_to_stop)
+    stopped = train(make_config(tree), listener)
+    assert (stopped.step, stopped.held_out_loss) == (4, None)
+    assert losses(tmp_path / "broken", "eval") == []
+    resumed = train(make_config(tree), listener)
+    assert losses(tmp_path / "broken", "eval") == losses(tmp_path / "run", "eval")
+    assert weights(resumed) == weights(whole)
+
+
+def test_a_signal_in_the_last_step_stops_nothing(config, listener, tmp_path, during):
+    during(8, ask_to_stop)
+    result = train(config, listener)
+    assert (result.step, result.stopped_by) == (8, None)
+    assert losses(tmp_path / "run", "eval")[-1] == (8, result.held_out_loss)
+
+
+def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(config, listener, tmp_path):
+    first = train(config, listener)
+    path = tmp_path / "run" / "log.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert train(config, listener) == first
+    assert losses(tmp_path / "run", "eval")[-1] == (8, first.held_out_loss)
+
+
+def test_changed_text_is_another_run(tree, listener, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(5):
+        (text / f"{number}.txt").write_text(f"some text {number} to learn by heart\n" * 60)
+    tree["data"]["sources"] = [str(text)]
+    listener.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    train(make_config(tree), listener)
+    before = (text / "0.txt").read_text()
+    (text / "0.txt").write_text(before + "and more of it\n")
+    with pytest.raises(DataError, match=r"has changed since step 3.*restore.*out=FOLDER"):
+        train(make_config(tree), listener)
+    (text / "0.txt").write_text(before)
+    listener.on_step = None
+    assert train(make_config(tree), listener).step == 8
+
+
+def test_going_on_in_another_precision_is_another_run(tree, listener):
+    listener.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    train(make_config(tree), listener)
+    tree["precision"] = "bf16"
+    with pytest.raises(ConfigError, match=r"trained in fp32, but .* bf16 on cpu; give precision="):
+        train(make_config(tree), listener)
+
+
+def test_activation_checkpointing_changes_no_loss(tree, listener, tmp_path):
+    tree["model"]["attention_dropout"] = 0.0
+    tree["steps"] = 3
+    train(make_config(tree), listener)
+    tree["out"], tree["activation_checkpointing"] = str(tmp_path / "other"), True
+    train(make_config(tree), listener)
+    assert dict(losses(tmp_path / "other")) == pytest.approx(
+        dict(losses(tmp_path / "run")), rel=1e-5
+    )
+
+
+def test_accumulation_is_the_mean_of_its_batches(tree, listener, tmp_path):
+    """Without router losses (MI is no mean over micro-batches) two halves make a whole."""
+    tree["model"]["attention_dropout"] = 0.0
+    tree["loss"], tree["steps"] = {}, 3
+    train(make_config(tree), listener)
+    tree |= {"out": str(tmp_path / "halves"), "batch_size": 2, "accumulation": 2}
+    train(make_config(tree), listener)
+    assert dict(losses(tmp_path / "halves")) == pytest.approx(
+        dict(losses(tmp_path / "run")), rel=1e-5
+    )
+
+
+def test_divergence_names_step_checkpoint_and_way_out(config, listener, during):
+    during(5, spoil)
+    words = r"step 6: loss nan.*step-00000004; try a lower optimizer\.lr .*with out=FOLDER"
+    with pytest.raises(DivergenceError, match=words):
+        train(config, listener)
+
+
+@pytest.mark.parametrize(
+    ("step", "good"), [(4, "no checkpoint was reached"), (8, "the last good .*step-00000004")]
+)
+def test_weights_that_are_not_finite_are_not_saved(config, listener, tmp_path, during, step, good):
+    during(step, spoil)
+    with pytest.raises(DivergenceError, match=rf"step {step}: .*weight holds .*not finite; {good}"):
+        train(config, listener)
+    assert len(checkpoint.checkpoints(tmp_path / "run")) == step // 4 - 1
+
+
+def test_a_log_that_finds_no_room_ends_the_run_in_words(config, listener):
+    """/dev/full stands in for the log's file from the third step on."""
+    real = RunLog.write
+
+    def write(self, kind, step, values):
+        if step == 3:
+            self._file.close()
+            self._file = open("/dev/full", "w")  # noqa: SIM115
+        real(self, kind, step, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", write)
+        with pytest.raises(CheckpointError, match=r"the log .*log\.jsonl: No space left"):
+            train(config, listener)
+    assert train(config, listener).step == 8

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from moefit.dsmoe.card import model_card
+from moefit.dsmoe.export import export_olmoe
+from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.evaluate.perplexity import Text, score
+from moefit.evaluate.subject import subject_of
+from moefit.moe.routing import Rule, default_rules
+
+IDS = tokens(2, 9)
+
+
+def stock(**changes):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_experts": 5, "num_experts_per_tok": 5,
+        "initializer_range": 0.4, "pad_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return OlmoeForCausalLM(OlmoeConfig(**(sizes | changes))).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("rule", ["top_k:2", "top_k:2:renormalize", "dense"])
+def test_an_olmoe_under_a_rule_is_one_configured_so(rule):
+    parsed = Rule.parse(rule)
+    model = stock(num_experts_per_tok=3)
+    twin = stock(num_experts_per_tok=parsed.k or 5, norm_topk_prob=parsed.renormalize)
+    before = logits(model)
+    with subject_of(model).use(parsed):
+        torch.testing.assert_close(logits(model), logits(twin))
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_an_olmoe_is_restored_after_an_error():
+    model = stock(num_experts_per_tok=3, norm_topk_prob=True)
+    with pytest.raises(ZeroDivisionError), subject_of(model).use(Rule.parse("top_k:1")):
+        raise ZeroDivisionError
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    assert [(router.top_k, router.norm_topk_prob) for router in routers] == [(3, True)] * 2
+
+
+def test_an_export_scores_and_costs_as_what_it_was_made_of(tmp_path):
+    model = tiny_model(qk_norm=True)
+    export_olmoe(model, tmp_path / "out", experts_per_token=2)
+    olmoe = OlmoeForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    text = Text(ids_T=tokens(60), text_bytes=180, context=8)
+    rules = [Rule.parse(rule) for rule in ("dense", "top_k:2", "top_k:1:renormalize")]
+    for ours, theirs in zip(score(model, text, rules), score(olmoe, text, rules), strict=True):
+        assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
+        same = ("rule", "active_parameters", "active_share", "mlp_experts", "attention_experts")
+        assert [getattr(theirs, name) for name in same] == [getattr(ours, name) for name in same]
+    assert subject_of(olmoe).total == model_card(model.config).total_without_embeddings
+
+
+def test_tied_embeddings_do_not_count_twice():
+    assert subject_of(stock(tie_word_embeddings=True)).total == subject_of(stock()).total
+
+
+@pytest.mark.parametrize("rule", ["threshold:0.5", "threshold_top_k:0.5"])
+def test_an_olmoe_has_no_thresholds(rule):
+    text = Text(ids_T=tokens(20), text_bytes=60, context=8)
+    heard = []
+    with pytest.raises(UnsupportedModelError, match="use dense or top_k:K with K from 1 to 5"):
+        score(stock(), text, [Rule.parse("dense"), Rule.parse(rule)], lambda *a: heard.append(a))
+    assert not heard  # said before an hour of scoring, not after it
+
+
+def test_more_experts_than_there_are():
+    with pytest.raises(ConfigError, match="top_k:5"):
+        subject_of(stock()).check(Rule.parse("top_k:6"))
+
+
+def test_default_rules():
+    assert subject_of(tiny_model()).default_rules() == default_rules(5)
+    assert [str(rule) for rule in subject_of(stock()).default_rules()] == [
+        "dense", "top_k:2", "top_k:1",
+    ]  # fmt: skip
+    normalised = subject_of(stock(norm_topk_prob=True)).default_rules()
+    assert [str(rule) for rule in normalised] == [
+        "dense", "top_k:2:renormalize", "top_k:1:renormalize",
+    ]  # fmt: skip
+
+
+def test_other_families():
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="a LlamaForCausalLM cannot be put under"):
+        subject_of(LlamaForCausalLM(config))
