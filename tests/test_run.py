@@ -26,10 +26,10 @@ def during(monkeypatch):
     real, count = Stepper.step, 0
 
     def arrange(number, action):
-        def step(self, micro_batches, accumulation):
+        def step(self, micro_batches, accumulation, **rest):
             nonlocal count
             count += 1
-            result = real(self, micro_batches, accumulation)
+            result = real(self, micro_batches, accumulation, **rest)
             if count == number:
                 action(self)
             return result
