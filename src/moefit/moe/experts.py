@@ -74,20 +74,27 @@ def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> T
     """
     num_experts = weights.w_in_EID.shape[0]
     ids_R = routing.ids_TK.flatten()
-    order_R = ids_R.argsort(stable=True)
+    counts_E = torch.bincount(ids_R, minlength=num_experts + 1)[:num_experts].tolist()
+    routed = sum(counts_E)  # padding ids sort behind all experts and are cut off
+    order_R = ids_R.argsort(stable=True)[:routed]
     token_R = order_R // routing.ids_TK.shape[1]
     weight_R1 = routing.weights_TK.flatten()[order_R].unsqueeze(1).float()
+    # One gather, one unbind, one scatter: as many backward passes over whole tensors, not E times
+    # as many as indexing each expert's rows and weights would take.
+    parts = zip(
+        x_TD[token_R].split(counts_E),
+        weights.w_in_EID.unbind(),
+        weights.w_out_EDF.unbind(),
+        strict=True,
+    )
+    outputs = [
+        F.linear(weights.activate(F.linear(x_RD, w_in_ID)), w_out_DF)
+        for x_RD, w_in_ID, w_out_DF in parts
+        if len(x_RD)
+    ]
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    start = 0
-    counts_E = torch.bincount(ids_R, minlength=num_experts + 1)[:num_experts]
-    for expert, count in enumerate(counts_E.tolist()):
-        if count == 0:
-            continue
-        rows = slice(start, start + count)
-        start += count
-        h = weights.activate(F.linear(x_TD[token_R[rows]], weights.w_in_EID[expert]))
-        y = F.linear(h, weights.w_out_EDF[expert])
-        y_TD.index_add_(0, token_R[rows], y.float() * weight_R1[rows])
+    if outputs:
+        y_TD = y_TD.index_add(0, token_R, torch.cat(outputs).float() * weight_R1)
     return y_TD.to(x_TD.dtype)
 
 
