@@ -23,14 +23,23 @@ from moefit.evaluate.report import score_table
 from moefit.moe.routing import Rule
 from moefit.train.config import make_config
 
-RULES = ("dense", "top_k:8", "top_k:4", "top_k:3", "top_k:2", "threshold:0.48", "threshold:1")
+RULES = (
+    "dense",
+    "top_k:8",
+    "top_k:4",
+    "top_k:3",
+    "threshold:0.25",
+    "threshold:0.48",
+    "threshold:1",
+)
+SCORED_TOKENS = 32_768
 
 
 def main() -> None:
     run, *twin = map(Path, sys.argv[1:])
     model, tokenizer = load(str(run), dtype=torch.bfloat16)
     assert isinstance(model, DsMoeForCausalLM)
-    model.set_inference_rule("top_k:3")
+    model.set_inference_rule("threshold:0.48")
     place = reference_path()
     shutil.rmtree(place, ignore_errors=True)
     model.save_pretrained(place)
@@ -49,10 +58,10 @@ def main() -> None:
 
 
 def measured(model: str, *rules: str) -> list[Score]:
-    """Scores on all of the held-out standard library, in the dtype that it is stored in."""
+    """Scores on a spread of the held-out standard library, in the dtype that it is stored in."""
     loaded, tokenizer = load(model)
     assert isinstance(loaded, DsMoeForCausalLM)
-    text = held_out_text(tokenizer, 256, None)
+    text = held_out_text(tokenizer, 256, SCORED_TOKENS)
     scores = score(loaded, text, [Rule.parse(rule) for rule in rules])
     Console(width=120).print(score_table(scores, model))
     return scores

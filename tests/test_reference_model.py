@@ -32,13 +32,21 @@ def test_its_configuration_and_log_are_beside_it(loaded):
     assert max(record["step"] for record in log) == config.steps
 
 
-def test_a_quarter_of_the_experts_are_enough(loaded):
+def test_less_than_half_of_the_experts_are_nearly_enough(loaded):
     model, tokenizer = loaded
     text = held_out_text(tokenizer, 256, 8192)
-    dense, quarter = score(model, text, [Rule.parse("dense"), Rule.parse("top_k:4")])
+    dense, sparse = score(model, text, [Rule.parse("dense"), Rule.parse("threshold:0.48")])
     assert dense.perplexity < 100
-    assert quarter.perplexity < 1.01 * dense.perplexity
-    assert quarter.mlp_experts == model.config.num_experts / 4
+    assert sparse.perplexity < 1.03 * dense.perplexity
+    assert sparse.mlp_experts < model.config.num_experts / 2  # the mean over tokens and layers
+
+
+def test_it_is_as_good_as_its_plain_dense_twin():
+    """Measured when it was made, on the same text; the twin does not ship."""
+    told = json.loads((reference_path() / "scores.json").read_text())
+    twin = told["plain dense twin"][0]["perplexity"]
+    dense = next(one for one in told["reference"] if one["rule"] == "dense")
+    assert dense["perplexity"] < 1.02 * twin
 
 
 def test_the_scores_beside_it_are_of_this_model(loaded):
