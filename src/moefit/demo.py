@@ -165,14 +165,17 @@ def _scores(model: str) -> list[Score]:
 
 
 def _answer() -> dict[str, Any]:
-    """A greedy continuation by the shipped model with few experts, and what share that is."""
+    """A sampled continuation by the shipped model with few experts, and what share that is."""
     loaded, tokenizer = load(REFERENCE)
     assert isinstance(loaded, DsMoeForCausalLM)
     loaded.set_inference_rule(ANSWER_RULE)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    ids = loaded.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = loaded.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            **inputs, **sampling, max_new_tokens=48, pad_token_id=tokenizer.eos_token_id
+        )
     card = model_card(loaded.config)
     active = card.active(Rule.parse(ANSWER_RULE)) / card.total_without_embeddings
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
