@@ -1,0 +1,1 @@
+"""Serving: off-the-shelf MoE models inside a memory budget (SwapMoE, arXiv 2308.15030)."""
