@@ -4,6 +4,7 @@
     ├── ConfigError            what was asked for contradicts itself or does not exist
     ├── DataError              the text cannot be read, or is too little
     ├── CheckpointError        a checkpoint is missing, damaged, foreign or cannot be written
+    ├── BudgetTooSmallError    a memory budget below the model's floor
     ├── UnsupportedModelError  the model is sound, but this operation cannot represent it
     └── DivergenceError        training reached a loss that is not a number
 
@@ -26,6 +27,10 @@ class DataError(MoefitError):
 
 class CheckpointError(MoefitError):
     """A checkpoint is missing, damaged, foreign, or cannot be written."""
+
+
+class BudgetTooSmallError(MoefitError):
+    """The memory budget is below what the model can run in; the message names that floor."""
 
 
 class UnsupportedModelError(MoefitError):

@@ -1,0 +1,226 @@
+"""A checkpoint's tensors by name, as byte ranges of its files; read on demand.
+
+Owns the safetensors header (https://github.com/huggingface/safetensors, "Format"), what can be
+wrong with a file, and positional reads into memory that the caller owns. Maps nothing: a mapped
+file's pages would count as this process's memory. Knows nothing of experts or models.
+"""
+
+import json
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from moefit.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB less a page in one call
+_ATTEMPTS = 3
+Read = Callable[[int, memoryview, int], int]
+"""As `os.preadv` with one buffer: file descriptor, where to, offset in the file; bytes read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Where one tensor lies: `nbytes` from `offset` in `path`, row after row."""
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def row(self, index: int) -> "Span":
+        """The part [index] of the first axis, itself contiguous."""
+        size = self.nbytes // self.shape[0]
+        return Span(
+            name=f"{self.name}[{index}]",
+            path=self.path,
+            offset=self.offset + index * size,
+            nbytes=size,
+            dtype=self.dtype,
+            shape=self.shape[1:],
+        )
+
+
+def pread(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """One positional read, straight into the buffer."""
+    return os.preadv(descriptor, [buffer], offset)
+
+
+class Checkpoint:
+    """An opened folder of safetensors files. Thread-safe; close it, or use it in a `with`.
+
+    Raises CheckpointError if the folder has no safetensors, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, read: Read = pread):
+        self.folder = folder
+        self.spans: Mapping[str, Span] = dict(_all_spans(folder))
+        self._read = read
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def read_into(self, span: Span, buffer: memoryview) -> None:
+        """Fill `buffer`, of exactly span.nbytes, from the file; the page cache is let go of.
+
+        A failed read is tried again twice. Raises CheckpointError, and the buffer's content is
+        then undefined.
+        """
+        assert len(buffer) == span.nbytes, (len(buffer), span)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._fill(self._descriptor(span.path), buffer, span)
+                return
+            except OSError as error:
+                if attempt == _ATTEMPTS:
+                    raise CheckpointError(
+                        f"{span.path.name}: {span.name} cannot be read after {_ATTEMPTS} attempts "
+                        f"({error.strerror or error}); the model can still be used, its next step "
+                        "tries again"
+                    ) from error
+                time.sleep(0.01 * 4**attempt)
+
+    def tensor(self, span: Span) -> Tensor:
+        """The tensor in memory of its own."""
+        data = torch.empty(span.nbytes, dtype=torch.uint8)
+        if span.nbytes:
+            array: Any = data.numpy()
+            self.read_into(span, memoryview(array))
+        return data.view(span.dtype).view(span.shape)
+
+    def _fill(self, descriptor: int, buffer: memoryview, span: Span) -> None:
+        done = 0
+        while done < span.nbytes:
+            part = buffer[done : done + _READ_AT_ONCE]
+            count = self._read(descriptor, part, span.offset + done)
+            if count == 0:
+                raise OSError(f"the file ends at byte {span.offset + done}")
+            done += count
+        # What was read is in our own memory now; a second copy in the page cache helps nobody.
+        os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(self._descriptors[path], 0, 0, os.POSIX_FADV_RANDOM)
+            return self._descriptors[path]
+
+
+class LazyTensor:
+    """A span that reads itself when indexed with `...`: what transformers' loader expects."""
+
+    def __init__(self, checkpoint: Checkpoint, span: Span):
+        self._checkpoint, self._span = checkpoint, span
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._checkpoint.tensor(self._span)[key]
+
+    def get_shape(self) -> list[int]:
+        """As safetensors' slices have it."""
+        return list(self._span.shape)
+
+    def get_dtype(self) -> str:
+        """The format's name of the dtype."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self._span.dtype)
+
+
+def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(
+                f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be "
+                "read in place (transformers' save_pretrained writes them)"
+            )
+        yield from ((span.name, span) for span in _file_spans(folder / SINGLE))
+        return
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:3])}); "
+            "copy or download them again"
+        )
+    found = {span.name: span for shard in shards for span in _file_spans(folder / shard)}
+    if absent := sorted(set(weight_map) - set(found)):
+        raise CheckpointError(
+            f"{INDEX} names {len(absent)} tensors that its shards lack ({', '.join(absent[:3])})"
+        )
+    yield from found.items()
+
+
+def _file_spans(path: Path) -> Iterator[Span]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header would have {length:,} bytes")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
+    end = max((span.offset + span.nbytes for span in spans), default=8 + length)
+    if end > size:
+        raise CheckpointError(
+            f"{path} is cut short: {size:,} bytes, but its tensors end at {end:,}; "
+            "copy or download it again"
+        )
+    yield from spans
+
+
+def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not known here")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    elements = 1
+    for dim in shape:
+        elements *= dim
+    if not 0 <= begin <= end or end - begin != elements * dtype.itemsize:
+        raise ValueError(f"{name} {list(shape)} {entry['dtype']} cannot be {end - begin} bytes")
+    return Span(
+        name=name, path=path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape
+    )

@@ -1,0 +1,210 @@
+"""Where the MoE blocks of a Hugging Face model are, and how one expert of them computes.
+
+Owns the two layouts of experts that exist: stacked matrices behind transformers'
+`use_experts_implementation` (the contract of all its decoder families, found by the attributes
+that the decorator sets, never by class), and one module per expert (Switch Transformers, NLLB).
+Knows nothing of where experts' bytes are kept.
+
+Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width, R rows
+of one expert.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersExperts,
+)
+
+from moefit.errors import UnsupportedModelError
+from moefit.moe.routing import Routing
+
+Tensors = Mapping[str, Tensor]
+"""One expert's tensors by short name, such as `gate_up_proj`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of one expert's part of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Layout(Protocol):
+    """How a family keeps, addresses and computes its experts. One instance per block."""
+
+    num_experts: int
+    specs: Mapping[str, TensorSpec]
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """The parameter's name below the experts module, and the row in it, None for all of it."""
+        ...
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """One expert's unweighted output y_RD."""
+        ...
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """What the block passed behind the tokens, as a `Routing`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeBlock:
+    """One router with its experts in one layer: `name` is the experts module's, dotted."""
+
+    name: str
+    layout: Layout
+
+    @property
+    def parent(self) -> str:
+        """The module that holds router and experts."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.layout.num_experts
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in the model's own dtypes."""
+        return sum(spec.nbytes for spec in self.layout.specs.values())
+
+
+def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
+    """All MoE blocks in the order of the model's modules; the model may be on the meta device.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    found = tuple(_blocks(model))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts that can be served one by one: none behind "
+            "transformers' experts interface, no Switch Transformers and no NLLB-MoE layout; "
+            "a model without experts is served by transformers itself"
+        )
+    return found
+
+
+def _blocks(model: nn.Module) -> Iterator[MoeBlock]:
+    for name, module in model.named_modules():
+        if isinstance(module, SwitchTransformersExperts):
+            yield MoeBlock(name=name, layout=SwitchLayout(module))
+        elif isinstance(module, NllbMoeExperts):
+            yield MoeBlock(name=name, layout=NllbLayout(module))
+        elif _behind_interface(module):
+            yield MoeBlock(name=name, layout=StackedLayout(module))
+
+
+def _behind_interface(module: nn.Module) -> bool:
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    return all(hasattr(module, mark) for mark in marks) and hasattr(module, "down_proj")
+
+
+class StackedLayout:
+    """Stacked parameters [E, ...] behind transformers' experts interface.
+
+    The computation follows the interface's own flags (transformers `integrations/moe.py`): gate
+    and up in one matrix or up alone, biases, transposed matrices, the class's own gate function,
+    a norm behind each expert.
+    """
+
+    def __init__(self, experts: nn.Module):
+        self._experts = cast(Any, experts)
+        parameters = dict(experts.named_parameters(recurse=False))
+        self.num_experts = self._experts.down_proj.shape[0]
+        self._input = "gate_up_proj" if self._experts.has_gate else "up_proj"
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+            for short, parameter in parameters.items()
+            if parameter.shape[0] == self.num_experts
+        }
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """A row of the stack."""
+        return short, expert
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """down(gate(in(x))), normed where the family does."""
+        h_RI = self._linear(tensors, self._input, x_RD)
+        activate = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
+        h_RF = activate(h_RI)
+        y_RD = self._linear(tensors, "down_proj", h_RF)
+        return self._experts.post_expert_norm(y_RD) if self._has_norm else y_RD
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """(ids_TK, weights_TK) as they come."""
+        ids_TK, weights_TK = arguments
+        return Routing(ids_TK.reshape(num_tokens, -1), weights_TK.reshape(num_tokens, -1))
+
+    @property
+    def _has_norm(self) -> bool:
+        return getattr(self._experts, "has_post_expert_norm", False)
+
+    def _linear(self, tensors: Tensors, short: str, x_RI: Tensor) -> Tensor:
+        weight, bias = tensors[short], tensors.get(f"{short}_bias")
+        if self._experts.is_transposed:
+            y_RO = x_RI @ weight
+            return y_RO if bias is None else y_RO + bias
+        return F.linear(x_RI, weight, bias)
+
+
+class SwitchLayout:
+    """One module per expert, `expert_3`; the block passes a one-hot mask [T, 1, E] and weights."""
+
+    def __init__(self, experts: nn.ModuleDict):
+        self.num_experts = len(experts)
+        self._template = experts["expert_0"]
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(tuple(parameter.shape), parameter.dtype)
+            for short, parameter in self._template.named_parameters()
+        }
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """All of a parameter of the expert's own module."""
+        return f"expert_{expert}.{short}", None
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """The family's own expert module, called with these tensors."""
+        return functional_call(self._template, dict(tensors), (x_RD,))
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """From the mask; a token beyond an expert's capacity has the padding id E."""
+        mask_T1E, weights_T1 = arguments
+        mask_TE = mask_T1E.reshape(num_tokens, self.num_experts)
+        ids_T = mask_TE.argmax(-1).masked_fill(~mask_TE.any(-1), self.num_experts)
+        return Routing(ids_T[:, None], weights_T1.reshape(num_tokens, 1))
+
+
+class NllbLayout(SwitchLayout):
+    """NLLB-MoE: the block passes the first choice's mask [T, E] and both choices' weights [T, E].
+
+    transformers 5 computes with this what its own experts module makes of it: the mask's zeros
+    and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 0 answers for every
+    unchosen column and expert 1 for every chosen one. The model's output is defined by that.
+    """
+
+    def __init__(self, experts: nn.ModuleDict):
+        super().__init__(experts)
+        dropout = float(cast(Any, experts).moe_token_dropout)
+        self._kept = 1 - dropout if dropout > 0 else 1.0
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """E entries per token, of which those with weight zero are padding."""
+        mask_TE, weights_TE = arguments
+        ids_TE = mask_TE.reshape(num_tokens, self.num_experts).long()
+        weights_TE = weights_TE.reshape(num_tokens, self.num_experts) * self._kept
+        return Routing(ids_TE.masked_fill(weights_TE == 0, self.num_experts), weights_TE)

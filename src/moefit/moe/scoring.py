@@ -1,0 +1,199 @@
+"""How a family's router makes a choice of its scores, so that the choice can be made again.
+
+Owns the routing rules of off-the-shelf families as data (`ScoringRule`), their search by example
+(`identify`), and routing restricted to some experts. A rule is never looked up by name: the
+family's own router decides on some tokens, and the rule that decides and weighs alike is taken.
+Knows nothing of residency or of modes.
+
+Shapes: T tokens, E experts, K chosen per token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefit.moe.routing import Routing
+
+Score = Literal["softmax", "sigmoid", "sqrt_softplus", "given"]
+GroupScore = Literal["max", "top_2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Group-limited choice (DeepSeek-V2, V3): only the best `kept` of `number` groups compete."""
+
+    number: int
+    kept: int
+    score: GroupScore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringRule:
+    """From logits to weights.
+
+    `score` maps logits to scores; a per-expert bias may be added for the choice alone; `chosen`
+    says what becomes of the K scores: kept, divided by their sum, or a softmax over their logits;
+    `scale` multiplies the weights (routed scaling factor).
+    """
+
+    score: Score
+    chosen: Literal["kept", "normalised", "softmax"]
+    scale: float = 1.0
+    biased: bool = False
+    groups: Groups | None = None
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Scores in float32, whatever the dtype of the logits, so that ties are few and stable."""
+        logits_TE = logits_TE.float()
+        match self.score:
+            case "softmax":
+                return logits_TE.softmax(-1)
+            case "sigmoid":
+                return logits_TE.sigmoid()
+            case "sqrt_softplus":
+                return F.softplus(logits_TE).sqrt()
+            case "given":
+                return logits_TE
+
+    def preference(self, logits_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """What the choice is made by: scores, biased and with lost groups at minus infinity."""
+        preferred_TE = self.scores(logits_TE)
+        if self.biased and bias_E is not None:
+            preferred_TE = preferred_TE + bias_E.float()
+        if self.groups is not None:
+            lost_TE = ~_in_kept_groups(preferred_TE, self.groups)
+            preferred_TE = preferred_TE.masked_fill(lost_TE, -torch.inf)
+        return preferred_TE
+
+    def weights(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """The weights of chosen experts; the padding id E has weight zero."""
+        num_experts = logits_TE.shape[-1]
+        real_TK = ids_TK < num_experts
+        safe_TK = ids_TK.clamp(max=num_experts - 1)
+        if self.chosen == "softmax":
+            logits_TK = logits_TE.float().gather(-1, safe_TK).masked_fill(~real_TK, -torch.inf)
+            weights_TK = logits_TK.softmax(-1)
+        else:
+            weights_TK = self.scores(logits_TE).gather(-1, safe_TK) * real_TK
+            if self.chosen == "normalised":
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        return torch.nan_to_num(weights_TK * self.scale)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        like: Routing,
+        bias_E: Tensor | None = None,
+        allowed_E: Tensor | None = None,
+    ) -> Routing:
+        """As many experts for each token as `like` has, the best of the `allowed_E` if given.
+
+        Fewer allowed than wanted is padded with E.
+
+        Restricting happens before the choice and before weights are made ("masked gating",
+        SwapMoE section 3), so that a rule that normalises does so over the experts left. A softmax
+        over all experts is not taken again over fewer: weights keep the scale that the model was
+        trained with.
+        """
+        preferred_TE = self.preference(logits_TE, bias_E)
+        if allowed_E is not None:
+            preferred_TE = preferred_TE.masked_fill(~allowed_E, -torch.inf)
+            if self.groups is not None:  # all kept groups may be absent: any expert then
+                everywhere_TE = self.scores(logits_TE).masked_fill(~allowed_E, -torch.inf)
+                lost_T1 = preferred_TE.isneginf().all(-1, keepdim=True)
+                preferred_TE = torch.where(lost_T1, everywhere_TE, preferred_TE)
+        num_experts, k = logits_TE.shape[-1], like.ids_TK.shape[-1]
+        best_TK, ids_TK = preferred_TE.topk(min(k, num_experts), dim=-1)
+        count_T1 = (like.ids_TK < num_experts).sum(-1, keepdim=True)
+        beyond_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
+        ids_TK = ids_TK.masked_fill(beyond_TK | best_TK.isneginf(), num_experts)
+        return Routing(ids_TK, self.weights(logits_TE, ids_TK))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """What a family's router did: its logits, its choice, and per-expert biases that may matter."""
+
+    logits_TE: Tensor
+    routing: Routing
+    biases: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identified:
+    """A rule, and which of each example's biases it adds (None: none)."""
+
+    rule: ScoringRule
+    bias: int | None
+
+
+def identify(examples: Sequence[Example], groups: Sequence[Groups] = ()) -> Identified | None:
+    """The first rule that chooses and weighs as all examples do; None if no known rule does.
+
+    `groups` are the group-limited forms that the configuration makes possible.
+    """
+    for rule, bias in _candidates(examples[0], groups):
+        scaled = _with_scale(rule, examples[0], bias)
+        if scaled is not None and all(_agrees(scaled, example, bias) for example in examples):
+            return Identified(rule=scaled, bias=bias)
+    return None
+
+
+def _candidates(
+    example: Example, groups: Sequence[Groups]
+) -> Iterator[tuple[ScoringRule, int | None]]:
+    scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus", "given")
+    chosen: tuple[Literal["kept", "normalised", "softmax"], ...] = ("kept", "normalised", "softmax")
+    biases = (*range(len(example.biases)), None)
+    for bias, group, score, end in product(biases, (*groups, None), scores, chosen):
+        yield ScoringRule(score=score, chosen=end, groups=group, biased=bias is not None), bias
+
+
+def _with_scale(rule: ScoringRule, example: Example, bias: int | None) -> ScoringRule | None:
+    """The rule with the factor that the example's weights show; None if it chooses otherwise."""
+    found = _route(rule, example, bias)
+    theirs, ours = _dense(example.routing, example), _dense(found, example)
+    if not torch.equal(theirs > 0, ours > 0):
+        return None
+    scale = float(theirs.sum() / ours.sum().clamp_min(1e-20))
+    return ScoringRule(
+        score=rule.score, chosen=rule.chosen, scale=scale, biased=rule.biased, groups=rule.groups
+    )
+
+
+def _agrees(rule: ScoringRule, example: Example, bias: int | None) -> bool:
+    theirs, ours = _dense(example.routing, example), _dense(_route(rule, example, bias), example)
+    low = example.routing.weights_TK.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if low else 1e-4
+    return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-2))
+
+
+def _route(rule: ScoringRule, example: Example, bias: int | None) -> Routing:
+    bias_E = None if bias is None else example.biases[bias]
+    return rule.route(example.logits_TE, example.routing, bias_E)
+
+
+def _dense(routing: Routing, example: Example) -> Tensor:
+    """Weights by expert [T, E]."""
+    num_tokens, num_experts = example.logits_TE.shape
+    weights_TE1 = torch.zeros(num_tokens, num_experts + 1)
+    ids_TK = routing.ids_TK.cpu().clamp(max=num_experts)
+    weights_TE1.scatter_add_(1, ids_TK, routing.weights_TK.float().cpu())
+    return weights_TE1[:, :num_experts]
+
+
+def _in_kept_groups(preferred_TE: Tensor, groups: Groups) -> Tensor:
+    num_tokens, num_experts = preferred_TE.shape
+    grouped_TGE = preferred_TE.view(num_tokens, groups.number, -1)
+    if groups.score == "max":
+        score_TG = grouped_TGE.amax(-1)
+    else:
+        score_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(-1)
+    kept = score_TG.topk(groups.kept, dim=-1).indices
+    mask_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, kept, True)
+    return mask_TG.unsqueeze(-1).expand_as(grouped_TGE).reshape(num_tokens, num_experts)

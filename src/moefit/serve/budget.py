@@ -1,0 +1,162 @@
+"""The one ledger: every byte that the process may hold on the model's device, by part.
+
+Owns sizes as people write them, what each part needs, and how many slots the rest buys. Pure: it
+can be printed before anything is loaded. Knows nothing of tensors or of how slots are used.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moefit.errors import BudgetTooSmallError, ConfigError
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from `4.7GiB`, `512MB`, `3g`, `1048576` or an int.
+
+    Raises ConfigError for anything else, for zero and for negative sizes.
+
+    >>> parse_bytes("1.5KiB")
+    1536
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
+    unit = match and _UNITS.get(match[2].lower())
+    if not match or not unit or not (size := int(float(match[1]) * unit)):
+        raise ConfigError(
+            f"{text!r} is not a size; write bytes or a number with a unit, such as 4.7GiB or 512MB"
+        )
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Three significant digits with a binary unit.
+
+    >>> format_bytes(5046586573)
+    '4.70 GiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.{_decimals(size)}f} {unit}"
+        size /= 1024
+    return f"{size:.{_decimals(size)}f} GiB"
+
+
+def _decimals(size: float) -> int:
+    return 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNeeds:
+    """What one MoE block asks of the ledger: its experts, their size, and the fewest slots."""
+
+    name: str
+    num_experts: int
+    slot_bytes: int
+    fewest: int
+
+    @property
+    def floor(self) -> int:
+        """Bytes of the fewest slots."""
+        return self.fewest * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBudget:
+    """Bytes by part. `total` None means: as much as everything resident takes.
+
+    `process` is what interpreter and libraries hold when loading begins; `weights` all that is no
+    expert; `staging` buffers between storage and slots.
+    """
+
+    total: int | None
+    process: int
+    weights: int
+    kv_cache: int
+    workspace: int
+    staging: int
+    blocks: tuple[BlockNeeds, ...]
+
+    @property
+    def fixed(self) -> int:
+        """Everything but slots."""
+        return self.process + self.weights + self.kv_cache + self.workspace + self.staging
+
+    @property
+    def floor(self) -> int:
+        """The least total that the model can run in."""
+        return self.fixed + sum(block.floor for block in self.blocks)
+
+    @property
+    def everything(self) -> int:
+        """The total at which all experts are resident."""
+        return self.fixed + sum(block.num_experts * block.slot_bytes for block in self.blocks)
+
+    def with_total(self, total: int | None) -> "MemoryBudget":
+        """The same parts under another total."""
+        return replace(self, total=total)
+
+    def slots(self) -> tuple[int, ...]:
+        """Slots per block: equal shares, what is left over one by one from the first block on.
+
+        Raises BudgetTooSmallError, naming the floor.
+        """
+        counts = [block.fewest for block in self.blocks]
+        if self.total is None:
+            return tuple(block.num_experts for block in self.blocks)
+        left = self.total - self.floor
+        if left < 0:
+            raise BudgetTooSmallError(self._too_small())
+        open_blocks = [i for i, block in enumerate(self.blocks) if counts[i] < block.num_experts]
+        while open_blocks:
+            round_bytes = sum(self.blocks[i].slot_bytes for i in open_blocks)
+            rounds = min(
+                left // round_bytes,
+                min(self.blocks[i].num_experts - counts[i] for i in open_blocks),
+            )
+            for i in open_blocks:
+                counts[i] += rounds
+            left -= rounds * round_bytes
+            if not rounds:
+                for i in open_blocks:
+                    if self.blocks[i].slot_bytes <= left:
+                        counts[i] += 1
+                        left -= self.blocks[i].slot_bytes
+                break
+            open_blocks = [i for i in open_blocks if counts[i] < self.blocks[i].num_experts]
+        return tuple(counts)
+
+    def with_slots(self, counts: Sequence[int]) -> int:
+        """The total that these slots take."""
+        pairs = zip(self.blocks, counts, strict=True)
+        return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {"total": self.total, **parts, "floor": self.floor, "everything": self.everything}
+
+    def _too_small(self) -> str:
+        parts = ", ".join(f"{format_bytes(getattr(self, name))} {PARTS[name]}" for name in PARTS)
+        slots = sum(block.floor for block in self.blocks)
+        assert self.total is not None
+        return (
+            f"a budget of {format_bytes(self.total)} is below this model's floor of "
+            f"{format_bytes(self.floor)} ({parts}, {format_bytes(slots)} for the fewest experts); "
+            f"give at least {self.floor} bytes, or a shorter context"
+        )
+
+
+PARTS = {
+    "process": "interpreter and libraries",
+    "weights": "weights that are no experts",
+    "kv_cache": "KV cache",
+    "workspace": "workspace",
+    "staging": "staging",
+}

@@ -1,0 +1,133 @@
+"""One MoE block over its slots: SwapMoE's Expert Invoker.
+
+Owns the order of work within a block: experts that are there first, while the missing ones are
+being read into slots that this step no longer needs. Whatever the order, a token's outputs are
+summed in the order of its choice, so the result does not depend on what was resident. Knows
+nothing of modes: an absent expert that the routing names is fetched.
+
+Shapes: T tokens, D model width, K chosen per token, R routed rows (token-expert pairs).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from moefit.moe.families import MoeBlock
+from moefit.moe.routing import Routing
+from moefit.serve.counters import Counters
+from moefit.serve.residency import Residency
+from moefit.serve.slots import Slot
+from moefit.serve.transfer import Transfer
+
+
+class ExpertInvoker:
+    """Computes y_TD = sum over a token's experts of weight * expert(x), from slots.
+
+    `slots` is the block's own, by slot index; it is read at every step, so it may grow and shrink
+    between steps.
+    """
+
+    def __init__(
+        self,
+        block: MoeBlock,
+        residency: Residency,
+        slots: Mapping[int, Slot],
+        transfer: Transfer,
+        counters: Counters,
+    ):
+        self._block, self._residency, self._slots = block, residency, slots
+        self._transfer, self._counters = transfer, counters
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
+        if x_TD.shape[0] == 1:
+            return self._one_token(x_TD, routing)
+        rows = _rows_by_expert(routing, self._block.num_experts)
+        token_R = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(
+            routing.ids_TK.shape[1]
+        )
+        padded = sum(len(one) for one in rows.values()) < len(token_R)
+        y_RD = x_TD.new_zeros if padded else x_TD.new_empty
+        y_RD = y_RD((len(token_R), x_TD.shape[1]))
+        for expert, slot in self._in_order(list(rows)):
+            at_R = rows[expert]
+            y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
+        weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
+        return weighted_RD.view(*routing.ids_TK.shape, -1).sum(1).to(x_TD.dtype)
+
+    def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
+        """Decoding: no grouping, no scatter."""
+        ids = routing.ids_TK[0].tolist()
+        needed = list(dict.fromkeys(e for e in ids if e < self._block.num_experts))
+        outputs = {expert: self._output(slot, x_1D) for expert, slot in self._in_order(needed)}
+        nothing_1D = torch.zeros_like(x_1D)
+        y_KD = torch.cat([outputs.get(expert, nothing_1D) for expert in ids])
+        weighted_KD = y_KD * routing.weights_TK.reshape(-1, 1)
+        return weighted_KD.sum(0, keepdim=True).to(x_1D.dtype)
+
+    def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
+        return slot.format.output(self._block.layout, slot.tensors, x_RD)
+
+    def _in_order(self, needed: Sequence[int]) -> Iterator[tuple[int, Slot]]:
+        """Experts with their slots; a slot is good until the next one is asked for.
+
+        Loads begin as early as slots allow: an empty one, or one whose expert this step no longer
+        needs.
+        """
+        residents = self._residency.residents
+        left = deque(sorted(needed, key=lambda expert: expert not in residents))
+        waiting = deque(expert for expert in left if expert not in residents)
+        self._counters.fetches += len(waiting)
+        self._counters.hits += len(left) - len(waiting)
+        loads: dict[int, _Load] = {}
+        try:
+            while left:
+                self._begin(waiting, loads, protected=set(left))
+                expert = left.popleft()
+                if expert in loads:
+                    self._finish(loads.pop(expert))
+                yield expert, self._slots[self._residency.slot(expert)]
+        finally:  # empty unless something went wrong: no slot stays half-filled
+            for load in loads.values():
+                with suppress(Exception):
+                    self._finish(load)
+
+    def _begin(self, waiting: deque[int], loads: dict[int, "_Load"], protected: set[int]) -> None:
+        while waiting and len(loads) < 2 * self._transfer.readers:
+            slot = self._residency.reserve(waiting[0], protected)
+            if slot is None:
+                return
+            expert = waiting.popleft()
+            done = self._transfer.load(self._block.name, expert, self._slots[slot])
+            loads[expert] = _Load(slot, done)
+
+    def _finish(self, load: "_Load") -> None:
+        began = perf_counter()
+        try:
+            load.done.result()
+        except BaseException:
+            self._residency.abandon(load.slot)
+            raise
+        finally:
+            self._counters.wait_seconds += perf_counter() - began
+        self._residency.publish(load.slot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    slot: int
+    done: Future[float]
+
+
+def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:
+    """Per expert in use, its rows of the flattened choice, in order."""
+    ids_R = routing.ids_TK.flatten()
+    counts = torch.bincount(ids_R, minlength=num_experts + 1).tolist()
+    groups = ids_R.argsort(stable=True).split(counts)
+    return {e: rows for e, rows in enumerate(groups[:num_experts]) if len(rows)}

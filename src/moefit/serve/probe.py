@@ -1,0 +1,182 @@
+"""Look at each block's router at work, once, after loading.
+
+Owns finding a block's router (the module below the block whose output has one number per token and
+expert), its rule (`moe/scoring.py`), and the hooks that hand logits to the served experts. Nothing
+is looked up by family. One forward pass over a few random tokens with all experts silent.
+
+Shapes: T tokens, E experts.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moefit.moe.routing import Routing
+from moefit.moe.scoring import Example, Groups, Identified, identify
+from moefit.serve.virtual_experts import VirtualExperts
+
+_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """An output with one number per token and expert: of which module, where in its output."""
+
+    module: nn.Module
+    index: int | None
+    value: Tensor
+
+
+@dataclass(slots=True)
+class _Recording:
+    outputs: list[_Seen] = field(default_factory=list)
+    routing: Routing | None = None
+
+
+def attach(
+    model: PreTrainedModel, served: Mapping[str, VirtualExperts], seed: int = 0
+) -> tuple[RemovableHandle, ...]:
+    """Find every block's routing rule and hook its router; returns the hooks.
+
+    A block whose rule is not found keeps `scoring` None: it can be served exactly.
+    """
+    recordings = _record(model, served, seed)
+    groups = _group_forms(model.config)
+    hooks: list[RemovableHandle] = []
+    for name, experts in served.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        hooks.append(parent.register_forward_pre_hook(_length_hook(experts), with_kwargs=True))
+        recording = recordings[name]
+        biases = _per_expert_vectors(parent, experts.num_experts)
+        found = _identify(recording, biases, groups)
+        if found is None:
+            continue
+        seen, rule = found
+        experts.scoring = rule.rule
+        experts.bias_E = None if rule.bias is None else biases[rule.bias]
+        hooks.append(seen.module.register_forward_hook(_logits_hook(experts, seen.index)))
+    return tuple(hooks)
+
+
+def _identify(
+    recording: _Recording, biases: Sequence[Tensor], groups: Sequence[Groups]
+) -> tuple[_Seen, Identified] | None:
+    if recording.routing is None:
+        return None
+    num_tokens = len(recording.routing.ids_TK)
+    for seen in recording.outputs:
+        if seen.value.numel() != num_tokens * seen.value.shape[-1]:
+            continue
+        example = Example(
+            logits_TE=seen.value.reshape(num_tokens, -1),
+            routing=recording.routing,
+            biases=tuple(biases),
+        )
+        if found := identify([example], groups):
+            return seen, found
+    return None
+
+
+@torch.inference_mode()
+def _record(
+    model: PreTrainedModel, served: Mapping[str, VirtualExperts], seed: int
+) -> dict[str, _Recording]:
+    recordings = {name: _Recording() for name in served}
+    with _listening(model, served, recordings):
+        model(**_random_input(model, seed), use_cache=False)
+    return recordings
+
+
+@contextmanager
+def _listening(
+    model: PreTrainedModel,
+    served: Mapping[str, VirtualExperts],
+    recordings: Mapping[str, _Recording],
+) -> Iterator[None]:
+    hooks: list[RemovableHandle] = []
+    for name, experts in served.items():
+        recording = recordings[name]
+        parent = model.get_submodule(name.rpartition(".")[0])
+        for module in parent.modules():
+            if module is not experts and module is not parent:
+                hook = _listener(recording, experts.num_experts)
+                hooks.append(module.register_forward_hook(hook))
+        experts.recorder = lambda routing, recording=recording: setattr(
+            recording, "routing", routing
+        )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for experts in served.values():
+            experts.recorder = None
+
+
+def _listener(recording: _Recording, num_experts: int) -> Any:
+    def hear(module: nn.Module, _inputs: Any, output: Any) -> None:
+        values = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
+        for index, value in values:
+            if (
+                isinstance(value, Tensor)
+                and value.shape[-1:] == (num_experts,)
+                and value.is_floating_point()
+                and recording.routing is None  # what comes behind the experts is no router
+            ):
+                recording.outputs.append(_Seen(module, index, value.detach().clone()))
+
+    return hear
+
+
+def _logits_hook(experts: VirtualExperts, index: int | None) -> Any:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        experts.logits_TE = output if index is None else output[index]
+
+    return keep
+
+
+def _length_hook(experts: VirtualExperts) -> Any:
+    """A block that is given more than one token of a sequence is prefilling."""
+
+    def look(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
+        hidden = next((v for v in tensors if v.is_floating_point() and v.dim() in (2, 3)), None)
+        experts.prefilling = hidden is not None and hidden.shape[-2] > 1
+
+    return look
+
+
+def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
+    """Buffers and parameters [E] of the block: a bias of the choice may be among them."""
+    found = defaultdict(list)
+    for name, tensor in (*parent.named_buffers(), *parent.named_parameters()):
+        if tensor.numel() == num_experts and "experts." not in name:
+            found["bias" in name].append(tensor.detach().flatten())
+    return [*found[True], *found[False]]
+
+
+def _group_forms(config: Any) -> tuple[Groups, ...]:
+    text = config.get_text_config(decoder=True)
+    number, kept = getattr(text, "n_group", None), getattr(text, "topk_group", None)
+    if not number or not kept or number == 1:
+        return ()
+    return (
+        Groups(number=number, kept=kept, score="top_2"),
+        Groups(number=number, kept=kept, score="max"),
+    )
+
+
+def _random_input(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = cast(Any, model.config.get_text_config(decoder=True)).vocab_size
+    ids = torch.randint(3, max(4, vocabulary), (1, _TOKENS), generator=generator).to(model.device)
+    if model.config.is_encoder_decoder:
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": ids}

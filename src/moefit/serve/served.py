@@ -1,0 +1,206 @@
+"""A model being served inside a memory budget.
+
+Owns what a user does with it: the Hugging Face model and its tokenizer, the budget and the modes
+while it runs, the report. Every change takes the lock that a block's step holds, so that a step
+never sees half of one. Knows nothing of how experts are found or read.
+"""
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.serve.budget import MemoryBudget, parse_bytes
+from moefit.serve.ledger import peak_process_bytes, process_bytes
+from moefit.serve.slots import NativeFormat, allocate
+from moefit.serve.store import ExpertStore
+from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedParts:
+    """What loading has put together."""
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    budget: MemoryBudget
+    blocks: Mapping[str, VirtualExperts]
+    store: ExpertStore
+    live: Live
+    hooks: tuple[RemovableHandle, ...]
+
+
+class ServedModel:
+    """What `moefit.load` gives; also `model, tokenizer = moefit.load(...)`.
+
+    Thread-safe: budget, mode and report from any thread, `generate` from one at a time.
+    """
+
+    def __init__(self, parts: ServedParts):
+        self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
+        self.blocks, self._budget = parts.blocks, parts.budget
+        self._store, self._live, self._hooks = parts.store, parts.live, parts.hooks
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises ConfigError if its folder has none."""
+        if self._tokenizer is None:
+            raise ConfigError(f"{self.folder} has no tokenizer; the model itself takes token ids")
+        return self._tokenizer
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """The ledger in force."""
+        return self._budget
+
+    @property
+    def policy(self) -> Policy:
+        """What happens on a miss, in force."""
+        return self._live.policy
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def set_memory(self, memory: str | int | None) -> MemoryBudget:
+        """Serve inside this budget from now on; returns the new ledger.
+
+        Shrinking evicts and gives memory back before this returns; growing fills new slots in the
+        background. Raises BudgetTooSmallError, and everything stays as it was.
+        """
+        budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
+        counts = budget.slots()
+        with self._live.lock:
+            changes = {
+                name: count - self._settled(experts)
+                for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
+            }
+            for name, change in changes.items():
+                if change < 0:
+                    self._shrink(self.blocks[name], -change)
+            _return_freed_memory()
+            for name, change in changes.items():
+                if change > 0:
+                    grow(self.blocks[name], change, self.model.device)
+                    self.blocks[name].fill()
+            self._budget = budget
+        return budget
+
+    def set_mode(self, mode: Mode, **settings: Any) -> Policy:
+        """Change the mode, and any other setting of `Policy`, from the next step on.
+
+        `prefill` follows the mode unless given: exact stays exact and bounded prefills exactly;
+        virtual prefills virtually.
+        Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
+        routing rule is not known, so that nothing but exact is possible.
+        """
+        policy = self.checked_policy(mode, **settings)
+        with self._live.lock:
+            self._live.policy = policy
+        return policy
+
+    def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
+        """The policy that `set_mode` would put in force; changes nothing."""
+        settings.setdefault("prefill", "virtual" if mode == "virtual" else "exact")
+        try:
+            policy = replace(self._live.policy, mode=mode, **settings)
+        except TypeError as error:
+            known = ", ".join(Policy.__slots__)
+            raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
+        policy.check()
+        unknown = [name for name, experts in self.blocks.items() if experts.scoring is None]
+        if unknown and {policy.mode, policy.prefill} != {"exact"}:
+            raise UnsupportedModelError(
+                f"mode {mode} changes routing, but how {type(self.model).__name__}'s router makes "
+                f"weights of scores was not recognised in {len(unknown)} of {len(self.blocks)} "
+                f"blocks ({unknown[0]}); mode exact works"
+            )
+        return policy
+
+    def report(self) -> dict[str, Any]:
+        """Bytes by part, residents by block, and what happened since loading or `reset`."""
+        with self._live.lock:
+            resident = {name: sorted(one.residency.residents) for name, one in self.blocks.items()}
+            slot_bytes = sum(s.nbytes for one in self.blocks.values() for s in one.slots.values())
+            spare_bytes = sum(s.nbytes for spares in self._live.spares.values() for s in spares)
+            return {
+                "mode": self.policy.mode,
+                "prefill": self.policy.prefill,
+                "budget": self._budget.as_dict(),
+                "slot_bytes": slot_bytes,
+                "spare_bytes": spare_bytes,
+                "process_bytes": process_bytes(),
+                "peak_process_bytes": peak_process_bytes(),
+                "slots": {name: one.residency.number for name, one in self.blocks.items()},
+                "experts": {name: one.num_experts for name, one in self.blocks.items()},
+                "resident": resident,
+                "bytes_read": self._store.bytes_read,
+                **self._live.counters.as_dict(),
+            }
+
+    def reset(self) -> None:
+        """Count from zero; bytes read go on."""
+        with self._live.lock:
+            self._live.counters.__init__()
+
+    def check(self) -> None:
+        """Raise AssertionError if tables, slots or bytes don't agree."""
+        with self._live.lock:
+            held = 0
+            for experts in self.blocks.values():
+                experts.residency.check()
+                assert experts.residency.number == len(experts.slots), experts.block.name
+                held += sum(slot.nbytes for slot in experts.slots.values())
+            held += sum(s.nbytes for spares in self._live.spares.values() for s in spares)
+            total = self._budget.total
+            room = None if total is None else total - self._budget.fixed + self._budget.staging
+            assert room is None or held <= room, f"{held} bytes held, {room} may be"
+
+    def close(self) -> None:
+        """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""
+        with self._live.lock:
+            for hook in self._hooks:
+                hook.remove()
+        self._live.transfer.close()
+        self._store.close()
+
+    def _settled(self, experts: VirtualExperts) -> int:
+        """The block's slots once no swap is under way."""
+        experts.settle()
+        return experts.residency.number
+
+    def _shrink(self, experts: VirtualExperts, slots: int) -> None:
+        for index in experts.residency.shrink(slots):
+            del experts.slots[index]
+
+
+def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
+    """Add empty slots to a block."""
+    for index in experts.residency.grow(slots):
+        experts.slots[index] = allocate(NativeFormat(), experts.block.layout.specs, device)
+
+
+def _return_freed_memory() -> None:
+    """Slots are mappings and gone at once; what else was freed may still lie in the C heap."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library: nothing to ask it for
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

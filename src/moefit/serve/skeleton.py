@@ -1,0 +1,141 @@
+"""A model without its experts: built on the meta device, its other weights read by name.
+
+Owns the way from a folder to a module tree whose experts never were in memory. transformers does
+the naming and converting; it sees a checkpoint from which the experts are absent, and a model that
+doesn't have them. Knows nothing of slots or budgets.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moefit.checkpoint import Checkpoint, LazyTensor
+from moefit.dsmoe.model import register
+from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.moe.families import MoeBlock, find_blocks
+from moefit.serve.sources import CheckpointMap, map_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model on the meta device, where its experts are, and where their bytes are."""
+
+    model: PreTrainedModel
+    blocks: tuple[MoeBlock, ...]
+    map: CheckpointMap
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+
+def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
+    """Read configuration and headers; allocate nothing. `dtype` None is the checkpoint's own.
+
+    Raises CheckpointError for a folder that is no whole checkpoint, UnsupportedModelError for a
+    model without experts that can be served, or quantised.
+    """
+    config = _config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{folder} is quantised ({config.quantization_config.get('quant_method', 'unknown')}); "
+            "only checkpoints in float32, bfloat16 or float16 can be served so far"
+        )
+    checkpoint = Checkpoint(folder)
+    chosen = dtype or _own_dtype(config, checkpoint)
+    with torch.device("meta"):
+        model = _model_class(config)._from_config(config, dtype=chosen)
+    model.eval()
+    blocks = find_blocks(model)
+    return Skeleton(model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, chosen)
+
+
+def load_rest(
+    skeleton: Skeleton, experts: Mapping[str, nn.Module], device: torch.device
+) -> PreTrainedModel:
+    """Put these modules in place of the experts, and load all other weights onto `device`.
+
+    Raises CheckpointError if the model needs weights that the checkpoint lacks.
+    """
+    model = skeleton.model
+    conversions = get_model_conversion_mapping(model)
+    for name, module in experts.items():
+        model.set_submodule(name, module)
+    lazy = {
+        name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
+        for name in skeleton.map.rest
+    }
+    plan = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=skeleton.dtype,
+        dtype_plan=model._get_dtype_plan(skeleton.dtype),
+        weight_mapping=cast(Any, conversions),
+    )
+    loader = type(model)
+    found, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
+    found = loader._finalize_model_loading(model, plan, found)
+    if found.missing_keys or found.mismatched_keys or found.conversion_errors:
+        names = [*found.missing_keys, *map(str, found.mismatched_keys), *found.conversion_errors]
+        raise CheckpointError(
+            f"the checkpoint lacks {len(names)} weights that {loader.__name__} needs, or has them "
+            f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
+        )
+    return model.eval()
+
+
+def _config(folder: Path) -> Any:
+    register()
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; give a folder that save_pretrained wrote"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ConfigError:
+        raise
+    except Exception as error:
+        family = _family(file)
+        raise CheckpointError(
+            f"{file} (model_type {family!r}) cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _family(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return "unreadable"
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that the checkpoint names, else the one for text of its family."""
+    for name in config.architectures or ():
+        if isinstance(found := getattr(transformers, name, None), type):
+            return cast(type[PreTrainedModel], found)
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
+    try:
+        return cast(type[PreTrainedModel], auto._model_mapping[type(config)])
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"transformers has no language model for {type(config).__name__}"
+        ) from error
+
+
+def _own_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    floating = [span.dtype for span in checkpoint.spans.values() if span.dtype.is_floating_point]
+    return floating[0] if floating else torch.float32

@@ -1,0 +1,88 @@
+"""All experts at rest, on disk, in the checkpoint's own files.
+
+Owns reading one expert into one slot: byte ranges straight into the slot's memory where the
+checkpoint's layout allows, through transformers' own conversion where it does not. Thread-safe.
+Knows nothing of when or why an expert is read.
+"""
+
+import threading
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from moefit.checkpoint import Checkpoint
+from moefit.moe.families import MoeBlock
+from moefit.serve.slots import Slot, bytes_of
+from moefit.serve.sources import ExpertSource, Piece
+
+
+class ExpertStore:
+    """Experts by block name and number."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: Mapping[str, tuple[ExpertSource, ...]],
+        blocks: Mapping[str, MoeBlock],
+    ):
+        self._checkpoint, self._experts, self._blocks = checkpoint, experts, blocks
+        self._lock = threading.Lock()
+        self._bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from storage since the store was made."""
+        return self._bytes_read
+
+    @property
+    def staging_bytes(self) -> int:
+        """The most that reading one expert holds beside its slot: its recipes' sources, twice."""
+        return 2 * max(
+            sum(part.nbytes for part in source.parts if not isinstance(part, Piece))
+            for sources in self._experts.values()
+            for source in sources
+        )
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._checkpoint.close()
+
+    def read(self, block: str, expert: int, into: Slot) -> None:
+        """Fill a slot. Raises CheckpointError; the slot's content is then undefined."""
+        source = self._experts[block][expert]
+        for part in source.parts:
+            target = into.tensors[part.tensor]
+            if isinstance(part, Piece):
+                self._read_piece(part, target)
+            else:
+                target.copy_(part.cook(self._checkpoint))
+        with self._lock:
+            self._bytes_read += source.nbytes
+
+    def _read_piece(self, piece: Piece, target: Tensor) -> None:
+        if target.device.type == "cpu":
+            end = piece.start + piece.span.nbytes
+            self._checkpoint.read_into(piece.span, bytes_of(target)[piece.start : end])
+            return
+        # Through host memory, and from there in one copy.
+        part = self._checkpoint.tensor(piece.span).flatten()
+        first = piece.start // target.itemsize
+        target.view(-1)[first : first + part.numel()].copy_(part)
+
+    def norms(self, block: str) -> list[float]:
+        """The Frobenius norm of each expert's tensors taken as one vector (SwapMoE's |E_i|).
+
+        Reads every expert of the block once.
+        """
+        return [self._norm(source) for source in self._experts[block]]
+
+    def _norm(self, source: ExpertSource) -> float:
+        square = 0.0
+        for part in source.parts:
+            value = (
+                self._checkpoint.tensor(part.span)
+                if isinstance(part, Piece)
+                else part.cook(self._checkpoint)
+            )
+            square += float(value.float().norm()) ** 2
+        return square**0.5

@@ -1,0 +1,290 @@
+"""A block's experts module, served: it takes the place of the family's own.
+
+Owns what happens in one call: the family's choice is observed, in the bounded and virtual modes
+changed towards what is resident, and computed by the invoker. Also the swaps of the virtual mode:
+begun here, at step borders published here, whole. Knows nothing of budgets or files.
+
+Shapes: T tokens, D model width, E experts, K chosen per token.
+"""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moefit.errors import ConfigError
+from moefit.moe.families import MoeBlock
+from moefit.moe.routing import Routing
+from moefit.moe.scoring import ScoringRule
+from moefit.serve.counters import Counters
+from moefit.serve.eviction import EvictionPolicy
+from moefit.serve.importance import ExpertImportanceEstimator
+from moefit.serve.invoker import ExpertInvoker
+from moefit.serve.manager import Swap, VirtualExpertManager
+from moefit.serve.reroute import (
+    Scored,
+    masked,
+    preferred,
+    score_spread,
+    substituted,
+    substituted_mass,
+)
+from moefit.serve.residency import Residency
+from moefit.serve.slots import Slot
+from moefit.serve.transfer import Transfer
+
+Mode = Literal["exact", "bounded", "virtual"]
+Method = Literal["substitute", "prior"]
+Update = Literal["manager", "fixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What happens when an expert is not resident. One for all blocks, changed as a whole.
+
+    - `mode` for steps of one token a sequence, `prefill` for longer ones.
+    - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
+      best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
+    - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
+      is fetched then goes when the step ends.
+    """
+
+    mode: Mode = "exact"
+    prefill: Mode = "exact"
+    bound: float = 0.2
+    protected: int = 1
+    method: Method = "substitute"
+    bonus: float = 0.2
+    residency: Update = "manager"
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that does not exist or cannot be."""
+        choices = {"mode": Mode, "prefill": Mode, "method": Method, "residency": Update}
+        for name, kind in choices.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"{name}={value!r} is not one of {known}")
+        if not 0 <= self.bound <= 1:
+            raise ConfigError(f"bound={self.bound}, but it is a share of router weight, 0 to 1")
+        if self.protected < 0 or self.bonus < 0:
+            raise ConfigError(
+                f"protected={self.protected}, bonus={self.bonus}: neither can be below zero"
+            )
+
+
+@dataclass(slots=True)
+class Live:
+    """What all blocks share: the policy in force, the lock, spare slots, counters."""
+
+    policy: Policy
+    manager: VirtualExpertManager
+    transfer: Transfer
+    counters: Counters = field(default_factory=Counters)
+    lock: RLock = field(default_factory=RLock)
+    spares: dict[int, list[Slot]] = field(default_factory=dict)  # by size in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A swap whose expert is on its way into slot `slot`."""
+
+    swap: Swap
+    slot: int
+    done: Future[float]
+
+
+class VirtualExperts(nn.Module):
+    """One block's experts over slots. `scoring` None: only the exact mode is possible."""
+
+    def __init__(
+        self,
+        block: MoeBlock,
+        live: Live,
+        residency: Residency,
+        slots: dict[int, Slot],
+        eviction: EvictionPolicy,
+        importance: ExpertImportanceEstimator,
+    ):
+        super().__init__()
+        self.block, self.live, self.residency, self.slots = block, live, residency, slots
+        self.num_experts = block.num_experts
+        self.eviction, self.importance = eviction, importance
+        self.scoring: ScoringRule | None = None
+        self.bias_E: Tensor | None = None
+        self.logits_TE: Tensor | None = None  # the router's hook leaves them here
+        self.prefilling = False  # and the block's hook this
+        self.recorder: Callable[[Routing], None] | None = None
+        self._invoke = ExpertInvoker(block, residency, slots, live.transfer, live.counters)
+        self._pending: list[_Pending] = []
+        self._steps = 0
+        self._spread = 0.0
+
+    def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
+        """What the family's own experts module takes and gives."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        chosen = self.block.layout.routing(len(x_TD), *arguments)
+        if self.recorder is not None:
+            self.recorder(chosen)
+            return torch.zeros_like(x)
+        with self.live.lock:
+            return self._step(x_TD, chosen).view_as(x)
+
+    def settle(self) -> None:
+        """Wait for swaps under way and publish them."""
+        self._publish(wait_for=range(self.num_experts))
+
+    def fill(self) -> None:
+        """Begin to load the most important absent experts into empty slots."""
+        while self.residency.empty and len(self.residency.residents) + self.pending < (
+            self.num_experts
+        ):
+            if not self.begin_swaps(fill_only=True):
+                return
+
+    @property
+    def pending(self) -> int:
+        """Swaps under way."""
+        return len(self._pending)
+
+    def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
+        policy = self.live.policy
+        mode = self._mode(policy)
+        self._publish(wait_for=self._in_use(chosen) if mode != "virtual" else ())
+        self._observe(x_TD, chosen)
+        routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
+        before = set(self.residency.residents)
+        y_TD = self._invoke(x_TD, routing)
+        self._steps += 1
+        if policy.residency == "fixed":
+            self._restore(before)
+        elif mode == "virtual" and self.live.manager.due(self._steps):
+            self.begin_swaps()
+        return y_TD
+
+    def _mode(self, policy: Policy) -> Mode:
+        """The mode of this step; while slots are empty, virtual fetches as exact does."""
+        mode = policy.prefill if self.prefilling else policy.mode
+        fetches = mode == "virtual" and self.residency.empty and policy.residency != "fixed"
+        return "exact" if fetches or not self.residency.residents else mode
+
+    def _in_use(self, chosen: Routing) -> Collection[int]:
+        return set(chosen.ids_TK.unique().tolist()) if self._pending else ()
+
+    def _observe(self, x_TD: Tensor, chosen: Routing) -> None:
+        weights = _weight_by_expert(x_TD, chosen, self.num_experts)
+        # Time counts per sequence, and a block sees only tokens; a batch of one is the usual case.
+        tokens = len(x_TD) if self.prefilling else 1
+        self.importance.observe(weights, tokens)
+        self.eviction.observe(weights, tokens)
+
+    def _rerouted(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
+        assert self.scoring is not None, "set_policy() refuses other modes then"
+        assert self.logits_TE is not None, "the router's hook has run"
+        scored = Scored(
+            rule=self.scoring,
+            logits_TE=self.logits_TE.reshape(-1, self.num_experts),
+            bias_E=self.bias_E,
+            routing=chosen,
+        )
+        resident_E = torch.zeros(self.num_experts, dtype=torch.bool, device=chosen.ids_TK.device)
+        resident_E[list(self.residency.residents)] = True
+        if mode == "virtual":
+            routing = masked(scored, resident_E)
+        elif policy.method == "prior":
+            self._spread = 0.9 * self._spread + 0.1 * score_spread(scored)
+            routing = preferred(
+                scored, resident_E, bonus=policy.bonus, spread=self._spread,
+                protected=policy.protected,
+            )  # fmt: skip
+        else:
+            routing = substituted(
+                scored, resident_E, bound=policy.bound, protected=policy.protected
+            )
+        if routing is not chosen:
+            self.live.counters.substituted += substituted_mass(chosen, routing)
+        self.live.counters.routed += 1
+        return routing
+
+    def begin_swaps(self, *, fill_only: bool = False) -> int:
+        """Start what the manager plans, as far as spare slots reach; returns how many began."""
+        spares = self.live.spares.get(self.block_slot_bytes, [])
+        leaving = {pending.swap.evict for pending in self._pending}
+        swaps = self.live.manager.plan(
+            [expert for expert in self.residency.residents if expert not in leaving],
+            self.importance.scores(),
+            empty=self.residency.empty,
+            filling=[*self.residency.filling, *(e for e in leaving if e is not None)],
+        )
+        begun = 0
+        for swap in swaps:
+            if swap.evict is not None:
+                if fill_only or not spares:
+                    return begun
+                (index,) = self.residency.grow(1)
+                self.slots[index] = spares.pop()
+            slot = self.residency.reserve(swap.load, protected=self.residency.residents)
+            assert slot is not None, "there is an empty one"
+            done = self.live.transfer.load(self.block.name, swap.load, self.slots[slot])
+            self._pending.append(_Pending(swap, slot, done))
+            begun += 1
+        return begun
+
+    def _publish(self, *, wait_for: Collection[int]) -> None:
+        """Make finished swaps visible, and wait for those that bring one of these experts."""
+        for pending in list(self._pending):
+            if not (pending.swap.load in wait_for or pending.done.done()):
+                continue
+            self._pending.remove(pending)
+            if pending.done.exception() is not None:
+                # Nobody waits for this expert; the next plan may try again. What is resident stays.
+                self.residency.abandon(pending.slot)
+                if pending.swap.evict is not None:
+                    self._return_spare()
+                continue
+            self.residency.publish(pending.slot)
+            self.live.counters.swaps += 1
+            if pending.swap.evict is not None:
+                if pending.swap.evict in self.residency.residents:
+                    self.residency.evict(pending.swap.evict)
+                self._return_spare()
+
+    def _return_spare(self) -> None:
+        """One slot goes back to the spares: an empty one, else that of the least important."""
+        for index in self.residency.shrink(1):
+            slot = self.slots.pop(index)
+            self.live.spares.setdefault(slot.nbytes, []).append(slot)
+
+    def _restore(self, before: set[int]) -> None:
+        """The resident set as it was before the step."""
+        for expert in set(self.residency.residents) - before:
+            self.residency.evict(expert)
+        missing = before - set(self.residency.residents)
+        for expert in sorted(missing):
+            slot = self.residency.reserve(expert, protected=self.residency.residents)
+            assert slot is not None
+            self.live.transfer.load(self.block.name, expert, self.slots[slot]).result()
+            self.residency.publish(slot)
+
+    @property
+    def block_slot_bytes(self) -> int:
+        """Bytes of one slot of this block."""
+        return next(iter(self.slots.values())).nbytes
+
+
+def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[int, float]:
+    """Per chosen expert, the sum over tokens of |x| * weight."""
+    norms_T1 = x_TD.float().norm(dim=-1, keepdim=True)
+    weighted_TK = chosen.weights_TK.float().abs() * norms_T1
+    ids = chosen.ids_TK
+    if len(x_TD) == 1:
+        pairs = zip(ids[0].tolist(), weighted_TK[0].tolist(), strict=True)
+        return {expert: weight for expert, weight in pairs if expert < num_experts}
+    sums_E1 = torch.zeros(num_experts + 1, device=ids.device)
+    sums_E1.scatter_add_(0, ids.flatten(), weighted_TK.flatten())
+    sums = sums_E1[:num_experts].tolist()
+    used = set(ids.unique().tolist())
+    return {expert: sums[expert] for expert in used if expert < num_experts}
