@@ -1,28 +1,31 @@
 """Where the MoE blocks of a Hugging Face model are, and how one expert of them computes.
 
-Owns the two layouts of experts that exist: stacked matrices behind transformers'
-`use_experts_implementation` (the contract of all its decoder families, found by the attributes
-that the decorator sets, never by class), and one module per expert (Switch Transformers, NLLB).
-Knows nothing of where experts' bytes are kept.
+Owns the layouts of experts that exist: stacked matrices behind transformers'
+`use_experts_implementation` (the contract of nearly all its decoder families, found by the
+attributes that the decorator sets, never by class); the same without it (JetMoE); and one module
+per expert (Switch Transformers, NLLB). Knows nothing of where experts' bytes are kept.
 
 Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width, R rows
 of one expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 from transformers.models.switch_transformers.modeling_switch_transformers import (
     SwitchTransformersExperts,
 )
 
 from moefit.errors import UnsupportedModelError
+from moefit.moe.jetmoe import ServedJetMoe
 from moefit.moe.routing import Routing
 
 Tensors = Mapping[str, Tensor]
@@ -63,15 +66,25 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeBlock:
-    """One router with its experts in one layer: `name` is the experts module's, dotted."""
+    """One router with its experts in one layer.
+
+    `name` is the dotted name of the module that is replaced and whose parameters the experts are.
+    That is the experts' own module; where a family has none, it is the whole block, and `shell`
+    makes of served experts what takes its place, router included.
+    """
 
     name: str
     layout: Layout
+    shell: Callable[[nn.Module], nn.Module] | None = None
 
     @property
     def parent(self) -> str:
         """The module that holds router and experts."""
-        return self.name.rpartition(".")[0]
+        return self.name if self.shell else self.name.rpartition(".")[0]
+
+    def around(self, experts: nn.Module) -> nn.Module:
+        """What stands at `name` when these experts serve the block."""
+        return self.shell(experts) if self.shell else experts
 
     @property
     def num_experts(self) -> int:
@@ -93,7 +106,7 @@ def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts that can be served one by one: none behind "
-            "transformers' experts interface, no Switch Transformers and no NLLB-MoE layout; "
+            "transformers' experts interface, no Switch Transformers, NLLB-MoE or JetMoE layout; "
             "a model without experts is served by transformers itself"
         )
     return found
@@ -105,6 +118,9 @@ def _blocks(model: nn.Module) -> Iterator[MoeBlock]:
             yield MoeBlock(name=name, layout=SwitchLayout(module))
         elif isinstance(module, NllbMoeExperts):
             yield MoeBlock(name=name, layout=NllbLayout(module))
+        elif isinstance(module, JetMoeMoE):
+            shell = partial(ServedJetMoe, module)
+            yield MoeBlock(name=name, layout=JetMoeLayout(module), shell=shell)
         elif _behind_interface(module):
             yield MoeBlock(name=name, layout=StackedLayout(module))
 
@@ -162,11 +178,44 @@ class StackedLayout:
         return F.linear(x_RI, weight, bias)
 
 
+class JetMoeLayout:
+    """JetMoE's MLP: `input_linear` (gate and up) and `output_linear`, stacked, in the block itself.
+
+    Its attention experts (MoA) are not among the served: their two matrices are used before and
+    behind the attention, so they stay with the other weights.
+    """
+
+    def __init__(self, block: nn.Module):
+        self._activation = cast(Any, block).activation
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+            for short, parameter in block.named_parameters()
+            if short in ("input_linear.weight", "output_linear.weight")
+        }
+        self.num_experts = int(cast(Any, block).input_linear.num_experts)
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """A row of the stack."""
+        return short, expert
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """output(act(gate) * up)."""
+        gate_RF, up_RF = F.linear(x_RD, tensors["input_linear.weight"]).chunk(2, dim=-1)
+        return F.linear(self._activation(gate_RF) * up_RF, tensors["output_linear.weight"])
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """(ids_TK, weights_TK) as `ServedJetMoe` gives them."""
+        ids_TK, weights_TK = arguments
+        return Routing(ids_TK.view(num_tokens, -1), weights_TK.view(num_tokens, -1))
+
+
 class SwitchLayout:
     """One module per expert, `expert_3`; the block passes a one-hot mask [T, 1, E] and weights."""
 
     def __init__(self, experts: nn.ModuleDict):
-        self.num_experts = len(experts)
+        self.num_experts = int(
+            cast(Any, experts).num_experts
+        )  # NLLB's dictionary has dropout in it
         self._template = experts["expert_0"]
         self.specs: Mapping[str, TensorSpec] = {
             short: TensorSpec(tuple(parameter.shape), parameter.dtype)
@@ -193,8 +242,10 @@ class NllbLayout(SwitchLayout):
     """NLLB-MoE: the block passes the first choice's mask [T, E] and both choices' weights [T, E].
 
     transformers 5 computes with this what its own experts module makes of it: the mask's zeros
-    and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 0 answers for every
-    unchosen column and expert 1 for every chosen one. The model's output is defined by that.
+    and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 1 answers for every
+    first choice and expert 0 for every second, and no other expert ever does. "The model's own
+    output" is that, and so it is what is served (tests/test_encoder_decoder_serving.py holds it to
+    transformers', and fails on the day that transformers changes it).
     """
 
     def __init__(self, experts: nn.ModuleDict):
@@ -203,8 +254,10 @@ class NllbLayout(SwitchLayout):
         self._kept = 1 - dropout if dropout > 0 else 1.0
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """E entries per token, of which those with weight zero are padding."""
-        mask_TE, weights_TE = arguments
-        ids_TE = mask_TE.reshape(num_tokens, self.num_experts).long()
-        weights_TE = weights_TE.reshape(num_tokens, self.num_experts) * self._kept
-        return Routing(ids_TE.masked_fill(weights_TE == 0, self.num_experts), weights_TE)
+        """The two columns with weight; a choice that was dropped is padding."""
+        mask_TE, weights_TE = (one.reshape(num_tokens, self.num_experts) for one in arguments)
+        weights_TK, column_TK = weights_TE.topk(min(2, self.num_experts), dim=-1)
+        ids_TK = mask_TE.long().gather(-1, column_TK)
+        return Routing(
+            ids_TK.masked_fill(weights_TK == 0, self.num_experts), weights_TK * self._kept
+        )

@@ -51,7 +51,7 @@ def attach(
     groups = _group_forms(model.config)
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = model.get_submodule(experts.block.parent)
         hooks.append(parent.register_forward_pre_hook(_length_hook(experts), with_kwargs=True))
         recording = recordings[name]
         biases = _per_expert_vectors(parent, experts.num_experts)
@@ -103,7 +103,7 @@ def _listening(
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():
         recording = recordings[name]
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = model.get_submodule(experts.block.parent)
         for module in parent.modules():
             if module is not experts and module is not parent:
                 hook = _listener(recording, experts.num_experts)

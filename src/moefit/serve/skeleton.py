@@ -66,8 +66,9 @@ def load_rest(
     """
     model = skeleton.model
     conversions = get_model_conversion_mapping(model)
-    for name, module in experts.items():
-        model.set_submodule(name, module)
+    for block in skeleton.blocks:
+        model.set_submodule(block.name, block.around(experts[block.name]))
+        _leave_uninitialised(model.get_submodule(block.parent))
     lazy = {
         name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
         for name in skeleton.map.rest
@@ -88,6 +89,15 @@ def load_rest(
             f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
         )
     return model.eval()
+
+
+def _leave_uninitialised(parent: nn.Module) -> None:
+    """Keep transformers from filling a block with random numbers before its weights are loaded.
+
+    Some families' way to do so reaches into the experts. Buffers that no checkpoint has do need it.
+    """
+    if not any(module._non_persistent_buffers_set for module in parent.modules()):
+        cast(Any, parent)._is_hf_initialized = True
 
 
 def _config(folder: Path) -> Any:
