@@ -90,6 +90,13 @@ def score_spread(scored: Scored) -> float:
     return float((scores_TE.amax(-1) - scores_TE.amin(-1)).mean())
 
 
+def mass_kept(before: Routing, after: Routing) -> Routing:
+    """`after` with each token's weights scaled to the sum that they had before."""
+    total_T1 = after.weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+    scale_T1 = before.weights_TK.sum(-1, keepdim=True) / total_T1
+    return Routing(after.ids_TK, after.weights_TK * scale_T1)
+
+
 def substituted_mass(before: Routing, after: Routing) -> float:
     """Router weight whose expert is no longer chosen, as a share of all weight."""
     kept_TKK = before.ids_TK.unsqueeze(-1) == after.ids_TK.unsqueeze(-2)

@@ -6,7 +6,8 @@ never sees half of one. Knows nothing of how experts are found or read.
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -133,6 +134,16 @@ class ServedModel:
             )
         return policy
 
+    def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
+        """Hold just these experts, by block name, as far as there are slots."""
+        with self._live.lock:
+            for name, experts in residents.items():
+                self.blocks[name].hold(experts)
+
+    def norms(self, block: str) -> list[float]:
+        """The norm of each of a block's experts; reads them all once."""
+        return self._store.norms(block)
+
     def report(self) -> dict[str, Any]:
         """Bytes by part, residents by block, and what happened since loading or `reset`."""
         with self._live.lock:
@@ -158,6 +169,21 @@ class ServedModel:
         """Count from zero; bytes read go on."""
         with self._live.lock:
             self._live.counters.__init__()
+
+    @contextmanager
+    def untouched(self, policy: Policy) -> Iterator[None]:
+        """Compute under `policy` within the block, and leave no trace of it.
+
+        Residents, importance, counters and the policy are afterwards what they were before.
+        """
+        before, counters = self.policy, replace(self._live.counters)
+        self._live.policy = replace(policy, residency="fixed")
+        try:
+            yield
+        finally:
+            self._live.policy = before
+            for name in counters.__slots__:
+                setattr(self._live.counters, name, getattr(counters, name))
 
     def check(self) -> None:
         """Raise AssertionError if tables, slots or bytes don't agree."""

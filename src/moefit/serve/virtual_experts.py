@@ -28,6 +28,7 @@ from moefit.serve.manager import Swap, VirtualExpertManager
 from moefit.serve.reroute import (
     Scored,
     masked,
+    mass_kept,
     preferred,
     score_spread,
     substituted,
@@ -60,6 +61,7 @@ class Policy:
     method: Method = "substitute"
     bonus: float = 0.2
     residency: Update = "manager"
+    keep_mass: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
@@ -120,6 +122,7 @@ class VirtualExperts(nn.Module):
         self.recorder: Callable[[Routing], None] | None = None
         self._invoke = ExpertInvoker(block, residency, slots, live.transfer, live.counters)
         self._pending: list[_Pending] = []
+        self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
         self._steps = 0
         self._spread = 0.0
 
@@ -154,7 +157,8 @@ class VirtualExperts(nn.Module):
         policy = self.live.policy
         mode = self._mode(policy)
         self._publish(wait_for=self._in_use(chosen) if mode != "virtual" else ())
-        self._observe(x_TD, chosen)
+        if policy.residency == "manager":
+            self._observe(x_TD, chosen)
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
         before = set(self.residency.residents)
         y_TD = self._invoke(x_TD, routing)
@@ -174,8 +178,32 @@ class VirtualExperts(nn.Module):
     def _in_use(self, chosen: Routing) -> Collection[int]:
         return set(chosen.ids_TK.unique().tolist()) if self._pending else ()
 
+    def hold(self, experts: Collection[int]) -> None:
+        """Make these the residents, as far as there are slots; others leave."""
+        self.settle()
+        for expert in set(self.residency.residents) - set(experts):
+            self.residency.evict(expert)
+        for expert in experts:
+            if expert not in self.residency.residents and self.residency.empty:
+                self._load_now(expert)
+
+    def _load_now(self, expert: int) -> None:
+        slot = self.residency.reserve(expert, protected=self.residency.residents)
+        assert slot is not None, "there is an empty one"
+        try:
+            self.live.transfer.load(self.block.name, expert, self.slots[slot]).result()
+        except BaseException:
+            self.residency.abandon(slot)
+            raise
+        self.residency.publish(slot)
+
     def _observe(self, x_TD: Tensor, chosen: Routing) -> None:
         weights = _weight_by_expert(x_TD, chosen, self.num_experts)
+        for expert in chosen.ids_TK.flatten().tolist() if len(x_TD) == 1 else ():
+            self.uses[expert] += 1
+        if len(x_TD) > 1:
+            more = torch.bincount(chosen.ids_TK.flatten(), minlength=self.num_experts + 1).tolist()
+            self.uses = [a + b for a, b in zip(self.uses, more, strict=True)]
         # Time counts per sequence, and a block sees only tokens; a batch of one is the usual case.
         tokens = len(x_TD) if self.prefilling else 1
         self.importance.observe(weights, tokens)
@@ -204,6 +232,8 @@ class VirtualExperts(nn.Module):
             routing = substituted(
                 scored, resident_E, bound=policy.bound, protected=policy.protected
             )
+        if policy.keep_mass:
+            routing = mass_kept(chosen, routing)
         if routing is not chosen:
             self.live.counters.substituted += substituted_mass(chosen, routing)
         self.live.counters.routed += 1
@@ -262,12 +292,8 @@ class VirtualExperts(nn.Module):
         """The resident set as it was before the step."""
         for expert in set(self.residency.residents) - before:
             self.residency.evict(expert)
-        missing = before - set(self.residency.residents)
-        for expert in sorted(missing):
-            slot = self.residency.reserve(expert, protected=self.residency.residents)
-            assert slot is not None
-            self.live.transfer.load(self.block.name, expert, self.slots[slot]).result()
-            self.residency.publish(slot)
+        for expert in sorted(before - set(self.residency.residents)):
+            self._load_now(expert)
 
     @property
     def block_slot_bytes(self) -> int:

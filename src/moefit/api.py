@@ -1,0 +1,71 @@
+"""What a program calls: `moefit.load`.
+
+Owns the meaning of MODEL for serving: what `evaluate/loading.py` knows, and names on the Hugging
+Face Hub. Knows nothing of how a model is served.
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.evaluate.loading import locate
+from moefit.serve.loading import LoadSettings
+from moefit.serve.loading import load as load_folder
+from moefit.serve.served import ServedModel
+from moefit.serve.virtual_experts import Mode, Policy
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def load(
+    model: str | Path,
+    *,
+    memory: str | int | None = None,
+    mode: Mode = "exact",
+    device: str = "cpu",
+    **settings: Any,
+) -> ServedModel:
+    """Serve a Hugging Face MoE model inside a memory budget.
+
+    model: a folder, a training run of moefit, a name on the Hub, or `reference`.
+    memory: every byte that the process may hold, such as "4.7GiB"; None is all that it takes.
+    mode: what happens when an expert is not resident: `exact` (it is fetched), `bounded` (another
+    one answers if little router weight is lost), `virtual` (residents alone answer; SwapMoE).
+    settings: fields of `LoadSettings` and of `Policy`.
+
+    Gives an object with `model` and `tokenizer` (it also unpacks into the two), `generate`,
+    `set_memory`, `set_mode`, `report` and `close`.
+
+    Raises BudgetTooSmallError, naming the floor; CheckpointError, UnsupportedModelError and
+    ConfigError as in `moefit.serve.loading.load`.
+    """
+    known = {field.name for field in fields(LoadSettings)}
+    changes = {field.name for field in fields(Policy)}
+    if unknown := sorted(set(settings) - known - changes):
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such setting; there are {', '.join(sorted(known | changes))}"
+        )
+    loading = {name: value for name, value in settings.items() if name in known}
+    policy = {name: value for name, value in settings.items() if name not in known}
+    chosen = LoadSettings(memory=memory, mode=mode, device=device, **loading)
+    return load_folder(folder_of(model), chosen, **policy)
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder with the model's files, downloaded from the Hub if need be."""
+    name = str(model)
+    if Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
+        return locate(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"there is no folder {name!r}, and it cannot be had from the Hugging Face Hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
