@@ -29,16 +29,30 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _MAX_HEADER = 100_000_000  # the format's own limit
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB less a page in one call
 _ATTEMPTS = 3
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,  # JSON nested without end
+    struct.error,
+)
 Read = Callable[[int, memoryview, int], int]
 """As `os.preadv` with one buffer: file descriptor, where to, offset in the file; bytes read."""
 
@@ -175,7 +189,9 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError("a file's name is text")
+    except _DAMAGE as error:
         raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
@@ -200,7 +216,7 @@ def _file_spans(path: Path) -> Iterator[Span]:
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
         spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
     end = max((span.offset + span.nbytes for span in spans), default=8 + length)
     if end > size:
@@ -216,10 +232,12 @@ def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not known here")
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
     elements = 1
     for dim in shape:
         elements *= dim
-    if not 0 <= begin <= end or end - begin != elements * dtype.itemsize:
+    if end - begin != elements * dtype.itemsize:
         raise ValueError(f"{name} {list(shape)} {entry['dtype']} cannot be {end - begin} bytes")
     return Span(
         name=name, path=path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape
