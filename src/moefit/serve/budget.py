@@ -7,6 +7,7 @@ can be printed before anything is loaded. Knows nothing of tensors or of how slo
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from moefit.errors import BudgetTooSmallError, ConfigError
@@ -26,9 +27,9 @@ def parse_bytes(text: str | int) -> int:
     >>> parse_bytes("1.5KiB")
     1536
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9]{0,20}\.?[0-9]{1,20})\s*([a-zA-Z]*)\s*", str(text))
     unit = match and _UNITS.get(match[2].lower())
-    if not match or not unit or not (size := int(float(match[1]) * unit)):
+    if not match or not unit or not (size := int(Fraction(match[1]) * unit)):
         raise ConfigError(
             f"{text!r} is not a size; write bytes or a number with a unit, such as 4.7GiB or 512MB"
         )

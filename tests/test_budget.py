@@ -1,0 +1,159 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, parse_bytes
+
+GIB = 1 << 30
+
+
+@st.composite
+def ledgers(draw, *, equal: bool = False) -> MemoryBudget:
+    """Any parts; blocks of any sizes, or of one."""
+    sizes = st.just(draw(st.integers(1, 50))) if equal else st.integers(1, 50)
+    experts = st.just(draw(st.integers(1, 9))) if equal else st.integers(1, 9)
+    parts = {
+        name: draw(st.integers(0, 1000))
+        for name in ("process", "weights", "kv_cache", "workspace", "staging")
+    }
+    blocks = []
+    for number in range(draw(st.integers(1, 6))):
+        num_experts = draw(experts)
+        fewest = 1 if equal else draw(st.integers(1, num_experts))
+        blocks.append(
+            BlockNeeds(
+                name=str(number), num_experts=num_experts, slot_bytes=draw(sizes), fewest=fewest
+            )
+        )
+    return MemoryBudget(total=None, blocks=tuple(blocks), **parts)
+
+
+def ledger(total: int | None = None, **parts: int) -> MemoryBudget:
+    """Two blocks of four experts of 1,000 bytes; a floor of 3,500."""
+    sizes = {"process": 1000, "weights": 300, "kv_cache": 100, "workspace": 60, "staging": 40}
+    blocks = tuple(
+        BlockNeeds(name=name, num_experts=4, slot_bytes=1000, fewest=1) for name in ("a", "b")
+    )
+    return MemoryBudget(total=total, blocks=blocks, **(sizes | parts))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), (7, 7), ("1048576", 1 << 20), ("1KiB", 1024), ("1kb", 1000), ("1k", 1000),
+     ("1Ki", 1024), ("512MB", 512_000_000), ("512mib", 512 << 20), ("3g", 3_000_000_000),
+     ("3Gi", 3 * GIB), ("0.5GiB", GIB // 2), (".5GiB", GIB // 2), ("4.7GiB", int(4.7 * GIB)),
+     ("2TiB", 2048 * GIB), ("12 B", 12), ("  8 MiB ", 8 << 20), ("1.9", 1)],
+)  # fmt: skip
+def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "GiB", "0", 0, "0GiB", "0.0001", -1, "-1", "-4GiB", "+1", "1e9", "nan", "inf",
+     "4,7GiB", "4.7.1", "1.GiB", "1 2", "5 parrots", "4.7GiBs", "0x10", "٣", "1PiB", "50%",
+     True, None, 4.7j, "½GiB", "1\n2", "9" * 400, "9" * 5000, "." + "0" * 5000 + "1"],
+)  # fmt: skip
+def test_what_is_no_size_says_how_to_write_one(text) -> None:
+    with pytest.raises(ConfigError, match=r"is not a size; write bytes or a number with a unit"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 10**18) | st.integers(2**53, 2**60))
+def test_whole_bytes_are_kept_to_the_last_one(size: int) -> None:
+    assert parse_bytes(size) == parse_bytes(str(size)) == size
+
+
+@given(st.integers(1, 10**14))
+def test_a_size_survives_writing_to_three_digits(size: int) -> None:
+    assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (10 << 10, "10.0 KiB"),
+     (100 << 10, "100 KiB"), (3 << 20, "3.00 MiB"), (5000 * GIB, "5000 GiB"), (-2048, "-2.00 KiB")],
+)  # fmt: skip
+def test_sizes_as_people_read_them(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@given(ledgers(), st.integers(0, 3000))
+def test_slots_never_exceed_the_total(budget: MemoryBudget, more: int) -> None:
+    budget = budget.with_total(budget.floor + more)
+    counts = budget.slots()
+    assert budget.total is not None
+    assert budget.with_slots(counts) <= budget.total
+    for count, block in zip(counts, budget.blocks, strict=True):
+        assert block.fewest <= count <= block.num_experts
+
+
+@given(ledgers(equal=True), st.integers(0, 3000))
+def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
+    budget: MemoryBudget, more: int
+) -> None:
+    budget = budget.with_total(budget.floor + more)
+    counts = budget.slots()
+    assert sorted(counts, reverse=True) == list(counts), "what is left over goes to the first"
+    assert counts[0] - counts[-1] <= 1
+    if counts != tuple(block.num_experts for block in budget.blocks):
+        assert budget.total is not None
+        left = budget.total - budget.with_slots(counts)
+        assert left < budget.blocks[0].slot_bytes
+
+
+@given(ledgers(equal=True), st.integers(0, 2000), st.integers(0, 500))
+def test_more_memory_is_never_fewer_slots(budget: MemoryBudget, some: int, more: int) -> None:
+    small = budget.with_total(budget.floor + some).slots()
+    large = budget.with_total(budget.floor + some + more).slots()
+    assert all(a <= b for a, b in zip(small, large, strict=True))
+
+
+@given(ledgers())
+def test_at_the_floor_each_block_has_its_fewest(budget: MemoryBudget) -> None:
+    counts = budget.with_total(budget.floor).slots()
+    assert counts == tuple(block.fewest for block in budget.blocks)
+    assert budget.with_slots(counts) == budget.floor
+
+
+@given(ledgers(), st.integers(1, 10**9))
+def test_below_the_floor_the_error_names_a_total_that_works(
+    budget: MemoryBudget, less: int
+) -> None:
+    with pytest.raises(BudgetTooSmallError) as caught:
+        budget.with_total(budget.floor - less).slots()
+    (named,) = [int(w) for w in str(caught.value).split("at least ")[1].split()[:1]]
+    assert named == budget.floor
+    budget.with_total(named).slots()
+
+
+def test_the_error_says_where_the_floor_comes_from() -> None:
+    with pytest.raises(BudgetTooSmallError) as caught:
+        ledger(total=3000).slots()
+    assert str(caught.value) == (
+        "a budget of 2.93 KiB is below this model's floor of 3.42 KiB (1000 B interpreter and "
+        "libraries, 300 B weights that are no experts, 100 B KV cache, 60 B workspace, 40 B "
+        "staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, or a shorter context"
+    )
+
+
+@given(ledgers(), st.integers(0, 10**6))
+def test_everything_is_the_least_total_with_all_resident(budget: MemoryBudget, more: int) -> None:
+    everyone = tuple(block.num_experts for block in budget.blocks)
+    assert budget.slots() == everyone
+    assert budget.with_total(budget.everything + more).slots() == everyone
+    assert budget.with_slots(everyone) == budget.everything
+    if budget.everything > budget.floor:
+        assert budget.with_total(budget.everything - 1).slots() != everyone
+
+
+def test_the_parts_add_up_and_go_to_json() -> None:
+    budget = ledger(total=5000)
+    assert budget.fixed == 1500 and budget.floor == 3500 and budget.everything == 9500
+    assert budget.slots() == (2, 1)
+    assert budget.as_dict() == {
+        "total": 5000, "process": 1000, "weights": 300, "kv_cache": 100, "workspace": 60,
+        "staging": 40, "floor": 3500, "everything": 9500,
+    }  # fmt: skip
+    assert budget.with_total(9000).with_total(5000) == budget
