@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moefit.checkpoint import Checkpoint
+from moefit.dsmoe.config import DsMoeConfig
 
 # Pages of libraries and of the allocator that only computing touches. Measured: the first forward
 # and generate of a model of 50 kB raise the resident set by 60 to 75 MiB (tests/test_ledger.py
@@ -48,7 +49,7 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token over all layers; an upper bound where layers differ."""
     text = config.get_text_config(decoder=True)
     heads = _first(text, "num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
-    layers = _first(text, "num_hidden_layers", "num_decoder_layers", "decoder_layers", "num_layers")
+    layers = _first(text, "num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
     if not heads or not layers:
         return 0
     width = _first(text, "hidden_size", "d_model") or 0
@@ -74,18 +75,32 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
         _first(text, name) or 0
         for name in ("intermediate_size", "moe_intermediate_size", "d_ff", "decoder_ffn_dim")
     )
-    k = _first(text, "num_experts_per_tok", "moe_topk", "top_k_experts") or 1
+    k = _experts_per_token(text)
     vocabulary = _first(text, "vocab_size") or 0
     per_token = (16 * width + 3 * wide + 3 * k * width) * dtype.itemsize
     return FIRST_USE + tokens * per_token + 2 * vocabulary * (4 + dtype.itemsize)
 
 
+def _experts_per_token(config: Any) -> int:
+    """K; of a DS-MoE, whose rule may be changed while it is served, all that there are."""
+    if isinstance(config, DsMoeConfig):
+        return config.num_experts
+    return _first(config, "num_experts_per_tok", "moe_topk", "top_k_experts") or 1
+
+
 def _first(config: Any, *names: str) -> int | None:
     """The first of these attributes that is a positive number; of lists the largest entry."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _of_all_layers(config, name)
         if isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
             value = max(value)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _of_all_layers(config: Any, name: str) -> Any:
+    """The attribute; a list of it by layer where transformers keeps it by layer."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) or 0 for layer in config.per_layer_config]
+    return getattr(config, name, None)

@@ -67,7 +67,10 @@ def load_rest(
     model = skeleton.model
     conversions = get_model_conversion_mapping(model)
     for block in skeleton.blocks:
-        model.set_submodule(block.name, block.around(experts[block.name]))
+        served = experts[block.name]
+        for name, module in _shared_modules(model, block).items():
+            served.add_module(name, module)
+        model.set_submodule(block.name, block.around(served))
         _leave_uninitialised(model.get_submodule(block.parent))
     lazy = {
         name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
@@ -89,6 +92,20 @@ def load_rest(
             f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
         )
     return model.eval()
+
+
+def _shared_modules(model: PreTrainedModel, block: MoeBlock) -> dict[str, nn.Module]:
+    """What all experts of a block share, such as a norm behind each of them: it stays loaded."""
+    if block.shell is not None:
+        return {}
+    layout = block.layout
+    own = {
+        layout.parameter(short, expert)[0].partition(".")[0]
+        for short in layout.specs
+        for expert in range(block.num_experts)
+    }
+    children = model.get_submodule(block.name).named_children()
+    return {name: module for name, module in children if name not in own}
 
 
 def _leave_uninitialised(parent: nn.Module) -> None:

@@ -8,6 +8,7 @@ Knows nothing of when or why an expert is read.
 import threading
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from moefit.checkpoint import Checkpoint
@@ -49,6 +50,10 @@ class ExpertStore:
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot. Raises CheckpointError; the slot's content is then undefined."""
+        with torch.inference_mode():  # the slot's tensors may have been made in it
+            self._read(block, expert, into)
+
+    def _read(self, block: str, expert: int, into: Slot) -> None:
         source = self._experts[block][expert]
         for part in source.parts:
             target = into.tensors[part.tensor]
