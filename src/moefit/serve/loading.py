@@ -15,6 +15,7 @@ from moefit.device import parse_device
 from moefit.errors import ConfigError
 from moefit.moe.families import MoeBlock
 from moefit.serve.budget import BlockNeeds, MemoryBudget, parse_bytes
+from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ledger import kv_bytes_per_token, process_bytes, weight_bytes, workspace_bytes
@@ -75,7 +76,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     model = load_rest(skeleton, blocks, device)
-    hooks = attach(model, blocks)
+    hooks = (*attach(model, blocks), *follow_rules(model, blocks))
     parts = ServedParts(
         folder=Path(folder),
         model=model,
