@@ -1,0 +1,202 @@
+"""DS-MoE models, served: rules change, and tokens differ in how many experts they have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import differs_by, give_slots, greedy, hold, logits, saved, serving
+from tiny_models import tiny_config, tiny_model, tokens
+
+import moefit
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.moe.routing import Rule
+from moefit.serve.ledger import workspace_bytes
+
+EXPERTS = 5
+RULES = ["dense", "top_k:1", "top_k:2", "threshold:0.9", "threshold_top_k:0.9"]
+RENORMALIZED = ["dense:renormalize", "top_k:2:renormalize", "threshold:0.9:renormalize"]
+REFERENCE = Path(moefit.__file__).parent / "reference_model"
+
+
+@pytest.fixture
+def inputs():
+    ids = tokens(2, 11)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(large(), tmp_path_factory.mktemp("dsmoe"))
+
+
+def large(**changes) -> DsMoeForCausalLM:
+    """All that a DS-MoE can have."""
+    return tiny_model(
+        num_attention_experts=2,
+        router_hidden_size=6,
+        routed_scaling_factor=3.0,
+        inference_rule="top_k:2",
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES + RENORMALIZED)
+def test_one_slot_a_block_gives_the_models_own_output(rule, folder, inputs):
+    model = large()
+    model.set_inference_rule(rule)
+    with serving(folder) as served:
+        served.model.set_inference_rule(rule)
+        assert set(served.report()["slots"].values()) == {1}
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-6
+        assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-6
+        assert served.report()["fetches"] > len(served.blocks)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_type": "gelu", "inference_rule": "threshold:0.9"},
+        {"tie_word_embeddings": True, "qk_norm": True},
+        {"num_experts": 1},
+    ],
+)
+def test_every_kind_of_model(changes, tmp_path, inputs):
+    model = tiny_model(**changes)
+    with serving(saved(model, tmp_path)) as served:
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-6
+
+
+def test_bfloat16_to_the_bit(tmp_path, inputs):
+    folder = saved(large(num_hidden_layers=4).to(torch.bfloat16), tmp_path)
+    model = DsMoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with serving(folder) as served:
+        assert torch.equal(logits(served.model, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("rule", ["threshold:0.48", "top_k:4", "dense"])
+def test_the_shipped_model(rule):
+    model = DsMoeForCausalLM.from_pretrained(REFERENCE).eval()
+    ids = torch.randint(3, 4096, (1, 48), generator=torch.Generator().manual_seed(0))
+    with serving(REFERENCE) as served:
+        for one in (model, served.model):
+            one.set_inference_rule(rule)
+        ours, theirs = (logits(one, {"input_ids": ids}).float() for one in (served.model, model))
+        assert differs_by(ours, theirs) < 2e-2  # eight bits of mantissa
+        assert served.report()["experts"] == dict.fromkeys(served.blocks, 16)
+
+
+def by_hand(model: DsMoeForCausalLM, residents: list[int]):
+    """Make the plain model route among the residents, token by token."""
+
+    def restrict(block):
+        def reroute(_experts, inputs):
+            x_TD, ids_TK, weights_TK = inputs
+            rule = Rule.parse(model.config.inference_rule)
+            ids_TK, weights_TK = ids_TK.clone(), torch.zeros_like(weights_TK)
+            for token, scores_E in enumerate(block.gate.scores(x_TD)):
+                count = int((ids_TK[token] < EXPERTS).sum())
+                best = sorted(residents, key=lambda e: -scores_E[e])[:count]
+                total = sum(scores_E[e] for e in best) if rule.renormalize else 1.0
+                ids_TK[token] = EXPERTS
+                for k, expert in enumerate(best):
+                    ids_TK[token, k] = expert
+                    weights_TK[token, k] = scores_E[expert] / total * block.scale
+            return x_TD, ids_TK, weights_TK
+
+        return reroute
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(restrict(layer.mlp))
+    return model
+
+
+@pytest.mark.parametrize("residents", [[2], [0, 1, 4], list(range(EXPERTS))])
+@pytest.mark.parametrize("at_load", ["top_k:2", "threshold:0.9", "dense:renormalize"])
+def test_virtual_mode_is_masked_gating_whatever_rule_comes(at_load, residents, tmp_path, inputs):
+    model = large()
+    model.set_inference_rule(at_load)
+    with serving(saved(model, tmp_path), slots=len(residents)) as served:
+        hold(served, residents, "virtual")
+        served.reset()
+        by_hand(model, residents)
+        for rule in [at_load, *RULES, *RENORMALIZED]:
+            for one in (model, served.model):
+                one.set_inference_rule(rule)
+            ours, theirs = logits(served.model, inputs), logits(model, inputs)
+            assert differs_by(ours, theirs) < 1e-5, rule
+        assert served.report()["fetches"] == 0
+
+
+def test_virtual_mode_with_everything_resident_is_the_model(folder, inputs):
+    model = large()
+    with serving(folder, slots=EXPERTS) as served:
+        hold(served, range(EXPERTS), "virtual")
+        for rule in RULES + RENORMALIZED:
+            for one in (model, served.model):
+                one.set_inference_rule(rule)
+            assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-5, rule
+
+
+@pytest.mark.parametrize("method", ["substitute", "prior"])
+@pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:2:renormalize"])
+def test_bounded_mode_with_no_room_to_lose_is_exact(rule, method, folder, inputs):
+    model = large()
+    with serving(folder, slots=2) as served:
+        for one in (model, served.model):
+            one.set_inference_rule(rule)
+        hold(served, [0, 3], "bounded", bound=0.0, bonus=0.0, method=method)
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("bound", [0.3, 1.0])
+@pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:2:renormalize"])
+def test_bounded_mode_loses_no_more_than_its_bound(rule, bound, folder, inputs):
+    with serving(folder, slots=2) as served:
+        served.model.set_inference_rule(rule)
+        hold(served, [0, 3], "bounded", bound=bound, protected=0)
+        served.reset()
+        logits(served.model, inputs)
+        assert 0 < served.report()["substituted_mass"] <= bound
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("rule"), st.sampled_from(RULES + RENORMALIZED)),
+            st.tuples(st.just("slots"), st.integers(1, EXPERTS)),
+            st.tuples(st.just("virtual"), st.integers(1, 6)),
+            st.tuples(st.just("forward"), st.integers(1, 9)),
+        ),
+        max_size=10,
+    )
+)
+@settings(max_examples=15, deadline=None)
+def test_exact_again_after_anything(folder, steps):
+    """Rules, budgets and modes change between requests; exact mode is the model's output still."""
+    model = large()
+    with serving(folder) as served:
+        for what, value in steps:
+            match what:
+                case "rule":
+                    model.set_inference_rule(value)
+                    served.model.set_inference_rule(value)
+                case "slots":
+                    give_slots(served, value)
+                case "virtual":
+                    served.set_mode("virtual", residency="manager")
+                    logits(served.model, {"input_ids": tokens(1, value)})
+                    served.set_mode("exact")
+                case "forward":
+                    ids = {"input_ids": tokens(2, value)}
+                    assert differs_by(logits(served.model, ids), logits(model, ids)) < 1e-6
+            served.check()
+
+
+def test_workspace_has_room_for_every_rule():
+    few, many = (tiny_config(num_experts=number) for number in (4, 8))
+    sizes = [workspace_bytes(one, 100, torch.float32) for one in (few, many)]
+    assert sizes[1] - sizes[0] >= 100 * 4 * 2 * few.hidden_size * 4  # outputs, and weighted ones
