@@ -23,7 +23,7 @@ from moefit.moe.routing import Routing
 from moefit.serve.counters import Counters
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer
+from moefit.serve.transfer import Transfer, finish
 
 
 class ExpertInvoker:
@@ -59,7 +59,7 @@ class ExpertInvoker:
             at_R = rows[expert]
             y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
         weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
-        return weighted_RD.view(*routing.ids_TK.shape, -1).sum(1).to(x_TD.dtype)
+        return weighted_RD.view(*routing.ids_TK.shape, x_TD.shape[1]).sum(1).to(x_TD.dtype)
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping, no scatter."""
@@ -110,7 +110,7 @@ class ExpertInvoker:
     def _finish(self, load: "_Load") -> None:
         began = perf_counter()
         try:
-            load.done.result()
+            finish(load.done)
         except BaseException:
             self._residency.abandon(load.slot)
             raise

@@ -5,7 +5,8 @@ read raises reaches whoever waits; a thread that dies with it would not, so none
 of tables, policies or modes.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from time import perf_counter
 
 from moefit.serve.slots import Slot
@@ -32,3 +33,17 @@ class Transfer:
         began = perf_counter()
         self._store.read(block, expert, slot)
         return perf_counter() - began
+
+
+def finish(load: Future[float]) -> None:
+    """Wait for a load, and raise what it raised.
+
+    However this ends, nothing writes into the slot any more: an interrupt ends the waiting only
+    when the reading has ended too.
+    """
+    try:
+        load.result()
+    finally:
+        while not load.done():
+            with suppress(KeyboardInterrupt):  # one is on its way up already
+                wait([load])

@@ -10,6 +10,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token.
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import inf
 from threading import RLock
 from typing import Literal, get_args
 
@@ -36,7 +37,7 @@ from moefit.serve.reroute import (
 )
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer
+from moefit.serve.transfer import Transfer, finish
 
 Mode = Literal["exact", "bounded", "virtual"]
 Method = Literal["substitute", "prior"]
@@ -70,12 +71,16 @@ class Policy:
             if (value := getattr(self, name)) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"{name}={value!r} is not one of {known}")
-        if not 0 <= self.bound <= 1:
-            raise ConfigError(f"bound={self.bound}, but it is a share of router weight, 0 to 1")
-        if self.protected < 0 or self.bonus < 0:
-            raise ConfigError(
-                f"protected={self.protected}, bonus={self.bonus}: neither can be below zero"
-            )
+        if not _is_number(self.bound) or not 0 <= self.bound <= 1:
+            raise ConfigError(f"bound={self.bound!r}, but it is a share of router weight, 0 to 1")
+        if type(self.protected) is not int or self.protected < 0:
+            raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
+        if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
+            raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 @dataclass(slots=True)
@@ -157,15 +162,23 @@ class VirtualExperts(nn.Module):
         policy = self.live.policy
         mode = self._mode(policy)
         self._publish(wait_for=self._in_use(chosen) if mode != "virtual" else ())
+        if self._pending and not self.residency.residents and not self.residency.empty:
+            self._publish(wait_for=[self._pending[0].swap.load])  # every slot is being filled
         if policy.residency == "manager":
             self._observe(x_TD, chosen)
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
         before = set(self.residency.residents)
-        y_TD = self._invoke(x_TD, routing)
+        try:
+            y_TD = self._invoke(x_TD, routing)
+        finally:
+            if policy.residency == "fixed":
+                self._restore(before)
         self._steps += 1
-        if policy.residency == "fixed":
-            self._restore(before)
-        elif mode == "virtual" and self.live.manager.due(self._steps):
+        if (
+            policy.residency == "manager"
+            and mode == "virtual"
+            and self.live.manager.due(self._steps)
+        ):
             self.begin_swaps()
         return y_TD
 
@@ -191,7 +204,7 @@ class VirtualExperts(nn.Module):
         slot = self.residency.reserve(expert, protected=self.residency.residents)
         assert slot is not None, "there is an empty one"
         try:
-            self.live.transfer.load(self.block.name, expert, self.slots[slot]).result()
+            finish(self.live.transfer.load(self.block.name, expert, self.slots[slot]))
         except BaseException:
             self.residency.abandon(slot)
             raise
@@ -268,8 +281,9 @@ class VirtualExperts(nn.Module):
         for pending in list(self._pending):
             if not (pending.swap.load in wait_for or pending.done.done()):
                 continue
+            failed = pending.done.exception() is not None  # may wait, and be interrupted
             self._pending.remove(pending)
-            if pending.done.exception() is not None:
+            if failed:
                 # Nobody waits for this expert; the next plan may try again. What is resident stays.
                 self.residency.abandon(pending.slot)
                 if pending.swap.evict is not None:
@@ -307,8 +321,11 @@ def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[i
     weighted_TK = chosen.weights_TK.float().abs() * norms_T1
     ids = chosen.ids_TK
     if len(x_TD) == 1:
-        pairs = zip(ids[0].tolist(), weighted_TK[0].tolist(), strict=True)
-        return {expert: weight for expert, weight in pairs if expert < num_experts}
+        weights: dict[int, float] = {}
+        for expert, weight in zip(ids[0].tolist(), weighted_TK[0].tolist(), strict=True):
+            if expert < num_experts:
+                weights[expert] = weights.get(expert, 0.0) + weight
+        return weights
     sums_E1 = torch.zeros(num_experts + 1, device=ids.device)
     sums_E1.scatter_add_(0, ids.flatten(), weighted_TK.flatten())
     sums = sums_E1[:num_experts].tolist()

@@ -1,0 +1,211 @@
+import signal
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_served import MemoryStore, mixtral_block
+from torch import Tensor
+
+from moefit.moe.experts import expert_weights
+from moefit.moe.reference import reference_experts
+from moefit.moe.routing import Routing
+from moefit.serve.counters import Counters
+from moefit.serve.eviction import LeastRecentlyUsed
+from moefit.serve.invoker import ExpertInvoker
+from moefit.serve.residency import Residency
+from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.transfer import Transfer
+
+NUM_EXPERTS, WIDTH = 8, 32
+
+
+@dataclass
+class Bench:
+    """An invoker with all that it works on."""
+
+    invoke: ExpertInvoker
+    residency: Residency
+    slots: dict[int, Slot]
+    store: MemoryStore
+    counters: Counters
+    policy: LeastRecentlyUsed
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        self.policy.observe(dict.fromkeys(used(routing), 1.0))
+        with torch.inference_mode():
+            y_TD = self.invoke(x_TD, routing)
+        self.residency.check()
+        assert not self.residency.filling
+        return y_TD
+
+
+@pytest.fixture
+def make():
+    transfers: list[Transfer] = []
+
+    def bench(slots: int, *, readers: int = 2) -> Bench:
+        block, module = mixtral_block()
+        store, counters, policy = MemoryStore(block, module), Counters(), LeastRecentlyUsed()
+        residency = Residency(NUM_EXPERTS, slots, policy)
+        memory = {
+            index: allocate(NativeFormat(), block.layout.specs, torch.device("cpu"))
+            for index in range(slots)
+        }
+        transfers.append(Transfer(store, readers=readers))
+        invoke = ExpertInvoker(block, residency, memory, transfers[-1], counters)
+        return Bench(invoke, residency, memory, store, counters, policy)
+
+    yield bench
+    for transfer in transfers:
+        transfer.close()
+
+
+def used(routing: Routing) -> set[int]:
+    return set(routing.ids_TK.flatten().tolist()) - {NUM_EXPERTS}
+
+
+def random_case(tokens: int, k: int, *, seed: int = 0, padding: float = 0.0, twice: bool = False):
+    """Tokens and a routing; padding ids carry weight all the same, which must not count."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(tokens, WIDTH, generator=generator)
+    order_TE = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(-1)
+    ids_TK = order_TE[:, :k].clone()
+    if twice and k > 1:
+        ids_TK[:, 1] = ids_TK[:, 0]
+    ids_TK[torch.rand(tokens, k, generator=generator) < padding] = NUM_EXPERTS
+    return x_TD, Routing(ids_TK, torch.rand(tokens, k, generator=generator))
+
+
+def reference(x_TD: Tensor, routing: Routing) -> Tensor:
+    with torch.no_grad():
+        return reference_experts(x_TD, routing, expert_weights(mixtral_block()[1]))
+
+
+@pytest.mark.parametrize("slots", range(1, NUM_EXPERTS + 1))
+@pytest.mark.parametrize("tokens", [1, 2, 23])
+def test_at_any_number_of_slots_it_is_the_reference_loop(make, slots: int, tokens: int) -> None:
+    bench = make(slots)
+    for seed in range(4):
+        x_TD, routing = random_case(tokens, 3, seed=seed)
+        torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
+    assert bench.counters.fetches == len(bench.store.reads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, NUM_EXPERTS),
+    tokens=st.sampled_from([0, 1, 2, 7]),
+    k=st.integers(1, NUM_EXPERTS),
+    padding=st.sampled_from([0.0, 0.4, 1.0]),
+    twice=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_padding_and_duplicates(slots, tokens, k, padding, twice, seed: int) -> None:
+    block, module = mixtral_block()
+    policy, store = LeastRecentlyUsed(), MemoryStore(block, module)
+    residency = Residency(NUM_EXPERTS, slots, policy)
+    memory = {
+        i: allocate(NativeFormat(), block.layout.specs, torch.device("cpu")) for i in range(slots)
+    }
+    transfer = Transfer(store, readers=2)
+    invoke = ExpertInvoker(block, residency, memory, transfer, Counters())
+    bench = Bench(invoke, residency, memory, store, Counters(), policy)
+    x_TD, routing = random_case(tokens, k, seed=seed, padding=padding, twice=twice)
+    try:
+        y_TD = bench(x_TD, routing)
+    finally:
+        transfer.close()
+    torch.testing.assert_close(y_TD, reference(x_TD, routing))
+
+
+def test_the_result_does_not_depend_on_what_was_resident(make) -> None:
+    x_TD, routing = random_case(9, 3)
+    results = []
+    for slots in (1, 2, 5, 8):
+        bench = make(slots)
+        results += [bench(x_TD, routing), bench(x_TD, routing)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_result_has_the_tokens_dtype_whatever_that_of_the_weights(make, tokens: int) -> None:
+    x_TD, routing = random_case(tokens, 2)
+    wide = Routing(routing.ids_TK, routing.weights_TK.double())
+    assert make(3)(x_TD, wide).dtype == torch.float32
+
+
+def test_what_is_there_is_not_read_again(make) -> None:
+    bench = make(NUM_EXPERTS)
+    x_TD, routing = random_case(6, 3)
+    bench(x_TD, routing)
+    assert sorted(bench.store.reads) == sorted(used(routing))
+    bench(x_TD, routing)
+    assert len(bench.store.reads) == len(used(routing))
+    assert (bench.counters.hits, bench.counters.fetches) == (len(used(routing)), len(used(routing)))
+
+
+def test_an_access_is_a_step_and_an_expert_not_a_token(make) -> None:
+    bench = make(4)
+    x_TD, _ = random_case(5, 1)
+    bench(x_TD, Routing(torch.full((5, 1), 2), torch.ones(5, 1)))
+    assert (bench.counters.hits, bench.counters.fetches) == (0, 1)
+
+
+def test_residents_that_the_step_needs_are_used_before_they_make_room(make) -> None:
+    bench = make(2)
+    x_TD, _ = random_case(1, 1)
+    bench(x_TD, Routing(torch.tensor([[4, 6]]), torch.ones(1, 2)))
+    bench(x_TD, Routing(torch.tensor([[1, 6, 2, 4]]), torch.ones(1, 4)))
+    assert sorted(bench.store.reads[:2]) == [4, 6] and sorted(bench.store.reads[2:]) == [1, 2]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("broken", [{0}, {3, 5}, set(range(NUM_EXPERTS))])
+def test_a_failed_read_leaves_the_table_whole_and_the_next_call_works(
+    make, slots: int, tokens: int, broken: set[int]
+) -> None:
+    bench = make(slots)
+    x_TD = random_case(tokens, 1)[0]
+    ids_TK = torch.arange(NUM_EXPERTS).expand(tokens, -1)
+    routing = Routing(ids_TK, torch.ones(ids_TK.shape))
+    bench.store.broken = broken
+    with pytest.raises(OSError, match="storage is gone"):
+        bench(x_TD, routing)
+    bench.residency.check()
+    assert not bench.residency.filling and not set(bench.residency.residents) & broken
+    assert bench.residency.number == slots
+    bench.store.broken = set()
+    torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
+
+
+def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(make) -> None:
+    bench = make(1, readers=1)
+    x_TD, _ = random_case(1, 1)
+    bench.store.gate.clear()
+    main = threading.main_thread().ident
+    assert main is not None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+        threading.Timer(0.3, bench.store.gate.set).start()
+        with pytest.raises(KeyboardInterrupt):
+            bench(x_TD, Routing(torch.tensor([[2]]), torch.ones(1, 1)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert bench.store.reads == [2], "the read has ended"
+    bench.residency.check()
+    assert bench.residency.empty == 1
+    routing = Routing(torch.tensor([[3]]), torch.ones(1, 1))
+    torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
+
+
+def test_waiting_is_counted(make) -> None:
+    bench = make(1)
+    bench.store.gate.clear()
+    threading.Timer(0.1, bench.store.gate.set).start()
+    bench(random_case(1, 1)[0], Routing(torch.tensor([[2]]), torch.ones(1, 1)))
+    assert 0.05 < bench.counters.wait_seconds < 5

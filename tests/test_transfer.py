@@ -1,0 +1,89 @@
+import threading
+import time
+
+import pytest
+import torch
+from tiny_served import MemoryStore, mixtral_block, parts_of
+
+from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.transfer import Transfer
+
+
+@pytest.fixture
+def store():
+    return MemoryStore(*mixtral_block())
+
+
+@pytest.fixture
+def transfer(store):
+    transfer = Transfer(store, readers=2)
+    yield transfer
+    store.gate.set()
+    transfer.close()
+
+
+def new_slot() -> Slot:
+    return allocate(NativeFormat(), mixtral_block()[0].layout.specs, torch.device("cpu"))
+
+
+def holds(slot: Slot, expert: int) -> bool:
+    block, module = mixtral_block()
+    expected = parts_of(module, block, expert)
+    return all(torch.equal(slot.tensors[short], value) for short, value in expected.items())
+
+
+def test_loads_fill_their_slots_and_tell_their_time(transfer) -> None:
+    slots = [new_slot() for _ in range(8)]
+    loads = [transfer.load("model.layers.0.mlp.experts", e, slots[e]) for e in range(8)]
+    assert all(0 <= load.result(30) < 30 for load in loads)
+    assert all(holds(slot, expert) for expert, slot in enumerate(slots))
+
+
+def test_a_load_runs_beside_its_caller(transfer, store) -> None:
+    store.gate.clear()
+    slot = new_slot()
+    load = transfer.load("model.layers.0.mlp.experts", 3, slot)
+    time.sleep(0.05)
+    assert not load.done()
+    store.gate.set()
+    load.result(30)
+    assert holds(slot, 3)
+
+
+def test_readers_is_how_many_load_at_once(transfer, store) -> None:
+    store.gate.clear()
+    for expert in range(6):
+        transfer.load("model.layers.0.mlp.experts", expert, new_slot())
+    mine = [t for t in threading.enumerate() if t.name.startswith("moefit-transfer")]
+    assert len(mine) == transfer.readers == 2
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), MemoryError("full"), SystemExit(3), KeyboardInterrupt("ctrl")]
+)
+def test_whatever_a_read_raises_reaches_the_waiter_and_kills_no_reader(
+    transfer, store, error: BaseException
+) -> None:
+    store.broken, store.error = {0, 1, 2, 3}, error
+    loads = [transfer.load("model.layers.0.mlp.experts", e, new_slot()) for e in range(4)]
+    for load in loads:
+        with pytest.raises(type(error), match=str(error)):
+            load.result(30)
+    slot = new_slot()
+    transfer.load("model.layers.0.mlp.experts", 5, slot).result(30)
+    assert holds(slot, 5)
+
+
+def test_closing_lets_what_began_end_and_drops_the_rest(transfer, store) -> None:
+    store.gate.clear()
+    slots = [new_slot() for _ in range(5)]
+    loads = [transfer.load("model.layers.0.mlp.experts", e, slots[e]) for e in range(5)]
+    while sum(load.running() for load in loads) < 2:
+        time.sleep(0.001)
+    threading.Timer(0.05, store.gate.set).start()
+    transfer.close()
+    assert [load.cancelled() for load in loads] == [False, False, True, True, True]
+    assert holds(slots[0], 0) and holds(slots[1], 1)
+    with pytest.raises(RuntimeError):
+        transfer.load("model.layers.0.mlp.experts", 0, new_slot())
+    transfer.close()
