@@ -21,7 +21,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from moefit.errors import UnsupportedModelError
 from moefit.moe.families import NllbLayout, SwitchLayout
-from moefit.serve.ledger import kv_bytes_per_token
+from moefit.serve.ledger import kv_bytes_per_token, workspace_bytes
 
 VOCABULARY, EXPERTS = 61, 5
 
@@ -241,3 +241,10 @@ def test_cache_is_counted_in_the_decoders_layers(config):
     decoder_layers, width, both_attentions = 4, 16, 2
     expected = decoder_layers * both_attentions * 2 * width * 4
     assert kv_bytes_per_token(config, torch.float32) == expected
+
+
+def test_an_encoders_attention_scores_are_counted():
+    config = switch().config  # a model has chosen its attention; a configuration alone has not
+    none, some, twice = (workspace_bytes(config, n, torch.float32) for n in (0, 1000, 2000))
+    scores = config.num_heads * 1000**2 * 4
+    assert twice - none - 2 * (some - none) >= 2 * 2 * scores  # two tensors at once, 4 - 2 as large
