@@ -8,8 +8,8 @@ Knows nothing of residency or of modes.
 Shapes: T tokens, E experts, K chosen per token.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moefit.moe.routing import Routing
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus", "given"]
+Weighing = Literal["kept", "normalised", "softmax", "sparsemixer"]
 GroupScore = Literal["max", "top_2"]
 
 
@@ -36,16 +37,22 @@ class Groups:
 class ScoringRule:
     """From logits to weights.
 
-    `score` maps logits to scores; a per-expert bias may be added for the choice alone; `chosen`
-    says what becomes of the K scores: kept, divided by their sum, or a softmax over their logits;
-    `scale` multiplies the weights (routed scaling factor).
+    - `score` maps logits to scores.
+    - The choice is made by these, or `by_logits`; a per-expert bias may be added for it alone.
+    - `chosen` says what becomes of the K scores: kept, divided by their sum, a softmax over their
+      logits, or SparseMixer's (arXiv 2310.00811): each one's softmax among what no earlier choice
+      took and what is within `tolerance` of the best of that.
+    - `scale` multiplies the weights (routed scaling factor), and so does `factor_E`, if any.
     """
 
     score: Score
-    chosen: Literal["kept", "normalised", "softmax"]
+    chosen: Weighing
     scale: float = 1.0
     biased: bool = False
+    by_logits: bool = False
     groups: Groups | None = None
+    tolerance: float = 0.0
+    factor_E: Tensor | None = field(default=None, compare=False, repr=False)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Scores in float32, whatever the dtype of the logits, so that ties are few and stable."""
@@ -62,7 +69,7 @@ class ScoringRule:
 
     def preference(self, logits_TE: Tensor, bias_E: Tensor | None) -> Tensor:
         """What the choice is made by: scores, biased and with lost groups at minus infinity."""
-        preferred_TE = self.scores(logits_TE)
+        preferred_TE = logits_TE.float() if self.by_logits else self.scores(logits_TE)
         if self.biased and bias_E is not None:
             preferred_TE = preferred_TE + bias_E.float()
         if self.groups is not None:
@@ -75,13 +82,17 @@ class ScoringRule:
         num_experts = logits_TE.shape[-1]
         real_TK = ids_TK < num_experts
         safe_TK = ids_TK.clamp(max=num_experts - 1)
-        if self.chosen == "softmax":
+        if self.chosen == "sparsemixer":
+            weights_TK = _sparsemixed(logits_TE.float(), safe_TK, self.tolerance) * real_TK
+        elif self.chosen == "softmax":
             logits_TK = logits_TE.float().gather(-1, safe_TK).masked_fill(~real_TK, -torch.inf)
             weights_TK = logits_TK.softmax(-1)
         else:
             weights_TK = self.scores(logits_TE).gather(-1, safe_TK) * real_TK
             if self.chosen == "normalised":
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        if self.factor_E is not None:
+            weights_TK = weights_TK * self.factor_E.float()[safe_TK]
         return torch.nan_to_num(weights_TK * self.scale)
 
     def route(
@@ -98,7 +109,7 @@ class ScoringRule:
         Restricting happens before the choice and before weights are made ("masked gating",
         SwapMoE section 3), so that a rule that normalises does so over the experts left. A softmax
         over all experts is not taken again over fewer: weights keep the scale that the model was
-        trained with.
+        trained with. SparseMixer's is: it compares with the best that can still be had.
         """
         preferred_TE = self.preference(logits_TE, bias_E)
         if allowed_E is not None:
@@ -112,58 +123,76 @@ class ScoringRule:
         count_T1 = (like.ids_TK < num_experts).sum(-1, keepdim=True)
         beyond_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
         ids_TK = ids_TK.masked_fill(beyond_TK | best_TK.isneginf(), num_experts)
+        if allowed_E is not None and self.chosen == "sparsemixer":
+            logits_TE = logits_TE.masked_fill(~allowed_E, -torch.inf)
         return Routing(ids_TK, self.weights(logits_TE, ids_TK))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What a family's router did: its logits, its choice, and per-expert biases that may matter."""
+    """What a family's router did: its logits, its choice, and per-expert vectors that may matter.
+
+    A vector may be a bias of the choice or a factor of the weights.
+    """
 
     logits_TE: Tensor
     routing: Routing
-    biases: tuple[Tensor, ...] = ()
+    vectors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a configuration says of its router: forms that are possible, not that they are used."""
+
+    groups: tuple[Groups, ...] = ()
+    tolerances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identified:
-    """A rule, and which of each example's biases it adds (None: none)."""
+    """A rule, and which of the example's vectors is its bias (None: none)."""
 
     rule: ScoringRule
     bias: int | None
 
 
-def identify(examples: Sequence[Example], groups: Sequence[Groups] = ()) -> Identified | None:
-    """The first rule that chooses and weighs as all examples do; None if no known rule does.
-
-    `groups` are the group-limited forms that the configuration makes possible.
-    """
-    for rule, bias in _candidates(examples[0], groups):
-        scaled = _with_scale(rule, examples[0], bias)
-        if scaled is not None and all(_agrees(scaled, example, bias) for example in examples):
+def identify(example: Example, known: Known = Known()) -> Identified | None:
+    """The simplest rule that chooses and weighs as the example does; None if no known rule does."""
+    for rule, bias in _candidates(example, known):
+        scaled = _with_scale(rule, example, bias)
+        if scaled is not None and _agrees(scaled, example, bias):
             return Identified(rule=scaled, bias=bias)
     return None
 
 
-def _candidates(
-    example: Example, groups: Sequence[Groups]
-) -> Iterator[tuple[ScoringRule, int | None]]:
+def _candidates(example: Example, known: Known) -> Iterator[tuple[ScoringRule, int | None]]:
     scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus", "given")
-    chosen: tuple[Literal["kept", "normalised", "softmax"], ...] = ("kept", "normalised", "softmax")
-    biases = (*range(len(example.biases)), None)
-    for bias, group, score, end in product(biases, (*groups, None), scores, chosen):
-        yield ScoringRule(score=score, chosen=end, groups=group, biased=bias is not None), bias
+    weighings: tuple[Weighing, ...] = ("kept", "normalised", "softmax")
+    vectors = (None, *range(len(example.vectors)))
+    forms = product(vectors, vectors, (*known.groups, None), (False, True), scores, weighings)
+    for factor, bias, groups, by_logits, score, chosen in forms:
+        if (by_logits and bias is None) or (factor is not None and factor == bias):
+            continue  # as without; or one vector for two purposes
+        rule = ScoringRule(
+            score=score,
+            chosen=chosen,
+            biased=bias is not None,
+            by_logits=by_logits,
+            groups=groups,
+            factor_E=None if factor is None else example.vectors[factor],
+        )
+        yield rule, bias
+    for tolerance in known.tolerances:
+        yield ScoringRule(score="given", chosen="sparsemixer", tolerance=tolerance), None
 
 
 def _with_scale(rule: ScoringRule, example: Example, bias: int | None) -> ScoringRule | None:
     """The rule with the factor that the example's weights show; None if it chooses otherwise."""
     found = _route(rule, example, bias)
     theirs, ours = _dense(example.routing, example), _dense(found, example)
-    if not torch.equal(theirs > 0, ours > 0):
+    if not torch.equal(theirs != 0, ours != 0):
         return None
-    scale = float(theirs.sum() / ours.sum().clamp_min(1e-20))
-    return ScoringRule(
-        score=rule.score, chosen=rule.chosen, scale=scale, biased=rule.biased, groups=rule.groups
-    )
+    return replace(rule, scale=float(theirs.sum() / ours.sum().clamp_min(1e-20)))
 
 
 def _agrees(rule: ScoringRule, example: Example, bias: int | None) -> bool:
@@ -174,7 +203,7 @@ def _agrees(rule: ScoringRule, example: Example, bias: int | None) -> bool:
 
 
 def _route(rule: ScoringRule, example: Example, bias: int | None) -> Routing:
-    bias_E = None if bias is None else example.biases[bias]
+    bias_E = None if bias is None else example.vectors[bias]
     return rule.route(example.logits_TE, example.routing, bias_E)
 
 
@@ -197,3 +226,14 @@ def _in_kept_groups(preferred_TE: Tensor, groups: Groups) -> Tensor:
     kept = score_TG.topk(groups.kept, dim=-1).indices
     mask_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, kept, True)
     return mask_TG.unsqueeze(-1).expand_as(grouped_TGE).reshape(num_tokens, num_experts)
+
+
+def _sparsemixed(logits_TE: Tensor, ids_TK: Tensor, tolerance: float) -> Tensor:
+    left_TE, weights = logits_TE, []
+    for ids_T1 in ids_TK.split(1, dim=-1):
+        best_T1 = left_TE.amax(-1, keepdim=True)
+        distance_TE = (best_T1 - logits_TE) / torch.maximum(logits_TE.abs(), best_T1)
+        near_TE = left_TE.masked_fill(distance_TE > tolerance, -torch.inf)
+        weights.append(near_TE.softmax(-1).gather(-1, ids_T1))
+        left_TE = left_TE.scatter(-1, ids_T1, -torch.inf)
+    return torch.cat(weights, dim=-1)

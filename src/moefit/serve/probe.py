@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Example, Groups, Identified, identify
+from moefit.moe.scoring import Example, Groups, Identified, Known, identify
 from moefit.serve.virtual_experts import VirtualExperts
 
-_TOKENS = 24
+_TOKENS = 64  # with fewer, rules that differ rarely (such as group scores) agree by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +48,25 @@ def attach(
     A block whose rule is not found keeps `scoring` None: it can be served exactly.
     """
     recordings = _record(model, served, seed)
-    groups = _group_forms(model.config)
+    known = _known_forms(model.config)
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():
         parent = model.get_submodule(experts.block.parent)
         hooks.append(parent.register_forward_pre_hook(_length_hook(experts), with_kwargs=True))
         recording = recordings[name]
-        biases = _per_expert_vectors(parent, experts.num_experts)
-        found = _identify(recording, biases, groups)
+        vectors = _per_expert_vectors(parent, experts.num_experts)
+        found = _identify(recording, vectors, known)
         if found is None:
             continue
         seen, rule = found
         experts.scoring = rule.rule
-        experts.bias_E = None if rule.bias is None else biases[rule.bias]
+        experts.bias_E = None if rule.bias is None else vectors[rule.bias]
         hooks.append(seen.module.register_forward_hook(_logits_hook(experts, seen.index)))
     return tuple(hooks)
 
 
 def _identify(
-    recording: _Recording, biases: Sequence[Tensor], groups: Sequence[Groups]
+    recording: _Recording, vectors: Sequence[Tensor], known: Known
 ) -> tuple[_Seen, Identified] | None:
     if recording.routing is None:
         return None
@@ -77,9 +77,9 @@ def _identify(
         example = Example(
             logits_TE=seen.value.reshape(num_tokens, -1),
             routing=recording.routing,
-            biases=tuple(biases),
+            vectors=tuple(vectors),
         )
-        if found := identify([example], groups):
+        if found := identify(example, known):
             return seen, found
     return None
 
@@ -154,7 +154,7 @@ def _length_hook(experts: VirtualExperts) -> Any:
 
 
 def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
-    """Buffers and parameters [E] of the block: a bias of the choice may be among them."""
+    """Buffers and parameters [E] of the block: a bias or a factor may be among them."""
     found = defaultdict(list)
     for name, tensor in (*parent.named_buffers(), *parent.named_parameters()):
         if tensor.numel() == num_experts and "experts." not in name:
@@ -162,15 +162,16 @@ def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
     return [*found[True], *found[False]]
 
 
-def _group_forms(config: Any) -> tuple[Groups, ...]:
+def _known_forms(config: Any) -> Known:
+    """What the configuration says of groups and of SparseMixer's noise."""
     text = config.get_text_config(decoder=True)
+    jitter = getattr(text, "router_jitter_noise", None)
+    tolerances = (2 * float(jitter),) if isinstance(jitter, float) else ()
     number, kept = getattr(text, "n_group", None), getattr(text, "topk_group", None)
     if not number or not kept or number == 1:
-        return ()
-    return (
-        Groups(number=number, kept=kept, score="top_2"),
-        Groups(number=number, kept=kept, score="max"),
-    )
+        return Known(tolerances=tolerances)
+    both = (Groups(number=number, kept=kept, score=score) for score in ("top_2", "max"))
+    return Known(groups=tuple(both), tolerances=tolerances)
 
 
 def _random_input(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:

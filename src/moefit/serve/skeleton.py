@@ -72,6 +72,7 @@ def load_rest(
             served.add_module(name, module)
         model.set_submodule(block.name, block.around(served))
         _leave_uninitialised(model.get_submodule(block.parent))
+    _forget_tied_experts(model)
     lazy = {
         name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
         for name in skeleton.map.rest
@@ -92,6 +93,13 @@ def load_rest(
             f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
         )
     return model.eval()
+
+
+def _forget_tied_experts(model: PreTrainedModel) -> None:
+    """Two blocks with the same experts each read them; the parameters to be tied are gone."""
+    there = set(model.state_dict())
+    tied = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {to: by for to, by in tied if to in there and by in there}
 
 
 def _shared_modules(model: PreTrainedModel, block: MoeBlock) -> dict[str, nn.Module]:

@@ -181,6 +181,8 @@ def _source(
     for short, spec in block.layout.specs.items():
         below, row = block.layout.parameter(short, expert)
         target = f"{block.name}.{below}"
+        if target not in collected:  # another block's experts may serve this one too
+            target = model.all_tied_weights_keys.get(target, target)
         if target not in collected:
             raise CheckpointError(
                 f"the checkpoint has nothing for {target} of {type(model).__name__}; it is not "
