@@ -96,7 +96,7 @@ def test_whatever_dtype_safetensors_writes_is_known(tmp_path: Path, dtype: torch
         assert same_bits(checkpoint.tensor(checkpoint.spans["x"]), value)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -362,7 +362,7 @@ def test_a_header_of_absurd_length(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_one_changed_byte_is_an_error_or_another_value_but_never_a_crash(
     tmp_path_factory, where: int, what: int
 ) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_served import mixtral_block, parts_of
 
@@ -29,6 +29,7 @@ def range_of(tensor: torch.Tensor) -> range:
     return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
 
 
+@settings(deadline=None)
 @given(specs)
 def test_tensors_lie_apart_on_cache_lines_inside_the_slots_bytes(specs) -> None:
     slot = allocate(NativeFormat(), specs, CPU)
@@ -45,6 +46,7 @@ def test_tensors_lie_apart_on_cache_lines_inside_the_slots_bytes(specs) -> None:
         assert bytes(bytes_of(tensor)) == bytes([number + 1]) * tensor.nbytes
 
 
+@settings(deadline=None)
 @given(specs)
 def test_a_slot_counts_as_many_bytes_as_the_system_gives_it(specs) -> None:
     page = 4096

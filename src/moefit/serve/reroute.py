@@ -75,12 +75,16 @@ def preferred(
     preferred_TE = scored.rule.preference(scored.logits_TE, scored.bias_E)
     raised_TE = preferred_TE + resident_E * (bonus * spread)
     if protected:
-        best_TJ = preferred_TE.topk(min(protected, scored.k), dim=-1).indices
-        raised_TE = raised_TE.scatter(-1, best_TJ, torch.inf)
-    ids_TK = raised_TE.topk(scored.k, dim=-1).indices
-    ids_TK = ids_TK.masked_fill(
-        scored.routing.ids_TK >= scored.logits_TE.shape[-1], scored.logits_TE.shape[-1]
-    )
+        best_TJ, ids_TJ = preferred_TE.topk(min(protected, scored.k), dim=-1)
+        above_J = torch.finfo(torch.float32).max / torch.arange(1, best_TJ.shape[-1] + 1)
+        above_TJ = torch.where(best_TJ.isneginf(), best_TJ, above_J.to(best_TJ.device))
+        raised_TE = raised_TE.scatter(-1, ids_TJ, above_TJ)
+    num_experts = scored.logits_TE.shape[-1]
+    best_TK, ids_TK = raised_TE.topk(min(scored.k, num_experts), dim=-1)
+    # As many as the family chose, the best ones: padding may stand anywhere in its choice.
+    count_T1 = (scored.routing.ids_TK < num_experts).sum(-1, keepdim=True)
+    beyond_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
+    ids_TK = ids_TK.masked_fill(beyond_TK | best_TK.isneginf(), num_experts)
     return _typed(Routing(ids_TK, scored.rule.weights(scored.logits_TE, ids_TK)), scored)
 
 
@@ -114,7 +118,7 @@ def _replaceable(routing: Routing, resident_E: Tensor, *, bound: float, protecte
     open_TK = absent_TK & (rank_TK >= protected)
     shares_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
     light_first_TK = torch.where(open_TK, shares_TK, 0.0).sort(-1)
-    within_TK = light_first_TK.values.cumsum(-1) <= bound
+    within_TK = light_first_TK.values.cumsum(-1) <= bound + 1e-6  # all shares may sum to more
     return open_TK & torch.zeros_like(open_TK).scatter(-1, light_first_TK.indices, within_TK)
 
 

@@ -1,0 +1,321 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moefit.moe.routing import Routing
+from moefit.moe.scoring import Groups, ScoringRule
+from moefit.serve.reroute import (
+    Scored,
+    masked,
+    mass_kept,
+    preferred,
+    score_spread,
+    substituted,
+    substituted_mass,
+)
+
+NUM_EXPERTS = 8
+RULES = {
+    "softmax": ScoringRule(score="softmax", chosen="kept"),
+    "softmax-normalised": ScoringRule(score="softmax", chosen="normalised"),
+    "softmax-of-chosen": ScoringRule(score="given", chosen="softmax"),
+    "sigmoid-biased": ScoringRule(score="sigmoid", chosen="normalised", biased=True, scale=2.5),
+    "sigmoid-groups": ScoringRule(
+        score="sigmoid",
+        chosen="normalised",
+        biased=True,
+        groups=Groups(number=4, kept=2, score="top_2"),
+    ),
+    "softmax-groups": ScoringRule(
+        score="softmax", chosen="kept", scale=16.0, groups=Groups(number=2, kept=1, score="max")
+    ),
+    "sqrt-softplus": ScoringRule(score="sqrt_softplus", chosen="normalised", biased=True),
+}
+Weights = dict[int, float]
+unhurried = settings(deadline=None)
+
+
+class Slow:
+    """A rule, one token at a time, in Python's floats."""
+
+    def __init__(self, rule: ScoringRule, logits_E: Tensor, bias_E: Tensor | None):
+        self.rule, self.logits = rule, [float(value) for value in logits_E]
+        self.bias = [0.0] * NUM_EXPERTS if bias_E is None else [float(b) for b in bias_E]
+
+    def scores(self) -> list[float]:
+        match self.rule.score:
+            case "softmax":
+                top = max(self.logits)
+                total = sum(math.exp(v - top) for v in self.logits)
+                return [math.exp(v - top) / total for v in self.logits]
+            case "sigmoid":
+                return [1 / (1 + math.exp(-v)) for v in self.logits]
+            case "sqrt_softplus":
+                return [math.sqrt(math.log1p(math.exp(v))) for v in self.logits]
+            case "given":
+                return self.logits
+
+    def preference(self) -> list[float]:
+        values = [s + b * self.rule.biased for s, b in zip(self.scores(), self.bias, strict=True)]
+        if self.rule.groups is None:
+            return values
+        size = NUM_EXPERTS // self.rule.groups.number
+        groups = [values[i : i + size] for i in range(0, NUM_EXPERTS, size)]
+        most = 1 if self.rule.groups.score == "max" else 2
+        totals = [sum(sorted(group)[-most:]) for group in groups]
+        kept = sorted(range(len(groups)), key=lambda g: -totals[g])[: self.rule.groups.kept]
+        return [v if e // size in kept else -math.inf for e, v in enumerate(values)]
+
+    def best(self, count: int, among: set[int], values: list[float]) -> list[int]:
+        real = [expert for expert in among if values[expert] > -math.inf]
+        return sorted(real, key=lambda e: -values[e])[:count]
+
+    def weights(self, ids: list[int]) -> Weights:
+        values = self.logits if self.rule.chosen == "softmax" else self.scores()
+        weights = {e: values[e] for e in ids}
+        if self.rule.chosen == "softmax":
+            weights = {e: math.exp(value) for e, value in weights.items()}
+        if self.rule.chosen != "kept":
+            total = sum(weights.values())
+            weights = {e: value / total for e, value in weights.items()}
+        return {e: value * self.rule.scale for e, value in weights.items()}
+
+
+@dataclass
+class Case:
+    """A family's routing, in which some tokens have fewer experts and padding stands anywhere."""
+
+    scored: Scored
+    resident_E: Tensor
+    slow: list[Slow]
+    chosen: list[list[int]]
+
+    @property
+    def residents(self) -> set[int]:
+        return set(self.resident_E.nonzero().flatten().tolist())
+
+
+def make_case(name: str, *, tokens: int, k: int, residents: set[int], seed: int, padding: float):
+    generator = torch.Generator().manual_seed(seed)
+    rule = RULES[name]
+    tokens = max(tokens, 1) if rule.groups else tokens
+    logits_TE = 2 * torch.randn(tokens, NUM_EXPERTS, generator=generator)
+    bias_E = 0.3 * torch.randn(NUM_EXPERTS, generator=generator) if rule.biased else None
+    slow = [Slow(rule, logits_E, bias_E) for logits_E in logits_TE]
+    everyone = set(range(NUM_EXPERTS))
+    chosen, ids, weights = [], [], []
+    for one in slow:
+        best: list[int | None] = list(one.best(k, everyone, one.preference()))
+        places = torch.rand(len(best), generator=generator).tolist()
+        row = [None if place < padding else e for e, place in zip(best, places, strict=True)]
+        row += [None] * (k - len(row))
+        row = [row[i] for i in torch.randperm(k, generator=generator).tolist()]
+        real = [e for e in row if e is not None]
+        by_expert = one.weights(real)
+        chosen.append(real)
+        ids.append([NUM_EXPERTS if e is None else e for e in row])
+        weights.append([0.0 if e is None else by_expert[e] for e in row])
+    routing = Routing(
+        torch.tensor(ids, dtype=torch.long).view(tokens, k), torch.tensor(weights).view(tokens, k)
+    )
+    resident_E = torch.zeros(NUM_EXPERTS, dtype=torch.bool)
+    resident_E[list(residents)] = True
+    scored = Scored(rule=rule, logits_TE=logits_TE, bias_E=bias_E, routing=routing)
+    return Case(scored, resident_E, slow, chosen)
+
+
+cases = st.builds(
+    make_case,
+    st.sampled_from(sorted(RULES)),
+    tokens=st.sampled_from([0, 1, 2, 9]),
+    k=st.integers(1, 4),
+    residents=st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1),
+    seed=st.integers(0, 10**6),
+    padding=st.sampled_from([0.0, 0.0, 0.4]),
+)
+
+
+def by_expert(routing: Routing) -> list[Weights]:
+    """Per token; fails on an expert that a token has twice, and on weight of padding."""
+    found = []
+    for ids_K, weights_K in zip(routing.ids_TK.tolist(), routing.weights_TK.tolist(), strict=True):
+        real = {e: w for e, w in zip(ids_K, weights_K, strict=True) if e < NUM_EXPERTS}
+        assert len(real) == sum(e < NUM_EXPERTS for e in ids_K), f"an expert twice: {ids_K}"
+        assert all(w == 0 for e, w in zip(ids_K, weights_K, strict=True) if e == NUM_EXPERTS)
+        found.append(real)
+    return found
+
+
+def assert_same(routing: Routing, expected: list[Weights]) -> None:
+    for ours, theirs in zip(by_expert(routing), expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+@unhurried
+@given(cases)
+def test_masked_is_the_best_residents_token_by_token(case: Case) -> None:
+    expected = []
+    for one, chosen in zip(case.slow, case.chosen, strict=True):
+        values = one.preference()
+        if all(values[e] == -math.inf for e in case.residents):  # every kept group is absent
+            values = one.scores()
+        expected.append(one.weights(one.best(len(chosen), case.residents, values)))
+    routing = masked(case.scored, case.resident_E)
+    assert_same(routing, expected)
+    for ours, chosen in zip(by_expert(routing), case.chosen, strict=True):
+        assert set(ours) <= case.residents
+        assert bool(ours) == bool(chosen), "no token is left without an expert"
+
+
+@unhurried
+@given(cases)
+def test_with_all_resident_nothing_changes(case: Case) -> None:
+    everyone_E = torch.ones(NUM_EXPERTS, dtype=torch.bool)
+    expected = [
+        one.weights(one.best(len(chosen), set(range(NUM_EXPERTS)), one.preference()))
+        for one, chosen in zip(case.slow, case.chosen, strict=True)
+    ]
+    assert_same(masked(case.scored, everyone_E), expected)
+    assert substituted(case.scored, everyone_E, bound=1.0, protected=0) is case.scored.routing
+    raised = preferred(case.scored, everyone_E, bonus=3.0, spread=1.0, protected=1)
+    assert_same(raised, expected)
+
+
+def given_up(one: Slow, chosen: list[int], case: Case, bound: float, protected: int) -> list[int]:
+    """The chosen experts that may go; no answer where rounding decides."""
+    weights = one.weights(chosen)
+    total = sum(weights.values())
+    heavy = sorted(chosen, key=lambda e: -weights[e])[:protected]
+    absent = [e for e in chosen if e not in case.residents and e not in heavy]
+    lost, mass = [], 0.0
+    for expert in sorted(absent, key=lambda e: weights[e]):
+        mass += weights[expert] / total
+        assume(abs(mass - bound) > 1e-5 or bound == 1)
+        if mass > bound + 1e-9:
+            break
+        lost.append(expert)
+    return lost
+
+
+@unhurried
+@given(cases, st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]), st.integers(0, 5))
+def test_substituted_replaces_the_light_absentees_token_by_token(
+    case: Case, bound: float, protected: int
+) -> None:
+    expected: list[Weights] = []
+    for t, (one, chosen) in enumerate(zip(case.slow, case.chosen, strict=True)):
+        lost = given_up(one, chosen, case, bound, protected)
+        free = one.best(len(chosen), case.residents - set(chosen), one.preference())
+        ids = [e for e in case.scored.routing.ids_TK[t].tolist() if e < NUM_EXPERTS]
+        gone = [e for e in ids if e in lost]
+        substitutes = dict(zip(gone, free, strict=False))
+        expected.append(one.weights([substitutes.get(e, e) for e in ids]))
+    routing = substituted(case.scored, case.resident_E, bound=bound, protected=protected)
+    assert_same(routing, expected)
+    for after, chosen, one in zip(by_expert(routing), case.chosen, case.slow, strict=True):
+        assert len(after) == len(chosen)
+        weights = one.weights(chosen)
+        share = sum(weights[e] for e in set(chosen) - set(after)) / (sum(weights.values()) or 1.0)
+        assert share <= bound + 1e-5
+        heavy = sorted(chosen, key=lambda e: -weights[e])[:protected]
+        assert set(heavy) <= set(after)
+
+
+@unhurried
+@given(cases, st.sampled_from([0.0, 0.2, 1.0, 50.0]), st.integers(0, 5))
+def test_preferred_raises_residents_token_by_token(
+    case: Case, bonus: float, protected: int
+) -> None:
+    expected = []
+    for one, chosen in zip(case.slow, case.chosen, strict=True):
+        values, everyone = one.preference(), set(range(NUM_EXPERTS))
+        stay = one.best(protected, everyone, values)
+        raised = [
+            math.inf if e in stay else value + bonus * 0.7 * (e in case.residents)
+            for e, value in enumerate(values)
+        ]
+        order = sorted(stay, key=lambda e: -values[e])
+        order += one.best(NUM_EXPERTS, everyone - set(stay), raised)
+        expected.append(one.weights(order[: len(chosen)]))
+    routing = preferred(case.scored, case.resident_E, bonus=bonus, spread=0.7, protected=protected)
+    assert_same(routing, expected)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> None:
+    """Two values and sixteen tokens: a token's experts must not depend on who stands beside it."""
+    case = make_case(name, tokens=16, k=3, residents={1, 2, 4, 7}, seed=3, padding=0.0)
+    coarse_TE = case.scored.logits_TE.sign().to(torch.bfloat16)
+    ids_TK = case.scored.routing.ids_TK
+
+    def routed(rows: slice) -> list[Routing]:
+        scored = Scored(
+            rule=case.scored.rule,
+            logits_TE=coarse_TE[rows],
+            bias_E=case.scored.bias_E,
+            routing=Routing(ids_TK[rows], case.scored.routing.weights_TK[rows]),
+        )
+        return [
+            masked(scored, case.resident_E),
+            substituted(scored, case.resident_E, bound=0.6, protected=1),
+            preferred(scored, case.resident_E, bonus=0.2, spread=1.0, protected=1),
+        ]
+
+    together, again = routed(slice(None)), routed(slice(None))
+    alone = [routed(slice(t, t + 1)) for t in range(16)]
+    for i, routing in enumerate(together):
+        assert torch.equal(routing.ids_TK, again[i].ids_TK)
+        assert torch.equal(routing.ids_TK, torch.cat([one[i].ids_TK for one in alone]))
+        assert all(by_expert(routing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_keep_the_dtype_that_the_family_gave(dtype: torch.dtype) -> None:
+    case = make_case("softmax", tokens=3, k=2, residents={0, 1, 2}, seed=0, padding=0.0)
+    routing = case.scored.routing
+    low = Scored(
+        rule=case.scored.rule,
+        logits_TE=case.scored.logits_TE,
+        bias_E=None,
+        routing=Routing(routing.ids_TK, routing.weights_TK.to(dtype)),
+    )
+    for after in (
+        masked(low, case.resident_E),
+        substituted(low, case.resident_E, bound=1.0, protected=0),
+        preferred(low, case.resident_E, bonus=0.2, spread=1.0, protected=1),
+        mass_kept(low.routing, masked(low, case.resident_E)),
+    ):
+        assert after.weights_TK.dtype == dtype
+
+
+@unhurried
+@given(cases)
+def test_substituted_mass_is_the_share_whose_expert_left(case: Case) -> None:
+    before, after = case.scored.routing, masked(case.scored, case.resident_E)
+    lost = total = 0.0
+    for old, new in zip(by_expert(before), by_expert(after), strict=True):
+        lost += sum(weight for expert, weight in old.items() if expert not in new)
+        total += sum(old.values())
+    assert substituted_mass(before, after) == pytest.approx(lost / total if total else 0, abs=1e-5)
+    assert substituted_mass(before, before) == 0.0
+
+
+@unhurried
+@given(cases)
+def test_mass_kept_gives_each_token_the_weight_it_had(case: Case) -> None:
+    after = masked(case.scored, case.resident_E)
+    scaled = mass_kept(case.scored.routing, after)
+    assert torch.equal(scaled.ids_TK, after.ids_TK)
+    torch.testing.assert_close(scaled.weights_TK.sum(-1), case.scored.routing.weights_TK.sum(-1))
+
+
+def test_the_spread_is_the_mean_range_of_scores() -> None:
+    case = make_case("sigmoid-groups", tokens=4, k=2, residents={0}, seed=0, padding=0.0)
+    ranges = [max(one.scores()) - min(one.scores()) for one in case.slow]
+    assert score_spread(case.scored) == pytest.approx(sum(ranges) / 4, rel=1e-5)
