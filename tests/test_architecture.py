@@ -19,6 +19,7 @@ LAYERS = (
     {"train", "serve"},
     {"evaluate"},
     {"plan"},
+    {"api"},
     {"demo"},
     {"cli"},
 )

@@ -129,7 +129,7 @@ def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
 
 def test_a_demo_that_is_stopped_exits_as_the_shell_expects(monkeypatch):
     figures = {"training": {"stopped_by": "SIGINT"}}
-    monkeypatch.setattr(cli.demonstration, "run", lambda *args, **options: figures)
+    monkeypatch.setattr(cli.training.demonstration, "run", lambda *args, **options: figures)
     assert run("demo").exit_code == 130
     figures["training"]["stopped_by"] = None
     assert run("demo").exit_code == 0
@@ -144,7 +144,7 @@ def test_version():
     [
         (["eval", "no-such-model"], "there is no folder"),
         (["describe", "dsmoe-4b"], "did you mean"),
-        (["describe", "OLMOE"], "'olmoe' model; this command knows dsmoe"),
+        (["describe", "OLMOE"], "has neither model.safetensors"),
         (["describe", "DAMAGED"], "config.json cannot be read"),
         (["eval", "MODEL", "--device", "foo"], "device='foo' is not to be had here"),
         (["generate", "MODEL", "some", "--device", "cuda:99"], "device='cuda:99' is not to be had"),

@@ -1,94 +1,48 @@
-"""The command line: parse, call, print."""
+"""Commands that use models: eval, generate, describe."""
 
-import io
 import json
-import signal
-import sys
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers import TextStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-import moefit
-from moefit import demo as demonstration
+from moefit.api import folder_of
+from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json
+from moefit.cli.serving import (
+    BaselineName,
+    Bound,
+    Context,
+    Memory,
+    ModeOption,
+    Prefill,
+    Serving,
+    ledger_table,
+    step_table,
+)
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
-from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.presets import preset_names
-from moefit.errors import DataError, MoefitError
+from moefit.errors import ConfigError, DataError
 from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.evaluate.perplexity import score
+from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table
+from moefit.evaluate.stepwise import score_steps
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
-from moefit.train.config import read_config
-from moefit.train.display import display
-from moefit.train.loop import train as run_training
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help=f"model folder, training run, or '{REFERENCE}'")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+from moefit.serve.baselines import fix_residents
+from moefit.serve.loading import LoadSettings, ledger
+from moefit.serve.served import ServedModel
+from moefit.serve.skeleton import build
 
 
-class Dtype(StrEnum):
-    """Dtypes that a model can be loaded or written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        """The torch dtype of that name."""
-        return getattr(torch, self.value)
-
-
-@app.command(help="Train a model densely: CONFIG.yaml, then settings such as optimizer.lr=3e-4.")
-def train(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Without CONFIG.yaml every setting has its default; the corpus is the standard library."""
-    first, *rest = arguments or [""]
-    has_file = bool(first) and "=" not in first
-    overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
-    config = read_config(Path(first) if has_file else None, overrides)
-    with display(console) as watcher:
-        result = run_training(config, watcher)
-    if as_json:
-        _print_json(
-            {
-                "step": result.step,
-                "checkpoint": str(result.checkpoint),
-                "held_out_loss": result.held_out_loss,
-                "stopped_by": result.stopped_by,
-            }
-        )
-    if result.stopped_by is not None:
-        _say(
-            f"{result.stopped_by}: saved {result.checkpoint} and stopped at step {result.step} "
-            f"of {config.steps}; the same command goes on from there"
-        )
-        raise _stopped(result.stopped_by)
-    _say(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
-    _say(f"next: moefit eval {config.out}")
-
-
-@app.command(name="eval", help="Perplexity and cost of a model under each inference rule.")
+@app.command(name="eval", help="Perplexity and cost of a model: by inference rule, or in a budget.")
 def evaluate(
     model: Model = REFERENCE,
     text: Annotated[
@@ -103,16 +57,39 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="predict about this many, spread over the text")
     ] = None,
+    memory: Memory = None,
+    mode: ModeOption = None,
+    prefill: Prefill = None,
+    bound: Bound = 0.2,
+    baseline: Annotated[
+        BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
+    ] = None,
+    residency: Annotated[
+        str, typer.Option(help="fixed: the resident set stays as it is, so that runs repeat")
+    ] = "manager",
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Scores every rule on the same windows of the same text."""
+    """Every rule on the same windows; in a budget or mode, step by step against all experts."""
+    serving = Serving(
+        memory=memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        context=context,
+        device=device,
+        dtype=dtype.torch if dtype else None,
+    )
     rules = [Rule.parse(one) for one in rule or []]
-    loaded, tokenizer = load(model, device=device, dtype=dtype.torch if dtype else None)
-    rules = rules or subject_of(loaded).default_rules()
-    source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
-    passage = source(tokenizer, context, max_tokens)
+    if serving.wanted or baseline is not None:
+        with serving.load(model) as served:
+            passage = _passage(text, served.tokenizer, context, max_tokens or 2048)
+            _evaluate_served(served, passage, rules, baseline, residency, as_json=as_json)
+        return
+    loaded, tokenizer = load(model, device=device, dtype=serving.dtype)
+    rules = rules or list(subject_of(loaded).default_rules())
+    passage = _passage(text, tokenizer, context, max_tokens)
     with console.status("scoring") as status:
 
         def tell(name: str, done: int, total: int) -> None:
@@ -120,13 +97,61 @@ def evaluate(
 
         scores = score(loaded, passage, rules, tell)
     if as_json:
-        _print_json([one.as_dict() for one in scores])
+        print_json([one.as_dict() for one in scores])
     else:
         title = f"{model} on {text or 'the held-out standard library'}"
         Console().print(score_table(scores, title))
 
 
-@app.command(help="Continue a prompt, streaming.")
+def _passage(
+    text: Path | None, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
+) -> Text:
+    source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
+    return source(tokenizer, context, max_tokens)
+
+
+def _evaluate_served(
+    served: ServedModel,
+    text: Text,
+    rules: list[Rule],
+    baseline: BaselineName | None,
+    residency: str,
+    *,
+    as_json: bool,
+) -> None:
+    _use_rule(served, rules)
+    if baseline is not None:
+        fix_residents(
+            served, baseline.value, calibration_ids_T=text.ids_T[-min(2048, len(text.ids_T)) :]
+        )
+    elif residency != served.policy.residency:
+        served.set_mode(served.policy.mode, prefill=served.policy.prefill, residency=residency)
+    name = f"fixed by {baseline}" if baseline else served.policy.mode
+    with console.status("scoring") as status:
+
+        def tell(done: int, total: int) -> None:
+            status.update(f"{name}: {done:,} of {total:,} tokens")
+
+        result = score_steps(served, text, progress=tell)
+    if as_json:
+        print_json({"name": name, **result.as_dict()})
+        return
+    title = f"step by step over {result.tokens:,} tokens; all experts: perplexity {result.full:.3f}"
+    Console().print(step_table({name: result}, title))
+
+
+def _use_rule(served: ServedModel, rules: list[Rule]) -> None:
+    if not rules:
+        return
+    if len(rules) > 1 or not isinstance(served.model, DsMoeForCausalLM):
+        raise ConfigError(
+            "a served model has one inference rule, and only DS-MoE models can be given another; "
+            f"--rule was given {len(rules)} times for a {type(served.model).__name__}"
+        )
+    served.model.set_inference_rule(rules[0])
+
+
+@app.command(help="Continue a prompt, streaming; with --memory or --mode inside a budget.")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
@@ -137,113 +162,94 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
+    memory: Memory = None,
+    mode: ModeOption = None,
+    prefill: Prefill = None,
+    bound: Bound = 0.2,
+    context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
     """Writes the continuation to standard output as it comes."""
-    chosen = None if rule is None else Rule.parse(rule)
-    loaded, tokenizer = load(model, device=device)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise DataError("the prompt is empty; give at least one character")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
-    with nullcontext() if chosen is None else subject_of(loaded).use(chosen):
-        loaded.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
-            **sampling,
-        )
+    serving = Serving(
+        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+    )
+    if serving.wanted:
+        with serving.load(model) as served:
+            _use_rule(served, [Rule.parse(rule)] if rule else [])
+            _stream(served.model, served.tokenizer, prompt, sampling)
+        return
+    loaded, tokenizer = load(model, device=device)
+    with nullcontext() if rule is None else subject_of(loaded).use(Rule.parse(rule)):
+        _stream(loaded, tokenizer, prompt, sampling)
 
 
-@app.command(help="Parameters, bytes and FLOPs of a preset or a model, from its shape alone.")
+def _stream(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: dict[str, Any]
+) -> None:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise DataError("the prompt is empty; give at least one character")
+    model.generate(
+        **inputs,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(
+            tokenizer, skip_prompt=not _continues(model), skip_special_tokens=True
+        ),
+        **sampling,
+    )
+
+
+def _continues(model: Any) -> bool:
+    """Whether the answer goes on from the prompt, so that both are shown."""
+    return not model.config.is_encoder_decoder
+
+
+@app.command(help="Parameters, bytes and FLOPs of a model; with --memory the memory ledger.")
 def describe(
     model: Annotated[
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
+    memory: Memory = None,
+    context: Context = 2048,
     as_json: Json = False,
 ) -> None:
     """Allocates no weights."""
-    card = model_card(config_of(model))
+    if memory is None and _is_ours(model):
+        card = model_card(config_of(model))
+        if as_json:
+            print_json(card.as_dict())
+        else:
+            Console().print(card_table(card, escape(model)))
+        return
+    if model in preset_names():
+        raise ConfigError(
+            f"{model} is a preset without a checkpoint; --memory needs a model folder"
+        )
+    skeleton = build(folder_of(model))
+    settings = LoadSettings(memory=memory, context=context)
+    budget = ledger(skeleton, settings)
+    counts = budget.slots()  # refuses a budget below the floor
     if as_json:
-        _print_json(card.as_dict())
-    else:
-        Console().print(card_table(card, escape(model)))
+        slots = {block.name: n for block, n in zip(budget.blocks, counts, strict=True)}
+        print_json({**budget.as_dict(), "slots": slots})
+        return
+    given = "everything resident" if memory is None else memory
+    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}) in {given}"
+    Console().print(ledger_table(budget, title))
 
 
-@app.command(help="Write a checkpoint that plain transformers, vLLM and llama.cpp load (OLMoE).")
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="folder to write")],
-    experts_per_token: Annotated[int, typer.Option("--experts-per-token", "-k", min=1)],
-    dtype: Annotated[Dtype | None, typer.Option(help="the model's own if not given")] = None,
-) -> None:
-    """Verified: the written checkpoint's logits equal ours at top_k:K."""
-    loaded, tokenizer = load(model)
-    if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
-        renormalize = Rule.parse(loaded.config.inference_rule).renormalize
-        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
-    export_olmoe(
-        loaded,
-        out,
-        experts_per_token=experts_per_token,
-        tokenizer=tokenizer,
-        dtype=dtype.torch if dtype else None,
-    )
-    _say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
-
-
-@app.command(help="Train a small DS-MoE for a minute, then measure the shipped one.")
-def demo(
-    out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
-        "runs/demo"
-    ),
-    seconds: Annotated[int, typer.Option(min=5, help="how long to train")] = 60,
-    as_json: Json = False,
-) -> None:
-    """Everything that it prints was measured there and then."""
-    result = demonstration.run(out, seconds=seconds, console=console)
-    if as_json:
-        _print_json(result)
-    if result["training"]["stopped_by"] is not None:
-        raise _stopped(result["training"]["stopped_by"])
-
-
-@app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", is_eager=True)] = False) -> None:
-    if version:
-        print(moefit.__version__)
-        raise typer.Exit
-
-
-def _stopped(by: str) -> typer.Exit:
-    """The exit code that a shell gives a program ended by that signal."""
-    return typer.Exit(128 + signal.Signals[by])
-
-
-def _say(text: str) -> None:
-    """One line for people; a path in it may have brackets and be long."""
-    console.print(text, markup=False, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def main() -> NoReturn:
-    """Entry point: a user's mistake is one line on standard error and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't UTF-8 gets "?"
-            stream.reconfigure(errors="replace")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+def _is_ours(model: str) -> bool:
+    """Whether the card of `dsmoe/card.py` can describe it; other families have the ledger."""
+    if model in preset_names() or model == REFERENCE:
+        return True
+    file = Path(model).expanduser() / "config.json"
     try:
-        app()
-    except MoefitError as error:
-        console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        _say(str(error))
-        sys.exit(2)
-    sys.exit(0)
+        family = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # a training run, damaged, or nothing: config_of() says which
+    return family == "dsmoe"

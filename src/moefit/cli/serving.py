@@ -1,0 +1,155 @@
+"""Options of commands that serve a model inside a memory budget, and what those commands print."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from moefit.api import load
+from moefit.cli.app import console
+from moefit.evaluate.stepwise import StepScore
+from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.served import ServedModel
+
+
+class ModeName(StrEnum):
+    """What happens when an expert is not resident."""
+
+    exact = "exact"
+    bounded = "bounded"
+    virtual = "virtual"
+
+
+class BaselineName(StrEnum):
+    """Fixed resident sets to compare with."""
+
+    norm = "norm"
+    frequency = "frequency"
+    importance = "importance"
+    random = "random"
+
+
+Memory = Annotated[
+    str | None,
+    typer.Option(help="serve inside this budget, such as 4.7GiB: every byte of the process"),
+]
+ModeOption = Annotated[
+    ModeName | None,
+    typer.Option(
+        "--mode",
+        help="exact: fetch what is missing; bounded: substitute a little; virtual: SwapMoE",
+    ),
+]
+Prefill = Annotated[
+    ModeName | None, typer.Option(help="mode of prompts; exact, but virtual where the mode is")
+]
+Bound = Annotated[
+    float, typer.Option(min=0, max=1, help="bounded: share of router weight that may go elsewhere")
+]
+Context = Annotated[int, typer.Option(min=1, help="tokens that the KV cache is reserved for")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """The options as given."""
+
+    memory: str | None
+    mode: ModeName | None
+    prefill: ModeName | None
+    bound: float
+    context: int
+    device: str
+    dtype: torch.dtype | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything asks for a budget or a mode."""
+        return self.memory is not None or self.mode is not None
+
+    def load(self, model: str) -> ServedModel:
+        """Load and say what it takes."""
+        policy: dict[str, Any] = {"bound": self.bound}
+        if self.prefill is not None:
+            policy["prefill"] = self.prefill.value
+        with console.status("loading"):
+            served = load(
+                model,
+                memory=self.memory,
+                mode=(self.mode or ModeName.exact).value,
+                device=self.device,
+                context=self.context,
+                dtype=self.dtype,
+                **policy,
+            )
+        console.print(_summary(served), markup=False, soft_wrap=True)
+        return served
+
+
+def _summary(served: ServedModel) -> str:
+    report = served.report()
+    slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
+    total = served.budget.total
+    room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
+    return (
+        f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
+        f"mode {report['mode']}"
+    )
+
+
+def ledger_table(budget: MemoryBudget, title: str) -> Table:
+    """Bytes by part, then slots by block."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for name, meaning in PARTS.items():
+        size = getattr(budget, name)
+        table.add_row(meaning, f"{size:,}", format_bytes(size))
+    counts = budget.slots()
+    in_slots = budget.with_slots(counts) - budget.fixed
+    experts = sum(block.num_experts for block in budget.blocks)
+    spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    table.add_row(
+        f"slots: {sum(counts):,} of {experts:,} experts ({spread} in each of {len(counts)} blocks)",
+        f"{in_slots:,}",
+        format_bytes(in_slots),
+    )
+    table.add_section()
+    rows = {"sum": budget.fixed + in_slots, "floor": budget.floor, "all experts": budget.everything}
+    for name, size in rows.items():
+        table.add_row(name, f"{size:,}", format_bytes(size))
+    return table
+
+
+def step_table(scores: dict[str, StepScore], title: str) -> Table:
+    """One row a policy: stepwise perplexity and its loss, what was moved, read and how fast."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("policy", no_wrap=True)
+    names = ("slots", "ppl", "loss", "KL", "agree", "moved", "hits", "MB/tok", "tok/s")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in scores.items():
+        table.add_row(
+            name,
+            f"{one.slots / one.experts:.0%}",
+            f"{one.stepwise:.2f}",
+            f"{one.loss:+.1%}",
+            f"{one.divergence:.4f}",
+            f"{one.agreement:.1%}",
+            f"{one.substituted_mass:.1%}",
+            f"{one.hit_rate:.1%}",
+            f"{one.bytes_per_token / 1e6:.2f}",
+            f"{one.tokens_per_second:.1f}",
+        )
+    return table

@@ -1,0 +1,87 @@
+"""Commands that make models: train, export, demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moefit import demo as demonstration
+from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say, stopped
+from moefit.dsmoe.export import export_olmoe
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.loading import load
+from moefit.moe.routing import Rule
+from moefit.train.config import read_config
+from moefit.train.display import display
+from moefit.train.loop import train as run_training
+
+
+@app.command(help="Train a model densely: CONFIG.yaml, then settings such as optimizer.lr=3e-4.")
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Without CONFIG.yaml every setting has its default; the corpus is the standard library."""
+    first, *rest = arguments or [""]
+    has_file = bool(first) and "=" not in first
+    overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
+    config = read_config(Path(first) if has_file else None, overrides)
+    with display(console) as watcher:
+        result = run_training(config, watcher)
+    if as_json:
+        print_json(
+            {
+                "step": result.step,
+                "checkpoint": str(result.checkpoint),
+                "held_out_loss": result.held_out_loss,
+                "stopped_by": result.stopped_by,
+            }
+        )
+    if result.stopped_by is not None:
+        say(
+            f"{result.stopped_by}: saved {result.checkpoint} and stopped at step {result.step} "
+            f"of {config.steps}; the same command goes on from there"
+        )
+        raise stopped(result.stopped_by)
+    say(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
+    say(f"next: moefit eval {config.out}")
+
+
+@app.command(help="Write a checkpoint that plain transformers, vLLM and llama.cpp load (OLMoE).")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    experts_per_token: Annotated[int, typer.Option("--experts-per-token", "-k", min=1)],
+    dtype: Annotated[Dtype | None, typer.Option(help="the model's own if not given")] = None,
+) -> None:
+    """Verified: the written checkpoint's logits equal ours at top_k:K."""
+    loaded, tokenizer = load(model)
+    if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
+        renormalize = Rule.parse(loaded.config.inference_rule).renormalize
+        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
+    export_olmoe(
+        loaded,
+        out,
+        experts_per_token=experts_per_token,
+        tokenizer=tokenizer,
+        dtype=dtype.torch if dtype else None,
+    )
+    say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
+
+
+@app.command(help="Train a small DS-MoE for a minute, then measure the shipped one.")
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
+        "runs/demo"
+    ),
+    seconds: Annotated[int, typer.Option(min=5, help="how long to train")] = 60,
+    as_json: Json = False,
+) -> None:
+    """Everything that it prints was measured there and then."""
+    result = demonstration.run(out, seconds=seconds, console=console)
+    if as_json:
+        print_json(result)
+    if result["training"]["stopped_by"] is not None:
+        raise stopped(result["training"]["stopped_by"])
