@@ -18,6 +18,7 @@ from moefit.dsmoe.config import DsMoeConfig
 # and generate of a model of 50 kB raise the resident set by 60 to 75 MiB (tests/test_ledger.py
 # holds the sum to the operating system's figure).
 FIRST_USE = 96 << 20
+_HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
 
 
 def process_bytes() -> int:
@@ -48,27 +49,39 @@ def weight_bytes(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtyp
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token over all layers; an upper bound where layers differ."""
     text = config.get_text_config(decoder=True)
-    heads = _first(text, "num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
+    heads = _first(text, *_HEADS)
     layers = _first(text, "num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
     if not heads or not layers:
         return 0
-    width = _first(text, "hidden_size", "d_model") or 0
-    kv_heads = _first(text, "num_key_value_heads") or heads
-    head_dim = _first(text, "head_dim", "d_kv", "kv_channels") or width // heads
-    both = 2 * head_dim
-    if _first(text, "kv_lora_rank"):  # multi-head latent attention caches expanded keys and values
-        key = (_first(text, "qk_nope_head_dim") or 0) + (_first(text, "qk_rope_head_dim") or 0)
-        kv_heads, both = heads, key + (_first(text, "v_head_dim") or head_dim)
     sides = 2 if config.is_encoder_decoder else 1  # self-attention and cross-attention
-    return layers * kv_heads * both * sides * dtype.itemsize
+    if latent := _first(text, "kv_lora_rank"):  # multi-head latent attention caches what it expands
+        per_layer = latent + sum(_first(text, name) or 0 for name in _BESIDE_LATENT)
+    else:
+        width = _first(text, "hidden_size", "d_model") or 0
+        kv_heads = _first(text, "num_key_value_heads") or heads
+        head_dim = _first(text, "head_dim", "d_kv", "kv_channels") or width // heads
+        per_layer = 2 * kv_heads * head_dim
+    return layers * per_layer * sides * dtype.itemsize
+
+
+_BESIDE_LATENT = ("qk_rope_head_dim", "index_head_dim")
+
+
+def _expanded_widths(text: Any) -> tuple[int, int]:
+    """Of multi-head latent attention: one head's key and value, once expanded; else zeros."""
+    if not _first(text, "kv_lora_rank"):
+        return 0, 0
+    key = sum(_first(text, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    return key, _first(text, "v_head_dim") or key
 
 
 def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """What a forward pass over `tokens` needs beside weights and cache, logits of one included.
 
     Counted: the residual stream and what a block makes of it, sixteen tensors of the model's
-    width; K rows a token of the routed experts, thrice; two rows of logits in float32. Of an
-    encoder, which must see all tokens at once, the scores of one layer's attention too.
+    width; K rows a token of the routed experts, thrice; two rows of logits in float32; one layer's
+    expanded keys and values of latent attention, thrice; and one layer's attention scores, where
+    the family's attention makes them.
     """
     text = config.get_text_config(decoder=True)
     width = _first(text, "hidden_size", "d_model") or 0
@@ -78,19 +91,25 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     )
     k = _experts_per_token(text)
     vocabulary = _first(text, "vocab_size") or 0
-    per_token = (16 * width + 3 * wide + 3 * k * width) * dtype.itemsize
+    expanded = (_first(text, *_HEADS) or 0) * sum(_expanded_widths(text))
+    per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
     scores = _score_bytes(config, tokens)
     return FIRST_USE + tokens * per_token + scores + 2 * vocabulary * (4 + dtype.itemsize)
 
 
 def _score_bytes(config: Any, tokens: int) -> int:
-    """Attention scores [H, T, T] of an encoder without a kernel that avoids them: three at once.
+    """Attention scores [H, T, T] where no kernel avoids them, as many as there are at once.
 
-    Measured, Switch Transformers with 12 heads: 2 tensors at 1024 tokens, 2.4 at 1536.
+    That is without SDPA (attention sinks, soft caps), and with it where keys and values differ in
+    width. Measured at 1024 to 1536 tokens: 2 to 2.4 tensors in Switch Transformers' encoder, 2.2
+    in Mixtral, 2.5 in DeepSeek-V3, 3.7 in gpt-oss.
     """
-    if not config.is_encoder_decoder or config._attn_implementation != "eager":
+    text = config.get_text_config(decoder=True)
+    key, value = _expanded_widths(text)
+    if config._attn_implementation != "eager" and key == value:
         return 0
-    return 3 * (_first(config, "num_attention_heads") or 0) * tokens**2 * 4
+    at_once = 3 if config.is_encoder_decoder else 4
+    return at_once * (_first(text, *_HEADS) or 0) * tokens**2 * 4
 
 
 def _experts_per_token(config: Any) -> int:

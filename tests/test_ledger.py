@@ -1,0 +1,137 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_served import FAMILIES, saved, tiny, tokens
+
+from moefit.checkpoint import SINGLE, Checkpoint
+from moefit.serve.ledger import (
+    FIRST_USE,
+    kv_bytes_per_token,
+    peak_process_bytes,
+    process_bytes,
+    weight_bytes,
+    workspace_bytes,
+)
+from moefit.serve.skeleton import build
+
+MIB = 1 << 20
+
+
+def cache_bytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_what_a_cache_holds_after_generating(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = tiny(family, dtype=dtype)
+    ids_BT = tokens(3, 5)
+    made = model.generate(
+        ids_BT, max_new_tokens=7, min_new_tokens=7, do_sample=False, return_dict_in_generate=True
+    )
+    held = cache_bytes(made.past_key_values)
+    # The last token is never put through the model; a sliding window holds less.
+    estimate = 3 * (5 + 7 - 1) * kv_bytes_per_token(model.config, dtype)
+    assert held <= estimate if family == "GptOss" else held == estimate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_all_parameters_that_are_no_experts(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    model = tiny(family)
+    skeleton = build(saved(model, tmp_path), dtype)
+    expected = sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(block.name + ".") for block in skeleton.blocks)
+    )
+    assert weight_bytes(skeleton.checkpoint, skeleton.map.rest, dtype) == expected
+
+
+def test_an_integer_keeps_its_width(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(10, dtype=torch.int64), "b": torch.zeros(20)}, tmp_path / SINGLE)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert weight_bytes(checkpoint, ["a", "b"], torch.bfloat16) == 80 + 40
+
+
+def test_the_process_is_measured_as_the_system_measures_it() -> None:
+    before = process_bytes()
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    grown = process_bytes() - before
+    assert abs(grown - held.nbytes) < 4 * MIB
+    assert peak_process_bytes() >= process_bytes()
+    del held
+    assert abs(process_bytes() - before) < 4 * MIB
+    assert peak_process_bytes() >= before + 60 * MIB
+
+
+FIRST_STEPS = """
+import sys, torch
+torch.set_num_threads(1)
+from moefit.serve.ledger import peak_process_bytes, process_bytes
+from moefit.serve.loading import LoadSettings, load
+
+served = load(sys.argv[1], LoadSettings(context=64, dtype=torch.bfloat16))
+before = served.budget.process
+ids = torch.arange(3, 35)[None]
+with torch.inference_mode():
+    served.model(ids)
+    served.generate(ids, max_new_tokens=20, do_sample=False)
+    served.generate(ids, max_new_tokens=20, do_sample=True)
+served.check()
+print(before, peak_process_bytes(), served.budget.everything)
+"""
+
+
+def test_what_only_computing_touches_is_in_the_ledger(tmp_path: Path) -> None:
+    """A model of 250 kB: what it takes beside that is the first use of libraries."""
+    saved(tiny("Mixtral"), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_STEPS, str(tmp_path)],
+        check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    process, peak, everything = (int(word) for word in done.stdout.split())
+    assert peak <= everything
+    assert peak - process <= FIRST_USE
+    assert peak - process > FIRST_USE // 8, "far less than what is reserved for it"
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("Mixtral", "sdpa"), ("Olmoe", "sdpa"), ("DeepseekV3", "sdpa"), ("GptOss", "eager"),
+     ("Mixtral", "eager")],
+)  # fmt: skip
+def test_a_long_prompt_stays_within_workspace_and_cache(family: str, attention: str) -> None:
+    """Measured on a model so narrow that activations outweigh its weights."""
+    length = 1500
+    model = tiny(family, num_hidden_layers=2, max_position_embeddings=4096,
+                 attn_implementation=attention)  # fmt: skip
+    try:
+        reset_peak()
+    except OSError:
+        pytest.skip("this system does not reset peaks")
+    assert model.config._attn_implementation == attention
+    ids_BT = tokens(1, length)
+    with torch.inference_mode():
+        model(tokens(1, 3), use_cache=True)  # what only the first use touches
+        reset_peak()
+        before = process_bytes()
+        made = model(ids_BT, use_cache=True, logits_to_keep=1)
+    peak = peak_process_bytes() - before
+    assert made.logits.shape[1] == 1
+    cache = length * kv_bytes_per_token(model.config, torch.float32)
+    work = workspace_bytes(model.config, length, torch.float32) - FIRST_USE
+    assert peak <= cache + work + 6 * MIB

@@ -1,0 +1,149 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_served import FAMILIES, Disk, parts_of, reading_through, saved, tiny
+
+from moefit.checkpoint import SINGLE
+from moefit.errors import CheckpointError, MoefitError
+from moefit.serve.skeleton import Skeleton, build
+from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.sources import Piece, Recipe
+from moefit.serve.store import ExpertStore
+
+CPU = torch.device("cpu")
+
+
+def open_store(folder: Path, dtype: torch.dtype | None = None) -> tuple[ExpertStore, Skeleton]:
+    skeleton = build(folder, dtype)
+    blocks = {block.name: block for block in skeleton.blocks}
+    return ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks), skeleton
+
+
+def dirty_slot(specs: Any) -> Slot:
+    slot = allocate(NativeFormat(), specs, CPU)
+    for tensor in slot.tensors.values():
+        tensor.fill_(torch.nan)
+    return slot
+
+
+def assert_reads_as_the_model_has_it(folder: Path, model: Any, dtype: torch.dtype | None = None):
+    store, skeleton = open_store(folder, dtype)
+    for block in skeleton.blocks:
+        module = model.get_submodule(block.name)
+        slot = dirty_slot(block.layout.specs)
+        for expert in range(block.num_experts):
+            store.read(block.name, expert, slot)
+            expected = parts_of(module, block, expert)
+            assert expected.keys() == slot.tensors.keys() == dict(block.layout.specs).keys()
+            for short, value in expected.items():
+                assert torch.equal(slot.tensors[short], value.to(dtype)), (expert, short)
+    store.close()
+    return store, skeleton
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_reads_as_the_model_has_it(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    store, skeleton = assert_reads_as_the_model_has_it(saved(model, tmp_path), model)
+    parts = [
+        part
+        for sources in skeleton.map.experts.values()
+        for source in sources
+        for part in source.parts
+    ]
+    assert all(isinstance(part, Piece) for part in parts), "straight into the slot"
+    assert store.staging_bytes == 0
+    assert store.bytes_read == sum(block.expert_bytes * 8 for block in skeleton.blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_over_several_shards(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    saved(model, tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert_reads_as_the_model_has_it(tmp_path, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_another_dtype_are_converted_one_by_one(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    store, skeleton = assert_reads_as_the_model_has_it(
+        saved(model, tmp_path), model, torch.bfloat16
+    )
+    sources = [source for sources in skeleton.map.experts.values() for source in sources]
+    assert all(isinstance(part, Recipe) for source in sources for part in source.parts)
+    assert store.staging_bytes == 2 * max(source.nbytes for source in sources)
+    assert store.bytes_read == sum(source.nbytes for source in sources)
+
+
+def test_experts_that_are_stored_one_by_one_and_stacked(tmp_path: Path) -> None:
+    """The same model in both layouts that checkpoints of its family come in."""
+    model = tiny("Mixtral")
+    saved(model, tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    assert any(".experts.3." in name for name in tensors), "one by one is what is written"
+    stacked = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        for short, value in experts.named_parameters():
+            stacked[f"model.layers.{layer}.mlp.experts.{short}"] = value.detach().contiguous()
+    save_file(stacked, tmp_path / SINGLE, {"format": "pt"})
+    assert_reads_as_the_model_has_it(tmp_path, model)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_norms_are_those_of_each_expert_as_one_vector(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    for dtype in (None, torch.float64):
+        store, skeleton = open_store(saved(model, tmp_path), dtype)
+        block = skeleton.blocks[1]
+        expected = [
+            float(torch.cat([part.detach().flatten() for part in parts.values()]).norm())
+            for parts in (parts_of(model.get_submodule(block.name), block, e) for e in range(8))
+        ]
+        assert store.norms(block.name) == pytest.approx(expected, rel=1e-5)
+        store.close()
+
+
+def test_a_failed_read_is_an_error_and_the_next_one_works(tmp_path: Path) -> None:
+    model = tiny("Mixtral")
+    saved(model, tmp_path)
+    with reading_through(Disk()) as disk:
+        store, skeleton = open_store(tmp_path)
+    block = skeleton.blocks[0]
+    slot = dirty_slot(block.layout.specs)
+    disk.failures = 10**6
+    with pytest.raises(CheckpointError, match=r"model.safetensors: .*cannot be read after 3"):
+        store.read(block.name, 2, slot)
+    assert store.bytes_read == 0
+    disk.failures = 2
+    store.read(block.name, 2, slot)
+    for short, value in parts_of(model.get_submodule(block.name), block, 2).items():
+        assert torch.equal(slot.tensors[short], value)
+
+
+def change_tensor(folder: Path, part: str, change: Any) -> None:
+    tensors = load_file(folder / SINGLE)
+    (name,) = [name for name in tensors if part in name]
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+
+def test_a_missing_expert_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: None)
+    with pytest.raises(CheckpointError, match=r"layers.1.*needs 8 experts.* has 7"):
+        open_store(tmp_path)
+
+
+def test_an_expert_of_another_shape_is_an_error_that_names_its_block(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: tensor[:, 1:])
+    with pytest.raises(MoefitError, match=r"layers.1.*experts"):
+        store, skeleton = open_store(tmp_path)
+        store.read(skeleton.blocks[1].name, 7, dirty_slot(skeleton.blocks[1].layout.specs))
