@@ -177,6 +177,18 @@ def test_virtual_with_half_of_the_experts(saved):
         served.check()
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "lfm2_moe", "mixtral", "phimoe"])
+def test_bfloat16(family, tmp_path):
+    """Routers that compute in float32 or not, with ties in their scores or not; biases."""
+    model = tiny_family(family).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = logits_of(type(model).from_pretrained(tmp_path).eval())
+    with load(tmp_path, LoadSettings(context=64)) as served:
+        assert all(experts.scoring is not None for experts in served.blocks.values())
+        served.set_memory(served.budget.floor)
+        assert_same(logits_of(served.model), expected, tolerance=1e-2)
+
+
 def test_experts_of_two_blocks_in_one_list_are_refused(tmp_path):
     tiny_family("ernie4_5_vl_moe").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="stored together with another block's"):

@@ -43,6 +43,7 @@ class ScoringRule:
       logits, or SparseMixer's (arXiv 2310.00811): each one's softmax among what no earlier choice
       took and what is within `tolerance` of the best of that.
     - `scale` multiplies the weights (routed scaling factor), and so does `factor_E`, if any.
+    - `rounded`: scores are rounded to the logits' dtype, so that in bfloat16 many tie.
     """
 
     score: Score
@@ -53,10 +54,14 @@ class ScoringRule:
     groups: Groups | None = None
     tolerance: float = 0.0
     factor_E: Tensor | None = field(default=None, compare=False, repr=False)
+    rounded: bool = False
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Scores in float32, whatever the dtype of the logits, so that ties are few and stable."""
-        logits_TE = logits_TE.float()
+        """Scores in float32, whatever the dtype of the logits."""
+        scores_TE = self._scores(logits_TE.float())
+        return scores_TE.to(logits_TE.dtype).float() if self.rounded else scores_TE
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
         match self.score:
             case "softmax":
                 return logits_TE.softmax(-1)
@@ -83,7 +88,8 @@ class ScoringRule:
         real_TK = ids_TK < num_experts
         safe_TK = ids_TK.clamp(max=num_experts - 1)
         if self.chosen == "sparsemixer":
-            weights_TK = _sparsemixed(logits_TE.float(), safe_TK, self.tolerance) * real_TK
+            precise_TE = logits_TE if self.rounded else logits_TE.float()
+            weights_TK = _sparsemixed(precise_TE, safe_TK, self.tolerance).float() * real_TK
         elif self.chosen == "softmax":
             logits_TK = logits_TE.float().gather(-1, safe_TK).masked_fill(~real_TK, -torch.inf)
             weights_TK = logits_TK.softmax(-1)
@@ -159,13 +165,19 @@ class Identified:
 def identify(example: Example, known: Known = Known()) -> Identified | None:
     """The simplest rule that chooses and weighs as the example does; None if no known rule does."""
     for rule, bias in _candidates(example, known):
-        scaled = _with_scale(rule, example, bias)
-        if scaled is not None and _agrees(scaled, example, bias):
-            return Identified(rule=scaled, bias=bias)
+        if (matching := _matching(rule, example, bias)) is not None:
+            return Identified(rule=matching, bias=bias)
     return None
 
 
 def _candidates(example: Example, known: Known) -> Iterator[tuple[ScoringRule, int | None]]:
+    low = example.logits_TE.dtype.itemsize < torch.float32.itemsize
+    for rounded in (False, True) if low else (False,):
+        for rule, bias in _forms(example, known):
+            yield replace(rule, rounded=rounded), bias
+
+
+def _forms(example: Example, known: Known) -> Iterator[tuple[ScoringRule, int | None]]:
     scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus", "given")
     weighings: tuple[Weighing, ...] = ("kept", "normalised", "softmax")
     vectors = (None, *range(len(example.vectors)))
@@ -186,25 +198,32 @@ def _candidates(example: Example, known: Known) -> Iterator[tuple[ScoringRule, i
         yield ScoringRule(score="given", chosen="sparsemixer", tolerance=tolerance), None
 
 
-def _with_scale(rule: ScoringRule, example: Example, bias: int | None) -> ScoringRule | None:
-    """The rule with the factor that the example's weights show; None if it chooses otherwise."""
-    found = _route(rule, example, bias)
-    theirs, ours = _dense(example.routing, example), _dense(found, example)
-    if not torch.equal(theirs != 0, ours != 0):
+def _matching(rule: ScoringRule, example: Example, bias: int | None) -> ScoringRule | None:
+    """The rule with the scale that the example's weights show; None if it doesn't do the same."""
+    bias_E = None if bias is None else example.vectors[bias]
+    found = rule.route(example.logits_TE, example.routing, bias_E)
+    decided_T = _decided(rule, rule.preference(example.logits_TE, bias_E), example.routing)
+    theirs = _dense(example.routing, example)[decided_T]
+    ours = _dense(found, example)[decided_T]
+    if len(ours) < len(decided_T) / 2 or not torch.equal(theirs != 0, ours != 0):
         return None
-    return replace(rule, scale=float(theirs.sum() / ours.sum().clamp_min(1e-20)))
-
-
-def _agrees(rule: ScoringRule, example: Example, bias: int | None) -> bool:
-    theirs, ours = _dense(example.routing, example), _dense(_route(rule, example, bias), example)
+    scale = float(theirs.sum() / ours.sum().clamp_min(1e-20))
     low = example.routing.weights_TK.dtype in (torch.bfloat16, torch.float16)
     tolerance = 2e-2 if low else 1e-4
-    return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-2))
+    if abs(scale - 1) < tolerance / 10:
+        scale = 1.0
+    if not torch.allclose(ours * scale, theirs, rtol=tolerance, atol=tolerance * 1e-2):
+        return None
+    return replace(rule, scale=scale)
 
 
-def _route(rule: ScoringRule, example: Example, bias: int | None) -> Routing:
-    bias_E = None if bias is None else example.vectors[bias]
-    return rule.route(example.logits_TE, example.routing, bias_E)
+def _decided(rule: ScoringRule, preferred_TE: Tensor, routing: Routing) -> Tensor:
+    """Which tokens' choice is no matter of a tie, which everyone breaks differently."""
+    k = routing.ids_TK.shape[-1]
+    best_TK = preferred_TE.topk(min(k + 1, preferred_TE.shape[-1]), dim=-1).values.cpu()
+    ahead_TK = best_TK[:, :-1] > best_TK[:, 1:]
+    matters = slice(None) if rule.chosen == "sparsemixer" else slice(k - 1, k)  # is order weighed?
+    return ahead_TK[:, matters].all(-1)
 
 
 def _dense(routing: Routing, example: Example) -> Tensor:
