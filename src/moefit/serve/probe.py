@@ -22,7 +22,7 @@ from moefit.moe.routing import Routing
 from moefit.moe.scoring import Example, Groups, Identified, Known, identify
 from moefit.serve.virtual_experts import VirtualExperts
 
-_TOKENS = 64  # with fewer, rules that differ rarely (such as group scores) agree by chance
+_SHAPE = (4, 16)  # with fewer tokens, rules that differ rarely (group scores) agree by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ def _record(
 ) -> dict[str, _Recording]:
     recordings = {name: _Recording() for name in served}
     with _listening(model, served, recordings):
-        model(**_random_input(model, seed), use_cache=False)
+        # Without the head: logits of all tokens would be the largest tensor of the whole load.
+        model.base_model(**_random_input(model, seed), use_cache=False)
     return recordings
 
 
@@ -177,7 +178,7 @@ def _known_forms(config: Any) -> Known:
 def _random_input(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = cast(Any, model.config.get_text_config(decoder=True)).vocab_size
-    ids = torch.randint(3, max(4, vocabulary), (1, _TOKENS), generator=generator).to(model.device)
+    ids = torch.randint(3, max(4, vocabulary), _SHAPE, generator=generator).to(model.device)
     if model.config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids}
     return {"input_ids": ids}
