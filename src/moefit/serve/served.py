@@ -83,7 +83,9 @@ class ServedModel:
         """Serve inside this budget from now on; returns the new ledger.
 
         Shrinking evicts and gives memory back before this returns; growing fills new slots in the
-        background. Raises BudgetTooSmallError, and everything stays as it was.
+        background, unless residents are fixed: then they are all there when this returns.
+        Raises BudgetTooSmallError, or OSError where the system has no such memory; everything is
+        then as it was.
         """
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
@@ -96,11 +98,10 @@ class ServedModel:
                 if change < 0:
                     self._shrink(self.blocks[name], -change)
             _return_freed_memory()
-            for name, change in changes.items():
-                if change > 0:
-                    grow(self.blocks[name], change, self.model.device)
-                    self.blocks[name].fill()
+            self._grow(changes)
             self._budget = budget
+            if self.policy.residency == "fixed":
+                self._settle()
         return budget
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
@@ -113,6 +114,8 @@ class ServedModel:
         """
         policy = self.checked_policy(mode, **settings)
         with self._live.lock:
+            if policy.residency == "fixed":
+                self._settle()
             self._live.policy = policy
         return policy
 
@@ -176,8 +179,10 @@ class ServedModel:
 
         Residents, importance, counters and the policy are afterwards what they were before.
         """
-        before, counters = self.policy, replace(self._live.counters)
-        self._live.policy = replace(policy, residency="fixed")
+        with self._live.lock:
+            self._settle()
+            before, counters = self.policy, replace(self._live.counters)
+            self._live.policy = replace(policy, residency="fixed")
         try:
             yield
         finally:
@@ -206,10 +211,34 @@ class ServedModel:
         self._live.transfer.close()
         self._store.close()
 
+    def _settle(self) -> None:
+        """Let no swap be under way."""
+        for experts in self.blocks.values():
+            experts.settle()
+
     def _settled(self, experts: VirtualExperts) -> int:
         """The block's slots once no swap is under way."""
         experts.settle()
         return experts.residency.number
+
+    def _grow(self, changes: Mapping[str, int]) -> None:
+        """Give blocks their new slots, or, if there is no memory for one, undo all changes."""
+        device = self.model.device
+        grown: list[str] = []
+        try:
+            for name, change in changes.items():
+                if change > 0:
+                    grow(self.blocks[name], change, device)
+                    grown.append(name)
+        except BaseException:
+            for name in grown:  # empty still, and empty ones go first
+                self._shrink(self.blocks[name], changes[name])
+            for name, change in changes.items():
+                if change < 0:
+                    grow(self.blocks[name], -change, device)
+            raise
+        for name in grown:
+            self.blocks[name].fill()
 
     def _shrink(self, experts: VirtualExperts, slots: int) -> None:
         for index in experts.residency.shrink(slots):
@@ -217,9 +246,10 @@ class ServedModel:
 
 
 def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
-    """Add empty slots to a block."""
-    for index in experts.residency.grow(slots):
-        experts.slots[index] = allocate(NativeFormat(), experts.block.layout.specs, device)
+    """Add empty slots to a block: all of them, or none if there is no memory."""
+    specs = experts.block.layout.specs
+    new = [allocate(NativeFormat(), specs, device) for _ in range(slots)]
+    experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
 
 
 def _return_freed_memory() -> None:

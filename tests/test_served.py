@@ -1,0 +1,433 @@
+import json
+import threading
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
+
+from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
+from moefit.serve import served as served_module
+from moefit.serve.loading import LoadSettings, load
+from moefit.serve.served import ServedModel
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Any:
+    @cache
+    def folder(family: str) -> Path:
+        return saved(model(family), tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+@cache
+def model(family: str) -> Any:
+    return tiny(family)
+
+
+@pytest.fixture
+def serve(folders) -> Iterator[Any]:
+    """A served model at its floor and some slots more, and the disk that it reads from."""
+    open_models: list[tuple[ServedModel, Disk]] = []
+
+    def make(family: str = "Mixtral", *, slots: int | None = None, **how: Any):
+        with reading_through(Disk()) as disk:
+            served = load(folders(family), LoadSettings(context=64), **how)
+        if slots is not None:
+            served.set_memory(with_slots(served, slots))
+        open_models.append((served, disk))
+        return served, disk
+
+    yield make
+    for served, disk in open_models:
+        disk.open.set()
+        served.close()
+
+
+def with_slots(served: ServedModel, slots: int) -> int:
+    return served.budget.with_slots([slots] * len(served.blocks))
+
+
+def generated(one: Any, **how: Any) -> list[int]:
+    made = one.generate(tokens(1, 9), max_new_tokens=NEW_TOKENS, do_sample=False, **how)
+    return made[0].tolist()
+
+
+def slots_of(served: ServedModel) -> set[int]:
+    return set(served.report()["slots"].values())
+
+
+def settled(served: ServedModel) -> None:
+    """Until every load under way has ended; published they are at the next step."""
+    for experts in served.blocks.values():
+        while not all(pending.done.done() for pending in experts._pending):
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_is_the_models_own_output_at_any_budget(serve, family: str, slots: int) -> None:
+    served, _ = serve(family, slots=slots)
+    torch.testing.assert_close(
+        logits(served.model, tokens(2, 7)), logits(model(family), tokens(2, 7))
+    )
+    assert generated(served) == generated(model(family))
+    served.check()
+    assert slots_of(served) == {slots or 8}
+
+
+def test_memory_goes_up_and_down(serve) -> None:
+    served, _ = serve(slots=4)
+    expected = generated(model("Mixtral"))
+    for slots in (4, 1, 7, 2, 8, 3, 1):
+        budget = served.set_memory(with_slots(served, slots))
+        assert budget is served.budget and slots_of(served) == {slots}
+        served.check()
+        assert generated(served) == expected
+        report = served.report()
+        assert report["slot_bytes"] + report["budget"]["staging"] <= budget.total - (
+            budget.fixed - budget.staging
+        )
+    served.set_memory(None)
+    assert slots_of(served) == {8}
+    assert generated(served) == expected
+
+
+def test_growing_fills_new_slots_in_the_background(serve) -> None:
+    served, disk = serve(slots=1)
+    generated(served)
+    disk.open.clear()
+    served.set_memory(None)
+    assert disk.waiting.wait(10), "loading has begun"
+    served.check()
+    assert sum(map(len, served.report()["resident"].values())) <= 2, "and nobody waits for it"
+    disk.open.set()
+    settled(served)
+    before = served.report()["bytes_read"]
+    assert generated(served) == generated(model("Mixtral"))
+    assert all(len(one) == 8 for one in served.report()["resident"].values())
+    assert served.report()["bytes_read"] == before
+
+
+def test_growing_from_nothing_while_storage_is_slow(serve) -> None:
+    """All slots wait for experts that the first step doesn't want."""
+    served, disk = serve(slots=1)
+    disk.open.clear()
+    served.set_memory(with_slots(served, 2))
+    threading.Timer(0.1, disk.open.set).start()
+    assert generated(served) == generated(model("Mixtral"))
+    served.check()
+
+
+@pytest.mark.parametrize("memory", [1, "1MiB", "floor"])
+def test_below_the_floor_all_stays_as_it_was(serve, memory) -> None:
+    served, _ = serve(slots=3)
+    generated(served)
+    before, budget = served.report(), served.budget
+    with pytest.raises(BudgetTooSmallError, match=f"at least {budget.floor} bytes"):
+        served.set_memory(budget.floor - 1 if memory == "floor" else memory)
+    after = served.report()
+    assert served.budget is budget
+    assert [after[key] for key in ("slots", "resident", "slot_bytes")] == [
+        before[key] for key in ("slots", "resident", "slot_bytes")
+    ]
+    served.set_memory(budget.floor)
+    assert slots_of(served) == {1}
+
+
+@pytest.mark.parametrize("memory", ["", "lots", 0, -5, "0GiB"])
+def test_what_is_no_size_changes_nothing(serve, memory) -> None:
+    served, _ = serve(slots=2)
+    with pytest.raises(ConfigError, match="is not a size"):
+        served.set_memory(memory)
+    assert slots_of(served) == {2}
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 5])
+def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fails_at: int) -> None:
+    served, _ = serve(slots=2)
+    expected = generated(served)
+    budget, allocate, calls = served.budget, served_module.allocate, []
+
+    def scarce(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > fails_at:
+            raise OSError(12, "Cannot allocate memory")
+        return allocate(*args)
+
+    monkeypatch.setattr(served_module, "allocate", scarce)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        served.set_memory(None)
+    served.check()
+    assert served.budget is budget and slots_of(served) == {2}
+    assert generated(served) == expected
+    monkeypatch.undo()
+    served.set_memory(None)
+    assert slots_of(served) == {8} and generated(served) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"mode": "fast"}, "mode='fast' is not one of exact, bounded, virtual"),
+        ({"mode": None}, "mode=None is not one of"),
+        ({"mode": "virtual", "prefill": "none"}, "prefill='none' is not one of"),
+        ({"mode": "bounded", "bound": 2}, "bound=2"),
+        ({"mode": "bounded", "bounds": 0.2}, "bounds.*unknown setting; there are mode, prefill"),
+        ({"mode": "exact", "residency": "no"}, "residency='no'"),
+    ],
+)
+def test_an_unknown_mode_or_setting_changes_nothing(serve, settings, says: str) -> None:
+    served, _ = serve(slots=2)
+    served.set_mode("bounded", bound=0.5)
+    before = served.policy
+    with pytest.raises(ConfigError, match=says):
+        served.set_mode(**settings)
+    assert served.policy is before
+
+
+def test_prefill_follows_the_mode_unless_given(serve) -> None:
+    served, _ = serve(slots=2)
+    assert served.set_mode("virtual").prefill == "virtual"
+    assert served.set_mode("bounded").prefill == "exact"
+    assert served.set_mode("virtual", prefill="exact").prefill == "exact"
+    assert served.set_mode("exact", bound=0.4).bound == 0.4
+    assert served.policy.bound == 0.4, "other settings stay"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
+    served, _ = serve(family)
+    for experts in served.blocks.values():
+        experts.hold(range(8))
+    expected = logits(model(family), tokens(2, 9))
+    for mode in ("virtual", "bounded"):
+        served.set_mode(mode, prefill=mode)
+        torch.testing.assert_close(logits(served.model, tokens(2, 9)), expected)
+        assert served.report()["substituted_mass"] == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["virtual", "bounded"])
+def test_a_fixed_set_repeats_itself(serve, family: str, mode: str) -> None:
+    served, _ = serve(family, slots=4)
+    generated(served)
+    served.set_mode(mode, residency="fixed", prefill=mode)
+    before = served.report()["resident"]
+    results = []
+    for _ in range(3):
+        results.append(logits(served.model, tokens(2, 9)))
+        generated(served)
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert served.report()["resident"] == before
+    served.check()
+
+
+def test_fixing_the_set_waits_for_what_is_on_its_way(serve) -> None:
+    """Otherwise a swap of before would be published somewhere in the middle."""
+    served, disk = serve(slots=4)
+    generated(served)
+    disk.open.clear()
+    served.set_memory(with_slots(served, 6))
+    threading.Timer(0.1, disk.open.set).start()
+    served.set_mode("virtual", residency="fixed")
+    before = served.report()["resident"]
+    assert all(len(one) == 6 for one in before.values())
+    generated(served)
+    assert served.report()["resident"] == before
+
+
+def test_a_fixed_set_that_grows_is_filled_before_the_next_step(serve) -> None:
+    served, disk = serve(slots=3)
+    generated(served)
+    served.set_mode("virtual", residency="fixed")
+    served.set_memory(with_slots(served, 5))
+    before = served.report()["resident"]
+    assert all(len(one) == 5 for one in before.values())
+    generated(served)
+    assert served.report()["resident"] == before and disk.open.is_set()
+
+
+def test_virtual_swaps_towards_what_the_router_wants(serve) -> None:
+    served, _ = serve(slots=3)
+    served.set_mode("virtual")
+    for _ in range(4):
+        generated(served)
+        settled(served)
+        served.check()
+    report = served.report()
+    assert report["swaps"] > 0 and 0 < report["substituted_mass"] < 1
+    for experts in served.blocks.values():
+        experts.settle()
+    assert slots_of(served) == {3}
+
+
+def test_a_failing_swap_leaves_the_model_usable(serve) -> None:
+    served, disk = serve(slots=2)
+    served.set_mode("virtual")
+    generated(served)
+    settled(served)
+    generated(served)
+    disk.failures = 10**6
+    for _ in range(3):
+        generated(served)
+        settled(served)
+        served.check()
+    disk.failures = 0
+    served.set_mode("exact")
+    assert generated(served) == generated(model("Mixtral"))
+    served.check()
+
+
+def test_a_failing_fetch_is_an_error_and_the_next_generation_works(serve) -> None:
+    served, disk = serve(slots=1)
+    disk.failures = 10**6
+    with pytest.raises(CheckpointError, match="cannot be read after 3 attempts"):
+        generated(served)
+    served.check()
+    disk.failures = 0
+    assert generated(served) == generated(model("Mixtral"))
+
+
+class Elsewhere:
+    """A thread that does something over and over until it is told to stop; its error is ours."""
+
+    def __init__(self, act: Any):
+        self._act, self._stop, self.error, self.done = act, threading.Event(), None, 0
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._act(self.done)
+                self.done += 1
+        except BaseException as error:  # noqa: BLE001 - raised again where the thread is joined
+            self.error = error
+
+    def __enter__(self) -> "Elsewhere":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_budget_changes_while_generating_exactly(serve) -> None:
+    served, _ = serve(slots=3)
+    expected = generated(model("Mixtral"))
+    over: list[str] = []
+
+    def change(step: int) -> None:
+        served.set_memory(with_slots(served, 1 + step * 5 % 8))
+        served.check()
+        report = served.report()
+        room = report["budget"]["total"] - served.budget.fixed + report["budget"]["staging"]
+        if report["slot_bytes"] + report["spare_bytes"] > room:
+            over.append(str(report))
+
+    with Elsewhere(change) as other:
+        for _ in range(8):
+            assert generated(served) == expected
+        while other.done < 16 and other.error is None:
+            time.sleep(0.01)
+    assert not over
+
+
+def test_modes_and_budgets_change_while_generating(serve) -> None:
+    served, _ = serve("DeepseekV3", slots=3)
+    expected = generated(model("DeepseekV3"))
+    modes = ("virtual", "bounded", "exact")
+
+    def change(step: int) -> None:
+        served.set_mode(modes[step % 3], residency=("manager", "fixed")[step // 3 % 2])
+        served.set_memory(with_slots(served, 1 + step * 5 % 8))
+        served.check()
+
+    with Elsewhere(change) as other:
+        for _ in range(6):
+            made = generated(served)
+            assert len(made) == 9 + NEW_TOKENS
+        while other.done < 12 and other.error is None:
+            time.sleep(0.01)
+    served.set_mode("exact", residency="manager")
+    assert generated(served) == expected
+    served.check()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["exact", "bounded", "virtual"]), st.integers(1, 8)),
+                min_size=1, max_size=5))  # fmt: skip
+def test_after_any_history_exact_is_exact(folders, history: list[tuple[Any, int]]) -> None:
+    with load(folders("Olmoe"), LoadSettings(context=64)) as served:
+        for mode, slots in history:
+            served.set_mode(mode)
+            served.set_memory(with_slots(served, slots))
+            generated(served)
+            served.check()
+        served.set_mode("exact")
+        assert generated(served) == generated(model("Olmoe"))
+
+
+def test_the_report_goes_to_json_and_counts_from_zero_again(serve) -> None:
+    served, _ = serve(slots=2)
+    generated(served)
+    report = served.report()
+    assert json.loads(json.dumps(report)) == report
+    assert report["mode"] == report["prefill"] == "exact"
+    assert report["fetches"] > 0 and report["bytes_read"] > 0 and report["wait_seconds"] > 0
+    assert report["experts"].keys() == report["slots"].keys() == served.blocks.keys()
+    assert report["peak_process_bytes"] >= report["process_bytes"] > 0
+    served.reset()
+    assert served.report()["hits"] == served.report()["fetches"] == 0
+    generated(served)
+    assert served.report()["hits"] > 0
+
+
+def test_untouched_leaves_no_trace(serve) -> None:
+    served, _ = serve(slots=3)
+    generated(served)
+    keys = ("mode", "resident", "hits", "fetches", "substituted_mass", "swaps")
+    before = [served.report()[key] for key in keys]
+    scores = [experts.importance.scores() for experts in served.blocks.values()]
+    with served.untouched(served.checked_policy("virtual")):
+        assert served.policy.mode == "virtual" and served.policy.residency == "fixed"
+        generated(served)
+    assert [served.report()[key] for key in keys] == before
+    assert scores == [experts.importance.scores() for experts in served.blocks.values()]
+
+
+def test_untouched_is_over_also_after_an_error(serve) -> None:
+    served, _ = serve(slots=3)
+    before = served.policy
+    with pytest.raises(ZeroDivisionError), served.untouched(served.checked_policy("virtual")):
+        raise ZeroDivisionError
+    assert served.policy is before
+
+
+def test_a_folder_without_tokenizer_is_served_by_ids(serve) -> None:
+    served, _ = serve()
+    with pytest.raises(ConfigError, match="has no tokenizer; the model itself takes token ids"):
+        _ = served.tokenizer
+
+
+def test_closing_ends_threads_and_hooks(folders) -> None:
+    before = threading.active_count()
+    with load(folders("Mixtral"), LoadSettings(context=64)) as served:
+        generated(served)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks
+                   for module in served.model.modules())  # fmt: skip
+    served.close()
