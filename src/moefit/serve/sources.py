@@ -8,7 +8,7 @@ transformers' own operations, one expert at a time (`Recipe`). Reads nothing but
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from moefit.checkpoint import Checkpoint, Span
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
+from moefit.serve.split_lists import positions, stacking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,7 @@ def map_checkpoint(
     """Find every expert of a model, which still has its own experts modules (on meta).
 
     Raises CheckpointError if the checkpoint lacks an expert or has it in another shape;
-    UnsupportedModelError if one rule makes parameters of several blocks at once.
+    UnsupportedModelError if a rule does more to a list than divide and stack it.
     """
     owners = {name: block for block in blocks for name in _parameter_names(block)}
     collected, rest = _collect(model, checkpoint, owners)
@@ -164,14 +165,21 @@ def _collect(
         entry = collected.setdefault(target, _Collected())
         if pattern is not None:
             entry.converter = by_pattern[pattern]
-            if len(entry.converter.target_patterns) > 1:
-                raise UnsupportedModelError(
-                    f"transformers makes {entry.converter.target_patterns} of one list of tensors "
-                    f"({name}); experts that are stored together with another block's cannot be "
-                    "read one by one"
-                )
         entry.spans[pattern or name].append(checkpoint.spans[name])
-    return collected, rest
+    return dict(_divided(collected, model.config)), rest
+
+
+def _divided(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[str, _Collected]]:
+    """One entry per parameter where a rule makes several of one list."""
+    for target, entry in collected.items():
+        rule = entry.converter
+        if rule is None or len(rule.target_patterns) == 1:
+            yield target, entry
+            continue
+        lengths = {pattern: len(spans) for pattern, spans in entry.spans.items()}
+        for name, rows in positions(rule, target, lengths, config).items():
+            part = {pattern: [spans[row] for row in rows] for pattern, spans in entry.spans.items()}
+            yield name, _Collected(stacking(rule, name), part)
 
 
 def _source(
