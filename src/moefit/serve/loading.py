@@ -50,6 +50,20 @@ class LoadSettings:
     half_life_tokens: float = 256.0
     manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
 
+    def check(self) -> None:
+        """Raise ConfigError for a value that does not exist or cannot be."""
+        if self.eviction not in POLICIES:
+            raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
+        for name in ("context", "readers"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
+        if not self.half_life_tokens > 0:
+            raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")
+        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
+            )
+
 
 def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
     """Load a model inside a budget. Keyword arguments are settings of `Policy`.
@@ -59,8 +73,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     be served in; ConfigError for settings that don't exist.
     """
     device = parse_device(settings.device)
-    if settings.eviction not in POLICIES:
-        raise ConfigError(f"eviction {settings.eviction!r} is not one of {', '.join(POLICIES)}")
+    settings.check()
     skeleton = build(Path(folder), settings.dtype)
     budget = ledger(skeleton, settings)
     counts = budget.slots()
@@ -75,27 +88,27 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         transfer=Transfer(store, readers=settings.readers),
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
-    model = load_rest(skeleton, blocks, device)
-    hooks = (*attach(model, blocks), *follow_rules(model, blocks))
-    parts = ServedParts(
-        folder=Path(folder),
-        model=model,
-        tokenizer=_tokenizer(Path(folder)),
-        budget=budget,
-        blocks=blocks,
-        store=store,
-        live=live,
-        hooks=hooks,
-    )
-    served = ServedModel(parts)
     try:
+        model = load_rest(skeleton, blocks, device)
+        parts = ServedParts(
+            folder=Path(folder),
+            model=model,
+            tokenizer=_tokenizer(Path(folder)),
+            budget=budget,
+            blocks=blocks,
+            store=store,
+            live=live,
+            hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
+        )
+        served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
+        for experts, count in zip(blocks.values(), counts, strict=True):
+            grow(experts, count, device)
+        live.spares.update(_spares(skeleton.blocks, device))
     except BaseException:
-        served.close()
+        live.transfer.close()
+        store.close()
         raise
-    for experts, count in zip(blocks.values(), counts, strict=True):
-        grow(experts, count, device)
-    live.spares.update(_spares(skeleton.blocks, device))
     return served
 
 
