@@ -117,7 +117,7 @@ def test_padding_anywhere_is_no_hindrance() -> None:
     assert_routes_as(identify(replace(example, routing=flipped), Known()), RULES["softmax"], ())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(sorted(RULES)),
     seed=st.integers(0, 99),
