@@ -174,8 +174,21 @@ def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
     bench.check()
 
 
+def test_a_swap_evicts_whom_the_manager_named_not_whom_the_policy_would(make) -> None:
+    bench = make(2, mode="virtual")
+    bench.experts.hold([1, 4])
+    bench.experts.importance.observe({4: 100.0, 0: 50.0})
+    bench.experts.eviction.observe({1: 1.0})
+    assert bench.experts.eviction.victim({1, 4}, ()) == 4
+    bench.experts.begin_swaps()
+    bench.experts.settle()
+    assert bench.residents == {0, 4}
+    bench.check()
+
+
 def test_virtual_fetches_while_slots_are_empty(make) -> None:
     bench = make(4, mode="virtual")
+    bench.experts.hold([1])
     y_TD, x_TD, routing = bench.step(preferring(2, 7))
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
     assert {2, 7} <= bench.residents

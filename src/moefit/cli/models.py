@@ -1,4 +1,4 @@
-"""Commands that use models: eval, generate, describe."""
+"""Commands that use models: eval, generate, describe, bench."""
 
 import json
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ from moefit.cli.serving import (
     Prefill,
     Serving,
     ledger_table,
+    speed_table,
     step_table,
 )
 from moefit.dsmoe.card import model_card
@@ -33,10 +34,12 @@ from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table
+from moefit.evaluate.speed import measure_bandwidth, measure_speed
 from moefit.evaluate.stepwise import score_steps
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
 from moefit.serve.baselines import fix_residents
+from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.loading import LoadSettings, ledger
 from moefit.serve.served import ServedModel
 from moefit.serve.skeleton import build
@@ -253,3 +256,36 @@ def _is_ours(model: str) -> bool:
     except (OSError, ValueError, LookupError, TypeError):
         return True  # a training run, damaged, or nothing: config_of() says which
     return family == "dsmoe"
+
+
+@app.command(help="Speed of a model in a budget: prefill, decoding, and what bounds them.")
+def bench(
+    model: Model,
+    memory: Memory = None,
+    mode: ModeOption = None,
+    prefill: Prefill = None,
+    bound: Bound = 0.2,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
+    seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
+    context: Context = 2048,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Random prompt tokens, greedy decoding: near-uniform routing, no locality to profit from."""
+    serving = Serving(
+        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+    )
+    with serving.load(model, eviction=eviction) as served:
+        bandwidth = measure_bandwidth(served.folder)
+        vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
+        prompt_T = torch.randint(
+            0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)
+        )
+        with console.status("measuring"):
+            speed = measure_speed(served, bandwidth, prompt_T=prompt_T, new_tokens=new_tokens)
+    if as_json:
+        print_json(speed.as_dict())
+    else:
+        Console().print(speed_table(speed, bandwidth, f"{model}, mode {speed.mode}"))

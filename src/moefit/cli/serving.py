@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moefit.api import load
 from moefit.cli.app import console
+from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.evaluate.stepwise import StepScore
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
@@ -71,8 +72,8 @@ class Serving:
         """Whether anything asks for a budget or a mode."""
         return self.memory is not None or self.mode is not None
 
-    def load(self, model: str) -> ServedModel:
-        """Load and say what it takes."""
+    def load(self, model: str, **settings: Any) -> ServedModel:
+        """Load and say what it takes; `settings` as of `moefit.load`."""
         policy: dict[str, Any] = {"bound": self.bound}
         if self.prefill is not None:
             policy["prefill"] = self.prefill.value
@@ -85,6 +86,7 @@ class Serving:
                 context=self.context,
                 dtype=self.dtype,
                 **policy,
+                **settings,
             )
         console.print(_summary(served), markup=False, soft_wrap=True)
         return served
@@ -123,6 +125,32 @@ def ledger_table(budget: MemoryBudget, title: str) -> Table:
     rows = {"sum": budget.fixed + in_slots, "floor": budget.floor, "all experts": budget.everything}
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))
+    return table
+
+
+def speed_table(speed: Speed, bandwidth: Bandwidth, title: str) -> Table:
+    """Two columns: what was measured, and its value."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("decoding one sequence", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    rows = {
+        "tokens/s": f"{speed.tokens_per_second:.2f}",
+        "ceiling (storage, memory bandwidth)": f"{speed.ceiling:.2f}",
+        "seconds a token: median, 95%, worst": f"{speed.median_seconds:.4f}, "
+        f"{speed.p95_seconds:.4f}, {speed.worst_seconds:.4f}",
+        f"prefill of {speed.prompt_tokens} tokens, tokens/s": (
+            f"{speed.prefill_tokens_per_second:.2f}"
+        ),
+        "experts found in memory": f"{speed.hit_rate:.1%}",
+        "router weight moved": f"{speed.substituted_mass:.1%}",
+        "swaps": f"{speed.swaps:,}",
+        "read from storage a token": format_bytes(speed.bytes_read_per_token),
+        "storage, memory bandwidth": f"{format_bytes(bandwidth.storage)}/s, "
+        f"{format_bytes(bandwidth.memory)}/s",
+        "peak of the process": format_bytes(speed.peak_process_bytes),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
     return table
 
 

@@ -140,6 +140,8 @@ class TrainConfig(_Strict):
 
     out: str = "runs/default"
     model: ModelConfig = ModelConfig(preset="dsmoe-tiny")
+    start_from: str | None = None
+    """A run or model folder whose weights training begins with; random ones if none."""
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -24,6 +24,7 @@ from moefit.train.held_out import HeldOut
 from moefit.train.log import RunLog, last_record, read_log
 from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
 from moefit.train.signals import StopRequest
+from moefit.train.start import start_from
 from moefit.train.state import RunState
 from moefit.train.step import Stepper, StepResult, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
@@ -85,6 +86,8 @@ class Run:
         assert isinstance(eos, int)
         vocab_size = vocabulary_size(self.data.tokenizer)
         model = build_model(self.config, vocab_size=vocab_size, eos_token_id=eos)
+        if self.config.start_from is not None:
+            start_from(model, self.config.start_from)
         model.to(self.device)  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(attention_implementation(self.config, self.device))
         if self.config.activation_checkpointing:

@@ -1,0 +1,141 @@
+"""Write a checkpoint of a real model's shape with random weights: good for speed, never quality.
+
+    python benchmarks/make_checkpoint.py switch-base-64 FOLDER
+
+Streams: memory stays at a few hundred MB whatever the size. Names and layout are the Hub's, by
+transformers' own reverse conversion of a model on the meta device.
+"""
+
+import argparse
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SwitchTransformersConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+_SWITCH: dict[str, Any] = {"decoder_start_token_id": 0}
+SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
+    # google/switch-base-64: 12 of 24 layers sparse, 64 experts of 768 x 3072
+    "switch-base-64": (
+        SwitchTransformersConfig(
+            d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12,
+            num_experts=64, expert_capacity=64, num_sparse_encoder_layers=6,
+            num_sparse_decoder_layers=6, decoder_start_token_id=0,
+        ),
+        "SwitchTransformersForConditionalGeneration",
+        torch.float32,
+    ),
+    # allenai/OLMoE-1B-7B-0924: 16 layers, 64 experts of 2048 x 1024, 8 a token
+    "olmoe-1b-7b": (
+        OlmoeConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=1024),
+        "OlmoeForCausalLM",
+        torch.bfloat16,
+    ),
+    # the same in a small: for trying the benchmarks themselves
+    "olmoe-small": (
+        OlmoeConfig(
+            hidden_size=512, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, vocab_size=8192,
+        ),
+        "OlmoeForCausalLM",
+        torch.bfloat16,
+    ),
+}  # fmt: skip
+SHARD = 2 << 30
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    write(arguments.shape, arguments.folder)
+
+
+def write(shape: str, folder: Path) -> None:
+    config, architecture, dtype = SHAPES[shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    model = on_meta(config, architecture, dtype)
+    config.architectures = [architecture]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    tied = set(model.all_tied_weights_keys)
+    shards = list(in_shards({k: v for k, v in tensors.items() if k not in tied}))
+    noise = (torch.randn(16 << 20) * 0.02).to(dtype)
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_shard(folder / name, shard, noise)
+        where |= dict.fromkeys(shard, name)
+        print(f"{folder / name}: {len(shard)} tensors", flush=True)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def on_meta(config: PreTrainedConfig, architecture: str, dtype: torch.dtype) -> PreTrainedModel:
+    family: Any = getattr(transformers, architecture)
+    with torch.device("meta"):
+        return family._from_config(AutoConfig.for_model(**config.to_dict()), dtype=dtype)
+
+
+def in_shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and sum(one.nbytes for one in shard.values()) + tensor.nbytes > SHARD:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: torch.Tensor) -> None:
+    header, offset = {}, 0
+    for name, tensor in shard.items():
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for number, (name, tensor) in enumerate(shard.items()):
+            for block in blocks(name, tensor, noise, number):
+                file.write(block)
+
+
+def blocks(
+    name: str, tensor: torch.Tensor, noise: torch.Tensor, number: int
+) -> Iterator[memoryview]:
+    """The tensor's bytes: ones for norms, else windows of the noise at shifting places."""
+    if "norm" in name:
+        data: Any = torch.ones(tensor.shape, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy()
+        yield memoryview(data)
+        return
+    left, start = tensor.numel(), (number * 7919 * 64) % (len(noise) // 2)
+    while left:
+        count = min(left, len(noise) - start)
+        data = noise[start : start + count].view(torch.uint8).numpy()
+        yield memoryview(data)
+        left, start = left - count, (start + 104729) % (len(noise) // 2)
+
+
+if __name__ == "__main__":
+    main()

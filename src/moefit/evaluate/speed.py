@@ -1,0 +1,187 @@
+"""How fast a served model is, and how far from the two ceilings of its machine.
+
+Owns timing prefill and decoding step by step, and what bounds them: bytes that came from storage
+over its bandwidth, bytes of weights read from memory over its bandwidth. Both bandwidths are
+measured here, on the checkpoint's own files and with the process's own threads.
+
+Shapes: T tokens.
+"""
+
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefit.errors import ConfigError
+from moefit.serve.served import ServedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """One measurement. Seconds a token are of decoding, one sequence.
+
+    `storage_bound` and `memory_bound` are the least seconds a token could take, by the bytes that
+    were moved; `ceiling` is tokens/s if the slower of the two were all there is.
+    """
+
+    mode: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_second: float
+    tokens_per_second: float
+    median_seconds: float
+    p95_seconds: float
+    worst_seconds: float
+    hit_rate: float
+    substituted_mass: float
+    swaps: int
+    bytes_read_per_token: float
+    storage_bound: float
+    memory_bound: float
+    peak_process_bytes: int
+
+    @property
+    def ceiling(self) -> float:
+        """Tokens/s."""
+        return 1 / max(self.storage_bound, self.memory_bound)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "ceiling": self.ceiling}
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes a second, from storage with a cold page cache and from memory."""
+
+    storage: float
+    memory: float
+
+
+@torch.inference_mode()
+def measure_speed(
+    served: ServedModel,
+    bandwidth: Bandwidth,
+    *,
+    prompt_T: Tensor,
+    new_tokens: int,
+    warm_up: int = 8,
+) -> Speed:
+    """Prefill a prompt, then decode greedily; the first `warm_up` tokens are not timed.
+
+    An encoder-decoder model encodes the prompt and decodes from its start token.
+    Raises ConfigError if nothing would be timed.
+    """
+    if new_tokens < 1 or not len(prompt_T):
+        raise ConfigError(
+            f"{new_tokens} new tokens after {len(prompt_T)} of prompt: nothing to time; give at "
+            "least one of each"
+        )
+    began = time.perf_counter()
+    step = _prefilled(served, prompt_T)
+    prefill = time.perf_counter() - began
+    for _ in range(warm_up):
+        step()
+    served.reset()
+    read, seconds = served.report()["bytes_read"], []
+    for _ in range(new_tokens):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    report = served.report()
+    read = (report["bytes_read"] - read) / new_tokens
+    touched = weights_per_token(served, report["hits"] + report["fetches"], new_tokens)
+    ordered = sorted(seconds)
+    return Speed(
+        mode=report["mode"],
+        prompt_tokens=len(prompt_T),
+        new_tokens=new_tokens,
+        prefill_tokens_per_second=len(prompt_T) / prefill,
+        tokens_per_second=new_tokens / sum(seconds),
+        median_seconds=statistics.median(seconds),
+        p95_seconds=ordered[int(0.95 * (len(ordered) - 1))],
+        worst_seconds=ordered[-1],
+        hit_rate=report["hit_rate"],
+        substituted_mass=report["substituted_mass"],
+        swaps=report["swaps"],
+        bytes_read_per_token=read,
+        storage_bound=read / bandwidth.storage,
+        memory_bound=touched / bandwidth.memory,
+        peak_process_bytes=report["peak_process_bytes"],
+    )
+
+
+def weights_per_token(served: ServedModel, expert_uses: int, tokens: int) -> float:
+    """Bytes of weights that decoding one token reads from memory.
+
+    All that is no expert, less the input embedding and, of an encoder-decoder, the encoder; and
+    the experts in use, at their mean size.
+    """
+    model = served.model
+    skipped = {id(p) for p in model.get_input_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    if head is not None:
+        skipped -= {id(p) for p in head.parameters()}  # tied: read as the head
+    if model.config.is_encoder_decoder:
+        skipped |= {id(p) for p in model.get_encoder().parameters()}
+    dense = sum(p.nbytes for p in model.parameters() if id(p) not in skipped)
+    blocks = served.blocks.values()
+    size = sum(one.block.expert_bytes for one in blocks) / len(blocks)
+    return dense + size * expert_uses / tokens
+
+
+def measure_bandwidth(folder: Path, *, limit: int = 256 << 20) -> Bandwidth:
+    """Read part of the largest file past the page cache; sum a buffer larger than caches."""
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    size = min(limit, file.stat().st_size)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(8 << 20)
+        began, done = time.perf_counter(), 0
+        while done < size and (count := os.preadv(descriptor, [buffer], done)):
+            done += count
+        storage = done / (time.perf_counter() - began)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return Bandwidth(storage=storage, memory=_memory_bandwidth())
+
+
+def _memory_bandwidth() -> float:
+    data = torch.ones(48 << 20 >> 2)  # 48 MiB of float32
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def _prefilled(served: ServedModel, prompt_T: Tensor) -> Any:
+    """A function that decodes one more token each time it is called."""
+    model = served.model
+    prompt_1T = prompt_T[None].to(model.device)
+    if model.config.is_encoder_decoder:
+        encoded = model.get_encoder()(input_ids=prompt_1T)
+        fixed = {"encoder_outputs": encoded}
+        start = model.generation_config.decoder_start_token_id or 0
+        state = {"ids": torch.tensor([[start]], device=model.device), "cache": None}
+    else:
+        output = model(input_ids=prompt_1T, use_cache=True)
+        fixed = {}
+        state = {"ids": output.logits[:, -1:].argmax(-1), "cache": output.past_key_values}
+
+    def step() -> None:
+        name = "decoder_input_ids" if fixed else "input_ids"
+        output = model(
+            **{name: state["ids"]}, past_key_values=state["cache"], use_cache=True, **fixed
+        )
+        state["ids"], state["cache"] = output.logits[:, -1:].argmax(-1), output.past_key_values
+
+    return step

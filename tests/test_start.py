@@ -1,0 +1,45 @@
+"""Training that begins with given weights."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.train.start import start_from
+from tiny_models import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_model(seed=1)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+def test_all_weights_are_copied(folder):
+    path, source = folder
+    model = tiny_model(seed=2)
+    start_from(model, str(path))
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_another_model_is_refused_by_name(folder):
+    path, _ = folder
+    with pytest.raises(ConfigError, match=r"another model.*has .*embed_tokens"):
+        start_from(tiny_model(vocab_size=41), str(path))
+    tensors = load_file(path / "model.safetensors")
+    gone = next(name for name in tensors if "down_proj" in name)
+    del tensors[gone]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"lacks {gone}"):
+        start_from(tiny_model(), str(path))
+
+
+def test_nothing_there_and_damage(folder, tmp_path):
+    path, _ = folder
+    with pytest.raises(ConfigError, match="neither a model folder"):
+        start_from(tiny_model(), str(tmp_path / "no-run"))
+    (path / "model.safetensors").write_bytes(b"1234567890")
+    with pytest.raises(CheckpointError, match="damaged"):
+        start_from(tiny_model(), str(path))
