@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-_SWITCH: dict[str, Any] = {"decoder_start_token_id": 0}
+START: dict[str, Any] = {"decoder_start_token_id": 0}
 SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     # google/switch-base-64: 12 of 24 layers sparse, 64 experts of 768 x 3072
     "switch-base-64": (
         SwitchTransformersConfig(
             d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12,
             num_experts=64, expert_capacity=64, num_sparse_encoder_layers=6,
-            num_sparse_decoder_layers=6, decoder_start_token_id=0,
+            num_sparse_decoder_layers=6, **START,
         ),
         "SwitchTransformersForConditionalGeneration",
         torch.float32,

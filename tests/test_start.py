@@ -3,10 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.train.start import start_from
-from tiny_models import tiny_model
 
 
 @pytest.fixture

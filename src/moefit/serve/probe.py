@@ -55,6 +55,7 @@ def attach(
         hooks.append(parent.register_forward_pre_hook(_length_hook(experts), with_kwargs=True))
         recording = recordings[name]
         vectors = _per_expert_vectors(parent, experts.num_experts)
+        experts.used = recording.routing is not None
         found = _identify(recording, vectors, known)
         if found is None:
             continue

@@ -128,7 +128,7 @@ class ServedModel:
             known = ", ".join(Policy.__slots__)
             raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
         policy.check()
-        unknown = [name for name, experts in self.blocks.items() if experts.scoring is None]
+        unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
             raise UnsupportedModelError(
                 f"mode {mode} changes routing, but how {type(self.model).__name__}'s router makes "

@@ -79,6 +79,7 @@ def load_rest(
     }
     plan = LoadStateDictConfig(
         device_map={"": device},
+        ignore_mismatched_sizes=True,  # refused below, by name
         dtype=skeleton.dtype,
         dtype_plan=model._get_dtype_plan(skeleton.dtype),
         weight_mapping=cast(Any, conversions),

@@ -122,6 +122,7 @@ class VirtualExperts(nn.Module):
         self.eviction, self.importance = eviction, importance
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
+        self.used = True  # the probe says otherwise of a block that text does not reach
         self.logits_TE: Tensor | None = None  # the router's hook leaves them here
         self.prefilling = False  # and the block's hook this
         self.recorder: Callable[[Routing], None] | None = None
@@ -185,6 +186,8 @@ class VirtualExperts(nn.Module):
     def _mode(self, policy: Policy) -> Mode:
         """The mode of this step; while slots are empty, virtual fetches as exact does."""
         mode = policy.prefill if self.prefilling else policy.mode
+        if self.scoring is None:  # of a tower that text does not reach; set_mode refuses others
+            return "exact"
         fetches = mode == "virtual" and self.residency.empty and policy.residency != "fixed"
         return "exact" if fetches or not self.residency.residents else mode
 

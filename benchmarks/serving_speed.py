@@ -1,0 +1,222 @@
+"""Tokens/s of one large checkpoint under a memory budget: modes, and rivals, each in its process.
+
+    python benchmarks/serving_speed.py FOLDER --memory 4.7GiB --save NAME
+        [--policies all,on-demand,exact,bounded,virtual] [--rivals accelerate]
+        [--replay TRACE.npz] [--new-tokens 24] [--context 256]
+
+Policies: `all` has no budget; `on-demand` is exact with LRU eviction, as the paper's baseline; the
+others are moefit's modes. `--replay` puts recorded routing (arrays experts [tokens, layers, K] and
+probs) through the routers' output, so that consecutive tokens want related experts; without it a
+random model routes nearly uniformly. The page cache of the checkpoint is dropped before each run.
+Run it in a memory cgroup to have the peak proven: page cache is then charged too.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+import moefit
+from moefit.evaluate.speed import Bandwidth, measure_bandwidth, measure_speed
+from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.serve.ledger import peak_process_bytes
+from moefit.serve.served import ServedModel
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "all": {"mode": "exact", "memory": None},
+    "on-demand": {"mode": "exact", "eviction": "lru"},
+    "exact": {"mode": "exact"},
+    "bounded": {"mode": "bounded"},
+    "virtual": {"mode": "virtual"},
+}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.one:
+        print(json.dumps(one(arguments, arguments.one)))
+        return
+    results = {}
+    names = [*arguments.policies.split(","), *filter(None, arguments.rivals.split(","))]
+    for name in names:
+        results[name] = in_own_process(name)
+        print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    Console().print(table(results))
+    if arguments.save:
+        kind = "recorded routing" if arguments.replay else "random tokens, near-uniform routing"
+        print(record.write("serving-speed", results, notes=f"{kind}", suffix=arguments.save))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--memory", required=True)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--rivals", default="")
+    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--warm-up", type=int, default=8)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--save", metavar="NAME")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_own_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--one", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    drop_page_cache(arguments.folder)
+    bandwidth = measure_bandwidth(arguments.folder)
+    if name == "accelerate":
+        return accelerate(arguments, bandwidth)
+    settings = {"memory": arguments.memory, "context": arguments.context, **POLICIES[name]}
+    began = time.perf_counter()
+    with moefit.load(arguments.folder, **settings) as served:
+        loaded = time.perf_counter() - began
+        if arguments.replay:
+            replay(served, arguments.replay)
+        speed = measure_speed(
+            served,
+            bandwidth,
+            prompt_T=prompt(served.model.config, arguments.prompt_tokens),
+            new_tokens=arguments.new_tokens,
+            warm_up=arguments.warm_up,
+        )
+        report = served.report()
+        return {
+            **speed.as_dict(),
+            "load_seconds": loaded,
+            "slots": sum(report["slots"].values()),
+            "experts": sum(report["experts"].values()),
+            "bandwidth": {"storage": bandwidth.storage, "memory": bandwidth.memory},
+        }
+
+
+def prompt(config: Any, tokens: int) -> Tensor:
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    return torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+
+
+def drop_page_cache(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def replay(served: ServedModel, trace: Path) -> None:
+    """Recorded choices instead of each router's own: layer by layer, token after token.
+
+    A trace of top 4 of 32 becomes top 8 of 64 by giving each recorded expert a twin: expert e is
+    2e and 2e + 1. Locality in time is the recorded one, at the same share of experts.
+    """
+    data = np.load(trace)
+    experts, probs = data["experts"].astype(np.int64), data["probs"].astype(np.float32)
+    for number, (name, block) in enumerate(served.blocks.items()):
+        router = served.model.get_submodule(name.rpartition(".")[0]).get_submodule("gate")
+        layer = number % experts.shape[1]
+        ids_NK = torch.from_numpy(experts[:, layer])
+        weights_NK = torch.from_numpy(probs[:, layer])
+        twins = block.num_experts // 32
+        ids_NK = (ids_NK.unsqueeze(-1) * twins + torch.arange(twins)).flatten(1)
+        weights_NK = weights_NK.repeat_interleave(twins, dim=1) / twins
+        router.register_forward_hook(_Replayed(ids_NK, weights_NK), prepend=True)
+
+
+class _Replayed:
+    """A router's output replaced: logits that mean just these weights, the weights, the ids."""
+
+    def __init__(self, ids_NK: Tensor, weights_NK: Tensor):
+        self._ids, self._weights, self._at = ids_NK, weights_NK, 0
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        logits_TE, weights_TK, ids_TK = output
+        rows = (self._at + torch.arange(len(logits_TE))) % len(self._ids)
+        self._at += len(logits_TE)
+        ids, weights = self._ids[rows], self._weights[rows]
+        scores_TE = (0.1 * logits_TE.float()).softmax(-1) * (1 - weights.sum(-1, keepdim=True))
+        scores_TE = scores_TE.clamp_min(1e-6).scatter(-1, ids, weights.clamp_min(1e-4))
+        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        chosen = scores_TE.gather(-1, ids).to(weights_TK.dtype)
+        return scores_TE.log().to(logits_TE.dtype), chosen, ids.to(ids_TK.dtype)
+
+
+def accelerate(arguments: argparse.Namespace, bandwidth: Bandwidth) -> dict[str, Any]:
+    """transformers with accelerate's disk offload, given the same bytes for weights."""
+    config = AutoConfig.from_pretrained(arguments.folder)
+    names: Any = config.architectures
+    family: Any = getattr(transformers, names[0])
+    room = parse_bytes(arguments.memory) - peak_process_bytes() - (700 << 20)
+    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as offload:
+        model: Any = family.from_pretrained(
+            arguments.folder,
+            device_map="auto",
+            max_memory={"cpu": room},
+            offload_folder=offload,
+            dtype="auto",
+        ).eval()
+        gc.collect()
+        ids = prompt(config, arguments.prompt_tokens)[None]
+        with torch.inference_mode():
+            output = model(input_ids=ids, use_cache=True)
+            seconds = []
+            for _ in range(max(2, arguments.new_tokens // 8)):
+                began = time.perf_counter()
+                output = model(
+                    input_ids=output.logits[:, -1:].argmax(-1),
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+                seconds.append(time.perf_counter() - began)
+    return {
+        "tokens_per_second": len(seconds) / sum(seconds),
+        "peak_process_bytes": peak_process_bytes(),
+        "bandwidth": {"storage": bandwidth.storage, "memory": bandwidth.memory},
+    }
+
+
+def table(results: dict[str, Any]) -> Table:
+    out = Table(title="decoding one sequence", title_justify="left")
+    for name in ("policy", "slots", "tok/s", "ceiling", "hits", "moved", "read/token", "peak"):
+        out.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    for name, one in results.items():
+        if "failed" in one:
+            out.add_row(name, str(one["failed"]))
+            continue
+        out.add_row(
+            name,
+            f"{one['slots']}/{one['experts']}" if "slots" in one else "",
+            f"{one['tokens_per_second']:.2f}",
+            f"{one['ceiling']:.1f}" if "ceiling" in one else "",
+            f"{one['hit_rate']:.1%}" if "hit_rate" in one else "",
+            f"{one['substituted_mass']:.1%}" if "substituted_mass" in one else "",
+            format_bytes(one["bytes_read_per_token"]) if "bytes_read_per_token" in one else "",
+            format_bytes(one["peak_process_bytes"]),
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()
