@@ -20,6 +20,7 @@ LAYERS = (
     {"evaluate"},
     {"plan"},
     {"api"},
+    {"demo_serving"},
     {"demo"},
     {"cli"},
 )

@@ -8,10 +8,11 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from moefit import demo
+from moefit import demo, demo_serving
 from moefit.errors import CheckpointError
 from moefit.evaluate.loading import reference_path
 from moefit.evaluate.perplexity import Score
+from moefit.evaluate.stepwise import StepScore
 from moefit.train.run import TrainResult
 
 
@@ -22,10 +23,34 @@ def made_up(rule, share, perplexity):
     )  # fmt: skip
 
 
+def served(memory, mode, slots, stepwise):
+    score = StepScore(
+        mode=mode, prefill="exact", slots=slots, experts=12, full=10.0, wide=10.0,
+        stepwise=stepwise, divergence=0.0, agreement=1.0, substituted_mass=0.0, hit_rate=1.0,
+        bytes_per_token=0.0, tokens=10, tokens_per_second=1.0,
+    )  # fmt: skip
+    return demo_serving.Row(memory=memory, expert_bytes=slots * 100, score=score)
+
+
+ROWS = [
+    served("all", "exact", 12, 10.0),
+    served("1/2", "exact", 6, 9.999),
+    served("1/2", "virtual", 6, 30.0),
+]
+
+
 def test_the_picture(tmp_path):
     scores = [made_up("dense", 1.0, 10.0), made_up("top_k:2", 0.3, 11.0)]
-    demo.draw(scores, scores, tmp_path / "demo.png")
+    demo.draw(scores, scores, ROWS, tmp_path / "demo.png")
     assert imread(tmp_path / "demo.png").shape[0] > 400
+
+
+def test_with_all_experts_modes_are_the_same():
+    assert demo_serving._lines(ROWS) == {
+        "exact": {100.0: 0.0, 50.0: pytest.approx(-0.01)},
+        "bounded": {100.0: 0.0},
+        "virtual": {100.0: 0.0, 50.0: pytest.approx(200.0)},
+    }
 
 
 def test_only_what_a_demo_made_is_deleted(tmp_path):
@@ -72,11 +97,34 @@ needs_reference = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_reference
+def test_the_shipped_model_in_less_memory():
+    console = Console(file=io.StringIO(), width=120)
+    rows = demo_serving.run(console, max_tokens=128)
+    assert [row.name for row in rows] == ["all exact"] + [
+        f"{memory} {mode}" for memory in ("1/2", "1/3") for mode in ("exact", "bounded", "virtual")
+    ]
+    full = rows[0].expert_bytes
+    for row in rows:
+        score = row.score
+        assert row.expert_bytes == pytest.approx(full * score.slots / score.experts)
+        assert score.full == pytest.approx(rows[0].score.full, rel=1e-3)
+        if score.mode == "exact":
+            assert abs(score.loss) < 0.005
+            assert score.substituted_mass == 0
+        else:
+            assert score.substituted_mass > 0
+        if score.mode != "virtual":  # which reads only if importance shifts
+            assert (score.bytes_per_token > 0) == (row.memory != "all")
+    assert "MB/tok" in console.file.getvalue()
+
+
+@pytest.mark.slow
+@needs_reference
 def test_json_is_all_of_stdout(tmp_path):
     command = [sys.executable, "-m", "moefit", "demo", "--seconds", "5", "--json", "--out", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout).keys() == {
-        "training", "reference", "trained", "answer", "picture",
+        "training", "reference", "trained", "answer", "serving", "picture",
     }  # fmt: skip
     assert "perplexity" in done.stderr  # the tables are there
 
@@ -90,6 +138,7 @@ def test_the_whole_story(tmp_path):
     assert {score["rule"] for score in result["reference"]} >= {"dense", "top_k:4"}
     assert result["answer"]["text"].startswith(demo.PROMPT)
     assert 0.2 < result["answer"]["active_share"] < 0.4
+    assert [row["mode"] for row in result["serving"][:2]] == ["exact", "exact"]
     assert (tmp_path / "demo" / "demo.png").is_file()
     again = demo.run(tmp_path / "demo", seconds=5, console=console)  # a second visit works too
     assert again["training"]["steps"] >= 30

@@ -1,4 +1,4 @@
-"""`moefit demo`: a DS-MoE trained before your eyes, then the shipped one measured.
+"""`moefit demo`: a DS-MoE trained before your eyes, the shipped one measured, then served.
 
 Owns the story that a newcomer sees, and the folder of its run, which each demo makes anew. Every
 number is measured where it runs; nothing is stored.
@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from moefit import demo_serving
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError
@@ -35,6 +36,10 @@ from moefit.train.watcher import Watcher
 EVAL_TOKENS = 16_384
 PROMPT = "def read_config(path):\n"
 ANSWER_RULE = "top_k:3"
+MODES = (
+    "exact fetches a missing expert from storage; bounded lets another one answer if little router "
+    "weight is lost; virtual never waits (SwapMoE)"
+)
 MARK = ".moefit-demo"  # lies in the folders that a later demo may delete
 
 
@@ -62,18 +67,23 @@ def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
     _say(console, answer["text"])
     small = _scores(str(out / "run"))
     console.print(score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)"))
+    console.rule("3. the shipped model with less and less memory for its experts")
+    console.print(MODES, markup=False, highlight=False)
+    served = demo_serving.run(console)
     picture = out / "demo.png"
-    draw(reference, small, picture)
+    draw(reference, small, served, picture)
     _say(console, f"picture: {picture}, training curve: {out / 'run' / 'curve.png'}")
     console.print("next:", style="bold")
     _say(console, f'  moefit generate {REFERENCE} "def main():" --rule {ANSWER_RULE}')
     _say(console, "  moefit train my.yaml data.sources=[FOLDER] out=runs/mine")
-    _say(console, "  moefit describe dsmoe-3b")
+    _say(console, "  moefit describe MODEL --memory 4.7GiB")
+    _say(console, '  moefit generate MODEL "def main():" --memory 4.7GiB --mode bounded')
     return {
         "training": trained,
         "reference": [one.as_dict() for one in reference],
         "trained": [one.as_dict() for one in small],
         "answer": answer,
+        "serving": [row.as_dict() for row in served],
         "picture": str(picture),
     }
 
@@ -182,10 +192,12 @@ def _answer() -> dict[str, Any]:
     return {"rule": ANSWER_RULE, "active_share": active, "text": text}
 
 
-def draw(reference: list[Score], trained: list[Score], path: Path) -> None:
-    """Perplexity against the share of parameters that a token uses."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def draw(
+    reference: list[Score], trained: list[Score], served: list[demo_serving.Row], path: Path
+) -> None:
+    """Perplexity against the share of parameters that a token uses, and against memory."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right, last = figure.subplots(1, 3)
     for axes, scores, title in (
         (left, reference, "shipped reference model"),
         (right, trained, "model trained in this demo"),
@@ -197,4 +209,5 @@ def draw(reference: list[Score], trained: list[Score], path: Path) -> None:
         axes.set_ylabel("held-out perplexity")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
+    demo_serving.draw(last, served)
     figure.savefig(path, dpi=120)

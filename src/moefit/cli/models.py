@@ -23,7 +23,6 @@ from moefit.cli.serving import (
     Serving,
     ledger_table,
     speed_table,
-    step_table,
 )
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
@@ -33,7 +32,7 @@ from moefit.errors import ConfigError, DataError
 from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text, score
-from moefit.evaluate.report import score_table
+from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.speed import measure_bandwidth, measure_speed
 from moefit.evaluate.stepwise import score_steps
 from moefit.evaluate.subject import subject_of

@@ -13,7 +13,6 @@ from rich.table import Table
 from moefit.api import load
 from moefit.cli.app import console
 from moefit.evaluate.speed import Bandwidth, Speed
-from moefit.evaluate.stepwise import StepScore
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
 
@@ -151,33 +150,4 @@ def speed_table(speed: Speed, bandwidth: Bandwidth, title: str) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    return table
-
-
-def step_table(scores: dict[str, StepScore], title: str) -> Table:
-    """One row a policy: stepwise perplexity and its loss, what was moved, read and how fast."""
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column("policy", no_wrap=True)
-    names = ("slots", "ppl", "loss", "KL", "agree", "moved", "hits", "MB/tok", "tok/s")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, one in scores.items():
-        table.add_row(
-            name,
-            f"{one.slots / one.experts:.0%}",
-            f"{one.stepwise:.2f}",
-            f"{one.loss:+.1%}",
-            f"{one.divergence:.4f}",
-            f"{one.agreement:.1%}",
-            f"{one.substituted_mass:.1%}",
-            f"{one.hit_rate:.1%}",
-            f"{one.bytes_per_token / 1e6:.2f}",
-            f"{one.tokens_per_second:.1f}",
-        )
     return table

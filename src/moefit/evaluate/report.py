@@ -3,13 +3,14 @@
 Knows nothing of how they were measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from moefit.evaluate.perplexity import Score
+from moefit.evaluate.stepwise import StepScore
 
 
 def score_table(scores: Sequence[Score], title: str) -> Table:
@@ -37,5 +38,34 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
             f"{score.perplexity:.3f}",
             f"{score.bits_per_byte:.4f}",
             f"{score.tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def step_table(scores: Mapping[str, StepScore], title: str) -> Table:
+    """One row a policy: stepwise perplexity and its loss, what was moved, read and how fast."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("policy")
+    names = ("slots", "ppl", "loss", "KL", "agree", "moved", "hits", "MB/tok", "tok/s")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in scores.items():
+        table.add_row(
+            name,
+            f"{one.slots / one.experts:.0%}",
+            f"{one.stepwise:.2f}",
+            f"{one.loss:+.1%}",
+            f"{one.divergence:.3f}",
+            f"{one.agreement:.1%}",
+            f"{one.substituted_mass:.1%}",
+            f"{one.hit_rate:.0%}",
+            f"{one.bytes_per_token / 1e6:.2f}",
+            f"{one.tokens_per_second:.1f}",
         )
     return table

@@ -1,0 +1,112 @@
+"""The demo's second half: the shipped model with less and less memory for its experts.
+
+Owns which budgets and modes are shown, on how much text, and their panel of the picture. Takes a
+console; gives a row per budget and mode. The rows are one model's life: each goes on with the
+experts that the one before left in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
+from rich.console import Console
+
+from moefit.api import load
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.loading import REFERENCE
+from moefit.evaluate.passage import held_out_text
+from moefit.evaluate.report import step_table
+from moefit.evaluate.stepwise import Progress, StepScore, score_steps
+from moefit.serve.budget import format_bytes
+from moefit.serve.served import ServedModel
+from moefit.serve.virtual_experts import Mode
+
+RULE = "top_k:4"
+SHARES = {"1/2": 1 / 2, "1/3": 1 / 3}
+MODES: tuple[Mode, ...] = ("exact", "bounded", "virtual")
+CONTEXT = 128
+ROUNDING = (
+    "(agree: with one pass over all experts. In bfloat16, decoding rounds otherwise than such a "
+    "pass, so near ties fall differently even where nothing is missing.)"
+)
+TOKENS = 256  # in whole windows, the prompt of each included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One budget and mode."""
+
+    memory: str
+    expert_bytes: int
+    score: StepScore
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        return f"{self.memory} {self.score.mode}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        given = {"memory": self.memory, "expert_bytes": self.expert_bytes}
+        return {**given, **self.score.as_dict()}
+
+
+def run(console: Console, *, max_tokens: int = TOKENS) -> list[Row]:
+    """Serve the shipped model with all, a half and a third of its experts; prints the table."""
+    with load(REFERENCE, context=CONTEXT) as served, console.status("serving") as status:
+
+        def tell(done: int, total: int) -> None:
+            mode, slots = served.policy.mode, sum(served.report()["slots"].values())
+            status.update(f"{mode}, {slots} experts in memory: {done} of {total} tokens")
+
+        rows = list(_rows(served, max_tokens, tell))
+    whole = format_bytes(rows[0].expert_bytes)
+    title = f"shipped model, {RULE}, decoding {rows[0].score.tokens} tokens; experts: {whole}"
+    console.print(step_table({row.name: row.score for row in rows}, title))
+    console.print(ROUNDING, markup=False, highlight=False)
+    return rows
+
+
+def _rows(served: ServedModel, max_tokens: int, tell: Progress) -> Iterator[Row]:
+    assert isinstance(served.model, DsMoeForCausalLM)
+    served.model.set_inference_rule(RULE)
+    text = held_out_text(served.tokenizer, CONTEXT, max_tokens)
+    served.set_residents({name: range(one.num_experts) for name, one in served.blocks.items()})
+    yield _row(served, "all", score_steps(served, text, progress=tell))
+    for name, share in SHARES.items():
+        slots = [max(1, round(share * one.num_experts)) for one in served.budget.blocks]
+        served.set_memory(served.budget.with_slots(slots))
+        for mode in MODES:
+            served.set_mode(mode)
+            yield _row(served, name, score_steps(served, text, progress=tell))
+
+
+def _row(served: ServedModel, memory: str, score: StepScore) -> Row:
+    return Row(memory=memory, expert_bytes=served.report()["slot_bytes"], score=score)
+
+
+def draw(axes: Axes, rows: list[Row]) -> None:
+    """What each mode costs in perplexity, against the memory that experts have."""
+    for mode, points in _lines(rows).items():
+        axes.plot(list(points), list(points.values()), "o-", label=mode)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set_ylim(bottom=-0.5)
+    axes.invert_xaxis()
+    axes.set_title("shipped model, served")
+    axes.set_xlabel("experts in memory, %")
+    axes.set_ylabel("perplexity above all experts', %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _lines(rows: list[Row]) -> Mapping[str, dict[float, float]]:
+    """Per mode, loss by share of experts, in percent; with all experts, modes are the same."""
+    lines: dict[str, dict[float, float]] = {mode: {} for mode in MODES}
+    for row in rows:
+        point = {100 * row.score.slots / row.score.experts: 100 * row.score.loss}
+        for mode in MODES if row.memory == "all" else (row.score.mode,):
+            lines[mode].update(point)
+    return lines
