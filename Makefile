@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
 	@touch $@
 
-demo: $(READY)  ## train a small DS-MoE for a minute, then measure the shipped one
+demo: $(READY)  ## train a small DS-MoE for a minute, then measure and serve the shipped one
 	$(BIN)/moefit demo
 
 # One thread a worker: two workers share two cores, and tiny tensors gain nothing from more.

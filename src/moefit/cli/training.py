@@ -71,7 +71,7 @@ def export(
     say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
 
 
-@app.command(help="Train a small DS-MoE for a minute, then measure the shipped one.")
+@app.command(help="Train a small DS-MoE for a minute, then measure and serve the shipped one.")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
         "runs/demo"
