@@ -114,9 +114,9 @@ def ledger_table(budget: MemoryBudget, title: str) -> Table:
     counts = budget.slots()
     in_slots = budget.with_slots(counts) - budget.fixed
     experts = sum(block.num_experts for block in budget.blocks)
-    spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
     table.add_row(
-        f"slots: {sum(counts):,} of {experts:,} experts ({spread} in each of {len(counts)} blocks)",
+        f"{sum(counts):,} slots for {experts:,} experts ({spread} a block)",
         f"{in_slots:,}",
         format_bytes(in_slots),
     )
