@@ -20,6 +20,7 @@ from moefit.serve import loading
 from moefit.serve.budget import MemoryBudget
 from moefit.serve.loading import SPARES, LoadSettings, ledger, load
 from moefit.serve.skeleton import build
+from moefit.serve.transfer import BACKGROUND_READERS
 
 MIB = 1 << 20
 
@@ -182,7 +183,9 @@ def test_the_ledger_follows_context_dtype_and_readers(folder: Path) -> None:
     assert long.staging == SPARES * slot
     converted = floor_of(folder, context=64, dtype=torch.bfloat16, readers=3)
     expert = 3 * 24 * 32 * 4
-    assert converted.staging == SPARES * half.blocks[0].slot_bytes + 3 * 2 * expert
+    assert converted.staging == SPARES * half.blocks[0].slot_bytes + 2 * expert * (
+        3 + BACKGROUND_READERS
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

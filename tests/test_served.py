@@ -16,6 +16,7 @@ from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
 from moefit.serve import served as served_module
 from moefit.serve.loading import LoadSettings, load
 from moefit.serve.served import ServedModel
+from moefit.serve.transfer import BACKGROUND_READERS
 
 NEW_TOKENS = 12
 
@@ -116,6 +117,24 @@ def test_growing_fills_new_slots_in_the_background(serve) -> None:
     assert generated(served) == generated(model("Mixtral"))
     assert all(len(one) == 8 for one in served.report()["resident"].values())
     assert served.report()["bytes_read"] == before
+
+
+def test_shrinking_gives_up_what_growing_has_not_begun_to_read(serve) -> None:
+    served, disk = serve(slots=1)
+    generated(served)
+    before = served.report()["bytes_read"]
+    (slot_bytes,) = {block.slot_bytes for block in served.budget.blocks}
+    disk.open.clear()
+    served.set_memory(None)
+    assert disk.waiting.wait(10), "loading has begun"
+    threading.Timer(0.1, disk.open.set).start()
+    served.set_memory(with_slots(served, 2))
+    served.check()
+    assert slots_of(served) == {2}
+    settled(served)
+    read = served.report()["bytes_read"] - before
+    assert read <= (BACKGROUND_READERS + 2) * slot_bytes, "begun then, and what fills two slots"
+    assert generated(served) == generated(model("Mixtral"))
 
 
 def test_growing_from_nothing_while_storage_is_slow(serve) -> None:

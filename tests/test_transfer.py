@@ -58,6 +58,28 @@ def test_readers_is_how_many_load_at_once(transfer, store) -> None:
     assert len(mine) == transfer.readers == 2
 
 
+def test_a_load_that_is_waited_for_does_not_queue_behind_the_background(transfer, store) -> None:
+    store.gate.clear()
+    slots = [new_slot() for _ in range(7)]
+    late = [
+        transfer.load("model.layers.0.mlp.experts", e, slots[e], background=True) for e in range(6)
+    ]
+    urgent = transfer.load("model.layers.0.mlp.experts", 6, slots[6])
+    assert poll(urgent.running)
+    assert late[-1].cancel(), "these do queue"
+    store.gate.set()
+    urgent.result(30)
+    assert holds(slots[6], 6)
+
+
+def poll(condition) -> bool:
+    for _ in range(1000):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.parametrize(
     "error", [OSError("gone"), MemoryError("full"), SystemExit(3), KeyboardInterrupt("ctrl")]
 )

@@ -26,7 +26,7 @@ from moefit.serve.served import ServedModel, ServedParts, grow
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import NativeFormat, Slot, allocate
 from moefit.serve.store import ExpertStore
-from moefit.serve.transfer import Transfer
+from moefit.serve.transfer import BACKGROUND_READERS, Transfer
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 SPARES = 2
@@ -124,7 +124,8 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         weights=weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype),
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
-        staging=sum(SPARES * size for size in set(sizes)) + settings.readers * store.staging_bytes,
+        staging=sum(SPARES * size for size in set(sizes))
+        + (settings.readers + BACKGROUND_READERS) * store.staging_bytes,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)

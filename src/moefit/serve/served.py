@@ -90,6 +90,9 @@ class ServedModel:
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
         with self._live.lock:
+            unfilled = [name for name, experts in self.blocks.items() if experts.pending]
+            for name in unfilled:
+                self.blocks[name].give_up()
             changes = {
                 name: count - self._settled(experts)
                 for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
@@ -99,6 +102,8 @@ class ServedModel:
                     self._shrink(self.blocks[name], -change)
             _return_freed_memory()
             self._grow(changes)
+            for name in unfilled:
+                self.blocks[name].fill()
             self._budget = budget
             if self.policy.residency == "fixed":
                 self._settle()

@@ -1,8 +1,9 @@
 """Moving experts into slots, several at a time, beside the computation.
 
-Owns the reading threads. A load is a `Future`: its caller waits for it, or asks later. Whatever a
-read raises reaches whoever waits; a thread that dies with it would not, so none may. Knows nothing
-of tables, policies or modes.
+Owns the reading threads. A load is a `Future`: its caller waits for it, or asks later. Loads that
+nobody waits for have threads of their own, so that a step's own loads never queue behind them.
+Whatever a read raises reaches whoever waits; a thread that dies with it would not, so none may.
+Knows nothing of tables, policies or modes.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,22 +13,34 @@ from time import perf_counter
 from moefit.serve.slots import Slot
 from moefit.serve.store import ExpertStore
 
+BACKGROUND_READERS = 2
+
 
 class Transfer:
-    """`readers` threads that fill slots from a store. Close it at the end."""
+    """Threads that fill slots from a store: `readers`, and some more for the background.
+
+    Close it at the end.
+    """
 
     def __init__(self, store: ExpertStore, *, readers: int = 4):
         self._store = store
         self.readers = readers
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moefit-transfer")
+        self._background = ThreadPoolExecutor(
+            BACKGROUND_READERS, thread_name_prefix="moefit-background"
+        )
 
-    def load(self, block: str, expert: int, slot: Slot) -> Future[float]:
+    def load(
+        self, block: str, expert: int, slot: Slot, *, background: bool = False
+    ) -> Future[float]:
         """Begin to fill a slot; the result is the seconds that reading took."""
-        return self._pool.submit(self._fill, block, expert, slot)
+        pool = self._background if background else self._pool
+        return pool.submit(self._fill, block, expert, slot)
 
     def close(self) -> None:
         """Let loads that began end, and drop the others."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._background):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _fill(self, block: str, expert: int, slot: Slot) -> float:
         began = perf_counter()

@@ -146,6 +146,13 @@ class VirtualExperts(nn.Module):
         """Wait for swaps under way and publish them."""
         self._publish(wait_for=range(self.num_experts))
 
+    def give_up(self, experts: Collection[int] | None = None) -> None:
+        """Drop swaps that bring these experts, all if None, as far as reading has not begun."""
+        for pending in self._pending:
+            if experts is None or pending.swap.load in experts:
+                pending.done.cancel()
+        self._publish(wait_for=())
+
     def fill(self) -> None:
         """Begin to load the most important absent experts into empty slots."""
         while self.residency.empty and len(self.residency.residents) + self.pending < (
@@ -162,7 +169,9 @@ class VirtualExperts(nn.Module):
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.live.policy
         mode = self._mode(policy)
-        self._publish(wait_for=self._in_use(chosen) if mode != "virtual" else ())
+        needed = self._in_use(chosen) if mode != "virtual" else ()
+        self.give_up(needed)  # the invoker reads at once what the background has not begun
+        self._publish(wait_for=needed)
         if self._pending and not self.residency.residents and not self.residency.empty:
             self._publish(wait_for=[self._pending[0].swap.load])  # every slot is being filled
         if policy.residency == "manager":
@@ -274,17 +283,24 @@ class VirtualExperts(nn.Module):
                 self.slots[index] = spares.pop()
             slot = self.residency.reserve(swap.load, protected=self.residency.residents)
             assert slot is not None, "there is an empty one"
-            done = self.live.transfer.load(self.block.name, swap.load, self.slots[slot])
+            done = self.live.transfer.load(
+                self.block.name, swap.load, self.slots[slot], background=True
+            )
             self._pending.append(_Pending(swap, slot, done))
             begun += 1
         return begun
 
     def _publish(self, *, wait_for: Collection[int]) -> None:
-        """Make finished swaps visible, and wait for those that bring one of these experts."""
+        """Make finished swaps visible, and wait for those that bring one of these experts.
+
+        One that was cancelled has failed.
+        """
         for pending in list(self._pending):
             if not (pending.swap.load in wait_for or pending.done.done()):
                 continue
-            failed = pending.done.exception() is not None  # may wait, and be interrupted
+            failed = pending.done.cancelled() or (
+                pending.done.exception() is not None  # may wait, and be interrupted
+            )
             self._pending.remove(pending)
             if failed:
                 # Nobody waits for this expert; the next plan may try again. What is resident stays.
