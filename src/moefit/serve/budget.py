@@ -73,7 +73,8 @@ class MemoryBudget:
     """Bytes by part. `total` None means: as much as everything resident takes.
 
     `process` is what interpreter and libraries hold when loading begins; `weights` all that is no
-    expert; `staging` buffers between storage and slots.
+    expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
+    workspace are reckoned for, over all sequences; None if nobody reckoned.
     """
 
     total: int | None
@@ -83,6 +84,7 @@ class MemoryBudget:
     workspace: int
     staging: int
     blocks: tuple[BlockNeeds, ...]
+    context: int | None = None
 
     @property
     def fixed(self) -> int:
@@ -141,7 +143,13 @@ class MemoryBudget:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         parts = {name: getattr(self, name) for name in PARTS}
-        return {"total": self.total, **parts, "floor": self.floor, "everything": self.everything}
+        return {
+            "total": self.total,
+            "context": self.context,
+            **parts,
+            "floor": self.floor,
+            "everything": self.everything,
+        }
 
     def _too_small(self) -> str:
         parts = ", ".join(f"{format_bytes(getattr(self, name))} {PARTS[name]}" for name in PARTS)

@@ -7,7 +7,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 
 import ctypes
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget, parse_bytes
+from moefit.serve.context import limit_context
 from moefit.serve.ledger import peak_process_bytes, process_bytes
 from moefit.serve.slots import NativeFormat, allocate
 from moefit.serve.store import ExpertStore
@@ -47,7 +48,8 @@ class ServedModel:
     def __init__(self, parts: ServedParts):
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
-        self._store, self._live, self._hooks = parts.store, parts.live, parts.hooks
+        self._store, self._live = parts.store, parts.live
+        self._hooks = (*parts.hooks, limit_context(self.model, self._context))
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -74,6 +76,10 @@ class ServedModel:
     def policy(self) -> Policy:
         """What happens on a miss, in force."""
         return self._live.policy
+
+    def _context(self) -> int | None:
+        """The most tokens that a step may hold; without a budget there is no limit."""
+        return None if self._budget.total is None else self._budget.context
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
@@ -259,9 +265,7 @@ def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
 
 def _return_freed_memory() -> None:
     """Slots are mappings and gone at once; what else was freed may still lie in the C heap."""
-    try:
+    with suppress(OSError, AttributeError):  # another C library: nothing to ask it for
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library: nothing to ask it for
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

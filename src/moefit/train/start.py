@@ -54,5 +54,3 @@ def _copy(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
         )
     for name, span in stored.spans.items():
         ours[name].copy_(stored.tensor(span))
-
-

@@ -1,0 +1,40 @@
+"""No more tokens than the ledger reserved for."""
+
+import pytest
+from tiny_served import logits, saved, tiny, tokens
+
+from moefit.errors import ConfigError
+from moefit.serve.loading import LoadSettings, load
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = saved(tiny("Mixtral"), tmp_path_factory.mktemp("model"))
+    with load(folder, LoadSettings(context=64)) as one:
+        one.set_memory(one.budget.everything)
+        yield one
+
+
+def test_a_prompt_that_is_too_long(served):
+    with pytest.raises(ConfigError, match=r"hold 65 tokens.*reserves for 64.*context=65"):
+        logits(served.model, tokens(1, 65))
+    logits(served.model, tokens(1, 64))
+
+
+def test_sequences_count_together(served):
+    logits(served.model, tokens(4, 16))
+    with pytest.raises(ConfigError, match="would hold"):
+        logits(served.model, tokens(5, 17))
+
+
+def test_the_cache_counts(served):
+    with pytest.raises(ConfigError, match="hold 65 tokens"):
+        served.generate(tokens(1, 60), max_new_tokens=8, do_sample=False)
+    assert served.generate(tokens(1, 60), max_new_tokens=4, do_sample=False).shape == (1, 64)
+
+
+def test_without_a_budget_there_is_no_limit(served):
+    total = served.budget.total
+    served.set_memory(None)
+    logits(served.model, tokens(1, 80))
+    served.set_memory(total)
