@@ -47,7 +47,7 @@ class LoadSettings:
     eviction: str = DEFAULT_POLICY
     dtype: torch.dtype | None = None
     readers: int = 4
-    half_life_tokens: float = 256.0
+    half_life_tokens: float = 24.0
     manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
 
     def check(self) -> None:
@@ -122,6 +122,7 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=process_bytes(),
         weights=weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype),
+        context=context,
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
