@@ -1,0 +1,291 @@
+"""What cutting a model's expert memory costs in quality, and what it saves in bytes read.
+
+    python benchmarks/quality_against_budget.py reference=reference --rule top_k:4 --save reference
+        [--policies bounded,virtual] [--shares 0.5,0.33] [--tokens 1536] [--text FILE]
+    python benchmarks/quality_against_budget.py dsmoe=RUN smoe=RUN --text FILE --save comparison
+
+Decodes windows spread over a text token by token, under each policy and at each share of expert
+bytes, and compares with the same model computed exactly on the same tokens. Windows are by turns
+scored and given to calibration: there `frequency` counts, and every policy warms up. Each point is
+a freshly loaded model. Bytes read per token are the speed that matters where storage is slower
+than computing; tokens/s are of a tiny model in the page cache and say little of a real one.
+`--policies` names some of POLICIES by their beginning; `sweep` in it is SWEEP as well. With
+`--points FILE` a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import record
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import moefit
+from moefit.api import folder_of
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.perplexity import Text
+from moefit.evaluate.stepwise import StepScore, score_steps
+from moefit.moe.routing import Rule
+from moefit.serve.baselines import fix_residents
+from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.served import ServedModel
+
+Settings = dict[str, Any]
+
+SHARES = (1.0, 0.67, 0.5, 0.33, 0.25)
+POLICIES: dict[str, Settings] = {
+    "exact": {"mode": "exact"},
+    "on-demand": {"mode": "exact", "eviction": "lru"},
+    "bounded": {"mode": "bounded"},
+    "bounded 0.5": {"mode": "bounded", "bound": 0.5},
+    "virtual": {"mode": "virtual", "prefill": "exact"},
+    "virtual, prefill too": {"mode": "virtual"},
+    "fixed by norm": {"fixed": "norm"},
+    "fixed by frequency": {"fixed": "frequency"},
+    "fixed at random 0": {"fixed": "random", "seed": 0},
+    "fixed at random 1": {"fixed": "random", "seed": 1},
+}
+SWEEP: dict[str, Settings] = {
+    "bound 0.1": {"mode": "bounded", "bound": 0.1},
+    "bound 0.25": {"mode": "bounded", "bound": 0.25},
+    "bound 0.2, mass not kept": {"mode": "bounded", "bound": 0.2, "keep_mass": False},
+    "bound 0.3": {"mode": "bounded", "bound": 0.3},
+    "bound 0.3, mass not kept": {"mode": "bounded", "bound": 0.3, "keep_mass": False},
+    "bound 0.5, mass not kept": {"mode": "bounded", "bound": 0.5, "keep_mass": False},
+    "bound 0.3, evicting by importance": {
+        "mode": "bounded", "bound": 0.3, "eviction": "importance",
+    },
+    "all but the best": {"mode": "bounded", "bound": 1.0},
+    "prior 0.1": {"mode": "bounded", "method": "prior", "bonus": 0.1},
+    "prior 0.2": {"mode": "bounded", "method": "prior", "bonus": 0.2},
+    "prior 0.4": {"mode": "bounded", "method": "prior", "bonus": 0.4},
+    "virtual, mass not kept": {"mode": "virtual", "prefill": "exact", "keep_mass": False},
+    "virtual, half-life 6": {"mode": "virtual", "prefill": "exact", "half_life_tokens": 6.0},
+    "virtual, half-life 256": {"mode": "virtual", "prefill": "exact", "half_life_tokens": 256.0},
+    "virtual, 2 each step, no margin": {
+        "mode": "virtual", "prefill": "exact",
+        "manager": VirtualExpertManager(every=1, max_swaps=2, margin=0.0),
+    },
+    "virtual, 2 each 8 steps, half-life 256": {
+        "mode": "virtual", "prefill": "exact", "half_life_tokens": 256.0,
+        "manager": VirtualExpertManager(every=8, max_swaps=2, margin=0.25),
+    },
+}  # fmt: skip
+TRIVIAL = ("on-demand", "bounded", "fixed")
+"""With everything resident these are `exact`, or `virtual`, and not measured again."""
+
+
+def main() -> None:
+    arguments = parse()
+    rules = dict(one.rpartition("=")[::2] for one in arguments.rule)
+    shares = [float(share) for share in arguments.shares.split(",")]
+    known = known_points(arguments.points)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for pair in arguments.models:
+        name, _, model = pair.partition("=")
+        subject = Subject(model, rules.get(name, rules.get("")), arguments)
+        results[name] = []
+        for policy, settings, share in track(points(arguments.policies, shares), name):
+            key = (name, policy, share)
+            if key not in known:
+                labels = {"model": name, "policy": policy, "share": share}
+                known[key] = {**labels, **subject.point(share, settings)}
+                if arguments.points:
+                    with arguments.points.open("a") as file:
+                        file.write(json.dumps(known[key]) + "\n")
+            results[name].append(known[key])
+        add_bytes_saved(results[name])
+        Console(width=140).print(table(name, results[name]))
+    if arguments.save:
+        notes = (
+            "loss: perplexity step by step over that of the same model computed exactly, less one; "
+            "error: the standard error of its logarithm over windows; bytes_saved: bytes per token "
+            "that exact reads at the same share, over these; calibrated on other windows of the "
+            "same text; tokens/s beside other work on the same cores"
+        )
+        path = record.write("quality-against-budget", results, notes=notes, suffix=arguments.save)
+        draw(results, path.with_suffix(".png"))
+        print(path)
+
+
+def known_points(file: Path | None) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """What an earlier run measured."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {(one["model"], one["policy"], one["share"]): one for one in found}
+
+
+def points(names: str, shares: list[float]) -> list[tuple[str, Settings, float]]:
+    """Policy, settings and share of each point."""
+    return [
+        (policy, settings, share)
+        for policy, settings in chosen(names).items()
+        for share in shares
+        if share < 1 or not policy.startswith(TRIVIAL)
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("--rule", action="append", default=[], metavar="[NAME=]RULE")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=1152)
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--policies", default="")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
+    parser.add_argument("--points", type=Path, help="measured points, kept from run to run")
+    parser.add_argument("--save", metavar="NAME")
+    return parser.parse_args()
+
+
+def chosen(names: str) -> dict[str, Settings]:
+    """The policies whose names begin so; all of POLICIES if nobody says."""
+    wanted = tuple(names.split(","))
+    some = {name: one for name, one in POLICIES.items() if name.startswith(wanted)}
+    return some | (SWEEP if "sweep" in wanted else {})
+
+
+class Subject:
+    """One model with its text."""
+
+    def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
+        self.folder, self.rule = folder_of(model), rule and Rule.parse(rule)
+        self.context = arguments.context
+        with moefit.load(self.folder, context=self.context) as served:
+            limit = 2 * arguments.tokens
+            if arguments.text is None:
+                text = held_out_text(served.tokenizer, self.context, limit)
+            else:
+                text = text_of_file(arguments.text, served.tokenizer, self.context, limit)
+        windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
+        self.scored, self.calibration = windows[::2], windows[1::2]
+
+    def point(self, share: float, settings: Settings) -> dict[str, Any]:
+        """One policy at one share of expert bytes, on a model loaded for it."""
+        settings = dict(settings)
+        fixed, seed = settings.pop("fixed", None), settings.pop("seed", 0)
+        with moefit.load(self.folder, context=self.context, **settings) as served:
+            self._use_rule(served)
+            budget = served.budget
+            experts = budget.everything - budget.fixed
+            served.set_memory(budget.fixed + round(share * experts))
+            if fixed:
+                ids_T = torch.cat(self.calibration)
+                fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)
+            else:
+                score_steps(served, _as_text(self.calibration[0]))
+            scores = [score_steps(served, _as_text(window_L)) for window_L in self.scored]
+            policy = served.policy
+        summary = summarised(scores)
+        return {
+            **summary,
+            "settings": {name: str(value) for name, value in settings.items()},
+            "policy_in_force": {name: getattr(policy, name) for name in policy.__slots__},
+        }
+
+    def _use_rule(self, served: ServedModel) -> None:
+        if self.rule:
+            assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
+            served.model.set_inference_rule(self.rule)
+
+
+def _as_text(window_L: Tensor) -> Text:
+    return Text(ids_T=window_L, text_bytes=1, context=len(window_L) - 1)
+
+
+def summarised(scores: list[StepScore]) -> dict[str, Any]:
+    """Windows of equal length as one, with the standard error of the paired difference."""
+    costs = [math.log(one.stepwise / one.full) for one in scores]
+    mean = {
+        name: fmean(getattr(one, name) for one in scores)
+        for name in ("divergence", "agreement", "substituted_mass", "hit_rate", "bytes_per_token")
+    }
+    return {
+        "loss": math.exp(fmean(costs)) - 1,
+        "error": stdev(costs) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan,
+        "full": math.exp(fmean(math.log(one.full) for one in scores)),
+        "stepwise": math.exp(fmean(math.log(one.stepwise) for one in scores)),
+        **mean,
+        "tokens_per_second": 1 / fmean(1 / one.tokens_per_second for one in scores),
+        "tokens": sum(one.tokens for one in scores),
+        "slots": scores[0].slots,
+        "experts": scores[0].experts,
+    }
+
+
+def add_bytes_saved(points: list[dict[str, Any]]) -> None:
+    exact = {one["share"]: one["bytes_per_token"] for one in points if one["policy"] == "exact"}
+    for one in points:
+        read, base = one["bytes_per_token"], exact.get(one["share"])
+        one["bytes_saved"] = base / read if base and read else None
+
+
+def table(name: str, points: list[dict[str, Any]]) -> Table:
+    full, tokens = points[0]["full"], points[0]["tokens"]
+    title = f"{name}: {tokens:,} tokens step by step; all experts: perplexity {full:.3f}"
+    out = Table(title=title, title_justify="left")
+    headings = (
+        "policy",
+        "share",
+        "slots",
+        "loss",
+        "error",
+        "KL",
+        "agree",
+        "moved",
+        "read/token",
+        "of exact's",
+        "tok/s",
+    )
+    for heading in headings:
+        out.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    for one in points:
+        saved = one["bytes_saved"]
+        out.add_row(
+            one["policy"],
+            f"{one['share']:.0%}",
+            f"{one['slots']}/{one['experts']}",
+            f"{one['loss']:+.2%}",
+            f"{one['error']:.2%}",
+            f"{one['divergence']:.4f}",
+            f"{one['agreement']:.1%}",
+            f"{one['substituted_mass']:.1%}",
+            f"{one['bytes_per_token'] / 1024:.0f} KiB",
+            f"1/{saved:.1f}" if saved else "",
+            f"{one['tokens_per_second']:.0f}",
+        )
+    return out
+
+
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure = Figure(figsize=(6.5 * len(results), 7), layout="constrained")
+    grid = figure.subplots(2, len(results), squeeze=False, sharex=True, sharey="row")
+    for column, (name, points) in enumerate(results.items()):
+        for row, key in enumerate(("loss", "bytes_per_token")):
+            axes = grid[row][column]
+            for policy in dict.fromkeys(one["policy"] for one in points):
+                line = [one for one in points if one["policy"] == policy]
+                ys = [100 * one[key] if key == "loss" else one[key] / 1024 for one in line]
+                axes.plot([100 * one["share"] for one in line], ys, "o-", ms=4, label=policy)
+            axes.grid(alpha=0.3)
+        grid[0][column].set_title(name)
+        grid[1][column].set_xlabel("share of expert bytes in memory, %")
+    grid[0][0].set_yscale("symlog", linthresh=1)
+    grid[0][0].set_ylabel("perplexity above all experts, %")
+    grid[1][0].set_ylabel("KiB read per token")
+    grid[0][-1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
