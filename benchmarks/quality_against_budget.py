@@ -174,13 +174,14 @@ class Subject:
         """One policy at one share of expert bytes, on a model loaded for it."""
         settings = dict(settings)
         fixed, seed = settings.pop("fixed", None), settings.pop("seed", 0)
-        with moefit.load(self.folder, context=self.context, **settings) as served:
+        ids_T = torch.cat(self.calibration)
+        context = len(ids_T) if fixed else self.context
+        with moefit.load(self.folder, context=context, **settings) as served:
             self._use_rule(served)
             budget = served.budget
             experts = budget.everything - budget.fixed
             served.set_memory(budget.fixed + round(share * experts))
             if fixed:
-                ids_T = torch.cat(self.calibration)
                 fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)
             else:
                 score_steps(served, _as_text(self.calibration[0]))

@@ -120,7 +120,7 @@ def test_virtual_mode_is_masked_gating_whatever_rule_comes(at_load, residents, t
     model = large()
     model.set_inference_rule(at_load)
     with serving(saved(model, tmp_path), slots=len(residents)) as served:
-        hold(served, residents, "virtual")
+        hold(served, residents, "virtual", keep_mass=False)
         served.reset()
         by_hand(model, residents)
         for rule in [at_load, *RULES, *RENORMALIZED]:

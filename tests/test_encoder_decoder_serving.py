@@ -151,7 +151,7 @@ def restricted(residents):
 def test_virtual_mode_is_masked_gating(residents, capacity, tmp_path, source, both):
     model = switch(expert_capacity=capacity)
     with serving(saved(model, tmp_path), slots=len(residents)) as served:
-        hold(served, residents, "virtual")
+        hold(served, residents, "virtual", keep_mass=False)
         for module in model.modules():
             if isinstance(module, SwitchTransformersTop1Router):
                 module.register_forward_hook(restricted(residents))

@@ -21,7 +21,7 @@ class ExpertImportanceEstimator:
         self,
         num_experts: int,
         *,
-        half_life_tokens: float = 256.0,
+        half_life_tokens: float = 24.0,
         norms: Sequence[float] | None = None,
     ):
         assert half_life_tokens > 0

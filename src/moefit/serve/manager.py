@@ -25,8 +25,8 @@ class VirtualExpertManager:
     that it displaces by the factor 1 + `margin`.
     """
 
-    every: int = 8
-    max_swaps: int = 2
+    every: int = 1
+    max_swaps: int = 1
     margin: float = 0.25
 
     def due(self, step: int) -> bool:

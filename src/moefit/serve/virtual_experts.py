@@ -51,6 +51,8 @@ class Policy:
     - `mode` for steps of one token a sequence, `prefill` for longer ones.
     - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
       best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
+    - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
+      family normalises its weights, that is so anyway.
     - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
       is fetched then goes when the step ends.
     """
@@ -62,7 +64,7 @@ class Policy:
     method: Method = "substitute"
     bonus: float = 0.2
     residency: Update = "manager"
-    keep_mass: bool = False
+    keep_mass: bool = True
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
