@@ -103,6 +103,7 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
             prompt_T=prompt(served.model.config, arguments.prompt_tokens),
             new_tokens=arguments.new_tokens,
             warm_up=arguments.warm_up,
+            seed=1,
         )
         report = served.report()
         return {

@@ -1,9 +1,9 @@
-"""Turn the finished run of configs/reference.yaml into the model that ships with moefit.
+"""Turn finished runs of configs/reference*.yaml into the model that ships with moefit.
 
-Casts the last checkpoint to bf16 and puts its resolved configuration, its log and a card with its
-measured scores beside it.
+Casts the last checkpoint of the second stage to bf16 and puts the resolved configuration and log
+of each stage and a card with its measured scores beside it.
 
-    python benchmarks/ship_reference.py RUN [DENSE_TWIN_RUN]
+    python benchmarks/ship_reference.py STAGE_1 STAGE_2 [DENSE_TWIN_STAGE_2]
 """
 
 import json
@@ -29,6 +29,7 @@ RULES = (
     "top_k:4",
     "top_k:3",
     "threshold:0.25",
+    "threshold:0.4",
     "threshold:0.48",
     "threshold:1",
 )
@@ -36,18 +37,16 @@ SCORED_TOKENS = 32_768
 
 
 def main() -> None:
-    run, *twin = map(Path, sys.argv[1:])
-    model, tokenizer = load(str(run), dtype=torch.bfloat16)
+    first, second, *twin = map(Path, sys.argv[1:])
+    model, tokenizer = load(str(second), dtype=torch.bfloat16)
     assert isinstance(model, DsMoeForCausalLM)
     model.set_inference_rule("threshold:0.48")
     place = reference_path()
     shutil.rmtree(place, ignore_errors=True)
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config = make_config(config | {"out": "runs/reference"}).model_dump(mode="json")
-    (place / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    shutil.copy(run / "log.jsonl", place / "log.jsonl")
+    _beside(first, place, "stage1-", {"out": "runs/reference"})
+    _beside(second, place, "", {"out": "runs/reference-stage2", "start_from": "runs/reference"})
     scores = measured("reference", *RULES)
     beside = {"reference": [one.as_dict() for one in scores]}
     if twin:
@@ -55,6 +54,14 @@ def main() -> None:
     (place / "scores.json").write_text(json.dumps(beside, indent=1) + "\n")
     size = sum(path.stat().st_size for path in place.iterdir())
     print(f"{place}: {size / 1e6:.1f} MB")
+
+
+def _beside(run: Path, place: Path, prefix: str, places: dict[str, str]) -> None:
+    """A run's configuration, with places as in configs/, and its log."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = make_config(config | places).model_dump(mode="json")
+    (place / f"{prefix}train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    shutil.copy(run / "log.jsonl", place / f"{prefix}log.jsonl")
 
 
 def measured(model: str, *rules: str) -> list[Score]:

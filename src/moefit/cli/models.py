@@ -62,7 +62,7 @@ def evaluate(
     memory: Memory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
-    bound: Bound = 0.2,
+    bound: Bound = 0.3,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -167,7 +167,7 @@ def generate(
     memory: Memory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
-    bound: Bound = 0.2,
+    bound: Bound = 0.3,
     context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
@@ -263,7 +263,7 @@ def bench(
     memory: Memory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
-    bound: Bound = 0.2,
+    bound: Bound = 0.3,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -272,7 +272,7 @@ def bench(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Random prompt tokens, greedy decoding: near-uniform routing, no locality to profit from."""
+    """Random tokens, so that a model with random weights does not repeat one; no locality."""
     serving = Serving(
         memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
     )
@@ -283,7 +283,9 @@ def bench(
             0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)
         )
         with console.status("measuring"):
-            speed = measure_speed(served, bandwidth, prompt_T=prompt_T, new_tokens=new_tokens)
+            speed = measure_speed(
+                served, bandwidth, prompt_T=prompt_T, new_tokens=new_tokens, seed=seed
+            )
     if as_json:
         print_json(speed.as_dict())
     else:

@@ -71,9 +71,12 @@ def measure_speed(
     prompt_T: Tensor,
     new_tokens: int,
     warm_up: int = 8,
+    seed: int | None = None,
 ) -> Speed:
-    """Prefill a prompt, then decode greedily; the first `warm_up` tokens are not timed.
+    """Prefill a prompt, then decode; the first `warm_up` tokens are not timed.
 
+    seed: feed random tokens instead of the model's own choice. A model with random weights falls
+    into repeating one token, whose experts are then always there; that would measure nothing.
     An encoder-decoder model encodes the prompt and decodes from its start token.
     Raises ConfigError if nothing would be timed.
     """
@@ -83,7 +86,7 @@ def measure_speed(
             "least one of each"
         )
     began = time.perf_counter()
-    step = _prefilled(served, prompt_T)
+    step = _prefilled(served, prompt_T, seed)
     prefill = time.perf_counter() - began
     for _ in range(warm_up):
         step()
@@ -163,9 +166,17 @@ def _memory_bandwidth() -> float:
     return best
 
 
-def _prefilled(served: ServedModel, prompt_T: Tensor) -> Any:
+def _prefilled(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Any:
     """A function that decodes one more token each time it is called."""
     model = served.model
+    generator = torch.Generator().manual_seed(seed or 0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+
+    def chosen(logits_1TV: Tensor) -> Tensor:
+        if seed is None:
+            return logits_1TV[:, -1:].argmax(-1)
+        return torch.randint(0, vocabulary, (1, 1), generator=generator).to(model.device)
+
     prompt_1T = prompt_T[None].to(model.device)
     if model.config.is_encoder_decoder:
         encoded = model.get_encoder()(input_ids=prompt_1T)
@@ -175,13 +186,13 @@ def _prefilled(served: ServedModel, prompt_T: Tensor) -> Any:
     else:
         output = model(input_ids=prompt_1T, use_cache=True)
         fixed = {}
-        state = {"ids": output.logits[:, -1:].argmax(-1), "cache": output.past_key_values}
+        state = {"ids": chosen(output.logits), "cache": output.past_key_values}
 
     def step() -> None:
         name = "decoder_input_ids" if fixed else "input_ids"
         output = model(
             **{name: state["ids"]}, past_key_values=state["cache"], use_cache=True, **fixed
         )
-        state["ids"], state["cache"] = output.logits[:, -1:].argmax(-1), output.past_key_values
+        state["ids"], state["cache"] = chosen(output.logits), output.past_key_values
 
     return step
