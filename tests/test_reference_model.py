@@ -28,25 +28,29 @@ def test_its_size(loaded):
 def test_its_configuration_and_log_are_beside_it(loaded):
     config = make_config(yaml.safe_load((reference_path() / "train.yaml").read_text()))
     assert config.model.settings["num_experts"] == loaded[0].config.num_experts
-    log = [json.loads(line) for line in (reference_path() / "log.jsonl").read_text().splitlines()]
-    assert max(record["step"] for record in log) == config.steps
+    for prefix in ("stage1-", ""):
+        text = (reference_path() / f"{prefix}train.yaml").read_text()
+        log = (reference_path() / f"{prefix}log.jsonl").read_text().splitlines()
+        steps = make_config(yaml.safe_load(text)).steps
+        assert max(json.loads(line)["step"] for line in log) == steps
 
 
-def test_less_than_half_of_the_experts_are_nearly_enough(loaded):
+def test_a_quarter_of_the_experts_is_nearly_enough(loaded):
     model, tokenizer = loaded
     text = held_out_text(tokenizer, 256, 8192)
     dense, sparse = score(model, text, [Rule.parse("dense"), Rule.parse("threshold:0.48")])
     assert dense.perplexity < 100
-    assert sparse.perplexity < 1.03 * dense.perplexity
-    assert sparse.mlp_experts < model.config.num_experts / 2  # the mean over tokens and layers
+    assert sparse.perplexity < 1.04 * dense.perplexity
+    # The mean over tokens and layers; another Python's standard library gives a little more.
+    assert sparse.mlp_experts < model.config.num_experts * 0.27
 
 
-def test_it_is_as_good_as_its_plain_dense_twin():
+def test_it_is_nearly_as_good_as_its_plain_dense_twin():
     """Measured when it was made, on the same text; the twin does not ship."""
     told = json.loads((reference_path() / "scores.json").read_text())
     twin = told["plain dense twin"][0]["perplexity"]
     dense = next(one for one in told["reference"] if one["rule"] == "dense")
-    assert dense["perplexity"] < 1.02 * twin
+    assert dense["perplexity"] < 1.05 * twin
 
 
 def test_the_scores_beside_it_are_of_this_model(loaded):
