@@ -59,4 +59,5 @@ def write(question: str, results: Any, *, notes: str, suffix: str = "") -> Path:
 
 def _portable(argument: str) -> str:
     """An absolute path says something of one machine only; its last part is enough."""
-    return Path(argument).name if argument.startswith("/") else argument
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if path.startswith("/") else argument

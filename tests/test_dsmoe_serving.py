@@ -157,7 +157,7 @@ def test_bounded_mode_with_no_room_to_lose_is_exact(rule, method, folder, inputs
 def test_bounded_mode_loses_no_more_than_its_bound(rule, bound, folder, inputs):
     with serving(folder, slots=2) as served:
         served.model.set_inference_rule(rule)
-        hold(served, [0, 3], "bounded", bound=bound, protected=0)
+        hold(served, [0, 3], "bounded", bound=bound, ramp=0.0, protected=0)
         served.reset()
         logits(served.model, inputs)
         assert 0 < served.report()["substituted_mass"] <= bound

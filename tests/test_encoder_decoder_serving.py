@@ -165,9 +165,9 @@ def test_bounded_mode_substitutes_a_top_1_choice_only_if_all_of_it_may_go(tmp_pa
     model = switch()
     theirs = logits(model, both)
     with serving(saved(model, tmp_path), slots=2) as served:
-        hold(served, [0, 3], "bounded", bound=0.9, protected=0)
+        hold(served, [0, 3], "bounded", bound=0.9, ramp=0.0, protected=0)
         assert torch.equal(logits(served.model, both), theirs)
-        hold(served, [0, 3], "bounded", bound=1.0, protected=0)
+        hold(served, [0, 3], "bounded", bound=1.0, ramp=0.0, protected=0)
         served.reset()
         assert not torch.allclose(logits(served.model, both), theirs)
         assert served.report()["fetches"] == 0

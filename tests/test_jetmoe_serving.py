@@ -114,7 +114,7 @@ def test_virtual_mode_is_masked_gating(residents, tmp_path, inputs):
 def test_bounded_mode_loses_no_more_than_its_bound(bound, tmp_path, inputs):
     model = jetmoe()
     with serving(saved(model, tmp_path), slots=2) as served:
-        hold(served, [0, 3], "bounded", bound=bound, protected=0)
+        hold(served, [0, 3], "bounded", bound=bound, ramp=0.0, protected=0)
         served.reset()
         ours = logits(served.model, inputs)
         report = served.report()

@@ -224,3 +224,9 @@ def test_a_load_that_fails_midway_leaves_no_open_file(folder: Path, monkeypatch,
     with pytest.raises(MemoryError, match="no more"):
         load(folder, LoadSettings())
     assert open_files(folder) == 0
+
+
+def test_blocks_know_how_deep_they_are(folder: Path) -> None:
+    with load(folder, LoadSettings(context=64)) as served:
+        depths = [block.depth for block in served.blocks.values()]
+    assert depths == [(n + 0.5) / len(depths) for n in range(len(depths))]

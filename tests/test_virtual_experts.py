@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tiny_served import MemoryStore, mixtral_block, parts_of
@@ -441,3 +441,15 @@ class Life(RuleBasedStateMachine):
 
 Life.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestLife = Life.TestCase
+
+
+@given(st.integers(1, 60), st.floats(0, 0.5), st.floats(0, 1))
+def test_the_bound_rises_with_depth_and_is_the_mean_over_blocks(blocks, bound, ramp) -> None:
+    policy = Policy(bound=bound, ramp=ramp)
+    bounds = [policy.bound_at((number + 0.5) / blocks) for number in range(blocks)]
+    assert bounds == sorted(bounds) and bounds[-1] <= 2 * bound + 1e-9
+    assert sum(bounds) / blocks == pytest.approx(bound)
+
+
+def test_a_bound_beyond_all_weight_is_all_of_it() -> None:
+    assert Policy(bound=0.9).bound_at(0.9) == 1

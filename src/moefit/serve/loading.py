@@ -88,6 +88,8 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         transfer=Transfer(store, readers=settings.readers),
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
+    for number, experts in enumerate(blocks.values()):
+        experts.depth = (number + 0.5) / len(blocks)
     try:
         model = load_rest(skeleton, blocks, device)
         parts = ServedParts(

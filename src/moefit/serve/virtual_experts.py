@@ -51,6 +51,8 @@ class Policy:
     - `mode` for steps of one token a sequence, `prefill` for longer ones.
     - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
       best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
+    - `ramp` spreads the bound over the depth, for what goes wrong early goes on through all blocks
+      behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
     - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
       family normalises its weights, that is so anyway.
     - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
@@ -59,7 +61,8 @@ class Policy:
 
     mode: Mode = "exact"
     prefill: Mode = "exact"
-    bound: float = 0.2
+    bound: float = 0.3
+    ramp: float = 1.0
     protected: int = 1
     method: Method = "substitute"
     bonus: float = 0.2
@@ -75,10 +78,20 @@ class Policy:
                 raise ConfigError(f"{name}={value!r} is not one of {known}")
         if not _is_number(self.bound) or not 0 <= self.bound <= 1:
             raise ConfigError(f"bound={self.bound!r}, but it is a share of router weight, 0 to 1")
+        if not _is_number(self.ramp) or not 0 <= self.ramp <= 1:
+            raise ConfigError(f"ramp={self.ramp!r}, but it is 0 to 1")
         if type(self.protected) is not int or self.protected < 0:
             raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
         if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
             raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
+
+    def bound_at(self, depth: float) -> float:
+        """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
+
+        >>> Policy(bound=0.25, ramp=1.0).bound_at(0.75)
+        0.375
+        """
+        return min(1.0, self.bound * (1 + self.ramp * (2 * depth - 1)))
 
 
 def _is_number(value: object) -> bool:
@@ -124,6 +137,7 @@ class VirtualExperts(nn.Module):
         self.eviction, self.importance = eviction, importance
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
+        self.depth = 0.5  # among the model's blocks, from 0 to 1
         self.used = True  # the probe says otherwise of a block that text does not reach
         self.logits_TE: Tensor | None = None  # the router's hook leaves them here
         self.prefilling = False  # and the block's hook this
@@ -256,9 +270,8 @@ class VirtualExperts(nn.Module):
                 protected=policy.protected,
             )  # fmt: skip
         else:
-            routing = substituted(
-                scored, resident_E, bound=policy.bound, protected=policy.protected
-            )
+            bound = policy.bound_at(self.depth)
+            routing = substituted(scored, resident_E, bound=bound, protected=policy.protected)
         if policy.keep_mass:
             routing = mass_kept(chosen, routing)
         if routing is not chosen:
