@@ -129,6 +129,8 @@ def blocks(
         data: Any = torch.ones(tensor.shape, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy()
         yield memoryview(data)
         return
+    if "embed_tokens" in name or "shared.weight" in name:
+        noise = noise * 50  # tokens must differ, or every one is routed alike
     left, start = tensor.numel(), (number * 7919 * 64) % (len(noise) // 2)
     while left:
         count = min(left, len(noise) - start)

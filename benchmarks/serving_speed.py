@@ -95,6 +95,10 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     began = time.perf_counter()
     with moefit.load(arguments.folder, **settings) as served:
         loaded = time.perf_counter() - began
+        if name == "all":
+            served.set_residents(
+                {block: range(one.num_experts) for block, one in served.blocks.items()}
+            )
         if arguments.replay:
             replay(served, arguments.replay)
         speed = measure_speed(
