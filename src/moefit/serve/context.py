@@ -44,6 +44,6 @@ def _held(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
         return 0
     sequences = max(one.shape[0] for one in tensors)
     new = max(one.shape[1] for one in tensors)
-    cache = named.get("past_key_values")
+    cache: Any = named.get("past_key_values")
     past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     return sequences * (int(past) + new)
