@@ -4,6 +4,7 @@ Owns the order of things, which is what keeps the peak under the budget: ledger 
 refusal if it can't be, other weights, slots, routers, and experts only as they are asked for.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.device import parse_device
 from moefit.errors import ConfigError
+from moefit.formats.format import encoding_bytes, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.budget import BlockNeeds, MemoryBudget, parse_bytes
 from moefit.serve.dsmoe_rules import follow_rules
@@ -24,7 +26,7 @@ from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
 from moefit.serve.served import ServedModel, ServedParts, grow
 from moefit.serve.skeleton import Skeleton, build, load_rest
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS, Transfer
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
@@ -37,7 +39,8 @@ class LoadSettings:
     """How to serve. `context` is how many tokens the KV cache is reserved for, over all sequences.
 
     eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
-    dtype None: the checkpoint's own.
+    dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
+    (`formats/format.py`); native is the checkpoint's own.
     """
 
     memory: str | int | None = None
@@ -45,6 +48,7 @@ class LoadSettings:
     device: str = "cpu"
     context: int = 2048
     eviction: str = DEFAULT_POLICY
+    precision: str = "native"
     dtype: torch.dtype | None = None
     readers: int = 4
     half_life_tokens: float = 24.0
@@ -52,6 +56,7 @@ class LoadSettings:
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
+        parse_format(self.precision)
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):
@@ -106,7 +111,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         served.set_mode(settings.mode, **policy)
         for experts, count in zip(blocks.values(), counts, strict=True):
             grow(experts, count, device)
-        live.spares.update(_spares(skeleton.blocks, device))
+        live.spares.update(_spares(blocks.values(), device))
     except BaseException:
         live.transfer.close()
         store.close()
@@ -118,7 +123,9 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
     """What goes where, before anything is loaded."""
     config = skeleton.model.config
     context = _context(config, settings.context)
-    sizes = [NativeFormat().nbytes(block.layout.specs) for block in skeleton.blocks]
+    format = parse_format(settings.precision)
+    sizes = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
+    encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
@@ -128,7 +135,7 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
-        + (settings.readers + BACKGROUND_READERS) * store.staging_bytes,
+        + (settings.readers + BACKGROUND_READERS) * (store.staging_bytes + encoding),
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
@@ -143,7 +150,7 @@ def _context(config: Any, wanted: int) -> int:
 
 def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> VirtualExperts:
     eviction = POLICIES[settings.eviction]()
-    return VirtualExperts(
+    experts = VirtualExperts(
         block,
         live,
         Residency(block.num_experts, 0, eviction),
@@ -151,16 +158,17 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),
     )
+    experts.format = parse_format(settings.precision)
+    return experts
 
 
-def _spares(blocks: tuple[MoeBlock, ...], device: torch.device) -> dict[int, list[Slot]]:
+def _spares(blocks: Iterable[VirtualExperts], device: torch.device) -> dict[int, list[Slot]]:
     spares: dict[int, list[Slot]] = {}
-    for block in blocks:
-        size = NativeFormat().nbytes(block.layout.specs)
+    for experts in blocks:
+        specs = experts.block.layout.specs
+        size = experts.format.nbytes(specs)
         if size not in spares:
-            spares[size] = [
-                allocate(NativeFormat(), block.layout.specs, device) for _ in range(SPARES)
-            ]
+            spares[size] = [allocate(experts.format, specs, device) for _ in range(SPARES)]
     return spares
 
 

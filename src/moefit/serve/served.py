@@ -20,7 +20,7 @@ from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.ledger import peak_process_bytes, process_bytes
-from moefit.serve.slots import NativeFormat, allocate
+from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
@@ -259,7 +259,7 @@ class ServedModel:
 def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     """Add empty slots to a block: all of them, or none if there is no memory."""
     specs = experts.block.layout.specs
-    new = [allocate(NativeFormat(), specs, device) for _ in range(slots)]
+    new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
 
 

@@ -1,8 +1,9 @@
 """All experts at rest, on disk, in the checkpoint's own files.
 
 Owns reading one expert into one slot: byte ranges straight into the slot's memory where the
-checkpoint's layout allows, through transformers' own conversion where it does not. Thread-safe.
-Knows nothing of when or why an expert is read.
+checkpoint's layout allows, through transformers' own conversion where it does not; encoded on the
+way where the slot's format is another than the checkpoint's. Thread-safe. Knows nothing of when or
+why an expert is read.
 """
 
 import threading
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moefit.checkpoint import Checkpoint
+from moefit.formats.format import NativeFormat, Weights
 from moefit.moe.families import MoeBlock
 from moefit.serve.slots import Slot, bytes_of
 from moefit.serve.sources import ExpertSource, Piece
@@ -55,14 +57,24 @@ class ExpertStore:
 
     def _read(self, block: str, expert: int, into: Slot) -> None:
         source = self._experts[block][expert]
+        if isinstance(into.format, NativeFormat):
+            self._read_native(source, into.tensors)
+        else:
+            specs = self._blocks[block].layout.specs
+            native = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
+            self._read_native(source, native)
+            into.format.write(into.tensors, native, specs)
+        with self._lock:
+            self._bytes_read += source.nbytes
+
+    def _read_native(self, source: ExpertSource, tensors: Weights) -> None:
         for part in source.parts:
-            target = into.tensors[part.tensor]
+            target = tensors[part.tensor]
+            assert isinstance(target, Tensor)
             if isinstance(part, Piece):
                 self._read_piece(part, target)
             else:
                 target.copy_(part.cook(self._checkpoint))
-        with self._lock:
-            self._bytes_read += source.nbytes
 
     def _read_piece(self, piece: Piece, target: Tensor) -> None:
         if target.device.type == "cpu":

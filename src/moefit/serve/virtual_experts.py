@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefit.errors import ConfigError
+from moefit.formats.format import NATIVE, Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
@@ -132,6 +133,7 @@ class VirtualExperts(nn.Module):
         importance: ExpertImportanceEstimator,
     ):
         super().__init__()
+        self.format: Format = NATIVE  # of slots to come
         self.block, self.live, self.residency, self.slots = block, live, residency, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
