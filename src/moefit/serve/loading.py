@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.device import parse_device
 from moefit.errors import ConfigError
-from moefit.formats.format import encoding_bytes, parse_format
+from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.budget import BlockNeeds, MemoryBudget, parse_bytes
 from moefit.serve.dsmoe_rules import follow_rules
@@ -29,9 +29,11 @@ from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS, Transfer
+from moefit.serve.upgrades import AT_ONCE, AUTO, Upgrades, ladders_of
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 SPARES = 2
+AUTO_PRECISION = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,8 @@ class LoadSettings:
 
     eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
     dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
-    (`formats/format.py`); native is the checkpoint's own.
+    (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
+    it deserves within the budget.
     """
 
     memory: str | int | None = None
@@ -56,7 +59,12 @@ class LoadSettings:
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
-        parse_format(self.precision)
+        if self.precision == AUTO_PRECISION and self.memory is None:
+            raise ConfigError(
+                "precision auto divides a memory budget among experts, and memory is not given; "
+                "give memory, or a precision such as int4"
+            )
+        self.format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):
@@ -68,6 +76,10 @@ class LoadSettings:
             raise ConfigError(
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
             )
+
+    def format(self) -> Format:
+        """Of every slot; of `auto`, where they begin."""
+        return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
 
 
 def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
@@ -94,7 +106,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
-        experts.depth = (number + 0.5) / len(blocks)
+        experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
     try:
         model = load_rest(skeleton, blocks, device)
         parts = ServedParts(
@@ -112,6 +124,9 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         for experts, count in zip(blocks.values(), counts, strict=True):
             grow(experts, count, device)
         live.spares.update(_spares(blocks.values(), device))
+        if settings.precision == AUTO_PRECISION:
+            ladders = {block.name: ladders_of(block) for block in skeleton.blocks}
+            served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
     except BaseException:
         live.transfer.close()
         store.close()
@@ -123,9 +138,12 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
     """What goes where, before anything is loaded."""
     config = skeleton.model.config
     context = _context(config, settings.context)
-    format = parse_format(settings.precision)
+    format = settings.format()
     sizes = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
     encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
+    upgrades = 0
+    if settings.precision == AUTO_PRECISION:
+        upgrades = AT_ONCE * max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
@@ -135,7 +153,8 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
-        + (settings.readers + BACKGROUND_READERS) * (store.staging_bytes + encoding),
+        + (settings.readers + BACKGROUND_READERS) * (store.staging_bytes + encoding)
+        + upgrades,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
@@ -158,7 +177,7 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),
     )
-    experts.format = parse_format(settings.precision)
+    experts.format = settings.format()
     return experts
 
 

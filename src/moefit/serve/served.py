@@ -6,6 +6,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from moefit.serve.context import limit_context
 from moefit.serve.ledger import peak_process_bytes, process_bytes
 from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
+from moefit.serve.upgrades import Upgrades
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 
@@ -49,6 +51,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._live = parts.store, parts.live
+        self._upgrades: Upgrades | None = None
         self._hooks = (*parts.hooks, limit_context(self.model, self._context))
 
     def __iter__(self) -> Iterator[Any]:
@@ -96,6 +99,9 @@ class ServedModel:
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
         with self._live.lock:
+            if self._upgrades:
+                room = self._room_for_upgrades(budget)
+                self._upgrades.set_room(min(room, self._upgrades.room))
             unfilled = [name for name, experts in self.blocks.items() if experts.pending]
             for name in unfilled:
                 self.blocks[name].give_up()
@@ -111,9 +117,29 @@ class ServedModel:
             for name in unfilled:
                 self.blocks[name].fill()
             self._budget = budget
+            if self._upgrades:
+                self._upgrades.set_room(self._room_for_upgrades(budget))
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
+
+    def start_upgrades(self, upgrades: Upgrades) -> None:
+        """Give each expert its own precision from now on; loads all experts if all have slots."""
+        with self._live.lock:
+            self._upgrades, self._live.each_step = upgrades, upgrades.step
+            upgrades.set_room(self._room_for_upgrades(self._budget))
+            if all(one.residency.number == one.num_experts for one in self.blocks.values()):
+                upgrades.fill()
+
+    def settle_precision(self) -> None:
+        """Carry changes of precision out now that would else follow in the background."""
+        with self._live.lock:
+            if self._upgrades:
+                self._upgrades.settle()
+
+    def _room_for_upgrades(self, budget: MemoryBudget) -> int:
+        assert budget.total is not None, "precision auto has a budget"
+        return budget.total - budget.with_slots(budget.slots())
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
@@ -174,6 +200,7 @@ class ServedModel:
                 "peak_process_bytes": peak_process_bytes(),
                 "slots": {name: one.residency.number for name, one in self.blocks.items()},
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
+                "formats": {name: _formats(one) for name, one in self.blocks.items()},
                 "resident": resident,
                 "bytes_read": self._store.bytes_read,
                 **self._live.counters.as_dict(),
@@ -261,6 +288,11 @@ def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     specs = experts.block.layout.specs
     new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+
+
+def _formats(experts: VirtualExperts) -> dict[str, int]:
+    """How many slots have which format."""
+    return dict(Counter(slot.format.name for slot in experts.slots.values()))
 
 
 def _return_freed_memory() -> None:
