@@ -183,7 +183,7 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
 
 
 def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
-    """Raise BudgetTooSmallError if the other weights don't fit as they are, before being encoded."""
+    """Raise BudgetTooSmallError if the other weights don't fit as they are, to be encoded."""
     if settings.rest_format() is None or budget.total is None:
         return
     native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
