@@ -10,15 +10,16 @@ them. The vocabulary is llama.cpp's "no_vocab": token ids go in, no text does. N
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from transformers import AutoConfig
 
 from moefit.checkpoint import Checkpoint, Span
 
+gguf: Any = import_module("gguf")  # checks alike whether the extra is installed or not
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -46,12 +47,12 @@ class Entry:
     name: str
     spans: tuple[Span, ...]
     shape: tuple[int, ...]
-    type: gguf.GGMLQuantizationType
+    type: str
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
         """Of the quantised bytes: as `shape`, the last axis in bytes."""
-        return gguf.quant_shape_to_byte_shape(self.shape, self.type)
+        return gguf.quant_shape_to_byte_shape(self.shape, number(self.type))
 
 
 def main() -> None:
@@ -60,11 +61,11 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--type", choices=TYPES, default="Q8_0")
     arguments = parser.parse_args()
-    convert(arguments.folder, arguments.file, gguf.GGMLQuantizationType[arguments.type])
+    convert(arguments.folder, arguments.file, arguments.type)
     print(f"{arguments.file}: {arguments.file.stat().st_size:,} bytes")
 
 
-def convert(folder: Path, file: Path, kind: gguf.GGMLQuantizationType) -> None:
+def convert(folder: Path, file: Path, kind: str) -> None:
     writer = gguf.GGUFWriter(file, "olmoe")
     config = AutoConfig.from_pretrained(folder)
     describe(writer, config)
@@ -73,7 +74,9 @@ def convert(folder: Path, file: Path, kind: gguf.GGMLQuantizationType) -> None:
         for entry in entries:
             nbytes = int(np.prod(entry.byte_shape))
             # given a raw dtype, the writer takes the shape in elements
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype("f4"), nbytes, entry.type)
+            writer.add_tensor_info(
+                entry.name, entry.shape, np.dtype("f4"), nbytes, number(entry.type)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -82,7 +85,7 @@ def convert(folder: Path, file: Path, kind: gguf.GGMLQuantizationType) -> None:
     writer.close()
 
 
-def describe(writer: gguf.GGUFWriter, config: Any) -> None:
+def describe(writer: Any, config: Any) -> None:
     """The metadata that llama.cpp's olmoe loader reads."""
     if config.model_type != "olmoe" or config.norm_topk_prob or config.clip_qkv:
         raise SystemExit(
@@ -103,7 +106,7 @@ def describe(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_tokenizer_model("no_vocab")
 
 
-def layout(checkpoint: Checkpoint, config: Any, kind: gguf.GGMLQuantizationType) -> Iterator[Entry]:
+def layout(checkpoint: Checkpoint, config: Any, kind: str) -> Iterator[Entry]:
     """All tensors, in the file's order."""
     spans = checkpoint.spans
     for name, source in OUTER.items():
@@ -121,20 +124,22 @@ def layout(checkpoint: Checkpoint, config: Any, kind: gguf.GGMLQuantizationType)
             yield Entry(name=name, spans=stack, shape=(len(stack), *stack[0].shape), type=kind)
 
 
-def single(name: str, span: Span, kind: gguf.GGMLQuantizationType) -> Entry:
+def single(name: str, span: Span, kind: str) -> Entry:
     exact = len(span.shape) == 1 or "ffn_gate_inp" in name
-    own = gguf.GGMLQuantizationType.F32 if exact else kind
+    own = "F32" if exact else kind
     return Entry(name=name, spans=(span,), shape=span.shape, type=own)
+
+
+def number(kind: str) -> Any:
+    return gguf.GGMLQuantizationType[kind]
 
 
 def quantised(checkpoint: Checkpoint, entry: Entry) -> np.ndarray[Any, Any]:
     """The tensor's bytes, each of its parts read, quantised and let go of in turn."""
     out = np.empty((len(entry.spans), *entry.byte_shape[-2:]), dtype=np.uint8)
-    if len(entry.shape) == 1:
-        out = out.reshape(1, -1)
     for row, span in zip(out, entry.spans, strict=True):
         values: Any = checkpoint.tensor(span).float().numpy()
-        row[:] = gguf.quantize(values, entry.type).view(np.uint8)
+        row[:] = gguf.quantize(values, number(entry.type)).view(np.uint8)
     return out.reshape(entry.byte_shape)
 
 

@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,7 @@ def main() -> None:
 
 def llama_cpp(work: Work) -> dict[str, Any]:
     """llama.cpp on a mapped file: neither locked, nor repacked into memory of its own."""
-    import llama_cpp as llama
-
+    llama: Any = import_module("llama_cpp")  # or pyright wants it installed
     drop_page_cache([Path(work.gguf)])
     began = time.perf_counter()
     settings: Any = llama.llama_model_default_params()
@@ -85,9 +86,7 @@ def llama_cpp(work: Work) -> dict[str, Any]:
 
 def gguf_bytes_per_token(file: str) -> float:
     """Bytes of weights that one token must read: all but the embedding and unchosen experts."""
-    import gguf
-
-    reader = gguf.GGUFReader(file)
+    reader = import_module("gguf").GGUFReader(file)
     kind = reader.fields["general.architecture"].contents()
     used, count = (
         reader.fields[f"{kind}.expert_{name}"].contents() for name in ("used_count", "count")
@@ -104,7 +103,6 @@ def accelerate(work: Work) -> dict[str, Any]:
 
     It reads all experts of a layer for every token, so a few tokens must do.
     """
-    import accelerate as library
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +141,7 @@ def accelerate(work: Work) -> dict[str, Any]:
         "load_seconds": loaded,
         "model_bytes": sum(path.stat().st_size for path in files),
         "modules_on_disk": f"{placed.count('disk')} of {len(placed)}",
-        "version": library.__version__,
+        "version": version("accelerate"),
     }
 
 
