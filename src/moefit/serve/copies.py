@@ -24,7 +24,9 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 
 
 class CopyEngine(Protocol):
-    """One device's way of copying. Thread-safe."""
+    """One device's way of copying. Thread-safe. `pinned`: whether all buffers so far are."""
+
+    pinned: bool
 
     def buffer(self, size: int) -> Tensor:
         """Host memory to copy from; it goes back to the system with the last reference."""
@@ -47,6 +49,8 @@ class CopyEngine(Protocol):
 
 class CpuCopies:
     """Slots are host memory, and nothing runs behind the program."""
+
+    pinned = False
 
     def buffer(self, size: int) -> Tensor:
         """Memory as a slot's own."""

@@ -76,13 +76,17 @@ class HostTier:
         return self._buffers[place]
 
     def report(self) -> dict[str, Any]:
-        """Bytes held and allowed; experts that were there, and that came from storage."""
+        """Bytes held and allowed; experts that were there, and that came from storage.
+
+        `host_pinned` False on a GPU: the system refused to pin memory, and copies are slow.
+        """
         with self._changed:
             return {
                 "host_bytes": sum(buffer_B.nbytes for buffer_B in self._buffers.values()),
                 "host_budget": self._table.limit,
                 "host_hits": self._table.hits,
                 "host_reads": self._table.reads,
+                "host_pinned": self._engine.pinned,
             }
 
     def check(self) -> None:
