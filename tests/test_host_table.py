@@ -38,7 +38,7 @@ def test_while_one_fills_it_others_wait_and_then_share() -> None:
     assert table.reads == 1
 
 
-def test_the_one_asked_for_longest_ago_makes_room_and_its_memory_is_taken_over() -> None:
+def test_the_one_asked_for_least_makes_room_and_its_memory_is_taken_over() -> None:
     table = HostTable(100)
     places = {key: put(table, key, 50) for key in "ab"}
     again = table.lease("a", 50)
@@ -46,6 +46,41 @@ def test_the_one_asked_for_longest_ago_makes_room_and_its_memory_is_taken_over()
     table.release(again)
     lease = table.lease("c", 50)
     assert lease == Lease(key="c", place=places["b"], fresh=True)
+
+
+def test_of_those_asked_for_as_often_the_older_one_makes_room() -> None:
+    table = HostTable(3)
+    for key in "cab":
+        put(table, key, 1)
+    put(table, "d", 1)
+    assert list(map(str, table._entries)) == ["a", "b", "d"]
+
+
+def test_requests_of_long_ago_count_less_and_never_overflow() -> None:
+    table = HostTable(2)
+    for key in ("a",) * 20 + ("b", "c") * 3 + ("d",) * 60 + ("e",) * 3:
+        ask(table, key)
+    assert set(table._entries) == {"d", "e"}, "twenty requests, but seven half-lives ago"
+    for number in range(20_000):
+        ask(table, str(number % 3))
+    table.check()
+
+
+def test_a_returning_expert_is_judged_by_all_its_past() -> None:
+    table = HostTable(2)
+    for key in "aaaabc":
+        ask(table, key)
+    assert set(table._entries) == {"a", "c"}
+    ask(table, "b")
+    assert set(table._entries) == {"a", "b"}, "asked for twice, c once"
+
+
+def ask(table: HostTable, key: str) -> None:
+    lease = table.lease(key, 1)
+    assert lease is not None
+    if lease.fresh:
+        table.complete(lease)
+    table.release(lease)
 
 
 def test_what_is_copied_from_or_being_filled_stays() -> None:
