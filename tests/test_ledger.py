@@ -81,7 +81,6 @@ def test_on_a_gpu_only_what_torch_reserved_there_counts(monkeypatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert abs(held_bytes(cpu) - process_bytes()) < 4 * MIB
     assert peak_held_bytes(cpu) == peak_process_bytes()
-    assert held_bytes(gpu) == peak_held_bytes(gpu) == 0, "nothing has been done on it"
     monkeypatch.setattr(torch.cuda, "memory_reserved", {gpu: 5}.__getitem__)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", {gpu: 7}.__getitem__)
     assert (held_bytes(gpu), peak_held_bytes(gpu)) == (5, 7)
