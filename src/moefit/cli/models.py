@@ -17,6 +17,7 @@ from moefit.cli.serving import (
     BaselineName,
     Bound,
     Context,
+    HostMemory,
     Memory,
     ModeOption,
     Prefill,
@@ -60,6 +61,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="predict about this many, spread over the text")
     ] = None,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -76,6 +78,7 @@ def evaluate(
     """Every rule on the same windows; in a budget or mode, step by step against all experts."""
     serving = Serving(
         memory=memory,
+        host_memory=host_memory,
         mode=mode,
         prefill=prefill,
         bound=bound,
@@ -165,6 +168,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -178,7 +182,13 @@ def generate(
     sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
     serving = Serving(
-        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+        memory=memory,
+        host_memory=host_memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        context=context,
+        device=device,
     )
     if serving.wanted:
         with serving.load(model) as served:
@@ -217,11 +227,15 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     memory: Memory = None,
+    host_memory: HostMemory = None,
     context: Context = 2048,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Allocates no weights."""
-    if memory is None and _is_ours(model):
+    """Allocates no weights, so the device need not be here."""
+    settings = LoadSettings(memory=memory, host_memory=host_memory, context=context, device=device)
+    settings.check()
+    if memory is host_memory is None and device == "cpu" and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
             print_json(card.as_dict())
@@ -233,7 +247,6 @@ def describe(
             f"{model} is a preset without a checkpoint; --memory needs a model folder"
         )
     skeleton = build(folder_of(model))
-    settings = LoadSettings(memory=memory, context=context)
     budget = ledger(skeleton, settings)
     counts = budget.slots()  # refuses a budget below the floor
     if as_json:
@@ -261,6 +274,7 @@ def _is_ours(model: str) -> bool:
 def bench(
     model: Model,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -274,7 +288,13 @@ def bench(
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
     serving = Serving(
-        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+        memory=memory,
+        host_memory=host_memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        context=context,
+        device=device,
     )
     with serving.load(model, eviction=eviction) as served:
         bandwidth = measure_bandwidth(served.folder)

@@ -36,7 +36,13 @@ class BaselineName(StrEnum):
 
 Memory = Annotated[
     str | None,
-    typer.Option(help="serve inside this budget, such as 4.7GiB: every byte of the process"),
+    typer.Option(
+        help="serve inside this budget, such as 4.7GiB: every byte of the process on the device"
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(help="on a GPU: the most host memory that experts may take between disk and it"),
 ]
 ModeOption = Annotated[
     ModeName | None,
@@ -59,6 +65,7 @@ class Serving:
     """The options as given."""
 
     memory: str | None
+    host_memory: str | None
     mode: ModeName | None
     prefill: ModeName | None
     bound: float
@@ -69,7 +76,7 @@ class Serving:
     @property
     def wanted(self) -> bool:
         """Whether anything asks for a budget or a mode."""
-        return self.memory is not None or self.mode is not None
+        return not (self.memory is self.host_memory is self.mode is None)
 
     def load(self, model: str, **settings: Any) -> ServedModel:
         """Load and say what it takes; `settings` as of `moefit.load`."""
@@ -80,6 +87,7 @@ class Serving:
             served = load(
                 model,
                 memory=self.memory,
+                host_memory=self.host_memory,
                 mode=(self.mode or ModeName.exact).value,
                 device=self.device,
                 context=self.context,
@@ -124,6 +132,11 @@ def ledger_table(budget: MemoryBudget, title: str) -> Table:
     rows = {"sum": budget.fixed + in_slots, "floor": budget.floor, "all experts": budget.everything}
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))
+    if budget.host is not None:
+        table.add_section()
+        table.add_row(
+            "host memory, beside the budget", f"{budget.host:,}", format_bytes(budget.host)
+        )
     return table
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moefit.device import parse_device
+from moefit.device import parse_device, planned_device
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.formats.format import (
     NATIVE,
@@ -22,11 +22,19 @@ from moefit.formats.format import (
     parse_format,
 )
 from moefit.moe.families import MoeBlock
-from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, parse_bytes
+from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, host_limit, parse_bytes
+from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.ledger import kv_bytes_per_token, process_bytes, weight_bytes, workspace_bytes
+from moefit.serve.ledger import (
+    held_bytes,
+    kv_bytes_per_token,
+    slot_bytes,
+    weight_bytes,
+    workspace_bytes,
+)
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
@@ -47,6 +55,8 @@ AUTO_PRECISION = "auto"
 class LoadSettings:
     """How to serve. `context` is how many tokens the KV cache is reserved for, over all sequences.
 
+    host_memory: on a GPU, the most that experts may take of host memory on their way from storage
+    to slots, where they then can be found again; None is a buffer a reader.
     eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
     dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
     (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
@@ -55,6 +65,7 @@ class LoadSettings:
     """
 
     memory: str | int | None = None
+    host_memory: str | int | None = None
     mode: Mode = "exact"
     device: str = "cpu"
     context: int = 2048
@@ -79,6 +90,11 @@ class LoadSettings:
         for name in ("context", "readers"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
+        if self.host_memory is not None and planned_device(self.device).type == "cpu":
+            raise ConfigError(
+                f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "
+                "memory; give it to memory (--memory), or serve on a GPU (device cuda)"
+            )
         if not self.half_life_tokens > 0:
             raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")
         if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -114,10 +130,12 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         skeleton.map.experts,
         {block.name: block for block in skeleton.blocks},
     )
+    engine = CudaCopies(device) if device.type == "cuda" else CpuCopies()
+    tier = None if budget.host is None else HostTier(store, engine, limit=budget.host)
     live = Live(
         policy=Policy(),
         manager=settings.manager,
-        transfer=Transfer(store, readers=settings.readers),
+        transfer=Transfer(tier or store, readers=settings.readers, engine=engine),
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
@@ -133,6 +151,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
             budget=budget,
             blocks=blocks,
             store=store,
+            tier=tier,
             live=live,
             hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
         )
@@ -146,17 +165,21 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
             served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
     except BaseException:
         live.transfer.close()
+        if tier is not None:
+            tier.close()
         store.close()
         raise
     return served
 
 
 def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
-    """What goes where, before anything is loaded."""
+    """What goes where, before anything is loaded. A GPU that is not here can be reckoned with."""
+    device = planned_device(settings.device)
     config = skeleton.model.config
     context = _context(config, settings.context)
-    format = settings.format()
-    sizes = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
+    format, readers = settings.format(), settings.readers + BACKGROUND_READERS
+    own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
+    sizes = [slot_bytes(size, device) for size in own]
     encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
     upgrades = 0
     if settings.precision == AUTO_PRECISION:
@@ -167,14 +190,17 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
-        process=process_bytes(),
+        process=held_bytes(device),
         weights=weights,
         context=context,
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
-        + (settings.readers + BACKGROUND_READERS) * (store.staging_bytes + encoding)
+        + (readers * (store.staging_bytes + encoding) if device.type == "cpu" else 0)
         + upgrades,
+        host=None
+        if device.type == "cpu"
+        else host_limit(settings.host_memory, largest=max(own), readers=readers),
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
