@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_served import MemoryStore, mixtral_block, parts_of
 
+from moefit.formats.format import NativeFormat
 from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.host_tier import HostTier
-from moefit.serve.slots import NativeFormat, allocate
+from moefit.serve.slots import allocate
 from moefit.serve.transfer import Transfer
 
 MIB = 1 << 20

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_served import MemoryStore, mixtral_block
 from torch import Tensor
 
+from moefit.formats.format import NativeFormat
 from moefit.moe.experts import expert_weights
 from moefit.moe.reference import reference_experts
 from moefit.moe.routing import Routing
@@ -16,7 +17,7 @@ from moefit.serve.counters import Counters
 from moefit.serve.eviction import LeastRecentlyUsed
 from moefit.serve.invoker import ExpertInvoker
 from moefit.serve.residency import Residency
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.transfer import Transfer
 
 NUM_EXPERTS, WIDTH = 8, 32

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_served import mixtral_block, parts_of
 
+from moefit.formats.format import NativeFormat
 from moefit.moe.families import TensorSpec
 from moefit.serve.ledger import process_bytes
-from moefit.serve.slots import NativeFormat, Slot, allocate, bytes_of
+from moefit.serve.slots import Slot, allocate, bytes_of
 
 CPU = torch.device("cpu")
 specs = st.dictionaries(

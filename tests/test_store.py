@@ -8,8 +8,9 @@ from tiny_served import FAMILIES, Disk, parts_of, reading_through, saved, tiny
 
 from moefit.checkpoint import SINGLE
 from moefit.errors import CheckpointError, MoefitError
+from moefit.formats.format import NativeFormat
 from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.sources import Piece, Recipe
 from moefit.serve.store import ExpertStore
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny_served import MemoryStore, mixtral_block, parts_of
 
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.formats.format import NativeFormat
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.transfer import Transfer
 
 

@@ -12,6 +12,7 @@ from tiny_served import MemoryStore, mixtral_block, parts_of
 from torch import Tensor
 
 from moefit.errors import ConfigError
+from moefit.formats.format import NativeFormat
 from moefit.moe.experts import expert_weights
 from moefit.moe.reference import reference_experts
 from moefit.moe.routing import Routing
@@ -20,7 +21,7 @@ from moefit.serve.eviction import LeastRecentlyUsed
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.residency import Residency
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.transfer import Transfer
 from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
 

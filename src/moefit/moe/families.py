@@ -25,6 +25,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from moefit.errors import UnsupportedModelError
+from moefit.moe.activations import activation_name
 from moefit.moe.jetmoe import ServedJetMoe
 from moefit.moe.routing import Routing
 
@@ -34,10 +35,14 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of one expert's part of a parameter."""
+    """Shape and dtype of one expert's part of a parameter.
+
+    `inputs_first`: a matrix whose rows are input units, so that it computes x @ W.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    inputs_first: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -45,11 +50,23 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpShape:
+    """down(act(gate) * up), gate and up in one matrix, gate first; or, not gated, down(act(in))."""
+
+    w_in: str
+    w_out: str
+    activation: str
+    gated: bool
+
+
 class Layout(Protocol):
     """How a family keeps, addresses and computes its experts. One instance per block."""
 
     num_experts: int
     specs: Mapping[str, TensorSpec]
+    mlp: MlpShape | None
+    """What an expert is, if two matrices and a known activation are all of it."""
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """The parameter's name below the experts module, and the row in it, None for all of it."""
@@ -144,10 +161,23 @@ class StackedLayout:
         self.num_experts = self._experts.down_proj.shape[0]
         self._input = "gate_up_proj" if self._experts.has_gate else "up_proj"
         self.specs: Mapping[str, TensorSpec] = {
-            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+            short: TensorSpec(
+                tuple(parameter.shape[1:]), parameter.dtype, bool(self._experts.is_transposed)
+            )
             for short, parameter in parameters.items()
             if parameter.shape[0] == self.num_experts
         }
+        self.mlp = self._mlp()
+
+    def _mlp(self) -> MlpShape | None:
+        if self._has_norm or self._experts.is_transposed or len(self.specs) != 2:
+            return None
+        gated = bool(self._experts.has_gate)
+        activate = self._experts._apply_gate if gated else self._experts.act_fn
+        activation = activation_name(activate, gated=gated)
+        if activation is None:
+            return None
+        return MlpShape(w_in=self._input, w_out="down_proj", activation=activation, gated=gated)
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """A row of the stack."""
@@ -193,6 +223,13 @@ class JetMoeLayout:
             if short in ("input_linear.weight", "output_linear.weight")
         }
         self.num_experts = int(cast(Any, block).input_linear.num_experts)
+        activation = activation_name(self._activation, gated=False)
+        self.mlp = activation and MlpShape(
+            w_in="input_linear.weight",
+            w_out="output_linear.weight",
+            activation=activation,
+            gated=True,
+        )
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """A row of the stack."""
@@ -221,6 +258,16 @@ class SwitchLayout:
             short: TensorSpec(tuple(parameter.shape), parameter.dtype)
             for short, parameter in self._template.named_parameters()
         }
+        self.mlp = self._mlp()
+
+    def _mlp(self) -> MlpShape | None:
+        activate = getattr(self._template, "act", None)
+        if set(self.specs) != {"wi.weight", "wo.weight"} or activate is None:
+            return None
+        activation = activation_name(activate, gated=False)
+        if activation is None:
+            return None
+        return MlpShape(w_in="wi.weight", w_out="wo.weight", activation=activation, gated=False)
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """All of a parameter of the expert's own module."""

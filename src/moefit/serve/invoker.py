@@ -21,9 +21,13 @@ from torch import Tensor
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.serve.counters import Counters
+from moefit.serve.fused import FusedExperts, fused_experts
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
 from moefit.serve.transfer import Transfer, finish
+
+_Ready = tuple[int, Slot]
+"""An expert and the slot that it is in."""
 
 
 class ExpertInvoker:
@@ -43,9 +47,12 @@ class ExpertInvoker:
     ):
         self._block, self._residency, self._slots = block, residency, slots
         self._transfer, self._counters = transfer, counters
+        self._fused = fused_experts(block.layout)
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
+        if self._fused and self._fused.pays(x_TD, self._slots.values()):
+            return self._kernel_step(self._fused, x_TD, routing)
         if x_TD.shape[0] == 1:
             return self._one_token(x_TD, routing)
         rows = _rows_by_expert(routing, self._block.num_experts)
@@ -55,17 +62,28 @@ class ExpertInvoker:
         padded = sum(len(one) for one in rows.values()) < len(token_R)
         y_RD = x_TD.new_zeros if padded else x_TD.new_empty
         y_RD = y_RD((len(token_R), x_TD.shape[1]))
-        for expert, slot in self._in_order(list(rows)):
+        for [(expert, slot)] in self._batches(list(rows), together=False):
             at_R = rows[expert]
             y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
-        weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
-        return weighted_RD.view(*routing.ids_TK.shape, x_TD.shape[1]).sum(1).to(x_TD.dtype)
+        return _weighted_sum(y_RD, routing).to(x_TD.dtype)
+
+    def _kernel_step(self, fused: FusedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Residents in one call, those that had to be read as they come."""
+        rows = _rows_by_expert(routing, self._block.num_experts)
+        y_RD = x_TD.new_zeros(routing.ids_TK.numel(), x_TD.shape[1])
+        for batch in self._batches(list(rows), together=True):
+            work = [(slot, rows[expert]) for expert, slot in batch]
+            fused.outputs(x_TD, work, routing.ids_TK.shape[1], y_RD)
+        return _weighted_sum(y_RD, routing).to(x_TD.dtype)
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping, no scatter."""
         ids = routing.ids_TK[0].tolist()
         needed = list(dict.fromkeys(e for e in ids if e < self._block.num_experts))
-        outputs = {expert: self._output(slot, x_1D) for expert, slot in self._in_order(needed)}
+        outputs = {
+            expert: self._output(slot, x_1D)
+            for [(expert, slot)] in self._batches(needed, together=False)
+        }
         nothing_1D = torch.zeros_like(x_1D)
         y_KD = torch.cat([outputs.get(expert, nothing_1D) for expert in ids])
         weighted_KD = y_KD * routing.weights_TK.reshape(-1, 1)
@@ -74,25 +92,28 @@ class ExpertInvoker:
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
         return slot.format.output(self._block.layout, slot.tensors, x_RD)
 
-    def _in_order(self, needed: Sequence[int]) -> Iterator[tuple[int, Slot]]:
-        """Experts with their slots; a slot is good until the next one is asked for.
+    def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
+        """Experts with their slots, residents first, if `together` all of them at once.
 
-        Loads begin as early as slots allow: an empty one, or one whose expert this step no longer
-        needs.
+        A slot is good until the next batch is asked for. Loads begin as early as slots allow: an
+        empty one, or one whose expert this step no longer needs.
         """
         residents = self._residency.residents
         left = deque(sorted(needed, key=lambda expert: expert not in residents))
         waiting = deque(expert for expert in left if expert not in residents)
+        here = len(left) - len(waiting)
         self._counters.fetches += len(waiting)
-        self._counters.hits += len(left) - len(waiting)
+        self._counters.hits += here
         loads: dict[int, _Load] = {}
         try:
             while left:
                 self._begin(waiting, loads, protected=set(left))
-                expert = left.popleft()
-                if expert in loads:
-                    self._finish(loads.pop(expert))
-                yield expert, self._slots[self._residency.slot(expert)]
+                batch = [left.popleft() for _ in range(max(1, here) if together else 1)]
+                here = 0
+                for expert in batch:
+                    if expert in loads:
+                        self._finish(loads.pop(expert))
+                yield [(expert, self._slots[self._residency.slot(expert)]) for expert in batch]
         finally:  # empty unless something went wrong: no slot stays half-filled
             for load in loads.values():
                 with suppress(Exception):
@@ -123,6 +144,11 @@ class ExpertInvoker:
 class _Load:
     slot: int
     done: Future[float]
+
+
+def _weighted_sum(y_RD: Tensor, routing: Routing) -> Tensor:
+    weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
+    return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:

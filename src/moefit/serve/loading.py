@@ -4,6 +4,7 @@ Owns the order of things, which is what keeps the peak under the budget: ledger 
 refusal if it can't be, other weights, slots, routers, and experts only as they are asked for.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.device import parse_device, planned_device
 from moefit.errors import ConfigError
+from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.budget import BlockNeeds, MemoryBudget, host_limit, parse_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
@@ -32,12 +34,14 @@ from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
 from moefit.serve.served import ServedModel, ServedParts, grow
 from moefit.serve.skeleton import Skeleton, build, load_rest
-from moefit.serve.slots import NativeFormat, Slot, allocate
+from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS, Transfer
+from moefit.serve.upgrades import AT_ONCE, AUTO, Upgrades, ladders_of
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 SPARES = 2
+AUTO_PRECISION = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,9 @@ class LoadSettings:
     host_memory: on a GPU, the most that experts may take of host memory on their way from storage
     to slots, where they then can be found again; None is a buffer a reader.
     eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
-    dtype None: the checkpoint's own.
+    dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
+    (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
+    it deserves within the budget.
     """
 
     memory: str | int | None = None
@@ -56,6 +62,7 @@ class LoadSettings:
     device: str = "cpu"
     context: int = 2048
     eviction: str = DEFAULT_POLICY
+    precision: str = "native"
     dtype: torch.dtype | None = None
     readers: int = 4
     half_life_tokens: float = 24.0
@@ -63,6 +70,12 @@ class LoadSettings:
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
+        if self.precision == AUTO_PRECISION and self.memory is None:
+            raise ConfigError(
+                "precision auto divides a memory budget among experts, and memory is not given; "
+                "give memory, or a precision such as int4"
+            )
+        self.format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):
@@ -79,6 +92,10 @@ class LoadSettings:
             raise ConfigError(
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
             )
+
+    def format(self) -> Format:
+        """Of every slot; of `auto`, where they begin."""
+        return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
 
 
 def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
@@ -107,7 +124,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     )
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
-        experts.depth = (number + 0.5) / len(blocks)
+        experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
     try:
         model = load_rest(skeleton, blocks, device)
         parts = ServedParts(
@@ -125,7 +142,10 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         served.set_mode(settings.mode, **policy)
         for experts, count in zip(blocks.values(), counts, strict=True):
             grow(experts, count, device)
-        live.spares.update(_spares(skeleton.blocks, device))
+        live.spares.update(_spares(blocks.values(), device))
+        if settings.precision == AUTO_PRECISION:
+            ladders = {block.name: ladders_of(block) for block in skeleton.blocks}
+            served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
     except BaseException:
         live.transfer.close()
         if tier is not None:
@@ -140,9 +160,15 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
     device = planned_device(settings.device)
     config = skeleton.model.config
     context = _context(config, settings.context)
-    own = [NativeFormat().nbytes(block.layout.specs) for block in skeleton.blocks]
+    format = settings.format()
+    own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
     sizes = [slot_bytes(size, device) for size in own]
-    readers = settings.readers + BACKGROUND_READERS
+    encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
+    largest, upgrades = max(own), 0
+    if settings.precision == AUTO_PRECISION:
+        largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
+        upgrades = AT_ONCE * slot_bytes(largest, device)
+    on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
@@ -152,10 +178,9 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
-        + (readers * store.staging_bytes if device.type == "cpu" else 0),
-        host=None
-        if device.type == "cpu"
-        else host_limit(settings.host_memory, largest=max(own), readers=readers),
+        + (0 if on_gpu else readers * (store.staging_bytes + encoding))  # made in host memory
+        + upgrades,
+        host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
@@ -170,7 +195,7 @@ def _context(config: Any, wanted: int) -> int:
 
 def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> VirtualExperts:
     eviction = POLICIES[settings.eviction]()
-    return VirtualExperts(
+    experts = VirtualExperts(
         block,
         live,
         Residency(block.num_experts, 0, eviction),
@@ -178,16 +203,17 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),
     )
+    experts.format = settings.format()
+    return experts
 
 
-def _spares(blocks: tuple[MoeBlock, ...], device: torch.device) -> dict[int, list[Slot]]:
+def _spares(blocks: Iterable[VirtualExperts], device: torch.device) -> dict[int, list[Slot]]:
     spares: dict[int, list[Slot]] = {}
-    for block in blocks:
-        size = NativeFormat().nbytes(block.layout.specs)
+    for experts in blocks:
+        specs = experts.block.layout.specs
+        size = experts.format.nbytes(specs)
         if size not in spares:
-            spares[size] = [
-                allocate(NativeFormat(), block.layout.specs, device) for _ in range(SPARES)
-            ]
+            spares[size] = [allocate(experts.format, specs, device) for _ in range(SPARES)]
     return spares
 
 

@@ -6,6 +6,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
 from moefit.serve.ledger import held_bytes, peak_held_bytes
-from moefit.serve.slots import NativeFormat, allocate
+from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
+from moefit.serve.upgrades import Upgrades
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 
@@ -51,6 +53,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
+        self._upgrades: Upgrades | None = None
         self._hooks = (*parts.hooks, limit_context(self.model, self._context))
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,6 +102,9 @@ class ServedModel:
         counts = budget.slots()
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
+            if self._upgrades:
+                room = self._room_for_upgrades(budget)
+                self._upgrades.set_room(min(room, self._upgrades.room))
             unfilled = [name for name, experts in self.blocks.items() if experts.pending]
             for name in unfilled:
                 self.blocks[name].give_up()
@@ -114,9 +120,29 @@ class ServedModel:
             for name in unfilled:
                 self.blocks[name].fill()
             self._budget = budget
+            if self._upgrades:
+                self._upgrades.set_room(self._room_for_upgrades(budget))
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
+
+    def start_upgrades(self, upgrades: Upgrades) -> None:
+        """Give each expert its own precision from now on; loads all experts if all have slots."""
+        with self._live.lock:
+            self._upgrades, self._live.each_step = upgrades, upgrades.step
+            upgrades.set_room(self._room_for_upgrades(self._budget))
+            if all(one.residency.number == one.num_experts for one in self.blocks.values()):
+                upgrades.fill()
+
+    def settle_precision(self) -> None:
+        """Carry changes of precision out now that would else follow in the background."""
+        with self._live.lock:
+            if self._upgrades:
+                self._upgrades.settle()
+
+    def _room_for_upgrades(self, budget: MemoryBudget) -> int:
+        assert budget.total is not None, "precision auto has a budget"
+        return budget.total - budget.with_slots(budget.slots())
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
@@ -183,6 +209,7 @@ class ServedModel:
                 "peak_process_bytes": peak_held_bytes(device),
                 "slots": {name: one.residency.number for name, one in self.blocks.items()},
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
+                "formats": {name: _formats(one) for name, one in self.blocks.items()},
                 "resident": resident,
                 "bytes_read": self._store.bytes_read,
                 **(self._tier.report() if self._tier else {}),
@@ -273,8 +300,13 @@ class ServedModel:
 def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     """Add empty slots to a block: all of them, or none if there is no memory."""
     specs = experts.block.layout.specs
-    new = [allocate(NativeFormat(), specs, device) for _ in range(slots)]
+    new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+
+
+def _formats(experts: VirtualExperts) -> dict[str, int]:
+    """How many slots have which format."""
+    return dict(Counter(slot.format.name for slot in experts.slots.values()))
 
 
 def _return_freed_memory() -> None:

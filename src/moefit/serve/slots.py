@@ -1,6 +1,6 @@
 """The memory of slots: one expert's tensors in one buffer that can be given back at once.
 
-Owns buffers and the formats in which an expert can lie in one. A slot on the CPU is an anonymous
+Owns buffers. A slot on the CPU is an anonymous
 mapping of its own, because memory that was freed to the C library's heap need not return to the
 operating system. Knows nothing of which expert is where.
 """
@@ -8,60 +8,15 @@ operating system. Knows nothing of which expert is where.
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefit.moe.families import Layout, Tensors, TensorSpec
+from moefit.formats.format import Format, Weights
+from moefit.moe.families import TensorSpec
 
-_ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
 _HUGE = 4 << 20  # from this size on, huge pages save address translation
-
-
-class Format(Protocol):
-    """How an expert's matrices lie in a slot. Slots of one block may differ in it."""
-
-    name: str
-
-    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
-        """Bytes that a slot of this format takes."""
-        ...
-
-    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Tensors:
-        """The slot's tensors: views into the bytes of its buffer."""
-        ...
-
-    def output(self, layout: Layout, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """One expert's unweighted output y_RD, computed straight from the format."""
-        ...
-
-
-class NativeFormat:
-    """The checkpoint's own dtype, each tensor on a cache line."""
-
-    name = "native"
-
-    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
-        """The tensors' bytes and what aligning them wastes, in whole pages."""
-        return _aligned(sum(_aligned(spec.nbytes) for spec in specs.values()), mmap.PAGESIZE)
-
-    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Tensors:
-        """One view per tensor."""
-        tensors, start = {}, 0
-        for short, spec in specs.items():
-            part_B = buffer_B[start : start + spec.nbytes]
-            tensors[short] = part_B.view(spec.dtype).view(spec.shape)
-            start += _aligned(spec.nbytes)
-        return tensors
-
-    def output(self, layout: Layout, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """The family's own computation."""
-        return layout.output(tensors, x_RD)
-
-
-def _aligned(size: int, to: int = _ALIGNMENT) -> int:
-    return -(-size // to) * to
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +29,7 @@ class Slot:
     format: Format
     specs: Mapping[str, TensorSpec]
     buffer_B: Tensor
-    tensors: Tensors
+    tensors: Weights
 
     @property
     def nbytes(self) -> int:

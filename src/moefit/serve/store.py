@@ -1,16 +1,19 @@
 """All experts at rest, on disk, in the checkpoint's own files.
 
 Owns reading one expert into one slot in host memory: byte ranges straight into place where the
-checkpoint's layout allows, through transformers' own conversion where it does not. Thread-safe.
-Knows nothing of when or why an expert is read, nor of devices.
+checkpoint's layout allows, through transformers' own conversion where it does not; encoded on the
+way where the slot's format is another than the checkpoint's. Thread-safe. Knows nothing of when or
+why an expert is read, nor of devices.
 """
 
 import threading
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from moefit.checkpoint import Checkpoint
+from moefit.formats.format import NativeFormat, Weights
 from moefit.moe.families import MoeBlock
 from moefit.serve.slots import Slot, bytes_of
 from moefit.serve.sources import ExpertSource, Piece
@@ -54,15 +57,25 @@ class ExpertStore:
 
     def _read(self, block: str, expert: int, into: Slot) -> None:
         source = self._experts[block][expert]
+        if isinstance(into.format, NativeFormat):
+            self._read_native(source, into.tensors)
+        else:
+            specs = self._blocks[block].layout.specs
+            native = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
+            self._read_native(source, native)
+            into.format.write(into.tensors, native, specs)
+        with self._lock:
+            self._bytes_read += source.nbytes
+
+    def _read_native(self, source: ExpertSource, tensors: Weights) -> None:
         for part in source.parts:
-            target = into.tensors[part.tensor]
+            target = tensors[part.tensor]
+            assert isinstance(target, Tensor)
             if isinstance(part, Piece):
                 end = part.start + part.span.nbytes
                 self._checkpoint.read_into(part.span, bytes_of(target)[part.start : end])
             else:
                 target.copy_(part.cook(self._checkpoint))
-        with self._lock:
-            self._bytes_read += source.nbytes
 
     def norms(self, block: str) -> list[float]:
         """The Frobenius norm of each expert's tensors taken as one vector (SwapMoE's |E_i|).

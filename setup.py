@@ -1,0 +1,43 @@
+"""Builds the kernels beside the package; where there is no C++ compiler, goes on without them.
+
+Everything else about the package stands in pyproject.toml.
+"""
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = "src/moefit/formats/csrc"
+
+
+class BuildKernels(build_ext):
+    """A plain shared library, loaded with ctypes: no Python or torch headers are needed."""
+
+    def run(self):
+        """Build; say so if it could not be."""
+        try:
+            super().run()
+        except Exception as error:
+            self.warn(
+                f"the kernels were not built ({error}); moefit computes in torch then, more slowly. "
+                "Install a C++ compiler (Debian: g++) and install moefit again to have them"
+            )
+
+    def get_export_symbols(self, ext):
+        """No module initialiser to export."""
+        return ext.export_symbols
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "moefit.formats._kernels",
+            sources=[f"{CSRC}/{name}.cpp" for name in ("portable", "avx2", "avx512", "experts")],
+            depends=[f"{CSRC}/{name}" for name in ("matrix.h", "kinds.h", "target.h", "plain.inc")],
+            # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fvisibility=default"],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -1,0 +1,45 @@
+// A weight matrix as it lies in a slot, what it is multiplied with, and the operations that every
+// instruction set gives.
+//
+// Rows are output units. A row of a grouped format is G = ceil(cols / 64) groups of 64 weights. Group g
+// takes bits * 8 bytes of `codes`; `meta` has the row's G scales as halves, then, below 8 bits, its G
+// minima. formats/planes.py and formats/matrix.py say the same in tensors, and are what tests compare
+// with.
+#pragma once
+#include <cstdint>
+
+enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };
+
+struct Matrix {
+    const uint8_t *codes;
+    const uint8_t *meta;
+    int64_t rows, cols, kind;
+};
+
+// One token's activations, padded with zeros to whole groups. For integer products also as 15-bit
+// integers 128 * high + low with a scale a group: fine enough that the weights' own rounding is all
+// that is seen.
+struct Input {
+    const float *x;
+    const int8_t *high, *low;
+    const float *scale;  // of the group's integers
+    const float *sum;    // of the group, of what the integers mean
+};
+
+constexpr int64_t GROUP = 64;
+constexpr int64_t TOKENS = 4;  // as many share one pass over the weights
+
+inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
+
+struct Level {
+    // y[t][row] = weights[row] . x[t] for rows first to last - 1 and 1 to TOKENS tokens.
+    void (*dot)(const Matrix &, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y);
+    // One row's weights as float, padding included.
+    void (*decode)(const Matrix &, int64_t row, float *out);
+};
+
+extern const Level PORTABLE;
+#if defined(__x86_64__)
+extern const Level AVX2;
+extern const Level AVX512;  // with VNNI
+#endif

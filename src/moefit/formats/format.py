@@ -1,0 +1,226 @@
+"""The formats in which an expert can lie in memory: its own dtype, or grouped integers.
+
+Owns which of an expert's tensors are encoded, where each part lies in a slot's bytes, and the plain
+computation from each format. Matrices are encoded with rows as output units; vectors (biases) stay
+as they are. Knows nothing of slots, files or which expert is where.
+"""
+
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moefit.errors import ConfigError
+from moefit.formats.encoders import ENCODED_AT_ONCE, Encoder, encode
+from moefit.formats.kernels import Weight, kernels
+from moefit.formats.matrix import GroupedMatrix, codes_bytes, groups_of, meta_bytes, meta_per_group
+from moefit.formats.planes import PLANES
+from moefit.moe.families import Layout, Tensors, TensorSpec
+
+_ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
+Weights = Mapping[str, Weight]
+"""One expert's tensors by short name, some of them encoded."""
+
+
+class Format(Protocol):
+    """How an expert's matrices lie in a slot. Slots of one block may differ in it."""
+
+    @property
+    def name(self) -> str:
+        """As in `--precision`."""
+        ...
+
+    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
+        """Bytes that a slot of this format takes, in whole pages."""
+        ...
+
+    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
+        """The slot's tensors: views into the bytes of its buffer."""
+        ...
+
+    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
+        """Fill bound tensors from an expert's own.
+
+        Raises CheckpointError for weights that the format cannot hold.
+        """
+        ...
+
+    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
+        """One expert's unweighted output y_RD, the plain way."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFormat:
+    """The checkpoint's own dtype, each tensor on a cache line."""
+
+    @property
+    def name(self) -> str:
+        """`native`."""
+        return "native"
+
+    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
+        """The tensors' bytes and what aligning them wastes."""
+        return _pages(sum(_aligned(spec.nbytes) for spec in specs.values()))
+
+    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
+        """One view per tensor."""
+        cut = _Cut(buffer_B)
+        return {
+            short: cut.take(spec.nbytes).view(spec.dtype).view(spec.shape)
+            for short, spec in specs.items()
+        }
+
+    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
+        """A copy."""
+        for short, tensor in native.items():
+            target = weights[short]
+            assert isinstance(target, Tensor)
+            target.copy_(tensor)
+
+    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
+        """The family's own computation."""
+        return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedFormat:
+    """Matrices as integers of `bits` with a scale and a minimum for every 64 of a row."""
+
+    bits: int
+    encoder: Encoder = "fitted"
+
+    @property
+    def name(self) -> str:
+        """`int4`, or `int4-nearest` where the encoder is not the default."""
+        return f"int{self.bits}" if self.encoder == "fitted" else f"int{self.bits}-{self.encoder}"
+
+    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
+        """Codes, scales and minima of the matrices, and the other tensors as they are."""
+        return _pages(sum(self._tensor_bytes(spec) for spec in specs.values()))
+
+    def _tensor_bytes(self, spec: TensorSpec) -> int:
+        if not is_matrix(spec):
+            return _aligned(spec.nbytes)
+        rows, cols = matrix_shape(spec)
+        sizes = codes_bytes(rows, cols, self.bits), meta_bytes(rows, cols, self.bits)
+        return sum(map(_aligned, sizes))
+
+    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
+        """A `GroupedMatrix` per matrix, a view per other tensor."""
+        cut = _Cut(buffer_B)
+        return {
+            short: self._matrix(cut, spec)
+            if is_matrix(spec)
+            else cut.take(spec.nbytes).view(spec.dtype).view(spec.shape)
+            for short, spec in specs.items()
+        }
+
+    def _matrix(self, cut: "_Cut", spec: TensorSpec) -> GroupedMatrix:
+        rows, cols = matrix_shape(spec)
+        codes_B = cut.take(codes_bytes(rows, cols, self.bits))
+        meta_B = cut.take(meta_bytes(rows, cols, self.bits))
+        meta_shape = rows, meta_per_group(self.bits), groups_of(cols)
+        return GroupedMatrix(
+            self.bits, cols, codes_B.view(rows, -1), meta_B.view(torch.float16).view(meta_shape)
+        )
+
+    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
+        """Encode the matrices, copy the rest."""
+        for short, tensor in native.items():
+            target = weights[short]
+            if isinstance(target, Tensor):
+                target.copy_(tensor)
+                continue
+            weight_RC = tensor.T if specs[short].inputs_first else tensor
+            made = encode(weight_RC, self.bits, self.encoder)
+            target.codes_RB.copy_(made.codes_RB)
+            target.meta_RMG.copy_(made.meta_RMG)
+
+    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
+        """Decoded, then the family's own computation."""
+        return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
+
+
+NATIVE = NativeFormat()
+FORMATS: Mapping[str, Format] = {
+    "native": NATIVE,
+    **{f"int{bits}": GroupedFormat(bits) for bits in PLANES if bits > 1},
+    **{f"int{bits}-nearest": GroupedFormat(bits, "nearest") for bits in PLANES if bits > 1},
+}
+
+
+def parse_format(name: str) -> Format:
+    """The format of this name. Raises ConfigError for another, naming the nearest."""
+    if name in FORMATS:
+        return FORMATS[name]
+    digits = re.search(r"\d+", name)
+    widths = sorted(PLANES)
+    nearest = min(widths, key=lambda bits: abs(bits - int(digits[0]))) if digits else 8
+    known = ", ".join(one for one in FORMATS if not one.endswith("nearest"))
+    raise ConfigError(
+        f"precision {name!r} does not exist; there are {known}; nearest: int{nearest}"
+    )
+
+
+def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torch.dtype) -> Tensors:
+    """An expert's tensors as the family computes with them; those encoded are decoded."""
+    return {
+        short: weight if isinstance(weight, Tensor) else _decoded(weight, specs[short], dtype)
+        for short, weight in weights.items()
+    }
+
+
+def _decoded(matrix: GroupedMatrix, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
+    weight_RC = compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
+    return weight_RC.T if spec.inputs_first else weight_RC
+
+
+def is_matrix(spec: TensorSpec) -> bool:
+    """Whether a tensor is one that grouped formats encode."""
+    return len(spec.shape) == 2 and spec.dtype.is_floating_point
+
+
+def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
+    """Output units, input units."""
+    rows, cols = spec.shape
+    return (cols, rows) if spec.inputs_first else (rows, cols)
+
+
+def encoding_bytes(format: Format, specs: Mapping[str, TensorSpec]) -> int:
+    """The most that encoding one expert holds beside its slot: itself, and some rows as float32."""
+    if isinstance(format, NativeFormat):
+        return 0
+    widest = max((matrix_shape(spec)[1] for spec in specs.values() if is_matrix(spec)), default=0)
+    return sum(spec.nbytes for spec in specs.values()) + ENCODED_AT_ONCE * widest * 4 * 8
+
+
+def weights_in(specs: Mapping[str, TensorSpec]) -> int:
+    """Numbers in an expert's matrices."""
+    return sum(prod(spec.shape) for spec in specs.values() if is_matrix(spec))
+
+
+class _Cut:
+    """Parts of a buffer, one after the other, each on a cache line."""
+
+    def __init__(self, buffer_B: Tensor):
+        self._buffer_B, self._at = buffer_B, 0
+
+    def take(self, size: int) -> Tensor:
+        part_B = self._buffer_B[self._at : self._at + size]
+        self._at += _aligned(size)
+        return part_B
+
+
+def _aligned(size: int, to: int = _ALIGNMENT) -> int:
+    return -(-size // to) * to
+
+
+def _pages(size: int) -> int:
+    return _aligned(size, mmap.PAGESIZE)

@@ -1,0 +1,166 @@
+"""The compiled kernels: found, checked and called.
+
+Owns the border to `csrc/`: pointers go in, nothing is kept. Where the library was not built (no
+compiler at installation) `kernels()` is None and everything runs in torch, as the plain way in
+`matrix.py` does. Knows nothing of models or slots.
+
+Shapes: T tokens, D model width, F expert width, I input units, O output units, K chosen per token,
+R routed rows.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from ctypes import POINTER, Structure, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.formats.planes import GROUP
+
+Level = Literal["portable", "avx2", "avx512"]
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
+_NATIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
+Weight = Tensor | GroupedMatrix
+
+
+class _Matrix(Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        ("meta", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("kind", c_int64),
+    )
+
+
+class _Expert(Structure):
+    _fields_ = (("w_in", _Matrix), ("w_out", _Matrix), ("first", c_int64), ("rows", c_int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """An expert's two matrices and what is between them: down(act(gate) * up), or down(act(in))."""
+
+    w_in: Weight
+    w_out: Weight
+    activation: str
+    gated: bool
+
+
+class Kernels:
+    """The library, used at one level of instructions."""
+
+    def __init__(self, library: ctypes.CDLL, level: Level):
+        self._library, self.level = library, level
+        self._level = LEVELS.index(level)
+        library.moefit_linear.argtypes = [
+            c_int64,
+            POINTER(_Matrix),
+            c_void_p,
+            c_int64,
+            c_int64,
+            c_void_p,
+        ]
+        library.moefit_decode.argtypes = [c_int64, POINTER(_Matrix), c_void_p, c_int64]
+        library.moefit_experts.argtypes = [
+            c_int64, POINTER(_Expert), c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
+            c_int64, c_int64, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
+
+    def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+        """x W^T, float32 [T, O]."""
+        x_TP = _padded(x_TI)
+        y_TO = torch.empty(len(x_TP), _rows(weight))
+        matrix = _matrix(weight)
+        self._library.moefit_linear(
+            self._level, matrix, x_TP.data_ptr(), x_TP.shape[1], len(x_TP), y_TO.data_ptr()
+        )
+        return y_TO
+
+    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+        """The weights [O, I]."""
+        half = dtype == torch.bfloat16
+        out = torch.empty(matrix.rows, matrix.cols, dtype=dtype if half else torch.float32)
+        self._library.moefit_decode(self._level, _matrix(matrix), out.data_ptr(), int(half))
+        return out.to(dtype)
+
+    def experts(self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
+
+        Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
+        """
+        x_TP = _padded(x_TD)
+        array = (_Expert * len(mlps))()
+        first = 0
+        for entry, mlp, mine in zip(array, mlps, tokens, strict=True):
+            entry.w_in, entry.w_out = _matrix(mlp.w_in), _matrix(mlp.w_out)
+            entry.first, entry.rows = first, len(mine)
+            first += len(mine)
+        token_R = torch.tensor([token for mine in tokens for token in mine])
+        scratch = groups_of(max(_rows(mlps[0].w_in), _cols(mlps[0].w_out))) * GROUP
+        h_RQ = torch.empty(first, scratch)
+        y_RD = torch.empty(first, _rows(mlps[0].w_out))
+        self._library.moefit_experts(
+            self._level, array, len(mlps), token_R.data_ptr(), x_TP.data_ptr(), *x_TP.shape,
+            h_RQ.data_ptr(), scratch, int(mlps[0].gated),
+            ACTIVATIONS.index(mlps[0].activation), int(x_TD.dtype == torch.bfloat16),
+            y_RD.data_ptr(),
+        )  # fmt: skip
+        return y_RD
+
+
+@cache
+def kernels(level: str | None = None) -> Kernels | None:
+    """The compiled kernels at `level`, or at the best that this processor has; None without.
+
+    The environment variable MOEFIT_KERNELS holds a level, or `torch` for none.
+    """
+    wanted = level or os.environ.get(SWITCH, LEVELS[-1])
+    library = _library() if wanted in LEVELS else None
+    if library is None:
+        return None
+    best = int(library.moefit_best_level())
+    return Kernels(library, LEVELS[min(best, LEVELS.index(cast(Level, wanted)))])
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        with suppress(OSError):  # built for another system
+            library = ctypes.CDLL(str(path))
+            library.moefit_best_level.restype = c_int64
+            return library
+    return None
+
+
+def _padded(x_TI: Tensor) -> Tensor:
+    """Float32 tokens with zeros to whole groups."""
+    width = x_TI.shape[1]
+    return F.pad(x_TI.float(), (0, groups_of(width) * GROUP - width)).contiguous()
+
+
+def _rows(weight: Weight) -> int:
+    return weight.rows if isinstance(weight, GroupedMatrix) else weight.shape[0]
+
+
+def _cols(weight: Weight) -> int:
+    return weight.cols if isinstance(weight, GroupedMatrix) else weight.shape[1]
+
+
+def _matrix(weight: Weight) -> _Matrix:
+    if isinstance(weight, GroupedMatrix):
+        assert weight.codes_RB.is_contiguous() and weight.meta_RMG.is_contiguous()
+        codes, meta = weight.codes_RB.data_ptr(), weight.meta_RMG.data_ptr()
+        return _Matrix(codes, meta, weight.rows, weight.cols, weight.bits)
+    assert weight.is_contiguous()
+    return _Matrix(weight.data_ptr(), None, *weight.shape, _NATIVE[weight.dtype])

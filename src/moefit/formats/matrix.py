@@ -1,0 +1,72 @@
+"""A weight matrix of small integers with a scale and a minimum for every 64 of a row.
+
+Owns its shape in bytes and its decoding, which says what the kernels must compute. Rows are output
+units. A row that is no multiple of 64 long is padded; padding decodes to whatever, and is cut off.
+
+Shapes: R rows, C columns, G groups a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefit.formats.planes import GROUP, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedMatrix:
+    """weight = scale * code + minimum; with 8 bits, weight = scale * (code - 128).
+
+    codes_RB: uint8 [R, G * bits * 8]. meta_RMG: float16 [R, 2, G], scales and then minima;
+    [R, 1, G] with 8 bits.
+    """
+
+    bits: int
+    cols: int
+    codes_RB: Tensor
+    meta_RMG: Tensor
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return len(self.codes_RB)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [R, C]: the plain way, which every kernel is compared with."""
+        groups = groups_of(self.cols)
+        codes = unpack(self.codes_RB.reshape(self.rows * groups, -1), self.bits)
+        code_RGI = codes.view(self.rows, groups, GROUP).float()
+        scale_RG1 = self.meta_RMG[:, 0, :, None].float()
+        least_RG1 = -128 * scale_RG1 if self.bits == 8 else self.meta_RMG[:, 1, :, None].float()
+        value_RGI = code_RGI * scale_RG1 + least_RG1
+        return value_RGI.flatten(1)[:, : self.cols].to(dtype)
+
+
+def groups_of(cols: int) -> int:
+    """G."""
+    return -(-cols // GROUP)
+
+
+def meta_per_group(bits: int) -> int:
+    """Numbers of 16 bits beside each group's codes."""
+    return 1 if bits == 8 else 2
+
+
+def codes_bytes(rows: int, cols: int, bits: int) -> int:
+    """Bytes of the codes of a matrix."""
+    return rows * groups_of(cols) * bits * GROUP // 8
+
+
+def meta_bytes(rows: int, cols: int, bits: int) -> int:
+    """Bytes of the scales and minima of a matrix."""
+    return rows * groups_of(cols) * meta_per_group(bits) * 2
+
+
+def bits_per_weight(bits: int) -> float:
+    """What a weight takes, scales included.
+
+    >>> bits_per_weight(4), bits_per_weight(8)
+    (4.5, 8.25)
+    """
+    return bits + meta_per_group(bits) * 16 / GROUP

@@ -1,0 +1,67 @@
+"""Many experts in one call of the compiled kernels, straight from slots of any format.
+
+Owns when that is possible and pays: on a CPU, for experts that are two matrices and a known
+activation, over few tokens each. Otherwise experts are computed one by one in torch. float32 experts
+alone stay with torch, whose own products read memory as fast and equal transformers' bit for bit.
+
+Shapes: T tokens, D model width, K chosen per token, R routed rows.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from moefit.formats.format import NativeFormat
+from moefit.formats.kernels import Kernels, Mlp, kernels
+from moefit.moe.families import Layout
+from moefit.serve.slots import Slot
+
+FEW = 16  # tokens of one expert; above, decoding it once and multiplying in torch is faster
+
+
+class FusedExperts:
+    """The kernels' side of one block."""
+
+    def __init__(self, layout: Layout, compiled: Kernels):
+        assert layout.mlp is not None
+        self._layout, self._shape, self._kernels = layout, layout.mlp, compiled
+
+    def pays(self, x_TD: Tensor, slots: Collection[Slot]) -> bool:
+        """Whether a step over these slots is to go this way."""
+        return x_TD.device.type == "cpu" and any(map(self._quicker, slots))
+
+    def _quicker(self, slot: Slot) -> bool:
+        if not isinstance(slot.format, NativeFormat):
+            return True
+        return self._layout.specs[self._shape.w_in].dtype in (torch.bfloat16, torch.float16)
+
+    def outputs(
+        self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
+    ) -> None:
+        """Fill y_RD for experts given as slot and rows of the flattened choice."""
+        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= FEW]
+        if few:
+            tokens = [(rows_R // num_choices).tolist() for _, rows_R in few]
+            made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
+            y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
+        for slot, rows_R in batch:
+            if len(rows_R) > FEW:
+                x_RD = x_TD[rows_R // num_choices]
+                made_RD = slot.format.output(self._layout, slot.tensors, x_RD)
+                y_RD[rows_R] = made_RD.to(y_RD.dtype)
+
+    def _mlp(self, slot: Slot) -> Mlp:
+        shape = self._shape
+        return Mlp(
+            w_in=slot.tensors[shape.w_in],
+            w_out=slot.tensors[shape.w_out],
+            activation=shape.activation,
+            gated=shape.gated,
+        )
+
+
+def fused_experts(layout: Layout) -> FusedExperts | None:
+    """The kernels' side of a block; None if there are no kernels, or none for such experts."""
+    compiled = kernels()
+    return FusedExperts(layout, compiled) if compiled and layout.mlp else None
