@@ -37,7 +37,9 @@ def model(family: str) -> Any:
 
 
 @contextmanager
-def serving(folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | None = None):
+def serving(
+    folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | None = None, **how: Any
+):
     """On a CPU, but as on a GPU: with so many experts' room in a tier of host memory."""
     own = loading.ledger
 
@@ -46,7 +48,7 @@ def serving(folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | 
         return replace(budget, host=places * max(block.slot_bytes for block in budget.blocks))
 
     monkeypatch.setattr(loading, "ledger", with_host)
-    with reading_through(disk or Disk()), load(folder, LoadSettings(context=64)) as served:
+    with reading_through(disk or Disk()), load(folder, LoadSettings(context=64, **how)) as served:
         served.set_memory(with_slots(served, slots))
         yield served
         served.check()
@@ -118,6 +120,21 @@ def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monk
         served.check()
         disk.failures = 0
         assert generated(served) == generated(model("Mixtral"))
+
+
+def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
+    with load(folders("Mixtral"), LoadSettings(context=64, precision="int4")) as served:
+        expected = generated(served)
+    with serving(folders("Mixtral"), monkeypatch, slots=2, places=3, precision="int4") as served:
+        assert generated(served) == expected
+    auto = {"precision": "auto", "memory": "8GiB"}
+    with serving(folders("Mixtral"), monkeypatch, slots=8, places=9, **auto) as served:
+        generated(served)
+        served.set_memory("8GiB")
+        for _ in range(3):
+            generated(served)
+            served.check()
+        assert served.report()["host_reads"] > 16, "experts came again, in other formats"
 
 
 def test_on_a_cpu_there_is_no_tier(folders) -> None:

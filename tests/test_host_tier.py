@@ -19,7 +19,7 @@ from tiny_served import (
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.format import NativeFormat
+from moefit.formats.format import FORMATS, NativeFormat
 from moefit.serve.copies import CpuCopies
 from moefit.serve.host_tier import HostTier
 from moefit.serve.skeleton import build
@@ -72,19 +72,20 @@ def holds(slot: Slot, expert: int) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("places", [1, 3, 100])
+@pytest.mark.parametrize(("precision", "places"), [("native", 1), ("native", 100), ("int4", 3)])
 def test_slots_get_the_same_bytes_as_from_the_store_alone(
-    tmp_path: Path, family: str, places: int
+    tmp_path: Path, family: str, precision: str, places: int
 ) -> None:
+    format = FORMATS[precision]
     skeleton = build(saved(tiny(family), tmp_path))
-    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
-    specs = {block.name: block.layout.specs for block in skeleton.blocks}
-    limit = places * max(NativeFormat().nbytes(one) for one in specs.values())
+    blocks = {block.name: block for block in skeleton.blocks}
+    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
+    limit = places * max(format.nbytes(block.layout.specs) for block in skeleton.blocks)
     tier = HostTier(store, CpuCopies(), limit=limit)
     wanted = [(block.name, expert) for block in skeleton.blocks for expert in range(8)] * 2
     random.Random(0).shuffle(wanted)
     for block, expert in wanted:
-        alone, through = (allocate(NativeFormat(), specs[block], CPU) for _ in range(2))
+        alone, through = (allocate(format, blocks[block].layout.specs, CPU) for _ in range(2))
         store.read(block, expert, alone)
         tier.read(block, expert, through)
         assert torch.equal(alone.buffer_B, through.buffer_B)
@@ -96,6 +97,26 @@ def test_slots_get_the_same_bytes_as_from_the_store_alone(
         assert report["host_reads"] == len(wanted) / 2
     tier.close()
     store.close()
+
+
+class Namer:
+    """A store whose experts are nothing but their number, and 100 more if native."""
+
+    def read(self, block: str, expert: int, into: Slot) -> None:
+        into.buffer_B.fill_(expert + 100 * (into.format.name == "native"))
+
+
+def test_one_expert_in_two_formats_is_two_things(engine) -> None:
+    specs = mixtral_block()[0].layout.specs
+    native, packed = (allocate(FORMATS[name], specs, CPU) for name in ("native", "int4"))
+    assert packed.nbytes < native.nbytes
+    tier = HostTier(Namer(), engine, limit=native.nbytes + packed.nbytes)
+    for expert in (3, 3, 4, 3):
+        for slot, value in ((native, 100 + expert), (packed, expert)):
+            tier.read(BLOCK, expert, slot)
+            assert bool((slot.buffer_B == value).all())
+            tier.check()
+            assert tier.report()["host_bytes"] <= native.nbytes + packed.nbytes
 
 
 def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> None:

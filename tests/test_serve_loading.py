@@ -214,6 +214,9 @@ def test_host_memory_is_a_buffer_a_reader_unless_given(folder: Path) -> None:
     assert floor_of(folder, device="cuda", host_memory=slot).host == slot
     with pytest.raises(ConfigError, match="is not a size"):
         floor_of(folder, device="cuda", host_memory="lots")
+    packed = floor_of(folder, device="cuda", precision="int4")
+    assert packed.host == packed.blocks[0].slot_bytes * (4 + BACKGROUND_READERS) < 6 * slot
+    assert floor_of(folder, device="cuda", precision="auto").host == 6 * slot, "the largest format"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

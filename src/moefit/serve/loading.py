@@ -177,13 +177,15 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
     device = planned_device(settings.device)
     config = skeleton.model.config
     context = _context(config, settings.context)
-    format, readers = settings.format(), settings.readers + BACKGROUND_READERS
+    format = settings.format()
     own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
     sizes = [slot_bytes(size, device) for size in own]
     encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
-    upgrades = 0
+    largest, upgrades = max(own), 0
     if settings.precision == AUTO_PRECISION:
-        upgrades = AT_ONCE * max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
+        largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
+        upgrades = AT_ONCE * slot_bytes(largest, device)
+    on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
     weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
     if (rest := settings.rest_format()) is not None:
@@ -196,11 +198,9 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
-        + (readers * (store.staging_bytes + encoding) if device.type == "cpu" else 0)
+        + (0 if on_gpu else readers * (store.staging_bytes + encoding))  # made in host memory
         + upgrades,
-        host=None
-        if device.type == "cpu"
-        else host_limit(settings.host_memory, largest=max(own), readers=readers),
+        host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
