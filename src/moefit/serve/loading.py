@@ -197,6 +197,7 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
         + (readers * (store.staging_bytes + encoding) if device.type == "cpu" else 0)
+        + encoding  # of the one that a step of many tokens decodes
         + upgrades,
         host=None
         if device.type == "cpu"
