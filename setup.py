@@ -18,8 +18,8 @@ class BuildKernels(build_ext):
             super().run()
         except Exception as error:
             self.warn(
-                f"the kernels were not built ({error}); moefit computes in torch then, more slowly. "
-                "Install a C++ compiler (Debian: g++) and install moefit again to have them"
+                f"the kernels were not built ({error}); moefit computes in torch then, more slowly."
+                " Install a C++ compiler (Debian: g++) and install moefit again to have them"
             )
 
     def get_export_symbols(self, ext):

@@ -19,7 +19,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "identity": lambda x: x,
 }
-_EXAMPLE = torch.linspace(-12, 12, 192).view(2, 96)
+_EXAMPLE = torch.stack(  # gates and ups of both signs and all sizes together, beyond any clamp
+    [torch.linspace(-12, 12, 192), torch.linspace(-12, 12, 192) ** 3]
+)[:, torch.arange(192) * 37 % 192]
 
 
 def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str | None:
