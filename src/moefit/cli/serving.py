@@ -13,6 +13,7 @@ from rich.table import Table
 from moefit.api import load
 from moefit.cli.app import console
 from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
 
@@ -106,7 +107,7 @@ def _summary(served: ServedModel) -> str:
     room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}"
+        f"mode {report['mode']}, computed by {status()}"
     )
 
 

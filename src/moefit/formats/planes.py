@@ -40,7 +40,7 @@ def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
 
 
 def _pack_fields(field_NG: Tensor, width: int) -> Tensor:
-    shares = field_NG.view(len(field_NG), 8 // width, -1).unbind(1)
+    shares = field_NG.view(len(field_NG), 8 // width, width * 8).unbind(1)
     packed_NB = torch.zeros_like(shares[0])
     for place, share_NB in enumerate(shares):
         packed_NB |= share_NB << place * width

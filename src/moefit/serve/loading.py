@@ -199,6 +199,7 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
         + (0 if on_gpu else readers * (store.staging_bytes + encoding))  # made in host memory
+        + encoding  # of the one that a step of many tokens decodes
         + upgrades,
         host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(

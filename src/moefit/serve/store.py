@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moefit.checkpoint import Checkpoint
+from moefit.errors import CheckpointError
 from moefit.formats.format import NativeFormat, Weights
 from moefit.moe.families import MoeBlock
 from moefit.serve.slots import Slot, bytes_of
@@ -63,7 +64,10 @@ class ExpertStore:
             specs = self._blocks[block].layout.specs
             native = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
             self._read_native(source, native)
-            into.format.write(into.tensors, native, specs)
+            try:
+                into.format.write(into.tensors, native, specs)
+            except CheckpointError as error:
+                raise CheckpointError(f"{block}, expert {expert}, {error}") from error
         with self._lock:
             self._bytes_read += source.nbytes
 
