@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json
 from moefit.cli.serving import (
+    NATIVE_PRECISION,
     BaselineName,
     Bound,
     Context,
     Memory,
     ModeOption,
+    Precision,
     Prefill,
     Serving,
     ledger_table,
@@ -63,6 +65,7 @@ def evaluate(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -79,6 +82,7 @@ def evaluate(
         mode=mode,
         prefill=prefill,
         bound=bound,
+        precision=precision,
         context=context,
         device=device,
         dtype=dtype.torch if dtype else None,
@@ -168,6 +172,7 @@ def generate(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
@@ -178,7 +183,13 @@ def generate(
     sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
     serving = Serving(
-        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+        memory=memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        precision=precision,
+        context=context,
+        device=device,
     )
     if serving.wanted:
         with serving.load(model) as served:
@@ -211,17 +222,20 @@ def _continues(model: Any) -> bool:
     return not model.config.is_encoder_decoder
 
 
-@app.command(help="Parameters, bytes and FLOPs of a model; with --memory the memory ledger.")
+@app.command(
+    help="Parameters, bytes and FLOPs of a model; with --memory or --precision the ledger."
+)
 def describe(
     model: Annotated[
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     memory: Memory = None,
+    precision: Precision = NATIVE_PRECISION,
     context: Context = 2048,
     as_json: Json = False,
 ) -> None:
     """Allocates no weights."""
-    if memory is None and _is_ours(model):
+    if memory is None and precision == NATIVE_PRECISION and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
             print_json(card.as_dict())
@@ -230,18 +244,21 @@ def describe(
         return
     if model in preset_names():
         raise ConfigError(
-            f"{model} is a preset without a checkpoint; --memory needs a model folder"
+            f"{model} is a preset without a checkpoint; --memory and --precision need a model's "
+            "folder"
         )
     skeleton = build(folder_of(model))
-    settings = LoadSettings(memory=memory, context=context)
+    settings = LoadSettings(memory=memory, precision=precision, context=context)
+    settings.check()
     budget = ledger(skeleton, settings)
     counts = budget.slots()  # refuses a budget below the floor
     if as_json:
         slots = {block.name: n for block, n in zip(budget.blocks, counts, strict=True)}
-        print_json({**budget.as_dict(), "slots": slots})
+        print_json({**budget.as_dict(), "precision": precision, "slots": slots})
         return
     given = "everything resident" if memory is None else memory
-    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}) in {given}"
+    experts = "" if precision == NATIVE_PRECISION else f", experts in {precision}"
+    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}{experts}) in {given}"
     Console().print(ledger_table(budget, title))
 
 
@@ -264,6 +281,7 @@ def bench(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -274,7 +292,13 @@ def bench(
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
     serving = Serving(
-        memory=memory, mode=mode, prefill=prefill, bound=bound, context=context, device=device
+        memory=memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        precision=precision,
+        context=context,
+        device=device,
     )
     with serving.load(model, eviction=eviction) as served:
         bandwidth = measure_bandwidth(served.folder)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefit.errors import ConfigError
+from moefit.errors import CheckpointError, ConfigError
 from moefit.formats.encoders import ENCODED_AT_ONCE, Encoder, encode
 from moefit.formats.kernels import Weight, kernels
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, groups_of, meta_bytes, meta_per_group
@@ -138,7 +138,10 @@ class GroupedFormat:
                 target.copy_(tensor)
                 continue
             weight_RC = tensor.T if specs[short].inputs_first else tensor
-            made = encode(weight_RC, self.bits, self.encoder)
+            try:
+                made = encode(weight_RC, self.bits, self.encoder)
+            except CheckpointError as error:
+                raise CheckpointError(f"{short}: {error}") from error
             target.codes_RB.copy_(made.codes_RB)
             target.meta_RMG.copy_(made.meta_RMG)
 

@@ -22,6 +22,7 @@ from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ledger import kv_bytes_per_token, process_bytes, weight_bytes, workspace_bytes
 from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
 from moefit.serve.served import ServedModel, ServedParts, grow
@@ -80,12 +81,14 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     device = parse_device(settings.device)
     settings.check()
     skeleton = build(Path(folder), settings.dtype)
-    budget = ledger(skeleton, settings)
+    packed = open_packed(skeleton, [parse_format(settings.precision)])
+    budget = ledger(skeleton, settings, packed)
     counts = budget.slots()
     store = ExpertStore(
         skeleton.checkpoint,
         skeleton.map.experts,
         {block.name: block for block in skeleton.blocks},
+        packed,
     )
     live = Live(
         policy=Policy(),
@@ -119,14 +122,20 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     return served
 
 
-def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
-    """What goes where, before anything is loaded."""
+def ledger(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore | None = None
+) -> MemoryBudget:
+    """What goes where, before anything is loaded. packed None: what there is."""
     config = skeleton.model.config
     context = _context(config, settings.context)
     format = parse_format(settings.precision)
     sizes = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
-    encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
-    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
+    packed = packed or open_packed(skeleton, [format])
+    unpacked = {b.name: b for b in skeleton.blocks if not packed.has(b.name, format)}
+    encoding = max((encoding_bytes(format, b.layout.specs) for b in unpacked.values()), default=0)
+    store = ExpertStore(
+        skeleton.checkpoint, {name: skeleton.map.experts[name] for name in unpacked}, unpacked
+    )
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=process_bytes(),

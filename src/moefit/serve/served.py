@@ -175,6 +175,8 @@ class ServedModel:
                 "slots": {name: one.residency.number for name, one in self.blocks.items()},
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
                 "resident": resident,
+                "experts_from": self._store.source({n: b.format for n, b in self.blocks.items()}),
+                "packed_ignored": list(self._store.packed.ignored),
                 "bytes_read": self._store.bytes_read,
                 **self._live.counters.as_dict(),
             }
