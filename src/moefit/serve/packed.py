@@ -76,12 +76,10 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
     ignored: list[str] = []
     for format in wanted:
         for index, block in enumerate(skeleton.blocks):
-            path = place.path(format, index)
-            if not path.is_file():
-                continue
             try:
-                files[block.name, format.name] = place.open(format, index)
-            except CheckpointError as error:
+                if place.path(format, index).is_file():
+                    files[block.name, format.name] = place.open(format, index)
+            except (CheckpointError, OSError) as error:  # such as a folder that may not be read
                 ignored.append(str(error))
     if not files and not ignored:
         ignored = outdated(place)
@@ -148,7 +146,7 @@ def outdated(place: PackedPlace) -> list[str]:
         first = next(folder.glob("*/block-*.safetensors"), None)
         if folder == place.folder or first is None:
             continue
-        with suppress(CheckpointError):
+        with suppress(CheckpointError, OSError):
             facts = read_packed(first).facts
             if facts.source == place.source and facts.fingerprint != place.fingerprint:
                 remarks.append(
