@@ -89,6 +89,28 @@ def test_describe_reckons_with_a_gpu_and_its_host_memory(saved):
     assert "host memory, beside the budget" in run(*asked).stdout
 
 
+def test_describe_in_a_precision_is_the_ledger(saved):
+    native, int4 = (
+        json.loads(run("describe", saved, "--precision", name, "--memory", "9GiB", "--json").stdout)
+        for name in ("native", "int4")
+    )
+    assert (native["precision"], int4["precision"]) == ("native", "int4")
+    assert "experts in int4" in run("describe", saved, "--precision", "int4").stdout
+
+
+def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ("generate", saved, "some", "--max-new-tokens", "2", "--precision", "int4")
+    told = run(*command)
+    assert "experts in int4, encoded while reading" in told.stderr
+    advice = told.stderr.split("run: moefit ")[1].split("\n")[0]
+    assert advice == f"pack {saved} --formats int4"
+    run(*advice.split())
+    after = run(*command)
+    assert "experts in int4, packed" in after.stderr and "note:" not in after.stderr
+    assert after.stdout == told.stdout
+
+
 def test_export(saved, tmp_path):
     run("export", saved, str(tmp_path / "olmoe"), "--experts-per-token", "2")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
@@ -156,6 +178,9 @@ def test_version():
         (["describe", "DAMAGED"], "config.json cannot be read"),
         (["eval", "MODEL", "--device", "foo"], "device='foo' is not to be had here"),
         (["generate", "MODEL", "some", "--device", "cuda:99"], "device='cuda:99' is not to be had"),
+        (["describe", "MODEL", "--precision", "int9"], "'int9' does not exist"),
+        (["generate", "MODEL", "some", "--precision", "int1"], "nearest: int2"),
+        (["describe", "dsmoe-3b", "--precision", "int4"], "is a preset without a checkpoint"),
         (["train", "steps=-1"], "steps"),
         (["train", "data.sources=[/no/such/folder]"], "does not exist"),
         (["train", "no-such.yaml"], "cannot read the configuration"),

@@ -4,6 +4,7 @@ import sys
 import pytest
 import yaml
 
+from moefit import folders
 from moefit.errors import CheckpointError, ConfigError
 from moefit.train import folder
 from moefit.train.config import make_config
@@ -44,7 +45,7 @@ def test_another_process_has_the_folder_until_it_is_killed(out):
 
 
 def test_without_locks_one_trains_all_the_same(out, monkeypatch):
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(folders, "fcntl", None)
     with folder.locked(out), folder.locked(out):
         assert out.is_dir()
 

@@ -86,24 +86,13 @@ def pread(descriptor: int, buffer: memoryview, offset: int) -> int:
     return os.preadv(descriptor, [buffer], offset)
 
 
-class Checkpoint:
-    """An opened folder of safetensors files. Thread-safe; close it, or use it in a `with`.
+class SpanReader:
+    """Reads spans; opens each file once and keeps it open. Thread-safe."""
 
-    Raises CheckpointError if the folder has no safetensors, or a shard is missing or damaged.
-    """
-
-    def __init__(self, folder: Path, *, read: Read = pread):
-        self.folder = folder
-        self.spans: Mapping[str, Span] = dict(_all_spans(folder))
+    def __init__(self, read: Read = pread):
         self._read = read
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all files."""
@@ -131,14 +120,6 @@ class Checkpoint:
                     ) from error
                 time.sleep(0.01 * 4**attempt)
 
-    def tensor(self, span: Span) -> Tensor:
-        """The tensor in memory of its own."""
-        data = torch.empty(span.nbytes, dtype=torch.uint8)
-        if span.nbytes:
-            array: Any = data.numpy()
-            self.read_into(span, memoryview(array))
-        return data.view(span.dtype).view(span.shape)
-
     def _fill(self, descriptor: int, buffer: memoryview, span: Span) -> None:
         done = 0
         while done < span.nbytes:
@@ -156,6 +137,40 @@ class Checkpoint:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
                 os.posix_fadvise(self._descriptors[path], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[path]
+
+
+class Checkpoint:
+    """An opened folder of safetensors files. Thread-safe; close it, or use it in a `with`.
+
+    Raises CheckpointError if the folder has no safetensors, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, read: Read = pread):
+        self.folder = folder
+        self.spans: Mapping[str, Span] = dict(_all_spans(folder))
+        self._reader = SpanReader(read)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def read_into(self, span: Span, buffer: memoryview) -> None:
+        """As `SpanReader.read_into`."""
+        self._reader.read_into(span, buffer)
+
+    def tensor(self, span: Span) -> Tensor:
+        """The tensor in memory of its own."""
+        data = torch.empty(span.nbytes, dtype=torch.uint8)
+        if span.nbytes:
+            array: Any = data.numpy()
+            self.read_into(span, memoryview(array))
+        return data.view(span.dtype).view(span.shape)
 
 
 class LazyTensor:
@@ -184,7 +199,7 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
                 f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be "
                 "read in place (transformers' save_pretrained writes them)"
             )
-        yield from ((span.name, span) for span in _file_spans(folder / SINGLE))
+        yield from ((span.name, span) for span in read_header(folder / SINGLE)[1])
         return
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -198,7 +213,7 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
             f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:3])}); "
             "copy or download them again"
         )
-    found = {span.name: span for shard in shards for span in _file_spans(folder / shard)}
+    found = {span.name: span for shard in shards for span in read_header(folder / shard)[1]}
     if absent := sorted(set(weight_map) - set(found)):
         raise CheckpointError(
             f"{INDEX} names {len(absent)} tensors that its shards lack ({', '.join(absent[:3])})"
@@ -206,7 +221,11 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
     yield from found.items()
 
 
-def _file_spans(path: Path) -> Iterator[Span]:
+def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
+    """A safetensors file's own remarks, and where its tensors are.
+
+    Raises CheckpointError for a file that is damaged or cut short.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -214,7 +233,7 @@ def _file_spans(path: Path) -> Iterator[Span]:
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"its header would have {length:,} bytes")
             header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        remarks: dict[str, Any] = header.pop("__metadata__", None) or {}
         spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
     except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
@@ -224,7 +243,7 @@ def _file_spans(path: Path) -> Iterator[Span]:
             f"{path} is cut short: {size:,} bytes, but its tensors end at {end:,}; "
             "copy or download it again"
         )
-    yield from spans
+    return remarks, spans
 
 
 def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:

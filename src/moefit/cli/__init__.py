@@ -1,6 +1,6 @@
 """The command line: parse, call, print."""
 
-from moefit.cli import models, training
+from moefit.cli import models, packing, training
 from moefit.cli.app import app, main
 
-__all__ = ["app", "main", "models", "training"]
+__all__ = ["app", "main", "models", "packing", "training"]

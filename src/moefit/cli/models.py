@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json
 from moefit.cli.serving import (
+    NATIVE_PRECISION,
     BaselineName,
     Bound,
     Context,
     HostMemory,
     Memory,
     ModeOption,
+    Precision,
     Prefill,
     Serving,
     ledger_table,
@@ -65,6 +67,7 @@ def evaluate(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -82,6 +85,7 @@ def evaluate(
         mode=mode,
         prefill=prefill,
         bound=bound,
+        precision=precision,
         context=context,
         device=device,
         dtype=dtype.torch if dtype else None,
@@ -172,6 +176,7 @@ def generate(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
@@ -187,6 +192,7 @@ def generate(
         mode=mode,
         prefill=prefill,
         bound=bound,
+        precision=precision,
         context=context,
         device=device,
     )
@@ -221,21 +227,27 @@ def _continues(model: Any) -> bool:
     return not model.config.is_encoder_decoder
 
 
-@app.command(help="Parameters, bytes and FLOPs of a model; with --memory the memory ledger.")
+@app.command(
+    help="Parameters, bytes and FLOPs of a model; with --memory or --precision the ledger."
+)
 def describe(
     model: Annotated[
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     memory: Memory = None,
     host_memory: HostMemory = None,
+    precision: Precision = NATIVE_PRECISION,
     context: Context = 2048,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
-    settings = LoadSettings(memory=memory, host_memory=host_memory, context=context, device=device)
+    settings = LoadSettings(
+        memory=memory, host_memory=host_memory, precision=precision, context=context, device=device
+    )
     settings.check()
-    if memory is host_memory is None and device == "cpu" and _is_ours(model):
+    plain = memory is host_memory is None and device == "cpu" and precision == NATIVE_PRECISION
+    if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
             print_json(card.as_dict())
@@ -244,17 +256,19 @@ def describe(
         return
     if model in preset_names():
         raise ConfigError(
-            f"{model} is a preset without a checkpoint; --memory needs a model folder"
+            f"{model} is a preset without a checkpoint; --memory and --precision need a model's "
+            "folder"
         )
     skeleton = build(folder_of(model))
     budget = ledger(skeleton, settings)
     counts = budget.slots()  # refuses a budget below the floor
     if as_json:
         slots = {block.name: n for block, n in zip(budget.blocks, counts, strict=True)}
-        print_json({**budget.as_dict(), "slots": slots})
+        print_json({**budget.as_dict(), "precision": precision, "slots": slots})
         return
     given = "everything resident" if memory is None else memory
-    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}) in {given}"
+    experts = "" if precision == NATIVE_PRECISION else f", experts in {precision}"
+    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}{experts}) in {given}"
     Console().print(ledger_table(budget, title))
 
 
@@ -278,6 +292,7 @@ def bench(
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -293,6 +308,7 @@ def bench(
         mode=mode,
         prefill=prefill,
         bound=bound,
+        precision=precision,
         context=context,
         device=device,
     )

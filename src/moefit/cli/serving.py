@@ -1,5 +1,6 @@
 """Options of commands that serve a model inside a memory budget, and what those commands print."""
 
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefit.api import load
-from moefit.cli.app import console
+from moefit.cli.app import console, say
 from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.formats.format import FORMATS
 from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
@@ -58,6 +60,14 @@ Prefill = Annotated[
 Bound = Annotated[
     float, typer.Option(min=0, max=1, help="bounded: share of router weight that may go elsewhere")
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="format of experts in memory: "
+        + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
+    ),
+]
+NATIVE_PRECISION = "native"
 Context = Annotated[int, typer.Option(min=1, help="tokens that the KV cache is reserved for")]
 
 
@@ -72,12 +82,14 @@ class Serving:
     bound: float
     context: int
     device: str
+    precision: str = NATIVE_PRECISION
     dtype: torch.dtype | None = None
 
     @property
     def wanted(self) -> bool:
-        """Whether anything asks for a budget or a mode."""
-        return not (self.memory is self.host_memory is self.mode is None)
+        """Whether anything asks for a budget, a mode or a format."""
+        asked = not (self.memory is self.host_memory is self.mode is None)
+        return asked or self.precision != NATIVE_PRECISION
 
     def load(self, model: str, **settings: Any) -> ServedModel:
         """Load and say what it takes; `settings` as of `moefit.load`."""
@@ -92,22 +104,33 @@ class Serving:
                 mode=(self.mode or ModeName.exact).value,
                 device=self.device,
                 context=self.context,
+                precision=self.precision,
                 dtype=self.dtype,
                 **policy,
                 **settings,
             )
-        console.print(_summary(served), markup=False, soft_wrap=True)
+        say(_summary(served, self.precision))
+        for remark in served.report()["packed_ignored"][:3]:
+            say(f"note: {remark}")
+        if "encoded" in served.report()["experts_from"]:
+            dtype = f" --dtype {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
+            say(
+                "note: experts are encoded each time they are read; faster once you have run: "
+                f"moefit pack {shlex.quote(model)} --formats {self.precision}{dtype}"
+            )
         return served
 
 
-def _summary(served: ServedModel) -> str:
+def _summary(served: ServedModel, precision: str) -> str:
     report = served.report()
     slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
     total = served.budget.total
     room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
+    native = precision == NATIVE_PRECISION
+    lying = "" if native else f", experts in {precision}, {report['experts_from']}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}, computed by {status()}"
+        f"mode {report['mode']}{lying}, computed by {status()}"
     )
 
 

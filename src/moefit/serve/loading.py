@@ -36,6 +36,7 @@ from moefit.serve.ledger import (
     workspace_bytes,
 )
 from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest, saved_bytes
@@ -111,6 +112,11 @@ class LoadSettings:
         """Of every slot; of `auto`, where they begin."""
         return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
 
+    def formats(self) -> list[Format]:
+        """All that a slot may come to have."""
+        names = AUTO if self.precision == AUTO_PRECISION else (self.precision,)
+        return [parse_format(name) for name in names]
+
 
 def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
     """Load a model inside a budget. Keyword arguments are settings of `Policy`.
@@ -122,13 +128,15 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     device = parse_device(settings.device)
     settings.check()
     skeleton = build(Path(folder), settings.dtype)
-    budget = ledger(skeleton, settings)
+    packed = open_packed(skeleton, settings.formats())
+    budget = ledger(skeleton, settings, packed)
     counts = budget.slots()
     _refuse_encoding(skeleton, settings, budget)
     store = ExpertStore(
         skeleton.checkpoint,
         skeleton.map.experts,
         {block.name: block for block in skeleton.blocks},
+        packed,
     )
     engine = CudaCopies(device) if device.type == "cuda" else CpuCopies()
     tier = None if budget.host is None else HostTier(store, engine, limit=budget.host)
@@ -172,21 +180,41 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     return served
 
 
-def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
-    """What goes where, before anything is loaded. A GPU that is not here can be reckoned with."""
+def ledger(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore | None = None
+) -> MemoryBudget:
+    """What goes where, before anything is loaded. packed None: what there is.
+
+    A GPU that is not here can be reckoned with.
+    """
     device = planned_device(settings.device)
     config = skeleton.model.config
     context = _context(config, settings.context)
     format = settings.format()
     own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
     sizes = [slot_bytes(size, device) for size in own]
-    encoding = max(encoding_bytes(format, block.layout.specs) for block in skeleton.blocks)
     largest, upgrades = max(own), 0
     if settings.precision == AUTO_PRECISION:
         largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
         upgrades = AT_ONCE * slot_bytes(largest, device)
     on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
-    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
+    formats = settings.formats()
+    packed = packed or open_packed(skeleton, formats)
+    unpacked = {
+        b.name: b for b in skeleton.blocks if not all(packed.has(b.name, one) for one in formats)
+    }
+    encoding = max(
+        (
+            encoding_bytes(one, b.layout.specs)
+            for b in unpacked.values()
+            for one in formats
+            if not packed.has(b.name, one)
+        ),
+        default=0,
+    )
+    store = ExpertStore(
+        skeleton.checkpoint, {name: skeleton.map.experts[name] for name in unpacked}, unpacked
+    )
     weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
     if (rest := settings.rest_format()) is not None:
         weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)

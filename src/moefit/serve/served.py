@@ -211,6 +211,8 @@ class ServedModel:
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
                 "formats": {name: _formats(one) for name, one in self.blocks.items()},
                 "resident": resident,
+                "experts_from": self._store.source({n: b.format for n, b in self.blocks.items()}),
+                "packed_ignored": list(self._store.packed.ignored),
                 "bytes_read": self._store.bytes_read,
                 **(self._tier.report() if self._tier else {}),
                 **self._live.counters.as_dict(),

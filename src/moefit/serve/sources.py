@@ -79,9 +79,14 @@ class Recipe:
         return value[0] if isinstance(value, list) else value
 
     @property
+    def spans(self) -> tuple[Span, ...]:
+        """All that is read for it."""
+        return tuple(span for _, spans in self.sources for span in spans)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
-        return sum(span.nbytes for _, spans in self.sources for span in spans)
+        return sum(span.nbytes for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)

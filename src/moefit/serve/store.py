@@ -1,9 +1,9 @@
 """All experts at rest, on disk, in the checkpoint's own files.
 
 Owns reading one expert into one slot in host memory: byte ranges straight into place where the
-checkpoint's layout allows, through transformers' own conversion where it does not; encoded on the
-way where the slot's format is another than the checkpoint's. Thread-safe. Knows nothing of when or
-why an expert is read, nor of devices.
+checkpoint's layout allows, through transformers' own conversion where it does not. Where the slot's
+format is another than the checkpoint's, from the packed store if that has it, else encoded on the
+way. Thread-safe. Knows nothing of when or why an expert is read, nor of devices.
 """
 
 import threading
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moefit.checkpoint import Checkpoint
 from moefit.errors import CheckpointError
-from moefit.formats.format import NativeFormat, Weights
-from moefit.moe.families import MoeBlock
+from moefit.formats.format import Format, NativeFormat, Weights
+from moefit.moe.families import MoeBlock, Tensors
+from moefit.serve.packed import PackedStore
 from moefit.serve.slots import Slot, bytes_of
 from moefit.serve.sources import ExpertSource, Piece
 
@@ -28,8 +29,10 @@ class ExpertStore:
         checkpoint: Checkpoint,
         experts: Mapping[str, tuple[ExpertSource, ...]],
         blocks: Mapping[str, MoeBlock],
+        packed: PackedStore | None = None,
     ):
         self._checkpoint, self._experts, self._blocks = checkpoint, experts, blocks
+        self.packed = packed or PackedStore({})
         self._lock = threading.Lock()
         self._bytes_read = 0
 
@@ -42,34 +45,59 @@ class ExpertStore:
     def staging_bytes(self) -> int:
         """The most that reading one expert holds beside its slot: its recipes' sources, twice."""
         return 2 * max(
-            sum(part.nbytes for part in source.parts if not isinstance(part, Piece))
-            for sources in self._experts.values()
-            for source in sources
+            (
+                sum(part.nbytes for part in source.parts if not isinstance(part, Piece))
+                for sources in self._experts.values()
+                for source in sources
+            ),
+            default=0,
         )
 
     def close(self) -> None:
-        """Close the checkpoint's files."""
+        """Close the checkpoint's files and the packed ones."""
         self._checkpoint.close()
+        self.packed.close()
+
+    def source(self, formats: Mapping[str, Format]) -> str:
+        """Where blocks get experts of these formats from, in words."""
+        encoded = {b: f for b, f in formats.items() if not isinstance(f, NativeFormat)}
+        if not encoded:
+            return "checkpoint"
+        packed = sum(self.packed.has(block, format) for block, format in encoded.items())
+        if packed in (0, len(encoded)):
+            return "packed" if packed else "encoded while reading"
+        return f"packed, but encoded while reading in {len(encoded) - packed} of {len(encoded)}"
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot in host memory. Raises CheckpointError; its content is then undefined."""
         with torch.inference_mode():  # the slot's tensors may have been made in it
             self._read(block, expert, into)
 
+    def native(self, block: str, expert: int) -> Tensors:
+        """An expert in the model's own dtypes, in memory of its own. Raises CheckpointError."""
+        specs = self._blocks[block].layout.specs
+        tensors = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
+        self._read_native(self._experts[block][expert], tensors)
+        return tensors
+
+    def encode(self, block: str, expert: int, native: Tensors, into: Slot) -> None:
+        """Fill a slot from an expert as `native` gives it. Raises CheckpointError, naming it."""
+        try:
+            into.format.write(into.tensors, native, self._blocks[block].layout.specs)
+        except CheckpointError as error:
+            raise CheckpointError(f"expert {expert} of {block}: {error}") from error
+
     def _read(self, block: str, expert: int, into: Slot) -> None:
         source = self._experts[block][expert]
+        count = source.nbytes
         if isinstance(into.format, NativeFormat):
             self._read_native(source, into.tensors)
+        elif self.packed.has(block, into.format):
+            count = self.packed.read(block, expert, into)
         else:
-            specs = self._blocks[block].layout.specs
-            native = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
-            self._read_native(source, native)
-            try:
-                into.format.write(into.tensors, native, specs)
-            except CheckpointError as error:
-                raise CheckpointError(f"{block}, expert {expert}, {error}") from error
+            self.encode(block, expert, self.native(block, expert), into)
         with self._lock:
-            self._bytes_read += source.nbytes
+            self._bytes_read += count
 
     def _read_native(self, source: ExpertSource, tensors: Weights) -> None:
         for part in source.parts:

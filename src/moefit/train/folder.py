@@ -13,13 +13,9 @@ from typing import Any
 import yaml
 
 from moefit.errors import CheckpointError, ConfigError
+from moefit.folders import try_lock
 from moefit.train.checkpoint import checkpoints
 from moefit.train.config import TrainConfig, make_config
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes in one folder go unnoticed there
-    fcntl = None
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
@@ -40,22 +36,12 @@ def locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(out, error) from error
     with file:
-        _lock(file.fileno(), out)
+        if not try_lock(file.fileno()):
+            raise ConfigError(
+                f"another process is training in {out}; wait for it or stop it, or give another "
+                "folder with out=FOLDER"
+            )
         yield
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"another process is training in {out}; wait for it or stop it, or give another "
-            "folder with out=FOLDER"
-        ) from error
-    except OSError:  # some network file systems have no locks; that must not forbid training
-        return
 
 
 def refuse_another_run(out: Path, config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from moefit.errors import DataError
+from moefit.folders import cache_root
 from moefit.train.config import DataConfig
 from moefit.train.corpus import Document
 from moefit.train.split import Split, split
@@ -90,8 +91,7 @@ def cache_folder(data: DataConfig) -> Path:
     """Where token files are kept."""
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "moefit" / "data"
+    return cache_root() / "data"
 
 
 def _survey(data: DataConfig, division: Split, report: Progress) -> _Survey:

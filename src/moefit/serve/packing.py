@@ -1,0 +1,233 @@
+"""Make a packed store: every expert once from the checkpoint, into each wanted format, to disk.
+
+Owns the order of it, which keeps the peak at one expert and a slot of each format; what was done
+before and is skipped; room on the disk; and that one process at a time packs a checkpoint. Knows
+nothing of the layout of files (`formats/packed_file.py`) nor of serving.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.folders import try_lock
+from moefit.formats.format import Format, NativeFormat, Weights
+from moefit.formats.loss import relative_error
+from moefit.formats.packed_file import NO_ROOM, WRITING, PackedWriter, file_bytes
+from moefit.moe.families import Tensors
+from moefit.serve.budget import format_bytes
+from moefit.serve.packed import PackedPlace
+from moefit.serve.skeleton import Skeleton
+from moefit.serve.slots import Slot, allocate, bytes_of
+from moefit.serve.store import ExpertStore
+
+_LOCK = ".lock"
+Progress = Callable[[int, int], None]
+"""Hears how many bytes of the checkpoint's experts are done, and of how many."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Packed:
+    """What was done. Errors: |W - W^|^2 / |W|^2 of each format, the mean over all experts."""
+
+    folder: Path
+    files: int = 0
+    skipped: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    relative_errors: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def pack(
+    skeleton: Skeleton,
+    formats: Sequence[Format],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Packed:
+    """Pack every expert of a model in these formats; what is there already is skipped.
+
+    force: make again what is there. Raises ConfigError for formats that need no packing or if
+    another process is at it; CheckpointError for weights that cannot be read or encoded, named, and
+    for files that cannot be written. Finished files then stay, and the next call goes on.
+    """
+    for format in formats:
+        if isinstance(format, NativeFormat):
+            raise ConfigError(
+                "native experts are read from the checkpoint's own files; name formats to pack, "
+                "such as int8 or int4"
+            )
+    place = PackedPlace(skeleton)
+    with locked(place.folder):
+        _sweep(place.folder)
+        job = _Job(skeleton, place, formats, force=force)
+        job.check_room()
+        try:
+            return job.run(progress or (lambda done, total: None))
+        finally:
+            job.close()
+
+
+class _Job:
+    """One run: which files are to be made."""
+
+    def __init__(
+        self, skeleton: Skeleton, place: PackedPlace, formats: Sequence[Format], *, force: bool
+    ):
+        self._skeleton, self._place = skeleton, place
+        blocks = {block.name: block for block in skeleton.blocks}
+        self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
+        self._formats = list({format.name: format for format in formats}.values())
+        self._todo = {
+            index: [f for f in self._formats if force or not self._is_there(f, index)]
+            for index in range(len(skeleton.blocks))
+        }
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _is_there(self, format: Format, index: int) -> bool:
+        try:
+            self._place.open(format, index)
+        except (CheckpointError, OSError):
+            return False
+        return True
+
+    def check_room(self) -> None:
+        """Raise CheckpointError if the disk has no room for what is to be made."""
+        sizes = [self._size(f, index) for index, some in self._todo.items() for f in some]
+        free = shutil.disk_usage(self._place.folder).free
+        if sum(sizes) > free:
+            raise CheckpointError(
+                f"packing takes {format_bytes(sum(sizes))} ({len(sizes)} files) in "
+                f"{self._place.folder}, where {format_bytes(free)} are free; {_MAKE_ROOM}"
+            )
+
+    def _size(self, format: Format, index: int) -> int:
+        block = self._skeleton.blocks[index]
+        facts = self._place.facts(format, index)
+        return file_bytes(facts, block.num_experts, format.nbytes(block.layout.specs))
+
+    def run(self, progress: Progress) -> Packed:
+        began, done = perf_counter(), 0
+        total = sum(self._native_bytes(index) for index, some in self._todo.items() if some)
+        made = Packed(folder=self._place.folder)
+        progress(0, total)
+        for index, formats in self._todo.items():
+            made.skipped += len(self._formats) - len(formats)
+            if not formats:
+                continue
+
+            def tell(more: int) -> None:
+                nonlocal done
+                done += more
+                progress(done, total)
+
+            self._make(index, formats, tell)
+            made.files += len(formats)
+            made.bytes_written += sum(self._size(format, index) for format in formats)
+        made.bytes_read, made.seconds = done, perf_counter() - began
+        made.relative_errors = {format.name: self._mean_error(format) for format in self._formats}
+        return made
+
+    def _native_bytes(self, index: int) -> int:
+        sources = self._skeleton.map.experts[self._skeleton.blocks[index].name]
+        return sum(source.nbytes for source in sources)
+
+    def _make(self, index: int, formats: Sequence[Format], tell: Callable[[int], None]) -> None:
+        """One block's files, side by side, so that each expert is read once."""
+        block = self._skeleton.blocks[index]
+        specs = block.layout.specs
+        slots = [allocate(format, specs, torch.device("cpu")) for format in formats]
+        try:
+            with ExitStack() as stack:
+                writers = [
+                    stack.enter_context(self._writer(slot, index, block.num_experts))
+                    for slot in slots
+                ]
+                for expert, source in enumerate(self._skeleton.map.experts[block.name]):
+                    native = self._store.native(block.name, expert)
+                    _refuse_unsound(native, block.name, expert)
+                    for slot, writer in zip(slots, writers, strict=True):
+                        self._store.encode(block.name, expert, native, slot)
+                        loss = relative_error(slot.tensors, native, specs)
+                        writer.write(bytes_of(slot.buffer_B), loss)
+                    tell(source.nbytes)
+                for writer in writers:
+                    writer.commit()
+        except OSError as error:
+            raise self._unwritable(error, index, formats) from error
+
+    def _writer(self, slot: Slot, index: int, num_experts: int) -> PackedWriter:
+        path = self._place.path(slot.format, index)
+        path.parent.mkdir(exist_ok=True)
+        return PackedWriter(path, self._place.facts(slot.format, index), num_experts, slot.nbytes)
+
+    def _mean_error(self, format: Format) -> float:
+        files = [self._place.open(format, index) for index in self._todo]
+        losses = [loss for file in files for loss in file.relative_errors]
+        return sum(losses) / len(losses)
+
+    def _unwritable(self, error: OSError, index: int, formats: Sequence[Format]) -> CheckpointError:
+        folder = self._place.folder
+        reason = error.strerror or str(error)
+        if error.errno in NO_ROOM:
+            needed = sum(self._size(format, index) for format in formats)
+            free = shutil.disk_usage(folder).free  # what was unfinished is gone by now
+            reason = f"no room: {format_bytes(needed)} for a block, {format_bytes(free)} free"
+        return CheckpointError(
+            f"cannot write packed experts into {folder}: {reason}; finished files stay and the "
+            f"same command goes on from there; {_MAKE_ROOM}"
+        )
+
+
+_MAKE_ROOM = "make room, name fewer formats, or set XDG_CACHE_HOME to a folder on a larger disk"
+
+
+def _refuse_unsound(native: Tensors | Weights, block: str, expert: int) -> None:
+    for short, tensor in native.items():
+        assert isinstance(tensor, torch.Tensor)
+        if not bool(tensor.isfinite().all()):
+            bad = (~tensor.isfinite()).nonzero()[0].tolist()
+            raise CheckpointError(
+                f"expert {expert} of {block}: {short}{bad} is {float(tensor[tuple(bad)])}; a "
+                "checkpoint with weights that are not finite cannot be packed; copy or download "
+                "it again, or train it anew"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and be the only process that packs into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("ab")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write into {folder}: {error.strerror or error}; set XDG_CACHE_HOME to a "
+            "folder that can be written to"
+        ) from error
+    with file:
+        if not try_lock(file.fileno()):
+            raise ConfigError(
+                f"another process is packing this model into {folder}; wait for it to end, then "
+                "run the same command again: what is finished is skipped"
+            )
+        yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what earlier processes were killed over."""
+    for leftover in folder.glob(f"*/.*{WRITING}"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,279 @@
+"""Making packed stores: resumed, alone, out of room, and of unsound weights."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_served import COMMON, saved, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from moefit.checkpoint import SINGLE, SpanReader
+from moefit.cli import app
+from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
+from moefit.formats import packed_file
+from moefit.formats.format import FORMATS, parse_format
+from moefit.serve import packing
+from moefit.serve.packed import PackedPlace
+from moefit.serve.packed_check import check_packed
+from moefit.serve.packing import Packed, locked, pack
+from moefit.serve.skeleton import build
+
+INT4, INT8 = parse_format("int4"), parse_format("int8")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moefit" / "packed"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny("Mixtral"), tmp_path / "model")
+
+
+def packed(folder: Path, *formats: Any, **how: Any) -> Packed:
+    return pack(build(folder), formats or (INT8, INT4), **how)
+
+
+def files_in(cache: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_what_was_done_is_told_and_is_not_done_again(folder: Path, cache: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    skeleton = build(folder)
+    made = pack(skeleton, [INT8, INT4], progress=lambda done, total: heard.append((done, total)))
+    native = sum(8 * block.expert_bytes for block in skeleton.blocks)
+    assert (made.files, made.skipped, made.bytes_read) == (4, 0, native)
+    assert heard[0] == (0, native) and heard[-1] == (native, native)
+    assert made.bytes_written == sum(map(len, files_in(cache).values()))
+    assert 0 < made.relative_errors["int8"] < made.relative_errors["int4"] < 0.02
+
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    again = packed(folder, INT8, INT4, parse_format("int3"))
+    assert (again.files, again.skipped) == (2, 4)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    forced = packed(folder, INT8, force=True)
+    assert (forced.files, forced.skipped) == (2, 0)
+    assert any(path.stat().st_mtime_ns != time for path, time in before.items())
+
+
+def test_each_expert_is_read_once_for_all_formats(folder: Path, monkeypatch: Any) -> None:
+    read: list[int] = []
+    own = SpanReader.read_into
+
+    def counted(self: SpanReader, span: Any, buffer: memoryview) -> None:
+        read.append(len(buffer))
+        own(self, span, buffer)
+
+    monkeypatch.setattr("moefit.serve.packed.fingerprint", lambda skeleton: "0" * 32)
+    monkeypatch.setattr(SpanReader, "read_into", counted)
+    made = packed(folder, *(parse_format(f"int{bits}") for bits in (2, 3, 4, 5, 6, 8)))
+    assert sum(read) == made.bytes_read
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moefit.formats.format import parse_format
+from moefit.formats.packed_file import PackedWriter
+from moefit.serve.packing import pack
+from moefit.serve.skeleton import build
+
+left = int(sys.argv[2])
+own = PackedWriter.write
+def write(self, *arguments):
+    global left
+    own(self, *arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+PackedWriter.write = write
+pack(build(Path(sys.argv[1])), [parse_format("int8"), parse_format("int4")])
+"""
+
+
+def test_killed_half_way_it_goes_on(folder: Path, cache: Path) -> None:
+    packed(folder)
+    whole = files_in(cache)
+    shutil.rmtree(cache)
+    # In the second block's fifth expert, the first format's file already having it.
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), "25"], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    left = files_in(cache)
+    assert sum(name.endswith(packed_file.WRITING) for name in left) == 2
+    finished = {name: data for name, data in left.items() if name.endswith(".safetensors")}
+    assert len(finished) == 2 and finished.items() <= whole.items()
+
+    again = packed(folder)
+    assert (again.files, again.skipped) == (2, 2)
+    assert files_in(cache) == whole
+
+
+def test_a_file_cut_short_is_made_again(folder: Path, cache: Path) -> None:
+    packed(folder)
+    whole = files_in(cache)
+    path = next(cache.rglob("*.safetensors"))
+    os.truncate(path, path.stat().st_size - 1)
+    assert "cut short" in check_packed(build(folder)).problems[0]
+    assert packed(folder).files == 1
+    assert files_in(cache) == whole
+    path.write_bytes(b"")
+    assert packed(folder).files == 1
+    assert files_in(cache) == whole
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
+    with pytest.raises(CheckpointError, match=r"takes \d+ KiB \(4 files\).* 5.00 KiB are free"):
+        packed(folder)
+    assert files_in(cache) == {}
+
+
+def test_a_disk_that_fills_up_leaves_whole_files_only(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, left = os.pwrite, 25
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        return own(descriptor, data[:3000], offset)  # and never all at once
+
+    monkeypatch.setattr(packed_file.os, "pwrite", pwrite)
+    with pytest.raises(CheckpointError, match=r"no room: .* for a block, .* free; finished files"):
+        packed(folder)
+    assert files_in(cache) == {}
+    left = 10**6
+    packed(folder)
+    assert check_packed(build(folder)).problems == []
+
+
+def test_a_cache_folder_that_cannot_be_written(folder: Path, cache: Path) -> None:
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file")
+    with pytest.raises(CheckpointError, match="XDG_CACHE_HOME"):
+        packed(folder)
+
+
+def test_a_second_process_is_told_to_wait(folder: Path) -> None:
+    place = PackedPlace(build(folder))
+    with locked(place.folder), pytest.raises(ConfigError, match="another process is packing"):
+        packed(folder)
+    assert packed(folder).files == 4
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(folder: Path, cache: Path, value: float) -> None:
+    tensors = load_file(folder / SINGLE)
+    (name,) = (n for n in tensors if "layers.1.block_sparse_moe.experts.6.w2" in n)
+    tensors[name][3, 5] = value
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"expert 6 of .*layers.1.*down_proj\[3, 5\] is {value}"
+    ):
+        packed(folder)
+    assert len([name for name in files_in(cache) if "block-000" in name]) == 2
+    assert not [name for name in files_in(cache) if "block-001" in name]
+
+
+def test_weights_beyond_float16_are_named(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    (name,) = (n for n in tensors if "layers.0.block_sparse_moe.experts.2.w2" in n)
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"expert 2 of .*layers.0.*: down_proj: weight \[0, 0"
+    ):
+        packed(folder)
+
+
+def test_the_peak_is_an_expert_and_its_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in experts alive at once: what `native` gave is gone when it gives the next."""
+    alive: list[Any] = []
+    most = 0
+    own = packing.ExpertStore.native
+
+    def native(self: Any, block: str, expert: int) -> Any:
+        nonlocal most
+        tensors = own(self, block, expert)
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensors
+
+    monkeypatch.setattr(packing.ExpertStore, "native", native)
+    packed(folder)
+    assert most <= 2 * 2, "two experts of two tensors: the one being made, the one before it"
+
+
+def run(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["pack", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_command(folder: Path, cache: Path) -> None:
+    made = json.loads(run(str(folder), "--formats", "int4, int4,int8", "--json").stdout)
+    assert (made["files"], set(made["relative_errors"])) == (4, {"int4", "int8"})
+    found = json.loads(run(str(folder), "--check", "--json").stdout)
+    assert (found["files"], found["experts"], found["problems"]) == (4, 32, [])
+    assert "4 were there already" in run(str(folder)).stderr
+    assert "sound: 16 experts in int8" in run(str(folder), "--check", "--formats", "int8").stderr
+
+    path = next(cache.rglob("int8/block-001*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"expert 7 of model.layers.1.*checksum; pack int8"):
+        run(str(folder), "--check")
+    run(str(folder), "--formats", "int8", "--force")
+    run(str(folder), "--check")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--formats", "int9"], "'int9' does not exist; .* nearest: int8"),
+        (["--formats", "int4,"], "'' does not exist"),
+        (["--formats", "int4,native"], "native experts are read from the checkpoint's own"),
+        (["--check", "--force"], "give one of them"),
+        (["--check"], "nothing of .* is packed in"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(MoefitError, match=words):
+        run(str(folder), *arguments)
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    saved(LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=16)), tmp_path / "dense")
+    with pytest.raises(UnsupportedModelError, match="has no experts"):
+        run(str(tmp_path / "dense"))
+
+
+def test_a_dsmoe_model_is_packed_in_every_format() -> None:
+    names = [name for name in FORMATS if name != "native" and not name.endswith("nearest")]
+    made = json.loads(run("reference", "--formats", ",".join(names), "--json").stdout)
+    losses = [made["relative_errors"][f"int{bits}"] for bits in (2, 3, 4, 5, 6, 8)]
+    assert losses == sorted(losses, reverse=True)

@@ -1,0 +1,312 @@
+"""Serving from the packed store: the same bytes, checked, and only of this very checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from serving import give_slots
+from tiny_served import FAMILIES, logits, mixtral_block, saved, tiny, tokens
+
+from moefit.checkpoint import SINGLE, read_header
+from moefit.errors import CheckpointError
+from moefit.formats import packed_file
+from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
+from moefit.formats.loss import relative_error
+from moefit.formats.packed_file import read_packed
+from moefit.serve.loading import SPARES, LoadSettings, ledger, load
+from moefit.serve.packed import PackedPlace, fingerprint, open_packed
+from moefit.serve.packing import pack
+from moefit.serve.skeleton import Skeleton, build
+from moefit.serve.slots import Slot, allocate
+from moefit.serve.store import ExpertStore
+
+CPU = torch.device("cpu")
+INT4, INT8 = parse_format("int4"), parse_format("int8")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moefit" / "packed"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny("Mixtral"), tmp_path / "model")
+
+
+def store_of(skeleton: Skeleton, *formats: Format) -> ExpertStore:
+    blocks = {block.name: block for block in skeleton.blocks}
+    packed = open_packed(skeleton, formats)
+    return ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks, packed)
+
+
+def dirty_slot(format: Format, specs: Any) -> Slot:
+    """Bytes that encoding sets are dirty; those between parts are zero in a new slot."""
+    slot = allocate(format, specs, CPU)
+    for weight in slot.tensors.values():
+        for tensor in [weight] if isinstance(weight, torch.Tensor) else [weight.codes_RB]:
+            tensor.fill_(77)
+    return slot
+
+
+def path_of(skeleton: Skeleton, format: Format, index: int) -> Path:
+    return PackedPlace(skeleton).path(format, index)
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        file.write(data)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slot_is_filled_as_encoding_would_fill_it(
+    tmp_path: Path, family: str, dtype: torch.dtype | None
+) -> None:
+    skeleton = build(saved(tiny(family), tmp_path / "model"), dtype)
+    formats = [INT8, INT4, parse_format("int3-nearest")]
+    pack(skeleton, formats)
+    packed, encoded = store_of(skeleton, *formats), store_of(skeleton)
+    expected_bytes = 0
+    for format in formats:
+        for block in skeleton.blocks:
+            assert packed.packed.has(block.name, format)
+            one = dirty_slot(format, block.layout.specs)
+            other = dirty_slot(format, block.layout.specs)
+            for expert in range(block.num_experts):
+                packed.read(block.name, expert, one)
+                encoded.read(block.name, expert, other)
+                assert torch.equal(one.buffer_B, other.buffer_B), (format, block.name, expert)
+                expected_bytes += one.nbytes
+    assert packed.bytes_read == expected_bytes
+    packed.close()
+    encoded.close()
+
+
+def test_a_file_is_safetensors_with_every_expert_on_a_page(folder: Path) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    block = skeleton.blocks[1]
+    path = path_of(skeleton, INT4, 1)
+    file = read_packed(path)
+    assert [span.offset % 4096 for span in file.spans] == [0] * 8
+    assert path.stat().st_size == file.spans[-1].offset + file.spans[-1].nbytes
+    slot = allocate(INT4, block.layout.specs, CPU)
+    with safe_open(path, "pt") as opened:
+        for expert in range(8):
+            store_of(skeleton).read(block.name, expert, slot)
+            assert torch.equal(opened.get_tensor(f"{block.name}.{expert}"), slot.buffer_B)
+        remarks = opened.metadata()
+    assert (remarks["format"], remarks["encoder"], remarks["layout"]) == ("int4", "fitted", "1")
+    assert remarks["source"] == str(folder)
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_the_error_of_each_expert_is_measured(
+    folder: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels:
+        monkeypatch.setattr("moefit.formats.loss.kernels", lambda: None)
+    skeleton = build(folder)
+    pack(skeleton, [INT4, INT8])
+    store, packed = store_of(skeleton), open_packed(skeleton, [INT4, INT8])
+    block = skeleton.blocks[0]
+    slot = allocate(INT4, block.layout.specs, CPU)
+    told = packed.relative_errors(block.name, INT4)
+    for expert in range(8):
+        native = store.native(block.name, expert)
+        store.read(block.name, expert, slot)
+        lost = total = 0.0
+        for short, matrix in slot.tensors.items():
+            assert not isinstance(matrix, torch.Tensor)
+            lost += float((matrix.dense() - native[short]).square().sum())
+            total += float(native[short].square().sum())
+        assert told[expert] == pytest.approx(lost / total, rel=1e-4)
+    assert max(packed.relative_errors(block.name, INT8)) < min(told)
+
+
+def test_of_zeros_nothing_is_lost() -> None:
+    specs = mixtral_block()[0].layout.specs
+    slot = allocate(INT4, specs, CPU)
+    native = {s: torch.zeros(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
+    INT4.write(slot.tensors, native, specs)
+    assert relative_error(slot.tensors, native, specs) == 0
+
+
+def test_serving_uses_it_and_says_so(folder: Path) -> None:
+    ids = tokens(1, 8)
+    settings = LoadSettings(precision="int4")
+    with load(folder, settings) as served:
+        assert served.report()["experts_from"] == "encoded while reading"
+        expected = logits(served.model, ids)
+        slow = served.report()["bytes_read"]
+    with load(folder, LoadSettings()) as served:
+        assert served.report()["experts_from"] == "checkpoint"
+    pack(build(folder), [INT4])
+    with load(folder, settings) as served:
+        give_slots(served, 3)
+        assert torch.equal(logits(served.model, ids), expected)
+        report = served.report()
+        assert (report["experts_from"], report["packed_ignored"]) == ("packed", [])
+        slot_bytes = served.budget.blocks[0].slot_bytes
+        assert report["bytes_read"] % slot_bytes == 0 and slow % slot_bytes
+    path_of(build(folder), INT4, 1).unlink()
+    with load(folder, settings) as served:
+        assert served.report()["experts_from"] == "packed, but encoded while reading in 1 of 2"
+        assert torch.equal(logits(served.model, ids), expected)
+
+
+def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) -> None:
+    skeleton, settings = build(folder), LoadSettings(precision="int4")
+    specs = skeleton.blocks[0].layout.specs
+    before = ledger(skeleton, settings)
+    assert before.staging == SPARES * INT4.nbytes(specs) + 6 * encoding_bytes(INT4, specs)
+    pack(skeleton, [INT4])
+    assert ledger(skeleton, settings).staging == SPARES * INT4.nbytes(specs)
+    path_of(skeleton, INT4, 0).unlink()
+    assert ledger(skeleton, settings).staging == before.staging
+
+
+def test_converted_experts_need_no_room_for_their_sources_either(folder: Path) -> None:
+    skeleton = build(folder, torch.bfloat16)
+    settings = LoadSettings(precision="int4", dtype=torch.bfloat16)
+    pack(skeleton, [INT4])
+    slot = INT4.nbytes(skeleton.blocks[0].layout.specs)
+    assert ledger(skeleton, settings).staging == SPARES * slot
+    other = ledger(build(folder), LoadSettings(precision="int4"))  # in float32: not packed
+    assert other.staging > SPARES * slot
+
+
+def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    name, path = skeleton.blocks[1].name, path_of(skeleton, INT4, 1)
+    span = read_packed(path).spans[5]
+    overwrite(path, span.offset + 100, b"\xff\x00\xff\x00")
+    store = store_of(skeleton, INT4)
+    slot = allocate(INT4, skeleton.blocks[1].layout.specs, CPU)
+    with pytest.raises(
+        CheckpointError, match=rf"block-001.*expert 5 of {name}.*moefit pack --force"
+    ):
+        store.read(name, 5, slot)
+    assert store.bytes_read == 0
+    store.read(name, 4, slot)
+    pack(skeleton, [INT4], force=True)
+    store_of(skeleton, INT4).read(name, 5, slot)
+
+
+def test_a_file_cut_short_is_not_used(folder: Path) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    path = path_of(skeleton, INT4, 0)
+    os.truncate(path, path.stat().st_size - 1)
+    packed = open_packed(skeleton, [INT4])
+    first, second = (block.name for block in skeleton.blocks)
+    assert not packed.has(first, INT4) and packed.has(second, INT4)
+    assert "block-000.safetensors is cut short" in packed.ignored[0]
+
+
+def test_a_file_cut_short_while_it_is_used_is_an_error_that_names_it(folder: Path) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    store, block = store_of(skeleton, INT4), skeleton.blocks[0]
+    os.truncate(path_of(skeleton, INT4, 0), 8192)
+    slot = allocate(INT4, block.layout.specs, CPU)
+    with pytest.raises(CheckpointError, match=rf"block-000.*: expert 7 of {block.name} cannot be"):
+        store.read(block.name, 7, slot)
+
+
+@pytest.mark.parametrize("offset", [0, 20, 400])
+def test_a_damaged_header_is_not_used(folder: Path, offset: int) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    path = path_of(skeleton, INT4, 0)
+    overwrite(path, offset, b"\xff" * 16)
+    (why,) = open_packed(skeleton, [INT4]).ignored
+    assert "block-000" in why
+    assert pack(skeleton, [INT4]).files == 1
+    assert open_packed(skeleton, [INT4]).ignored == ()
+
+
+def test_a_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) -> None:
+    other = build(saved(tiny("Mixtral", seed=1), tmp_path / "other"))
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    pack(other, [INT4])
+    shutil.copy(path_of(other, INT4, 1), path_of(skeleton, INT4, 1))
+    packed = open_packed(skeleton, [INT4])
+    assert not packed.has(skeleton.blocks[1].name, INT4)
+    assert f"packed from another checkpoint ({tmp_path / 'other'})" in packed.ignored[0]
+    assert pack(skeleton, [INT4]).files == 1
+
+
+def test_a_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4, INT8])
+    shutil.copy(path_of(skeleton, INT8, 0), path_of(skeleton, INT4, 0))
+    shutil.copy(path_of(skeleton, INT8, 0), path_of(skeleton, INT8, 1))
+    packed = open_packed(skeleton, [INT4, INT8])
+    assert len(packed.ignored) == 2
+    assert "in int8 (fitted) from float32, not 8 of" in packed.ignored[0]
+
+
+def test_a_file_of_another_layout_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    monkeypatch.setattr(packed_file, "LAYOUT", 2)
+    packed = open_packed(skeleton, [INT4])
+    assert not packed.has(skeleton.blocks[0].name, INT4)
+    assert "has layout 1, but this moefit reads and writes layout 2" in packed.ignored[0]
+    assert pack(skeleton, [INT4]).files == 2
+    assert open_packed(skeleton, [INT4]).ignored == ()
+
+
+def test_some_other_safetensors_file_is_not_used(folder: Path) -> None:
+    skeleton = build(folder)
+    path = path_of(skeleton, INT4, 0)
+    path.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(3)}, path)
+    assert "was not written by `moefit pack`" in open_packed(skeleton, [INT4]).ignored[0]
+
+
+def test_further_training_in_the_same_folder_makes_another_checkpoint(folder: Path) -> None:
+    pack(build(folder), [INT4])
+    tensors = load_file(folder / SINGLE)
+    remarks = read_header(folder / SINGLE)[0]
+    size = (folder / SINGLE).stat().st_size
+    save_file({n: t * 1.5 for n, t in tensors.items()}, folder / SINGLE, dict(remarks))
+    assert (folder / SINGLE).stat().st_size == size
+    with load(folder, LoadSettings(precision="int4")) as served:
+        report = served.report()
+    assert report["experts_from"] == "encoded while reading"
+    assert "was packed from another checkpoint, which" in report["packed_ignored"][0]
+
+
+def test_the_fingerprint_is_the_content_s_and_not_the_folder_s(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = fingerprint(build(folder))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert fingerprint(build(copy)) == first
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert fingerprint(build(copy)) != first
+    pack(build(folder), [INT4])
+    moved = folder.rename(tmp_path / "moved")
+    assert open_packed(build(moved), [INT4]).has(build(moved).blocks[0].name, INT4)
+
+
+def test_without_need_of_it_nothing_is_looked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moefit.serve.packed.fingerprint", lambda skeleton: pytest.fail("read"))
+    packed = open_packed(build(folder), [NATIVE])
+    assert packed.ignored == ()
