@@ -13,10 +13,16 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.device import parse_device, planned_device
-from moefit.errors import ConfigError
-from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.formats.format import (
+    NATIVE,
+    Format,
+    GroupedFormat,
+    encoding_bytes,
+    parse_format,
+)
 from moefit.moe.families import MoeBlock
-from moefit.serve.budget import BlockNeeds, MemoryBudget, host_limit, parse_bytes
+from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, host_limit, parse_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
@@ -32,6 +38,7 @@ from moefit.serve.ledger import (
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.probe import attach
 from moefit.serve.residency import Residency
+from moefit.serve.rest import encode_rest, saved_bytes
 from moefit.serve.served import ServedModel, ServedParts, grow
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
@@ -53,7 +60,8 @@ class LoadSettings:
     eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
     dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
     (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
-    it deserves within the budget.
+    it deserves within the budget. rest: the same for the weights that are no experts, but routers
+    and vectors; they are in memory as they are while they are being encoded.
     """
 
     memory: str | int | None = None
@@ -63,6 +71,7 @@ class LoadSettings:
     context: int = 2048
     eviction: str = DEFAULT_POLICY
     precision: str = "native"
+    rest: str = "native"
     dtype: torch.dtype | None = None
     readers: int = 4
     half_life_tokens: float = 24.0
@@ -93,6 +102,11 @@ class LoadSettings:
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
             )
 
+    def rest_format(self) -> GroupedFormat | None:
+        """Of the weights that are no experts; None if they stay as they are."""
+        format = parse_format(self.rest)
+        return format if isinstance(format, GroupedFormat) else None
+
     def format(self) -> Format:
         """Of every slot; of `auto`, where they begin."""
         return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
@@ -110,6 +124,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     skeleton = build(Path(folder), settings.dtype)
     budget = ledger(skeleton, settings)
     counts = budget.slots()
+    _refuse_encoding(skeleton, settings, budget)
     store = ExpertStore(
         skeleton.checkpoint,
         skeleton.map.experts,
@@ -127,6 +142,8 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
     try:
         model = load_rest(skeleton, blocks, device)
+        if (rest := settings.rest_format()) is not None:
+            encode_rest(model, rest, skeleton.blocks)
         parts = ServedParts(
             folder=Path(folder),
             model=model,
@@ -170,10 +187,13 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
         upgrades = AT_ONCE * slot_bytes(largest, device)
     on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
+    weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    if (rest := settings.rest_format()) is not None:
+        weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)
     return MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=held_bytes(device),
-        weights=weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype),
+        weights=weights,
         context=context,
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
@@ -186,6 +206,19 @@ def ledger(skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
             for block, size in zip(skeleton.blocks, sizes, strict=True)
         ),
     )
+
+
+def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
+    """Raise BudgetTooSmallError if the other weights don't fit as they are, to be encoded."""
+    if settings.rest_format() is None or budget.total is None:
+        return
+    native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    if budget.process + native > budget.total:
+        raise BudgetTooSmallError(
+            f"a budget of {format_bytes(budget.total)} does not hold the {format_bytes(native)} "
+            f"of weights that are no experts while they are being encoded as {settings.rest}; give "
+            f"at least {budget.process + native} bytes"
+        )
 
 
 def _context(config: Any, wanted: int) -> int:
