@@ -105,9 +105,10 @@ def _summary(served: ServedModel) -> str:
     slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
     total = served.budget.total
     room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
+    kernels = f", kernels: {status()}" if served.model.device.type == "cpu" else ""
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}, computed by {status()}"
+        f"mode {report['mode']}{kernels}"
     )
 
 
