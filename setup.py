@@ -12,10 +12,10 @@ CSRC = "src/moefit/formats/csrc"
 class BuildKernels(build_ext):
     """A plain shared library, loaded with ctypes: no Python or torch headers are needed."""
 
-    def run(self):
-        """Build; say so if it could not be."""
+    def build_extension(self, ext):
+        """Build; say so if it could not be. What failed is optional, and missing from then on."""
         try:
-            super().run()
+            super().build_extension(ext)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may do
             self.warn(
                 f"the kernels were not built ({error}); moefit computes in torch then, more slowly."

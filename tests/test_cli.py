@@ -15,6 +15,7 @@ import moefit
 from moefit import cli
 from moefit.cli import app
 from moefit.errors import MoefitError
+from moefit.formats.kernels import status
 from moefit.train.tokenizer import train_bpe
 
 
@@ -73,6 +74,11 @@ def test_generate_obeys_rule_and_seed(saved):
     assert run(*sampled, "--seed", "1").stdout != run(*sampled, "--seed", "2").stdout
     greedy = ("generate", saved, "some", "--max-new-tokens", "8")
     assert run(*greedy, "--rule", "dense").stdout == run(*greedy, "--rule", "top_k:5").stdout
+
+
+def test_serving_says_what_computes(saved):
+    served = run("generate", saved, "some", "--mode", "exact", "--max-new-tokens", "1")
+    assert f"mode exact, kernels: {status()}" in " ".join(served.stderr.split())
 
 
 def test_describe(saved):

@@ -23,6 +23,7 @@ from moefit.cli.serving import (
     ModeOption,
     Precision,
     Prefill,
+    Rest,
     Serving,
     ledger_table,
     speed_table,
@@ -68,6 +69,7 @@ def evaluate(
     prefill: Prefill = None,
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
+    rest: Rest = NATIVE_PRECISION,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -86,6 +88,7 @@ def evaluate(
         prefill=prefill,
         bound=bound,
         precision=precision,
+        rest=rest,
         context=context,
         device=device,
         dtype=dtype.torch if dtype else None,
@@ -177,6 +180,7 @@ def generate(
     prefill: Prefill = None,
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
+    rest: Rest = NATIVE_PRECISION,
     context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
@@ -193,6 +197,7 @@ def generate(
         prefill=prefill,
         bound=bound,
         precision=precision,
+        rest=rest,
         context=context,
         device=device,
     )
@@ -237,16 +242,22 @@ def describe(
     memory: Memory = None,
     host_memory: HostMemory = None,
     precision: Precision = NATIVE_PRECISION,
+    rest: Rest = NATIVE_PRECISION,
     context: Context = 2048,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     settings = LoadSettings(
-        memory=memory, host_memory=host_memory, precision=precision, context=context, device=device
+        memory=memory,
+        host_memory=host_memory,
+        precision=precision,
+        rest=rest,
+        context=context,
+        device=device,
     )
     settings.check()
-    plain = memory is host_memory is None and device == "cpu" and precision == NATIVE_PRECISION
+    plain = memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
@@ -293,6 +304,7 @@ def bench(
     prefill: Prefill = None,
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
+    rest: Rest = NATIVE_PRECISION,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -309,6 +321,7 @@ def bench(
         prefill=prefill,
         bound=bound,
         precision=precision,
+        rest=rest,
         context=context,
         device=device,
     )

@@ -1,6 +1,7 @@
 """Options of commands that serve a model inside a memory budget, and what those commands print."""
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -17,7 +18,9 @@ from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.format import FORMATS
 from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.loading import AUTO_PRECISION
 from moefit.serve.served import ServedModel
+from moefit.serve.upgrades import AUTO
 
 
 class ModeName(StrEnum):
@@ -65,9 +68,11 @@ Precision = Annotated[
     typer.Option(
         help="format of experts in memory: "
         + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
+        + ", or auto: each expert the one that it deserves within --memory"
     ),
 ]
 NATIVE_PRECISION = "native"
+Rest = Annotated[str, typer.Option(help="the same for the weights that are no experts; not auto")]
 Context = Annotated[int, typer.Option(min=1, help="tokens that the KV cache is reserved for")]
 
 
@@ -83,13 +88,18 @@ class Serving:
     context: int
     device: str
     precision: str = NATIVE_PRECISION
+    rest: str = NATIVE_PRECISION
     dtype: torch.dtype | None = None
 
     @property
     def wanted(self) -> bool:
         """Whether anything asks for a budget, a mode or a format."""
         asked = not (self.memory is self.host_memory is self.mode is None)
-        return asked or self.precision != NATIVE_PRECISION
+        return asked or {self.precision, self.rest} != {NATIVE_PRECISION}
+
+    @property
+    def _to_pack(self) -> str:
+        return ",".join(AUTO[:-1]) if self.precision == AUTO_PRECISION else self.precision
 
     def load(self, model: str, **settings: Any) -> ServedModel:
         """Load and say what it takes; `settings` as of `moefit.load`."""
@@ -105,6 +115,7 @@ class Serving:
                 device=self.device,
                 context=self.context,
                 precision=self.precision,
+                rest=self.rest,
                 dtype=self.dtype,
                 **policy,
                 **settings,
@@ -116,7 +127,7 @@ class Serving:
             dtype = f" --dtype {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
             say(
                 "note: experts are encoded each time they are read; faster once you have run: "
-                f"moefit pack {shlex.quote(model)} --formats {self.precision}{dtype}"
+                f"moefit pack {shlex.quote(model)} --formats {self._to_pack}{dtype}"
             )
         return served
 
@@ -127,11 +138,22 @@ def _summary(served: ServedModel, precision: str) -> str:
     total = served.budget.total
     room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
     native = precision == NATIVE_PRECISION
-    lying = "" if native else f", experts in {precision}, {report['experts_from']}"
+    lying = "" if native else f", experts in {_precision(report)}, {report['experts_from']}"
+    kernels = f", kernels: {status()}" if served.model.device.type == "cpu" else ""
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{lying}, computed by {status()}"
+        f"mode {report['mode']}{lying}{kernels}"
     )
+
+
+def _precision(report: dict[str, Any]) -> str:
+    """Formats of slots, with how many there are of each if they differ."""
+    total: Counter[str] = Counter()
+    for counts in report["formats"].values():
+        total.update(counts)
+    if len(total) == 1:
+        return next(iter(total))
+    return " + ".join(f"{count:,} {name}" for name, count in sorted(total.items()))
 
 
 def ledger_table(budget: MemoryBudget, title: str) -> Table:

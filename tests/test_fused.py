@@ -1,0 +1,306 @@
+"""Experts of quantised and mixed slots: the block against decoded tensors, models against twins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import differs_by, greedy, logits, serving
+from test_encoder_decoder_serving import switch
+from tiny_served import parts_of, saved, tiny, tokens
+from torch import Tensor
+
+import moefit
+from moefit.errors import CheckpointError, ConfigError
+from moefit.formats import kernels as kernels_module
+from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
+from moefit.formats.kernels import SWITCH, kernels
+from moefit.moe.families import MoeBlock, TensorSpec, find_blocks
+from moefit.moe.routing import Routing
+from moefit.serve.counters import Counters
+from moefit.serve.eviction import LeastRecentlyUsed
+from moefit.serve.fused import FEW, fused_experts
+from moefit.serve.invoker import ExpertInvoker
+from moefit.serve.residency import Residency
+from moefit.serve.slots import Slot, allocate
+from moefit.serve.transfer import Transfer
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+EXPERTS, WIDTH = 8, 72
+MIXED = ("int4", "int8", "native", "int3")
+SIZES = {"hidden_size": WIDTH, "intermediate_size": 40, "head_dim": 8}
+# What 15 bits of activations, twice, and sums in float32 leave of the largest output.
+CLOSE = 2.0**-12
+
+
+@pytest.fixture(params=["best", "torch"])
+def computing(request, monkeypatch):
+    """By the best kernels that there are here, and by none."""
+    if request.param == "best" and kernels() is None:
+        pytest.skip("the kernels were not compiled here")
+    monkeypatch.setenv(SWITCH, "avx512" if request.param == "best" else "torch")
+    kernels_module.kernels.cache_clear()
+    yield request.param
+    kernels_module.kernels.cache_clear()
+
+
+@dataclass
+class ModelStore:
+    """As `ExpertStore`, from a module's parameters, in whatever format a slot has."""
+
+    block: MoeBlock
+    module: Any
+
+    def read(self, block: str, expert: int, into: Slot) -> None:
+        with torch.inference_mode():
+            native = parts_of(self.module, self.block, expert)
+            into.format.write(into.tensors, native, self.block.layout.specs)
+
+
+def block_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[MoeBlock, Any]:
+    model = tiny(family, dtype=dtype, **SIZES)
+    block = find_blocks(model)[0]
+    return block, model.get_submodule(block.name)
+
+
+@dataclass
+class Bench:
+    """An invoker whose expert e is in slot e, in the e-th format (or the last)."""
+
+    block: MoeBlock
+    invoke: ExpertInvoker
+    slots: dict[int, Slot]
+
+    def reference(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """In float64 over decoded tensors, choice by choice."""
+        y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
+        specs = self.block.layout.specs
+        for expert, slot in self.slots.items():
+            dense = dense_tensors(specs, slot.tensors, torch.float32)
+            y_each_TD = self.block.layout.output(
+                {k: v.double() for k, v in dense.items()}, x_TD.double()
+            )
+            weight_T = (routing.weights_TK * (routing.ids_TK == expert)).sum(-1)
+            y_TD += y_each_TD * weight_T[:, None]
+        return y_TD
+
+
+def bench(block: MoeBlock, module: Any, formats: Sequence[str], transfer: list[Transfer]) -> Bench:
+    specs = block.layout.specs
+    store = ModelStore(block, module)
+    chosen = [FORMATS[formats[e % len(formats)]] for e in range(EXPERTS)]
+    slots = {e: allocate(format, specs, CPU) for e, format in enumerate(chosen)}
+    residency = Residency(EXPERTS, EXPERTS, LeastRecentlyUsed())
+    for e, slot in slots.items():
+        assert residency.reserve(e) == e
+        store.read(block.name, e, slot)
+        residency.publish(e)
+    transfer.append(Transfer(store))  # pyright: ignore[reportArgumentType]
+    return Bench(block, ExpertInvoker(block, residency, slots, transfer[-1], Counters()), slots)
+
+
+@pytest.fixture
+def make():
+    transfers: list[Transfer] = []
+    yield lambda block, module, formats: bench(block, module, formats, transfers)
+    for transfer in transfers:
+        transfer.close()
+
+
+def case(count: int, k: int, *, seed: int = 0, padding: float = 0, twice: bool = False):
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(count, WIDTH, generator=generator)
+    ids_TK = torch.rand(count, EXPERTS, generator=generator).argsort(-1)[:, :k]
+    if twice and k > 1:
+        ids_TK[:, 1] = ids_TK[:, 0]
+    ids_TK[torch.rand(count, k, generator=generator) < padding] = EXPERTS
+    return x_TD, Routing(ids_TK, torch.rand(count, k, generator=generator))
+
+
+def assert_close(y_TD: Tensor, wanted_TD: Tensor, close: float = CLOSE) -> None:
+    assert y_TD.shape == wanted_TD.shape
+    if len(y_TD):
+        assert differs_by(y_TD.double(), wanted_TD) <= close
+
+
+@pytest.mark.parametrize("formats", [("int4",), ("int8",), ("int2", "int5", "int6"), MIXED])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+def test_a_block_of_such_slots(make, computing, family: str, formats) -> None:
+    """One token and many: below and above the number from which experts are decoded."""
+    made = make(*block_of(family), formats)
+    with torch.inference_mode():
+        for count in (1, 5, 3 * FEW):
+            x_TD, routing = case(count, 3)
+            assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
+
+
+@cache
+def mixed_mixtral() -> Bench:
+    transfers: list[Transfer] = []
+    made = bench(*block_of("Mixtral"), MIXED, transfers)
+    transfers[0].close()  # all are resident
+    return made
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.sampled_from([0, 1, 2, 7, 30]),
+    k=st.integers(1, EXPERTS),
+    padding=st.sampled_from([0.0, 0.4, 1.0]),
+    twice=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_padding_and_duplicates(count, k, padding, twice, seed: int) -> None:
+    made = mixed_mixtral()
+    x_TD, routing = case(count, k, seed=seed, padding=padding, twice=twice)
+    with torch.inference_mode():
+        y_TD = made.invoke(x_TD, routing)
+        none_T = (routing.ids_TK == EXPERTS).all(-1)
+        assert not y_TD[none_T].any()
+        difference_TD = (y_TD.double() - made.reference(x_TD, routing)).abs()
+    assert (difference_TD <= CLOSE * 60).all()  # outputs are of the size of 60
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_one_expert_with_as_many_rows_as_are_few_and_one_more(make, computing, over: int) -> None:
+    made = make(*block_of("Mixtral"), MIXED)
+    x_TD, _ = case(FEW + over, 1)
+    routing = Routing(torch.full((FEW + over, 1), 1), torch.ones(FEW + over, 1))
+    with torch.inference_mode():
+        assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_blocks(make, computing, dtype: torch.dtype) -> None:
+    made = make(*block_of("Mixtral", dtype), MIXED)
+    with torch.inference_mode():
+        for count in (1, 6):
+            x_TD, routing = case(count, 3)
+            y_TD = made.invoke(x_TD.to(dtype), routing)
+            assert y_TD.dtype == dtype
+            wanted_TD = made.reference(x_TD.to(dtype).float(), routing)
+            assert_close(y_TD, wanted_TD, 2.0**-6 if dtype == torch.bfloat16 else 2.0**-9)
+
+
+def test_experts_that_no_kernel_reads_are_computed_in_torch(make, computing) -> None:
+    block, module = block_of("Mixtral", torch.float64)
+    assert fused_experts(block.layout) is None
+    made = make(block, module, MIXED)
+    x_TD, routing = case(5, 3)
+    with torch.inference_mode():
+        y_TD = made.invoke(x_TD.double(), routing)
+        assert_close(y_TD, made.reference(x_TD, routing), 1e-6)
+
+
+def test_a_token_without_numbers_spoils_no_other(make, computing) -> None:
+    made = make(*block_of("Mixtral"), MIXED)
+    x_TD, routing = case(6, 3)
+    with torch.inference_mode():
+        wanted_TD = made.invoke(x_TD, routing)
+        x_TD[2] = torch.nan
+        y_TD = made.invoke(x_TD, routing)
+    assert y_TD[2].isnan().all()
+    rest = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(y_TD[rest], wanted_TD[rest])
+
+
+# Whole models
+
+
+@torch.no_grad()
+def decoded_twin(model: Any, format: Format) -> Any:
+    """The model with what the format keeps of its experts' weights."""
+    for block in find_blocks(model):
+        module, specs = model.get_submodule(block.name), block.layout.specs
+        for expert in range(block.num_experts):
+            native, slot = parts_of(module, block, expert), allocate(format, specs, CPU)
+            format.write(slot.tensors, native, specs)
+            for short, value in dense_tensors(specs, slot.tensors, torch.float32).items():
+                native[short].copy_(value)
+    return model
+
+
+SHAPES = {
+    "Mixtral": SIZES,
+    "Olmoe": {"hidden_size": 64, "intermediate_size": 100, "norm_topk_prob": True},
+    "GptOss": SIZES,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"), [("Mixtral", "int8"), ("Olmoe", "int4"), ("GptOss", "int4")]
+)
+def test_a_served_model_is_its_decoded_twin(
+    tmp_path: Path, computing, family: str, precision: str
+) -> None:
+    folder = saved(tiny(family, **SHAPES[family]), tmp_path)
+    twin = decoded_twin(tiny(family, **SHAPES[family]), FORMATS[precision])
+    inputs = {"input_ids": tokens(2, 12)}
+    with moefit.load(folder, precision=precision, context=128) as served:
+        assert differs_by(logits(served.model, inputs), logits(twin, inputs)) < 2e-3
+        assert differs_by(greedy(served.model, inputs), greedy(twin, inputs)) < 2e-3
+        slots = [slot for experts in served.blocks.values() for slot in experts.slots.values()]
+        assert len(slots) == EXPERTS * len(served.blocks)
+        for slot in slots:
+            assert slot.nbytes == FORMATS[precision].nbytes(slot.specs)
+        assert served.report()["slot_bytes"] == sum(slot.nbytes for slot in slots)
+        assert [one.slot_bytes for one in served.budget.blocks] == [
+            FORMATS[precision].nbytes(experts.block.layout.specs)
+            for experts in served.blocks.values()
+        ]
+
+
+def test_switch_transformers_too(tmp_path: Path, computing) -> None:
+    # Weights of a trained model's size; larger ones make much of any rounding, layer by layer.
+    folder = saved(switch(initializer_factor=1.0), tmp_path)
+    twin = decoded_twin(switch(initializer_factor=1.0), FORMATS["int8"])
+    ids = torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    with serving(folder, slots=5, precision="int8") as served:
+        assert differs_by(logits(served.model, inputs), logits(twin, inputs)) < 2e-3
+
+
+@pytest.mark.parametrize(("family", "precision"), [("Mixtral", "int4"), ("GptOss", "int8")])
+def test_what_is_resident_makes_no_difference_to_the_bit(
+    tmp_path: Path, computing, family: str, precision: str
+) -> None:
+    folder = saved(tiny(family, **SHAPES[family]), tmp_path)
+    inputs, made = {"input_ids": tokens(2, 12)}, []
+    for slots in (2, EXPERTS):
+        with serving(folder, slots=slots, precision=precision) as served:
+            made.append(greedy(served.model, inputs, tokens=3))
+    assert torch.equal(*made)
+
+
+def test_an_unknown_precision_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    with pytest.raises(ConfigError, match=r"precision 'int7' does not exist.* nearest: int6"):
+        moefit.load(folder, precision="int7")
+
+
+def test_an_expert_without_numbers_is_named(tmp_path: Path) -> None:
+    model = tiny("Mixtral", **SIZES)
+    block = find_blocks(model)[1]
+    with torch.no_grad():
+        parts_of(model.get_submodule(block.name), block, 5)["down_proj"][7, 3] = torch.nan
+    folder = saved(model, tmp_path)
+    with (
+        moefit.load(folder, precision="int4", context=128) as served,
+        pytest.raises(
+            CheckpointError, match=rf"{block.name}, expert 5, down_proj: the weight of output 7 for"
+        ),
+    ):
+        logits(served.model, {"input_ids": tokens(2, 40)})
+
+
+def test_specs_of_a_slot_are_those_of_its_block() -> None:
+    block, _ = block_of("GptOss")
+    slot = allocate(GroupedFormat(4), block.layout.specs, CPU)
+    assert all(isinstance(spec, TensorSpec) for spec in slot.specs.values())
+    assert slot.specs.keys() == slot.tensors.keys() == dict(block.layout.specs).keys()
