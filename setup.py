@@ -16,10 +16,10 @@ class BuildKernels(build_ext):
         """Build; say so if it could not be."""
         try:
             super().run()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may do
             self.warn(
-                f"the kernels were not built ({error}); moefit computes in torch then, more slowly. "
-                "Install a C++ compiler (Debian: g++) and install moefit again to have them"
+                f"the kernels were not built ({error}); moefit computes in torch then, more slowly."
+                " Install a C++ compiler (Debian: g++) and install moefit again to have them"
             )
 
     def get_export_symbols(self, ext):

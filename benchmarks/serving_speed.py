@@ -1,40 +1,42 @@
 """Tokens/s of one large checkpoint under a memory budget: modes, and rivals, each in its process.
 
     python benchmarks/serving_speed.py FOLDER --memory 4.7GiB --save NAME
-        [--policies all,on-demand,exact,bounded,virtual] [--rivals accelerate]
-        [--replay TRACE.npz] [--new-tokens 24] [--context 256]
+        [--policies all,on-demand,exact,bounded,virtual] [--replay TRACE.npz]
+        [--rivals llama.cpp,accelerate] [--gguf FILE] [--rival-python PYTHON]
+        [--new-tokens 24] [--context 256] [--threads 2] [--under NAME=COMMAND]
 
 Policies: `all` has no budget; `on-demand` is exact with LRU eviction, as the paper's baseline; the
 others are moefit's modes. `--replay` puts recorded routing (arrays experts [tokens, layers, K] and
 probs) through the routers' output, so that consecutive tokens want related experts; without it a
-random model routes nearly uniformly. The page cache of the checkpoint is dropped before each run.
-Run it in a memory cgroup to have the peak proven: page cache is then charged too.
+random model routes nearly uniformly. Rivals (rivals.py) route by themselves, so they are refused
+beside it; they are fed the same tokens. `--gguf` is written by make_gguf.py.
+The page cache of the checkpoint is dropped before each run. Page cache is charged to a memory
+cgroup too: run all in one to have the peak proven, or one process each with `--under`, whose
+command goes before that policy's or rival's own ("*": everyone's) and may print lines after it.
 """
 
 import argparse
-import gc
 import json
-import os
+import shlex
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import record
+import rivals
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import moefit
-from moefit.evaluate.speed import Bandwidth, measure_bandwidth, measure_speed
+from moefit.evaluate.speed import measure_bandwidth, measure_speed
 from moefit.serve.budget import format_bytes, parse_bytes
-from moefit.serve.ledger import peak_process_bytes
 from moefit.serve.served import ServedModel
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -44,18 +46,22 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bounded": {"mode": "bounded"},
     "virtual": {"mode": "virtual"},
 }
+SEED = 1
 
 
 def main() -> None:
     arguments = parse()
+    torch.set_num_threads(arguments.threads)
     if arguments.one:
         print(json.dumps(one(arguments, arguments.one)))
         return
     results = {}
-    names = [*arguments.policies.split(","), *filter(None, arguments.rivals.split(","))]
-    for name in names:
-        results[name] = in_own_process(name)
-        print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    for name in filter(None, arguments.policies.split(",")):
+        command = [sys.executable, *sys.argv, "--one", name]
+        results[name] = in_own_process(name, command, arguments.under)
+    for name in filter(None, arguments.rivals.split(",")):
+        command = [arguments.rival_python, rivals.__file__, name]
+        results[name] = in_own_process(name, command, arguments.under, work(arguments))
     Console().print(table(results))
     if arguments.save:
         kind = "recorded routing" if arguments.replay else "random tokens, near-uniform routing"
@@ -68,29 +74,71 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", required=True)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--rivals", default="")
+    parser.add_argument("--rival-python", default=sys.executable)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--under", metavar="NAME=COMMAND", action="append", default=[])
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--warm-up", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", metavar="NAME")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rivals and arguments.replay:
+        parser.error("rivals cannot replay recorded routing; measure them without --replay")
+    if "llama.cpp" in arguments.rivals and not arguments.gguf:
+        parser.error("llama.cpp needs --gguf FILE (benchmarks/make_gguf.py writes it)")
+    return arguments
 
 
-def in_own_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, *sys.argv, "--one", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def in_own_process(
+    name: str, command: list[str], under: list[str], work: rivals.Work | None = None
+) -> dict[str, Any]:
+    before = dict(one.split("=", 1) for one in under)
+    command = [*shlex.split(before.get(name, before.get("*", ""))), *command]
+    given = json.dumps(asdict(work)) if work else ""
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
-    return json.loads(done.stdout.splitlines()[-1])
+        said = done.stderr.strip().splitlines()[-1:]
+        result: dict[str, Any] = {"failed": [f"exit {done.returncode}", *said, *lines]}
+    else:
+        start = next(number for number, line in enumerate(lines) if line.startswith("{"))
+        result = json.loads(lines[start])
+        if after := lines[start + 1 :]:
+            result["under"] = after
+    print(name, json.dumps(result), file=sys.stderr, flush=True)
+    return result
+
+
+def work(arguments: argparse.Namespace) -> rivals.Work:
+    """The prompt and the tokens that `measure_speed` feeds, and this machine's bandwidths."""
+    config = AutoConfig.from_pretrained(arguments.folder)
+    generator = torch.Generator().manual_seed(SEED)
+    decoded = [
+        int(torch.randint(0, vocabulary(config), (1, 1), generator=generator))
+        for _ in range(arguments.warm_up + arguments.new_tokens)
+    ]
+    bandwidth = measure_bandwidth(arguments.folder)
+    return rivals.Work(
+        folder=str(arguments.folder),
+        gguf=str(arguments.gguf or ""),
+        memory=parse_bytes(arguments.memory),
+        context=arguments.context,
+        threads=arguments.threads,
+        prompt=prompt(config, arguments.prompt_tokens).tolist(),
+        decode=decoded,
+        warm_up=arguments.warm_up,
+        storage=bandwidth.storage,
+        bandwidth=bandwidth.memory,
+    )
 
 
 def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    drop_page_cache(arguments.folder)
+    rivals.drop_page_cache(arguments.folder.glob("*.safetensors"))
     bandwidth = measure_bandwidth(arguments.folder)
-    if name == "accelerate":
-        return accelerate(arguments, bandwidth)
     settings = {"memory": arguments.memory, "context": arguments.context, **POLICIES[name]}
     began = time.perf_counter()
     with moefit.load(arguments.folder, **settings) as served:
@@ -107,7 +155,7 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
             prompt_T=prompt(served.model.config, arguments.prompt_tokens),
             new_tokens=arguments.new_tokens,
             warm_up=arguments.warm_up,
-            seed=1,
+            seed=SEED,
         )
         report = served.report()
         return {
@@ -120,15 +168,12 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def prompt(config: Any, tokens: int) -> Tensor:
-    vocabulary = config.get_text_config(decoder=True).vocab_size
-    return torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary(config), (tokens,), generator=generator)
 
 
-def drop_page_cache(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+def vocabulary(config: Any) -> int:
+    return config.get_text_config(decoder=True).vocab_size
 
 
 def replay(served: ServedModel, trace: Path) -> None:
@@ -166,40 +211,6 @@ class _Replayed:
         scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         chosen = scores_TE.gather(-1, ids).to(weights_TK.dtype)
         return scores_TE.log().to(logits_TE.dtype), chosen, ids.to(ids_TK.dtype)
-
-
-def accelerate(arguments: argparse.Namespace, bandwidth: Bandwidth) -> dict[str, Any]:
-    """transformers with accelerate's disk offload, given the same bytes for weights."""
-    config = AutoConfig.from_pretrained(arguments.folder)
-    names: Any = config.architectures
-    family: Any = getattr(transformers, names[0])
-    room = parse_bytes(arguments.memory) - peak_process_bytes() - (700 << 20)
-    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as offload:
-        model: Any = family.from_pretrained(
-            arguments.folder,
-            device_map="auto",
-            max_memory={"cpu": room},
-            offload_folder=offload,
-            dtype="auto",
-        ).eval()
-        gc.collect()
-        ids = prompt(config, arguments.prompt_tokens)[None]
-        with torch.inference_mode():
-            output = model(input_ids=ids, use_cache=True)
-            seconds = []
-            for _ in range(max(2, arguments.new_tokens // 8)):
-                began = time.perf_counter()
-                output = model(
-                    input_ids=output.logits[:, -1:].argmax(-1),
-                    past_key_values=output.past_key_values,
-                    use_cache=True,
-                )
-                seconds.append(time.perf_counter() - began)
-    return {
-        "tokens_per_second": len(seconds) / sum(seconds),
-        "peak_process_bytes": peak_process_bytes(),
-        "bandwidth": {"storage": bandwidth.storage, "memory": bandwidth.memory},
-    }
 
 
 def table(results: dict[str, Any]) -> Table:

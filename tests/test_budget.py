@@ -3,7 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, parse_bytes
+from moefit.serve.budget import (
+    BlockNeeds,
+    MemoryBudget,
+    format_bytes,
+    host_limit,
+    parse_bytes,
+)
 
 GIB = 1 << 30
 
@@ -155,5 +161,22 @@ def test_the_parts_add_up_and_go_to_json() -> None:
     assert budget.as_dict() == {
         "total": 5000, "context": None, "process": 1000, "weights": 300, "kv_cache": 100,
         "workspace": 60, "staging": 40, "floor": 3500, "everything": 9500,
+        "host": None,
     }  # fmt: skip
     assert budget.with_total(9000).with_total(5000) == budget
+
+
+@pytest.mark.parametrize("nothing", [None, 0, "0"])
+def test_without_host_memory_there_is_a_buffer_a_reader(nothing) -> None:
+    assert host_limit(nothing, largest=1000, readers=6) == 6000
+
+
+def test_host_memory_holds_an_expert_at_least() -> None:
+    assert host_limit("1000", largest=1000, readers=6) == 1000
+    with pytest.raises(
+        ConfigError, match=r"host memory of 999 B has no room.* at least 1000 bytes"
+    ):
+        host_limit(999, largest=1000, readers=6)
+    for text in (-1, "much", "", "0GiB", True):
+        with pytest.raises(ConfigError, match="is not a size"):
+            host_limit(text, largest=1000, readers=6)

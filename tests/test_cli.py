@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -79,6 +80,13 @@ def test_describe(saved):
     assert 2.7e9 < card["total_without_embeddings"] < 2.9e9
     assert "KV" in run("describe", "dsmoe-3b").stdout
     assert json.loads(run("describe", saved, "--json").stdout)["total"] < 1e6
+
+
+def test_describe_reckons_with_a_gpu_and_its_host_memory(saved):
+    asked = ("describe", saved, "--device", "cuda", "--host-memory", "1MiB")
+    ledger = json.loads(run(*asked, "--memory", "1GiB", "--json").stdout)
+    assert ledger["host"] == 1 << 20 and ledger["process"] == torch.cuda.memory_reserved()
+    assert "host memory, beside the budget" in run(*asked).stdout
 
 
 def test_describe_in_a_precision_is_the_ledger(saved):
@@ -178,6 +186,10 @@ def test_version():
         (["train", "no-such.yaml"], "cannot read the configuration"),
         (["eval", "MODEL", "--text", "/no/such/file"], "cannot read"),
         (["eval", "MODEL", "--rule", "top_k:6"], "top_k:5"),
+        (["eval", "MODEL", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
+        (["generate", "MODEL", "some", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
+        (["bench", "MODEL", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
+        (["describe", "MODEL", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
         (["eval", "MODEL", "--rule", "best"], "is not an inference rule"),
         (["generate", "MODEL", ""], "the prompt is empty"),
         (["export", "MODEL", "OUT", "-k", "6"], "6"),

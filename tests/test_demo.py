@@ -50,6 +50,7 @@ def test_with_all_experts_modes_are_the_same():
         "exact": {100.0: 0.0, 50.0: pytest.approx(-0.01)},
         "bounded": {100.0: 0.0},
         "virtual": {100.0: 0.0, 50.0: pytest.approx(200.0)},
+        "auto": {100.0: 0.0},
     }
 
 
@@ -100,11 +101,17 @@ needs_reference = pytest.mark.skipif(
 def test_the_shipped_model_in_less_memory():
     console = Console(file=io.StringIO(), width=120)
     rows = demo_serving.run(console, max_tokens=128)
-    assert [row.name for row in rows] == ["all exact"] + [
+    precisions = ["1/2 auto", "1/3 auto", "1/5 auto"]
+    assert [row.name for row in rows] == ["all exact", *precisions] + [
         f"{memory} {mode}" for memory in ("1/2", "1/3") for mode in ("exact", "bounded", "virtual")
     ]
     full = rows[0].expert_bytes
-    for row in rows:
+    for row, share in zip(rows[1:4], (1 / 2, 1 / 3, 1 / 5), strict=True):
+        assert 0.95 * share * full <= row.expert_bytes <= share * full
+        assert row.score.full == pytest.approx(rows[0].score.full, rel=1e-3)
+        assert row.score.slots == row.score.experts
+        assert abs(row.score.loss) < 0.1
+    for row in [rows[0], *rows[4:]]:
         score = row.score
         assert row.expert_bytes == pytest.approx(full * score.slots / score.experts)
         assert score.full == pytest.approx(rows[0].score.full, rel=1e-3)
@@ -138,7 +145,7 @@ def test_the_whole_story(tmp_path):
     assert {score["rule"] for score in result["reference"]} >= {"dense", "top_k:4"}
     assert result["answer"]["text"].startswith(demo.PROMPT)
     assert 0.2 < result["answer"]["active_share"] < 0.4
-    assert [row["mode"] for row in result["serving"][:2]] == ["exact", "exact"]
+    assert [row["mode"] for row in result["serving"][:2]] == ["exact", "auto"]
     assert (tmp_path / "demo" / "demo.png").is_file()
     again = demo.run(tmp_path / "demo", seconds=5, console=console)  # a second visit works too
     assert again["training"]["steps"] >= 30

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from moefit.device import parse_device
+from moefit.device import parse_device, planned_device
 from moefit.errors import ConfigError
 
 
@@ -45,3 +45,12 @@ def test_what_is_not_says_what_is(gpus, count, name, works):
     message = re.escape(f"device={name!r} is not to be had here; {works}")
     with pytest.raises(ConfigError, match=message):
         parse_device(name)
+
+
+def test_a_gpu_that_is_planned_for_need_not_be_here(gpus):
+    gpus(0)
+    assert planned_device("cuda:3") == torch.device("cuda:3")
+    assert planned_device("auto") == planned_device("cpu") == torch.device("cpu")
+    for name in ("foo", "meta", "cuda:x", "cpu:7"):
+        with pytest.raises(ConfigError, match="is not to be had here"):
+            planned_device(name)

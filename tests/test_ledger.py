@@ -11,9 +11,12 @@ from tiny_served import FAMILIES, saved, tiny, tokens
 from moefit.checkpoint import SINGLE, Checkpoint
 from moefit.serve.ledger import (
     FIRST_USE,
+    held_bytes,
     kv_bytes_per_token,
+    peak_held_bytes,
     peak_process_bytes,
     process_bytes,
+    slot_bytes,
     weight_bytes,
     workspace_bytes,
 )
@@ -72,6 +75,38 @@ def test_the_process_is_measured_as_the_system_measures_it() -> None:
     del held
     assert abs(process_bytes() - before) < 4 * MIB
     assert peak_process_bytes() >= before + 60 * MIB
+
+
+def test_on_a_gpu_only_what_torch_reserved_there_counts(monkeypatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert abs(held_bytes(cpu) - process_bytes()) < 4 * MIB
+    assert peak_held_bytes(cpu) == peak_process_bytes()
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {gpu: 5}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {gpu: 7}.__getitem__)
+    assert (held_bytes(gpu), peak_held_bytes(gpu)) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("size", "on_gpu"),
+    [(4096, 4096), (MIB, MIB), (12288, 12337), (9 * MIB, 10 * MIB), (10 * MIB, 10 * MIB),
+     (11 * MIB, 12 * MIB), (12 * MIB, 12 * MIB), (12 * MIB + 4096, 14 * MIB),
+     (336 * MIB, 336 * MIB)],
+)  # fmt: skip
+def test_a_slot_on_a_gpu_takes_its_share_of_a_segment(size: int, on_gpu: int) -> None:
+    assert slot_bytes(size, torch.device("cuda")) == on_gpu
+    assert slot_bytes(size, torch.device("cpu")) == size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("size", [12288, 3 * MIB // 2, 9 * MIB, 12 * MIB, 13 * MIB + 4096])
+def test_on_a_gpu_slots_take_what_the_ledger_says(size: int) -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    before = held_bytes(device)
+    slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(100)]
+    segment = 20 * MIB  # the last one may be begun only
+    assert held_bytes(device) - before <= len(slots) * slot_bytes(size, device) + segment
 
 
 FIRST_STEPS = """

@@ -105,6 +105,8 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         ({"device": "tpu"}, "device='tpu' is not to be had here"),
         ({"memory": "much"}, "'much' is not a size"),
         ({"memory": 0}, "0 is not a size"),
+        ({"host_memory": "1GiB"}, "host_memory='1GiB', but on a CPU .* give it to memory"),
+        ({"host_memory": 0}, "host_memory=0, but on a CPU"),
         ({"context": 0}, "context=0"),
         ({"context": -5}, "context=-5"),
         ({"context": 1.5}, "context=1.5"),
@@ -186,6 +188,35 @@ def test_the_ledger_follows_context_dtype_and_readers(folder: Path) -> None:
     assert converted.staging == SPARES * half.blocks[0].slot_bytes + 2 * expert * (
         3 + BACKGROUND_READERS
     )
+
+
+def test_a_gpu_is_reckoned_with_though_it_is_not_here(folder: Path) -> None:
+    cpu, gpu = floor_of(folder, context=64), floor_of(folder, context=64, device="cuda")
+    assert cpu.process > 50 * MIB, "interpreter and libraries"
+    assert gpu.process == torch.cuda.memory_reserved(), "which are not on it"
+    assert (gpu.weights, gpu.kv_cache) == (cpu.weights, cpu.kv_cache)
+    assert gpu.blocks[0].slot_bytes >= cpu.blocks[0].slot_bytes
+    assert gpu.staging == SPARES * gpu.blocks[0].slot_bytes
+    converted = floor_of(folder, context=64, device="cuda", dtype=torch.bfloat16)
+    assert converted.staging == SPARES * converted.blocks[0].slot_bytes, "converted in host memory"
+
+
+def test_host_memory_is_a_buffer_a_reader_unless_given(folder: Path) -> None:
+    slot = floor_of(folder).blocks[0].slot_bytes
+    assert floor_of(folder).host is None
+    assert floor_of(folder, device="cuda").host == slot * (4 + BACKGROUND_READERS)
+    assert floor_of(folder, device="cuda:0", readers=2, host_memory=0).host == slot * (
+        2 + BACKGROUND_READERS
+    )
+    assert floor_of(folder, device="cuda", host_memory="1MiB").host == MIB
+    with pytest.raises(ConfigError, match=f"no room for an expert.* give at least {slot} bytes"):
+        floor_of(folder, device="cuda", host_memory=slot - 1)
+    assert floor_of(folder, device="cuda", host_memory=slot).host == slot
+    with pytest.raises(ConfigError, match="is not a size"):
+        floor_of(folder, device="cuda", host_memory="lots")
+    packed = floor_of(folder, device="cuda", precision="int4")
+    assert packed.host == packed.blocks[0].slot_bytes * (4 + BACKGROUND_READERS) < 6 * slot
+    assert floor_of(folder, device="cuda", precision="auto").host == 6 * slot, "the largest format"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

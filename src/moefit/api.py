@@ -34,10 +34,12 @@ def load(
     """Serve a Hugging Face MoE model inside a memory budget.
 
     model: a folder, a training run of moefit, a name on the Hub, or `reference`.
-    memory: every byte that the process may hold, such as "4.7GiB"; None is all that it takes.
+    memory: every byte that the process may hold on the device, such as "4.7GiB"; None is all that
+    it takes.
     mode: what happens when an expert is not resident: `exact` (it is fetched), `bounded` (another
     one answers if little router weight is lost), `virtual` (residents alone answer; SwapMoE).
-    settings: fields of `LoadSettings` and of `Policy`.
+    settings: fields of `LoadSettings` and of `Policy`; `host_memory="8GiB"` bounds the experts that
+    wait in host memory for a GPU.
 
     Gives an object with `model` and `tokenizer` (it also unpacks into the two), `generate`,
     `set_memory`, `set_mode`, `report` and `close`.

@@ -1,12 +1,13 @@
 """The demo's second half: the shipped model with less and less memory for its experts.
 
-Owns which budgets and modes are shown, on how much text, and their panel of the picture. Takes a
-console; gives a row per budget and mode. The rows are one model's life: each goes on with the
-experts that the one before left in memory.
+Owns which budgets, precisions and modes are shown, on how much text, and their panel of the
+picture. Takes a console; gives a row per budget and way to keep it: all experts at the precision
+that fits (`auto`), or some of them at full precision. The latter rows are one model's life: each
+goes on with the experts that the one before left in memory.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from moefit.api import load
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.loading import REFERENCE
 from moefit.evaluate.passage import held_out_text
+from moefit.evaluate.perplexity import Text
 from moefit.evaluate.report import step_table
 from moefit.evaluate.stepwise import Progress, StepScore, score_steps
 from moefit.serve.budget import format_bytes
@@ -26,6 +28,9 @@ from moefit.serve.virtual_experts import Mode
 RULE = "top_k:4"
 SHARES = {"1/2": 1 / 2, "1/3": 1 / 3}
 MODES: tuple[Mode, ...] = ("exact", "bounded", "virtual")
+AUTO = "auto"
+AUTO_SHARES = {**SHARES, "1/5": 1 / 5}
+PLENTY = "16GiB"  # until the share is set
 CONTEXT = 128
 ROUNDING = (
     "(agree: with one pass over all experts. In bfloat16, decoding rounds otherwise than such a "
@@ -36,7 +41,7 @@ TOKENS = 256  # in whole windows, the prompt of each included
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One budget and mode."""
+    """One budget, and the mode or `auto`."""
 
     memory: str
     expert_bytes: int
@@ -74,13 +79,27 @@ def _rows(served: ServedModel, max_tokens: int, tell: Progress) -> Iterator[Row]
     served.model.set_inference_rule(RULE)
     text = held_out_text(served.tokenizer, CONTEXT, max_tokens)
     served.set_residents({name: range(one.num_experts) for name, one in served.blocks.items()})
-    yield _row(served, "all", score_steps(served, text, progress=tell))
+    whole = _row(served, "all", score_steps(served, text, progress=tell))
+    yield whole
+    yield from _auto_rows(served, text, whole.expert_bytes, tell)
     for name, share in SHARES.items():
         slots = [max(1, round(share * one.num_experts)) for one in served.budget.blocks]
         served.set_memory(served.budget.with_slots(slots))
         for mode in MODES:
             served.set_mode(mode)
             yield _row(served, name, score_steps(served, text, progress=tell))
+
+
+def _auto_rows(full: ServedModel, text: Text, whole: int, tell: Progress) -> Iterator[Row]:
+    """Every expert in memory, at formats that take a share of the native bytes."""
+    with load(REFERENCE, context=CONTEXT, precision=AUTO, memory=PLENTY) as served:
+        assert isinstance(served.model, DsMoeForCausalLM)
+        served.model.set_inference_rule(RULE)
+        for name, share in AUTO_SHARES.items():
+            served.set_memory(served.budget.fixed + round(share * whole))
+            served.settle_precision()
+            score = score_steps(served, text, against=full, progress=tell)
+            yield _row(served, name, replace(score, mode=AUTO))
 
 
 def _row(served: ServedModel, memory: str, score: StepScore) -> Row:
@@ -96,17 +115,17 @@ def draw(axes: Axes, rows: list[Row]) -> None:
     axes.set_ylim(bottom=-0.5)
     axes.invert_xaxis()
     axes.set_title("shipped model, served")
-    axes.set_xlabel("experts in memory, %")
+    axes.set_xlabel("bytes of experts in memory, %")
     axes.set_ylabel("perplexity above all experts', %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
 
 
 def _lines(rows: list[Row]) -> Mapping[str, dict[float, float]]:
-    """Per mode, loss by share of experts, in percent; with all experts, modes are the same."""
-    lines: dict[str, dict[float, float]] = {mode: {} for mode in MODES}
+    """Per mode, loss by share of bytes, in percent; with all experts, modes are the same."""
+    lines: dict[str, dict[float, float]] = {mode: {} for mode in (*MODES, AUTO)}
     for row in rows:
-        point = {100 * row.score.slots / row.score.experts: 100 * row.score.loss}
-        for mode in MODES if row.memory == "all" else (row.score.mode,):
+        point = {100 * row.expert_bytes / rows[0].expert_bytes: 100 * row.score.loss}
+        for mode in lines if row.memory == "all" else (row.score.mode,):
             lines[mode].update(point)
     return lines

@@ -31,6 +31,19 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def planned_device(name: str) -> torch.device:
+    """As `parse_device`, but a GPU need not be here: for what is only reckoned.
+
+    >>> planned_device("cuda")
+    device(type='cuda')
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return parse_device(name)
+    return device if device.type == "cuda" else parse_device(name)
+
+
 def _not_here(name: str, gpus: int) -> str:
     if gpus == 0:
         works = "auto or cpu"

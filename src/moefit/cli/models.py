@@ -18,6 +18,7 @@ from moefit.cli.serving import (
     BaselineName,
     Bound,
     Context,
+    HostMemory,
     Memory,
     ModeOption,
     Precision,
@@ -62,6 +63,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="predict about this many, spread over the text")
     ] = None,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -79,6 +81,7 @@ def evaluate(
     """Every rule on the same windows; in a budget or mode, step by step against all experts."""
     serving = Serving(
         memory=memory,
+        host_memory=host_memory,
         mode=mode,
         prefill=prefill,
         bound=bound,
@@ -169,6 +172,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -184,6 +188,7 @@ def generate(
     torch.manual_seed(seed)
     serving = Serving(
         memory=memory,
+        host_memory=host_memory,
         mode=mode,
         prefill=prefill,
         bound=bound,
@@ -230,12 +235,19 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     memory: Memory = None,
+    host_memory: HostMemory = None,
     precision: Precision = NATIVE_PRECISION,
     context: Context = 2048,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Allocates no weights."""
-    if memory is None and precision == NATIVE_PRECISION and _is_ours(model):
+    """Allocates no weights, so the device need not be here."""
+    settings = LoadSettings(
+        memory=memory, host_memory=host_memory, precision=precision, context=context, device=device
+    )
+    settings.check()
+    plain = memory is host_memory is None and device == "cpu" and precision == NATIVE_PRECISION
+    if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
             print_json(card.as_dict())
@@ -248,8 +260,6 @@ def describe(
             "folder"
         )
     skeleton = build(folder_of(model))
-    settings = LoadSettings(memory=memory, precision=precision, context=context)
-    settings.check()
     budget = ledger(skeleton, settings)
     counts = budget.slots()  # refuses a budget below the floor
     if as_json:
@@ -278,6 +288,7 @@ def _is_ours(model: str) -> bool:
 def bench(
     model: Model,
     memory: Memory = None,
+    host_memory: HostMemory = None,
     mode: ModeOption = None,
     prefill: Prefill = None,
     bound: Bound = 0.3,
@@ -293,6 +304,7 @@ def bench(
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
     serving = Serving(
         memory=memory,
+        host_memory=host_memory,
         mode=mode,
         prefill=prefill,
         bound=bound,

@@ -15,6 +15,7 @@ from moefit.api import load
 from moefit.cli.app import console, say
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.format import FORMATS
+from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
 
@@ -38,7 +39,13 @@ class BaselineName(StrEnum):
 
 Memory = Annotated[
     str | None,
-    typer.Option(help="serve inside this budget, such as 4.7GiB: every byte of the process"),
+    typer.Option(
+        help="serve inside this budget, such as 4.7GiB: every byte of the process on the device"
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(help="on a GPU: the most host memory that experts may take between disk and it"),
 ]
 ModeOption = Annotated[
     ModeName | None,
@@ -69,6 +76,7 @@ class Serving:
     """The options as given."""
 
     memory: str | None
+    host_memory: str | None
     mode: ModeName | None
     prefill: ModeName | None
     bound: float
@@ -80,7 +88,7 @@ class Serving:
     @property
     def wanted(self) -> bool:
         """Whether anything asks for a budget, a mode or a format."""
-        asked = self.memory is not None or self.mode is not None
+        asked = not (self.memory is self.host_memory is self.mode is None)
         return asked or self.precision != NATIVE_PRECISION
 
     def load(self, model: str, **settings: Any) -> ServedModel:
@@ -92,6 +100,7 @@ class Serving:
             served = load(
                 model,
                 memory=self.memory,
+                host_memory=self.host_memory,
                 mode=(self.mode or ModeName.exact).value,
                 device=self.device,
                 context=self.context,
@@ -121,7 +130,7 @@ def _summary(served: ServedModel, precision: str) -> str:
     lying = "" if native else f", experts in {precision}, {report['experts_from']}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{lying}"
+        f"mode {report['mode']}{lying}, computed by {status()}"
     )
 
 
@@ -147,6 +156,11 @@ def ledger_table(budget: MemoryBudget, title: str) -> Table:
     rows = {"sum": budget.fixed + in_slots, "floor": budget.floor, "all experts": budget.everything}
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))
+    if budget.host is not None:
+        table.add_section()
+        table.add_row(
+            "host memory, beside the budget", f"{budget.host:,}", format_bytes(budget.host)
+        )
     return table
 
 

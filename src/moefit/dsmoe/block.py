@@ -19,14 +19,21 @@ from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
 from moefit.moe.routing import Routing, Rule, route
 
+WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
+
 
 def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
-    """All experts as one wide MLP if every token uses all of them, else grouped by expert."""
+    """All experts as one wide MLP if every token uses all of them, else grouped by expert.
+
+    In training, narrow experts are computed as one wide MLP too, the scores of those that were not
+    chosen being zero: one large product takes less time than gathering and many small ones.
+    """
     weights = expert_weights(experts)
-    num_experts = weights.w_in_EID.shape[0]
+    num_experts, width = weights.w_in_EID.shape[0], weights.w_out_EDF.shape[2]
     if num_experts == 1:
         return wide_experts(x_TD, None, weights)
-    if routing.ids_TK.shape[1] == num_experts:
+    narrow = experts.training and width <= WIDE_UP_TO
+    if narrow or routing.ids_TK.shape[1] == num_experts:
         return wide_experts(x_TD, scattered_scores(routing, num_experts), weights)
     return grouped_experts(x_TD, routing, weights)
 

@@ -10,12 +10,14 @@ Shapes: T tokens.
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefit.errors import ConfigError
 from moefit.serve.served import ServedModel
@@ -126,16 +128,22 @@ def weights_per_token(served: ServedModel, expert_uses: int, tokens: int) -> flo
     the experts in use, at their mean size.
     """
     model = served.model
-    skipped = {id(p) for p in model.get_input_embeddings().parameters()}
+    skipped = {id(p) for p in _tensors(model.get_input_embeddings())}
     head = model.get_output_embeddings()
     if head is not None:
-        skipped -= {id(p) for p in head.parameters()}  # tied: read as the head
+        skipped -= {id(p) for p in _tensors(head)}  # tied: read as the head
     if model.config.is_encoder_decoder:
-        skipped |= {id(p) for p in model.get_encoder().parameters()}
-    dense = sum(p.nbytes for p in model.parameters() if id(p) not in skipped)
-    blocks = served.blocks.values()
-    size = sum(one.block.expert_bytes for one in blocks) / len(blocks)
-    return dense + size * expert_uses / tokens
+        skipped |= {id(p) for p in _tensors(model.get_encoder())}
+    dense = sum(
+        p.nbytes for p in {id(p): p for p in _tensors(model)}.values() if id(p) not in skipped
+    )
+    slots = [slot.nbytes for one in served.blocks.values() for slot in one.slots.values()]
+    return dense + sum(slots) / len(slots) * expert_uses / tokens
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Weights, encoded ones too."""
+    return chain(module.parameters(), module.buffers())
 
 
 def measure_bandwidth(folder: Path, *, limit: int = 256 << 20) -> Bandwidth:

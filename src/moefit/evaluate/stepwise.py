@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepScore:
-    """A served model against itself with all its experts.
+    """A served model against itself with all its experts, or against another one.
 
     Perplexities are over the same tokens: `full` exact, `wide` one pass a window under the policy
     of prefill, `stepwise` token by token. `divergence` is the mean KL(full || stepwise) in nats,
@@ -75,12 +75,19 @@ class _Sums:
 
 @torch.inference_mode()
 def score_steps(
-    served: ServedModel, text: Text, *, prompt: int = 16, progress: Progress | None = None
+    served: ServedModel,
+    text: Text,
+    *,
+    prompt: int = 16,
+    against: ServedModel | None = None,
+    progress: Progress | None = None,
 ) -> StepScore:
     """Score windows of a text; the first `prompt` tokens of each are prefilled, and not scored.
 
-    The resident set goes on from window to window, as a server's does. Raises DataError if no
-    window is longer than the prompt, UnsupportedModelError for an encoder-decoder model.
+    The resident set goes on from window to window, as a server's does. against: what the full
+    model's output is asked of, such as the same model at another precision; None is `served`.
+    Raises DataError if no window is longer than the prompt, UnsupportedModelError for an
+    encoder-decoder model.
     """
     if served.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -97,18 +104,23 @@ def score_steps(
     sums, total = _Sums(), sum(len(window_L) - 1 - prompt for window_L in windows)
     served.reset()
     for window_L in windows:
-        _window(served, window_L.to(served.model.device), prompt, sums)
+        full_TV = _full(against or served, window_L, prompt)
+        _window(served, window_L.to(served.model.device), prompt, full_TV, sums)
         if progress is not None:
             progress(sums.tokens, total)
     return _summary(served, sums)
 
 
-def _window(served: ServedModel, ids_L: Tensor, prompt: int, sums: _Sums) -> None:
+def _full(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
+    """Exact, and leaving residents, scores and counters as they are: nobody shall learn from it."""
+    with served.untouched(replace(served.policy, mode="exact", prefill="exact")):
+        return _wide(served, ids_L.to(served.model.device), prompt)
+
+
+def _window(served: ServedModel, ids_L: Tensor, prompt: int, full_TV: Tensor, sums: _Sums) -> None:
     targets_T = ids_L[prompt + 1 :]
+    full_TV = full_TV.to(ids_L.device)
     policy = served.policy
-    # Exact, and leaving residents, scores and counters as they are: nobody shall learn from it.
-    with served.untouched(replace(policy, mode="exact", prefill="exact")):
-        full_TV = _wide(served, ids_L, prompt)
     with served.untouched(policy):
         wide_TV = _wide(served, ids_L, prompt)
     read, began = served.report()["bytes_read"], time.perf_counter()

@@ -3,10 +3,10 @@
 Owns what is lost. Both give each group of 64 weights of a row its own scale and minimum. `nearest`
 spreads the codes between the group's least and greatest weight. `fitted` gives up the extremes
 where that makes the rest better: from several narrower spreads it alternates between the best codes
-for a scale and a minimum and the best scale and minimum for the codes (Lloyd's algorithm, IEEE Trans.
-Inf. Theory 28, 1982, on a uniform grid), and keeps the best. Its squared errors may be weighted by
-the inputs' second moments, so that columns with loud inputs count more (the idea of llama.cpp's
-importance matrix, ggml-org/llama.cpp#4861).
+for a scale and a minimum and the best scale and minimum for the codes (Lloyd's algorithm, IEEE
+Trans. Inf. Theory 28, 1982, on a uniform grid), and keeps the best, `nearest`'s own among them. Its
+squared errors may be weighted by the inputs' second moments, so that columns with loud inputs count
+more (the idea of llama.cpp's importance matrix, ggml-org/llama.cpp#4861).
 
 Shapes: R rows, C columns, G groups a row, I = 64 weights of a group.
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
-from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
 from moefit.formats.planes import GROUP, pack
 
 Encoder = Literal["nearest", "fitted"]
-ENCODED_AT_ONCE = 256  # rows, so that temporaries stay small beside an expert
 _SPREADS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.88, 0.76), 4: (1.0, 0.9), 5: (1.0, 0.95)}
 _ROUNDS = 3
 _LARGEST = 65504.0  # of float16
+_NORMAL, _STEP = 2.0**-14, 2.0**-24  # of float16: the least of full precision, the least at all
 
 
 def encode(
@@ -35,24 +35,31 @@ def encode(
 
     Raises CheckpointError for weights that are NaN, infinite or beyond float16.
     """
-    _refuse_unencodable(weight_RC)
-    rows, cols = weight_RC.shape
-    parts = [
-        _encode_rows(part_RC.float(), bits, encoder, moments_C)
-        for part_RC in weight_RC.split(ENCODED_AT_ONCE)
-    ]
-    codes_RB = torch.cat([codes for codes, _ in parts]).view(rows, -1)
-    meta_RMG = torch.cat([meta for _, meta in parts]).contiguous()
-    return GroupedMatrix(bits, cols, codes_RB, meta_RMG)
+    made = GroupedMatrix.empty(*weight_RC.shape, bits)
+    encode_into(made, weight_RC, encoder, moments_C=moments_C)
+    return made
 
 
-def _refuse_unencodable(weight_RC: Tensor) -> None:
-    largest = float(weight_RC.abs().amax()) if weight_RC.numel() else 0.0
-    if not largest <= _LARGEST:  # NaN too
-        bad = (~(weight_RC.abs() <= _LARGEST)).nonzero()[0].tolist()
+def encode_into(
+    target: GroupedMatrix, weight_RC: Tensor, encoder: Encoder, *, moments_C: Tensor | None = None
+) -> None:
+    """As `encode`, with little memory beside the target."""
+    parts = zip(weight_RC.split(ROWS_AT_ONCE), target.split(), strict=True)
+    for number, (part_RC, part) in enumerate(parts):
+        part_RC = part_RC.float()
+        _refuse_unencodable(part_RC, number * ROWS_AT_ONCE)
+        codes_NB, meta_RMG = _encode_rows(part_RC, target.bits, encoder, moments_C)
+        part.codes_RB.copy_(codes_NB.view(part.codes_RB.shape))
+        part.meta_RMG.copy_(meta_RMG)
+
+
+def _refuse_unencodable(weight_RC: Tensor, first: int) -> None:
+    bad = ~(weight_RC.abs() <= _LARGEST)  # NaN too
+    if bad.any():
+        row, col = bad.nonzero()[0].tolist()
         raise CheckpointError(
-            f"weight {bad} is {float(weight_RC[tuple(bad)])}, which no integer format can hold; "
-            f"weights must be finite and at most {_LARGEST:g}"
+            f"the weight of output {first + row} for input {col} is {float(weight_RC[row, col])}, "
+            f"which no integer format can hold; weights must be finite and at most {_LARGEST:g}"
         )
 
 
@@ -66,23 +73,38 @@ def _encode_rows(
     weight_RGI = F.pad(weight_RC[None], (0, padding), mode="replicate")[0].view(rows, groups, GROUP)
     if bits == 8:
         return _signed(weight_RGI)
-    moments_C = (
-        weight_RC.new_ones(cols) if moments_C is None else moments_C.float().clamp_min(1e-12)
-    )
-    moment_GI = F.pad(moments_C, (0, padding)).view(groups, GROUP)
     scale_RG1, least_RG1 = _spread(weight_RGI, bits, 1.0)
+    scale_RG1, least_RG1 = _half_scale(scale_RG1), _half(least_RG1)
     if encoder == "fitted":
-        scale_RG1, least_RG1 = _fit(weight_RGI, moment_GI, bits)
-    scale_RG1, least_RG1 = scale_RG1.half().float(), least_RG1.half().float()
+        moments_C = weight_RC.new_ones(cols) if moments_C is None else _relative(moments_C)
+        moment_GI = F.pad(moments_C, (0, padding)).view(groups, GROUP)
+        scale_RG1, least_RG1 = _fit(weight_RGI, moment_GI, bits, (scale_RG1, least_RG1))
     codes_RGI = _nearest(weight_RGI, scale_RG1, least_RG1, bits).to(torch.uint8)
     meta_RMG = torch.stack([scale_RG1[..., 0], least_RG1[..., 0]], dim=1).half()
     return pack(codes_RGI.view(-1, GROUP), bits), meta_RMG
 
 
 def _signed(weight_RGI: Tensor) -> tuple[Tensor, Tensor]:
-    scale_RG1 = (weight_RGI.abs().amax(-1, keepdim=True) / 127).half()
-    codes_RGI = (weight_RGI / _divisor(scale_RG1.float())).round().clamp(-127, 127)
-    return pack((codes_RGI + 128).to(torch.uint8).view(-1, GROUP), 8), scale_RG1.transpose(1, 2)
+    scale_RG1 = _half_scale(weight_RGI.abs().amax(-1, keepdim=True) / 127)
+    codes_RGI = (weight_RGI / _divisor(scale_RG1)).round().clamp(-127, 127)
+    codes_NG = (codes_RGI + 128).to(torch.uint8).view(-1, GROUP)
+    return pack(codes_NG, 8), scale_RG1.transpose(1, 2).half()
+
+
+def _half(value_RG1: Tensor) -> Tensor:
+    return value_RG1.clamp(-_LARGEST, _LARGEST).half().float()
+
+
+def _half_scale(scale_RG1: Tensor) -> Tensor:
+    """As float16 has it; where that has few digits left, rounded up, so that codes reach all."""
+    few_RG1 = (scale_RG1 / _STEP).ceil() * _STEP
+    return few_RG1.where(scale_RG1 < _NORMAL, _half(scale_RG1))
+
+
+def _relative(moments_C: Tensor) -> Tensor:
+    """Moments beside their mean; no input counts nothing at all."""
+    moments_C = moments_C.float()
+    return (moments_C / moments_C.mean().clamp_min(1e-30)).clamp_min(1e-6)
 
 
 def _spread(weight_RGI: Tensor, bits: int, share: float) -> tuple[Tensor, Tensor]:
@@ -102,24 +124,29 @@ def _divisor(scale_RG1: Tensor) -> Tensor:
     return scale_RG1.where(scale_RG1.abs() > 0, torch.ones_like(scale_RG1))
 
 
-def _fit(weight_RGI: Tensor, moment_GI: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    best_RG1, best = None, None
+def _fit(
+    weight_RGI: Tensor, moment_GI: Tensor, bits: int, best: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    best_RG1 = _error(weight_RGI, moment_GI, bits, *best)
     for share in _SPREADS.get(bits, (1.0,)):
         scale_RG1, least_RG1 = _spread(weight_RGI, bits, share)
         for _ in range(_ROUNDS):
             codes_RGI = _nearest(weight_RGI, scale_RG1, least_RG1, bits)
             scale_RG1, least_RG1 = _regress(weight_RGI, codes_RGI, moment_GI, scale_RG1, least_RG1)
-        codes_RGI = _nearest(weight_RGI, scale_RG1, least_RG1, bits)
-        error_RGI = codes_RGI.mul_(scale_RG1).add_(least_RG1).sub_(weight_RGI).square_()
-        error_RG1 = error_RGI.mul_(moment_GI).sum(-1, keepdim=True)
-        if best is None:
-            best_RG1, best = error_RG1, (scale_RG1, least_RG1)
-        else:
-            better_RG1 = error_RG1 < best_RG1
-            best_RG1 = error_RG1.where(better_RG1, best_RG1)
-            best = scale_RG1.where(better_RG1, best[0]), least_RG1.where(better_RG1, best[1])
-    assert best is not None
+        scale_RG1, least_RG1 = _half_scale(scale_RG1), _half(least_RG1)
+        error_RG1 = _error(weight_RGI, moment_GI, bits, scale_RG1, least_RG1)
+        better_RG1 = error_RG1 < best_RG1
+        best_RG1 = error_RG1.where(better_RG1, best_RG1)
+        best = scale_RG1.where(better_RG1, best[0]), least_RG1.where(better_RG1, best[1])
     return best
+
+
+def _error(
+    weight_RGI: Tensor, moment_GI: Tensor, bits: int, scale_RG1: Tensor, least_RG1: Tensor
+) -> Tensor:
+    codes_RGI = _nearest(weight_RGI, scale_RG1, least_RG1, bits)
+    error_RGI = codes_RGI.mul_(scale_RG1).add_(least_RG1).sub_(weight_RGI).square_()
+    return error_RGI.mul_(moment_GI).sum(-1, keepdim=True)
 
 
 def _regress(

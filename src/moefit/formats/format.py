@@ -9,6 +9,7 @@ import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
 from typing import Protocol
 
@@ -16,9 +17,16 @@ import torch
 from torch import Tensor
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.formats.encoders import ENCODED_AT_ONCE, Encoder, encode
+from moefit.formats.encoders import Encoder, encode_into
 from moefit.formats.kernels import Weight, kernels
-from moefit.formats.matrix import GroupedMatrix, codes_bytes, groups_of, meta_bytes, meta_per_group
+from moefit.formats.matrix import (
+    ROWS_AT_ONCE,
+    GroupedMatrix,
+    codes_bytes,
+    groups_of,
+    meta_bytes,
+    meta_per_group,
+)
 from moefit.formats.planes import PLANES
 from moefit.moe.families import Layout, Tensors, TensorSpec
 
@@ -139,11 +147,9 @@ class GroupedFormat:
                 continue
             weight_RC = tensor.T if specs[short].inputs_first else tensor
             try:
-                made = encode(weight_RC, self.bits, self.encoder)
+                encode_into(target, weight_RC, self.encoder)
             except CheckpointError as error:
                 raise CheckpointError(f"{short}: {error}") from error
-            target.codes_RB.copy_(made.codes_RB)
-            target.meta_RMG.copy_(made.meta_RMG)
 
     def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
         """Decoded, then the family's own computation."""
@@ -162,13 +168,18 @@ def parse_format(name: str) -> Format:
     """The format of this name. Raises ConfigError for another, naming the nearest."""
     if name in FORMATS:
         return FORMATS[name]
-    digits = re.search(r"\d+", name)
-    widths = sorted(PLANES)
-    nearest = min(widths, key=lambda bits: abs(bits - int(digits[0]))) if digits else 8
     known = ", ".join(one for one in FORMATS if not one.endswith("nearest"))
     raise ConfigError(
-        f"precision {name!r} does not exist; there are {known}; nearest: int{nearest}"
+        f"precision {name!r} does not exist; there are {known}; nearest: {_like(name)}"
     )
+
+
+def _like(name: str) -> str:
+    digits = re.search(r"[0-9]{1,3}", name)
+    if not digits:
+        return next(iter(get_close_matches(name, FORMATS, n=1)), "int8")
+    bits = int(digits[0])
+    return "native" if bits > 12 else f"int{min(PLANES, key=lambda width: abs(width - bits))}"
 
 
 def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torch.dtype) -> Tensors:
@@ -197,11 +208,14 @@ def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
 
 
 def encoding_bytes(format: Format, specs: Mapping[str, TensorSpec]) -> int:
-    """The most that encoding one expert holds beside its slot: itself, and some rows as float32."""
+    """The most that encoding or decoding one expert holds beside its slot.
+
+    That is itself in its own dtype, and some rows as float32.
+    """
     if isinstance(format, NativeFormat):
         return 0
     widest = max((matrix_shape(spec)[1] for spec in specs.values() if is_matrix(spec)), default=0)
-    return sum(spec.nbytes for spec in specs.values()) + ENCODED_AT_ONCE * widest * 4 * 8
+    return sum(spec.nbytes for spec in specs.values()) + ROWS_AT_ONCE * widest * 4 * 8
 
 
 def weights_in(specs: Mapping[str, TensorSpec]) -> int:

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.errors import ConfigError
+from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
 from moefit.formats.planes import GROUP
 
 Level = Literal["portable", "avx2", "avx512"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
-_NATIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 Weight = Tensor | GroupedMatrix
 
 
@@ -79,6 +80,7 @@ class Kernels:
 
     def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
         """x W^T, float32 [T, O]."""
+        assert x_TI.shape[1] == _cols(weight)
         x_TP = _padded(x_TI)
         y_TO = torch.empty(len(x_TP), _rows(weight))
         matrix = _matrix(weight)
@@ -89,16 +91,27 @@ class Kernels:
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
         """The weights [O, I]."""
-        half = dtype == torch.bfloat16
-        out = torch.empty(matrix.rows, matrix.cols, dtype=dtype if half else torch.float32)
-        self._library.moefit_decode(self._level, _matrix(matrix), out.data_ptr(), int(half))
-        return out.to(dtype)
+        out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
+        if dtype in (torch.float32, torch.bfloat16):
+            self._decode(matrix, out_OI)
+            return out_OI
+        for part, target_OI in zip(matrix.split(), out_OI.split(ROWS_AT_ONCE), strict=True):
+            target_OI.copy_(self._decode(part, torch.empty(target_OI.shape)))
+        return out_OI
+
+    def _decode(self, matrix: GroupedMatrix, out_OI: Tensor) -> Tensor:
+        half = int(out_OI.dtype == torch.bfloat16)
+        self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
+        return out_OI
 
     def experts(self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
 
         Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
         """
+        assert all(x_TD.shape[1] == _cols(mlp.w_in) for mlp in mlps)
+        if not any(map(len, tokens)):
+            return torch.empty(0, x_TD.shape[1])
         x_TP = _padded(x_TD)
         array = (_Expert * len(mlps))()
         first = 0
@@ -123,14 +136,24 @@ class Kernels:
 def kernels(level: str | None = None) -> Kernels | None:
     """The compiled kernels at `level`, or at the best that this processor has; None without.
 
-    The environment variable MOEFIT_KERNELS holds a level, or `torch` for none.
+    The environment variable MOEFIT_KERNELS holds a level, or `torch` for none; ConfigError is
+    raised for anything else.
     """
-    wanted = level or os.environ.get(SWITCH, LEVELS[-1])
+    wanted = level or os.environ.get(SWITCH) or LEVELS[-1]
+    if wanted not in (*LEVELS, "torch"):
+        raise ConfigError(f"{SWITCH}={wanted!r} is none of {', '.join(LEVELS)} and torch")
     library = _library() if wanted in LEVELS else None
     if library is None:
         return None
     best = int(library.moefit_best_level())
     return Kernels(library, LEVELS[min(best, LEVELS.index(cast(Level, wanted)))])
+
+
+def status() -> str:
+    """What computes from formats: a level, or torch and why."""
+    if compiled := kernels():
+        return compiled.level
+    return f"torch: {SWITCH}=torch" if _library() else "torch: not compiled"
 
 
 @cache
@@ -163,4 +186,4 @@ def _matrix(weight: Weight) -> _Matrix:
         codes, meta = weight.codes_RB.data_ptr(), weight.meta_RMG.data_ptr()
         return _Matrix(codes, meta, weight.rows, weight.cols, weight.bits)
     assert weight.is_contiguous()
-    return _Matrix(weight.data_ptr(), None, *weight.shape, _NATIVE[weight.dtype])
+    return _Matrix(weight.data_ptr(), None, *weight.shape, NATIVE_DTYPES[weight.dtype])

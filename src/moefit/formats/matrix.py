@@ -6,12 +6,16 @@ units. A row that is no multiple of 64 long is padded; padding decodes to whatev
 Shapes: R rows, C columns, G groups a row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from moefit.formats.planes import GROUP, unpack
+
+ROWS_AT_ONCE = 256  # so that what encoding and decoding hold beside a matrix stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +31,39 @@ class GroupedMatrix:
     codes_RB: Tensor
     meta_RMG: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, cols: int, bits: int) -> Self:
+        """One to be filled."""
+        codes_RB = torch.empty(rows, groups_of(cols) * bits * GROUP // 8, dtype=torch.uint8)
+        meta_shape = rows, meta_per_group(bits), groups_of(cols)
+        return cls(bits, cols, codes_RB, torch.empty(meta_shape, dtype=torch.float16))
+
     @property
     def rows(self) -> int:
         """R."""
         return len(self.codes_RB)
 
+    def split(self) -> "Iterator[GroupedMatrix]":
+        """Views of some rows each, `ROWS_AT_ONCE`."""
+        parts = self.codes_RB.split(ROWS_AT_ONCE), self.meta_RMG.split(ROWS_AT_ONCE)
+        for codes_RB, meta_RMG in zip(*parts, strict=True):
+            yield GroupedMatrix(self.bits, self.cols, codes_RB, meta_RMG)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [R, C]: the plain way, which every kernel is compared with."""
+        weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
+        for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
+            target_RC.copy_(part._dense())
+        return weight_RC
+
+    def _dense(self) -> Tensor:
         groups = groups_of(self.cols)
         codes = unpack(self.codes_RB.reshape(self.rows * groups, -1), self.bits)
         code_RGI = codes.view(self.rows, groups, GROUP).float()
         scale_RG1 = self.meta_RMG[:, 0, :, None].float()
         least_RG1 = -128 * scale_RG1 if self.bits == 8 else self.meta_RMG[:, 1, :, None].float()
         value_RGI = code_RGI * scale_RG1 + least_RG1
-        return value_RGI.flatten(1)[:, : self.cols].to(dtype)
+        return value_RGI.flatten(1)[:, : self.cols]
 
 
 def groups_of(cols: int) -> int:

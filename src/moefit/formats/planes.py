@@ -29,7 +29,7 @@ def pack(codes_NG: Tensor, bits: int) -> Tensor:
 
 def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`."""
-    codes_NG = torch.zeros(len(bytes_NB), GROUP, dtype=torch.uint8)
+    codes_NG = bytes_NB.new_zeros(len(bytes_NB), GROUP)
     start, below = 0, 0
     for width in PLANES[bits]:
         plane_NB = bytes_NB[:, start : start + width * 8]
@@ -40,7 +40,7 @@ def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
 
 
 def _pack_fields(field_NG: Tensor, width: int) -> Tensor:
-    shares = field_NG.view(len(field_NG), 8 // width, -1).unbind(1)
+    shares = field_NG.view(len(field_NG), 8 // width, width * 8).unbind(1)
     packed_NB = torch.zeros_like(shares[0])
     for place, share_NB in enumerate(shares):
         packed_NB |= share_NB << place * width
@@ -53,8 +53,8 @@ def _unpack_fields(plane_NB: Tensor, width: int) -> Tensor:
 
 
 def _pack_bits(bit_NG: Tensor) -> Tensor:
-    return (bit_NG.view(len(bit_NG), 8, 8) << _EIGHT).sum(-1, dtype=torch.uint8)
+    return (bit_NG.view(len(bit_NG), 8, 8) << _EIGHT.to(bit_NG.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpack_bits(plane_NB: Tensor) -> Tensor:
-    return ((plane_NB.unsqueeze(-1) >> _EIGHT) & 1).flatten(1)
+    return ((plane_NB.unsqueeze(-1) >> _EIGHT.to(plane_NB.device)) & 1).flatten(1)

@@ -53,6 +53,26 @@ def _decimals(size: float) -> int:
     return 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
 
 
+def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
+    """Bytes of host memory for experts on their way to a GPU; `largest` is the largest expert's.
+
+    None or 0: no more than a buffer for each reader. Raises ConfigError below one expert.
+
+    >>> host_limit("1KiB", largest=1000, readers=6)
+    1024
+    """
+    if wanted in (None, 0, "0"):
+        return readers * largest
+    assert wanted is not None
+    limit = parse_bytes(wanted)
+    if limit < largest:
+        raise ConfigError(
+            f"host memory of {format_bytes(limit)} has no room for an expert, and every expert "
+            f"goes through it; give at least {largest} bytes, or none for a buffer a reader"
+        )
+    return limit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNeeds:
     """What one MoE block asks of the ledger: its experts, their size, and the fewest slots."""
@@ -74,7 +94,8 @@ class MemoryBudget:
 
     `process` is what interpreter and libraries hold when loading begins; `weights` all that is no
     expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
-    workspace are reckoned for, over all sequences; None if nobody reckoned.
+    workspace are reckoned for, over all sequences; None if nobody reckoned. `host` is no part of
+    it: the bound of experts in host memory where the budget is a GPU's, else None.
     """
 
     total: int | None
@@ -85,6 +106,7 @@ class MemoryBudget:
     staging: int
     blocks: tuple[BlockNeeds, ...]
     context: int | None = None
+    host: int | None = None
 
     @property
     def fixed(self) -> int:
@@ -149,6 +171,7 @@ class MemoryBudget:
             **parts,
             "floor": self.floor,
             "everything": self.everything,
+            "host": self.host,
         }
 
     def _too_small(self) -> str:

@@ -1,8 +1,9 @@
 """Many experts in one call of the compiled kernels, straight from slots of any format.
 
 Owns when that is possible and pays: on a CPU, for experts that are two matrices and a known
-activation, over few tokens each. Otherwise experts are computed one by one in torch. float32 experts
-alone stay with torch, whose own products read memory as fast and equal transformers' bit for bit.
+activation, over few tokens each. Otherwise experts are computed one by one in torch. float32
+experts alone stay with torch, whose own products read memory as fast and equal transformers' bit
+for bit.
 
 Shapes: T tokens, D model width, K chosen per token, R routed rows.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moefit.formats.format import NativeFormat
-from moefit.formats.kernels import Kernels, Mlp, kernels
+from moefit.formats.kernels import NATIVE_DTYPES, Kernels, Mlp, kernels
 from moefit.moe.families import Layout
 from moefit.serve.slots import Slot
 
@@ -63,5 +64,9 @@ class FusedExperts:
 
 def fused_experts(layout: Layout) -> FusedExperts | None:
     """The kernels' side of a block; None if there are no kernels, or none for such experts."""
-    compiled = kernels()
-    return FusedExperts(layout, compiled) if compiled and layout.mlp else None
+    compiled, shape = kernels(), layout.mlp
+    if compiled is None or shape is None:
+        return None
+    matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
+    known = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
+    return FusedExperts(layout, compiled) if known else None

@@ -1,7 +1,7 @@
 """What a model will take of memory, from its configuration and its checkpoint's headers.
 
 Owns the estimates behind `MemoryBudget`: interpreter and libraries (measured), weights that are no
-experts, KV cache, workspace. Allocates nothing.
+experts, KV cache, workspace, what a slot takes of a device. Allocates nothing.
 """
 
 import os
@@ -18,6 +18,7 @@ from moefit.dsmoe.config import DsMoeConfig
 # and generate of a model of 50 kB raise the resident set by 60 to 75 MiB (tests/test_ledger.py
 # holds the sum to the operating system's figure).
 FIRST_USE = 96 << 20
+_MIB = 1 << 20
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
 
 
@@ -33,6 +34,37 @@ def peak_process_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM")
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds of the budget's memory now: on a GPU, what torch has reserved.
+
+    The context that the driver makes on a GPU is not torch's, and not in it.
+    """
+    return process_bytes() if device.type == "cpu" else torch.cuda.memory_reserved(device)
+
+
+def peak_held_bytes(device: torch.device) -> int:
+    """The most that `held_bytes` has been so far."""
+    return peak_process_bytes() if device.type == "cpu" else torch.cuda.max_memory_reserved(device)
+
+
+def slot_bytes(size: int, device: torch.device) -> int:
+    """What a slot of `size` takes of the budget.
+
+    torch reserves GPU memory in segments: 2 MiB for tensors of up to 1 MiB, 20 MiB for those below
+    10 MiB, and one of its own, in steps of 2 MiB, for a larger one. What is left over in a segment
+    is no slot's, so every slot bears its share of it.
+
+    >>> slot_bytes(9 << 20, torch.device("cuda")) >> 20
+    10
+    """
+    if device.type == "cpu":
+        return size
+    segment = 2 * _MIB if size <= _MIB else 20 * _MIB
+    if size >= 10 * _MIB:
+        segment = -(-size // (2 * _MIB)) * 2 * _MIB
+    return -(-segment // (segment // size))
 
 
 def weight_bytes(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> int:

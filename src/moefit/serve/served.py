@@ -6,6 +6,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
-from moefit.serve.ledger import peak_process_bytes, process_bytes
+from moefit.serve.host_tier import HostTier
+from moefit.serve.ledger import held_bytes, peak_held_bytes
 from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
+from moefit.serve.upgrades import Upgrades
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 
@@ -35,6 +38,7 @@ class ServedParts:
     budget: MemoryBudget
     blocks: Mapping[str, VirtualExperts]
     store: ExpertStore
+    tier: HostTier | None
     live: Live
     hooks: tuple[RemovableHandle, ...]
 
@@ -48,7 +52,8 @@ class ServedModel:
     def __init__(self, parts: ServedParts):
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
-        self._store, self._live = parts.store, parts.live
+        self._store, self._tier, self._live = parts.store, parts.tier, parts.live
+        self._upgrades: Upgrades | None = None
         self._hooks = (*parts.hooks, limit_context(self.model, self._context))
 
     def __iter__(self) -> Iterator[Any]:
@@ -96,6 +101,10 @@ class ServedModel:
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
         with self._live.lock:
+            self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
+            if self._upgrades:
+                room = self._room_for_upgrades(budget)
+                self._upgrades.set_room(min(room, self._upgrades.room))
             unfilled = [name for name, experts in self.blocks.items() if experts.pending]
             for name in unfilled:
                 self.blocks[name].give_up()
@@ -111,9 +120,29 @@ class ServedModel:
             for name in unfilled:
                 self.blocks[name].fill()
             self._budget = budget
+            if self._upgrades:
+                self._upgrades.set_room(self._room_for_upgrades(budget))
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
+
+    def start_upgrades(self, upgrades: Upgrades) -> None:
+        """Give each expert its own precision from now on; loads all experts if all have slots."""
+        with self._live.lock:
+            self._upgrades, self._live.each_step = upgrades, upgrades.step
+            upgrades.set_room(self._room_for_upgrades(self._budget))
+            if all(one.residency.number == one.num_experts for one in self.blocks.values()):
+                upgrades.fill()
+
+    def settle_precision(self) -> None:
+        """Carry changes of precision out now that would else follow in the background."""
+        with self._live.lock:
+            if self._upgrades:
+                self._upgrades.settle()
+
+    def _room_for_upgrades(self, budget: MemoryBudget) -> int:
+        assert budget.total is not None, "precision auto has a budget"
+        return budget.total - budget.with_slots(budget.slots())
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
@@ -151,6 +180,7 @@ class ServedModel:
     def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
         """Hold just these experts, by block name, as far as there are slots."""
         with self._live.lock:
+            self._live.transfer.settle()
             for name, experts in residents.items():
                 self.blocks[name].hold(experts)
 
@@ -159,7 +189,12 @@ class ServedModel:
         return self._store.norms(block)
 
     def report(self) -> dict[str, Any]:
-        """Bytes by part, residents by block, and what happened since loading or `reset`."""
+        """Bytes by part, residents by block, and what happened since loading or `reset`.
+
+        `process_bytes` and its peak are the process's on the model's device: resident set, or GPU
+        memory that torch has reserved. `host_...` are there on a GPU (`HostTier.report`).
+        """
+        device = self.model.device
         with self._live.lock:
             resident = {name: sorted(one.residency.residents) for name, one in self.blocks.items()}
             slot_bytes = sum(s.nbytes for one in self.blocks.values() for s in one.slots.values())
@@ -170,14 +205,16 @@ class ServedModel:
                 "budget": self._budget.as_dict(),
                 "slot_bytes": slot_bytes,
                 "spare_bytes": spare_bytes,
-                "process_bytes": process_bytes(),
-                "peak_process_bytes": peak_process_bytes(),
+                "process_bytes": held_bytes(device),
+                "peak_process_bytes": peak_held_bytes(device),
                 "slots": {name: one.residency.number for name, one in self.blocks.items()},
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
+                "formats": {name: _formats(one) for name, one in self.blocks.items()},
                 "resident": resident,
                 "experts_from": self._store.source({n: b.format for n, b in self.blocks.items()}),
                 "packed_ignored": list(self._store.packed.ignored),
                 "bytes_read": self._store.bytes_read,
+                **(self._tier.report() if self._tier else {}),
                 **self._live.counters.as_dict(),
             }
 
@@ -215,6 +252,8 @@ class ServedModel:
             total = self._budget.total
             room = None if total is None else total - self._budget.fixed + self._budget.staging
             assert room is None or held <= room, f"{held} bytes held, {room} may be"
+            if self._tier is not None:
+                self._tier.check()
 
     def close(self) -> None:
         """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""
@@ -222,6 +261,8 @@ class ServedModel:
             for hook in self._hooks:
                 hook.remove()
         self._live.transfer.close()
+        if self._tier is not None:
+            self._tier.close()
         self._store.close()
 
     def _settle(self) -> None:
@@ -263,6 +304,11 @@ def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     specs = experts.block.layout.specs
     new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+
+
+def _formats(experts: VirtualExperts) -> dict[str, int]:
+    """How many slots have which format."""
+    return dict(Counter(slot.format.name for slot in experts.slots.values()))
 
 
 def _return_freed_memory() -> None:

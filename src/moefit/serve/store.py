@@ -1,9 +1,9 @@
 """All experts at rest, on disk, in the checkpoint's own files.
 
-Owns reading one expert into one slot: byte ranges straight into the slot's memory where the
+Owns reading one expert into one slot in host memory: byte ranges straight into place where the
 checkpoint's layout allows, through transformers' own conversion where it does not. Where the slot's
 format is another than the checkpoint's, from the packed store if that has it, else encoded on the
-way. Thread-safe. Knows nothing of when or why an expert is read.
+way. Thread-safe. Knows nothing of when or why an expert is read, nor of devices.
 """
 
 import threading
@@ -69,7 +69,7 @@ class ExpertStore:
         return f"packed, but encoded while reading in {len(encoded) - packed} of {len(encoded)}"
 
     def read(self, block: str, expert: int, into: Slot) -> None:
-        """Fill a slot. Raises CheckpointError; the slot's content is then undefined."""
+        """Fill a slot in host memory. Raises CheckpointError; its content is then undefined."""
         with torch.inference_mode():  # the slot's tensors may have been made in it
             self._read(block, expert, into)
 
@@ -104,19 +104,10 @@ class ExpertStore:
             target = tensors[part.tensor]
             assert isinstance(target, Tensor)
             if isinstance(part, Piece):
-                self._read_piece(part, target)
+                end = part.start + part.span.nbytes
+                self._checkpoint.read_into(part.span, bytes_of(target)[part.start : end])
             else:
                 target.copy_(part.cook(self._checkpoint))
-
-    def _read_piece(self, piece: Piece, target: Tensor) -> None:
-        if target.device.type == "cpu":
-            end = piece.start + piece.span.nbytes
-            self._checkpoint.read_into(piece.span, bytes_of(target)[piece.start : end])
-            return
-        # Through host memory, and from there in one copy.
-        part = self._checkpoint.tensor(piece.span).flatten()
-        first = piece.start // target.itemsize
-        target.view(-1)[first : first + part.numel()].copy_(part)
 
     def norms(self, block: str) -> list[float]:
         """The Frobenius norm of each expert's tensors taken as one vector (SwapMoE's |E_i|).

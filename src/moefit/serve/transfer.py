@@ -7,23 +7,24 @@ Knows nothing of tables, policies or modes.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from time import perf_counter
 
+from moefit.serve.copies import CopyEngine, CpuCopies
+from moefit.serve.host_tier import Source
 from moefit.serve.slots import Slot
-from moefit.serve.store import ExpertStore
 
 BACKGROUND_READERS = 2
 
 
 class Transfer:
-    """Threads that fill slots from a store: `readers`, and some more for the background.
+    """Threads that fill slots from a source: `readers`, and some more for the background.
 
-    Close it at the end.
+    `engine` is the one by which the source copies into slots. Close it at the end.
     """
 
-    def __init__(self, store: ExpertStore, *, readers: int = 4):
-        self._store = store
+    def __init__(self, source: Source, *, readers: int = 4, engine: CopyEngine | None = None):
+        self._source, self._engine = source, engine or CpuCopies()
         self.readers = readers
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moefit-transfer")
         self._background = ThreadPoolExecutor(
@@ -33,18 +34,28 @@ class Transfer:
     def load(
         self, block: str, expert: int, slot: Slot, *, background: bool = False
     ) -> Future[float]:
-        """Begin to fill a slot; the result is the seconds that reading took."""
+        """Begin to fill a slot; the result is the seconds that reading took.
+
+        To be called where the computation is asked for that the slot was used by until now.
+        """
         pool = self._background if background else self._pool
-        return pool.submit(self._fill, block, expert, slot)
+        return pool.submit(self._fill, self._engine.ordered(), block, expert, slot)
+
+    def settle(self) -> None:
+        """Wait until the device has done all that it was asked for."""
+        self._engine.settle()
 
     def close(self) -> None:
         """Let loads that began end, and drop the others."""
         for pool in (self._pool, self._background):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fill(self, block: str, expert: int, slot: Slot) -> float:
+    def _fill(
+        self, ordered: AbstractContextManager[None], block: str, expert: int, slot: Slot
+    ) -> float:
         began = perf_counter()
-        self._store.read(block, expert, slot)
+        with ordered:
+            self._source.read(block, expert, slot)
         return perf_counter() - began
 
 

@@ -43,6 +43,7 @@ from moefit.serve.transfer import Transfer, finish
 Mode = Literal["exact", "bounded", "virtual"]
 Method = Literal["substitute", "prior"]
 Update = Literal["manager", "fixed"]
+LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,7 @@ class Live:
     counters: Counters = field(default_factory=Counters)
     lock: RLock = field(default_factory=RLock)
     spares: dict[int, list[Slot]] = field(default_factory=dict)  # by size in bytes
+    each_step: Callable[[], None] | None = None  # at the first block's step borders
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +136,11 @@ class VirtualExperts(nn.Module):
     ):
         super().__init__()
         self.format: Format = NATIVE  # of slots to come
+        self.first = False  # of the model's blocks
         self.block, self.live, self.residency, self.slots = block, live, residency, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
+        self.loudness = ExpertImportanceEstimator(self.num_experts, half_life_tokens=LONG)
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
         self.depth = 0.5  # among the model's blocks, from 0 to 1
@@ -186,6 +190,8 @@ class VirtualExperts(nn.Module):
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.live.policy
+        if self.first and self.live.each_step and policy.residency == "manager":
+            self.live.each_step()
         mode = self._mode(policy)
         needed = self._in_use(chosen) if mode != "virtual" else ()
         self.give_up(needed)  # the invoker reads at once what the background has not begun
@@ -250,6 +256,7 @@ class VirtualExperts(nn.Module):
         # Time counts per sequence, and a block sees only tokens; a batch of one is the usual case.
         tokens = len(x_TD) if self.prefilling else 1
         self.importance.observe(weights, tokens)
+        self.loudness.observe({e: one**2 / len(x_TD) for e, one in weights.items()}, tokens)
         self.eviction.observe(weights, tokens)
 
     def _rerouted(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "matrix.h"
@@ -13,6 +14,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;  // output rows that one thread takes at a time
+constexpr float SMALLEST = 1e-30f;  // of a group's largest activations: its reciprocal must be a float
 
 const Level &level_of(int64_t level) {
 #if defined(__x86_64__)
@@ -31,7 +33,7 @@ float activate(float x, int64_t activation) {
         case GELU: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
         case GELU_TANH: return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
         case RELU: return std::max(x, 0.0f);
-        case RELU_SQUARED: return x > 0 ? x * x : 0.0f;
+        case RELU_SQUARED: return x < 0 ? 0.0f : x * x;
         default: return x;
     }
 }
@@ -39,6 +41,7 @@ float activate(float x, int64_t activation) {
 uint16_t to_bfloat16(float x) {
     uint32_t word;
     std::memcpy(&word, &x, 4);
+    if (x != x) return uint16_t(word >> 16 | 0x40);  // rounding could carry NaN over to infinity
     return uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
@@ -64,7 +67,8 @@ public:
         : groups_(width / GROUP), high_(number * width), low_(number * width), scale_(number * groups_),
           sum_(number * groups_), inputs_(number) {}
 
-    const Input *operator[](int64_t i) const { return &inputs_[i]; }
+    // May be one behind the last: an expert without rows.
+    const Input *operator[](int64_t i) const { return inputs_.data() + i; }
 
     void set(int64_t i, const float *x) {
         int64_t at = i * groups_;
@@ -73,10 +77,22 @@ public:
     }
 
 private:
+    // A group with NaN or infinity makes NaN of every product; one too small to have a scale counts as zeros.
     void set_group(const float *x, int64_t at) {
-        float largest = 0;
-        for (int64_t j = 0; j < GROUP; j++) largest = std::max(largest, std::fabs(x[j]));
-        float scale = largest / 16256, inverse = largest > 0 ? 16256 / largest : 0;
+        uint32_t largest_bits = 0;  // order as floats do, those that are no numbers last
+        for (int64_t j = 0; j < GROUP; j++) {
+            uint32_t word;
+            std::memcpy(&word, x + j, 4);
+            largest_bits = std::max(largest_bits, word & 0x7fffffff);
+        }
+        float largest;
+        std::memcpy(&largest, &largest_bits, 4);
+        if (!(largest >= SMALLEST && largest_bits < 0x7f800000)) {
+            std::memset(&high_[at * GROUP], 0, GROUP), std::memset(&low_[at * GROUP], 0, GROUP);
+            scale_[at] = sum_[at] = largest_bits < 0x7f800000 ? 0 : std::numeric_limits<float>::quiet_NaN();
+            return;
+        }
+        float scale = largest / 16256, inverse = 16256 / largest;
         int32_t sum = 0;
         for (int64_t j = 0; j < GROUP; j++) {
             int32_t value = int32_t(std::nearbyint(x[j] * inverse)), high = (value + 64) >> 7;
@@ -164,8 +180,10 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
         for (int64_t item = 0; item < number * f_chunks; item++) {
             const Expert &e = experts[item / f_chunks];
             int64_t f0 = item % f_chunks * CHUNK, f1 = std::min(f0 + CHUNK, F);
-            dots(use, e.in, f0, f1, &x[e.first], e.rows, &h[e.first]);
-            if (gated) dots(use, e.in, F + f0, F + f1, &x[e.first], e.rows, &h[e.first]);
+            const Input *mine = x.data() + e.first;
+            float *const *to = h.data() + e.first;
+            dots(use, e.in, f0, f1, mine, e.rows, to);
+            if (gated) dots(use, e.in, F + f0, F + f1, mine, e.rows, to);
             for (int64_t r = e.first; r < e.first + e.rows; r++)
                 hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, bfloat16);
         }
@@ -179,7 +197,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
         for (int64_t item = 0; item < number * d_chunks; item++) {
             const Expert &e = experts[item / d_chunks];
             int64_t d0 = item % d_chunks * CHUNK, d1 = std::min(d0 + CHUNK, D);
-            dots(use, e.down, d0, d1, hidden[e.first], e.rows, &y[e.first]);
+            dots(use, e.down, d0, d1, hidden[e.first], e.rows, y.data() + e.first);
         }
     }
 }

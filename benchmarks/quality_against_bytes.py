@@ -1,0 +1,197 @@
+"""What an expert's bytes buy: perplexity against bits a weight, for every way to save them.
+
+    python benchmarks/quality_against_bytes.py reference=reference dsmoe=RUN smoe=RUN
+        [--rule NAME=RULE] [--tokens 16384] [--steps 768] [--text FILE] [--save NAME]
+
+Ways: each grouped format for all experts, rounded to nearest or fitted; `auto`, whose formats
+follow sensitivities from calibration text; and, native, only some experts resident: virtual, and
+pruned to the most frequent. The first three score windows of held-out text as a whole; the last two
+token by token, on fewer tokens, against the same model on just these. Windows are by turns scored
+and given to calibration. Bits count scales and minima, and what alignment wastes in a slot.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import record
+import torch
+from matplotlib.figure import Figure
+from quality_against_budget import _as_text, summarised
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import moefit
+from moefit.api import folder_of
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.stepwise import score_steps
+from moefit.formats.format import weights_in
+from moefit.moe.routing import Rule
+from moefit.serve.baselines import fix_residents
+from moefit.serve.served import ServedModel
+
+BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
+SHARES = (8, 5.33, 4)  # of 16 bits: how many experts stay, for those that keep some
+UNIFORM = ("int8", "int6", "int5", "int4", "int3", "int2")
+PLENTY = "64GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("--rule", action="append", default=[], metavar="NAME=RULE")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=768)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--save", metavar="NAME")
+    arguments = parser.parse_args()
+    rules = dict(one.split("=", 1) for one in arguments.rule)
+    results = {}
+    for pair in arguments.models:
+        name, _, model = pair.partition("=")
+        subject = Subject(model, rules.get(name), arguments)
+        points = subject.points()
+        results[name] = [subject.point(*one) for one in track(points, name)]
+        Console(width=110).print(table(name, results[name]))
+    if arguments.save:
+        notes = (
+            "loss: perplexity over that of the same model with all experts in bfloat16, less one, "
+            "on the same tokens; bits: bytes of slots times eight over weights in experts"
+        )
+        path = record.write("quality-against-bytes", results, notes=notes, suffix=arguments.save)
+        draw(results, path.with_suffix(".png"))
+        print(path)
+
+
+class Subject:
+    """One model with its text and its perplexity as it is."""
+
+    def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
+        self.folder, self.rule = folder_of(model), rule and Rule.parse(rule)
+        self.context = arguments.context
+        with self._load() as served:
+            limit = 2 * arguments.tokens
+            if arguments.text is None:
+                text = held_out_text(served.tokenizer, self.context, limit)
+            else:
+                text = text_of_file(arguments.text, served.tokenizer, self.context, limit)
+            windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
+            self.scored, self.calibration = windows[::2], windows[1::2]
+            self.few = self.scored[: max(1, arguments.steps // self.context)]
+            self.weights = sum(
+                one.num_experts * weights_in(one.block.layout.specs)
+                for one in served.blocks.values()
+            )
+            self.full = self._perplexity(served)
+
+    def points(self) -> list[tuple[str, str, float]]:
+        """Way, setting and bits asked for."""
+        return [
+            *(("fitted", name, 0.0) for name in UNIFORM),
+            *(("nearest", f"{name}-nearest", 0.0) for name in UNIFORM),
+            *(("auto", "auto", bits) for bits in BITS),
+            *(("virtual", "native", bits) for bits in SHARES),
+            *(("pruned", "native", bits) for bits in SHARES),
+        ]
+
+    def point(self, way: str, precision: str, bits: float) -> dict[str, Any]:
+        memory = PLENTY if precision == "auto" else None
+        with self._load(precision=precision, memory=memory) as served:
+            if bits:
+                served.set_memory(served.budget.fixed + round(bits / 8 * self.weights))
+            if way in ("virtual", "pruned"):
+                loss = self._stepwise(served, way)
+            else:
+                if precision == "auto":
+                    self._calibrate(served)
+                loss = self._perplexity(served) / self.full - 1
+            report = served.report()
+        return {
+            "way": way,
+            "precision": precision,
+            "bits": 8 * report["slot_bytes"] / self.weights,
+            "loss": loss,
+            "perplexity": self.full * (1 + loss),
+            "formats": _sum(report["formats"]),
+        }
+
+    def _load(self, **settings: Any) -> ServedModel:
+        served = moefit.load(
+            self.folder, context=2 * self.context, dtype=torch.bfloat16, **settings
+        )
+        if self.rule:
+            assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
+            served.model.set_inference_rule(self.rule)
+        return served
+
+    def _calibrate(self, served: ServedModel) -> None:
+        for window_L in self.calibration[:64]:
+            _loss(served, window_L)
+        served.settle_precision()
+        served.set_mode("exact", residency="fixed")
+
+    def _perplexity(self, served: ServedModel) -> float:
+        return math.exp(fmean(_loss(served, window_L) for window_L in self.scored))
+
+    def _stepwise(self, served: ServedModel, way: str) -> float:
+        if way == "pruned":
+            ids_T = self.calibration[0]
+            fix_residents(served, "frequency", calibration_ids_T=ids_T)
+        else:
+            served.set_mode("virtual", prefill="exact")
+            score_steps(served, _as_text(self.calibration[0]))
+        return summarised([score_steps(served, _as_text(one)) for one in self.few])["loss"]
+
+
+def _loss(served: ServedModel, window_L: Tensor) -> float:
+    with torch.inference_mode():
+        logits_LV = served.model(window_L[None, :-1], use_cache=False).logits[0].float()
+    return float(torch.nn.functional.cross_entropy(logits_LV, window_L[1:]))
+
+
+def _sum(formats: dict[str, dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for counts in formats.values():
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def table(name: str, points: list[dict[str, Any]]) -> Table:
+    full = points[0]["perplexity"] / (1 + points[0]["loss"])
+    out = Table(title=f"{name}: perplexity {full:.3f} in bfloat16", title_justify="left")
+    for heading in ("way", "bits a weight", "loss", "formats"):
+        out.add_column(heading, justify="left" if heading in ("way", "formats") else "right")
+    for one in points:
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(one["formats"].items()))
+        out.add_row(one["way"], f"{one['bits']:.2f}", f"{one['loss']:+.2%}", formats)
+    return out
+
+
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure = Figure(figsize=(5.5 * len(results), 4.5), layout="constrained")
+    for axes, (name, points) in zip(
+        figure.subplots(1, len(results), squeeze=False, sharey=True)[0],
+        results.items(),
+        strict=True,
+    ):
+        for way in dict.fromkeys(one["way"] for one in points):
+            line = sorted((one["bits"], 100 * one["loss"]) for one in points if one["way"] == way)
+            axes.plot(*zip(*line, strict=True), "o-", ms=4, label=way)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_xlabel("bits a weight of the experts, scales included")
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("perplexity above bfloat16, %")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Other systems on the same work, each in a process of its own; serving_speed.py starts them.
+
+    python benchmarks/rivals.py llama.cpp|accelerate < WORK.json
+
+Takes a `Work` as JSON, prints one JSON line of the same figures as moefit.evaluate.speed. Imports
+only what the rival needs: under a cap, torch beside llama.cpp would be memory taken from it.
+`peak_process_bytes` counts mapped pages of the model file, which the system may take back;
+`anonymous_bytes` is what it may not. Bytes read are the system's count of this process's reads
+from storage, mapped files' included.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESERVE = 700 << 20  # for accelerate's workspace, beside weights
+Feed = Callable[[list[int]], None]
+"""Run these tokens after all that came before; return when the last one's logits are there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What to decode, of which files, and what bounds it.
+
+    The tokens fed after the prompt are given, not chosen: `warm_up` of them untimed. `storage` and
+    `bandwidth` are bytes a second, from storage and from memory.
+    """
+
+    folder: str
+    gguf: str
+    memory: int
+    context: int
+    threads: int
+    prompt: list[int]
+    decode: list[int]
+    warm_up: int
+    storage: float
+    bandwidth: float
+
+
+def main() -> None:
+    work = Work(**json.load(sys.stdin))
+    print(json.dumps(RIVALS[sys.argv[1]](work)))
+
+
+def llama_cpp(work: Work) -> dict[str, Any]:
+    """llama.cpp on a mapped file: neither locked, nor repacked into memory of its own."""
+    llama: Any = import_module("llama_cpp")  # or pyright wants it installed
+    drop_page_cache([Path(work.gguf)])
+    began = time.perf_counter()
+    settings: Any = llama.llama_model_default_params()
+    settings.load_mode, settings.use_extra_bufts = llama.LLAMA_LOAD_MODE_MMAP, False
+    model = llama.llama_model_load_from_file(work.gguf.encode(), settings)
+    options: Any = llama.llama_context_default_params()
+    options.n_ctx = options.n_batch = work.context
+    options.n_threads = options.n_threads_batch = work.threads
+    context = llama.llama_init_from_model(model, options) if model else None
+    if not model or not context:
+        raise SystemExit(f"llama.cpp cannot load {work.gguf}")
+    loaded = time.perf_counter() - began
+
+    def feed(tokens: list[int]) -> None:
+        ids = (llama.llama_token * len(tokens))(*tokens)
+        if failed := llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))):
+            raise SystemExit(f"llama_decode gave {failed}")
+        llama.llama_get_logits_ith(context, -1)
+
+    return {
+        **measured(work, feed, gguf_bytes_per_token(work.gguf)),
+        "load_seconds": loaded,
+        "model_bytes": os.path.getsize(work.gguf),
+        "file": Path(work.gguf).name,
+        "version": llama.__version__,
+    }
+
+
+def gguf_bytes_per_token(file: str) -> float:
+    """Bytes of weights that one token must read: all but the embedding and unchosen experts."""
+    reader = import_module("gguf").GGUFReader(file)
+    kind = reader.fields["general.architecture"].contents()
+    used, count = (
+        reader.fields[f"{kind}.expert_{name}"].contents() for name in ("used_count", "count")
+    )
+    return sum(
+        int(one.n_bytes) * (used / count if "_exps." in one.name else 1)
+        for one in reader.tensors
+        if one.name != "token_embd.weight"
+    )
+
+
+def accelerate(work: Work) -> dict[str, Any]:
+    """transformers with accelerate's disk offload, given the same bytes for weights.
+
+    It reads all experts of a layer for every token, so a few tokens must do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    few = max(2, (len(work.decode) - work.warm_up) // 8)
+    work = replace(work, warm_up=1, decode=work.decode[: 1 + few])
+    torch.set_num_threads(work.threads)
+    files = list(Path(work.folder).glob("*.safetensors"))
+    drop_page_cache(files)
+    room = work.memory - status("VmHWM") - RESERVE
+    if room <= 0:
+        raise SystemExit(f"{work.memory} bytes leave accelerate no room for weights")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=Path(work.folder).parent) as offload:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            work.folder,
+            device_map="auto",
+            max_memory={"cpu": room},
+            offload_folder=offload,
+            dtype="auto",
+        ).eval()
+        gc.collect()
+        loaded = time.perf_counter() - began
+        drop_page_cache([*files, *(path for path in Path(offload).rglob("*") if path.is_file())])
+        cache: Any = None
+
+        def feed(tokens: list[int]) -> None:
+            nonlocal cache
+            ids = torch.tensor([tokens])
+            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+
+        with torch.inference_mode():
+            figures = measured(work, feed, bytes_per_token(model))
+    placed = [str(where) for where in getattr(model, "hf_device_map", {}).values()]
+    return {
+        **figures,
+        "load_seconds": loaded,
+        "model_bytes": sum(path.stat().st_size for path in files),
+        "modules_on_disk": f"{placed.count('disk')} of {len(placed)}",
+        "version": version("accelerate"),
+    }
+
+
+def bytes_per_token(model: Any) -> float:
+    """As `gguf_bytes_per_token`, of a transformers model; offloaded weights know their size."""
+    share = model.config.num_experts_per_tok / model.config.num_experts
+    skipped = {id(one) for one in model.get_input_embeddings().parameters()}
+    skipped -= {id(one) for one in model.get_output_embeddings().parameters()}
+    return sum(
+        one.nbytes * (share if ".experts." in name else 1)
+        for name, one in model.named_parameters()
+        if id(one) not in skipped
+    )
+
+
+def measured(work: Work, feed: Feed, bytes_per_token: float) -> dict[str, Any]:
+    """Prefill, warm up, then time each token."""
+
+    def timed(tokens: list[int]) -> float:
+        began = time.perf_counter()
+        feed(tokens)
+        return time.perf_counter() - began
+
+    prefill = timed(work.prompt)
+    for token in work.decode[: work.warm_up]:
+        feed([token])
+    read = bytes_read()
+    seconds = [timed([token]) for token in work.decode[work.warm_up :]]
+    read = (bytes_read() - read) / len(seconds)
+    storage_bound, memory_bound = read / work.storage, bytes_per_token / work.bandwidth
+    return {
+        "prompt_tokens": len(work.prompt),
+        "new_tokens": len(seconds),
+        "prefill_tokens_per_second": len(work.prompt) / prefill,
+        "tokens_per_second": len(seconds) / sum(seconds),
+        "median_seconds": statistics.median(seconds),
+        "worst_seconds": max(seconds),
+        "bytes_read_per_token": read,
+        "storage_bound": storage_bound,
+        "memory_bound": memory_bound,
+        "ceiling": 1 / max(storage_bound, memory_bound),
+        "peak_process_bytes": status("VmHWM"),
+        "anonymous_bytes": status("RssAnon"),
+        "bandwidth": {"storage": work.storage, "memory": work.bandwidth},
+    }
+
+
+def bytes_read() -> int:
+    """From storage, by this process, so far; page faults on mapped files included."""
+    return _field("/proc/self/io", "read_bytes")
+
+
+def status(name: str) -> int:
+    """A field of /proc/self/status that is in kB, in bytes."""
+    return _field("/proc/self/status", name) * 1024
+
+
+def _field(file: str, name: str) -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"{file} has no {name}")
+
+
+def drop_page_cache(files: Iterable[Path]) -> None:
+    """What was just written must reach storage first, or it stays."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+RIVALS: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "llama.cpp": llama_cpp,
+    "accelerate": accelerate,
+}
+
+if __name__ == "__main__":
+    main()

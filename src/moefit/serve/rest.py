@@ -1,0 +1,157 @@
+"""The weights that are no experts, encoded too: attention, shared experts, embeddings, head.
+
+Owns modules that compute from grouped integers, and what may be replaced by them: linear layers and
+embeddings of torch's own classes, but no router, whose choices decide everything behind them. One
+visible call replaces modules, one after the other, and says what it replaced.
+
+Shapes: T tokens, I input units, O output units, V vocabulary.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moefit.formats.encoders import encode
+from moefit.formats.format import GroupedFormat
+from moefit.formats.kernels import kernels
+from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
+from moefit.formats.planes import GROUP
+from moefit.moe.families import MoeBlock
+
+_FEW = 16  # tokens; above, decoding once and multiplying in torch is faster
+_SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
+
+
+class GroupedLinear(nn.Module):
+    """y = x W^T + b, with W in grouped integers."""
+
+    def __init__(self, matrix: GroupedMatrix, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = matrix.cols, matrix.rows, dtype
+        self._bits = matrix.bits
+        self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
+        self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def matrix(self) -> GroupedMatrix:
+        """W."""
+        return GroupedMatrix(
+            self._bits, self.in_features, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., I] -> [.., O]."""
+        x_TI, matrix = x.reshape(-1, x.shape[-1]), self.matrix
+        compiled = kernels() if x.device.type == "cpu" else None
+        if compiled and len(x_TI) <= _FEW:
+            y_TO = compiled.linear(x_TI, matrix).to(x.dtype)
+        else:
+            y_TO = F.linear(x_TI, dense(matrix, x.dtype))
+        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+class GroupedEmbedding(nn.Module):
+    """Rows of a matrix of grouped integers, decoded as they are asked for."""
+
+    def __init__(self, matrix: GroupedMatrix, padding_idx: int | None, dtype: torch.dtype):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = matrix.rows, matrix.cols
+        self.padding_idx, self.dtype, self._bits = padding_idx, dtype, matrix.bits
+        self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
+        self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..] -> [.., D]."""
+        ids_T = ids.flatten()
+        rows = GroupedMatrix(
+            self._bits,
+            self.embedding_dim,
+            self.get_buffer("codes_RB")[ids_T],
+            self.get_buffer("meta_RMG")[ids_T],
+        )
+        return rows.dense(self.dtype).view(*ids.shape, self.embedding_dim)
+
+
+def dense(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights [O, I] in `dtype`."""
+    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
+    return compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
+
+
+def encodable(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
+    """What would be encoded, by name; tied modules each under their own."""
+    experts = tuple(f"{block.name}." for block in blocks)
+    routers = tuple(f"{name}." for name in _routers(model, blocks))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding)
+        and not f"{name}.".startswith((*experts, *routers))
+        and module.get_parameter("weight").numel() >= _SMALLEST
+    }
+
+
+def _routers(model: nn.Module, blocks: Collection[MoeBlock]) -> list[str]:
+    """Modules beside a block's experts with something for each expert."""
+    return [
+        f"{block.parent}.{name}"
+        for block in blocks
+        for name, module in model.get_submodule(block.parent).named_modules()
+        if name
+        and any(len(p) == block.num_experts for p in module.parameters(recurse=False) if p.dim())
+    ]
+
+
+def encode_rest(
+    model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock]
+) -> tuple[str, ...]:
+    """Replace linear layers and embeddings by encoded ones, in place; returns their names.
+
+    Modules with one weight (tied embeddings) share its codes. Beside the model, one encoded matrix
+    and some rows as float32 are in memory at a time.
+    """
+    made: dict[int, GroupedMatrix] = {}
+    found = encodable(model, blocks)
+    keep = [module.get_parameter("weight") for module in found.values()]  # ids stay unique
+    for name, module in found.items():
+        weight = module.get_parameter("weight")
+        if id(weight) not in made:
+            made[id(weight)] = encode(weight.detach(), format.bits, format.encoder)
+        model.set_submodule(name, _encoded(module, made[id(weight)], weight.dtype))
+        if not _used_later(weight, name, found):
+            weight.data = weight.new_empty(0)
+    del keep
+    return tuple(found)
+
+
+def _encoded(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return GroupedEmbedding(matrix, module.padding_idx, dtype)
+    assert isinstance(module, nn.Linear)
+    return GroupedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
+
+
+def _used_later(weight: Tensor, name: str, found: dict[str, nn.Module]) -> bool:
+    later = list(found)[list(found).index(name) + 1 :]
+    return any(found[other].get_parameter("weight") is weight for other in later)
+
+
+def saved_bytes(
+    model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock], itemsize: int
+) -> int:
+    """Bytes that encoding takes off the weights, before anything is loaded."""
+    weights = {
+        id(weight): weight
+        for module in encodable(model, blocks).values()
+        for weight in [module.get_parameter("weight")]
+    }
+    return sum(
+        weight.numel() * itemsize
+        - codes_bytes(*weight.shape, format.bits)
+        - meta_bytes(*weight.shape, format.bits)
+        for weight in weights.values()
+    )

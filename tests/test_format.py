@@ -1,0 +1,222 @@
+"""Formats as slots see them: bytes, bound views, writing, and the plain computation."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_served import parts_of, tiny
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.formats.encoders import encode
+from moefit.formats.format import (
+    FORMATS,
+    NATIVE,
+    GroupedFormat,
+    dense_tensors,
+    encoding_bytes,
+    matrix_shape,
+    parse_format,
+    weights_in,
+)
+from moefit.formats.kernels import kernels
+from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
+from moefit.formats.planes import PLANES
+from moefit.moe.families import TensorSpec, find_blocks
+from moefit.serve.slots import Slot, allocate
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+GROUPED = [name for name in FORMATS if name != "native"]
+specs = st.dictionaries(
+    st.text("abc_", min_size=1),
+    st.builds(
+        TensorSpec,
+        st.lists(st.integers(1, 140), min_size=1, max_size=2).map(tuple),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def leaves(slot: Slot) -> list[torch.Tensor]:
+    return [
+        leaf
+        for weight in slot.tensors.values()
+        for leaf in (
+            (weight.codes_RB, weight.meta_RMG) if isinstance(weight, GroupedMatrix) else (weight,)
+        )
+    ]
+
+
+def random_tensors(specs) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        short: torch.randn(spec.shape, generator=generator).to(spec.dtype)
+        for short, spec in specs.items()
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(specs, st.sampled_from(sorted(FORMATS)))
+def test_a_slots_bytes_are_those_of_its_parts(specs, name: str) -> None:
+    """In whole pages, each part on a cache line; nothing overlaps."""
+    format = FORMATS[name]
+    slot = allocate(format, specs, CPU)
+    assert slot.nbytes == format.nbytes(specs) == slot.buffer_B.nbytes
+    parts = sorted((leaf.data_ptr(), leaf.nbytes) for leaf in leaves(slot))
+    assert all(start % 64 == 0 for start, _ in parts)
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(parts))
+    assert parts[-1][0] + parts[-1][1] <= slot.buffer_B.data_ptr() + slot.nbytes
+    wasted = slot.nbytes - sum(size for _, size in parts)
+    assert 0 <= wasted < 64 * len(parts) + 4096
+
+
+@settings(deadline=None, max_examples=60)
+@given(specs, st.sampled_from(GROUPED))
+def test_what_is_written_is_what_the_encoder_makes(specs, name: str) -> None:
+    format = FORMATS[name]
+    assert isinstance(format, GroupedFormat)
+    slot, native = allocate(format, specs, CPU), random_tensors(specs)
+    format.write(slot.tensors, native, specs)
+    read = dense_tensors(specs, slot.tensors, torch.float32)
+    for short, spec in specs.items():
+        if len(spec.shape) == 1:
+            assert torch.equal(read[short], native[short]), "vectors stay as they are"
+            continue
+        weight_RC = native[short].T if spec.inputs_first else native[short]
+        made = encode(weight_RC, format.bits, format.encoder).dense()
+        assert torch.equal(read[short], made.T if spec.inputs_first else made)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_bytes_by_hand(name: str) -> None:
+    bits = int(name[3])
+    specs = {
+        "w_in": TensorSpec((1408, 640), torch.bfloat16),
+        "w_out": TensorSpec((704, 640), torch.bfloat16, inputs_first=True),
+        "bias": TensorSpec((640,), torch.bfloat16),
+    }
+    groups = 1408 * 10 + 640 * 11
+    exact = groups * (bits * 8 + (2 if bits == 8 else 4)) + 1280
+    assert -(-exact // 4096) * 4096 == FORMATS[name].nbytes(specs)
+    assert matrix_shape(specs["w_out"]) == (640, 704)
+    assert weights_in(specs) == 64 * groups
+    assert codes_bytes(640, 704, bits) + meta_bytes(640, 704, bits) == 640 * 11 * (
+        bits * 8 + (2 if bits == 8 else 4)
+    )
+
+
+def test_fewer_bits_take_fewer_bytes() -> None:
+    (block, *_) = find_blocks(tiny("Mixtral", hidden_size=512, intermediate_size=512))
+    sizes = [FORMATS[f"int{bits}"].nbytes(block.layout.specs) for bits in PLANES]
+    sizes.append(NATIVE.nbytes(block.layout.specs))
+    assert sizes == sorted(set(sizes))
+
+
+# A block's experts
+
+
+@pytest.fixture(params=["Mixtral", "GptOss", "DeepseekV3"])
+def block_and_module(request):
+    sizes = {"hidden_size": 80, "intermediate_size": 72, "head_dim": 8}
+    model = tiny(request.param, **sizes)
+    block = find_blocks(model)[0]
+    return block, model.get_submodule(block.name)
+
+
+@pytest.mark.parametrize("kernel_level", ["avx512", "torch"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3-nearest"])
+def test_the_output_is_the_familys_over_decoded_tensors(
+    block_and_module, name: str, kernel_level: str, monkeypatch
+) -> None:
+    """Transposed matrices and biases among them (GptOss)."""
+    monkeypatch.setattr(
+        "moefit.formats.format.kernels", lambda: kernels(kernel_level), raising=True
+    )
+    block, module = block_and_module
+    format, specs = FORMATS[name], block.layout.specs
+    slot, native = allocate(format, specs, CPU), parts_of(module, block, 3)
+    with torch.inference_mode():
+        format.write(slot.tensors, native, specs)
+        decoded = {}
+        for short, tensor in native.items():
+            weight = slot.tensors[short]
+            if isinstance(weight, GroupedMatrix):
+                dense_RC = weight.dense()
+                decoded[short] = dense_RC.T if specs[short].inputs_first else dense_RC
+                assert decoded[short].shape == tensor.shape
+                assert (decoded[short] - tensor).norm() < 0.2 * tensor.norm()
+            else:
+                assert torch.equal(weight, tensor)
+                decoded[short] = tensor
+        x_RD = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
+        y_RD = format.output(block.layout, slot.tensors, x_RD)
+        assert torch.equal(y_RD, block.layout.output(decoded, x_RD))
+
+
+@pytest.mark.parametrize("name", ["int8", "int2"])
+def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> None:
+    block, module = block_and_module
+    specs = block.layout.specs
+    native = {k: v.detach().clone() for k, v in parts_of(module, block, 0).items()}
+    short = next(one for one in specs if one.startswith("down_proj"))
+    native[short][2, 3] = torch.inf
+    place = "output 3 for input 2" if specs[short].inputs_first else "output 2 for input 3"
+    format = FORMATS[name]
+    with pytest.raises(CheckpointError, match=f"{short}: the weight of {place} is inf"):
+        format.write(allocate(format, specs, CPU).tensors, native, specs)
+
+
+def test_encoding_is_counted_for_formats_that_encode() -> None:
+    specs = {"w": TensorSpec((64, 1000), torch.bfloat16), "b": TensorSpec((64,), torch.float32)}
+    assert encoding_bytes(NATIVE, specs) == 0
+    assert encoding_bytes(FORMATS["int4"], specs) > 64 * 1000 * 2 + 256
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_found_by_the_name_it_has(name: str) -> None:
+    assert parse_format(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("int7", "int6"),
+        ("int1", "int2"),
+        ("int0", "int2"),
+        ("q4_K_M", "int4"),
+        ("fp8", "int8"),
+        ("4", "int4"),
+        ("int4-nearset", "int4"),
+        ("INT4", "int4"),
+        ("bf16", "native"),
+        ("float32", "native"),
+        ("nativ", "native"),
+        ("", "int8"),
+        ("auto", "int8"),
+        ("int" + "4" * 9999, "native"),
+    ],
+)
+def test_an_unknown_precision_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"there are native, int2, .*nearest: {nearest}$"):
+        parse_format(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int8", "int5", "int2"])
+def test_slots_on_an_accelerator(name: str) -> None:
+    format, specs = FORMATS[name], {"w": TensorSpec((300, 100), torch.bfloat16)}
+    native = random_tensors(specs)
+    dense = []
+    for device in (CPU, torch.device("cuda")):
+        slot = allocate(format, specs, device)
+        format.write(slot.tensors, native, specs)
+        dense.append(dense_tensors(specs, slot.tensors, torch.bfloat16)["w"])
+    assert dense[1].device.type == "cuda" and torch.equal(dense[0], dense[1].cpu())

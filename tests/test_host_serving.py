@@ -1,0 +1,221 @@
+"""A whole model served through the host tier: its logic on a CPU; on a GPU where there is one."""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
+
+from moefit.errors import CheckpointError
+from moefit.serve import loading
+from moefit.serve.loading import LoadSettings, load
+from moefit.serve.served import ServedModel
+from moefit.serve.transfer import BACKGROUND_READERS
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Any:
+    @cache
+    def folder(family: str) -> Path:
+        return saved(model(family), tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+@cache
+def model(family: str) -> Any:
+    return tiny(family)
+
+
+@contextmanager
+def serving(
+    folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | None = None, **how: Any
+):
+    """On a CPU, but as on a GPU: with so many experts' room in a tier of host memory."""
+    own = loading.ledger
+
+    def with_host(*given: Any) -> Any:
+        budget = own(*given)
+        return replace(budget, host=places * max(block.slot_bytes for block in budget.blocks))
+
+    monkeypatch.setattr(loading, "ledger", with_host)
+    with reading_through(disk or Disk()), load(folder, LoadSettings(context=64, **how)) as served:
+        served.set_memory(with_slots(served, slots))
+        yield served
+        served.check()
+    assert served.report()["host_bytes"] == 0, "closing gives all back"
+
+
+def with_slots(served: ServedModel, slots: int) -> int:
+    return served.budget.with_slots([slots] * len(served.blocks))
+
+
+def generated(one: Any, device: str = "cpu") -> list[int]:
+    ids_BT = tokens(1, 9).to(device)
+    return one.generate(ids_BT, max_new_tokens=12, do_sample=False)[0].tolist()
+
+
+def settled(served: ServedModel) -> None:
+    for experts in served.blocks.values():
+        while not all(pending.done.done() for pending in experts._pending):
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("places", [1, 5, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_is_the_models_own_output_through_any_tier(
+    folders, monkeypatch, family: str, places: int
+) -> None:
+    with serving(folders(family), monkeypatch, slots=2, places=places) as served:
+        torch.testing.assert_close(
+            logits(served.model, tokens(2, 7)), logits(model(family), tokens(2, 7))
+        )
+        assert generated(served) == generated(model(family))
+        report = served.report()
+        assert report["host_bytes"] <= report["host_budget"] == served.budget.host
+        assert report["host_hits"] + report["host_reads"] == report["fetches"]
+
+
+def test_with_room_for_all_experts_each_is_read_once(folders, monkeypatch) -> None:
+    with serving(folders("Olmoe"), monkeypatch, slots=1, places=16) as served:
+        for _ in range(3):
+            generated(served)
+        report = served.report()
+        used = [
+            one.block.expert_bytes * sum(count > 0 for count in one.uses[: one.num_experts])
+            for one in served.blocks.values()
+        ]
+        assert report["bytes_read"] == sum(used)
+        assert report["host_hits"] > 10 * report["host_reads"]
+
+
+def test_modes_and_budgets_change(folders, monkeypatch) -> None:
+    with serving(folders("Mixtral"), monkeypatch, slots=3, places=4) as served:
+        for mode, slots in [("virtual", 2), ("bounded", 5), ("virtual", 8), ("exact", 1)]:
+            served.set_mode(mode)
+            served.set_memory(with_slots(served, slots))
+            generated(served)
+            settled(served)
+            served.check()
+        assert generated(served) == generated(model("Mixtral"))
+        served.set_residents({name: [5] for name in served.blocks})
+        assert all(one == [5] for one in served.report()["resident"].values())
+
+
+def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monkeypatch) -> None:
+    disk = Disk()
+    with serving(folders("Mixtral"), monkeypatch, slots=1, places=3, disk=disk) as served:
+        disk.failures = 10**6
+        with pytest.raises(CheckpointError, match="cannot be read after 3 attempts"):
+            generated(served)
+        served.check()
+        disk.failures = 0
+        assert generated(served) == generated(model("Mixtral"))
+
+
+def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
+    with load(folders("Mixtral"), LoadSettings(context=64, precision="int4")) as served:
+        expected = generated(served)
+    with serving(folders("Mixtral"), monkeypatch, slots=2, places=3, precision="int4") as served:
+        assert generated(served) == expected
+    auto = {"precision": "auto", "memory": "8GiB"}
+    with serving(folders("Mixtral"), monkeypatch, slots=8, places=9, **auto) as served:
+        generated(served)
+        served.set_memory("8GiB")
+        for _ in range(3):
+            generated(served)
+            served.check()
+        assert served.report()["host_reads"] > 16, "experts came again, in other formats"
+
+
+def test_on_a_cpu_there_is_no_tier(folders) -> None:
+    with load(folders("Mixtral"), LoadSettings(context=64)) as served:
+        assert not [key for key in served.report() if key.startswith("host_")]
+        assert served.report()["budget"]["host"] is None
+
+
+@pytest.mark.parametrize("step", ["load_rest", "grow"])
+def test_a_load_that_fails_gives_the_tier_back(folders, monkeypatch, step: str) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(loading.HostTier, "close", lambda tier: closed.append(True))
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(loading, step, fail)
+    with (
+        pytest.raises(MemoryError, match="no more"),
+        serving(folders("Mixtral"), monkeypatch, slots=1, places=1),
+    ):
+        pass
+    assert closed == [True]
+
+
+@pytest.fixture
+def on_gpu(folders) -> Iterator[Any]:
+    opened: list[ServedModel] = []
+
+    def make(family: str, **settings: Any) -> ServedModel:
+        opened.append(load(folders(family), LoadSettings(context=64, device="cuda", **settings)))
+        return opened[-1]
+
+    yield make
+    for served in opened:
+        served.close()
+    gc.collect()
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("host_memory", [None, "64KiB", "1GiB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_exact_is_the_models_own_output_at_any_budget(
+    on_gpu, family: str, host_memory: str | None
+) -> None:
+    served = on_gpu(family, host_memory=host_memory)
+    theirs = tiny(family).to("cuda")
+    for slots in (1, 3, 8, 2):
+        served.set_memory(with_slots(served, slots))
+        ids_BT = tokens(2, 7).to("cuda")
+        torch.testing.assert_close(
+            logits(served.model, ids_BT), logits(theirs, ids_BT), rtol=1e-4, atol=1e-4
+        )
+        assert generated(served, "cuda") == generated(theirs, "cuda")
+        served.check()
+    report = served.report()
+    assert report["host_pinned"] and report["host_bytes"] <= report["host_budget"]
+    assert 0 < report["process_bytes"] <= report["peak_process_bytes"]
+    slot = served.blocks[next(iter(served.blocks))].block_slot_bytes
+    if host_memory is None:
+        assert report["host_budget"] <= (4 + BACKGROUND_READERS) * 2 * slot
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_on_a_gpu_the_peak_stays_inside_the_budget(tmp_path: Path) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    own = tiny("Mixtral", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    saved(own, tmp_path)  # 32 experts of 12 MiB
+    settings = LoadSettings(context=64, device="cuda", host_memory="100MiB")
+    floor = loading.ledger(loading.build(tmp_path), settings).floor
+    torch.cuda.reset_peak_memory_stats()
+    with load(tmp_path, replace(settings, memory=floor + (150 << 20))) as served:
+        generated(served, "cuda")
+        assert served.report()["peak_process_bytes"] <= floor + (150 << 20)
+        served.set_memory(floor + (10 << 20))
+        torch.cuda.reset_peak_memory_stats()
+        made, report = generated(served, "cuda"), served.report()
+        assert report["peak_process_bytes"] <= floor + (10 << 20)
+        assert report["host_hits"] > 0
+        served.check()
+    assert made == generated(own.to("cuda"), "cuda")

@@ -1,0 +1,262 @@
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_served import (
+    FAMILIES,
+    Disk,
+    MemoryStore,
+    mixtral_block,
+    parts_of,
+    reading_through,
+    saved,
+    tiny,
+)
+from torch import Tensor
+
+from moefit.errors import CheckpointError
+from moefit.formats.format import FORMATS, NativeFormat
+from moefit.serve.copies import CpuCopies
+from moefit.serve.host_tier import HostTier
+from moefit.serve.skeleton import build
+from moefit.serve.slots import Slot, allocate
+from moefit.serve.store import ExpertStore
+from moefit.serve.transfer import Transfer
+
+CPU = torch.device("cpu")
+BLOCK = "model.layers.0.mlp.experts"
+SIZE = NativeFormat().nbytes(mixtral_block()[0].layout.specs)
+
+
+class Watched(CpuCopies):
+    """Counts the bytes of buffers alive, and holds copies while `gate` is not set."""
+
+    def __init__(self):
+        self.sizes: list[int] = []
+        self.copying = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def buffer(self, size: int) -> Tensor:
+        self.sizes.append(size)
+        return super().buffer(size)
+
+    def copy(self, source_B: Tensor, target_B: Tensor) -> None:
+        self.copying.release()
+        assert self.gate.wait(30)
+        super().copy(source_B, target_B)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(*mixtral_block())
+
+
+@pytest.fixture
+def engine() -> Watched:
+    return Watched()
+
+
+def new_slot() -> Slot:
+    return allocate(NativeFormat(), mixtral_block()[0].layout.specs, CPU)
+
+
+def holds(slot: Slot, expert: int) -> bool:
+    block, module = mixtral_block()
+    expected = parts_of(module, block, expert)
+    return all(torch.equal(slot.tensors[short], value) for short, value in expected.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("precision", "places"), [("native", 1), ("native", 100), ("int4", 3)])
+def test_slots_get_the_same_bytes_as_from_the_store_alone(
+    tmp_path: Path, family: str, precision: str, places: int
+) -> None:
+    format = FORMATS[precision]
+    skeleton = build(saved(tiny(family), tmp_path))
+    blocks = {block.name: block for block in skeleton.blocks}
+    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
+    limit = places * max(format.nbytes(block.layout.specs) for block in skeleton.blocks)
+    tier = HostTier(store, CpuCopies(), limit=limit)
+    wanted = [(block.name, expert) for block in skeleton.blocks for expert in range(8)] * 2
+    random.Random(0).shuffle(wanted)
+    for block, expert in wanted:
+        alone, through = (allocate(format, blocks[block].layout.specs, CPU) for _ in range(2))
+        store.read(block, expert, alone)
+        tier.read(block, expert, through)
+        assert torch.equal(alone.buffer_B, through.buffer_B)
+        tier.check()
+        assert tier.report()["host_bytes"] <= limit
+    report = tier.report()
+    assert report["host_hits"] + report["host_reads"] == len(wanted)
+    if places == 100:
+        assert report["host_reads"] == len(wanted) / 2
+    tier.close()
+    store.close()
+
+
+class Namer:
+    """A store whose experts are nothing but their number, and 100 more if native."""
+
+    def read(self, block: str, expert: int, into: Slot) -> None:
+        into.buffer_B.fill_(expert + 100 * (into.format.name == "native"))
+
+
+def test_one_expert_in_two_formats_is_two_things(engine) -> None:
+    specs = mixtral_block()[0].layout.specs
+    native, packed = (allocate(FORMATS[name], specs, CPU) for name in ("native", "int4"))
+    assert packed.nbytes < native.nbytes
+    tier = HostTier(Namer(), engine, limit=native.nbytes + packed.nbytes)
+    for expert in (3, 3, 4, 3):
+        for slot, value in ((native, 100 + expert), (packed, expert)):
+            tier.read(BLOCK, expert, slot)
+            assert bool((slot.buffer_B == value).all())
+            tier.check()
+            assert tier.report()["host_bytes"] <= native.nbytes + packed.nbytes
+
+
+def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> None:
+    tier, slot = HostTier(store, engine, limit=3 * SIZE), new_slot()
+    for expert in (0, 1, 2, 0, 1, 2):
+        tier.read(BLOCK, expert, slot)
+        assert holds(slot, expert)
+    assert store.reads == [0, 1, 2]
+    tier.read(BLOCK, 3, slot)
+    tier.read(BLOCK, 1, slot)
+    tier.read(BLOCK, 0, slot)
+    assert store.reads == [0, 1, 2, 3, 0]
+
+
+def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
+    tier = HostTier(store, engine, limit=3 * SIZE + SIZE // 2)
+    assert engine.sizes == [] and tier.report()["host_bytes"] == 0
+    for expert in range(8):
+        tier.read(BLOCK, expert, new_slot())
+        assert tier.report()["host_bytes"] == min(expert + 1, 3) * SIZE
+    assert engine.sizes == [SIZE] * 3, "a buffer is taken over, not pinned anew"
+    tier.close()
+    assert tier.report()["host_bytes"] == 0
+
+
+def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store, engine) -> None:
+    tier, slot = HostTier(store, engine, limit=2 * SIZE), new_slot()
+    tier.read(BLOCK, 4, slot)
+    store.broken = {5}
+    for _ in range(3):
+        with pytest.raises(OSError, match="storage is gone"):
+            tier.read(BLOCK, 5, slot)
+        tier.check()
+    tier.read(BLOCK, 4, slot)
+    assert holds(slot, 4) and store.reads == [4, 5, 5, 5]
+    store.broken = set()
+    tier.read(BLOCK, 5, slot)
+    assert holds(slot, 5) and engine.sizes == [SIZE] * 2
+
+
+def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    with reading_through(Disk()) as disk:
+        skeleton = build(tmp_path)
+    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
+    tier, slot = HostTier(store, CpuCopies(), limit=SIZE), new_slot()
+    disk.failures = 10**6
+    with pytest.raises(CheckpointError, match="cannot be read after 3"):
+        tier.read(BLOCK, 2, slot)
+    disk.failures = 0
+    tier.read(BLOCK, 2, slot)
+    alone = new_slot()
+    store.read(BLOCK, 2, alone)
+    assert torch.equal(alone.buffer_B, slot.buffer_B)
+    store.close()
+
+
+def test_memory_that_cannot_be_had_is_an_error_and_the_next_read_works(store, engine) -> None:
+    tier, slot = HostTier(store, engine, limit=2 * SIZE), new_slot()
+    tier.read(BLOCK, 0, slot)
+    scarce, engine.buffer = engine.buffer, raiser(OSError(12, "Cannot allocate memory"))
+    with pytest.raises(OSError, match="Cannot allocate"):
+        tier.read(BLOCK, 1, slot)
+    tier.check()
+    tier.read(BLOCK, 0, slot)
+    engine.buffer = scarce
+    tier.read(BLOCK, 1, slot)
+    assert holds(slot, 1) and store.reads == [0, 1]
+    tier.check()
+
+
+def raiser(error: BaseException):
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
+    tier, slots = HostTier(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
+    store.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        reads = [pool.submit(tier.read, BLOCK, 6, slot) for slot in slots]
+        time.sleep(0.1)
+        assert not any(read.done() for read in reads)
+        tier.check()
+        store.gate.set()
+        for read in reads:
+            read.result(30)
+    assert store.reads == [6] and all(holds(slot, 6) for slot in slots)
+    assert (tier.report()["host_hits"], tier.report()["host_reads"]) == (3, 1)
+
+
+def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
+    tier, slots = HostTier(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
+    store.broken, store.error = {6}, OSError("once")
+    store.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        reads = [pool.submit(tier.read, BLOCK, 6, slot) for slot in slots]
+        time.sleep(0.1)
+        store.gate.set()
+        for read in reads:
+            with pytest.raises(OSError, match="once"):
+                read.result(30)
+    assert store.reads == [6, 6, 6]
+    tier.check()
+
+
+def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
+    tier, slots = HostTier(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(tier.read, BLOCK, 1, slots[0])
+        assert engine.copying.acquire(timeout=30)
+        second = pool.submit(tier.read, BLOCK, 2, slots[1])
+        time.sleep(0.1)
+        assert store.reads == [1], "the other one waits for the buffer"
+        tier.check()
+        engine.gate.set()
+        first.result(30)
+        second.result(30)
+    assert holds(slots[0], 1) and holds(slots[1], 2)
+
+
+@pytest.mark.parametrize("places", [1, 2, 5])
+def test_many_readers_over_few_buffers_get_what_they_asked_for(store, engine, places: int) -> None:
+    tier = HostTier(store, engine, limit=places * SIZE)
+    transfer = Transfer(tier, readers=4, engine=engine)
+    chance = random.Random(places)
+    for _ in range(30):
+        wanted = [chance.randrange(8) for _ in range(8)]
+        store.broken = {chance.randrange(8)}
+        slots = [new_slot() for _ in wanted]
+        loads = [
+            transfer.load(BLOCK, expert, slot, background=chance.random() < 0.3)
+            for expert, slot in zip(wanted, slots, strict=True)
+        ]
+        for expert, slot, load in zip(wanted, slots, loads, strict=True):
+            assert load.exception(30) is not None or holds(slot, expert)
+            assert tier.report()["host_bytes"] <= places * SIZE
+        tier.check()
+    transfer.close()
+    assert sum(engine.sizes) <= places * SIZE

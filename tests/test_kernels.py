@@ -1,0 +1,372 @@
+"""Every level of the compiled kernels against the torch twin, within bounds that are derived.
+
+`GroupedMatrix.dense` says what the weights are. Over them a product has the error of summing in
+float32; with AVX-512 also that of the activations, which count in 2^-15 of the largest of their 64.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefit.errors import ConfigError
+from moefit.formats import kernels as module
+from moefit.formats.encoders import encode
+from moefit.formats.kernels import LEVELS, SWITCH, Kernels, Mlp, Weight, kernels, status
+from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.formats.planes import GROUP, PLANES
+from moefit.moe.activations import ACTIVATIONS
+
+torch.set_num_threads(1)
+BEST = kernels(LEVELS[-1])
+compiled = pytest.mark.skipif(BEST is None, reason="the kernels were not compiled here")
+HERE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
+levels = pytest.mark.parametrize("level", HERE)
+widths = pytest.mark.parametrize("bits", PLANES)
+NATIVE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = [*NATIVE, *PLANES]
+
+
+@pytest.fixture
+def fresh():
+    """What is cached about this process is forgotten before and after."""
+    caches = module.kernels, module._library
+    for one in caches:
+        one.cache_clear()
+    yield
+    for one in caches:
+        one.cache_clear()
+
+
+def at(level: str) -> Kernels:
+    found = kernels(level)
+    assert found is not None and found.level == level
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(kind, rows: int, cols: int, *, seed: int = 0) -> Weight:
+    value_RC = normal(rows, cols, seed=seed) / cols**0.5
+    return value_RC.to(NATIVE[kind]) if kind in NATIVE else encode(value_RC, kind, "nearest")
+
+
+def dense(weight: Weight) -> Tensor:
+    """Float64."""
+    return (weight if isinstance(weight, Tensor) else weight.dense()).double()
+
+
+def error_bound(weight: Weight, x_TI: Tensor, level: str) -> Tensor:
+    """What a product of float32 sums may be off from the exact one, [T, O]."""
+    if isinstance(weight, Tensor):
+        terms_OI, grid_TI = weight.abs().double(), torch.zeros_like(x_TI)
+    else:  # scale * code and minimum are summed apart, and may cancel
+        scale_OG, least_OG = weight.meta_RMG[:, 0].double(), weight.meta_RMG[:, -1].double()
+        top_OG = scale_OG * (2**weight.bits) + (0 if weight.bits == 8 else least_OG.abs())
+        terms_OI = top_OG.repeat_interleave(GROUP, 1)[:, : weight.cols]
+        padded_TGI = F.pad(x_TI, (0, groups_of(weight.cols) * GROUP - weight.cols))
+        padded_TGI = padded_TGI.unflatten(1, (-1, GROUP))
+        grid_TGI = (padded_TGI.abs().amax(-1, keepdim=True) / 16256 / 2).expand(padded_TGI.shape)
+        grid_TI = grid_TGI.flatten(1)[:, : weight.cols] * (level == "avx512")
+    summing = 2.0**-23 * (x_TI.shape[1] / 16 + 16)
+    sums_TO = x_TI.abs().double() @ terms_OI.T * summing
+    return sums_TO + 1.01 * grid_TI.double() @ dense(weight).abs().T + 1e-30
+
+
+def assert_product(y_TO: Tensor, x_TI: Tensor, weight: Weight, level: str) -> None:
+    assert y_TO.dtype == torch.float32
+    error_TO = (y_TO.double() - x_TI.double() @ dense(weight).T).abs()
+    assert (error_TO <= error_bound(weight, x_TI, level)).all()
+
+
+# One product
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [1, 63, 64, 65, 200, 1088])
+def test_a_product_is_the_dense_matrixs(level: str, kind, cols: int) -> None:
+    for rows in (1, 3, 33):
+        weight = weight_of(kind, rows, cols)
+        for tokens in (0, 1, 2, 3, 4, 5, 9):
+            x_TI = normal(tokens, cols, seed=tokens)
+            assert_product(at(level).linear(x_TI, weight), x_TI, weight, level)
+
+
+@compiled
+@settings(deadline=None, max_examples=80)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 300),
+    tokens=st.integers(1, 6),
+    size=st.sampled_from([-20, -6, 0, 6, 20]),
+    seed=st.integers(0, 2**31),
+)
+def test_products_of_any_shape_and_size(kind, rows, cols, tokens, size, seed: int) -> None:
+    weight = weight_of(kind, rows, cols, seed=seed)
+    x_TI = normal(tokens, cols, seed=seed + 1) * 10.0**size
+    for level in HERE:
+        assert_product(at(level).linear(x_TI, weight), x_TI, weight, level)
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_counts_the_same_in_any_company(level: str, kind) -> None:
+    """So that decoding and prompts of any length agree to the bit."""
+    weight, x_TI = weight_of(kind, 37, 200), normal(9, 200)
+    together_TO = at(level).linear(x_TI, weight)
+    for t in range(9):
+        assert torch.equal(at(level).linear(x_TI[t : t + 1], weight)[0], together_TO[t])
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_outliers_cost_no_more_than_the_grid_of_their_group(level: str, bits: int) -> None:
+    """10^4 beside 10^-3: other groups keep all they have; the result is as good as the bound."""
+    weight = weight_of(bits, 48, 192)
+    x_TI = normal(3, 192) * 1e-3
+    quiet_TO = at(level).linear(x_TI, weight)
+    x_TI[1, 70] = 1e4
+    y_TO = at(level).linear(x_TI, weight)
+    assert_product(y_TO, x_TI, weight, level)
+    assert torch.equal(y_TO[::2], quiet_TO[::2])
+    expected_TO = x_TI.double() @ dense(weight).T
+    assert (y_TO - expected_TO)[1].abs().max() < 3e-4 * expected_TO[1].abs().max()
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_stays_none_and_harms_no_other_token(level: str, kind, bad: float) -> None:
+    weight, x_TI = weight_of(kind, 40, 150), normal(5, 150)
+    for col in (3, 149):
+        x_TI[2, col] = bad
+        y_TO = at(level).linear(x_TI, weight)
+        assert not y_TO[2].isfinite().any()
+        assert y_TO[[0, 1, 3, 4]].isfinite().all()
+
+
+@compiled
+@levels
+@widths
+@pytest.mark.parametrize("size", [1e-29, 1e-33, 1e-38, 1e-45, 0.0])
+def test_activations_next_to_nothing_give_next_to_nothing(level, bits: int, size: float) -> None:
+    """Their scale's reciprocal is no float."""
+    y_TO = at(level).linear(torch.full((2, 100), size), weight_of(bits, 8, 100))
+    assert (y_TO.abs() <= size * 100 * 2).all()
+
+
+@compiled
+@levels
+def test_widths_that_do_not_fit_are_not_read(level: str) -> None:
+    with pytest.raises(AssertionError):
+        at(level).linear(normal(2, 65), weight_of(4, 8, 64))
+
+
+# Decoding
+
+
+@compiled
+@levels
+@widths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 65), (300, 130)])
+def test_decoding_is_the_torch_twins_to_the_bit(level, bits, dtype, rows: int, cols: int) -> None:
+    weight = weight_of(bits, rows, cols)
+    assert isinstance(weight, GroupedMatrix)
+    decoded = at(level).decode(weight, dtype)
+    assert decoded.dtype == dtype and torch.equal(decoded, weight.dense(dtype))
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_half_is_read_as_torch_reads_it(level: str, dtype: torch.dtype) -> None:
+    """Subnormal, infinite and NaN scales and minima among them."""
+    half_R = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    for bits, code in ((8, 129), (4, 0)):
+        matrix = GroupedMatrix.empty(len(half_R), 1, bits)
+        matrix.codes_RB.fill_(code)
+        matrix.meta_RMG.fill_(0)
+        matrix.meta_RMG[:, -1, 0] = half_R
+        decoded = at(level).decode(matrix, dtype)
+        torch.testing.assert_close(decoded, matrix.dense(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+# Experts
+
+
+def make_mlp(
+    kind_in, kind_out, *, width=72, inner=40, activation="silu", gated=True, seed=0
+) -> Mlp:
+    w_in = weight_of(kind_in, inner * (1 + gated), width, seed=seed)
+    w_out = weight_of(kind_out, width, inner, seed=seed + 1)
+    return Mlp(w_in=w_in, w_out=w_out, activation=activation, gated=gated)
+
+
+def expected(x_RD: Tensor, mlp: Mlp, level: str) -> tuple[Tensor, Tensor]:
+    """In float64, with the error that float32 sums and the grids of both products allow."""
+    act = ACTIVATIONS[mlp.activation]
+    in_RI, off_RI = x_RD.double() @ dense(mlp.w_in).T, error_bound(mlp.w_in, x_RD, level)
+    first = in_RI.shape[1] // (1 + mlp.gated)
+    gate_RF, off_RF = in_RI[:, :first], off_RI[:, :first]
+    # How steep the activation may be; float32 computes it from x and numbers near 1.
+    steep_RF = 2 * (gate_RF.abs() + off_RF) if mlp.activation == "relu2" else torch.tensor(1.2)
+    h_RF, off_RF = act(gate_RF), steep_RF * (off_RF + 2.0**-21 * gate_RF.abs())
+    if mlp.gated:
+        up_RF, up_off_RF = in_RI[:, first:], off_RI[:, first:]
+        h_RF, off_RF = h_RF * up_RF, (h_RF.abs() + off_RF) * up_off_RF + off_RF * up_RF.abs()
+    most_RF = h_RF.abs() + off_RF
+    off_RD = off_RF @ dense(mlp.w_out).abs().T + error_bound(mlp.w_out, most_RF, level)
+    return h_RF @ dense(mlp.w_out).T, off_RD
+
+
+def assert_experts(level: str, x_TD: Tensor, mlps: list[Mlp], tokens: list[list[int]]) -> None:
+    y_RD = at(level).experts(x_TD, mlps, tokens)
+    parts = [expected(x_TD[mine], mlp, level) for mlp, mine in zip(mlps, tokens, strict=True)]
+    wanted_RD, bound_RD = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert y_RD.dtype == torch.float32
+    assert y_RD.shape == wanted_RD.shape
+    assert ((y_RD.double() - wanted_RD).abs() <= bound_RD).all()
+
+
+ROUTED = [
+    [[0]],
+    [[0, 1, 2, 3, 4]],
+    [[2, 2]],  # one token that chose the same expert twice
+    [[], [0], [], [4, 1, 4], []],  # without rows: first, between and last
+    [[3, 0], [1], [2, 2, 2, 0, 1, 4, 3]],
+]
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("tokens", ROUTED)
+def test_experts_of_mixed_formats_in_one_call(level: str, tokens: list[list[int]]) -> None:
+    kinds = [4, "bfloat16", 8, 2, "float32", 5, 3, 6, "float16"]
+    mlps = [make_mlp(kinds[e], kinds[-1 - e], seed=e) for e in range(len(tokens))]
+    assert_experts(level, normal(5, 72), mlps, tokens)
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("activation", module.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_are_torchs(level: str, activation: str, gated: bool) -> None:
+    x_TD = normal(5, 72) * torch.tensor([0.01, 0.3, 1.0, 10.0, 300.0])[:, None]
+    mlp = make_mlp("float32", 8, activation=activation, gated=gated)
+    assert_experts(level, x_TD, [mlp], [[0, 1, 2, 3, 4]])
+
+
+@compiled
+@settings(deadline=None, max_examples=60)
+@given(
+    kinds=st.lists(st.tuples(*[st.sampled_from(KINDS)] * 2), min_size=1, max_size=4),
+    width=st.integers(1, 150),
+    inner=st.integers(1, 140),
+    gated=st.booleans(),
+    data=st.data(),
+)
+def test_experts_of_any_shape(kinds, width: int, inner: int, gated: bool, data) -> None:
+    mlps = [
+        make_mlp(*pair, width=width, inner=inner, gated=gated, activation="relu", seed=n)
+        for n, pair in enumerate(kinds)
+    ]
+    rows = st.lists(st.integers(0, 3), max_size=7)
+    tokens = [data.draw(rows) for _ in mlps]
+    for level in HERE:
+        assert_experts(level, normal(4, width), mlps, tokens)
+
+
+@compiled
+@levels
+def test_nothing_routed_is_nothing(level: str) -> None:
+    assert at(level).experts(normal(3, 72), [], []).shape == (0, 72)
+    assert at(level).experts(normal(3, 72), [make_mlp(4, 4)] * 2, [[], []]).shape == (0, 72)
+    assert at(level).experts(normal(0, 72), [make_mlp(4, 4)], [[]]).shape == (0, 72)
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("activation", module.ACTIVATIONS)
+@pytest.mark.parametrize("kind", [4, "float32"])
+def test_no_number_passes_through_an_expert(level: str, activation: str, kind) -> None:
+    x_TD = normal(3, 72)
+    x_TD[1, 5] = torch.nan
+    mlp = make_mlp(kind, kind, activation=activation)
+    y_RD = at(level).experts(x_TD, [mlp], [[0, 1, 2]])
+    assert y_RD[1].isnan().all() and y_RD[::2].isfinite().all()
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("kind", [8, 3, "bfloat16"])
+def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -> None:
+    x_TD = normal(6, 72).bfloat16()
+    mlp = make_mlp(kind, kind)
+    y_RD = at(level).experts(x_TD, [mlp], [[*range(6)]])
+    w_in, w_out = (dense(w).float() for w in (mlp.w_in, mlp.w_out))
+    gate_RF, up_RF = F.linear(x_TD.float(), w_in).bfloat16().chunk(2, dim=-1)
+    wanted_RD = F.linear((F.silu(gate_RF) * up_RF).float(), w_out)
+    # A hidden unit on the border of two bfloat16s may fall either way: half a step of few.
+    difference_RD = (y_RD - wanted_RD).abs()
+    assert difference_RD.max() <= 2.0**-9 * wanted_RD.abs().max()
+    assert difference_RD.median() <= 2.0**-12 * wanted_RD.abs().max()
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("kind", [8, 4, 3, "bfloat16"])
+def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> None:
+    mlps = [make_mlp(kind, kind, width=200, inner=150, seed=e) for e in range(3)]
+    x_TD, tokens = normal(7, 200), [[0, 1, 2, 3, 4, 5, 6], [], [3, 3]]
+    made = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            run = at(level)
+            matrix = weight_of(4, 90, 200)
+            assert isinstance(matrix, GroupedMatrix)
+            decoded = run.decode(matrix, torch.bfloat16).float()
+            made.append((run.experts(x_TD, mlps, tokens), run.linear(x_TD, matrix), decoded))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(*made, strict=True))
+
+
+# Which there are
+
+
+@compiled
+def test_the_best_level_is_taken_and_no_better_one_than_there_is(monkeypatch, fresh) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    assert status() == HERE[-1]
+    for level in LEVELS:
+        module.kernels.cache_clear()
+        monkeypatch.setenv(SWITCH, level)
+        assert status() == (level if level in HERE else HERE[-1])
+    monkeypatch.setenv(SWITCH, "torch")
+    module.kernels.cache_clear()
+    assert kernels() is None and status() == "torch: MOEFIT_KERNELS=torch"
+
+
+def test_a_level_that_does_not_exist_is_named(monkeypatch, fresh) -> None:
+    monkeypatch.setenv(SWITCH, "avx")
+    with pytest.raises(ConfigError, match="MOEFIT_KERNELS='avx' is none of portable, avx2, avx512"):
+        kernels()
+
+
+def test_without_the_library_torch_computes_and_says_so(monkeypatch, fresh, tmp_path) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "kernels.py"))
+    (tmp_path / "_kernels.of-another-system.so").write_bytes(b"not a library")
+    assert kernels() is None and status() == "torch: not compiled"

@@ -1,0 +1,62 @@
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moefit.serve.precision import Choice, allocate, ladder, loss, smoothed
+
+
+@st.composite
+def choices(draw) -> list[Choice]:
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True))
+    return [Choice(format=str(size), nbytes=size, error=draw(st.floats(0, 10))) for size in sizes]
+
+
+cases = st.lists(choices(), min_size=1, max_size=4)
+
+
+@given(choices())
+def test_a_ladder_goes_up_in_bytes_and_down_in_error_and_gain(options) -> None:
+    steps = ladder(options)
+    assert steps[0].nbytes == min(one.nbytes for one in options)
+    gains = [
+        (low.error - high.error) / (high.nbytes - low.nbytes)
+        for low, high in itertools.pairwise(steps)
+    ]
+    assert all(gain > 0 for gain in gains)
+    assert gains == sorted(gains, reverse=True)
+    assert steps[-1].error == min(one.error for one in options)
+
+
+@given(cases, st.integers(0, 160), st.data())
+def test_allocation_keeps_the_bytes_and_is_one_step_from_the_best(options, room, data) -> None:
+    ladders = dict(enumerate(map(ladder, options)))
+    sensitivity = {key: data.draw(st.floats(0.1, 10)) for key in ladders}
+    chosen = allocate(ladders, sensitivity, room)
+    least = sum(steps[0].nbytes for steps in ladders.values())
+    assert sum(one.nbytes for one in chosen.values()) <= max(room, least)
+    if room < least:
+        assert all(chosen[key] == ladders[key][0] for key in ladders)
+        return
+    best = min(
+        loss(dict(zip(ladders, combination, strict=True)), sensitivity)
+        for combination in itertools.product(*options)
+        if sum(one.nbytes for one in combination) <= room
+    )
+    largest_step = max(
+        sensitivity[key] * (low.error - high.error)
+        for key, steps in ladders.items()
+        for low, high in itertools.pairwise([steps[0], *steps])
+    )
+    assert loss(chosen, sensitivity) <= best + largest_step + 1e-9
+
+
+def test_bytes_go_to_the_sensitive() -> None:
+    steps = ladder([Choice(format="a", nbytes=1, error=4), Choice(format="b", nbytes=2, error=0)])
+    chosen = allocate({"cold": steps, "hot": steps}, {"cold": 1.0, "hot": 2.0}, room=3)
+    assert {key: one.format for key, one in chosen.items()} == {"cold": "a", "hot": "b"}
+
+
+def test_nobody_counts_nothing() -> None:
+    assert smoothed([0.0, 0.0], 0.05) == [0.05, 0.05]
+    assert min(smoothed([0.0, 8.0, 1.0], 0.05)) > 0

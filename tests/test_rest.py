@@ -1,0 +1,67 @@
+"""The weights that are no experts, encoded."""
+
+import pytest
+import torch
+from tiny_served import VOCABULARY, saved, tiny
+
+import moefit
+from moefit.errors import BudgetTooSmallError
+from moefit.formats.encoders import encode
+from moefit.serve.rest import GroupedEmbedding, GroupedLinear
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
+FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
+
+
+def twin(model, bits: int):
+    """The same model, its linear layers and embeddings through the format and back."""
+    routers = ("gate", "router")
+    for name, module in model.named_modules():
+        if type(module) not in (torch.nn.Linear, torch.nn.Embedding):
+            continue
+        if name.endswith(routers) or module.weight.numel() < 4096:
+            continue
+        with torch.no_grad():
+            module.weight.copy_(encode(module.weight.detach().clone(), bits).dense())
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) -> None:
+    model = tiny(family, **SIZES, tie_word_embeddings=tied)
+    folder = saved(model, tmp_path)
+    ids = torch.randint(1, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
+    with moefit.load(folder, rest="int8") as served, torch.inference_mode():
+        kinds = {type(module) for module in served.model.modules()}
+        assert {GroupedLinear, GroupedEmbedding} <= kinds
+        prompt = served.model(ids).logits
+        one = served.model(ids[:1, :1]).logits
+        expected = twin(model, 8)
+        scale = float(expected(ids).logits.abs().max())
+        torch.testing.assert_close(prompt, expected(ids).logits, rtol=0, atol=2e-3 * scale)
+        torch.testing.assert_close(one, expected(ids[:1, :1]).logits, rtol=0, atol=2e-3 * scale)
+
+
+def test_the_ledger_counts_what_is_there(tmp_path) -> None:
+    folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
+    with moefit.load(folder, rest="int4") as served:
+        held = {id(t): t.nbytes for t in (*served.model.parameters(), *served.model.buffers())}
+        assert sum(held.values()) == pytest.approx(served.budget.weights, rel=0.02)
+        with moefit.load(folder) as native:
+            assert served.budget.weights < 0.5 * native.budget.weights
+
+
+def test_generates(tmp_path) -> None:
+    folder = saved(tiny("Olmoe", dtype=torch.bfloat16, **SIZES), tmp_path)
+    with moefit.load(folder, rest="int8", precision="int8") as served:
+        made = served.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
+        assert made.shape == (1, 8)
+
+
+def test_native_weights_must_fit_while_they_are_encoded(tmp_path, monkeypatch) -> None:
+    folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
+    monkeypatch.setattr("moefit.serve.loading.weight_bytes", lambda *_: 8 << 30)
+    monkeypatch.setattr("moefit.serve.loading.saved_bytes", lambda *_: (8 << 30) - 1)
+    with pytest.raises(BudgetTooSmallError, match="while they are being encoded as int4"):
+        moefit.load(folder, rest="int4", memory="6GiB")

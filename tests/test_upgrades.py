@@ -1,0 +1,140 @@
+"""`--precision auto` over a tiny model: bytes, formats, and what they do to the output."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_served import VOCABULARY, saved, tiny
+
+import moefit
+from moefit.errors import CheckpointError, ConfigError
+from moefit.formats.error import GAUSSIAN, relative_error
+from moefit.formats.format import FORMATS
+from moefit.moe.families import TensorSpec
+from moefit.serve.slots import allocate
+from moefit.serve.upgrades import AUTO
+
+WIDE = {"hidden_size": 64, "intermediate_size": 64}  # whole groups
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tiny("Mixtral", dtype=torch.bfloat16, **WIDE), tmp_path_factory.mktemp("auto"))
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with moefit.load(folder, precision="auto", memory="4GiB", context=64) as served:
+        yield served
+
+
+def ids(seed: int, length: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (1, length), generator=generator)
+
+
+def formats(served) -> Counter:
+    return sum((Counter(one) for one in served.report()["formats"].values()), Counter())
+
+
+def bytes_for(served, **counts: int) -> int:
+    """A budget for just so many experts of each format."""
+    specs = next(iter(served.blocks.values())).block.layout.specs
+    return served.budget.fixed + sum(
+        count * FORMATS[name].nbytes(specs) for name, count in counts.items()
+    )
+
+
+def test_with_enough_memory_everything_is_native_and_the_models_own(served, folder) -> None:
+    served.set_memory("4GiB")
+    served.settle_precision()
+    assert formats(served) == {"native": 16}
+    with moefit.load(folder) as exact, torch.inference_mode():
+        expected = exact.model(ids(1)).logits
+        assert torch.equal(served.model(ids(1)).logits, expected)
+
+
+def test_every_expert_answers_at_a_budget_between_two_formats(served) -> None:
+    served.set_memory(bytes_for(served, int4=10, int2=6))
+    served.settle_precision()
+    served.check()
+    found = formats(served)
+    assert sum(found.values()) == 16
+    assert len(found) > 1
+    before = served.report()["fetches"]
+    with torch.inference_mode():
+        served.model(ids(2))
+    assert served.report()["fetches"] == before
+
+
+def test_the_budget_holds_whatever_it_is_changed_to(served) -> None:
+    with torch.inference_mode():
+        for step, count in enumerate((16, 3, 12, 16, 1, 9, 16)):
+            served.set_memory(bytes_for(served, int3=count))
+            served.check()
+            served.model(ids(step))
+            served.check()
+            assert sum(formats(served).values()) <= 16
+
+
+def test_hot_experts_go_up_and_cold_ones_down(served) -> None:
+    served.set_memory(bytes_for(served, int4=16))
+    name, experts = next(iter(served.blocks.items()))
+    hot = next(iter(experts.residency.residents))
+    for _ in range(50):
+        experts.loudness.observe({hot: 1000.0})
+    served.settle_precision()
+    slot = experts.slots[experts.residency.slot(hot)]
+    assert slot.nbytes == max(one.nbytes for one in experts.slots.values()), name
+    assert slot.format.name in ("int8", "native")
+
+
+def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None:
+    served.set_memory(bytes_for(served, int4=16))
+    served.settle_precision()
+    experts = list(served.blocks.values())[1]
+    cold = min(
+        experts.residency.residents, key=lambda e: experts.slots[experts.residency.slot(e)].nbytes
+    )
+    before = experts.slots[experts.residency.slot(cold)].nbytes
+    with torch.inference_mode():
+        for step in range(200):
+            experts.loudness.observe({cold: 1000.0})
+            served.model(ids(step, 2))
+            served.check()
+            if experts.slots[experts.residency.slot(cold)].nbytes > before:
+                return
+    raise AssertionError("an expert that everybody asks for stayed at its precision")
+
+
+def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:
+    served.set_memory(bytes_for(served, int2=16))
+    served.settle_precision()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(served._store), "read", _fail)
+        served.set_memory("4GiB")
+        served.settle_precision()
+        assert formats(served) == {"int2": 16}
+    served.settle_precision()
+    assert formats(served) == {"native": 16}
+
+
+def _fail(*_: object) -> None:
+    raise CheckpointError("the disk is gone")
+
+
+def test_without_a_budget_there_is_nothing_to_divide(folder) -> None:
+    with pytest.raises(ConfigError, match="memory is not given"):
+        moefit.load(folder, precision="auto")
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(AUTO[:-1]), st.integers(0, 99))
+def test_normal_weights_lose_what_the_table_says(name: str, seed: int) -> None:
+    specs = {"w": TensorSpec((48, 256), torch.float32)}
+    slot = allocate(FORMATS[name], specs, torch.device("cpu"))
+    native = {"w": torch.randn(48, 256, generator=torch.Generator().manual_seed(seed))}
+    slot.format.write(slot.tensors, native, specs)
+    assert relative_error(slot.tensors, native, specs) == pytest.approx(GAUSSIAN[name], rel=0.1)
