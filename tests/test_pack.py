@@ -183,28 +183,27 @@ def test_a_second_process_is_told_to_wait(folder: Path) -> None:
     assert packed(folder).files == 4
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_named(folder: Path, cache: Path, value: float) -> None:
+def change(folder: Path, part: str, index: tuple[int, ...], value: float) -> None:
     tensors = load_file(folder / SINGLE)
-    (name,) = (n for n in tensors if "layers.1.block_sparse_moe.experts.6.w2" in n)
-    tensors[name][3, 5] = value
+    (name,) = (name for name in tensors if part in name)
+    tensors[name][index] = value
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=rf"expert 6 of .*layers.1.*down_proj\[3, 5\] is {value}"
-    ):
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6])
+def test_weights_that_cannot_be_encoded_are_named(folder: Path, cache: Path, value: float) -> None:
+    change(folder, "layers.1.block_sparse_moe.experts.6.w2", (3, 5), value)
+    words = rf"expert 6 of .*layers.1.*: down_proj: weight \[3, 5\] is {value}"
+    with pytest.raises(CheckpointError, match=words):
         packed(folder)
     assert len([name for name in files_in(cache) if "block-000" in name]) == 2
     assert not [name for name in files_in(cache) if "block-001" in name]
 
 
-def test_weights_beyond_float16_are_named(folder: Path) -> None:
-    tensors = load_file(folder / SINGLE)
-    (name,) = (n for n in tensors if "layers.0.block_sparse_moe.experts.2.w2" in n)
-    tensors[name][0, 0] = 1e6
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"expert 2 of .*layers.0.*: down_proj: weight \[0, 0"
-    ):
+def test_biases_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    folder = saved(tiny("GptOss"), tmp_path / "oss")
+    change(folder, "layers.0.mlp.experts.down_proj_bias", (3, 5), torch.nan)
+    with pytest.raises(CheckpointError, match=r"expert 3 of .*layers.0.*: down_proj_bias has"):
         packed(folder)
 
 

@@ -6,7 +6,7 @@ nothing of the layout of files (`formats/packed_file.py`) nor of serving.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +17,10 @@ import torch
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import try_lock
-from moefit.formats.format import Format, NativeFormat, Weights
+from moefit.formats.format import Format, NativeFormat, is_matrix
 from moefit.formats.loss import relative_error
 from moefit.formats.packed_file import NO_ROOM, WRITING, PackedWriter, file_bytes
-from moefit.moe.families import Tensors
+from moefit.moe.families import Tensors, TensorSpec
 from moefit.serve.budget import format_bytes
 from moefit.serve.packed import PackedPlace
 from moefit.serve.skeleton import Skeleton
@@ -158,7 +158,7 @@ class _Job:
                 ]
                 for expert, source in enumerate(self._skeleton.map.experts[block.name]):
                     native = self._store.native(block.name, expert)
-                    _refuse_unsound(native, block.name, expert)
+                    _refuse_unsound(native, specs, block.name, expert)
                     for slot, writer in zip(slots, writers, strict=True):
                         self._store.encode(block.name, expert, native, slot)
                         loss = relative_error(slot.tensors, native, specs)
@@ -195,15 +195,15 @@ class _Job:
 _MAKE_ROOM = "make room, name fewer formats, or set XDG_CACHE_HOME to a folder on a larger disk"
 
 
-def _refuse_unsound(native: Tensors | Weights, block: str, expert: int) -> None:
-    for short, tensor in native.items():
-        assert isinstance(tensor, torch.Tensor)
-        if not bool(tensor.isfinite().all()):
-            bad = (~tensor.isfinite()).nonzero()[0].tolist()
+def _refuse_unsound(
+    native: Tensors, specs: Mapping[str, TensorSpec], block: str, expert: int
+) -> None:
+    """Of what no format encodes; matrices are refused where they are encoded."""
+    for short, spec in specs.items():
+        if not is_matrix(spec) and not bool(native[short].isfinite().all()):
             raise CheckpointError(
-                f"expert {expert} of {block}: {short}{bad} is {float(tensor[tuple(bad)])}; a "
-                "checkpoint with weights that are not finite cannot be packed; copy or download "
-                "it again, or train it anew"
+                f"expert {expert} of {block}: {short} has weights that are not finite; copy or "
+                "download the checkpoint again, or train it anew"
             )
 
 
