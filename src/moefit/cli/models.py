@@ -43,8 +43,9 @@ from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
 from moefit.serve.baselines import fix_residents
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.loading import LoadSettings, ledger
+from moefit.serve.reckon import ledger
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 
 
@@ -257,7 +258,9 @@ def describe(
         device=device,
     )
     settings.check()
-    plain = memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
+    plain = (
+        memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
+    )
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
