@@ -73,8 +73,9 @@ static inline void dot_grouped(const Matrix &m, int64_t row, const Input *x, flo
             __m512i code = group_codes<KIND>(codes + (g + i) * KIND * 8);
             for (int t = 0; t < T; t++) {
                 int64_t at = (g + i) * GROUP;
-                __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code, _mm512_loadu_si512(x[t].high + at));
-                __m512i both = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 7), code, _mm512_loadu_si512(x[t].low + at));
+                __m512i high = _mm512_loadu_si512(x[t].high + at), low = _mm512_loadu_si512(x[t].low + at);
+                __m512i both = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code, high);
+                both = _mm512_dpbusd_epi32(_mm512_slli_epi32(both, 7), code, low);
                 sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(factor[t][i]), sum[t]);
             }
         }
@@ -101,7 +102,8 @@ static inline void dot_native(const Matrix &m, int64_t row, const Input *x, floa
     for (int64_t c = 0; c < m.cols; c += 16)
         for (int r = 0; r < ROWS; r++) {
             __m512 w = sixteen<KIND>(m, (row + r) * m.cols + c, m.cols - c);
-            for (int t = 0; t < T; t++) sum[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x[t].x + c), sum[r][t]);
+            for (int t = 0; t < T; t++)
+                sum[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x[t].x + c), sum[r][t]);
         }
     for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < T; t++) y[t][row + r] = _mm512_reduce_add_ps(sum[r][t]);
@@ -118,7 +120,8 @@ static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, fl
     }
 }
 
-static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y) {
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
+                    float *const *y) {
 #define DOT(kind)                                                                                  \
     (tokens == 1   ? dot<kind, 1>(m, first, last, x, y)                                            \
      : tokens == 2 ? dot<kind, 2>(m, first, last, x, y)                                            \
@@ -145,7 +148,8 @@ static void decode(const Matrix &m, int64_t row, float *out) {
             alignas(64) uint8_t code[GROUP];
             _mm512_store_si512(code, group_codes<KIND>(m.codes + (row * groups + g) * KIND * 8));
             for (int i = 0; i < GROUP; i += 16) {
-                __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(code + i))));
+                __m128i code16 = _mm_load_si128((const __m128i *)(code + i));
+                __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(code16));
                 _mm512_storeu_ps(out + g * GROUP + i, _mm512_fmadd_ps(w, scale, least));
             }
         }

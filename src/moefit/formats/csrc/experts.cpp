@@ -140,7 +140,8 @@ int64_t moefit_best_level() {
 }
 
 // y_TO = x_TP W^T; x has P floats a token, padded with zeros to whole groups.
-void moefit_linear(int64_t level, const Matrix *m, const float *x_TP, int64_t P, int64_t tokens, float *y_TO) {
+void moefit_linear(int64_t level, const Matrix *m, const float *x_TP, int64_t P, int64_t tokens,
+                   float *y_TO) {
     Inputs inputs(tokens, P);
     std::vector<float *> y(tokens);
     for (int64_t t = 0; t < tokens; t++) y[t] = y_TO + t * m->rows;
