@@ -293,7 +293,8 @@ def test_an_expert_without_numbers_is_named(tmp_path: Path) -> None:
     with (
         moefit.load(folder, precision="int4", context=128) as served,
         pytest.raises(
-            CheckpointError, match=rf"expert 5 of {block.name}: down_proj: the weight of output 7 for"
+            CheckpointError,
+            match=rf"expert 5 of {block.name}: down_proj: the weight of output 7",
         ),
     ):
         logits(served.model, {"input_ids": tokens(2, 40)})

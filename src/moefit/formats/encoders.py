@@ -35,7 +35,8 @@ def encode(
 
     Raises CheckpointError for weights that are NaN, infinite or beyond float16.
     """
-    made = GroupedMatrix.empty(*weight_RC.shape, bits)
+    rows, cols = weight_RC.shape
+    made = GroupedMatrix.empty(rows, cols, bits)
     encode_into(made, weight_RC, encoder, moments_C=moments_C)
     return made
 

@@ -224,12 +224,14 @@ class JetMoeLayout:
         }
         self.num_experts = int(cast(Any, block).input_linear.num_experts)
         activation = activation_name(self._activation, gated=False)
-        self.mlp = activation and MlpShape(
-            w_in="input_linear.weight",
-            w_out="output_linear.weight",
-            activation=activation,
-            gated=True,
-        )
+        self.mlp: MlpShape | None = None
+        if activation is not None:
+            self.mlp = MlpShape(
+                w_in="input_linear.weight",
+                w_out="output_linear.weight",
+                activation=activation,
+                gated=True,
+            )
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """A row of the stack."""
