@@ -129,7 +129,7 @@ def assert_close(y_TD: Tensor, wanted_TD: Tensor, close: float = CLOSE) -> None:
         assert differs_by(y_TD.double(), wanted_TD) <= close
 
 
-@pytest.mark.parametrize("formats", [("int4",), ("int8",), ("int2", "int5", "int6"), MIXED])
+@pytest.mark.parametrize("formats", [("int2", "int5", "int6"), MIXED])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
 def test_a_block_of_such_slots(make, computing, family: str, formats) -> None:
     """One token and many: below and above the number from which experts are decoded."""
@@ -244,7 +244,8 @@ def test_a_served_model_is_its_decoded_twin(
     inputs = {"input_ids": tokens(2, 12)}
     with moefit.load(folder, precision=precision, context=128) as served:
         assert differs_by(logits(served.model, inputs), logits(twin, inputs)) < 2e-3
-        assert differs_by(greedy(served.model, inputs), greedy(twin, inputs)) < 2e-3
+        steps = [greedy(model, inputs, tokens=3) for model in (served.model, twin)]
+        assert differs_by(*steps) < 2e-3
         slots = [slot for experts in served.blocks.values() for slot in experts.slots.values()]
         assert len(slots) == EXPERTS * len(served.blocks)
         for slot in slots:
