@@ -193,7 +193,7 @@ def change(folder: Path, part: str, index: tuple[int, ...], value: float) -> Non
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6])
 def test_weights_that_cannot_be_encoded_are_named(folder: Path, cache: Path, value: float) -> None:
     change(folder, "layers.1.block_sparse_moe.experts.6.w2", (3, 5), value)
-    words = rf"expert 6 of .*layers.1.*: down_proj: weight \[3, 5\] is {value}"
+    words = rf"expert 6 of .*layers.1.*: down_proj: the weight of output 3 for input 5 is {value}"
     with pytest.raises(CheckpointError, match=words):
         packed(folder)
     assert len([name for name in files_in(cache) if "block-000" in name]) == 2

@@ -257,7 +257,9 @@ def describe(
         device=device,
     )
     settings.check()
-    plain = memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
+    plain = (
+        memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
+    )
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:

@@ -169,7 +169,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
             grow(experts, count, device)
         live.spares.update(_spares(blocks.values(), device))
         if settings.precision == AUTO_PRECISION:
-            ladders = {block.name: ladders_of(block) for block in skeleton.blocks}
+            ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
     except BaseException:
         live.transfer.close()
@@ -203,15 +203,12 @@ def ledger(
     unpacked = {
         b.name: b for b in skeleton.blocks if not all(packed.has(b.name, one) for one in formats)
     }
-    encoding = max(
-        (
-            encoding_bytes(one, b.layout.specs)
-            for b in unpacked.values()
-            for one in formats
-            if not packed.has(b.name, one)
-        ),
-        default=0,
-    )
+    room = {
+        (b.name, one.name): encoding_bytes(one, b.layout.specs)
+        for b in skeleton.blocks
+        for one in formats
+    }
+    encoding = max((room[key] for key in room if key not in packed), default=0)
     store = ExpertStore(
         skeleton.checkpoint, {name: skeleton.map.experts[name] for name in unpacked}, unpacked
     )
@@ -227,7 +224,7 @@ def ledger(
         workspace=workspace_bytes(config, context, skeleton.dtype),
         staging=sum(SPARES * size for size in set(sizes))
         + (0 if on_gpu else readers * (store.staging_bytes + encoding))  # made in host memory
-        + encoding  # of the one that a step of many tokens decodes
+        + max(room.values())  # of the one that a step of many tokens decodes
         + upgrades,
         host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(
