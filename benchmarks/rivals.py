@@ -1,6 +1,6 @@
 """Other systems on the same work, each in a process of its own; serving_speed.py starts them.
 
-    python benchmarks/rivals.py llama.cpp|accelerate < WORK.json
+    python benchmarks/rivals.py llama.cpp|llama.cpp-repacked|accelerate < WORK.json
 
 Takes a `Work` as JSON, prints one JSON line of the same figures as moefit.evaluate.speed. Imports
 only what the rival needs: under a cap, torch beside llama.cpp would be memory taken from it.
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -53,13 +54,17 @@ def main() -> None:
     print(json.dumps(RIVALS[sys.argv[1]](work)))
 
 
-def llama_cpp(work: Work) -> dict[str, Any]:
-    """llama.cpp on a mapped file: neither locked, nor repacked into memory of its own."""
+def llama_cpp(work: Work, *, repack: bool = False) -> dict[str, Any]:
+    """llama.cpp on a mapped file: not locked and, unless asked, not repacked.
+
+    Repacked weights compute faster, but are a copy that the system cannot take back: right where
+    the whole model fits, impossible under a cap.
+    """
     llama: Any = import_module("llama_cpp")  # or pyright wants it installed
     drop_page_cache([Path(work.gguf)])
     began = time.perf_counter()
     settings: Any = llama.llama_model_default_params()
-    settings.load_mode, settings.use_extra_bufts = llama.LLAMA_LOAD_MODE_MMAP, False
+    settings.load_mode, settings.use_extra_bufts = llama.LLAMA_LOAD_MODE_MMAP, repack
     model = llama.llama_model_load_from_file(work.gguf.encode(), settings)
     options: Any = llama.llama_context_default_params()
     options.n_ctx = options.n_batch = work.context
@@ -217,6 +222,7 @@ def drop_page_cache(files: Iterable[Path]) -> None:
 
 RIVALS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "llama.cpp": llama_cpp,
+    "llama.cpp-repacked": partial(llama_cpp, repack=True),
     "accelerate": accelerate,
 }
 

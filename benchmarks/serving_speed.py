@@ -2,7 +2,7 @@
 
     python benchmarks/serving_speed.py FOLDER --memory 4.7GiB --save NAME
         [--policies all,on-demand,exact,bounded,virtual] [--replay TRACE.npz]
-        [--rivals llama.cpp,accelerate] [--gguf FILE] [--rival-python PYTHON]
+        [--rivals llama.cpp,llama.cpp-repacked,accelerate] [--gguf FILE] [--rival-python PYTHON]
         [--new-tokens 24] [--context 256] [--threads 2] [--under NAME=COMMAND]
 
 Policies: `all` has no budget; `on-demand` is exact with LRU eviction, as the paper's baseline; the
@@ -219,7 +219,7 @@ def table(results: dict[str, Any]) -> Table:
         out.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for name, one in results.items():
         if "failed" in one:
-            out.add_row(name, str(one["failed"]))
+            out.add_row(name, "failed")
             continue
         out.add_row(
             name,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,8 @@ import pytest
 from tiny_served import logits, saved, tiny, tokens
 
 from moefit.errors import ConfigError
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from tiny_families import families, tiny_family, token_ids
 from torch import Tensor
 
 from moefit.errors import UnsupportedModelError
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 
 TOLERANCE = 1e-5  # of the largest logit
 STEPS = 3

@@ -15,8 +15,9 @@ from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, to
 
 from moefit.errors import CheckpointError
 from moefit.serve import loading
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 from moefit.serve.transfer import BACKGROUND_READERS
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -113,7 +113,8 @@ FIRST_STEPS = """
 import sys, torch
 torch.set_num_threads(1)
 from moefit.serve.ledger import peak_process_bytes, process_bytes
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
 
 served = load(sys.argv[1], LoadSettings(context=64, dtype=torch.bfloat16))
 before = served.budget.process

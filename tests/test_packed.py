@@ -18,13 +18,14 @@ from moefit.formats import packed_file
 from moefit.formats.error import relative_error
 from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
 from moefit.formats.packed_file import read_packed
-from moefit.serve.loading import SPARES, LoadSettings, ledger, load
+from moefit.serve.loading import load
 from moefit.serve.packed import PackedPlace, fingerprint, open_packed
 from moefit.serve.packing import pack
+from moefit.serve.reckon import SPARES, ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import Skeleton, build
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
-from moefit.serve.transfer import BACKGROUND_READERS
 from moefit.serve.upgrades import AUTO, ladders_of
 
 CPU = torch.device("cpu")
@@ -168,11 +169,11 @@ def test_serving_uses_it_and_says_so(folder: Path) -> None:
 def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) -> None:
     skeleton, settings = build(folder), LoadSettings(precision="int4")
     specs = skeleton.blocks[0].layout.specs
-    before, room = ledger(skeleton, settings), encoding_bytes(INT4, specs)
-    kept = SPARES * INT4.nbytes(specs) + room  # of a step of many tokens, which decodes
-    assert before.staging == kept + (settings.readers + BACKGROUND_READERS) * room
+    slots = SPARES * INT4.nbytes(specs) + skeleton.blocks[0].expert_bytes  # and one decoded
+    before = ledger(skeleton, settings)
+    assert before.staging == slots + 6 * encoding_bytes(INT4, specs)
     pack(skeleton, [INT4])
-    assert ledger(skeleton, settings).staging == kept
+    assert ledger(skeleton, settings).staging == slots
     path_of(skeleton, INT4, 0).unlink()
     assert ledger(skeleton, settings).staging == before.staging
 
@@ -181,11 +182,11 @@ def test_converted_experts_need_no_room_for_their_sources_either(folder: Path) -
     skeleton = build(folder, torch.bfloat16)
     settings = LoadSettings(precision="int4", dtype=torch.bfloat16)
     pack(skeleton, [INT4])
-    specs = skeleton.blocks[0].layout.specs
-    kept = SPARES * INT4.nbytes(specs) + encoding_bytes(INT4, specs)
-    assert ledger(skeleton, settings).staging == kept
-    in_float32 = ledger(build(folder), LoadSettings(precision="int4"))
-    assert in_float32.staging > 2 * kept, "which is not packed"
+    block = skeleton.blocks[0]
+    needed = SPARES * INT4.nbytes(block.layout.specs) + block.expert_bytes
+    assert ledger(skeleton, settings).staging == needed
+    other = ledger(build(folder), LoadSettings(precision="int4"))  # in float32: not packed
+    assert other.staging > needed + block.expert_bytes
 
 
 def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:

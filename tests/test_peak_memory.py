@@ -17,7 +17,9 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from moefit.serve.ledger import peak_process_bytes
-from moefit.serve.loading import LoadSettings, ledger, load
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
+from moefit.serve.reckon import ledger
 from moefit.serve.skeleton import build
 
 folder, share, mode, context = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -71,7 +73,8 @@ SHRINK = """
 import sys, torch
 torch.set_num_threads(1)
 from moefit.serve.ledger import process_bytes
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
 
 served = load(sys.argv[1], LoadSettings(context=int(sys.argv[2])))
 ids = torch.arange(3, 99)[None]

@@ -18,7 +18,9 @@ from moefit.errors import (
 )
 from moefit.serve import loading
 from moefit.serve.budget import MemoryBudget
-from moefit.serve.loading import SPARES, LoadSettings, ledger, load
+from moefit.serve.loading import load
+from moefit.serve.reckon import SPARES, ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 from moefit.serve.transfer import BACKGROUND_READERS
 

@@ -14,8 +14,9 @@ from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, to
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
 from moefit.serve import served as served_module
-from moefit.serve.loading import LoadSettings, load
+from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 from moefit.serve.transfer import BACKGROUND_READERS
 
 NEW_TOKENS = 12

@@ -14,9 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import locate
-from moefit.serve.loading import LoadSettings
 from moefit.serve.loading import load as load_folder
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 from moefit.serve.virtual_experts import Mode, Policy
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -43,8 +43,9 @@ from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
 from moefit.serve.baselines import fix_residents
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.loading import LoadSettings, ledger
+from moefit.serve.reckon import ledger
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 
 

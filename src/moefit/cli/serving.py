@@ -18,8 +18,8 @@ from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.format import FORMATS
 from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
-from moefit.serve.loading import AUTO_PRECISION
 from moefit.serve.served import ServedModel
+from moefit.serve.settings import AUTO_PRECISION
 from moefit.serve.upgrades import AUTO
 
 

@@ -5,117 +5,37 @@ refusal if it can't be, other weights, slots, routers, and experts only as they 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moefit.device import parse_device, planned_device
-from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.formats.format import (
-    NATIVE,
-    Format,
-    GroupedFormat,
-    encoding_bytes,
-    parse_format,
-)
+from moefit.device import parse_device
+from moefit.errors import BudgetTooSmallError
 from moefit.moe.families import MoeBlock
-from moefit.serve.budget import BlockNeeds, MemoryBudget, format_bytes, host_limit, parse_bytes
+from moefit.serve.budget import MemoryBudget, format_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.dsmoe_rules import follow_rules
-from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.eviction import POLICIES
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ledger import (
-    held_bytes,
-    kv_bytes_per_token,
-    slot_bytes,
     weight_bytes,
-    workspace_bytes,
 )
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.packed import PackedStore, open_packed
+from moefit.serve.packed import open_packed
 from moefit.serve.probe import attach
+from moefit.serve.reckon import SPARES, ledger
 from moefit.serve.residency import Residency
-from moefit.serve.rest import encode_rest, saved_bytes
+from moefit.serve.rest import encode_rest
 from moefit.serve.served import ServedModel, ServedParts, grow
+from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
-from moefit.serve.transfer import BACKGROUND_READERS, Transfer
-from moefit.serve.upgrades import AT_ONCE, AUTO, Upgrades, ladders_of
-from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
-
-SPARES = 2
-AUTO_PRECISION = "auto"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSettings:
-    """How to serve. `context` is how many tokens the KV cache is reserved for, over all sequences.
-
-    host_memory: on a GPU, the most that experts may take of host memory on their way from storage
-    to slots, where they then can be found again; None is a buffer a reader.
-    eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
-    dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
-    (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
-    it deserves within the budget. rest: the same for the weights that are no experts, but routers
-    and vectors; they are in memory as they are while they are being encoded.
-    """
-
-    memory: str | int | None = None
-    host_memory: str | int | None = None
-    mode: Mode = "exact"
-    device: str = "cpu"
-    context: int = 2048
-    eviction: str = DEFAULT_POLICY
-    precision: str = "native"
-    rest: str = "native"
-    dtype: torch.dtype | None = None
-    readers: int = 4
-    half_life_tokens: float = 24.0
-    manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that does not exist or cannot be."""
-        if self.precision == AUTO_PRECISION and self.memory is None:
-            raise ConfigError(
-                "precision auto divides a memory budget among experts, and memory is not given; "
-                "give memory, or a precision such as int4"
-            )
-        self.format()
-        if self.eviction not in POLICIES:
-            raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
-        for name in ("context", "readers"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
-        if self.host_memory is not None and planned_device(self.device).type == "cpu":
-            raise ConfigError(
-                f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "
-                "memory; give it to memory (--memory), or serve on a GPU (device cuda)"
-            )
-        if not self.half_life_tokens > 0:
-            raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")
-        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
-            )
-
-    def rest_format(self) -> GroupedFormat | None:
-        """Of the weights that are no experts; None if they stay as they are."""
-        format = parse_format(self.rest)
-        return format if isinstance(format, GroupedFormat) else None
-
-    def format(self) -> Format:
-        """Of every slot; of `auto`, where they begin."""
-        return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
-
-    def formats(self) -> list[Format]:
-        """All that a slot may come to have."""
-        names = AUTO if self.precision == AUTO_PRECISION else (self.precision,)
-        return [parse_format(name) for name in names]
+from moefit.serve.transfer import Transfer
+from moefit.serve.upgrades import Upgrades, ladders_of
+from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
 
 
 def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
@@ -180,60 +100,6 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     return served
 
 
-def ledger(
-    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore | None = None
-) -> MemoryBudget:
-    """What goes where, before anything is loaded. packed None: what there is.
-
-    A GPU that is not here can be reckoned with.
-    """
-    device = planned_device(settings.device)
-    config = skeleton.model.config
-    context = _context(config, settings.context)
-    format = settings.format()
-    own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
-    sizes = [slot_bytes(size, device) for size in own]
-    largest, upgrades = max(own), 0
-    if settings.precision == AUTO_PRECISION:
-        largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
-        upgrades = AT_ONCE * slot_bytes(largest, device)
-    on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
-    formats = settings.formats()
-    packed = packed or open_packed(skeleton, formats)
-    unpacked = {
-        b.name: b for b in skeleton.blocks if not all(packed.has(b.name, one) for one in formats)
-    }
-    room = {
-        (b.name, one.name): encoding_bytes(one, b.layout.specs)
-        for b in skeleton.blocks
-        for one in formats
-    }
-    encoding = max((room[key] for key in room if key not in packed), default=0)
-    store = ExpertStore(
-        skeleton.checkpoint, {name: skeleton.map.experts[name] for name in unpacked}, unpacked
-    )
-    weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
-    if (rest := settings.rest_format()) is not None:
-        weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)
-    return MemoryBudget(
-        total=None if settings.memory is None else parse_bytes(settings.memory),
-        process=held_bytes(device),
-        weights=weights,
-        context=context,
-        kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
-        workspace=workspace_bytes(config, context, skeleton.dtype),
-        staging=sum(SPARES * size for size in set(sizes))
-        + (0 if on_gpu else readers * (store.staging_bytes + encoding))  # made in host memory
-        + max(room.values())  # of the one that a step of many tokens decodes
-        + upgrades,
-        host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
-        blocks=tuple(
-            BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
-            for block, size in zip(skeleton.blocks, sizes, strict=True)
-        ),
-    )
-
-
 def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
     """Raise BudgetTooSmallError if the other weights don't fit as they are, to be encoded."""
     if settings.rest_format() is None or budget.total is None:
@@ -245,11 +111,6 @@ def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryB
             f"of weights that are no experts while they are being encoded as {settings.rest}; give "
             f"at least {budget.process + native} bytes"
         )
-
-
-def _context(config: Any, wanted: int) -> int:
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(wanted, longest) if isinstance(longest, int) else wanted
 
 
 def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> VirtualExperts:

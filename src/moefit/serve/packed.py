@@ -37,10 +37,7 @@ class PackedStore:
 
     def has(self, block: str, format: Format) -> bool:
         """Whether a block's experts are packed in this format."""
-        return (block, format.name) in self
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._files
+        return (block, format.name) in self._files
 
     def read(self, block: str, expert: int, into: Slot) -> int:
         """Fill a slot, whose format is there; the bytes that were read.

@@ -1,0 +1,96 @@
+"""The memory ledger of a model that is to be served, before anything is loaded.
+
+Owns which parts there are and what each takes, from a skeleton and settings. `ledger.py` has the
+estimates, `budget.py` what follows from the sum.
+"""
+
+from typing import Any
+
+from moefit.device import planned_device
+from moefit.formats.format import NATIVE, GroupedFormat, encoding_bytes
+from moefit.serve.budget import BlockNeeds, MemoryBudget, host_limit, parse_bytes
+from moefit.serve.ledger import (
+    held_bytes,
+    kv_bytes_per_token,
+    slot_bytes,
+    weight_bytes,
+    workspace_bytes,
+)
+from moefit.serve.packed import PackedStore, open_packed
+from moefit.serve.rest import saved_bytes
+from moefit.serve.settings import AUTO_PRECISION, LoadSettings
+from moefit.serve.skeleton import Skeleton
+from moefit.serve.store import ExpertStore
+from moefit.serve.transfer import BACKGROUND_READERS
+from moefit.serve.upgrades import AT_ONCE
+
+SPARES = 2
+
+
+def ledger(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore | None = None
+) -> MemoryBudget:
+    """What goes where, before anything is loaded. packed None: what there is.
+
+    A GPU that is not here can be reckoned with.
+    """
+    device = planned_device(settings.device)
+    config = skeleton.model.config
+    context = _context(config, settings.context)
+    format = settings.format()
+    own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
+    sizes = [slot_bytes(size, device) for size in own]
+    largest, upgrades = max(own), 0
+    if settings.precision == AUTO_PRECISION:
+        largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
+        upgrades = AT_ONCE * slot_bytes(largest, device)
+    on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
+    packed = packed or open_packed(skeleton, settings.formats())
+    weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    if (rest := settings.rest_format()) is not None:
+        weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)
+    return MemoryBudget(
+        total=None if settings.memory is None else parse_bytes(settings.memory),
+        process=held_bytes(device),
+        weights=weights,
+        context=context,
+        kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
+        workspace=workspace_bytes(config, context, skeleton.dtype),
+        staging=sum(SPARES * size for size in set(sizes))
+        + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
+        + _decoding_bytes(skeleton, settings)
+        + upgrades,
+        host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
+        blocks=tuple(
+            BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
+            for block, size in zip(skeleton.blocks, sizes, strict=True)
+        ),
+    )
+
+
+def _context(config: Any, wanted: int) -> int:
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(wanted, longest) if isinstance(longest, int) else wanted
+
+
+def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
+    """The most that reading one expert holds beside its slot, where not all is packed."""
+    missing = [
+        (block, format)
+        for block in skeleton.blocks
+        for format in settings.formats()
+        if not packed.has(block.name, format)
+    ]
+    unpacked = {block.name: block for block, _ in missing}
+    experts = {name: skeleton.map.experts[name] for name in unpacked}
+    encoding = (encoding_bytes(format, block.layout.specs) for block, format in missing)
+    return ExpertStore(skeleton.checkpoint, experts, unpacked).staging_bytes + max(
+        encoding, default=0
+    )
+
+
+def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+    """An expert as a step of many tokens decodes it."""
+    if not any(isinstance(format, GroupedFormat) for format in settings.formats()):
+        return 0
+    return max(block.expert_bytes for block in skeleton.blocks)

@@ -1,0 +1,85 @@
+"""How to serve a model: what `moefit.load` takes, beside the policy of its modes.
+
+Owns the fields, their defaults, what each may hold, and which formats they ask for.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moefit.device import planned_device
+from moefit.errors import ConfigError
+from moefit.formats.format import Format, GroupedFormat, parse_format
+from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.upgrades import AUTO
+from moefit.serve.virtual_experts import Mode
+
+AUTO_PRECISION = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How to serve. `context` is how many tokens the KV cache is reserved for, over all sequences.
+
+    host_memory: on a GPU, the most that experts may take of host memory on their way from storage
+    to slots, where they then can be found again; None is a buffer a reader.
+    eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
+    dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
+    (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
+    it deserves within the budget. rest: the same for the weights that are no experts, but routers
+    and vectors; they are in memory as they are while they are being encoded.
+    """
+
+    memory: str | int | None = None
+    host_memory: str | int | None = None
+    mode: Mode = "exact"
+    device: str = "cpu"
+    context: int = 2048
+    eviction: str = DEFAULT_POLICY
+    precision: str = "native"
+    rest: str = "native"
+    dtype: torch.dtype | None = None
+    readers: int = 4
+    half_life_tokens: float = 24.0
+    manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that does not exist or cannot be."""
+        if self.precision == AUTO_PRECISION and self.memory is None:
+            raise ConfigError(
+                "precision auto divides a memory budget among experts, and memory is not given; "
+                "give memory, or a precision such as int4"
+            )
+        for name in (self.format, self.rest_format):  # refuse what does not exist
+            name()
+        if self.eviction not in POLICIES:
+            raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
+        for name in ("context", "readers"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
+        if self.host_memory is not None and planned_device(self.device).type == "cpu":
+            raise ConfigError(
+                f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "
+                "memory; give it to memory (--memory), or serve on a GPU (device cuda)"
+            )
+        if not self.half_life_tokens > 0:
+            raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")
+        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
+            )
+
+    def rest_format(self) -> GroupedFormat | None:
+        """Of the weights that are no experts; None if they stay as they are."""
+        format = parse_format(self.rest)
+        return format if isinstance(format, GroupedFormat) else None
+
+    def format(self) -> Format:
+        """Of every slot; of `auto`, where they begin."""
+        return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
+
+    def formats(self) -> list[Format]:
+        """All that a slot may come to have."""
+        names = AUTO if self.precision == AUTO_PRECISION else (self.precision,)
+        return [parse_format(name) for name in names]
