@@ -3,6 +3,8 @@
 Owns the figures that the choice of precision starts from where nobody has measured the expert
 itself: those of normally distributed weights, which trained experts come close to. A test measures
 them.
+
+Shapes: R rows (output units), C columns, I weights of some rows.
 """
 
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moefit.formats.format import Format, Weights
+from moefit.formats.kernels import kernels
 from moefit.formats.matrix import GroupedMatrix
 from moefit.moe.families import Tensors, TensorSpec
 
@@ -24,22 +27,34 @@ GAUSSIAN: Mapping[str, float] = {
     "native": 0.0,
 }
 """Relative squared errors of `fitted` encoding, groups of 64."""
+_ROWS_AT_ONCE = 256  # few enough to stay in the processor's cache
 
 
 def relative_error(weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> float:
     """The encoded matrices' squared error over their sum of squares; 0 if nothing is encoded."""
     error = square = 0.0
-    for short, weight in weights.items():
-        if isinstance(weight, GroupedMatrix):
+    for short, matrix in weights.items():
+        if isinstance(matrix, GroupedMatrix):
             own_RC = native[short].T if specs[short].inputs_first else native[short]
-            own_RC = own_RC.float()
-            error += _squares(weight.dense() - own_RC)
-            square += _squares(own_RC)
+            for first in range(0, matrix.rows, _ROWS_AT_ONCE):
+                part_RC = own_RC[first : first + _ROWS_AT_ONCE].float()
+                square += _squares(part_RC)
+                error += _squares(_decoded(matrix, first).sub_(part_RC))
     return error / square if square else 0.0
 
 
-def _squares(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) ** 2
+def _squares(part_RC: Tensor) -> float:
+    part_I = part_RC.flatten()
+    return float(part_I @ part_I)
+
+
+def _decoded(matrix: GroupedMatrix, first: int) -> Tensor:
+    last = first + _ROWS_AT_ONCE
+    rows = GroupedMatrix(
+        matrix.bits, matrix.cols, matrix.codes_RB[first:last], matrix.meta_RMG[first:last]
+    )
+    compiled = kernels()
+    return rows.dense() if compiled is None else compiled.decode(rows, torch.float32)
 
 
 def expected_error(format: Format) -> float:

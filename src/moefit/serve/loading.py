@@ -89,7 +89,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
             grow(experts, count, device)
         live.spares.update(_spares(blocks.values(), device))
         if settings.precision == AUTO_PRECISION:
-            ladders = {block.name: ladders_of(block) for block in skeleton.blocks}
+            ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
     except BaseException:
         live.transfer.close()

@@ -17,8 +17,8 @@ import torch
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import try_lock
+from moefit.formats.error import relative_error
 from moefit.formats.format import Format, NativeFormat, is_matrix
-from moefit.formats.loss import relative_error
 from moefit.formats.packed_file import NO_ROOM, WRITING, PackedWriter, file_bytes
 from moefit.moe.families import Tensors, TensorSpec
 from moefit.serve.budget import format_bytes

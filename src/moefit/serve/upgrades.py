@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from moefit.formats.error import expected_error
-from moefit.formats.format import FORMATS, Format
+from moefit.formats.format import FORMATS, Format, NativeFormat
 from moefit.moe.families import MoeBlock
+from moefit.serve.packed import PackedStore
 from moefit.serve.precision import Choice, Ladder, allocate, ladder, loss, smoothed
 from moefit.serve.slots import Slot
 from moefit.serve.slots import allocate as allocate_slot
@@ -239,16 +240,29 @@ class Upgrades:
                 self._replace(pending)
 
 
-def ladders_of(block: MoeBlock) -> tuple[Ladder, ...]:
-    """The formats that each expert of a block may have, with what each loses."""
+def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
+    """The formats that each expert of a block may have, with what each loses.
+
+    That was measured of each expert where all of the formats are packed, and is else what is to be
+    expected of any.
+    """
     specs = block.layout.specs
-    steps = ladder(
-        [
-            Choice(format=name, nbytes=FORMATS[name].nbytes(specs), error=expected_error(format))
-            for name, format in _formats()
-        ]
+    errors = {name: [expected_error(format)] * block.num_experts for name, format in _formats()}
+    encoded = [
+        (name, format) for name, format in _formats() if not isinstance(format, NativeFormat)
+    ]
+    if all(packed.has(block.name, format) for _, format in encoded):
+        for name, format in encoded:
+            errors[name] = list(packed.relative_errors(block.name, format))
+    return tuple(
+        ladder(
+            [
+                Choice(format=name, nbytes=format.nbytes(specs), error=errors[name][expert])
+                for name, format in _formats()
+            ]
+        )
+        for expert in range(block.num_experts)
     )
-    return (steps,) * block.num_experts
 
 
 def _formats() -> list[tuple[str, Format]]:
