@@ -51,36 +51,51 @@ static inline __m512 halves(const uint8_t *at, int64_t left) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at));
 }
 
-template <int64_t KIND, int T>
+// ROWS rows at once: as many streams from memory and independent sums, and each x loaded once for all.
+template <int64_t KIND, int ROWS, int T>
 static inline void dot_grouped(const Matrix &m, int64_t row, const Input *x, float *const *y) {
+    constexpr int64_t META = KIND == INT8 ? 2 : 4;
     int64_t groups = groups_of(m.cols);
-    const uint8_t *codes = m.codes + row * groups * KIND * 8;
-    const uint8_t *scales = m.meta + row * groups * (KIND == INT8 ? 2 : 4);
-    __m512 sum[T];
-    for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+    const uint8_t *codes = m.codes + row * groups * KIND * 8, *meta = m.meta + row * groups * META;
+    __m512 sum[ROWS][T];
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g += 16) {
-        int64_t left = groups - g, here = left < 16 ? left : 16;
+        int64_t left = groups - g, number = left < 16 ? left : 16;
         __mmask16 mask = left >= 16 ? 0xffff : (1u << left) - 1;
-        __m512 scale = halves(scales + 2 * g, left);
-        __m512 least = KIND == INT8 ? _mm512_mul_ps(scale, _mm512_set1_ps(-128))
-                                    : halves(scales + 2 * (groups + g), left);
-        alignas(64) float factor[T][16];
-        for (int t = 0; t < T; t++) {
-            _mm512_store_ps(factor[t], _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x[t].scale + g)));
-            sum[t] = _mm512_fmadd_ps(least, _mm512_maskz_loadu_ps(mask, x[t].sum + g), sum[t]);
-        }
-        for (int64_t i = 0; i < here; i++) {
-            __m512i code = group_codes<KIND>(codes + (g + i) * KIND * 8);
+        alignas(64) float factor[ROWS][T][16];
+        for (int r = 0; r < ROWS; r++) {
+            const uint8_t *at = meta + r * groups * META + 2 * g;
+            __m512 scale = halves(at, left);
+            __m512 least = KIND == INT8 ? _mm512_mul_ps(scale, _mm512_set1_ps(-128)) : halves(at + 2 * groups, left);
             for (int t = 0; t < T; t++) {
-                int64_t at = (g + i) * GROUP;
+                __m512 each = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x[t].scale + g));
+                _mm512_store_ps(factor[r][t], each);
+                sum[r][t] = _mm512_fmadd_ps(least, _mm512_maskz_loadu_ps(mask, x[t].sum + g), sum[r][t]);
+            }
+        }
+        for (int64_t i = 0; i < number; i++) {
+            int64_t at = (g + i) * GROUP;
+            __m512i code[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                const uint8_t *here = codes + (r * groups + g + i) * KIND * 8;
+                code[r] = group_codes<KIND>(here);
+                // Rows are too short for the processor to see that the next ones will be wanted.
+                _mm_prefetch((const char *)here + ROWS * groups * KIND * 8, _MM_HINT_T0);
+            }
+            for (int t = 0; t < T; t++) {
                 __m512i high = _mm512_loadu_si512(x[t].high + at), low = _mm512_loadu_si512(x[t].low + at);
-                __m512i both = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code, high);
-                both = _mm512_dpbusd_epi32(_mm512_slli_epi32(both, 7), code, low);
-                sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(factor[t][i]), sum[t]);
+                for (int r = 0; r < ROWS; r++) {
+                    __m512i both = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code[r], high);
+                    both = _mm512_dpbusd_epi32(_mm512_slli_epi32(both, 7), code[r], low);
+                    __m512 each = _mm512_set1_ps(factor[r][t][i]);
+                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), each, sum[r][t]);
+                }
             }
         }
     }
-    for (int t = 0; t < T; t++) y[t][row] = _mm512_reduce_add_ps(sum[t]);
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < T; t++) y[t][row + r] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
 // 16 weights of a native matrix from `at` on, zero behind `left`.
@@ -102,6 +117,8 @@ static inline void dot_native(const Matrix &m, int64_t row, const Input *x, floa
     for (int64_t c = 0; c < m.cols; c += 16)
         for (int r = 0; r < ROWS; r++) {
             __m512 w = sixteen<KIND>(m, (row + r) * m.cols + c, m.cols - c);
+            constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
+            _mm_prefetch((const char *)m.codes + ((row + r + ROWS) * m.cols + c) * SIZE, _MM_HINT_T0);
             for (int t = 0; t < T; t++)
                 sum[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x[t].x + c), sum[r][t]);
         }
@@ -116,7 +133,8 @@ static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, fl
         for (; row + 4 <= last; row += 4) dot_native<KIND, 4, T>(m, row, x, y);
         for (; row < last; row++) dot_native<KIND, 1, T>(m, row, x, y);
     } else {
-        for (; row < last; row++) dot_grouped<KIND, T>(m, row, x, y);
+        for (; row + 4 <= last; row += 4) dot_grouped<KIND, 4, T>(m, row, x, y);
+        for (; row < last; row++) dot_grouped<KIND, 1, T>(m, row, x, y);
     }
 }
 
