@@ -26,8 +26,8 @@ from moefit.train.config import make_config
 from moefit.train.log import read_log
 from moefit.train.tokens import PreparedData, prepare
 
-KS = (8, 6, 4, 3, 2, 1)
-EPSILONS = (0.1, 0.25, 0.48, 1.0)
+KS = (8, 6, 4, 3, 2)
+EPSILONS = (0.25, 0.48, 0.6, 0.75, 1.0)
 
 
 def rules_for(model: DsMoeForCausalLM) -> list[Rule]:
@@ -37,9 +37,9 @@ def rules_for(model: DsMoeForCausalLM) -> list[Rule]:
     return [
         own,
         *(Rule(kind="top_k", k=k) for k in KS),
-        *(Rule(kind="top_k", k=k, renormalize=True) for k in KS[2:5]),
+        *(Rule(kind="top_k", k=k, renormalize=True) for k in KS[2:4]),
         *(Rule(kind="threshold", epsilon=epsilon) for epsilon in EPSILONS),
-        *(Rule(kind="threshold_top_k", epsilon=epsilon) for epsilon in EPSILONS[2:]),
+        *(Rule(kind="threshold_top_k", epsilon=epsilon) for epsilon in EPSILONS[1:]),
     ]
 
 

@@ -6,10 +6,11 @@
         [--new-tokens 24] [--context 256] [--threads 2] [--under NAME=COMMAND]
 
 Policies: `all` has no budget; `on-demand` is exact with LRU eviction, as the paper's baseline; the
-others are moefit's modes. `--replay` puts recorded routing (arrays experts [tokens, layers, K] and
-probs) through the routers' output, so that consecutive tokens want related experts; without it a
-random model routes nearly uniformly. Rivals (rivals.py) route by themselves, so they are refused
-beside it; they are fed the same tokens. `--gguf` is written by make_gguf.py.
+others are moefit's modes. POLICY@FORMAT holds experts and the other weights in a format (pack it
+first), POLICY@FORMAT+native the experts alone. `--replay` puts recorded routing (arrays experts
+[tokens, layers, K] and probs) through the routers' output, so that consecutive tokens want related
+experts; without it a random model routes nearly uniformly. Rivals (rivals.py) route by themselves,
+so they are refused beside it; they are fed the same tokens. `--gguf` is written by make_gguf.py.
 The page cache of the checkpoint is dropped before each run. Page cache is charged to a memory
 cgroup too: run all in one to have the peak proven, or one process each with `--under`, whose
 command goes before that policy's or rival's own ("*": everyone's) and may print lines after it.
@@ -36,6 +37,7 @@ from transformers import AutoConfig
 
 import moefit
 from moefit.evaluate.speed import measure_bandwidth, measure_speed
+from moefit.folders import cache_root
 from moefit.serve.budget import format_bytes, parse_bytes
 from moefit.serve.served import ServedModel
 
@@ -138,12 +140,21 @@ def work(arguments: argparse.Namespace) -> rivals.Work:
 
 def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     rivals.drop_page_cache(arguments.folder.glob("*.safetensors"))
+    rivals.drop_page_cache((cache_root() / "packed").rglob("*.safetensors"))
     bandwidth = measure_bandwidth(arguments.folder)
-    settings = {"memory": arguments.memory, "context": arguments.context, **POLICIES[name]}
+    policy, _, format = name.partition("@")
+    precision, _, rest = (format or "native").partition("+")
+    settings = {
+        "memory": arguments.memory,
+        "context": arguments.context,
+        "precision": precision,
+        "rest": rest or precision,
+        **POLICIES[policy],
+    }
     began = time.perf_counter()
     with moefit.load(arguments.folder, **settings) as served:
         loaded = time.perf_counter() - began
-        if name == "all":
+        if policy == "all":
             served.set_residents(
                 {block: range(one.num_experts) for block, one in served.blocks.items()}
             )

@@ -75,6 +75,17 @@ def test_a_sparse_baseline_trains_only_what_it_chose() -> None:
     assert grad_EID.flatten(1).any(1).sum() <= 1
 
 
+def test_narrow_experts_train_as_one_wide_mlp_to_the_same_gradients(monkeypatch) -> None:
+    found = {}
+    for limit in (0, 256):
+        monkeypatch.setattr("moefit.dsmoe.block.WIDE_UP_TO", limit)
+        model, ids = tiny_model(training_rule="top_k:2", **LOSSES).train(), tokens(2, 9)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found[limit] = {"loss": loss.detach(), **gradients(model)}
+    torch.testing.assert_close(found[256], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_an_unfit_rule_is_refused_and_changes_nothing() -> None:
     model = tiny_model(inference_rule="top_k:2")
     for rule in ("top_k:6", "best:3", Rule(kind="top_k", k=6)):

@@ -50,7 +50,8 @@ class GroupedLinear(nn.Module):
             y_TO = compiled.linear(x_TI, matrix).to(x.dtype)
         else:
             y_TO = F.linear(x_TI, dense(matrix, x.dtype))
-        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        if isinstance(self.bias, Tensor):
+            y_TO = y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
 
 
@@ -151,7 +152,7 @@ def saved_bytes(
     }
     return sum(
         weight.numel() * itemsize
-        - codes_bytes(*weight.shape, format.bits)
-        - meta_bytes(*weight.shape, format.bits)
+        - codes_bytes(len(weight), weight.shape[1], format.bits)
+        - meta_bytes(len(weight), weight.shape[1], format.bits)
         for weight in weights.values()
     )
