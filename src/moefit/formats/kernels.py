@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import POINTER, Structure, c_int64, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal, cast
@@ -48,14 +47,22 @@ class _Expert(Structure):
     _fields_ = (("w_in", _Matrix), ("w_out", _Matrix), ("first", c_int64), ("rows", c_int64))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """A weight as kernels take it, looked up once. Keeps the weight's memory."""
+
+    def __init__(self, weight: Weight):
+        self.weight = weight
+        self.matrix = _matrix(weight)
+        self.rows, self.cols = self.matrix.rows, self.matrix.cols
+
+
 class Mlp:
     """An expert's two matrices and what is between them: down(act(gate) * up), or down(act(in))."""
 
-    w_in: Weight
-    w_out: Weight
-    activation: str
-    gated: bool
+    def __init__(self, *, w_in: Weight, w_out: Weight, activation: str, gated: bool):
+        self.w_in, self.w_out = Argument(w_in), Argument(w_out)
+        self.activation, self.gated = ACTIVATIONS.index(activation), int(gated)
+        self.expert = _Expert(self.w_in.matrix, self.w_out.matrix, 0, 0)
 
 
 class Kernels:
@@ -78,14 +85,15 @@ class Kernels:
             c_int64, c_int64, c_int64, c_int64, c_void_p,
         ]  # fmt: skip
 
-    def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
         """x W^T, float32 [T, O]."""
-        assert x_TI.shape[1] == _cols(weight)
+        weight = weight if isinstance(weight, Argument) else Argument(weight)
+        assert x_TI.shape[1] == weight.cols
         x_TP = _padded(x_TI)
-        y_TO = torch.empty(len(x_TP), _rows(weight))
-        matrix = _matrix(weight)
+        tokens, width = x_TP.shape
+        y_TO = torch.empty(tokens, weight.rows)
         self._library.moefit_linear(
-            self._level, matrix, x_TP.data_ptr(), x_TP.shape[1], len(x_TP), y_TO.data_ptr()
+            self._level, weight.matrix, x_TP.data_ptr(), width, tokens, y_TO.data_ptr()
         )
         return y_TO
 
@@ -109,25 +117,23 @@ class Kernels:
 
         Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
         """
-        assert all(x_TD.shape[1] == _cols(mlp.w_in) for mlp in mlps)
-        if not any(map(len, tokens)):
+        assert all(x_TD.shape[1] == mlp.w_in.cols for mlp in mlps)
+        array, first = (_Expert * len(mlps))(), 0
+        for number, (mlp, mine) in enumerate(zip(mlps, tokens, strict=True)):
+            array[number] = mlp.expert
+            array[number].first, array[number].rows = first, len(mine)
+            first += len(mine)
+        if not first:
             return torch.empty(0, x_TD.shape[1])
         x_TP = _padded(x_TD)
-        array = (_Expert * len(mlps))()
-        first = 0
-        for entry, mlp, mine in zip(array, mlps, tokens, strict=True):
-            entry.w_in, entry.w_out = _matrix(mlp.w_in), _matrix(mlp.w_out)
-            entry.first, entry.rows = first, len(mine)
-            first += len(mine)
         token_R = torch.tensor([token for mine in tokens for token in mine])
-        scratch = groups_of(max(_rows(mlps[0].w_in), _cols(mlps[0].w_out))) * GROUP
-        h_RQ = torch.empty(first, scratch)
-        y_RD = torch.empty(first, _rows(mlps[0].w_out))
+        one = mlps[0]
+        scratch = groups_of(max(one.w_in.rows, one.w_out.cols)) * GROUP
+        h_RQ, y_RD = torch.empty(first, scratch), torch.empty(first, one.w_out.rows)
         self._library.moefit_experts(
             self._level, array, len(mlps), token_R.data_ptr(), x_TP.data_ptr(), *x_TP.shape,
-            h_RQ.data_ptr(), scratch, int(mlps[0].gated),
-            ACTIVATIONS.index(mlps[0].activation), int(x_TD.dtype == torch.bfloat16),
-            y_RD.data_ptr(),
+            h_RQ.data_ptr(), scratch, one.gated, one.activation,
+            int(x_TD.dtype == torch.bfloat16), y_RD.data_ptr(),
         )  # fmt: skip
         return y_RD
 
@@ -168,16 +174,9 @@ def _library() -> ctypes.CDLL | None:
 
 def _padded(x_TI: Tensor) -> Tensor:
     """Float32 tokens with zeros to whole groups."""
-    width = x_TI.shape[1]
-    return F.pad(x_TI.float(), (0, groups_of(width) * GROUP - width)).contiguous()
-
-
-def _rows(weight: Weight) -> int:
-    return weight.rows if isinstance(weight, GroupedMatrix) else weight.shape[0]
-
-
-def _cols(weight: Weight) -> int:
-    return weight.cols if isinstance(weight, GroupedMatrix) else weight.shape[1]
+    missing = -x_TI.shape[1] % GROUP
+    x_TI = x_TI.float().contiguous()
+    return F.pad(x_TI, (0, missing)) if missing else x_TI
 
 
 def _matrix(weight: Weight) -> _Matrix:

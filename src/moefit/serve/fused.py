@@ -9,6 +9,7 @@ Shapes: T tokens, D model width, K chosen per token, R routed rows.
 """
 
 from collections.abc import Collection, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class FusedExperts:
     def __init__(self, layout: Layout, compiled: Kernels):
         assert layout.mlp is not None
         self._layout, self._shape, self._kernels = layout, layout.mlp, compiled
+        self._mlps: WeakKeyDictionary[Slot, Mlp] = WeakKeyDictionary()
 
     def pays(self, x_TD: Tensor, slots: Collection[Slot]) -> bool:
         """Whether a step over these slots is to go this way."""
@@ -36,6 +38,13 @@ class FusedExperts:
         if not isinstance(slot.format, NativeFormat):
             return True
         return self._layout.specs[self._shape.w_in].dtype in (torch.bfloat16, torch.float16)
+
+    def one_token(self, x_1D: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """Each expert's output, y_ND in the order of slots."""
+        made_ND = self._kernels.experts(
+            x_1D, [self._mlp(one) for one in slots], [(0,)] * len(slots)
+        )
+        return made_ND.to(x_1D.dtype)
 
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
@@ -53,13 +62,16 @@ class FusedExperts:
                 y_RD[rows_R] = made_RD.to(y_RD.dtype)
 
     def _mlp(self, slot: Slot) -> Mlp:
+        if (known := self._mlps.get(slot)) is not None:
+            return known
         shape = self._shape
-        return Mlp(
+        self._mlps[slot] = Mlp(
             w_in=slot.tensors[shape.w_in],
             w_out=slot.tensors[shape.w_out],
             activation=shape.activation,
             gated=shape.gated,
         )
+        return self._mlps[slot]
 
 
 def fused_experts(layout: Layout) -> FusedExperts | None:

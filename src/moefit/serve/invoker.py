@@ -52,7 +52,8 @@ class ExpertInvoker:
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
         if self._fused and self._fused.pays(x_TD, self._slots.values()):
-            return self._kernel_step(self._fused, x_TD, routing)
+            step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
+            return step(self._fused, x_TD, routing)
         if x_TD.shape[0] == 1:
             return self._one_token(x_TD, routing)
         rows = _rows_by_expert(routing, self._block.num_experts)
@@ -75,6 +76,22 @@ class ExpertInvoker:
             work = [(slot, rows[expert]) for expert, slot in batch]
             fused.outputs(x_TD, work, routing.ids_TK.shape[1], y_RD)
         return _weighted_sum(y_RD, routing).to(x_TD.dtype)
+
+    def _kernel_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
+        """Decoding: no grouping; all experts that are there in one call."""
+        ids = routing.ids_TK[0].tolist()
+        needed = list(dict.fromkeys(e for e in ids if e < self._block.num_experts))
+        order, parts = [], []
+        for batch in self._batches(needed, together=True):
+            order += [expert for expert, _ in batch]
+            parts.append(fused.one_token(x_1D, [slot for _, slot in batch]))
+        if order == ids:
+            y_KD = torch.cat(parts) if len(parts) > 1 else parts[0]
+        else:
+            row = {expert: number for number, expert in enumerate(order)}
+            y_ND = torch.cat([*parts, torch.zeros_like(x_1D)])
+            y_KD = y_ND[[row.get(expert, -1) for expert in ids]]
+        return _weighted_sum(y_KD, routing).to(x_1D.dtype)
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping, no scatter."""

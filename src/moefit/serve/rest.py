@@ -8,6 +8,7 @@ Shapes: T tokens, I input units, O output units, V vocabulary.
 """
 
 from collections.abc import Collection
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from moefit.formats.encoders import encode
 from moefit.formats.format import GroupedFormat
-from moefit.formats.kernels import kernels
+from moefit.formats.kernels import Argument, kernels
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
 from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
@@ -31,6 +32,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.dtype = matrix.cols, matrix.rows, dtype
         self._bits = matrix.bits
+        self._argument: Argument | None = None
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -44,15 +46,22 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] -> [.., O]."""
-        x_TI, matrix = x.reshape(-1, x.shape[-1]), self.matrix
+        x_TI = x.reshape(-1, x.shape[-1])
         compiled = kernels() if x.device.type == "cpu" else None
-        if compiled and len(x_TI) <= _FEW:
-            y_TO = compiled.linear(x_TI, matrix).to(x.dtype)
+        if compiled and x_TI.shape[0] <= _FEW:
+            if self._argument is None:
+                self._argument = Argument(self.matrix)
+            y_TO = compiled.linear(x_TI, self._argument).to(x.dtype)
         else:
-            y_TO = F.linear(x_TI, dense(matrix, x.dtype))
+            y_TO = F.linear(x_TI, dense(self.matrix, x.dtype))
         if isinstance(self.bias, Tensor):
             y_TO = y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moved or converted: the kernels' argument is of memory that is no longer used."""
+        self._argument = None
+        return super()._apply(fn, recurse)
 
 
 class GroupedEmbedding(nn.Module):

@@ -19,7 +19,7 @@ from moefit.moe.families import TensorSpec
 _HUGE = 4 << 20  # from this size on, huge pages save address translation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Slot:
     """One expert's memory. It is given back when the last reference to the slot is gone.
 
