@@ -60,9 +60,9 @@ class Mlp:
     """An expert's two matrices and what is between them: down(act(gate) * up), or down(act(in))."""
 
     def __init__(self, *, w_in: Weight, w_out: Weight, activation: str, gated: bool):
-        self.w_in, self.w_out = Argument(w_in), Argument(w_out)
-        self.activation, self.gated = ACTIVATIONS.index(activation), int(gated)
-        self.expert = _Expert(self.w_in.matrix, self.w_out.matrix, 0, 0)
+        self.w_in, self.w_out = w_in, w_out
+        self.activation, self.gated = activation, gated
+        self.argument = _Expert(_matrix(w_in), _matrix(w_out), 0, 0)
 
 
 class Kernels:
@@ -117,23 +117,23 @@ class Kernels:
 
         Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
         """
-        assert all(x_TD.shape[1] == mlp.w_in.cols for mlp in mlps)
+        assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
         array, first = (_Expert * len(mlps))(), 0
         for number, (mlp, mine) in enumerate(zip(mlps, tokens, strict=True)):
-            array[number] = mlp.expert
+            array[number] = mlp.argument
             array[number].first, array[number].rows = first, len(mine)
             first += len(mine)
         if not first:
             return torch.empty(0, x_TD.shape[1])
         x_TP = _padded(x_TD)
         token_R = torch.tensor([token for mine in tokens for token in mine])
-        one = mlps[0]
-        scratch = groups_of(max(one.w_in.rows, one.w_out.cols)) * GROUP
-        h_RQ, y_RD = torch.empty(first, scratch), torch.empty(first, one.w_out.rows)
+        one, w_out = mlps[0], mlps[0].argument.w_out
+        scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
+        h_RQ, y_RD = torch.empty(first, scratch), torch.empty(first, w_out.rows)
         self._library.moefit_experts(
             self._level, array, len(mlps), token_R.data_ptr(), x_TP.data_ptr(), *x_TP.shape,
-            h_RQ.data_ptr(), scratch, one.gated, one.activation,
-            int(x_TD.dtype == torch.bfloat16), y_RD.data_ptr(),
+            h_RQ.data_ptr(), scratch, int(one.gated),
+            ACTIVATIONS.index(one.activation), int(x_TD.dtype == torch.bfloat16), y_RD.data_ptr(),
         )  # fmt: skip
         return y_RD
 

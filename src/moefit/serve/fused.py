@@ -19,7 +19,9 @@ from moefit.formats.kernels import NATIVE_DTYPES, Kernels, Mlp, kernels
 from moefit.moe.families import Layout
 from moefit.serve.slots import Slot
 
-FEW = 16  # tokens of one expert; above, decoding it once and multiplying in torch is faster
+# Tokens of one expert; above, multiplying in torch is faster, also if it must be decoded first.
+FEW = 16
+FEW_NATIVE = 4
 
 
 class FusedExperts:
@@ -50,13 +52,13 @@ class FusedExperts:
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
     ) -> None:
         """Fill y_RD for experts given as slot and rows of the flattened choice."""
-        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= FEW]
+        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= _few(slot)]
         if few:
             tokens = [(rows_R // num_choices).tolist() for _, rows_R in few]
             made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
             y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
         for slot, rows_R in batch:
-            if len(rows_R) > FEW:
+            if len(rows_R) > _few(slot):
                 x_RD = x_TD[rows_R // num_choices]
                 made_RD = slot.format.output(self._layout, slot.tensors, x_RD)
                 y_RD[rows_R] = made_RD.to(y_RD.dtype)
@@ -72,6 +74,10 @@ class FusedExperts:
             gated=shape.gated,
         )
         return self._mlps[slot]
+
+
+def _few(slot: Slot) -> int:
+    return FEW_NATIVE if isinstance(slot.format, NativeFormat) else FEW
 
 
 def fused_experts(layout: Layout) -> FusedExperts | None:

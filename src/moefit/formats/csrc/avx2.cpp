@@ -15,5 +15,5 @@ namespace avx2 {
 
 TARGET_END
 
-const Level AVX2 = {avx2::any_dot, avx2::any_decode};
+const Level AVX2 = {avx2::any_dot, avx2::any_decode, avx2::narrow};
 #endif

@@ -173,6 +173,19 @@ static void decode(const Matrix &m, int64_t row, float *out) {
         }
 }
 
+static void narrow(const float *from, int64_t number, uint16_t *out) {
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x40);
+    for (int64_t i = 0; i < number; i += 16) {
+        __mmask16 mask = number - i >= 16 ? 0xffff : (1u << (number - i)) - 1;
+        __m512 value = _mm512_maskz_loadu_ps(mask, from + i);
+        __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
+        __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(word, half), _mm512_and_si512(high, one));
+        __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        nearest = _mm512_mask_or_epi32(_mm512_srli_epi32(nearest, 16), nan, high, quiet);
+        _mm256_mask_storeu_epi16(out + i, mask, _mm512_cvtepi32_epi16(nearest));
+    }
+}
+
 static void any_decode(const Matrix &m, int64_t row, float *out) {
 #define DECODE(kind) decode<kind>(m, row, out)
     FOR_KIND(m.kind, DECODE)
@@ -182,5 +195,5 @@ static void any_decode(const Matrix &m, int64_t row, float *out) {
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::any_decode};
+const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow};
 #endif

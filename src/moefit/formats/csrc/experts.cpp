@@ -38,13 +38,6 @@ float activate(float x, int64_t activation) {
     }
 }
 
-uint16_t to_bfloat16(float x) {
-    uint32_t word;
-    std::memcpy(&word, &x, 4);
-    if (x != x) return uint16_t(word >> 16 | 0x40);  // rounding could carry NaN over to infinity
-    return uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);  // to nearest, ties to even
-}
-
 float rounded(float x) {
     uint32_t word = uint32_t(to_bfloat16(x)) << 16;
     std::memcpy(&x, &word, 4);
@@ -215,8 +208,7 @@ void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t bfloat16) 
                 std::memcpy((float *)out + r * m->cols, row.data(), 4 * m->cols);
                 continue;
             }
-            uint16_t *to = (uint16_t *)out + r * m->cols;
-            for (int64_t c = 0; c < m->cols; c++) to[c] = to_bfloat16(row[c]);
+            level_of(level).narrow(row.data(), m->cols, (uint16_t *)out + r * m->cols);
         }
     }
 }

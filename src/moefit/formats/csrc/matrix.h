@@ -7,6 +7,7 @@
 // with.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };
 
@@ -31,11 +32,20 @@ constexpr int64_t TOKENS = 4;  // as many share one pass over the weights
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
 
+inline uint16_t to_bfloat16(float x) {
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    uint32_t nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
+    return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could carry over
+}
+
 struct Level {
     // y[t][row] = weights[row] . x[t] for rows first to last - 1 and 1 to TOKENS tokens.
     void (*dot)(const Matrix &, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y);
     // One row's weights as float, padding included.
     void (*decode)(const Matrix &, int64_t row, float *out);
+    // Floats as bfloat16.
+    void (*narrow)(const float *, int64_t number, uint16_t *out);
 };
 
 extern const Level PORTABLE;

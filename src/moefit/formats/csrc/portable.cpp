@@ -9,4 +9,4 @@ namespace plain {
 #include "plain.inc"
 }
 
-const Level PORTABLE = {plain::any_dot, plain::any_decode};
+const Level PORTABLE = {plain::any_dot, plain::any_decode, plain::narrow};
