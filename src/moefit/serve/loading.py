@@ -28,7 +28,7 @@ from moefit.serve.probe import attach
 from moefit.serve.reckon import SPARES, ledger
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
-from moefit.serve.served import ServedModel, ServedParts, grow
+from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
@@ -72,6 +72,7 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         model = load_rest(skeleton, blocks, device)
         if (rest := settings.rest_format()) is not None:
             encode_rest(model, rest, skeleton.blocks)
+        return_freed_memory()
         parts = ServedParts(
             folder=Path(folder),
             model=model,

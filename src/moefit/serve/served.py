@@ -115,7 +115,7 @@ class ServedModel:
             for name, change in changes.items():
                 if change < 0:
                     self._shrink(self.blocks[name], -change)
-            _return_freed_memory()
+            return_freed_memory()
             self._grow(changes)
             for name in unfilled:
                 self.blocks[name].fill()
@@ -311,8 +311,11 @@ def _formats(experts: VirtualExperts) -> dict[str, int]:
     return dict(Counter(slot.format.name for slot in experts.slots.values()))
 
 
-def _return_freed_memory() -> None:
-    """Slots are mappings and gone at once; what else was freed may still lie in the C heap."""
+def return_freed_memory() -> None:
+    """Slots are mappings and gone at once; what else was freed may still lie in the C heap.
+
+    Weights that were encoded do, for one: the heap keeps blocks of a few MiB for itself.
+    """
     with suppress(OSError, AttributeError):  # another C library: nothing to ask it for
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
