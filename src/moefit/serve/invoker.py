@@ -48,6 +48,8 @@ class ExpertInvoker:
         self._block, self._residency, self._slots = block, residency, slots
         self._transfer, self._counters = transfer, counters
         self._fused = fused_experts(block.layout)
+        self.listening = False
+        self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
@@ -66,7 +68,7 @@ class ExpertInvoker:
         for [(expert, slot)] in self._batches(list(rows), together=False):
             at_R = rows[expert]
             y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
-        return _weighted_sum(y_RD, routing).to(x_TD.dtype)
+        return self._weighted_sum(y_RD, routing).to(x_TD.dtype)
 
     def _kernel_step(self, fused: FusedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
         """Residents in one call, those that had to be read as they come."""
@@ -75,7 +77,7 @@ class ExpertInvoker:
         for batch in self._batches(list(rows), together=True):
             work = [(slot, rows[expert]) for expert, slot in batch]
             fused.outputs(x_TD, work, routing.ids_TK.shape[1], y_RD)
-        return _weighted_sum(y_RD, routing).to(x_TD.dtype)
+        return self._weighted_sum(y_RD, routing).to(x_TD.dtype)
 
     def _kernel_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping; all experts that are there in one call."""
@@ -91,7 +93,7 @@ class ExpertInvoker:
             row = {expert: number for number, expert in enumerate(order)}
             y_ND = torch.cat([*parts, torch.zeros_like(x_1D)])
             y_KD = y_ND[[row.get(expert, -1) for expert in ids]]
-        return _weighted_sum(y_KD, routing).to(x_1D.dtype)
+        return self._weighted_sum(y_KD, routing).to(x_1D.dtype)
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping, no scatter."""
@@ -103,8 +105,13 @@ class ExpertInvoker:
         }
         nothing_1D = torch.zeros_like(x_1D)
         y_KD = torch.cat([outputs.get(expert, nothing_1D) for expert in ids])
-        weighted_KD = y_KD * routing.weights_TK.reshape(-1, 1)
-        return weighted_KD.sum(0, keepdim=True).to(x_1D.dtype)
+        return self._weighted_sum(y_KD, routing).to(x_1D.dtype)
+
+    def _weighted_sum(self, y_RD: Tensor, routing: Routing) -> Tensor:
+        weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
+        if self.listening:
+            self.energy_R = weighted_RD.float().square().sum(-1)
+        return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
         return slot.format.output(self._block.layout, slot.tensors, x_RD)
@@ -161,11 +168,6 @@ class ExpertInvoker:
 class _Load:
     slot: int
     done: Future[float]
-
-
-def _weighted_sum(y_RD: Tensor, routing: Routing) -> Tensor:
-    weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
-    return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:

@@ -62,6 +62,8 @@ class Upgrades:
             for expert, steps in enumerate(of_block)
         }
         self.room = 0
+        for experts in blocks.values():
+            experts.listen()
         self._plan: list[tuple[Key, Choice]] = []
         self._pending: list[_Pending] = []
         self._steps = 0

@@ -207,6 +207,8 @@ class VirtualExperts(nn.Module):
         finally:
             if policy.residency == "fixed":
                 self._restore(before)
+        if policy.residency == "manager" and self._invoke.energy_R is not None:
+            self._observe_outputs(routing, self._invoke.energy_R)
         self._steps += 1
         if (
             policy.residency == "manager"
@@ -256,8 +258,18 @@ class VirtualExperts(nn.Module):
         # Time counts per sequence, and a block sees only tokens; a batch of one is the usual case.
         tokens = len(x_TD) if self.prefilling else 1
         self.importance.observe(weights, tokens)
-        self.loudness.observe({e: one**2 / len(x_TD) for e, one in weights.items()}, tokens)
         self.eviction.observe(weights, tokens)
+
+    def listen(self) -> None:
+        """Keep count of how much each expert adds to the output from now on (`loudness`)."""
+        self._invoke.listening = True
+
+    def _observe_outputs(self, routing: Routing, energy_R: Tensor) -> None:
+        sums_E1 = torch.zeros(self.num_experts + 1)
+        sums_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), energy_R.cpu())
+        tokens = len(routing.ids_TK)
+        sums = dict(enumerate(sums_E1[: self.num_experts].tolist()))
+        self.loudness.observe(sums, tokens if self.prefilling else 1)
 
     def _rerouted(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
         assert self.scoring is not None, "set_policy() refuses other modes then"
