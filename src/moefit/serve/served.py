@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.formats.format import NATIVE, Format, NativeFormat
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
@@ -211,7 +212,9 @@ class ServedModel:
                 "experts": {name: one.num_experts for name, one in self.blocks.items()},
                 "formats": {name: _formats(one) for name, one in self.blocks.items()},
                 "resident": resident,
-                "experts_from": self._store.source({n: b.format for n, b in self.blocks.items()}),
+                "experts_from": self._store.source(
+                    {n: _encoded(b) for n, b in self.blocks.items()}
+                ),
                 "packed_ignored": list(self._store.packed.ignored),
                 "bytes_read": self._store.bytes_read,
                 **(self._tier.report() if self._tier else {}),
@@ -304,6 +307,12 @@ def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     specs = experts.block.layout.specs
     new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+
+
+def _encoded(experts: VirtualExperts) -> Format:
+    """A format of the block's slots that is not the checkpoint's own, if there is one."""
+    formats = [slot.format for slot in experts.slots.values()] or [experts.format]
+    return next((one for one in formats if not isinstance(one, NativeFormat)), NATIVE)
 
 
 def _formats(experts: VirtualExperts) -> dict[str, int]:
