@@ -84,7 +84,7 @@ def test_hot_experts_go_up_and_cold_ones_down(served) -> None:
     name, experts = next(iter(served.blocks.items()))
     hot = next(iter(experts.residency.residents))
     for _ in range(50):
-        experts.loudness.observe({hot: 1000.0})
+        experts.loudness.observe({hot: 1e9})
     served.settle_precision()
     slot = experts.slots[experts.residency.slot(hot)]
     assert slot.nbytes == max(one.nbytes for one in experts.slots.values()), name
@@ -101,7 +101,7 @@ def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None
     before = experts.slots[experts.residency.slot(cold)].nbytes
     with torch.inference_mode():
         for step in range(200):
-            experts.loudness.observe({cold: 1000.0})
+            experts.loudness.observe({cold: 1e9})
             served.model(ids(step, 2))
             served.check()
             if experts.slots[experts.residency.slot(cold)].nbytes > before:
