@@ -28,6 +28,7 @@ from moefit.formats.planes import GROUP
 Level = Literal["portable", "avx2", "avx512"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+VERSION = 1  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 Weight = Tensor | GroupedMatrix
@@ -167,9 +168,18 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         with suppress(OSError):  # built for another system
             library = ctypes.CDLL(str(path))
-            library.moefit_best_level.restype = c_int64
-            return library
+            if _version(library) == VERSION:
+                library.moefit_best_level.restype = c_int64
+                return library
     return None
+
+
+def _version(library: ctypes.CDLL) -> int:
+    """What the library was built from; one left over from earlier sources has none, or another."""
+    if not hasattr(library, "moefit_version"):
+        return 0
+    library.moefit_version.restype = c_int64
+    return int(library.moefit_version())
 
 
 def _padded(x_TI: Tensor) -> Tensor:

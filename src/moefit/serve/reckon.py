@@ -17,7 +17,7 @@ from moefit.serve.ledger import (
     workspace_bytes,
 )
 from moefit.serve.packed import PackedStore, open_packed
-from moefit.serve.rest import saved_bytes
+from moefit.serve.rest import largest_bytes, saved_bytes
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.store import ExpertStore
@@ -90,7 +90,10 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
 
 
 def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
-    """An expert as a step of many tokens decodes it."""
-    if not any(isinstance(format, GroupedFormat) for format in settings.formats()):
-        return 0
-    return max(block.expert_bytes for block in skeleton.blocks)
+    """What a step of many tokens decodes at a time: an expert, or a matrix of the other weights."""
+    expert = rest = 0
+    if any(isinstance(format, GroupedFormat) for format in settings.formats()):
+        expert = max(block.expert_bytes for block in skeleton.blocks)
+    if settings.rest_format() is not None:
+        rest = largest_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
+    return max(expert, rest)

@@ -150,6 +150,13 @@ def _used_later(weight: Tensor, name: str, found: dict[str, nn.Module]) -> bool:
     return any(found[other].get_parameter("weight") is weight for other in later)
 
 
+def largest_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:
+    """The largest of the matrices that would be encoded, as a step of many tokens decodes it."""
+    found = encodable(model, blocks).values()
+    linear = [one for one in found if isinstance(one, nn.Linear)]
+    return max((one.weight.numel() * itemsize for one in linear), default=0)
+
+
 def saved_bytes(
     model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock], itemsize: int
 ) -> int:

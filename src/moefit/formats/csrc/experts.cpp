@@ -118,6 +118,10 @@ struct Expert {
     int64_t first, rows;
 };
 
+// Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
+// left over from before is then not used.
+int64_t moefit_version() { return 1; }
+
 // The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
 int64_t moefit_best_level() {
 #if defined(__x86_64__)
