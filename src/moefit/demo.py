@@ -38,7 +38,8 @@ PROMPT = "def read_config(path):\n"
 ANSWER_RULE = "top_k:3"
 MODES = (
     "exact fetches a missing expert from storage; bounded lets another one answer if little router "
-    "weight is lost; virtual never waits (SwapMoE)"
+    "weight is lost; virtual never waits (SwapMoE); auto keeps "
+    "every expert, at the precision that fits"
 )
 MARK = ".moefit-demo"  # lies in the folders that a later demo may delete
 
