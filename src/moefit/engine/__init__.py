@@ -1,0 +1,1 @@
+"""Many requests on one served model: continuous batching inside the memory budget."""
