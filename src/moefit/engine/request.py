@@ -57,19 +57,23 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One more token of the answer."""
+    """One more token of the answer, and the text that is certain with it: whole characters, no
+    part of which may yet turn out to belong to a stop text. Often empty.
+    """
 
     token: int
+    text: str = ""
     logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The last event of every request."""
+    """The last event of every request; text: what was held back and now is certain."""
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    text: str = ""
     message: str = ""
 
 
