@@ -51,8 +51,8 @@ class LoadSettings:
                 "precision auto divides a memory budget among experts, and memory is not given; "
                 "give memory, or a precision such as int4"
             )
-        for name in (self.format, self.rest_format):  # refuse what does not exist
-            name()
+        self.format()  # these refuse names that do not exist
+        self.rest_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):
