@@ -149,3 +149,12 @@ def test_zeros_and_a_presets_own_values_may_stand_idle(model):
     zeros = {"mlp_mi": 0, "attention_mi": 0.0, "load_balancing": 0, "z": 0}
     assert built(model=model, loss=zeros).config.num_experts == 1
     assert built(model=model).config.num_experts == 1
+
+
+def test_a_sparse_rule_needs_experts_to_choose_from():
+    with pytest.raises(ConfigError, match=r"sparse\.rule=top_k:1 would do nothing, .* give null"):
+        built(model={"num_experts": 1}, sparse={"rule": "top_k:1"})
+    with pytest.raises(ConfigError, match=r"top_k:9 asks for 9 experts .* top_k:8"):
+        built(model={"num_experts": 8, "hidden_size": 32}, sparse={"rule": "top_k:9"})
+    with pytest.raises(ConfigError, match=r"sparse\.rule"):
+        built(model=OLMOE, sparse={"rule": "top_k:2"})

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moefit.errors import ConfigError
 from moefit.moe.experts import scattered_scores
-from moefit.moe.routing import Routing, Rule, active_experts, masked_scores, route
+from moefit.moe.routing import Routing, Rule, active_experts, masked_route, masked_scores, route
 
 RULES = (
     "dense",
@@ -75,6 +75,7 @@ def test_route_and_active_experts_agree(text: str, num_tokens: int) -> None:
     assert sets(routing, 5) == [set(row.nonzero()[:, 0].tolist()) for row in mask_TE]
     kept_TE = masked_scores(scores_TE, mask_TE, renormalize=rule.renormalize)
     torch.testing.assert_close(scattered_scores(routing, 5), kept_TE)
+    torch.testing.assert_close(masked_route(scores_TE, rule).weights_TK, kept_TE)
 
 
 @pytest.mark.parametrize("text", [rule for rule in RULES if "renormalize" in rule])

@@ -48,10 +48,12 @@ def spoil(stepper):
         stepper.model.lm_head.weight[3, 3] = float("nan")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_equals_never_having_stopped(tree, listener, tmp_path, accumulation):
+@pytest.mark.parametrize(
+    "change", [{"accumulation": 1}, {"accumulation": 2}, {"sparse": {"rule": "top_k:2"}}]
+)
+def test_resume_equals_never_having_stopped(tree, listener, tmp_path, change):
     """Bit for bit, with dropout on, so that the random state counts too."""
-    tree["accumulation"] = accumulation
+    tree |= change
     whole = train(make_config(tree), listener)
     tree["out"] = str(tmp_path / "broken")
     config = make_config(tree)
@@ -143,6 +145,19 @@ def test_accumulation_is_the_mean_of_its_batches(tree, listener, tmp_path):
     assert dict(losses(tmp_path / "halves")) == pytest.approx(
         dict(losses(tmp_path / "run")), rel=1e-5
     )
+
+
+def test_every_second_step_is_sparse(tree, listener, monkeypatch):
+    rules, real = [], Stepper.step
+
+    def step(self, micro_batches, count, *, rule, **rest):
+        rules.append(rule)
+        return real(self, micro_batches, count, rule=rule, **rest)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    tree["sparse"] = {"rule": "threshold:0.5", "share": 0.5, "start": 0.5}
+    train(make_config(tree), listener)
+    assert rules == [None] * 5 + ["threshold:0.5", None, "threshold:0.5"]
 
 
 def test_divergence_names_step_checkpoint_and_way_out(config, listener, during):

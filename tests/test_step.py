@@ -3,7 +3,7 @@ import torch
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.objective import RouterLossWeights
+from moefit.dsmoe.objective import RouterLossWeights, language_model_loss
 from moefit.errors import DivergenceError
 from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import make_optimizer
@@ -28,11 +28,11 @@ def model():
     ).train()
 
 
-def stepper(model):
+def stepper(model, lr=1e-2):
     weights = RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
     return Stepper(
         model=model,
-        optimizer=make_optimizer(model, OptimizerConfig(lr=1e-2)),
+        optimizer=make_optimizer(model, OptimizerConfig(lr=lr)),
         losses=make_losses(model, weights, compile=False),
         device=torch.device("cpu"),
         bf16=False,
@@ -70,17 +70,36 @@ def test_a_loss_that_is_not_finite_changes_no_weight(model):
 def test_compiled_losses_are_the_same(model):
     ids, weights = torch.randint(50, (3, 9)), RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
     scale = torch.tensor(1.0)
-    plain = make_losses(model, weights, compile=False)(ids, scale)
-    compiled = make_losses(model, weights, compile=True)(ids, scale)
-    for a, b in zip(plain[:2], compiled[:2], strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    plain = make_losses(model, weights, compile=False)
+    compiled = make_losses(model, weights, compile=True)
+    for rule in (None, "top_k:2", "threshold:1"):
+        expected, found = plain(ids, scale, rule), compiled(ids, scale, rule)
+        for a, b in zip(expected[:2], found[:2], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_step_under_a_rule_trains_what_the_rule_chose(model):
+    """The loss is that of inference under the rule, and the configuration stays as it was."""
+    ids = torch.randint(50, (3, 9))
+    with torch.no_grad():  # louder, so that experts matter
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    model.set_inference_rule("top_k:1")
+    sparse = language_model_loss(model.eval()(ids).logits, ids).item()
+    model.set_inference_rule("dense")
+    dense = language_model_loss(model(ids).logits, ids).item()
+    model.train()
+    assert stepper(model, lr=1e-30).step([ids], 1, rule="top_k:1").lm_loss == pytest.approx(sparse)
+    assert stepper(model, lr=1e-30).step([ids], 1).lm_loss == pytest.approx(dense)
+    assert sparse != pytest.approx(dense, abs=1e-4)
+    assert model.config.training_rule == "dense"
 
 
 def test_the_mi_scale_multiplies_mi_alone(model):
     ids, steps = torch.randint(50, (3, 9)), stepper(model)
     whole, half, none = (
         make_losses(model, RouterLossWeights(mlp_mi=0.3, attention_mi=0.2, z=0.1), compile=False)(
-            ids, torch.tensor(scale)
+            ids, torch.tensor(scale), None
         )[1].item()
         for scale in (1.0, 0.5, 0.0)
     )

@@ -92,6 +92,16 @@ def test_missing_file(tmp_path):
         read_config(tmp_path / "nothing.yaml", [])
 
 
+def test_a_sparse_rule_is_read_and_an_unknown_one_refused():
+    config = read_config(None, ["sparse.rule=top_k:4", "sparse.share=0.25"])
+    assert (config.sparse.rule, config.sparse.share, config.sparse.start) == ("top_k:4", 0.25, 0.0)
+    with pytest.raises(ConfigError, match=r"sparse\.rule: .*'best:4' is not an inference rule"):
+        read_config(None, ["sparse.rule=best:4"])
+    for given in ("share=0", "share=1.5", "start=2", "rate=1"):
+        with pytest.raises(ConfigError, match=r"sparse\."):
+            read_config(None, [f"sparse.{given}"])
+
+
 def test_a_ramp_that_ends_before_it_starts():
     with pytest.raises(ConfigError, match="ends before it starts"):
         read_config(None, ["loss.mi_ramp=[0.9, 0.5]"])

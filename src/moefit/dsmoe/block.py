@@ -17,7 +17,7 @@ from transformers.integrations.moe import use_experts_implementation
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
-from moefit.moe.routing import Routing, Rule, route
+from moefit.moe.routing import Routing, Rule, masked_route, route
 
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
 
@@ -90,6 +90,8 @@ class DsMoeBlock(nn.Module):
             ids_TK = x_TD.new_zeros((x_TD.shape[0], 1), dtype=torch.long)
             routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
         else:
-            routing = route(self.gate.scores(x_TD), rule, real_T)
+            # In training no shape may depend on scores, or it would be compiled piece by piece.
+            choose = masked_route if self.training and rule.kind == "threshold" else route
+            routing = choose(self.gate.scores(x_TD), rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)

@@ -108,7 +108,7 @@ class DsMoeModel(DsMoePreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # noqa: PLR0913 - what Hugging Face models take
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -116,9 +116,13 @@ class DsMoeModel(DsMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        rule: str | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D]."""
+        """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D].
+
+        rule: which experts take part in this forward, if others than the configuration says.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -134,7 +138,8 @@ class DsMoeModel(DsMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rule = self.config.training_rule if self.training else self.config.inference_rule
+        if rule is None:
+            rule = self.config.training_rule if self.training else self.config.inference_rule
         shared = {
             "rule": Rule.parse(rule),
             "real_T": _real_tokens(attention_mask, x_BTD.shape[1]),

@@ -160,6 +160,19 @@ def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routin
     return Routing(routing.ids_TK, weights_TK / weights_TK.sum(-1, keepdim=True))
 
 
+def masked_route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routing:
+    """The choice of `route`, told as weights of all experts, zero for those that are not chosen.
+
+    No shape depends on the scores; ids are 0..E-1 in order.
+    """
+    everyone = route(scores_TE, Rule(kind="dense"), real_T)
+    if rule.kind == "dense":
+        return everyone
+    mask_TE = active_experts(scores_TE, rule, real_T)
+    kept_TE = masked_scores(scores_TE, mask_TE, renormalize=rule.renormalize)
+    return Routing(everyone.ids_TK, kept_TE)
+
+
 def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
     mask_TE = _above_threshold(scores_TE, rule)
     k = int(mask_TE.sum(-1).max()) if mask_TE.numel() else 1

@@ -20,6 +20,7 @@ from moefit.dsmoe.objective import RouterLossWeights
 from moefit.dsmoe.presets import check_fields, field_names, preset
 from moefit.dsmoe.stock import DENSE_EXPERTS, register_dense_experts
 from moefit.errors import ConfigError
+from moefit.moe.routing import Rule
 from moefit.train.config import TrainConfig
 
 # What transformers and torch raise of a configuration that cannot be built.
@@ -99,18 +100,24 @@ def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
 
 def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
     """Refuse what was given but has no router to act on; a preset's own values may stand idle."""
-    given = {f"loss.{name}": value for name, value in config.loss.weights.items() if value}
+    given: dict[str, Any] = {
+        f"loss.{name}": value for name, value in config.loss.weights.items() if value
+    }
+    if config.sparse.rule is not None:
+        given["sparse.rule"] = config.sparse.rule
     factor = config.model.settings.get("routed_scaling_factor", 1)
     if factor != 1:
         given["model.routed_scaling_factor"] = factor
     for name, value in given.items():
         size = "num_attention_experts" if name == "loss.attention_mi" else "num_experts"
         if getattr(dsmoe, size) == 1:
-            nothing = 1 if name.startswith("model.") else 0
+            nothing = {"model": "1", "loss": "0", "sparse": "null"}[name.split(".")[0]]
             raise ConfigError(
-                f"{name}={value:g} would do nothing, as model.{size}=1 has no router; leave it "
+                f"{name}={value} would do nothing, as model.{size}=1 has no router; leave it "
                 f"out, give {nothing}, or give model.{size}=2 or more"
             )
+    if config.sparse.rule is not None:
+        Rule.parse(config.sparse.rule).check(dsmoe.num_experts)
 
 
 def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
@@ -142,9 +149,9 @@ def _check_olmoe_settings(config: TrainConfig, settings: Mapping[str, Any]) -> N
             "dense training activates all experts, so model.num_experts_per_tok is not set "
             "here; choose K at export: moefit export RUN OUT --experts-per-token K"
         )
-    if config.model.preset is not None or config.loss.attention_mi:
+    if config.model.preset is not None or config.loss.attention_mi or config.sparse.rule:
         raise ConfigError(
-            "architecture: olmoe takes neither model.preset nor loss.attention_mi; "
+            "architecture: olmoe takes neither model.preset, loss.attention_mi nor sparse.rule; "
             "give OlmoeConfig's fields, such as model.num_experts=16"
         )
     known = sorted(OlmoeConfig.__annotations__)

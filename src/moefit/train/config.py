@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moefit.errors import ConfigError
+from moefit.moe.routing import Rule
 
 STDLIB = "stdlib"
 
@@ -101,6 +102,28 @@ class LossConfig(_Strict):
         return self.model_dump(exclude_none=True, exclude={"mi_ramp"})
 
 
+class SparseConfig(_Strict):
+    """Steps in which only the experts that a rule chooses take part.
+
+    Among dense ones they teach the model to answer with few experts as it answers with all, and
+    so to lose little when memory is cut.
+    """
+
+    rule: str | None = None
+    """As for inference, such as `top_k:4`; None: every step is dense."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """How many of the steps are sparse, evenly spread, once `start` of the training is done."""
+    start: _Share = 0.0
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, rule: str | None) -> str | None:
+        try:
+            return None if rule is None else str(Rule.parse(rule))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -144,6 +167,7 @@ class TrainConfig(_Strict):
     """A run or model folder whose weights training begins with; random ones if none."""
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    sparse: SparseConfig = SparseConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

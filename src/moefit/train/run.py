@@ -22,7 +22,13 @@ from moefit.train.build import attention_implementation, build_model, loss_weigh
 from moefit.train.config import TrainConfig
 from moefit.train.held_out import HeldOut
 from moefit.train.log import RunLog, last_record, read_log
-from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
+from moefit.train.schedule import (
+    is_sparse,
+    learning_rate,
+    make_optimizer,
+    mi_scale,
+    set_learning_rate,
+)
 from moefit.train.signals import StopRequest
 from moefit.train.start import start_from
 from moefit.train.state import RunState
@@ -166,10 +172,12 @@ class Run:
         rate = learning_rate(step - 1, self.config.steps, self.config.optimizer)
         set_learning_rate(self.optimizer, rate)
         scale = mi_scale(step, self.config.steps, self.config.loss.mi_ramp)
+        sparse = self.config.sparse
+        rule = sparse.rule if is_sparse(step, self.config.steps, sparse) else None
         count = self.config.accumulation
         micro_batches = (self.batches.batch((step - 1) * count + i) for i in range(count))
         try:
-            result = self.stepper.step(micro_batches, count, mi_scale=scale)
+            result = self.stepper.step(micro_batches, count, mi_scale=scale, rule=rule)
         except DivergenceError as error:
             raise self._diverged(step, str(error)) from error
         values = {

@@ -1,14 +1,16 @@
 """The learning rate of each step, and which parameters decay.
 
-Owns AdamW's set-up. Knows nothing of losses or data.
+Also which steps are sparse, and AdamW's set-up. Knows nothing of losses or data.
 """
 
 import math
+from fractions import Fraction
+from math import floor
 
 import torch
 from torch import nn
 
-from moefit.train.config import OptimizerConfig
+from moefit.train.config import OptimizerConfig, SparseConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -41,6 +43,20 @@ def mi_scale(step: int, steps: int, ramp: tuple[float, float]) -> float:
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / (end - start))
+
+
+def is_sparse(step: int, steps: int, config: SparseConfig) -> bool:
+    """Whether only the chosen experts take part in `step`, counted from 1.
+
+    >>> half = SparseConfig(rule="top_k:4", share=0.5, start=0.5)
+    >>> [step for step in range(1, 13) if is_sparse(step, 12, half)]
+    [8, 10, 12]
+    """
+    after = step - round(config.start * steps)
+    if config.rule is None or after < 1:
+        return False
+    share = Fraction(config.share).limit_denominator(steps)
+    return floor(after * share) > floor((after - 1) * share)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

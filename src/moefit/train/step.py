@@ -33,15 +33,18 @@ Losses = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 def make_losses(
     model: PreTrainedModel, weights: RouterLossWeights, *, compile: bool
-) -> Callable[[Tensor, Tensor], Losses]:
-    """From ids_BL1 and the MI weights' scale to lm loss, router loss, MLP and attention logits.
+) -> Callable[[Tensor, Tensor, str | None], Losses]:
+    """From ids_BL1, the MI weights' scale and a rule to lm loss, router loss, router logits.
+
+    The rule is what the step trains under; None is the model's own (the only one OLMoE knows).
 
     It serves our own model and transformers' OLMoE alike. Losses are taken here and not inside
     the model because OLMoE would add its own balance loss.
     """
 
-    def losses(ids_BL1: Tensor, mi_scale: Tensor) -> Losses:
-        output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True)
+    def losses(ids_BL1: Tensor, mi_scale: Tensor, rule: str | None) -> Losses:
+        ruled = {} if rule is None else {"rule": rule}
+        output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True, **ruled)
         mlp_logits = tuple(output.router_logits)
         attention_logits = tuple(output.get("attention_router_logits", ()))
         lm_loss = language_model_loss(output.logits, ids_BL1)
@@ -57,17 +60,23 @@ class Stepper:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    losses: Callable[[Tensor, Tensor], Losses]
+    losses: Callable[[Tensor, Tensor, str | None], Losses]
     device: torch.device
     bf16: bool
     clip: float
 
     def step(
-        self, micro_batches: Iterable[Tensor], count: int, *, mi_scale: float = 1.0
+        self,
+        micro_batches: Iterable[Tensor],
+        count: int,
+        *,
+        mi_scale: float = 1.0,
+        rule: str | None = None,
     ) -> StepResult:
         """Accumulate the gradients of `count` micro-batches ids_BL1, clip, update.
 
-        mi_scale: share of the MI weights in force now.
+        mi_scale: share of the MI weights in force now. rule: which experts take part, if others
+        than the model's training rule says.
 
         Raises DivergenceError, before any weight changes, if a loss or gradient is not finite.
         """
@@ -79,7 +88,7 @@ class Stepper:
         for ids_BL1 in micro_batches:
             ids_BL1 = ids_BL1.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                lm_loss, router, mlp_logits, attention_logits = self.losses(ids_BL1, scale)
+                lm_loss, router, mlp_logits, attention_logits = self.losses(ids_BL1, scale, rule)
             ((lm_loss + router) / count).backward()
             lm_total += lm_loss.item() / count
             router_total += router.item() / count
