@@ -112,8 +112,9 @@ def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
         size = "num_attention_experts" if name == "loss.attention_mi" else "num_experts"
         if getattr(dsmoe, size) == 1:
             nothing = {"model": "1", "loss": "0", "sparse": "null"}[name.split(".")[0]]
+            said = value if isinstance(value, str) else f"{value:g}"
             raise ConfigError(
-                f"{name}={value if isinstance(value, str) else f'{value:g}'} would do nothing, as model.{size}=1 has no router; leave it "
+                f"{name}={said} would do nothing, as model.{size}=1 has no router; leave it "
                 f"out, give {nothing}, or give model.{size}=2 or more"
             )
     if config.sparse.rule is not None:
