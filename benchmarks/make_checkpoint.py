@@ -17,12 +17,15 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SwitchTransformersConfig,
 )
 from transformers.core_model_loading import revert_weight_conversion
+
+from moefit.evaluate.loading import locate
 
 START: dict[str, Any] = {"decoder_start_token_id": 0}
 SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
@@ -51,6 +54,16 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
         "OlmoeForCausalLM",
         torch.bfloat16,
     ),
+    # for servers: the shipped model's vocabulary (--tokenizer reference)
+    "olmoe-server": (
+        OlmoeConfig(
+            hidden_size=512, intermediate_size=256, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=8, num_experts=32, num_experts_per_tok=4, vocab_size=4096,
+            eos_token_id=None,
+        ),
+        "OlmoeForCausalLM",
+        torch.bfloat16,
+    ),
 }  # fmt: skip
 SHARD = 2 << 30
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -60,8 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", help="a folder's, or reference: the shipped model's")
     arguments = parser.parse_args()
     write(arguments.shape, arguments.folder)
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(locate(arguments.tokenizer))
+        tokenizer.save_pretrained(arguments.folder)
 
 
 def write(shape: str, folder: Path) -> None:
