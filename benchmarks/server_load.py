@@ -142,9 +142,9 @@ async def one_run(
             base_url=f"http://127.0.0.1:{PORT}", timeout=TIMEOUT
         ) as client:
             await until_ready(client, server, log)
-            name = (await client.get("/v1/models")).json()["data"][0]["id"]
-            if system != "moefit":
-                name = str(given.model)
+            name = str(given.model)  # transformers' list of models shows the Hub's alone
+            if system == "moefit":
+                name = (await client.get("/v1/models")).json()["data"][0]["id"]
             for work in works[:2]:
                 await ask(client, name, work)
             return await under_load(client, name, works, clients)

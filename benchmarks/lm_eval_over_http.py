@@ -1,0 +1,152 @@
+"""lm-eval against a running server, and in process: the same questions must get the same scores.
+
+    python benchmarks/lm_eval_over_http.py MODEL QUESTIONS.jsonl ... [--limit 100] [--save]
+
+QUESTIONS: lines with query, choices and gold (multiple choice by log-likelihood); the name of the
+file is the task's. The server is ours, started here; lm-eval's `hf` backend scores the same model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import record
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from moefit.evaluate.loading import load, locate
+
+PORT = 8732
+URL = f"http://127.0.0.1:{PORT}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("questions", type=Path, nargs="+")
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--memory", help="the server's budget")
+    parser.add_argument("--save", action="store_true")
+    given = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        names = [write_task(Path(folder), path, given.limit) for path in given.questions]
+        tasks = TaskManager(include_path=folder, include_defaults=False)
+        over_http = served(given, names, tasks)
+        in_process = scored(hf_backend(given.model), names, tasks)
+    results = {
+        name: compare(over_http[name], in_process[name], over_http["seconds"]) for name in names
+    }
+    print(json.dumps(results, indent=1))
+    if given.save:
+        notes = (
+            "Multiple choice by log-likelihood of each choice; the model as it is stored, exact."
+        )
+        print(record.write("lm-eval-over-http", results, notes=notes))
+
+
+def write_task(folder: Path, path: Path, limit: int) -> str:
+    """A task of lm-eval that reads the first questions of a file; gives its name."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+    data = folder / f"{path.stem}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / f"{path.stem}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return path.stem
+
+
+def hf_backend(model: str) -> HFLM:
+    loaded, tokenizer = load(model, dtype=None)
+    return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1)  # pyright: ignore[reportArgumentType]
+
+
+def served(given: argparse.Namespace, names: list[str], tasks: TaskManager) -> dict[str, Any]:
+    budget = ["--memory", given.memory] if given.memory else []
+    moefit = str(Path(sys.executable).parent / "moefit")
+    command = [moefit, "serve", given.model, "--port", str(PORT), *budget]
+    server = subprocess.Popen(command)
+    try:
+        until_ready(server)
+        with urllib.request.urlopen(f"{URL}/v1/models") as answer:
+            name = json.load(answer)["data"][0]["id"]
+        arguments = {
+            "model": name,
+            "base_url": f"{URL}/v1/completions",
+            "tokenizer": str(locate(given.model)),
+            "tokenizer_backend": "huggingface",
+            "num_concurrent": 4,
+            "max_retries": 2,
+            "tokenized_requests": True,
+        }
+        text = ",".join(f"{key}={value}" for key, value in arguments.items())
+        began = time.perf_counter()
+        found = scored("local-completions", names, tasks, model_args=text)
+        return {**found, "seconds": time.perf_counter() - began}
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def until_ready(server: Any) -> None:
+    for _ in range(300):
+        if server.poll() is not None:
+            raise SystemExit("the server ended before it was ready")
+        try:
+            with urllib.request.urlopen(f"{URL}/health") as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError):
+            pass
+        time.sleep(1)
+    raise SystemExit("the server did not become ready")
+
+
+def scored(model: Any, names: list[str], tasks: TaskManager, **settings: Any) -> dict[str, Any]:
+    """Per task: accuracies, and every choice's log-likelihood in order."""
+    found: Any = simple_evaluate(
+        model=model, tasks=names, task_manager=tasks, bootstrap_iters=0, **settings
+    )
+    return {
+        name: {
+            "acc": found["results"][name]["acc,none"],
+            "acc_norm": found["results"][name]["acc_norm,none"],
+            "loglikelihoods": [
+                float(choice[0][0] if isinstance(choice[0], tuple | list) else choice[0])
+                for one in sorted(found["samples"][name], key=lambda one: one["doc_id"])
+                for choice in one["resps"]
+            ],
+        }
+        for name in names
+    }
+
+
+def compare(http: dict[str, Any], own: dict[str, Any], seconds: float) -> dict[str, Any]:
+    pairs = list(zip(http["loglikelihoods"], own["loglikelihoods"], strict=True))
+    return {
+        "over HTTP": {key: http[key] for key in ("acc", "acc_norm")},
+        "in process": {key: own[key] for key in ("acc", "acc_norm")},
+        "log-likelihoods": len(pairs),
+        "largest difference, nats": max(abs(a - b) for a, b in pairs),
+        "seconds over HTTP, all tasks": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
