@@ -7,6 +7,7 @@ file is the task's. The server is ours, started here; lm-eval's `hf` backend sco
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import record
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from moefit.evaluate.loading import load, locate
 
+# Not there in every installation, and untyped for those who check.
+evaluator: Any = importlib.import_module("lm_eval.evaluator")
+huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
+tasks: Any = importlib.import_module("lm_eval.tasks")
 PORT = 8732
 URL = f"http://127.0.0.1:{PORT}"
 
@@ -38,9 +40,9 @@ def main() -> None:
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         names = [write_task(Path(folder), path, given.limit) for path in given.questions]
-        tasks = TaskManager(include_path=folder, include_defaults=False)
-        over_http = served(given, names, tasks)
-        in_process = scored(hf_backend(given.model), names, tasks)
+        found = tasks.TaskManager(include_path=folder, include_defaults=False)
+        over_http = served(given, names, found)
+        in_process = scored(hf_backend(given.model), names, found)
     results = {
         name: compare(over_http[name], in_process[name], over_http["seconds"]) for name in names
     }
@@ -72,12 +74,12 @@ def write_task(folder: Path, path: Path, limit: int) -> str:
     return path.stem
 
 
-def hf_backend(model: str) -> HFLM:
+def hf_backend(model: str) -> Any:
     loaded, tokenizer = load(model, dtype=None)
-    return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1)  # pyright: ignore[reportArgumentType]
+    return huggingface.HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1)
 
 
-def served(given: argparse.Namespace, names: list[str], tasks: TaskManager) -> dict[str, Any]:
+def served(given: argparse.Namespace, names: list[str], found: Any) -> dict[str, Any]:
     budget = ["--memory", given.memory] if given.memory else []
     moefit = str(Path(sys.executable).parent / "moefit")
     command = [moefit, "serve", given.model, "--port", str(PORT), *budget]
@@ -97,8 +99,8 @@ def served(given: argparse.Namespace, names: list[str], tasks: TaskManager) -> d
         }
         text = ",".join(f"{key}={value}" for key, value in arguments.items())
         began = time.perf_counter()
-        found = scored("local-completions", names, tasks, model_args=text)
-        return {**found, "seconds": time.perf_counter() - began}
+        scores = scored("local-completions", names, found, model_args=text)
+        return {**scores, "seconds": time.perf_counter() - began}
     finally:
         server.terminate()
         server.wait(60)
@@ -118,18 +120,18 @@ def until_ready(server: Any) -> None:
     raise SystemExit("the server did not become ready")
 
 
-def scored(model: Any, names: list[str], tasks: TaskManager, **settings: Any) -> dict[str, Any]:
+def scored(model: Any, names: list[str], found: Any, **settings: Any) -> dict[str, Any]:
     """Per task: accuracies, and every choice's log-likelihood in order."""
-    found: Any = simple_evaluate(
-        model=model, tasks=names, task_manager=tasks, bootstrap_iters=0, **settings
+    told = evaluator.simple_evaluate(
+        model=model, tasks=names, task_manager=found, bootstrap_iters=0, **settings
     )
     return {
         name: {
-            "acc": found["results"][name]["acc,none"],
-            "acc_norm": found["results"][name]["acc_norm,none"],
+            "acc": told["results"][name]["acc,none"],
+            "acc_norm": told["results"][name]["acc_norm,none"],
             "loglikelihoods": [
                 float(choice[0][0] if isinstance(choice[0], tuple | list) else choice[0])
-                for one in sorted(found["samples"][name], key=lambda one: one["doc_id"])
+                for one in sorted(told["samples"][name], key=lambda one: one["doc_id"])
                 for choice in one["resps"]
             ],
         }

@@ -3,9 +3,9 @@
     python benchmarks/soak.py MODEL [--minutes 30] [--least 400MiB --most 700MiB] [--save]
 
 Exact mode, so that every finished greedy answer must be the one that the model itself gives,
-whatever happens around it. A third of the clients hang up mid-stream; every 5 seconds the budget moves
-between --least and --most; now and then a shard of the checkpoint (of a copy) cannot be read for a
-few seconds. Counted: wrong answers, requests without an end, samples above the budget in force,
+whatever happens around it. A third of the clients hang up mid-stream; every 5 s the budget moves
+between --least and --most; now and then a shard of the checkpoint (of a copy) cannot be read for
+a few seconds. Counted: wrong answers, requests without an end, samples above the budget in force,
 growth of the process.
 """
 
