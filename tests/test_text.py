@@ -150,10 +150,8 @@ def test_after_a_stop_text_nothing_comes() -> None:
 
 def test_a_first_word_has_its_space_when_it_goes_on_from_something() -> None:
     tokenizer = byte_fallback()
-    prompt, answer = (
-        tokenizer.convert_tokens_to_ids(["▁a"]),
-        tokenizer.convert_tokens_to_ids(["▁b"]),
-    )
+    vocabulary = tokenizer.get_vocab()
+    prompt, answer = [vocabulary["▁a"]], [vocabulary["▁b"]]
     assert "".join(streamed(TextStream(tokenizer), answer)) == "b"
     assert "".join(streamed(TextStream(tokenizer, after=prompt), answer)) == " b"
 
