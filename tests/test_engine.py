@@ -187,25 +187,24 @@ def test_statistics(engine):
     assert (after.kv_tokens, after.runner) == (128, "packed")
 
 
-def test_budget_and_mode_change_while_requests_run(engine):
-    served = engine.served
-    expected = [generated(served, prompt, 30) for prompt in prompts([3, 9, 14])]
-    totals = [served.budget.with_slots([slots] * 2) for slots in (1, 8, 3)]
-    heard = []
-    for total in totals:
-        heard += [ask(engine, prompt, greedy(30)) for prompt in prompts([3, 9, 14])]
-        assert engine.set_memory(total).total == total
-        assert served.budget.total == total
-    assert engine.set_mode("bounded", bound=0.0).mode == "bounded"
-    assert engine.set_mode("exact").mode == "exact"
-    with pytest.raises(BudgetTooSmallError):
-        engine.set_memory(1000)
-    with pytest.raises(ConfigError, match="unknown setting"):
-        engine.set_mode("exact", speed=11)
-    for number, one in enumerate(heard):
-        assert one.end.reason == "length"
-        assert one.tokens == expected[number % 3]
-    served.check()
+def test_budget_and_mode_change_while_requests_run(olmoe):
+    with engine_of(olmoe, prefill_chunk=6, max_concurrency=3) as engine:
+        served = engine.served
+        expected = [generated(served, prompt, 20) for prompt in prompts([3, 9, 14])]
+        heard = []
+        for slots in (1, 8, 3):
+            heard += [ask(engine, prompt, greedy(20)) for prompt in prompts([3, 9, 14])]
+            total = served.budget.with_slots([slots] * 2)
+            assert engine.set_memory(total).total == total == served.budget.total
+        assert engine.set_mode("bounded", bound=0.0).mode == "bounded"
+        assert engine.set_mode("exact").mode == "exact"
+        with pytest.raises(BudgetTooSmallError):
+            engine.set_memory(1000)
+        with pytest.raises(ConfigError, match="unknown setting"):
+            engine.set_mode("exact", speed=11)
+        for number, one in enumerate(heard):
+            assert one.end.reason == "length"
+            assert one.tokens == expected[number % 3]
 
 
 def test_a_change_from_within_the_engines_thread(engine):

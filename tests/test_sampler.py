@@ -26,7 +26,7 @@ def drawn(logits_V: torch.Tensor, number: int, **sampling) -> Counter[int]:
 
 
 def test_temperature_zero_is_the_likeliest() -> None:
-    logits_NV = rows(5)
+    logits_NV = rows(37)
     choosers = [Chooser(Sampling(max_tokens=1, temperature=0.0)) for _ in logits_NV]
     chosen = choose(logits_NV, choosers)
     assert [token for token, _ in chosen] == logits_NV.argmax(-1).tolist()

@@ -5,7 +5,7 @@ of other requests, of steps or of the model.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,12 +42,19 @@ class Language:
 
 
 class Answer:
-    """Prompt and answer of one request."""
+    """Prompt and answer of one request. ended: called with its name, before the last event."""
 
-    def __init__(self, name: str, prompt: Sequence[int], sampling: Sampling, listener: Listener):
+    def __init__(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        listener: Listener,
+        ended: Callable[[str], None],
+    ):
         self.name, self.sampling = name, sampling
         self.prompt, self.chooser = tuple(prompt), Chooser(sampling)
-        self._listener, self._tokens = listener, list(prompt)
+        self._listener, self._ended, self._tokens = listener, ended, list(prompt)
         self._text: TextStream | None = None
         self._ends: frozenset[int] = frozenset()
         self._logprobs: list[TokenLogprob | None] = [None]
@@ -104,6 +111,7 @@ class Answer:
         self.finished = True
         if self._text is not None and self._text.stopped and reason == "length":
             reason = "stop"  # what was held back completed a stop text
+        self._ended(self.name)
         self._tell(
             Finished(
                 reason=reason,

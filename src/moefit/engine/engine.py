@@ -148,7 +148,7 @@ class Engine:
             if self._refusing:
                 raise RefusedError("the server is shutting down and takes no more requests")
             name = next(self._names)
-            answer = Answer(name, prompt_ids, sampling, listener)
+            answer = Answer(name, prompt_ids, sampling, listener, self._forget)
             answer.speak(self._language)
             piece = None if sampling.prompt_logprobs is None else self._rows_at_once()
             self._scheduler.submit(
@@ -273,7 +273,6 @@ class Engine:
         """Through the model with these; what goes wrong there is theirs alone."""
         answers = [self._answers[piece.request] for piece in pieces]
         works = [answer.work(piece) for answer, piece in zip(answers, pieces, strict=True)]
-        before = sum(answer.made for answer in answers)
         try:
             with torch.inference_mode():
                 logits_NV = self._runner.step(works)
@@ -282,27 +281,14 @@ class Engine:
             _LOG.exception("a step of %d requests failed", len(pieces))
             for piece in pieces:
                 self._end(piece.request, "error", _told(error))
-        for answer in answers:
-            if answer.finished:
-                self._forget(answer.name)
-        with self._changed:
-            self._steps += 1
-            self._prompt_tokens += sum(
-                max(0, min(piece.stop, len(answer.prompt)) - piece.start)
-                for answer, piece in zip(answers, pieces, strict=True)
-            )
-            made = sum(answer.made for answer in answers) - before
-            self._made_tokens += made
-            self._recent.append((monotonic(), made))
-            self._pace()
 
     def _take(
         self, pieces: Sequence[Piece], answers: Sequence[Answer], rows: Sequence[Tensor]
     ) -> None:
         """What the step gave: prompts read, and the next token of each whose text is at its end."""
+        self._count_read(pieces, answers)
         going: list[tuple[Answer, Tensor]] = []
         for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
-            self._scheduler.done(piece)
             if piece.start < len(answer.prompt):
                 answer.read(piece, rows_NV)
             if piece.last and not answer.finished:
@@ -311,15 +297,27 @@ class Engine:
             return
         logits_NV = torch.cat([row for _, row in going]) if len(going) > 1 else going[0][1]
         chosen = choose(logits_NV, [answer.chooser for answer, _ in going])
+        with self._changed:
+            self._made_tokens += len(going)
+            self._recent.append((monotonic(), len(going)))
+            self._pace()
+            for answer, _ in going:
+                self._scheduler.grow(answer.name)
         for (answer, _), (token, logprob) in zip(going, chosen, strict=True):
             answer.add(token, logprob)
-            self._scheduler.grow(answer.name)
+
+    def _count_read(self, pieces: Sequence[Piece], answers: Sequence[Answer]) -> None:
+        with self._changed:
+            self._steps += 1
+            for piece, answer in zip(pieces, answers, strict=True):
+                self._scheduler.done(piece)
+                read = min(piece.stop, len(answer.prompt)) - piece.start
+                self._prompt_tokens += max(0, read)
 
     def _end(self, name: str, reason: FinishReason, message: str = "") -> None:
         """A request's last event, if it has not had it, and its places free."""
         if (answer := self._answers.get(name)) is not None:
             answer.finish(reason, message)
-            self._forget(name)
 
     def _forget(self, name: str) -> None:
         with self._changed:
@@ -361,7 +359,7 @@ def _longest(served: ServedModel, wanted: int | None, context: int) -> int:
 
 def _check_generates(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError for a model that does not go on token by token."""
-    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
+    if getattr(type(model), "generate", None) is not vars(GenerationMixin)["generate"]:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not generate text token by token, as requests ask for; "
             "compute with the model itself (moefit.load)"

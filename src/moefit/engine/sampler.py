@@ -101,12 +101,16 @@ class Chooser:
 
 def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[tuple[int, TokenLogprob | None]]:
     """The next token of each row, with its log-probability if asked for."""
-    logits_NV = logits_NV.float()
-    likeliest = logits_NV.argmax(-1).tolist()
-    return [
-        (token, None) if chooser.plain else chooser.choose(logits_V)
-        for chooser, token, logits_V in zip(choosers, likeliest, logits_NV, strict=True)
-    ]
+    chosen: list[tuple[int, TokenLogprob | None]] = []
+    for begin in range(0, len(choosers), _ROWS):
+        rows_NV = logits_NV[begin : begin + _ROWS].float()
+        likeliest = rows_NV.argmax(-1).tolist()
+        some = zip(choosers[begin : begin + _ROWS], likeliest, rows_NV, strict=True)
+        chosen += [
+            (token, None) if chooser.plain else chooser.choose(logits_V)
+            for chooser, token, logits_V in some
+        ]
+    return chosen
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
