@@ -1,0 +1,174 @@
+"""Every family answers through the engine as it does by itself, packed where it can be."""
+
+import pytest
+import torch
+from engines import ask, check_crowd, engine_of, generated, greedy, prompts, running
+from test_encoder_decoder_serving import switch
+from tiny_families import families, tiny_family, token_ids
+from tiny_models import tiny_model
+from tiny_served import COMMON, FAMILIES, saved, tiny
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moefit.api import load as load_model
+from moefit.engine.probe import choose_runner
+from moefit.engine.request import Sampling
+from moefit.engine.runners import PackedRunner
+from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
+
+
+def qwen3_moe():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, head_dim=8
+    )
+    model = Qwen3MoeForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model.eval()
+
+
+MODELS = {
+    **{family: lambda family=family: tiny(family) for family in FAMILIES},
+    "Qwen3Moe": qwen3_moe,
+    "sliding": lambda: tiny("Mixtral", sliding_window=5),
+    "no shared keys": lambda: tiny("Olmoe", num_key_value_heads=4),
+    "positions of the longest": lambda: tiny(
+        "Olmoe",
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "threshold": lambda: tiny_model(inference_rule="threshold:0.9", vocab_size=61),
+    "attention experts": lambda: tiny_model(
+        inference_rule="threshold:0.9", vocab_size=61, num_attention_experts=4, head_dim=8
+    ),
+    "rule of the batch": lambda: tiny_model(inference_rule="threshold_top_k:0.9", vocab_size=61),
+    "Switch": switch,
+}
+SEPARATE = {"positions of the longest", "rule of the batch", "Switch"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_crowd_gets_what_each_would_get_alone(name, tmp_path):
+    folder = saved(MODELS[name](), tmp_path)
+    with engine_of(folder, context=120, prefill_chunk=6, max_concurrency=4) as engine:
+        assert engine.stats().runner == ("separate" if name in SEPARATE else "packed")
+        engine.served.model.generation_config.eos_token_id = None
+        check_crowd(engine)
+        assert engine.served.model.config._attn_implementation != "moefit_packed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
+    folder = saved(tiny(family), tmp_path)
+    with load(folder, LoadSettings(context=50)) as served:
+        runner = choose_runner(served, 50)
+        assert isinstance(runner, PackedRunner)
+        assert 0 < runner.cache.pool.nbytes <= served.budget.kv_cache
+        runner.cache.pool.check()
+        assert runner.cache.pool.extents.free == 50
+
+
+def test_trying_leaves_no_trace(tmp_path):
+    folder = saved(tiny("Olmoe"), tmp_path)
+    with load(folder, LoadSettings()) as served:
+        before = served.report()
+        attention = served.model.config._attn_implementation
+        choose_runner(served, 64)
+        after = served.report()
+        for name in ("resident", "bytes_read", "hits", "fetches", "swaps"):
+            assert after[name] == before[name], name
+        assert served.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("places", [2, 5, 20])
+def test_a_context_of_few_tokens(places, tmp_path):
+    folder = saved(tiny("Olmoe"), tmp_path)
+    with load(folder, LoadSettings(context=places)) as served:
+        served.set_memory(served.budget.everything)  # with a budget, no step may hold more
+        assert choose_runner(served, places).name == "packed"
+
+
+def test_the_budget_counts_all_requests_of_a_step(tmp_path):
+    folder = saved(tiny("Olmoe"), tmp_path)
+    with engine_of(folder, context=60, max_concurrency=4) as engine:
+        heard = [ask(engine, prompts([4])[0], greedy(11)) for _ in range(8)]  # 4 fill the context
+        assert {one.end.reason for one in heard} == {"length"}
+
+
+def test_an_encoder_has_no_logprobs_of_its_prompt(tmp_path):
+    with engine_of(saved(switch(), tmp_path)) as engine:
+        with pytest.raises(ConfigError, match="encodes its prompt"):
+            ask(engine, [5, 6], greedy(2, prompt_logprobs=0))
+        heard = ask(engine, [5, 6], greedy(2, logprobs=1)).wait()
+        assert heard.end.completion_tokens == 2
+
+
+def test_a_model_that_does_not_go_on_token_by_token(tmp_path):
+    folder = saved(tiny_family("diffusion_gemma"), tmp_path)
+    with (
+        pytest.raises(UnsupportedModelError, match="not generate text token by token"),
+        engine_of(folder),
+    ):
+        pass
+
+
+def test_stop_texts_need_a_tokenizer(tmp_path):
+    with engine_of(saved(MODELS["threshold"](), tmp_path)) as engine:
+        with pytest.raises(ConfigError, match="stop texts need a tokenizer"):
+            ask(engine, [5], greedy(2, stop=("x",)))
+        assert ask(engine, [5], greedy(2)).text == ""
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The shipped model, in bfloat16, with its tokenizer."""
+    with load_model("reference", context=512) as served, running(served) as engine:
+        yield engine
+
+
+def ids(engine, text="Once upon a time there was"):
+    return engine.served.tokenizer(text)["input_ids"]
+
+
+def test_text_is_that_of_the_tokens(engine):
+    heard = ask(engine, ids(engine), greedy(16)).wait()
+    assert engine.stats().runner == "packed"
+    assert heard.tokens == generated(engine.served, ids(engine), 16)
+    whole = engine.served.tokenizer.decode([*ids(engine), *heard.tokens])
+    assert whole == "Once upon a time there was" + heard.text
+
+
+def test_a_stop_text(engine):
+    text = ask(engine, ids(engine), greedy(16)).wait().text
+    stop = text[10:14]
+    heard = ask(engine, ids(engine), greedy(16, stop=(stop,))).wait()
+    assert heard.end.reason == "stop"
+    assert heard.text == text[: text.index(stop)]
+    assert stop not in heard.text
+
+
+def test_a_seed_in_a_crowd(engine):
+    sampling = Sampling(max_tokens=12, seed=4, top_p=0.9)
+    alone = ask(engine, ids(engine), sampling).wait().tokens
+    crowd = [ask(engine, ids(engine, "He said"), Sampling(max_tokens=9)) for _ in range(3)]
+    assert ask(engine, ids(engine), sampling).wait().tokens == alone
+    for one in crowd:
+        one.wait()
+
+
+NOT_SERVED = {"diffusion_gemma", "openai_privacy_filter"}  # they don't go on token by token
+OTHER_INPUT = {"qwen3_omni_moe"}  # its text model alone does not generate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(families().keys() - NOT_SERVED - OTHER_INPUT))
+def test_every_family(name, tmp_path):
+    folder = saved(tiny_family(name), tmp_path)
+    with load(folder, LoadSettings(context=256)) as served:
+        served.model.generation_config.eos_token_id = None
+        texts = [token_ids(length, seed=length).tolist() for length in (5, 23, 1, 14)]
+        expected = [generated(served, text) for text in texts]
+        with running(served, prefill_chunk=9, max_concurrency=3) as engine:
+            heard = [ask(engine, text, greedy(8)) for text in texts]
+            assert [one.wait().tokens for one in heard] == expected
