@@ -197,7 +197,7 @@ class PackedCache(Cache):
         return self.pool.extents.places
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0913 - transformers' signature
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -37,6 +37,7 @@ class Runner(Protocol):
 
     name: str
     whole_prompts: bool
+    model: PreTrainedModel
 
     def open(self, request: str, tokens: int) -> None:
         """Make room for a request that will be so many tokens long."""
@@ -59,9 +60,14 @@ class PackedRunner:
 
     def __init__(self, model: PreTrainedModel, places: int):
         self.cache = PackedCache(KvPool(places))
-        self._model, self._device = model, model.device
+        self.model, self._device = model, model.device
         self._lengths: dict[str, int] = {}
+        self._storages: set[int] = set()
         self._keeps = _takes(model, "logits_to_keep")
+
+    def settle(self) -> None:
+        """After steps that tried: give the model keys side by side if it computes with them."""
+        self.cache.gathers = not self._storages <= self.cache.pool.storages()
 
     def open(self, request: str, tokens: int) -> None:
         """Take its places."""
@@ -92,8 +98,8 @@ class PackedRunner:
         keep: dict[str, Any] = {}
         if self._keeps and shape == (1, -1) and len(rows) < len(ids):
             keep["logits_to_keep"] = torch.tensor(rows, device=self._device)
-        with in_force(self._model):
-            logits = self._model(
+        with in_force(self.model):
+            logits = self.model(
                 input_ids=torch.tensor(ids, device=self._device).view(shape),
                 position_ids=torch.tensor(at, device=self._device).view(shape),
                 past_key_values=self.cache,
@@ -101,6 +107,7 @@ class PackedRunner:
                 segments=plan,
                 **keep,
             ).logits
+        self._storages |= plan.storages
         for one in works:
             self._lengths[one.request] = one.past + len(one.tokens)
         logits_NV = logits.flatten(0, 1)
@@ -110,7 +117,9 @@ class PackedRunner:
 def _wanted(works: Sequence[Work]) -> list[int]:
     """Rows of a step's tokens whose logits are asked for."""
     ends = accumulate(len(one.tokens) for one in works)
-    return [row for one, end in zip(works, ends, strict=True) for row in range(end - one.wants, end)]
+    return [
+        row for one, end in zip(works, ends, strict=True) for row in range(end - one.wants, end)
+    ]
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
@@ -126,7 +135,7 @@ class SeparateRunner:
     name = "separate"
 
     def __init__(self, model: PreTrainedModel, *, whole_prompts: bool):
-        self._model, self._device = model, model.device
+        self.model, self._device = model, model.device
         self.whole_prompts = whole_prompts or bool(model.config.is_encoder_decoder)
         self._caches: dict[str, Any] = {}
         self._encoded: dict[str, Any] = {}
@@ -153,14 +162,14 @@ class SeparateRunner:
         inputs: dict[str, Any] = {"input_ids": ids_1T}
         if self._start is not None:
             if work.past == 0:
-                self._encoded[work.request] = self._model.get_encoder()(input_ids=ids_1T)
+                self._encoded[work.request] = self.model.get_encoder()(input_ids=ids_1T)
                 ids_1T = torch.tensor([[self._start]], device=self._device)
             encoded = self._encoded[work.request]
             inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_1T}
         if self._keeps:
             inputs["logits_to_keep"] = max(1, work.wants)
         cache = self._caches[work.request]
-        output = self._model(**inputs, past_key_values=cache, use_cache=True)
+        output = self.model(**inputs, past_key_values=cache, use_cache=True)
         self._caches[work.request] = output.past_key_values
         return output.logits[0, output.logits.shape[1] - work.wants :]
 

@@ -80,7 +80,7 @@ class Scheduler:
 
         Raises QueueFullError. That it fits in at all is the caller's to see to.
         """
-        assert 0 < prompt, "a prompt has tokens"
+        assert prompt > 0, "a prompt has tokens"
         assert prompt + answer <= self.limits.tokens, "it would wait for ever"
         assert name not in self._waiting and name not in self._running, name
         if len(self._waiting) >= self.limits.max_waiting:
@@ -105,9 +105,7 @@ class Scheduler:
 
     def plan(self) -> tuple[Piece, ...]:
         """The next step, decoding first; changes nothing."""
-        pieces = [
-            _piece(request, 1) for request in self._running.values() if not request.reading
-        ]
+        pieces = [_piece(request, 1) for request in self._running.values() if not request.reading]
         reading = [request for request in self._running.values() if request.reading]
         if self.limits.whole_prompts:
             return (*pieces, *(_piece(request, request.prompt) for request in reading[:1]))
@@ -153,9 +151,7 @@ class Scheduler:
 
 def _piece(request: _Request, tokens: int) -> Piece:
     stop = min(request.known, request.read + tokens)
-    return Piece(
-        request=request.name, start=request.read, stop=stop, last=stop == request.known
-    )
+    return Piece(request=request.name, start=request.read, stop=stop, last=stop == request.known)
 
 
 def shared(total: int, wants: Sequence[int]) -> list[int]:
