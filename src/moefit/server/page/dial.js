@@ -14,6 +14,11 @@ export function positionOf(bytes, range) {
   return Math.min(STEPS, Math.max(0, Math.round(((bytes - range.floor) / span) * STEPS)));
 }
 
+/** What sizes on this dial should be told apart by, in bytes: a two-hundredth of its way. */
+export function grain(range) {
+  return (range.top - range.floor) / 200;
+}
+
 /** Where the slider ends: everything, or the budget in force where that is more. */
 export function rangeOf(memory) {
   const { floor, everything, budget } = memory;

@@ -2,8 +2,8 @@
 // is in force is the server's and goes on being shown.
 
 import { byId, element, say } from "./dom.js";
-import { STEPS, bytesAt, change, expertsAt, parseBytes, positionOf, rangeOf, ticks } from "./dial.js";
-import { formatBytes, formatCount } from "./numbers.js";
+import { STEPS, bytesAt, change, expertsAt, grain, parseBytes, positionOf, rangeOf, ticks } from "./dial.js";
+import { formatCount, formatFine } from "./numbers.js";
 
 export class DialView {
   #form = byId("dial");
@@ -23,7 +23,7 @@ export class DialView {
     this.#range.max = String(STEPS);
     this.#range.addEventListener("input", () => {
       this.#want({ bytes: bytesAt(Number(this.#range.value), this.#ends) });
-      this.#box.value = formatBytes(this.#wanted.bytes);
+      this.#box.value = this.#text(this.#wanted.bytes);
     });
     this.#box.addEventListener("input", () => this.#want({ bytes: this.#typed() }));
     this.#bound.addEventListener("input", () => {
@@ -36,6 +36,7 @@ export class DialView {
       event.preventDefault();
       this.#send();
     });
+    new ResizeObserver(() => this.#ends && this.#scale()).observe(byId("ticks"));
     byId("undo").addEventListener("click", () => this.#undo());
     this.#form.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.#undo();
@@ -56,7 +57,7 @@ export class DialView {
   #typed() {
     const text = this.#box.value.trim();
     if (text === "") return undefined;
-    return text === formatBytes(this.#inForce.bytes) ? this.#inForce.bytes : text;
+    return text === this.#text(this.#inForce.bytes) ? this.#inForce.bytes : text;
   }
 
   #want(part) {
@@ -66,10 +67,16 @@ export class DialView {
   }
 
   #undo() {
-    this.#wanted = {};
-    this.#bound.value = "";
+    this.#settle();
     this.#answer("");
     this.#refresh();
+  }
+
+  /** Nothing is being set any more. */
+  #settle() {
+    this.#wanted = {};
+    this.#bound.value = "";
+    this.#box.value = this.#text(this.#inForce.bytes);
   }
 
   #refresh() {
@@ -78,7 +85,7 @@ export class DialView {
     const size = typeof bytes === "number" ? bytes : parseBytes(bytes);
     const pending = change(this.#wanted, this.#inForce) !== null;
     if (this.#wanted.bytes === undefined && document.activeElement !== this.#box) {
-      this.#box.value = formatBytes(this.#inForce.bytes);
+      this.#box.value = this.#text(this.#inForce.bytes);
     }
     if (size !== null) this.#range.value = String(positionOf(size, this.#ends));
     this.#range.setAttribute("aria-valuetext", this.#inWords(size));
@@ -93,14 +100,14 @@ export class DialView {
 
   #inWords(size) {
     if (size === null) return "not a size";
-    return `${formatBytes(size)}, about ${formatCount(expertsAt(size, this.#ends, this.#map))} experts`;
+    return `${this.#text(size)}, about ${formatCount(expertsAt(size, this.#ends, this.#map))} experts`;
   }
 
   #note(pending, size, mode) {
     if (!pending) return MODES[mode] ?? "";
     if (size === null) return "Write a size, such as 4.7GiB or 512MB.";
-    const elsewhere = `In force: ${formatBytes(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
-    if (size < this.#ends.floor) return `Below the floor of ${formatBytes(this.#ends.floor)}. ${elsewhere}`;
+    const elsewhere = `In force: ${this.#text(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
+    if (size < this.#ends.floor) return `Below the floor of ${this.#text(this.#ends.floor)}. ${elsewhere}`;
     const experts = formatCount(expertsAt(size, this.#ends, this.#map));
     return `Not applied yet: about ${experts} of ${formatCount(this.#map.experts)} experts, ${mode}. ${elsewhere}`;
   }
@@ -114,15 +121,24 @@ export class DialView {
     byId("wanted").style.width = `${Math.abs(force - wanted)}%`;
   }
 
+  #text(size) {
+    return formatFine(size, grain(this.#ends));
+  }
+
   #scale() {
     const { floor, top } = this.#ends;
-    const ends = [["first", 0, `floor ${formatBytes(floor)}`], ["last", 1, `all ${formatBytes(top)}`]];
-    const between = ticks(this.#ends).map((size) => ["", (size - floor) / (top - floor), formatBytes(size)]);
-    byId("ticks").replaceChildren(...[...ends, ...between].map(([kind, share, text]) => {
-      const tick = element("span", kind || (share < 0.24 || share > 0.76 ? "bare" : ""), text);
-      tick.style.left = `${share * 100}%`;
-      return tick;
-    }));
+    const box = byId("ticks");
+    const made = [tick("first", 0, `floor ${this.#text(floor)}`), tick("last", 1, `all ${this.#text(top)}`)];
+    const between = ticks(this.#ends).map((size) => tick("", (size - floor) / (top - floor), this.#text(size).replace(/\.?0+ /, " ")));
+    box.replaceChildren(...made, ...between);
+    const [left, right] = [made[0].offsetWidth + 8, box.clientWidth - made[1].offsetWidth - 8];
+    let free = left;
+    for (const one of between) {
+      const from = one.offsetLeft - one.offsetWidth / 2;
+      const fits = from >= free && from + one.offsetWidth <= right;
+      one.classList.toggle("bare", !fits);
+      if (fits) free = from + one.offsetWidth + 12;
+    }
   }
 
   async #send() {
@@ -133,10 +149,9 @@ export class DialView {
     this.#refresh();
     try {
       const memory = await this.#apply(body);
-      this.#wanted = {};
-      this.#bound.value = "";
+      this.#settle();
       const slots = memory.blocks.reduce((sum, block) => sum + block.slots, 0);
-      const size = formatBytes(memory.budget.total ?? memory.everything);
+      const size = this.#text(memory.budget.total ?? memory.everything);
       this.#answer(`In force: ${size}, ${memory.mode}; room for ${formatCount(slots)} of ${formatCount(this.#map.experts)} experts.`);
     } catch (error) {
       this.#answer(error.message, true);
@@ -150,7 +165,14 @@ export class DialView {
     byId("dial-answer").classList.toggle("wrong", wrong);
     byId("dial-answer").setAttribute("role", wrong ? "alert" : "status");
     say("dial-answer", text);
+    byId("dial-note").hidden = text !== "";
   }
+}
+
+function tick(kind, share, text) {
+  const made = element("span", kind, element("span", "", text));
+  made.style.left = `${share * 100}%`;
+  return made;
 }
 
 const MODES = {

@@ -14,22 +14,32 @@ export class History {
 
   /** The line in a box, newest at the right edge; gaps where there were no values. */
   path(width, height) {
-    const known = this.values.filter((value) => value !== null);
-    const top = Math.max(...known, 0) || 1;
+    return this.#runs(width, height).map((run) => `M${run.join("L")}`).join("");
+  }
+
+  /** What is under the line. */
+  area(width, height) {
+    return this.#runs(width, height)
+      .map((run) => `M${run[0].split(" ")[0]} ${height}L${run.join("L")}V${height}Z`).join("");
+  }
+
+  /** Stretches without gaps, as points; zero is the bottom, the largest value the top. */
+  #runs(width, height) {
+    const top = Math.max(...this.values.filter((value) => value !== null), 0) || 1;
     const step = width / (this.length - 1);
     const first = this.length - this.values.length;
-    let path = "";
-    let pen = "M";
+    const runs = [];
+    let open = null;
     this.values.forEach((value, index) => {
       if (value === null) {
-        pen = "M";
+        open = null;
         return;
       }
+      if (!open) runs.push((open = []));
       const y = height - 1 - (value / top) * (height - 2);
-      path += `${pen}${((first + index) * step).toFixed(1)} ${y.toFixed(1)}`;
-      pen = "L";
+      open.push(`${((first + index) * step).toFixed(1)} ${y.toFixed(1)}`);
     });
-    return path;
+    return runs;
   }
 }
 

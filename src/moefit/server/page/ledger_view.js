@@ -2,7 +2,8 @@
 
 import { byId, element, say } from "./dom.js";
 import { ledger, sentence } from "./ledger.js";
-import { formatBytes, formatCount } from "./numbers.js";
+import { grain, rangeOf } from "./dial.js";
+import { formatBytes, formatCount, formatFine } from "./numbers.js";
 
 export class LedgerView {
   #bar = byId("bar");
@@ -15,23 +16,23 @@ export class LedgerView {
     if (!this.#rows.size) this.#build(view);
     for (const part of view.parts) this.#part(part, memory);
     this.#mark("floor", view.marks.floor, formatBytes(view.floor));
-    this.#mark("held", view.marks.held, `${formatBytes(view.held)}, at most ${formatBytes(view.peak)} so far`);
+    this.#mark("held", view.marks.held, `${formatBytes(view.held)}, peak ${formatBytes(view.peak)}`);
     const [from, to] = [view.marks.floor * 100, view.marks.everything * 100];
     byId("funnel").setAttribute("points", `${from},0 ${to},0 100,100 0,100`);
     byId("ledger").setAttribute("aria-label", sentence(view, formatBytes));
-    say("budget", formatBytes(view.total));
+    say("budget", formatFine(view.total, grain(rangeOf(memory))));
     say("budget-note", view.limited
-      ? `of ${formatBytes(view.everything)} for every expert` : "no limit: every expert is in memory");
+      ? `of ${formatFine(view.everything, grain(rangeOf(memory)))} for every expert` : "no limit: every expert is in memory");
   }
 
   #build(view) {
     for (const part of view.parts) {
-      const segment = element("div", `part ${part.key}`);
+      const segment = element("div", `part ${part.key}`, element("i"));
       this.#bar.append(segment);
       this.#rows.set(part.key, { segment, value: this.#row(part.key, part.label) });
     }
-    this.#rows.set("floor", { value: this.#row("floor", "Floor of the budget") });
-    this.#rows.set("held", { value: this.#row("held", "The process holds now") });
+    this.#rows.set("floor", { value: this.#row("floor", "Floor") });
+    this.#rows.set("held", { value: this.#row("held", "Process now") });
   }
 
   #row(key, label) {
@@ -44,6 +45,9 @@ export class LedgerView {
     const { segment, value } = this.#rows.get(key);
     segment.style.left = `${from * 100}%`;
     segment.style.width = `${(to - from) * 100}%`;
+    if (key === "kv_cache" && memory.kv_tokens) {
+      segment.firstChild.style.width = `${(100 * memory.kv_tokens_used) / memory.kv_tokens}%`;
+    }
     const used = key === "kv_cache" && memory.kv_tokens
       ? `, ${formatCount(memory.kv_tokens_used)} of ${formatCount(memory.kv_tokens)} tokens` : "";
     segment.title = `${formatBytes(bytes)}${used}`;

@@ -32,6 +32,7 @@ function heard(memory) {
 }
 
 function show(memory) {
+  byId("main").hidden = false;
   const cells = grid(memory.blocks);
   document.title = `${memory.model} · moefit`;
   say("model", memory.model);

@@ -8,12 +8,12 @@ import { level } from "./residency.js";
 const LEVELS = 24;
 export const TOP = 18;
 
-/** Sizes in CSS pixels for so many rows and columns in a box of this width. */
-export function geometry(rows, columns, width) {
-  const roomy = Math.min(36, Math.floor(width / Math.max(1, columns)));
-  const x = Math.max(5, roomy);
-  const tall = Math.max(8, Math.floor(520 / Math.max(1, rows)));
-  const y = Math.max(8, Math.min(x < 10 ? 10 : x, 30, tall));
+/** Sizes in CSS pixels for so many rows and columns in a box of this width; `dots` to a pixel. */
+export function geometry(rows, columns, width, dots = 1) {
+  const roomy = Math.floor((width / Math.max(1, columns)) * dots) / dots;
+  const x = Math.max(4, Math.min(44, roomy));
+  const tall = Math.floor(520 / Math.max(1, rows));
+  const y = Math.max(8, Math.min(Math.round(x * 1.5), 30, tall));
   const gap = Math.min(x, y) >= 14 ? 4 : Math.min(x, y) >= 9 ? 2 : 1;
   return { x, y, gap, width: x * columns, height: TOP + y * rows };
 }
@@ -28,6 +28,7 @@ export function palette(style) {
     empty: colour("--in-empty"),
     text: colour("--muted"),
     cursor: colour("--ink"),
+    font: colour("--sans"),
   };
 }
 
@@ -43,13 +44,18 @@ function shadeOf(colours, cell) {
   return colours[Math.round(Math.sqrt(Math.min(1, Math.max(0, cell.shade))) * (LEVELS - 1))];
 }
 
-/** Expert numbers over the columns, as many as have room. */
-export function paintAxis(context, size, columns, paint) {
+/** Expert numbers over the columns, as many as have room; or what the order is instead. */
+export function paintAxis(context, size, columns, paint, order = "") {
   const step = [1, 2, 4, 8, 16, 32, 64].find((one) => one * size.x >= 28) ?? 128;
   context.fillStyle = paint.text;
-  context.font = "11px system-ui, sans-serif";
-  context.textAlign = "center";
+  context.font = `11px ${paint.font}`;
   context.textBaseline = "middle";
+  context.textAlign = "left";
+  if (order) {
+    context.fillText(order, 2, 8);
+    return;
+  }
+  context.textAlign = "center";
   for (let column = 0; column < columns; column += step) {
     const middle = Math.max(context.measureText(String(column)).width / 2, (column + 0.5) * size.x);
     context.fillText(String(column), middle, 8);

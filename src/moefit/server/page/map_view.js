@@ -67,7 +67,7 @@ export class MapView {
     labels.replaceChildren(...rows.map((row) => element("span", "", row.label)));
     tails.replaceChildren(...rows.map(() => element("span")));
     const beside = labels.offsetWidth + 58;
-    this.#size = geometry(rows.length, columns, this.#box.clientWidth - beside);
+    this.#size = geometry(rows.length, columns, this.#box.clientWidth - beside, devicePixelRatio);
     const every = Math.ceil(13 / this.#size.y);
     for (const column of [labels, tails]) {
       column.style.paddingTop = `${TOP}px`;
@@ -103,7 +103,7 @@ export class MapView {
     this.#canvas.style.height = `${size.height}px`;
     context.scale(scale, scale);
     const paint = palette(getComputedStyle(document.documentElement));
-    paintAxis(context, size, byId("map-sort").checked ? 0 : this.#map.columns, paint);
+    paintAxis(context, size, this.#map.columns, paint, byId("map-sort").checked ? "most important first" : "");
     this.#map.rows.forEach((row, index) => {
       for (let column = 0; column < row.cells.length; column += 1) {
         const cell = this.#cellAt({ row: index, column });
@@ -175,9 +175,9 @@ export class MapView {
 
   #legend() {
     const items = [
-      [element("i", "square"), "in memory"],
-      [element("i", "dot"), "in storage"],
-      [element("i", "ramp"), "the fuller the colour, the more important in its layer"],
+      [shades("square"), "in memory"],
+      [shades("dot"), "in storage"],
+      ["", "fuller colour: more important in its layer"],
     ];
     for (const [format, count] of this.#map.mixed ? this.#map.formats : []) {
       const swatch = element("i", "square format", element("i"));
@@ -192,4 +192,8 @@ export class MapView {
     byId("map-legend").dataset.shown = shown;
     byId("map-legend").replaceChildren(...items.map(([swatch, text]) => element("span", "", swatch, text)));
   }
+}
+
+function shades(kind) {
+  return element("i", "shades", ...["low", "half", "high"].map((shade) => element("i", `${kind} ${shade}`)));
 }

@@ -16,10 +16,18 @@ function decimals(size) {
   return Math.abs(size) < 10 ? 2 : Math.abs(size) < 100 ? 1 : 0;
 }
 
-/** A whole number with thin spaces between thousands; a dash for none. */
+/** As formatBytes, with the decimals that tell sizes apart which differ by `step`. */
+export function formatFine(size, step) {
+  const power = Math.min(UNITS.length - 1, Math.max(0, Math.floor(Math.log2(Math.max(1, size)) / 10)));
+  const scaled = size / 1024 ** power;
+  const needed = step > 0 ? Math.ceil(Math.log10(1024 ** power / step)) : 0;
+  return `${scaled.toFixed(power ? Math.min(3, Math.max(decimals(scaled), needed)) : 0)} ${UNITS[power]}`;
+}
+
+/** A whole number with commas between thousands; a dash for none. */
 export function formatCount(value) {
   if (value == null) return "–";
-  return String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
+  return String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, ",");
 }
 
 /** A rate with as many decimals as it deserves; a dash for none. */

@@ -48,12 +48,14 @@ export class PaceView {
     spark.setAttribute("viewBox", "0 0 120 30");
     spark.setAttribute("preserveAspectRatio", "none");
     spark.setAttribute("aria-hidden", "true");
-    spark.append(line);
+    const area = document.createElementNS(SVG, "path");
+    area.classList.add("area");
+    spark.append(area, line);
     const text = element("div", "", element("h3", "", label), element("p", "", value, note));
     const tile = element("div", `tile ${key}`, text);
     tile.append(spark);
     byId("tiles").append(tile);
-    this.#tiles.set(key, { value, note, line, history: new History() });
+    this.#tiles.set(key, { value, note, line, area, history: new History() });
   }
 
   #set(key, number, text, note) {
@@ -62,6 +64,7 @@ export class PaceView {
     say(tile.value, text);
     say(tile.note, note);
     tile.line.setAttribute("d", tile.history.path(120, 30));
+    tile.area.setAttribute("d", tile.history.area(120, 30));
   }
 }
 
