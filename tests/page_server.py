@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
+from pathlib import Path
 
-PAGE = files("moefit.server") / "page"
+import moefit
+
+PAGE = Path(moefit.__file__).parent / "server" / "page"
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 MIB = 1 << 20
 
@@ -36,7 +38,8 @@ class Pretender:
         self.total: int | None = (self.floor + 2 * self.everything) // 3
         self.mode, self.hits, self.fetches, self.read, self.running = "exact", 0, 0, 0, 0
         self.key: str | None = None
-        self.fails = 0
+        self.fails = False
+        self.breaks_after: int | None = None
         self.asked: list[str] = []
         self.changes: list[dict] = []
         self.weights = [
@@ -101,8 +104,12 @@ class Pretender:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    model: Pretender
+    serving: dict[str, Pretender]
     protocol_version = "HTTP/1.1"
+
+    @property
+    def model(self) -> Pretender:
+        return self.serving["model"]
 
     def log_message(self, format, *args):
         pass
@@ -152,9 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        self.model.running += 1
+        model = self.model
+        model.running += 1
         try:
             for number in range(body["max_tokens"]):
+                if number == model.breaks_after:
+                    error = {"message": "a shard could not be read", "code": 500}
+                    return self._event({"error": error})
                 text = "return <b>x</b>\n    " if number % 7 == 6 else f"word{number} "
                 self._event({"choices": [{"text": text, "finish_reason": None}]})
                 time.sleep(0.02)
@@ -165,17 +176,17 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             pass
         finally:
-            self.model.running -= 1
+            model.running -= 1
 
     def _event(self, value):
         self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
 
 
 @contextmanager
-def pretend(model: Pretender, port: int = 0) -> Iterator[str]:
-    """Serve it; gives the address."""
-    handler = type("Handler", (_Handler,), {"model": model})
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+def pretend(serving: dict[str, Pretender]) -> Iterator[str]:
+    """Serve `serving["model"]`, whichever that is at the time; gives the address."""
+    handler = type("Handler", (_Handler,), {"serving": serving})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -13,7 +13,7 @@ export function geometry(rows, columns, width, dots = 1) {
   const roomy = Math.floor((width / Math.max(1, columns)) * dots) / dots;
   const x = Math.max(4, Math.min(44, roomy));
   const tall = Math.floor(520 / Math.max(1, rows));
-  const y = Math.max(8, Math.min(Math.round(x * 1.5), 30, tall));
+  const y = Math.max(8, Math.min(Math.max(10, Math.round(x * 1.5)), 30, tall));
   const gap = Math.min(x, y) >= 14 ? 4 : Math.min(x, y) >= 9 ? 2 : 1;
   return { x, y, gap, width: x * columns, height: TOP + y * rows };
 }
