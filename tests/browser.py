@@ -10,12 +10,14 @@ import pytest
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not CHROMIUM or not DRIVER:
     pytest.skip("Chromium and chromedriver are not installed", allow_module_level=True)
 
+__all__ = ["Browser", "Keys", "browser"]
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 PATIENCE = 20
 
@@ -57,9 +59,7 @@ class Browser:
 
     def write(self, name: str, text: str) -> None:
         """Type over what is there."""
-        box = self.by_id(name)
-        box.clear()
-        box.send_keys(text)
+        self.by_id(name).send_keys(Keys.CONTROL + "a", Keys.NULL, text)
 
     def until(self, holds):
         """Wait until it holds; gives what it gave."""
@@ -102,6 +102,7 @@ def browser() -> Iterator[Browser]:
     service = Service(DRIVER, log_output=os.devnull)
     driver = webdriver.Chrome(options=options, service=service)
     driver.set_script_timeout(PATIENCE)
+    driver.set_page_load_timeout(PATIENCE)
     try:
         yield Browser(driver)
     finally:

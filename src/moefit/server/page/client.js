@@ -4,7 +4,8 @@ import { EventReader } from "./events.js";
 
 const KEY = "moefit-api-key";
 
-/** The server answered, but not with what was asked for; the message is its own. */
+/** The server answered, but not with what was asked for; the message is its own. In a stream
+    there is no status. */
 export class ApiError extends Error {
   constructor(message, status) {
     super(message);
@@ -40,7 +41,7 @@ export class Client {
       for (const data of events.push(value)) {
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
-        if (event.error) throw new ApiError(event.error.message, event.error.code);
+        if (event.error) throw new ApiError(event.error.message, null);
         yield event;
       }
     }

@@ -1,6 +1,6 @@
 // The page: one client, one poller, five views.
 
-import { Client } from "./client.js";
+import { ApiError, Client } from "./client.js";
 import { byId, say } from "./dom.js";
 import { DialView } from "./dial_view.js";
 import { LedgerView } from "./ledger_view.js";
@@ -51,7 +51,7 @@ function failed(error, nextTry) {
     return;
   }
   state("reconnecting", "reconnecting");
-  const what = error.status ? error.message : "the server does not answer";
+  const what = error instanceof ApiError ? error.message : "the server does not answer";
   say("trouble", `What you see is the last that was heard: ${what}. Next try in ${Math.round(nextTry / 1000)} s.`);
   byId("trouble").hidden = false;
 }
@@ -73,7 +73,12 @@ function state(name, text) {
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  client.key = byId("key-input").value.trim();
+  const key = byId("key-input").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    say("key-note", "A key is plain letters, digits and signs, without spaces.");
+    return;
+  }
+  client.key = key;
   byId("key-input").value = "";
   poller.now();
 });

@@ -2,7 +2,7 @@
 
 import { byId, element, say } from "./dom.js";
 import { formatCount } from "./numbers.js";
-import { describe, level, summary } from "./residency.js";
+import { NATIVE, describe, level, summary } from "./residency.js";
 import { TOP, geometry, paintAxis, paintCell, paintCursor, palette } from "./map_paint.js";
 
 const MOVE_MS = 380;
@@ -184,9 +184,8 @@ export class MapView {
       swatch.firstChild.style.height = `${level(format) * 100}%`;
       items.push([swatch, `${format} × ${formatCount(count)}`]);
     }
-    if (!this.#map.mixed && this.#map.formats.size) {
-      items[0][1] = `in memory, all as ${[...this.#map.formats.keys()][0]}`;
-    }
+    const [only] = this.#map.formats.keys();
+    if (!this.#map.mixed && only && only !== NATIVE) items[0][1] = `in memory, all as ${only}`;
     const shown = items.map(([, text]) => text).join("|");
     if (byId("map-legend").dataset.shown === shown) return;
     byId("map-legend").dataset.shown = shown;

@@ -1,5 +1,6 @@
 // The box to try a prompt: one completion at a time, as it comes.
 
+import { ApiError } from "./client.js";
 import { byId, say } from "./dom.js";
 import { formatCount, formatRate, formatSeconds } from "./numbers.js";
 
@@ -89,7 +90,7 @@ export class PromptView {
 
   #fail(error) {
     byId("try-state").classList.add("wrong");
-    say("try-state", error.status ? error.message : `The connection broke: ${error.message}`);
+    say("try-state", error instanceof ApiError ? error.message : `The connection broke: ${error.message}`);
   }
 
   #buttons(running) {

@@ -1,5 +1,8 @@
 // Which experts are where, as rows of cells. Pure.
 
+/** The format that is the checkpoint's own precision. */
+export const NATIVE = "native";
+
 /**
  * Blocks of GET /v1/memory as a grid.
  *
@@ -61,11 +64,6 @@ export function level(format) {
   return bits ? Math.min(1, 0.04 + 0.095 * Number(bits[1])) : 1;
 }
 
-/** A letter or number for a format, where there is room for one. */
-export function mark(format) {
-  return /^int(\d+)/.exec(format ?? "")?.[1] ?? (format ?? "").slice(0, 1).toUpperCase();
-}
-
 /** The map in a sentence. */
 export function summary(map) {
   const full = map.rows.filter((one) => one.resident === one.cells.length).length;
@@ -78,7 +76,7 @@ export function summary(map) {
 /** One cell in words. */
 export function describe(one, cell) {
   const where = cell.resident
-    ? `in memory${cell.format ? ` as ${cell.format}` : ""}`
+    ? `in memory${cell.format && cell.format !== NATIVE ? ` as ${cell.format}` : ""}`
     : "in storage";
   return `Layer ${one.label}, expert ${cell.expert}: ${where}; importance ` +
     `${cell.importance.toFixed(3)}, ${ordinal(cell.rank)} of ${one.cells.length}`;
