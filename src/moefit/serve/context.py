@@ -6,12 +6,22 @@ nothing of experts.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moefit.errors import ConfigError
+
+
+@runtime_checkable
+class TokenHolder(Protocol):
+    """A cache that several sequences of different lengths share, and that can count."""
+
+    def tokens_held(self) -> int:
+        """Tokens of all sequences, those of the step that is about to be made included."""
+        ...
+
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -38,6 +48,8 @@ def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> Removabl
 
 def _held(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     """Tokens of the longer side of the step, its past included, over all sequences."""
+    if isinstance(shared := named.get("past_key_values"), TokenHolder):
+        return shared.tokens_held()
     given = [*inputs[:1], *(named.get(name) for name in _TOKENS)]
     tensors = [one for one in given if isinstance(one, Tensor) and one.dim() >= 2]
     if not tensors:

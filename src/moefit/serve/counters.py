@@ -10,10 +10,14 @@ from typing import Any
 
 @dataclass(slots=True)
 class Counters:
-    """Sums over all blocks. Masses are shares of router weight, one entry per block and step."""
+    """Sums over all blocks. Masses are shares of router weight, one entry per block and step.
+
+    substitutions: experts that a step asked for and others answered for.
+    """
 
     hits: int = 0
     fetches: int = 0
+    substitutions: int = 0
     swaps: int = 0
     wait_seconds: float = 0.0
     substituted: float = 0.0
@@ -32,6 +36,5 @@ class Counters:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = asdict(self)
-        del values["substituted"], values["routed"]
-        return {**values, "hit_rate": self.hit_rate, "substituted_mass": self.substituted_mass}
+        rates = {"hit_rate": self.hit_rate, "substituted_mass": self.substituted_mass}
+        return {**asdict(self), **rates}

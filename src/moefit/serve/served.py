@@ -26,6 +26,7 @@ from moefit.serve.ledger import held_bytes, peak_held_bytes
 from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
+from moefit.serve.view import BlockView, view_of
 from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
 
 
@@ -193,7 +194,8 @@ class ServedModel:
         """Bytes by part, residents by block, and what happened since loading or `reset`.
 
         `process_bytes` and its peak are the process's on the model's device: resident set, or GPU
-        memory that torch has reserved. `host_...` are there on a GPU (`HostTier.report`).
+        memory that torch has reserved. `loads` took `load_seconds` together, many side by side.
+        `host_...` are there on a GPU (`HostTier.report`).
         """
         device = self.model.device
         with self._live.lock:
@@ -217,12 +219,19 @@ class ServedModel:
                 ),
                 "packed_ignored": list(self._store.packed.ignored),
                 "bytes_read": self._store.bytes_read,
+                "loads": self._live.transfer.loads,
+                "load_seconds": self._live.transfer.load_seconds,
                 **(self._tier.report() if self._tier else {}),
                 **self._live.counters.as_dict(),
             }
 
+    def views(self) -> list[BlockView]:
+        """Every block as it is now, for people to look at."""
+        with self._live.lock:
+            return [view_of(name, experts) for name, experts in self.blocks.items()]
+
     def reset(self) -> None:
-        """Count from zero; bytes read go on."""
+        """Count from zero; loads and bytes read go on."""
         with self._live.lock:
             self._live.counters.__init__()
 

@@ -8,6 +8,7 @@ Knows nothing of tables, policies or modes.
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
+from threading import Lock
 from time import perf_counter
 
 from moefit.serve.copies import CopyEngine, CpuCopies
@@ -26,6 +27,8 @@ class Transfer:
     def __init__(self, source: Source, *, readers: int = 4, engine: CopyEngine | None = None):
         self._source, self._engine = source, engine or CpuCopies()
         self.readers = readers
+        self._lock = Lock()
+        self.loads, self.load_seconds = 0, 0.0  # that ended well
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moefit-transfer")
         self._background = ThreadPoolExecutor(
             BACKGROUND_READERS, thread_name_prefix="moefit-background"
@@ -56,7 +59,10 @@ class Transfer:
         began = perf_counter()
         with ordered:
             self._source.read(block, expert, slot)
-        return perf_counter() - began
+        seconds = perf_counter() - began
+        with self._lock:
+            self.loads, self.load_seconds = self.loads + 1, self.load_seconds + seconds
+        return seconds
 
 
 def finish(load: Future[float]) -> None:

@@ -297,6 +297,8 @@ class VirtualExperts(nn.Module):
             routing = mass_kept(chosen, routing)
         if routing is not chosen:
             self.live.counters.substituted += substituted_mass(chosen, routing)
+            asked, answering = (set(one.ids_TK.unique().tolist()) for one in (chosen, routing))
+            self.live.counters.substitutions += len(asked - answering)
         self.live.counters.routed += 1
         return routing
 

@@ -1,0 +1,121 @@
+"""One request while it is served: its text so far, and what its listener hears.
+
+Owns the tokens of prompt and answer, when the answer ends, and the order of events. Knows nothing
+of other requests, of steps or of the model.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moefit.engine.request import (
+    Event,
+    Finished,
+    FinishReason,
+    Listener,
+    Prompt,
+    Sampling,
+    Token,
+    TokenLogprob,
+)
+from moefit.engine.runners import Work
+from moefit.engine.sampler import Chooser, logprobs_of
+from moefit.engine.scheduler import Piece
+from moefit.engine.text import TextStream
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Language:
+    """What an answer is read with. tokenizer None: it is tokens alone.
+
+    ends: the tokens that end a text. continues: the answer goes on from the prompt's text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    ends: frozenset[int]
+    continues: bool = True
+
+
+class Answer:
+    """Prompt and answer of one request."""
+
+    def __init__(self, name: str, prompt: Sequence[int], sampling: Sampling, listener: Listener):
+        self.name, self.sampling = name, sampling
+        self.prompt, self.chooser = tuple(prompt), Chooser(sampling)
+        self._listener, self._tokens = listener, list(prompt)
+        self._text: TextStream | None = None
+        self._ends: frozenset[int] = frozenset()
+        self._logprobs: list[TokenLogprob | None] = [None]
+        self.finished = False
+
+    @property
+    def made(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self._tokens) - len(self.prompt)
+
+    def speak(self, language: Language) -> None:
+        """Turn tokens into text this way."""
+        if language.tokenizer is not None:
+            after = self.prompt if language.continues else ()
+            self._text = TextStream(language.tokenizer, self.sampling.stop, after=after)
+        ends = frozenset() if self.sampling.ignore_eos else language.ends
+        self._ends = ends | self.sampling.stop_ids
+
+    def work(self, piece: Piece) -> Work:
+        """A piece's tokens, and which logits it needs."""
+        tokens = self._tokens[piece.start : piece.stop]
+        reading = self.sampling.prompt_logprobs is not None and piece.start < len(self.prompt)
+        wants = len(tokens) if reading else int(piece.last)
+        return Work(request=self.name, tokens=tokens, past=piece.start, wants=wants)
+
+    def read(self, piece: Piece, logits_NV: Tensor) -> None:
+        """That piece of the prompt has been read, with these logits of what was asked for."""
+        if (top := self.sampling.prompt_logprobs) is not None:
+            following = self.prompt[piece.start + 1 : piece.stop + 1]
+            self._logprobs += logprobs_of(logits_NV[: len(following)], following, top)
+        if piece.stop == len(self.prompt):
+            told = None if self.sampling.prompt_logprobs is None else tuple(self._logprobs)
+            self._tell(Prompt(logprobs=told))
+            self._logprobs = []
+            if self.sampling.max_tokens == 0:
+                self.finish("length")
+
+    def add(self, token: int, logprob: TokenLogprob | None) -> None:
+        """The answer has one more token; may end with it."""
+        self._tokens.append(token)
+        ends = token in self._ends
+        text = "" if ends or self._text is None else self._text.push(token)
+        self._tell(Token(token=token, text=text, logprob=logprob))
+        if ends or (self._text is not None and self._text.stopped):
+            self.finish("stop")
+        elif self.made >= self.sampling.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, message: str = "") -> None:
+        """The last event; after it nothing more is told."""
+        if self.finished:
+            return
+        text = self._text.finish() if self._text is not None else ""
+        self.finished = True
+        if self._text is not None and self._text.stopped and reason == "length":
+            reason = "stop"  # what was held back completed a stop text
+        self._tell(
+            Finished(
+                reason=reason,
+                prompt_tokens=len(self.prompt),
+                completion_tokens=self.made,
+                text=text,
+                message=message,
+            )
+        )
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._listener(event)
+        except Exception:  # noqa: BLE001 - whatever a listener does, others are served
+            _LOG.exception("the listener of request %s failed", self.name)

@@ -1,0 +1,376 @@
+"""Many requests through one served model, a step at a time.
+
+Owns the thread that steps, and what other threads may ask of it: submit, cancel, drain, close,
+change of budget and mode, statistics. Changes are made between steps. Decisions are the
+scheduler's, computing the runner's. Knows nothing of HTTP.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from itertools import count
+from threading import Condition, Thread, current_thread
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefit.engine.answer import Answer, Language
+from moefit.engine.probe import choose_runner
+from moefit.engine.request import FinishReason, Listener, Sampling
+from moefit.engine.sampler import check_sampling, choose
+from moefit.engine.scheduler import Limits, Piece, Scheduler
+from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
+from moefit.serve.budget import MemoryBudget
+from moefit.serve.served import ServedModel
+from moefit.serve.virtual_experts import Mode, Policy
+
+_LOG = logging.getLogger(__name__)
+_RECENT = 5.0  # seconds that `tokens_per_second` looks back
+_LOGIT_BYTES = 16 << 20  # of the prompt's logits in one step, where they are asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How requests share the model.
+
+    max_concurrency: requests that run at once. max_model_len: prompt and answer of one request;
+    None is the model's own, as far as the context's tokens go. prefill_chunk: tokens of prompts in
+    one step, so that decoding goes on between. max_waiting: requests that may wait for a place.
+    """
+
+    max_concurrency: int = 16
+    max_model_len: int | None = None
+    prefill_chunk: int = 128
+    max_waiting: int = 1024
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "max_model_len":
+                continue
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{field.name}={value!r}, but it is a whole number, 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing, and has done.
+
+    kv_tokens: of the context; kv_tokens_used: reserved by requests that run. Totals count from the
+    engine's beginning; tokens_per_second is of answers, over the last few seconds.
+    """
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    tokens_per_second: float
+    steps: int
+    runner: str
+
+
+class Engine:
+    """Thread-safe. While it is started, the model is its own: nobody else computes with it."""
+
+    def __init__(self, served: ServedModel, settings: EngineSettings | None = None):
+        self.served, self.settings = served, settings or EngineSettings()
+        self.settings.check()
+        context = served.budget.context or self.settings.max_model_len or 2048
+        self.max_model_len = _longest(served, self.settings.max_model_len, context)
+        self._language = _language(served)
+        self._vocabulary = _vocabulary(served)
+        self._runner = choose_runner(served, context)
+        self._scheduler = Scheduler(
+            Limits(
+                tokens=context,
+                max_concurrency=self.settings.max_concurrency,
+                prefill_chunk=self.settings.prefill_chunk,
+                max_waiting=self.settings.max_waiting,
+                whole_prompts=self._runner.whole_prompts,
+            )
+        )
+        self._answers: dict[str, Answer] = {}
+        self._cancelled: set[str] = set()
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._names = (f"request-{number}" for number in count(1))
+        self._changed = Condition()  # guards all of this
+        self._thread: Thread | None = None
+        self._refusing = self._closing = False
+        self._steps = self._prompt_tokens = self._made_tokens = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def start(self) -> None:
+        """Begin to step."""
+        with self._changed:
+            if self._closing:
+                raise RefusedError("the engine has been closed; make another")
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="moefit-engine", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the step under way; every request that is left hears that it is cancelled."""
+        with self._changed:
+            self._refusing = self._closing = True
+            self._changed.notify_all()
+        if self._thread not in (None, current_thread()):
+            self._thread.join()
+        for name in list(self._answers):
+            self._end(name, "cancelled")
+        for _, future in self._commands:
+            future.set_exception(RefusedError("the engine was closed"))
+        self._commands.clear()
+
+    def drain(self, timeout: float) -> bool:
+        """Take no more requests, and wait for those that are there; False if some are left."""
+        with self._changed:
+            self._refusing = True
+            return self._changed.wait_for(lambda: not self._answers, timeout)
+
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, listener: Listener) -> str:
+        """Ask for an answer; the listener hears of it. Returns the request's name.
+
+        Raises RequestTooLargeError for one that can never be held, QueueFullError, RefusedError
+        while closing, ConfigError for values that cannot be.
+        """
+        self._check(prompt_ids, sampling)
+        with self._changed:
+            if self._refusing:
+                raise RefusedError("the server is shutting down and takes no more requests")
+            name = next(self._names)
+            answer = Answer(name, prompt_ids, sampling, listener)
+            answer.speak(self._language)
+            piece = None if sampling.prompt_logprobs is None else self._rows_at_once()
+            self._scheduler.submit(
+                name, prompt=len(prompt_ids), answer=sampling.max_tokens, piece=piece
+            )
+            self._answers[name] = answer
+            self._changed.notify_all()
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step. One that is not there any more is left alone."""
+        with self._changed:
+            if request_id in self._answers:
+                self._cancelled.add(request_id)
+                self._changed.notify_all()
+
+    def set_memory(self, memory: str | int | None) -> MemoryBudget:
+        """As `ServedModel.set_memory`, between two steps."""
+        return self._between_steps(lambda: self.served.set_memory(memory))
+
+    def set_mode(self, mode: Mode, **settings: Any) -> Policy:
+        """As `ServedModel.set_mode`, between two steps."""
+        return self._between_steps(lambda: self.served.set_mode(mode, **settings))
+
+    def stats(self) -> EngineStats:
+        """What is going on."""
+        with self._changed:
+            return EngineStats(
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                kv_tokens_used=self._scheduler.reserved,
+                kv_tokens=self._scheduler.limits.tokens,
+                prompt_tokens_total=self._prompt_tokens,
+                generation_tokens_total=self._made_tokens,
+                tokens_per_second=self._pace(),
+                steps=self._steps,
+                runner=self._runner.name,
+            )
+
+    def check(self) -> None:
+        """Raise AssertionError if the scheduler's requests are not the engine's."""
+        with self._changed:
+            self._scheduler.check()
+            known = {*self._scheduler.running, *self._scheduler.waiting}
+            assert known == self._answers.keys(), known ^ self._answers.keys()
+
+    def _check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        check_sampling(sampling)
+        if not prompt_ids:
+            raise ConfigError("the prompt has no tokens; give at least one")
+        if wrong := [token for token in prompt_ids if not 0 <= token < self._vocabulary]:
+            raise ConfigError(
+                f"token {wrong[0]} does not exist; the model's are 0 to {self._vocabulary - 1}"
+            )
+        if sampling.stop and self._language.tokenizer is None:
+            raise ConfigError("stop texts need a tokenizer, and the model's folder has none")
+        if sampling.prompt_logprobs is not None and not self._language.continues:
+            raise ConfigError(
+                f"{type(self.served.model).__name__} encodes its prompt and gives no log-"
+                "probabilities of it; leave prompt_logprobs (echo) out"
+            )
+        wanted = len(prompt_ids) + sampling.max_tokens
+        if wanted > self.max_model_len:
+            raise RequestTooLargeError(
+                f"a prompt of {len(prompt_ids):,} tokens and an answer of up to "
+                f"{sampling.max_tokens:,} are {wanted:,}, but one request holds at most "
+                f"{self.max_model_len:,}; give max_tokens="
+                f"{max(0, self.max_model_len - len(prompt_ids)):,} or less, or a shorter prompt"
+            )
+
+    def _rows_at_once(self) -> int:
+        """Tokens of a prompt whose logits may be held together."""
+        return _LOGIT_BYTES // (self._vocabulary * self.served.model.dtype.itemsize)
+
+    def _between_steps(self, change: Callable[[], Any]) -> Any:
+        future: Future[Any] = Future()
+        with self._changed:
+            direct = self._thread in (None, current_thread()) or self._closing
+            if not direct:
+                self._commands.append((change, future))
+                self._changed.notify_all()
+        return change() if direct else future.result()
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._due)
+                if self._closing:
+                    return
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 - a fault of our own; nobody shall hang
+                _LOG.exception("the engine failed between steps")
+                for name in list(self._answers):
+                    self._end(name, "error", _told(error))
+
+    def _due(self) -> bool:
+        return bool(self._closing or self._commands or self._cancelled or self._answers)
+
+    def _turn(self) -> None:
+        """What was asked for since the last step, and the next step."""
+        while self._commands:
+            change, future = self._commands.popleft()
+            try:
+                future.set_result(change())
+            except BaseException as error:  # noqa: BLE001 - whoever asked hears it
+                future.set_exception(error)
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+        for name in cancelled:
+            self._end(name, "cancelled")
+        with self._changed:
+            for name in self._scheduler.admit():
+                answer = self._answers[name]
+                self._runner.open(name, len(answer.prompt) + answer.sampling.max_tokens)
+            pieces = self._scheduler.plan()
+        if pieces:
+            self._step(pieces)
+
+    def _step(self, pieces: Sequence[Piece]) -> None:
+        """Through the model with these; what goes wrong there is theirs alone."""
+        answers = [self._answers[piece.request] for piece in pieces]
+        works = [answer.work(piece) for answer, piece in zip(answers, pieces, strict=True)]
+        before = sum(answer.made for answer in answers)
+        try:
+            with torch.inference_mode():
+                logits_NV = self._runner.step(works)
+                self._take(pieces, answers, logits_NV.split([work.wants for work in works]))
+        except Exception as error:  # noqa: BLE001 - whatever a model's code or a file does
+            _LOG.exception("a step of %d requests failed", len(pieces))
+            for piece in pieces:
+                self._end(piece.request, "error", _told(error))
+        for answer in answers:
+            if answer.finished:
+                self._forget(answer.name)
+        with self._changed:
+            self._steps += 1
+            self._prompt_tokens += sum(
+                max(0, min(piece.stop, len(answer.prompt)) - piece.start)
+                for answer, piece in zip(answers, pieces, strict=True)
+            )
+            made = sum(answer.made for answer in answers) - before
+            self._made_tokens += made
+            self._recent.append((monotonic(), made))
+            self._pace()
+
+    def _take(
+        self, pieces: Sequence[Piece], answers: Sequence[Answer], rows: Sequence[Tensor]
+    ) -> None:
+        """What the step gave: prompts read, and the next token of each whose text is at its end."""
+        going: list[tuple[Answer, Tensor]] = []
+        for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
+            self._scheduler.done(piece)
+            if piece.start < len(answer.prompt):
+                answer.read(piece, rows_NV)
+            if piece.last and not answer.finished:
+                going.append((answer, rows_NV[-1:]))
+        if not going:
+            return
+        logits_NV = torch.cat([row for _, row in going]) if len(going) > 1 else going[0][1]
+        chosen = choose(logits_NV, [answer.chooser for answer, _ in going])
+        for (answer, _), (token, logprob) in zip(going, chosen, strict=True):
+            answer.add(token, logprob)
+            self._scheduler.grow(answer.name)
+
+    def _end(self, name: str, reason: FinishReason, message: str = "") -> None:
+        """A request's last event, if it has not had it, and its places free."""
+        if (answer := self._answers.get(name)) is not None:
+            answer.finish(reason, message)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        with self._changed:
+            if self._answers.pop(name, None) is None:
+                return
+            if name in self._scheduler.running:
+                self._runner.close(name)
+            self._scheduler.remove(name)
+            self._changed.notify_all()
+
+    def _pace(self) -> float:
+        """Tokens a second, lately."""
+        now = monotonic()
+        while self._recent and self._recent[0][0] < now - _RECENT:
+            self._recent.popleft()
+        if not self._recent:
+            return 0.0
+        seconds = max(now - self._recent[0][0], 0.5)
+        return sum(made for _, made in self._recent) / seconds
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _longest(served: ServedModel, wanted: int | None, context: int) -> int:
+    """Tokens that one request may have."""
+    own = getattr(
+        served.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    most = min(context, own) if isinstance(own, int) and own > 0 else context
+    if wanted is not None and wanted > most:
+        raise ConfigError(
+            f"max_model_len={wanted:,}, but the model and the memory that was reserved hold "
+            f"{most:,} tokens; load with a larger context, or give {most:,} or less"
+        )
+    return wanted or most
+
+
+def _vocabulary(served: ServedModel) -> int:
+    text: Any = served.model.config.get_text_config(decoder=True)
+    return text.vocab_size
+
+
+def _language(served: ServedModel) -> Language:
+    model: Any = served.model
+    ends = model.generation_config.eos_token_id
+    ids = [ends] if isinstance(ends, int) else list(ends or ())
+    try:
+        tokenizer = served.tokenizer
+    except ConfigError:
+        tokenizer = None
+    return Language(
+        tokenizer=tokenizer,
+        ends=frozenset(ids),
+        continues=not model.config.is_encoder_decoder,
+    )

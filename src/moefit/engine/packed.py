@@ -1,0 +1,310 @@
+"""Attention over the texts of several requests in one forward pass.
+
+Owns three things that transformers' own interfaces take from outside: an attention function and a
+mask function under the name `moefit_packed` (`register`), and a `Cache` whose keys and values lie
+in the pool. A step is either tokens of requests behind one another, [1, T], or one token of each,
+[B, 1]; each attends to its own request's keys alone. What a model asks for that is not done here
+exactly as it says raises UnpackableError. Knows nothing of which requests, or why.
+
+Shapes: B sequences, T tokens, H query heads, G KV heads, C head width, L keys of a request, P
+places of the pool.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from moefit.engine.pool import KvPool
+from moefit.errors import UnsupportedModelError
+
+NAME = "moefit_packed"
+
+
+class UnpackableError(UnsupportedModelError):
+    """The family asks of attention what packing does not do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """`new` tokens of one request, behind `past` that its places hold already.
+
+    start: its first place, or where its keys begin among those that were gathered.
+    """
+
+    start: int
+    past: int
+    new: int
+
+    @property
+    def end(self) -> int:
+        """Behind its last key, once the new ones are there."""
+        return self.start + self.past + self.new
+
+
+@dataclass(slots=True, kw_only=True)
+class Segments:
+    """What attention must know of a step. masks: made when first needed, the same in all layers."""
+
+    rows: tuple[Segment, ...]
+    masks: dict[tuple[Segment, int, torch.dtype], Tensor] = field(default_factory=dict)
+    storages: set[int] = field(default_factory=set)  # of the keys that attention was given
+
+    def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor:
+        """What new tokens may not see, as minus infinity: [T, L], L from `first_key` on."""
+        seen = segment.past + segment.new
+        name = (segment, window or seen, like.dtype)
+        if (mask := self.masks.get(name)) is None:
+            query_T1 = torch.arange(segment.past, seen, device=like.device)[:, None]
+            key_1L = torch.arange(first_key(segment, window), seen, device=like.device)[None]
+            hidden = key_1L > query_T1
+            if window is not None:
+                hidden |= key_1L <= query_T1 - window
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self.masks[name] = mask.masked_fill_(hidden, -torch.inf)
+        return self.masks[name]
+
+
+def first_key(segment: Segment, window: int | None) -> int:
+    """The first of a request's keys that any of its new tokens sees."""
+    return 0 if window is None else max(0, segment.past + 1 - window)
+
+
+class WindowMask(Tensor):
+    """The mask of a layer, said instead of written out: causal, over `window` keys, or all.
+
+    Models hand it on unread. What became of it on the way, a part of it say, has no window.
+    """
+
+    window: int | None
+
+    @classmethod
+    def of(cls, window: int | None, device: torch.device) -> "WindowMask":
+        """A mask that says so."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(cls)
+        mask.window = window
+        return mask
+
+
+def window_mask(
+    *,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **_sizes: Any,
+) -> WindowMask:
+    """What transformers calls to make a mask; see its `masking_utils.py`."""
+    if attention_mask is not None:
+        raise UnpackableError("it masks tokens of its own accord")
+    window = None if local_size is None else int(local_size)
+    expected = causal_mask_function
+    if window is not None:
+        expected = sliding_window_causal_mask_function(window)
+    if mask_function is not causal_mask_function and not _agree(mask_function, expected, window):
+        raise UnpackableError("its mask is neither causal nor a sliding window")
+    if mask_function is causal_mask_function:
+        window = None
+    return WindowMask.of(window, torch.device(device))
+
+
+def _agree(one: Callable, other: Callable, window: int | None) -> bool:
+    """Whether two mask functions are the same at positions around the multiples of the window."""
+    size = window or 8
+    at = torch.tensor(sorted({max(0, size * n + d) for n in range(4) for d in (-1, 0, 1)}))
+    zero = torch.tensor(0)
+    tables = [
+        torch.as_tensor(mask(zero, zero, at[:, None], at[None])).expand(len(at), len(at))
+        for mask in (one, other)
+    ]
+    return bool(torch.equal(*tables))
+
+
+class PackedCache(Cache):
+    """The pool, as a model sees it during one step.
+
+    gathers: give the model a step's keys and values side by side instead of the pool itself; for
+    families that go on computing with them before they attend (latent attention).
+    """
+
+    def __init__(self, pool: KvPool):
+        super().__init__(layers=[])
+        self.pool, self.gathers = pool, False
+        self._segments: tuple[Segment, ...] = ()
+        self._places_R = self._gathered_N = torch.empty(0, dtype=torch.long)
+        self._held = 0
+
+    def begin(self, segments: Sequence[Segment], held: int, device: torch.device) -> Segments:
+        """The next step reads these, places of the pool. held: tokens of all requests after it."""
+        self._segments, self._held = tuple(segments), held
+        places = [p for one in segments for p in range(one.start + one.past, one.end)]
+        self._places_R = torch.tensor(places, device=device)
+        if not self.gathers:
+            return Segments(rows=self._segments)
+        keys = [p for one in segments for p in range(one.start, one.end)]
+        self._gathered_N = torch.tensor(keys, device=device)
+        rows, start = [], 0
+        for one in segments:
+            rows.append(Segment(start=start, past=one.past, new=one.new))
+            start = rows[-1].end
+        return Segments(rows=tuple(rows))
+
+    def tokens_held(self) -> int:
+        """Of all requests, this step's included."""
+        return self._held
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values to their places; gives all that attention needs."""
+        pair = self.pool.layer(layer_idx, key_states, value_states)
+        for pool_GPC, new in zip(pair, (key_states, value_states), strict=True):
+            new_GRC = new[0] if new.shape[0] == 1 else new[:, :, 0].transpose(0, 1)
+            if len(self._places_R) == 1:
+                pool_GPC[:, self._segments[0].end - 1] = new_GRC[:, 0]
+            else:
+                pool_GPC.index_copy_(1, self._places_R, new_GRC)
+        if not self.gathers:
+            return pair[0][None], pair[1][None]
+        if len(self._segments) == 1:
+            one = self._segments[0]
+            return pair[0][None, :, one.start : one.end], pair[1][None, :, one.start : one.end]
+        key, value = (one.index_select(1, self._gathered_N)[None] for one in pair)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The longest past of a request in this step."""
+        return max((one.past for one in self._segments), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of no use to a mask that is said, not written."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Places of the pool."""
+        return self.pool.extents.places
+
+
+def packed_attention(  # noqa: PLR0913 - transformers' signature
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment over its own keys; what transformers calls by name.
+
+    query [1, H, T, C] or [B, H, 1, C]; key and value [1, G, P or all L, C]. Gives [1, T, H, C] or
+    [B, 1, H, C].
+    """
+    window = getattr(attention_mask, "window", -1)
+    if segments is None or window == -1:
+        raise UnpackableError("its attention is not told of the segments or of the mask")
+    if sliding_window is not None and sliding_window != window:
+        raise UnpackableError(f"a window of {sliding_window} keys, but the mask has {window}")
+    if others.get("position_bias") is not None or others.get("is_causal") is False:
+        raise UnpackableError("its attention is biased by position, or not causal")
+    segments.storages.add(key.untyped_storage().data_ptr())
+    how = _How(scaling, softcap, s_aux)
+    if query.shape[0] == 1:
+        parts = query[0].split([one.new for one in segments.rows], dim=1)  # [H, T, C]
+    else:
+        parts = query.unbind(0)  # [H, 1, C]
+    outputs = []
+    for part_HTC, segment in zip(parts, segments.rows, strict=True):
+        begin = segment.start + first_key(segment, window)
+        pair = key[0, :, begin : segment.end], value[0, :, begin : segment.end]
+        mask_TL = None if segment.new == 1 else segments.mask(segment, window, query)
+        outputs.append(_attended(part_HTC, pair, mask_TL, how))
+    if query.shape[0] == 1:
+        joined = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+        return joined.transpose(0, 1)[None], None
+    return torch.stack(outputs).transpose(1, 2), None
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """scaling None: one over the root of C. sinks_H: a score per head that takes no value."""
+
+    scaling: float | None
+    softcap: float | None
+    sinks_H: Tensor | None
+
+
+def _attended(
+    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: _How
+) -> Tensor:
+    """One segment's output [H, T, C]; pair: its keys and values [G, L, C]."""
+    if how.softcap is not None or how.sinks_H is not None:
+        return scored_attention(query_HTC, pair, mask_TL, how)
+    key_1GLC, value_1GLC = pair[0][None], pair[1][None]
+    heads, new, width = query_HTC.shape
+    if new == 1:  # heads of one group as rows of one query: no key is repeated
+        query = query_HTC.reshape(1, key_1GLC.shape[1], -1, width)
+        out = F.scaled_dot_product_attention(query, key_1GLC, value_1GLC, scale=how.scaling)
+        return out.reshape(heads, 1, -1)
+    return F.scaled_dot_product_attention(
+        query_HTC[None],
+        key_1GLC,
+        value_1GLC,
+        attn_mask=mask_TL,
+        scale=how.scaling,
+        enable_gqa=heads != key_1GLC.shape[1],
+    )[0]
+
+
+def scored_attention(
+    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: _How
+) -> Tensor:
+    """The same with all scores written out, as families with sinks or soft caps compute it."""
+    key_GLC, value_GLC = pair
+    (heads, new, width), groups = query_HTC.shape, key_GLC.shape[0]
+    query_GRC = query_HTC.reshape(groups, -1, width)
+    scale = width**-0.5 if how.scaling is None else how.scaling
+    scores_HTL = (query_GRC @ key_GLC.transpose(1, 2)).view(heads, new, -1) * scale
+    if how.softcap is not None:
+        scores_HTL = torch.tanh(scores_HTL / how.softcap) * how.softcap
+    if mask_TL is not None:
+        scores_HTL = scores_HTL + mask_TL
+    if how.sinks_H is not None:
+        sinks_HT1 = how.sinks_H.to(scores_HTL.dtype).view(-1, 1, 1).expand(-1, new, 1)
+        scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
+    shares_HTL = scores_HTL.softmax(-1, dtype=torch.float32).to(value_GLC.dtype)
+    shares_HTL = shares_HTL[..., : key_GLC.shape[1]]
+    return (shares_HTL.reshape(groups, -1, key_GLC.shape[1]) @ value_GLC).view(heads, new, -1)
+
+
+def register() -> None:
+    """Make `moefit_packed` known to transformers; may be called again."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, window_mask)
+
+
+@contextmanager
+def in_force(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend this way within the block, and as before afterwards."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

@@ -1,0 +1,98 @@
+"""What the server says of itself and of the model's words.
+
+Owns the endpoints for models, tokens, health, version and metrics.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Path, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+import moefit
+from moefit.server.answered import (
+    Detokenized,
+    Health,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+)
+from moefit.server.asked import DetokenizeAsked, TokenizeAsked
+from moefit.server.chat import conversation_ids
+from moefit.server.refusal import Refused
+from moefit.server.service import Service
+
+
+def card(service: Service) -> ModelCard:
+    """The one model."""
+    return ModelCard(
+        id=service.settings.name,
+        created=service.created,
+        max_model_len=service.engine.max_model_len,
+        chat=service.words.has_template,
+    )
+
+
+def _tokenize(service: Service, asked: TokenizeAsked) -> list[int]:
+    if (asked.prompt is None) == (asked.messages is None):
+        raise Refused(400, "give either prompt or messages", param="prompt")
+    if asked.messages is not None:
+        return conversation_ids(service.words, asked.messages)
+    assert asked.prompt is not None
+    return service.words.ids(asked.prompt, special=asked.add_special_tokens)
+
+
+def _detokenize(service: Service, asked: DetokenizeAsked) -> str:
+    service.words.check_ids(asked.tokens)
+    return service.words.text(asked.tokens, special=True)
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models() -> ModelList:
+        """What is served here."""
+        return ModelList(data=[card(service)])
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: Annotated[str, Path()]) -> ModelCard:
+        """The model of that name."""
+        service.check_model(name)
+        return card(service)
+
+    @routes.post("/tokenize")
+    async def tokenize(asked: Annotated[TokenizeAsked, Body()]) -> Tokenized:
+        """A text's tokens."""
+        service.check_model(asked.model)
+        tokens = await service.aside(_tokenize, service, asked)
+        most = service.engine.max_model_len
+        return Tokenized(tokens=tokens, count=len(tokens), max_model_len=most)
+
+    @routes.post("/detokenize")
+    async def detokenize(asked: Annotated[DetokenizeAsked, Body()]) -> Detokenized:
+        """Tokens' text."""
+        service.check_model(asked.model)
+        return Detokenized(prompt=await service.aside(_detokenize, service, asked))
+
+    @routes.get("/health")
+    async def health() -> Health:
+        """200 while requests are taken, 503 while the server is shutting down."""
+        service.check_open()
+        return Health()
+
+    @routes.get("/version")
+    async def version() -> Version:
+        """Of moefit."""
+        return Version(version=moefit.__version__)
+
+    plain: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+
+    @routes.get("/metrics", response_class=Response, responses=plain)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        content = await service.aside(generate_latest, service.telemetry.registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+    return routes

@@ -1,0 +1,230 @@
+"""POST /v1/completions: prompts are continued.
+
+Owns the shape of the answers, with echo and log-probabilities. Encoder-decoder models answer here
+too; their answers do not go on from the prompt.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
+
+from moefit.engine.request import Event, Finished, Prompt, TokenLogprob
+from moefit.engine.text import TextStream
+from moefit.server.answered import Completion, CompletionChoice, Finish, Logprobs
+from moefit.server.asked import CompletionAsked
+from moefit.server.refusal import Refused
+from moefit.server.replies import Replies, Wish
+from moefit.server.service import FINGERPRINT, Service, new_id, numbered
+from moefit.server.stream import STREAM, respond
+from moefit.server.tally import Tally
+from moefit.server.vocabulary import Vocabulary
+
+MAX_TOKENS = 16  # OpenAI's, where a request does not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A prompt as it was given; `text` is wanted for echo alone."""
+
+    ids: Sequence[int]
+    text: str
+
+
+class Writer:
+    """Writes one answer, piece by piece."""
+
+    def __init__(self, index: int, words: Vocabulary, asked: CompletionAsked, start: Start):
+        self._index, self._words, self._asked, self._start = index, words, asked, start
+        self._at = 0  # characters before the next token
+        tokenizer = words.tokenizer
+        self._offsets = TextStream(tokenizer) if tokenizer and asked.logprobs is not None else None
+
+    def write(self, event: Event) -> CompletionChoice:
+        """What the event adds to the answer; may be nothing."""
+        if isinstance(event, Prompt):
+            return self._prompt(event)
+        if isinstance(event, Finished):
+            assert event.reason in ("stop", "length"), "other ends are errors"
+            return self._choice(event.text, finish=event.reason)
+        told = None if event.logprob is None else [event.logprob]
+        return self._choice(event.text, self._logprobs([event.token], told))
+
+    def _prompt(self, event: Prompt) -> CompletionChoice:
+        if not self._asked.echo:
+            self._skip_prompt()
+            return self._choice("")
+        told = self._logprobs(self._start.ids, event.logprobs)
+        if self._asked.logprobs is not None:
+            self._at = len(self._start.text)
+        return self._choice(self._start.text, told)
+
+    def _skip_prompt(self) -> None:
+        """Offsets count from the answer on; its first word may have a space because of these."""
+        if self._offsets is not None and self._words.tokenizer is not None:
+            self._offsets = TextStream(self._words.tokenizer, after=self._start.ids)
+
+    def _logprobs(
+        self, tokens: Sequence[int], told: Sequence[TokenLogprob | None] | None
+    ) -> Logprobs | None:
+        if self._asked.logprobs is None or told is None:
+            return None
+        name, offsets = self._words.name, []
+        for token in tokens:
+            offsets.append(self._at)
+            if self._offsets is not None:
+                self._at += len(self._offsets.push(token))
+        return Logprobs(
+            tokens=[name(token) for token in tokens],
+            token_logprobs=[None if one is None else one.logprob for one in told],
+            top_logprobs=[None if one is None else self._top(one) for one in told],
+            text_offset=offsets,
+        )
+
+    def _top(self, one: TokenLogprob) -> dict[str, float]:
+        """The most probable tokens and, last, the one that is there, unless it is one of them."""
+        name = self._words.name
+        top = {name(token): logprob for token, logprob in one.top}
+        top.setdefault(name(one.token), one.logprob)
+        return top
+
+    def _choice(
+        self, text: str, logprobs: Logprobs | None = None, finish: Finish | None = None
+    ) -> CompletionChoice:
+        return CompletionChoice(
+            index=self._index, text=text, logprobs=logprobs, finish_reason=finish
+        )
+
+
+def joined(pieces: Sequence[CompletionChoice]) -> CompletionChoice:
+    """One choice of all its pieces."""
+    told = [one.logprobs for one in pieces if one.logprobs is not None]
+    logprobs = None
+    if told:
+        logprobs = Logprobs(
+            tokens=[x for one in told for x in one.tokens],
+            token_logprobs=[x for one in told for x in one.token_logprobs],
+            top_logprobs=[x for one in told for x in one.top_logprobs],
+            text_offset=[x for one in told for x in one.text_offset],
+        )
+    return CompletionChoice(
+        index=pieces[0].index,
+        text="".join(one.text for one in pieces),
+        logprobs=logprobs,
+        finish_reason=pieces[-1].finish_reason,
+    )
+
+
+class Job:
+    """One request to /v1/completions."""
+
+    def __init__(self, service: Service, asked: CompletionAsked):
+        self._service, self._asked = service, asked
+        self._id, self._tally = new_id("cmpl"), Tally(asked.n or 1)
+        self._writers: list[Writer] = []
+
+    def check(self) -> None:
+        """Refuse what is not done."""
+        asked = self._asked
+        self._service.check_open()
+        self._service.check_model(asked.model)
+        self._service.check_answers(asked, len(_prompts(asked)))
+        if asked.best_of not in (None, asked.n or 1):
+            raise Refused(
+                400, "best_of is done only where it equals n", param="best_of", code="unsupported"
+            )
+        if asked.echo and not self._service.continues:
+            raise Refused(
+                400,
+                "echo is not possible: this model's answer does not go on from the prompt",
+                param="echo",
+                code="unsupported",
+            )
+
+    def wishes(self) -> list[Wish]:
+        """What is asked of the engine; takes as long as reading the prompts does."""
+        asked, service = self._asked, self._service
+        sampling = service.sampling(
+            asked,
+            MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.logprobs if asked.echo else None,
+        )
+        wishes: list[Wish] = []
+        for prompt in _prompts(asked):
+            start = self._start(prompt)
+            for each in numbered(sampling, asked.n or 1):
+                self._writers.append(Writer(len(wishes), service.words, asked, start))
+                wishes.append(Wish(prompt=start.ids, sampling=each))
+        return wishes
+
+    def _start(self, prompt: str | Sequence[int]) -> Start:
+        words = self._service.words
+        if isinstance(prompt, str):
+            ids, text = words.ids(prompt), prompt
+        else:
+            words.check_ids(prompt)
+            ids, text = list(prompt), words.text(prompt) if self._asked.echo else ""
+        if not ids:
+            raise Refused(400, "the prompt is empty; give at least one token", param="prompt")
+        return Start(ids=ids, text=text)
+
+    async def whole(self, replies: Replies) -> Completion:
+        """All answers, once they have ended."""
+        pieces: list[list[CompletionChoice]] = [[] for _ in self._writers]
+        async for number, event in replies:
+            pieces[number].append(self._writers[number].write(event))
+            if isinstance(event, Finished):
+                self._tally.add(number, event)
+        answer = self._frame([joined(one) for one in pieces])
+        return answer.model_copy(update={"usage": self._tally.usage()})
+
+    async def pieces(self, replies: Replies) -> AsyncIterator[Completion]:
+        """Answers as they come, and at the end, if asked for, the usage."""
+        async for number, event in replies:
+            piece = self._writers[number].write(event)
+            if isinstance(event, Finished):
+                self._tally.add(number, event)
+            if piece.text or piece.logprobs or piece.finish_reason:
+                yield self._frame([piece])
+        if self.tells_usage:
+            yield self._frame([]).model_copy(update={"usage": self._tally.usage()})
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        options = self._asked.stream_options
+        return bool(options and options.include_usage)
+
+    def _frame(self, choices: list[CompletionChoice]) -> Completion:
+        settings = self._service.settings
+        return Completion(
+            id=self._id,
+            created=self._service.now(),
+            model=settings.name,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+        )
+
+
+def _prompts(asked: CompletionAsked) -> Sequence[str | Sequence[int]]:
+    prompt = asked.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType]
+    return prompt  # pyright: ignore[reportReturnType]
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoint."""
+    routes = APIRouter()
+    answers: dict[int | str, dict[str, Any]] = {200: {"model": Completion, "content": {STREAM: {}}}}
+
+    @routes.post("/v1/completions", responses=answers, response_model=None)
+    async def completions(asked: Annotated[CompletionAsked, Body()], request: Request) -> Response:
+        """Continue prompts. With `stream`, server-sent events; `n` answers to each prompt."""
+        return await respond(service, Job(service, asked), request, stream=bool(asked.stream))
+
+    return routes

@@ -1,0 +1,154 @@
+"""GET and POST /v1/memory: what is in memory, and the budget and mode that it is kept in.
+
+Owns the picture that the page and `moefit budget` show, and changing it while requests run.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, ConfigDict
+
+from moefit.errors import MoefitError
+from moefit.server.asked import MemoryAsked
+from moefit.server.refusal import Refused
+from moefit.server.service import Service
+
+_COUNTED = (
+    "hits",
+    "fetches",
+    "substitutions",
+    "hit_rate",
+    "substituted_mass",
+    "bytes_read",
+    "swaps",
+    "loads",
+    "load_seconds",
+    "wait_seconds",
+)
+
+
+class Block(BaseModel):
+    """A MoE block's experts; see `BlockView`."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str
+    experts: int
+    slots: int
+    resident: list[int]
+    formats: list[str | None]
+    importance: list[float]
+
+
+class Requests(BaseModel):
+    """How many requests there are now."""
+
+    running: int
+    waiting: int
+
+
+class Latency(BaseModel):
+    """Seconds of the last minutes: to the first token, and between tokens; null if none."""
+
+    ttft_p50: float | None
+    ttft_p99: float | None
+    itl_p50: float | None
+    itl_p99: float | None
+
+
+class Memory(BaseModel):
+    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for."""
+
+    model: str
+    mode: str
+    prefill: str
+    bound: float
+    budget: dict[str, int | None]
+    floor: int
+    everything: int
+    process_bytes: int
+    peak_process_bytes: int
+    slot_bytes: int
+    spare_bytes: int
+    kv_tokens: int
+    kv_tokens_used: int
+    blocks: list[Block]
+    requests: Requests
+    tokens_per_second: float
+    latency: Latency
+    counters: dict[str, Any]
+
+
+def memory_of(service: Service) -> Memory:
+    """The picture now."""
+    engine = service.engine
+    report, stats = engine.served.report(), engine.stats()
+    budget, counters = report["budget"], {name: report[name] for name in _COUNTED}
+    counters["budget_changes"] = dict(service.telemetry.changes)
+    same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
+    return Memory(
+        model=service.settings.name,
+        bound=engine.served.policy.bound,
+        budget=budget,
+        floor=budget["floor"],
+        everything=budget["everything"],
+        kv_tokens=stats.kv_tokens,
+        kv_tokens_used=stats.kv_tokens_used,
+        blocks=[Block.model_validate(view) for view in engine.served.views()],
+        requests=Requests(running=stats.running, waiting=stats.waiting),
+        tokens_per_second=stats.tokens_per_second,
+        latency=Latency(**service.telemetry.latency()),
+        counters=counters,
+        **{name: report[name] for name in same},
+    )
+
+
+def change(service: Service, asked: MemoryAsked) -> Memory:
+    """Carry a change out, all of it or nothing; waits until it is in force."""
+    given = asked.model_fields_set
+    if not given:
+        raise Refused(400, "nothing to change; give bytes, mode, prefill or bound")
+    try:
+        _change(service, asked, given)
+    except MoefitError:
+        service.telemetry.changed("refused")
+        raise
+    except OSError as error:
+        service.telemetry.changed("failed")
+        raise Refused(
+            503, "the system has no such memory now; everything is as it was", code="no_memory"
+        ) from error
+    service.telemetry.changed("ok")
+    return memory_of(service)
+
+
+def _change(service: Service, asked: MemoryAsked, given: set[str]) -> None:
+    engine = service.engine
+    policy = asked.model_dump(include={"prefill", "bound"}, exclude_none=True)
+    mode = asked.mode or engine.served.policy.mode
+    if asked.mode is None:
+        policy.setdefault("prefill", engine.served.policy.prefill)
+    changes_mode = bool(given & {"mode", "prefill", "bound"})
+    if changes_mode:
+        engine.served.checked_policy(mode, **policy)  # refuses before anything is changed
+    if "bytes" in given:
+        engine.set_memory(asked.bytes)
+    if changes_mode:
+        engine.set_mode(mode, **policy)
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints."""
+    routes = APIRouter()
+
+    @routes.get("/v1/memory")
+    async def get_memory() -> Memory:
+        """Which experts are in memory, and in which budget."""
+        return await service.aside(memory_of, service)
+
+    @routes.post("/v1/memory")
+    async def set_memory(asked: Annotated[MemoryAsked, Body()]) -> Memory:
+        """Change budget and mode while requests run; answers when the change is in force."""
+        return await service.aside(change, service, asked)
+
+    return routes

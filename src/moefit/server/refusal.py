@@ -1,0 +1,146 @@
+"""Saying no in OpenAI's words: `{"error": {"message", "type", "param", "code"}}`.
+
+Owns how each error becomes a status and that shape; no answer shows a traceback or a path of ours.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from moefit.errors import (
+    BudgetTooSmallError,
+    ConfigError,
+    MoefitError,
+    QueueFullError,
+    RefusedError,
+    RequestTooLargeError,
+    UnsupportedModelError,
+)
+
+_LOG = logging.getLogger(__name__)
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_OURS: Mapping[type[MoefitError], tuple[int, str]] = {
+    RequestTooLargeError: (400, "context_length_exceeded"),
+    BudgetTooSmallError: (400, "budget_too_small"),
+    ConfigError: (400, "invalid_value"),
+    UnsupportedModelError: (400, "unsupported_by_model"),
+    QueueFullError: (429, "queue_full"),
+    RefusedError: (503, "shutting_down"),
+}
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong; `param` names the parameter and `code` the kind, where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error."""
+
+    error: ErrorDetail
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 403, 404, 405, 413, 429, 500, 503)
+}
+
+
+class Refused(HTTPException):
+    """A request that is not done; `detail` says why, and what would be."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(status, message)
+        self.param, self.code = param, code
+
+
+def body_of(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def answer(refused: HTTPException) -> JSONResponse:
+    """The response for an error, ours or the framework's."""
+    param, code = getattr(refused, "param", None), getattr(refused, "code", None)
+    content = body_of(refused.status_code, str(refused.detail), param, code)
+    headers = dict(refused.headers or {})
+    if refused.status_code == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refused.status_code == 429:
+        headers["Retry-After"] = "1"
+    return JSONResponse(content, refused.status_code, headers)
+
+
+def of_ours(error: MoefitError) -> Refused:
+    """The refusal that an error of the model's side is."""
+    kind = next((one for one in type(error).__mro__ if one in _OURS), None)
+    status, code = (500, None) if kind is None else _OURS[kind]
+    return Refused(status, str(error), code=code)
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """What pydantic found, in a sentence; never the values themselves."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        why = f"the body is not JSON: {first['ctx']['error']}"
+        return Refused(400, why, code="invalid_json")
+    place = [str(one) for one in first["loc"][1:]]
+    if not place:
+        return Refused(400, f"the body is not as documented: {first['msg']}", code="invalid_body")
+    name = place[0]
+    if first["type"] == "extra_forbidden":
+        where = ".".join(place)
+        return Refused(
+            400,
+            f"unsupported parameter {where!r}: this server does not know it, and ignores nothing",
+            param=where,
+            code="unsupported_parameter",
+        )
+    same = dict.fromkeys(one["msg"] for one in errors if list(one["loc"][1:2]) == [name])
+    code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
+    return Refused(400, f"{name}: {'; or '.join(list(same)[:4])}", param=name, code=code)
+
+
+def install(app: FastAPI) -> None:
+    """Let the application answer every error in this shape."""
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return answer(error)
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer(of_validation(error.errors()))
+
+    async def ours(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, MoefitError)
+        return answer(of_ours(error))
+
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        _LOG.error("a request failed: %s: %s", type(error).__name__, error)
+        return answer(Refused(500, "the server failed at this request; its log says why"))
+
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(MoefitError, ours)
+    app.add_exception_handler(Exception, failed)

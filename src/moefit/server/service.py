@@ -1,0 +1,138 @@
+"""What all endpoints share: the engine, the words, the instruments, and what one request may ask.
+
+Owns the way from a request to `Sampling`, and whether the server still takes any. Knows nothing of
+the shape of answers.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from time import time
+from typing import TypeVar
+from uuid import uuid4
+
+import moefit
+from moefit.engine.engine import Engine
+from moefit.engine.request import Sampling
+from moefit.errors import ConfigError
+from moefit.server.asked import Generation
+from moefit.server.metrics import ModelCollector
+from moefit.server.refusal import Refused
+from moefit.server.settings import ServerSettings
+from moefit.server.telemetry import Telemetry
+from moefit.server.vocabulary import Vocabulary
+
+T = TypeVar("T")
+FINGERPRINT = f"moefit-{moefit.__version__}"
+
+
+class Service:
+    """One model behind one address. `draining`: what runs is finished, nothing new is taken."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings):
+        self.engine, self.settings, self.created = engine, settings, int(time())
+        model = engine.served.model
+        text = model.config.get_text_config(decoder=True)
+        try:
+            tokenizer = engine.served.tokenizer
+        except ConfigError:
+            tokenizer = None
+        self.continues = not model.config.is_encoder_decoder
+        self.words = Vocabulary(tokenizer, size=text.vocab_size, most=engine.max_model_len)
+        self.telemetry = Telemetry(settings.name)
+        self.telemetry.registry.register(
+            ModelCollector(settings.name, engine.stats, engine.served.report)
+        )
+        self.draining = False
+        # Few threads: each has a heap of its own, and all of it is in the budget.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
+
+    async def aside(self, work: Callable[..., T], *arguments: object) -> T:
+        """Do what takes long without holding others up."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, work, *arguments)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def now(self) -> int:
+        """The time as answers have it."""
+        return int(time())
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse another model's name."""
+        if name is not None and name != self.settings.name:
+            raise Refused(
+                404,
+                f"there is no model of that name here; there is {self.settings.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_open(self) -> None:
+        """Refuse while the server is shutting down."""
+        if self.draining:
+            raise Refused(503, "the server is shutting down", code="shutting_down")
+
+    def check_answers(self, asked: Generation, prompts: int) -> int:
+        """n, if n answers to each prompt are no more than may be."""
+        n = asked.n or 1
+        if n * prompts > self.settings.answers:
+            raise Refused(
+                400,
+                f"{prompts} prompts with n={n} are {n * prompts} answers, but one request may ask "
+                f"for {self.settings.answers}",
+                param="n",
+                code="too_many_answers",
+            )
+        if asked.stream_options is not None and not asked.stream:
+            raise Refused(400, "stream_options is for stream=true alone", param="stream_options")
+        return n
+
+    def sampling(
+        self,
+        asked: Generation,
+        max_tokens: int,
+        *,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Sampling:
+        """How the answer is to be chosen; OpenAI's defaults for what is not given."""
+        self.words.check_ids(asked.stop_token_ids or ())
+        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            top_k=max(0, asked.top_k or 0),
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            seed=asked.seed,
+            stop=stop,
+            stop_ids=frozenset(asked.stop_token_ids or ()),
+            ignore_eos=bool(asked.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+def numbered(sampling: Sampling, n: int) -> Sequence[Sampling]:
+    """The sampling of each of n answers; with a seed, they have seeds of their own."""
+    if sampling.seed is None:
+        return [sampling] * n
+    return [replace(sampling, seed=_wrapped(sampling.seed + number)) for number in range(n)]
+
+
+def _wrapped(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def new_id(kind: str) -> str:
+    """A name for a response.
+
+    >>> new_id("cmpl")[:5]
+    'cmpl-'
+    """
+    return f"{kind}-{uuid4().hex}"

@@ -1,0 +1,125 @@
+"""Text to tokens and back, for requests.
+
+Owns what a prompt becomes, how a conversation is written, and how a single token is shown. Knows
+nothing of HTTP. tokenizer None: a model without one, which takes and gives token ids alone.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from moefit.errors import ConfigError, RequestTooLargeError
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_BROKEN = "\ufffd"
+_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+class Vocabulary:
+    """A model's tokens. Thread-safe; `size` counts the ids that the model knows.
+
+    most: the most tokens of a request, so that texts that can't fit are refused unread.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, size: int, most: int):
+        self.tokenizer, self.size, self._most = tokenizer, size, most
+        self._lock = threading.Lock()
+        vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+        self._longest = max(map(len, vocabulary), default=1)
+        self.show = lru_cache(maxsize=65536)(self._show)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model knows conversations."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        """A text's tokens, with those that the model wants around it if `special`.
+
+        Raises RequestTooLargeError for a text that has too many in any case, ConfigError without a
+        tokenizer.
+        """
+        tokenizer = self._required()
+        if len(text) > self._most * self._longest:
+            raise RequestTooLargeError(
+                f"a text of {len(text):,} characters is more than the {self._most:,} tokens that "
+                "prompt and answer may have together; give a shorter one"
+            )
+        with self._lock:
+            return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise ConfigError for a token that the model does not have."""
+        if unknown := next((one for one in ids if not 0 <= one < self.size), None):
+            raise ConfigError(f"there is no token {unknown}; the model's are 0 to {self.size - 1}")
+
+    def conversation(self, messages: Sequence[dict[str, Any]]) -> str:
+        """A conversation as the model's chat template writes it, open for the answer.
+
+        Raises ConfigError if there is no template, or it refuses these messages.
+        """
+        if not self.has_template:
+            raise ConfigError(
+                "this model has no chat template, so it does not know conversations; it continues "
+                "text: use /v1/completions"
+            )
+        try:
+            text = self._required().apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"the chat template refuses these messages: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens; `special` shows those that have none."""
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def raw(self, token: int) -> bytes:
+        """A token's bytes, also where they are no whole character."""
+        return self.show(token)[1]
+
+    def name(self, token: int) -> str:
+        """A token as text, or as OpenAI writes bytes that are none: `bytes:\\xe2\\x82`."""
+        return self.show(token)[0]
+
+    def _show(self, token: int) -> tuple[str, bytes]:
+        if self.tokenizer is None or token >= self.size:
+            return f"token_id:{token}", b""
+        once = self.text([token], special=True)  # said twice, for a first word may lose its space
+        text = self.text([token, token], special=True)[len(once) :]
+        if _BROKEN not in text:
+            return text, text.encode()
+        raw = _bytes_of(str(self.tokenizer.convert_ids_to_tokens(token)))
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+    def _required(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer; give the prompt as token ids")
+        return self.tokenizer
+
+
+def _bytes_of(piece: str) -> bytes:
+    """The bytes that a vocabulary's entry stands for, in the two ways of writing them.
+
+    >>> _bytes_of("<0xE2>"), _bytes_of("âĤ")
+    (b'\\xe2', b'\\xe2\\x82')
+    """
+    if match := _BYTE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    if all(character in _LEVEL for character in piece):
+        return bytes(_LEVEL[character] for character in piece)
+    return piece.encode()

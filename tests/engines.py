@@ -1,0 +1,94 @@
+"""What tests of the engine share: a served model, requests, and what they heard."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event as Flag
+from typing import Any
+
+import torch
+from tiny_served import tokens
+
+from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.request import Event, Finished, Prompt, Sampling, Token
+from moefit.serve.loading import load
+from moefit.serve.served import ServedModel
+from moefit.serve.settings import LoadSettings
+
+torch.set_num_threads(1)
+
+LENGTHS = (5, 13, 1, 20, 9, 3, 16)
+
+
+class Heard:
+    """A listener that keeps what it hears. at: called with each event, in the engine's thread."""
+
+    def __init__(self, at: Callable[[Event], None] | None = None):
+        self.events: list[Event] = []
+        self._at, self._done = at, Flag()
+
+    def __call__(self, event: Event) -> None:
+        assert not self._done.is_set(), "nothing comes after the last event"
+        self.events.append(event)
+        if self._at is not None:
+            self._at(event)
+        if isinstance(event, Finished):
+            self._done.set()
+
+    def wait(self) -> "Heard":
+        assert self._done.wait(60), "the request did not end"
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self.events if isinstance(event, Token)]
+
+    @property
+    def end(self) -> Finished:
+        assert isinstance(last := self.wait().events[-1], Finished)
+        return last
+
+    @property
+    def prompt(self) -> Prompt:
+        (prompt,) = [event for event in self.events if isinstance(event, Prompt)]
+        return prompt
+
+
+@contextmanager
+def engine_of(
+    folder: Path, *, slots: int | None = 2, context: int = 128, **settings: Any
+) -> Iterator[Engine]:
+    """A started engine over a model with so many slots a block; None: without a budget."""
+    with load(folder, LoadSettings(context=context)) as served:
+        if slots is not None:
+            counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
+            served.set_memory(served.budget.with_slots(counts))
+        with running(served, **settings) as engine:
+            yield engine
+        served.check()
+
+
+@contextmanager
+def running(served: ServedModel, **settings: Any) -> Iterator[Engine]:
+    engine = Engine(served, EngineSettings(**settings))
+    engine.start()
+    try:
+        yield engine
+        engine.check()
+    finally:
+        engine.close()
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    return [tokens(length, seed=length).tolist() for length in lengths]
+
+
+def greedy(max_tokens: int = 8, **more: Any) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=0.0, **more)
+
+
+def generated(served: ServedModel, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
+    """What the model itself answers, greedily."""
+    made = served.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)
+    skip = 1 if served.model.config.is_encoder_decoder else len(prompt)
+    return made[0, skip:].tolist()

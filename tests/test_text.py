@@ -1,0 +1,176 @@
+"""Text that is given token by token, against decoding all tokens at once."""
+
+import random
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from moefit.engine.text import TextStream, special_ids
+from moefit.evaluate.loading import reference_path
+
+SMILEY, FAMILY = "\N{GRINNING FACE}", "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
+WORLD = f"def f(x): return 'naïve {SMILEY} 漢字 {FAMILY} Ωmega' # ­­\n\n"
+
+
+@cache
+def reference() -> PreTrainedTokenizerBase:
+    """Byte-level BPE: characters outside its training text are several tokens."""
+    return AutoTokenizer.from_pretrained(reference_path())
+
+
+@cache
+def byte_fallback() -> PreTrainedTokenizerBase:
+    """As Llama 2's: words begin with a mark, unknown characters are bytes."""
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"<0x{b:02X}>": b + 2 for b in range(256)}
+    for piece in ("▁", "a", "b", "▁a", "▁b", "▁ab", "."):
+        vocabulary[piece] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def whole(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def streamed(stream: TextStream, tokens: list[int]) -> list[str]:
+    return [*(stream.push(token) for token in tokens), stream.finish()]
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The twin: look at every beginning of the text for one that ends in a stop text."""
+    for end in range(len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))]
+    return text
+
+
+@given(st.lists(st.integers(0, 4095), max_size=60))
+def test_any_tokens_give_what_decoding_all_gives(tokens: list[int]) -> None:
+    tokenizer = reference()
+    text = "".join(streamed(TextStream(tokenizer), tokens))
+    plain = whole(tokenizer, tokens)
+    assert plain.startswith(text)
+    assert set(plain[len(text) :]) <= {"\ufffd"}
+    assert len(plain) - len(text) <= 3
+
+
+@given(st.text(max_size=40), st.data())
+def test_text_comes_back_whole_and_never_broken(text: str, data: st.DataObject) -> None:
+    text = data.draw(st.just(text.replace("\ufffd", "")))
+    tokenizer = data.draw(st.sampled_from([reference(), byte_fallback()]))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = whole(tokenizer, tokens)
+    parts = streamed(TextStream(tokenizer), tokens)
+    assert "".join(parts) == expected
+    assert "\ufffd" not in "".join(parts)
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "ab", " a", "\n", SMILEY, "é"]), max_size=12),
+    st.lists(st.text(alphabet=["a", "b", " ", "\n", SMILEY], min_size=1, max_size=4), max_size=3),
+    st.sampled_from([reference, byte_fallback]),
+)
+def test_the_stop_text_that_is_complete_first_ends_the_answer(pieces, stops, make) -> None:
+    tokenizer = make()
+    tokens = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer, stops)
+    text = "".join(streamed(stream, tokens))
+    plain = whole(tokenizer, tokens)
+    assert text == cut(plain, stops)
+    assert stream.stopped == (cut(plain, stops) != plain)
+
+
+@given(st.lists(st.integers(0, 264), max_size=60))
+def test_bytes_that_are_no_text_break_nothing(tokens: list[int]) -> None:
+    parts = streamed(TextStream(byte_fallback(), ["ab"]), tokens)
+    "".join(parts).encode()
+
+
+def test_nothing_of_a_character_comes_before_all_of_it() -> None:
+    tokenizer = reference()
+    tokens = tokenizer(SMILEY)["input_ids"]
+    assert len(tokens) > 1, "else this shows nothing"
+    parts = streamed(TextStream(tokenizer), tokens)
+    assert parts == [*[""] * (len(tokens) - 1), SMILEY, ""]
+
+
+def test_a_character_that_never_ends_is_not_given() -> None:
+    tokenizer = reference()
+    tokens = tokenizer("ok" + SMILEY)["input_ids"][:-1]
+    assert "".join(streamed(TextStream(tokenizer), tokens)) == "ok"
+
+
+def test_special_tokens_have_no_text() -> None:
+    tokenizer = reference()
+    assert tokenizer.eos_token_id in special_ids(tokenizer)
+    tokens = tokenizer("one")["input_ids"]
+    mixed = [0, *tokens, 0, 0, *tokens]
+    assert "".join(streamed(TextStream(tokenizer), mixed)) == "oneone"
+
+
+def test_text_that_might_be_a_stop_text_waits() -> None:
+    tokenizer = reference()
+    first, second = tokenizer("x")["input_ids"], tokenizer("<EN")["input_ids"]
+    stream = TextStream(tokenizer, ["<END>"])
+    assert "".join(map(stream.push, first)) == "x"
+    assert "".join(map(stream.push, second)) == ""
+    assert not stream.stopped
+    assert "".join(map(stream.push, tokenizer("x")["input_ids"])) == "<ENx"
+
+
+def test_what_waited_is_given_at_the_end() -> None:
+    tokenizer = reference()
+    stream = TextStream(tokenizer, ["<END>"])
+    assert "".join(streamed(stream, tokenizer("x<EN")["input_ids"])) == "x<EN"
+    assert not stream.stopped
+
+
+def test_after_a_stop_text_nothing_comes() -> None:
+    tokenizer = reference()
+    stream = TextStream(tokenizer, ["\n"])
+    text = "".join(streamed(stream, tokenizer("one\ntwo")["input_ids"]))
+    assert (text, stream.stopped, stream.push(tokenizer("x")["input_ids"][0])) == ("one", True, "")
+
+
+def test_a_first_word_has_its_space_when_it_goes_on_from_something() -> None:
+    tokenizer = byte_fallback()
+    vocabulary = tokenizer.get_vocab()
+    prompt, answer = [vocabulary["▁a"]], [vocabulary["▁b"]]
+    assert "".join(streamed(TextStream(tokenizer), answer)) == "b"
+    assert "".join(streamed(TextStream(tokenizer, after=prompt), answer)) == " b"
+
+
+@pytest.mark.parametrize("make", [reference, byte_fallback])
+def test_a_long_answer_is_decoded_in_short_windows(make) -> None:
+    tokenizer, longest = make(), 0
+
+    class Watched:
+        added_tokens_decoder = tokenizer.added_tokens_decoder
+
+        def decode(self, tokens: list[int], **how: bool) -> str:
+            nonlocal longest
+            longest = max(longest, len(tokens))
+            return tokenizer.decode(tokens, **how)
+
+    rng = random.Random(0)
+    words = [rng.choice(["a", "ab", SMILEY, "\x80", "b."]) for _ in range(500)]
+    tokens = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+    text = "".join(streamed(TextStream(Watched()), tokens))  # pyright: ignore[reportArgumentType]
+    assert text == whole(tokenizer, tokens)
+    assert longest < 60
