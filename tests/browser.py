@@ -19,7 +19,7 @@ if not CHROMIUM or not DRIVER:
 
 __all__ = ["Browser", "Keys", "browser"]
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
-PATIENCE = 20
+PATIENCE = 30
 
 
 class Browser:

@@ -37,6 +37,7 @@ class Pretender:
         self.everything = sum(self.fixed.values()) + layers * experts * slot
         self.total: int | None = (self.floor + 2 * self.everything) // 3
         self.mode, self.hits, self.fetches, self.read, self.running = "exact", 0, 0, 0, 0
+        self.bound = 0.3
         self.key: str | None = None
         self.fails = False
         self.breaks_after: int | None = None
@@ -61,6 +62,7 @@ class Pretender:
         held = sum(self.fixed.values()) - 31 * MIB + slots * self.layers * self.slot
         return {
             "model": "pretender-8x16", "mode": self.mode, "prefill": "exact",
+            "bound": self.bound,
             "budget": {"total": self.total, "context": 4096, **self.fixed, "floor": self.floor,
                        "everything": self.everything, "host": None},
             "floor": self.floor, "everything": self.everything,
@@ -99,6 +101,7 @@ class Pretender:
         if total is not None and total < self.floor:
             raise ValueError(f"below the floor; give at least {self.floor} bytes")
         self.total, self.mode = total, body.get("mode", self.mode)
+        self.bound = body.get("bound", self.bound)
         self.changes.append(body)
         return self.memory()
 

@@ -55,13 +55,14 @@ def test_the_ends_of_the_dial_are_exact_and_each_position_finds_itself(modules):
 
 
 def test_only_what_differs_is_asked_for(modules):
-    force = {"bytes": 100, "mode": "exact"}
+    force = {"bytes": 100, "mode": "exact", "bound": 0.3}
     cases = [
         ({}, None),
         ({"bytes": 100, "mode": "exact"}, None),
         ({"bytes": "4GiB"}, {"bytes": "4GiB"}),
         ({"bytes": 90, "mode": "virtual"}, {"bytes": 90, "mode": "virtual"}),
         ({"bound": 0.2}, None),
+        ({"mode": "bounded", "bound": 0.3}, {"mode": "bounded"}),
         ({"mode": "bounded", "bound": 0.2}, {"mode": "bounded", "bound": 0.2}),
     ]
     asked = modules.module(

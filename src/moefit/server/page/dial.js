@@ -63,6 +63,8 @@ export function change(wanted, inForce) {
   if (wanted.bytes !== undefined && wanted.bytes !== inForce.bytes) body.bytes = wanted.bytes;
   if (wanted.mode !== undefined && wanted.mode !== inForce.mode) body.mode = wanted.mode;
   const mode = wanted.mode ?? inForce.mode;
-  if (wanted.bound !== undefined && mode === "bounded") Object.assign(body, { mode, bound: wanted.bound });
+  if (mode === "bounded" && wanted.bound !== undefined && wanted.bound !== inForce.bound) {
+    Object.assign(body, { mode, bound: wanted.bound });
+  }
   return Object.keys(body).length ? body : null;
 }

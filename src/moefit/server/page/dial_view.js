@@ -49,7 +49,8 @@ export class DialView {
     const moved = ends.floor !== this.#ends?.floor || ends.top !== this.#ends?.top;
     this.#ends = ends;
     this.#map = map;
-    this.#inForce = { bytes: memory.budget.total ?? memory.everything, mode: memory.mode };
+    const { mode, bound } = memory;
+    this.#inForce = { bytes: memory.budget.total ?? memory.everything, mode, bound };
     if (moved) this.#scale();
     this.#refresh();
   }
@@ -75,7 +76,7 @@ export class DialView {
   /** Nothing is being set any more. */
   #settle() {
     this.#wanted = {};
-    this.#bound.value = "";
+    this.#bound.value = this.#inForce.bound;
     this.#box.value = this.#text(this.#inForce.bytes);
   }
 
@@ -86,6 +87,9 @@ export class DialView {
     const pending = change(this.#wanted, this.#inForce) !== null;
     if (this.#wanted.bytes === undefined && document.activeElement !== this.#box) {
       this.#box.value = this.#text(this.#inForce.bytes);
+    }
+    if (this.#wanted.bound === undefined && document.activeElement !== this.#bound) {
+      this.#bound.value = this.#inForce.bound;
     }
     if (size !== null) this.#range.value = String(positionOf(size, this.#ends));
     this.#range.setAttribute("aria-valuetext", this.#inWords(size));

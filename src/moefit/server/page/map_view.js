@@ -42,7 +42,8 @@ export class MapView {
     const laidOut = this.#map?.columns === map.columns && this.#map.rows.length === map.rows.length;
     this.#map = map;
     say("map-count", formatCount(map.resident));
-    say("map-of", `of ${formatCount(map.experts)}`);
+    const room = map.slots > map.resident ? `, room for ${formatCount(map.slots)}` : "";
+    say("map-of", `of ${formatCount(map.experts)}${room}`);
     say("map-summary", summary(map));
     this.#legend();
     if (laidOut) this.#repaint();

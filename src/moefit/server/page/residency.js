@@ -23,6 +23,7 @@ export function grid(blocks) {
     columns: Math.max(0, ...rows.map((one) => one.cells.length)),
     experts: sum(rows, (one) => one.cells.length),
     resident: sum(rows, (one) => one.resident),
+    slots: sum(rows, (one) => one.slots),
     formats: new Map([...formats].sort(([a], [b]) => level(b) - level(a))),
     mixed: formats.size > 1,
   };
