@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from moefit.train.signals import stop_on_signal
+from moefit.signals import stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -23,7 +23,7 @@ from moefit.train.config import TrainConfig
 from moefit.train.held_out import HeldOut
 from moefit.train.log import RunLog, last_record, read_log
 from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
-from moefit.train.signals import StopRequest
+from moefit.signals import StopRequest
 from moefit.train.start import start_from
 from moefit.train.state import RunState
 from moefit.train.step import Stepper, StepResult, make_losses

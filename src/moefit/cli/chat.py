@@ -1,0 +1,130 @@
+"""The command that talks with a model, here or on a server."""
+
+import sys
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from moefit.cli.app import Device, app, say
+from moefit.cli.server import ApiKey
+from moefit.cli.serving import (
+    NATIVE_PRECISION,
+    Bound,
+    Context,
+    HostMemory,
+    Memory,
+    ModeOption,
+    Precision,
+    Prefill,
+    Rest,
+    Serving,
+)
+from moefit.engine.engine import Engine
+from moefit.errors import ConfigError, MoefitError
+from moefit.server.client import Client
+from moefit.server.talk import LocalPartner, Manner, Partner, RemotePartner, Turn
+
+HELP = "/new begins anew, /quit (or ctrl-D) ends; ctrl-C stops an answer"
+_SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
+
+
+@app.command(help="Talk with a model: on a server (--url), or loaded here.")
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="as for serve; with --url the server's is taken")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="of a server with OpenAI's API", envvar="MOEFIT_URL")
+    ] = None,
+    api_key: ApiKey = None,
+    system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of one answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    mode: ModeOption = None,
+    prefill: Prefill = None,
+    bound: Bound = 0.3,
+    precision: Precision = NATIVE_PRECISION,
+    rest: Rest = NATIVE_PRECISION,
+    context: Context = 2048,
+    device: Device = "cpu",
+) -> None:
+    """Answers go to standard output as they come."""
+    manner = Manner(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    serving = Serving(
+        memory=memory,
+        host_memory=host_memory,
+        mode=mode,
+        prefill=prefill,
+        bound=bound,
+        precision=precision,
+        rest=rest,
+        context=context,
+        device=device,
+    )
+    if url is not None:
+        if model is not None or serving.wanted:
+            raise ConfigError("the server at --url has its model and memory; give one or the other")
+        _talk(RemotePartner(Client(url, api_key)), manner, system)
+        return
+    if model is None:
+        raise ConfigError("give a model, such as `reference`, or --url of a server")
+    with serving.load(model) as served:
+        engine = Engine(served)
+        engine.start()
+        try:
+            _talk(LocalPartner(model, engine), manner, system)
+        finally:
+            engine.close()
+
+
+def _talk(partner: Partner, manner: Manner, system: str | None) -> None:
+    if not partner.chats:
+        if system is not None:
+            raise ConfigError(f"{partner.name} has no chat template, so --system has no place")
+        say(f"{partner.name} does not know conversations: it continues the text that you give")
+    say(HELP)
+    beginning: list[Turn] = [{"role": "system", "content": system}] if system else []
+    turns = list(beginning)
+    while (line := _ask()) is not None:
+        if line == "/new":
+            turns = list(beginning)
+        elif line.startswith("/"):
+            say(f"{line.split()[0]} is no command: {HELP}")
+        elif line:
+            turns.append({"role": "user", "content": line})
+            turns = _answer(partner, turns, manner)
+
+
+def _ask() -> str | None:
+    """A line, without its end; None to leave."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print()
+        say(HELP)
+        return ""
+    return None if line.strip() == "/quit" else line
+
+
+def _answer(partner: Partner, turns: list[Turn], manner: Manner) -> list[Turn]:
+    """Print the answer; the conversation with it, or without the last turn if it failed."""
+    told = ""
+    try:
+        with closing(partner.answer(turns, manner)) as pieces:
+            for piece in pieces:
+                told += piece
+                print(piece.translate(_SHOWN), end="", flush=True)
+    except KeyboardInterrupt:
+        say(" (stopped)")
+    except MoefitError as error:
+        say(f"error: {error}")
+        return turns[:-1]
+    print()
+    return [*turns, {"role": "assistant", "content": told}]

@@ -1,0 +1,116 @@
+"""Somebody to talk to: a server, or a model in this process, behind one face.
+
+Owns how an answer comes out of either, piece by piece. Knows nothing of terminals.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from moefit.engine.engine import Engine
+from moefit.engine.request import Event, Finished, Prompt, Sampling
+from moefit.errors import ConfigError
+from moefit.server.client import Client
+from moefit.server.vocabulary import Vocabulary
+
+Turn = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How to answer; see `Sampling`."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Partner(Protocol):
+    """`chats`: it knows conversations; else it continues text."""
+
+    name: str
+    chats: bool
+
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+        """The answer to a conversation, or what follows the last turn's text.
+
+        Closing the iterator ends the answer.
+        """
+        ...
+
+
+class RemotePartner:
+    """A server with OpenAI's API; ours says whether its model chats, others are believed to."""
+
+    def __init__(self, client: Client):
+        self._client = client
+        models = client.get("/v1/models")["data"]
+        if not models:
+            raise ConfigError(f"{client.url} serves no model")
+        self.name, self.chats = models[0]["id"], models[0].get("chat", True)
+
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+        """See `Partner`."""
+        body: dict[str, Any] = {
+            "model": self.name,
+            "max_tokens": manner.max_tokens,
+            "temperature": manner.temperature,
+            "top_p": manner.top_p,
+        }
+        if manner.seed is not None:
+            body["seed"] = manner.seed
+        if self.chats:
+            body["messages"] = list(turns)
+            for event in self._client.stream("/v1/chat/completions", body):
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+            return
+        body["prompt"] = turns[-1]["content"]
+        for event in self._client.stream("/v1/completions", body):
+            for choice in event["choices"]:
+                yield choice["text"]
+
+
+class LocalPartner:
+    """A model in this process."""
+
+    def __init__(self, name: str, engine: Engine):
+        self.name, self._engine = name, engine
+        text = engine.served.model.config.get_text_config(decoder=True)
+        self._words = Vocabulary(
+            engine.served.tokenizer, size=text.vocab_size, most=engine.max_model_len
+        )
+        self.chats = self._words.has_template
+
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+        """See `Partner`. Raises ConfigError, RequestTooLargeError."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        request = self._engine.submit(self._ids(turns), _sampling(manner), events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Prompt):
+                    continue
+                yield event.text
+                if isinstance(event, Finished):
+                    if event.message:
+                        raise ConfigError(f"the model failed at this: {event.message}")
+                    return
+        finally:
+            self._engine.cancel(request)
+
+    def _ids(self, turns: Sequence[Turn]) -> list[int]:
+        if not self.chats:
+            return self._words.ids(turns[-1]["content"])
+        return self._words.ids(self._words.conversation(turns), special=False)
+
+
+def _sampling(manner: Manner) -> Sampling:
+    return Sampling(
+        max_tokens=manner.max_tokens,
+        temperature=manner.temperature,
+        top_p=manner.top_p,
+        seed=manner.seed,
+    )

@@ -1,0 +1,147 @@
+"""An engine with the real one's face, whose tokens follow from the prompt by arithmetic."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from time import sleep
+from typing import Any
+
+from moefit.engine.engine import EngineSettings, EngineStats
+from moefit.engine.request import (
+    Event,
+    Finished,
+    Listener,
+    Prompt,
+    Sampling,
+    Token,
+    TokenLogprob,
+)
+from moefit.engine.text import TextStream
+from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
+from moefit.serve.served import ServedModel
+
+
+def following(token: int, size: int) -> int:
+    """The token behind `token`; never a special one of the reference model's."""
+    return (token * 31 + 17) % (size - 1) + 1
+
+
+class FakeEngine:
+    """Requests go on side by side, a token each in turn; `pause` seconds between turns.
+
+    fail: prompts whose answers break after two tokens with this message. tokens: what is made,
+    instead of by arithmetic.
+    """
+
+    def __init__(self, served: ServedModel, *, pause: float = 0.0):
+        self.served, self.settings, self.max_model_len = served, EngineSettings(), 512
+        self.pause, self.fail = pause, {}
+        self.tokens: Callable[[Sequence[int]], Sequence[int]] | None = None
+        self.cancelled: list[str] = []
+        self.submitted: list[tuple[tuple[int, ...], Sampling]] = []
+        self._size = served.model.config.vocab_size
+        self._names = (f"request-{n}" for n in count())
+        self._going: dict[str, tuple[Iterator[Event], Listener]] = {}
+        self._changed = threading.Condition()
+        self._refusing = self._closing = False
+        self._thread: threading.Thread | None = None
+        self.full = False
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = self._refusing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        for _, listener in self._going.values():
+            listener(Finished(reason="cancelled", prompt_tokens=1, completion_tokens=0))
+        self._going.clear()
+
+    def drain(self, timeout: float) -> bool:
+        with self._changed:
+            self._refusing = True
+            return self._changed.wait_for(lambda: not self._going, timeout)
+
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, listener: Listener) -> str:
+        wanted = len(prompt_ids) + sampling.max_tokens
+        if wanted > self.max_model_len:
+            raise RequestTooLargeError(f"{wanted} tokens, but {self.max_model_len} fit")
+        if self.full:
+            raise QueueFullError("1,024 requests wait")
+        with self._changed:
+            if self._refusing:
+                raise RefusedError("shutting down")
+            name = next(self._names)
+            self.submitted.append((tuple(prompt_ids), sampling))
+            self._going[name] = (self._events(tuple(prompt_ids), sampling), listener)
+            self._changed.notify_all()
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            if self._going.pop(request_id, None) is not None:
+                self.cancelled.append(request_id)
+            self._changed.notify_all()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._going), waiting=0, kv_tokens_used=17, kv_tokens=2048,
+            prompt_tokens_total=5, generation_tokens_total=7, tokens_per_second=1.5,
+            steps=3, runner="fake",
+        )  # fmt: skip
+
+    def set_memory(self, memory: str | int | None) -> Any:
+        return self.served.set_memory(memory)
+
+    def set_mode(self, mode: Any, **settings: Any) -> Any:
+        return self.served.set_mode(mode, **settings)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or bool(self._going))
+                if self._closing:
+                    return
+                turn = list(self._going.items())
+            for name, (events, listener) in turn:
+                with self._changed:
+                    event = next(events) if name in self._going else None
+                    if isinstance(event, Finished):
+                        del self._going[name]
+                        self._changed.notify_all()
+                if event is not None:
+                    listener(event)
+            sleep(self.pause)
+
+    def _events(self, prompt: tuple[int, ...], sampling: Sampling) -> Iterator[Event]:
+        told = None
+        if (top := sampling.prompt_logprobs) is not None:
+            told = (None, *(self._logprob(token, top) for token in prompt[1:]))
+        yield Prompt(logprobs=told)
+        tokenizer = self.served.tokenizer
+        text = TextStream(tokenizer, sampling.stop, after=prompt)
+        made, last = 0, prompt[-1] + (sampling.seed or 0)
+        given = list(self.tokens(prompt)) if self.tokens else None
+        for made in range(1, sampling.max_tokens + 1):
+            last = given[made - 1] if given else following(last, self._size)
+            if prompt in self.fail and made > 2:
+                yield self._finished("error", prompt, made, message=self.fail[prompt])
+                return
+            logprob = None if sampling.logprobs is None else self._logprob(last, sampling.logprobs)
+            yield Token(token=last, text=text.push(last), logprob=logprob)
+            if text.stopped or last in sampling.stop_ids or (given and made == len(given)):
+                yield self._finished("stop", prompt, made, text=text.finish())
+                return
+        yield self._finished("length", prompt, made, text=text.finish())
+
+    def _logprob(self, token: int, top: int) -> TokenLogprob:
+        best = [following(token, self._size) + n for n in range(top)]
+        likely = tuple((one % self._size, -0.25 * (n + 1)) for n, one in enumerate(best))
+        return TokenLogprob(token=token, logprob=-1.5 - token / 8192, top=likely)
+
+    def _finished(self, reason: Any, prompt: Sequence[int], made: int, **more: str) -> Finished:
+        return Finished(reason=reason, prompt_tokens=len(prompt), completion_tokens=made, **more)

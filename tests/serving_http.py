@@ -1,0 +1,45 @@
+"""A service over the reference model and an engine that needs no computing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from fake_engine import FakeEngine
+from fastapi.testclient import TestClient
+
+from moefit.engine.engine import Engine
+from moefit.serve.served import ServedModel
+from moefit.server.app import create_app
+from moefit.server.service import Service
+from moefit.server.settings import ServerSettings
+
+
+@contextmanager
+def fake_service(
+    served: ServedModel, *, pause: float = 0.0, **settings: Any
+) -> Iterator[tuple[Service, FakeEngine]]:
+    engine = FakeEngine(served, pause=pause)
+    engine.start()
+    service = Service(cast(Engine, engine), ServerSettings(**{"name": "reference", **settings}))
+    try:
+        yield service, engine
+    finally:
+        engine.close()
+        service.close()
+
+
+@contextmanager
+def client_of(service: Service, **how: Any) -> Iterator[TestClient]:
+    with TestClient(create_app(service), base_url="http://localhost:8000", **how) as client:
+        yield client
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """The error, which is of OpenAI's shape."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    assert "/src/" not in response.text
+    return body["error"]

@@ -1,0 +1,277 @@
+"""POST /v1/completions, over an engine whose tokens are known."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, following
+from fastapi.testclient import TestClient
+from serving_http import client_of, error_of, fake_service
+
+import moefit
+from moefit.serve.served import ServedModel
+from moefit.server.service import Service
+
+URL = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+@pytest.fixture
+def running(served: ServedModel) -> Iterator[tuple[TestClient, FakeEngine, Service]]:
+    with fake_service(served, answers=8) as (service, engine), client_of(service) as client:
+        yield client, engine, service
+
+
+def made(served: ServedModel, last: int, count: int) -> list[int]:
+    tokens = []
+    for _ in range(count):
+        last = following(last, served.model.config.vocab_size)
+        tokens.append(last)
+    return tokens
+
+
+def text_of(served: ServedModel, tokens: list[int]) -> str:
+    text = served.tokenizer.decode(tokens)
+    assert isinstance(text, str)
+    return text
+
+
+def ids_of(served: ServedModel, text: str) -> list[int]:
+    return served.tokenizer(text)["input_ids"]
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_prompt_is_continued_by_sixteen_tokens(running, served) -> None:
+    client, _, _ = running
+    answer = client.post(URL, json={"model": "reference", "prompt": "import os"}).json()
+    prompt = ids_of(served, "import os")
+    tokens = made(served, prompt[-1], 16)
+    (choice,) = answer["choices"]
+    assert choice["text"] == text_of(served, tokens).rstrip("\ufffd")
+    assert choice["finish_reason"] == "length"
+    assert choice["index"] == 0 and choice["logprobs"] is None
+    assert answer["object"] == "text_completion" and answer["model"] == "reference"
+    assert answer["id"].startswith("cmpl-")
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": 16}
+    assert answer["usage"] == {**usage, "total_tokens": len(prompt) + 16}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["import os", ["import os"], [11, 12, 13], [[11, 12, 13]], ["a", "b c"], [[5], [6, 7]]],
+)
+def test_prompts_of_every_form_and_n_answers_in_order(running, served, prompt) -> None:
+    client, engine, _ = running
+    asked = {"prompt": prompt, "n": 2, "seed": 3, "max_tokens": 4}
+    answer = client.post(URL, json=asked).json()
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    ids = [ids_of(served, one) if isinstance(one, str) else one for one in several]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(ids)))
+    expected = [made(served, one[-1] + 3 + k, 4) for one in ids for k in range(2)]
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [text_of(served, one).rstrip("\ufffd") for one in expected]
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
+    assert answer["usage"]["completion_tokens"] == 8 * len(ids)
+    assert {sampling.seed for _, sampling in engine.submitted} == {3, 4}
+
+
+def test_log_probabilities_with_echo_as_lm_eval_reads_them(running, served) -> None:
+    client, engine, _ = running
+    prompt = ids_of(served, "def f(x):\n    return x")
+    asked = {"prompt": [prompt], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    (choice,) = client.post(URL, json=asked).json()["choices"]
+    (new,) = made(served, prompt[-1], 1)
+    told = choice["logprobs"]
+    assert choice["text"] == text_of(served, [*prompt, new]).rstrip("\ufffd")
+    assert len(told["tokens"]) == len(prompt) + 1
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    expected = [-1.5 - token / 8192 for token in [*prompt[1:], new]]
+    assert told["token_logprobs"][1:] == pytest.approx(expected)
+    for name, logprob, top in zip(
+        told["tokens"][1:], told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True
+    ):
+        assert top[name] == logprob and max(top.values()) == -0.25 and len(top) == 2
+    for name, offset in zip(told["tokens"][:-1], told["text_offset"][:-1], strict=True):
+        assert choice["text"][offset:].startswith(name)
+    (_, sampling) = engine.submitted[0]
+    assert (sampling.prompt_logprobs, sampling.logprobs, sampling.temperature) == (1, 1, 0)
+
+
+def test_echo_alone_makes_no_token(running, served) -> None:
+    client, _, _ = running
+    asked = {"prompt": "import os", "echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = client.post(URL, json=asked).json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == "import os"
+    assert len(choice["logprobs"]["tokens"]) == len(ids_of(served, "import os"))
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_offsets_are_characters_although_tokens_are_bytes(running, served) -> None:
+    client, engine, _ = running
+    tokens = ids_of(served, "é😀!")
+    engine.tokens = lambda prompt: tokens
+    (choice,) = client.post(URL, json={"prompt": "x", "logprobs": 2}).json()["choices"]
+    assert choice["text"] == "é😀!"
+    told = choice["logprobs"]
+    assert told["text_offset"][-1] == 2
+    assert told["tokens"][-1] == "!"
+    names = [name for name in told["tokens"] if name.startswith("bytes:")]
+    said = "".join(name.removeprefix("bytes:") for name in names)
+    assert "\\xf0" in said and "\\x9f" in said
+
+
+def test_a_stream_says_what_the_whole_answer_says(running) -> None:
+    client, _, _ = running
+    asked = {"prompt": ["a", "import"], "n": 2, "max_tokens": 9, "logprobs": 1, "echo": True}
+    whole = client.post(URL, json=asked).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = client.post(URL, json={**asked, **options})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    frames = events(response)
+    assert {frame["id"] for frame in frames} == {frames[0]["id"]}
+    assert all(frame["usage"] is None for frame in frames[:-1])
+    assert frames[-1]["choices"] == [] and frames[-1]["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        mine = [one for f in frames for one in f["choices"] if one["index"] == choice["index"]]
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        reasons = [one["finish_reason"] for one in mine]
+        assert reasons == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        for key, value in choice["logprobs"].items():
+            assert [x for one in mine if one["logprobs"] for x in one["logprobs"][key]] == value
+
+
+def test_a_stream_without_usage_has_none(running) -> None:
+    client, _, _ = running
+    frames = events(client.post(URL, json={"prompt": "a", "stream": True}))
+    assert all("usage" not in frame for frame in frames)
+
+
+def test_a_stop_text_ends_the_answer(running, served) -> None:
+    client, engine, _ = running
+    engine.tokens = lambda prompt: ids_of(served, "one two three")
+    for stop in ("two", ["zzz", "two"]):
+        answer = client.post(URL, json={"prompt": "x", "stop": stop}).json()
+        assert answer["choices"][0]["text"] == "one "
+        assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_everything_reaches_the_engine(running) -> None:
+    client, engine, _ = running
+    asked = {
+        "prompt": [5], "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 11, "max_tokens": 3,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "stop": ["a", "b"],
+        "stop_token_ids": [9], "ignore_eos": True,
+    }  # fmt: skip
+    assert client.post(URL, json=asked).status_code == 200
+    (_, got) = engine.submitted[0]
+    assert (got.temperature, got.top_p, got.top_k, got.seed) == (0.5, 0.9, 7, 11)
+    assert (got.presence_penalty, got.frequency_penalty) == (0.5, -0.5)
+    assert (got.stop, got.stop_ids, got.ignore_eos) == (("a", "b"), frozenset({9}), True)
+    assert (got.max_tokens, got.logprobs, got.prompt_logprobs) == (3, None, None)
+
+
+def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
+    client, _, _ = running
+    asked = {
+        "model": "reference", "prompt": "a", "best_of": 1, "n": 1, "logit_bias": {}, "suffix": None,
+        "user": "me", "echo": False, "stop": None, "seed": None, "logprobs": None, "stream": False,
+        "temperature": None, "top_p": None, "max_tokens": None, "stream_options": None,
+    }  # fmt: skip
+    assert client.post(URL, json=asked).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "a", "guided_json": {}}, "guided_json"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+        ({"prompt": "a", "n": 9}, "n"),
+        ({"prompt": ["a"] * 9}, "n"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({}, "prompt"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop"),
+        ({"prompt": "a", "stop": ""}, "stop"),
+    ],
+)
+def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
+    client, engine, _ = running
+    error = error_of(client.post(URL, json=asked), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert not engine.submitted
+
+
+def test_tokens_that_do_not_exist_are_refused(running) -> None:
+    client, _, _ = running
+    for asked in ({"prompt": [4096]}, {"prompt": "a", "stop_token_ids": [99999]}):
+        assert "4095" in error_of(client.post(URL, json=asked), 400)["message"]
+
+
+def test_another_model_is_not_found(running) -> None:
+    client, _, _ = running
+    error = error_of(client.post(URL, json={"model": "gpt-4", "prompt": "a"}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+def test_what_does_not_fit_is_refused_with_numbers(running) -> None:
+    client, engine, _ = running
+    error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 600}), 400)
+    assert error["code"] == "context_length_exceeded" and "512" in error["message"]
+    long = error_of(client.post(URL, json={"prompt": "a" * 1_000_000}), 400)
+    assert long["code"] == "context_length_exceeded"
+
+
+def test_one_answer_that_does_not_fit_takes_the_others_back(running) -> None:
+    client, engine, _ = running
+    error_of(client.post(URL, json={"prompt": [[5], [5] * 500], "max_tokens": 50}), 400)
+    assert len(engine.submitted) == 1 and engine.cancelled == ["request-0"]
+
+
+def test_a_full_queue_says_try_later(running) -> None:
+    client, engine, _ = running
+    engine.full = True
+    response = client.post(URL, json={"prompt": "a"})
+    assert error_of(response, 429)["type"] == "rate_limit_error"
+    assert response.headers["retry-after"] == "1"
+
+
+def test_a_failure_of_the_model_is_told(running) -> None:
+    client, engine, _ = running
+    engine.fail[(5, 6)] = "CheckpointError: a shard cannot be read"
+    error = error_of(client.post(URL, json={"prompt": [5, 6]}), 500)
+    assert "shard" in error["message"] and error["type"] == "server_error"
+    response = client.post(URL, json={"prompt": [5, 6], "stream": True})
+    frames = events(response)
+    assert response.status_code == 200
+    assert "shard" in frames[-1]["error"]["message"]
+    assert not engine.cancelled
+
+
+def test_nothing_is_taken_while_shutting_down(running) -> None:
+    client, _, service = running
+    service.draining = True
+    assert error_of(client.post(URL, json={"prompt": "a"}), 503)["code"] == "shutting_down"
+    assert client.get("/health").status_code == 503
