@@ -97,7 +97,8 @@ class PackedRunner:
         rows = _wanted(works)
         keep: dict[str, Any] = {}
         if self._keeps and shape == (1, -1) and len(rows) < len(ids):
-            keep["logits_to_keep"] = torch.tensor(rows, device=self._device)
+            kept = rows or [0]  # heads of no rows at all are nobody's business to try
+            keep["logits_to_keep"] = torch.tensor(kept, device=self._device)
         with in_force(self.model):
             logits = self.model(
                 input_ids=torch.tensor(ids, device=self._device).view(shape),
@@ -111,7 +112,9 @@ class PackedRunner:
         for one in works:
             self._lengths[one.request] = one.past + len(one.tokens)
         logits_NV = logits.flatten(0, 1)
-        return logits_NV if keep or len(rows) == len(ids) else logits_NV[rows]
+        if keep:
+            return logits_NV[: len(rows)]
+        return logits_NV if len(rows) == len(ids) else logits_NV[rows]
 
 
 def _wanted(works: Sequence[Work]) -> list[int]:

@@ -1,0 +1,76 @@
+"""Places for requests: no two share one, and there is room as long as the sum says so."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from moefit.engine.extents import Extents, Move
+
+PLACES = 40
+
+
+def test_the_first_hole_that_is_large_enough() -> None:
+    extents = Extents(20)
+    for name in "abc":
+        assert extents.take(name, 5) == ()
+    extents.give_back("a")
+    assert extents.take("small", 3) == ()
+    assert extents.take("large", 5) == ()
+    assert (extents.start("small"), extents.start("large")) == (0, 15)
+
+
+def test_holes_are_closed_up_when_none_is_large_enough() -> None:
+    extents = Extents(20)
+    for name in "abcd":
+        extents.take(name, 5)
+    extents.give_back("a")
+    extents.give_back("c")
+    assert extents.take("large", 10) == (
+        Move(name="b", source=5, target=0),
+        Move(name="d", source=15, target=5),
+    )
+    assert extents.start("large") == 10
+    extents.check()
+
+
+class Places(RuleBasedStateMachine):
+    """What each request wrote stays its own, wherever it is moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extents, self.row = Extents(PLACES), [""] * PLACES
+        self.sizes: dict[str, int] = {}
+        self.count = 0
+
+    @precondition(lambda self: self.extents.free)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        size = data.draw(st.integers(1, self.extents.free))
+        name = f"r{self.count}"
+        self.count += 1
+        for move in self.extents.take(name, size):
+            held = self.row[move.source : move.source + self.sizes[move.name]]
+            assert move.target < move.source
+            self.row[move.target : move.target + len(held)] = held
+        start = self.extents.start(name)
+        self.row[start : start + size] = [name] * size
+        self.sizes[name] = size
+
+    @precondition(lambda self: self.sizes)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.sizes)))
+        self.extents.give_back(name)
+        del self.sizes[name]
+
+    @invariant()
+    def everybody_has_what_they_wrote(self) -> None:
+        self.extents.check()
+        assert self.extents.free == PLACES - sum(self.sizes.values())
+        for name, size in self.sizes.items():
+            start = self.extents.start(name)
+            assert self.row[start : start + size] == [name] * size
+
+
+Places.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPlaces = Places.TestCase

@@ -1,0 +1,188 @@
+"""Who is served when: no tensors, any order of events."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moefit.engine.scheduler import Limits, Piece, Scheduler, shared
+from moefit.errors import QueueFullError
+
+
+def limits(**changes) -> Limits:
+    usual = {"tokens": 100, "max_concurrency": 3, "prefill_chunk": 10, "max_waiting": 5}
+    return Limits(**(usual | changes))
+
+
+def step(scheduler: Scheduler) -> tuple[Piece, ...]:
+    """A step in which every request whose text is at its end gets one more token."""
+    scheduler.admit()
+    pieces = scheduler.plan()
+    for piece in pieces:
+        scheduler.done(piece)
+        if piece.last:
+            scheduler.grow(piece.request)
+    scheduler.check()
+    return pieces
+
+
+def told(pieces: tuple[Piece, ...]) -> dict[str, tuple[int, int, bool]]:
+    return {piece.request: (piece.start, piece.stop, piece.last) for piece in pieces}
+
+
+def test_a_prompt_is_read_in_chunks_and_then_continued() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("a", prompt=23, answer=4)
+    assert told(step(scheduler)) == {"a": (0, 10, False)}
+    assert told(step(scheduler)) == {"a": (10, 20, False)}
+    assert told(step(scheduler)) == {"a": (20, 23, True)}
+    assert told(step(scheduler)) == {"a": (23, 24, True)}
+    assert told(step(scheduler)) == {"a": (24, 25, True)}
+
+
+def test_decoding_goes_on_beside_a_long_prompt_which_goes_on_too() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("short", prompt=2, answer=20)
+    step(scheduler)
+    scheduler.submit("long", prompt=25, answer=1)
+    for number in range(3):
+        pieces = told(step(scheduler))
+        assert pieces["short"] == (2 + number, 3 + number, True)
+        assert pieces["long"][0] == 10 * number
+
+
+def test_prompts_share_a_step() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("long", prompt=40, answer=1)
+    scheduler.submit("short", prompt=3, answer=1)
+    assert told(step(scheduler)) == {"long": (0, 7, False), "short": (0, 3, True)}
+
+
+def test_whole_prompts_come_one_at_a_time() -> None:
+    scheduler = Scheduler(limits(whole_prompts=True))
+    scheduler.submit("a", prompt=40, answer=2)
+    scheduler.submit("b", prompt=30, answer=2)
+    assert told(step(scheduler)) == {"a": (0, 40, True)}
+    assert told(step(scheduler)) == {"a": (40, 41, True), "b": (0, 30, True)}
+
+
+def test_a_request_may_have_smaller_pieces() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("a", prompt=20, answer=1, piece=3)
+    scheduler.submit("b", prompt=20, answer=1)
+    assert told(step(scheduler)) == {"a": (0, 3, False), "b": (0, 7, False)}
+
+
+def test_who_does_not_fit_waits_and_is_not_overtaken() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("first", prompt=50, answer=10)
+    scheduler.submit("large", prompt=40, answer=1)
+    scheduler.submit("small", prompt=1, answer=1)
+    assert scheduler.admit() == ("first",)
+    assert scheduler.waiting == ("large", "small")
+    assert scheduler.remove("first")
+    assert scheduler.admit() == ("large", "small")
+
+
+def test_a_full_queue() -> None:
+    scheduler = Scheduler(limits(max_waiting=1))
+    scheduler.submit("a", prompt=1, answer=1)
+    with pytest.raises(QueueFullError, match="1 requests are waiting"):
+        scheduler.submit("b", prompt=1, answer=1)
+    scheduler.admit()
+    scheduler.submit("b", prompt=1, answer=1)
+
+
+def test_one_is_forgotten_once() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("a", prompt=1, answer=1)
+    assert scheduler.remove("a")
+    assert not scheduler.remove("a")
+
+
+@given(st.integers(0, 200), st.lists(st.integers(1, 50), max_size=8))
+def test_shares_are_fair(total: int, wants: list[int]) -> None:
+    shares = shared(total, wants)
+    assert sum(shares) == min(total, sum(wants))
+    assert all(0 <= share <= want for share, want in zip(shares, wants, strict=True))
+    hungry = [share for share, want in zip(shares, wants, strict=True) if share < want]
+    assert not hungry or max(shares) - min(hungry) <= 1  # nobody has more than one who wants more
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests come, run, end and are cancelled in any order."""
+
+    @initialize(whole=st.booleans(), tokens=st.integers(10, 60), places=st.integers(1, 4))
+    def begin(self, whole: bool, tokens: int, places: int) -> None:
+        self.scheduler = Scheduler(
+            limits(tokens=tokens, max_concurrency=places, prefill_chunk=7, whole_prompts=whole)
+        )
+        self.left: dict[str, int] = {}  # tokens that the answer may still have
+        self.read: dict[str, int] = {}
+        self.order: list[str] = []
+        self.count = 0
+
+    @rule(prompt=st.integers(1, 30), answer=st.integers(1, 20), piece=st.none() | st.integers(1, 5))
+    def submit(self, prompt: int, answer: int, piece: int | None) -> None:
+        if prompt + answer > self.scheduler.limits.tokens:
+            return
+        name = f"r{self.count}"
+        self.count += 1
+        try:
+            self.scheduler.submit(name, prompt=prompt, answer=answer, piece=piece)
+        except QueueFullError:
+            assert len(self.scheduler.waiting) == self.scheduler.limits.max_waiting
+            return
+        self.left[name], self.read[name] = answer, 0
+        self.order.append(name)
+
+    @precondition(lambda self: self.left)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.left)))
+        assert self.scheduler.remove(name)
+        del self.left[name], self.read[name]
+
+    @rule()
+    def step(self) -> None:
+        admitted = self.scheduler.admit()
+        running = self.scheduler.running
+        assert [n for n in self.order if n in admitted] == list(admitted), "who comes first"
+        assert running or not self.left, "somebody could have been served"
+        pieces = self.scheduler.plan()
+        assert pieces == self.scheduler.plan(), "planning changes nothing"
+        assert len({piece.request for piece in pieces}) == len(pieces)
+        decoding = [piece for piece in pieces if self.left_after_reading(piece)]
+        reading = [piece for piece in pieces if piece not in decoding]
+        if not self.scheduler.limits.whole_prompts:
+            assert sum(p.stop - p.start for p in reading) <= self.scheduler.limits.prefill_chunk
+        for piece in pieces:
+            assert piece.start == self.read[piece.request] < piece.stop
+            self.scheduler.done(piece)
+            self.read[piece.request] = piece.stop
+            if piece.last:
+                self.left[piece.request] -= 1
+                self.scheduler.grow(piece.request)
+                if not self.left[piece.request]:
+                    self.scheduler.remove(piece.request)
+                    del self.left[piece.request], self.read[piece.request]
+
+    def left_after_reading(self, piece: Piece) -> bool:
+        return piece.last and piece.stop - piece.start == 1 and piece.start > 0
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self) -> None:
+        """Everybody is served in the end."""
+        for _ in range(2000):
+            if not self.left:
+                return
+            self.step()
+        raise AssertionError(f"{sorted(self.left)} were never served")
+
+
+Serving.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestServing = Serving.TestCase
