@@ -41,6 +41,7 @@ class Pretender:
         self.key: str | None = None
         self.fails = False
         self.breaks_after: int | None = None
+        self.ends_after: int | None = None
         self.asked: list[str] = []
         self.changes: list[dict] = []
         self.weights = [
@@ -169,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if number == model.breaks_after:
                     error = {"message": "a shard could not be read", "code": 500}
                     return self._event({"error": error})
+                if number == model.ends_after:
+                    return None
                 text = "return <b>x</b>\n    " if number % 7 == 6 else f"word{number} "
                 self._event({"choices": [{"text": text, "finish_reason": None}]})
                 time.sleep(0.02)

@@ -187,6 +187,8 @@ def test_a_mode_and_its_bound_are_set(page):
     tab.until(lambda: tab.text("mode") == "bounded")
     assert model.changes == [{"mode": "bounded", "bound": 0.2}]
     assert not tab.by_id("undo").is_displayed()
+    tab.click("dial-box")
+    assert "Prompts are read in mode exact" in tab.text("dial-note")
 
 
 def test_a_server_that_goes_away_is_waited_for(page):
@@ -249,6 +251,13 @@ def test_an_error_within_a_stream_is_shown(page):
     tab.click("try-run")
     tab.until(lambda: tab.text("try-state") == "a shard could not be read")
     assert "word2" in tab.text("try-answer")
+
+
+def test_a_stream_that_ends_before_its_end_is_not_taken_for_whole(page):
+    tab, model = page
+    model.ends_after = 2
+    tab.click("try-run")
+    tab.until(lambda: "ended it early" in tab.text("try-state"))
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_only(tab, served):

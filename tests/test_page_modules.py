@@ -91,6 +91,7 @@ def test_layers_are_told_apart_by_the_shortest_names(modules):
 
     assert short("model.layers.3.mlp", "model.layers.11.mlp") == ["3", "11"]
     assert short("encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp") == ["enc 1", "dec 1"]
+    assert short("model.encoder.layers.3.ffn", "model.decoder.layers.3.ffn") == ["enc 3", "dec 3"]
     assert short("a.1.b", "a.1.c") == ["0", "1"]
 
 

@@ -49,8 +49,8 @@ export class DialView {
     const moved = ends.floor !== this.#ends?.floor || ends.top !== this.#ends?.top;
     this.#ends = ends;
     this.#map = map;
-    const { mode, bound } = memory;
-    this.#inForce = { bytes: memory.budget.total ?? memory.everything, mode, bound };
+    const { mode, prefill, bound } = memory;
+    this.#inForce = { bytes: memory.budget.total ?? memory.everything, mode, prefill, bound };
     if (moved) this.#scale();
     this.#refresh();
   }
@@ -108,12 +108,17 @@ export class DialView {
   }
 
   #note(pending, size, mode) {
-    if (!pending) return MODES[mode] ?? "";
+    if (!pending) return `${MODES[mode] ?? ""}${this.#prefill()}`;
     if (size === null) return "Write a size, such as 4.7GiB or 512MB.";
     const elsewhere = `In force: ${this.#text(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
     if (size < this.#ends.floor) return `Below the floor of ${this.#text(this.#ends.floor)}. ${elsewhere}`;
     const experts = formatCount(expertsAt(size, this.#ends, this.#map));
     return `Not applied yet: about ${experts} of ${formatCount(this.#map.experts)} experts, ${mode}. ${elsewhere}`;
+  }
+
+  #prefill() {
+    const { mode, prefill } = this.#inForce;
+    return prefill === mode ? "" : ` Prompts are read in mode ${prefill}.`;
   }
 
   #groove(size) {

@@ -79,36 +79,33 @@ function grown(box, share) {
 
 function paintSquare(context, paint, box, cell, mixed) {
   const full = mixed ? level(cell.format) : 1;
-  const small = Math.min(box.width, box.height) < 8;
-  const radius = small ? 0 : Math.min(4, box.width / 5);
-  if (full < 1) {
-    context.fillStyle = paint.empty;
-    shape(context, box, radius);
-    context.fill();
+  const filled = { ...box, top: box.top + box.height * (1 - full), height: box.height * full };
+  const shade = shadeOf(paint.inside, cell);
+  if (Math.min(box.width, box.height) < 8) {
+    if (full < 1) fillBox(context, paint.empty, box);
+    fillBox(context, shade, filled);
+    return;
   }
-  context.fillStyle = shadeOf(paint.inside, cell);
-  if (full === 1) {
-    shape(context, box, radius);
-    context.fill();
-  } else {
-    context.save();
-    shape(context, box, radius);
-    context.clip();
-    context.fillRect(box.left, box.top + box.height * (1 - full), box.width, box.height * full + 1);
-    context.restore();
-  }
-  if (small) return;
+  context.save();
+  shape(context, box);
+  context.clip();
+  fillBox(context, paint.empty, box);
+  fillBox(context, shade, filled);
+  context.restore();
   context.strokeStyle = paint.edge;
   context.lineWidth = 1;
-  const inner = { left: box.left + 0.5, top: box.top + 0.5, width: box.width - 1, height: box.height - 1 };
-  shape(context, inner, radius);
+  shape(context, { left: box.left + 0.5, top: box.top + 0.5, width: box.width - 1, height: box.height - 1 });
   context.stroke();
 }
 
-function shape(context, box, radius) {
+function fillBox(context, colour, { left, top, width, height }) {
+  context.fillStyle = colour;
+  context.fillRect(left, top, width, height);
+}
+
+function shape(context, { left, top, width, height }) {
   context.beginPath();
-  if (radius) context.roundRect(box.left, box.top, box.width, box.height, radius);
-  else context.rect(box.left, box.top, box.width, box.height);
+  context.roundRect(left, top, width, height, Math.min(4, width / 5));
 }
 
 function paintDot(context, paint, box, cell, swell) {

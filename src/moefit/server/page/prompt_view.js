@@ -35,7 +35,7 @@ export class PromptView {
     this.#begin();
     try {
       const reason = await this.#stream(running.signal, pace);
-      say("try-state", `${pace.words()}${REASONS[reason] ?? ""}`);
+      say("try-state", `${pace.words()}${REASONS[reason] ?? " The server ended it early."}`);
     } catch (error) {
       if (running.signal.aborted) say("try-state", `${pace.words()} Stopped.`);
       else this.#fail(error);

@@ -54,7 +54,7 @@ function sum(items, value) {
 export function shortNames(names) {
   const short = names.map((name) => /\d+/.exec(name)?.[0] ?? name);
   if (new Set(short).size === short.length) return short;
-  const parts = names.map((name) => (/^[^.]*(?:en|de)coder/.exec(name) ?? name.split("."))[0]);
+  const parts = names.map((name) => (/(?:en|de)coder/.exec(name) ?? name.split("."))[0]);
   const told = parts.map((part, index) => `${part.slice(0, 3)} ${short[index]}`);
   return new Set(told).size === told.length ? told : names.map((_, index) => String(index));
 }
