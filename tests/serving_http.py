@@ -1,5 +1,6 @@
 """A service over the reference model and an engine that needs no computing."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -43,3 +44,11 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
     assert "Traceback" not in response.text
     assert "/src/" not in response.text
     return body["error"]
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    """What a stream sent, which ends as OpenAI's does."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -1,13 +1,11 @@
 """POST /v1/completions, over an engine whose tokens are known."""
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, following
 from fastapi.testclient import TestClient
-from serving_http import client_of, error_of, fake_service
+from serving_http import client_of, error_of, events, fake_service
 
 import moefit
 from moefit.serve.served import ServedModel
@@ -44,13 +42,6 @@ def text_of(served: ServedModel, tokens: list[int]) -> str:
 
 def ids_of(served: ServedModel, text: str) -> list[int]:
     return served.tokenizer(text)["input_ids"]
-
-
-def events(response: Any) -> list[dict[str, Any]]:
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_a_prompt_is_continued_by_sixteen_tokens(running, served) -> None:
@@ -237,7 +228,7 @@ def test_another_model_is_not_found(running) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_numbers(running) -> None:
-    client, engine, _ = running
+    client, _, _ = running
     error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 600}), 400)
     assert error["code"] == "context_length_exceeded" and "512" in error["message"]
     long = error_of(client.post(URL, json={"prompt": "a" * 1_000_000}), 400)

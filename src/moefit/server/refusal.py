@@ -74,9 +74,16 @@ class Refused(HTTPException):
 def body_of(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The JSON of an error."""
+    """The JSON of an error; what of a request comes back in it is short and can be written."""
+    message, param = _writable(message, 2000), None if param is None else _writable(param, 200)
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _writable(text: str, most: int) -> str:
+    """Text that is UTF-8, although JSON may have brought in half characters."""
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return whole if len(whole) <= most else f"{whole[:most]}..."
 
 
 def answer(refused: HTTPException) -> JSONResponse:

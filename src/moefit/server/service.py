@@ -21,7 +21,7 @@ from moefit.server.metrics import ModelCollector
 from moefit.server.refusal import Refused
 from moefit.server.settings import ServerSettings
 from moefit.server.telemetry import Telemetry
-from moefit.server.vocabulary import Vocabulary
+from moefit.server.vocabulary import Vocabulary, is_unicode
 
 T = TypeVar("T")
 FINGERPRINT = f"moefit-{moefit.__version__}"
@@ -102,6 +102,8 @@ class Service:
         """How the answer is to be chosen; OpenAI's defaults for what is not given."""
         self.words.check_ids(asked.stop_token_ids or ())
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        if not all(map(is_unicode, stop)):
+            raise Refused(400, "a stop text has half a character in it", param="stop")
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if asked.temperature is None else asked.temperature,

@@ -46,6 +46,8 @@ class Vocabulary:
         tokenizer.
         """
         tokenizer = self._required()
+        if not is_unicode(text):
+            raise ConfigError("the text has half a character: a surrogate without its other half")
         if len(text) > self._most * self._longest:
             raise RequestTooLargeError(
                 f"a text of {len(text):,} characters is more than the {self._most:,} tokens that "
@@ -110,6 +112,19 @@ class Vocabulary:
         if self.tokenizer is None:
             raise ConfigError("this model has no tokenizer; give the prompt as token ids")
         return self.tokenizer
+
+
+def is_unicode(text: str) -> bool:
+    """Whether all characters are whole; JSON can write half of one, and no tokenizer reads it.
+
+    >>> is_unicode("\\ud83d")
+    False
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bytes_of(piece: str) -> bytes:

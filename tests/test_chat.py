@@ -1,0 +1,145 @@
+"""POST /v1/chat/completions, for a model that knows conversations and for one that does not."""
+
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import FakeEngine
+from fastapi.testclient import TestClient
+from serving_http import client_of, error_of, events, fake_service
+
+import moefit
+from moefit.serve.served import ServedModel
+
+URL = "/v1/chat/completions"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('the system speaks first') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+@pytest.fixture
+def running(served: ServedModel) -> Iterator[tuple[TestClient, FakeEngine]]:
+    served.tokenizer.chat_template = TEMPLATE
+    with fake_service(served, chat_tokens=20) as (service, engine), client_of(service) as client:
+        yield client, engine
+    served.tokenizer.chat_template = None
+
+
+def ids_of(served: ServedModel, text: str) -> list[int]:
+    return served.tokenizer(text)["input_ids"]
+
+
+def test_a_conversation_is_written_by_the_template(running, served) -> None:
+    client, engine = running
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "tool_calls": None, "refusal": None},
+        {"role": "user", "content": "d"},
+    ]
+    engine.tokens = lambda prompt: ids_of(served, "yes 😀")
+    answer = client.post(URL, json={"model": "reference", "messages": messages}).json()
+    (prompt, sampling) = engine.submitted[0]
+    text = "<system>be brief<user>ab<assistant>c<user>d<assistant>"
+    assert list(prompt) == ids_of(served, text)
+    assert (sampling.max_tokens, sampling.temperature, sampling.logprobs) == (20, 1.0, None)
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "yes 😀", "refusal": None}
+    assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
+    assert answer["object"] == "chat.completion"
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+
+
+def test_a_stream_says_the_same(running, served) -> None:
+    client, engine = running
+    engine.tokens = lambda prompt: ids_of(served, "yes 😀, of course")
+    asked = {"messages": HELLO, "n": 2, "logprobs": True, "top_logprobs": 1, "max_tokens": 30}
+    whole = client.post(URL, json=asked).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    frames = events(client.post(URL, json={**asked, **options}))
+    assert {frame["object"] for frame in frames} == {"chat.completion.chunk"}
+    assert frames[-1]["usage"] == whole["usage"] and frames[-1]["choices"] == []
+    for choice in whole["choices"]:
+        mine = [one for f in frames for one in f["choices"] if one["index"] == choice["index"]]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert mine[-1]["delta"] == {} and mine[-1]["finish_reason"] == choice["finish_reason"]
+        said = "".join(one["delta"].get("content", "") for one in mine)
+        assert said == choice["message"]["content"] == "yes 😀, of course"
+        told = [x for one in mine if one["logprobs"] for x in one["logprobs"]["content"]]
+        assert told == choice["logprobs"]["content"]
+
+
+def test_logprobs_name_bytes(running, served) -> None:
+    client, engine = running
+    engine.tokens = lambda prompt: ids_of(served, "é😀!")
+    asked = {"messages": HELLO, "logprobs": True, "top_logprobs": 2}
+    (choice,) = client.post(URL, json=asked).json()["choices"]
+    told = choice["logprobs"]["content"]
+    assert bytes(b for one in told for b in one["bytes"]).decode() == "é😀!"
+    assert all(len(one["top_logprobs"]) == 2 for one in told)
+    without = client.post(URL, json={"messages": HELLO, "logprobs": True}).json()
+    assert without["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_either_name_bounds_the_answer(running) -> None:
+    client, engine = running
+    for asked in ({"max_tokens": 3}, {"max_completion_tokens": 3}):
+        answer = client.post(URL, json={"messages": HELLO, **asked}).json()
+        assert answer["usage"]["completion_tokens"] == 3
+    assert [sampling.max_tokens for _, sampling in engine.submitted] == [3, 3]
+
+
+def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
+    client, _ = running
+    asked = {
+        "messages": HELLO, "n": 1, "tools": None, "tool_choice": "none", "functions": [],
+        "response_format": {"type": "text"}, "logit_bias": None, "store": False, "metadata": {},
+        "modalities": ["text"], "service_tier": "auto", "parallel_tool_calls": True, "user": "me",
+        "presence_penalty": 0, "top_p": 1, "stop": None, "reasoning_effort": None, "seed": 5,
+    }  # fmt: skip
+    assert client.post(URL, json=asked).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"store": True}, "store"),
+    ],
+)
+def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
+    client, engine = running
+    error = error_of(client.post(URL, json={"messages": HELLO, **asked}), 400)
+    assert error["param"] == param
+    assert not engine.submitted
+
+
+def test_what_the_template_refuses_is_told(running) -> None:
+    client, _ = running
+    messages = [*HELLO, {"role": "system", "content": "late"}]
+    error = error_of(client.post(URL, json={"messages": messages}), 400)
+    assert "the system speaks first" in error["message"]
+
+
+def test_a_model_without_template_sends_people_to_completions(served) -> None:
+    with fake_service(served) as (service, _), client_of(service) as client:
+        error = error_of(client.post(URL, json={"messages": HELLO}), 400)
+        assert error["code"] == "no_chat_template" and "/v1/completions" in error["message"]
+        assert client.get("/v1/models").json()["data"][0]["chat"] is False

@@ -1,0 +1,182 @@
+"""GET and POST /v1/memory, /metrics and what the server says of itself."""
+
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import FakeEngine
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from serving_http import client_of, error_of, fake_service
+
+import moefit
+from moefit.serve.served import ServedModel
+from moefit.server.service import Service
+
+URL = "/v1/memory"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference", memory="4GiB") as served:
+        prompt = served.tokenizer("import os", return_tensors="pt", return_token_type_ids=False)
+        served.generate(**prompt, max_new_tokens=4)
+        yield served
+
+
+@pytest.fixture
+def running(served: ServedModel) -> Iterator[tuple[TestClient, FakeEngine, Service]]:
+    served.set_mode("exact")
+    served.set_memory("4GiB")
+    with fake_service(served) as (service, engine), client_of(service) as client:
+        yield client, engine, service
+
+
+def metrics_of(client: TestClient) -> dict[str, float]:
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "reference"
+            rest = [value for name, value in sample.labels.items() if name != "model_name"]
+            found[" ".join([sample.name, *rest])] = sample.value
+    return found
+
+
+def test_the_picture(running, served) -> None:
+    client, _, _ = running
+    memory = client.get(URL).json()
+    assert memory["model"] == "reference" and memory["mode"] == "exact"
+    assert memory["budget"]["total"] == 4 << 30
+    assert memory["floor"] == served.budget.floor < memory["everything"]
+    assert 0 < memory["slot_bytes"] < memory["process_bytes"] <= memory["peak_process_bytes"]
+    assert memory["requests"] == {"running": 0, "waiting": 0}
+    assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
+    assert memory["latency"]["ttft_p50"] is None
+    assert memory["counters"]["hits"] > 0
+    report = served.report()
+    for block in memory["blocks"]:
+        assert block["resident"] == report["resident"][block["name"]]
+        assert len(block["formats"]) == len(block["importance"]) == block["experts"]
+        resident = [e for e, format in enumerate(block["formats"]) if format is not None]
+        assert resident == block["resident"]
+        assert max(block["importance"]) == 1.0 and min(block["importance"]) >= 0.0
+
+
+def test_the_dial_changes_residents_and_ledger(running, served) -> None:
+    client, _, _ = running
+    before = client.get(URL).json()
+    less = (before["floor"] + before["everything"]) // 2
+    after = client.post(URL, json={"bytes": less, "mode": "virtual"}).json()
+    assert after["budget"]["total"] == less and after["mode"] == "virtual"
+    assert after["prefill"] == "virtual"
+    assert sum(b["slots"] for b in after["blocks"]) < sum(b["slots"] for b in before["blocks"])
+    assert after["slot_bytes"] < before["slot_bytes"]
+    assert after["counters"]["budget_changes"] == {"ok": 1}
+    assert client.get(URL).json()["budget"] == after["budget"]
+    words = client.post(URL, json={"bytes": "3.5GiB"}).json()
+    assert words["budget"]["total"] == 3.5 * 2**30 and words["mode"] == "virtual"
+    none = client.post(URL, json={"bytes": None}).json()
+    assert none["budget"]["total"] is None
+    bounded = client.post(URL, json={"mode": "bounded", "bound": 0.1}).json()
+    assert (bounded["mode"], bounded["prefill"], bounded["bound"]) == ("bounded", "exact", 0.1)
+    assert bounded["budget"]["total"] is None
+    assert client.post(URL, json={"bound": 0.2}).json()["mode"] == "bounded"
+    served.check()
+
+
+def test_a_budget_below_the_floor_names_it_and_changes_nothing(running) -> None:
+    client, _, service = running
+    before = client.get(URL).json()
+    error = error_of(client.post(URL, json={"bytes": "100MiB", "mode": "virtual"}), 400)
+    assert error["code"] == "budget_too_small" and str(before["floor"]) in error["message"]
+    after = client.get(URL).json()
+    assert (after["budget"], after["mode"]) == (before["budget"], "exact")
+    assert service.telemetry.changes == {"refused": 1}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {}, {"bytes": "much"}, {"bytes": 0}, {"bytes": -5}, {"bytes": 1.5}, {"bytes": True},
+        {"bytes": ""}, {"mode": "fast"}, {"bound": 2}, {"memory": "4GiB"}, {"bytes": []},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(running, asked) -> None:
+    client, _, _ = running
+    error_of(client.post(URL, json=asked), 400)
+
+
+def test_a_system_without_memory_is_told_and_counted(running, monkeypatch) -> None:
+    client, engine, service = running
+
+    def fail(memory: object) -> None:
+        raise OSError("cannot allocate")
+
+    monkeypatch.setattr(engine, "set_memory", fail)
+    error_of(client.post(URL, json={"bytes": "3GiB"}), 503)
+    assert service.telemetry.changes == {"failed": 1}
+    assert metrics_of(client)["moefit:budget_changes_total failed"] == 1
+
+
+def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
+    client, _, _ = running
+    client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
+    client.post(URL, json={"bytes": "3GiB"})
+    found, report = metrics_of(client), served.report()
+    assert found["moefit:num_requests_running"] == 0
+    assert found["moefit:num_requests_waiting"] == 0
+    assert found["moefit:kv_cache_usage_perc"] == pytest.approx(17 / 2048)
+    assert found["moefit:prompt_tokens_total"] == 5
+    assert found["moefit:generation_tokens_total"] == 7
+    assert found["moefit:request_success_total length"] == 1
+    assert found["moefit:time_to_first_token_seconds_count"] == 1
+    assert found["moefit:inter_token_latency_seconds_count"] == 4
+    assert found["moefit:e2e_request_latency_seconds_count"] == 1
+    assert found["moefit:request_prefill_time_seconds_count"] == 1
+    assert found["moefit:request_decode_time_seconds_count"] == 1
+    assert found["moefit:expert_budget_bytes"] == 3 << 30
+    assert found["moefit:expert_resident_bytes"] == report["slot_bytes"]
+    assert found["moefit:expert_requests_total hit"] == report["hits"] > 0
+    assert found["moefit:expert_requests_total fetch"] == report["fetches"]
+    assert found["moefit:expert_requests_total substitute"] == report["substitutions"]
+    assert found["moefit:expert_bytes_loaded_total storage"] == report["bytes_read"] > 0
+    assert found["moefit:expert_swaps_total importance"] == report["swaps"]
+    assert found["moefit:expert_load_seconds_count"] == report["loads"] > 0
+    assert found["moefit:expert_load_seconds_sum"] == report["load_seconds"] > 0
+    assert found["moefit:expert_substituted_mass_count"] == report["routed"]
+    assert found["moefit:budget_changes_total ok"] == 1
+    for name, resident in report["resident"].items():
+        assert found[f"moefit:expert_resident {name}"] == len(resident)
+
+
+def test_latency_of_the_last_minutes(running) -> None:
+    client, _, _ = running
+    client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
+    latency = client.get(URL).json()["latency"]
+    assert 0 < latency["ttft_p50"] <= latency["ttft_p99"]
+    assert 0 < latency["itl_p50"] <= latency["itl_p99"]
+
+
+def test_what_the_server_says_of_itself(running) -> None:
+    client, _, _ = running
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card == client.get("/v1/models/reference").json()
+    assert (card["id"], card["object"], card["max_model_len"]) == ("reference", "model", 512)
+    assert client.get("/version").json() == {"version": moefit.__version__}
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_tokens_there_and_back(running, served) -> None:
+    client, _, _ = running
+    text = "import os  # 😀"
+    answer = client.post("/tokenize", json={"prompt": text}).json()
+    assert answer["tokens"] == served.tokenizer(text)["input_ids"]
+    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 512)
+    back = client.post("/detokenize", json={"tokens": answer["tokens"]}).json()
+    assert back == {"prompt": text}
+    error_of(client.post("/detokenize", json={"tokens": [5000]}), 400)
+    error_of(client.post("/tokenize", json={}), 400)
+    messages = [{"role": "user", "content": "a"}]
+    no_template = error_of(client.post("/tokenize", json={"messages": messages}), 400)
+    assert no_template["code"] == "no_chat_template"

@@ -1,0 +1,260 @@
+"""The server on a real socket: clients that hang up, dawdle or flood, and its own end."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from serving_http import fake_service
+
+import moefit
+from moefit.errors import ConfigError
+from moefit.serve.served import ServedModel
+from moefit.server.client import Client, ServerError
+from moefit.server.running import Running, bind, url_of
+from moefit.server.service import Service
+from moefit.server.talk import Manner, RemotePartner
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+class Site:
+    """A server that runs, and ways to reach it."""
+
+    def __init__(
+        self, running: Running, service: Service, engine: FakeEngine, bound: socket.socket
+    ):
+        self.running, self.service, self.engine = running, service, engine
+        self.address = bound.getsockname()
+        self.url = url_of(bound, "127.0.0.1")
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=20)
+
+    def ask(self, **asked: Any) -> socket.socket:
+        """A connection on which a completion has been asked for."""
+        body = json.dumps({"prompt": "a", "ignore_eos": True, **asked}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        )
+        connection = self.connect()
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        return connection
+
+
+@contextmanager
+def site(served: ServedModel, *, pause: float = 0.01, **settings: Any) -> Iterator[Site]:
+    bound = bind("127.0.0.1", 0)
+    with fake_service(served, pause=pause, **settings) as (service, engine):
+        running = Running(service, bound)
+        running.start()
+        try:
+            yield Site(running, service, engine, bound)
+        finally:
+            running.stop()
+            assert not running.alive
+
+
+def soon(what: Callable[[], bool]) -> None:
+    """Wait until it holds, not for ever."""
+    for _ in range(2000):
+        if what():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came about")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_cancels_every_answer(served, stream: bool) -> None:
+    with site(served) as here:
+        connection = here.ask(max_tokens=500, n=3, stream=stream)
+        soon(lambda: here.engine.stats().running == 3)
+        if stream:
+            while b"data:" not in connection.recv(4096):
+                pass
+        connection.close()
+        soon(lambda: len(here.engine.cancelled) == 3)
+        assert here.engine.stats().running == 0
+
+
+def test_who_does_not_read_holds_nobody_up(served) -> None:
+    with site(served, pause=0.0) as here:
+        lazy = here.connect()
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        body = json.dumps(
+            {"prompt": "a", "max_tokens": 500, "n": 50, "stream": True, "logprobs": 20}
+        ).encode()
+        lazy.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        soon(lambda: bool(here.engine.submitted))
+        answer = Client(here.url).post("/v1/completions", {"prompt": "b", "max_tokens": 3})
+        assert answer["usage"]["completion_tokens"] == 3
+        lazy.close()
+
+
+def test_slow_requests_are_given_up(served) -> None:
+    with site(served, wait_seconds=0.2) as here:
+        beginnings = [
+            b"",
+            b"GET /hea",
+            b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+        ]
+        connections = [here.connect() for _ in beginnings]
+        for connection, beginning in zip(connections, beginnings, strict=True):
+            connection.sendall(beginning)
+        for connection in connections:
+            with suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+            connection.close()
+        assert Client(here.url).get("/health") == {"status": "ok"}
+
+
+def test_an_answer_may_take_longer_than_a_request(served) -> None:
+    with site(served, pause=0.1, wait_seconds=0.1) as here:
+        answer = Client(here.url).post("/v1/completions", {"prompt": "b", "max_tokens": 8})
+        assert answer["usage"]["completion_tokens"] == 8
+
+
+def test_a_flood_of_connections_is_survived(served) -> None:
+    with site(served, connections=20, wait_seconds=0.3) as here:
+        crowd = [here.connect() for _ in range(100)]
+        with here.connect() as late:
+            late.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert late.recv(100).startswith(b"HTTP/1.1 503")
+        soon(lambda: _healthy(here))
+        for connection in crowd:
+            connection.close()
+
+
+def _healthy(here: Site) -> bool:
+    with suppress(ServerError):
+        return Client(here.url).get("/health") == {"status": "ok"}
+    return False
+
+
+def test_a_head_without_end_is_refused(served) -> None:
+    with site(served) as here, here.connect() as connection:
+        with suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 500_000)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert _healthy(here)
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new(served) -> None:
+    with site(served, pause=0.05) as here:
+        client, told = Client(here.url), []
+        asked = {"prompt": "a", "max_tokens": 30}
+        thread = threading.Thread(
+            target=lambda: told.extend(client.stream("/v1/completions", asked))
+        )
+        thread.start()
+        soon(lambda: here.engine.stats().running == 1)
+        here.service.draining = True
+        with pytest.raises(ServerError, match="shutting down"):
+            client.get("/health")
+        with pytest.raises(ServerError, match="shutting down") as refused:
+            client.post("/v1/completions", {"prompt": "b"})
+        assert refused.value.code == "shutting_down"
+        assert here.running.drain()
+        thread.join()
+        assert told[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_draining_has_an_end(served) -> None:
+    with site(served, pause=0.1, drain_seconds=0.2) as here:
+        with here.ask(max_tokens=400) as connection:
+            soon(lambda: here.engine.stats().running == 1)
+            assert not here.running.drain()
+            here.engine.close()
+            assert b"503" in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            bind("127.0.0.1", bound.getsockname()[1])
+    for host in ("192.0.2.1", "no such host", ""):
+        with suppress(ConfigError):  # an empty name is every address
+            bind(host, 0).close()
+    with pytest.raises(ConfigError, match="cannot listen"):
+        bind("192.0.2.1", 0)
+
+
+def test_a_partner_over_the_network(served) -> None:
+    with site(served) as here:
+        partner = RemotePartner(Client(here.url + "/v1/"))
+        assert (partner.name, partner.chats) == ("reference", False)
+        manner = Manner(max_tokens=5, temperature=0.0, seed=3)
+        turns = [{"role": "user", "content": "import"}]
+        whole = "".join(partner.answer(turns, manner))
+        answer = Client(here.url).post(
+            "/v1/completions", {"prompt": "import", "max_tokens": 5, "seed": 3}
+        )
+        assert whole == answer["choices"][0]["text"]
+        pieces = partner.answer(turns, Manner(max_tokens=400, temperature=0.0))
+        next(pieces)
+        pieces.close()
+        soon(lambda: len(here.engine.cancelled) == 1)
+
+
+def test_no_server_is_told() -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(ServerError, match="moefit serve"):
+        Client(url_of(bound, "127.0.0.1")).get("/health")
+    with pytest.raises(ConfigError, match="no address"):
+        Client("localhost:8000")
+
+
+def test_the_official_client(served) -> None:
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    with site(served, api_key="secret") as here:
+        with openai.OpenAI(base_url=f"{here.url}/v1", api_key="secret", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["reference"]
+            asked = {"model": "reference", "prompt": ["a", "b"], "max_tokens": 6, "n": 2}
+            whole = client.completions.create(**asked, logprobs=2, echo=True)
+            assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+            assert whole.choices[0].logprobs.token_logprobs[0] is None
+            assert whole.usage.completion_tokens == 24
+            texts = {0: "", 1: "", 2: "", 3: ""}
+            usage = None
+            for chunk in client.completions.create(
+                **asked, echo=True, stream=True, stream_options={"include_usage": True}
+            ):
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+            assert list(texts.values()) == [choice.text for choice in whole.choices]
+            assert usage == whole.usage
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="other", prompt="a")
+            with pytest.raises(openai.BadRequestError, match="no chat template"):
+                client.chat.completions.create(
+                    model="reference", messages=[{"role": "user", "content": "x"}]
+                )
+            served.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+            try:
+                hello = [{"role": "user", "content": "hello"}]
+                chat = {"model": "reference", "messages": hello, "max_tokens": 6}
+                said = client.chat.completions.create(**chat).choices[0].message.content
+                pieces = client.chat.completions.create(**chat, stream=True)
+                assert said == "".join(p.choices[0].delta.content or "" for p in pieces)
+            finally:
+                served.tokenizer.chat_template = None
+        with (
+            openai.OpenAI(base_url=f"{here.url}/v1", api_key="no", max_retries=0) as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.models.list()

@@ -1,0 +1,176 @@
+"""Who may ask."""
+
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from serving_http import client_of, error_of, fake_service
+
+import moefit
+from moefit.serve.served import ServedModel
+from moefit.server.security import host_fits, host_name, is_loopback, key_fits, origin_fits
+
+KEY = "sehr-geheim-é"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+@pytest.fixture
+def locked(served: ServedModel) -> Iterator[TestClient]:
+    with fake_service(served, api_key="secret") as (service, _), client_of(service) as client:
+        yield client
+
+
+@pytest.fixture
+def open_to_all(served: ServedModel) -> Iterator[TestClient]:
+    with fake_service(served, body_bytes=2000) as (service, _), client_of(service) as client:
+        yield client
+
+
+@given(st.text())
+def test_only_the_key_is_the_key(given_key: str) -> None:
+    assert key_fits(KEY, f"Bearer {given_key}") == (given_key.strip() == KEY)
+    assert not key_fits(KEY, given_key or None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9", "[::1]"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    for name in ("localhost", "127.0.0.1:8000", "[::1]:80", "LocalHost:1"):
+        assert host_fits(host, name)
+    for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", None, "["):
+        assert not host_fits(host, name)
+
+
+def test_an_address_for_others_takes_every_name() -> None:
+    assert not is_loopback("0.0.0.0")
+    assert host_fits("0.0.0.0", "box.example:8000")
+
+
+@given(st.text(max_size=30))
+def test_any_header_is_read_without_failing(header: str) -> None:
+    host_name(header)
+    origin_fits(header, header, ())
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        (None, True),
+        ("http://localhost:8000", True),
+        ("https://friend.example", True),
+        ("http://localhost:9000", False),
+        ("https://localhost", False),
+        ("https://evil.example", False),
+        ("null", False),
+        ("http://[", False),
+    ],
+)
+def test_origins(origin: str | None, allowed: bool) -> None:
+    assert origin_fits(origin, "localhost:8000", ["https://friend.example"]) == allowed
+
+
+PLACES = [
+    ("GET", "/v1/models"), ("GET", "/v1/memory"), ("POST", "/v1/memory"), ("GET", "/metrics"),
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
+    ("GET", "/version"), ("GET", "/openapi.json"), ("GET", "/nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), PLACES)
+def test_without_the_key_nothing_but_health_and_page(locked, method: str, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+        response = locked.request(method, path, headers=headers)
+        assert error_of(response, 401)["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
+    right = locked.request(method, path, headers={"Authorization": "Bearer secret"})
+    assert right.status_code != 401
+    assert locked.get("/health").status_code == 200
+    assert locked.get("/").status_code != 401
+
+
+@pytest.mark.parametrize("path", ["/v1/memory", "/v1/completions", "/tokenize"])
+def test_web_pages_of_other_origins_change_nothing(open_to_all, path: str) -> None:
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        response = open_to_all.post(path, json={"bytes": "1GiB"}, headers={"Origin": origin})
+        assert error_of(response, 403)["code"] == "wrong_origin"
+    same = open_to_all.post(path, json={}, headers={"Origin": "http://localhost:8000"})
+    assert same.status_code == 400
+
+
+def test_a_name_that_was_made_to_point_here_is_refused(open_to_all) -> None:
+    response = open_to_all.get("/v1/memory", headers={"Host": "evil.example:8000"})
+    assert error_of(response, 403)["code"] == "wrong_host"
+
+
+def test_other_origins_are_told_nothing_unless_asked_for(served, open_to_all) -> None:
+    origin = {"Origin": "https://friend.example"}
+    assert "access-control-allow-origin" not in open_to_all.get("/health", headers=origin).headers
+    with (
+        fake_service(served, origins=("https://friend.example",), api_key="k") as (service, _),
+        client_of(service) as client,
+    ):
+        asks = {**origin, "Access-Control-Request-Method": "POST"}
+        allowed = client.options("/v1/completions", headers=asks)
+        assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+        headers = {**origin, "Authorization": "Bearer k"}
+        answer = client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+
+
+def test_every_answer_tells_browsers_to_be_careful(open_to_all) -> None:
+    for path in ("/", "/health", "/nowhere"):
+        headers = open_to_all.get(path).headers
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_bodies_have_a_limit_said_or_not(open_to_all) -> None:
+    body = b'{"prompt": "' + b"a" * 3000 + b'"}'
+    kind = {"Content-Type": "application/json"}
+    said = open_to_all.post("/v1/completions", content=body, headers=kind)
+    assert error_of(said, 413)["code"] == "body_too_large"
+    chunked = open_to_all.post(
+        "/v1/completions", content=iter([body[:1000], body[1000:]]), headers=kind
+    )
+    error_of(chunked, 413)
+    elsewhere = open_to_all.post("/nowhere", content=body)
+    error_of(elsewhere, 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[1]", b'"a"', b"null", b"1" * 1000, b"[" * 1900, b'{"a":' * 380,
+        b'{"prompt": "\\ud800"}', b'{"prompt": "a", "\\ud800": 1}',
+        b'{"prompt": "a", "stop": "\\ud800"}', b'{"prompt": "a", "stop": ["a", "\\ud800"]}',
+        b'{"prompt": ["\\ud800"]}', b'{"prompt": "a", "temperature": NaN}', b"\xff\xfe{}",
+        b'{"prompt": "a", "seed": ' + b"9" * 1500 + b"}", b'{"prompt": "a", "seed": 1e400}',
+    ],
+)  # fmt: skip
+def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    error_of(open_to_all.post("/v1/completions", content=body, headers=headers), 400)
+
+
+def test_deep_json_within_the_limit_of_bytes(served) -> None:
+    with fake_service(served) as (service, _), client_of(service) as client:
+        headers = {"Content-Type": "application/json"}
+        for body in (b"[" * 1_000_000, b'{"prompt":' * 100_000):
+            error_of(client.post("/v1/completions", content=body, headers=headers), 400)
+
+
+def test_other_paths_and_methods(open_to_all) -> None:
+    error_of(open_to_all.get("/nowhere"), 404)
+    error_of(open_to_all.get("/v1/models/other"), 404)
+    error_of(open_to_all.get("/v1/completions"), 405)
+    error_of(open_to_all.get("/docs"), 404)
+    for name in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd", "%00"):
+        error_of(open_to_all.get(f"/page/{name}"), 404)

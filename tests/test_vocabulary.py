@@ -1,0 +1,62 @@
+"""Tokens as requests and answers have them."""
+
+import pytest
+from test_text import byte_fallback
+from transformers import AutoTokenizer
+
+from moefit.errors import ConfigError, RequestTooLargeError
+from moefit.evaluate.loading import reference_path
+from moefit.server.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def words() -> Vocabulary:
+    return Vocabulary(AutoTokenizer.from_pretrained(reference_path()), size=4096, most=100)
+
+
+def test_a_texts_tokens_have_its_bytes(words: Vocabulary) -> None:
+    for text in ("import os\n", "é😀 漢字 👩\u200d👧", " x"):
+        for one in (words, Vocabulary(byte_fallback(), size=265, most=100)):
+            said = b"".join(map(one.raw, one.ids(text))).decode()
+            assert said.removeprefix(" ") == text.removeprefix(" ")
+
+
+def test_names_are_text_or_bytes(words: Vocabulary) -> None:
+    assert [words.name(token) for token in words.ids("import os")] == ["import", " os"]
+    assert words.name(0) == "<|endoftext|>"
+    names = [words.name(token) for token in words.ids("😀")]
+    assert all(name.startswith("bytes:\\x") for name in names)
+    spaced = Vocabulary(byte_fallback(), size=265, most=100)
+    vocabulary = byte_fallback().get_vocab()
+    assert spaced.name(vocabulary["▁a"]) == " a"
+    assert spaced.name(vocabulary["a"]) == "a"
+    assert spaced.name(vocabulary["<0xE2>"]) == "bytes:\\xe2"
+
+
+def test_every_token_has_a_name(words: Vocabulary) -> None:
+    names = [words.name(token) for token in range(words.size)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_text_that_cannot_fit_is_not_read(words: Vocabulary) -> None:
+    with pytest.raises(RequestTooLargeError, match="100"):
+        words.ids("a" * 100_000)
+
+
+def test_half_characters_are_refused(words: Vocabulary) -> None:
+    with pytest.raises(ConfigError, match="half a character"):
+        words.ids("\ud83d")
+
+
+def test_tokens_that_do_not_exist(words: Vocabulary) -> None:
+    words.check_ids([0, 4095])
+    for wrong in (-1, 4096):
+        with pytest.raises(ConfigError, match="0 to 4095"):
+            words.check_ids([5, wrong])
+
+
+def test_without_a_tokenizer_there_are_token_ids() -> None:
+    bare = Vocabulary(None, size=10, most=100)
+    assert (bare.text([1, 2]), bare.name(7), bare.raw(7)) == ("", "token_id:7", b"")
+    with pytest.raises(ConfigError, match="token ids"):
+        bare.ids("text")
