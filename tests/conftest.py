@@ -85,3 +85,22 @@ def tree(corpus, tmp_path):
 @pytest.fixture
 def config(tree):
     return make_config(tree)
+
+
+@pytest.fixture(scope="session")
+def tab():
+    """A tab of a headless Chromium; skips where there is none."""
+    from browser import browser
+
+    with browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def address():
+    """Where a stand-in for the server listens, and what holds the model behind it."""
+    from page_server import pretend
+
+    handle = {}
+    with pretend(handle) as url:
+        yield handle, url

@@ -1,0 +1,78 @@
+// The server, as this page asks it. Owns the key; knows nothing of what is shown.
+
+import { EventReader } from "./events.js";
+
+const KEY = "moefit-api-key";
+
+/** The server answered, but not with what was asked for; the message is its own. In a stream
+    there is no status. */
+export class ApiError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export class Client {
+  get key() {
+    return sessionStorage.getItem(KEY);
+  }
+
+  set key(value) {
+    sessionStorage.setItem(KEY, value);
+  }
+
+  memory(signal) {
+    return this.#json("v1/memory", { signal, cache: "no-store" });
+  }
+
+  setMemory(change) {
+    return this.#json("v1/memory", this.#post(change));
+  }
+
+  /** The stream's events as objects, until it ends or `signal` aborts. Raises ApiError. */
+  async *complete(request, signal) {
+    const response = await this.#ask("v1/completions", { ...this.#post(request), signal });
+    const events = new EventReader();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      for (const data of events.push(value)) {
+        if (data === "[DONE]") return;
+        const event = JSON.parse(data);
+        if (event.error) throw new ApiError(event.error.message, null);
+        yield event;
+      }
+    }
+  }
+
+  #post(body) {
+    return {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    };
+  }
+
+  async #json(path, options) {
+    return (await this.#ask(path, options)).json();
+  }
+
+  async #ask(path, options) {
+    const headers = { ...options.headers };
+    if (this.key) headers.Authorization = `Bearer ${this.key}`;
+    const response = await fetch(path, { ...options, headers });
+    if (!response.ok) throw new ApiError(await words(response), response.status);
+    return response;
+  }
+}
+
+async function words(response) {
+  const text = await response.text();
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    return `the server answered ${response.status} ${response.statusText}`;
+  }
+}

@@ -1,0 +1,89 @@
+// Which experts are where, as rows of cells. Pure.
+
+/** The format that is the checkpoint's own precision. */
+export const NATIVE = "native";
+
+/**
+ * Blocks of GET /v1/memory as a grid.
+ *
+ * A cell's `shade` is its importance beside the most important of its layer, 0 to 1; `rank` counts
+ * from 1. `mixed`: residents differ in format.
+ */
+export function grid(blocks) {
+  const labels = shortNames(blocks.map((block) => block.name));
+  const rows = blocks.map((block, index) => row(block, labels[index]));
+  const formats = new Map();
+  for (const { cells } of rows) {
+    for (const cell of cells) {
+      if (cell.resident && cell.format) formats.set(cell.format, (formats.get(cell.format) ?? 0) + 1);
+    }
+  }
+  return {
+    rows,
+    columns: Math.max(0, ...rows.map((one) => one.cells.length)),
+    experts: sum(rows, (one) => one.cells.length),
+    resident: sum(rows, (one) => one.resident),
+    slots: sum(rows, (one) => one.slots),
+    formats: new Map([...formats].sort(([a], [b]) => level(b) - level(a))),
+    mixed: formats.size > 1,
+  };
+}
+
+function row(block, label) {
+  const resident = new Set(block.resident);
+  const most = Math.max(...block.importance, 0);
+  const order = block.importance.map((_, expert) => expert);
+  order.sort((a, b) => block.importance[b] - block.importance[a] || a - b);
+  const cells = block.importance.map((importance, expert) => ({
+    expert,
+    importance,
+    shade: most > 0 ? importance / most : 0,
+    rank: 0,
+    resident: resident.has(expert),
+    format: block.formats?.[expert] ?? null,
+  }));
+  order.forEach((expert, place) => { cells[expert].rank = place + 1; });
+  return { name: block.name, label, slots: block.slots, resident: resident.size, cells, order };
+}
+
+function sum(items, value) {
+  return items.reduce((total, item) => total + value(item), 0);
+}
+
+/** Layer numbers from module names; with what tells them apart where numbers repeat. */
+export function shortNames(names) {
+  const short = names.map((name) => /\d+/.exec(name)?.[0] ?? name);
+  if (new Set(short).size === short.length) return short;
+  const parts = names.map((name) => (/(?:en|de)coder/.exec(name) ?? name.split("."))[0]);
+  const told = parts.map((part, index) => `${part.slice(0, 3)} ${short[index]}`);
+  return new Set(told).size === told.length ? told : names.map((_, index) => String(index));
+}
+
+/** How full a slot of this format is drawn, 0 to 1: the checkpoint's own is full. */
+export function level(format) {
+  const bits = /^int(\d+)/.exec(format ?? "");
+  return bits ? Math.min(1, 0.04 + 0.095 * Number(bits[1])) : 1;
+}
+
+/** The map in a sentence. */
+export function summary(map) {
+  const full = map.rows.filter((one) => one.resident === one.cells.length).length;
+  const inReach = sum(map.rows, (one) => (one.cells[one.order[0]]?.resident ? 1 : 0));
+  return `${map.resident} of ${map.experts} experts are in memory, in ${map.rows.length} layers of ` +
+    `up to ${map.columns}; ${full} layers are whole. The most important expert is in memory in ` +
+    `${inReach} of ${map.rows.length} layers.`;
+}
+
+/** One cell in words. */
+export function describe(one, cell) {
+  const where = cell.resident
+    ? `in memory${cell.format && cell.format !== NATIVE ? ` as ${cell.format}` : ""}`
+    : "in storage";
+  return `Layer ${one.label}, expert ${cell.expert}: ${where}; importance ` +
+    `${cell.importance.toFixed(3)}, ${ordinal(cell.rank)} of ${one.cells.length}`;
+}
+
+function ordinal(rank) {
+  const tail = rank % 100 > 10 && rank % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][rank % 10] ?? "th";
+  return `${rank}${tail}`;
+}

@@ -1,0 +1,275 @@
+"""The live page in a real browser, before a server of any shape that may also fail."""
+
+import pytest
+from browser import Keys
+from page_server import Pretender
+
+from moefit.serve.budget import format_bytes
+
+
+@pytest.fixture
+def served(tab, address):
+    handle, url = address
+
+    def serve(*shape, **settings):
+        handle["model"] = Pretender(*shape, **settings)
+        return handle["model"], url
+
+    yield serve
+    assert [
+        line for line in tab.console() if "the server responded with a status" not in line
+    ] == []
+    assert [asked for asked in tab.requests() if not asked.startswith(url)] == []
+    tab.script("sessionStorage.clear()")
+
+
+@pytest.fixture
+def page(tab, served):
+    """A page before the usual stand-in."""
+    model, url = served()
+    tab.open(url)
+    return tab, model
+
+
+# What is seen
+
+
+MAP_WIDTH = "return document.getElementById('map-canvas').offsetWidth"
+MAP_HIDDEN = """
+    const one = document.getElementById('map-scroll');
+    return one.scrollWidth - one.clientWidth;
+"""
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 16), (48, 256)])
+def test_nothing_is_wider_than_the_window(tab, served, shape):
+    model, url = served(*shape, mixed=True)
+    tab.open(url)
+    assert tab.text("map-of") == f"of {model.layers * model.experts:,}"
+    for width in (1280, 800, 360):
+        tab.size(width)
+        tab.until(lambda: tab.script(MAP_WIDTH))
+        assert tab.script("return document.documentElement.scrollWidth") <= width
+        assert tab.script(MAP_WIDTH) / model.experts >= 4
+        assert width < 1280 or tab.script(MAP_HIDDEN) <= 0, "a desktop shows the map whole"
+
+
+def test_figures_are_the_servers(page):
+    tab, model = page
+    memory = model.memory()
+    resident = sum(len(block["resident"]) for block in memory["blocks"])
+    assert tab.text("model") == memory["model"]
+    assert tab.text("map-count") == str(resident)
+    for key in ("process", "weights", "kv_cache", "workspace", "staging"):
+        assert format_bytes(memory["budget"][key]) in tab.text("parts"), key
+    assert format_bytes(memory["slot_bytes"]) in tab.text("parts")
+    assert format_bytes(memory["peak_process_bytes"]) in tab.text("parts")
+    assert tab.driver.title == f"{memory['model']} · moefit"
+
+
+def test_the_map_is_read_out_cell_by_cell_with_the_keyboard(tab, served):
+    _, url = served(4, 8, mixed=True)
+    tab.open(url)
+    canvas = tab.by_id("map-canvas")
+    canvas.send_keys(Keys.HOME)
+    assert tab.text("map-readout").startswith("Layer 0, expert 0: in ")
+    canvas.send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert tab.text("map-readout").startswith("Layer 1, expert 2: in ")
+    canvas.send_keys(Keys.END, Keys.ARROW_RIGHT, Keys.PAGE_DOWN, Keys.ARROW_DOWN)
+    assert tab.text("map-readout").startswith("Layer 3, expert 7: in ")
+    tab.script("document.getElementById('map-sort').click()")
+    canvas.send_keys(Keys.HOME)
+    tab.until(lambda: tab.text("map-readout").endswith(", 1st of 8"))
+    assert "in memory" in tab.text("map-readout")
+    assert "int4" in tab.text("map-legend")
+    assert "4 layers" in tab.text("map-summary")
+
+
+def test_a_pointed_at_cell_is_read_out(page):
+    tab, _ = page
+    tab.script("""
+        const canvas = document.getElementById('map-canvas');
+        const box = canvas.getBoundingClientRect();
+        const clientX = box.left + box.width * 2.5 / 16;
+        const clientY = box.top + 18 + (box.height - 18) * 5.5 / 8;
+        const event = { clientX, clientY, pointerType: 'touch', bubbles: true };
+        canvas.dispatchEvent(new PointerEvent('pointerdown', event));
+    """)
+    assert tab.text("map-readout").startswith("Layer 5, expert 2: ")
+
+
+CONTRAST = """
+    const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = (one) => {
+      for (; one; one = one.parentElement) {
+        const colour = parse(getComputedStyle(one).backgroundColor);
+        if (colour.length < 4 || colour[3] > 0) return colour;
+      }
+      return [255, 255, 255];
+    };
+    const poor = [];
+    for (const one of document.querySelectorAll('body *')) {
+      const text = [...one.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+      if (!text || !one.checkVisibility() || one.closest(':disabled, noscript')) continue;
+      const [a, b] = [light(parse(getComputedStyle(one).color)), light(ground(one))];
+      const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      if (ratio < 4.5) poor.push(`${one.tagName} ${one.textContent.slice(0, 30)} ${ratio}`);
+    }
+    return poor;
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_readable_in_light_and_dark(tab, served, dark):
+    _, url = served()
+    tab.open(url, dark=dark)
+    ground = tab.script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(14, 19, 21)") is dark
+    assert tab.script(CONTRAST) == []
+    tab.write("dial-box", "1MiB" + Keys.ENTER)
+    tab.until(lambda: "at least" in tab.text("dial-answer"))
+    assert tab.script(CONTRAST) == []
+
+
+def test_everything_that_can_be_used_has_a_name(page):
+    tab, _ = page
+    nodes = tab.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {
+        "button",
+        "textbox",
+        "slider",
+        "radio",
+        "checkbox",
+        "spinbutton",
+        "link",
+        "application",
+    }
+    used = [n for n in nodes if n.get("role", {}).get("value") in roles and not n["ignored"]]
+    assert {n["role"]["value"] for n in used} == roles
+    assert [n for n in used if not n["name"].get("value")] == []
+
+
+def test_nothing_moves_for_those_who_ask_for_calm(tab, served):
+    _, url = served()
+    code = "return getComputedStyle(document.querySelector('.part')).transitionDuration"
+    tab.open(url, calm=True)
+    assert tab.script(code) == "0s"
+    tab.open(url, calm=False)
+    assert tab.script(code) != "0s"
+
+
+# What is done
+
+
+def test_what_is_being_set_stays_while_the_world_changes(page):
+    tab, model = page
+    slider = tab.by_id("dial-range")
+    slider.send_keys(Keys.PAGE_DOWN, Keys.ARROW_LEFT)
+    wanted, written = slider.get_attribute("value"), tab.by_id("dial-box").get_attribute("value")
+    model.total = model.everything  # somebody else
+    tab.until(lambda: tab.text("map-count") == "128")
+    assert slider.get_attribute("value") == wanted
+    assert tab.by_id("dial-box").get_attribute("value") == written
+    tab.click("undo")
+    assert slider.get_attribute("value") == "1000"
+    assert not tab.by_id("apply").is_enabled()
+    assert model.changes == []
+
+
+def test_a_mode_and_its_bound_are_set(page):
+    tab, model = page
+    tab.script("document.querySelector('input[value=bounded]').click()")
+    tab.write("bound", "0.2")
+    tab.click("apply")
+    tab.until(lambda: tab.text("mode") == "bounded")
+    assert model.changes == [{"mode": "bounded", "bound": 0.2}]
+    assert not tab.by_id("undo").is_displayed()
+    tab.click("dial-box")
+    assert "Prompts are read in mode exact" in tab.text("dial-note")
+
+
+def test_a_server_that_goes_away_is_waited_for(page):
+    tab, model = page
+    shown = tab.text("map-count")
+    model.fails = True
+    tab.until(lambda: tab.state() == "reconnecting")
+    assert "the model is away" in tab.text("trouble") and tab.by_id("trouble").is_displayed()
+    assert tab.text("map-count") == shown
+    model.fails = False
+    tab.until(lambda: tab.state() == "live")
+    assert not tab.by_id("trouble").is_displayed()
+
+
+def test_a_hidden_page_asks_for_nothing(page):
+    tab, model = page
+    hide = """
+        Object.defineProperty(document, 'hidden', { get: () => arguments[0], configurable: true });
+        document.dispatchEvent(new Event('visibilitychange'));
+    """
+    tab.script(hide.replace("arguments[0]", "true"))
+    tab.driver.execute_async_script("setTimeout(arguments[0], 100)")
+    model.asked.clear()
+    tab.driver.execute_async_script("setTimeout(arguments[0], 1500)")
+    assert model.asked == []
+    tab.script(hide.replace("arguments[0]", "false"))
+    tab.until(lambda: model.asked)
+
+
+def test_an_answer_is_text_whatever_it_says(page):
+    tab, _ = page
+    tab.write("try-prompt", "<i>p</i>")
+    tab.write("try-tokens", "15")
+    tab.click("try-run")
+    tab.until(lambda: "Max tokens reached" in tab.text("try-state"))
+    assert tab.text("try-answer").startswith("<i>p</i>word0 word1 ")
+    assert tab.text("try-answer").count("<b>x</b>") == 2
+    assert (
+        tab.script("return document.querySelectorAll('#try-answer b, #try-answer i').length") == 0
+    )
+    assert tab.text("try-state").startswith("15 tokens, the first after ")
+    assert tab.text("try-pace").endswith(" tokens/s")
+
+
+def test_stop_hangs_up(page):
+    tab, model = page
+    tab.write("try-tokens", "5000")
+    tab.click("try-run")
+    tab.until(lambda: "word3" in tab.text("try-answer"))
+    assert model.running == 1
+    tab.click("try-stop")
+    tab.until(lambda: "Stopped" in tab.text("try-state"))
+    tab.until(lambda: model.running == 0)
+    assert tab.by_id("try-run").is_enabled()
+
+
+def test_an_error_within_a_stream_is_shown(page):
+    tab, model = page
+    model.breaks_after = 3
+    tab.click("try-run")
+    tab.until(lambda: tab.text("try-state") == "a shard could not be read")
+    assert "word2" in tab.text("try-answer")
+
+
+def test_a_stream_that_ends_before_its_end_is_not_taken_for_whole(page):
+    tab, model = page
+    model.ends_after = 2
+    tab.click("try-run")
+    tab.until(lambda: "ended it early" in tab.text("try-state"))
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(tab, served):
+    model, url = served()
+    model.key = "sesame"
+    tab.open(url)
+    assert tab.state() == "locked" and not tab.by_id("main").is_displayed()
+    tab.by_id("key-input").send_keys("wrong", Keys.ENTER)
+    tab.until(lambda: "not the server's" in tab.text("key-note"))
+    tab.by_id("key-input").send_keys("sesame", Keys.ENTER)
+    tab.until(lambda: tab.state() == "live")
+    assert not tab.by_id("key-form").is_displayed()
+    assert tab.script("return Object.values(sessionStorage)") == ["sesame"]
+    kept = tab.script("return [document.cookie, localStorage.length, location.href]")
+    assert kept == ["", 0, url]

@@ -1,0 +1,143 @@
+"""The live page before the real server: the dial is turned while the shipped model serves."""
+
+import json
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from browser import Keys
+
+import moefit
+from moefit.engine.engine import Engine, EngineSettings
+from moefit.server.running import Running, bind, url_of
+from moefit.server.service import Service
+from moefit.server.settings import ServerSettings
+
+KEY = "sesame"
+PROMPT = "def main():\n    "
+
+
+@contextmanager
+def listening(engine, **settings):
+    bound = bind("127.0.0.1", 0)
+    running = Running(Service(engine, ServerSettings(name="reference", **settings)), bound)
+    running.start()
+    try:
+        yield url_of(bound, "127.0.0.1") + "/"
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with moefit.load("reference", memory="16GiB") as served:
+        one = Engine(served, EngineSettings())
+        one.start()
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with listening(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def page(tab, engine, url):
+    """A page before a model half of whose experts have room; afterwards it must have behaved."""
+    ledger = engine.served.budget
+    engine.set_memory((ledger.floor + ledger.everything) // 2)
+    engine.set_mode("exact")
+    tab.open(url)
+    yield tab
+    assert [line for line in tab.console() if "status of 400" not in line] == []
+    assert [asked for asked in tab.requests() if not asked.startswith(url)] == []
+
+
+def ask(url, path, body):
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def answer(tab) -> str:
+    """What the model wrote; the prompt stands before it."""
+    return tab.text("try-answer").removeprefix(PROMPT)
+
+
+def test_the_dial_turns_while_a_completion_streams(page, engine, url):
+    tab = page
+    tab.script("document.getElementById('try-prompt').value = arguments[0]", PROMPT)
+    tab.write("try-tokens", "1500")
+    tab.click("try-run")
+    room = sum(one.residency.number for one in engine.served.blocks.values())
+    tab.until(lambda: tab.text("map-count") == str(room))
+    picture, ledger = tab.map_picture(), tab.text("parts")
+    bar = tab.script("return document.querySelector('.part.slots').style.width")
+
+    tab.by_id("dial-range").send_keys(Keys.HOME)
+    assert "about 8 of 128 experts" in tab.text("dial-note")
+    tab.click("apply")
+    tab.until(lambda: "room for 8 of 128 experts" in tab.text("dial-answer"))
+    assert engine.served.budget.total == engine.served.budget.floor
+    tab.until(lambda: tab.text("map-count") == "8")
+    tab.until(lambda: tab.map_picture() != picture)
+    assert tab.text("parts") != ledger and "768 KiB" in tab.text("parts")
+    assert tab.script("return document.querySelector('.part.slots').style.width") != bar
+    assert engine.stats().running == 1 and tab.text("running") == "1"
+
+    heard = len(answer(tab))
+    tab.until(lambda: len(answer(tab)) > heard + 10)
+    tab.click("try-stop")
+    tab.until(lambda: "Stopped" in tab.text("try-state"))
+    tab.until(lambda: engine.stats().running == 0)
+    engine.set_memory(engine.served.budget.everything)
+    tokens = int(tab.text("try-state").split()[0])
+    request = {"prompt": PROMPT, "max_tokens": min(tokens, 32), "temperature": 0}
+    text = ask(url, "v1/completions", request)["choices"][0]["text"]
+    assert answer(tab).startswith(text) and len(text) > 20, "as if the budget had stayed"
+
+
+def test_below_the_floor_the_servers_words_are_shown(page, engine):
+    tab, before = page, engine.served.budget.total
+    tab.write("dial-box", "64 MiB" + Keys.ENTER)
+    tab.until(lambda: "wrong" in tab.by_id("dial-answer").get_attribute("class"))
+    assert "below this model's floor" in tab.text("dial-answer")
+    assert f"give at least {engine.served.budget.floor} bytes" in tab.text("dial-answer")
+    assert engine.served.budget.total == before
+    tab.click("undo")
+    assert tab.text("dial-answer") == "" and not tab.by_id("undo").is_displayed()
+
+
+def test_mode_and_bound_are_the_servers(page, engine):
+    tab = page
+    assert tab.by_id("bound").get_attribute("value") == "0.3"
+    tab.script("document.querySelector('input[value=bounded]').click()")
+    tab.write("bound", "0.1" + Keys.ENTER)
+    tab.until(lambda: tab.text("mode") == "bounded")
+    assert (engine.served.policy.mode, engine.served.policy.bound) == ("bounded", 0.1)
+
+
+def test_what_others_change_shows(page, engine, url):
+    everything = engine.served.budget.everything
+    ask(url, "v1/memory", {"bytes": everything, "mode": "virtual"})
+    page.until(lambda: page.text("mode") == "virtual")
+    assert page.by_id("dial-range").get_attribute("value") == "1000"
+    assert "Unlock" not in page.script("return document.body.innerText")
+
+
+def test_the_key_is_asked_for_and_opens(tab, engine):
+    with listening(engine, api_key=KEY) as url:
+        tab.open(url)
+        assert tab.state() == "locked"
+        tab.by_id("key-input").send_keys("wrong", Keys.ENTER)
+        tab.until(lambda: "Bearer" in tab.text("key-note"))
+        tab.by_id("key-input").send_keys(KEY, Keys.ENTER)
+        tab.until(lambda: tab.state() == "live" and tab.by_id("main").is_displayed())
+        assert tab.text("map-of").startswith("of 128")
+        tab.script("sessionStorage.clear()")
+        tab.console()
+        tab.driver.get("about:blank")
