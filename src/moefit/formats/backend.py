@@ -59,7 +59,10 @@ def backend_status(device: torch.device) -> str:
         return "triton"
     if os.environ.get(SWITCH) == "torch":
         return f"torch: {SWITCH}=torch"
-    return "torch: Triton is not installed" if device.type == "cuda" else f"torch: {device.type}"
+    missing = (
+        "Triton is not installed" if device.type == "cuda" else f"no kernels for {device.type}"
+    )
+    return f"torch: {missing}"
 
 
 @cache
