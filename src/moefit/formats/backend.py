@@ -59,10 +59,15 @@ def backend_status(device: torch.device) -> str:
         return "triton"
     if os.environ.get(SWITCH) == "torch":
         return f"torch: {SWITCH}=torch"
-    missing = (
-        "Triton is not installed" if device.type == "cuda" else f"no kernels for {device.type}"
-    )
-    return f"torch: {missing}"
+    if device.type == "cuda":
+        return "torch: Triton is not installed"
+    return f"torch: no kernels for {device.type}"
+
+
+def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights [O, I], by kernels where there are some."""
+    found = backend(matrix.codes_RB.device)
+    return found.decode(matrix, dtype) if found else matrix.dense(dtype)
 
 
 @cache
