@@ -7,6 +7,10 @@ import pytest
 
 # On shared cores OpenMP's waiting threads cost ten times the work of tensors as small as ours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+
+# Without a GPU its kernels are interpreted; Triton asks this once, when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 from moefit.train.config import make_config
 

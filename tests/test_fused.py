@@ -19,12 +19,13 @@ import moefit
 from moefit.errors import CheckpointError, ConfigError
 from moefit.formats import kernels as kernels_module
 from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
-from moefit.formats.kernels import SWITCH, kernels
+from moefit.formats.kernels import SWITCH, Kernels, kernels
 from moefit.moe.families import MoeBlock, TensorSpec, find_blocks
 from moefit.moe.routing import Routing
+from moefit.serve import fused
 from moefit.serve.counters import Counters
 from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.fused import FEW, fused_experts
+from moefit.serve.fused import fused_experts
 from moefit.serve.invoker import ExpertInvoker
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, allocate
@@ -41,13 +42,25 @@ CLOSE = 2.0**-12
 
 @pytest.fixture(params=["best", "torch"])
 def computing(request, monkeypatch):
-    """By the best kernels that there are here, and by none."""
+    """By the best kernels that there are here, and by none; where it is said, by a GPU's."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
+        from moefit.formats.gpu_kernels import TritonKernels
+
+        if torch.cuda.is_available():
+            pytest.skip("Triton's interpreter is off where there is a GPU")
+        monkeypatch.setattr(fused, "backend", lambda device: TritonKernels())
+        yield request.param
+        return
     if request.param == "best" and kernels() is None:
         pytest.skip("the kernels were not compiled here")
     monkeypatch.setenv(SWITCH, "avx512" if request.param == "best" else "torch")
     kernels_module.kernels.cache_clear()
     yield request.param
     kernels_module.kernels.cache_clear()
+
+
+on_gpus_too = pytest.mark.parametrize("computing", ["best", "triton", "torch"], indirect=True)
 
 
 @dataclass
@@ -129,13 +142,14 @@ def assert_close(y_TD: Tensor, wanted_TD: Tensor, close: float = CLOSE) -> None:
         assert differs_by(y_TD.double(), wanted_TD) <= close
 
 
+@on_gpus_too
 @pytest.mark.parametrize("formats", [("int2", "int5", "int6"), MIXED])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
 def test_a_block_of_such_slots(make, computing, family: str, formats) -> None:
     """One token and many: below and above the number from which experts are decoded."""
     made = make(*block_of(family), formats)
     with torch.inference_mode():
-        for count in (1, 5, 3 * FEW):
+        for count in (1, 5, 3 * Kernels.few):
             x_TD, routing = case(count, 3)
             assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
 
@@ -167,15 +181,17 @@ def test_padding_and_duplicates(count, k, padding, twice, seed: int) -> None:
     assert (difference_TD <= CLOSE * 60).all()  # outputs are of the size of 60
 
 
+@on_gpus_too
 @pytest.mark.parametrize("over", [0, 1])
 def test_one_expert_with_as_many_rows_as_are_few_and_one_more(make, computing, over: int) -> None:
     made = make(*block_of("Mixtral"), MIXED)
-    x_TD, _ = case(FEW + over, 1)
-    routing = Routing(torch.full((FEW + over, 1), 1), torch.ones(FEW + over, 1))
+    x_TD, _ = case(Kernels.few + over, 1)
+    routing = Routing(torch.full((Kernels.few + over, 1), 1), torch.ones(Kernels.few + over, 1))
     with torch.inference_mode():
         assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
 
 
+@on_gpus_too
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_blocks(make, computing, dtype: torch.dtype) -> None:
     made = make(*block_of("Mixtral", dtype), MIXED)
@@ -190,7 +206,7 @@ def test_half_precision_blocks(make, computing, dtype: torch.dtype) -> None:
 
 def test_experts_that_no_kernel_reads_are_computed_in_torch(make, computing) -> None:
     block, module = block_of("Mixtral", torch.float64)
-    assert fused_experts(block.layout) is None
+    assert fused_experts(block.layout, CPU) is None
     made = make(block, module, MIXED)
     x_TD, routing = case(5, 3)
     with torch.inference_mode():
@@ -198,6 +214,7 @@ def test_experts_that_no_kernel_reads_are_computed_in_torch(make, computing) -> 
         assert_close(y_TD, made.reference(x_TD, routing), 1e-6)
 
 
+@on_gpus_too
 def test_a_token_without_numbers_spoils_no_other(make, computing) -> None:
     made = make(*block_of("Mixtral"), MIXED)
     x_TD, routing = case(6, 3)
@@ -267,6 +284,11 @@ def test_switch_transformers_too(tmp_path: Path, computing) -> None:
         assert differs_by(logits(served.model, inputs), logits(twin, inputs)) < 2e-3
 
 
+@pytest.mark.parametrize(
+    "computing",
+    ["best", "torch", pytest.param("triton", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.parametrize(("family", "precision"), [("Mixtral", "int4"), ("GptOss", "int8")])
 def test_what_is_resident_makes_no_difference_to_the_bit(
     tmp_path: Path, computing, family: str, precision: str

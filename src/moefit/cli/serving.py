@@ -15,8 +15,8 @@ from rich.table import Table
 from moefit.api import load
 from moefit.cli.app import console, say
 from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.formats.backend import backend_status
 from moefit.formats.format import FORMATS
-from moefit.formats.kernels import status
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import AUTO_PRECISION
@@ -139,7 +139,7 @@ def _summary(served: ServedModel, precision: str) -> str:
     room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
     native = precision == NATIVE_PRECISION
     lying = "" if native else f", experts in {_precision(report)}, {report['experts_from']}"
-    kernels = f", kernels: {status()}" if served.model.device.type == "cpu" else ""
+    kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
         f"mode {report['mode']}{lying}{kernels}"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moefit.errors import CheckpointError, ConfigError
+from moefit.formats.backend import backend
 from moefit.formats.encoders import Encoder, encode_into
-from moefit.formats.kernels import Weight, kernels
+from moefit.formats.kernels import Weight
 from moefit.formats.matrix import (
     ROWS_AT_ONCE,
     GroupedMatrix,
@@ -191,7 +192,7 @@ def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torc
 
 
 def _decoded(matrix: GroupedMatrix, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
+    compiled = backend(matrix.codes_RB.device)
     weight_RC = compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
     return weight_RC.T if spec.inputs_first else weight_RC
 

@@ -69,6 +69,9 @@ class Mlp:
 class Kernels:
     """The library, used at one level of instructions."""
 
+    few = 16  # tokens; with more, decoding once and multiplying in torch is faster
+    few_native = 4  # the same where nothing need be decoded
+
     def __init__(self, library: ctypes.CDLL, level: Level):
         self._library, self.level = library, level
         self._level = LEVELS.index(level)
@@ -113,7 +116,9 @@ class Kernels:
         self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
         return out_OI
 
-    def experts(self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int]]) -> Tensor:
+    def experts(
+        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+    ) -> Tensor:
         """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
 
         Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
@@ -127,7 +132,7 @@ class Kernels:
         if not first:
             return torch.empty(0, x_TD.shape[1])
         x_TP = _padded(x_TD)
-        token_R = torch.tensor([token for mine in tokens for token in mine])
+        token_R = joined(tokens)
         one, w_out = mlps[0], mlps[0].argument.w_out
         scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
         h_RQ, y_RD = torch.empty(first, scratch), torch.empty(first, w_out.rows)
@@ -180,6 +185,13 @@ def _version(library: ctypes.CDLL) -> int:
         return 0
     library.moefit_version.restype = c_int64
     return int(library.moefit_version())
+
+
+def joined(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
+    """The token of each routed row, int64 [R], one expert after the other."""
+    if all(isinstance(mine, Tensor) for mine in tokens):
+        return torch.cat([mine for mine in tokens if isinstance(mine, Tensor)])
+    return torch.tensor([int(token) for mine in tokens for token in mine])
 
 
 def _padded(x_TI: Tensor) -> Tensor:

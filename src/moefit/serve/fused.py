@@ -1,9 +1,9 @@
-"""Many experts in one call of the compiled kernels, straight from slots of any format.
+"""Many experts in one call of the kernels for a device, straight from slots of any format.
 
-Owns when that is possible and pays: on a CPU, for experts that are two matrices and a known
-activation, over few tokens each. Otherwise experts are computed one by one in torch. float32
-experts alone stay with torch, whose own products read memory as fast and equal transformers' bit
-for bit.
+Owns when that is possible and pays: for experts that are two matrices and a known activation, over
+so many tokens each as the kernels are good for. Otherwise experts are computed one by one in torch.
+float32 experts alone stay with torch, whose own products read memory as fast and equal
+transformers' bit for bit.
 
 Shapes: T tokens, D model width, K chosen per token, R routed rows.
 """
@@ -14,27 +14,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from moefit.formats.backend import Backend, backend
 from moefit.formats.format import NativeFormat
-from moefit.formats.kernels import NATIVE_DTYPES, Kernels, Mlp, kernels
+from moefit.formats.kernels import NATIVE_DTYPES, Mlp
 from moefit.moe.families import Layout
 from moefit.serve.slots import Slot
-
-# Tokens of one expert; above, multiplying in torch is faster, also if it must be decoded first.
-FEW = 16
-FEW_NATIVE = 4
 
 
 class FusedExperts:
     """The kernels' side of one block."""
 
-    def __init__(self, layout: Layout, compiled: Kernels):
+    def __init__(self, layout: Layout, compiled: Backend):
         assert layout.mlp is not None
         self._layout, self._shape, self._kernels = layout, layout.mlp, compiled
         self._mlps: WeakKeyDictionary[Slot, Mlp] = WeakKeyDictionary()
 
-    def pays(self, x_TD: Tensor, slots: Collection[Slot]) -> bool:
+    def pays(self, slots: Collection[Slot]) -> bool:
         """Whether a step over these slots is to go this way."""
-        return x_TD.device.type == "cpu" and any(map(self._quicker, slots))
+        return any(map(self._quicker, slots))
 
     def _quicker(self, slot: Slot) -> bool:
         if not isinstance(slot.format, NativeFormat):
@@ -52,16 +49,20 @@ class FusedExperts:
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
     ) -> None:
         """Fill y_RD for experts given as slot and rows of the flattened choice."""
-        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= _few(slot)]
+        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= self._few(slot)]
         if few:
-            tokens = [(rows_R // num_choices).tolist() for _, rows_R in few]
+            tokens = [rows_R // num_choices for _, rows_R in few]
             made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
             y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
         for slot, rows_R in batch:
-            if len(rows_R) > _few(slot):
+            if len(rows_R) > self._few(slot):
                 x_RD = x_TD[rows_R // num_choices]
                 made_RD = slot.format.output(self._layout, slot.tensors, x_RD)
                 y_RD[rows_R] = made_RD.to(y_RD.dtype)
+
+    def _few(self, slot: Slot) -> int:
+        native = isinstance(slot.format, NativeFormat)
+        return self._kernels.few_native if native else self._kernels.few
 
     def _mlp(self, slot: Slot) -> Mlp:
         if (known := self._mlps.get(slot)) is not None:
@@ -76,13 +77,9 @@ class FusedExperts:
         return self._mlps[slot]
 
 
-def _few(slot: Slot) -> int:
-    return FEW_NATIVE if isinstance(slot.format, NativeFormat) else FEW
-
-
-def fused_experts(layout: Layout) -> FusedExperts | None:
+def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
     """The kernels' side of a block; None if there are no kernels, or none for such experts."""
-    compiled, shape = kernels(), layout.mlp
+    compiled, shape = backend(device), layout.mlp
     if compiled is None or shape is None:
         return None
     matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]

@@ -47,15 +47,17 @@ class ExpertInvoker:
     ):
         self._block, self._residency, self._slots = block, residency, slots
         self._transfer, self._counters = transfer, counters
-        self._fused = fused_experts(block.layout)
+        self._fused: FusedExperts | None = None
+        self._device: torch.device | None = None  # that `_fused` is for
         self.listening = False
         self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
-        if self._fused and self._fused.pays(x_TD, self._slots.values()):
+        fused = self._fused_on(x_TD.device)
+        if fused and fused.pays(self._slots.values()):
             step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
-            return step(self._fused, x_TD, routing)
+            return step(fused, x_TD, routing)
         if x_TD.shape[0] == 1:
             return self._one_token(x_TD, routing)
         rows = _rows_by_expert(routing, self._block.num_experts)
@@ -69,6 +71,11 @@ class ExpertInvoker:
             at_R = rows[expert]
             y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
         return self._weighted_sum(y_RD, routing).to(x_TD.dtype)
+
+    def _fused_on(self, device: torch.device) -> FusedExperts | None:
+        if device != self._device:
+            self._device, self._fused = device, fused_experts(self._block.layout, device)
+        return self._fused
 
     def _kernel_step(self, fused: FusedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
         """Residents in one call, those that had to be read as they come."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moefit.formats.backend import backend
 from moefit.formats.encoders import encode
 from moefit.formats.format import GroupedFormat
-from moefit.formats.kernels import Argument, kernels
+from moefit.formats.kernels import Argument
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
 from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
 
-_FEW = 16  # tokens; above, decoding once and multiplying in torch is faster
 _SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
 
 
@@ -47,8 +47,8 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] -> [.., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
-        compiled = kernels() if x.device.type == "cpu" else None
-        if compiled and x_TI.shape[0] <= _FEW:
+        compiled = backend(x.device)
+        if compiled and x_TI.shape[0] <= compiled.few:
             if self._argument is None:
                 self._argument = Argument(self.matrix)
             y_TO = compiled.linear(x_TI, self._argument).to(x.dtype)
@@ -83,12 +83,12 @@ class GroupedEmbedding(nn.Module):
             self.get_buffer("codes_RB")[ids_T],
             self.get_buffer("meta_RMG")[ids_T],
         )
-        return rows.dense(self.dtype).view(*ids.shape, self.embedding_dim)
+        return dense(rows, self.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def dense(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
     """The weights [O, I] in `dtype`."""
-    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
+    compiled = backend(matrix.codes_RB.device)
     return compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
 
 

@@ -1,0 +1,79 @@
+"""Which kernels compute on a device: compiled ones on a CPU, Triton's on a GPU, or none.
+
+Owns that choice alone. Triton is no dependency: CUDA builds of torch bring it, and where it is
+missing everything runs in torch. It is imported when a GPU is first computed on.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moefit.formats.kernels import SWITCH, Argument, Mlp, Weight, kernels, status
+from moefit.formats.matrix import GroupedMatrix
+
+
+class Backend(Protocol):
+    """Computation from formats, without decoding to memory."""
+
+    few: int
+    """Tokens of one matrix; with more, decoding once and multiplying in torch is faster."""
+    few_native: int
+    """The same where nothing need be decoded."""
+
+    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
+        """x W^T, float32 [T, O]."""
+        ...
+
+    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+        """The weights [O, I]."""
+        ...
+
+    def experts(
+        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+    ) -> Tensor:
+        """Each expert over the tokens given for it, unweighted: float32 y_RD, expert by expert."""
+        ...
+
+
+def backend(device: torch.device) -> Backend | None:
+    """The kernels for this device; None where torch computes alone.
+
+    Raises ConfigError if the environment variable MOEFIT_KERNELS has a value that does not exist.
+    """
+    if device.type == "cpu":
+        return kernels()
+    kernels()  # it alone knows which values there are
+    return _triton() if device.type == "cuda" and os.environ.get(SWITCH) != "torch" else None
+
+
+def backend_status(device: torch.device) -> str:
+    """What computes from formats on this device, or torch and why."""
+    if device.type == "cpu":
+        return status()
+    if backend(device):
+        return "triton"
+    if os.environ.get(SWITCH) == "torch":
+        return f"torch: {SWITCH}=torch"
+    if device.type == "cuda":
+        return "torch: Triton is not installed"
+    return f"torch: no kernels for {device.type}"
+
+
+def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights [O, I], by kernels where there are some."""
+    found = backend(matrix.codes_RB.device)
+    return found.decode(matrix, dtype) if found else matrix.dense(dtype)
+
+
+@cache
+def _triton() -> Backend | None:
+    if find_spec("triton") is None:
+        return None
+    from moefit.formats.gpu_kernels import TritonKernels
+
+    return TritonKernels()

@@ -1,0 +1,150 @@
+"""The Triton kernels called: the same border as `kernels.py`, for tensors on a GPU.
+
+Owns how work is cut into launches: a linear layer is one, the experts of a block are two, whatever
+their formats, told apart by a table of addresses. Importing this needs Triton, so only `backend.py`
+does, when a GPU is used. In Triton's interpreter (TRITON_INTERPRET=1) it works on the CPU.
+
+Shapes: T tokens, D model width, F expert width, I input units, O output units, R routed rows.
+"""
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from moefit.formats.kernels import NATIVE_DTYPES, Argument, Mlp, Weight, joined
+from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.formats.triton_kernels import (
+    MIXED,
+    decode_kernel,
+    down_kernel,
+    hidden_kernel,
+    linear_kernel,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens in a tile, and output units beside them. Tensor cores take 16 or more, one token none.
+_TILES = {1: 16, 16: 32, 64: 64}
+_SHARE = 8  # every how many tokens may come to one expert; by all tokens, not by those that came,
+# so that an expert's outputs do not depend on which others are computed in the same call
+_OPTIONS = {"enable_fp_fusion": True}
+_GROUPS = 4  # that a program with one token reads at a time: whole cache lines at 4 bits
+
+
+class TritonKernels:
+    """The kernels of one process; on which GPU they run, tensors say."""
+
+    level = "triton"
+    few = few_native = 1 << 30  # any number of tokens: decoding would go through memory
+
+    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
+        """x W^T, float32 [T, O]."""
+        weight = weight.weight if isinstance(weight, Argument) else weight
+        x_TI = _readable(x_TI)
+        (rows, cols), tokens = _shape(weight), len(x_TI)
+        assert x_TI.shape[1] == cols
+        y_TO = x_TI.new_empty(tokens, rows, dtype=torch.float32)
+        if y_TO.numel():
+            tile = _tile(tokens, x_TI.dtype)
+            grid = cdiv(rows, _TILES[tile]), cdiv(tokens, tile)
+            codes, meta, kind = _parts(weight)
+            with torch.cuda.device_of(x_TI):
+                linear_kernel[grid](
+                    x_TI, codes, meta, y_TO, tokens, rows, cols,
+                    KIND=kind, TOKENS=tile, ROWS=_TILES[tile], GROUPS=_GROUPS, **_OPTIONS,
+                )  # fmt: skip
+        return y_TO
+
+    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+        """The weights [O, I]."""
+        codes_RB, meta_RMG, bits = matrix.codes_RB, matrix.meta_RMG, matrix.bits
+        out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=codes_RB.device)
+        if out_OI.numel():
+            grid = cdiv(matrix.rows, _TILES[1]), cdiv(groups_of(matrix.cols), _GROUPS)
+            with torch.cuda.device_of(out_OI):
+                decode_kernel[grid](
+                    codes_RB, meta_RMG, out_OI, *out_OI.shape,
+                    KIND=bits, ROWS=_TILES[1], GROUPS=_GROUPS, **_OPTIONS,
+                )  # fmt: skip
+        return out_OI
+
+    def experts(
+        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+    ) -> Tensor:
+        """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
+
+        Float32, but hidden units are rounded to the tokens' dtype where torch would round them.
+        """
+        x_TD = _readable(x_TD)
+        assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
+        counts = [len(mine) for mine in tokens]
+        y_RD = x_TD.new_empty(sum(counts), x_TD.shape[1], dtype=torch.float32)
+        if not y_RD.numel():
+            return y_RD
+        tile = 1 if len(x_TD) == 1 else _tile(max(16, len(x_TD) // _SHARE), x_TD.dtype)
+        table = _table(mlps, counts, tile)
+        native = {kind for row in table for kind in (row[2], row[5])} & {*NATIVE_DTYPES.values()}
+        assert native <= {NATIVE_DTYPES[x_TD.dtype]}, "torch's own products want the same"
+        tiles, token_R = _on(torch.tensor(table), x_TD.device), _on(joined(tokens), x_TD.device)
+        one, inner = mlps[0], mlps[0].argument.w_out.cols
+        h_RF = x_TD.new_empty(len(y_RD), inner)
+        shape = {"TOKENS": tile, "ROWS": _TILES[tile], "GROUPS": _GROUPS, **_OPTIONS}
+        with torch.cuda.device_of(x_TD):
+            hidden_kernel[len(table), cdiv(inner, _TILES[tile])](
+                x_TD, token_R, tiles, h_RF, inner, x_TD.shape[1],
+                KIND=_kind({row[2] for row in table}),
+                ACTIVATION=one.activation, GATED=one.gated, **shape,
+            )  # fmt: skip
+            down_kernel[len(table), cdiv(y_RD.shape[1], _TILES[tile])](
+                h_RF, tiles, y_RD, y_RD.shape[1], inner,
+                KIND=_kind({row[5] for row in table}), **shape,
+            )  # fmt: skip
+        return y_RD
+
+
+def _table(mlps: Sequence[Mlp], counts: Sequence[int], tile: int) -> list[tuple[int, ...]]:
+    """A row per tile: both matrices (codes, scales, kind), first routed row, number of rows."""
+    table, begin = [], 0
+    for mlp, count in zip(mlps, counts, strict=True):
+        into, out = mlp.argument.w_in, mlp.argument.w_out
+        addresses = into.codes, into.meta or 0, into.kind, out.codes, out.meta or 0, out.kind
+        table += [(*addresses, begin + at, min(tile, count - at)) for at in range(0, count, tile)]
+        begin += count
+    return table
+
+
+def _kind(kinds: set[int]) -> int:
+    return kinds.pop() if len(kinds) == 1 else MIXED.value
+
+
+def _tile(tokens: int, dtype: torch.dtype) -> int:
+    """The smallest that holds so many, or the largest. Tensor cores multiply no float32."""
+    largest = 16 if dtype == torch.float32 else max(_TILES)
+    return min(largest, next((tile for tile in _TILES if tokens <= tile), largest))
+
+
+def _on(host: Tensor, device: torch.device) -> Tensor:
+    """There, by a copy that nobody waits for if it was not."""
+    if host.device == device or device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _readable(x_TI: Tensor) -> Tensor:
+    return (x_TI if x_TI.dtype in _DTYPES else x_TI.float()).contiguous()
+
+
+def _shape(weight: Weight) -> tuple[int, int]:
+    if isinstance(weight, GroupedMatrix):
+        return weight.rows, weight.cols
+    rows, cols = weight.shape
+    return rows, cols
+
+
+def _parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
+    """Codes, scales and kind; a plain matrix is its own codes and has no scales."""
+    if isinstance(weight, GroupedMatrix):
+        return weight.codes_RB, weight.meta_RMG, weight.bits
+    return weight, weight, NATIVE_DTYPES[weight.dtype]

@@ -1,0 +1,70 @@
+"""Which kernels a device gets, what is said about it, and that Triton is imported for GPUs alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moefit.errors import ConfigError
+from moefit.formats import backend as module
+from moefit.formats import kernels as compiled
+from moefit.formats.backend import backend, backend_status
+from moefit.formats.kernels import SWITCH, kernels, status
+
+CPU, GPU, OTHER = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing is set, and what is cached about this process is forgotten before and after."""
+    monkeypatch.delenv(SWITCH, raising=False)
+    for clear in (compiled.kernels.cache_clear, module._triton.cache_clear):
+        clear()
+    yield
+    monkeypatch.undo()
+    for clear in (compiled.kernels.cache_clear, module._triton.cache_clear):
+        clear()
+
+
+def test_a_cpu_has_the_compiled_ones() -> None:
+    assert backend(CPU) is kernels() and backend_status(CPU) == status()
+
+
+def test_a_gpu_has_tritons() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
+    from moefit.formats.gpu_kernels import TritonKernels
+
+    assert isinstance(backend(GPU), TritonKernels) and backend_status(GPU) == "triton"
+
+
+def test_a_gpu_without_triton_has_none_and_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert backend(GPU) is None
+    assert backend_status(GPU) == "torch: Triton is not installed"
+
+
+def test_the_switch_turns_all_off(monkeypatch) -> None:
+    monkeypatch.setenv(SWITCH, "torch")
+    assert backend(CPU) is backend(GPU) is None
+    assert backend_status(GPU) == f"torch: {SWITCH}=torch"
+
+
+def test_a_level_that_does_not_exist_is_named_on_a_gpu_too(monkeypatch) -> None:
+    monkeypatch.setenv(SWITCH, "tritno")
+    with pytest.raises(ConfigError, match="'tritno' is none of"):
+        backend(GPU)
+
+
+def test_other_devices_compute_in_torch() -> None:
+    assert backend(OTHER) is None and backend_status(OTHER) == "torch: no kernels for mps"
+
+
+def test_triton_is_imported_when_a_gpu_is_computed_on() -> None:
+    """Not before: it takes a second, and CPU builds of torch do not bring it."""
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import moefit.serve.fused;"
+        "assert 'moefit.formats.gpu_kernels' not in sys.modules;"
+        "assert before or 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
