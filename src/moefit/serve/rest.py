@@ -7,7 +7,7 @@ visible call replaces modules, one after the other, and says what it replaced.
 Shapes: T tokens, I input units, O output units, V vocabulary.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import torch
@@ -110,19 +110,24 @@ def _routers(model: nn.Module, blocks: Collection[MoeBlock]) -> list[str]:
 
 
 def encode_rest(
-    model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock]
+    model: nn.Module,
+    format: GroupedFormat,
+    blocks: Collection[MoeBlock],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Replace linear layers and embeddings by encoded ones, in place; returns their names.
 
     Modules with one weight (tied embeddings) share its codes. Beside the model, one encoded matrix
-    and some rows as float32 are in memory at a time.
+    and some rows as float32 are in memory at a time. progress hears how many matrices are done.
     """
     found = encodable(model, blocks)
-    for weight, names in _by_weight(found).items():
+    weights = _by_weight(found)
+    for done, (weight, names) in enumerate(weights.items(), start=1):
         matrix = encode(weight.detach(), format.bits, format.encoder)
         for name in names:
             model.set_submodule(name, _encoded(found[name], matrix, weight.dtype))
         weight.data = weight.new_empty(0)
+        progress(done, len(weights))
     return tuple(found)
 
 
