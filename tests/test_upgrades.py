@@ -13,6 +13,10 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.formats.error import GAUSSIAN, relative_error
 from moefit.formats.format import FORMATS
 from moefit.moe.families import TensorSpec
+from moefit.serve.packed import open_packed
+from moefit.serve.reckon import beginning, ledger
+from moefit.serve.settings import LoadSettings
+from moefit.serve.skeleton import build
 from moefit.serve.slots import allocate
 from moefit.serve.upgrades import AUTO
 
@@ -56,6 +60,32 @@ def bytes_for(served, **counts: int) -> int:
     return served.budget.fixed + sum(
         count * FORMATS[name].nbytes(specs) for name, count in counts.items()
     )
+
+
+def test_what_a_budget_buys_is_known_beforehand(folder) -> None:
+    skeleton, how = build(folder), LoadSettings(precision="auto", memory="4GiB", context=64)
+    plenty, packed = ledger(skeleton, how), open_packed(skeleton, how.formats())
+    specs = skeleton.blocks[0].layout.specs
+    sizes = {name: FORMATS[name].nbytes(specs) for name in ("int2", "int3", "native")}
+    total = plenty.everything + 3 * (sizes["int3"] - sizes["int2"])
+    some = beginning(skeleton, how, plenty.with_total(total), packed)
+    assert some.formats == {"int3": 3, "int2": 13}
+    assert some.nbytes == total - plenty.fixed
+    assert some.bits_per_weight == 8 * some.nbytes / (16 * 3 * 128 * 128)
+    few = beginning(skeleton, how, plenty.with_total(plenty.everything - sizes["int2"]), packed)
+    assert few.formats == {"int2": 15}
+    assert beginning(skeleton, how, plenty, packed).formats == {"native": 16}
+
+
+def test_loading_says_how_many_experts_have_come(folder) -> None:
+    heard: list[tuple[str, int, int]] = []
+    how = {"precision": "auto", "memory": "4GiB", "rest": "int8", "context": 64}
+    with moefit.load(folder, progress=lambda *one: heard.append(one), **how):
+        experts = [one for one in heard if one[0] == "experts"]
+        assert experts == sorted(experts) and experts[-1] == ("experts", 16, 16)
+        assert 1 < len(set(experts)) == len(experts)
+        rest = [one for one in heard if one[0] == "other weights"]
+        assert [done for _, done, _ in rest] == list(range(1, rest[-1][2] + 1))
 
 
 def test_with_enough_memory_everything_is_native_and_the_models_own(served, folder) -> None:

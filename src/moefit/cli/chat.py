@@ -6,20 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moefit.cli.app import Device, app, say
+from moefit.cli.app import app, say
+from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.server import ApiKey
-from moefit.cli.serving import (
-    NATIVE_PRECISION,
-    Bound,
-    Context,
-    HostMemory,
-    Memory,
-    ModeOption,
-    Precision,
-    Prefill,
-    Rest,
-    Serving,
-)
+from moefit.cli.serving import load_served
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
 from moefit.server.client import Client
@@ -30,6 +20,7 @@ _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: N
 
 
 @app.command(help="Talk with a model: on a server (--url), or loaded here.")
+@spread
 def chat(
     model: Annotated[
         str | None, typer.Argument(help="as for serve; with --url the server's is taken")
@@ -43,37 +34,19 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.001, max=1)] = 1.0,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    mode: ModeOption = None,
-    prefill: Prefill = None,
-    bound: Bound = 0.3,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
-    context: Context = 2048,
-    device: Device = "cpu",
+    room: Room = ROOM,
+    misses: Misses = MISSES,
 ) -> None:
     """Answers go to standard output as they come."""
     manner = Manner(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    serving = Serving(
-        memory=memory,
-        host_memory=host_memory,
-        mode=mode,
-        prefill=prefill,
-        bound=bound,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-    )
     if url is not None:
-        if model is not None or serving.wanted:
+        if model is not None or room.wanted or misses.wanted:
             raise ConfigError("the server at --url has its model and memory; give one or the other")
         _talk(RemotePartner(Client(url, api_key)), manner, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
-    with serving.load(model) as served:
+    with load_served(model, room, misses) as served:
         engine = Engine(served)
         engine.start()
         try:

@@ -8,21 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import Device, Json, app, print_json, say, stopped
+from moefit.cli.app import Json, app, print_json, say, stopped
 from moefit.cli.config_file import ConfigFile
-from moefit.cli.serving import (
-    NATIVE_PRECISION,
-    Bound,
-    Context,
-    HostMemory,
-    Memory,
-    ModeName,
-    ModeOption,
-    Precision,
-    Prefill,
-    Rest,
-    Serving,
-)
+from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
+from moefit.cli.serving import load_served
 from moefit.engine.engine import Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
 from moefit.serve.budget import PARTS, format_bytes
@@ -42,6 +31,7 @@ ApiKey = Annotated[str | None, typer.Option(help="the server's key", envvar="MOE
     help="Serve a model over HTTP: OpenAI's API, a page with the budget dial, metrics.",
     context_settings={"auto_envvar_prefix": "MOEFIT"},
 )
+@spread
 def serve(
     model: Annotated[
         str,
@@ -51,15 +41,8 @@ def serve(
         ),
     ] = REFERENCE,
     config: ConfigFile = None,
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    mode: ModeOption = None,
-    prefill: Prefill = None,
-    bound: Bound = 0.3,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
-    context: Context = 2048,
-    device: Device = "cpu",
+    room: Room = ROOM,
+    misses: Misses = MISSES,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[
@@ -90,17 +73,6 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Loopback only, unless --host says otherwise."""
-    serving = Serving(
-        memory=memory,
-        host_memory=host_memory,
-        mode=mode,
-        prefill=prefill,
-        bound=bound,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-    )
     engine = EngineSettings(
         max_concurrency=max_concurrency,
         max_model_len=max_model_len,
@@ -117,7 +89,7 @@ def serve(
         connections=max_connections,
         drain_seconds=drain_seconds,
     )
-    _serve(model, serving, engine, server)
+    _serve(model, (room, misses), engine, server)
 
 
 def public_name(model: str) -> str:
@@ -127,11 +99,14 @@ def public_name(model: str) -> str:
 
 
 def _serve(
-    model: str, serving: Serving, engine_settings: EngineSettings, settings: ServerSettings
+    model: str,
+    asked: tuple[Room, Misses],
+    engine_settings: EngineSettings,
+    settings: ServerSettings,
 ) -> None:
     with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
         say(f"loading {model}")
-        with serving.load(model) as served:
+        with load_served(model, *asked) as served:
             engine = Engine(served, engine_settings)
             running = Running(Service(engine, settings), bound)
             engine.start()
@@ -186,8 +161,8 @@ def set_budget(
     memory: Annotated[
         str, typer.Argument(help="such as 3GiB; 'all' for as much as the model takes")
     ],
-    mode: ModeOption = None,
-    prefill: Prefill = None,
+    mode: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
+    prefill: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
     bound: Annotated[float | None, typer.Option(min=0, max=1, help="as of serve")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,

@@ -7,7 +7,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 
 import ctypes
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,8 +105,7 @@ class ServedModel:
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
             if self._upgrades:
-                room = self._room_for_upgrades(budget)
-                self._upgrades.set_room(min(room, self._upgrades.room))
+                self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
             unfilled = [name for name, experts in self.blocks.items() if experts.pending]
             for name in unfilled:
                 self.blocks[name].give_up()
@@ -123,32 +122,29 @@ class ServedModel:
                 self.blocks[name].fill()
             self._budget = budget
             if self._upgrades:
-                self._upgrades.set_room(self._room_for_upgrades(budget))
+                self._upgrades.set_room(budget.left_over())
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
 
-    def start_upgrades(self, upgrades: Upgrades) -> None:
-        """Give each expert its own precision from now on; loads all experts if all have slots."""
+    def start_upgrades(
+        self, upgrades: Upgrades, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Give each expert its own precision from now on; loads all experts if all have slots.
+
+        progress hears how many experts of how many have come.
+        """
         with self._live.lock:
             self._upgrades, self._live.each_step = upgrades, upgrades.step
-            upgrades.set_room(self._room_for_upgrades(self._budget))
+            upgrades.set_room(self._budget.left_over())
             if all(one.residency.number == one.num_experts for one in self.blocks.values()):
-                upgrades.fill()
+                upgrades.fill(progress)
 
     def settle_precision(self) -> None:
         """Carry changes of precision out now that would else follow in the background."""
         with self._live.lock:
             if self._upgrades:
                 self._upgrades.settle()
-
-    def _room_for_upgrades(self, budget: MemoryBudget) -> int:
-        """What is left once all experts have a slot; while they have not, nothing is."""
-        assert budget.total is not None, "precision auto has a budget"
-        counts = budget.slots()
-        if any(n < block.num_experts for n, block in zip(counts, budget.blocks, strict=True)):
-            return 0
-        return budget.total - budget.with_slots(counts)
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.

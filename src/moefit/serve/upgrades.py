@@ -8,7 +8,7 @@ lie in the ledger's staging. Whoever calls holds the lock of a step.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -56,11 +56,7 @@ class Upgrades:
         device: torch.device,
     ):
         self._blocks, self._transfer, self._device = blocks, transfer, device
-        self._ladders: dict[Key, Ladder] = {
-            (name, expert): steps
-            for name, of_block in ladders.items()
-            for expert, steps in enumerate(of_block)
-        }
+        self._ladders = by_expert(ladders)
         self.room = 0
         for experts in blocks.values():
             experts.listen()
@@ -68,13 +64,14 @@ class Upgrades:
         self._pending: list[_Pending] = []
         self._steps = 0
 
-    def fill(self) -> None:
-        """Load every expert into slots that are still empty, at formats that treat all alike."""
-        keys = list(self._ladders)
-        smallest = sum(self._smallest(name) for name, _ in keys)
-        wanted = allocate(self._ladders, dict.fromkeys(keys, 1.0), smallest + self.room)
+    def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Load every expert into slots that are still empty, at formats that treat all alike.
+
+        progress hears how many of how many have come.
+        """
+        wanted = beginning(self._ladders, self.room)
         coming: deque[tuple[str, int, Future[float]]] = deque()
-        for name, expert in keys:
+        for number, (name, expert) in enumerate(wanted):
             residency, slots = self._blocks[name].residency, self._blocks[name].slots
             index = residency.reserve(expert)
             assert index is not None, "there is an empty slot for each"
@@ -82,8 +79,10 @@ class Upgrades:
             coming.append((name, index, self._transfer.load(name, expert, slots[index])))
             if len(coming) > 2 * self._transfer.readers:
                 self._arrive(*coming.popleft())
-        for one in coming:
-            self._arrive(*one)
+                progress(number + 1 - len(coming), len(wanted))
+        while coming:
+            self._arrive(*coming.popleft())
+            progress(len(wanted) - len(coming), len(wanted))
 
     def _arrive(self, name: str, index: int, done: Future[float]) -> None:
         finish(done)
@@ -240,6 +239,21 @@ class Upgrades:
                 pending = self._load(key, choice)
                 finish(pending.done)
                 self._replace(pending)
+
+
+def beginning(ladders: Mapping[Key, Ladder], room: int) -> dict[Key, Choice]:
+    """What experts have before anything is known of their use; `room` is as in `Upgrades`."""
+    smallest = sum(ladder[0].nbytes for ladder in ladders.values())
+    return allocate(ladders, dict.fromkeys(ladders, 1.0), smallest + room)
+
+
+def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[Key, Ladder]:
+    """Ladders of blocks as those of experts."""
+    return {
+        (name, expert): steps
+        for name, of_block in ladders.items()
+        for expert, steps in enumerate(of_block)
+    }
 
 
 def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
