@@ -45,8 +45,13 @@ class Heard:
 
     @property
     def end(self) -> Finished:
-        assert isinstance(last := self.wait().events[-1], Finished)
+        last = self.wait().events[-1]
+        assert isinstance(last, Finished)
         return last
+
+    @property
+    def text(self) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, Token | Finished))
 
     @property
     def prompt(self) -> Prompt:
@@ -92,3 +97,42 @@ def generated(served: ServedModel, prompt: Sequence[int], max_tokens: int = 8) -
     made = served.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)
     skip = 1 if served.model.config.is_encoder_decoder else len(prompt)
     return made[0, skip:].tolist()
+
+
+def ask(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Heard:
+    heard = Heard()
+    engine.submit(prompt, sampling, heard)
+    return heard
+
+
+@contextmanager
+def paused(engine: Engine) -> Iterator[Flag]:
+    """The engine's thread waits, in the middle of a step, until the flag is set."""
+    waits, go = Flag(), Flag()
+
+    def hold(_event: Event) -> None:
+        waits.set()
+        assert go.wait(30), "nobody let the engine go on"
+
+    engine.submit([3], greedy(1), hold)
+    assert waits.wait(30)
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def check_crowd(engine: Engine, lengths: Sequence[int] = LENGTHS, max_tokens: int = 8) -> None:
+    """Requests that arrive while others run, against what the model itself gives each of them."""
+    expected = [generated(engine.served, prompt, max_tokens) for prompt in prompts(lengths)]
+    heard = []
+    with paused(engine) as go:
+        for prompt in prompts(lengths[:-2]):
+            heard.append(ask(engine, prompt, greedy(max_tokens)))
+        go.set()
+        heard[0].wait()
+        for prompt in prompts(lengths[-2:]):
+            heard.append(ask(engine, prompt, greedy(max_tokens)))
+        assert {one.end.reason for one in heard} <= {"length", "stop"}, heard[0].end
+    for one, tokens_of_one in zip(heard, expected, strict=True):
+        assert one.tokens == tokens_of_one

@@ -1,28 +1,302 @@
-"""Requests that share a model get what they would get alone."""
+"""Many requests through one model: what each hears, and who waits for whom."""
 
-import time
+from threading import Thread
 
 import pytest
-from engines import Heard, engine_of, generated, greedy, prompts
-from tiny_served import FAMILIES, saved, tiny
+import torch
+from engines import Heard, ask, engine_of, generated, greedy, paused, prompts, running
+from tiny_served import Disk, reading_through, saved, tiny
+
+from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.request import Finished, Prompt, Sampling, Token
+from moefit.errors import (
+    BudgetTooSmallError,
+    ConfigError,
+    QueueFullError,
+    RefusedError,
+    RequestTooLargeError,
+)
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: saved(tiny(family), tmp_path_factory.mktemp(family)) for family in FAMILIES}
+def olmoe(tmp_path_factory):
+    return saved(tiny("Olmoe"), tmp_path_factory.mktemp("olmoe"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_crowd_gets_what_each_would_get_alone(folders, family):
-    with engine_of(folders[family], prefill_chunk=6, max_concurrency=4) as engine:
-        assert engine.stats().runner == "packed"
-        heard = []
-        for prompt in prompts():
-            heard.append(Heard())
-            engine.submit(prompt, greedy(), heard[-1])
-            time.sleep(0.005)  # some arrive while others decode
-        ends = [one.end for one in heard]
-        assert [end.reason for end in ends] == ["length"] * len(ends), ends
+@pytest.fixture(scope="module")
+def engine(olmoe):
+    """One that tests share which leave nothing behind."""
+    with engine_of(olmoe, prefill_chunk=6, max_concurrency=3, max_waiting=4) as one:
+        yield one
+
+
+PROMPT = prompts([7])[0]
+
+
+def test_events_come_in_order(engine):
+    heard = ask(engine, PROMPT, greedy(3)).wait()
+    assert [type(event) for event in heard.events] == [Prompt, Token, Token, Token, Finished]
+    assert heard.prompt.logprobs is None
+    assert (heard.end.prompt_tokens, heard.end.completion_tokens) == (7, 3)
+
+
+def test_an_answer_of_no_tokens(engine):
+    heard = ask(engine, PROMPT, greedy(0)).wait()
+    assert [type(event) for event in heard.events] == [Prompt, Finished]
+    assert heard.end.reason == "length"
+
+
+def test_a_token_that_ends_the_answer(engine):
+    usual = ask(engine, PROMPT, greedy(8)).wait().tokens
+    heard = ask(engine, PROMPT, greedy(8, stop_ids=frozenset({usual[4]}))).wait()
+    assert heard.end.reason == "stop"
+    assert heard.tokens == usual[: usual.index(usual[4]) + 1]
+    assert heard.end.completion_tokens == len(heard.tokens)
+
+
+def test_the_end_of_the_text_of_several_kinds(olmoe):
+    with load(olmoe, LoadSettings(context=64)) as served:
+        usual = generated(served, PROMPT)
+        served.model.generation_config.eos_token_id = [usual[3], usual[5]]
+        first = min(usual.index(usual[3]), usual.index(usual[5]))
+        with running(served) as engine:
+            heard = ask(engine, PROMPT, greedy(8)).wait()
+            assert (heard.end.reason, heard.tokens) == ("stop", usual[: first + 1])
+            ignoring = ask(engine, PROMPT, greedy(8, ignore_eos=True)).wait()
+            assert (ignoring.end.reason, ignoring.tokens) == ("length", usual)
+
+
+def test_logprobs_of_prompt_and_answer(engine):
+    crowd = [ask(engine, prompt, Sampling(max_tokens=9)) for prompt in prompts()[:2]]
+    sampling = greedy(4, logprobs=2, prompt_logprobs=3)
+    prompt = prompts([17])[0]
+    heard = ask(engine, prompt, sampling).wait()
+    for one in crowd:
+        one.wait()
+    ids = torch.tensor([prompt + heard.tokens])
+    with torch.no_grad():
+        expected_TV = engine.served.model(ids).logits[0].log_softmax(-1)
+    told = heard.prompt.logprobs
+    assert told is not None
+    assert told[0] is None
+    assert len(told) == len(prompt)
+    answer = [event.logprob for event in heard.events if isinstance(event, Token)]
+    for place, one in enumerate([*told[1:], *answer]):
+        assert one is not None
+        assert one.token == ids[0, place + 1]
+        assert one.logprob == pytest.approx(float(expected_TV[place, one.token]), abs=1e-4)
+        number = 3 if place < len(prompt) - 1 else 2
+        best = expected_TV[place].topk(number)
+        assert [token for token, _ in one.top] == best.indices.tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(engine):
+    sampling = Sampling(max_tokens=12, temperature=1.5, seed=11)
+    alone = ask(engine, PROMPT, sampling).wait().tokens
+    crowd = [ask(engine, prompt, Sampling(max_tokens=9)) for prompt in prompts()[:2]]
+    again = ask(engine, PROMPT, sampling).wait().tokens
+    for one in crowd:
+        one.wait()
+    assert again == alone
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([], greedy(1), "no tokens"),
+        ([1, 61], greedy(1), "token 61 does not exist; the model's are 0 to 60"),
+        ([-1], greedy(1), "token -1"),
+        ([1], Sampling(max_tokens=1, top_p=2.0), "top_p"),
+    ],
+)
+def test_requests_that_cannot_be(engine, prompt, sampling, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(prompt, sampling, Heard())
+
+
+def test_a_request_that_can_never_be_held(engine):
+    with pytest.raises(RequestTooLargeError, match=r"7 tokens .*122 are 129.*128; .*=121 or less"):
+        engine.submit(PROMPT, greedy(122), Heard())
+    assert ask(engine, PROMPT, greedy(121)).wait().end.completion_tokens == 121
+
+
+def test_a_full_queue_and_what_waits_in_it(engine):
+    with paused(engine) as go:
+        running = [ask(engine, PROMPT, greedy(40)) for _ in range(3)]  # 47 of 128 tokens each
+        waiting = [ask(engine, PROMPT, greedy(2))]
+        with pytest.raises(QueueFullError):
+            ask(engine, PROMPT, greedy(2))
+        go.set()
+        for one in [*running, *waiting]:
+            assert one.end.reason == "length"
+    assert engine.stats().kv_tokens_used == 0
+
+
+def test_cancelled_while_reading_decoding_or_waiting(engine):
+    usual = ask(engine, PROMPT, greedy(6)).wait().tokens
+    names: dict[str, str] = {}
+
+    def cancels(name: str, after: int) -> Heard:
+        count = iter(range(1000))
+        return Heard(lambda _event: engine.cancel(names[name]) if next(count) == after else None)
+
+    heard = {"decoding": cancels("decoding", 4), "first": cancels("first", 0), "waiting": Heard()}
+    with paused(engine) as go:
+        for name, one in heard.items():
+            names[name] = engine.submit(prompts([9])[0], greedy(90), one)
+        stays = ask(engine, PROMPT, greedy(6))
+        engine.cancel(names["waiting"])
+        go.set()
+        assert {one.end.reason for one in heard.values()} == {"cancelled"}
+        assert stays.end.reason == "length"
+    assert len(heard["decoding"].tokens) == 4
+    assert heard["waiting"].events == [heard["waiting"].end]
+    assert stays.tokens == usual
+    engine.cancel(names["first"])
+    engine.cancel("nobody")
+    assert engine.stats().running == 0
+
+
+def test_a_listener_that_fails_harms_nobody(engine):
+    def fail(_event):
+        raise RuntimeError("a client's fault")
+
+    other = Heard()
+    engine.submit(PROMPT, greedy(4), fail)
+    engine.submit(PROMPT, greedy(4), other)
+    assert other.end.reason == "length"
+
+
+def test_statistics(engine):
+    before = engine.stats()
+    with paused(engine) as go:
+        heard = ask(engine, PROMPT, greedy(5))
+        assert (engine.stats().running, engine.stats().waiting) == (1, 1)
+        assert engine.stats().kv_tokens_used == 2  # of the request that waits in the step
+        go.set()
+        heard.wait()
+    after = engine.stats()
+    assert after.prompt_tokens_total - before.prompt_tokens_total == 7 + 1
+    assert after.generation_tokens_total - before.generation_tokens_total == 5 + 1
+    assert after.steps - before.steps == 1 + 2 + 4  # 7 tokens of prompt are two steps of up to 6
+    assert after.tokens_per_second > 0
+    assert (after.kv_tokens, after.runner) == (128, "packed")
+
+
+def test_budget_and_mode_change_while_requests_run(engine):
+    served = engine.served
+    expected = [generated(served, prompt, 30) for prompt in prompts([3, 9, 14])]
+    totals = [served.budget.with_slots([slots] * 2) for slots in (1, 8, 3)]
+    heard = []
+    for total in totals:
+        heard += [ask(engine, prompt, greedy(30)) for prompt in prompts([3, 9, 14])]
+        assert engine.set_memory(total).total == total
+        assert served.budget.total == total
+    assert engine.set_mode("bounded", bound=0.0).mode == "bounded"
+    assert engine.set_mode("exact").mode == "exact"
+    with pytest.raises(BudgetTooSmallError):
+        engine.set_memory(1000)
+    with pytest.raises(ConfigError, match="unknown setting"):
+        engine.set_mode("exact", speed=11)
+    for number, one in enumerate(heard):
+        assert one.end.reason == "length"
+        assert one.tokens == expected[number % 3]
+    served.check()
+
+
+def test_a_change_from_within_the_engines_thread(engine):
+    modes = []
+    heard = Heard(lambda event: modes.append(engine.set_mode("exact").mode))
+    engine.submit(PROMPT, greedy(1), heard)
+    heard.wait()
+    assert modes == ["exact"] * 3
+
+
+def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
+    with reading_through(Disk()) as disk, engine_of(olmoe, slots=1) as engine:
+        usual = ask(engine, PROMPT, greedy(6)).wait().tokens
+        with paused(engine) as go:
+            bad = [ask(engine, prompt, greedy(6)) for prompt in prompts([5, 8])]
+            disk.failures = 1000
+            go.set()
+            for one in bad:
+                assert one.end.reason == "error"
+                assert "Input/output error" in one.end.message
+        assert engine.stats().running == 0
+        disk.failures = 0
+        assert ask(engine, PROMPT, greedy(6)).wait().tokens == usual
+
+
+def test_closing_cancels_what_is_left(olmoe):
+    with load(olmoe, LoadSettings(context=64)) as served:
+        engine = Engine(served, EngineSettings(max_concurrency=1))
+        early = ask(engine, PROMPT, greedy(4))  # before it is started
+        engine.start()
+        engine.start()
+        assert early.end.reason == "length"
+        heard = [ask(engine, PROMPT, greedy(50)) for _ in range(3)]
         engine.close()
-        for prompt, one in zip(prompts(), heard, strict=True):
-            assert one.tokens == generated(engine.served, prompt)
+        engine.close()
+        assert {one.end.reason for one in heard[1:]} == {"cancelled"}
+        for refused in (lambda: ask(engine, PROMPT, greedy(1)), engine.start):
+            with pytest.raises(RefusedError):
+                refused()
+        assert engine.set_mode("exact").mode == "exact"  # nobody steps: at once
+        assert generated(served, PROMPT, 4) == early.tokens
+
+
+def test_draining_waits_for_those_that_are_there(olmoe):
+    with engine_of(olmoe, slots=None) as engine:
+        with paused(engine) as go:
+            heard = ask(engine, PROMPT, greedy(3))
+            assert not engine.drain(0.01)
+            with pytest.raises(RefusedError):
+                ask(engine, PROMPT, greedy(3))
+            go.set()
+            assert engine.drain(30)
+        assert heard.end.reason == "length"
+
+
+def test_many_threads_at_once(olmoe):
+    with engine_of(olmoe, max_concurrency=4, context=64) as engine:
+        expected = {len(p): generated(engine.served, p, 5) for p in prompts([2, 5, 9])}
+        heard: dict[int, list[Heard]] = {2: [], 5: [], 9: []}
+
+        def client(length: int) -> None:
+            for _ in range(4):
+                heard[length].append(ask(engine, prompts([length])[0], greedy(5)).wait())
+                engine.stats()
+                engine.check()
+
+        threads = [Thread(target=client, args=(length,)) for length in heard]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for length, ones in heard.items():
+            assert [one.tokens for one in ones] == [expected[length]] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency=0"),
+        ({"prefill_chunk": 1.5}, "prefill_chunk=1.5"),
+        ({"max_model_len": 129}, "max_model_len=129, but .* hold 128 tokens"),
+    ],
+)
+def test_settings_that_cannot_be(engine, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(engine.served, EngineSettings(**settings))
+
+
+def test_a_shorter_limit_for_one_request(olmoe):
+    with engine_of(olmoe, slots=None, max_model_len=20) as engine:
+        assert engine.max_model_len == 20
+        with pytest.raises(RequestTooLargeError, match="at most 20"):
+            ask(engine, PROMPT, greedy(14))
+        assert ask(engine, PROMPT, greedy(13)).end.completion_tokens == 13

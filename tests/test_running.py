@@ -94,8 +94,8 @@ def test_who_does_not_read_holds_nobody_up(served) -> None:
             {"prompt": "a", "max_tokens": 500, "n": 50, "stream": True, "logprobs": 20}
         ).encode()
         lazy.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         soon(lambda: bool(here.engine.submitted))
         answer = Client(here.url).post("/v1/completions", {"prompt": "b", "max_tokens": 3})
@@ -174,12 +174,14 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(served) -> None:
 
 
 def test_draining_has_an_end(served) -> None:
-    with site(served, pause=0.1, drain_seconds=0.2) as here:
-        with here.ask(max_tokens=400) as connection:
-            soon(lambda: here.engine.stats().running == 1)
-            assert not here.running.drain()
-            here.engine.close()
-            assert b"503" in connection.recv(4096).split(b"\r\n")[0]
+    with (
+        site(served, pause=0.1, drain_seconds=0.2) as here,
+        here.ask(max_tokens=400) as connection,
+    ):
+        soon(lambda: here.engine.stats().running == 1)
+        assert not here.running.drain()
+        here.engine.close()
+        assert b"503" in connection.recv(4096).split(b"\r\n")[0]
 
 
 def test_addresses_that_cannot_be_had() -> None:

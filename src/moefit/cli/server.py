@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import Device, Json, app, print_json, say
+from moefit.cli.app import Device, Json, app, print_json, say, stopped
 from moefit.cli.config_file import ConfigFile
 from moefit.cli.serving import (
     NATIVE_PRECISION,
@@ -64,9 +64,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            help="what clients must give; as a variable, ps does not show it"
-        ),
+        typer.Option(help="what clients must give; as a variable, ps does not show it"),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="the model's name in requests; that of MODEL if none")
@@ -131,27 +129,31 @@ def public_name(model: str) -> str:
 def _serve(
     model: str, serving: Serving, engine_settings: EngineSettings, settings: ServerSettings
 ) -> None:
-    bound = bind(settings.host, settings.port)  # what can't be is refused before loading
-    say(f"loading {model}")
-    with serving.load(model) as served:
-        engine = Engine(served, engine_settings)
-        running = Running(Service(engine, settings), bound)
-        engine.start()
-        try:
-            with stop_on_signal() as request:
-                running.start()
-                _announce(engine, settings, url_of(bound, settings.host))
-                running.wait(lambda: request.received is not None)
-                if request.received is not None:
-                    say(f"{request.received.name}: finishing what runs; again to stop at once")
-                    if not running.drain():
-                        say(f"not all ended within {settings.drain_seconds:g} s; giving them up")
-        except KeyboardInterrupt:
-            say("stopped")
-            running.stop(at_once=True)
-        finally:
-            engine.close()
-            running.stop()
+    with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
+        say(f"loading {model}")
+        with serving.load(model) as served:
+            engine = Engine(served, engine_settings)
+            running = Running(Service(engine, settings), bound)
+            engine.start()
+            try:
+                with stop_on_signal() as request:
+                    running.start()
+                    _announce(engine, settings, url_of(bound, settings.host))
+                    running.wait(lambda: request.received is not None)
+                    if request.received is not None:
+                        _drain(running, settings, request.received.name)
+            except KeyboardInterrupt:  # a second signal
+                running.stop(at_once=True)
+                raise stopped("SIGINT") from None
+            finally:
+                engine.close()
+                running.stop()
+
+
+def _drain(running: Running, settings: ServerSettings, signal: str) -> None:
+    say(f"{signal}: finishing what runs; again to stop at once")
+    if not running.drain():
+        say(f"not all ended within {settings.drain_seconds:g} s; giving them up")
 
 
 def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:

@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 
 from moefit.engine.answer import Answer, Language
 from moefit.engine.probe import choose_runner
 from moefit.engine.request import FinishReason, Listener, Sampling
 from moefit.engine.sampler import check_sampling, choose
 from moefit.engine.scheduler import Limits, Piece, Scheduler
-from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
+from moefit.errors import ConfigError, RefusedError, RequestTooLargeError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget
 from moefit.serve.served import ServedModel
 from moefit.serve.virtual_experts import Mode, Policy
 
 _LOG = logging.getLogger(__name__)
+_CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
 _RECENT = 5.0  # seconds that `tokens_per_second` looks back
 _LOGIT_BYTES = 16 << 20  # of the prompt's logits in one step, where they are asked for
 
@@ -82,7 +84,8 @@ class Engine:
     def __init__(self, served: ServedModel, settings: EngineSettings | None = None):
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
-        context = served.budget.context or self.settings.max_model_len or 2048
+        _check_generates(served.model)
+        context = served.budget.context or self.settings.max_model_len or _CONTEXT
         self.max_model_len = _longest(served, self.settings.max_model_len, context)
         self._language = _language(served)
         self._vocabulary = _vocabulary(served)
@@ -354,6 +357,15 @@ def _longest(served: ServedModel, wanted: int | None, context: int) -> int:
             f"{most:,} tokens; load with a larger context, or give {most:,} or less"
         )
     return wanted or most
+
+
+def _check_generates(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for a model that does not go on token by token."""
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not generate text token by token, as requests ask for; "
+            "compute with the model itself (moefit.load)"
+        )
 
 
 def _vocabulary(served: ServedModel) -> int:

@@ -98,33 +98,29 @@ def window_mask(
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_sizes: Any,
 ) -> WindowMask:
     """What transformers calls to make a mask; see its `masking_utils.py`."""
     if attention_mask is not None:
-        raise UnpackableError("it masks tokens of its own accord")
-    window = None if local_size is None else int(local_size)
-    expected = causal_mask_function
-    if window is not None:
-        expected = sliding_window_causal_mask_function(window)
-    if mask_function is not causal_mask_function and not _agree(mask_function, expected, window):
-        raise UnpackableError("its mask is neither causal nor a sliding window")
+        raise UnpackableError("it has an attention mask of its own")
     if mask_function is causal_mask_function:
-        window = None
-    return WindowMask.of(window, torch.device(device))
+        return WindowMask.of(None, torch.device(device))
+    if use_vmap or local_size is None or not _slides(mask_function, int(local_size)):
+        raise UnpackableError("its attention mask is neither causal nor a sliding window")
+    return WindowMask.of(int(local_size), torch.device(device))
 
 
-def _agree(one: Callable, other: Callable, window: int | None) -> bool:
-    """Whether two mask functions are the same at positions around the multiples of the window."""
-    size = window or 8
-    at = torch.tensor(sorted({max(0, size * n + d) for n in range(4) for d in (-1, 0, 1)}))
-    zero = torch.tensor(0)
-    tables = [
-        torch.as_tensor(mask(zero, zero, at[:, None], at[None])).expand(len(at), len(at))
-        for mask in (one, other)
-    ]
-    return bool(torch.equal(*tables))
+def _slides(mask_function: Callable, window: int) -> bool:
+    """Whether it is a sliding window, at positions around the multiples of its size."""
+    at = torch.tensor(sorted({max(0, window * n + d) for n in range(4) for d in (-1, 0, 1)}))
+    zero, sliding = torch.tensor(0), sliding_window_causal_mask_function(window)
+    one, other = (
+        mask(zero, zero, at[:, None], at[None]).expand(len(at), len(at))
+        for mask in (mask_function, sliding)
+    )
+    return torch.equal(one, other)
 
 
 class PackedCache(Cache):
@@ -185,12 +181,16 @@ class PackedCache(Cache):
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The longest past of a request in this step."""
-        return max((one.past for one in self._segments), default=0)
+        """Raise UnpackableError: requests differ in it, and positions are given with the tokens."""
+        raise UnpackableError("it counts positions by the cache's length")
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Of no use to a mask that is said, not written."""
+        return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of no use to a mask that is said, not written."""
-        return self.get_seq_length() + query_length, 0
+        """Of no use either."""
+        return query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Places of the pool."""
@@ -221,8 +221,10 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
         raise UnpackableError("its attention is not told of the segments or of the mask")
     if sliding_window is not None and sliding_window != window:
         raise UnpackableError(f"a window of {sliding_window} keys, but the mask has {window}")
-    if others.get("position_bias") is not None or others.get("is_causal") is False:
-        raise UnpackableError("its attention is biased by position, or not causal")
+    if others.get("is_causal") is False:
+        raise UnpackableError("its attention is not causal")
+    if unknown := _tensors(others) - _HARMLESS:
+        raise UnpackableError(f"its attention is given {', '.join(sorted(unknown))} to see to")
     segments.storages.add(key.untyped_storage().data_ptr())
     how = _How(scaling, softcap, s_aux)
     if query.shape[0] == 1:
@@ -236,9 +238,15 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
         mask_TL = None if segment.new == 1 else segments.mask(segment, window, query)
         outputs.append(_attended(part_HTC, pair, mask_TL, how))
     if query.shape[0] == 1:
-        joined = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-        return joined.transpose(0, 1)[None], None
+        return torch.cat([out_HTC.transpose(0, 1) for out_HTC in outputs])[None], None
     return torch.stack(outputs).transpose(1, 2), None
+
+
+_HARMLESS = {"position_ids", "cache_position"}
+
+
+def _tensors(given: dict[str, Any]) -> set[str]:
+    return {name for name, value in given.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)

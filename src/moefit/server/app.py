@@ -1,5 +1,7 @@
 """The application: all endpoints, behind the gate. Owns how they are put together."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +15,15 @@ from moefit.server.service import Service
 _ABOUT = """OpenAI's API for one mixture-of-experts model, served inside a memory budget.
 
 Parameters that are not documented here are refused, not ignored."""
+
+
+def _without_422(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without FastAPI's own answer to invalid requests, which is 400 here."""
+    for operation in (one for path in document["paths"].values() for one in path.values()):
+        operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
 
 
 def create_app(service: Service) -> FastAPI:
@@ -30,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
     for part in (completions, chat, about, operator):
         app.include_router(part.router(service))
     app.include_router(pages.router())
+    app.openapi_schema = _without_422(app.openapi())
     settings = service.settings
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.body_bytes)
     app.add_middleware(Gate, settings=settings)

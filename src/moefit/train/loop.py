@@ -7,13 +7,13 @@ on where it stopped; a finished run is left as it is. What happens in between is
 from contextlib import closing
 from pathlib import Path
 
+from moefit.signals import stop_on_signal
 from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
 from moefit.train.curve import draw_curve
 from moefit.train.folder import locked, refuse_another_run, save_config
 from moefit.train.log import last_record, read_log
 from moefit.train.run import Run, TrainResult
-from moefit.signals import stop_on_signal
 from moefit.train.tokens import prepare
 from moefit.train.watcher import Watcher
 

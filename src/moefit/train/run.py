@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from moefit.device import parse_device
 from moefit.dsmoe.router_state import router_state
 from moefit.errors import DivergenceError
+from moefit.signals import StopRequest
 from moefit.train import checkpoint
 from moefit.train.batches import Batches
 from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
@@ -23,7 +24,6 @@ from moefit.train.config import TrainConfig
 from moefit.train.held_out import HeldOut
 from moefit.train.log import RunLog, last_record, read_log
 from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
-from moefit.signals import StopRequest
 from moefit.train.start import start_from
 from moefit.train.state import RunState
 from moefit.train.step import Stepper, StepResult, make_losses

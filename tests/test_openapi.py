@@ -1,0 +1,53 @@
+"""The document of the API is true: whatever it allows to be sent is answered as it says."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from serving_http import client_of, fake_service
+
+import moefit
+from moefit.serve.served import ServedModel
+from moefit.server.app import create_app
+
+OPERATIONS = {
+    "/v1/completions": {"post"}, "/v1/chat/completions": {"post"}, "/v1/models": {"get"},
+    "/v1/models/{name}": {"get"}, "/tokenize": {"post"}, "/detokenize": {"post"},
+    "/health": {"get"}, "/version": {"get"}, "/metrics": {"get"}, "/v1/memory": {"get", "post"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+def test_the_document_has_every_endpoint(served) -> None:
+    with fake_service(served) as (service, _), client_of(service) as client:
+        document = client.get("/openapi.json").json()
+    assert {path: set(methods) for path, methods in document["paths"].items()} == OPERATIONS
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            shape = operation["responses"]["400"]["content"]["application/json"]["schema"]
+            assert shape == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+@pytest.mark.slow
+def test_what_the_document_allows_is_answered_as_it_says(served) -> None:
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    with fake_service(served, answers=4) as (service, engine):
+        engine.max_model_len = 64
+        schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+        operations = [one.ok() for one in schema.get_all_operations()]
+        assert {one.path for one in operations} == OPERATIONS.keys()
+        for operation in operations:
+
+            @given(case=operation.as_strategy())
+            @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+            def ask(case: Any) -> None:
+                case.call_and_validate(headers={"Host": "localhost"})
+
+            ask()

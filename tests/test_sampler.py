@@ -1,0 +1,147 @@
+"""Which token comes next."""
+
+from collections import Counter
+from math import log
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from moefit.engine.request import Sampling
+from moefit.engine.sampler import Chooser, check_sampling, choose, logprobs_of
+from moefit.errors import ConfigError
+
+VOCABULARY = 12
+
+
+def rows(number: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(number, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def drawn(logits_V: torch.Tensor, number: int, **sampling) -> Counter[int]:
+    chooser = Chooser(Sampling(max_tokens=1, **({"seed": 3} | sampling)))
+    return Counter(chooser.choose(logits_V)[0] for _ in range(number))
+
+
+def test_temperature_zero_is_the_likeliest() -> None:
+    logits_NV = rows(5)
+    choosers = [Chooser(Sampling(max_tokens=1, temperature=0.0)) for _ in logits_NV]
+    chosen = choose(logits_NV, choosers)
+    assert [token for token, _ in chosen] == logits_NV.argmax(-1).tolist()
+    assert all(logprob is None for _, logprob in chosen)
+
+
+def test_low_numbers_of_bfloat16_are_as_good() -> None:
+    logits_NV = rows(3).bfloat16()
+    chosen = choose(logits_NV, [Chooser(Sampling(max_tokens=1, temperature=0.0))] * 3)
+    assert [token for token, _ in chosen] == logits_NV.float().argmax(-1).tolist()
+
+
+def test_samples_follow_the_shares() -> None:
+    (logits_V,) = rows(1)
+    counts = drawn(logits_V, 4000, temperature=1.3)
+    shares = (logits_V / 1.3).softmax(-1).tolist()
+    for token, share in enumerate(shares):
+        assert counts[token] / 4000 == pytest.approx(share, abs=0.03)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 99),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.integers(0, VOCABULARY + 2),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p) -> None:
+    logits_1V = rows(1, seed)
+    kept_1V = TemperatureLogitsWarper(temperature)(None, logits_1V)
+    if top_k:
+        kept_1V = TopKLogitsWarper(top_k)(None, kept_1V)
+    if top_p < 1:
+        kept_1V = TopPLogitsWarper(top_p)(None, kept_1V)
+    shares = kept_1V[0].softmax(-1)
+    allowed = {token for token, share in enumerate(shares.tolist()) if share > 0}
+    likely = {token for token, share in enumerate(shares.tolist()) if share > 0.05}
+    found = drawn(logits_1V[0], 300, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert likely <= found.keys() <= allowed
+
+
+def test_a_seed_repeats_whoever_else_is_there() -> None:
+    logits_NV = rows(4)
+    sampling = Sampling(max_tokens=9, seed=5)
+    alone = [choose(logits_NV[:1], [one])[0][0] for one in [Chooser(sampling)] for _ in range(9)]
+    one, others = Chooser(sampling), [Chooser(Sampling(max_tokens=9)) for _ in range(3)]
+    crowd = [choose(logits_NV[[3, 0, 1, 2]], [others[0], one, *others[1:]])[1][0] for _ in range(9)]
+    assert alone == crowd
+    assert len(set(alone)) > 1
+
+
+def test_without_a_seed_each_is_another() -> None:
+    flat_V = torch.zeros(VOCABULARY)
+    answers = {tuple(drawn(flat_V, 12, seed=None).elements()) for _ in range(3)}
+    assert len(answers) > 1
+
+
+def test_penalties_are_of_the_answer_so_far() -> None:
+    logits_V = torch.tensor([3.0, 2.0, 1.2, 0.0])
+    sampling = Sampling(max_tokens=9, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
+    chooser = Chooser(sampling)
+    left, expected = logits_V.clone(), []
+    for _ in range(9):
+        expected.append(int(left.argmax()))
+        counts = torch.tensor([expected.count(token) for token in range(4)])
+        left = logits_V - 0.4 * counts - 0.5 * (counts > 0)
+    assert [chooser.choose(logits_V)[0] for _ in range(9)] == expected
+    assert len(set(expected)) > 2
+
+
+def test_logprobs_are_of_the_model_itself() -> None:
+    (logits_V,) = rows(1)
+    sampling = Sampling(
+        max_tokens=2, temperature=0.2, top_k=2, seed=1, logprobs=3, presence_penalty=1.0
+    )
+    chooser, expected_V = Chooser(sampling), logits_V.log_softmax(-1)
+    for _ in range(2):
+        token, told = chooser.choose(logits_V)
+        assert told is not None
+        assert (told.token, told.logprob) == (token, pytest.approx(float(expected_V[token])))
+        assert [one for one, _ in told.top] == expected_V.topk(3).indices.tolist()
+        assert [value for _, value in told.top] == pytest.approx(expected_V.topk(3).values.tolist())
+
+
+def test_logprobs_of_many_rows() -> None:
+    logits_NV, tokens = rows(37), [n % VOCABULARY for n in range(37)]
+    told = logprobs_of(logits_NV, tokens, 0)
+    expected = logits_NV.log_softmax(-1)[range(37), tokens].tolist()
+    assert [one.logprob for one in told] == pytest.approx(expected)
+    assert all(one.top == () for one in told)
+    assert logprobs_of(logits_NV[:0], [], 2) == []
+
+
+def test_more_of_the_likeliest_than_there_are() -> None:
+    (told,) = logprobs_of(torch.zeros(1, 3), [1], 20)
+    assert told.logprob == pytest.approx(-log(3))
+    assert len(told.top) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens=-1"),
+        ({"temperature": -0.1}, "greedy"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"presence_penalty": float("inf")}, "presence_penalty=inf"),
+        ({"logprobs": -1}, "logprobs=-1"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs=-2"),
+        ({"seed": 2**64}, "64 bits"),
+    ],
+)
+def test_values_that_cannot_be(change, message) -> None:
+    check_sampling(Sampling(max_tokens=1))
+    with pytest.raises(ConfigError, match=message):
+        check_sampling(Sampling(**({"max_tokens": 1} | change)))

@@ -1,0 +1,253 @@
+"""`moefit serve`, `budget` and `chat`: options from everywhere, and a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_http import fake_service
+from typer.testing import CliRunner
+
+import moefit
+from moefit.cli import app, chat, server
+from moefit.cli.config_file import read_options
+from moefit.errors import ConfigError
+from moefit.serve.served import ServedModel
+from moefit.server.client import Client
+from moefit.server.running import Running, bind, url_of
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[tuple[Any, ...]]:
+    """What `serve` would serve, instead of doing it."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(server, "_serve", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_without_anything_the_reference_model_on_loopback(given) -> None:
+    assert RUNNER.invoke(app, ["serve"]).exit_code == 0
+    ((model, serving, engine, settings),) = given
+    assert (model, serving.memory, serving.context) == ("reference", None, 2048)
+    assert (engine.max_concurrency, engine.max_model_len) == (16, None)
+    assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
+    assert (settings.api_key, settings.origins) == (None, ())
+
+
+def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: from-file\nport: 1\nmemory: 1GiB\nmax-concurrency: 3\nmode: virtual\n"
+        "cors_origin: [https://a.example, https://b.example]\nhost: ::1\napi_key: file\n"
+    )
+    environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
+    done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
+    assert done.exit_code == 0, done.output
+    ((model, serving, engine, settings),) = given
+    assert (settings.port, serving.memory, settings.api_key) == (3, "2GiB", "variable")
+    assert (model, engine.max_concurrency, serving.mode) == ("from-file", 3, "virtual")
+    assert settings.origins == ("https://a.example", "https://b.example")
+    assert settings.host == "::1"
+    named = {"MOEFIT_CONFIG": str(file), "MOEFIT_MODEL": "other"}
+    assert RUNNER.invoke(app, ["serve"], env=named).exit_code == 0
+    assert given[1][0] == "other" and given[1][3].port == 1
+
+
+def test_every_option_has_a_variable(given) -> None:
+    environment = {
+        "MOEFIT_MEMORY": "3GiB", "MOEFIT_HOST_MEMORY": "1GiB", "MOEFIT_MODE": "bounded",
+        "MOEFIT_PREFILL": "bounded", "MOEFIT_BOUND": "0.2", "MOEFIT_PRECISION": "int4",
+        "MOEFIT_REST": "int8", "MOEFIT_CONTEXT": "99", "MOEFIT_DEVICE": "cuda",
+        "MOEFIT_SERVED_MODEL_NAME": "me", "MOEFIT_MAX_MODEL_LEN": "50", "MOEFIT_MAX_WAITING": "5",
+        "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
+        "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
+    }  # fmt: skip
+    assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
+    ((_, serving, engine, settings),) = given
+    assert (serving.memory, serving.host_memory, serving.mode) == ("3GiB", "1GiB", "bounded")
+    assert (serving.prefill, serving.bound, serving.precision) == ("bounded", 0.2, "int4")
+    assert (serving.rest, serving.context, serving.device) == ("int8", 99, "cuda")
+    assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
+    assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
+    assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prot: 8000", "'port'"),
+        ("- port", "port: 8000"),
+        ("port: [", "not YAML"),
+        ("max-concurency: 3", "'max_concurrency'"),
+    ],
+)
+def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_options(file, ["port", "host", "max_concurrency"])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_options(tmp_path / "none.yaml", ["port"])
+
+
+def test_an_empty_file_has_no_options(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("# nothing yet\n")
+    assert read_options(file, ["port"]) == {}
+
+
+def test_a_folder_is_not_told_to_clients(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert server.public_name(str(tmp_path / "mine")) == "mine"
+    assert server.public_name("reference") == "reference"
+    assert server.public_name("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference", memory="4GiB") as served:
+        yield served
+
+
+@contextmanager
+def url_of_fake(served: ServedModel, **settings: Any) -> Iterator[str]:
+    bound = bind("127.0.0.1", 0)
+    with fake_service(served, **settings) as (service, _):
+        running = Running(service, bound)
+        running.start()
+        try:
+            yield url_of(bound, "127.0.0.1")
+        finally:
+            running.stop()
+
+
+def test_the_budget_from_a_shell(served) -> None:
+    with url_of_fake(served, api_key="k") as url:
+        key = ["--url", url, "--api-key", "k"]
+        got = RUNNER.invoke(app, ["budget", "get", *key, "--json"])
+        assert json.loads(got.stdout)["budget"]["total"] == 4 << 30
+        arguments = ["budget", "set", "3GiB", "--mode", "bounded", "--bound", "0.1", *key]
+        table = RUNNER.invoke(app, arguments)
+        assert table.exit_code == 0
+        assert "reference, mode bounded" in table.stdout and "3.00 GiB" in table.stdout
+        refused = RUNNER.invoke(app, ["budget", "set", "5MiB", *key])
+        assert "floor" in str(refused.exception)
+        everything = RUNNER.invoke(app, ["budget", "set", "all", *key, "--json"])
+        assert json.loads(everything.stdout)["budget"]["total"] is None
+        stranger = RUNNER.invoke(app, ["budget", "get"], env={"MOEFIT_URL": url})
+        assert "give the server's key" in str(stranger.exception)
+
+
+def test_a_chat_with_a_server_that_continues_text(served, monkeypatch) -> None:
+    with url_of_fake(served) as url:
+        arguments = ["chat", "--url", url, "--max-tokens", "4", "--seed", "2"]
+        done = RUNNER.invoke(app, arguments, input="import\n/what\n/quit\nnever\n")
+        assert done.exit_code == 0, done.output
+        asked = {"prompt": "import", "max_tokens": 4, "seed": 2}
+        answer = Client(url).post("/v1/completions", asked)["choices"][0]["text"]
+        assert answer.strip() in done.stdout
+        wrong = RUNNER.invoke(app, ["chat", "reference", "--url", url])
+        assert "one or the other" in str(wrong.exception)
+
+
+class Parrot:
+    """Says what it has heard; what it says to "stop" is interrupted, "fail" is an error."""
+
+    name, chats = "parrot", True
+
+    def __init__(self) -> None:
+        self.heard: list[list[dict[str, str]]] = []
+
+    def answer(self, turns: Any, manner: Any) -> Iterator[str]:
+        self.heard.append(list(turns))
+        last = turns[-1]["content"]
+        yield f"{last}-"
+        if last == "stop":
+            raise KeyboardInterrupt
+        if last == "fail":
+            raise ConfigError("too long")
+        yield "\x1b[31mred"
+
+
+def test_a_conversation_goes_on(monkeypatch, capsys) -> None:
+    parrot, lines = Parrot(), iter(["one", "stop", "fail", "two", "/new", "three"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    chat._talk(parrot, None, "be brief")  # pyright: ignore[reportArgumentType]
+    system = {"role": "system", "content": "be brief"}
+    texts = [[turn["content"] for turn in turns[1:]] for turns in parrot.heard]
+    assert all(turns[0] == system for turns in parrot.heard)
+    said = "\x1b[31mred"
+    assert texts == [
+        ["one"],
+        ["one", f"one-{said}", "stop"],
+        ["one", f"one-{said}", "stop", "stop-", "fail"],
+        ["one", f"one-{said}", "stop", "stop-", "two"],
+        ["three"],
+    ]
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_chat_in_this_process() -> None:
+    arguments = ["chat", "reference", "--max-tokens", "4", "--temperature", "0"]
+    done = RUNNER.invoke(app, arguments, input="import os\n")
+    assert done.exit_code == 0, done.output
+    with moefit.load("reference") as served:
+        prompt = served.tokenizer("import os", return_tensors="pt", return_token_type_ids=False)
+        ids = served.generate(**prompt, max_new_tokens=4, do_sample=False)
+        text = served.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
+    assert text in done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_serves_drains_and_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moefit", "serve", "--port", "0", "--memory", "4GiB"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MOEFIT_MAX_WAITING": "7"}
+    )
+    assert process.stderr is not None
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("API at "):
+                break
+        client = Client(lines[-1].split()[2])
+        asked = {"prompt": "import os", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        events = client.stream("/v1/completions", asked)
+        next(events)
+        process.send_signal(signal.SIGTERM)
+        rest = list(events)
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
+        assert process.wait(timeout=60) == 0
+        assert "finishing what runs" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_what_cannot_be_served_ends_without_traceback() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = RUNNER.invoke(app, ["serve", "--port", port])
+        assert isinstance(done.exception, ConfigError) and "in use" in str(done.exception)
+    for arguments in (["nowhere"], ["--memory", "5MiB"], ["--memory", "lots"], ["--port", "x"]):
+        done = RUNNER.invoke(app, ["serve", "--port", "0", *arguments])
+        assert done.exit_code in (1, 2), arguments
+        assert done.exception is not None
