@@ -3,7 +3,7 @@
 Owns how an answer comes out of either, piece by piece. Knows nothing of terminals.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ class Partner(Protocol):
     name: str
     chats: bool
 
-    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """The answer to a conversation, or what follows the last turn's text.
 
         Closing the iterator ends the answer.
@@ -51,7 +51,7 @@ class RemotePartner:
             raise ConfigError(f"{client.url} serves no model")
         self.name, self.chats = models[0]["id"], models[0].get("chat", True)
 
-    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """See `Partner`."""
         body: dict[str, Any] = {
             "model": self.name,
@@ -84,7 +84,7 @@ class LocalPartner:
         )
         self.chats = self._words.has_template
 
-    def answer(self, turns: Sequence[Turn], manner: Manner) -> Iterator[str]:
+    def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """See `Partner`. Raises ConfigError, RequestTooLargeError."""
         events: SimpleQueue[Event] = SimpleQueue()
         request = self._engine.submit(self._ids(turns), _sampling(manner), events.put)

@@ -1,0 +1,112 @@
+"""The whole way: HTTP, engine and the reference model, against the model itself."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from serving_http import client_of, error_of, events
+
+import moefit
+from moefit.engine.engine import Engine
+from moefit.serve.served import ServedModel
+from moefit.server.service import Service
+from moefit.server.settings import ServerSettings
+
+URL = "/v1/completions"
+PROMPTS = ["import os\n", "def main():\n    ", "class A(object):", "for key, value in"]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference", memory="4GiB", context=512) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(served: ServedModel) -> Iterator[TestClient]:
+    engine = Engine(served)
+    engine.start()
+    service = Service(engine, ServerSettings(name="reference"))
+    with client_of(service) as client:
+        yield client
+    engine.close()
+    service.close()
+    engine.check()
+
+
+@pytest.fixture(scope="module")
+def expected(served: ServedModel) -> dict[str, str]:
+    """What the model itself writes, greedily, one prompt at a time."""
+    texts = {}
+    for prompt in PROMPTS:
+        given = served.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = served.generate(**given, max_new_tokens=12, do_sample=False)
+        text = served.tokenizer.decode(ids[0, given["input_ids"].shape[1] :])
+        texts[prompt] = str(text)
+    return texts
+
+
+def test_greedy_text_is_the_models_own_whoever_shares_the_batch(expected, client) -> None:
+    asked = {"prompt": PROMPTS, "temperature": 0, "max_tokens": 12}
+    answer = client.post(URL, json=asked).json()
+    assert [choice["text"] for choice in answer["choices"]] == list(expected.values())
+    frames = events(client.post(URL, json={**asked, "stream": True}))
+    for index, text in enumerate(expected.values()):
+        mine = [one for f in frames for one in f["choices"] if one["index"] == index]
+        assert "".join(one["text"] for one in mine) == text
+
+
+def test_echoed_log_probabilities_are_the_models_own(served, client) -> None:
+    ids = served.tokenizer("def add(a, b):\n    return a + b")["input_ids"]
+    asked = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    (choice,) = client.post(URL, json=asked).json()["choices"]
+    with torch.inference_mode():
+        logits_1LV = served.model(input_ids=torch.tensor([ids])).logits
+    logprobs_LV = logits_1LV[0].float().log_softmax(-1)
+    own = [float(logprobs_LV[at, token]) for at, token in enumerate(ids[1:])]
+    told = choice["logprobs"]
+    assert told["token_logprobs"][0] is None
+    assert told["token_logprobs"][1 : len(ids)] == pytest.approx(own, abs=0.03)
+    best = logprobs_LV.argmax(-1).tolist()
+    names = [served.tokenizer.decode([token]) for token in best[:-1]]
+    likeliest = [max(top, key=top.__getitem__) for top in told["top_logprobs"][1 : len(ids)]]
+    assert sum(a == b for a, b in zip(names, likeliest, strict=True)) >= len(names) - 1
+    assert len(told["tokens"]) == len(ids) + 1
+
+
+def test_a_seed_repeats_and_n_answers_differ(client) -> None:
+    asked = {"prompt": PROMPTS[1], "seed": 7, "n": 3, "max_tokens": 12}
+    first, again = (client.post(URL, json=asked).json()["choices"] for _ in range(2))
+    assert first == again
+    assert len({choice["text"] for choice in first}) > 1
+
+
+def test_the_dial_turns_while_answers_come(served, client, expected) -> None:
+    memory = client.get("/v1/memory").json()
+    less = memory["floor"] + (memory["everything"] - memory["floor"]) // 3
+    texts: list[str] = []
+
+    def ask() -> None:
+        for prompt in PROMPTS:
+            asked = {"prompt": prompt, "temperature": 0, "max_tokens": 12}
+            texts.append(client.post(URL, json=asked).json()["choices"][0]["text"])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    changes = 0
+    while thread.is_alive():
+        budget = less if changes % 2 else "4GiB"
+        assert client.post("/v1/memory", json={"bytes": budget}).status_code == 200
+        changes += 1
+    thread.join()
+    assert texts == list(expected.values())
+    assert changes > 2
+    served.check()
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(client) -> None:
+    error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 5000}), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "5,001" in error["message"] and "512" in error["message"]
