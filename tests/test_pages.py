@@ -1,0 +1,47 @@
+"""The page's files, by name alone."""
+
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from serving_http import error_of
+
+from moefit.server import pages
+from moefit.server.refusal import install
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> TestClient:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    (folder / "index.html").write_text("<p>hello")
+    (folder / "main.js").write_text("1")
+    (folder / "secret.key").write_text("x")
+    (folder / "inner.js").mkdir()
+    (tmp_path / "outside.html").write_text("no")
+    app = FastAPI()
+    install(app)
+    app.include_router(pages.router(folder))
+    return TestClient(app)
+
+
+def test_page_and_parts(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.text == "<p>hello"
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    script = client.get("/page/main.js")
+    assert (script.text, script.headers["content-type"]) == ("1", "text/javascript; charset=utf-8")
+    assert client.head("/").status_code == 200
+    assert client.get("/page/index.html").text == "<p>hello"
+
+
+@pytest.mark.parametrize(
+    "name", ["secret.key", "inner.js", "../outside.html", "%2e%2e%2foutside.html", "none.js", ""]
+)
+def test_nothing_else_is_found(client: TestClient, name: str) -> None:
+    error_of(client.get(f"/page/{name}"), 404)
+
+
+def test_a_package_without_page_serves_the_rest(tmp_path: Path) -> None:
+    assert pages.page_files(tmp_path / "nowhere") == {}
