@@ -1,4 +1,4 @@
-"""Which kernels a device gets, what is said about it, and that Triton is imported for GPUs alone."""
+"""Which kernels a device gets, what is said about it, and that Triton is no dependency."""
 
 import subprocess
 import sys

@@ -104,6 +104,29 @@ def test_describe_in_a_precision_is_the_ledger(saved):
     assert "experts in int4" in run("describe", saved, "--precision", "int4").stdout
 
 
+def test_describe_auto_says_what_the_budget_buys(saved):
+    asked = ("describe", saved, "--precision", "auto", "--rest", "int8")
+    ledger = json.loads(run(*asked, "--memory", "9GiB", "--json").stdout)
+    assert (ledger["precision"], ledger["rest"]) == ("auto", "int8")
+    assert ledger["formats"] == {"native": sum(ledger["slots"].values())}
+    table = " ".join(run(*asked, "--memory", "9GiB").stdout.split())
+    assert "experts in auto, other weights in int8" in table
+    assert f"native: {ledger['bits_per_weight']:.2f} bits" in table and "experts in int2" in table
+
+
+def test_eval_of_an_encoded_model_says_what_it_is_compared_with(saved, text):
+    asked = ("eval", saved, "--text", text, "--context", "32", "--max-tokens", "64")
+    asked = (*asked, "--precision", "int2", "--rule", "top_k:2")
+    beside = json.loads(run(*asked, "--json").stdout)
+    native = run("eval", saved, *asked[2:8], "--rule", "top_k:2", "--mode", "exact", "--json")
+    assert beside["against"] == "native"
+    assert beside["full"] == pytest.approx(json.loads(native.stdout)["full"])
+    assert beside["stepwise"] != beside["full"]
+    ledger = json.loads(run("describe", saved, "--precision", "int2", "--json").stdout)
+    alone = run(*asked, "--memory", str(ledger["everything"] + (64 << 20)))
+    assert "against itself, all experts in int2" in " ".join(alone.stdout.split())
+
+
 def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ("generate", saved, "some", "--max-new-tokens", "2", "--precision", "int4")

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import locate
+from moefit.serve.loading import Progress
 from moefit.serve.loading import load as load_folder
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
@@ -29,6 +30,7 @@ def load(
     memory: str | int | None = None,
     mode: Mode = "exact",
     device: str = "cpu",
+    progress: Progress = lambda what, done, total: None,
     **settings: Any,
 ) -> ServedModel:
     """Serve a Hugging Face MoE model inside a memory budget.
@@ -38,6 +40,7 @@ def load(
     it takes.
     mode: what happens when an expert is not resident: `exact` (it is fetched), `bounded` (another
     one answers if little router weight is lost), `virtual` (residents alone answer; SwapMoE).
+    progress: hears what is being loaded, and how many of how many are done.
     settings: fields of `LoadSettings` and of `Policy`; `host_memory="8GiB"` bounds the experts that
     wait in host memory for a GPU.
 
@@ -56,7 +59,7 @@ def load(
     loading = {name: value for name, value in settings.items() if name in known}
     policy = {name: value for name, value in settings.items() if name not in known}
     chosen = LoadSettings(memory=memory, mode=mode, device=device, **loading)
-    return load_folder(folder_of(model), chosen, **policy)
+    return load_folder(folder_of(model), chosen, progress=progress, **policy)
 
 
 def folder_of(model: str | Path) -> Path:

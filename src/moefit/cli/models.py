@@ -1,4 +1,4 @@
-"""Commands that use models: eval, generate, describe, bench."""
+"""Commands that use models: generate, describe, bench."""
 
 import json
 from contextlib import nullcontext
@@ -12,159 +12,26 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
-from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json
-from moefit.cli.serving import (
-    NATIVE_PRECISION,
-    BaselineName,
-    Bound,
-    Context,
-    HostMemory,
-    Memory,
-    ModeOption,
-    Precision,
-    Prefill,
-    Rest,
-    Serving,
-    ledger_table,
-    speed_table,
-)
+from moefit.cli.app import Json, Model, app, console, print_json
+from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.serving import ledger_table, load_served, speed_table, use_rule
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
-from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.loading import REFERENCE, config_of, load
-from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.evaluate.perplexity import Text, score
-from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.speed import measure_bandwidth, measure_speed
-from moefit.evaluate.stepwise import score_steps
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
-from moefit.serve.baselines import fix_residents
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.reckon import ledger
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-
-
-@app.command(name="eval", help="Perplexity and cost of a model: by inference rule, or in a budget.")
-def evaluate(
-    model: Model = REFERENCE,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text file; the held-out standard library if not given"),
-    ] = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(help="dense, top_k:K, threshold:EPS, threshold_top_k:EPS; may be repeated"),
-    ] = None,
-    context: Annotated[int, typer.Option(min=1, help="tokens the model sees at once")] = 256,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="predict about this many, spread over the text")
-    ] = None,
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    mode: ModeOption = None,
-    prefill: Prefill = None,
-    bound: Bound = 0.3,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
-    baseline: Annotated[
-        BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
-    ] = None,
-    residency: Annotated[
-        str, typer.Option(help="fixed: the resident set stays as it is, so that runs repeat")
-    ] = "manager",
-    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Every rule on the same windows; in a budget or mode, step by step against all experts."""
-    serving = Serving(
-        memory=memory,
-        host_memory=host_memory,
-        mode=mode,
-        prefill=prefill,
-        bound=bound,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-        dtype=dtype.torch if dtype else None,
-    )
-    rules = [Rule.parse(one) for one in rule or []]
-    if serving.wanted or baseline is not None:
-        with serving.load(model) as served:
-            passage = _passage(text, served.tokenizer, context, max_tokens or 2048)
-            _evaluate_served(served, passage, rules, baseline, residency, as_json=as_json)
-        return
-    loaded, tokenizer = load(model, device=device, dtype=serving.dtype)
-    rules = rules or list(subject_of(loaded).default_rules())
-    passage = _passage(text, tokenizer, context, max_tokens)
-    with console.status("scoring") as status:
-
-        def tell(name: str, done: int, total: int) -> None:
-            status.update(f"{name}: {done:,} of {total:,} tokens")
-
-        scores = score(loaded, passage, rules, tell)
-    if as_json:
-        print_json([one.as_dict() for one in scores])
-    else:
-        title = f"{model} on {text or 'the held-out standard library'}"
-        Console().print(score_table(scores, title))
-
-
-def _passage(
-    text: Path | None, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
-) -> Text:
-    source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
-    return source(tokenizer, context, max_tokens)
-
-
-def _evaluate_served(
-    served: ServedModel,
-    text: Text,
-    rules: list[Rule],
-    baseline: BaselineName | None,
-    residency: str,
-    *,
-    as_json: bool,
-) -> None:
-    _use_rule(served, rules)
-    if baseline is not None:
-        fix_residents(
-            served, baseline.value, calibration_ids_T=text.ids_T[-min(2048, len(text.ids_T)) :]
-        )
-    elif residency != served.policy.residency:
-        served.set_mode(served.policy.mode, prefill=served.policy.prefill, residency=residency)
-    name = f"fixed by {baseline}" if baseline else served.policy.mode
-    with console.status("scoring") as status:
-
-        def tell(done: int, total: int) -> None:
-            status.update(f"{name}: {done:,} of {total:,} tokens")
-
-        result = score_steps(served, text, progress=tell)
-    if as_json:
-        print_json({"name": name, **result.as_dict()})
-        return
-    title = f"step by step over {result.tokens:,} tokens; all experts: perplexity {result.full:.3f}"
-    Console().print(step_table({name: result}, title))
-
-
-def _use_rule(served: ServedModel, rules: list[Rule]) -> None:
-    if not rules:
-        return
-    if len(rules) > 1 or not isinstance(served.model, DsMoeForCausalLM):
-        raise ConfigError(
-            "a served model has one inference rule, and only DS-MoE models can be given another; "
-            f"--rule was given {len(rules)} times for a {type(served.model).__name__}"
-        )
-    served.model.set_inference_rule(rules[0])
+from moefit.serve.packed import open_packed
+from moefit.serve.reckon import beginning, ledger
+from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
+from moefit.serve.skeleton import Skeleton, build
 
 
 @app.command(help="Continue a prompt, streaming; with --memory or --mode inside a budget.")
+@spread
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
@@ -175,15 +42,8 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    mode: ModeOption = None,
-    prefill: Prefill = None,
-    bound: Bound = 0.3,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
-    context: Context = 2048,
-    device: Device = "cpu",
+    room: Room = ROOM,
+    misses: Misses = MISSES,
 ) -> None:
     """Writes the continuation to standard output as it comes."""
     sampling: dict[str, Any] = {"do_sample": False}
@@ -191,23 +51,12 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
-    serving = Serving(
-        memory=memory,
-        host_memory=host_memory,
-        mode=mode,
-        prefill=prefill,
-        bound=bound,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-    )
-    if serving.wanted:
-        with serving.load(model) as served:
-            _use_rule(served, [Rule.parse(rule)] if rule else [])
+    if room.wanted or misses.wanted:
+        with load_served(model, room, misses) as served:
+            use_rule(served, [Rule.parse(rule)] if rule else [])
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
-    loaded, tokenizer = load(model, device=device)
+    loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
     with nullcontext() if rule is None else subject_of(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, sampling)
 
@@ -236,31 +85,18 @@ def _continues(model: Any) -> bool:
 @app.command(
     help="Parameters, bytes and FLOPs of a model; with --memory or --precision the ledger."
 )
+@spread
 def describe(
     model: Annotated[
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
-    context: Context = 2048,
-    device: Device = "cpu",
+    room: Room = ROOM,
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
-    settings = LoadSettings(
-        memory=memory,
-        host_memory=host_memory,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-    )
+    settings = LoadSettings(**room.settings())
     settings.check()
-    plain = (
-        memory is host_memory is None and device == "cpu" and precision == rest == NATIVE_PRECISION
-    )
+    plain = not room.wanted and room.device == "cpu" and room.dtype is None
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
@@ -273,17 +109,27 @@ def describe(
             f"{model} is a preset without a checkpoint; --memory and --precision need a model's "
             "folder"
         )
-    skeleton = build(folder_of(model))
-    budget = ledger(skeleton, settings)
-    counts = budget.slots()  # refuses a budget below the floor
+    skeleton = build(folder_of(model), settings.dtype)
+    packed = open_packed(skeleton, settings.formats())
+    budget = ledger(skeleton, settings, packed)
+    start = beginning(skeleton, settings, budget, packed)  # refuses a budget below the floor
     if as_json:
-        slots = {block.name: n for block, n in zip(budget.blocks, counts, strict=True)}
-        print_json({**budget.as_dict(), "precision": precision, "slots": slots})
+        slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
+        chosen = {"precision": room.precision, "rest": room.rest}
+        print_json({**budget.as_dict(), **chosen, "slots": slots, **start.as_dict()})
         return
-    given = "everything resident" if memory is None else memory
-    experts = "" if precision == NATIVE_PRECISION else f", experts in {precision}"
-    title = f"{model} ({type(skeleton.model).__name__}, {skeleton.dtype}{experts}) in {given}"
-    Console().print(ledger_table(budget, title))
+    title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
+    Console().print(ledger_table(budget, start, title))
+
+
+def _described(skeleton: Skeleton, room: Room) -> str:
+    """Class, dtype, and what is in another format."""
+    parts = [type(skeleton.model).__name__, str(skeleton.dtype).removeprefix("torch.")]
+    if room.precision != NATIVE_PRECISION:
+        parts.append(f"experts in {room.precision}")
+    if room.rest != NATIVE_PRECISION:
+        parts.append(f"other weights in {room.rest}")
+    return ", ".join(parts)
 
 
 def _is_ours(model: str) -> bool:
@@ -299,36 +145,19 @@ def _is_ours(model: str) -> bool:
 
 
 @app.command(help="Speed of a model in a budget: prefill, decoding, and what bounds them.")
+@spread
 def bench(
     model: Model,
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    mode: ModeOption = None,
-    prefill: Prefill = None,
-    bound: Bound = 0.3,
-    precision: Precision = NATIVE_PRECISION,
-    rest: Rest = NATIVE_PRECISION,
+    room: Room = ROOM,
+    misses: Misses = MISSES,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
     seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
-    context: Context = 2048,
-    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
-    serving = Serving(
-        memory=memory,
-        host_memory=host_memory,
-        mode=mode,
-        prefill=prefill,
-        bound=bound,
-        precision=precision,
-        rest=rest,
-        context=context,
-        device=device,
-    )
-    with serving.load(model, eviction=eviction) as served:
+    with load_served(model, room, misses, eviction=eviction) as served:
         bandwidth = measure_bandwidth(served.folder)
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(

@@ -1,135 +1,84 @@
-"""Options of commands that serve a model inside a memory budget, and what those commands print."""
+"""What commands that serve a model do alike: loading it in sight, saying what it takes, tables.
+
+Knows nothing of how options are given (`options.py`).
+"""
 
 import shlex
 from collections import Counter
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-import torch
-import typer
 from rich import box
 from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from moefit.api import load
 from moefit.cli.app import console, say
+from moefit.cli.options import Misses, Room
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import ConfigError
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.backend import backend_status
-from moefit.formats.format import FORMATS
+from moefit.moe.routing import Rule
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.loading import Progress
+from moefit.serve.reckon import Beginning
 from moefit.serve.served import ServedModel
-from moefit.serve.settings import AUTO_PRECISION
-from moefit.serve.upgrades import AUTO
+from moefit.serve.settings import NATIVE_PRECISION
 
 
-class ModeName(StrEnum):
-    """What happens when an expert is not resident."""
-
-    exact = "exact"
-    bounded = "bounded"
-    virtual = "virtual"
-
-
-class BaselineName(StrEnum):
-    """Fixed resident sets to compare with."""
-
-    norm = "norm"
-    frequency = "frequency"
-    importance = "importance"
-    random = "random"
-
-
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="serve inside this budget, such as 4.7GiB: every byte of the process on the device"
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(help="on a GPU: the most host memory that experts may take between disk and it"),
-]
-ModeOption = Annotated[
-    ModeName | None,
-    typer.Option(
-        "--mode",
-        help="exact: fetch what is missing; bounded: substitute a little; virtual: SwapMoE",
-    ),
-]
-Prefill = Annotated[
-    ModeName | None, typer.Option(help="mode of prompts; exact, but virtual where the mode is")
-]
-Bound = Annotated[
-    float, typer.Option(min=0, max=1, help="bounded: share of router weight that may go elsewhere")
-]
-Precision = Annotated[
-    str,
-    typer.Option(
-        help="format of experts in memory: "
-        + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
-        + ", or auto: each expert the one that it deserves within --memory"
-    ),
-]
-NATIVE_PRECISION = "native"
-Rest = Annotated[str, typer.Option(help="the same for the weights that are no experts; not auto")]
-Context = Annotated[int, typer.Option(min=1, help="tokens that the KV cache is reserved for")]
+def load_served(model: str, room: Room, misses: Misses, **settings: Any) -> ServedModel:
+    """Load and say what it takes; `settings` as of `moefit.load`."""
+    with loading() as progress:
+        served = load(model, **room.settings(), **misses.settings(), **settings, progress=progress)
+    say(_summary(served, room.precision))
+    for remark in served.report()["packed_ignored"][:3]:
+        say(f"note: {remark}")
+    if "encoded" in served.report()["experts_from"]:
+        dtype = f" --dtype {room.dtype}" if room.dtype else ""
+        say(
+            "note: experts are encoded each time they are read; faster once you have run: "
+            f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
+        )
+    return served
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """The options as given."""
+def use_rule(served: ServedModel, rules: Sequence[Rule]) -> None:
+    """Give a served model another inference rule, if one is given.
 
-    memory: str | None
-    host_memory: str | None
-    mode: ModeName | None
-    prefill: ModeName | None
-    bound: float
-    context: int
-    device: str
-    precision: str = NATIVE_PRECISION
-    rest: str = NATIVE_PRECISION
-    dtype: torch.dtype | None = None
+    Raises ConfigError for more than one, and for models that have no choice of rules.
+    """
+    if not rules:
+        return
+    if len(rules) > 1 or not isinstance(served.model, DsMoeForCausalLM):
+        raise ConfigError(
+            "a served model has one inference rule, and only DS-MoE models can be given another; "
+            f"--rule was given {len(rules)} times for a {type(served.model).__name__}"
+        )
+    served.model.set_inference_rule(rules[0])
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anything asks for a budget, a mode or a format."""
-        asked = not (self.memory is self.host_memory is self.mode is None)
-        return asked or {self.precision, self.rest} != {NATIVE_PRECISION}
 
-    @property
-    def _to_pack(self) -> str:
-        return ",".join(AUTO[:-1]) if self.precision == AUTO_PRECISION else self.precision
+@contextmanager
+def loading() -> Iterator[Progress]:
+    """A line that says what is being loaded, and how far that is; gone at the end."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("loading{task.fields[what]}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, what="", done="")
 
-    def load(self, model: str, **settings: Any) -> ServedModel:
-        """Load and say what it takes; `settings` as of `moefit.load`."""
-        policy: dict[str, Any] = {"bound": self.bound}
-        if self.prefill is not None:
-            policy["prefill"] = self.prefill.value
-        with console.status("loading"):
-            served = load(
-                model,
-                memory=self.memory,
-                host_memory=self.host_memory,
-                mode=(self.mode or ModeName.exact).value,
-                device=self.device,
-                context=self.context,
-                precision=self.precision,
-                rest=self.rest,
-                dtype=self.dtype,
-                **policy,
-                **settings,
-            )
-        say(_summary(served, self.precision))
-        for remark in served.report()["packed_ignored"][:3]:
-            say(f"note: {remark}")
-        if "encoded" in served.report()["experts_from"]:
-            dtype = f" --dtype {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
-            say(
-                "note: experts are encoded each time they are read; faster once you have run: "
-                f"moefit pack {shlex.quote(model)} --formats {self._to_pack}{dtype}"
-            )
-        return served
+        def show(what: str, done: int, total: int) -> None:
+            count = f"{done:,} of {total:,}"
+            bar.update(task, completed=done, total=total, what=f" {what}", done=count)
+
+        yield show
 
 
 def _summary(served: ServedModel, precision: str) -> str:
@@ -151,13 +100,19 @@ def _precision(report: dict[str, Any]) -> str:
     total: Counter[str] = Counter()
     for counts in report["formats"].values():
         total.update(counts)
-    if len(total) == 1:
-        return next(iter(total))
-    return " + ".join(f"{count:,} {name}" for name, count in sorted(total.items()))
+    return next(iter(total)) if len(total) == 1 else _counted(total)
 
 
-def ledger_table(budget: MemoryBudget, title: str) -> Table:
-    """Bytes by part, then slots by block."""
+def _counted(formats: Mapping[str, int]) -> str:
+    return " + ".join(f"{count:,} {name}" for name, count in sorted(formats.items()))
+
+
+def _in(precision: str) -> str:
+    return "" if precision == NATIVE_PRECISION else f" in {precision}"
+
+
+def ledger_table(budget: MemoryBudget, start: Beginning, title: str) -> Table:
+    """Bytes by part, then slots, with what they begin with, and what the sums are."""
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("memory", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -166,16 +121,22 @@ def ledger_table(budget: MemoryBudget, title: str) -> Table:
         size = getattr(budget, name)
         table.add_row(meaning, f"{size:,}", format_bytes(size))
     counts = budget.slots()
-    in_slots = budget.with_slots(counts) - budget.fixed
     experts = sum(block.num_experts for block in budget.blocks)
     spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
     table.add_row(
         f"{sum(counts):,} slots for {experts:,} experts ({spread} a block)",
-        f"{in_slots:,}",
-        format_bytes(in_slots),
+        f"{start.nbytes:,}",
+        format_bytes(start.nbytes),
     )
+    if start.smallest != NATIVE_PRECISION:
+        table.add_row(f"  {_counted(start.formats)}: {start.bits_per_weight:.2f} bits a weight")
     table.add_section()
-    rows = {"sum": budget.fixed + in_slots, "floor": budget.floor, "all experts": budget.everything}
+    everything = f"all experts{_in(start.smallest)}"
+    rows = {
+        "sum": budget.fixed + start.nbytes,
+        "floor": budget.floor,
+        everything: budget.everything,
+    }
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))
     if budget.host is not None:

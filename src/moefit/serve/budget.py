@@ -162,6 +162,15 @@ class MemoryBudget:
         pairs = zip(self.blocks, counts, strict=True)
         return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
 
+    def left_over(self) -> int:
+        """What is left for better formats once all experts have a slot; before that, nothing is.
+
+        Without a total nothing is counted, and nothing left.
+        """
+        counts = self.slots()
+        all_here = all(n == one.num_experts for n, one in zip(counts, self.blocks, strict=True))
+        return self.total - self.with_slots(counts) if all_here and self.total is not None else 0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         parts = {name: getattr(self, name) for name in PARTS}

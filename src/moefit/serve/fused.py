@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefit.formats.backend import Backend, backend
-from moefit.formats.format import NativeFormat
+from moefit.formats.format import NativeFormat, expert_output
 from moefit.formats.kernels import NATIVE_DTYPES, Mlp
 from moefit.moe.families import Layout
 from moefit.serve.slots import Slot
@@ -57,7 +57,7 @@ class FusedExperts:
         for slot, rows_R in batch:
             if len(rows_R) > self._few(slot):
                 x_RD = x_TD[rows_R // num_choices]
-                made_RD = slot.format.output(self._layout, slot.tensors, x_RD)
+                made_RD = expert_output(self._layout, slot.tensors, x_RD)
                 y_RD[rows_R] = made_RD.to(y_RD.dtype)
 
     def _few(self, slot: Slot) -> int:

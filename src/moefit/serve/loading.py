@@ -4,7 +4,9 @@ Owns the order of things, which is what keeps the peak under the budget: ledger 
 refusal if it can't be, other weights, slots, routers, and experts only as they are asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,8 @@ from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import POLICIES
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.ledger import (
-    weight_bytes,
-)
-from moefit.serve.packed import open_packed
+from moefit.serve.ledger import weight_bytes
+from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.probe import attach
 from moefit.serve.reckon import SPARES, ledger
 from moefit.serve.residency import Residency
@@ -37,8 +37,17 @@ from moefit.serve.transfer import Transfer
 from moefit.serve.upgrades import Upgrades, ladders_of
 from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
 
+Progress = Callable[[str, int, int], None]
+"""Hears what is being loaded, and how many of how many are done."""
 
-def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedModel:
+
+def load(
+    folder: str | Path,
+    settings: LoadSettings,
+    *,
+    progress: Progress = lambda what, done, total: None,
+    **policy: Any,
+) -> ServedModel:
     """Load a model inside a budget. Keyword arguments are settings of `Policy`.
 
     Raises BudgetTooSmallError, naming the floor; CheckpointError for a missing or damaged
@@ -50,55 +59,67 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
     skeleton = build(Path(folder), settings.dtype)
     packed = open_packed(skeleton, settings.formats())
     budget = ledger(skeleton, settings, packed)
-    counts = budget.slots()
+    budget.slots()  # refuses a budget below the floor
     _refuse_encoding(skeleton, settings, budget)
-    store = ExpertStore(
-        skeleton.checkpoint,
-        skeleton.map.experts,
-        {block.name: block for block in skeleton.blocks},
-        packed,
-    )
+    with ExitStack() as undo:
+        parts = _parts(skeleton, packed, budget, settings, undo, progress)
+        served = ServedModel(parts)
+        served.set_mode(settings.mode, **policy)
+        _make_slots(parts, device)
+        if settings.precision == AUTO_PRECISION:
+            ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
+            served.start_upgrades(
+                Upgrades(parts.blocks, ladders, parts.live.transfer, device),
+                partial(progress, "experts"),
+            )
+        undo.pop_all()
+    return served
+
+
+def _parts(
+    skeleton: Skeleton,
+    packed: PackedStore,
+    budget: MemoryBudget,
+    settings: LoadSettings,
+    undo: ExitStack,
+    progress: Progress,
+) -> ServedParts:
+    """Everything but slots; `undo` closes what was opened."""
+    device = parse_device(settings.device)
+    blocks_by_name = {block.name: block for block in skeleton.blocks}
+    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks_by_name, packed)
+    undo.callback(store.close)
     engine = CudaCopies(device) if device.type == "cuda" else CpuCopies()
     tier = None if budget.host is None else HostTier(store, engine, limit=budget.host)
-    live = Live(
-        policy=Policy(),
-        manager=settings.manager,
-        transfer=Transfer(tier or store, readers=settings.readers, engine=engine),
-    )
+    if tier is not None:
+        undo.callback(tier.close)
+    transfer = Transfer(tier or store, readers=settings.readers, engine=engine)
+    undo.callback(transfer.close)
+    live = Live(policy=Policy(), manager=settings.manager, transfer=transfer)
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
-    try:
-        model = load_rest(skeleton, blocks, device)
-        if (rest := settings.rest_format()) is not None:
-            encode_rest(model, rest, skeleton.blocks)
-        return_freed_memory()
-        parts = ServedParts(
-            folder=Path(folder),
-            model=model,
-            tokenizer=_tokenizer(Path(folder)),
-            budget=budget,
-            blocks=blocks,
-            store=store,
-            tier=tier,
-            live=live,
-            hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
-        )
-        served = ServedModel(parts)
-        served.set_mode(settings.mode, **policy)
-        for experts, count in zip(blocks.values(), counts, strict=True):
-            grow(experts, count, device)
-        live.spares.update(_spares(blocks.values(), device))
-        if settings.precision == AUTO_PRECISION:
-            ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
-            served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
-    except BaseException:
-        live.transfer.close()
-        if tier is not None:
-            tier.close()
-        store.close()
-        raise
-    return served
+    model = load_rest(skeleton, blocks, device)
+    if (rest := settings.rest_format()) is not None:
+        encode_rest(model, rest, skeleton.blocks, partial(progress, "other weights"))
+    return_freed_memory()
+    return ServedParts(
+        folder=skeleton.checkpoint.folder,
+        model=model,
+        tokenizer=_tokenizer(skeleton.checkpoint.folder),
+        budget=budget,
+        blocks=blocks,
+        store=store,
+        tier=tier,
+        live=live,
+        hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
+    )
+
+
+def _make_slots(parts: ServedParts, device: torch.device) -> None:
+    for experts, count in zip(parts.blocks.values(), parts.budget.slots(), strict=True):
+        grow(experts, count, device)
+    parts.live.spares.update(_spares(parts.blocks.values(), device))
 
 
 def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:

@@ -4,10 +4,13 @@ Owns which parts there are and what each takes, from a skeleton and settings. `l
 estimates, `budget.py` what follows from the sum.
 """
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moefit.device import planned_device
-from moefit.formats.format import NATIVE, GroupedFormat, encoding_bytes
+from moefit.formats.format import NATIVE, GroupedFormat, encoding_bytes, weights_in
 from moefit.serve.budget import BlockNeeds, MemoryBudget, host_limit, parse_bytes
 from moefit.serve.ledger import (
     held_bytes,
@@ -22,9 +25,45 @@ from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS
-from moefit.serve.upgrades import AT_ONCE
+from moefit.serve.upgrades import AT_ONCE, by_expert, ladders_of
+from moefit.serve.upgrades import beginning as first_choices
 
 SPARES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """The formats that slots begin with: how many of each, their bytes, and bits a weight.
+
+    `smallest` is the one that the ledger's slots are reckoned in.
+    """
+
+    smallest: str
+    formats: Mapping[str, int]
+    nbytes: int
+    bits_per_weight: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"formats": dict(self.formats), "bits_per_weight": self.bits_per_weight}
+
+
+def beginning(
+    skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget, packed: PackedStore
+) -> Beginning:
+    """What slots will hold at first; under precision auto, before experts differ by their use."""
+    counts, format = budget.slots(), settings.format()
+    pairs = list(zip(skeleton.blocks, counts, strict=True))
+    formats, nbytes = Counter({format.name: sum(counts)}), budget.with_slots(counts) - budget.fixed
+    if settings.precision == AUTO_PRECISION and all(n == block.num_experts for block, n in pairs):
+        ladders = by_expert({block.name: ladders_of(block, packed) for block in skeleton.blocks})
+        chosen = first_choices(ladders, budget.left_over()).values()
+        formats = Counter(choice.format for choice in chosen)
+        nbytes = sum(choice.nbytes for choice in chosen)
+    weights = sum(count * weights_in(block.layout.specs) for block, count in pairs)
+    return Beginning(
+        smallest=format.name, formats=formats, nbytes=nbytes, bits_per_weight=8 * nbytes / weights
+    )
 
 
 def ledger(

@@ -7,7 +7,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 
 import ctypes
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,8 +104,7 @@ class ServedModel:
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
             if self._upgrades:
-                room = self._room_for_upgrades(budget)
-                self._upgrades.set_room(min(room, self._upgrades.room))
+                self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
             unfilled = [name for name, experts in self.blocks.items() if experts.pending]
             for name in unfilled:
                 self.blocks[name].give_up()
@@ -122,28 +121,29 @@ class ServedModel:
                 self.blocks[name].fill()
             self._budget = budget
             if self._upgrades:
-                self._upgrades.set_room(self._room_for_upgrades(budget))
+                self._upgrades.set_room(budget.left_over())
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
 
-    def start_upgrades(self, upgrades: Upgrades) -> None:
-        """Give each expert its own precision from now on; loads all experts if all have slots."""
+    def start_upgrades(
+        self, upgrades: Upgrades, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Give each expert its own precision from now on; loads all experts if all have slots.
+
+        progress hears how many experts of how many have come.
+        """
         with self._live.lock:
             self._upgrades, self._live.each_step = upgrades, upgrades.step
-            upgrades.set_room(self._room_for_upgrades(self._budget))
+            upgrades.set_room(self._budget.left_over())
             if all(one.residency.number == one.num_experts for one in self.blocks.values()):
-                upgrades.fill()
+                upgrades.fill(progress)
 
     def settle_precision(self) -> None:
         """Carry changes of precision out now that would else follow in the background."""
         with self._live.lock:
             if self._upgrades:
                 self._upgrades.settle()
-
-    def _room_for_upgrades(self, budget: MemoryBudget) -> int:
-        assert budget.total is not None, "precision auto has a budget"
-        return budget.total - budget.with_slots(budget.slots())
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
@@ -257,6 +257,8 @@ class ServedModel:
             assert room is None or held <= room, f"{held} bytes held, {room} may be"
             if self._tier is not None:
                 self._tier.check()
+            if self._upgrades:
+                self._upgrades.check()
 
     def close(self) -> None:
         """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""

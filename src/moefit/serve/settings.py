@@ -9,13 +9,13 @@ import torch
 
 from moefit.device import planned_device
 from moefit.errors import ConfigError
-from moefit.formats.format import Format, GroupedFormat, parse_format
+from moefit.formats.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.upgrades import AUTO
 from moefit.serve.virtual_experts import Mode
 
-AUTO_PRECISION = "auto"
+AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,8 @@ class LoadSettings:
     device: str = "cpu"
     context: int = 2048
     eviction: str = DEFAULT_POLICY
-    precision: str = "native"
-    rest: str = "native"
+    precision: str = NATIVE_PRECISION
+    rest: str = NATIVE_PRECISION
     dtype: torch.dtype | None = None
     readers: int = 4
     half_life_tokens: float = 24.0
@@ -51,8 +51,8 @@ class LoadSettings:
                 "precision auto divides a memory budget among experts, and memory is not given; "
                 "give memory, or a precision such as int4"
             )
-        for name in (self.format, self.rest_format):  # refuse what does not exist
-            name()
+        self.format()  # these refuse names that do not exist
+        self.rest_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):

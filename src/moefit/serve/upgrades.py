@@ -56,11 +56,7 @@ class Upgrades:
         device: torch.device,
     ):
         self._blocks, self._transfer, self._device = blocks, transfer, device
-        self._ladders: dict[Key, Ladder] = {
-            (name, expert): steps
-            for name, of_block in ladders.items()
-            for expert, steps in enumerate(of_block)
-        }
+        self._ladders = by_expert(ladders)
         self.room = 0
         for experts in blocks.values():
             experts.listen()
@@ -68,16 +64,14 @@ class Upgrades:
         self._pending: list[_Pending] = []
         self._steps = 0
 
-    def fill(self, advance: Callable[[int], None] = lambda _: None) -> None:
+    def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Load every expert into slots that are still empty, at formats that treat all alike.
 
-        advance: called with the number of experts that have come.
+        progress hears how many of how many have come.
         """
-        keys = list(self._ladders)
-        smallest = sum(self._smallest(name) for name, _ in keys)
-        wanted = allocate(self._ladders, dict.fromkeys(keys, 1.0), smallest + self.room)
+        wanted = beginning(self._ladders, self.room)
         coming: deque[tuple[str, int, Future[float]]] = deque()
-        for name, expert in keys:
+        for number, (name, expert) in enumerate(wanted):
             residency, slots = self._blocks[name].residency, self._blocks[name].slots
             index = residency.reserve(expert)
             assert index is not None, "there is an empty slot for each"
@@ -85,10 +79,10 @@ class Upgrades:
             coming.append((name, index, self._transfer.load(name, expert, slots[index])))
             if len(coming) > 2 * self._transfer.readers:
                 self._arrive(*coming.popleft())
-                advance(1)
-        for one in coming:
-            self._arrive(*one)
-            advance(1)
+                progress(number + 1 - len(coming), len(wanted))
+        while coming:
+            self._arrive(*coming.popleft())
+            progress(len(wanted) - len(coming), len(wanted))
 
     def _arrive(self, name: str, index: int, done: Future[float]) -> None:
         finish(done)
@@ -129,7 +123,8 @@ class Upgrades:
 
     def check(self) -> None:
         """Raise AssertionError if more bytes are taken than there may be."""
-        assert self.extra_bytes <= self.room or not self._pending, "bytes beyond the room"
+        held = self.extra_bytes + self._reserved()
+        assert held <= self.room, f"{held} bytes beyond the smallest formats, {self.room} may be"
 
     def _smallest(self, block: str) -> int:
         return self._ladders[block, 0][0].nbytes
@@ -232,7 +227,11 @@ class Upgrades:
             experts.slots[experts.residency.slot(expert)] = pending.slot
 
     def _shrink(self) -> None:
-        """Go down until the room is kept, waiting for each."""
+        """Go down until the room is kept, waiting for each; slots without an expert first."""
+        for name, experts in self._blocks.items():
+            for index in experts.residency.empty_slots:
+                if experts.slots[index].nbytes > self._smallest(name):
+                    experts.slots[index] = self._allocate(name, self._ladders[name, 0][0])
         for key, choice in self._changes():
             if self.extra_bytes <= self.room:
                 return
@@ -240,6 +239,21 @@ class Upgrades:
                 pending = self._load(key, choice)
                 finish(pending.done)
                 self._replace(pending)
+
+
+def beginning(ladders: Mapping[Key, Ladder], room: int) -> dict[Key, Choice]:
+    """What experts have before anything is known of their use; `room` is as in `Upgrades`."""
+    smallest = sum(ladder[0].nbytes for ladder in ladders.values())
+    return allocate(ladders, dict.fromkeys(ladders, 1.0), smallest + room)
+
+
+def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[Key, Ladder]:
+    """Ladders of blocks as those of experts."""
+    return {
+        (name, expert): steps
+        for name, of_block in ladders.items()
+        for expert, steps in enumerate(of_block)
+    }
 
 
 def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:

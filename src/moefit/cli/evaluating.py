@@ -1,0 +1,153 @@
+"""The command that says what a model is worth: eval."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from moefit.cli.app import Json, Model, app, console, print_json
+from moefit.cli.options import MISSES, Misses, Room, spread
+from moefit.cli.serving import load_served, loading, use_rule
+from moefit.evaluate.loading import REFERENCE, load
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.perplexity import Text, score
+from moefit.evaluate.report import score_table, step_table
+from moefit.evaluate.stepwise import score_steps
+from moefit.evaluate.subject import subject_of
+from moefit.evaluate.twin import native_twin
+from moefit.moe.routing import Rule
+from moefit.serve.baselines import fix_residents
+from moefit.serve.served import ServedModel
+from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
+
+_WINDOW = Room(context=256)
+
+
+class BaselineName(StrEnum):
+    """Fixed resident sets to compare with."""
+
+    norm = "norm"
+    frequency = "frequency"
+    importance = "importance"
+    random = "random"
+
+
+@app.command(name="eval", help="Perplexity and cost of a model: by inference rule, or in a budget.")
+@spread
+def evaluate(
+    model: Model = REFERENCE,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text file; the held-out standard library if not given"),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="dense, top_k:K, threshold:EPS, threshold_top_k:EPS; may be repeated"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="predict about this many, spread over the text")
+    ] = None,
+    room: Room = _WINDOW,
+    misses: Misses = MISSES,
+    baseline: Annotated[
+        BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
+    ] = None,
+    residency: Annotated[
+        str, typer.Option(help="fixed: the resident set stays as it is, so that runs repeat")
+    ] = "manager",
+    as_json: Json = False,
+) -> None:
+    """Every rule on the same windows; in a budget or mode, step by step against all experts."""
+    rules = [Rule.parse(one) for one in rule or []]
+    if not (room.wanted or misses.wanted or baseline):
+        loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
+        passage = _passage(text, tokenizer, room.context, max_tokens)
+        title = f"{model} on {text or 'the held-out standard library'}"
+        _score_rules(loaded, passage, rules, title, as_json=as_json)
+        return
+    with ExitStack() as stack:
+        served = stack.enter_context(load_served(model, room, misses))
+        use_rule(served, rules)
+        passage = _passage(text, served.tokenizer, room.context, max_tokens or 2048)
+        reference = _reference(served, room)
+        if reference.model is not None:
+            use_rule(stack.enter_context(reference.model), rules)
+        name = _fix(served, passage, baseline, residency)
+        _score_served(served, passage, name, reference, as_json=as_json)
+
+
+def _passage(
+    text: Path | None, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
+) -> Text:
+    source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
+    return source(tokenizer, context, max_tokens)
+
+
+def _score_rules(model: Any, text: Text, rules: list[Rule], title: str, *, as_json: bool) -> None:
+    rules = rules or list(subject_of(model).default_rules())
+    with console.status("scoring") as status:
+
+        def tell(name: str, done: int, total: int) -> None:
+            status.update(f"{name}: {done:,} of {total:,} tokens")
+
+        scores = score(model, text, rules, tell)
+    if as_json:
+        print_json([one.as_dict() for one in scores])
+    else:
+        Console().print(score_table(scores, title))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What a served model is compared with: another one, or itself with all experts."""
+
+    model: ServedModel | None
+    precision: str
+    words: str
+
+
+def _reference(served: ServedModel, room: Room) -> _Reference:
+    """The checkpoint's own precision, where there is room for it too."""
+    if room.is_native:
+        return _Reference(None, NATIVE_PRECISION, "all experts")
+    with loading():
+        twin = native_twin(served, LoadSettings(**room.settings()))
+    if twin is not None:
+        return _Reference(twin, NATIVE_PRECISION, "all experts in native precision")
+    words = f"itself, all experts in {room.precision} (no room beside it for native precision)"
+    return _Reference(None, room.precision, words)
+
+
+def _fix(served: ServedModel, text: Text, baseline: BaselineName | None, residency: str) -> str:
+    """Fix the residents if that is asked for; says what is then scored."""
+    if baseline is not None:
+        calibration_T = text.ids_T[-min(2048, len(text.ids_T)) :]
+        fix_residents(served, baseline.value, calibration_ids_T=calibration_T)
+        return f"fixed by {baseline}"
+    if residency != served.policy.residency:
+        served.set_mode(served.policy.mode, prefill=served.policy.prefill, residency=residency)
+    return served.policy.mode
+
+
+def _score_served(
+    served: ServedModel, text: Text, name: str, reference: _Reference, *, as_json: bool
+) -> None:
+    with console.status("scoring") as status:
+
+        def tell(done: int, total: int) -> None:
+            status.update(f"{name}: {done:,} of {total:,} tokens")
+
+        result = score_steps(served, text, against=reference.model, progress=tell)
+    if as_json:
+        print_json({"name": name, "against": reference.precision, **result.as_dict()})
+        return
+    title = (
+        f"step by step over {result.tokens:,} tokens, against {reference.words}: perplexity "
+        f"{result.full:.3f}"
+    )
+    Console().print(step_table({name: result}, title))

@@ -1,0 +1,51 @@
+"""Records of options: what a command that takes one is given."""
+
+import typer
+from typer.testing import CliRunner
+
+from moefit.cli.options import MISSES, Misses, ModeName, Room, spread
+from moefit.serve.virtual_experts import Policy
+
+
+def given_by(*options: str) -> dict:
+    """What a command of two records and a parameter of its own gets."""
+    app, got = typer.Typer(), {}
+
+    @app.command()
+    @spread
+    def one(model: str, room: Room = Room(context=64), port: int = 1, misses: Misses = MISSES):  # noqa: B008
+        got.update(model=model, room=room, port=port, misses=misses)
+
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    return got
+
+
+def test_nothing_given_is_what_the_commands_default_says() -> None:
+    assert given_by("a") == {"model": "a", "room": Room(context=64), "port": 1, "misses": MISSES}
+    assert not Room(context=64).wanted and not MISSES.wanted
+    assert MISSES.settings() == {"mode": "exact", "bound": Policy().bound}
+
+
+def test_each_field_is_an_option() -> None:
+    options = "--memory 3GiB --precision int4 --context 5 --dtype bfloat16 --prefill exact"
+    got = given_by("a", "--port", "7", "--mode", "virtual", *options.split())
+    assert (got["port"], got["misses"].mode) == (7, ModeName.virtual)
+    assert got["misses"].settings() == {**MISSES.settings(), "mode": "virtual", "prefill": "exact"}
+    room = got["room"]
+    assert (room.memory, room.precision, room.context) == ("3GiB", "int4", 5)
+    assert room.wanted and str(room.settings()["dtype"]) == "torch.bfloat16"
+
+
+def test_an_options_own_limits_hold() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @spread
+    def one(misses: Misses = MISSES):
+        raise AssertionError("not reached")
+
+    refused = CliRunner().invoke(app, ["--bound", "2"])
+    assert refused.exit_code == 2 and "--bound" in refused.output
+    help = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "--prefill" in help and f"[default: {Policy().bound}]" in help

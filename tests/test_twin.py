@@ -1,0 +1,52 @@
+"""The native model beside an encoded one: there where both have room, and only there."""
+
+import pytest
+import torch
+from tiny_served import logits, saved, tiny, tokens
+
+from moefit.evaluate.twin import native_twin
+from moefit.serve.ledger import held_bytes
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
+
+WIDE = {"hidden_size": 64, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("Mixtral", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return saved(model, tmp_path_factory.mktemp("twin"))
+
+
+@pytest.mark.parametrize("memory", [None, "8GiB"])
+def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
+    how = LoadSettings(memory=memory, precision="int2", rest="int4", context=64)
+    with load(folder, how) as served:
+        twin = native_twin(served, how)
+        assert twin is not None
+        with twin:
+            ids = tokens(1, 9)
+            torch.testing.assert_close(logits(twin.model, ids), logits(model, ids))
+            assert not torch.allclose(logits(served.model, ids), logits(model, ids), atol=1e-2)
+            if memory is not None:
+                both = twin.budget.total + served.budget.with_slots(served.budget.slots())
+                assert both <= (8 << 30) + held_bytes(torch.device("cpu"))
+
+
+def test_there_is_none_without_room(folder) -> None:
+    plenty = LoadSettings(precision="int2", context=64)
+    with load(folder, plenty) as served:
+        tight = served.budget.with_slots(served.budget.slots()) + (1 << 20)
+        how = LoadSettings(memory=tight, precision="int2", context=64)
+        served.set_memory(tight)
+        assert native_twin(served, how) is None
+
+
+def test_auto_takes_all_that_there_is(folder) -> None:
+    how = LoadSettings(memory="4GiB", precision="auto", context=64)
+    with load(folder, how) as served:
+        assert native_twin(served, how) is None
