@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moefit.formats.backend import backend
+from moefit.formats.backend import decoded
 from moefit.formats.format import Format, Weights
 from moefit.formats.matrix import GroupedMatrix
 from moefit.moe.families import Tensors, TensorSpec
@@ -53,8 +53,7 @@ def _decoded(matrix: GroupedMatrix, first: int) -> Tensor:
     rows = GroupedMatrix(
         matrix.bits, matrix.cols, matrix.codes_RB[first:last], matrix.meta_RMG[first:last]
     )
-    compiled = backend(matrix.codes_RB.device)
-    return rows.dense() if compiled is None else compiled.decode(rows, torch.float32)
+    return decoded(rows, torch.float32)
 
 
 def expected_error(format: Format) -> float:
