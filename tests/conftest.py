@@ -1,12 +1,18 @@
-"""What several test files share: a small corpus, a small run, a watcher that listens."""
+"""What several test files share: a small corpus, a small run, a watcher that listens; small
+checkpoints to serve, and a cache folder of one's own."""
 
 import os
 import random
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 # On shared cores OpenMP's waiting threads cost ten times the work of tensors as small as ours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tiny_served import model_of, saved, tiny
 
 from moefit.train.config import make_config
 
@@ -85,3 +91,27 @@ def tree(corpus, tmp_path):
 @pytest.fixture
 def config(tree):
     return make_config(tree)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Any:
+    """Gives the folder of a family's `model_of`."""
+
+    @cache
+    def folder(family: str) -> Path:
+        return saved(model_of(family), tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that the test may change."""
+    return saved(tiny("Mixtral"), tmp_path / "model")
+
+
+@pytest.fixture
+def packed_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where packed stores are, for this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moefit" / "packed"
