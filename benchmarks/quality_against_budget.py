@@ -15,9 +15,7 @@ than computing; tokens/s are of a tiny model in the page cache and say little of
 
 import argparse
 import json
-import math
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import record
@@ -26,18 +24,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from subject import Subject, as_text, summarised
 
-import moefit
-from moefit.api import folder_of
-from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.evaluate.perplexity import Text
-from moefit.evaluate.stepwise import StepScore, score_steps
-from moefit.moe.routing import Rule
+from moefit.evaluate.stepwise import score_steps
 from moefit.serve.baselines import fix_residents
 from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.served import ServedModel
 
 Settings = dict[str, Any]
 
@@ -98,7 +89,7 @@ def main() -> None:
             key = (name, policy, share)
             if key not in known:
                 labels = {"model": name, "policy": policy, "share": share}
-                known[key] = {**labels, **subject.point(share, settings)}
+                known[key] = {**labels, **measured(subject, share, settings)}
                 if arguments.points:
                     with arguments.points.open("a") as file:
                         file.write(json.dumps(known[key]) + "\n")
@@ -155,72 +146,27 @@ def chosen(names: str) -> dict[str, Settings]:
     return some | (SWEEP if "sweep" in wanted else {})
 
 
-class Subject:
-    """One model with its text."""
-
-    def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
-        self.folder, self.rule = folder_of(model), rule and Rule.parse(rule)
-        self.context = arguments.context
-        with moefit.load(self.folder, context=self.context) as served:
-            limit = 2 * arguments.tokens
-            if arguments.text is None:
-                text = held_out_text(served.tokenizer, self.context, limit)
-            else:
-                text = text_of_file(arguments.text, served.tokenizer, self.context, limit)
-        windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
-        self.scored, self.calibration = windows[::2], windows[1::2]
-
-    def point(self, share: float, settings: Settings) -> dict[str, Any]:
-        """One policy at one share of expert bytes, on a model loaded for it."""
-        settings = dict(settings)
-        fixed, seed = settings.pop("fixed", None), settings.pop("seed", 0)
-        ids_T = torch.cat(self.calibration)
-        context = len(ids_T) if fixed else self.context
-        with moefit.load(self.folder, context=context, **settings) as served:
-            self._use_rule(served)
-            budget = served.budget
-            experts = budget.everything - budget.fixed
-            served.set_memory(budget.fixed + round(share * experts))
-            if fixed:
-                fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)
-            else:
-                score_steps(served, _as_text(self.calibration[0]))
-            scores = [score_steps(served, _as_text(window_L)) for window_L in self.scored]
-            policy = served.policy
-        summary = summarised(scores)
-        return {
-            **summary,
-            "settings": {name: str(value) for name, value in settings.items()},
-            "policy_in_force": {name: getattr(policy, name) for name in policy.__slots__},
-        }
-
-    def _use_rule(self, served: ServedModel) -> None:
-        if self.rule:
-            assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
-            served.model.set_inference_rule(self.rule)
-
-
-def _as_text(window_L: Tensor) -> Text:
-    return Text(ids_T=window_L, text_bytes=1, context=len(window_L) - 1)
-
-
-def summarised(scores: list[StepScore]) -> dict[str, Any]:
-    """Windows of equal length as one, with the standard error of the paired difference."""
-    costs = [math.log(one.stepwise / one.full) for one in scores]
-    mean = {
-        name: fmean(getattr(one, name) for one in scores)
-        for name in ("divergence", "agreement", "substituted_mass", "hit_rate", "bytes_per_token")
-    }
+def measured(subject: Subject, share: float, settings: Settings) -> dict[str, Any]:
+    """One policy at one share of expert bytes, on a model loaded for it."""
+    settings = dict(settings)
+    fixed, seed = settings.pop("fixed", None), settings.pop("seed", 0)
+    ids_T = torch.cat(subject.calibration)
+    context = len(ids_T) if fixed else subject.context
+    with subject.load(context=context, **settings) as served:
+        budget = served.budget
+        experts = budget.everything - budget.fixed
+        served.set_memory(budget.fixed + round(share * experts))
+        if fixed:
+            fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)
+        else:
+            score_steps(served, as_text(subject.calibration[0]))
+        scores = [score_steps(served, as_text(window_L)) for window_L in subject.scored]
+        policy = served.policy
+    summary = summarised(scores)
     return {
-        "loss": math.exp(fmean(costs)) - 1,
-        "error": stdev(costs) / math.sqrt(len(costs)) if len(costs) > 1 else math.nan,
-        "full": math.exp(fmean(math.log(one.full) for one in scores)),
-        "stepwise": math.exp(fmean(math.log(one.stepwise) for one in scores)),
-        **mean,
-        "tokens_per_second": 1 / fmean(1 / one.tokens_per_second for one in scores),
-        "tokens": sum(one.tokens for one in scores),
-        "slots": scores[0].slots,
-        "experts": scores[0].experts,
+        **summary,
+        "settings": {name: str(value) for name, value in settings.items()},
+        "policy_in_force": {name: getattr(policy, name) for name in policy.__slots__},
     }
 
 

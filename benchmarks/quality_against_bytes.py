@@ -19,19 +19,14 @@ from typing import Any
 import record
 import torch
 from matplotlib.figure import Figure
-from quality_against_budget import _as_text, summarised
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from subject import Subject, as_text, summarised
 from torch import Tensor
 
-import moefit
-from moefit.api import folder_of
-from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.stepwise import score_steps
 from moefit.formats.format import weights_in
-from moefit.moe.routing import Rule
 from moefit.serve.baselines import fix_residents
 from moefit.serve.served import ServedModel
 
@@ -55,9 +50,9 @@ def main() -> None:
     results = {}
     for pair in arguments.models:
         name, _, model = pair.partition("=")
-        subject = Subject(model, rules.get(name), arguments)
-        points = subject.points()
-        results[name] = [subject.point(*one) for one in track(points, name)]
+        how = {"context": 2 * arguments.context, "dtype": torch.bfloat16}
+        measured = Bytes(Subject(model, rules.get(name), arguments, **how), arguments.steps)
+        results[name] = [measured.point(*one) for one in track(measured.points(), name)]
         Console(width=110).print(table(name, results[name]))
     if arguments.save:
         notes = (
@@ -69,21 +64,13 @@ def main() -> None:
         print(path)
 
 
-class Subject:
-    """One model with its text and its perplexity as it is."""
+class Bytes:
+    """A subject, and its perplexity as it is."""
 
-    def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
-        self.folder, self.rule = folder_of(model), rule and Rule.parse(rule)
-        self.context = arguments.context
-        with self._load() as served:
-            limit = 2 * arguments.tokens
-            if arguments.text is None:
-                text = held_out_text(served.tokenizer, self.context, limit)
-            else:
-                text = text_of_file(arguments.text, served.tokenizer, self.context, limit)
-            windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
-            self.scored, self.calibration = windows[::2], windows[1::2]
-            self.few = self.scored[: max(1, arguments.steps // self.context)]
+    def __init__(self, subject: Subject, steps: int):
+        self.subject = subject
+        self.few = subject.scored[: max(1, steps // subject.context)]
+        with subject.load() as served:
             self.weights = sum(
                 one.num_experts * weights_in(one.block.layout.specs)
                 for one in served.blocks.values()
@@ -102,7 +89,7 @@ class Subject:
 
     def point(self, way: str, precision: str, bits: float) -> dict[str, Any]:
         memory = PLENTY if precision == "auto" else None
-        with self._load(precision=precision, memory=memory) as served:
+        with self.subject.load(precision=precision, memory=memory) as served:
             if bits:
                 served.set_memory(served.budget.fixed + round(bits / 8 * self.weights))
             if way in ("virtual", "pruned"):
@@ -121,32 +108,23 @@ class Subject:
             "formats": _sum(report["formats"]),
         }
 
-    def _load(self, **settings: Any) -> ServedModel:
-        served = moefit.load(
-            self.folder, context=2 * self.context, dtype=torch.bfloat16, **settings
-        )
-        if self.rule:
-            assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
-            served.model.set_inference_rule(self.rule)
-        return served
-
     def _calibrate(self, served: ServedModel) -> None:
-        for window_L in self.calibration[:64]:
+        for window_L in self.subject.calibration[:64]:
             _loss(served, window_L)
         served.settle_precision()
         served.set_mode("exact", residency="fixed")
 
     def _perplexity(self, served: ServedModel) -> float:
-        return math.exp(fmean(_loss(served, window_L) for window_L in self.scored))
+        return math.exp(fmean(_loss(served, window_L) for window_L in self.subject.scored))
 
     def _stepwise(self, served: ServedModel, way: str) -> float:
         if way == "pruned":
-            ids_T = self.calibration[0]
+            ids_T = self.subject.calibration[0]
             fix_residents(served, "frequency", calibration_ids_T=ids_T)
         else:
             served.set_mode("virtual", prefill="exact")
-            score_steps(served, _as_text(self.calibration[0]))
-        return summarised([score_steps(served, _as_text(one)) for one in self.few])["loss"]
+            score_steps(served, as_text(self.subject.calibration[0]))
+        return summarised([score_steps(served, as_text(one)) for one in self.few])["loss"]
 
 
 def _loss(served: ServedModel, window_L: Tensor) -> float:

@@ -1,7 +1,11 @@
-"""What several test files share: a small corpus, a small run, a watcher that listens."""
+"""What several test files share: a small corpus, a small run, a watcher that listens; small
+checkpoints to serve, and a cache folder of one's own."""
 
 import os
 import random
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +15,8 @@ import torch
 
 # Without a GPU its kernels are interpreted; Triton asks this once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
+from tiny_served import model_of, saved, tiny
 
 from moefit.train.config import make_config
 
@@ -108,3 +114,27 @@ def address():
     handle = {}
     with pretend(handle) as url:
         yield handle, url
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Any:
+    """Gives the folder of a family's `model_of`."""
+
+    @cache
+    def folder(family: str) -> Path:
+        return saved(model_of(family), tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that the test may change."""
+    return saved(tiny("Mixtral"), tmp_path / "model")
+
+
+@pytest.fixture
+def packed_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where packed stores are, for this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moefit" / "packed"

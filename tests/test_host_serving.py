@@ -1,17 +1,26 @@
 """A whole model served through the host tier: its logic on a CPU; on a GPU where there is one."""
 
 import gc
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
+from tiny_served import (
+    FAMILIES,
+    Disk,
+    logits,
+    model_of,
+    reading_through,
+    saved,
+    settled,
+    tiny,
+    tokens,
+    with_slots,
+)
 
 from moefit.errors import CheckpointError
 from moefit.serve import loading
@@ -21,20 +30,6 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.transfer import BACKGROUND_READERS
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Any:
-    @cache
-    def folder(family: str) -> Path:
-        return saved(model(family), tmp_path_factory.mktemp(family))
-
-    return folder
-
-
-@cache
-def model(family: str) -> Any:
-    return tiny(family)
 
 
 @contextmanager
@@ -56,19 +51,9 @@ def serving(
     assert served.report()["host_bytes"] == 0, "closing gives all back"
 
 
-def with_slots(served: ServedModel, slots: int) -> int:
-    return served.budget.with_slots([slots] * len(served.blocks))
-
-
 def generated(one: Any, device: str = "cpu") -> list[int]:
     ids_BT = tokens(1, 9).to(device)
     return one.generate(ids_BT, max_new_tokens=12, do_sample=False)[0].tolist()
-
-
-def settled(served: ServedModel) -> None:
-    for experts in served.blocks.values():
-        while not all(pending.done.done() for pending in experts._pending):
-            time.sleep(0.001)
 
 
 @pytest.mark.parametrize("places", [1, 5, 100])
@@ -78,9 +63,9 @@ def test_exact_is_the_models_own_output_through_any_tier(
 ) -> None:
     with serving(folders(family), monkeypatch, slots=2, places=places) as served:
         torch.testing.assert_close(
-            logits(served.model, tokens(2, 7)), logits(model(family), tokens(2, 7))
+            logits(served.model, tokens(2, 7)), logits(model_of(family), tokens(2, 7))
         )
-        assert generated(served) == generated(model(family))
+        assert generated(served) == generated(model_of(family))
         report = served.report()
         assert report["host_bytes"] <= report["host_budget"] == served.budget.host
         assert report["host_hits"] + report["host_reads"] == report["fetches"]
@@ -107,7 +92,7 @@ def test_modes_and_budgets_change(folders, monkeypatch) -> None:
             generated(served)
             settled(served)
             served.check()
-        assert generated(served) == generated(model("Mixtral"))
+        assert generated(served) == generated(model_of("Mixtral"))
         served.set_residents({name: [5] for name in served.blocks})
         assert all(one == [5] for one in served.report()["resident"].values())
 
@@ -120,7 +105,7 @@ def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monk
             generated(served)
         served.check()
         disk.failures = 0
-        assert generated(served) == generated(model("Mixtral"))
+        assert generated(served) == generated(model_of("Mixtral"))
 
 
 def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:

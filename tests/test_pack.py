@@ -32,40 +32,32 @@ from moefit.serve.skeleton import build
 INT4, INT8 = parse_format("int4"), parse_format("int8")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moefit" / "packed"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return saved(tiny("Mixtral"), tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("packed_cache")
 
 
 def packed(folder: Path, *formats: Any, **how: Any) -> Packed:
     return pack(build(folder), formats or (INT8, INT4), **how)
 
 
-def files_in(cache: Path) -> dict[str, bytes]:
+def files_in(packed_cache: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(cache)): path.read_bytes()
-        for path in sorted(cache.rglob("*"))
+        str(path.relative_to(packed_cache)): path.read_bytes()
+        for path in sorted(packed_cache.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
 
 
-def test_what_was_done_is_told_and_is_not_done_again(folder: Path, cache: Path) -> None:
+def test_what_was_done_is_told_and_is_not_done_again(folder: Path, packed_cache: Path) -> None:
     heard: list[tuple[int, int]] = []
     skeleton = build(folder)
     made = pack(skeleton, [INT8, INT4], progress=lambda done, total: heard.append((done, total)))
     native = sum(8 * block.expert_bytes for block in skeleton.blocks)
     assert (made.files, made.skipped, made.bytes_read) == (4, 0, native)
     assert heard[0] == (0, native) and heard[-1] == (native, native)
-    assert made.bytes_written == sum(map(len, files_in(cache).values()))
+    assert made.bytes_written == sum(map(len, files_in(packed_cache).values()))
     assert 0 < made.relative_errors["int8"] < made.relative_errors["int4"] < 0.02
 
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in packed_cache.rglob("*.safetensors")}
     again = packed(folder, INT8, INT4, parse_format("int3"))
     assert (again.files, again.skipped) == (2, 4)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
@@ -109,47 +101,47 @@ pack(build(Path(sys.argv[1])), [parse_format("int8"), parse_format("int4")])
 """
 
 
-def test_killed_half_way_it_goes_on(folder: Path, cache: Path) -> None:
+def test_killed_half_way_it_goes_on(folder: Path, packed_cache: Path) -> None:
     packed(folder)
-    whole = files_in(cache)
-    shutil.rmtree(cache)
+    whole = files_in(packed_cache)
+    shutil.rmtree(packed_cache)
     # In the second block's fifth expert, the first format's file already having it.
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), "25"], timeout=120)
     assert done.returncode == -signal.SIGKILL
-    left = files_in(cache)
+    left = files_in(packed_cache)
     assert sum(name.endswith(packed_file.WRITING) for name in left) == 2
     finished = {name: data for name, data in left.items() if name.endswith(".safetensors")}
     assert len(finished) == 2 and finished.items() <= whole.items()
 
     again = packed(folder)
     assert (again.files, again.skipped) == (2, 2)
-    assert files_in(cache) == whole
+    assert files_in(packed_cache) == whole
 
 
-def test_a_file_cut_short_is_made_again(folder: Path, cache: Path) -> None:
+def test_a_file_cut_short_is_made_again(folder: Path, packed_cache: Path) -> None:
     packed(folder)
-    whole = files_in(cache)
-    path = next(cache.rglob("*.safetensors"))
+    whole = files_in(packed_cache)
+    path = next(packed_cache.rglob("*.safetensors"))
     os.truncate(path, path.stat().st_size - 1)
     assert "cut short" in check_packed(build(folder)).problems[0]
     assert packed(folder).files == 1
-    assert files_in(cache) == whole
+    assert files_in(packed_cache) == whole
     path.write_bytes(b"")
     assert packed(folder).files == 1
-    assert files_in(cache) == whole
+    assert files_in(packed_cache) == whole
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
     with pytest.raises(CheckpointError, match=r"takes \d+ KiB \(4 files\).* 5.00 KiB are free"):
         packed(folder)
-    assert files_in(cache) == {}
+    assert files_in(packed_cache) == {}
 
 
 def test_a_disk_that_fills_up_leaves_whole_files_only(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, left = os.pwrite, 25
 
@@ -163,15 +155,15 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(
     monkeypatch.setattr(packed_file.os, "pwrite", pwrite)
     with pytest.raises(CheckpointError, match=r"no room: .* for a block, .* free; finished files"):
         packed(folder)
-    assert files_in(cache) == {}
+    assert files_in(packed_cache) == {}
     left = 10**6
     packed(folder)
     assert check_packed(build(folder)).problems == []
 
 
-def test_a_cache_folder_that_cannot_be_written(folder: Path, cache: Path) -> None:
-    cache.parent.parent.mkdir()
-    cache.parent.write_text("a file")
+def test_a_cache_folder_that_cannot_be_written(folder: Path, packed_cache: Path) -> None:
+    packed_cache.parent.parent.mkdir()
+    packed_cache.parent.write_text("a file")
     with pytest.raises(CheckpointError, match="XDG_CACHE_HOME"):
         packed(folder)
 
@@ -191,13 +183,15 @@ def change(folder: Path, part: str, index: tuple[int, ...], value: float) -> Non
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6])
-def test_weights_that_cannot_be_encoded_are_named(folder: Path, cache: Path, value: float) -> None:
+def test_weights_that_cannot_be_encoded_are_named(
+    folder: Path, packed_cache: Path, value: float
+) -> None:
     change(folder, "layers.1.block_sparse_moe.experts.6.w2", (3, 5), value)
     words = rf"expert 6 of .*layers.1.*: down_proj: the weight of output 3 for input 5 is {value}"
     with pytest.raises(CheckpointError, match=words):
         packed(folder)
-    assert len([name for name in files_in(cache) if "block-000" in name]) == 2
-    assert not [name for name in files_in(cache) if "block-001" in name]
+    assert len([name for name in files_in(packed_cache) if "block-000" in name]) == 2
+    assert not [name for name in files_in(packed_cache) if "block-001" in name]
 
 
 def test_biases_that_are_not_finite_are_named(tmp_path: Path) -> None:
@@ -232,7 +226,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
-def test_the_command(folder: Path, cache: Path) -> None:
+def test_the_command(folder: Path, packed_cache: Path) -> None:
     made = json.loads(run(str(folder), "--formats", "int4, int4,int8", "--json").stdout)
     assert (made["files"], set(made["relative_errors"])) == (4, {"int4", "int8"})
     found = json.loads(run(str(folder), "--check", "--json").stdout)
@@ -240,7 +234,7 @@ def test_the_command(folder: Path, cache: Path) -> None:
     assert "4 were there already" in run(str(folder)).stderr
     assert "sound: 16 experts in int8" in run(str(folder), "--check", "--formats", "int8").stderr
 
-    path = next(cache.rglob("int8/block-001*"))
+    path = next(packed_cache.rglob("int8/block-001*"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

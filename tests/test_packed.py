@@ -32,15 +32,7 @@ CPU = torch.device("cpu")
 INT4, INT8 = parse_format("int4"), parse_format("int8")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moefit" / "packed"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return saved(tiny("Mixtral"), tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("packed_cache")
 
 
 def store_of(skeleton: Skeleton, *formats: Format) -> ExpertStore:

@@ -2,15 +2,22 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_served import FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
+from tiny_served import (
+    FAMILIES,
+    Disk,
+    logits,
+    model_of,
+    reading_through,
+    settled,
+    tokens,
+    with_slots,
+)
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
 from moefit.serve import served as served_module
@@ -20,20 +27,6 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.transfer import BACKGROUND_READERS
 
 NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Any:
-    @cache
-    def folder(family: str) -> Path:
-        return saved(model(family), tmp_path_factory.mktemp(family))
-
-    return folder
-
-
-@cache
-def model(family: str) -> Any:
-    return tiny(family)
 
 
 @pytest.fixture
@@ -55,10 +48,6 @@ def serve(folders) -> Iterator[Any]:
         served.close()
 
 
-def with_slots(served: ServedModel, slots: int) -> int:
-    return served.budget.with_slots([slots] * len(served.blocks))
-
-
 def generated(one: Any, **how: Any) -> list[int]:
     made = one.generate(tokens(1, 9), max_new_tokens=NEW_TOKENS, do_sample=False, **how)
     return made[0].tolist()
@@ -68,28 +57,21 @@ def slots_of(served: ServedModel) -> set[int]:
     return set(served.report()["slots"].values())
 
 
-def settled(served: ServedModel) -> None:
-    """Until every load under way has ended; published they are at the next step."""
-    for experts in served.blocks.values():
-        while not all(pending.done.done() for pending in experts._pending):
-            time.sleep(0.001)
-
-
 @pytest.mark.parametrize("slots", [None, 1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_is_the_models_own_output_at_any_budget(serve, family: str, slots: int) -> None:
     served, _ = serve(family, slots=slots)
     torch.testing.assert_close(
-        logits(served.model, tokens(2, 7)), logits(model(family), tokens(2, 7))
+        logits(served.model, tokens(2, 7)), logits(model_of(family), tokens(2, 7))
     )
-    assert generated(served) == generated(model(family))
+    assert generated(served) == generated(model_of(family))
     served.check()
     assert slots_of(served) == {slots or 8}
 
 
 def test_memory_goes_up_and_down(serve) -> None:
     served, _ = serve(slots=4)
-    expected = generated(model("Mixtral"))
+    expected = generated(model_of("Mixtral"))
     for slots in (4, 1, 7, 2, 8, 3, 1):
         budget = served.set_memory(with_slots(served, slots))
         assert budget is served.budget and slots_of(served) == {slots}
@@ -115,7 +97,7 @@ def test_growing_fills_new_slots_in_the_background(serve) -> None:
     disk.open.set()
     settled(served)
     before = served.report()["bytes_read"]
-    assert generated(served) == generated(model("Mixtral"))
+    assert generated(served) == generated(model_of("Mixtral"))
     assert all(len(one) == 8 for one in served.report()["resident"].values())
     assert served.report()["bytes_read"] == before
 
@@ -135,7 +117,7 @@ def test_shrinking_gives_up_what_growing_has_not_begun_to_read(serve) -> None:
     settled(served)
     read = served.report()["bytes_read"] - before
     assert read <= (BACKGROUND_READERS + 2) * slot_bytes, "begun then, and what fills two slots"
-    assert generated(served) == generated(model("Mixtral"))
+    assert generated(served) == generated(model_of("Mixtral"))
 
 
 def test_growing_from_nothing_while_storage_is_slow(serve) -> None:
@@ -144,7 +126,7 @@ def test_growing_from_nothing_while_storage_is_slow(serve) -> None:
     disk.open.clear()
     served.set_memory(with_slots(served, 2))
     threading.Timer(0.1, disk.open.set).start()
-    assert generated(served) == generated(model("Mixtral"))
+    assert generated(served) == generated(model_of("Mixtral"))
     served.check()
 
 
@@ -230,7 +212,7 @@ def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
     served, _ = serve(family)
     for experts in served.blocks.values():
         experts.hold(range(8))
-    expected = logits(model(family), tokens(2, 9))
+    expected = logits(model_of(family), tokens(2, 9))
     for mode in ("virtual", "bounded"):
         served.set_mode(mode, prefill=mode)
         torch.testing.assert_close(logits(served.model, tokens(2, 9)), expected)
@@ -305,7 +287,7 @@ def test_a_failing_swap_leaves_the_model_usable(serve) -> None:
         served.check()
     disk.failures = 0
     served.set_mode("exact")
-    assert generated(served) == generated(model("Mixtral"))
+    assert generated(served) == generated(model_of("Mixtral"))
     served.check()
 
 
@@ -316,7 +298,7 @@ def test_a_failing_fetch_is_an_error_and_the_next_generation_works(serve) -> Non
         generated(served)
     served.check()
     disk.failures = 0
-    assert generated(served) == generated(model("Mixtral"))
+    assert generated(served) == generated(model_of("Mixtral"))
 
 
 class Elsewhere:
@@ -347,7 +329,7 @@ class Elsewhere:
 
 def test_the_budget_changes_while_generating_exactly(serve) -> None:
     served, _ = serve(slots=3)
-    expected = generated(model("Mixtral"))
+    expected = generated(model_of("Mixtral"))
     over: list[str] = []
 
     def change(step: int) -> None:
@@ -368,7 +350,7 @@ def test_the_budget_changes_while_generating_exactly(serve) -> None:
 
 def test_modes_and_budgets_change_while_generating(serve) -> None:
     served, _ = serve("DeepseekV3", slots=3)
-    expected = generated(model("DeepseekV3"))
+    expected = generated(model_of("DeepseekV3"))
     modes = ("virtual", "bounded", "exact")
 
     def change(step: int) -> None:
@@ -398,7 +380,7 @@ def test_after_any_history_exact_is_exact(folders, history: list[tuple[Any, int]
             generated(served)
             served.check()
         served.set_mode("exact")
-        assert generated(served) == generated(model("Olmoe"))
+        assert generated(served) == generated(model_of("Olmoe"))
 
 
 def test_the_report_goes_to_json_and_counts_from_zero_again(serve) -> None:

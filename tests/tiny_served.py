@@ -1,6 +1,7 @@
 """Small random checkpoints to serve, and stores and disks that do as a test wants."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from moefit.checkpoint import Checkpoint, pread
 from moefit.moe.families import MoeBlock, find_blocks
+from moefit.serve.served import ServedModel
 from moefit.serve.slots import Slot
 
 torch.set_num_threads(1)
@@ -76,6 +78,12 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ch
     return model.to(dtype).eval()
 
 
+@cache
+def model_of(family: str) -> Any:
+    """One that nobody changes."""
+    return tiny(family)
+
+
 def saved(model: PreTrainedModel, folder: Path, **how: Any) -> Path:
     model.save_pretrained(folder, **how)
     return folder
@@ -91,6 +99,18 @@ def logits(model: Any, ids_BT: Tensor) -> Tensor:
     first = model(ids_BT[:, :-1], use_cache=True)
     last = model(ids_BT[:, -1:], past_key_values=first.past_key_values)
     return torch.cat([first.logits, last.logits], dim=1)
+
+
+def with_slots(served: ServedModel, slots: int) -> int:
+    """The budget for so many slots in every block."""
+    return served.budget.with_slots([slots] * len(served.blocks))
+
+
+def settled(served: ServedModel) -> None:
+    """Until every load under way has ended; published they are at the next step."""
+    for experts in served.blocks.values():
+        while not all(pending.done.done() for pending in experts._pending):
+            time.sleep(0.001)
 
 
 class Disk:
