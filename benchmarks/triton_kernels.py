@@ -35,7 +35,7 @@ Act = Callable[[], Any]
 
 
 def seconds(acts: Sequence[Act], device: torch.device, rounds: int = 6) -> float:
-    """Of one act, the mean over all; the median of rounds without the first, which compiles."""
+    """Of one act, the mean; the median of rounds without the first, which compiles."""
     taken = []
     for _ in range(rounds if device.type == "cuda" else 1):
         _wait(device)
