@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import record
+import torch
 
 from moefit.evaluate.loading import load, locate
 
@@ -48,9 +49,7 @@ def main() -> None:
     }
     print(json.dumps(results, indent=1))
     if given.save:
-        notes = (
-            "Multiple choice by log-likelihood of each choice; the model as it is stored, exact."
-        )
+        notes = "Multiple choice by log-likelihood of each choice; computed in fp32, exact."
         print(record.write("lm-eval-over-http", results, notes=notes))
 
 
@@ -75,14 +74,14 @@ def write_task(folder: Path, path: Path, limit: int) -> str:
 
 
 def hf_backend(model: str) -> Any:
-    loaded, tokenizer = load(model, dtype=None)
+    loaded, tokenizer = load(model, dtype=torch.float32)
     return huggingface.HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1)
 
 
 def served(given: argparse.Namespace, names: list[str], found: Any) -> dict[str, Any]:
     budget = ["--memory", given.memory] if given.memory else []
     moefit = str(Path(sys.executable).parent / "moefit")
-    command = [moefit, "serve", given.model, "--port", str(PORT), *budget]
+    command = [moefit, "serve", given.model, "--port", str(PORT), "--dtype", "float32", *budget]
     server = subprocess.Popen(command)
     try:
         until_ready(server)

@@ -35,7 +35,7 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_without_anything_the_reference_model_on_loopback(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, (room, misses), engine, settings),) = given
+    ((model, (room, _), engine, settings),) = given
     assert (model, room.memory, room.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
