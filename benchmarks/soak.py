@@ -86,7 +86,7 @@ def main() -> None:
 
 def own_answers(model: str) -> dict[tuple[str, int], str]:
     """Each prompt's greedy continuation by the model itself."""
-    loaded, tokenizer = load(model, dtype=None)
+    loaded, tokenizer = load(model, dtype=torch.float32)
     answers = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -102,7 +102,10 @@ async def soak(
     given: argparse.Namespace, copy: Path, expected: dict[tuple[str, int], str]
 ) -> Tally:
     moefit = str(Path(sys.executable).parent / "moefit")
-    command = [moefit, "serve", str(copy), "--port", str(PORT), "--memory", given.most]
+    command = [
+        moefit, "serve", str(copy), "--port", str(PORT), "--memory", given.most,
+        "--dtype", "float32", "--context", "1024",
+    ]  # fmt: skip
     tally, end = Tally(), time.monotonic() + 60 * given.minutes
     server = subprocess.Popen(command)
     try:
