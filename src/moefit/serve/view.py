@@ -12,7 +12,7 @@ from moefit.serve.virtual_experts import VirtualExperts
 class BlockView:
     """resident: ids of experts in memory. formats: of every expert, None for those that are not.
 
-    importance: of every expert, 1 for the most important one; all 0 before anything was computed.
+    importance: of every expert, to four digits, 1 for the most important one; all 0 before anything was computed.
     """
 
     name: str
@@ -37,5 +37,5 @@ def view_of(name: str, experts: VirtualExperts) -> BlockView:
         slots=residency.number,
         resident=tuple(resident),
         formats=tuple(formats),
-        importance=tuple(score / largest for score in scores),
+        importance=tuple(round(score / largest, 4) for score in scores),
     )
