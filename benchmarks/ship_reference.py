@@ -31,6 +31,7 @@ RULES = (
     "threshold:0.25",
     "threshold:0.4",
     "threshold:0.48",
+    "threshold:0.7",
     "threshold:1",
 )
 SCORED_TOKENS = 32_768
@@ -40,7 +41,7 @@ def main() -> None:
     first, second, *twin = map(Path, sys.argv[1:])
     model, tokenizer = load(str(second), dtype=torch.bfloat16)
     assert isinstance(model, DsMoeForCausalLM)
-    model.set_inference_rule("threshold:0.48")
+    model.set_inference_rule("threshold:0.7")
     place = reference_path()
     shutil.rmtree(place, ignore_errors=True)
     model.save_pretrained(place)

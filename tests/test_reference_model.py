@@ -35,12 +35,12 @@ def test_its_configuration_and_log_are_beside_it(loaded):
         assert max(json.loads(line)["step"] for line in log) == steps
 
 
-def test_a_quarter_of_the_experts_is_nearly_enough(loaded):
+def test_a_quarter_of_the_experts_is_enough(loaded):
     model, tokenizer = loaded
     text = held_out_text(tokenizer, 256, 8192)
-    dense, sparse = score(model, text, [Rule.parse("dense"), Rule.parse("threshold:0.48")])
+    dense, sparse = score(model, text, [Rule.parse("dense"), Rule.parse("threshold:0.7")])
     assert dense.perplexity < 100
-    assert sparse.perplexity < 1.04 * dense.perplexity
+    assert sparse.perplexity < 1.015 * dense.perplexity
     # The mean over tokens and layers; another Python's standard library gives a little more.
     assert sparse.mlp_experts < model.config.num_experts * 0.27
 
@@ -50,7 +50,7 @@ def test_it_is_nearly_as_good_as_its_plain_dense_twin():
     told = json.loads((reference_path() / "scores.json").read_text())
     twin = told["plain dense twin"][0]["perplexity"]
     dense = next(one for one in told["reference"] if one["rule"] == "dense")
-    assert dense["perplexity"] < 1.05 * twin
+    assert dense["perplexity"] < 1.04 * twin
 
 
 def test_the_scores_beside_it_are_of_this_model(loaded):

@@ -12,7 +12,8 @@ from moefit.serve.virtual_experts import VirtualExperts
 class BlockView:
     """resident: ids of experts in memory. formats: of every expert, None for those that are not.
 
-    importance: of every expert, to four digits, 1 for the most important one; all 0 before anything was computed.
+    importance: of every expert, to four digits, 1 for the most important one; all 0 before
+    anything was computed.
     """
 
     name: str
