@@ -114,7 +114,7 @@ def encoding(skeleton: Skeleton, names: list[str]) -> dict[str, dict[str, float]
 
 
 def rate(matrices: list[torch.Tensor], bits: int, encoder: Encoder) -> float:
-    targets = [GroupedMatrix.empty(*one.shape, bits) for one in matrices]
+    targets = [GroupedMatrix.empty(len(one), one.shape[1], bits) for one in matrices]
     best = float("inf")
     for _ in range(ROUNDS):
         began = time.perf_counter()
