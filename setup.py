@@ -31,10 +31,21 @@ setup(
     ext_modules=[
         Extension(
             "moefit.formats._kernels",
-            sources=[f"{CSRC}/{name}.cpp" for name in ("portable", "avx2", "avx512", "experts")],
-            depends=[f"{CSRC}/{name}" for name in ("matrix.h", "kinds.h", "target.h", "plain.inc")],
+            sources=[
+                f"{CSRC}/{name}.cpp" for name in ("portable", "avx2", "avx512", "experts", "encode")
+            ],
+            depends=[
+                f"{CSRC}/{name}"
+                for name in ("matrix.h", "kinds.h", "target.h", "plain.inc", "encode.inc")
+            ],
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fvisibility=default"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-fopenmp",
+                "-fvisibility=default",
+                "-Wno-psabi",
+            ],
             language="c++",
             optional=True,
         )

@@ -1,5 +1,7 @@
 """What encoding loses, by format: bounds that hold for any weights, and what fitting gains."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
 from moefit.formats.encoders import Encoder, encode
+from moefit.formats.kernels import kernels
 from moefit.formats.matrix import ROWS_AT_ONCE, groups_of
 from moefit.formats.planes import GROUP, PLANES
 
@@ -17,6 +20,16 @@ BOTH: tuple[Encoder, ...] = ("nearest", "fitted")
 widths = pytest.mark.parametrize("bits", PLANES)
 encoders = pytest.mark.parametrize("encoder", BOTH)
 HALF, SMALLEST_HALF = 2.0**-11, 2.0**-24  # float16's relative rounding; its least step
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "kernels"])
+def computing(request):
+    """Everything here holds for both ways to compute it."""
+    if request.param == "kernels" and kernels() is None:
+        pytest.skip("the kernels were not compiled")
+    way = (lambda: None) if request.param == "torch" else kernels
+    with mock.patch("moefit.formats.encoders.kernels", way):
+        yield
 
 
 def normal(rows: int, cols: int, *, seed: int = 0, tails: int | None = None) -> Tensor:

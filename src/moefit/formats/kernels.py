@@ -28,7 +28,7 @@ from moefit.formats.planes import GROUP
 Level = Literal["portable", "avx2", "avx512"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 1  # of the border, as csrc/experts.cpp has it
+VERSION = 2  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 Weight = Tensor | GroupedMatrix
@@ -84,6 +84,10 @@ class Kernels:
             c_void_p,
         ]
         library.moefit_decode.argtypes = [c_int64, POINTER(_Matrix), c_void_p, c_int64]
+        library.moefit_encode.restype = c_int64
+        library.moefit_encode.argtypes = [
+            c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
+        ]  # fmt: skip
         library.moefit_experts.argtypes = [
             c_int64, POINTER(_Expert), c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
             c_int64, c_int64, c_int64, c_int64, c_void_p,
@@ -115,6 +119,31 @@ class Kernels:
         half = int(out_OI.dtype == torch.bfloat16)
         self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
         return out_OI
+
+    def encode(
+        self,
+        weight_RC: Tensor,
+        target: GroupedMatrix,
+        *,
+        fitted: bool,
+        moments_C: Tensor | None = None,
+    ) -> int | None:
+        """Fill `target` from float weights; moments_C weigh the columns' errors, on a CPU.
+
+        The place in the flattened matrix of a weight that no format holds, if there is one; what
+        was written is then void.
+        """
+        known = weight_RC.dtype in NATIVE_DTYPES
+        weight_RC = (weight_RC if known else weight_RC.float()).contiguous()
+        moments_P = None if moments_C is None else _padded(moments_C[None])
+        assert (target.rows, target.cols) == tuple(weight_RC.shape)
+        assert target.codes_RB.is_contiguous() and target.meta_RMG.is_contiguous()
+        bad = self._library.moefit_encode(
+            self._level, _matrix(weight_RC), target.bits, int(fitted),
+            None if moments_P is None else moments_P.data_ptr(),
+            target.codes_RB.data_ptr(), target.meta_RMG.data_ptr(),
+        )  # fmt: skip
+        return None if bad < 0 else bad
 
     def experts(
         self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]

@@ -43,9 +43,9 @@ class GroupedMatrix:
         """R."""
         return len(self.codes_RB)
 
-    def split(self) -> "Iterator[GroupedMatrix]":
-        """Views of some rows each, `ROWS_AT_ONCE`."""
-        parts = self.codes_RB.split(ROWS_AT_ONCE), self.meta_RMG.split(ROWS_AT_ONCE)
+    def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[GroupedMatrix]":
+        """Views of so many rows each."""
+        parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
         for codes_RB, meta_RMG in zip(*parts, strict=True):
             yield GroupedMatrix(self.bits, self.cols, codes_RB, meta_RMG)
 

@@ -1,0 +1,80 @@
+// What Python calls to encode a matrix: rows of weights to codes, scales and minima.
+//
+// Each row is encoded by one thread, for itself, so results don't depend on the number of threads; nor on
+// the instructions: products and sums are not fused here.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "matrix.h"
+#include "target.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace {
+
+constexpr float LARGEST = 65504;  // of float16
+
+struct Job {
+    const Matrix *from;  // of floats
+    int64_t bits;
+    uint8_t *codes, *meta;
+    const float *moments;  // a number for each column, in whole groups; or none
+    bool fitted;
+};
+
+}  // namespace
+
+// Lambdas too, for they take registers.
+#define INLINED __attribute__((always_inline))
+
+#define WIDTH 4
+namespace plain_encode {
+#include "encode.inc"
+}
+#undef WIDTH
+
+#if defined(__x86_64__)
+TARGET_BEGIN("avx2,f16c")
+#define WIDTH 8
+namespace avx2_encode {
+#include "encode.inc"
+}
+#undef WIDTH
+TARGET_END
+
+TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define WIDTH 16
+namespace avx512_encode {
+#include "encode.inc"
+}
+#undef WIDTH
+TARGET_END
+#endif
+
+extern "C" {
+
+// Encodes rows of floats; moments: what errors of each column count, or null. Returns the place of a weight
+// that cannot be encoded, the first of the first row that has one, or -1; what was written is then void.
+int64_t moefit_encode(int64_t level, const Matrix *from, int64_t bits, int64_t fitted, const float *moments,
+                      uint8_t *codes, uint8_t *meta) {
+    Job job = {from, bits, codes, meta, moments, fitted != 0};
+    int64_t (*encode)(const Job &, int64_t) = plain_encode::any_row;
+#if defined(__x86_64__)
+    if (level == 1) encode = avx2_encode::any_row;
+    if (level == 2) encode = avx512_encode::any_row;
+#endif
+    (void)level;
+    int64_t bad = from->rows * from->cols;
+#pragma omp parallel for schedule(dynamic, 4) reduction(min : bad)
+    for (int64_t row = 0; row < from->rows; row++) {
+        int64_t col = encode(job, row);
+        if (col < from->cols) bad = std::min(bad, row * from->cols + col);
+    }
+    return bad < from->rows * from->cols ? bad : -1;
+}
+}

@@ -1,0 +1,133 @@
+"""The compiled encoder against the plain one: the same bytes, or errors that are as small."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moefit.formats import encoders
+from moefit.formats.encoders import Encoder, encode
+from moefit.formats.kernels import LEVELS, Level, kernels
+from moefit.formats.matrix import GroupedMatrix
+from moefit.formats.planes import GROUP, PLANES, unpack
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the kernels were not compiled")
+widths = pytest.mark.parametrize("bits", PLANES)
+NARROW = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits != 8])
+
+
+def random(rows: int, cols: int, seed: int = 0, *, size: int = 0, offset: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    value_RC = torch.randn(rows, cols, generator=generator).pow(3) + offset
+    return (value_RC * 10.0**size).clamp(-65504, 65504)
+
+
+def encoded(level: Level | None, weight_RC: Tensor, bits: int, encoder: Encoder, moments_C=None):
+    """By the kernels of this level, or in torch."""
+    way = (lambda: None) if level is None else (lambda: kernels(level))
+    with mock.patch("moefit.formats.encoders.kernels", way):
+        return encode(weight_RC, bits, encoder, moments_C=moments_C)
+
+
+def same(one: GroupedMatrix, other: GroupedMatrix) -> bool:
+    return torch.equal(one.codes_RB, other.codes_RB) and torch.equal(
+        one.meta_RMG.view(torch.int16), other.meta_RMG.view(torch.int16)
+    )
+
+
+weights = st.builds(
+    random,
+    rows=st.integers(1, 4),
+    cols=st.sampled_from([1, 40, 64, 65, 200]),
+    seed=st.integers(0, 2**31),
+    size=st.integers(-9, 5),
+    offset=st.sampled_from([0.0, 0.0, 3.0, -1000.0]),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(weights, st.sampled_from(sorted(PLANES)))
+def test_nearest_is_the_same_bytes(weight_RC: Tensor, bits: int) -> None:
+    expected = encoded(None, weight_RC, bits, "nearest")
+    for level in LEVELS:
+        assert same(encoded(level, weight_RC, bits, "nearest"), expected), level
+
+
+@settings(deadline=None, max_examples=100)
+@given(weights, st.sampled_from(sorted(PLANES)), st.booleans())
+def test_all_levels_give_the_same_bytes(weight_RC: Tensor, bits: int, weighted: bool) -> None:
+    moments_C = torch.rand(weight_RC.shape[1]) if weighted else None
+    first, *others = (encoded(one, weight_RC, bits, "fitted", moments_C) for one in LEVELS)
+    assert all(same(one, first) for one in others)
+
+
+@settings(deadline=None, max_examples=100)
+@given(weights, st.sampled_from(sorted(set(PLANES) - {8})))
+def test_codes_are_the_nearest_for_their_scale(weight_RC: Tensor, bits: int) -> None:
+    """Whatever scale and minimum came out, torch gives these codes to them, bit for bit."""
+    made, cols = encoded(LEVELS[-1], weight_RC, bits, "fitted"), weight_RC.shape[1]
+    scale_RGI, least_RGI = (
+        made.meta_RMG[:, one, :, None].float().expand(-1, -1, GROUP) for one in (0, 1)
+    )
+    scale_RC, least_RC = scale_RGI.flatten(1)[:, :cols], least_RGI.flatten(1)[:, :cols]
+    expected_RC = encoders._nearest(weight_RC, scale_RC, least_RC, bits)
+    codes_NG = unpack(made.codes_RB.reshape(-1, bits * 8), bits)
+    assert torch.equal(codes_NG.view(len(weight_RC), -1)[:, :cols].float(), expected_RC)
+
+
+@widths
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fitted_loses_as_little_as_the_plain_way(bits: int, weighted: bool) -> None:
+    """Group by group a search may end elsewhere; over a matrix that is less than a thousandth."""
+    weight_RC = random(128, 520)
+    moments_C = torch.rand(520).pow(4) + 1e-3 if weighted else torch.ones(520)
+    plain, fast = (
+        (encoded(level, weight_RC, bits, "fitted", moments_C).dense() - weight_RC)
+        .square()
+        .mul(moments_C)
+        .sum()
+        for level in (None, LEVELS[-1])
+    )
+    assert float(fast) == pytest.approx(float(plain), rel=1e-3)
+
+
+@NARROW
+def test_it_is_not_by_chance_that_they_agree(bits: int) -> None:
+    """Nearest's bytes are others than fitted's: the tests above would see the wrong one."""
+    weight_RC = random(16, 128)
+    nearest, fitted = (encoded(LEVELS[-1], weight_RC, bits, one) for one in ("nearest", "fitted"))
+    assert not same(nearest, fitted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cols", [64, 100])
+def test_any_float_is_read(dtype: torch.dtype, cols: int) -> None:
+    weight_RC = random(300, cols).to(dtype)
+    weight_RC[0, :4] = torch.tensor([1e-7, -3e-5, 6e-8, 0], dtype=dtype)  # subnormal halves
+    for way in (weight_RC, weight_RC.T.contiguous().T):
+        made = encoded(LEVELS[-1], way, 4, "nearest")
+        assert same(made, encoded(None, weight_RC, 4, "nearest"))
+
+
+def test_threads_change_nothing() -> None:
+    weight_RC, before = random(70, 200), torch.get_num_threads()
+    one = encode(weight_RC, 3)
+    try:
+        torch.set_num_threads(3)
+        assert same(encode(weight_RC, 3), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_first_weight_that_cannot_be_held_is_found() -> None:
+    weight_RC, target = random(40, 130), GroupedMatrix.empty(40, 130, 4)
+    compiled = kernels()
+    assert compiled is not None
+    assert compiled.encode(weight_RC, target, fitted=True) is None
+    for place in ((39, 3), (17, 129), (17, 64)):
+        weight_RC[place] = torch.nan
+        assert compiled.encode(weight_RC, target, fitted=True) == place[0] * 130 + place[1]
+    assert encoders._encode(target, weight_RC, "fitted", None) == 17 * 130 + 64
