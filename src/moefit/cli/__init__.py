@@ -1,6 +1,6 @@
 """The command line: parse, call, print."""
 
-from moefit.cli import models, packing, training
+from moefit.cli import models, packing, planning, training
 from moefit.cli.app import app, main
 
-__all__ = ["app", "main", "models", "packing", "training"]
+__all__ = ["app", "main", "models", "packing", "planning", "training"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json
+from moefit.cli.planned import MaxLoss, MinSpeed, PlanFile, Planned
 from moefit.cli.serving import (
     NATIVE_PRECISION,
     BaselineName,
@@ -71,6 +72,9 @@ def evaluate(
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
     rest: Rest = NATIVE_PRECISION,
+    plan: PlanFile = None,
+    max_loss: MaxLoss = None,
+    min_speed: MinSpeed = None,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -92,6 +96,7 @@ def evaluate(
         rest=rest,
         context=context,
         device=device,
+        planned=Planned(plan=plan, max_loss=max_loss, min_speed=min_speed),
         dtype=dtype.torch if dtype else None,
     )
     rules = [Rule.parse(one) for one in rule or []]
@@ -182,6 +187,9 @@ def generate(
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
     rest: Rest = NATIVE_PRECISION,
+    plan: PlanFile = None,
+    max_loss: MaxLoss = None,
+    min_speed: MinSpeed = None,
     context: Context = 2048,
     device: Device = "cpu",
 ) -> None:
@@ -201,6 +209,7 @@ def generate(
         rest=rest,
         context=context,
         device=device,
+        planned=Planned(plan=plan, max_loss=max_loss, min_speed=min_speed),
     )
     if serving.wanted:
         with serving.load(model) as served:
@@ -308,6 +317,9 @@ def bench(
     bound: Bound = 0.3,
     precision: Precision = NATIVE_PRECISION,
     rest: Rest = NATIVE_PRECISION,
+    plan: PlanFile = None,
+    max_loss: MaxLoss = None,
+    min_speed: MinSpeed = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -327,6 +339,7 @@ def bench(
         rest=rest,
         context=context,
         device=device,
+        planned=Planned(plan=plan, max_loss=max_loss, min_speed=min_speed),
     )
     with serving.load(model, eviction=eviction) as served:
         bandwidth = measure_bandwidth(served.folder)

@@ -14,9 +14,12 @@ from rich.table import Table
 
 from moefit.api import load
 from moefit.cli.app import console, say
+from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.format import FORMATS
 from moefit.formats.kernels import status
+from moefit.plan.report import in_a_line
+from moefit.plan.running import use_rule
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import AUTO_PRECISION
@@ -90,11 +93,12 @@ class Serving:
     precision: str = NATIVE_PRECISION
     rest: str = NATIVE_PRECISION
     dtype: torch.dtype | None = None
+    planned: Planned = NOTHING_PLANNED
 
     @property
     def wanted(self) -> bool:
-        """Whether anything asks for a budget, a mode or a format."""
-        asked = not (self.memory is self.host_memory is self.mode is None)
+        """Whether anything asks for a budget, a mode, a format or a plan."""
+        asked = not (self.memory is self.host_memory is self.mode is None) or self.planned.wanted
         return asked or {self.precision, self.rest} != {NATIVE_PRECISION}
 
     @property
@@ -103,6 +107,8 @@ class Serving:
 
     def load(self, model: str, **settings: Any) -> ServedModel:
         """Load and say what it takes; `settings` as of `moefit.load`."""
+        if self.planned.wanted:
+            return self._load_planned(model, **settings)
         policy: dict[str, Any] = {"bound": self.bound}
         if self.prefill is not None:
             policy["prefill"] = self.prefill.value
@@ -120,6 +126,34 @@ class Serving:
                 **policy,
                 **settings,
             )
+        self._remark(served, model)
+        return served
+
+    def _load_planned(self, model: str, **settings: Any) -> ServedModel:
+        """By a plan, which decides mode and formats."""
+        formats = [
+            None if name == NATIVE_PRECISION else name for name in (self.precision, self.rest)
+        ]
+        refuse_beside_plan(
+            mode=self.mode, prefill=self.prefill, precision=formats[0], rest=formats[1]
+        )
+        with console.status("planning"):
+            plan = self.planned.plan_for(model, self.memory, self.context, self.device)
+        say(f"plan: {in_a_line(plan)}")
+        chosen = plan.settings()
+        if self.memory is not None:
+            chosen["memory"] = self.memory
+        with console.status("loading"):
+            served = load(
+                model, host_memory=self.host_memory, device=self.device, **{**settings, **chosen}
+            )
+        use_rule(served, plan.rule)
+        say_packing(plan, model)
+        self._remark(served, model)
+        return served
+
+    def _remark(self, served: ServedModel, model: str) -> None:
+        """Say what it takes, and what would make it faster."""
         say(_summary(served, self.precision))
         for remark in served.report()["packed_ignored"][:3]:
             say(f"note: {remark}")
@@ -129,7 +163,6 @@ class Serving:
                 "note: experts are encoded each time they are read; faster once you have run: "
                 f"moefit pack {shlex.quote(model)} --formats {self._to_pack}{dtype}"
             )
-        return served
 
 
 def _summary(served: ServedModel, precision: str) -> str:

@@ -28,7 +28,7 @@ from moefit.serve.probe import attach
 from moefit.serve.reckon import SPARES, ledger
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
-from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory
+from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory, seat_all
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
@@ -87,8 +87,12 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
         for experts, count in zip(blocks.values(), counts, strict=True):
-            grow(experts, count, device)
-        live.spares.update(_spares(blocks.values(), device))
+            one = settings.placement and settings.placement[experts.block.name]
+            if one and one.by_expert:
+                seat_all(experts, one, device)
+            else:
+                grow(experts, count, device)
+        live.spares.update(_spares(blocks.values(), device, placed=settings.placement is not None))
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(Upgrades(blocks, ladders, live.transfer, device))
@@ -124,13 +128,18 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),
     )
-    experts.format = settings.format()
+    experts.format = settings.format(block)
     return experts
 
 
-def _spares(blocks: Iterable[VirtualExperts], device: torch.device) -> dict[int, list[Slot]]:
+def _spares(
+    blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool
+) -> dict[int, list[Slot]]:
+    """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
     spares: dict[int, list[Slot]] = {}
     for experts in blocks:
+        if experts.residency.number == experts.num_experts and placed:
+            continue
         specs = experts.block.layout.specs
         size = experts.format.nbytes(specs)
         if size not in spares:
