@@ -16,6 +16,7 @@ from moefit.formats.format import (
     GroupedFormat,
     dense_tensors,
     encoding_bytes,
+    expert_output,
     matrix_shape,
     parse_format,
     weights_in,
@@ -135,7 +136,7 @@ def test_the_output_is_the_familys_over_decoded_tensors(
 ) -> None:
     """Transposed matrices and biases among them (GptOss)."""
     monkeypatch.setattr(
-        "moefit.formats.format.kernels", lambda: kernels(kernel_level), raising=True
+        "moefit.formats.kernels.kernels", lambda: kernels(kernel_level), raising=True
     )
     block, module = block_and_module
     format, specs = FORMATS[name], block.layout.specs
@@ -154,7 +155,7 @@ def test_the_output_is_the_familys_over_decoded_tensors(
                 assert torch.equal(weight, tensor)
                 decoded[short] = tensor
         x_RD = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
-        y_RD = format.output(block.layout, slot.tensors, x_RD)
+        y_RD = expert_output(block.layout, slot.tensors, x_RD)
         assert torch.equal(y_RD, block.layout.output(decoded, x_RD))
 
 

@@ -19,12 +19,12 @@ import moefit
 from moefit.errors import CheckpointError, ConfigError
 from moefit.formats import kernels as kernels_module
 from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
-from moefit.formats.kernels import SWITCH, kernels
+from moefit.formats.kernels import FEW, SWITCH, kernels
 from moefit.moe.families import MoeBlock, TensorSpec, find_blocks
 from moefit.moe.routing import Routing
 from moefit.serve.counters import Counters
 from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.fused import FEW, fused_experts
+from moefit.serve.fused import fused_experts
 from moefit.serve.invoker import ExpertInvoker
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, allocate

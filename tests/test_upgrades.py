@@ -16,7 +16,8 @@ from moefit.moe.families import TensorSpec
 from moefit.serve.slots import allocate
 from moefit.serve.upgrades import AUTO
 
-WIDE = {"hidden_size": 64, "intermediate_size": 64}  # whole groups
+# Whole groups, and so many that a step up costs less than an expert at the smallest format.
+WIDE = {"hidden_size": 128, "intermediate_size": 128}
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(folder):
+def loaded(folder):
     with moefit.load(folder, precision="auto", memory="4GiB", context=64) as served:
         yield served
+
+
+@pytest.fixture
+def served(loaded):
+    """Everything is native and here, whatever the test before did."""
+    loaded.set_mode("exact")
+    loaded.set_memory("4GiB")
+    loaded.set_residents({name: range(one.num_experts) for name, one in loaded.blocks.items()})
+    loaded.settle_precision()
+    return loaded
 
 
 def ids(seed: int, length: int = 24) -> torch.Tensor:
@@ -48,8 +59,6 @@ def bytes_for(served, **counts: int) -> int:
 
 
 def test_with_enough_memory_everything_is_native_and_the_models_own(served, folder) -> None:
-    served.set_memory("4GiB")
-    served.settle_precision()
     assert formats(served) == {"native": 16}
     with moefit.load(folder) as exact, torch.inference_mode():
         expected = exact.model(ids(1)).logits
@@ -71,7 +80,7 @@ def test_every_expert_answers_at_a_budget_between_two_formats(served) -> None:
 
 def test_the_budget_holds_whatever_it_is_changed_to(served) -> None:
     with torch.inference_mode():
-        for step, count in enumerate((16, 3, 12, 16, 1, 9, 16)):
+        for step, count in enumerate((16, 3, 12, 16, 2, 9, 16)):
             served.set_memory(bytes_for(served, int3=count))
             served.check()
             served.model(ids(step))
@@ -107,6 +116,28 @@ def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None
             if experts.slots[experts.residency.slot(cold)].nbytes > before:
                 return
     raise AssertionError("an expert that everybody asks for stayed at its precision")
+
+
+def test_slots_whose_experts_left_keep_no_bytes_that_are_needed(served) -> None:
+    served.set_residents({name: [0] for name in served.blocks})
+    served.set_memory(bytes_for(served, int2=16))
+    served.check()
+    assert formats(served) == {"int2": 16}
+
+
+def test_while_experts_have_no_slot_none_is_upgraded(served) -> None:
+    one_up = bytes_for(served, int2=15, int3=1) - bytes_for(served, int2=16)
+    assert 0 < one_up < bytes_for(served, int2=1) - bytes_for(served)
+    served.set_memory(bytes_for(served, int2=15) + one_up)
+    served.settle_precision()
+    served.check()
+    assert formats(served) == {"int2": 15}
+    served.set_mode("virtual")
+    with torch.inference_mode():
+        for step in range(40):
+            served.model(ids(step, 4))
+            served.check()
+    assert set(formats(served)) == {"int2"}  # one more, perhaps, that is just being swapped in
 
 
 def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:

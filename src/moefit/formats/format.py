@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.formats.encoders import Encoder, encode_into
-from moefit.formats.kernels import Weight, kernels
+from moefit.formats.kernels import Weight, decoded
 from moefit.formats.matrix import (
     ROWS_AT_ONCE,
     GroupedMatrix,
@@ -58,10 +58,6 @@ class Format(Protocol):
         """
         ...
 
-    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
-        """One expert's unweighted output y_RD, the plain way."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class NativeFormat:
@@ -90,10 +86,6 @@ class NativeFormat:
             target = weights[short]
             assert isinstance(target, Tensor)
             target.copy_(tensor)
-
-    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
-        """The family's own computation."""
-        return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +143,6 @@ class GroupedFormat:
             except CheckpointError as error:
                 raise CheckpointError(f"{short}: {error}") from error
 
-    def output(self, layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
-        """Decoded, then the family's own computation."""
-        return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
-
 
 NATIVE = NativeFormat()
 FORMATS: Mapping[str, Format] = {
@@ -182,6 +170,11 @@ def _like(name: str) -> str:
     return "native" if bits > 12 else f"int{min(PLANES, key=lambda width: abs(width - bits))}"
 
 
+def expert_output(layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
+    """One expert's unweighted output y_RD, the plain way: decoded, then as the family computes."""
+    return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
+
+
 def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torch.dtype) -> Tensors:
     """An expert's tensors as the family computes with them; those encoded are decoded."""
     return {
@@ -191,8 +184,7 @@ def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torc
 
 
 def _decoded(matrix: GroupedMatrix, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
-    weight_RC = compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
+    weight_RC = decoded(matrix, dtype)
     return weight_RC.T if spec.inputs_first else weight_RC
 
 

@@ -30,6 +30,7 @@ LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 VERSION = 1  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
+FEW = 16  # tokens of a matrix; above, decoding it once and multiplying in torch is faster
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 Weight = Tensor | GroupedMatrix
 
@@ -154,6 +155,12 @@ def kernels(level: str | None = None) -> Kernels | None:
         return None
     best = int(library.moefit_best_level())
     return Kernels(library, LEVELS[min(best, LEVELS.index(cast(Level, wanted)))])
+
+
+def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights [O, I], by kernels where there are some."""
+    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
+    return compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
 
 
 def status() -> str:

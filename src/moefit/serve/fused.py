@@ -14,14 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from moefit.formats.format import NativeFormat
-from moefit.formats.kernels import NATIVE_DTYPES, Kernels, Mlp, kernels
+from moefit.formats.format import NativeFormat, expert_output
+from moefit.formats.kernels import FEW, NATIVE_DTYPES, Kernels, Mlp, kernels
 from moefit.moe.families import Layout
 from moefit.serve.slots import Slot
 
-# Tokens of one expert; above, multiplying in torch is faster, also if it must be decoded first.
-FEW = 16
-FEW_NATIVE = 4
+FEW_NATIVE = 4  # as `FEW`, where nothing must be decoded
 
 
 class FusedExperts:
@@ -60,7 +58,7 @@ class FusedExperts:
         for slot, rows_R in batch:
             if len(rows_R) > _few(slot):
                 x_RD = x_TD[rows_R // num_choices]
-                made_RD = slot.format.output(self._layout, slot.tensors, x_RD)
+                made_RD = expert_output(self._layout, slot.tensors, x_RD)
                 y_RD[rows_R] = made_RD.to(y_RD.dtype)
 
     def _mlp(self, slot: Slot) -> Mlp:

@@ -18,6 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from moefit.formats.format import expert_output
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.serve.counters import Counters
@@ -114,7 +115,7 @@ class ExpertInvoker:
         return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
-        return slot.format.output(self._block.layout, slot.tensors, x_RD)
+        return expert_output(self._block.layout, slot.tensors, x_RD)
 
     def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
         """Experts with their slots, residents first, if `together` all of them at once.

@@ -37,6 +37,11 @@ class Residency:
         return len(self._empty)
 
     @property
+    def empty_slots(self) -> Collection[int]:
+        """Their indices."""
+        return tuple(self._empty)
+
+    @property
     def filling(self) -> Collection[int]:
         """Experts on their way."""
         return self._filling.values()

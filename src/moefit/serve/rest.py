@@ -7,7 +7,7 @@ visible call replaces modules, one after the other, and says what it replaced.
 Shapes: T tokens, I input units, O output units, V vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import torch
@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from moefit.formats.encoders import encode
 from moefit.formats.format import GroupedFormat
-from moefit.formats.kernels import Argument, kernels
+from moefit.formats.kernels import FEW, Argument, decoded, kernels
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
 from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
 
-_FEW = 16  # tokens; above, decoding once and multiplying in torch is faster
 _SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
 
 
@@ -48,12 +47,12 @@ class GroupedLinear(nn.Module):
         """[.., I] -> [.., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
         compiled = kernels() if x.device.type == "cpu" else None
-        if compiled and x_TI.shape[0] <= _FEW:
+        if compiled and x_TI.shape[0] <= FEW:
             if self._argument is None:
                 self._argument = Argument(self.matrix)
             y_TO = compiled.linear(x_TI, self._argument).to(x.dtype)
         else:
-            y_TO = F.linear(x_TI, dense(self.matrix, x.dtype))
+            y_TO = F.linear(x_TI, decoded(self.matrix, x.dtype))
         if isinstance(self.bias, Tensor):
             y_TO = y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
@@ -84,12 +83,6 @@ class GroupedEmbedding(nn.Module):
             self.get_buffer("meta_RMG")[ids_T],
         )
         return rows.dense(self.dtype).view(*ids.shape, self.embedding_dim)
-
-
-def dense(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-    """The weights [O, I] in `dtype`."""
-    compiled = kernels() if matrix.codes_RB.device.type == "cpu" else None
-    return compiled.decode(matrix, dtype) if compiled else matrix.dense(dtype)
 
 
 def encodable(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
@@ -124,18 +117,21 @@ def encode_rest(
     Modules with one weight (tied embeddings) share its codes. Beside the model, one encoded matrix
     and some rows as float32 are in memory at a time.
     """
-    made: dict[int, GroupedMatrix] = {}
     found = encodable(model, blocks)
-    keep = [module.get_parameter("weight") for module in found.values()]  # ids stay unique
-    for name, module in found.items():
-        weight = module.get_parameter("weight")
-        if id(weight) not in made:
-            made[id(weight)] = encode(weight.detach(), format.bits, format.encoder)
-        model.set_submodule(name, _encoded(module, made[id(weight)], weight.dtype))
-        if not _used_later(weight, name, found):
-            weight.data = weight.new_empty(0)
-    del keep
+    for weight, names in _by_weight(found).items():
+        matrix = encode(weight.detach(), format.bits, format.encoder)
+        for name in names:
+            model.set_submodule(name, _encoded(found[name], matrix, weight.dtype))
+        weight.data = weight.new_empty(0)
     return tuple(found)
+
+
+def _by_weight(found: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:
+    """The modules' weights, each once, with the names of those that have it."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, module in found.items():
+        names.setdefault(module.get_parameter("weight"), []).append(name)
+    return names
 
 
 def _encoded(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn.Module:
@@ -143,11 +139,6 @@ def _encoded(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn
         return GroupedEmbedding(matrix, module.padding_idx, dtype)
     assert isinstance(module, nn.Linear)
     return GroupedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
-
-
-def _used_later(weight: Tensor, name: str, found: dict[str, nn.Module]) -> bool:
-    later = list(found)[list(found).index(name) + 1 :]
-    return any(found[other].get_parameter("weight") is weight for other in later)
 
 
 def largest_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:
@@ -161,14 +152,9 @@ def saved_bytes(
     model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock], itemsize: int
 ) -> int:
     """Bytes that encoding takes off the weights, before anything is loaded."""
-    weights = {
-        id(weight): weight
-        for module in encodable(model, blocks).values()
-        for weight in [module.get_parameter("weight")]
-    }
     return sum(
         weight.numel() * itemsize
         - codes_bytes(len(weight), weight.shape[1], format.bits)
         - meta_bytes(len(weight), weight.shape[1], format.bits)
-        for weight in weights.values()
+        for weight in _by_weight(encodable(model, blocks))
     )

@@ -143,8 +143,12 @@ class ServedModel:
                 self._upgrades.settle()
 
     def _room_for_upgrades(self, budget: MemoryBudget) -> int:
+        """What is left once all experts have a slot; while they have not, nothing is."""
         assert budget.total is not None, "precision auto has a budget"
-        return budget.total - budget.with_slots(budget.slots())
+        counts = budget.slots()
+        if any(n < block.num_experts for n, block in zip(counts, budget.blocks, strict=True)):
+            return 0
+        return budget.total - budget.with_slots(counts)
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
@@ -258,6 +262,8 @@ class ServedModel:
             assert room is None or held <= room, f"{held} bytes held, {room} may be"
             if self._tier is not None:
                 self._tier.check()
+            if self._upgrades:
+                self._upgrades.check()
 
     def close(self) -> None:
         """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""

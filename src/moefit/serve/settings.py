@@ -60,8 +60,8 @@ class LoadSettings:
                 f"a placement gives every block its formats, and so does precision "
                 f"{self.precision!r}; give one of the two"
             )
-        for name in (self.formats, self.rest_format):  # refuse what does not exist
-            name()
+        self.formats()  # these refuse names that do not exist
+        self.rest_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers"):

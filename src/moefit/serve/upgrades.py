@@ -8,7 +8,7 @@ lie in the ledger's staging. Whoever calls holds the lock of a step.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -68,11 +68,8 @@ class Upgrades:
         self._pending: list[_Pending] = []
         self._steps = 0
 
-    def fill(self, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Load every expert into slots that are still empty, at formats that treat all alike.
-
-        advance: called with the number of experts that have come.
-        """
+    def fill(self) -> None:
+        """Load every expert into slots that are still empty, at formats that treat all alike."""
         keys = list(self._ladders)
         smallest = sum(self._smallest(name) for name, _ in keys)
         wanted = allocate(self._ladders, dict.fromkeys(keys, 1.0), smallest + self.room)
@@ -85,10 +82,8 @@ class Upgrades:
             coming.append((name, index, self._transfer.load(name, expert, slots[index])))
             if len(coming) > 2 * self._transfer.readers:
                 self._arrive(*coming.popleft())
-                advance(1)
         for one in coming:
             self._arrive(*one)
-            advance(1)
 
     def _arrive(self, name: str, index: int, done: Future[float]) -> None:
         finish(done)
@@ -129,7 +124,8 @@ class Upgrades:
 
     def check(self) -> None:
         """Raise AssertionError if more bytes are taken than there may be."""
-        assert self.extra_bytes <= self.room or not self._pending, "bytes beyond the room"
+        held = self.extra_bytes + self._reserved()
+        assert held <= self.room, f"{held} bytes beyond the smallest formats, {self.room} may be"
 
     def _smallest(self, block: str) -> int:
         return self._ladders[block, 0][0].nbytes
@@ -232,7 +228,11 @@ class Upgrades:
             experts.slots[experts.residency.slot(expert)] = pending.slot
 
     def _shrink(self) -> None:
-        """Go down until the room is kept, waiting for each."""
+        """Go down until the room is kept, waiting for each; slots without an expert first."""
+        for name, experts in self._blocks.items():
+            for index in experts.residency.empty_slots:
+                if experts.slots[index].nbytes > self._smallest(name):
+                    experts.slots[index] = self._allocate(name, self._ladders[name, 0][0])
         for key, choice in self._changes():
             if self.extra_bytes <= self.room:
                 return

@@ -367,8 +367,8 @@ class VirtualExperts(nn.Module):
 
     @property
     def block_slot_bytes(self) -> int:
-        """Bytes of one slot of this block."""
-        return next(iter(self.slots.values())).nbytes
+        """Bytes of a slot of this block as it is new."""
+        return self.format.nbytes(self.block.layout.specs)
 
 
 def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[int, float]:
