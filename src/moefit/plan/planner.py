@@ -103,9 +103,16 @@ class Planner:
         points = self._fitting(
             [point for some in rooms for point in allocated(self._models, some)], memory
         )
-        first = pareto(points)
         if self._search if search is None else search:
-            points += self._fitting(genetic.evolved(self._models, rooms[0], first), memory)
+            more = genetic.evolved(self._models, rooms[0], pareto(points))
+            points += self._fitting(more, memory)
+        return pareto(points)
+
+    def front_of_slots(self, nbytes: int, *, rest: str = "native") -> list[Point]:
+        """The same, if only the slots' bytes are bounded; empty if nothing fits."""
+        points = allocated(self._models, {rest: nbytes})
+        if self._search:
+            points += genetic.evolved(self._models, {rest: nbytes}, pareto(points))
         return pareto(points)
 
     def plan(self, memory: int, promise: Promise | None = None) -> tuple[Plan, list[Point]]:
