@@ -72,7 +72,7 @@ def main() -> None:
         show(name, results[name])
     if arguments.save:
         notes = (
-            "loss: perplexity over that of the full model on the same tokens, less one; divergence: KL "
+            "loss: perplexity over the full model's on the same tokens, less one; divergence: KL "
             "of the full model's output to it, nats a token; bytes: of slots, over those of all "
             "experts in bfloat16; measured on other windows of the text than the profile's"
         )
