@@ -3,9 +3,17 @@
 import math
 import random
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import torch
+from tiny_served import tiny
+from transformers import PreTrainedModel
+
 from moefit.formats.error import GAUSSIAN
+from moefit.formats.format import FORMATS as ALL_FORMATS
+from moefit.formats.format import weights_in
+from moefit.moe.families import find_blocks
 from moefit.plan.chosen import compare_quality
 from moefit.plan.configuration import Configuration
 from moefit.plan.curves import make_curves
@@ -32,23 +40,34 @@ BITS = {"native": 16, "int8": 8.5, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3"
 FIRST, MIDDLE, LAST = (f"model.layers.{number}.mlp.experts" for number in range(3))
 SENSITIVITY = {FIRST: 0.6, MIDDLE: 0.03, LAST: 0.1}
 SECONDS = (0.004, 1.1, 0.7, 1.2, 0.2)
-WEIGHTS = 64 * 1024
+
+
+@cache
+def planned_model() -> PreTrainedModel:
+    """The model that the profile pretends to be of."""
+    return tiny(
+        "Mixtral", num_hidden_layers=3, hidden_size=128, intermediate_size=160,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
 
 
 def shapes(num_experts: int = EXPERTS) -> dict[str, BlockShape]:
     return {name: facts.shape for name, facts in _blocks(num_experts).items()}
 
 
+@cache
 def _blocks(num_experts: int) -> dict[str, BlockFacts]:
+    found = {block.name: block.layout.specs for block in find_blocks(planned_model())}
+    assert list(found) == list(SENSITIVITY)
     return {
         name: BlockFacts(
             name=name,
             num_experts=num_experts,
-            weights=WEIGHTS,
-            slot_bytes={f: int(BITS[f] * WEIGHTS / 8) // 4096 * 4096 for f in FORMATS},
+            weights=weights_in(specs),
+            slot_bytes={f: ALL_FORMATS[f].nbytes(specs) for f in FORMATS},
             errors={f: [GAUSSIAN[f]] * num_experts for f in FORMATS},
         )
-        for name in SENSITIVITY
+        for name, specs in found.items()
     }
 
 
@@ -66,6 +85,7 @@ def walk(num_experts: int = EXPERTS, tokens: int = 200, seed: int = 0) -> list[S
     return steps
 
 
+@cache
 def profile(*, noise: float = 0.0, seed: int = 0) -> Profile:
     """A finished profile whose samples obey known laws, up to a relative noise."""
     blocks = _blocks(EXPERTS)
@@ -91,7 +111,7 @@ def profile(*, noise: float = 0.0, seed: int = 0) -> Profile:
             "cold": 2e-3 * BITS[name],
             "warm": 4e-4 * BITS[name],
             "packed": True,
-            "nbytes": int(BITS[name] * WEIGHTS / 8),
+            "nbytes": blocks[FIRST].slot_bytes[name],
         }
     items |= {f"rest/{name}": {"seconds": 0.01 if name == "native" else 0.007} for name in RESTS}
     known = knowledge_of(Profile(facts=facts, items=items))

@@ -1,5 +1,3 @@
-from functools import cache
-
 import numpy as np
 import pytest
 from planned import FIRST, LAST, MIDDLE, SENSITIVITY, law_of_loss, law_of_time, profile, unseen
@@ -11,7 +9,7 @@ from moefit.plan.latency import fit_latency
 from moefit.plan.network import fit_network
 from moefit.plan.profile import Profile
 
-measured = cache(profile)
+measured = profile
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, K, walk
 
@@ -18,6 +18,7 @@ SLOTS = st.integers(1, EXPERTS)
 SEEDS = st.integers(0, 50)
 
 
+@settings(deadline=None)
 @given(st.integers(K, EXPERTS), SEEDS)
 def test_exact_misses_as_the_cache_simulator_does(slots: int, seed: int) -> None:
     steps = walk(tokens=60, seed=seed)
@@ -26,6 +27,7 @@ def test_exact_misses_as_the_cache_simulator_does(slots: int, seed: int) -> None
     assert replay_exact(steps, EXPERTS, slots).misses * len(steps) == pytest.approx(count.misses)
 
 
+@settings(deadline=None)
 @given(SLOTS, SEEDS, st.floats(0, 1))
 def test_bounded_moves_at_most_its_bound_and_reads_no_more_than_exact(
     slots: int, seed: int, bound: float
@@ -37,6 +39,7 @@ def test_bounded_moves_at_most_its_bound_and_reads_no_more_than_exact(
         assert found == replay_exact(steps, EXPERTS, slots)
 
 
+@settings(deadline=None)
 @given(SEEDS)
 def test_with_all_experts_nothing_is_moved_and_each_is_read_once(seed: int) -> None:
     steps = walk(tokens=60, seed=seed)
@@ -48,6 +51,7 @@ def test_with_all_experts_nothing_is_moved_and_each_is_read_once(seed: int) -> N
         assert found.misses * len(steps) == pytest.approx(used)
 
 
+@settings(deadline=None)
 @given(SLOTS, SEEDS)
 def test_virtual_waits_only_while_slots_are_empty(slots: int, seed: int) -> None:
     steps = walk(tokens=60, seed=seed)

@@ -7,8 +7,9 @@ so that an allocator may choose them one by one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moefit.plan.configuration import Configuration
 from moefit.plan.curves import at, policy_key
-from moefit.plan.experiments import FORMATS, BlockShape, policies, slot_counts
+from moefit.plan.experiments import FORMATS, BlockShape, Shapes, policies, slot_counts
 from moefit.plan.features import Knowledge
 from moefit.plan.latency import LatencyModel
 from moefit.plan.quality import AdditiveModel
@@ -92,6 +93,13 @@ def placement_bytes(placement: BlockPlacement, shape: BlockShape) -> int:
     if not placement.by_expert:
         return placement.slots * shape.slot_bytes[placement.formats[0]]
     return sum(shape.slot_bytes[format] for format in placement.formats)
+
+
+def placed_bytes(configuration: Configuration, shapes: Shapes) -> int:
+    """Bytes of all slots."""
+    return sum(
+        placement_bytes(configuration.placement[name], shape) for name, shape in shapes.items()
+    )
 
 
 def mixtures_of(name: str, knowledge: Knowledge, power: float) -> list[BlockPlacement]:

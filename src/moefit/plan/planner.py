@@ -5,9 +5,8 @@ run, and of what they find the promise chooses. Knows nothing of how anything is
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -19,13 +18,12 @@ from moefit.plan.configuration import Configuration, uniform
 from moefit.plan.experiments import FORMATS, RESTS
 from moefit.plan.features import Knowledge, knowledge_of
 from moefit.plan.latency import LatencyModel, fit_latency
-from moefit.plan.options import policy_choices
+from moefit.plan.options import placed_bytes, policy_choices
 from moefit.plan.plan_file import Plan, Prediction
 from moefit.plan.profile import Profile
 from moefit.plan.search import Models, Point, allocated, pareto
 from moefit.serve.budget import MemoryBudget, format_bytes
 from moefit.serve.ledger import held_bytes
-from moefit.serve.placement import BlockPlacement
 from moefit.serve.reckon import ledger
 from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import Skeleton
@@ -73,6 +71,11 @@ class Planner:
         self._models = Models(self.quality, self.latency, policy_choices())
         self._search = search
         self._simple = {rest: self._simple_ledgers(rest) for rest in RESTS}
+        self._plain = [
+            self._models.judged(one, placed_bytes(one, self.knowledge.shapes), "one format for all")
+            for rest in RESTS
+            for one in self._simple_configurations(rest)
+        ]
 
     @property
     def searched_by(self) -> str:
@@ -100,9 +103,8 @@ class Planner:
                 "context"
             )
         rooms = self._rooms(memory)
-        points = self._fitting(
-            [point for some in rooms for point in allocated(self._models, some)], memory
-        )
+        proposed = [point for some in rooms for point in allocated(self._models, some)]
+        points = self._fitting([*self._plain, *proposed], memory)
         if self._search if search is None else search:
             more = genetic.evolved(self._models, rooms[0], pareto(points))
             points += self._fitting(more, memory)
@@ -147,13 +149,18 @@ class Planner:
         )
 
     def over_budgets(self, count: int = 10) -> Iterator[tuple[int, list[Point]]]:
-        """Budgets from the floor to everything, evenly in ratio of slots' bytes, and fronts."""
+        """Budgets from the floor to everything, evenly in ratio of slots' bytes, and fronts.
+
+        What fits a smaller budget fits a larger one, so no front is behind the one before.
+        """
         low, high = self.floor(), self.everything()
         fixed = min(one.fixed for some in self._simple.values() for one in some)
+        known: list[Point] = []
         for number in range(count):
             share = number / max(1, count - 1)
             memory = round(fixed + (low - fixed) * ((high - fixed) / (low - fixed)) ** share)
-            yield memory, self.front(memory, search=False)
+            known = pareto([*known, *self.front(max(low, memory), search=False)])
+            yield memory, known
 
     def smallest_budget(self, max_loss: float) -> int | None:
         """The least budget with a configuration of at most this loss, within half a percent."""
@@ -265,15 +272,24 @@ class Planner:
 
     def _fitting(self, points: Sequence[Point], memory: int) -> list[Point]:
         """Those whose ledger, reckoned as loading does, is within the budget."""
-        known: dict[Any, int] = {}
+        known: dict[Hashable, int] = {}
         kept: list[Point] = []
         for point in points:
-            key = _staging_key(point.configuration)
+            key = self._staging_key(point.configuration)
             if key not in known:
                 known[key] = self._ledger(point.configuration).fixed
             if known[key] + point.nbytes + SLACK <= memory:
                 kept.append(point)
         return kept
+
+    def _staging_key(self, configuration: Configuration) -> Hashable:
+        """What fixed bytes depend on: formats by block, and which blocks have fewer seats."""
+        experts = self.profile.experts
+        blocks = tuple(
+            (name, one.slots < experts[name], *sorted(set(one.formats)))
+            for name, one in configuration.placement.items()
+        )
+        return configuration.rest, blocks
 
     def _ledger(self, configuration: Configuration, context: int | None = None) -> MemoryBudget:
         settings = LoadSettings(
@@ -285,14 +301,17 @@ class Planner:
         )
         return replace(ledger(self._skeleton, settings), process=self._process)
 
-    def _simple_ledgers(self, rest: str) -> list[MemoryBudget]:
-        """Of the same format for all, with one slot a block and with all."""
+    def _simple_configurations(self, rest: str) -> list[Configuration]:
+        """The same format for all, with one slot a block and with all; one is the smallest."""
         experts = self.profile.experts
         return [
-            self._ledger(uniform(experts, format, slots, rest=rest))
+            uniform(experts, format, slots, rest=rest)
             for format in FORMATS
             for slots in (dict.fromkeys(experts, 1), experts)
         ]
+
+    def _simple_ledgers(self, rest: str) -> list[MemoryBudget]:
+        return [self._ledger(one) for one in self._simple_configurations(rest)]
 
     def _rooms(self, memory: int) -> list[dict[str, int]]:
         """Bytes for slots by rest format: if nothing is staged beside them, and if most is.
@@ -311,12 +330,3 @@ def needed(budget: MemoryBudget) -> int:
     """Bytes in all of a ledger with planned slots."""
     assert budget.planned is not None
     return budget.fixed + budget.planned.nbytes
-
-
-def _staging_key(configuration: Configuration) -> Any:
-    """What fixed bytes depend on: formats in use, and which blocks have empty seats."""
-    blocks: Mapping[str, BlockPlacement] = configuration.placement
-    return (
-        configuration.rest,
-        tuple(sorted({(name, *sorted(set(one.formats))) for name, one in blocks.items()})),
-    )

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def write_profile(profile: Profile, path: Path) -> None:
         part.write_text(json.dumps(values), encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise CheckpointError(
             f"cannot write the profile {path}: {error.strerror or error}; make room, or set "
             "XDG_CACHE_HOME to a folder that can be written to"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moefit.plan.chosen import QualityModel
 from moefit.plan.configuration import Configuration
+from moefit.plan.experiments import Shapes
 from moefit.plan.latency import LatencyModel
 from moefit.plan.options import Option, PolicyChoice, mixtures_of, options_of
 from moefit.serve.precision import Choice, allocate, ladder
@@ -74,6 +75,7 @@ class Models:
             )
             for policy in policies
         ]
+        self.seated = _seated(self.fields[0], knowledge.shapes)
 
     def judged(self, configuration: Configuration, nbytes: int, found_by: str) -> Point:
         """By the models proper."""
@@ -91,14 +93,25 @@ def allocated(models: Models, rooms: Mapping[str, int]) -> list[Point]:
     scale = _typical_rate(models)
     found: list[Point] = []
     for rest, room in rooms.items():
-        for field in models.fields:
+        for field in (models.seated, *models.fields):
             for rate in _RATES:
-                chosen = _allocate(field, rate * scale, room)
+                chosen = chosen_within(field, rate * scale, room)
                 if chosen is not None:
                     nbytes = sum(one.nbytes for one in chosen.values())
                     configuration = field.configuration(chosen, rest)
                     found.append(models.judged(configuration, nbytes, "allocator"))
     return found
+
+
+def _seated(field: Field, shapes: Shapes) -> Field:
+    """With a slot for every expert: nothing is ever fetched, so that quality need not pay time."""
+    return Field(
+        policy=field.policy,
+        options={
+            name: [one for one in some if one.placement.slots == shapes[name].num_experts]
+            for name, some in field.options.items()
+        },
+    )
 
 
 def _typical_rate(models: Models) -> float:
@@ -109,7 +122,7 @@ def _typical_rate(models: Models) -> float:
     return nats / max(seconds, 1e-9)
 
 
-def _allocate(field: Field, rate: float, room: int) -> dict[str, Option] | None:
+def chosen_within(field: Field, rate: float, room: int) -> dict[str, Option] | None:
     """One option a block, of least nats + rate * seconds in sum; None if nothing fits."""
     ladders = {
         name: ladder(
