@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_served import saved, tiny, tokens
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moefit
 from moefit.errors import UnsupportedModelError
@@ -75,12 +76,10 @@ def test_where_memory_is_short_the_results_are_the_same(profile: Profile, model:
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.SwitchTransformersConfig(
+    config = SwitchTransformersConfig(
         vocab_size=61, d_model=32, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
-        d_kv=8, num_experts=4,
+        d_kv=8, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
     )  # fmt: skip
-    folder = saved(transformers.SwitchTransformersForConditionalGeneration(config), tmp_path)
+    folder = saved(SwitchTransformersForConditionalGeneration(config), tmp_path)
     with pytest.raises(UnsupportedModelError, match="only decoders"):
         Profiler(Subject(folder=folder), WINDOWS, text="random")

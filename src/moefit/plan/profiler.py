@@ -72,7 +72,7 @@ class Profiler:
         self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
-        self._room = memory or int(_SHARE * _free_memory())
+        self._room = memory or max(1, int(_SHARE * _free_memory()))
         self._reference: Reference | None = None
 
     def run(self, progress: Progress | None = None) -> Profile:
