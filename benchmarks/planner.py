@@ -50,7 +50,6 @@ from moefit.plan.profiler import Profiler
 from moefit.plan.reference import Reference, make_reference
 from moefit.plan.running import Subject, fill
 from moefit.plan.samples import Sample, Steps, measure_steps, measure_wide
-from moefit.plan.search import Point
 from moefit.serve.baselines import fix_residents
 from moefit.serve.packing import pack
 from moefit.serve.placement import BlockPlacement
@@ -187,7 +186,7 @@ class Study:
                     for name in self.shapes
                 },
                 rest=rest,
-                mode=mode,  # pyright: ignore[reportArgumentType]
+                mode=mode,
                 bound=generator.choice((0.1, 0.3, 0.5)) if mode == "bounded" else 0.0,
                 every=generator.choice((1, 8)) if mode == "virtual" else 1,
             )
@@ -224,8 +223,10 @@ class Study:
                 },
             }.items():
                 yield Rule(name=name, configuration=by_loudness(self.shapes, shares, bits))
+        if still := self.planner.front_of_slots(room, fetching=False):
+            best = min(still, key=lambda one: one.loss)
+            yield Rule(name="planned", configuration=best.configuration)
         front = self.planner.front_of_slots(room)
-        yield Rule(name="planned", configuration=self._without_fetching(front).configuration)
         good = [one for one in front if one.loss <= DEFAULT_LOSS]
         if good:
             free = min(good, key=lambda one: one.seconds)
@@ -244,13 +245,6 @@ class Study:
             if format == "native":
                 for fixed in ("frequency", "random"):
                     yield Rule(name=f"fixed by {fixed}", configuration=configuration, fixed=fixed)
-
-    def _without_fetching(self, front: list[Point]) -> Point:
-        """The best that waits for storage no more than uniform virtual experts do."""
-        still = [
-            one for one in front if sum(self.planner.knowledge.misses(one.configuration)) < 0.05
-        ]
-        return min(still or front, key=lambda one: one.loss)
 
     def _bytes(self, share: float) -> int:
         return round(share * self._all_in("native"))

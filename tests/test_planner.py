@@ -12,6 +12,7 @@ from tiny_served import saved, tokens
 
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.plan.configuration import uniform
 from moefit.plan.plan_file import Plan, read_plan, refuse_other, write_plan
 from moefit.plan.planner import Planner, Promise, needed
 from moefit.plan.search import Point
@@ -49,6 +50,24 @@ def test_more_memory_never_costs() -> None:
     losses = [min(one.loss for one in front) for front in fronts]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(0, abs=1e-3)
+
+
+def test_without_fetching_there_is_nothing_to_wait_for() -> None:
+    known = planner().knowledge
+    room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
+    still = planner().front_of_slots(room, fetching=False)
+    assert still and all(sum(known.misses(one.configuration)) < 0.05 for one in still)
+    best = min(one.loss for one in still)
+    assert best <= planner().quality.loss(uniform(planner().profile.experts, "int4")) + 1e-6
+
+
+def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
+    machine = {**planner().profile.facts.machine, "memory": planner().everything()}
+    done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
+    tight = Planner(planner()._skeleton, done, context=CONTEXT, search=False)
+    floor = planner().floor()
+    warm, cold = planner().front(floor)[0], tight.front(tight.floor())[0]
+    assert cold.seconds > warm.seconds
 
 
 def test_promises_are_kept_by_what_is_predicted() -> None:

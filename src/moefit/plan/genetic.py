@@ -47,13 +47,12 @@ def evolved(
         def _do(self, _: Any, x_NV: np.ndarray, *, random_state: Any, **__: Any) -> np.ndarray:
             return coding.redrawn(x_NV, random_state)
 
-    algorithm = NSGA2(
-        pop_size=_POPULATION,
-        sampling=coding.population(front, seed),
-        crossover=UniformCrossover(),
-        mutation=Redrawn(),
-        eliminate_duplicates=True,
-    )
+    operators: dict[str, Any] = {  # pymoo's annotations name its defaults' classes only
+        "sampling": coding.population(front, seed),
+        "crossover": UniformCrossover(),
+        "mutation": Redrawn(),
+    }
+    algorithm = NSGA2(pop_size=_POPULATION, eliminate_duplicates=True, **operators)
     result = minimize(Problem(), algorithm, ("n_gen", _GENERATIONS), seed=seed, verbose=False)
     if result.X is None:
         return []

@@ -29,6 +29,7 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import Skeleton
 
 SLACK = 8 << 20  # bytes that loading in another process may differ by
+_STILL = 0.05  # experts a token that are waited for, where none shall be
 DEFAULT_LOSS = 0.02  # what is promised where nobody asks for anything
 
 
@@ -69,6 +70,7 @@ class Planner:
         self.quality: QualityModel = fit_quality(profile, self.knowledge)
         self.latency: LatencyModel = fit_latency(profile, self.knowledge)
         self._models = Models(self.quality, self.latency, policy_choices())
+        self._cold_models: Models | None = None
         self._search = search
         self._simple = {rest: self._simple_ledgers(rest) for rest in RESTS}
         self._plain = [
@@ -102,20 +104,44 @@ class Planner:
                 f"planned in, {format_bytes(floor)}; give at least {floor} bytes, or a shorter "
                 "context"
             )
-        rooms = self._rooms(memory)
-        proposed = [point for some in rooms for point in allocated(self._models, some)]
-        points = self._fitting([*self._plain, *proposed], memory)
+        rooms, models = self._rooms(memory), self._models_beside(memory)
+        plain = [models.judged(one.configuration, one.nbytes, one.found_by) for one in self._plain]
+        proposed = [point for some in rooms for point in allocated(models, some)]
+        points = self._fitting([*plain, *proposed], memory)
         if self._search if search is None else search:
-            more = genetic.evolved(self._models, rooms[0], pareto(points))
+            more = genetic.evolved(models, rooms[0], pareto(points))
             points += self._fitting(more, memory)
         return pareto(points)
 
-    def front_of_slots(self, nbytes: int, *, rest: str = "native") -> list[Point]:
-        """The same, if only the slots' bytes are bounded; empty if nothing fits."""
-        points = allocated(self._models, {rest: nbytes})
+    def front_of_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
+        """The same, if only the slots' bytes are bounded; empty if nothing fits.
+
+        fetching False: only what waits for no expert, but at most for one in twenty tokens.
+        """
+        room = {RESTS[0]: nbytes}
+        points = self._of_kind(allocated(self._models, room), fetching=fetching)
         if self._search:
-            points += genetic.evolved(self._models, {rest: nbytes}, pareto(points))
+            more = genetic.evolved(self._models, room, pareto(points))
+            points += self._of_kind(more, fetching=fetching)
         return pareto(points)
+
+    def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
+        return [
+            one
+            for one in points
+            if fetching or sum(self.knowledge.misses(one.configuration)) < 0.05
+        ]
+
+    def _models_beside(self, memory: int) -> Models:
+        """Where the page cache beside a budget cannot hold the experts' files, loads are cold."""
+        shapes = self.knowledge.shapes.values()
+        files = sum(one.slot_bytes[FORMATS[0]] * one.num_experts for one in shapes)
+        if files <= self.profile.facts.machine["memory"] - memory:
+            return self._models
+        if self._cold_models is None:
+            cold = fit_latency(self.profile, self.knowledge, cold=True)
+            self._cold_models = Models(self.quality, cold, policy_choices())
+        return self._cold_models
 
     def plan(self, memory: int, promise: Promise | None = None) -> tuple[Plan, list[Point]]:
         """The plan for a budget, and the front that it was chosen from.

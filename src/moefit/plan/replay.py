@@ -8,7 +8,7 @@ the full model's, whatever earlier blocks have moved.
 Shapes: T tokens, E experts, K chosen per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
@@ -135,18 +135,17 @@ def replay_virtual(
     return _means(sums, len(steps))
 
 
-def replaceable(step: Step, residents: object, bound: float, protected: int) -> list[int]:
+def replaceable(step: Step, residents: Collection[int], bound: float, protected: int) -> list[int]:
     """Chosen experts that may be given up, in the order of the choice.
 
     >>> step = Step(chosen=[0, 1, 2], weights=[0.6, 0.3, 0.1], scores=[3, 2, 1, 0])
     >>> replaceable(step, {0, 3}, 0.2, 1)
     [2]
     """
-    here = residents if isinstance(residents, set | dict) else set(residents)  # pyright: ignore
     total = sum(step.weights)
     pairs = list(zip(step.chosen, step.weights, strict=True))
     by_weight = sorted(range(len(pairs)), key=lambda k: -pairs[k][1])
-    open_ones = [k for k in by_weight[protected:] if pairs[k][0] not in here]
+    open_ones = [k for k in by_weight[protected:] if pairs[k][0] not in residents]
     lost: set[int] = set()
     spent = 0.0
     for k in reversed(open_ones):
@@ -157,9 +156,9 @@ def replaceable(step: Step, residents: object, bound: float, protected: int) -> 
     return [pairs[k][0] for k in sorted(lost)]
 
 
-def substitutes(step: Step, residents: object, count: int) -> list[int]:
+def substitutes(step: Step, residents: Collection[int], count: int) -> list[int]:
     """The best residents that the token does not use yet."""
-    free = [e for e in residents if e not in step.chosen]  # pyright: ignore
+    free = [e for e in residents if e not in step.chosen]
     return sorted(free, key=lambda e: (-step.scores[e], e))[:count]
 
 

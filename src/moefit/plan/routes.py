@@ -52,7 +52,7 @@ def _listening(served: ServedModel, steps: dict[str, list[Step]]) -> Iterator[No
         def hear(module: VirtualExperts, args: tuple[Tensor, ...], name: str = name) -> None:
             steps[name] += _steps(module, *args)
 
-        hooks.append(experts.register_forward_pre_hook(hear))  # pyright: ignore[reportArgumentType]
+        hooks.append(experts.register_forward_pre_hook(hear))
     try:
         yield
     finally:

@@ -70,7 +70,9 @@ def ledger(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
         ),
-        planned=settings.placement and _planned(settings.placement, skeleton, device),
+        planned=None
+        if settings.placement is None
+        else _planned(settings.placement, skeleton, device),
     )
 
 
