@@ -126,11 +126,10 @@ class Planner:
         return pareto(points)
 
     def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
-        return [
-            one
-            for one in points
-            if fetching or sum(self.knowledge.misses(one.configuration)) < 0.05
-        ]
+        if fetching:
+            return list(points)
+        misses = self.knowledge.misses
+        return [one for one in points if sum(misses(one.configuration)) < _STILL]
 
     def _models_beside(self, memory: int) -> Models:
         """Where the page cache beside a budget cannot hold the experts' files, loads are cold."""
