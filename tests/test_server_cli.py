@@ -35,7 +35,7 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_without_anything_the_reference_model_on_loopback(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, (room, _), engine, settings),) = given
+    ((model, (room, *_), engine, settings),) = given
     assert (model, room.memory, room.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
@@ -51,7 +51,7 @@ def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Pa
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
-    ((model, (room, misses), engine, settings),) = given
+    ((model, (room, misses, _planned), engine, settings),) = given
     assert (settings.port, room.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, misses.mode) == ("from-file", 3, "virtual")
     assert settings.origins == ("https://a.example", "https://b.example")
@@ -71,7 +71,7 @@ def test_every_option_has_a_variable(given) -> None:
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
-    ((_, (room, misses), engine, settings),) = given
+    ((_, (room, misses, _planned), engine, settings),) = given
     assert (room.memory, room.host_memory, misses.mode) == ("3GiB", "1GiB", "bounded")
     assert (misses.prefill, misses.bound, room.precision) == ("bounded", 0.2, "int4")
     assert (room.rest, room.context, room.device) == ("int8", 99, "cuda")

@@ -1,6 +1,16 @@
 """The command line: parse, call, print."""
 
-from moefit.cli import chat, evaluating, models, packing, server, training
+from moefit.cli import chat, evaluating, models, packing, planning, server, training
 from moefit.cli.app import app, main
 
-__all__ = ["app", "chat", "evaluating", "main", "models", "packing", "server", "training"]
+__all__ = [
+    "app",
+    "chat",
+    "evaluating",
+    "main",
+    "models",
+    "packing",
+    "planning",
+    "server",
+    "training",
+]

@@ -8,6 +8,7 @@ import typer
 
 from moefit.cli.app import app, say
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.server import ApiKey
 from moefit.cli.serving import load_served
 from moefit.engine.engine import Engine
@@ -36,17 +37,18 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
     room: Room = ROOM,
     misses: Misses = MISSES,
+    planned: Planned = NOTHING_PLANNED,
 ) -> None:
     """Answers go to standard output as they come."""
     manner = Manner(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if url is not None:
-        if model is not None or room.wanted or misses.wanted:
+        if model is not None or room.wanted or misses.wanted or planned.wanted:
             raise ConfigError("the server at --url has its model and memory; give one or the other")
         _talk(RemotePartner(Client(url, api_key)), manner, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
-    with load_served(model, room, misses) as served:
+    with load_served(model, room, misses, planned) as served:
         engine = Engine(served)
         engine.start()
         try:

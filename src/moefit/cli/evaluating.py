@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, Misses, Room, spread
+from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import load_served, loading, use_rule
 from moefit.evaluate.loading import REFERENCE, load
 from moefit.evaluate.passage import held_out_text, text_of_file
@@ -54,6 +55,7 @@ def evaluate(
     ] = None,
     room: Room = _WINDOW,
     misses: Misses = MISSES,
+    planned: Planned = NOTHING_PLANNED,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -64,17 +66,17 @@ def evaluate(
 ) -> None:
     """Every rule on the same windows; in a budget or mode, step by step against all experts."""
     rules = [Rule.parse(one) for one in rule or []]
-    if not (room.wanted or misses.wanted or baseline):
+    if not (room.wanted or misses.wanted or planned.wanted or baseline):
         loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
         passage = _passage(text, tokenizer, room.context, max_tokens)
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)
         return
     with ExitStack() as stack:
-        served = stack.enter_context(load_served(model, room, misses))
+        served = stack.enter_context(load_served(model, room, misses, planned))
         use_rule(served, rules)
         passage = _passage(text, served.tokenizer, room.context, max_tokens or 2048)
-        reference = _reference(served, room)
+        reference = _reference(served, room, planned)
         if reference.model is not None:
             use_rule(stack.enter_context(reference.model), rules)
         name = _fix(served, passage, baseline, residency)
@@ -111,16 +113,17 @@ class _Reference:
     words: str
 
 
-def _reference(served: ServedModel, room: Room) -> _Reference:
+def _reference(served: ServedModel, room: Room, planned: Planned) -> _Reference:
     """The checkpoint's own precision, where there is room for it too."""
-    if room.is_native:
+    if room.is_native and not planned.wanted:
         return _Reference(None, NATIVE_PRECISION, "all experts")
     with loading():
         twin = native_twin(served, LoadSettings(**room.settings()))
     if twin is not None:
         return _Reference(twin, NATIVE_PRECISION, "all experts in native precision")
-    words = f"itself, all experts in {room.precision} (no room beside it for native precision)"
-    return _Reference(None, room.precision, words)
+    precision = "the plan's formats" if planned.wanted else room.precision
+    words = f"itself, all experts in {precision} (no room beside it for native precision)"
+    return _Reference(None, precision, words)
 
 
 def _fix(served: ServedModel, text: Text, baseline: BaselineName | None, residency: str) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import ledger_table, load_served, speed_table, use_rule
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
@@ -44,6 +45,7 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     room: Room = ROOM,
     misses: Misses = MISSES,
+    planned: Planned = NOTHING_PLANNED,
 ) -> None:
     """Writes the continuation to standard output as it comes."""
     sampling: dict[str, Any] = {"do_sample": False}
@@ -51,8 +53,8 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
-    if room.wanted or misses.wanted:
-        with load_served(model, room, misses) as served:
+    if room.wanted or misses.wanted or planned.wanted:
+        with load_served(model, room, misses, planned) as served:
             use_rule(served, [Rule.parse(rule)] if rule else [])
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
@@ -150,6 +152,7 @@ def bench(
     model: Model,
     room: Room = ROOM,
     misses: Misses = MISSES,
+    planned: Planned = NOTHING_PLANNED,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
@@ -157,7 +160,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
-    with load_served(model, room, misses, eviction=eviction) as served:
+    with load_served(model, room, misses, planned, eviction=eviction) as served:
         bandwidth = measure_bandwidth(served.folder)
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(

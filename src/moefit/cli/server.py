@@ -11,6 +11,7 @@ from rich.table import Table
 from moefit.cli.app import Json, app, print_json, say, stopped
 from moefit.cli.config_file import ConfigFile
 from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
+from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import load_served
 from moefit.engine.engine import Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
@@ -43,6 +44,7 @@ def serve(
     config: ConfigFile = None,
     room: Room = ROOM,
     misses: Misses = MISSES,
+    planned: Planned = NOTHING_PLANNED,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[
@@ -89,7 +91,7 @@ def serve(
         connections=max_connections,
         drain_seconds=drain_seconds,
     )
-    _serve(model, (room, misses), engine, server)
+    _serve(model, (room, misses, planned), engine, server)
 
 
 def public_name(model: str) -> str:
@@ -100,7 +102,7 @@ def public_name(model: str) -> str:
 
 def _serve(
     model: str,
-    asked: tuple[Room, Misses],
+    asked: tuple[Room, Misses, Planned],
     engine_settings: EngineSettings,
     settings: ServerSettings,
 ) -> None:

@@ -18,11 +18,13 @@ from rich.table import Table
 from moefit.api import load
 from moefit.cli.app import console, say
 from moefit.cli.options import Misses, Room
+from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.backend import backend_status
 from moefit.moe.routing import Rule
+from moefit.plan.report import in_a_line
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.loading import Progress
 from moefit.serve.reckon import Beginning
@@ -30,10 +32,44 @@ from moefit.serve.served import ServedModel
 from moefit.serve.settings import NATIVE_PRECISION
 
 
-def load_served(model: str, room: Room, misses: Misses, **settings: Any) -> ServedModel:
+def load_served(
+    model: str, room: Room, misses: Misses, planned: Planned = NOTHING_PLANNED, **settings: Any
+) -> ServedModel:
     """Load and say what it takes; `settings` as of `moefit.load`."""
+    if planned.wanted:
+        return _load_planned(model, room, misses, planned, **settings)
     with loading() as progress:
         served = load(model, **room.settings(), **misses.settings(), **settings, progress=progress)
+    _remark(served, model, room)
+    return served
+
+
+def _load_planned(
+    model: str, room: Room, misses: Misses, planned: Planned, **settings: Any
+) -> ServedModel:
+    """By a plan, which decides mode and formats."""
+    encoded = {
+        name: None if value == NATIVE_PRECISION else value
+        for name, value in (("precision", room.precision), ("rest", room.rest))
+    }
+    refuse_beside_plan(mode=misses.mode, prefill=misses.prefill, dtype=room.dtype, **encoded)
+    with console.status("planning"):
+        plan = planned.plan_for(model, room)
+    say(f"plan: {in_a_line(plan)}")
+    chosen = {"host_memory": room.host_memory, "device": room.device, **settings, **plan.settings()}
+    if room.memory is not None:
+        chosen["memory"] = room.memory
+    with loading() as progress:
+        served = load(model, **chosen, progress=progress)
+    if plan.rule is not None:
+        use_rule(served, [Rule.parse(plan.rule)])
+    say_packing(plan, model)
+    _remark(served, model, room)
+    return served
+
+
+def _remark(served: ServedModel, model: str, room: Room) -> None:
+    """Say what it takes, and what would make it faster."""
     say(_summary(served, room.precision))
     for remark in served.report()["packed_ignored"][:3]:
         say(f"note: {remark}")
@@ -43,7 +79,6 @@ def load_served(model: str, room: Room, misses: Misses, **settings: Any) -> Serv
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
         )
-    return served
 
 
 def use_rule(served: ServedModel, rules: Sequence[Rule]) -> None:

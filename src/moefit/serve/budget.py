@@ -89,13 +89,22 @@ class BlockNeeds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSlots:
+    """Slots per block that a planner has chosen, and the bytes that they take together."""
+
+    counts: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
     """Bytes by part. `total` None means: as much as everything resident takes.
 
     `process` is what interpreter and libraries hold when loading begins; `weights` all that is no
     expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
     workspace are reckoned for, over all sequences; None if nobody reckoned. `host` is no part of
-    it: the bound of experts in host memory where the budget is a GPU's, else None.
+    it: the bound of experts in host memory where the budget is a GPU's, else None. `planned` takes
+    the place of equal shares in any total that it fits.
     """
 
     total: int | None
@@ -107,6 +116,7 @@ class MemoryBudget:
     blocks: tuple[BlockNeeds, ...]
     context: int | None = None
     host: int | None = None
+    planned: PlannedSlots | None = None
 
     @property
     def fixed(self) -> int:
@@ -124,14 +134,17 @@ class MemoryBudget:
         return self.fixed + sum(block.num_experts * block.slot_bytes for block in self.blocks)
 
     def with_total(self, total: int | None) -> "MemoryBudget":
-        """The same parts under another total."""
-        return replace(self, total=total)
+        """The same parts under another total; a plan that does not fit it is forgotten."""
+        fits = self.planned and (total is None or self.fixed + self.planned.nbytes <= total)
+        return replace(self, total=total, planned=self.planned if fits else None)
 
     def slots(self) -> tuple[int, ...]:
         """Slots per block: equal shares, what is left over one by one from the first block on.
 
-        Raises BudgetTooSmallError, naming the floor.
+        Raises BudgetTooSmallError, naming the floor, or what planned slots need.
         """
+        if self.planned is not None:
+            return self._planned_slots(self.planned)
         counts = [block.fewest for block in self.blocks]
         if self.total is None:
             return tuple(block.num_experts for block in self.blocks)
@@ -159,6 +172,8 @@ class MemoryBudget:
 
     def with_slots(self, counts: Sequence[int]) -> int:
         """The total that these slots take."""
+        if self.planned is not None and tuple(counts) == self.planned.counts:
+            return self.fixed + self.planned.nbytes
         pairs = zip(self.blocks, counts, strict=True)
         return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
 
@@ -182,6 +197,16 @@ class MemoryBudget:
             "everything": self.everything,
             "host": self.host,
         }
+
+    def _planned_slots(self, planned: PlannedSlots) -> tuple[int, ...]:
+        needed = self.fixed + planned.nbytes
+        if self.total is not None and needed > self.total:
+            raise BudgetTooSmallError(
+                f"a budget of {format_bytes(self.total)} does not hold the plan, which takes "
+                f"{format_bytes(planned.nbytes)} for experts and {format_bytes(self.fixed)} for "
+                f"all else; give at least {needed} bytes, or plan anew for this budget"
+            )
+        return planned.counts
 
     def _too_small(self) -> str:
         parts = ", ".join(f"{format_bytes(getattr(self, name))} {PARTS[name]}" for name in PARTS)

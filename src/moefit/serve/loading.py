@@ -24,11 +24,12 @@ from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ledger import weight_bytes
 from moefit.serve.packed import PackedStore, open_packed
+from moefit.serve.placement import Placement
 from moefit.serve.probe import attach
 from moefit.serve.reckon import SPARES, ledger
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
-from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory
+from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory, seat_all
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.slots import Slot, allocate
@@ -65,7 +66,7 @@ def load(
         parts = _parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
-        _make_slots(parts, device)
+        _make_slots(parts, device, settings.placement)
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(
@@ -116,10 +117,15 @@ def _parts(
     )
 
 
-def _make_slots(parts: ServedParts, device: torch.device) -> None:
+def _make_slots(parts: ServedParts, device: torch.device, placement: Placement | None) -> None:
     for experts, count in zip(parts.blocks.values(), parts.budget.slots(), strict=True):
-        grow(experts, count, device)
-    parts.live.spares.update(_spares(parts.blocks.values(), device))
+        one = placement and placement[experts.block.name]
+        if one and one.by_expert:
+            seat_all(experts, one, device)
+        else:
+            grow(experts, count, device)
+    spares = _spares(parts.blocks.values(), device, placed=placement is not None)
+    parts.live.spares.update(spares)
 
 
 def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
@@ -145,13 +151,18 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),
     )
-    experts.format = settings.format()
+    experts.format = settings.format(block)
     return experts
 
 
-def _spares(blocks: Iterable[VirtualExperts], device: torch.device) -> dict[int, list[Slot]]:
+def _spares(
+    blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool
+) -> dict[int, list[Slot]]:
+    """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
     spares: dict[int, list[Slot]] = {}
     for experts in blocks:
+        if experts.residency.number == experts.num_experts and placed:
+            continue
         specs = experts.block.layout.specs
         size = experts.format.nbytes(specs)
         if size not in spares:

@@ -39,6 +39,10 @@ class PackedStore:
         """Whether a block's experts are packed in this format."""
         return (block, format.name) in self._files
 
+    def path(self, block: str, format: Format) -> Path:
+        """The file of a block that is packed in this format."""
+        return self._files[block, format.name].path
+
     def read(self, block: str, expert: int, into: Slot) -> int:
         """Fill a slot, whose format is there; the bytes that were read.
 

@@ -5,13 +5,15 @@ estimates, `budget.py` what follows from the sum.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from moefit.device import planned_device
 from moefit.formats.format import NATIVE, GroupedFormat, encoding_bytes, weights_in
-from moefit.serve.budget import BlockNeeds, MemoryBudget, host_limit, parse_bytes
+from moefit.serve.budget import BlockNeeds, MemoryBudget, PlannedSlots, host_limit, parse_bytes
 from moefit.serve.ledger import (
     held_bytes,
     kv_bytes_per_token,
@@ -20,6 +22,7 @@ from moefit.serve.ledger import (
     workspace_bytes,
 )
 from moefit.serve.packed import PackedStore, open_packed
+from moefit.serve.placement import Placement, check_placement
 from moefit.serve.rest import largest_bytes, saved_bytes
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
@@ -76,8 +79,9 @@ def ledger(
     device = planned_device(settings.device)
     config = skeleton.model.config
     context = _context(config, settings.context)
-    format = settings.format()
-    own = [format.nbytes(block.layout.specs) for block in skeleton.blocks]
+    if settings.placement is not None:
+        check_placement(settings.placement, skeleton.blocks)
+    own = [settings.format(block).nbytes(block.layout.specs) for block in skeleton.blocks]
     sizes = [slot_bytes(size, device) for size in own]
     largest, upgrades = max(own), 0
     if settings.precision == AUTO_PRECISION:
@@ -95,7 +99,7 @@ def ledger(
         context=context,
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
         workspace=workspace_bytes(config, context, skeleton.dtype),
-        staging=sum(SPARES * size for size in set(sizes))
+        staging=sum(SPARES * size for size in _swapped(skeleton, settings, sizes))
         + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
         + _decoding_bytes(skeleton, settings)
         + upgrades,
@@ -104,7 +108,30 @@ def ledger(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
             for block, size in zip(skeleton.blocks, sizes, strict=True)
         ),
+        planned=None
+        if settings.placement is None
+        else _planned(settings.placement, skeleton, device),
     )
+
+
+def _swapped(skeleton: Skeleton, settings: LoadSettings, sizes: Sequence[int]) -> set[int]:
+    """Sizes of slots whose experts may be swapped: where a placement seats all, none are."""
+    if settings.placement is None:
+        return set(sizes)
+    pairs = zip(skeleton.blocks, sizes, strict=True)
+    return {
+        size for block, size in pairs if settings.placement[block.name].slots < block.num_experts
+    }
+
+
+def _planned(placement: Placement, skeleton: Skeleton, device: torch.device) -> PlannedSlots:
+    size = 0
+    for block in skeleton.blocks:
+        one, specs = placement[block.name], block.layout.specs
+        each = [one.format_of(expert).nbytes(specs) for expert in range(one.slots)]
+        size += sum(slot_bytes(nbytes, device) for nbytes in each)
+    counts = tuple(placement[block.name].slots for block in skeleton.blocks)
+    return PlannedSlots(counts=counts, nbytes=size)
 
 
 def _context(config: Any, wanted: int) -> int:
@@ -117,7 +144,7 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
     missing = [
         (block, format)
         for block in skeleton.blocks
-        for format in settings.formats()
+        for format in settings.formats(block.name)
         if not packed.has(block.name, format)
     ]
     unpacked = {block.name: block for block, _ in missing}

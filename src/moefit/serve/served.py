@@ -23,6 +23,7 @@ from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
 from moefit.serve.ledger import held_bytes, peak_held_bytes
+from moefit.serve.placement import BlockPlacement
 from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
@@ -318,6 +319,15 @@ def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     specs = experts.block.layout.specs
     new = [allocate(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+
+
+def seat_all(experts: VirtualExperts, placement: BlockPlacement, device: torch.device) -> None:
+    """Give each of a block's experts a slot of its own format, and load it there."""
+    specs = experts.block.layout.specs
+    for expert in range(experts.num_experts):
+        (index,) = experts.residency.grow(1)
+        experts.slots[index] = allocate(placement.format_of(expert), specs, device)
+        experts.load_now(expert)
 
 
 def _encoded(experts: VirtualExperts) -> Format:

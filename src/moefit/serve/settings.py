@@ -10,8 +10,10 @@ import torch
 from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.formats.format import NATIVE, Format, GroupedFormat, parse_format
+from moefit.moe.families import MoeBlock
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.placement import Placement
 from moefit.serve.upgrades import AUTO
 from moefit.serve.virtual_experts import Mode
 
@@ -29,6 +31,7 @@ class LoadSettings:
     (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
     it deserves within the budget. rest: the same for the weights that are no experts, but routers
     and vectors; they are in memory as they are while they are being encoded.
+    placement: slots and formats block by block, instead of equal shares in one precision.
     """
 
     memory: str | int | None = None
@@ -43,6 +46,7 @@ class LoadSettings:
     readers: int = 4
     half_life_tokens: float = 24.0
     manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
+    placement: Placement | None = None
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
@@ -51,7 +55,12 @@ class LoadSettings:
                 "precision auto divides a memory budget among experts, and memory is not given; "
                 "give memory, or a precision such as int4"
             )
-        self.format()  # these refuse names that do not exist
+        if self.placement is not None and self.precision != "native":
+            raise ConfigError(
+                f"a placement gives every block its formats, and so does precision "
+                f"{self.precision!r}; give one of the two"
+            )
+        self.formats()  # these refuse names that do not exist
         self.rest_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
@@ -75,11 +84,17 @@ class LoadSettings:
         format = parse_format(self.rest)
         return format if isinstance(format, GroupedFormat) else None
 
-    def format(self) -> Format:
-        """Of every slot; of `auto`, where they begin."""
+    def format(self, block: MoeBlock) -> Format:
+        """Of a block's slots; where they differ the largest, and of `auto` where they begin."""
+        if self.placement is not None:
+            return self.placement[block.name].largest(block)
         return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
 
-    def formats(self) -> list[Format]:
-        """All that a slot may come to have."""
+    def formats(self, block: str | None = None) -> list[Format]:
+        """All that a slot may come to have; of one block, or of any."""
+        if self.placement is not None:
+            some = self.placement.values() if block is None else [self.placement[block]]
+            names = {format.name: None for one in some for format in one.distinct()}
+            return [parse_format(name) for name in names]
         names = AUTO if self.precision == AUTO_PRECISION else (self.precision,)
         return [parse_format(name) for name in names]

@@ -8,6 +8,7 @@ way. Thread-safe. Knows nothing of when or why an expert is read, nor of devices
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -67,6 +68,15 @@ class ExpertStore:
         if packed in (0, len(encoded)):
             return "packed" if packed else "encoded while reading"
         return f"packed, but encoded while reading in {len(encoded) - packed} of {len(encoded)}"
+
+    def files(self, block: str, format: Format) -> set[Path]:
+        """The files that a block's experts of this format are read from."""
+        if not isinstance(format, NativeFormat) and self.packed.has(block, format):
+            return {self.packed.path(block, format)}
+        parts = [part for source in self._experts[block] for part in source.parts]
+        spans = [part.span for part in parts if isinstance(part, Piece)]
+        spans += [span for part in parts if not isinstance(part, Piece) for span in part.spans]
+        return {span.path for span in spans}
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot in host memory. Raises CheckpointError; its content is then undefined."""

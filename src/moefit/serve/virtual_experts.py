@@ -236,9 +236,10 @@ class VirtualExperts(nn.Module):
             self.residency.evict(expert)
         for expert in experts:
             if expert not in self.residency.residents and self.residency.empty:
-                self._load_now(expert)
+                self.load_now(expert)
 
-    def _load_now(self, expert: int) -> None:
+    def load_now(self, expert: int) -> None:
+        """Bring an absent expert into an empty slot, and wait for it."""
         slot = self.residency.reserve(expert, protected=self.residency.residents)
         assert slot is not None, "there is an empty one"
         try:
@@ -364,7 +365,7 @@ class VirtualExperts(nn.Module):
         for expert in set(self.residency.residents) - before:
             self.residency.evict(expert)
         for expert in sorted(before - set(self.residency.residents)):
-            self._load_now(expert)
+            self.load_now(expert)
 
     @property
     def block_slot_bytes(self) -> int:

@@ -1,0 +1,390 @@
+"""Is the planner right, is it better than simple rules, and what does it take?
+
+    python benchmarks/planner.py reference=reference [dsmoe=RUN smoe=RUN] [--text FILE]
+        [--rule NAME=RULE] [--tokens 4096] [--held 20] [--steps 192] [--save NAME]
+
+Three questions of each model, whose experts are packed and which is profiled first (a profile
+that is there is used). Windows of the text are by turns for the profile and for everything that is
+measured here.
+
+1. `held`: configurations that no fit has seen, drawn at random: predicted and measured loss of
+   perplexity and tokens/s.
+2. `rules`: at 33, 25, 19 and 14% of bf16's bytes of experts, the plan and simple rules: one format
+   for all, formats at random or by how often experts are used or by what they add (`auto`); and
+   with experts as they are, only some of them: uniform slots with swaps (SwapMoE), and fixed ones,
+   the most frequent or at random. Plans are made twice: with nothing fetched, as the rules are, and
+   with fetching allowed.
+3. `times`: seconds that profile and plan took.
+
+Speeds are of this machine while nothing else runs.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from moefit.api import folder_of
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.formats.format import parse_format
+from moefit.plan.calibration import windows_of
+from moefit.plan.configuration import Configuration, uniform
+from moefit.plan.experiments import FORMATS, Shapes, by_loudness
+from moefit.plan.fitting import rank_correlation
+from moefit.plan.options import placement_bytes
+from moefit.plan.planner import DEFAULT_LOSS, Planner
+from moefit.plan.profiler import Profiler
+from moefit.plan.reference import Reference, make_reference
+from moefit.plan.running import Subject, fill
+from moefit.plan.samples import Sample, Steps, measure_steps, measure_wide
+from moefit.serve.baselines import fix_residents
+from moefit.serve.packing import pack
+from moefit.serve.placement import BlockPlacement
+from moefit.serve.served import ServedModel
+from moefit.serve.skeleton import build
+
+SHARES = (0.33, 0.25, 0.19, 0.14)
+PACKED = ("int8", "int6", "int5", "int4", "int3", "int2")
+
+
+def main() -> None:
+    arguments = parse()
+    rules = dict(one.split("=", 1) for one in arguments.rule)
+    results: dict[str, Any] = {}
+    for pair in arguments.models:
+        name, _, model = pair.partition("=")
+        study = Study(model, rules.get(name), arguments)
+        results[name] = study.results()
+        show(name, results[name])
+    if arguments.save:
+        notes = (
+            "loss: perplexity over the full model's on the same tokens, less one; divergence: KL "
+            "of the full model's output to it, nats a token; bytes: of slots, over those of all "
+            "experts in bfloat16; measured on other windows of the text than the profile's"
+        )
+        path = record.write("planner", results, notes=notes, suffix=arguments.save)
+        draw(results, path.with_suffix(".png"))
+        print(path)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("--rule", action="append", default=[], metavar="NAME=RULE")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=4096, help="half of them for the profile")
+    parser.add_argument("--steps", type=int, default=192, help="decoded where time or modes count")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--held", type=int, default=20)
+    parser.add_argument("--save", metavar="NAME")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A way to serve: a configuration, and how its residents are fixed, if they are."""
+
+    name: str
+    configuration: Configuration
+    fixed: str | None = None
+
+
+class Study:
+    """One model, profiled, with its planner and the text that is measured on."""
+
+    def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.subject = Subject(folder=folder_of(model), dtype=torch.bfloat16, rule=rule)
+        tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
+        cut = (tokenizer, arguments.context, arguments.tokens)
+        text = held_out_text(*cut) if arguments.text is None else text_of_file(arguments.text, *cut)
+        windows_BT = windows_of(text)
+        self.calibration_BT, held_BT = windows_BT[::2], windows_BT[1::2]
+        skeleton = build(self.subject.folder, torch.bfloat16)
+        pack(skeleton, [parse_format(name) for name in PACKED])
+        began = time.perf_counter()
+        self.profile = Profiler(
+            self.subject, self.calibration_BT, text=arguments.text.name if arguments.text else ""
+        ).run()
+        profiled = time.perf_counter()
+        self.planner = Planner(skeleton, self.profile, context=arguments.context)
+        fitted = time.perf_counter()
+        self.planner.plan(self.planner.everything())
+        self.times = {
+            "profile_seconds": profiled - began,
+            "fit_seconds": fitted - profiled,
+            "plan_seconds": time.perf_counter() - fitted,
+        }
+        self.shapes: Shapes = self.profile.facts.shapes
+        with self.subject.load(self._native(), context=arguments.context) as served:
+            self.reference: Reference = make_reference(served, held_BT)
+
+    def results(self) -> dict[str, Any]:
+        held = [self._held_out(one) for one in track(list(self._drawn()), "held out")]
+        rules = [
+            {"share": share, **self._measured_rule(one)}
+            for share in SHARES
+            for one in track(list(self._rules(share)), f"rules at {share:.0%}")
+        ]
+        return {
+            "summary": summary(held),
+            "held": held,
+            "rules": rules,
+            "removed": removed(rules),
+            "times": self.times,
+            "quality_models": [asdict(one) for one in self.planner.quality.comparison],
+            "latency_models": [asdict(one) for one in self.planner.latency.comparison],
+            "warnings": self.planner.warnings(),
+        }
+
+    def _native(self) -> Configuration:
+        return uniform(self.profile_experts, "native")
+
+    @property
+    def profile_experts(self) -> dict[str, int]:
+        return self.profile.experts
+
+    def _drawn(self) -> Iterator[Configuration]:
+        """At random: half with everyone seated, the others with fetches, bounded, virtual."""
+        for number in range(self.arguments.held):
+            generator = random.Random(1000 + number)
+            kind = ("seated", "mixed", "exact", "seated", "mixed", "exact", "bounded", "exact",
+                    "bounded", "virtual")[number % 10]  # fmt: skip
+            rest = generator.choice(("native", "native", "int8"))
+            formats = {name: generator.choice(FORMATS) for name in self.shapes}
+            if kind == "mixed":
+                bits = generator.uniform(2.8, 7)
+                uneven = {
+                    name: [generator.random() ** 2 for _ in range(shape.num_experts)]
+                    for name, shape in self.shapes.items()
+                }
+                yield replace(by_loudness(self.shapes, uneven, bits), rest=rest)
+                continue
+            slots = {
+                name: shape.num_experts
+                if kind == "seated"
+                else max(1, round(shape.num_experts * generator.uniform(0.2, 0.9)))
+                for name, shape in self.shapes.items()
+            }
+            mode = kind if kind in ("bounded", "virtual") else "exact"
+            yield Configuration(
+                placement={
+                    name: BlockPlacement(slots=slots[name], formats=(formats[name],))
+                    for name in self.shapes
+                },
+                rest=rest,
+                mode=mode,
+                bound=generator.choice((0.1, 0.3, 0.5)) if mode == "bounded" else 0.0,
+                every=generator.choice((1, 8)) if mode == "virtual" else 1,
+            )
+
+    def _held_out(self, configuration: Configuration) -> dict[str, Any]:
+        measured = self._measured(Rule(name="held", configuration=configuration), timed=True)
+        return {
+            "configuration": configuration.in_words(),
+            "predicted_loss": self.planner.quality.loss(configuration),
+            "predicted_speed": 1 / self.planner.latency.seconds(configuration),
+            **measured,
+        }
+
+    def _rules(self, share: float) -> Iterator[Rule]:
+        """What may be done with so many bytes, ours last."""
+        room = self._bytes(share)
+        experts = self.profile_experts
+        seated = [f for f in FORMATS if self._all_in(f) <= room]
+        yield from self._few(room)
+        if seated:
+            yield Rule(name="one format for all", configuration=uniform(experts, seated[0]))
+        if self._all_in(FORMATS[-1]) <= room:
+            bits = 8 * room / sum(one.weights * one.num_experts for one in self.shapes.values())
+            known = self.planner.knowledge.blocks
+            generator = random.Random(0)
+            for name, shares in {
+                "formats at random": {
+                    block: [generator.random() ** 3 for _ in one.mass_E]
+                    for block, one in known.items()
+                },
+                "formats by frequency": {block: one.mass_E for block, one in known.items()},
+                "formats by loudness (auto)": {
+                    block: one.loudness_E for block, one in known.items()
+                },
+            }.items():
+                yield Rule(name=name, configuration=by_loudness(self.shapes, shares, bits))
+        if still := self.planner.front_of_slots(room, fetching=False):
+            best = min(still, key=lambda one: one.loss)
+            yield Rule(name="planned", configuration=best.configuration)
+        front = self.planner.front_of_slots(room)
+        good = [one for one in front if one.loss <= DEFAULT_LOSS]
+        if good:
+            free = min(good, key=lambda one: one.seconds)
+            yield Rule(name="planned, fetching allowed", configuration=free.configuration)
+
+    def _few(self, room: int) -> Iterator[Rule]:
+        """Uniform slots of experts as they are; where int2 for all does not fit, of int2 too."""
+        experts = self.profile_experts
+        for format in ("native", "int4", "int2"):
+            share = room / self._all_in(format)
+            if share >= 1:
+                continue
+            slots = {name: max(1, int(share * count)) for name, count in experts.items()}
+            configuration = uniform(experts, format, slots, mode="virtual")
+            yield Rule(name=f"uniform slots of {format}", configuration=configuration)
+            if format == "native":
+                for fixed in ("frequency", "random"):
+                    yield Rule(name=f"fixed by {fixed}", configuration=configuration, fixed=fixed)
+
+    def _bytes(self, share: float) -> int:
+        return round(share * self._all_in("native"))
+
+    def _all_in(self, format: str) -> int:
+        return sum(one.slot_bytes[format] * one.num_experts for one in self.shapes.values())
+
+    def _measured_rule(self, rule: Rule) -> dict[str, Any]:
+        return {
+            "rule": rule.name,
+            "configuration": rule.configuration.in_words(),
+            "predicted_loss": None if rule.fixed else self.planner.quality.loss(rule.configuration),
+            **self._measured(rule, timed=rule.name.startswith("planned")),
+        }
+
+    def _measured(self, rule: Rule, *, timed: bool) -> dict[str, Any]:
+        """Quality over whole windows where the mode is exact; else, and for time, step by step."""
+        configuration = rule.configuration
+        exact = configuration.mode == "exact"
+        with self.subject.load(configuration, context=2 * self.arguments.context) as served:
+            quality = measure_wide(served, configuration, self.reference) if exact else None
+            steps = None
+            if timed or not exact:
+                self._settle(served, rule)
+                steps = measure_steps(served, configuration, self.reference, self._steps())
+        sample = quality or steps
+        assert sample is not None
+        return {
+            "bytes": sum(
+                placement_bytes(one, self.shapes[name])
+                for name, one in configuration.placement.items()
+            )
+            / self._all_in("native"),
+            "loss": math.expm1(sample.loss - sample.full_loss),
+            "divergence": sample.divergence,
+            "tokens": sample.tokens,
+            **(_stepped(steps) if steps else {}),
+        }
+
+    def _settle(self, served: ServedModel, rule: Rule) -> None:
+        if rule.fixed:
+            ids_T = self.calibration_BT[:4].flatten()
+            fix_residents(served, rule.fixed, calibration_ids_T=ids_T)  # pyright: ignore
+        else:
+            fill(served)
+
+    def _steps(self) -> Steps:
+        windows = max(1, self.arguments.steps // 96)
+        return Steps(windows=windows, prompt=16, tokens=min(96, self.arguments.context - 16))
+
+
+def _stepped(steps: Sample) -> dict[str, Any]:
+    assert steps.seconds is not None
+    return {"speed": 1 / steps.seconds, "misses": steps.misses, "moved": steps.moved}
+
+
+def summary(held: list[dict[str, Any]]) -> dict[str, float]:
+    """Errors of what was predicted of configurations that no fit has seen."""
+    loss = np.array([[one["predicted_loss"], one["loss"]] for one in held])
+    speed = np.array([[one["predicted_speed"], one["speed"]] for one in held])
+    return {
+        "median_loss_error_points": 100 * float(np.median(np.abs(loss[:, 0] - loss[:, 1]))),
+        "loss_rank_correlation": rank_correlation(loss[:, 0].tolist(), loss[:, 1].tolist()),
+        "median_speed_error": float(np.median(np.abs(speed[:, 0] / speed[:, 1] - 1))),
+        "speed_rank_correlation": rank_correlation(speed[:, 0].tolist(), speed[:, 1].tolist()),
+    }
+
+
+def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """At each share, the share of the best simple rule's divergence that the plan removes."""
+    found: dict[str, dict[str, Any]] = {}
+    for share in SHARES:
+        here = [one for one in rules if one["share"] == share]
+        ours = next(one for one in here if one["rule"] == "planned")
+        simple = [
+            one
+            for one in here
+            if not one["rule"].startswith("planned") and "auto" not in one["rule"]
+        ]
+        best = min(simple, key=lambda one: one["divergence"])
+        found[f"{share:.0%}"] = {
+            "best_rule": best["rule"],
+            "its_loss": best["loss"],
+            "planned_loss": ours["loss"],
+            "divergence_removed": 1 - ours["divergence"] / max(best["divergence"], 1e-9),
+        }
+    return found
+
+
+def show(name: str, results: Mapping[str, Any]) -> None:
+    out = Console(width=150)
+    out.print(name, results["summary"], results["times"], results["removed"])
+    for what, columns in {
+        "held": ("configuration", "predicted_loss", "loss", "predicted_speed", "speed"),
+        "rules": ("share", "rule", "bytes", "loss", "divergence", "speed", "configuration"),
+    }.items():
+        table = Table(title=f"{name}: {what}", title_justify="left")
+        for column in columns:
+            table.add_column(column)
+        for one in results[what]:
+            table.add_row(*(_cell(column, one.get(column)) for column in columns))
+        out.print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if "loss" in column:
+        return f"{value:+.2%}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(10, 4 * len(results)), layout="constrained")
+    rows = figure.subplots(len(results), 2, squeeze=False)
+    for (left, right), (name, one) in zip(rows, results.items(), strict=True):
+        for rule in dict.fromkeys(point["rule"] for point in one["rules"]):
+            line = sorted(
+                (100 * point["bytes"], 100 * point["loss"])
+                for point in one["rules"]
+                if point["rule"] == rule
+            )
+            left.plot(*zip(*line, strict=True), "o-", ms=4, label=rule)
+        left.set_yscale("symlog", linthresh=1)
+        left.set_xlabel("bytes of experts, % of bfloat16's")
+        left.set_ylabel("perplexity above the full model's, %")
+        left.set_title(name)
+        left.legend(fontsize=6)
+        held = [(100 * point["predicted_loss"], 100 * point["loss"]) for point in one["held"]]
+        right.plot(*zip(*held, strict=True), "o", ms=4)
+        low, high = -0.5, max(max(pair) for pair in held)
+        right.plot([low, high], [low, high], "-", lw=1, color="grey")
+        right.set_xscale("symlog", linthresh=1)
+        right.set_yscale("symlog", linthresh=1)
+        right.set_xlabel("predicted loss, %")
+        right.set_ylabel("measured loss, %")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The commands of the planner: profile, plan."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moefit.api import folder_of
+from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
+from moefit.cli.planned import promise_of
+from moefit.errors import ConfigError
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.plan import genetic
+from moefit.plan.calibration import windows_of
+from moefit.plan.plan_file import Plan, write_plan
+from moefit.plan.planner import Planner
+from moefit.plan.profile import Profile, find_profile
+from moefit.plan.profiler import Profiler, Progress
+from moefit.plan.report import draw, front_table, held_table, in_a_line, plan_table
+from moefit.plan.running import Subject
+from moefit.plan.search import Point
+from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.serve.skeleton import build
+
+
+@app.command(name="profile", help="Measure a model on this machine once, to plan by it.")
+def profile_model(
+    model: Model,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text like that to be served; else the held-out standard library"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="of the text, spread over it")] = 2048,
+    context: Annotated[int, typer.Option(min=32, help="tokens of each window")] = 256,
+    rule: Annotated[
+        str | None, typer.Option(help="inference rule of a DS-MoE; the model's own if none")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="for measuring; three quarters of what is free if not given")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Resumes where it stopped: what was measured is not measured again."""
+    folder = folder_of(model)
+    windows_BT = windows_of(
+        text_of_file(text, _tokenizer(folder), context, tokens)
+        if text is not None
+        else held_out_text(_tokenizer(folder), context, tokens)
+    )
+    subject = Subject(folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device)
+    profiler = Profiler(
+        subject,
+        windows_BT,
+        text=text.name if text else "held-out standard library",
+        memory=None if memory is None else parse_bytes(memory),
+    )
+    with _bar() as progress:
+        profile = profiler.run(progress)
+    if as_json:
+        print_json({"path": str(profiler.path), "items": dict(profile.items)})
+        return
+    say(f"{len(profile.items)} measurements: {profiler.path}")
+    say(f"next: moefit plan {model} --memory SIZE")
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ConfigError(
+            f"{folder} has no tokenizer that loads, so that no text can be read for it; add the "
+            "tokenizer's files to the folder"
+        ) from error
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("profiling")
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield show
+
+
+@app.command(name="plan", help="What a memory budget costs and gains, before you pay it.")
+def plan_model(
+    model: Model,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="the budget, such as 4.7GiB: every byte of the process on the device"),
+    ] = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="the fastest that loses at most this, such as 3%")
+    ] = None,
+    min_speed: Annotated[
+        float | None, typer.Option(help="the best that makes at least so many tokens/s")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="tokens at once; the KV cache is reserved for them")
+    ] = 2048,
+    budgets: Annotated[
+        int, typer.Option(min=0, help="how many budgets the front is shown for")
+    ] = 8,
+    profile: Annotated[
+        Path | None, typer.Option(help="of this file instead of the newest of the model's")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="write the plan, for --plan")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write the front as a picture")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """The choice for a budget, and what other budgets would give."""
+    if memory is None and save is not None:
+        raise ConfigError("--save writes the plan for a budget; give --memory, such as 4.7GiB")
+    skeleton = build(folder_of(model), dtype.torch if dtype else None)
+    known = find_profile(skeleton, model=model, path=profile)
+    planner = Planner(skeleton, known, context=context, device=device)
+    promise = promise_of(max_loss, min_speed)
+    plan, front = None, []
+    if memory is not None:
+        plan, front = planner.plan(parse_bytes(memory), promise)
+    fronts = dict(planner.over_budgets(budgets)) if budgets else {}
+    if save is not None and plan is not None:
+        write_plan(plan, save)
+    if picture is not None:
+        draw(fronts, picture, model)
+    if as_json:
+        print_json(_as_dict(planner, plan, front, fronts))
+        return
+    _print(planner, plan, fronts, model, known)
+    for path in filter(None, (save, picture)):
+        say(f"wrote {path}")
+
+
+def _as_dict(
+    planner: Planner, plan: Plan | None, front: list[Point], fronts: dict[int, list[Point]]
+) -> dict[str, Any]:
+    return {
+        "plan": plan and plan.as_dict(),
+        "front": [_point(one) for one in front],
+        "budgets": [
+            {"memory": memory, "front": [_point(one) for one in points]}
+            for memory, points in fronts.items()
+        ],
+        "floor": planner.floor(),
+        "everything": planner.everything(),
+        "sequences": planner.sequences(plan) if plan else {},
+        "warnings": planner.warnings(),
+        "searched_by": planner.searched_by,
+        "quality_models": [asdict(one) for one in planner.quality.comparison],
+        "latency_models": [asdict(one) for one in planner.latency.comparison],
+    }
+
+
+def _point(one: Point) -> dict[str, Any]:
+    return {
+        "loss": one.loss,
+        "tokens_per_second": one.speed,
+        "expert_bytes": one.nbytes,
+        "found_by": one.found_by,
+        "configuration": one.configuration.as_dict(),
+    }
+
+
+def _print(
+    planner: Planner, plan: Plan | None, fronts: dict[int, list[Point]], model: str, known: Profile
+) -> None:
+    out = Console()
+    if plan is not None and plan.memory is not None:
+        out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
+        say(in_a_line(plan))
+        for length, count in planner.sequences(plan).items():
+            say(f"fits {count} sequences of {length} tokens beside its experts")
+    if fronts:
+        out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
+    for loss in (0.01, 0.03):
+        size = planner.smallest_budget(loss)
+        if size is not None:
+            say(f"smallest budget for a loss of {loss:.0%}: {format_bytes(size)}")
+    for warning in planner.warnings():
+        say(f"warning: {warning}")
+    out.print(held_table(planner.quality.comparison, "quality models on samples not fitted to"))
+    out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
+    if not genetic.available():
+        say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
+    say(f"profile: {known.facts.tokens:,} tokens of {known.facts.text}")

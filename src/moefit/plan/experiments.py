@@ -1,0 +1,190 @@
+"""Which configurations a profile measures, and their names.
+
+Owns the choice: one block at a time, all in one format, mixtures at random, formats by loudness,
+and for each mode a few shares of slots. Pure, and the same for the same model.
+"""
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from moefit.plan.configuration import Configuration, uniform
+from moefit.serve.placement import BlockPlacement
+from moefit.serve.precision import Choice, allocate, ladder
+from moefit.serve.virtual_experts import Mode
+
+FORMATS = ("native", "int8", "int6", "int5", "int4", "int3", "int2")
+RESTS = ("native", "int8")
+BOUNDS = (0.1, 0.3, 0.5)
+EVERY = (1, 8)
+PROBED = ("int2", "int3")
+_MOST_GROUPS = 16
+_CURVE_POINTS = 8
+_MIXED = 8
+_BITS = (3.0, 3.6, 4.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """What experiments need of a block."""
+
+    num_experts: int
+    weights: int
+    slot_bytes: Mapping[str, int]
+    errors: Mapping[str, Sequence[float]]
+
+
+Shapes = Mapping[str, BlockShape]
+
+
+def quality_names(shapes: Shapes) -> list[str]:
+    """Those that are run window by window."""
+    return [
+        *(f"uniform/{name}" for name in FORMATS[1:]),
+        *(f"rest/{name}" for name in RESTS[1:]),
+        *(f"block/{name}/{group}" for name in PROBED for group in range(len(groups(shapes)))),
+        *(f"mixed/{number}" for number in range(_MIXED)),
+        *(f"loudness/{bits:g}" for bits in _BITS),
+    ]
+
+
+def groups(shapes: Shapes) -> list[list[str]]:
+    """Blocks that are probed together: each alone, unless they are many; then neighbours."""
+    names = list(shapes)
+    count = min(len(names), _MOST_GROUPS)
+    ends = [round(number * len(names) / count) for number in range(count + 1)]
+    return [names[a:b] for a, b in pairwise(ends)]
+
+
+def quality_configuration(
+    name: str, shapes: Shapes, loudness: Mapping[str, Sequence[float]]
+) -> Configuration:
+    """The configuration of this name. loudness: each expert's share of what its block adds."""
+    kind, _, what = name.partition("/")
+    experts = {block: shape.num_experts for block, shape in shapes.items()}
+    if kind == "uniform":
+        return uniform(experts, what)
+    if kind == "rest":
+        return uniform(experts, "native", rest=what)
+    if kind == "loudness":
+        return by_loudness(shapes, loudness, float(what))
+    if kind == "block":
+        format, _, group = what.partition("/")
+        some = groups(shapes)[int(group)]
+        formats = {block: format if block in some else "native" for block in shapes}
+    else:
+        generator = random.Random(int(what))
+        centre = generator.choice(range(2, len(FORMATS)))
+        near = FORMATS[centre - 2 : centre + 2]
+        formats = {block: generator.choice(near) for block in shapes}
+    return Configuration(placement=_all_seated(formats, experts))
+
+
+def by_loudness(
+    shapes: Shapes, loudness: Mapping[str, Sequence[float]], bits: float
+) -> Configuration:
+    """Formats by expert that take so many bits a weight, given by loudness as `auto` does."""
+    ladders = {
+        (name, expert): ladder(
+            [
+                Choice(format=f, nbytes=shape.slot_bytes[f], error=shape.errors[f][expert])
+                for f in FORMATS
+            ]
+        )
+        for name, shape in shapes.items()
+        for expert in range(shape.num_experts)
+    }
+    sensitivity = {(name, expert): loudness[name][expert] + 1e-6 for name, expert in ladders}
+    room = sum(bits / 8 * shape.weights * shape.num_experts for shape in shapes.values())
+    chosen = allocate(ladders, sensitivity, round(room))
+    placement = {
+        name: BlockPlacement(
+            slots=shape.num_experts,
+            formats=tuple(chosen[name, e].format for e in range(shape.num_experts)),
+        )
+        for name, shape in shapes.items()
+    }
+    return Configuration(placement=placement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stepwise:
+    format: str
+    share: float
+    mode: Mode = "exact"
+    bound: float = 0.0
+    every: int = 1
+    rest: str = "native"
+
+
+_STEPWISE = (
+    _Stepwise(format="native", share=1),
+    _Stepwise(format="int4", share=1),
+    _Stepwise(format="int2", share=1, rest="int8"),
+    _Stepwise(format="int8", share=0.6),
+    _Stepwise(format="int4", share=0.4),
+    _Stepwise(format="int3", share=0.25, rest="int8"),
+    _Stepwise(format="int8", share=0.6, mode="bounded", bound=0.1),
+    _Stepwise(format="int8", share=0.4, mode="bounded", bound=0.3),
+    _Stepwise(format="int4", share=0.25, mode="bounded", bound=0.3),
+    _Stepwise(format="int8", share=0.5, mode="bounded", bound=0.5),
+    _Stepwise(format="int8", share=0.8, mode="virtual"),
+    _Stepwise(format="int8", share=0.6, mode="virtual", every=8),
+    _Stepwise(format="int4", share=0.45, mode="virtual"),
+)
+
+
+def stepwise_names() -> list[str]:
+    """Those that are decoded token by token."""
+    return [
+        f"{number}-{one.mode}-{one.format}-{one.share:g}" for number, one in enumerate(_STEPWISE)
+    ]
+
+
+def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -> Configuration:
+    """The configuration of this name; where experts are absent, blocks differ in how many.
+
+    packed: formats that experts need not be encoded in on the way; where experts are fetched over
+    and over, another format gives way to the checkpoint's own.
+    """
+    number = int(name.partition("-")[0])
+    one, generator = _STEPWISE[number], random.Random(number)
+    slots = {
+        block: shape.num_experts
+        if one.share == 1
+        else min(
+            shape.num_experts,
+            max(1, round(shape.num_experts * one.share * generator.uniform(0.7, 1.3))),
+        )
+        for block, shape in shapes.items()
+    }
+    experts = {block: shape.num_experts for block, shape in shapes.items()}
+    format = one.format if one.share == 1 or one.format in packed else "native"
+    return uniform(
+        experts, format, slots, mode=one.mode, bound=one.bound, every=one.every, rest=one.rest
+    )
+
+
+def _all_seated(
+    formats: Mapping[str, str], experts: Mapping[str, int]
+) -> dict[str, BlockPlacement]:
+    return {
+        block: BlockPlacement(slots=experts[block], formats=(formats[block],)) for block in experts
+    }
+
+
+def policies() -> list[str]:
+    """What curves of misses and moved weight are made for: mode, and bound or update interval."""
+    return [
+        "exact",
+        *(f"bounded:{bound:g}" for bound in BOUNDS),
+        *(f"virtual:{every}" for every in EVERY),
+    ]
+
+
+def slot_counts(num_experts: int) -> list[int]:
+    """At which curves have points; with all experts there is nothing to know."""
+    count = min(num_experts - 1, _CURVE_POINTS)
+    evenly = (round(number * num_experts / (count + 1)) for number in range(1, count + 1))
+    return sorted({1, *(max(1, slots) for slots in evenly)})

@@ -1,0 +1,231 @@
+"""What is known of one model on one machine: a record that grows, item by item.
+
+Owns what a profile says of itself, its form on disk, and which one belongs to a model. Every item
+is written as soon as it is measured, so a run that is killed loses the one that it was at. Knows
+nothing of how anything is measured or what follows from it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.folders import cache_root
+from moefit.plan.experiments import BlockShape, Shapes
+from moefit.serve.packed import fingerprint
+from moefit.serve.skeleton import Skeleton
+
+VERSION = 1
+_AGAIN = "run moefit profile again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFacts:
+    """One MoE block: its experts, numbers in an expert's matrices, bytes of a slot by format."""
+
+    name: str
+    num_experts: int
+    weights: int
+    slot_bytes: dict[str, int]
+    errors: dict[str, list[float]]
+
+    @property
+    def shape(self) -> BlockShape:
+        """What experiments and models need of it."""
+        return BlockShape(
+            num_experts=self.num_experts,
+            weights=self.weights,
+            slot_bytes=self.slot_bytes,
+            errors=self.errors,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileFacts:
+    """What a profile is of. `wanted` names all its items; some may not be measured yet.
+
+    errors of blocks: of each expert |W - W^|^2 / |W|^2 by format.
+    """
+
+    version: int
+    fingerprint: str
+    source: str
+    dtype: str
+    rule: str | None
+    machine: dict[str, Any]
+    text: str
+    text_digest: str
+    tokens: int
+    context: int
+    blocks: tuple[BlockFacts, ...]
+    wanted: tuple[str, ...]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of all blocks."""
+        return {one.name: one.shape for one in self.blocks}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Facts, and items by name: plain values."""
+
+    facts: ProfileFacts
+    items: Mapping[str, Any]
+
+    @property
+    def missing(self) -> list[str]:
+        """What has not been measured yet."""
+        return [name for name in self.facts.wanted if name not in self.items]
+
+    @property
+    def experts(self) -> dict[str, int]:
+        """How many experts each block has."""
+        return {block.name: block.num_experts for block in self.facts.blocks}
+
+    def those(self, prefix: str) -> dict[str, Any]:
+        """Items whose name begins so, by the rest of their names."""
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.items.items()
+            if name.startswith(prefix)
+        }
+
+    def with_item(self, name: str, value: Any) -> "Profile":
+        """One item more."""
+        return replace(self, items={**self.items, name: value})
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What times depend on."""
+    model = ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": device,
+    }
+
+
+def profiles_root() -> Path:
+    """Where all profiles are."""
+    return cache_root() / "profiles"
+
+
+def folder_for(skeleton: Skeleton) -> Path:
+    """Where the profiles of this checkpoint in this dtype are."""
+    dtype = str(skeleton.dtype).removeprefix("torch.")
+    return profiles_root() / f"{fingerprint(skeleton)}-{dtype}"
+
+
+def path_for(skeleton: Skeleton, facts: ProfileFacts) -> Path:
+    """Where the profile with these facts is; another text, machine or rule has its own."""
+    what = (facts.text_digest, facts.tokens, facts.context, facts.rule, facts.wanted)
+    key = repr((facts.version, *what, sorted(facts.machine.items())))
+    return folder_for(skeleton) / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write it, whole or not at all. Raises CheckpointError if that cannot be."""
+    values = {"facts": asdict(profile.facts), "items": dict(profile.items)}
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise CheckpointError(
+            f"cannot write the profile {path}: {error.strerror or error}; make room, or set "
+            "XDG_CACHE_HOME to a folder that can be written to"
+        ) from error
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises ConfigError for a file that is no profile of this version, naming what helps."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no profile {path}; make one with moefit profile") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a profile ({error}); {_AGAIN}") from error
+    version = values.get("facts", {}).get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise ConfigError(
+            f"{path} is a profile of version {version!r}, and this moefit reads version {VERSION}; "
+            f"{_AGAIN}"
+        )
+    try:
+        facts = values["facts"]
+        known = {field.name for field in fields(ProfileFacts)}
+        facts = ProfileFacts(
+            **{
+                **{name: facts[name] for name in known},
+                "blocks": tuple(BlockFacts(**one) for one in facts["blocks"]),
+                "wanted": tuple(facts["wanted"]),
+            }
+        )
+        return Profile(facts=facts, items=dict(values["items"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is a damaged profile ({error!r}); {_AGAIN}") from error
+
+
+def find_profile(skeleton: Skeleton, *, model: str, path: Path | None = None) -> Profile:
+    """The profile to plan by: the newest finished one of this checkpoint, or that of `path`.
+
+    Raises ConfigError if there is none, it is unfinished, or of another checkpoint.
+    """
+    if path is not None:
+        profile = read_profile(path)
+        _refuse_other(profile, skeleton, path)
+        return _finished(profile, model)
+    newest: Profile | None = None
+    found = sorted(folder_for(skeleton).glob("*.json"), key=lambda one: one.stat().st_mtime)
+    for one in reversed(found):
+        try:
+            profile = read_profile(one)
+        except ConfigError:
+            continue
+        if not profile.missing:
+            return profile
+        newest = newest or profile
+    if newest is None:
+        raise ConfigError(
+            f"there is no profile of {model}; make one with: moefit profile {model} --text FILE"
+        )
+    return _finished(newest, model)
+
+
+def _finished(profile: Profile, model: str) -> Profile:
+    if profile.missing:
+        done = len(profile.facts.wanted) - len(profile.missing)
+        raise ConfigError(
+            f"the profile of {model} has {done} of {len(profile.facts.wanted)} measurements; the "
+            "same moefit profile command goes on from there"
+        )
+    return profile
+
+
+def _refuse_other(profile: Profile, skeleton: Skeleton, path: Path) -> None:
+    own = fingerprint(skeleton)
+    dtype = str(skeleton.dtype).removeprefix("torch.")
+    if (profile.facts.fingerprint, profile.facts.dtype) != (own, dtype):
+        raise ConfigError(
+            f"{path} is a profile of another checkpoint ({profile.facts.source} in "
+            f"{profile.facts.dtype}), not of {skeleton.checkpoint.folder} in {dtype}; {_AGAIN} on "
+            "this one, or leave --profile out"
+        )

@@ -1,0 +1,217 @@
+"""How far from the full model a configuration is: KL in nats a token, and the loss of perplexity.
+
+Owns the additive model, whose parts are blocks: how much a block's quantisation error matters, and
+what moved router weight costs in each mode. It is what an allocator can work with, for the choice
+of one block does not depend on another's. `network.py` has the candidate that knows no such
+structure; `chosen.py` compares them.
+
+Shapes: N samples, L blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moefit.plan.configuration import Configuration
+from moefit.plan.experiments import RESTS, groups
+from moefit.plan.features import Knowledge
+from moefit.plan.fitting import nonnegative
+from moefit.plan.samples import Sample
+from moefit.serve.placement import BlockPlacement
+
+FLOOR = 0.005  # nats; errors are weighed relative to what was measured, but to no less than this
+POWERS = (1.0, 1.25, None)
+_STRENGTH = 0.02
+_EXPONENTS = {"bounded": 1.0, "virtual": 1.5}  # what is assumed where samples are few
+_PRICES = {"bounded": 0.3, "virtual": 2.0}  # nats at all weight moved
+_EXPONENT_PULL = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdditiveModel:
+    """S = sum over blocks of sensitivity * error^power, KL = S + curvature * S^2 + moved weight's.
+
+    moved: per mode (price, exponent) of the mean share of router weight that is moved. scales: by
+    what to multiply KL of precision and of moved weight to have the loss on text.
+    """
+
+    name: str
+    knowledge: Knowledge
+    powers: Mapping[str, float]
+    curvature: float
+    sensitivity: Mapping[str, float]
+    rest: Mapping[str, float]
+    moved: Mapping[str, tuple[float, float]]
+    scales: tuple[float, float]
+
+    def power_of(self, name: str) -> float:
+        """To which a block's errors are raised."""
+        return self.powers[name]
+
+    def precision(self, configuration: Configuration) -> float:
+        """KL because of formats."""
+        noises = self.knowledge.noises(configuration, self.powers)
+        pairs = zip(self.sensitivity.values(), noises, strict=True)
+        total = sum(s * q for s, q in pairs) + self.rest[configuration.rest]
+        return total + self.curvature * total**2
+
+    def substitution(self, configuration: Configuration) -> float:
+        """KL because of moved router weight."""
+        if configuration.mode == "exact":
+            return 0.0
+        price, exponent = self.moved[configuration.mode]
+        return price * float(np.mean(self.knowledge.moved(configuration))) ** exponent
+
+    def divergence(self, configuration: Configuration) -> float:
+        """KL(full || this), nats a token."""
+        return self.precision(configuration) + self.substitution(configuration)
+
+    def nats(self, configuration: Configuration) -> float:
+        """What the loss on text grows by."""
+        a, b = self.scales
+        return a * self.precision(configuration) + b * self.substitution(configuration)
+
+    def block(self, name: str, placement: BlockPlacement, mode: str, moved: float) -> float:
+        """What one block adds to `nats`, as if it were additive altogether: for an allocator."""
+        a, b = self.scales
+        added = (
+            a * self.sensitivity[name] * self.knowledge.noise(name, placement, self.powers[name])
+        )
+        if mode == "exact":
+            return added
+        price, _ = self.moved[mode]
+        return added + b * price * moved / len(self.sensitivity)
+
+
+def fit_additive(
+    samples: Sequence[Sample], knowledge: Knowledge, *, power: float | None, curved: bool
+) -> AdditiveModel:
+    """Sensitivities and curvature from exact samples, then prices of moved weight, then scales.
+
+    power None: each block's own, from the samples in which it alone is encoded.
+    """
+    exact = [one for one in samples if one.configuration.mode == "exact"]
+    powers = {
+        name: _own_power(exact, knowledge, name) if power is None else power
+        for name in knowledge.shapes
+    }
+    sensitivity, rest, curvature = _sensitivities(exact, knowledge, powers, curved=curved)
+    model = AdditiveModel(
+        name=additive_name(power, curved=curved),
+        knowledge=knowledge,
+        powers=powers,
+        curvature=curvature,
+        sensitivity=sensitivity,
+        rest=rest,
+        moved={},
+        scales=(1.0, 1.0),
+    )
+    moved = {mode: _price(samples, model, mode) for mode in _EXPONENTS}
+    model = _with(model, moved=moved)
+    return _with(model, scales=(_scale(exact, model), _scale(_moving(samples), model)))
+
+
+def additive_name(power: float | None, *, curved: bool) -> str:
+    """As in the comparison."""
+    raised = "own powers" if power is None else f"error^{power:g}"
+    return f"additive, {raised}{', curved' if curved else ''}"
+
+
+def _own_power(samples: Sequence[Sample], knowledge: Knowledge, name: str) -> float:
+    """The slope of log KL over log error where no block but this is encoded."""
+    points: dict[str, tuple[float, float]] = {}
+    for one in samples:
+        placement = one.configuration.placement
+        encoded = [other for other, some in placement.items() if some.formats != ("native",)]
+        if name in encoded and len(encoded) <= _together(knowledge) and one.divergence > 0:
+            noise = knowledge.noise(name, placement[name])
+            points[placement[name].formats[0]] = (np.log(noise), np.log(one.divergence))
+    if len(points) < 2:
+        return 1.0
+    (x0, y0), (x1, y1) = min(points.values()), max(points.values())
+    return float(np.clip((y1 - y0) / (x1 - x0), 1.0, 2.0)) if x1 > x0 else 1.0
+
+
+def _together(knowledge: Knowledge) -> int:
+    """How many blocks the largest group of a probe has."""
+    return max(len(one) for one in groups(knowledge.shapes))
+
+
+def _with(model: AdditiveModel, **changes: object) -> AdditiveModel:
+    values = {name: getattr(model, name) for name in AdditiveModel.__slots__}
+    return AdditiveModel(**{**values, **changes})
+
+
+def _moving(samples: Sequence[Sample]) -> list[Sample]:
+    return [one for one in samples if one.configuration.mode != "exact"]
+
+
+def _sensitivities(
+    samples: Sequence[Sample], knowledge: Knowledge, powers: Mapping[str, float], *, curved: bool
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Curvature by trial: given it, S of each sample is known, and linear in sensitivities."""
+    names, encoded = list(knowledge.shapes), RESTS[1:]
+    x_NF = np.array(
+        [
+            [
+                *knowledge.noises(one.configuration, powers),
+                *(float(one.configuration.rest == name) for name in encoded),
+            ]
+            for one in samples
+        ]
+    )
+    y_N = np.array([max(one.divergence, 0.0) for one in samples])
+    trials = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0) if curved else (0.0,)
+    found = [(_weighed(x_NF, y_N, c, len(names)), c) for c in trials]
+    (_, best), curvature = min(found, key=lambda one: one[0][0])
+    sensitivity = dict(zip(names, best[: len(names)].tolist(), strict=True))
+    rest = {RESTS[0]: 0.0, **dict(zip(encoded, best[len(names) :].tolist(), strict=True))}
+    return sensitivity, rest, curvature
+
+
+def _weighed(
+    x_NF: np.ndarray, y_N: np.ndarray, curvature: float, blocks: int
+) -> tuple[float, np.ndarray]:
+    """Mean squared weighed error, and the coefficients."""
+    inner_N = y_N if not curvature else (np.sqrt(1 + 4 * curvature * y_N) - 1) / (2 * curvature)
+    weight_N = 1 / np.maximum(y_N, FLOOR)
+    total = x_NF[:, :blocks].sum()
+    mean = inner_N.sum() / total if total else 1.0
+    prior_F = np.full(x_NF.shape[1], max(mean, 1e-9))
+    prior_F[blocks:] = 1e-3
+    c_F = nonnegative(
+        x_NF * weight_N[:, None], inner_N * weight_N, prior_F=prior_F, strength=_STRENGTH
+    )
+    inner = x_NF @ c_F
+    errors = (inner + curvature * inner**2 - y_N) * weight_N
+    return float((errors**2).mean()), c_F
+
+
+def _price(samples: Sequence[Sample], model: AdditiveModel, mode: str) -> tuple[float, float]:
+    """KL = price * moved^exponent: a straight line in logarithms, pulled to what is assumed."""
+    points: list[tuple[float, float]] = []
+    for one in samples:
+        if one.configuration.mode == mode:
+            moved = float(np.mean(model.knowledge.moved(one.configuration)))
+            left = one.divergence - model.precision(one.configuration)
+            if moved > 1e-4:
+                points.append((np.log(moved), np.log(max(left, 1e-4))))
+    exponent = _EXPONENTS[mode]
+    if not points:
+        return _PRICES[mode], exponent
+    x_N, y_N = np.array(points).T
+    around = x_N - x_N.mean()
+    slope = (around @ (y_N - y_N.mean()) + _EXPONENT_PULL * exponent) / (
+        around @ around + _EXPONENT_PULL
+    )
+    slope = float(np.clip(slope, 0.5, 3.0))
+    return float(np.exp(y_N.mean() - slope * x_N.mean())), slope
+
+
+def _scale(samples: Sequence[Sample], model: AdditiveModel) -> float:
+    """Loss on text per KL: one, unless samples say otherwise."""
+    kl = np.array([one.divergence for one in samples])
+    nats = np.array([one.loss - one.full_loss for one in samples])
+    pull = 0.25 * float((kl**2).sum()) + 1e-6
+    return float(np.clip((kl @ nats + pull) / (kl @ kl + pull), 0.5, 2.0))

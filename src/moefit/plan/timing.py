@@ -1,0 +1,133 @@
+"""Times of a model's parts: the experts of one block, their way from storage, everything else.
+
+Owns the measurements; what a token takes in all is made of them in `latency.py`.
+
+Shapes: T tokens, D model width.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefit.plan.reference import Reference
+from moefit.serve.served import ServedModel
+from moefit.serve.slots import allocate
+from moefit.serve.store import ExpertStore
+from moefit.serve.virtual_experts import VirtualExperts
+
+TOKENS = (1, 4, 16, 64)
+_REPEATS = 12
+_READS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatTimes:
+    """Of one format. Seconds: `block`, all that one block's experts take, by tokens of a step.
+
+    cold and warm: to bring one expert into a slot, past the page cache and from it. `packed`: it
+    came as it lies in slots; else it was encoded on the way, which these seconds contain.
+    """
+
+    block: dict[str, float]
+    cold: float
+    warm: float
+    packed: bool
+    nbytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def time_format(served: ServedModel, store: ExpertStore, reference: Reference) -> FormatTimes:
+    """Of the format that all slots of the model have; the block in the middle stands for all."""
+    experts = list(served.blocks.values())[len(served.blocks) // 2]
+    block: dict[str, float] = {}
+    for count in TOKENS:
+        ids_T = reference.windows_BT.flatten()[:count]
+        arguments = _arguments(served, experts, ids_T)
+        experts(*arguments)  # what is not there is fetched
+        block[str(count)] = statistics.median(_timed(experts, arguments))
+    cold, warm = _loads(experts, store)
+    slot = next(iter(experts.slots.values()))
+    return FormatTimes(
+        block=block,
+        cold=cold,
+        warm=warm,
+        packed=served.report()["experts_from"] != "encoded while reading",
+        nbytes=slot.nbytes,
+    )
+
+
+def _arguments(served: ServedModel, experts: VirtualExperts, ids_T: Tensor) -> Sequence[Tensor]:
+    """What the block's experts are called with for these tokens."""
+    seen: list[tuple[Tensor, ...]] = []
+    hook = experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    try:
+        served.model(input_ids=ids_T[None].to(served.model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _timed(experts: VirtualExperts, arguments: Sequence[Tensor]) -> Iterable[float]:
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        experts(*arguments)
+        yield time.perf_counter() - began
+
+
+def _loads(experts: VirtualExperts, store: ExpertStore) -> tuple[float, float]:
+    """Seconds to read one expert, cold and warm, medians."""
+    slot = allocate(experts.format, experts.block.layout.specs, torch.device("cpu"))
+    name, times = experts.block.name, ([], [])
+    for expert in range(min(_READS, experts.num_experts)):
+        forget(store.files(name, experts.format))
+        for kind in times:
+            began = time.perf_counter()
+            store.read(name, expert, slot)
+            kind.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Drop files from the page cache, where the system lets us."""
+    for path in files:
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+@torch.inference_mode()
+def time_rest(served: ServedModel, reference: Reference, *, tokens: int = 24) -> float:
+    """Seconds that decoding one token takes without experts: attention, routers, head."""
+    for experts in served.blocks.values():
+        experts.recorder = lambda _: None
+    try:
+        return statistics.median(_steps(served, reference.windows_BT[0], tokens))
+    finally:
+        for experts in served.blocks.values():
+            experts.recorder = None
+
+
+def _steps(served: ServedModel, window_T: Tensor, tokens: int) -> Iterable[float]:
+    cache = None
+    for at in range(min(tokens, len(window_T))):
+        ids_11 = window_T[None, at : at + 1].to(served.model.device)
+        began = time.perf_counter()
+        output = served.model(input_ids=ids_11, past_key_values=cache, use_cache=True)
+        output.logits[0, -1].float().log_softmax(-1)
+        yield time.perf_counter() - began
+        cache = output.past_key_values

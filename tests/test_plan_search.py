@@ -1,0 +1,114 @@
+from functools import cache
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planned import EXPERTS, SENSITIVITY, profile, shapes
+
+from moefit.plan import genetic
+from moefit.plan.chosen import fit_quality
+from moefit.plan.features import knowledge_of
+from moefit.plan.latency import fit_latency
+from moefit.plan.options import PolicyChoice, mixtures_of, placement_bytes, policy_choices
+from moefit.plan.search import Field, Models, Point, allocated, chosen_within, pareto
+
+WHOLE = sum(one.slot_bytes["native"] * one.num_experts for one in shapes().values())
+
+
+@cache
+def models() -> Models:
+    done = profile(noise=0.05)
+    known = knowledge_of(done)
+    return Models(fit_quality(done, known), fit_latency(done, known), policy_choices())
+
+
+@cache
+def small() -> Field:
+    """The exact mode with few options, so that all can be tried."""
+    field = models().fields[0]
+    return Field(
+        policy=field.policy,
+        options={name: list(some)[::7] for name, some in field.options.items()},
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0.02, 1.2), st.sampled_from([0.0, 0.3, 10.0]))
+def test_the_allocator_is_within_a_step_of_the_best_there_is(share: float, rate: float) -> None:
+    room = int(share * WHOLE)
+
+    def cost(some) -> float:
+        return sum(one.nats + rate * one.seconds for one in some)
+
+    all_ways = [
+        some for some in product(*small().options.values()) if sum(o.nbytes for o in some) <= room
+    ]
+    found = chosen_within(small(), rate, room)
+    if found is None:
+        assert not all_ways
+        return
+    assert sum(one.nbytes for one in found.values()) <= room
+    best = min(map(cost, all_ways))
+    steps = [
+        max(o.nats + rate * o.seconds for o in some) - min(o.nats + rate * o.seconds for o in some)
+        for some in small().options.values()
+    ]
+    assert best <= cost(found.values()) + 1e-12 <= best + max(steps) + 1e-9
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.floats(0.02, 1.1))
+def test_what_is_proposed_fits(share: float) -> None:
+    room = int(share * WHOLE)
+    for point in allocated(models(), {"native": room, "int8": room // 2}):
+        limit = room if point.configuration.rest == "native" else room // 2
+        placed = point.configuration.placement
+        assert point.nbytes == sum(placement_bytes(placed[n], s) for n, s in shapes().items())
+        assert point.nbytes <= limit
+
+
+@pytest.mark.skipif(not genetic.available(), reason="pymoo is optional")
+def test_the_genetic_search_stays_in_the_room_and_adds_to_the_front() -> None:
+    room = {"native": WHOLE // 5}
+    first = pareto(allocated(models(), room))
+    more = genetic.evolved(models(), room, first)
+    both = pareto([*first, *more])
+    assert more and all(one.nbytes <= WHOLE // 5 for one in more)
+    assert min(p.loss for p in both) <= min(p.loss for p in first)
+    assert min(p.seconds for p in both) <= min(p.seconds for p in first)
+    assert genetic.evolved(models(), room, first) == more  # the same seed, the same search
+
+
+def test_without_anything_to_begin_with_there_is_nothing_to_evolve() -> None:
+    assert genetic.evolved(models(), {"native": 1}, []) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))
+def test_no_point_of_a_front_is_beaten(pairs: list[tuple[int, int]]) -> None:
+    configuration = models().fields[0].configuration({}, "native")
+    points = [
+        Point(configuration=configuration, loss=loss, seconds=seconds, nbytes=0)
+        for loss, seconds in pairs
+    ]
+    front = pareto(points)
+    for one in points:
+        assert any(f.loss <= one.loss and f.seconds <= one.seconds for f in front)
+    for a, b in product(front, front):
+        assert a is b or a.loss < b.loss or a.seconds < b.seconds
+
+
+def test_mixtures_give_loud_experts_more_bits() -> None:
+    known = models().quality.additive.knowledge
+    for name in SENSITIVITY:
+        loudness = known.blocks[name].loudness_E
+        loudest, quietest = loudness.index(max(loudness)), loudness.index(min(loudness))
+        for one in mixtures_of(name, known, 1.0):
+            assert one.slots == len(one.formats) == EXPERTS
+            sizes = shapes()[name].slot_bytes
+            assert sizes[one.formats[loudest]] >= sizes[one.formats[quietest]]
+
+
+def test_models_whose_routers_are_not_known_have_the_exact_mode_only() -> None:
+    assert policy_choices(known_rules=False) == [PolicyChoice(mode="exact")]
+    assert {one.mode for one in policy_choices()} == {"exact", "bounded", "virtual"}

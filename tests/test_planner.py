@@ -1,0 +1,191 @@
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from planned import planned_model, profile
+from tiny_served import saved, tokens
+
+import moefit
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.plan.configuration import uniform
+from moefit.plan.plan_file import Plan, read_plan, refuse_other, write_plan
+from moefit.plan.planner import Planner, Promise, needed
+from moefit.plan.search import Point
+from moefit.serve.packed import fingerprint
+from moefit.serve.skeleton import build
+
+CONTEXT = 64
+
+
+@cache
+def folder() -> Path:
+    return saved(planned_model(), Path(mkdtemp()) / "model")
+
+
+@cache
+def planner() -> Planner:
+    return Planner(build(folder()), profile(noise=0.05), context=CONTEXT, search=False)
+
+
+def budgets(count: int = 5) -> list[int]:
+    low, high = planner().floor(), planner().everything()
+    return [low + (high - low) * number // (count - 1) for number in range(count)]
+
+
+def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
+    for memory in budgets():
+        for point in planner().front(memory):
+            assert needed(planner()._ledger(point.configuration)) <= memory
+
+
+def test_more_memory_never_costs() -> None:
+    found = dict(planner().over_budgets(6))
+    assert list(found) == sorted(found)
+    fronts = list(found.values())
+    losses = [min(one.loss for one in front) for front in fronts]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(0, abs=1e-3)
+
+
+def test_without_fetching_there_is_nothing_to_wait_for() -> None:
+    known = planner().knowledge
+    room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
+    still = planner().front_of_slots(room, fetching=False)
+    assert still and all(sum(known.misses(one.configuration)) < 0.05 for one in still)
+    best = min(one.loss for one in still)
+    assert best <= planner().quality.loss(uniform(planner().profile.experts, "int4")) + 1e-6
+
+
+def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
+    machine = {**planner().profile.facts.machine, "memory": planner().everything()}
+    done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
+    tight = Planner(planner()._skeleton, done, context=CONTEXT, search=False)
+    floor = planner().floor()
+    warm, cold = planner().front(floor)[0], tight.front(tight.floor())[0]
+    assert cold.seconds > warm.seconds
+
+
+def test_promises_are_kept_by_what_is_predicted() -> None:
+    memory = budgets()[1]
+    front = planner().front(memory)
+    for one in front[:: max(1, len(front) // 5)]:
+        bound = one.loss + planner().quality.margin
+        plan, _ = planner().plan(memory, Promise(max_loss=bound))
+        assert plan.predicted.loss <= bound
+        plan, _ = planner().plan(memory, Promise(min_speed=one.speed))
+        assert plan.predicted.speed >= one.speed
+        assert plan.predicted.loss <= one.loss
+
+
+@pytest.mark.parametrize("promise", [Promise(max_loss=0.0), Promise(min_speed=1e6)])
+def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(promise: Promise) -> None:
+    memory = planner().floor()
+    with pytest.raises(ConfigError, match="cannot be promised") as refused:
+        planner().plan(memory, promise)
+    loss, speed = (
+        float(re.search(pattern, str(refused.value))[1])  # pyright: ignore
+        for pattern in (r"loses ([0-9.]+)%", r"makes ([0-9.]+) tokens/s")
+    )
+    planner().plan(memory, Promise(max_loss=loss / 100 + 1e-4))
+    planner().plan(memory, Promise(min_speed=speed - 0.01))
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [Promise(max_loss=-0.1), Promise(max_loss=float("nan")), Promise(min_speed=0.0)],
+)
+def test_absurd_promises_are_refused(promise: Promise) -> None:
+    with pytest.raises(ConfigError, match="but it is"):
+        planner().plan(budgets()[1], promise)
+
+
+def test_below_the_floor_the_floor_is_named_and_works() -> None:
+    floor = planner().floor()
+    with pytest.raises(BudgetTooSmallError, match=str(floor)):
+        planner().front(floor - 1)
+    assert planner().front(floor)
+
+
+def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
+    for loss in (0.001, 0.03):
+        size = planner().smallest_budget(loss)
+        assert size is not None
+        assert min(one.loss for one in planner().front(size)) <= loss
+    assert planner().smallest_budget(-1.0) is None
+
+
+def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
+    plan, _ = planner().plan(planner().everything() + (64 << 20))
+    counts = planner().sequences(plan, (32, 64, 128))
+    assert counts[32] >= counts[64] >= counts[128] > 0
+
+
+def test_modes_that_are_expensive_are_warned_of_with_what_was_measured() -> None:
+    done = profile(noise=0.05)
+    for name, one in done.those("steps/").items():
+        dear = 0.3 if "virtual" in name else 1e-3 if "bounded" in name else one["divergence"]
+        done = done.with_item(f"steps/{name}", {**one, "divergence": dear})
+    warned = Planner(build(folder()), done, context=CONTEXT, search=False).warnings()
+    assert len(warned) == 1
+    assert "virtual is expensive" in warned[0] and "35.0%" in warned[0]
+
+
+def test_a_plan_survives_its_file_and_loads_as_planned(tmp_path: Path) -> None:
+    plan = some_plan()
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+    settings = {**plan.settings(), "memory": None}
+    with moefit.load(folder(), **settings) as served:
+        report = served.report()
+        assert served.model.dtype == torch.bfloat16
+        for name, one in plan.configuration.placement.items():
+            assert report["slots"][name] == one.slots
+            assert set(report["formats"][name]) == set(one.formats)
+        served.model(tokens(1, 8))
+        served.check()
+
+
+def some_plan() -> Plan:
+    return planner().plan(budgets()[2])[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not a plan"),
+        ("[]", "version None"),
+        ('{"version": 99}', "version 99"),
+        ('{"version": 1}', "damaged"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        read_plan(file)
+    with pytest.raises(ConfigError, match="there is no plan"):
+        read_plan(tmp_path / "none.json")
+
+
+def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**some_plan().as_dict(), "dtype": "load"}))
+    with pytest.raises(ConfigError, match="damaged"):
+        read_plan(file)
+
+
+def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    skeleton = build(folder())
+    with pytest.raises(ConfigError, match="another checkpoint"):
+        refuse_other(some_plan(), skeleton, tmp_path / "plan.json")
+    refuse_other(replace(some_plan(), fingerprint=fingerprint(skeleton)), skeleton, tmp_path)
+
+
+def test_points_say_their_speed() -> None:
+    point = planner().front(budgets()[0])[0]
+    assert isinstance(point, Point) and point.speed == pytest.approx(1 / point.seconds)

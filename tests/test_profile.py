@@ -1,0 +1,166 @@
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from planned import profile
+from tiny_served import saved, tiny, tokens
+
+from moefit.errors import CheckpointError, ConfigError, DataError
+from moefit.evaluate.perplexity import Text
+from moefit.plan.calibration import windows_of
+from moefit.plan.profile import find_profile, folder_for, path_for, read_profile, write_profile
+from moefit.plan.profiler import Profiler
+from moefit.plan.running import Subject
+from moefit.serve.skeleton import Skeleton, build
+
+WINDOWS = tokens(5, 33)
+
+
+@cache
+def folder() -> Path:
+    return saved(tiny("Mixtral"), Path(mkdtemp()) / "model")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield
+
+
+def profiler(**changes: Any) -> Profiler:
+    return Profiler(Subject(folder=folder(), **changes), WINDOWS, text="random")
+
+
+class _Killed(Exception):
+    pass
+
+
+def stop_after(count: int):
+    def progress(name: str, done: int, total: int) -> None:
+        if done >= count:
+            raise _Killed
+
+    return progress
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
+    with pytest.raises(_Killed):
+        profiler().run(stop_after(2))
+    kept = dict(read_profile(profiler().path).items)
+    assert list(kept) == list(profiler().facts.wanted[:2])
+    heard: list[str] = []
+
+    def listen(name: str, done: int, total: int) -> None:
+        heard.append(name)
+        if done >= 4:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        profiler().run(listen)
+    assert heard[0] == profiler().facts.wanted[2]
+    found = dict(read_profile(profiler().path).items)
+    assert {name: found[name] for name in kept} == kept and len(found) == 4
+
+
+def test_an_unfinished_profile_says_how_to_go_on() -> None:
+    with pytest.raises(_Killed):
+        profiler().run(stop_after(1))
+    with pytest.raises(ConfigError, match=r"1 of .* goes on"):
+        find_profile(skeleton(), model="m")
+
+
+def skeleton() -> Skeleton:
+    return build(folder())
+
+
+def test_without_a_profile_the_command_that_makes_one_is_named() -> None:
+    with pytest.raises(ConfigError, match="moefit profile m"):
+        find_profile(skeleton(), model="m")
+
+
+def finished(path: Path, **changes: Any) -> Path:
+    done = profile()
+    write_profile(replace(done, facts=replace(done.facts, **changes)), path)
+    return path
+
+
+def test_the_newest_finished_one_is_found_and_damaged_ones_are_passed_over() -> None:
+    place = folder_for(skeleton())
+    finished(place / "a.json")
+    (place / "b.json").write_text("{")
+    assert find_profile(skeleton(), model="m").facts.source == "nowhere"
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    assert read_profile(finished(tmp_path / "p.json")) == profile()
+
+
+def test_a_profile_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another checkpoint"):
+        find_profile(skeleton(), model="m", path=finished(tmp_path / "p.json"))
+
+
+def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="version 99"):
+        read_profile(finished(tmp_path / "p.json", version=99))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "not a profile"), ("[]", "version None"), (b"\xff\xfe", "not a profile")],
+)
+def test_what_is_no_profile_is_refused(tmp_path: Path, content: str | bytes, says: str) -> None:
+    file = tmp_path / "p.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=says):
+        read_profile(file)
+
+
+def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
+    file = finished(tmp_path / "p.json")
+    values = json.loads(file.read_text())
+    del values["facts"]["blocks"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="damaged"):
+        read_profile(file)
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="XDG_CACHE_HOME"):
+        write_profile(profile(), tmp_path / "file" / "p.json")
+
+
+def test_another_text_rule_or_machine_has_its_own_file() -> None:
+    facts = profiler().facts
+    paths = {
+        path_for(skeleton(), one)
+        for one in (
+            facts,
+            replace(facts, text_digest="other"),
+            replace(facts, rule="top_k:1"),
+            replace(facts, machine={**facts.machine, "cpu": "other"}),
+        )
+    }
+    assert len(paths) == 4
+
+
+def text(count: int, context: int = 32) -> Text:
+    return Text(ids_T=torch.arange(count), text_bytes=1, context=context)
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 100])
+def test_a_text_too_short_to_calibrate_on_is_refused_with_what_is_enough(count: int) -> None:
+    with pytest.raises(DataError, match=r"at least 129 tokens"):
+        windows_of(text(count))
+
+
+def test_enough_text_gives_whole_windows() -> None:
+    assert windows_of(text(129)).shape == (4, 33)
+    assert windows_of(text(140)).shape == (4, 33)

@@ -1,0 +1,85 @@
+"""The whole way: measured, fitted, planned, loaded."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_served import saved, tiny, tokens
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+import moefit
+from moefit.errors import UnsupportedModelError
+from moefit.plan.planner import Planner
+from moefit.plan.profile import Profile, find_profile
+from moefit.plan.profiler import Profiler
+from moefit.plan.running import Subject
+from moefit.serve.skeleton import build
+
+WINDOWS = tokens(5, 33)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny("Mixtral", initializer_range=0.1), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        profiler = Profiler(Subject(folder=model), WINDOWS, text="random")
+        done = profiler.run()
+        assert find_profile(build(model), model="m") == done
+        return done
+
+
+@pytest.mark.slow
+def test_everything_is_measured_and_sound(profile: Profile) -> None:
+    assert not profile.missing
+    for name, one in {**profile.those("quality/"), **profile.those("steps/")}.items():
+        assert math.isfinite(one["divergence"]), name
+        assert one["divergence"] > -1e-6, name
+    uniform = {name: one["divergence"] for name, one in profile.those("quality/uniform/").items()}
+    assert uniform["int2"] > uniform["int4"] > uniform["int8"]
+    exact = profile.items["steps/0-exact-native-1"]
+    assert exact["divergence"] < 1e-6 and exact["misses"] == 0
+
+
+@pytest.mark.slow
+def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, model: Path) -> None:
+    planner = Planner(build(model), profile, context=64, search=False)
+    plan, front = planner.plan(planner.everything())
+    assert front and plan.predicted.loss < 0.05
+    with moefit.load(model, **{**plan.settings(), "memory": None}) as served, torch.no_grad():
+        ours = served.model(WINDOWS).logits.log_softmax(-1)
+        full = tiny("Mixtral", initializer_range=0.1)(WINDOWS).logits.log_softmax(-1)
+        divergence = float((full.exp() * (full - ours)).sum(-1).mean())
+    assert divergence < math.log1p(plan.predicted.loss) + 0.05
+
+
+@pytest.mark.slow
+def test_where_memory_is_short_the_results_are_the_same(profile: Profile, model: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moefit.plan.profiler._free_memory", lambda: 1)
+        small = Profiler(Subject(folder=model), WINDOWS, text="random")
+    small._reference = None
+    names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
+    for name in names:
+        short = small._measure(name, profile)
+        if name == "routes":
+            for block, one in short.items():
+                assert one["mass"] == pytest.approx(profile.items["routes"][block]["mass"])
+            continue
+        assert short["configuration"]["blocks"] != profile.items[name]["configuration"]["blocks"]
+        assert short["divergence"] == pytest.approx(profile.items[name]["divergence"], rel=1e-3)
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    config = SwitchTransformersConfig(
+        vocab_size=61, d_model=32, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
+        d_kv=8, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    folder = saved(SwitchTransformersForConditionalGeneration(config), tmp_path)
+    with pytest.raises(UnsupportedModelError, match="only decoders"):
+        Profiler(Subject(folder=folder), WINDOWS, text="random")
