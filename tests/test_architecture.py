@@ -17,6 +17,7 @@ LAYERS = (
     {"formats"},
     {"dsmoe"},
     {"train", "serve"},
+    {"engine"},
     {"evaluate"},
     {"plan"},
     {"api"},

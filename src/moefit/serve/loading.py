@@ -87,9 +87,9 @@ def load(folder: str | Path, settings: LoadSettings, **policy: Any) -> ServedMod
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
         for experts, count in zip(blocks.values(), counts, strict=True):
-            one = settings.placement and settings.placement[experts.block.name]
-            if one and one.by_expert:
-                seat_all(experts, one, device)
+            seats = None if settings.placement is None else settings.placement[experts.block.name]
+            if seats is not None and seats.by_expert:
+                seat_all(experts, seats, device)
             else:
                 grow(experts, count, device)
         live.spares.update(_spares(blocks.values(), device, placed=settings.placement is not None))
