@@ -45,8 +45,9 @@ from moefit.plan.configuration import Configuration, uniform
 from moefit.plan.experiments import FORMATS, Shapes, by_loudness
 from moefit.plan.fitting import rank_correlation
 from moefit.plan.options import placement_bytes
-from moefit.plan.planner import DEFAULT_LOSS, Planner
+from moefit.plan.planner import Planner
 from moefit.plan.profiler import Profiler
+from moefit.plan.promise import DEFAULT_LOSS
 from moefit.plan.reference import Reference, make_reference
 from moefit.plan.running import Subject, fill
 from moefit.plan.samples import Sample, Steps, measure_steps, measure_wide
@@ -122,7 +123,7 @@ class Study:
         profiled = time.perf_counter()
         self.planner = Planner(skeleton, self.profile, context=arguments.context)
         fitted = time.perf_counter()
-        self.planner.plan(self.planner.everything())
+        self.planner.plan(self.planner.rooms.everything)
         self.times = {
             "profile_seconds": profiled - began,
             "fit_seconds": fitted - profiled,

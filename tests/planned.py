@@ -144,6 +144,7 @@ def _routed(number: int, name: str) -> dict[str, Any]:
         "mass": mass,
         "loudness": loud,
         "experts": float(K),
+        "rule_known": True,
         "curves": make_curves(routes, EXPERTS, depth),
     }
 

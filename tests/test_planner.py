@@ -14,7 +14,9 @@ import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.plan.configuration import uniform
 from moefit.plan.plan_file import Plan, read_plan, refuse_other, write_plan
-from moefit.plan.planner import Planner, Promise, needed
+from moefit.plan.planner import Planner
+from moefit.plan.promise import Promise
+from moefit.plan.rooms import needed
 from moefit.plan.search import Point
 from moefit.serve.packed import fingerprint
 from moefit.serve.skeleton import build
@@ -33,14 +35,14 @@ def planner() -> Planner:
 
 
 def budgets(count: int = 5) -> list[int]:
-    low, high = planner().floor(), planner().everything()
+    low, high = planner().rooms.floor, planner().rooms.everything
     return [low + (high - low) * number // (count - 1) for number in range(count)]
 
 
 def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
     for memory in budgets():
         for point in planner().front(memory):
-            assert needed(planner()._ledger(point.configuration)) <= memory
+            assert needed(planner().rooms.ledger(point.configuration)) <= memory
 
 
 def test_more_memory_never_costs() -> None:
@@ -62,11 +64,11 @@ def test_without_fetching_there_is_nothing_to_wait_for() -> None:
 
 
 def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
-    machine = {**planner().profile.facts.machine, "memory": planner().everything()}
+    machine = {**planner().profile.facts.machine, "memory": planner().rooms.everything}
     done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
     tight = Planner(planner()._skeleton, done, context=CONTEXT, search=False)
-    floor = planner().floor()
-    warm, cold = planner().front(floor)[0], tight.front(tight.floor())[0]
+    floor = planner().rooms.floor
+    warm, cold = planner().front(floor)[0], tight.front(tight.rooms.floor)[0]
     assert cold.seconds > warm.seconds
 
 
@@ -84,7 +86,7 @@ def test_promises_are_kept_by_what_is_predicted() -> None:
 
 @pytest.mark.parametrize("promise", [Promise(max_loss=0.0), Promise(min_speed=1e6)])
 def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(promise: Promise) -> None:
-    memory = planner().floor()
+    memory = planner().rooms.floor
     with pytest.raises(ConfigError, match="cannot be promised") as refused:
         planner().plan(memory, promise)
     loss, speed = (
@@ -105,7 +107,7 @@ def test_absurd_promises_are_refused(promise: Promise) -> None:
 
 
 def test_below_the_floor_the_floor_is_named_and_works() -> None:
-    floor = planner().floor()
+    floor = planner().rooms.floor
     with pytest.raises(BudgetTooSmallError, match=str(floor)):
         planner().front(floor - 1)
     assert planner().front(floor)
@@ -120,7 +122,7 @@ def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
 
 
 def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
-    plan, _ = planner().plan(planner().everything() + (64 << 20))
+    plan, _ = planner().plan(planner().rooms.everything + (64 << 20))
     counts = planner().sequences(plan, (32, 64, 128))
     assert counts[32] >= counts[64] >= counts[128] > 0
 

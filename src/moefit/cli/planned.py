@@ -15,7 +15,7 @@ from moefit.cli.app import say
 from moefit.cli.options import Room
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan, read_plan, refuse_other
-from moefit.plan.planner import Promise
+from moefit.plan.promise import Promise
 from moefit.serve.skeleton import build
 
 

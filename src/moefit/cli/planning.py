@@ -160,8 +160,8 @@ def _as_dict(
             {"memory": memory, "front": [_point(one) for one in points]}
             for memory, points in fronts.items()
         ],
-        "floor": planner.floor(),
-        "everything": planner.everything(),
+        "floor": planner.rooms.floor,
+        "everything": planner.rooms.everything,
         "sequences": planner.sequences(plan) if plan else {},
         "warnings": planner.warnings(),
         "searched_by": planner.searched_by,

@@ -17,12 +17,16 @@ from moefit.serve.placement import BlockPlacement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockKnowledge:
-    """One block: each expert's share of router weight and of output, experts a token, curves."""
+    """One block: each expert's share of router weight and of output, experts a token, curves.
+
+    rule_known: whether its router's rule is, so that routes may be changed.
+    """
 
     mass_E: Sequence[float]
     loudness_E: Sequence[float]
     experts: float
     curves: Curves
+    rule_known: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,7 @@ def knowledge_of(profile: Profile) -> Knowledge:
             loudness_E=one["loudness"],
             experts=one["experts"],
             curves=read_curves(one["curves"], shapes[name].num_experts),
+            rule_known=one["rule_known"],
         )
         for name, one in profile.items["routes"].items()
     }

@@ -111,7 +111,10 @@ class Profiler:
             configuration = experiments.quality_configuration(what, self.shapes, loudness)
             return self._quality(configuration)
         packed = {name for name in experiments.FORMATS if self._is_packed(name)}
-        return self._stepwise(experiments.stepwise_configuration(what, self.shapes, packed))
+        configuration = experiments.stepwise_configuration(what, self.shapes, packed)
+        if not all(one["rule_known"] for one in profile.items["routes"].values()):
+            configuration = replace(configuration, mode="exact")  # no other is possible
+        return self._stepwise(configuration)
 
     def _is_packed(self, format: str) -> bool:
         return all(self._packed.has(name, parse_format(format)) for name in self.shapes)
@@ -128,6 +131,7 @@ class Profiler:
                 "mass": list(one.mass_E),
                 "loudness": list(one.loudness_E),
                 "experts": one.experts,
+                "rule_known": one.rule_known,
                 "curves": make_curves(
                     one, self.shapes[name].num_experts, (names.index(name) + 0.5) / len(names)
                 ),

@@ -23,12 +23,14 @@ class Routes:
     """One block's steps, and each expert's share of router weight and of what is added to x.
 
     mass_E and loudness_E sum to one; experts: how many a token uses, in the mean.
+    rule_known: whether the router's rule was recognised.
     """
 
     steps: Sequence[Step]
     mass_E: Sequence[float]
     loudness_E: Sequence[float]
     experts: float
+    rule_known: bool = True
 
 
 @torch.inference_mode()
@@ -92,6 +94,7 @@ def _routes(steps: Sequence[Step], experts: VirtualExperts) -> Routes:
         mass_E=_shares(mass),
         loudness_E=_shares(experts.loudness.scores()),
         experts=sum(len(step.chosen) for step in steps) / max(1, len(steps)),
+        rule_known=experts.scoring is not None or not experts.used,
     )
 
 

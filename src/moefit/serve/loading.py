@@ -119,9 +119,9 @@ def _parts(
 
 def _make_slots(parts: ServedParts, device: torch.device, placement: Placement | None) -> None:
     for experts, count in zip(parts.blocks.values(), parts.budget.slots(), strict=True):
-        one = placement and placement[experts.block.name]
-        if one and one.by_expert:
-            seat_all(experts, one, device)
+        seats = None if placement is None else placement[experts.block.name]
+        if seats is not None and seats.by_expert:
+            seat_all(experts, seats, device)
         else:
             grow(experts, count, device)
     spares = _spares(parts.blocks.values(), device, placed=placement is not None)
