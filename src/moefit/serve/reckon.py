@@ -55,7 +55,7 @@ def beginning(
     skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget, packed: PackedStore
 ) -> Beginning:
     """What slots will hold at first; under precision auto, before experts differ by their use."""
-    counts, format = budget.slots(), settings.format()
+    counts, format = budget.slots(), settings.format(skeleton.blocks[0])
     pairs = list(zip(skeleton.blocks, counts, strict=True))
     formats, nbytes = Counter({format.name: sum(counts)}), budget.with_slots(counts) - budget.fixed
     if settings.precision == AUTO_PRECISION and all(n == block.num_experts for block, n in pairs):
