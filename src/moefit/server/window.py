@@ -11,7 +11,7 @@ class Window:
     >>> for at in range(5):
     ...     window.add(float(at), at=at)
     >>> window.percentiles(0.5, 0.99, at=11)
-    (3.0, 4.0)
+    (2.0, 4.0)
     """
 
     def __init__(self, *, seconds: float = 300.0, most: int = 4096):
