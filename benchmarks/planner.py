@@ -319,7 +319,9 @@ def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for share in SHARES:
         here = [one for one in rules if one["share"] == share]
-        ours = next(one for one in here if one["rule"] == "planned")
+        ours = next((one for one in here if one["rule"] == "planned"), None)
+        if ours is None:
+            continue
         simple = [
             one
             for one in here

@@ -58,7 +58,8 @@ def test_without_fetching_there_is_nothing_to_wait_for() -> None:
     known = planner().knowledge
     room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
     still = planner().front_of_slots(room, fetching=False)
-    assert still and all(sum(known.misses(one.configuration)) < 0.05 for one in still)
+    exact = [one.configuration for one in still if one.configuration.mode != "virtual"]
+    assert exact and all(sum(known.misses(one)) < 0.05 for one in exact)
     best = min(one.loss for one in still)
     assert best <= planner().quality.loss(uniform(planner().profile.experts, "int4")) + 1e-6
 

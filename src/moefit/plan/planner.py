@@ -99,8 +99,12 @@ class Planner:
     def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
         if fetching:
             return list(points)
-        misses = self.knowledge.misses
-        return [one for one in points if sum(misses(one.configuration)) < _STILL]
+        misses = self.knowledge.misses  # the virtual mode's are those of its first tokens
+        return [
+            one
+            for one in points
+            if one.configuration.mode == "virtual" or sum(misses(one.configuration)) < _STILL
+        ]
 
     def _models_beside(self, memory: int) -> Models:
         """Where the page cache beside a budget cannot hold the experts' files, loads are cold."""

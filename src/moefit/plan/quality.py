@@ -178,7 +178,7 @@ def _weighed(
     weight_N = 1 / np.maximum(y_N, FLOOR)
     total = x_NF[:, :blocks].sum()
     mean = inner_N.sum() / total if total else 1.0
-    prior_F = np.full(x_NF.shape[1], max(mean, 1e-9))
+    prior_F = _alone(x_NF, inner_N, max(float(mean), 1e-9))
     prior_F[blocks:] = 1e-3
     c_F = nonnegative(
         x_NF * weight_N[:, None], inner_N * weight_N, prior_F=prior_F, strength=_STRENGTH
@@ -186,6 +186,17 @@ def _weighed(
     inner = x_NF @ c_F
     errors = (inner + curvature * inner**2 - y_N) * weight_N
     return float((errors**2).mean()), c_F
+
+
+def _alone(x_NF: np.ndarray, y_N: np.ndarray, otherwise: float) -> np.ndarray:
+    """What samples say in which one feature alone is not zero: the geometric mean of y / x."""
+    prior_F = np.full(x_NF.shape[1], otherwise)
+    single_N = (x_NF > 0).sum(1) == 1
+    for f in range(x_NF.shape[1]):
+        here_N = single_N & (x_NF[:, f] > 0) & (y_N > 0)
+        if here_N.any():
+            prior_F[f] = np.exp(np.log(y_N[here_N] / x_NF[here_N, f]).mean())
+    return prior_F
 
 
 def _price(samples: Sequence[Sample], model: AdditiveModel, mode: str) -> tuple[float, float]:
