@@ -290,7 +290,7 @@ class Engine:
         going: list[tuple[Answer, Tensor]] = []
         for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
             if piece.start < len(answer.prompt):
-                answer.read(piece, rows_NV)
+                self._alone(answer, lambda: answer.read(piece, rows_NV))  # noqa: B023 - called here
             if piece.last and not answer.finished:
                 going.append((answer, rows_NV[-1:]))
         if not going:
@@ -304,7 +304,15 @@ class Engine:
             for answer, _ in going:
                 self._scheduler.grow(answer.name)
         for (answer, _), (token, logprob) in zip(going, chosen, strict=True):
-            answer.add(token, logprob)
+            self._alone(answer, lambda: answer.add(token, logprob))  # noqa: B023 - called here
+
+    def _alone(self, answer: Answer, act: Callable[[], None]) -> None:
+        """Do what concerns one answer; its failure is no other's."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - a tokenizer, say, that can't read a token
+            _LOG.exception("request %s failed", answer.name)
+            answer.finish("error", _told(error))
 
     def _count_read(self, pieces: Sequence[Piece], answers: Sequence[Answer]) -> None:
         with self._changed:

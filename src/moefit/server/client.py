@@ -29,8 +29,12 @@ class Client:
     """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 300.0):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets that do not close, a port that is no number
+            whole = False
+        if not whole:
             raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._timeout = key, timeout
@@ -39,19 +43,30 @@ class Client:
 
     def get(self, path: str) -> Any:
         """What is there. Raises ServerError."""
-        with closing(self._open(path, None)) as response:
-            return json.load(response)
+        return self._read(path, None)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """What the server makes of it. Raises ServerError."""
-        with closing(self._open(path, body)) as response:
-            return json.load(response)
+        return self._read(path, body)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer. Raises ServerError; closing it ends the answer."""
         with closing(self._open(path, {**body, "stream": True})) as response:
             try:
                 yield from _events(response)
+            except ValueError as error:
+                raise ServerError(f"{self.url} sent an event that is not JSON: {error}") from error
+            except (HTTPException, OSError) as error:
+                raise ServerError(f"the connection to {self.url} broke: {error}") from error
+
+    def _read(self, path: str, body: dict[str, Any] | None) -> Any:
+        with closing(self._open(path, body)) as response:
+            try:
+                return json.load(response)
+            except ValueError as error:
+                raise ServerError(
+                    f"{self.url}{path} answers, but not in JSON: it is another kind of server"
+                ) from error
             except (HTTPException, OSError) as error:
                 raise ServerError(f"the connection to {self.url} broke: {error}") from error
 
