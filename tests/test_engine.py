@@ -268,7 +268,8 @@ def test_a_request_that_cannot_be_opened_does_not_stop_the_engine(olmoe):
         assert ask(engine, PROMPT, greedy(3)).wait().end.reason == "length"
 
 
-def _no_memory(_request: str, _tokens: int) -> None:
+def _no_memory(request: str, tokens: int) -> None:
+    del request, tokens
     raise RuntimeError("no memory to move places together")
 
 

@@ -71,7 +71,8 @@ def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
 
 def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
     with engine_of(saved(tiny("DeepseekV3"), tmp_path)) as engine:
-        assert isinstance(runner := engine._runner, PackedRunner)
+        runner = engine._runner
+        assert isinstance(runner, PackedRunner)
         assert runner.cache.gathers, "its keys lie elsewhere in every step"
         before = set(runner._storages)
         for heard in [ask(engine, prompt, greedy(12)) for prompt in prompts()]:

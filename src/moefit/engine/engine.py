@@ -32,7 +32,7 @@ from moefit.serve.virtual_experts import Mode, Policy
 _LOG = logging.getLogger(__name__)
 _CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
 _RECENT = 5.0  # seconds that `tokens_per_second` looks back
-_LOGIT_BYTES = 16 << 20  # of the prompt's logits in one step, where they are asked for
+PROMPT_LOGITS = 16 << 20  # bytes of prompts' logits in one step, where they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +220,8 @@ class Engine:
             )
 
     def _rows_at_once(self) -> int:
-        """Tokens of a prompt whose logits may be held together."""
-        return _LOGIT_BYTES // (self._vocabulary * self.served.model.dtype.itemsize)
+        """Tokens of prompts whose logits may be held together."""
+        return PROMPT_LOGITS // (self._vocabulary * self.served.model.dtype.itemsize)
 
     def _between_steps(self, change: Callable[[], Any]) -> Any:
         future: Future[Any] = Future()
