@@ -29,17 +29,12 @@ class Client:
     """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 300.0):
-        try:
-            parts = urlsplit(url)
-            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # brackets that do not close, a port that is no number
-            whole = False
-        if not whole:
+        if (host := _host(url)) is None:
             raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._timeout = key, timeout
         # A proxy, if one is configured, cannot reach this machine's own loopback.
-        self._opener = build_opener(*([ProxyHandler({})] if is_loopback(parts.hostname) else []))
+        self._opener = build_opener(*([ProxyHandler({})] if is_loopback(host) else []))
 
     def get(self, path: str) -> Any:
         """What is there. Raises ServerError."""
@@ -87,6 +82,16 @@ class Client:
                 f"no server answers at {self.url}: {why}; start one with `moefit serve`, or give "
                 "--url"
             ) from error
+
+
+def _host(url: str) -> str | None:
+    """The host of a server's address; None if it is no such address."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        return None
+    return parts.hostname if known else None
 
 
 def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
