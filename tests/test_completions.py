@@ -251,13 +251,15 @@ def test_a_full_queue_says_try_later(running) -> None:
 
 def test_a_failure_of_the_model_is_told(running) -> None:
     client, engine, _ = running
-    engine.fail[(5, 6)] = "CheckpointError: a shard cannot be read"
+    engine.fail[(5, 6)] = "OSError: Input/output error: '/home/her/models/shard-1.safetensors'"
     error = error_of(client.post(URL, json={"prompt": [5, 6]}), 500)
-    assert "shard" in error["message"] and error["type"] == "server_error"
+    assert error["code"] == "failed" and error["type"] == "server_error"
+    assert "home" not in error["message"], "no path of ours"
     response = client.post(URL, json={"prompt": [5, 6], "stream": True})
     frames = events(response)
     assert response.status_code == 200
-    assert "shard" in frames[-1]["error"]["message"]
+    assert frames[-1]["error"]["code"] == "failed"
+    assert "home" not in frames[-1]["error"]["message"]
     assert not engine.cancelled
 
 

@@ -1,12 +1,14 @@
 """Many requests through one model: what each hears, and who waits for whom."""
 
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from engines import Heard, ask, engine_of, generated, greedy, paused, prompts, running
 from tiny_served import Disk, reading_through, saved, tiny
 
+from moefit.engine.answer import Language
 from moefit.engine.engine import Engine, EngineSettings
 from moefit.engine.request import Finished, Prompt, Sampling, Token
 from moefit.errors import (
@@ -228,6 +230,47 @@ def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
         assert engine.stats().running == 0
         disk.failures = 0
         assert ask(engine, PROMPT, greedy(6)).wait().tokens == usual
+
+
+class Illiterate:
+    """A tokenizer that can't read one token, as some can't read those above their vocabulary."""
+
+    def __init__(self, unknown: int):
+        self.unknown, self.added_tokens_decoder = unknown, {}
+
+    def decode(self, tokens: list[int], **_: bool) -> str:
+        if self.unknown in tokens:
+            raise IndexError("piece id is out of range")
+        return "".join(f"{token} " for token in tokens)
+
+
+def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
+    with engine_of(olmoe, slots=None) as engine:
+        usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
+        (unknown, *_) = set(usual[0]) - set(usual[1])
+        tokenizer: Any = Illiterate(unknown)
+        engine._language = Language(tokenizer=tokenizer, ends=frozenset())
+        with paused(engine) as go:
+            bad, good = (ask(engine, prompt, greedy(8)) for prompt in prompts([5, 8]))
+            go.set()
+            assert (good.end.reason, good.tokens) == ("length", usual[1])
+            assert bad.end.reason == "error"
+            assert "piece id" in bad.end.message
+        assert ask(engine, prompts([8])[0], greedy(8)).wait().tokens == usual[1]
+
+
+def test_a_request_that_cannot_be_opened_does_not_stop_the_engine(olmoe):
+    with engine_of(olmoe, slots=None) as engine:
+        opened, engine._runner.open = engine._runner.open, _no_memory
+        for one in [ask(engine, PROMPT, greedy(3)) for _ in range(2)]:
+            assert one.end.reason == "error"
+        engine._runner.open = opened
+        assert ask(engine, PROMPT, greedy(3)).wait().end.reason == "length"
+
+
+def _no_memory(request: str, tokens: int) -> None:
+    del request, tokens
+    raise RuntimeError("no memory to move places together")
 
 
 def test_closing_cancels_what_is_left(olmoe):

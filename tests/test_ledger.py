@@ -20,6 +20,8 @@ from moefit.serve.ledger import (
     weight_bytes,
     workspace_bytes,
 )
+from moefit.serve.reckon import ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 
 MIB = 1 << 20
@@ -171,3 +173,18 @@ def test_a_long_prompt_stays_within_workspace_and_cache(family: str, attention: 
     cache = length * kv_bytes_per_token(model.config, torch.float32)
     work = workspace_bytes(model.config, length, torch.float32) - FIRST_USE
     assert peak <= cache + work + 6 * MIB
+
+
+def test_logits_of_many_sequences_and_of_prompts_are_in_the_ledger(tmp_path: Path) -> None:
+    """A server's steps give them; with a vocabulary of 150,000 they are no trifle."""
+    model = tiny("Olmoe", vocab_size=150_000, max_position_embeddings=64).bfloat16()
+    skeleton = build(saved(model, tmp_path))
+    one = ledger(skeleton, LoadSettings(context=32))
+    many = ledger(skeleton, LoadSettings(context=32, sequences=16, prompt_logits=16 << 20))
+    prompts = 32 * 150_000 * 2
+    assert many.workspace - one.workspace == 15 * 150_000 * (2 + 4) + prompts
+    longer = LoadSettings(context=64, prompt_logits=16 << 20)
+    assert (
+        ledger(skeleton, longer).workspace - ledger(skeleton, LoadSettings(context=64)).workspace
+        == 16 << 20
+    )

@@ -69,6 +69,17 @@ def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
         assert runner.cache.pool.extents.free == 50
 
 
+def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
+    with engine_of(saved(tiny("DeepseekV3"), tmp_path)) as engine:
+        runner = engine._runner
+        assert isinstance(runner, PackedRunner)
+        assert runner.cache.gathers, "its keys lie elsewhere in every step"
+        before = set(runner._storages)
+        for heard in [ask(engine, prompt, greedy(12)) for prompt in prompts()]:
+            heard.wait()
+        assert runner._storages == before
+
+
 def test_trying_leaves_no_trace(tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
     with load(folder, LoadSettings()) as served:

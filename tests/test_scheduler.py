@@ -66,6 +66,17 @@ def test_whole_prompts_come_one_at_a_time() -> None:
     assert told(step(scheduler)) == {"a": (40, 41, True), "b": (0, 30, True)}
 
 
+def test_those_with_smaller_pieces_share_one_limit() -> None:
+    scheduler = Scheduler(limits(tokens=100, max_concurrency=4, prefill_chunk=12))
+    for name in ("a", "b"):
+        scheduler.submit(name, prompt=4, answer=1, piece=3)
+    scheduler.submit("other", prompt=20, answer=1)
+    scheduler.admit()
+    assert told(step(scheduler)) == {"a": (0, 3, False), "other": (0, 9, False)}
+    assert told(step(scheduler))["a"] == (3, 4, True)
+    assert told(scheduler.plan())["b"][:2] == (2, 4)
+
+
 def test_a_request_may_have_smaller_pieces() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("a", prompt=20, answer=1, piece=3)

@@ -251,3 +251,21 @@ def test_what_cannot_be_served_ends_without_traceback() -> None:
         done = RUNNER.invoke(app, ["serve", "--port", "0", *arguments])
         assert done.exit_code in (1, 2), arguments
         assert done.exception is not None
+
+
+def test_logits_of_all_requests_are_in_the_budget(monkeypatch) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def load(*_: Any, **settings: Any) -> None:
+        loaded.append(settings)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(server, "load_served", load)
+    RUNNER.invoke(app, ["serve", "--port", "0", "--max-concurrency", "5"])
+    assert loaded == [{"sequences": 5, "prompt_logits": 16 << 20}]
+
+
+@pytest.mark.parametrize("seconds", ["inf", "-1"])
+def test_a_drain_that_would_never_end(seconds: str) -> None:
+    done = RUNNER.invoke(app, ["serve", "--drain-seconds", seconds])
+    assert done.exit_code == 2 and "--drain-seconds" in done.stderr

@@ -13,7 +13,7 @@ from moefit.cli.config_file import ConfigFile
 from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import load_served
-from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.engine import PROMPT_LOGITS, Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
 from moefit.serve.budget import PARTS, format_bytes
 from moefit.server.client import Client
@@ -71,7 +71,8 @@ def serve(
         typer.Option(help="web pages of this origin may ask too; may be repeated"),
     ] = None,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="on SIGTERM, how long answers may take to end")
+        float,
+        typer.Option(min=0, max=86400, help="on SIGTERM, how long answers may take to end"),
     ] = 30.0,
 ) -> None:
     """Loopback only, unless --host says otherwise."""
@@ -108,7 +109,7 @@ def _serve(
 ) -> None:
     with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
         say(f"loading {model}")
-        with load_served(model, *asked) as served:
+        with load_served(model, *asked, **_logits(asked[2], engine_settings)) as served:
             engine = Engine(served, engine_settings)
             running = Running(Service(engine, settings), bound)
             engine.start()
@@ -125,6 +126,13 @@ def _serve(
             finally:
                 engine.close()
                 running.stop()
+
+
+def _logits(planned: Planned, settings: EngineSettings) -> dict[str, int]:
+    """What requests that run together take of the budget; a plan has divided all of it."""
+    if planned.wanted:
+        return {}
+    return {"sequences": settings.max_concurrency, "prompt_logits": PROMPT_LOGITS}
 
 
 def _drain(running: Running, settings: ServerSettings, signal: str) -> None:

@@ -107,10 +107,8 @@ class Answer:
         """The last event; after it nothing more is told."""
         if self.finished:
             return
-        text = self._text.finish() if self._text is not None else ""
         self.finished = True
-        if self._text is not None and self._text.stopped and reason == "length":
-            reason = "stop"  # what was held back completed a stop text
+        text, reason, message = self._rest(reason, message)
         self._ended(self.name)
         self._tell(
             Finished(
@@ -121,6 +119,21 @@ class Answer:
                 message=message,
             )
         )
+
+    def _rest(self, reason: FinishReason, message: str) -> tuple[str, FinishReason, str]:
+        """What was held back, and how the answer ends with it. An end comes in any case."""
+        if self._text is None:
+            return "", reason, message
+        try:
+            text = self._text.finish()
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer's code does
+            if reason == "error":
+                return "", reason, message
+            _LOG.exception("the text of request %s failed", self.name)
+            return "", "error", f"{type(error).__name__}: {error}"
+        if self._text.stopped and reason == "length":
+            reason = "stop"  # what was held back completed a stop text
+        return text, reason, message
 
     def _tell(self, event: Event) -> None:
         try:

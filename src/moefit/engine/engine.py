@@ -32,7 +32,7 @@ from moefit.serve.virtual_experts import Mode, Policy
 _LOG = logging.getLogger(__name__)
 _CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
 _RECENT = 5.0  # seconds that `tokens_per_second` looks back
-_LOGIT_BYTES = 16 << 20  # of the prompt's logits in one step, where they are asked for
+PROMPT_LOGITS = 16 << 20  # bytes of prompts' logits in one step, where they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +220,8 @@ class Engine:
             )
 
     def _rows_at_once(self) -> int:
-        """Tokens of a prompt whose logits may be held together."""
-        return _LOGIT_BYTES // (self._vocabulary * self.served.model.dtype.itemsize)
+        """Tokens of prompts whose logits may be held together."""
+        return PROMPT_LOGITS // (self._vocabulary * self.served.model.dtype.itemsize)
 
     def _between_steps(self, change: Callable[[], Any]) -> Any:
         future: Future[Any] = Future()
@@ -290,7 +290,7 @@ class Engine:
         going: list[tuple[Answer, Tensor]] = []
         for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
             if piece.start < len(answer.prompt):
-                answer.read(piece, rows_NV)
+                self._alone(answer, lambda: answer.read(piece, rows_NV))  # noqa: B023 - called here
             if piece.last and not answer.finished:
                 going.append((answer, rows_NV[-1:]))
         if not going:
@@ -304,7 +304,15 @@ class Engine:
             for answer, _ in going:
                 self._scheduler.grow(answer.name)
         for (answer, _), (token, logprob) in zip(going, chosen, strict=True):
-            answer.add(token, logprob)
+            self._alone(answer, lambda: answer.add(token, logprob))  # noqa: B023 - called here
+
+    def _alone(self, answer: Answer, act: Callable[[], None]) -> None:
+        """Do what concerns one answer; its failure is no other's."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - a tokenizer, say, that can't read a token
+            _LOG.exception("request %s failed", answer.name)
+            answer.finish("error", _told(error))
 
     def _count_read(self, pieces: Sequence[Piece], answers: Sequence[Answer]) -> None:
         with self._changed:

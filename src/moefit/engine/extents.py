@@ -53,8 +53,9 @@ class Extents:
         return moves
 
     def give_back(self, name: str) -> None:
-        """Its places are free again."""
-        del self._starts[name], self._sizes[name]
+        """Its places, if it has any, are free again."""
+        self._starts.pop(name, None)
+        self._sizes.pop(name, None)
 
     def check(self) -> None:
         """Raise AssertionError if two share a place, or one lies outside."""

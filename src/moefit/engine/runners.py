@@ -63,21 +63,23 @@ class PackedRunner:
         self.model, self._device = model, model.device
         self._lengths: dict[str, int] = {}
         self._storages: set[int] = set()
+        self._settled = False
         self._keeps = _takes(model, "logits_to_keep")
 
     def settle(self) -> None:
         """After steps that tried: give the model keys side by side if it computes with them."""
         self.cache.gathers = not self._storages <= self.cache.pool.storages()
+        self._settled = True  # keys that are gathered lie elsewhere in every step
 
     def open(self, request: str, tokens: int) -> None:
         """Take its places."""
-        self.cache.pool.take(request, tokens)
         self._lengths[request] = 0
+        self.cache.pool.take(request, tokens)
 
     def close(self, request: str) -> None:
-        """Give its places back."""
+        """Give its places back, if it has any: its opening may have failed."""
+        self._lengths.pop(request, None)
         self.cache.pool.give_back(request)
-        del self._lengths[request]
 
     def step(self, works: Sequence[Work]) -> Tensor:
         """The logits asked for, [N, V]."""
@@ -108,7 +110,8 @@ class PackedRunner:
                 segments=plan,
                 **keep,
             ).logits
-        self._storages |= plan.storages
+        if not self._settled:
+            self._storages |= plan.storages
         for one in works:
             self._lengths[one.request] = one.past + len(one.tokens)
         logits_NV = logits.flatten(0, 1)

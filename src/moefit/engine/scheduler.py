@@ -47,7 +47,7 @@ class _Request:
     name: str
     prompt: int
     most: int  # tokens, prompt and answer
-    piece: int  # tokens that one step may read of its prompt
+    piece: int | None  # tokens that one step may read of its prompt and all others that have one
     known: int
     read: int = 0
 
@@ -76,7 +76,8 @@ class Scheduler:
         return tuple(self._waiting)
 
     def submit(self, name: str, *, prompt: int, answer: int, piece: int | None = None) -> None:
-        """Let a request of so many tokens wait. piece: the most of its prompt in one step.
+        """Let a request of so many tokens wait. piece: the most of its prompt in one
+        step, and of the prompts of all that have such a limit together.
 
         Raises QueueFullError. That it fits in at all is the caller's to see to.
         """
@@ -88,8 +89,8 @@ class Scheduler:
                 f"{len(self._waiting):,} requests are waiting, as many as may; try again later, or "
                 "start with a larger max_waiting"
             )
-        most = self.limits.prefill_chunk if piece is None else piece
-        self._waiting[name] = _Request(name, prompt, prompt + answer, max(1, most), prompt)
+        piece = None if piece is None else max(1, piece)
+        self._waiting[name] = _Request(name, prompt, prompt + answer, piece, prompt)
 
     def admit(self) -> tuple[str, ...]:
         """Give places to those that have waited longest, as far as places and tokens go."""
@@ -109,8 +110,7 @@ class Scheduler:
         reading = [request for request in self._running.values() if request.reading]
         if self.limits.whole_prompts:
             return (*pieces, *(_piece(request, request.prompt) for request in reading[:1]))
-        left = [min(request.prompt - request.read, request.piece) for request in reading]
-        shares = shared(self.limits.prefill_chunk, left)
+        shares = shared(self.limits.prefill_chunk, _wanted(reading))
         pieces += [
             _piece(request, share) for request, share in zip(reading, shares, strict=True) if share
         ]
@@ -147,6 +147,18 @@ class Scheduler:
             assert request.reading or request.known - request.read <= 1, request
         for request in self._waiting.values():
             assert request.read == 0 and request.known == request.prompt, request
+
+
+def _wanted(reading: Sequence[_Request]) -> list[int]:
+    """Prompt tokens that each may read in a step; those with a limit have one together."""
+    wanted, used = [], 0
+    for request in reading:
+        want = request.prompt - request.read
+        if request.piece is not None:
+            want = min(want, max(0, request.piece - used))
+            used += want
+        wanted.append(want)
+    return wanted
 
 
 def _piece(request: _Request, tokens: int) -> Piece:

@@ -129,6 +129,18 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     return FIRST_USE + tokens * per_token + scores + 2 * vocabulary * (4 + dtype.itemsize)
 
 
+def more_logits_bytes(
+    config: Any, tokens: int, dtype: torch.dtype, sequences: int, prompt_logits: int
+) -> int:
+    """Logits of a step that are not in `workspace_bytes`: of other sequences, and of prompts.
+
+    A row is there as the model made it and in float32; of prompts, as the model made them.
+    """
+    vocabulary = _first(config.get_text_config(decoder=True), "vocab_size") or 0
+    others = (sequences - 1) * vocabulary * (4 + dtype.itemsize)
+    return others + min(prompt_logits, tokens * vocabulary * dtype.itemsize)
+
+
 def _score_bytes(config: Any, tokens: int) -> int:
     """Attention scores [H, T, T] where no kernel avoids them, as many as there are at once.
 

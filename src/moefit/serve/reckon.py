@@ -17,6 +17,7 @@ from moefit.serve.budget import BlockNeeds, MemoryBudget, PlannedSlots, host_lim
 from moefit.serve.ledger import (
     held_bytes,
     kv_bytes_per_token,
+    more_logits_bytes,
     slot_bytes,
     weight_bytes,
     workspace_bytes,
@@ -98,7 +99,10 @@ def ledger(
         weights=weights,
         context=context,
         kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
-        workspace=workspace_bytes(config, context, skeleton.dtype),
+        workspace=workspace_bytes(config, context, skeleton.dtype)
+        + more_logits_bytes(
+            config, context, skeleton.dtype, settings.sequences, settings.prompt_logits
+        ),
         staging=sum(SPARES * size for size in _swapped(skeleton, settings, sizes))
         + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
         + _decoding_bytes(skeleton, settings)

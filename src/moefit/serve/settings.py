@@ -32,6 +32,8 @@ class LoadSettings:
     it deserves within the budget. rest: the same for the weights that are no experts, but routers
     and vectors; they are in memory as they are while they are being encoded.
     placement: slots and formats block by block, instead of equal shares in one precision.
+    sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
+    logits in a step, where they are asked for.
     """
 
     memory: str | int | None = None
@@ -47,6 +49,8 @@ class LoadSettings:
     half_life_tokens: float = 24.0
     manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
     placement: Placement | None = None
+    sequences: int = 1
+    prompt_logits: int = 0
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
@@ -64,7 +68,7 @@ class LoadSettings:
         self.rest_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
-        for name in ("context", "readers"):
+        for name in ("context", "readers", "sequences"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
         if self.host_memory is not None and planned_device(self.device).type == "cpu":

@@ -29,29 +29,39 @@ class Client:
     """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 300.0):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if (host := _host(url)) is None:
             raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._timeout = key, timeout
         # A proxy, if one is configured, cannot reach this machine's own loopback.
-        self._opener = build_opener(*([ProxyHandler({})] if is_loopback(parts.hostname) else []))
+        self._opener = build_opener(*([ProxyHandler({})] if is_loopback(host) else []))
 
     def get(self, path: str) -> Any:
         """What is there. Raises ServerError."""
-        with closing(self._open(path, None)) as response:
-            return json.load(response)
+        return self._read(path, None)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """What the server makes of it. Raises ServerError."""
-        with closing(self._open(path, body)) as response:
-            return json.load(response)
+        return self._read(path, body)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer. Raises ServerError; closing it ends the answer."""
         with closing(self._open(path, {**body, "stream": True})) as response:
             try:
                 yield from _events(response)
+            except ValueError as error:
+                raise ServerError(f"{self.url} sent an event that is not JSON: {error}") from error
+            except (HTTPException, OSError) as error:
+                raise ServerError(f"the connection to {self.url} broke: {error}") from error
+
+    def _read(self, path: str, body: dict[str, Any] | None) -> Any:
+        with closing(self._open(path, body)) as response:
+            try:
+                return json.load(response)
+            except ValueError as error:
+                raise ServerError(
+                    f"{self.url}{path} answers, but not in JSON: it is another kind of server"
+                ) from error
             except (HTTPException, OSError) as error:
                 raise ServerError(f"the connection to {self.url} broke: {error}") from error
 
@@ -72,6 +82,16 @@ class Client:
                 f"no server answers at {self.url}: {why}; start one with `moefit serve`, or give "
                 "--url"
             ) from error
+
+
+def _host(url: str) -> str | None:
+    """The host of a server's address; None if it is no such address."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        return None
+    return parts.hostname if known else None
 
 
 def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -141,7 +141,9 @@ def install(app: FastAPI) -> None:
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MoefitError)
-        return answer(of_ours(error))
+        if (refused := of_ours(error)).status_code >= 500 and refused.code is None:
+            return await failed(_, error)  # such as a checkpoint's, which names its files
+        return answer(refused)
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
         _LOG.error("a request failed: %s: %s", type(error).__name__, error)

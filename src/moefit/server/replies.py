@@ -85,9 +85,14 @@ class Replies:
 
 
 def refuse_failure(event: Finished) -> None:
-    """Raise Refused for an answer that did not come to its end."""
+    """Raise Refused for an answer that did not come to its end.
+
+    What failed may name our files, and stays in the log.
+    """
     if event.reason == "error":
-        raise Refused(500, f"the model failed at this request: {event.message}", code="failed")
+        raise Refused(
+            500, "the model failed at this request; the server's log says why", code="failed"
+        )
     if event.reason == "cancelled":
         why = event.message or "the server is shutting down"
         raise Refused(503, f"the answer was given up: {why}", code="cancelled")

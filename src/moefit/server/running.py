@@ -5,6 +5,7 @@ a second signal ends at once. Knows nothing of endpoints.
 """
 
 import asyncio
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +21,23 @@ from moefit.server.service import Service
 
 _HEAD_BYTES = 64 << 10
 _LOOK_EVERY = 0.1
+_ANSWERED = 128  # connections beyond the most, which hear why they are not served
+_OTHER_FILES = 256  # that are open beside connections, or may be: a model's shards
+
+
+def connections_for(wanted: int) -> int:
+    """As many connections as this process may have files for; its limit is raised if it can be.
+
+    Without files none could be answered, and no expert read.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
+        most = wanted + _OTHER_FILES
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - _OTHER_FILES))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -59,10 +77,13 @@ class Timed(H11Protocol):
     """
 
     seconds: float
+    most: int  # connections; the one above is answered 503, and others are not kept
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """A client is here."""
         super().connection_made(transport)
+        if len(self.connections) > self.most + _ANSWERED:
+            transport.close()
         self._timer = self.loop.call_later(self.seconds, self._look, self._awaited())
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -86,7 +107,8 @@ class Timed(H11Protocol):
 
 def _config(service: Service) -> uvicorn.Config:
     settings = service.settings
-    protocol = type("Timed", (Timed,), {"seconds": settings.wait_seconds})
+    most = connections_for(settings.connections)
+    protocol = type("Timed", (Timed,), {"seconds": settings.wait_seconds, "most": most})
     return uvicorn.Config(
         create_app(service),
         http=protocol,
@@ -97,7 +119,7 @@ def _config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         lifespan="off",
-        limit_concurrency=settings.connections,
+        limit_concurrency=most,
         h11_max_incomplete_event_size=_HEAD_BYTES,
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=5,

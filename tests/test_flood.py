@@ -1,0 +1,36 @@
+"""More connections than there are files for."""
+
+import subprocess
+import sys
+
+FLOOD = """
+import resource, socket
+from serving_http import fake_service
+import moefit
+from moefit.server.running import Running, bind
+hard = 480
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+with moefit.load("reference") as served, fake_service(served, connections=2) as (service, _):
+    bound = bind("127.0.0.1", 0)
+    running = Running(service, bound)
+    running.start()
+    address = bound.getsockname()
+    from moefit.server.running import connections_for
+    print(connections_for(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    held = [socket.create_connection(address, timeout=9) for _ in range(150)]
+    print("closed" if held[-1].recv(1) == b"" else "kept")
+    for one in held:
+        one.close()
+    running.stop()
+"""
+
+
+def test_as_many_connections_as_there_are_files_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FLOOD],
+        check=True, capture_output=True, text=True, timeout=100, cwd=__file__.rpartition("/")[0],
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[0] == "224 480"
+    assert lines[1] == "closed"
+    assert "Too many open files" not in done.stderr
