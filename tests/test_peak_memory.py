@@ -99,3 +99,32 @@ def test_after_shrinking_the_process_holds_no_more_than_the_new_budget(folder: P
     for budget, held in lines:
         assert held <= budget, lines
     assert lines[0][1] - lines[-1][1] > 40 * MIB, "memory went back to the system"
+
+
+LONG_PROMPT = """
+import torch
+torch.set_num_threads(1)
+import moefit
+from moefit.serve.ledger import peak_process_bytes
+from moefit.serve.reckon import ledger
+from moefit.serve.settings import LoadSettings
+from moefit.serve.skeleton import build
+from moefit.evaluate.loading import locate
+
+first = ledger(build(locate("reference")), LoadSettings())
+memory = first.floor + (4 << 20)
+served = moefit.load("reference", memory=memory)
+with torch.inference_mode():
+    for length in (1795, 1200, 700, 1500, 900):
+        served.model(torch.randint(0, 4096, (1, length)), logits_to_keep=1)
+print(memory, peak_process_bytes())
+"""
+
+
+def test_products_of_many_shapes_are_within_the_budget() -> None:
+    """In bfloat16 each number of rows would leave a program in a cache: 200 MiB here."""
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_PROMPT], check=True, capture_output=True, text=True, timeout=200
+    )
+    memory, peak = (int(word) for word in done.stdout.split())
+    assert peak <= memory

@@ -5,6 +5,7 @@ A command's own file parses, calls and prints; nothing else does.
 
 import io
 import json
+import os
 import signal
 import sys
 from enum import StrEnum
@@ -19,6 +20,9 @@ import moefit
 from moefit.errors import MoefitError
 from moefit.evaluate.loading import REFERENCE
 
+# How many compiled products torch's two caches keep on a CPU; in 16 bits every length of text has
+# its own, and a thousand of each, which is what they would keep, are hundreds of MiB.
+PROGRAM_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
@@ -67,6 +71,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't UTF-8 gets "?"
             stream.reconfigure(errors="replace")
+    for cache in PROGRAM_CACHES:
+        os.environ.setdefault(cache, "128")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:

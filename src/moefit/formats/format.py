@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.formats.backend import decoded
@@ -172,8 +173,29 @@ def _like(name: str) -> str:
 
 
 def expert_output(layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
-    """One expert's unweighted output y_RD, the plain way: decoded, then as the family computes."""
-    return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)
+    """One expert's unweighted output y_RD, the plain way: decoded, then as the family computes.
+
+    On a CPU, 16-bit rows are filled up to one of few numbers: oneDNN compiles a program for every
+    shape and keeps a thousand of them, which took hundreds of MiB (tests/test_peak_memory.py).
+    """
+    rows = len(x_RD)
+    if x_RD.device.type == "cpu" and x_RD.dtype.itemsize == 2:
+        x_RD = F.pad(x_RD, (0, 0, 0, round_rows(rows) - rows))
+    return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)[:rows]
+
+
+def round_rows(rows: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, ...: two in each doubling.
+
+    >>> [round_rows(rows) for rows in (1, 8, 9, 13, 49, 65)]
+    [8, 8, 12, 16, 64, 96]
+    """
+    size = 8
+    while size < rows:
+        if size * 3 // 2 >= rows:
+            return size * 3 // 2
+        size *= 2
+    return size
 
 
 def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torch.dtype) -> Tensors:
