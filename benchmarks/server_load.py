@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import record
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,6 +5,7 @@ the allocator found, so that it can only add to it. pymoo is an optional depende
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,15 +27,14 @@ def evolved(
     """Points that the genetic search found within the rooms; none without pymoo."""
     if not available() or not front:
         return []
-    from pymoo.algorithms.moo.nsga2 import NSGA2
-    from pymoo.core.mutation import Mutation
-    from pymoo.core.problem import ElementwiseProblem
-    from pymoo.operators.crossover.ux import UniformCrossover
-    from pymoo.optimize import minimize
-
+    nsga2: Any = import_module("pymoo.algorithms.moo.nsga2")
+    mutation: Any = import_module("pymoo.core.mutation")
+    problem: Any = import_module("pymoo.core.problem")
+    crossover: Any = import_module("pymoo.operators.crossover.ux")
+    optimize: Any = import_module("pymoo.optimize")
     coding = _Coding(models, rooms)
 
-    class Problem(ElementwiseProblem):
+    class Problem(problem.ElementwiseProblem):
         def __init__(self) -> None:
             super().__init__(
                 n_var=len(coding.upper), n_obj=2, n_ieq_constr=1, xl=0, xu=coding.upper, vtype=int
@@ -43,17 +43,19 @@ def evolved(
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             out["F"], out["G"] = coding.costs(x)
 
-    class Redrawn(Mutation):
+    class Redrawn(mutation.Mutation):
         def _do(self, _: Any, x_NV: np.ndarray, *, random_state: Any, **__: Any) -> np.ndarray:
             return coding.redrawn(x_NV, random_state)
 
     operators: dict[str, Any] = {  # pymoo's annotations name its defaults' classes only
         "sampling": coding.population(front, seed),
-        "crossover": UniformCrossover(),
+        "crossover": crossover.UniformCrossover(),
         "mutation": Redrawn(),
     }
-    algorithm = NSGA2(pop_size=_POPULATION, eliminate_duplicates=True, **operators)
-    result = minimize(Problem(), algorithm, ("n_gen", _GENERATIONS), seed=seed, verbose=False)
+    algorithm = nsga2.NSGA2(pop_size=_POPULATION, eliminate_duplicates=True, **operators)
+    result = optimize.minimize(
+        Problem(), algorithm, ("n_gen", _GENERATIONS), seed=seed, verbose=False
+    )
     if result.X is None:
         return []
     return [coding.point(x) for x in np.atleast_2d(result.X)]
