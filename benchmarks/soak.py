@@ -3,7 +3,7 @@
     python benchmarks/soak.py MODEL [--minutes 30] [--least 400MiB --most 700MiB] [--save]
 
 Exact mode, so that every finished greedy answer must be the one that the model itself gives,
-whatever happens around it. A third of the clients hang up mid-stream; every 5 s the budget moves
+whatever happens around it (in bfloat16 but for near ties: rows of a batch are rounded otherwise). A third of the clients hang up mid-stream; every 5 s the budget moves
 between --least and --most; now and then a shard of the checkpoint (of a copy) cannot be read for
 a few seconds. Counted: wrong answers, requests without an end, samples above the budget in force,
 growth of the process.
@@ -66,10 +66,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--least", required=True)
     parser.add_argument("--most", required=True)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    expected = own_answers(given.model)
+    expected = own_answers(given.model, given.dtype)
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "model"
         shutil.copytree(folder_of(given.model), copy)
@@ -78,15 +79,16 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{given.minutes:g} minutes, {given.clients} clients, budget moving every 5 s between "
+            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, budget moving every 5 s between "
             f"{given.least} and {given.most}; a third of the requests hung up by the client."
         )
-        print(record.write("soak", results, notes=notes))
+        suffix = "" if given.dtype == "float32" else given.dtype
+        print(record.write("soak", results, notes=notes, suffix=suffix))
 
 
-def own_answers(model: str) -> dict[tuple[str, int], str]:
+def own_answers(model: str, dtype: str) -> dict[tuple[str, int], str]:
     """Each prompt's greedy continuation by the model itself."""
-    loaded, tokenizer = load(model, dtype=torch.float32)
+    loaded, tokenizer = load(model, dtype=getattr(torch, dtype))
     answers = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -104,7 +106,7 @@ async def soak(
     moefit = str(Path(sys.executable).parent / "moefit")
     command = [
         moefit, "serve", str(copy), "--port", str(PORT), "--memory", given.most,
-        "--dtype", "float32", "--context", "1024",
+        "--dtype", given.dtype, "--context", "1024",
     ]  # fmt: skip
     tally, end = Tally(), time.monotonic() + 60 * given.minutes
     server = subprocess.Popen(command)
