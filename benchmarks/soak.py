@@ -3,10 +3,10 @@
     python benchmarks/soak.py MODEL [--minutes 30] [--least 400MiB --most 700MiB] [--save]
 
 Exact mode, so that every finished greedy answer must be the one that the model itself gives,
-whatever happens around it (in bfloat16 but for near ties: rows of a batch are rounded otherwise). A third of the clients hang up mid-stream; every 5 s the budget moves
-between --least and --most; now and then a shard of the checkpoint (of a copy) cannot be read for
-a few seconds. Counted: wrong answers, requests without an end, samples above the budget in force,
-growth of the process.
+whatever happens around it (in bfloat16 but for near ties: rows of a batch are rounded otherwise).
+A third of the clients hang up mid-stream; every 5 s the budget moves between --least and --most;
+now and then a shard of the checkpoint (of a copy) cannot be read for a few seconds. Counted: wrong
+answers, requests without an end, samples above the budget in force, growth of the process.
 """
 
 import argparse
@@ -79,8 +79,8 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, budget moving every 5 s between "
-            f"{given.least} and {given.most}; a third of the requests hung up by the client."
+            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, "
+            f"budget moving every 5 s between {given.least} and {given.most}; a third of the requests hung up by the client."
         )
         suffix = "" if given.dtype == "float32" else given.dtype
         print(record.write("soak", results, notes=notes, suffix=suffix))
