@@ -80,7 +80,8 @@ def main() -> None:
     if given.save:
         notes = (
             f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, "
-            f"budget moving every 5 s between {given.least} and {given.most}; a third of the requests hung up by the client."
+            f"budget moving every 5 s between {given.least} and {given.most}; "
+            "a third of the requests hung up by the client."
         )
         suffix = "" if given.dtype == "float32" else given.dtype
         print(record.write("soak", results, notes=notes, suffix=suffix))
