@@ -325,6 +325,61 @@ def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -
 
 @compiled
 @levels
+def test_one_tokens_experts_go_into_their_rows_and_leave_others(level: str) -> None:
+    mlps = [make_mlp(4, 8, seed=0), make_mlp("float32", 3, seed=1)]
+    for x_1D in (normal(1, 72), normal(1, 72).bfloat16(), normal(1, 72).half()):
+        y_KD = torch.full((4, 72), 7.0)
+        at(level).one_token(x_1D, mlps, [3, 1], y_KD)
+        wanted_ND = at(level).experts(x_1D, mlps, [[0], [0]])
+        assert torch.equal(y_KD[[3, 1]], wanted_ND)
+        assert (y_KD[[0, 2]] == 7).all()
+
+
+@compiled
+@levels
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+def test_a_product_comes_in_the_dtype_asked_for(level: str, tokens: int) -> None:
+    weight = weight_of(5, 75, 150)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x_TI = normal(tokens, 150).to(dtype)
+        wanted_TO = at(level).linear(x_TI.float(), weight).to(dtype)
+        assert torch.equal(at(level).linear(x_TI, weight, dtype), wanted_TO)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@compiled
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES),
+       st.sampled_from(DTYPES), st.integers(0, 9))  # fmt: skip
+def test_a_weighted_sum_is_the_plain_one_to_the_bit(
+    tokens, k, width, dtype, weights_dtype, seed: int
+) -> None:
+    y_RD = normal(tokens * k, width, seed=seed)
+    y_RD = y_RD.to(dtype) if seed % 2 else y_RD
+    weights_TK = normal(tokens, k, seed=seed + 1).to(weights_dtype)
+    made_TD, energy_R = at("portable").weighted_sum(y_RD, weights_TK, dtype, energy=True)
+    wanted_TD, wanted_energy_R = module.plain_weighted_sum(y_RD, weights_TK, dtype, energy=True)
+    assert made_TD.dtype == dtype
+    assert torch.equal(made_TD, wanted_TD)
+    assert energy_R is not None and wanted_energy_R is not None
+    torch.testing.assert_close(energy_R, wanted_energy_R)
+    assert at("portable").weighted_sum(y_RD, weights_TK, dtype)[1] is None
+    loop_TD = (y_RD.to(dtype) * weights_TK.reshape(-1, 1)).view(tokens, k, width).sum(1).to(dtype)
+    torch.testing.assert_close(made_TD, loop_TD)
+
+
+@compiled
+def test_no_number_stays_none_in_a_weighted_sum() -> None:
+    y_KD = torch.tensor([[float("nan"), float("inf"), 1.0], [1.0, 1.0, 1.0]])
+    made_TD, _ = at("portable").weighted_sum(y_KD, torch.ones(1, 2), torch.bfloat16)
+    assert made_TD.isnan().tolist() == [[True, False, False]]
+    assert made_TD.isinf().tolist() == [[False, True, False]]
+
+
+@compiled
+@levels
 @pytest.mark.parametrize("kind", [8, 4, 3, "bfloat16"])
 def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> None:
     mlps = [make_mlp(kind, kind, width=200, inner=150, seed=e) for e in range(3)]

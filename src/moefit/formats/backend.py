@@ -25,8 +25,10 @@ class Backend(Protocol):
     few_native: int
     """The same where nothing need be decoded."""
 
-    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
-        """x W^T, float32 [T, O]."""
+    def linear(
+        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x W^T, [T, O] in `dtype`."""
         ...
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
@@ -37,6 +39,18 @@ class Backend(Protocol):
         self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
         """Each expert over the tokens given for it, unweighted: float32 y_RD, expert by expert."""
+        ...
+
+    def one_token(
+        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+    ) -> None:
+        """Each expert's output, unweighted, into its row of y_KD, float32."""
+        ...
+
+    def weighted_sum(
+        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `plain_weighted_sum`."""
         ...
 
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from moefit.formats.kernels import NATIVE_DTYPES, Argument, Mlp, Weight, joined
+from moefit.formats.kernels import (
+    NATIVE_DTYPES,
+    Argument,
+    Mlp,
+    Weight,
+    joined,
+    plain_weighted_sum,
+)
 from moefit.formats.matrix import GroupedMatrix, groups_of
 from moefit.formats.triton_kernels import (
     MIXED,
@@ -39,8 +46,10 @@ class TritonKernels:
     level = "triton"
     few = few_native = 1 << 30  # any number of tokens: decoding would go through memory
 
-    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
-        """x W^T, float32 [T, O]."""
+    def linear(
+        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x W^T, [T, O] in `dtype`."""
         weight = weight.weight if isinstance(weight, Argument) else weight
         x_TI = _readable(x_TI)
         (rows, cols), tokens = _shape(weight), len(x_TI)
@@ -55,7 +64,7 @@ class TritonKernels:
                     x_TI, codes, meta, y_TO, tokens, rows, cols,
                     KIND=kind, TOKENS=tile, ROWS=_TILES[tile], GROUPS=_GROUPS, **_OPTIONS,
                 )  # fmt: skip
-        return y_TO
+        return y_TO.to(dtype)
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
         """The weights [O, I]."""
@@ -102,6 +111,19 @@ class TritonKernels:
                 KIND=_kind({row[5] for row in table}), **shape,
             )  # fmt: skip
         return y_RD
+
+    def one_token(
+        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+    ) -> None:
+        """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
+        made_ND = self.experts(x_1D, mlps, [(0,)] * len(mlps))
+        y_KD[_on(torch.tensor(rows), y_KD.device)] = made_ND
+
+    def weighted_sum(
+        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`plain_weighted_sum`."""
+        return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
 
 
 def _table(mlps: Sequence[Mlp], counts: Sequence[int], tile: int) -> list[tuple[int, ...]]:

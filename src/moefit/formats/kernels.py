@@ -15,7 +15,7 @@ from contextlib import suppress
 from ctypes import POINTER, Structure, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ from moefit.formats.planes import GROUP
 Level = Literal["portable", "avx2", "avx512"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 2  # of the border, as csrc/experts.cpp has it
+VERSION = 3  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
 Weight = Tensor | GroupedMatrix
 
 
@@ -89,21 +90,27 @@ class Kernels:
             c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_experts.argtypes = [
-            c_int64, POINTER(_Expert), c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
-            c_int64, c_int64, c_int64, c_int64, c_void_p,
+            c_int64, POINTER(_Expert), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
+            c_void_p, c_int64, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
+        library.moefit_weighted_sum.argtypes = [
+            c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+            c_void_p,
         ]  # fmt: skip
 
-    def linear(self, x_TI: Tensor, weight: Weight | Argument) -> Tensor:
-        """x W^T, float32 [T, O]."""
+    def linear(
+        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x W^T, [T, O] in `dtype`."""
         weight = weight if isinstance(weight, Argument) else Argument(weight)
         assert x_TI.shape[1] == weight.cols
-        x_TP = _padded(x_TI)
-        tokens, width = x_TP.shape
-        y_TO = torch.empty(tokens, weight.rows)
+        x_TI = _readable(x_TI if x_TI.dtype == dtype else x_TI.float())
+        y_TO = x_TI.new_empty(len(x_TI), weight.rows)
         self._library.moefit_linear(
-            self._level, weight.matrix, x_TP.data_ptr(), width, tokens, y_TO.data_ptr()
-        )
-        return y_TO
+            self._level, weight.matrix, x_TI.data_ptr(), len(x_TI), _KINDS[x_TI.dtype],
+            y_TO.data_ptr(),
+        )  # fmt: skip
+        return y_TO.to(dtype)
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
         """The weights [O, I]."""
@@ -152,25 +159,76 @@ class Kernels:
 
         Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
         """
-        assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
         array, first = (_Expert * len(mlps))(), 0
         for number, (mlp, mine) in enumerate(zip(mlps, tokens, strict=True)):
             array[number] = mlp.argument
             array[number].first, array[number].rows = first, len(mine)
             first += len(mine)
+        y_RD = torch.empty(first, x_TD.shape[1])
         if not first:
-            return torch.empty(0, x_TD.shape[1])
-        x_TP = _padded(x_TD)
-        token_R = joined(tokens)
+            return y_RD
+        self._run(mlps, array, joined(tokens), x_TD, y_RD)
+        return y_RD
+
+    def one_token(
+        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+    ) -> None:
+        """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
+        array = (_Expert * len(mlps))()
+        for number, (mlp, row) in enumerate(zip(mlps, rows, strict=True)):
+            array[number] = mlp.argument
+            array[number].first, array[number].rows = row, 1
+        self._run(mlps, array, None, x_1D, y_KD)
+
+    def _run(
+        self, mlps: Sequence[Mlp], array: Any, token_R: Tensor | None, x_TD: Tensor, y_RD: Tensor
+    ) -> None:
+        """token_R None: all rows are of the only token."""
+        assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
+        x_TD = _readable(x_TD)
         one, w_out = mlps[0], mlps[0].argument.w_out
         scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
-        h_RQ, y_RD = torch.empty(first, scratch), torch.empty(first, w_out.rows)
+        h_RQ = torch.empty(len(y_RD), scratch)
         self._library.moefit_experts(
-            self._level, array, len(mlps), token_R.data_ptr(), x_TP.data_ptr(), *x_TP.shape,
-            h_RQ.data_ptr(), scratch, int(one.gated),
-            ACTIVATIONS.index(one.activation), int(x_TD.dtype == torch.bfloat16), y_RD.data_ptr(),
+            self._level, array, len(mlps), None if token_R is None else token_R.data_ptr(),
+            len(y_RD), x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype],
+            h_RQ.data_ptr(), scratch, int(one.gated), ACTIVATIONS.index(one.activation),
+            y_RD.data_ptr(),
         )  # fmt: skip
-        return y_RD
+
+    def weighted_sum(
+        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `plain_weighted_sum` gives, to the bit but for energies."""
+        if any(one not in _KINDS for one in (dtype, weights_TK.dtype, y_RD.dtype)):
+            return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
+        rows, width = y_RD.shape
+        assert rows == weights_TK.numel()
+        y_TD = torch.empty(len(weights_TK), width, dtype=dtype)
+        energy_R = torch.empty(rows) if energy else None
+        y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
+        self._library.moefit_weighted_sum(
+            y_RD.data_ptr(), _KINDS[y_RD.dtype], *weights_TK.shape, width, weights_TK.data_ptr(),
+            _KINDS[weights_TK.dtype], _KINDS[dtype], y_TD.data_ptr(),
+            None if energy_R is None else energy_R.data_ptr(),
+        )  # fmt: skip
+        return y_TD, energy_R
+
+
+def plain_weighted_sum(
+    y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The outputs of each token's choices, R = T * K rows, added up in order: y_TD in `dtype`.
+
+    torch's own sum takes another order for other widths. energy: also |weight * output|^2 of each
+    row, float32 [R].
+    """
+    weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
+    energy_R = weighted_RD.float().square().sum(-1) if energy else None
+    total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)
+    for part_TD in weighted_RD.view(*weights_TK.shape, -1).unbind(1):
+        total_TD += part_TD.float()
+    return total_TD.to(dtype), energy_R
 
 
 @cache
@@ -221,6 +279,10 @@ def joined(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
     if all(isinstance(mine, Tensor) for mine in tokens):
         return torch.cat([mine for mine in tokens if isinstance(mine, Tensor)])
     return torch.tensor([int(token) for mine in tokens for token in mine])
+
+
+def _readable(x_TI: Tensor) -> Tensor:
+    return (x_TI if x_TI.dtype in _KINDS else x_TI.float()).contiguous()
 
 
 def _padded(x_TI: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ transformers' bit for bit.
 Shapes: T tokens, D model width, K chosen per token, R routed rows.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,12 +38,15 @@ class FusedExperts:
             return True
         return self._layout.specs[self._shape.w_in].dtype in (torch.bfloat16, torch.float16)
 
-    def one_token(self, x_1D: Tensor, slots: Sequence[Slot]) -> Tensor:
-        """Each expert's output, y_ND in the order of slots."""
-        made_ND = self._kernels.experts(
-            x_1D, [self._mlp(one) for one in slots], [(0,)] * len(slots)
-        )
-        return made_ND.to(x_1D.dtype)
+    def one_token(self, x_1D: Tensor, placed: Mapping[int, Slot], y_KD: Tensor) -> None:
+        """Each expert's output into its row of y_KD, float32; given as row and slot."""
+        self._kernels.one_token(x_1D, [self._mlp(one) for one in placed.values()], [*placed], y_KD)
+
+    def weighted_sum(
+        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each token's y_TD, and if asked for what each output adds, as squares."""
+        return self._kernels.weighted_sum(y_RD, weights_TK, dtype, energy=energy)
 
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor

@@ -85,23 +85,32 @@ class ExpertInvoker:
         for batch in self._batches(list(rows), together=True):
             work = [(slot, rows[expert]) for expert, slot in batch]
             fused.outputs(x_TD, work, routing.ids_TK.shape[1], y_RD)
-        return self._weighted_sum(y_RD, routing).to(x_TD.dtype)
+        return self._fused_sum(fused, x_TD, y_RD, routing)
 
     def _kernel_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping; all experts that are there in one call."""
         ids = routing.ids_TK[0].tolist()
-        needed = list(dict.fromkeys(e for e in ids if e < self._block.num_experts))
-        order, parts = [], []
-        for batch in self._batches(needed, together=True):
-            order += [expert for expert, _ in batch]
-            parts.append(fused.one_token(x_1D, [slot for _, slot in batch]))
-        if order == ids:
-            y_KD = torch.cat(parts) if len(parts) > 1 else parts[0]
-        else:
-            row = {expert: number for number, expert in enumerate(order)}
-            y_ND = torch.cat([*parts, torch.zeros_like(x_1D)])
-            y_KD = y_ND[[row.get(expert, -1) for expert in ids]]
-        return self._weighted_sum(y_KD, routing).to(x_1D.dtype)
+        row: dict[int, int] = {}
+        for number, expert in enumerate(ids):
+            if expert < self._block.num_experts:
+                row.setdefault(expert, number)
+        new = x_1D.new_empty if len(row) == len(ids) else x_1D.new_zeros
+        y_KD = new((len(ids), x_1D.shape[1]), dtype=torch.float32)
+        for batch in self._batches(list(row), together=True):
+            fused.one_token(x_1D, {row[expert]: slot for expert, slot in batch}, y_KD)
+        for number, expert in enumerate(ids):
+            if row.get(expert, number) != number:  # chosen twice
+                y_KD[number] = y_KD[row[expert]]
+        return self._fused_sum(fused, x_1D, y_KD, routing)
+
+    def _fused_sum(
+        self, fused: FusedExperts, x_TD: Tensor, y_RD: Tensor, routing: Routing
+    ) -> Tensor:
+        weights_TK, listening = routing.weights_TK, self.listening
+        y_TD, energy_R = fused.weighted_sum(y_RD, weights_TK, x_TD.dtype, energy=listening)
+        if listening:
+            self.energy_R = energy_R
+        return y_TD
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
         """Decoding: no grouping, no scatter."""

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefit.formats.backend import backend, decoded
-from moefit.formats.encoders import encode
+from moefit.formats.encoders import encode_into
 from moefit.formats.format import GroupedFormat
 from moefit.formats.kernels import Argument
-from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
+from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes, meta_per_group
 from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
+from moefit.serve.slots import host_bytes
 
 _SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
 
@@ -51,7 +52,7 @@ class GroupedLinear(nn.Module):
         if compiled and x_TI.shape[0] <= compiled.few:
             if self._argument is None:
                 self._argument = Argument(self.matrix)
-            y_TO = compiled.linear(x_TI, self._argument).to(x.dtype)
+            y_TO = compiled.linear(x_TI, self._argument, x.dtype)
         else:
             y_TO = F.linear(x_TI, decoded(self.matrix, x.dtype))
         if isinstance(self.bias, Tensor):
@@ -124,12 +125,24 @@ def encode_rest(
     found = encodable(model, blocks)
     weights = _by_weight(found)
     for done, (weight, names) in enumerate(weights.items(), start=1):
-        matrix = encode(weight.detach(), format.bits, format.encoder)
+        matrix = _room_for(weight, format.bits)
+        encode_into(matrix, weight.detach(), format.encoder)
         for name in names:
             model.set_submodule(name, _encoded(found[name], matrix, weight.dtype))
         weight.data = weight.new_empty(0)
         progress(done, len(weights))
     return tuple(found)
+
+
+def _room_for(weight: Tensor, bits: int) -> GroupedMatrix:
+    """On a CPU as slots lie: huge pages save address translation."""
+    rows, cols = weight.shape
+    codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
+    if weight.device.type != "cpu" or not codes:
+        return GroupedMatrix.empty(rows, cols, bits)
+    codes_B, meta_B = host_bytes(codes + meta).split([codes, meta])
+    meta_RMG = meta_B.view(torch.float16).view(rows, meta_per_group(bits), -1)
+    return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
 
 
 def _by_weight(found: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:

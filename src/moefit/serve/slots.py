@@ -16,7 +16,7 @@ from torch import Tensor
 from moefit.formats.format import Format, Weights
 from moefit.moe.families import TensorSpec
 
-_HUGE = 4 << 20  # from this size on, huge pages save address translation
+_HUGE = 2 << 20  # from this size on, huge pages save address translation
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -375,15 +375,16 @@ class VirtualExperts(nn.Module):
 
 def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[int, float]:
     """Per chosen expert, the sum over tokens of |x| * weight."""
-    norms_T1 = x_TD.float().norm(dim=-1, keepdim=True)
-    weighted_TK = chosen.weights_TK.float().abs() * norms_T1
-    ids = chosen.ids_TK
+    ids, weights_TK = chosen.ids_TK, chosen.weights_TK
     if len(x_TD) == 1:
         weights: dict[int, float] = {}
-        for expert, weight in zip(ids[0].tolist(), weighted_TK[0].tolist(), strict=True):
+        norm = float(x_TD.norm(dtype=torch.float32))
+        for expert, weight in zip(ids[0].tolist(), weights_TK[0].tolist(), strict=True):
             if expert < num_experts:
-                weights[expert] = weights.get(expert, 0.0) + weight
+                weights[expert] = weights.get(expert, 0.0) + norm * abs(weight)
         return weights
+    norms_T1 = x_TD.float().norm(dim=-1, keepdim=True)
+    weighted_TK = weights_TK.float().abs() * norms_T1
     sums_E1 = torch.zeros(num_experts + 1, device=ids.device)
     sums_E1.scatter_add_(0, ids.flatten(), weighted_TK.flatten())
     sums = sums_E1[:num_experts].tolist()

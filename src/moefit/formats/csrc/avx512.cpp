@@ -3,7 +3,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kinds.h"
 #include "matrix.h"
@@ -12,6 +15,8 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 
 namespace avx512 {
+
+#include "inputs.inc"
 
 // Bits low to low + 1 of each byte, at place `low`, of the four fields of two bits in 16 bytes.
 template <int LOW>
@@ -195,5 +200,5 @@ static void any_decode(const Matrix &m, int64_t row, float *out) {
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow};
+const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow, avx512::widen, avx512::integers};
 #endif

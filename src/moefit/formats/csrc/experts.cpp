@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "matrix.h"
@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;  // output rows that one thread takes at a time
-constexpr float SMALLEST = 1e-30f;  // of a group's largest activations: its reciprocal must be a float
 
 const Level &level_of(int64_t level) {
 #if defined(__x86_64__)
@@ -53,49 +52,34 @@ void hidden_units(float *h, const float *up, int64_t number, int64_t activation,
     }
 }
 
-// Activations in both forms that kernels take, `width` floats each.
+// Activations in both forms that kernels take, `cols` floats each.
 class Inputs {
 public:
-    Inputs(int64_t number, int64_t width)
-        : groups_(width / GROUP), high_(number * width), low_(number * width), scale_(number * groups_),
-          sum_(number * groups_), inputs_(number) {}
+    Inputs(const Level &level, int64_t number, int64_t cols)
+        : level_(level), cols_(cols), groups_(groups_of(cols)), high_(number * groups_ * GROUP),
+          low_(number * groups_ * GROUP), scale_(number * groups_), sum_(number * groups_), inputs_(number) {}
 
     // May be one behind the last: an expert without rows.
     const Input *operator[](int64_t i) const { return inputs_.data() + i; }
 
+    // Of floats that are padded with zeros to whole groups, and stay.
     void set(int64_t i, const float *x) {
         int64_t at = i * groups_;
         inputs_[i] = {x, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]};
-        for (int64_t g = 0; g < groups_; g++) set_group(x + g * GROUP, at + g);
+        for (int64_t g = 0; g < groups_; g++, at++)
+            level_.integers(x + g * GROUP, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]);
+    }
+
+    // Of token i of x, as it comes; `floats` has room for all tokens.
+    void set(int64_t i, const void *x, int64_t kind, std::vector<float> &floats) {
+        float *mine = &floats[i * groups_ * GROUP];
+        level_.widen((const char *)x + i * cols_ * (kind == BF16 ? 2 : 4), kind, cols_, mine, groups_ * GROUP);
+        set(i, mine);
     }
 
 private:
-    // A group with NaN or infinity makes NaN of every product; one too small to have a scale counts as zeros.
-    void set_group(const float *x, int64_t at) {
-        uint32_t largest_bits = 0;  // order as floats do, those that are no numbers last
-        for (int64_t j = 0; j < GROUP; j++) {
-            uint32_t word;
-            std::memcpy(&word, x + j, 4);
-            largest_bits = std::max(largest_bits, word & 0x7fffffff);
-        }
-        float largest;
-        std::memcpy(&largest, &largest_bits, 4);
-        if (!(largest >= SMALLEST && largest_bits < 0x7f800000)) {
-            std::memset(&high_[at * GROUP], 0, GROUP), std::memset(&low_[at * GROUP], 0, GROUP);
-            scale_[at] = sum_[at] = largest_bits < 0x7f800000 ? 0 : std::numeric_limits<float>::quiet_NaN();
-            return;
-        }
-        float scale = largest / 16256, inverse = 16256 / largest;
-        int32_t sum = 0;
-        for (int64_t j = 0; j < GROUP; j++) {
-            int32_t value = int32_t(std::nearbyint(x[j] * inverse)), high = (value + 64) >> 7;
-            high_[at * GROUP + j] = int8_t(high), low_[at * GROUP + j] = int8_t(value - 128 * high);
-            sum += value;
-        }
-        scale_[at] = scale, sum_[at] = scale * float(sum);
-    }
-
-    int64_t groups_;
+    const Level &level_;
+    int64_t cols_, groups_;
     std::vector<int8_t> high_, low_;
     std::vector<float> scale_, sum_;
     std::vector<Input> inputs_;
@@ -120,7 +104,7 @@ struct Expert {
 
 // Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
 // left over from before is then not used.
-int64_t moefit_version() { return 2; }
+int64_t moefit_version() { return 3; }
 
 // The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
 int64_t moefit_best_level() {
@@ -136,44 +120,54 @@ int64_t moefit_best_level() {
 #endif
 }
 
-// y_TO = x_TP W^T; x has P floats a token, padded with zeros to whole groups.
-void moefit_linear(int64_t level, const Matrix *m, const float *x_TP, int64_t P, int64_t tokens,
-                   float *y_TO) {
-    Inputs inputs(tokens, P);
-    std::vector<float *> y(tokens);
-    for (int64_t t = 0; t < tokens; t++) y[t] = y_TO + t * m->rows;
+// y_TO = x_TI W^T, both float32 or both bfloat16.
+void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tokens, int64_t kind, void *y_TO) {
+    const Level &use = level_of(level);
+    Inputs inputs(use, tokens, m->cols);
+    std::vector<float> floats(tokens * groups_of(m->cols) * GROUP);
 #pragma omp parallel
     {
 #pragma omp for
-        for (int64_t t = 0; t < tokens; t++) inputs.set(t, x_TP + t * P);
+        for (int64_t t = 0; t < tokens; t++) inputs.set(t, x_TI, kind, floats);
 #pragma omp for schedule(dynamic)
-        for (int64_t c = 0; c < m->rows; c += CHUNK)
-            dots(level_of(level), *m, c, std::min(c + CHUNK, m->rows), inputs[0], tokens, y.data());
+        for (int64_t c = 0; c < m->rows; c += CHUNK) {
+            int64_t last = std::min(c + CHUNK, m->rows);
+            for (int64_t t = 0; t < tokens; t += TOKENS) {
+                float made[TOKENS][CHUNK], *y[TOKENS];
+                int64_t number = std::min(TOKENS, tokens - t);
+                for (int64_t i = 0; i < number; i++)
+                    y[i] = kind == F32 ? (float *)y_TO + (t + i) * m->rows : made[i] - c;
+                use.dot(*m, c, last, inputs[t], number, y);
+                for (int64_t i = 0; i < number && kind == BF16; i++)
+                    use.narrow(made[i], last - c, (uint16_t *)y_TO + (t + i) * m->rows + c);
+            }
+        }
     }
 }
 
-// Every routed row through its expert, unweighted: y_RD.
+// Every routed row through its expert, unweighted: y_RD, as many rows as are routed; those of no expert
+// stay as they were.
 //
-// x_TP: tokens, P floats each. token_R: the token of each routed row. h_RQ: scratch, where Q is in
-// whole groups and at least the rows of `in`. y_RD: as many rows as are routed.
+// x_TD: float32 or, then hidden units are rounded, bfloat16 (kind). token_R: the token of each routed row;
+// null, the first. h_RQ: scratch, where Q is in whole groups and at least the rows of `in`.
 void moefit_experts(int64_t level, const Expert *experts, int64_t number, const int64_t *token_R,
-                    const float *x_TP, int64_t T, int64_t P, float *h_RQ, int64_t Q, int64_t gated,
-                    int64_t activation, int64_t bfloat16, float *y_RD) {
+                    int64_t routed, const void *x_TD, int64_t T, int64_t kind, float *h_RQ, int64_t Q,
+                    int64_t gated, int64_t activation, float *y_RD) {
     if (!number) return;
     const Level &use = level_of(level);
     int64_t F = experts[0].down.cols, D = experts[0].down.rows;
-    int64_t routed = experts[number - 1].first + experts[number - 1].rows;
     int64_t f_chunks = (F + CHUNK - 1) / CHUNK, d_chunks = (D + CHUNK - 1) / CHUNK;
-    Inputs tokens(T, P), hidden(routed, groups_of(F) * GROUP);
+    Inputs tokens(use, T, experts[0].in.cols), hidden(use, routed, F);
+    std::vector<float> floats(T * groups_of(experts[0].in.cols) * GROUP);
     std::vector<Input> x(routed);
     std::vector<float *> h(routed), y(routed);
     for (int64_t r = 0; r < routed; r++) h[r] = h_RQ + r * Q, y[r] = y_RD + r * D;
 #pragma omp parallel
     {
 #pragma omp for
-        for (int64_t t = 0; t < T; t++) tokens.set(t, x_TP + t * P);
+        for (int64_t t = 0; t < T; t++) tokens.set(t, x_TD, kind, floats);
 #pragma omp single
-        for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R[r]];
+        for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < number * f_chunks; item++) {
             const Expert &e = experts[item / f_chunks];
@@ -183,20 +177,51 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
             dots(use, e.in, f0, f1, mine, e.rows, to);
             if (gated) dots(use, e.in, F + f0, F + f1, mine, e.rows, to);
             for (int64_t r = e.first; r < e.first + e.rows; r++)
-                hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, bfloat16);
+                hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, kind == BF16);
         }
-#pragma omp for
-        for (int64_t r = 0; r < routed; r++) {
-            // The padding lies where the up projection was, which is used up now.
-            std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
-            hidden.set(r, h[r]);
-        }
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < number; n++)
+            for (int64_t r = experts[n].first; r < experts[n].first + experts[n].rows; r++) {
+                // The padding lies where the up projection was, which is used up now.
+                std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
+                hidden.set(r, h[r]);
+            }
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < number * d_chunks; item++) {
             const Expert &e = experts[item / d_chunks];
             int64_t d0 = item % d_chunks * CHUNK, d1 = std::min(d0 + CHUNK, D);
             dots(use, e.down, d0, d1, hidden[e.first], e.rows, y.data() + e.first);
         }
+    }
+}
+
+// Each token's outputs added up, in order: y_TD = sum of weight * y over K, rounded wherever torch would.
+//
+// kind: of the tokens, thus of y_TD; y_RD, T * K rows of y_kind, counts as rounded to it. All are float32 or
+// bfloat16; where tokens and weights are bfloat16, products are. energy_R: null, or each weighted output's
+// squares, summed.
+void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D, const void *weights_R,
+                         int64_t weights_kind, int64_t kind, void *y_TD, float *energy_R) {
+    constexpr int64_t LANES = 16;
+    std::vector<float> weight(T * K);
+    PORTABLE.widen(weights_R, weights_kind, T * K, weight.data(), T * K);
+    bool round = kind == BF16, round_products = round && weights_kind == BF16;
+#pragma omp parallel for if (T > 1)
+    for (int64_t t = 0; t < T; t++) {
+        std::vector<float> total(D), output(D);
+        for (int64_t r = t * K; r < (t + 1) * K; r++) {
+            float squares[LANES] = {};
+            PORTABLE.widen((const char *)y_RD + r * D * (y_kind == BF16 ? 2 : 4), y_kind, D, output.data(), D);
+            for (int64_t d = 0; d < D; d++) {
+                float y = round ? rounded(output[d]) : output[d], product = y * weight[r];
+                product = round_products ? rounded(product) : product;
+                total[d] += product;
+                squares[d % LANES] += product * product;
+            }
+            if (energy_R) energy_R[r] = std::accumulate(squares, squares + LANES, 0.0f);
+        }
+        if (kind == BF16) PORTABLE.narrow(total.data(), D, (uint16_t *)y_TD + t * D);
+        else std::memcpy((float *)y_TD + t * D, total.data(), 4 * D);
     }
 }
 

@@ -29,6 +29,7 @@ struct Input {
 
 constexpr int64_t GROUP = 64;
 constexpr int64_t TOKENS = 4;  // as many share one pass over the weights
+constexpr float SMALLEST = 1e-30f;  // of a group's largest activations: its reciprocal must be a float
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
 
@@ -46,6 +47,10 @@ struct Level {
     void (*decode)(const Matrix &, int64_t row, float *out);
     // Floats as bfloat16.
     void (*narrow)(const float *, int64_t number, uint16_t *out);
+    // Float32 or bfloat16 as floats, padded with zeros to `width`.
+    void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
+    // A group of activations as `Input` has them.
+    void (*integers)(const float *x, int8_t *high, int8_t *low, float *scale, float *sum);
 };
 
 extern const Level PORTABLE;
