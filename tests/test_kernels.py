@@ -17,6 +17,7 @@ from moefit.formats.encoders import encode
 from moefit.formats.kernels import LEVELS, SWITCH, Kernels, Mlp, Weight, kernels, status
 from moefit.formats.matrix import GroupedMatrix, groups_of
 from moefit.formats.planes import GROUP, PLANES
+from moefit.formats.weighted_sum import plain_weighted_sum
 from moefit.moe.activations import ACTIVATIONS
 
 torch.set_num_threads(1)
@@ -360,7 +361,7 @@ def test_a_weighted_sum_is_the_plain_one_to_the_bit(
     y_RD = y_RD.to(dtype) if seed % 2 else y_RD
     weights_TK = normal(tokens, k, seed=seed + 1).to(weights_dtype)
     made_TD, energy_R = at("portable").weighted_sum(y_RD, weights_TK, dtype, energy=True)
-    wanted_TD, wanted_energy_R = module.plain_weighted_sum(y_RD, weights_TK, dtype, energy=True)
+    wanted_TD, wanted_energy_R = plain_weighted_sum(y_RD, weights_TK, dtype, energy=True)
     assert made_TD.dtype == dtype
     assert torch.equal(made_TD, wanted_TD)
     assert energy_R is not None and wanted_energy_R is not None

@@ -20,7 +20,6 @@ from moefit.formats.kernels import (
     Mlp,
     Weight,
     joined,
-    plain_weighted_sum,
 )
 from moefit.formats.matrix import GroupedMatrix, groups_of
 from moefit.formats.triton_kernels import (
@@ -30,6 +29,7 @@ from moefit.formats.triton_kernels import (
     hidden_kernel,
     linear_kernel,
 )
+from moefit.formats.weighted_sum import plain_weighted_sum
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens in a tile, and output units beside them. Tensor cores take 16 or more, one token none.

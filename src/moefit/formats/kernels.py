@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from moefit.errors import ConfigError
 from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
 from moefit.formats.planes import GROUP
+from moefit.formats.weighted_sum import plain_weighted_sum
 
 Level = Literal["portable", "avx2", "avx512"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
@@ -213,22 +214,6 @@ class Kernels:
             None if energy_R is None else energy_R.data_ptr(),
         )  # fmt: skip
         return y_TD, energy_R
-
-
-def plain_weighted_sum(
-    y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """The outputs of each token's choices, R = T * K rows, added up in order: y_TD in `dtype`.
-
-    torch's own sum takes another order for other widths. energy: also |weight * output|^2 of each
-    row, float32 [R].
-    """
-    weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
-    energy_R = weighted_RD.float().square().sum(-1) if energy else None
-    total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)
-    for part_TD in weighted_RD.view(*weights_TK.shape, -1).unbind(1):
-        total_TD += part_TD.float()
-    return total_TD.to(dtype), energy_R
 
 
 @cache
