@@ -30,12 +30,12 @@ class FakeEngine:
     """Requests go on side by side, a token each in turn; `pause` seconds between turns.
 
     fail: prompts whose answers break after two tokens with this message. tokens: what is made,
-    instead of by arithmetic.
+    instead of by arithmetic. waits: seconds that a request is said to have waited for its place.
     """
 
     def __init__(self, served: ServedModel, *, pause: float = 0.0):
         self.served, self.settings, self.max_model_len = served, EngineSettings(), 512
-        self.pause, self.fail = pause, {}
+        self.pause, self.fail, self.waits = pause, {}, 0.0
         self.tokens: Callable[[Sequence[int]], Sequence[int]] | None = None
         self.cancelled: list[str] = []
         self.submitted: list[tuple[tuple[int, ...], Sampling]] = []
@@ -94,11 +94,8 @@ class FakeEngine:
             steps=3, runner="fake",
         )  # fmt: skip
 
-    def set_memory(self, memory: str | int | None) -> Any:
-        return self.served.set_memory(memory)
-
-    def set_mode(self, mode: Any, **settings: Any) -> Any:
-        return self.served.set_mode(mode, **settings)
+    def between_steps(self, change: Callable[[], Any]) -> Any:
+        return change()
 
     def _run(self) -> None:
         while True:
@@ -121,7 +118,7 @@ class FakeEngine:
         told = None
         if (top := sampling.prompt_logprobs) is not None:
             told = (None, *(self._logprob(token, top) for token in prompt[1:]))
-        yield Prompt(logprobs=told)
+        yield Prompt(logprobs=told, waited=self.waits)
         tokenizer = self.served.tokenizer
         text = TextStream(tokenizer, sampling.stop, after=prompt)
         made, last = 0, prompt[-1] + (sampling.seed or 0)

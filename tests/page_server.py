@@ -23,7 +23,9 @@ MIB = 1 << 20
 class Pretender:
     """A served model that is none."""
 
-    def __init__(self, layers: int = 8, experts: int = 16, *, slot: int = 96 << 10, mixed=False):
+    def __init__(
+        self, layers: int = 8, experts: int = 16, *, slot: int = 96 << 10, mixed=False, auto=False
+    ):
         self.chance = random.Random(0)
         self.layers, self.experts, self.slot, self.mixed = layers, experts, slot, mixed
         self.fixed = {
@@ -35,6 +37,13 @@ class Pretender:
         }
         self.floor = sum(self.fixed.values()) + layers * slot
         self.everything = sum(self.fixed.values()) + layers * experts * slot
+        share = layers * experts * slot  # auto: slots are reckoned in int2
+        self.everything_in = {
+            name: sum(self.fixed.values()) + share * bits // 2
+            for name, bits in (("int2", 2), ("int4", 4), ("int6", 6), ("int8", 8), ("native", 16))
+            if auto
+        }
+        self.most = self.everything_in["native"] if auto else self.everything
         self.total: int | None = (self.floor + 2 * self.everything) // 3
         self.mode, self.hits, self.fetches, self.read, self.running = "exact", 0, 0, 0, 0
         self.bound = 0.3
@@ -53,7 +62,7 @@ class Pretender:
         ]
 
     def memory(self) -> dict:
-        total = self.everything if self.total is None else self.total
+        total = self.most if self.total is None else self.total
         slots = (total - sum(self.fixed.values())) // (self.slot * self.layers)
         slots = min(self.experts, slots)
         self.hits += 40 + self.chance.randrange(20)
@@ -65,8 +74,9 @@ class Pretender:
             "model": "pretender-8x16", "mode": self.mode, "prefill": "exact",
             "bound": self.bound,
             "budget": {"total": self.total, "context": 4096, **self.fixed, "floor": self.floor,
-                       "everything": self.everything, "host": None},
-            "floor": self.floor, "everything": self.everything,
+                       "everything": self.everything, "most": self.most, "host": None},
+            "floor": self.floor, "everything": self.everything, "most": self.most,
+            "everything_in": self.everything_in,
             "process_bytes": held, "peak_process_bytes": held + 9 * MIB,
             "slot_bytes": slots * self.layers * self.slot, "kv_tokens": 4096,
             "kv_tokens_used": 610 * self.running, "blocks": blocks,

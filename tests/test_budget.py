@@ -160,7 +160,7 @@ def test_the_parts_add_up_and_go_to_json() -> None:
     assert budget.slots() == (2, 1)
     assert budget.as_dict() == {
         "total": 5000, "context": None, "process": 1000, "weights": 300, "kv_cache": 100,
-        "workspace": 60, "staging": 40, "floor": 3500, "everything": 9500,
+        "workspace": 60, "staging": 40, "floor": 3500, "everything": 9500, "most": 9500,
         "host": None,
     }  # fmt: skip
     assert budget.with_total(9000).with_total(5000) == budget

@@ -16,6 +16,7 @@ from moefit import cli
 from moefit.cli import app
 from moefit.errors import MoefitError
 from moefit.formats.kernels import status
+from moefit.serve.upgrades import AUTO
 from moefit.train.tokenizer import train_bpe
 
 
@@ -104,12 +105,27 @@ def test_describe_in_a_precision_is_the_ledger(saved):
     assert "experts in int4" in run("describe", saved, "--precision", "int4").stdout
 
 
+def test_describe_as_a_server_takes_it(saved):
+    one, many = (
+        json.loads(run("describe", saved, "--memory", "9GiB", *more, "--json").stdout)
+        for more in ((), ("--max-concurrency", "9"))
+    )
+    vocabulary, float32, tokens = 300, 4, one["context"]
+    others, prompts = 8 * vocabulary * 2 * float32, tokens * vocabulary * float32
+    assert many["workspace"] - one["workspace"] == others + prompts
+    alone = json.loads(run("describe", saved, "--max-concurrency", "1", "--json").stdout)
+    assert alone["workspace"] - one["workspace"] == prompts
+
+
 def test_describe_auto_says_what_the_budget_buys(saved):
     asked = ("describe", saved, "--precision", "auto", "--rest", "int8")
     ledger = json.loads(run(*asked, "--memory", "9GiB", "--json").stdout)
     assert (ledger["precision"], ledger["rest"]) == ("auto", "int8")
     assert ledger["formats"] == {"native": sum(ledger["slots"].values())}
+    assert list(ledger["everything_in"]) == list(AUTO)
+    assert ledger["everything_in"]["native"] == ledger["most"]
     table = " ".join(run(*asked, "--memory", "9GiB").stdout.split())
+    assert "all experts in int4" in table and "all experts in native" in table
     assert "experts in auto, other weights in int8" in table
     assert f"native: {ledger['bits_per_weight']:.2f} bits" in table and "experts in int2" in table
 

@@ -235,6 +235,19 @@ def test_what_does_not_fit_is_refused_with_numbers(running) -> None:
     assert long["code"] == "context_length_exceeded"
 
 
+def test_more_log_probabilities_than_memory_is_meant_for(served) -> None:
+    with fake_service(served, logprobs=200) as (service, engine), client_of(service) as client:
+        asked = {"prompt": [3] * 20, "max_tokens": 10, "logprobs": 4}
+        assert client.post(URL, json={**asked, "n": 4}).status_code == 200
+        assert client.post(URL, json={**asked, "echo": True}).status_code == 200
+        for more in ({"n": 5}, {"n": 2, "echo": True}, {"max_tokens": 2**31 - 1}):
+            error = error_of(client.post(URL, json={**asked, **more}), 400)
+            assert (error["param"], error["code"]) == ("logprobs", "too_many_logprobs")
+        assert len(engine.submitted) == 5
+        plain = {"prompt": [3] * 20, "max_tokens": 300}
+        assert client.post(URL, json=plain).status_code == 200
+
+
 def test_one_answer_that_does_not_fit_takes_the_others_back(running) -> None:
     client, engine, _ = running
     error_of(client.post(URL, json={"prompt": [[5], [5] * 500], "max_tokens": 50}), 400)
@@ -261,6 +274,23 @@ def test_a_failure_of_the_model_is_told(running) -> None:
     assert frames[-1]["error"]["code"] == "failed"
     assert "home" not in frames[-1]["error"]["message"]
     assert not engine.cancelled
+
+
+def test_an_error_of_ours_within_a_stream_is_told_in_it(running, monkeypatch) -> None:
+    client, _, service = running
+    asked_for: list[int] = []
+
+    def name(token: int) -> str:
+        asked_for.append(token)
+        if len(set(asked_for)) > 1:
+            raise KeyError(token)
+        return "one"
+
+    monkeypatch.setattr(service.words, "name", name)
+    asked = {"prompt": "a", "logprobs": 0, "stream": True}
+    *frames, last = events(client.post(URL, json=asked))
+    assert [one["choices"][0]["logprobs"]["tokens"] for one in frames] == [["one"]]
+    assert last["error"]["type"] == "server_error" and "log" in last["error"]["message"]
 
 
 def test_nothing_is_taken_while_shutting_down(running) -> None:

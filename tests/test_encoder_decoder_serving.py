@@ -240,7 +240,8 @@ def test_nllb_layout_reads_what_the_block_passes(tokens, dropout):
 def test_cache_is_counted_in_the_decoders_layers(config):
     decoder_layers, width, both_attentions = 4, 16, 2
     expected = decoder_layers * both_attentions * 2 * width * 4
-    assert kv_bytes_per_token(config, torch.float32) == expected
+    encoded = width * 4
+    assert kv_bytes_per_token(config, torch.float32) == expected + encoded
 
 
 def test_an_encoders_attention_scores_are_counted():

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -74,6 +75,54 @@ def test_echoed_log_probabilities_are_the_models_own(served, client) -> None:
     likeliest = [max(top, key=top.__getitem__) for top in told["top_logprobs"][1 : len(ids)]]
     assert sum(a == b for a, b in zip(names, likeliest, strict=True)) >= len(names) - 1
     assert len(told["tokens"]) == len(ids) + 1
+
+
+@contextmanager
+def logits_changed(served: ServedModel, ids: list[int], value: float) -> Iterator[None]:
+    """Let the model say this of some tokens, as heads that mask a part of the vocabulary do."""
+    at = torch.tensor(ids)
+    hook = served.model.get_output_embeddings().register_forward_hook(
+        lambda _head, _input, logits: logits.index_fill(-1, at, value)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_a_token_that_cannot_be_is_said_in_json(served, client) -> None:
+    ids = served.tokenizer("import os, sys")["input_ids"]
+    masked = [token for token in range(served.model.config.vocab_size) if token != ids[0]]
+    asked = {"prompt": ids, "echo": True, "logprobs": 3, "max_tokens": 2, "temperature": 0}
+    served.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    hello = [{"role": "user", "content": "hello"}]
+    chat = {"messages": hello, "max_tokens": 2, "logprobs": True, "top_logprobs": 3}
+    try:
+        with logits_changed(served, masked, -torch.inf):
+            (choice,) = client.post(URL, json=asked).json()["choices"]
+            frames = events(client.post(URL, json={**asked, "stream": True}))
+            (said,) = client.post("/v1/chat/completions", json=chat).json()["choices"]
+            pieces = events(client.post("/v1/chat/completions", json={**chat, "stream": True}))
+    finally:
+        served.tokenizer.chat_template = None
+    told = choice["logprobs"]
+    assert told["token_logprobs"][1 : len(ids)] == [-9999.0] * (len(ids) - 1)
+    assert told["token_logprobs"][len(ids) :] == [0.0, 0.0]
+    assert sorted(told["top_logprobs"][1].values())[-2:] == [-9999.0, 0.0]
+    streamed = [f["choices"][0]["logprobs"] for f in frames if f["choices"][0]["logprobs"]]
+    assert [x for one in streamed for x in one["token_logprobs"]] == told["token_logprobs"]
+    for one in said["logprobs"]["content"]:
+        assert [top["logprob"] for top in one["top_logprobs"]] == [0.0, -9999.0, -9999.0]
+    streamed = [f["choices"][0]["logprobs"] for f in pieces if f["choices"][0]["logprobs"]]
+    assert [x for one in streamed for x in one["content"]] == said["logprobs"]["content"]
+
+
+def test_a_model_that_computes_no_numbers_is_an_error_not_an_answer(served, client) -> None:
+    for asked in ({"max_tokens": 3}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
+        with logits_changed(served, [0, 5], torch.nan):
+            error = error_of(client.post(URL, json={"prompt": "import os", **asked}), 500)
+        assert error["code"] == "failed"
+        assert client.post(URL, json={"prompt": "import os", **asked}).status_code == 200
 
 
 def test_a_seed_repeats_and_n_answers_differ(client) -> None:

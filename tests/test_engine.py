@@ -1,6 +1,8 @@
 """Many requests through one model: what each hears, and who waits for whom."""
 
+from dataclasses import replace
 from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -232,6 +234,55 @@ def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
         assert ask(engine, PROMPT, greedy(6)).wait().tokens == usual
 
 
+def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypatch):
+    with engine_of(olmoe, slots=None) as engine:
+        usual = [ask(engine, prompt, greedy(6)).wait().tokens for prompt in prompts([5, 8])]
+        step = engine._runner.step
+
+        def breaks(works: Any) -> torch.Tensor:
+            logits_NV = step(works).clone()
+            ends = [sum(work.wants for work in works[: n + 1]) for n in range(len(works))]
+            for work, end in zip(works, ends, strict=True):
+                if work.past == 7 and work.wants:  # the third token of the shorter one
+                    logits_NV[end - 1] = torch.nan
+            return logits_NV
+
+        monkeypatch.setattr(engine._runner, "step", breaks)
+        with paused(engine) as go:
+            bad, good = (ask(engine, prompt, greedy(6)) for prompt in prompts([5, 20]))
+            go.set()
+            assert (bad.end.reason, bad.tokens) == ("error", usual[0][:3])
+            assert "no finite numbers" in bad.end.message
+            assert good.end.reason == "length"
+        monkeypatch.undo()
+        assert ask(engine, prompts([5])[0], greedy(6)).wait().tokens == usual[0]
+
+
+def test_how_long_a_request_waited_for_its_place(olmoe):
+    with engine_of(olmoe, max_concurrency=1) as engine, paused(engine) as go:
+        one = ask(engine, PROMPT, greedy(3))
+        sleep(0.05)
+        go.set()
+        assert 0.05 <= one.wait().prompt.waited < 30
+        assert ask(engine, PROMPT, greedy(3)).wait().prompt.waited < one.prompt.waited
+
+
+def test_what_is_done_between_steps_is_done_once_none_is_under_way(olmoe):
+    with engine_of(olmoe) as engine:
+        with paused(engine) as go:
+            done: list[int] = []
+            thread = Thread(target=lambda: done.append(engine.between_steps(lambda: 7)))
+            thread.start()
+            sleep(0.05)
+            assert done == []
+            go.set()
+            thread.join(30)
+        assert done == [7]
+        with pytest.raises(ZeroDivisionError):
+            engine.between_steps(lambda: 1 // 0)
+        assert ask(engine, PROMPT, greedy(1)).end.reason == "length"
+
+
 class Illiterate:
     """A tokenizer that can't read one token, as some can't read those above their vocabulary."""
 
@@ -249,7 +300,8 @@ def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
         tokenizer: Any = Illiterate(unknown)
-        engine._language = Language(tokenizer=tokenizer, ends=frozenset())
+        language = Language(tokenizer=tokenizer, ends=frozenset())
+        engine._abilities = replace(engine._abilities, language=language)
         with paused(engine) as go:
             bad, good = (ask(engine, prompt, greedy(8)) for prompt in prompts([5, 8]))
             go.set()

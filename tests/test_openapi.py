@@ -1,15 +1,19 @@
 """The document of the API is true: whatever it allows to be sent is answered as it says."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from engines import running
 from hypothesis import HealthCheck, given, settings
 from serving_http import client_of, fake_service
 
 import moefit
 from moefit.serve.served import ServedModel
 from moefit.server.app import create_app
+from moefit.server.service import Service
+from moefit.server.settings import ServerSettings
 
 HERE = {"Host": "localhost"}
 OPERATIONS = {
@@ -36,14 +40,32 @@ def test_the_document_has_every_endpoint(served) -> None:
             assert shape == {"$ref": "#/components/schemas/ErrorBody"}
 
 
+@contextmanager
+def over_a_stand_in(served: ServedModel) -> Iterator[Service]:
+    with fake_service(served, answers=4) as (service, engine):
+        engine.max_model_len = 64
+        yield service
+
+
+@contextmanager
+def over_the_engine(served: ServedModel) -> Iterator[Service]:
+    served.set_memory("4GiB")
+    with running(served, max_model_len=64, max_concurrency=3) as engine:
+        service = Service(engine, ServerSettings(name="reference", answers=4))
+        yield service
+        service.close()
+    assert not engine.stats().running
+    served.check()
+
+
 @pytest.mark.slow
-def test_what_the_document_allows_is_answered_as_it_says(served) -> None:
+@pytest.mark.parametrize("over", [over_a_stand_in, over_the_engine])
+def test_what_the_document_allows_is_answered_as_it_says(served, over) -> None:
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     found = pytest.importorskip("schemathesis.specs.openapi.checks")
     # Some values can be refused only for what they mean here: a prompt that does not fit, say.
     meaning = found.positive_data_acceptance
-    with fake_service(served, answers=4) as (service, engine):
-        engine.max_model_len = 64
+    with over(served) as service:
         schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service), headers=HERE)
         operations = [one.ok() for one in schema.get_all_operations()]
         assert {one.path for one in operations} == OPERATIONS.keys()

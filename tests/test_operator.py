@@ -107,16 +107,56 @@ def test_what_cannot_be_is_refused(running, asked) -> None:
     error_of(client.post(URL, json=asked), 400)
 
 
-def test_a_system_without_memory_is_told_and_counted(running, monkeypatch) -> None:
-    client, engine, service = running
+def test_a_system_without_memory_is_told_and_counted(running, served, monkeypatch) -> None:
+    client, _, service = running
+    before = client.get(URL).json()
 
     def fail(memory: object) -> None:
         raise OSError("cannot allocate")
 
-    monkeypatch.setattr(engine, "set_memory", fail)
-    error_of(client.post(URL, json={"bytes": "3GiB"}), 503)
+    monkeypatch.setattr(served, "set_memory", fail)
+    error_of(client.post(URL, json={"bytes": "3GiB", "mode": "bounded", "bound": 0.7}), 503)
+    after = client.get(URL).json()
+    for name in ("budget", "mode", "prefill", "bound"):
+        assert after[name] == before[name], "either both happen or neither"
     assert service.telemetry.changes == {"failed": 1}
     assert metrics_of(client)["moefit:budget_changes_total failed"] == 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"bytes": "100MiB", "mode": "virtual"}, {"bytes": "3GiB", "mode": "bounded"}]
+)
+def test_either_half_that_fails_leaves_the_other_undone(
+    running, served, monkeypatch, asked
+) -> None:
+    """The first fails at its budget; the second at its mode, as of a family without a rule."""
+    client, engine, _ = running
+    client.post(URL, json={"mode": "virtual", "prefill": "exact", "bound": 0.4})
+    before, policy = client.get(URL).json(), served.policy
+    if asked["mode"] == "bounded":
+        for experts in served.blocks.values():
+            monkeypatch.setattr(experts, "scoring", None)
+    commands: list[object] = []
+    between_steps = engine.between_steps
+    monkeypatch.setattr(
+        engine, "between_steps", lambda change: commands.append(change) or between_steps(change)
+    )
+    error_of(client.post(URL, json=asked), 400)
+    assert len(commands) == 1, "nothing can come between the two"
+    assert served.policy == policy
+    assert client.get(URL).json()["budget"] == before["budget"]
+    served.check()
+
+
+def test_budget_and_mode_are_one_change(running, served) -> None:
+    client, engine, service = running
+    commands: list[object] = []
+    between_steps = engine.between_steps
+    engine.between_steps = lambda change: commands.append(change) or between_steps(change)
+    memory = client.post(URL, json={"bytes": "3GiB", "mode": "bounded", "bound": 0.1}).json()
+    assert (memory["budget"]["total"], memory["mode"], memory["bound"]) == (3 << 30, "bounded", 0.1)
+    assert len(commands) == 1
+    assert service.telemetry.changes == {"ok": 1}
 
 
 def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
@@ -133,8 +173,11 @@ def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
     assert found["moefit:time_to_first_token_seconds_count"] == 1
     assert found["moefit:inter_token_latency_seconds_count"] == 4
     assert found["moefit:e2e_request_latency_seconds_count"] == 1
+    assert found["moefit:request_queue_time_seconds_count"] == 1
+    assert found["moefit:request_queue_time_seconds_sum"] == 0
     assert found["moefit:request_prefill_time_seconds_count"] == 1
     assert found["moefit:request_decode_time_seconds_count"] == 1
+    assert found["moefit:request_inference_time_seconds_count"] == 1
     assert found["moefit:expert_budget_bytes"] == 3 << 30
     assert found["moefit:expert_resident_bytes"] == report["slot_bytes"]
     assert found["moefit:expert_requests_total hit"] == report["hits"] > 0
@@ -148,6 +191,17 @@ def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
     assert found["moefit:budget_changes_total ok"] == 1
     for name, resident in report["resident"].items():
         assert found[f"moefit:expert_resident {name}"] == len(resident)
+
+
+def test_waiting_for_a_place_is_not_reading(running) -> None:
+    client, engine, _ = running
+    engine.waits = 1e9  # more than it can have been: all of the time was waiting
+    client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
+    found = metrics_of(client)
+    assert found["moefit:request_queue_time_seconds_sum"] == 1e9
+    assert found["moefit:request_prefill_time_seconds_sum"] == 0
+    whole = found["moefit:e2e_request_latency_seconds_sum"]
+    assert 0 < found["moefit:request_inference_time_seconds_sum"] <= whole
 
 
 def test_latency_of_the_last_minutes(running) -> None:

@@ -179,6 +179,37 @@ def test_what_is_being_set_stays_while_the_world_changes(page):
     assert model.changes == []
 
 
+LABELS = """
+    return [...document.querySelectorAll('#ticks > span:not(.bare)')].map((one) => one.textContent);
+"""
+
+
+def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
+    model, url = served(4, 8, mixed=True, auto=True, slot=8 << 20)
+    model.total = model.everything_in["int4"]
+    tab.open(url)
+    for width in (1280, 360):
+        tab.size(width)
+        tab.until(lambda: tab.script(LABELS))
+        assert tab.script("return document.documentElement.scrollWidth") <= width
+        labels = tab.script(LABELS)
+        assert labels[0].startswith("floor ") and labels[1].startswith("all native "), labels
+    tab.size(1280)
+    tab.until(lambda: [one.split()[0] for one in tab.script(LABELS)[2:]] == ["int4", "int8"])
+    assert tab.text("budget-note").endswith("for every expert in native")
+    slider = tab.by_id("dial-range")
+    slider.send_keys(Keys.END)
+    assert "all 32 experts in native" in tab.text("dial-note")
+    slider.send_keys(Keys.PAGE_DOWN)
+    assert "all 32 experts, in int8 or better" in slider.get_attribute("aria-valuetext")
+    tab.by_id("dial-range").send_keys(Keys.HOME)
+    assert "about 4 of 32 experts" in tab.text("dial-note")
+    slider.send_keys(Keys.END)
+    tab.click("apply")
+    tab.until(lambda: model.changes)
+    assert model.changes == [{"bytes": model.most}]
+
+
 def test_a_mode_and_its_bound_are_set(page):
     tab, model = page
     tab.script("document.querySelector('input[value=bounded]').click()")

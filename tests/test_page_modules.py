@@ -54,6 +54,33 @@ def test_the_ends_of_the_dial_are_exact_and_each_position_finds_itself(modules):
     assert modules.module("dial", "m.ticks({ floor: 5, top: 5 })") == []
 
 
+def test_the_dial_ends_where_more_memory_is_of_no_use(modules):
+    plain, auto = Pretender().memory(), Pretender(auto=True).memory()
+    ends = modules.module("dial", "v[0].map(m.rangeOf)", [plain, auto])
+    assert ends[0] == {
+        "floor": plain["floor"], "full": plain["everything"], "top": plain["everything"]
+    }  # fmt: skip
+    assert ends[1] == {"floor": auto["floor"], "full": auto["everything"], "top": auto["most"]}
+    assert auto["most"] == auto["everything_in"]["native"] > auto["everything"]
+    rows = {"rows": [None] * 8, "experts": 128}
+    code = "[v[0].floor, v[0].full, v[0].top].map((size) => m.expertsAt(size, v[0], v[1]))"
+    assert modules.module("dial", code, ends[1], rows) == [8, 128, 128]
+
+
+def test_formats_that_hold_every_expert_are_on_the_dial(modules):
+    memory = Pretender(auto=True).memory()
+    held = memory["everything_in"]
+    sizes = [held["int2"] - 1, held["int2"], held["int8"] - 1, held["int8"], 2 * held["native"]]
+    found = modules.module("dial", "v[0].map((size) => m.finest(size, v[1]))", sizes, held)
+    assert found == [None, "int2", "int6", "int8", "native"]
+    assert modules.module("dial", "m.finest(5, {})") is None
+    ticks = modules.module("dial", "m.formatTicks(v[0].everything_in, m.rangeOf(v[0]))", memory)
+    assert {one["name"]: one["bytes"] for one in ticks} == {
+        "int4": held["int4"], "int8": held["int8"], "": held["int6"]
+    }  # fmt: skip
+    assert modules.module("dial", "m.formatTicks({}, m.rangeOf(v[0]))", memory) == []
+
+
 def test_only_what_differs_is_asked_for(modules):
     force = {"bytes": 100, "mode": "exact", "bound": 0.3}
     cases = [

@@ -3,16 +3,17 @@
 import pytest
 import torch
 from engines import ask, check_crowd, engine_of, generated, greedy, prompts, running
-from test_encoder_decoder_serving import switch
+from test_encoder_decoder_serving import nllb, switch
 from tiny_families import families, tiny_family, token_ids
 from tiny_models import tiny_model
 from tiny_served import COMMON, FAMILIES, saved, tiny
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Cache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.cache_utils import CacheLayerMixin
 
 from moefit.api import load as load_model
 from moefit.engine.probe import choose_runner
 from moefit.engine.request import Sampling
-from moefit.engine.runners import PackedRunner
+from moefit.engine.runners import PackedRunner, SeparateRunner, Work
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.loading import load
 from moefit.serve.settings import LoadSettings
@@ -67,6 +68,41 @@ def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
         assert 0 < runner.cache.pool.nbytes <= served.budget.kv_cache
         runner.cache.pool.check()
         assert runner.cache.pool.extents.free == 50
+
+
+def held_tensors(value):
+    """All tensors within what a model gave."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, Cache | CacheLayerMixin):
+        value = list(vars(value).values())
+    if isinstance(value, list | tuple):
+        return [tensor for one in value for tensor in held_tensors(one)]
+    return []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(20, 20), (38, 2), (2, 38)])
+@pytest.mark.parametrize("family", [switch, nllb])
+def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dtype, tmp_path):
+    prompt, answer = lengths
+    folder = saved(family().to(dtype), tmp_path)
+    with load(folder, LoadSettings(context=40)) as served, torch.inference_mode():
+        runner = choose_runner(served, 40)
+        assert isinstance(runner, SeparateRunner)
+        runner.open("one", 40)
+        work = Work(request="one", tokens=[5] * prompt, past=0, wants=1)
+        for past in range(prompt, prompt + answer):
+            runner.step([work])
+            work = Work(request="one", tokens=[5], past=past, wants=1)
+        encoded = sum(one.nbytes for one in held_tensors(runner._encoded))
+        assert encoded >= prompt * served.model.config.d_model * dtype.itemsize
+        held = encoded + sum(one.nbytes for one in held_tensors(runner._caches))
+        assert held <= served.budget.kv_cache
+        runner.close("one")
+        assert held_tensors([runner._encoded, runner._caches]) == []
 
 
 def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):

@@ -37,16 +37,22 @@ class Site:
         self.address = bound.getsockname()
         self.url = url_of(bound, "127.0.0.1")
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=20)
+    def connect(self, *, ahead: int | None = None) -> socket.socket:
+        """ahead: bytes that the client's system may take in before they are read."""
+        connection = socket.socket()
+        connection.settimeout(20)
+        if ahead is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, ahead)
+        connection.connect(self.address)
+        return connection
 
-    def ask(self, **asked: Any) -> socket.socket:
+    def ask(self, *, ahead: int | None = None, **asked: Any) -> socket.socket:
         """A connection on which a completion has been asked for."""
         body = json.dumps({"prompt": "a", "ignore_eos": True, **asked}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         )
-        connection = self.connect()
+        connection = self.connect(ahead=ahead)
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         return connection
 
@@ -54,6 +60,7 @@ class Site:
 @contextmanager
 def site(served: ServedModel, *, pause: float = 0.01, **settings: Any) -> Iterator[Site]:
     bound = bind("127.0.0.1", 0)
+    settings = {"logprobs": 1 << 50, **settings}
     with fake_service(served, pause=pause, **settings) as (service, engine):
         running = Running(service, bound)
         running.start()
@@ -86,21 +93,49 @@ def test_hanging_up_cancels_every_answer(served, stream: bool) -> None:
         assert here.engine.stats().running == 0
 
 
+LONG = {"prompt": "a", "n": 50, "logprobs": 20}  # much more than the system takes in
+
+
 def test_who_does_not_read_holds_nobody_up(served) -> None:
     with site(served, pause=0.0) as here:
-        lazy = here.connect()
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        body = json.dumps(
-            {"prompt": "a", "max_tokens": 500, "n": 50, "stream": True, "logprobs": 20}
-        ).encode()
-        lazy.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
+        lazy = here.ask(ahead=1024, **LONG, max_tokens=500, stream=True)
         soon(lambda: bool(here.engine.submitted))
         answer = Client(here.url).post("/v1/completions", {"prompt": "b", "max_tokens": 3})
         assert answer["usage"]["completion_tokens"] == 3
         lazy.close()
+
+
+def test_who_never_reads_is_cut_off(served) -> None:
+    with site(served, pause=0.001, wait_seconds=0.3) as here:
+        here.engine.max_model_len = 1 << 40
+        lazy = here.ask(ahead=1024, **{**LONG, "n": 5}, max_tokens=1 << 30, stream=True)
+        soon(lambda: here.engine.stats().running == 5)
+        soon(lambda: len(here.engine.cancelled) == 5)
+        soon(lambda: not here.running.connections)
+        lazy.close()
+        assert _healthy(here)
+
+
+def test_who_does_not_read_an_answer_that_is_complete_is_cut_off(served) -> None:
+    with site(served, pause=0.0, wait_seconds=0.3, idle_seconds=1) as here:
+        lazy = here.ask(ahead=1024, **LONG, max_tokens=100)
+        soon(lambda: bool(here.engine.submitted) and here.engine.stats().running == 0)
+        soon(lambda: not here.running.connections)
+        assert not here.engine.cancelled
+        lazy.close()
+
+
+def test_who_reads_slowly_gets_everything(served) -> None:
+    with site(served, pause=0.0, wait_seconds=0.1) as here:
+        slow = here.ask(ahead=1 << 18, **LONG, max_tokens=40, stream=True)
+        end = read = b""
+        while not end.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            read = slow.recv(1 << 16)
+            assert read, "cut off"
+            end = (end + read)[-40:]
+            time.sleep(0.01)
+        assert not here.engine.cancelled
+        slow.close()
 
 
 def test_slow_requests_are_given_up(served) -> None:
@@ -133,7 +168,12 @@ def test_a_flood_of_connections_is_survived(served) -> None:
         crowd = [here.connect() for _ in range(100)]
         with here.connect() as late:
             late.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert late.recv(100).startswith(b"HTTP/1.1 503")
+            said = b""
+            while more := late.recv(4096):
+                said += more
+            assert said.startswith(b"HTTP/1.1 503")
+            error = json.loads(said.split(b"\r\n\r\n")[1])["error"]
+            assert error["code"] == "too_many_connections" and "all 20" in error["message"]
         soon(lambda: _healthy(here))
         for connection in crowd:
             connection.close()

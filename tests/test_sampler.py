@@ -29,14 +29,37 @@ def test_temperature_zero_is_the_likeliest() -> None:
     logits_NV = rows(37)
     choosers = [Chooser(Sampling(max_tokens=1, temperature=0.0)) for _ in logits_NV]
     chosen = choose(logits_NV, choosers)
-    assert [token for token, _ in chosen] == logits_NV.argmax(-1).tolist()
-    assert all(logprob is None for _, logprob in chosen)
+    assert chosen == [(token, None) for token in logits_NV.argmax(-1).tolist()]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_choose_nothing_in_their_own_row(wrong) -> None:
+    logits_NV = rows(20)
+    expected = [int(row_V.argmax()) for row_V in logits_NV]
+    logits_NV[17] = wrong
+    for temperature in (0.0, 1e-6):
+        choosers = [Chooser(Sampling(max_tokens=1, temperature=temperature)) for _ in logits_NV]
+        chosen = choose(logits_NV, choosers)
+        assert chosen[17] is None
+        del chosen[17]
+        assert [one and one[0] for one in chosen] == expected[:17] + expected[18:]
+    with pytest.raises(FloatingPointError, match="no finite numbers"):
+        logprobs_of(logits_NV, [1] * 20, 0)
+
+
+def test_a_token_that_cannot_be_has_no_probability() -> None:
+    logits_NV = rows(1)
+    logits_NV[0, 3] = -torch.inf
+    (told,) = logprobs_of(logits_NV, [3], VOCABULARY)
+    assert told.logprob == -torch.inf == told.top[-1][1]
+    (chosen,) = choose(logits_NV, [Chooser(Sampling(max_tokens=1, logprobs=VOCABULARY))])
+    assert chosen is not None and chosen[0] != 3
 
 
 def test_low_numbers_of_bfloat16_are_as_good() -> None:
     logits_NV = rows(3).bfloat16()
     chosen = choose(logits_NV, [Chooser(Sampling(max_tokens=1, temperature=0.0))] * 3)
-    assert [token for token, _ in chosen] == logits_NV.float().argmax(-1).tolist()
+    assert chosen == [(token, None) for token in logits_NV.float().argmax(-1).tolist()]
 
 
 def test_samples_follow_the_shares() -> None:
@@ -71,9 +94,9 @@ def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p
 def test_a_seed_repeats_whoever_else_is_there() -> None:
     logits_NV = rows(4)
     sampling = Sampling(max_tokens=9, seed=5)
-    alone = [choose(logits_NV[:1], [one])[0][0] for one in [Chooser(sampling)] for _ in range(9)]
+    alone = [choose(logits_NV[:1], [one])[0] for one in [Chooser(sampling)] for _ in range(9)]
     one, others = Chooser(sampling), [Chooser(Sampling(max_tokens=9)) for _ in range(3)]
-    crowd = [choose(logits_NV[[3, 0, 1, 2]], [others[0], one, *others[1:]])[1][0] for _ in range(9)]
+    crowd = [choose(logits_NV[[3, 0, 1, 2]], [others[0], one, *others[1:]])[1] for _ in range(9)]
     assert alone == crowd
     assert len(set(alone)) > 1
 

@@ -10,6 +10,7 @@ from serving_http import client_of, error_of, fake_service
 
 import moefit
 from moefit.serve.served import ServedModel
+from moefit.server import refusal
 from moefit.server.security import host_fits, host_name, is_loopback, key_fits, origin_fits
 
 KEY = "sehr-geheim-é"
@@ -158,6 +159,37 @@ def test_bodies_have_a_limit_said_or_not(open_to_all) -> None:
 def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     error_of(open_to_all.post("/v1/completions", content=body, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [1.5] * 1000}),
+        ("/v1/completions", {"prompt": [[1.5] * 500] * 2}),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(n): 1 for n in range(1000)}}),
+        ("/v1/completions", {"prompt": "a"} | {f"field{n}": 1 for n in range(1000)}),
+        ("/v1/chat/completions", {"messages": [{}] * 1000}),
+        ("/v1/chat/completions", {"messages": [{f"field{n}": 1 for n in range(1000)}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        ("/detokenize", {"tokens": ["a"] * 1000}),
+        ("/detokenize", {"tokens": [1] * 200_000}),
+        ("/tokenize", {"messages": [1] * 1000}),
+        ("/v1/memory", {f"field{n}": 1 for n in range(1000)}),
+    ],
+)
+def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
+    served, monkeypatch, path: str, body: object
+) -> None:
+    """Each would take a kilobyte: a body of 4 MiB, gigabytes."""
+    counts: list[int] = []
+    told = refusal.of_validation
+    monkeypatch.setattr(
+        refusal, "of_validation", lambda errors: counts.append(len(errors)) or told(errors)
+    )
+    with fake_service(served) as (service, _), client_of(service) as client:
+        error_of(client.post(path, json=body), 400)
+    assert counts and counts[0] <= 16
 
 
 def test_deep_json_within_the_limit_of_bytes(served) -> None:

@@ -80,6 +80,45 @@ def test_every_option_has_a_variable(given) -> None:
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))
 
 
+@pytest.mark.parametrize("key", ["a b", "schlüssel", "a\n"])
+def test_a_key_that_clients_would_send_in_different_ways(given, key: str) -> None:
+    done = RUNNER.invoke(app, ["serve", "--api-key", key])
+    assert done.exit_code != 0 and given == []
+    assert "openssl rand" in str(done.exception) and key not in str(done.exception)
+
+
+def test_one_value_is_a_list_of_one(given, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")
+    done = RUNNER.invoke(app, ["serve", "--config", str(file)])
+    assert done.exit_code == 0, done.output
+    ((_, _, engine, settings),) = given
+    assert settings.origins == ("https://a.example",)
+    assert (settings.name, engine.max_model_len) == ("7", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("port: 80.5", "'--port'"),
+        ("port: yes", "'port' is one value, but the file has True"),
+        ("port: [1, 2]", "'port' is one value"),
+        ("memory: {bytes: 4}", "'memory' is one value"),
+        ("cors_origin: {a: b}", "'cors_origin' is one value, or a list of them"),
+        ("cors_origin: [[a]]", "'cors_origin' is one value, or a list of them"),
+        ("mode: fast", "'--mode'"),
+        ("max_waiting: 0", "'--max-waiting'"),
+        ("drain_seconds: soon", "'--drain-seconds'"),
+    ],
+)
+def test_a_value_that_is_wrong_says_so(given, tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    done = RUNNER.invoke(app, ["serve", "--config", str(file)], env={"COLUMNS": "300"})
+    assert done.exit_code != 0 and given == []
+    assert says in (done.output + str(done.exception))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -182,6 +182,39 @@ def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:
     assert formats(served) == {"native": 16}
 
 
+def test_without_a_limit_every_expert_comes_to_be_native(served) -> None:
+    served.set_memory(bytes_for(served, int2=16))
+    served.settle_precision()
+    budget = served.set_memory(None)
+    served.settle_precision()
+    served.check()
+    assert formats(served) == {"native": 16}
+    held = budget.everything_in()
+    assert list(held) == list(AUTO) and held["int2"] == budget.everything
+    assert held["native"] == budget.most == bytes_for(served, native=16)
+    assert held["int4"] == bytes_for(served, int4=16)
+    served.set_memory(budget.most - 1)
+    served.settle_precision()
+    assert formats(served)["native"] == 15
+
+
+def test_a_plain_budget_has_one_format_and_no_more_than_everything(folder) -> None:
+    budget = ledger(build(folder), LoadSettings(precision="int4", context=64))
+    assert (budget.most, budget.everything_in()) == (budget.everything, {})
+
+
+def test_a_smaller_budget_that_cannot_be_reached_changes_nothing(served, monkeypatch) -> None:
+    before = served.budget
+    with monkeypatch.context() as patch:
+        patch.setattr(type(served._store), "read", _fail)
+        with pytest.raises(CheckpointError):
+            served.set_memory(bytes_for(served, int2=16))
+    served.check()
+    assert served.budget is before
+    served.settle_precision()
+    assert formats(served) == {"native": 16}
+
+
 def _fail(*_: object) -> None:
     raise CheckpointError("the disk is gone")
 

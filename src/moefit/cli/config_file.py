@@ -36,10 +36,36 @@ def read_options(path: Path, known: list[str]) -> dict[str, Any]:
     return options
 
 
+def as_given(name: str, value: Any, *, several: bool) -> str | list[str] | None:
+    """An option's value as a command line would have it. Raises ConfigError for what none could.
+
+    several: the option may be repeated; one value alone is then a list of one.
+
+    >>> as_given("port", 8000, several=False), as_given("cors_origin", "*", several=True)
+    ('8000', ['*'])
+    """
+    if value is None:
+        return None
+    if several:
+        values = value if isinstance(value, list) else [value]
+        return [_word(name, one, "one value, or a list of them") for one in values]
+    return _word(name, value, "one value")
+
+
+def _word(name: str, value: Any, wanted: str) -> str:
+    if isinstance(value, bool | list | dict | None):
+        raise ConfigError(f"the option {name!r} is {wanted}, but the file has {value!r}")
+    return str(value)
+
+
 def _use(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
-        known = [str(one.name) for one in context.command.params if one.name != "config"]
-        context.default_map = {**(context.default_map or {}), **read_options(path, known)}
+        known = {str(one.name): one for one in context.command.params if one.name != "config"}
+        options = {
+            name: as_given(name, value, several=bool(getattr(known[name], "multiple", False)))
+            for name, value in read_options(path, list(known)).items()
+        }
+        context.default_map = {**(context.default_map or {}), **options}
     return path
 
 

@@ -15,7 +15,7 @@ from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import ledger_table, load_served, speed_table, use_rule
+from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table, use_rule
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
@@ -93,12 +93,16 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     room: Room = ROOM,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
-    settings = LoadSettings(**room.settings())
+    shared: dict[str, Any] = {} if max_concurrency is None else shared_steps(max_concurrency)
+    settings = LoadSettings(**room.settings(), **shared)
     settings.check()
-    plain = not room.wanted and room.device == "cpu" and room.dtype is None
+    plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
@@ -118,7 +122,8 @@ def describe(
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {"precision": room.precision, "rest": room.rest}
-        print_json({**budget.as_dict(), **chosen, "slots": slots, **start.as_dict()})
+        held = {"everything_in": budget.everything_in()}
+        print_json({**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict()})
         return
     title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
     Console().print(ledger_table(budget, start, title))

@@ -12,8 +12,8 @@ from moefit.cli.app import Json, app, print_json, say, stopped
 from moefit.cli.config_file import ConfigFile
 from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served
-from moefit.engine.engine import PROMPT_LOGITS, Engine, EngineSettings
+from moefit.cli.serving import load_served, shared_steps
+from moefit.engine.engine import Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
 from moefit.serve.budget import PARTS, format_bytes
 from moefit.server.client import Client
@@ -92,6 +92,7 @@ def serve(
         connections=max_connections,
         drain_seconds=drain_seconds,
     )
+    server.check()
     _serve(model, (room, misses, planned), engine, server)
 
 
@@ -132,7 +133,7 @@ def _logits(planned: Planned, settings: EngineSettings) -> dict[str, int]:
     """What requests that run together take of the budget; a plan has divided all of it."""
     if planned.wanted:
         return {}
-    return {"sequences": settings.max_concurrency, "prompt_logits": PROMPT_LOGITS}
+    return shared_steps(settings.max_concurrency)
 
 
 def _drain(running: Running, settings: ServerSettings, signal: str) -> None:
@@ -187,6 +188,14 @@ def set_budget(
     _show(Client(url, api_key).post("/v1/memory", asked), as_json=as_json)
 
 
+def _all_experts(memory: dict[str, Any]) -> list[tuple[str, int]]:
+    """Budgets that hold every expert: one, or one for each format that they may have."""
+    kinds = memory["everything_in"].items()
+    return [(f"all experts in {name}", size) for name, size in kinds] or [
+        ("all experts", memory["everything"])
+    ]
+
+
 def _show(memory: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(memory)
@@ -210,13 +219,13 @@ def memory_table(memory: dict[str, Any]) -> Table:
     table.add_section()
     total = ledger["total"]
     table.add_row("budget", "none" if total is None else format_bytes(total))
-    for name, meaning in (
-        ("floor", "floor"),
-        ("everything", "all experts"),
-        ("process_bytes", "the process now"),
-        ("peak_process_bytes", "at its peak"),
+    for meaning, size in (
+        ("floor", memory["floor"]),
+        *_all_experts(memory),
+        ("the process now", memory["process_bytes"]),
+        ("at its peak", memory["peak_process_bytes"]),
     ):
-        table.add_row(meaning, format_bytes(memory[name]))
+        table.add_row(meaning, format_bytes(size))
     table.add_section()
     requests, counters = memory["requests"], memory["counters"]
     table.add_row("requests running, waiting", f"{requests['running']}, {requests['waiting']}")

@@ -20,6 +20,7 @@ from moefit.cli.app import console, say
 from moefit.cli.options import Misses, Room
 from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import ConfigError
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.backend import backend_status
@@ -79,6 +80,11 @@ def _remark(served: ServedModel, model: str, room: Room) -> None:
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
         )
+
+
+def shared_steps(requests: int) -> dict[str, int]:
+    """What so many requests that share steps take, as settings of `moefit.load`."""
+    return {"sequences": requests, "prompt_logits": PROMPT_LOGITS}
 
 
 def use_rule(served: ServedModel, rules: Sequence[Rule]) -> None:
@@ -171,6 +177,7 @@ def ledger_table(budget: MemoryBudget, start: Beginning, title: str) -> Table:
         "sum": budget.fixed + start.nbytes,
         "floor": budget.floor,
         everything: budget.everything,
+        **{f"all experts in {name}": size for name, size in budget.everything_in().items()},
     }
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))

@@ -7,6 +7,7 @@ of other requests, of steps or of the model.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Answer:
         self._text: TextStream | None = None
         self._ends: frozenset[int] = frozenset()
         self._logprobs: list[TokenLogprob | None] = [None]
+        self._came, self._waited = monotonic(), 0.0
         self.finished = False
 
     @property
@@ -73,6 +75,10 @@ class Answer:
         ends = frozenset() if self.sampling.ignore_eos else language.ends
         self._ends = ends | self.sampling.stop_ids
 
+    def begin(self) -> None:
+        """It has a place from now on."""
+        self._waited = monotonic() - self._came
+
     def work(self, piece: Piece) -> Work:
         """A piece's tokens, and which logits it needs."""
         tokens = self._tokens[piece.start : piece.stop]
@@ -87,7 +93,7 @@ class Answer:
             self._logprobs += logprobs_of(logits_NV[: len(following)], following, top)
         if piece.stop == len(self.prompt):
             told = None if self.sampling.prompt_logprobs is None else tuple(self._logprobs)
-            self._tell(Prompt(logprobs=told))
+            self._tell(Prompt(logprobs=told, waited=self._waited))
             self._logprobs = []
             if self.sampling.max_tokens == 0:
                 self.finish("length")

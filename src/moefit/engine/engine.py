@@ -13,22 +13,23 @@ from dataclasses import dataclass, fields
 from itertools import count
 from threading import Condition, Thread, current_thread
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
 
-from moefit.engine.answer import Answer, Language
+from moefit.engine.abilities import abilities_of
+from moefit.engine.answer import Answer
 from moefit.engine.probe import choose_runner
 from moefit.engine.request import FinishReason, Listener, Sampling
-from moefit.engine.sampler import check_sampling, choose
+from moefit.engine.sampler import NO_NUMBERS, Choice, choose
 from moefit.engine.scheduler import Limits, Piece, Scheduler
-from moefit.errors import ConfigError, RefusedError, RequestTooLargeError, UnsupportedModelError
+from moefit.errors import ConfigError, RefusedError
 from moefit.serve.budget import MemoryBudget
 from moefit.serve.served import ServedModel
 from moefit.serve.virtual_experts import Mode, Policy
 
+T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
 _RECENT = 5.0  # seconds that `tokens_per_second` looks back
@@ -84,11 +85,9 @@ class Engine:
     def __init__(self, served: ServedModel, settings: EngineSettings | None = None):
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
-        _check_generates(served.model)
         context = served.budget.context or self.settings.max_model_len or _CONTEXT
-        self.max_model_len = _longest(served, self.settings.max_model_len, context)
-        self._language = _language(served)
-        self._vocabulary = _vocabulary(served)
+        self._abilities = abilities_of(served, self.settings.max_model_len, context)
+        self.max_model_len = self._abilities.max_model_len
         self._runner = choose_runner(served, context)
         self._scheduler = Scheduler(
             Limits(
@@ -143,13 +142,13 @@ class Engine:
         Raises RequestTooLargeError for one that can never be held, QueueFullError, RefusedError
         while closing, ConfigError for values that cannot be.
         """
-        self._check(prompt_ids, sampling)
+        self._abilities.check(prompt_ids, sampling)
         with self._changed:
             if self._refusing:
                 raise RefusedError("the server is shutting down and takes no more requests")
             name = next(self._names)
             answer = Answer(name, prompt_ids, sampling, listener, self._forget)
-            answer.speak(self._language)
+            answer.speak(self._abilities.language)
             piece = None if sampling.prompt_logprobs is None else self._rows_at_once()
             self._scheduler.submit(
                 name, prompt=len(prompt_ids), answer=sampling.max_tokens, piece=piece
@@ -167,11 +166,24 @@ class Engine:
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
         """As `ServedModel.set_memory`, between two steps."""
-        return self._between_steps(lambda: self.served.set_memory(memory))
+        return self.between_steps(lambda: self.served.set_memory(memory))
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """As `ServedModel.set_mode`, between two steps."""
-        return self._between_steps(lambda: self.served.set_mode(mode, **settings))
+        return self.between_steps(lambda: self.served.set_mode(mode, **settings))
+
+    def between_steps(self, change: Callable[[], T]) -> T:
+        """Do it when no step is under way, and return, or raise, what it does.
+
+        Raises RefusedError if the engine is closed before its turn comes.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            direct = self._thread in (None, current_thread()) or self._closing
+            if not direct:
+                self._commands.append((change, future))
+                self._changed.notify_all()
+        return change() if direct else future.result()
 
     def stats(self) -> EngineStats:
         """What is going on."""
@@ -195,42 +207,9 @@ class Engine:
             known = {*self._scheduler.running, *self._scheduler.waiting}
             assert known == self._answers.keys(), known ^ self._answers.keys()
 
-    def _check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        check_sampling(sampling)
-        if not prompt_ids:
-            raise ConfigError("the prompt has no tokens; give at least one")
-        if wrong := [token for token in prompt_ids if not 0 <= token < self._vocabulary]:
-            raise ConfigError(
-                f"token {wrong[0]} does not exist; the model's are 0 to {self._vocabulary - 1}"
-            )
-        if sampling.stop and self._language.tokenizer is None:
-            raise ConfigError("stop texts need a tokenizer, and the model's folder has none")
-        if sampling.prompt_logprobs is not None and not self._language.continues:
-            raise ConfigError(
-                f"{type(self.served.model).__name__} encodes its prompt and gives no log-"
-                "probabilities of it; leave prompt_logprobs (echo) out"
-            )
-        wanted = len(prompt_ids) + sampling.max_tokens
-        if wanted > self.max_model_len:
-            raise RequestTooLargeError(
-                f"a prompt of {len(prompt_ids):,} tokens and an answer of up to "
-                f"{sampling.max_tokens:,} are {wanted:,}, but one request holds at most "
-                f"{self.max_model_len:,}; give max_tokens="
-                f"{max(0, self.max_model_len - len(prompt_ids)):,} or less, or a shorter prompt"
-            )
-
     def _rows_at_once(self) -> int:
         """Tokens of prompts whose logits may be held together."""
-        return PROMPT_LOGITS // (self._vocabulary * self.served.model.dtype.itemsize)
-
-    def _between_steps(self, change: Callable[[], Any]) -> Any:
-        future: Future[Any] = Future()
-        with self._changed:
-            direct = self._thread in (None, current_thread()) or self._closing
-            if not direct:
-                self._commands.append((change, future))
-                self._changed.notify_all()
-        return change() if direct else future.result()
+        return PROMPT_LOGITS // (self._abilities.vocabulary * self.served.model.dtype.itemsize)
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -264,6 +243,7 @@ class Engine:
         with self._changed:
             for name in self._scheduler.admit():
                 answer = self._answers[name]
+                answer.begin()
                 self._runner.open(name, len(answer.prompt) + answer.sampling.max_tokens)
             pieces = self._scheduler.plan()
         if pieces:
@@ -303,8 +283,8 @@ class Engine:
             self._pace()
             for answer, _ in going:
                 self._scheduler.grow(answer.name)
-        for (answer, _), (token, logprob) in zip(going, chosen, strict=True):
-            self._alone(answer, lambda: answer.add(token, logprob))  # noqa: B023 - called here
+        for (answer, _), choice in zip(going, chosen, strict=True):
+            self._alone(answer, lambda: _goes_on(answer, choice))  # noqa: B023 - called here
 
     def _alone(self, answer: Answer, act: Callable[[], None]) -> None:
         """Do what concerns one answer; its failure is no other's."""
@@ -347,48 +327,12 @@ class Engine:
         return sum(made for _, made in self._recent) / seconds
 
 
+def _goes_on(answer: Answer, choice: Choice | None) -> None:
+    if choice is None:
+        answer.finish("error", NO_NUMBERS)
+    else:
+        answer.add(*choice)
+
+
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _longest(served: ServedModel, wanted: int | None, context: int) -> int:
-    """Tokens that one request may have."""
-    own = getattr(
-        served.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
-    most = min(context, own) if isinstance(own, int) and own > 0 else context
-    if wanted is not None and wanted > most:
-        raise ConfigError(
-            f"max_model_len={wanted:,}, but the model and the memory that was reserved hold "
-            f"{most:,} tokens; load with a larger context, or give {most:,} or less"
-        )
-    return wanted or most
-
-
-def _check_generates(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for a model that does not go on token by token."""
-    if getattr(type(model), "generate", None) is not vars(GenerationMixin)["generate"]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not generate text token by token, as requests ask for; "
-            "compute with the model itself (moefit.load)"
-        )
-
-
-def _vocabulary(served: ServedModel) -> int:
-    text: Any = served.model.config.get_text_config(decoder=True)
-    return text.vocab_size
-
-
-def _language(served: ServedModel) -> Language:
-    model: Any = served.model
-    ends = model.generation_config.eos_token_id
-    ids = [ends] if isinstance(ends, int) else list(ends or ())
-    try:
-        tokenizer = served.tokenizer
-    except ConfigError:
-        tokenizer = None
-    return Language(
-        tokenizer=tokenizer,
-        ends=frozenset(ids),
-        continues=not model.config.is_encoder_decoder,
-    )

@@ -49,9 +49,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The prompt has been read; logprobs of its tokens, None for the first, if asked for."""
+    """The prompt has been read; logprobs of its tokens, None for the first, if asked for.
+
+    waited: seconds from the request's coming until it had a place.
+    """
 
     cached_tokens: int = 0
+    waited: float = 0.0
     logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 

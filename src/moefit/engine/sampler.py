@@ -11,7 +11,7 @@ Shapes: N rows, V vocabulary.
 
 from collections import Counter
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from moefit.engine.request import Sampling, TokenLogprob
 from moefit.errors import ConfigError
 
+NO_NUMBERS = "the model's logits are no finite numbers; another dtype may help"
 _ROWS = 16  # of the vocabulary in float32 that are made at a time
 
 
@@ -99,27 +100,45 @@ class Chooser:
         return int(ids_V[min(index, len(sums_V) - 1)])
 
 
-def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[tuple[int, TokenLogprob | None]]:
-    """The next token of each row, with its log-probability if asked for."""
-    chosen: list[tuple[int, TokenLogprob | None]] = []
+Choice = tuple[int, TokenLogprob | None]
+"""A token, with its log-probability if asked for."""
+
+
+def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
+    """The next token of each row; None where the largest of its logits is no finite number."""
+    chosen: list[Choice | None] = []
     for begin in range(0, len(choosers), _ROWS):
         rows_NV = logits_NV[begin : begin + _ROWS].float()
-        likeliest = rows_NV.argmax(-1).tolist()
-        some = zip(choosers[begin : begin + _ROWS], likeliest, rows_NV, strict=True)
-        chosen += [
-            (token, None) if chooser.plain else chooser.choose(logits_V)
-            for chooser, token, logits_V in some
-        ]
+        largest_N, likeliest_N = rows_NV.max(-1)  # what is no number is the largest
+        some = zip(
+            choosers[begin : begin + _ROWS],
+            likeliest_N.tolist(),
+            largest_N.isfinite().tolist(),
+            rows_NV,
+            strict=True,
+        )
+        chosen += [_chosen(*one) for one in some]
     return chosen
 
 
+def _chosen(chooser: Chooser, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | None:
+    if not finite:
+        return None
+    return (likeliest, None) if chooser.plain else chooser.choose(logits_V)
+
+
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """The log-probability of a token in each row, and of the row's `top` likeliest."""
+    """The log-probability of a token in each row, and of the row's `top` likeliest.
+
+    Raises FloatingPointError where one is no number. A token that can't be has minus infinity.
+    """
     found: list[TokenLogprob] = []
     for begin in range(0, len(tokens), _ROWS):
         rows_NV = logits_NV[begin : begin + _ROWS].float().log_softmax(-1)
         ids_N = torch.tensor(tokens[begin : begin + _ROWS], device=rows_NV.device)
         own = rows_NV.gather(-1, ids_N[:, None])[:, 0].tolist()
+        if any(map(isnan, own)):
+            raise FloatingPointError(NO_NUMBERS)
         values_NK, ids_NK = rows_NV.topk(min(top, rows_NV.shape[-1]))
         found += [
             TokenLogprob(token=token, logprob=logprob, top=tuple(zip(ids, values, strict=True)))

@@ -104,7 +104,8 @@ class MemoryBudget:
     expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
     workspace are reckoned for, over all sequences; None if nobody reckoned. `host` is no part of
     it: the bound of experts in host memory where the budget is a GPU's, else None. `planned` takes
-    the place of equal shares in any total that it fits.
+    the place of equal shares in any total that it fits. `rungs`: where experts differ in format,
+    bytes of all of them in each that they may have, the best last; slots are reckoned in the first.
     """
 
     total: int | None
@@ -117,6 +118,7 @@ class MemoryBudget:
     context: int | None = None
     host: int | None = None
     planned: PlannedSlots | None = None
+    rungs: tuple[tuple[str, int], ...] = ()
 
     @property
     def fixed(self) -> int:
@@ -130,8 +132,17 @@ class MemoryBudget:
 
     @property
     def everything(self) -> int:
-        """The total at which all experts are resident."""
+        """The total at which all experts are resident, where they differ in the first format."""
         return self.fixed + sum(block.num_experts * block.slot_bytes for block in self.blocks)
+
+    @property
+    def most(self) -> int:
+        """The total beyond which nothing is gained: all experts in the best of their formats."""
+        return max([self.everything, *self.everything_in().values()])
+
+    def everything_in(self) -> dict[str, int]:
+        """By format, the total at which all experts are resident in it, where they may differ."""
+        return {name: self.fixed + nbytes for name, nbytes in self.rungs}
 
     def with_total(self, total: int | None) -> "MemoryBudget":
         """The same parts under another total; a plan that does not fit it is forgotten."""
@@ -180,11 +191,12 @@ class MemoryBudget:
     def left_over(self) -> int:
         """What is left for better formats once all experts have a slot; before that, nothing is.
 
-        Without a total nothing is counted, and nothing left.
+        Without a total it is what the best formats take.
         """
         counts = self.slots()
         all_here = all(n == one.num_experts for n, one in zip(counts, self.blocks, strict=True))
-        return self.total - self.with_slots(counts) if all_here and self.total is not None else 0
+        total = self.most if self.total is None else self.total
+        return total - self.with_slots(counts) if all_here else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -195,6 +207,7 @@ class MemoryBudget:
             **parts,
             "floor": self.floor,
             "everything": self.everything,
+            "most": self.most,
             "host": self.host,
         }
 

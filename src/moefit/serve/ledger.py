@@ -79,7 +79,10 @@ def weight_bytes(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtyp
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token over all layers; an upper bound where layers differ."""
+    """Keys and values of one token over all layers; an upper bound where layers differ.
+
+    Where there is an encoder, also what it made of the token, which is kept as long.
+    """
     text = config.get_text_config(decoder=True)
     heads = _first(text, *_HEADS)
     layers = _first(text, "num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
@@ -93,7 +96,8 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         kv_heads = _first(text, "num_key_value_heads") or heads
         head_dim = _first(text, "head_dim", "d_kv", "kv_channels") or width // heads
         per_layer = 2 * kv_heads * head_dim
-    return layers * per_layer * sides * dtype.itemsize
+    encoded = _first(text, "hidden_size", "d_model") or 0 if config.is_encoder_decoder else 0
+    return (layers * per_layer * sides + encoded) * dtype.itemsize
 
 
 _BESIDE_LATENT = ("qk_rope_head_dim", "index_head_dim")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moefit.device import planned_device
-from moefit.formats.format import NATIVE, GroupedFormat, encoding_bytes, weights_in
+from moefit.formats.format import FORMATS, NATIVE, GroupedFormat, encoding_bytes, weights_in
 from moefit.serve.budget import BlockNeeds, MemoryBudget, PlannedSlots, host_limit, parse_bytes
 from moefit.serve.ledger import (
     held_bytes,
@@ -29,7 +29,7 @@ from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS
-from moefit.serve.upgrades import AT_ONCE, by_expert, ladders_of
+from moefit.serve.upgrades import AT_ONCE, AUTO, by_expert, ladders_of
 from moefit.serve.upgrades import beginning as first_choices
 
 SPARES = 2
@@ -115,6 +115,21 @@ def ledger(
         planned=None
         if settings.placement is None
         else _planned(settings.placement, skeleton, device),
+        rungs=_rungs(skeleton, device) if settings.precision == AUTO_PRECISION else (),
+    )
+
+
+def _rungs(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], ...]:
+    """What all experts take in each format that precision auto may give them."""
+    return tuple(
+        (
+            name,
+            sum(
+                block.num_experts * slot_bytes(FORMATS[name].nbytes(block.layout.specs), device)
+                for block in skeleton.blocks
+            ),
+        )
+        for name in AUTO
     )
 
 

@@ -7,7 +7,7 @@ never sees half of one. Knows nothing of how experts are found or read.
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,25 +105,17 @@ class ServedModel:
         counts = budget.slots()
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
-            if self._upgrades:
-                self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
-            unfilled = [name for name, experts in self.blocks.items() if experts.pending]
-            for name in unfilled:
-                self.blocks[name].give_up()
-            changes = {
-                name: count - self._settled(experts)
-                for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
-            }
-            for name, change in changes.items():
-                if change < 0:
-                    self._shrink(self.blocks[name], -change)
-            return_freed_memory()
-            self._grow(changes)
-            for name in unfilled:
-                self.blocks[name].fill()
-            self._budget = budget
-            if self._upgrades:
-                self._upgrades.set_room(budget.left_over())
+            unfilled = [experts for experts in self.blocks.values() if experts.pending]
+            for experts in unfilled:
+                experts.give_up()
+            try:
+                self._resize(budget, counts)
+                self._budget = budget
+            finally:
+                for experts in unfilled:
+                    experts.fill()
+                if self._upgrades:
+                    self._upgrades.set_room(self._budget.left_over())
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
@@ -289,6 +281,20 @@ class ServedModel:
         """The block's slots once no swap is under way."""
         experts.settle()
         return experts.residency.number
+
+    def _resize(self, budget: MemoryBudget, counts: Sequence[int]) -> None:
+        """Give blocks so many slots each, what must go first."""
+        if self._upgrades:
+            self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
+        changes = {
+            name: count - self._settled(experts)
+            for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
+        }
+        for name, change in changes.items():
+            if change < 0:
+                self._shrink(self.blocks[name], -change)
+        return_freed_memory()
+        self._grow(changes)
 
     def _grow(self, changes: Mapping[str, int]) -> None:
         """Give blocks their new slots, or, if there is no memory for one, undo all changes."""

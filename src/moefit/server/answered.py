@@ -3,11 +3,14 @@
 Owns their fields and the order of these. Knows nothing of how they come about.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 Finish = Literal["stop", "length"]
+IMPOSSIBLE = -9999.0
+"""The log-probability of what cannot be, as OpenAI and vLLM write it: JSON has no infinity."""
+LogProbability = Annotated[float, AfterValidator(lambda value: max(value, IMPOSSIBLE))]
 
 
 class Usage(BaseModel):
@@ -22,8 +25,8 @@ class Logprobs(BaseModel):
     """Of a completion, token by token; the prompt's first token has none."""
 
     tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    token_logprobs: list[LogProbability | None]
+    top_logprobs: list[dict[str, LogProbability] | None]
     text_offset: list[int]
 
 
@@ -52,7 +55,7 @@ class TopLogprob(BaseModel):
     """A token that might have been."""
 
     token: str
-    logprob: float
+    logprob: LogProbability
     bytes: list[int]
 
 

@@ -1,23 +1,40 @@
 """What may be asked for: the bodies of requests, strictly.
 
 Owns which parameters there are. One that is not done here is refused, unless it has the value that
-clients send when they want nothing of it: those are `None`, `False` or one word below. Knows
-nothing of how a request is carried out.
+clients send when they want nothing of it: those are `None`, `False` or one word below. Also that a
+body of nothing but mistakes gives few errors: one would take a kilobyte for each of a million.
+Knows nothing of how a request is carried out.
 """
 
-from typing import Annotated, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+T = TypeVar("T")
+_TOLD = 8  # unknown fields of one object
+
+Items = Annotated[list[T], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-NothingHere = Annotated[list[str], Field(max_length=0)]
+NothingHere = Annotated[Items[str], Field(max_length=0)]
+Empty = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Strict(BaseModel):
     """An unknown field is an error, and so is a number in quotes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, given: Any) -> Any:
+        """The same without all but a few of its unknown fields."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        known = {name: given[name] for name in cls.model_fields if name in given}
+        unknown = (name for name in given if name not in cls.model_fields)
+        return known | {name: given[name] for name in islice(unknown, _TOLD)}
 
 
 class StreamOptions(Strict):
@@ -41,13 +58,13 @@ class Generation(Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[Items[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Empty | None = None
 
 
 class CompletionAsked(Generation):
@@ -55,9 +72,9 @@ class CompletionAsked(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[Items[str], Field(min_length=1)]
+        | Annotated[Items[TokenId], Field(min_length=1)]
+        | Annotated[Items[Annotated[Items[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
     echo: bool | None = None
@@ -77,7 +94,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[Items[TextPart], Field(min_length=1)]
     name: str | None = None
     refusal: None = None
     annotations: NothingHere | None = None
@@ -102,7 +119,7 @@ class TextFormat(Strict):
 class ChatAsked(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)]
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
@@ -113,7 +130,7 @@ class ChatAsked(Generation):
     parallel_tool_calls: bool | None = None
     functions: NothingHere | None = None
     function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    modalities: Annotated[Items[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
     reasoning_effort: None = None
@@ -121,7 +138,7 @@ class ChatAsked(Generation):
     web_search_options: None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
+    metadata: Empty | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -131,7 +148,7 @@ class TokenizeAsked(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool = True
 
 
@@ -139,7 +156,7 @@ class DetokenizeAsked(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[Items[TokenId], Field(max_length=131072)]
 
 
 class MemoryAsked(Strict):

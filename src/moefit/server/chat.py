@@ -22,8 +22,8 @@ from moefit.server.answered import (
 )
 from moefit.server.asked import ChatAsked, Message
 from moefit.server.refusal import Refused
-from moefit.server.replies import Replies, Wish
-from moefit.server.service import FINGERPRINT, Service, new_id, numbered
+from moefit.server.replies import Replies
+from moefit.server.service import FINGERPRINT, Service, Wish, new_id, numbered
 from moefit.server.stream import STREAM, respond
 from moefit.server.tally import Tally
 from moefit.server.vocabulary import Vocabulary
@@ -87,7 +87,9 @@ class Job:
             most or min(room, service.settings.chat_tokens),
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         )
-        return [Wish(prompt=ids, sampling=one) for one in numbered(sampling, self._n)]
+        wishes = [Wish(prompt=ids, sampling=one) for one in numbered(sampling, self._n)]
+        service.check_told(wishes)
+        return wishes
 
     async def whole(self, replies: Replies) -> Chat:
         """All answers, once they have ended."""

@@ -15,8 +15,8 @@ from moefit.engine.text import TextStream
 from moefit.server.answered import Completion, CompletionChoice, Finish, Logprobs
 from moefit.server.asked import CompletionAsked
 from moefit.server.refusal import Refused
-from moefit.server.replies import Replies, Wish
-from moefit.server.service import FINGERPRINT, Service, new_id, numbered
+from moefit.server.replies import Replies
+from moefit.server.service import FINGERPRINT, Service, Wish, new_id, numbered
 from moefit.server.stream import STREAM, respond
 from moefit.server.tally import Tally
 from moefit.server.vocabulary import Vocabulary
@@ -97,23 +97,34 @@ class Writer:
         )
 
 
-def joined(pieces: Sequence[CompletionChoice]) -> CompletionChoice:
-    """One choice of all its pieces."""
-    told = [one.logprobs for one in pieces if one.logprobs is not None]
-    logprobs = None
-    if told:
-        logprobs = Logprobs(
-            tokens=[x for one in told for x in one.tokens],
-            token_logprobs=[x for one in told for x in one.token_logprobs],
-            top_logprobs=[x for one in told for x in one.top_logprobs],
-            text_offset=[x for one in told for x in one.text_offset],
-        )
-    return CompletionChoice(
-        index=pieces[0].index,
-        text="".join(one.text for one in pieces),
-        logprobs=logprobs,
-        finish_reason=pieces[-1].finish_reason,
-    )
+class Joined:
+    """One choice of its pieces, of which nothing but their content is kept."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._logprobs: Logprobs | None = None
+        self._last: CompletionChoice | None = None
+
+    def add(self, piece: CompletionChoice) -> None:
+        """One more piece."""
+        self._last = piece
+        if piece.text:
+            self._texts.append(piece.text)
+        if (more := piece.logprobs) is None:
+            return
+        if (told := self._logprobs) is None:
+            self._logprobs = more
+            return
+        told.tokens.extend(more.tokens)
+        told.token_logprobs.extend(more.token_logprobs)
+        told.top_logprobs.extend(more.top_logprobs)
+        told.text_offset.extend(more.text_offset)
+
+    def whole(self) -> CompletionChoice:
+        """The choice, whose last piece says why it ended."""
+        assert self._last is not None, "every answer has an end"
+        content = {"text": "".join(self._texts), "logprobs": self._logprobs}
+        return self._last.model_copy(update=content)
 
 
 class Job:
@@ -157,6 +168,7 @@ class Job:
             for each in numbered(sampling, asked.n or 1):
                 self._writers.append(Writer(len(wishes), service.words, asked, start))
                 wishes.append(Wish(prompt=start.ids, sampling=each))
+        service.check_told(wishes)
         return wishes
 
     def _start(self, prompt: str | Sequence[int]) -> Start:
@@ -172,12 +184,12 @@ class Job:
 
     async def whole(self, replies: Replies) -> Completion:
         """All answers, once they have ended."""
-        pieces: list[list[CompletionChoice]] = [[] for _ in self._writers]
+        joined = [Joined() for _ in self._writers]
         async for number, event in replies:
-            pieces[number].append(self._writers[number].write(event))
+            joined[number].add(self._writers[number].write(event))
             if isinstance(event, Finished):
                 self._tally.add(number, event)
-        answer = self._frame([joined(one) for one in pieces])
+        answer = self._frame([one.whole() for one in joined])
         return answer.model_copy(update={"usage": self._tally.usage()})
 
     async def pieces(self, replies: Replies) -> AsyncIterator[Completion]:

@@ -86,7 +86,7 @@ class ModelCollector:
 
     def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
         budget = report["budget"]
-        total = budget["everything"] if budget["total"] is None else budget["total"]
+        total = budget["most"] if budget["total"] is None else budget["total"]
         for name, meaning, value in (
             ("expert_budget_bytes", "Bytes that the process may hold", total),
             ("expert_floor_bytes", "The least budget", budget["floor"]),

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict
 
 from moefit.errors import MoefitError
+from moefit.serve.served import ServedModel
 from moefit.server.asked import MemoryAsked
 from moefit.server.refusal import Refused
 from moefit.server.service import Service
@@ -57,7 +58,11 @@ class Latency(BaseModel):
 
 
 class Memory(BaseModel):
-    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for."""
+    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for.
+
+    floor, everything, most: budgets that hold the fewest experts, all of them, and all of them in
+    the best format; everything_in: all of them in a format, where experts differ in it.
+    """
 
     model: str
     mode: str
@@ -66,6 +71,8 @@ class Memory(BaseModel):
     budget: dict[str, int | None]
     floor: int
     everything: int
+    most: int
+    everything_in: dict[str, int]
     process_bytes: int
     peak_process_bytes: int
     slot_bytes: int
@@ -92,6 +99,8 @@ def memory_of(service: Service) -> Memory:
         budget=budget,
         floor=budget["floor"],
         everything=budget["everything"],
+        most=budget["most"],
+        everything_in=engine.served.budget.everything_in(),
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
         blocks=[Block.model_validate(view) for view in engine.served.views()],
@@ -108,8 +117,9 @@ def change(service: Service, asked: MemoryAsked) -> Memory:
     given = asked.model_fields_set
     if not given:
         raise Refused(400, "nothing to change; give bytes, mode, prefill or bound")
+    engine = service.engine
     try:
-        _change(service, asked, given)
+        engine.between_steps(lambda: _change(engine.served, asked))
     except MoefitError:
         service.telemetry.changed("refused")
         raise
@@ -122,19 +132,20 @@ def change(service: Service, asked: MemoryAsked) -> Memory:
     return memory_of(service)
 
 
-def _change(service: Service, asked: MemoryAsked, given: set[str]) -> None:
-    engine = service.engine
-    policy = asked.model_dump(include={"prefill", "bound"}, exclude_none=True)
-    mode = asked.mode or engine.served.policy.mode
-    if asked.mode is None:
-        policy.setdefault("prefill", engine.served.policy.prefill)
-    changes_mode = bool(given & {"mode", "prefill", "bound"})
-    if changes_mode:
-        engine.served.checked_policy(mode, **policy)  # refuses before anything is changed
+def _change(served: ServedModel, asked: MemoryAsked) -> None:
+    """First what is easily undone: the mode; then the budget, which undoes itself if it fails."""
+    before, given = served.policy, asked.model_fields_set
+    if given - {"bytes"}:
+        policy = asked.model_dump(include={"prefill", "bound"}, exclude_none=True)
+        if asked.mode is None:
+            policy.setdefault("prefill", before.prefill)
+        served.set_mode(asked.mode or before.mode, **policy)
     if "bytes" in given:
-        engine.set_memory(asked.bytes)
-    if changes_mode:
-        engine.set_mode(mode, **policy)
+        try:
+            served.set_memory(asked.bytes)
+        except BaseException:
+            served.set_mode(before.mode, prefill=before.prefill, bound=before.bound)
+            raise
 
 
 def router(service: Service) -> APIRouter:

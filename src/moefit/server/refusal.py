@@ -86,16 +86,20 @@ def _writable(text: str, most: int) -> str:
     return whole if len(whole) <= most else f"{whole[:most]}..."
 
 
+def body_for(refused: HTTPException) -> dict[str, Any]:
+    """The JSON of an error, ours or the framework's."""
+    param, code = getattr(refused, "param", None), getattr(refused, "code", None)
+    return body_of(refused.status_code, str(refused.detail), param, code)
+
+
 def answer(refused: HTTPException) -> JSONResponse:
     """The response for an error, ours or the framework's."""
-    param, code = getattr(refused, "param", None), getattr(refused, "code", None)
-    content = body_of(refused.status_code, str(refused.detail), param, code)
     headers = dict(refused.headers or {})
     if refused.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if refused.status_code == 429:
         headers["Retry-After"] = "1"
-    return JSONResponse(content, refused.status_code, headers)
+    return JSONResponse(body_for(refused), refused.status_code, headers)
 
 
 def of_ours(error: MoefitError) -> Refused:
@@ -128,28 +132,25 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refused:
     return Refused(400, f"{name}: {'; or '.join(list(same)[:4])}", param=name, code=code)
 
 
+def of_any(error: Exception) -> HTTPException:
+    """The refusal that an error is; what is no fault of the client's is logged instead of told."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, RequestValidationError):
+        return of_validation(error.errors())
+    if isinstance(error, MoefitError):
+        refused = of_ours(error)
+        if refused.status_code < 500 or refused.code is not None:
+            return refused  # others, such as a checkpoint's, name its files
+    _LOG.error("a request failed: %s: %s", type(error).__name__, error)
+    return Refused(500, "the server failed at this request; its log says why")
+
+
 def install(app: FastAPI) -> None:
     """Let the application answer every error in this shape."""
 
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return answer(error)
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return answer(of_any(error))
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return answer(of_validation(error.errors()))
-
-    async def ours(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, MoefitError)
-        if (refused := of_ours(error)).status_code >= 500 and refused.code is None:
-            return await failed(_, error)  # such as a checkpoint's, which names its files
-        return answer(refused)
-
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        _LOG.error("a request failed: %s: %s", type(error).__name__, error)
-        return answer(Refused(500, "the server failed at this request; its log says why"))
-
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(MoefitError, ours)
-    app.add_exception_handler(Exception, failed)
+    for kind in (HTTPException, RequestValidationError, MoefitError, Exception):
+        app.add_exception_handler(kind, refuse)

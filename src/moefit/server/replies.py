@@ -7,22 +7,13 @@ them.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from starlette.requests import Request
 
-from moefit.engine.request import Event, Finished, Sampling
+from moefit.engine.request import Event, Finished
 from moefit.server.refusal import Refused
-from moefit.server.service import Service
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """One answer that is wanted."""
-
-    prompt: Sequence[int]
-    sampling: Sampling
+from moefit.server.service import Service, Wish
 
 
 class ClientGoneError(Exception):

@@ -4,7 +4,6 @@ Owns the socket, uvicorn's limits, and leaving politely: what runs is finished w
 a second signal ends at once. Knows nothing of endpoints.
 """
 
-import asyncio
 import resource
 import socket
 import threading
@@ -13,15 +12,14 @@ from contextlib import suppress
 from time import sleep
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moefit.errors import ConfigError
 from moefit.server.app import create_app
+from moefit.server.connection import Timed
 from moefit.server.service import Service
 
 _HEAD_BYTES = 64 << 10
 _LOOK_EVERY = 0.1
-_ANSWERED = 128  # connections beyond the most, which hear why they are not served
 _OTHER_FILES = 256  # that are open beside connections, or may be: a model's shards
 
 
@@ -68,43 +66,6 @@ def url_of(bound: socket.socket, host: str) -> str:
     return f"http://{name}:{bound.getsockname()[1]}"
 
 
-class Timed(H11Protocol):
-    """HTTP/1.1 that does not wait for ever for the rest of a request.
-
-    uvicorn bounds idle connections but not slow requests, so that few clients could keep all
-    connections. Here every `seconds` it is looked whether the same part of a request is still
-    awaited as at the look before; a class attribute, since uvicorn makes the instances.
-    """
-
-    seconds: float
-    most: int  # connections; the one above is answered 503, and others are not kept
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        """A client is here."""
-        super().connection_made(transport)
-        if len(self.connections) > self.most + _ANSWERED:
-            transport.close()
-        self._timer = self.loop.call_later(self.seconds, self._look, self._awaited())
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
-        self._timer.cancel()
-        super().connection_lost(exc)
-
-    def _awaited(self) -> tuple[object, str] | None:
-        """What of a request has not come yet, after which one; None while one is answered."""
-        if self.cycle is None or self.cycle.response_complete:
-            return self.cycle, "head"
-        return (self.cycle, "body") if self.cycle.more_body else None
-
-    def _look(self, before: tuple[object, str] | None) -> None:
-        now = self._awaited()
-        if now is not None and now == before:
-            self.transport.close()
-            return
-        self._timer = self.loop.call_later(self.seconds, self._look, now)
-
-
 def _config(service: Service) -> uvicorn.Config:
     settings = service.settings
     most = connections_for(settings.connections)
@@ -119,7 +80,6 @@ def _config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         lifespan="off",
-        limit_concurrency=most,
         h11_max_incomplete_event_size=_HEAD_BYTES,
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=5,
@@ -146,6 +106,11 @@ class Running:
     def alive(self) -> bool:
         """Whether it still serves."""
         return self._thread.is_alive()
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._server.server_state.connections)
 
     def wait(self, stop: Callable[[], bool]) -> None:
         """Return when `stop` says so, or the server has ended."""

@@ -7,7 +7,7 @@ the shape of answers.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import time
 from typing import TypeVar
 from uuid import uuid4
@@ -25,6 +25,23 @@ from moefit.server.vocabulary import Vocabulary, is_unicode
 
 T = TypeVar("T")
 FINGERPRINT = f"moefit-{moefit.__version__}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """One answer that is wanted."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+
+    def told(self, longest: int) -> int:
+        """Log-probabilities that may have to be kept until it ends, after `longest` tokens."""
+        asked, most = self.sampling, min(self.sampling.max_tokens, longest)
+        answer = 0 if asked.logprobs is None else most * (1 + asked.logprobs)
+        prompt = 0
+        if asked.prompt_logprobs is not None:
+            prompt = len(self.prompt) * (1 + asked.prompt_logprobs)
+        return answer + prompt
 
 
 class Service:
@@ -90,6 +107,18 @@ class Service:
         if asked.stream_options is not None and not asked.stream:
             raise Refused(400, "stream_options is for stream=true alone", param="stream_options")
         return n
+
+    def check_told(self, wishes: Sequence[Wish]) -> None:
+        """Refuse more log-probabilities in one answer than there is memory meant for."""
+        told = sum(wish.told(self.engine.max_model_len) for wish in wishes)
+        if told > self.settings.logprobs:
+            raise Refused(
+                400,
+                f"up to {told:,} log-probabilities are asked for, but one request may ask for "
+                f"{self.settings.logprobs:,}: answers times tokens times logprobs; ask for fewer",
+                param="logprobs",
+                code="too_many_logprobs",
+            )
 
     def sampling(
         self,

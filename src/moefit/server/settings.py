@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from moefit.errors import ConfigError
+
 MIB = 1 << 20
 
 
@@ -10,9 +12,11 @@ class ServerSettings:
     """What `moefit serve` takes beside the model's and the engine's settings.
 
     name: the model's name in requests and answers. origins: web pages of other origins that may
-    ask. answers: the most that one request may ask for, n times its prompts. chat_tokens: the most
+    ask. answers: the most that one request may ask for, n times its prompts; logprobs: likewise of
+    log-probabilities, each of which takes some 150 bytes until it is sent. chat_tokens: the most
     tokens of a chat answer whose request does not say. connections: the most at a time.
-    wait_seconds: how long the head or the body of a request is waited for, up to twice that.
+    wait_seconds: how long the head or the body of a request is waited for, and for a client that
+    does not read its answer, up to twice that.
     idle_seconds: how long a connection is kept between requests.
     """
 
@@ -22,9 +26,20 @@ class ServerSettings:
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     answers: int = 128
+    logprobs: int = 1 << 19
     chat_tokens: int = 512
     body_bytes: int = 4 * MIB
     connections: int = 1024
     wait_seconds: float = 30.0
     idle_seconds: int = 30
     drain_seconds: float = 30.0
+
+    def check(self) -> None:
+        """Raise ConfigError for a key that no header carries alike for all clients."""
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError(
+                "the key (--api-key, MOEFIT_API_KEY) has spaces, control characters or letters "
+                "beyond ASCII, which clients send in different ways; give another, such as what "
+                "`openssl rand -hex 16` prints"
+            )

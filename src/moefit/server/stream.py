@@ -10,14 +10,13 @@ from typing import Protocol
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moefit.server.refusal import body_of
-from moefit.server.replies import ClientGoneError, Replies, Wish
-from moefit.server.service import Service
+from moefit.server.refusal import body_for, of_any
+from moefit.server.replies import ClientGoneError, Replies
+from moefit.server.service import Service, Wish
 
 STREAM = "text/event-stream"
 NOBODY_THERE = 499  # nginx's word for a client that has gone
@@ -84,9 +83,8 @@ async def _frames(pieces: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIter
     try:
         async for piece in pieces:
             yield f"data: {piece.model_dump_json(exclude=hidden)}\n\n"
-    except HTTPException as error:
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        yield f"data: {json.dumps(body_of(error.status_code, error.detail, param, code))}\n\n"
     except ClientGoneError:
         return
+    except Exception as error:  # noqa: BLE001 - the answer has begun, so its end says what went wrong
+        yield f"data: {json.dumps(body_for(of_any(error)))}\n\n"
     yield "data: [DONE]\n\n"

@@ -45,12 +45,17 @@ class Telemetry:
         self._whole = self._histogram(
             "e2e_request_latency_seconds", "From request to its end", _SLOW
         )
+        self._queued = self._histogram(
+            "request_queue_time_seconds", "From request to its place among those that run", _SLOW
+        )
         self._reading = self._histogram(
-            "request_prefill_time_seconds", "From request to its prompt read, waiting included",
-            _SLOW,
-        )  # fmt: skip
+            "request_prefill_time_seconds", "From its place to its prompt read", _SLOW
+        )
         self._decoding = self._histogram(
             "request_decode_time_seconds", "From first to last token", _SLOW
+        )
+        self._running = self._histogram(
+            "request_inference_time_seconds", "From its place to its end", _SLOW
         )
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
@@ -83,8 +88,9 @@ class Telemetry:
             itl = self._between.percentiles(0.5, 0.99, at=now)
         return {"ttft_p50": ttft[0], "ttft_p99": ttft[1], "itl_p50": itl[0], "itl_p99": itl[1]}
 
-    def prompt_read(self, seconds: float) -> None:
-        """A prompt was read."""
+    def prompt_read(self, waited: float, seconds: float) -> None:
+        """A prompt was read: how long it waited for its place, and what reading took then."""
+        self._queued.observe(waited)
         self._reading.observe(seconds)
 
     def first_token(self, seconds: float, now: float) -> None:
@@ -99,10 +105,15 @@ class Telemetry:
         with self._lock:
             self._between.add(seconds, at=now)
 
-    def finished(self, reason: str, seconds: float, decoding: float | None) -> None:
-        """A request ended; `decoding` is from its first token to its last, if it had any."""
+    def finished(
+        self, reason: str, seconds: float, *, running: float | None, decoding: float | None
+    ) -> None:
+        """A request ended, so long after it came, after its place and, if it has tokens, the time
+        from the first of them to the last."""
         self._finished.labels(self.model, reason).inc()
         self._whole.observe(seconds)
+        if running is not None:
+            self._running.observe(running)
         if decoding is not None:
             self._decoding.observe(decoding)
 
@@ -112,16 +123,22 @@ class _Timing:
 
     def __init__(self, telemetry: Telemetry):
         self._telemetry, self._began = telemetry, monotonic()
+        self._placed: float | None = None
         self._first: float | None = None
         self._last = self._began
 
     def hear(self, event: Event, now: float) -> None:
         telemetry = self._telemetry
         if isinstance(event, Prompt):
-            telemetry.prompt_read(now - self._began)
+            self._placed = min(now, self._began + event.waited)
+            telemetry.prompt_read(event.waited, now - self._placed)
         elif isinstance(event, Finished):
-            decoding = None if self._first is None else self._last - self._first
-            telemetry.finished(event.reason, now - self._began, decoding)
+            telemetry.finished(
+                event.reason,
+                now - self._began,
+                running=None if self._placed is None else now - self._placed,
+                decoding=None if self._first is None else self._last - self._first,
+            )
         elif self._first is None:
             self._first = self._last = now
             telemetry.first_token(now - self._began, now)

@@ -1,4 +1,4 @@
-// The dial between floor and everything, and what of it waits to be applied. Pure.
+// The dial between floor and all that can be used, and what of it waits to be applied. Pure.
 
 export const STEPS = 1000;
 
@@ -19,10 +19,30 @@ export function grain(range) {
   return (range.top - range.floor) / 200;
 }
 
-/** Where the slider ends: everything, or the budget in force where that is more. */
+/**
+ * Where the slider ends: where no more memory is of use, or the budget in force if that is more.
+ *
+ * `full` holds every expert; where they may differ in format, in the smallest, and `top` in the best.
+ */
 export function rangeOf(memory) {
-  const { floor, everything, budget } = memory;
-  return { floor, top: Math.max(floor, everything, budget.total ?? 0) };
+  const { floor, everything, most, budget } = memory;
+  return { floor, full: everything, top: Math.max(floor, most, budget.total ?? 0) };
+}
+
+/** The best format in which these bytes hold every expert; null if in none, or if there is one only. */
+export function finest(bytes, everythingIn) {
+  const held = Object.entries(everythingIn).filter(([, size]) => size <= bytes);
+  return held.length ? held[held.length - 1][0] : null;
+}
+
+const NAMED = ["int4", "int8"];
+
+/** Ticks where every expert fits in a format, away from the ends; those with a name are the usual. */
+export function formatTicks(everythingIn, range) {
+  const away = (range.top - range.floor) * 0.05;
+  return Object.entries(everythingIn)
+    .filter(([, size]) => size > range.floor + away && size < range.top - away)
+    .map(([name, bytes]) => ({ bytes, name: NAMED.includes(name) ? name : "" }));
 }
 
 /** Round sizes for ticks, strictly between the ends and away from them; at most `most`. */
@@ -48,7 +68,7 @@ export function parseBytes(text) {
 
 /** About how many experts a budget holds: slots grow evenly from one a layer to all. */
 export function expertsAt(bytes, range, grid) {
-  const span = range.top - range.floor;
+  const span = range.full - range.floor;
   const share = span <= 0 ? 1 : Math.min(1, Math.max(0, (bytes - range.floor) / span));
   return Math.floor(grid.rows.length + (grid.experts - grid.rows.length) * share);
 }

@@ -2,7 +2,7 @@
 // is in force is the server's and goes on being shown.
 
 import { byId, element, say } from "./dom.js";
-import { STEPS, bytesAt, change, expertsAt, grain, parseBytes, positionOf, rangeOf, ticks } from "./dial.js";
+import { STEPS, bytesAt, change, expertsAt, finest, formatTicks, grain, parseBytes, positionOf, rangeOf, ticks } from "./dial.js";
 import { formatCount, formatFine } from "./numbers.js";
 
 export class DialView {
@@ -13,6 +13,7 @@ export class DialView {
   #apply;
   #ends = null;
   #inForce = null;
+  #formats = {};
   #map = null;
   #wanted = {};
   #busy = false;
@@ -49,8 +50,9 @@ export class DialView {
     const moved = ends.floor !== this.#ends?.floor || ends.top !== this.#ends?.top;
     this.#ends = ends;
     this.#map = map;
+    this.#formats = memory.everything_in;
     const { mode, prefill, bound } = memory;
-    this.#inForce = { bytes: memory.budget.total ?? memory.everything, mode, prefill, bound };
+    this.#inForce = { bytes: memory.budget.total ?? memory.most, mode, prefill, bound };
     if (moved) this.#scale();
     this.#refresh();
   }
@@ -104,7 +106,15 @@ export class DialView {
 
   #inWords(size) {
     if (size === null) return "not a size";
-    return `${this.#text(size)}, about ${formatCount(expertsAt(size, this.#ends, this.#map))} experts`;
+    return `${this.#text(size)}, ${this.#experts(size)}`;
+  }
+
+  #experts(size) {
+    const format = finest(size, this.#formats);
+    const all = formatCount(this.#map.experts);
+    if (format === Object.keys(this.#formats).pop()) return `all ${all} experts in ${format}`;
+    if (format !== null) return `all ${all} experts, in ${format} or better`;
+    return `about ${formatCount(expertsAt(size, this.#ends, this.#map))} of ${all} experts`;
   }
 
   #note(pending, size, mode) {
@@ -112,8 +122,7 @@ export class DialView {
     if (size === null) return "Write a size, such as 4.7GiB or 512MB.";
     const elsewhere = `In force: ${this.#text(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
     if (size < this.#ends.floor) return `Below the floor of ${this.#text(this.#ends.floor)}. ${elsewhere}`;
-    const experts = formatCount(expertsAt(size, this.#ends, this.#map));
-    return `Not applied yet: about ${experts} of ${formatCount(this.#map.experts)} experts, ${mode}. ${elsewhere}`;
+    return `Not applied yet: ${this.#experts(size)}, ${mode}. ${elsewhere}`;
   }
 
   #prefill() {
@@ -137,17 +146,28 @@ export class DialView {
   #scale() {
     const { floor, top } = this.#ends;
     const box = byId("ticks");
-    const made = [tick("first", 0, `floor ${this.#text(floor)}`), tick("last", 1, `all ${this.#text(top)}`)];
-    const between = ticks(this.#ends).map((size) => tick("", (size - floor) / (top - floor), this.#text(size).replace(/\.?0+ /, " ")));
+    const best = Object.keys(this.#formats).pop();
+    const all = best ? `all ${best}` : "all";
+    const made = [tick("first", 0, `floor ${this.#text(floor)}`), tick("last", 1, `${all} ${this.#text(top)}`)];
+    const between = this.#ticks().map(({ bytes, text }) => tick("", (bytes - floor) / (top - floor), text));
     box.replaceChildren(...made, ...between);
     const [left, right] = [made[0].offsetWidth + 8, box.clientWidth - made[1].offsetWidth - 8];
     let free = left;
     for (const one of between) {
       const from = one.offsetLeft - one.offsetWidth / 2;
-      const fits = from >= free && from + one.offsetWidth <= right;
+      const fits = one.textContent && from >= free && from + one.offsetWidth <= right;
       one.classList.toggle("bare", !fits);
       if (fits) free = from + one.offsetWidth + 12;
     }
+  }
+
+  /** Where every expert fits in a format, or, where they have only one, round sizes. */
+  #ticks() {
+    const formats = formatTicks(this.#formats, this.#ends);
+    if (formats.length) {
+      return formats.map(({ bytes, name }) => ({ bytes, text: name && `${name} ${this.#text(bytes)}` }));
+    }
+    return ticks(this.#ends).map((bytes) => ({ bytes, text: this.#text(bytes).replace(/\.?0+ /, " ") }));
   }
 
   async #send() {
@@ -160,7 +180,7 @@ export class DialView {
       const memory = await this.#apply(body);
       this.#settle();
       const slots = memory.blocks.reduce((sum, block) => sum + block.slots, 0);
-      const size = this.#text(memory.budget.total ?? memory.everything);
+      const size = this.#text(memory.budget.total ?? memory.most);
       this.#answer(`In force: ${size}, ${memory.mode}; room for ${formatCount(slots)} of ${formatCount(this.#map.experts)} experts.`);
     } catch (error) {
       this.#answer(error.message, true);

@@ -13,17 +13,17 @@ export const PARTS = [
 /**
  * What GET /v1/memory says, along one axis from 0 to the largest of its figures, in bytes.
  *
- * Without a limit the budget is what everything takes. `parts` lie one behind the other; their
+ * Without a limit the budget is the most that is of use. `parts` lie one behind the other; their
  * `from` and `to` and the marks are shares of the axis.
  */
 export function ledger(memory) {
-  const { budget, floor, everything, process_bytes: held, slot_bytes: slots } = memory;
+  const { budget, floor, most, process_bytes: held, slot_bytes: slots } = memory;
   const limited = budget.total != null;
-  const total = limited ? budget.total : everything;
+  const total = limited ? budget.total : most;
   const bytes = { ...budget, slots };
   const fixed = PARTS.slice(0, 5).reduce((sum, [key]) => sum + bytes[key], 0);
   bytes.free = Math.max(0, total - fixed - slots);
-  const axis = Math.max(everything, total, held, fixed + slots);
+  const axis = Math.max(most, total, held, fixed + slots);
   let from = 0;
   const parts = PARTS.map(([key, label]) => {
     const part = { key, label, bytes: bytes[key], from: from / axis, to: (from + bytes[key]) / axis };
@@ -31,8 +31,8 @@ export function ledger(memory) {
     return part;
   });
   return {
-    total, limited, floor, everything, axis, parts, held, peak: memory.peak_process_bytes,
-    marks: { floor: floor / axis, held: held / axis, everything: everything / axis },
+    total, limited, floor, most, axis, parts, held, peak: memory.peak_process_bytes,
+    marks: { floor: floor / axis, held: held / axis, most: Math.max(most, total) / axis },
   };
 }
 

@@ -17,12 +17,14 @@ export class LedgerView {
     for (const part of view.parts) this.#part(part, memory);
     this.#mark("floor", view.marks.floor, formatBytes(view.floor));
     this.#mark("held", view.marks.held, `${formatBytes(view.held)}, peak ${formatBytes(view.peak)}`);
-    const [from, to] = [view.marks.floor * 100, view.marks.everything * 100];
+    const [from, to] = [view.marks.floor * 100, view.marks.most * 100];
     byId("funnel").setAttribute("points", `${from},0 ${to},0 100,100 0,100`);
     byId("ledger").setAttribute("aria-label", sentence(view, formatBytes));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
+    const best = Object.keys(memory.everything_in).pop();
+    const every = best ? `every expert in ${best}` : "every expert";
     say("budget-note", view.limited
-      ? `of ${formatFine(view.everything, grain(rangeOf(memory)))} for every expert` : "no limit: every expert is in memory");
+      ? `of ${formatFine(view.most, grain(rangeOf(memory)))} for ${every}` : `no limit: ${every} is in memory`);
   }
 
   #build(view) {
