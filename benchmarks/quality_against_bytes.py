@@ -2,7 +2,7 @@
 
     python benchmarks/quality_against_bytes.py reference=reference dsmoe=RUN smoe=RUN
         [--rule NAME=RULE] [--tokens 16384] [--steps 768] [--text FILE] [--calibration FILE]
-        [--ways fitted,auto,...] [--save NAME]
+        [--ways fitted,auto,...] [--formats int3,...] [--bits 4,3,...] [--save NAME]
 
 Ways: each grouped format for all experts, rounded to nearest or fitted; `auto`, whose formats
 follow sensitivities from calibration text; and, native, only some experts resident: virtual, and
@@ -43,7 +43,7 @@ from moefit.serve.packing import pack
 from moefit.serve.served import ServedModel
 from moefit.serve.skeleton import build
 
-BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75, 2.5, 2)
+BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
 WAYS = ("fitted", "nearest", "auto", "virtual", "pruned", "calibrated", "calibrated-auto")
 SHARES = (8, 5.33, 4)  # of 16 bits: how many experts stay, for those that keep some
 UNIFORM = ("int8", "int6", "int5", "int4", "int3", "int2")
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--formats", default=",".join(UNIFORM))
+    parser.add_argument("--bits", default=",".join(map(str, BITS)))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=768)
     parser.add_argument("--context", type=int, default=256)
@@ -69,7 +71,8 @@ def main() -> None:
         name, _, model = pair.partition("=")
         how = {"context": 2 * arguments.context, "dtype": torch.bfloat16}
         measured = Bytes(Subject(model, rules.get(name), arguments, **how), arguments.steps)
-        wanted = [one for one in measured.points() if one[0] in arguments.ways.split(",")]
+        wanted = measured.points(arguments.formats.split(","), arguments.bits.split(","))
+        wanted = [one for one in wanted if one[0] in arguments.ways.split(",")]
         with alone():
             plain = [one for one in wanted if not one[0].startswith("calibrated")]
             results[name] = [measured.point(*one) for one in track(plain, name)]
@@ -119,16 +122,16 @@ class Bytes:
             )
             self.full = self._perplexity(served)
 
-    def points(self) -> list[tuple[str, str, float]]:
+    def points(self, formats: list[str], bits: list[str]) -> list[tuple[str, str, float]]:
         """Way, setting and bits asked for."""
         return [
-            *(("fitted", name, 0.0) for name in UNIFORM),
-            *(("nearest", f"{name}-nearest", 0.0) for name in UNIFORM),
-            *(("auto", "auto", bits) for bits in BITS),
-            *(("calibrated", name, 0.0) for name in UNIFORM),
-            *(("calibrated-auto", "auto", bits) for bits in BITS),
-            *(("virtual", "native", bits) for bits in SHARES),
-            *(("pruned", "native", bits) for bits in SHARES),
+            *(("fitted", name, 0.0) for name in formats),
+            *(("nearest", f"{name}-nearest", 0.0) for name in formats),
+            *(("auto", "auto", float(one)) for one in bits),
+            *(("calibrated", name, 0.0) for name in formats),
+            *(("calibrated-auto", "auto", float(one)) for one in bits),
+            *(("virtual", "native", float(bits)) for bits in SHARES),
+            *(("pruned", "native", float(bits)) for bits in SHARES),
         ]
 
     def point(self, way: str, precision: str, bits: float) -> dict[str, Any]:
