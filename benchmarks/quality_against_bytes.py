@@ -1,20 +1,28 @@
 """What an expert's bytes buy: perplexity against bits a weight, for every way to save them.
 
     python benchmarks/quality_against_bytes.py reference=reference dsmoe=RUN smoe=RUN
-        [--rule NAME=RULE] [--tokens 16384] [--steps 768] [--text FILE] [--save NAME]
+        [--rule NAME=RULE] [--tokens 16384] [--steps 768] [--text FILE] [--calibration FILE]
+        [--ways fitted,auto,...] [--formats int3,...] [--bits 4,3,...] [--save NAME]
 
 Ways: each grouped format for all experts, rounded to nearest or fitted; `auto`, whose formats
 follow sensitivities from calibration text; and, native, only some experts resident: virtual, and
-pruned to the most frequent. The first three score windows of held-out text as a whole; the last two
-token by token, on fewer tokens, against the same model on just these. Windows are by turns scored
-and given to calibration. Bits count scales and minima, and what alignment wastes in a slot.
+pruned to the most frequent. With --calibration, both once more from experts that were packed by
+that text, which should be none of the one that is scored: calibrated, and calibrated-auto. All but
+virtual and pruned score windows of held-out text as a whole; these two token by token, on fewer
+tokens, against the same model on just these. Windows are by turns scored and given to what `auto`
+observes. Bits count scales and minima, and what alignment wastes in a slot.
 """
 
 import argparse
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import record
 import torch
@@ -25,15 +33,22 @@ from rich.table import Table
 from subject import Subject, as_text, summarised
 from torch import Tensor
 
+from moefit.evaluate.passage import text_of_file, tokenizer_of
 from moefit.evaluate.stepwise import score_steps
-from moefit.formats.format import weights_in
+from moefit.formats.format import parse_format, weights_in
+from moefit.plan.calibration import digest_of, windows_of
 from moefit.serve.baselines import fix_residents
+from moefit.serve.calibration import Calibration
+from moefit.serve.packing import pack
 from moefit.serve.served import ServedModel
+from moefit.serve.skeleton import build
 
 BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
+WAYS = ("fitted", "nearest", "auto", "virtual", "pruned", "calibrated", "calibrated-auto")
 SHARES = (8, 5.33, 4)  # of 16 bits: how many experts stay, for those that keep some
 UNIFORM = ("int8", "int6", "int5", "int4", "int3", "int2")
 PLENTY = "64GiB"
+CALIBRATION_TOKENS = 16384
 
 
 def main() -> None:
@@ -41,6 +56,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     parser.add_argument("--rule", action="append", default=[], metavar="NAME=RULE")
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--formats", default=",".join(UNIFORM))
+    parser.add_argument("--bits", default=",".join(map(str, BITS)))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=768)
     parser.add_argument("--context", type=int, default=256)
@@ -52,7 +71,15 @@ def main() -> None:
         name, _, model = pair.partition("=")
         how = {"context": 2 * arguments.context, "dtype": torch.bfloat16}
         measured = Bytes(Subject(model, rules.get(name), arguments, **how), arguments.steps)
-        results[name] = [measured.point(*one) for one in track(measured.points(), name)]
+        wanted = measured.points(arguments.formats.split(","), arguments.bits.split(","))
+        wanted = [one for one in wanted if one[0] in arguments.ways.split(",")]
+        with alone():
+            plain = [one for one in wanted if not one[0].startswith("calibrated")]
+            results[name] = [measured.point(*one) for one in track(plain, name)]
+            if arguments.calibration:
+                pack_by(measured.subject, arguments.calibration)
+                rest = [one for one in wanted if one not in plain]
+                results[name] += [measured.point(*one) for one in track(rest, name)]
         Console(width=110).print(table(name, results[name]))
     if arguments.save:
         notes = (
@@ -62,6 +89,24 @@ def main() -> None:
         path = record.write("quality-against-bytes", results, notes=notes, suffix=arguments.save)
         draw(results, path.with_suffix(".png"))
         print(path)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A cache of its own: what was packed elsewhere is not used, nor is anything left behind."""
+    with TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
+        yield
+
+
+def pack_by(subject: Subject, text: Path) -> None:
+    """All formats, calibrated as `moefit pack --text` does."""
+    windows_BT = windows_of(
+        text_of_file(text, tokenizer_of(subject.folder), subject.context, CALIBRATION_TOKENS)
+    )
+    what = Calibration(text=text.name, digest=digest_of(windows_BT), windows_BT=windows_BT[:, :-1])
+    skeleton = build(subject.folder, torch.bfloat16)
+    made = pack(skeleton, [parse_format(name) for name in UNIFORM], calibration=what)
+    print(f"packed by {text.name} in {made.seconds:.0f} s")
 
 
 class Bytes:
@@ -77,14 +122,16 @@ class Bytes:
             )
             self.full = self._perplexity(served)
 
-    def points(self) -> list[tuple[str, str, float]]:
+    def points(self, formats: list[str], bits: list[str]) -> list[tuple[str, str, float]]:
         """Way, setting and bits asked for."""
         return [
-            *(("fitted", name, 0.0) for name in UNIFORM),
-            *(("nearest", f"{name}-nearest", 0.0) for name in UNIFORM),
-            *(("auto", "auto", bits) for bits in BITS),
-            *(("virtual", "native", bits) for bits in SHARES),
-            *(("pruned", "native", bits) for bits in SHARES),
+            *(("fitted", name, 0.0) for name in formats),
+            *(("nearest", f"{name}-nearest", 0.0) for name in formats),
+            *(("auto", "auto", float(one)) for one in bits),
+            *(("calibrated", name, 0.0) for name in formats),
+            *(("calibrated-auto", "auto", float(one)) for one in bits),
+            *(("virtual", "native", float(bits)) for bits in SHARES),
+            *(("pruned", "native", float(bits)) for bits in SHARES),
         ]
 
     def point(self, way: str, precision: str, bits: float) -> dict[str, Any]:
@@ -99,6 +146,8 @@ class Bytes:
                     self._calibrate(served)
                 loss = self._perplexity(served) / self.full - 1
             report = served.report()
+            packed = report["experts_from"] == "packed"
+            assert packed == way.startswith("calibrated") or way in ("virtual", "pruned")
         return {
             "way": way,
             "precision": precision,

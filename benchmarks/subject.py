@@ -26,7 +26,7 @@ class Subject:
 
     def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace, **how: Any):
         self.rule, self.context = rule and Rule.parse(rule), arguments.context
-        self._folder, self._how = folder_of(model), {"context": self.context, **how}
+        self.folder, self._how = folder_of(model), {"context": self.context, **how}
         with self.load() as served:
             limit = 2 * arguments.tokens
             if arguments.text is None:
@@ -38,7 +38,7 @@ class Subject:
 
     def load(self, **settings: Any) -> ServedModel:
         """The model, freshly, under its rule."""
-        served = moefit.load(self._folder, **{**self._how, **settings})
+        served = moefit.load(self.folder, **{**self._how, **settings})
         if self.rule:
             assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
             served.model.set_inference_rule(self.rule)

@@ -1,27 +1,30 @@
 """The command that makes and checks packed stores: pack."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say
 from moefit.errors import CheckpointError, ConfigError
+from moefit.evaluate.passage import text_of_file, tokenizer_of
 from moefit.formats.format import FORMATS, Format, parse_format
-from moefit.serve.budget import format_bytes
+from moefit.plan.calibration import digest_of, windows_of
+from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.serve.calibration import Calibration
 from moefit.serve.packed_check import check_packed
-from moefit.serve.packing import Progress, pack
+from moefit.serve.packing import Packed, Progress, pack
 from moefit.serve.skeleton import Skeleton, build
 
 _DEFAULT = "int8,int4"
@@ -38,6 +41,15 @@ def pack_model(
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text like that to be served, by which experts are encoded better"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="of the text, spread over it")] = 16384,
+    context: Annotated[int, typer.Option(min=32, help="tokens of each window")] = 256,
+    memory: Annotated[
+        str | None, typer.Option(help="for reading the text; all that it takes if not given")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="verify what is packed")] = False,
     force: Annotated[bool, typer.Option("--force", help="make again what is there")] = False,
     as_json: Json = False,
@@ -51,23 +63,51 @@ def pack_model(
         _check(skeleton, chosen, as_json=as_json)
         return
     assert chosen is not None
-    with _bar("packing") as progress:
-        made = pack(skeleton, chosen, force=force, progress=progress)
+    calibration = None if text is None else _calibration(skeleton, text, tokens, context, memory)
+    with _bars() as bars:
+        made = pack(
+            skeleton,
+            chosen,
+            calibration=calibration,
+            force=force,
+            progress=bars("packing", format_bytes),
+            calibrating=bars("calibrating", lambda windows: f"{windows} windows"),
+        )
     if as_json:
         print_json(made.as_dict())
         return
+    _tell(made)
+
+
+def _calibration(
+    skeleton: Skeleton, text: Path, tokens: int, context: int, memory: str | None
+) -> Calibration:
+    tokenizer = tokenizer_of(skeleton.checkpoint.folder)
+    windows_BT = windows_of(text_of_file(text, tokenizer, context, tokens))
+    return Calibration(
+        text=text.name,
+        digest=digest_of(windows_BT),
+        windows_BT=windows_BT[:, :-1],
+        memory=None if memory is None else parse_bytes(memory),
+    )
+
+
+def _tell(made: Packed) -> None:
     skipped = f", {made.skipped} were there already" if made.skipped else ""
+    replaced = f" ({made.replaced} in place of others, made without it)" if made.replaced else ""
+    by = f", calibrated on {made.text}{replaced}" if made.text else ""
     say(
-        f"wrote {made.files} files, {format_bytes(made.bytes_written)}{skipped}, in "
+        f"wrote {made.files} files, {format_bytes(made.bytes_written)}{by}{skipped}, in "
         f"{made.seconds:.1f} s: {made.folder}"
     )
+    of = "outputs'" if made.text else "weights'"
     for name, error in made.relative_errors.items():
-        say(f"{name}: squared error {error:.2e} of the weights' squares, mean over experts")
+        say(f"{name}: squared error {error:.2e} of the {of} squares, mean over experts")
 
 
 def _check(skeleton: Skeleton, chosen: Sequence[Format] | None, *, as_json: bool) -> None:
-    with _bar("checking") as progress:
-        found = check_packed(skeleton, chosen, progress)
+    with _bars() as bars:
+        found = check_packed(skeleton, chosen, bars("checking", format_bytes))
     if as_json:
         print_json(found.as_dict())
     if found.problems:
@@ -85,19 +125,25 @@ def _formats(text: str | None) -> list[Format] | None:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Progress]:
+def _bars() -> Iterator[Callable[[str, Callable[[int], str]], Progress]]:
+    """Gives what makes a bar of a name and of what its numbers are in words."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
 
-        def show(done: int, total: int) -> None:
-            task = bar.task_ids[0] if bar.task_ids else bar.add_task(what)
-            bar.update(task, completed=done, total=total)
+        def make(what: str, words: Callable[[int], str]) -> Progress:
+            def show(done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, amount="")
+                amount = f"{words(done)} of {words(total)}"
+                bar.update(tasks[what], completed=done, total=total, amount=amount)
 
-        yield show
+            return show
+
+        yield make

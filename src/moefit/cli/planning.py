@@ -10,13 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
 from moefit.cli.planned import promise_of
 from moefit.errors import ConfigError
-from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.passage import held_out_text, text_of_file, tokenizer_of
 from moefit.plan import genetic
 from moefit.plan.calibration import windows_of
 from moefit.plan.plan_file import Plan, write_plan
@@ -52,9 +51,9 @@ def profile_model(
     """Resumes where it stopped: what was measured is not measured again."""
     folder = folder_of(model)
     windows_BT = windows_of(
-        text_of_file(text, _tokenizer(folder), context, tokens)
+        text_of_file(text, tokenizer_of(folder), context, tokens)
         if text is not None
-        else held_out_text(_tokenizer(folder), context, tokens)
+        else held_out_text(tokenizer_of(folder), context, tokens)
     )
     subject = Subject(folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device)
     profiler = Profiler(
@@ -70,16 +69,6 @@ def profile_model(
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
     say(f"next: moefit plan {model} --memory SIZE")
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer that loads, so that no text can be read for it; add the "
-            "tokenizer's files to the folder"
-        ) from error
 
 
 @contextmanager

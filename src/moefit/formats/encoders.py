@@ -29,7 +29,7 @@ from moefit.formats.planes import GROUP, pack
 Encoder = Literal["nearest", "fitted"]
 _SPREADS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.88, 0.76), 4: (1.0, 0.9), 5: (1.0, 0.95)}
 _ROUNDS = 3
-_LARGEST = 65504.0  # of float16
+LARGEST = 65504.0  # of float16
 _NORMAL, _STEP = 2.0**-14, 2.0**-24  # of float16: the least of full precision, the least at all
 
 
@@ -62,21 +62,34 @@ def encode_into(
             fitted = encoder == "fitted"
             bad = compiled.encode(part_RC, part, fitted=fitted, moments_C=moments_C)
         if bad is not None:
-            row, col = divmod(bad, target.cols)
-            raise CheckpointError(
-                f"the weight of output {number * rows + row} for input {col} is "
-                f"{float(part_RC[row, col])}, which no integer format can hold; weights must be "
-                f"finite and at most {_LARGEST:g}"
-            )
+            raise _unsound(weight_RC, number * rows * target.cols + bad)
+
+
+def refuse_unsound(weight_RC: Tensor) -> None:
+    """Raise CheckpointError for weights that are NaN, infinite or beyond float16."""
+    if (bad := _first_unsound(weight_RC)) is not None:
+        raise _unsound(weight_RC, bad)
+
+
+def _unsound(weight_RC: Tensor, place: int) -> CheckpointError:
+    row, col = divmod(place, weight_RC.shape[1])
+    return CheckpointError(
+        f"the weight of output {row} for input {col} is {float(weight_RC[row, col])}, which no "
+        f"integer format can hold; weights must be finite and at most {LARGEST:g}"
+    )
+
+
+def _first_unsound(weight_RC: Tensor) -> int | None:
+    unsound_RC = ~(weight_RC.abs() <= LARGEST)  # NaN too
+    return int(unsound_RC.flatten().nonzero()[0]) if unsound_RC.any() else None
 
 
 def _encode(
     target: GroupedMatrix, weight_RC: Tensor, encoder: Encoder, moments_C: Tensor | None
 ) -> int | None:
     """The plain way, which the kernels are compared with; gives what `Kernels.encode` does."""
-    unsound_RC = ~(weight_RC.abs() <= _LARGEST)  # NaN too
-    if unsound_RC.any():
-        return int(unsound_RC.flatten().nonzero()[0])
+    if (bad := _first_unsound(weight_RC)) is not None:
+        return bad
     codes_NB, meta_RMG = _encode_rows(weight_RC, target.bits, encoder, moments_C)
     target.codes_RB.copy_(codes_NB.view(target.codes_RB.shape))
     target.meta_RMG.copy_(meta_RMG)
@@ -112,7 +125,7 @@ def _signed(weight_RGI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half(value_RG1: Tensor) -> Tensor:
-    return value_RG1.clamp(-_LARGEST, _LARGEST).half().float()
+    return value_RG1.clamp(-LARGEST, LARGEST).half().float()
 
 
 def _half_scale(scale_RG1: Tensor) -> Tensor:

@@ -29,7 +29,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedFacts:
-    """What a file is of. `fingerprint` is the checkpoint's, `source` where that lay."""
+    """What a file is of. `fingerprint` is the checkpoint's, `source` where that lay.
+
+    `calibration` tells the text apart that experts were encoded by, and `text` names it for people;
+    both are empty if there was none.
+    """
 
     fingerprint: str
     format: str
@@ -37,6 +41,8 @@ class PackedFacts:
     dtype: str
     block: str
     source: str
+    calibration: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +93,9 @@ def _parsed(path: Path, remarks: Any, spans: list[Span]) -> PackedFile:
     spans = sorted(spans, key=lambda span: span.offset)
     if not len(spans) == len(checksums) == len(losses):
         raise ValueError(f"{len(spans)} experts, {len(checksums)} checksums, {len(losses)} errors")
-    facts = PackedFacts(**{field.name: str(remarks[field.name]) for field in fields(PackedFacts)})
+    facts = PackedFacts(
+        **{f.name: str(remarks[f.name]) for f in fields(PackedFacts) if f.name in remarks}
+    )
     return PackedFile(
         path=path, facts=facts, spans=tuple(spans), checksums=checksums, relative_errors=losses
     )

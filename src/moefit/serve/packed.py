@@ -62,8 +62,20 @@ class PackedStore:
         return span.nbytes
 
     def relative_errors(self, block: str, format: Format) -> tuple[float, ...]:
-        """Of each expert |W - W^|^2 / |W|^2 over its matrices, measured when it was packed."""
+        """Of each expert |W - W^|^2 / |W|^2 over its matrices, measured when it was packed.
+
+        Of calibrated ones |y - y^|^2 / |y|^2 over outputs y on the calibration's text.
+        """
         return self._files[block, format.name].relative_errors
+
+    def calibration(self, block: str, format: Format) -> str:
+        """What tells the calibration apart that a block was packed with; empty if none was."""
+        return self._files[block, format.name].facts.calibration
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of the texts by which what is packed was calibrated."""
+        return sorted({file.facts.text for file in self._files.values() if file.facts.calibration})
 
     def close(self) -> None:
         """Close all files."""
@@ -126,7 +138,7 @@ class PackedPlace:
             )
         block = self._skeleton.blocks[index]
         sizes = [format.nbytes(block.layout.specs)] * block.num_experts
-        same = replace(file.facts, source=expected.source) == expected
+        same = replace(file.facts, source=expected.source, calibration="", text="") == expected
         if not same or [span.nbytes for span in file.spans] != sizes:
             raise CheckpointError(
                 f"{file.path} holds {len(file.spans)} experts of {file.facts.block} in "

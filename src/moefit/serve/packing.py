@@ -1,14 +1,16 @@
 """Make a packed store: every expert once from the checkpoint, into each wanted format, to disk.
 
 Owns the order of it, which keeps the peak at one expert and a slot of each format; what was done
-before and is skipped; room on the disk; and that one process at a time packs a checkpoint. Knows
-nothing of the layout of files (`formats/packed_file.py`) nor of serving.
+before and is skipped; room on the disk; and that one process at a time packs a checkpoint. With a
+calibration text the blocks' inputs on it are recorded first, and experts are encoded by them; files
+that were made otherwise are then replaced, and the recording goes when all is done. Knows nothing
+of the layout of files (`formats/packed_file.py`) nor of how a text is run (`calibration.py`).
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,28 +19,36 @@ import torch
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import try_lock
+from moefit.formats.calibrated import CalibratedExpert
 from moefit.formats.error import relative_error
-from moefit.formats.format import Format, NativeFormat, is_matrix
-from moefit.formats.packed_file import NO_ROOM, WRITING, PackedWriter, file_bytes
-from moefit.moe.families import Tensors, TensorSpec
+from moefit.formats.format import Format, GroupedFormat, NativeFormat, is_matrix
+from moefit.formats.packed_file import NO_ROOM, WRITING, PackedFacts, PackedWriter, file_bytes
+from moefit.moe.families import MoeBlock, Tensors, TensorSpec
 from moefit.serve.budget import format_bytes
+from moefit.serve.calibration import BlockInputs, Calibration, Recorded, recorded
 from moefit.serve.packed import PackedPlace
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.slots import Slot, allocate, bytes_of
 from moefit.serve.store import ExpertStore
 
-_LOCK = ".lock"
+_LOCK, _RECORDING = ".lock", ".calibration"
 Progress = Callable[[int, int], None]
 """Hears how many bytes of the checkpoint's experts are done, and of how many."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Packed:
-    """What was done. Errors: |W - W^|^2 / |W|^2 of each format, the mean over all experts."""
+    """What was done. Errors: |W - W^|^2 / |W|^2 of each format, the mean over all experts.
+
+    With a calibration |y - y^|^2 / |y|^2 of experts' outputs y instead; `text` is its name.
+    `replaced` of `files` were there, but encoded without this calibration.
+    """
 
     folder: Path
+    text: str = ""
     files: int = 0
     skipped: int = 0
+    replaced: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
@@ -53,14 +63,20 @@ def pack(
     skeleton: Skeleton,
     formats: Sequence[Format],
     *,
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    calibrating: Progress | None = None,
 ) -> Packed:
     """Pack every expert of a model in these formats; what is there already is skipped.
 
+    calibration: encode experts by what they are given on its text; files that are there but were
+    made without it are made again. With None, what is there counts, however it was calibrated.
+    calibrating hears how many windows of the text are done, and of how many.
     force: make again what is there. Raises ConfigError for formats that need no packing or if
     another process is at it; CheckpointError for weights that cannot be read or encoded, named, and
-    for files that cannot be written. Finished files then stay, and the next call goes on.
+    for files that cannot be written; what `recorded` does. Finished files then stay, and the next
+    call goes on.
     """
     for format in formats:
         if isinstance(format, NativeFormat):
@@ -68,24 +84,45 @@ def pack(
                 "native experts are read from the checkpoint's own files; name formats to pack, "
                 "such as int8 or int4"
             )
+        if calibration and isinstance(format, GroupedFormat) and format.encoder == "nearest":
+            raise ConfigError(
+                f"{format.name} rounds to nearest, whatever the text; give int{format.bits} to "
+                f"have it calibrated, or pack {format.name} without a text"
+            )
     place = PackedPlace(skeleton)
     with locked(place.folder):
         _sweep(place.folder)
-        job = _Job(skeleton, place, formats, force=force)
+        job = _Job(skeleton, place, formats, calibration, force=force)
         job.check_room()
         try:
-            return job.run(progress or (lambda done, total: None))
+            job.record(calibrating or _nobody)
+            made = job.run(progress or _nobody)
         finally:
             job.close()
+        if calibration:
+            shutil.rmtree(place.folder / _RECORDING, ignore_errors=True)
+        return made
+
+
+def _nobody(done: int, total: int) -> None:
+    """Hears nothing."""
 
 
 class _Job:
     """One run: which files are to be made."""
 
     def __init__(
-        self, skeleton: Skeleton, place: PackedPlace, formats: Sequence[Format], *, force: bool
+        self,
+        skeleton: Skeleton,
+        place: PackedPlace,
+        formats: Sequence[Format],
+        calibration: Calibration | None,
+        *,
+        force: bool,
     ):
-        self._skeleton, self._place = skeleton, place
+        self._skeleton, self._place, self._calibration = skeleton, place, calibration
+        self._recorded: Recorded | None = None
+        self._replaced = 0
         blocks = {block.name: block for block in skeleton.blocks}
         self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
         self._formats = list({format.name: format for format in formats}.values())
@@ -99,10 +136,12 @@ class _Job:
 
     def _is_there(self, format: Format, index: int) -> bool:
         try:
-            self._place.open(format, index)
+            facts = self._place.open(format, index).facts
         except (CheckpointError, OSError):
             return False
-        return True
+        same = self._calibration is None or facts.calibration == self._calibration.digest
+        self._replaced += not same
+        return same
 
     def check_room(self) -> None:
         """Raise CheckpointError if the disk has no room for what is to be made."""
@@ -114,15 +153,28 @@ class _Job:
                 f"{self._place.folder}, where {format_bytes(free)} are free; {_MAKE_ROOM}"
             )
 
+    def record(self, calibrating: Progress) -> None:
+        """Run the calibration text, if there is one and anything to be made."""
+        if self._calibration is not None and any(self._todo.values()):
+            folder = self._place.folder / _RECORDING
+            self._recorded = recorded(self._skeleton, self._calibration, folder, calibrating)
+
+    def _facts(self, format: Format, index: int) -> PackedFacts:
+        facts = self._place.facts(format, index)
+        if self._calibration is None:
+            return facts
+        return replace(facts, calibration=self._calibration.digest, text=self._calibration.text)
+
     def _size(self, format: Format, index: int) -> int:
         block = self._skeleton.blocks[index]
-        facts = self._place.facts(format, index)
+        facts = self._facts(format, index)
         return file_bytes(facts, block.num_experts, format.nbytes(block.layout.specs))
 
     def run(self, progress: Progress) -> Packed:
         began, done = perf_counter(), 0
         total = sum(self._native_bytes(index) for index, some in self._todo.items() if some)
-        made = Packed(folder=self._place.folder)
+        made = Packed(folder=self._place.folder, replaced=self._replaced)
+        made.text = self._calibration.text if self._calibration else ""
         progress(0, total)
         for index, formats in self._todo.items():
             made.skipped += len(self._formats) - len(formats)
@@ -150,6 +202,7 @@ class _Job:
         block = self._skeleton.blocks[index]
         specs = block.layout.specs
         slots = [allocate(format, specs, torch.device("cpu")) for format in formats]
+        inputs = self._recorded.block(index) if self._recorded else None
         try:
             with ExitStack() as stack:
                 writers = [
@@ -159,9 +212,8 @@ class _Job:
                 for expert, source in enumerate(self._skeleton.map.experts[block.name]):
                     native = self._store.native(block.name, expert)
                     _refuse_unsound(native, specs, block.name, expert)
-                    for slot, writer in zip(slots, writers, strict=True):
-                        self._store.encode(block.name, expert, native, slot)
-                        loss = relative_error(slot.tensors, native, specs)
+                    losses = self._encode(block, expert, native, slots, inputs)
+                    for slot, writer, loss in zip(slots, writers, losses, strict=True):
                         writer.write(bytes_of(slot.buffer_B), loss)
                     tell(source.nbytes)
                 for writer in writers:
@@ -169,10 +221,32 @@ class _Job:
         except OSError as error:
             raise self._unwritable(error, index, formats) from error
 
+    def _encode(
+        self,
+        block: MoeBlock,
+        expert: int,
+        native: Tensors,
+        slots: Sequence[Slot],
+        inputs: BlockInputs | None,
+    ) -> list[float]:
+        """Fill slots with an expert; what each format loses of it."""
+        specs = block.layout.specs
+        if inputs is None:
+            for slot in slots:
+                self._store.encode(block.name, expert, native, slot)
+            return [relative_error(slot.tensors, native, specs) for slot in slots]
+        try:
+            calibrated = CalibratedExpert(block.layout, native, *inputs.rows(expert))
+            for slot in slots:
+                calibrated.encode(slot.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"expert {expert} of {block.name}: {error}") from error
+        return [calibrated.relative_error(slot.tensors) for slot in slots]
+
     def _writer(self, slot: Slot, index: int, num_experts: int) -> PackedWriter:
         path = self._place.path(slot.format, index)
         path.parent.mkdir(exist_ok=True)
-        return PackedWriter(path, self._place.facts(slot.format, index), num_experts, slot.nbytes)
+        return PackedWriter(path, self._facts(slot.format, index), num_experts, slot.nbytes)
 
     def _mean_error(self, format: Format) -> float:
         files = [self._place.open(format, index) for index in self._todo]

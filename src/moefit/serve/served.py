@@ -211,6 +211,7 @@ class ServedModel:
                     {n: _encoded(b) for n, b in self.blocks.items()}
                 ),
                 "packed_ignored": list(self._store.packed.ignored),
+                "calibrated_on": self._store.packed.texts,
                 "bytes_read": self._store.bytes_read,
                 "loads": self._live.transfer.loads,
                 "load_seconds": self._live.transfer.load_seconds,

@@ -259,15 +259,17 @@ def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[Key, Ladder]:
 def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
     """The formats that each expert of a block may have, with what each loses.
 
-    That was measured of each expert where all of the formats are packed, and is else what is to be
-    expected of any.
+    That was measured of each expert where all of the formats are packed, with the same calibration
+    or with none, and is else what is to be expected of any.
     """
     specs = block.layout.specs
     errors = {name: [expected_error(format)] * block.num_experts for name, format in _formats()}
     encoded = [
         (name, format) for name, format in _formats() if not isinstance(format, NativeFormat)
     ]
-    if all(packed.has(block.name, format) for _, format in encoded):
+    if all(packed.has(block.name, format) for _, format in encoded) and (
+        len({packed.calibration(block.name, format) for _, format in encoded}) == 1
+    ):
         for name, format in encoded:
             errors[name] = list(packed.relative_errors(block.name, format))
     return tuple(

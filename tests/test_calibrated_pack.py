@@ -1,0 +1,263 @@
+"""Packing by a text: better outputs in the same formats, and never mixed up with other packs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import give_slots
+from tiny_served import logits, saved, tiny, tokens
+from torch import Tensor
+
+from moefit.errors import CheckpointError, ConfigError
+from moefit.formats.calibrated import CalibratedExpert
+from moefit.formats.format import Format, expert_output, parse_format
+from moefit.serve import packing
+from moefit.serve.calibration import Calibration, recorded
+from moefit.serve.loading import load
+from moefit.serve.packed import PackedPlace, open_packed
+from moefit.serve.packed_check import check_packed
+from moefit.serve.packing import Packed, pack
+from moefit.serve.settings import LoadSettings
+from moefit.serve.skeleton import Skeleton, build
+from moefit.serve.slots import allocate
+from moefit.serve.store import ExpertStore
+from moefit.serve.upgrades import AUTO, ladders_of
+
+INT2, INT3, INT4 = (parse_format(f"int{bits}") for bits in (2, 3, 4))
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("packed_cache")
+
+
+def calibration(digest: str = "one", seed: int = 1, windows: int = 24) -> Calibration:
+    text = f"{digest}.txt"
+    return Calibration(text=text, digest=digest, windows_BT=tokens(windows, 32, seed=seed))
+
+
+def packed(folder: Path, *formats: Format, **how: Any) -> Packed:
+    return pack(build(folder), formats or (INT2, INT4), **how)
+
+
+def calibrations(folder: Path, format: Format) -> list[str]:
+    skeleton = build(folder)
+    store = open_packed(skeleton, [format])
+    return [store.calibration(block.name, format) for block in skeleton.blocks]
+
+
+def files_in(cache: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*.safetensors")}
+
+
+def output_error(folder: Path, format: Format, ids_BT: Tensor) -> float:
+    """Of all logits, against the model's own."""
+    with load(folder, LoadSettings()) as served:
+        own = logits(served.model, ids_BT)
+    with load(folder, LoadSettings(precision=format.name)) as served:
+        give_slots(served, 8)
+        assert served.report()["experts_from"] == "packed"
+        return float((logits(served.model, ids_BT) - own).square().mean())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+def test_outputs_on_another_text_are_better(tmp_path: Path, family: str) -> None:
+    folder = saved(tiny(family), tmp_path / "model")
+    ids_BT = tokens(4, 32, seed=77)
+    packed(folder, INT2)
+    before = output_error(folder, INT2, ids_BT)
+    made = packed(folder, INT2, calibration=calibration())
+    assert made.replaced == made.files
+    assert output_error(folder, INT2, ids_BT) < 0.9 * before
+    assert check_packed(build(folder)).problems == []
+
+
+def test_what_is_there_counts_unless_a_text_is_given_that_it_was_not_made_by(
+    folder: Path, packed_cache: Path
+) -> None:
+    plain = packed(folder)
+    assert (plain.files, plain.replaced, plain.text) == (4, 0, "")
+    made = packed(folder, calibration=calibration())
+    assert (made.files, made.skipped, made.replaced, made.text) == (4, 0, 4, "one.txt")
+    assert calibrations(folder, INT4) == ["one", "one"]
+    whole = files_in(packed_cache)
+    for again in (packed(folder), packed(folder, calibration=calibration())):
+        assert (again.files, again.skipped) == (0, 4)
+    assert files_in(packed_cache) == whole
+
+    other = packed(folder, INT4, INT3, calibration=calibration("two", seed=2))
+    assert (other.files, other.replaced) == (4, 2)
+    assert calibrations(folder, INT4) == ["two", "two"]
+    assert calibrations(folder, INT2) == ["one", "one"]
+    forced = packed(folder, force=True)
+    assert (forced.files, forced.replaced) == (4, 0)
+    assert calibrations(folder, INT4) == ["", ""]
+
+
+def test_the_same_text_gives_the_same_bytes_and_leaves_nothing_else(
+    folder: Path, packed_cache: Path
+) -> None:
+    packed(folder, calibration=calibration())
+    whole = files_in(packed_cache)
+    packed(folder, calibration=calibration(), force=True)
+    assert files_in(packed_cache) == whole
+    assert not list(packed_cache.rglob(".calibration"))
+
+
+def expected_slots(skeleton: Skeleton, what: Calibration, folder: Path, format: Format) -> Any:
+    """Encoded here, expert by expert, from a recording of one's own."""
+    kept = recorded(skeleton, what, folder)
+    blocks = {block.name: block for block in skeleton.blocks}
+    store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
+    for index, block in enumerate(skeleton.blocks):
+        inputs = kept.block(index)
+        assert inputs is not None
+        for expert in range(block.num_experts):
+            slot = allocate(format, block.layout.specs, CPU)
+            native, (x_ND, count_N) = store.native(block.name, expert), inputs.rows(expert)
+            CalibratedExpert(block.layout, native, x_ND, count_N).encode(slot.tensors)
+            off_ND = (
+                expert_output(block.layout, slot.tensors, x_ND) - block.layout.output(native, x_ND)
+            ).square()
+            own_ND = block.layout.output(native, x_ND).square()
+            yield (
+                block.name,
+                expert,
+                slot,
+                float((count_N @ off_ND).sum() / (count_N @ own_ND).sum()),
+            )
+
+
+def test_every_expert_is_encoded_by_its_own_inputs_and_its_error_measured(
+    folder: Path, tmp_path: Path
+) -> None:
+    skeleton, what = build(folder), calibration()
+    pack(skeleton, [INT3], calibration=what)
+    store = open_packed(skeleton, [INT3])
+    for name, expert, expected, error in expected_slots(skeleton, what, tmp_path / "kept", INT3):
+        slot = allocate(INT3, expected.specs, CPU)
+        store.read(name, expert, slot)
+        assert torch.equal(slot.buffer_B, expected.buffer_B)
+        assert store.relative_errors(name, INT3)[expert] == pytest.approx(error, rel=1e-3)
+
+
+def test_an_expert_without_a_token_is_encoded_by_what_others_are_given(tmp_path: Path) -> None:
+    """Router weights that leave out expert 3 altogether."""
+    model = tiny("Mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = 0
+            layer.mlp.gate.weight[:3].abs_()
+            layer.post_attention_layernorm.weight.abs_()
+    folder = saved(model, tmp_path / "model")
+    what = calibration(windows=1)
+    inputs = recorded(build(folder), what, tmp_path / "kept").block(0)
+    assert inputs is not None
+    inputs.weight_TE[:, 3] = 0  # if any token did choose it
+    x_ND, count_N = inputs.rows(3)
+    assert len(x_ND) == 32 and bool((count_N > 0).all())
+    packed(folder, INT2, calibration=what)
+    assert check_packed(build(folder)).problems == []
+    with load(folder, LoadSettings(precision="int2")) as served:
+        assert bool(logits(served.model, tokens(1, 8)).isfinite().all())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moefit.formats.format import parse_format
+from moefit.formats.packed_file import PackedWriter
+from moefit.serve.packing import pack
+from moefit.serve.skeleton import build
+from test_calibrated_pack import calibration
+
+left = int(sys.argv[2])
+own = PackedWriter.write
+def write(self, *arguments):
+    global left
+    own(self, *arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+PackedWriter.write = write
+pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=calibration())
+"""
+
+
+def test_killed_half_way_it_goes_on_without_reading_the_text_again(
+    folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(folder, INT2)  # some others, to be replaced
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", KILLED, str(folder), "12"]
+    assert subprocess.run(command, timeout=120, env=here).returncode == -signal.SIGKILL
+    assert calibrations(folder, INT2) == ["one", ""], "the second block's is as it was"
+    monkeypatch.setattr("moefit.serve.calibration.load", lambda *_: pytest.fail("read again"))
+    again = packed(folder, INT2, calibration=calibration())
+    assert (again.files, again.skipped, again.replaced) == (1, 1, 1)
+    monkeypatch.undo()
+    resumed = files_in(packed_cache)
+    packed(folder, INT2, calibration=calibration(), force=True)
+    assert files_in(packed_cache) == resumed
+
+
+def test_precision_auto_goes_by_errors_of_one_kind_only(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "model")
+    skeleton = build(folder)
+    formats = [parse_format(name) for name in AUTO if name != "native"]
+    pack(skeleton, formats, calibration=calibration())
+    block = skeleton.blocks[0]
+    store = open_packed(skeleton, formats)
+    for expert, steps in enumerate(ladders_of(block, store)):
+        measured = {one.name: store.relative_errors(block.name, one)[expert] for one in formats}
+        assert {one.format: one.error for one in steps[:-1]}.items() <= measured.items()
+    pack(skeleton, [INT3], force=True)
+    assert len(set(ladders_of(block, open_packed(skeleton, formats)))) == 1, "all alike"
+
+
+def test_serving_says_by_which_text(folder: Path) -> None:
+    packed(folder, INT4, calibration=calibration())
+    with load(folder, LoadSettings(precision="int4")) as served:
+        assert served.report()["calibrated_on"] == ["one.txt"]
+    packed(folder, INT4, force=True)
+    with load(folder, LoadSettings(precision="int4")) as served:
+        assert served.report()["calibrated_on"] == []
+
+
+def test_rounding_to_nearest_cannot_be_calibrated(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="give int4 to have it calibrated"):
+        packed(folder, parse_format("int4-nearest"), calibration=calibration())
+
+
+def test_weights_that_cannot_be_encoded_are_named(folder: Path, monkeypatch: Any) -> None:
+    own = ExpertStore.native
+
+    def native(self: ExpertStore, block: str, expert: int) -> Any:
+        tensors = own(self, block, expert)
+        if expert == 6:
+            tensors["down_proj"][3, 5] = 1e6
+        return tensors
+
+    monkeypatch.setattr(packing.ExpertStore, "native", native)
+    with pytest.raises(CheckpointError, match=r"expert 6 of .*: down_proj: .* 1000000"):
+        packed(folder, calibration=calibration())
+    place = PackedPlace(build(folder))
+    assert (place.folder / ".calibration").is_dir(), "the next call need not read the text again"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from test_pack import run
+
+    text = tmp_path / "story.txt"
+    text.write_text("def story(words):\n    return sorted(words)\n" * 300)
+    asked = ["reference", "--formats", "int2", "--text", str(text), "--tokens", "1024"]
+    made = json.loads(run(*asked, "--json").stdout)
+    assert (made["files"], made["replaced"], made["text"]) == (8, 0, "story.txt")
+    assert "8 were there already" in run(*asked).stderr
+    said = " ".join(run(*asked[:-1], "2048").stderr.split())
+    assert "calibrated on story.txt (8 in place of others, made without it)" in said
+    assert "of the outputs' squares" in said

@@ -1,0 +1,163 @@
+"""What blocks are given on a text: recorded as the model computes it, once, and never half."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_encoder_decoder_serving import switch_config
+from tiny_served import saved, tiny, tokens
+from torch import Tensor
+from transformers import SwitchTransformersForConditionalGeneration
+
+from moefit.errors import BudgetTooSmallError, CheckpointError, UnsupportedModelError
+from moefit.serve import calibration as module
+from moefit.serve.calibration import OTHERS, WORTH, BlockInputs, Calibration, recorded
+from moefit.serve.skeleton import build
+
+
+def calibration(windows: int = 3, length: int = 16, **changes: Any) -> Calibration:
+    facts: dict[str, Any] = {"text": "a text", "digest": "one"}
+    return Calibration(windows_BT=tokens(windows, length), **(facts | changes))
+
+
+def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each block, from transformers' own model: tokens and weights by expert."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hear(experts: Any, arguments: tuple[Tensor, ...]) -> None:
+        x_TD, ids_TK, weights_TK = (one.flatten(0, -2) for one in arguments)
+        weight_TE = torch.zeros(len(x_TD), 8).scatter_add(1, ids_TK, weights_TK)
+        found.append((x_TD.detach(), weight_TE.detach()))
+
+    for name, part in model.named_modules():
+        if name.endswith(".experts"):
+            part.register_forward_pre_hook(hear)
+    with torch.no_grad():
+        for window_T in ids_BT:
+            model(window_T[None])
+    blocks = len(found) // len(ids_BT)
+    return [
+        (torch.cat([x for x, _ in found[b::blocks]]), torch.cat([w for _, w in found[b::blocks]]))
+        for b in range(blocks)
+    ]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_what_is_recorded_is_what_transformers_gives_experts(tmp_path: Path, family: str) -> None:
+    folder = saved(tiny(family), tmp_path / "model")
+    what = calibration()
+    heard: list[tuple[int, int]] = []
+    kept = recorded(build(folder), what, tmp_path / "kept", lambda *done: heard.append(done))
+    for index, (x_TD, weight_TE) in enumerate(own_inputs(folder, what.windows_BT)):
+        block = kept.block(index)
+        assert block is not None
+        assert torch.allclose(block.x_TD, x_TD, atol=1e-4)
+        assert torch.allclose(block.weight_TE, weight_TE, atol=1e-4)
+    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
+    """One slot a block: experts come and go while the text is read."""
+    skeleton = build(folder)
+    with pytest.raises(BudgetTooSmallError, match="at least"):
+        recorded(skeleton, calibration(memory=1 << 20), tmp_path / "none")
+    from moefit.serve.reckon import ledger
+    from moefit.serve.settings import LoadSettings
+
+    budget = ledger(build(folder), LoadSettings(context=16))
+    least = budget.with_slots([1] * len(budget.blocks)) + (64 << 20)  # the process grows meanwhile
+    small = recorded(build(folder), calibration(memory=least), tmp_path / "small")
+    large = recorded(build(folder), calibration(), tmp_path / "large")
+    for index in range(2):
+        one, other = small.block(index), large.block(index)
+        assert one is not None and other is not None
+        assert torch.equal(one.x_TD, other.x_TD)
+
+
+def test_it_is_recorded_once_for_a_text(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    recorded(build(folder), calibration(), tmp_path / "kept")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load", lambda *_: pytest.fail("read again"))
+        assert recorded(build(folder), calibration(), tmp_path / "kept").block(0) is not None
+    other = recorded(build(folder), calibration(windows=5, digest="two"), tmp_path / "kept").block(
+        0
+    )
+    assert other is not None and len(other.x_TD) == 5 * 16
+
+
+def test_a_recording_that_was_cut_off_is_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def cut_off(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    kept = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        recorded(build(folder), calibration(), kept, cut_off)
+    assert any(kept.iterdir())
+    block = recorded(build(folder), calibration(), kept).block(0)
+    assert block is not None and len(block.x_TD) == 3 * 16
+    (kept / "calibration.json").write_text(json.dumps({"digest": "one"})[:-3])  # a torn file
+    assert recorded(build(folder), calibration(), kept).block(1) is not None
+
+
+def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = tiny("Mixtral")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
+    folder = saved(model, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"layers.1.*not finite.*another dtype than torch.fl"):
+        recorded(build(folder), calibration(), tmp_path / "kept")
+
+
+def test_a_disk_without_room_is_refused(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
+    with pytest.raises(CheckpointError, match=r"takes 1\d.* KiB in .* where 5.00 KiB are free"):
+        recorded(build(folder), calibration(), tmp_path / "kept")
+
+
+def test_models_that_continue_no_text_are_refused(tmp_path: Path) -> None:
+    model = SwitchTransformersForConditionalGeneration(switch_config()).eval()
+    skeleton = build(saved(model, tmp_path / "switch"))
+    with pytest.raises(UnsupportedModelError, match="only decoders can be calibrated so far"):
+        recorded(skeleton, calibration(), tmp_path / "kept")
+
+
+def inputs(weights: list[list[float]]) -> BlockInputs:
+    weight_TE = torch.tensor(weights)
+    return BlockInputs(torch.arange(float(len(weights)))[:, None], weight_TE)
+
+
+def test_an_expert_is_judged_by_its_own_tokens_first() -> None:
+    x_ND, count_N = inputs([[0.5, 0], [1.0, 0], [0, 1], [0, 1], [0, 1]]).rows(0)
+    assert x_ND[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert count_N[:2].tolist() == [0.25, 1.0]
+    each = 0.625 * WORTH / 3
+    assert count_N[2:].tolist() == pytest.approx([each] * 3)
+
+
+def test_one_that_answers_for_none_is_judged_by_others() -> None:
+    x_ND, count_N = inputs([[1.0, 0], [1.0, 0], [1.0, 0]]).rows(1)
+    assert x_ND[:, 0].tolist() == [0, 1, 2]
+    assert count_N.tolist() == pytest.approx([WORTH / 3] * 3)
+
+
+def test_one_that_answers_for_all_has_no_others() -> None:
+    x_ND, count_N = inputs([[1.0, 0], [2.0, 0]]).rows(0)
+    assert (x_ND[:, 0].tolist(), count_N.tolist()) == ([0, 1], [1.0, 4.0])
+
+
+def test_others_are_few_and_from_everywhere() -> None:
+    weight_TE = torch.zeros(10_000, 2)
+    weight_TE[:, 0] = 1
+    x_ND, count_N = BlockInputs(torch.arange(10_000.0)[:, None], weight_TE).rows(1)
+    assert len(x_ND) == OTHERS
+    assert (int(x_ND[0]), int(x_ND[-1])) == (0, 9999)
+    assert float(count_N.sum()) == pytest.approx(WORTH)
