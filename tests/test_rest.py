@@ -7,7 +7,8 @@ from tiny_served import VOCABULARY, saved, tiny
 import moefit
 from moefit.errors import BudgetTooSmallError
 from moefit.formats.encoders import encode
-from moefit.serve.rest import GroupedEmbedding, GroupedLinear
+from moefit.serve import rest
+from moefit.serve.rest import GroupedEmbedding, GroupedLinear, decoded_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
@@ -50,6 +51,32 @@ def test_the_ledger_counts_what_is_there(tmp_path) -> None:
         assert sum(held.values()) == pytest.approx(served.budget.weights, rel=0.02)
         with moefit.load(folder) as native:
             assert served.budget.weights < 0.5 * native.budget.weights
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 64, 198, 199, 500])
+def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = encode(torch.randn(199, 100, generator=generator), 4)
+    layer = GroupedLinear(matrix, torch.randn(199, generator=generator), torch.float32)
+    x_BTI = torch.randn(2, 20, 100, generator=generator)
+    whole_BTO = layer(x_BTI)
+    monkeypatch.setattr(rest, "_DECODED", rows_at_once * 100 * 4)
+    seen = []
+    monkeypatch.setattr(
+        rest, "decoded", lambda part, dtype: seen.append(part.rows) or part.dense(dtype)
+    )
+    torch.testing.assert_close(layer(x_BTI), whole_BTO)
+    assert max(seen) == min(rows_at_once, 199)
+    assert sum(seen) == 199
+
+
+def test_what_is_decoded_at_once_is_bounded(monkeypatch) -> None:
+    model = tiny("Mixtral", **SIZES)
+    whole = max(m.weight.numel() for m in rest.encodable(model, ()).values()
+                if isinstance(m, torch.nn.Linear))  # fmt: skip
+    assert decoded_bytes(model, (), 4) == 4 * whole
+    monkeypatch.setattr(rest, "_DECODED", 1000)
+    assert decoded_bytes(model, (), 4) <= 1000
 
 
 def test_generates(tmp_path) -> None:

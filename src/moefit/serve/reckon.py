@@ -24,7 +24,7 @@ from moefit.serve.ledger import (
 )
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.placement import Placement, check_placement
-from moefit.serve.rest import largest_bytes, saved_bytes
+from moefit.serve.rest import decoded_bytes, saved_bytes
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.store import ExpertStore
@@ -180,5 +180,5 @@ def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
     if any(isinstance(format, GroupedFormat) for format in settings.formats()):
         expert = max(block.expert_bytes for block in skeleton.blocks)
     if settings.rest_format() is not None:
-        rest = largest_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
+        rest = decoded_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
     return max(expert, rest)

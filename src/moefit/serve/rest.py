@@ -24,6 +24,9 @@ from moefit.moe.families import MoeBlock
 from moefit.serve.slots import host_bytes
 
 _SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
+_DECODED = (
+    16 << 20
+)  # bytes that a step of many tokens decodes at once; a vocabulary's rows are many
 
 
 class GroupedLinear(nn.Module):
@@ -54,10 +57,20 @@ class GroupedLinear(nn.Module):
                 self._argument = Argument(self.matrix)
             y_TO = compiled.linear(x_TI, self._argument, x.dtype)
         else:
-            y_TO = F.linear(x_TI, decoded(self.matrix, x.dtype))
+            y_TO = self._by_parts(x_TI)
         if isinstance(self.bias, Tensor):
             y_TO = y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _by_parts(self, x_TI: Tensor) -> Tensor:
+        """By torch's own products, so many output units at a time as may be decoded at once."""
+        rows = rows_decoded(self.in_features, x_TI.element_size())
+        if rows >= self.out_features:
+            return F.linear(x_TI, decoded(self.matrix, x_TI.dtype))
+        y_TO = x_TI.new_empty(len(x_TI), self.out_features)
+        for part, y_TR in zip(self.matrix.split(rows), y_TO.split(rows, dim=1), strict=True):
+            y_TR.copy_(F.linear(x_TI, decoded(part, x_TI.dtype)))
+        return y_TO
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moved or converted: the kernels' argument is of memory that is no longer used."""
@@ -160,11 +173,24 @@ def _encoded(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn
     return GroupedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
 
 
-def largest_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:
-    """The largest of the matrices that would be encoded, as a step of many tokens decodes it."""
-    found = encodable(model, blocks).values()
-    linear = [one for one in found if isinstance(one, nn.Linear)]
-    return max((one.weight.numel() * itemsize for one in linear), default=0)
+def rows_decoded(cols: int, itemsize: int) -> int:
+    """Of a matrix, how many rows a step of many tokens decodes at once.
+
+    >>> rows_decoded(2048, 2)
+    4096
+    """
+    return max(1, _DECODED // (cols * itemsize))
+
+
+def decoded_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:
+    """The most of a matrix that a step of many tokens decodes at once."""
+    shapes = [
+        one.weight.shape for one in encodable(model, blocks).values() if isinstance(one, nn.Linear)
+    ]
+    return max(
+        (min(rows, rows_decoded(cols, itemsize)) * cols * itemsize for rows, cols in shapes),
+        default=0,
+    )
 
 
 def saved_bytes(
