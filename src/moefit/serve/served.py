@@ -22,6 +22,7 @@ from moefit.formats.format import NATIVE, Format, NativeFormat
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
+from moefit.serve.kv_cache import reserve_caches
 from moefit.serve.ledger import held_bytes, peak_held_bytes
 from moefit.serve.placement import BlockPlacement
 from moefit.serve.slots import allocate
@@ -57,7 +58,11 @@ class ServedModel:
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
         self._upgrades: Upgrades | None = None
-        self._hooks = (*parts.hooks, limit_context(self.model, self._context))
+        self._hooks = (
+            *parts.hooks,
+            limit_context(self.model, self._context),
+            reserve_caches(self.model, self._context),
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

@@ -1,0 +1,146 @@
+"""Caches that grow in place: transformers' own values, whatever was done to them in between."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_served import VOCABULARY, saved, tiny
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+import moefit
+from moefit.serve.kv_cache import ReservedLayer, reserve_caches
+
+H, D = 2, 4
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 40)),
+        st.tuples(st.just("crop"), st.integers(1, 30)),
+        st.tuples(st.just("select"), st.integers(0, 5)),
+        st.tuples(st.just("reorder"), st.integers(0, 5)),
+        st.tuples(st.just("repeat"), st.just(2)),
+        st.tuples(st.just("copy"), st.just(0)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    max_size=12,
+)
+
+
+def reserved(limit: int | None = None) -> ReservedLayer:
+    return ReservedLayer(lambda: limit, DynamicLayer())
+
+
+def states(batch: int, new: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    key_BHND, value_BHND = torch.randn(2, batch, H, new, D, generator=generator)
+    return key_BHND, value_BHND
+
+
+@settings(deadline=None, max_examples=150)
+@given(OPERATIONS, st.sampled_from([None, 1, 50, 500]))
+def test_it_is_the_growing_layer_whatever_is_done_to_it(operations, limit) -> None:
+    plain, ours, batch = DynamicLayer(), reserved(limit), 2
+    generator = torch.Generator().manual_seed(0)
+    for operation, number in operations:
+        if operation == "copy":
+            ours = copy.deepcopy(ours)
+        elif operation == "reset":
+            plain.reset()
+            ours.reset()
+            batch = 2
+        elif operation == "update":
+            new = states(batch, number, generator)
+            for mine, wanted in zip(ours.update(*new), plain.update(*new), strict=True):
+                assert torch.equal(mine, wanted)
+        elif plain.get_seq_length():
+            if operation == "repeat" and batch > 4:
+                continue
+            batch = apply(operation, number, plain, batch)
+            apply(operation, number, ours, batch)
+        assert ours.get_seq_length() == plain.get_seq_length()
+        if plain.get_seq_length():
+            assert torch.equal(ours.keys, plain.keys)
+            assert torch.equal(ours.values, plain.values)
+
+
+def apply(operation: str, number: int, layer: DynamicLayer, batch: int) -> int:
+    if operation == "crop":
+        layer.crop(-min(number, layer.get_seq_length() - 1))
+    elif operation == "repeat":
+        layer.batch_repeat_interleave(number)
+        return 2 * batch
+    elif operation == "select":
+        layer.batch_select_indices(torch.tensor([number % len(layer.keys)]))
+        return 1
+    else:
+        layer.reorder_cache(torch.arange(len(layer.keys)).roll(number))
+    return batch
+
+
+def test_a_token_writes_its_own_keys_only() -> None:
+    layer, generator = reserved(), torch.Generator().manual_seed(0)
+    layer.update(*states(1, 100, generator))
+    where = layer.keys.data_ptr()
+    for _ in range(25):
+        layer.update(*states(1, 1, generator))
+        assert layer.keys.data_ptr() == where
+    assert layer.get_seq_length() == 125
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, 132), (128, 128), (90, 100), (101, 101)])
+def test_buffers_are_no_longer_than_the_ledger_has_tokens(limit: int | None, most: int) -> None:
+    layer, generator = reserved(limit), torch.Generator().manual_seed(0)
+    layer.update(*states(1, 100, generator))
+    assert layer.keys.untyped_storage().nbytes() == 4 * H * D * most
+
+
+def test_several_sequences_share_the_limit() -> None:
+    layer = reserved(240)
+    layer.update(*states(2, 100, torch.Generator().manual_seed(0)))
+    assert layer.keys.untyped_storage().nbytes() == 4 * 2 * H * D * 120
+
+
+def test_only_layers_that_keep_everything_are_converted() -> None:
+    class Other(DynamicLayer):
+        pass
+
+    class Model(torch.nn.Module):
+        def forward(self, past_key_values=None):
+            return past_key_values
+
+    model = Model()
+    reserve_caches(model, lambda: None)
+    cache = DynamicCache()
+    cache.layers[:] = [DynamicLayer(), Other()]
+    both = EncoderDecoderCache(cache, DynamicCache())
+    with torch.no_grad():
+        model(past_key_values=both)
+        model(past_key_values="no cache")
+        model()
+    assert [type(one) for one in cache.layers] == [ReservedLayer, Other]
+    kept = cache.layers[0]
+    with torch.no_grad():
+        model(past_key_values=cache)
+    assert cache.layers[0] is kept
+
+
+def test_with_gradients_nothing_is_written_in_place() -> None:
+    model = torch.nn.Identity()
+    model.forward = lambda past_key_values=None: past_key_values  # type: ignore[method-assign]
+    reserve_caches(model, lambda: None)
+    cache = DynamicCache()
+    cache.layers[:] = [DynamicLayer()]
+    model(past_key_values=cache)
+    assert type(cache.layers[0]) is DynamicLayer
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Olmoe", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_generation_is_the_models_own(family: str, how: dict[str, int], tmp_path) -> None:
+    model = tiny(family)
+    folder = saved(model, tmp_path)
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    wanted = model.generate(ids, max_new_tokens=40, do_sample=False, **how)
+    with moefit.load(folder) as served:
+        assert torch.equal(served.generate(ids, max_new_tokens=40, do_sample=False, **how), wanted)
