@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from serving import give_slots
+from test_pack import run
 from tiny_served import logits, saved, tiny, tokens
 from torch import Tensor
 
-from moefit.errors import CheckpointError, ConfigError
+from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.formats.calibrated import CalibratedExpert
 from moefit.formats.format import Format, expert_output, parse_format
 from moefit.serve import packing
@@ -171,9 +172,10 @@ import os, signal, sys
 from pathlib import Path
 from moefit.formats.format import parse_format
 from moefit.formats.packed_file import PackedWriter
+from moefit.serve.calibration import Calibration
 from moefit.serve.packing import pack
 from moefit.serve.skeleton import build
-from test_calibrated_pack import calibration
+from tiny_served import tokens
 
 left = int(sys.argv[2])
 own = PackedWriter.write
@@ -184,7 +186,8 @@ def write(self, *arguments):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 PackedWriter.write = write
-pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=calibration())
+what = Calibration(text="one.txt", digest="one", windows_BT=tokens(24, 32))
+pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=what)
 """
 
 
@@ -250,14 +253,32 @@ def test_weights_that_cannot_be_encoded_are_named(folder: Path, monkeypatch: Any
 
 
 def test_the_command(tmp_path: Path) -> None:
-    from test_pack import run
-
     text = tmp_path / "story.txt"
     text.write_text("def story(words):\n    return sorted(words)\n" * 300)
-    asked = ["reference", "--formats", "int2", "--text", str(text), "--tokens", "1024"]
-    made = json.loads(run(*asked, "--json").stdout)
-    assert (made["files"], made["replaced"], made["text"]) == (8, 0, "story.txt")
-    assert "8 were there already" in run(*asked).stderr
-    said = " ".join(run(*asked[:-1], "2048").stderr.split())
+    asked = ["reference", "--formats", "int2", "--text", str(text), "--memory", "8GiB"]
+    asked += ["--tokens", "1024"]
+    run("reference", "--formats", "int2")
+    said = " ".join(run(*asked).stderr.split())
     assert "calibrated on story.txt (8 in place of others, made without it)" in said
     assert "of the outputs' squares" in said
+    made = json.loads(run(*asked, "--json").stdout)
+    assert (made["files"], made["skipped"], made["text"]) == (0, 8, "story.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--text", "{text}"],
+            "gives 0 windows of 256 tokens, too few to calibrate on",
+        ),
+        (["--text", "{text}.none"], "cannot read .*story.txt.none: No such file"),
+        (["--text", "{text}", "--check"], "--text is to encode by; give one of them"),
+        (["--memory", "8GiB"], "none is given"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, arguments: list[str], words: str) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text("once upon a time")
+    with pytest.raises(MoefitError, match=words):
+        run("reference", *(one.format(text=text) for one in arguments))

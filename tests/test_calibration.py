@@ -10,11 +10,13 @@ import torch
 from test_encoder_decoder_serving import switch_config
 from tiny_served import saved, tiny, tokens
 from torch import Tensor
-from transformers import SwitchTransformersForConditionalGeneration
+from transformers import AutoModelForCausalLM, SwitchTransformersForConditionalGeneration
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, UnsupportedModelError
 from moefit.serve import calibration as module
 from moefit.serve.calibration import OTHERS, WORTH, BlockInputs, Calibration, recorded
+from moefit.serve.reckon import ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 
 
@@ -25,8 +27,6 @@ def calibration(windows: int = 3, length: int = 16, **changes: Any) -> Calibrati
 
 def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of each block, from transformers' own model: tokens and weights by expert."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -67,9 +67,6 @@ def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     skeleton = build(folder)
     with pytest.raises(BudgetTooSmallError, match="at least"):
         recorded(skeleton, calibration(memory=1 << 20), tmp_path / "none")
-    from moefit.serve.reckon import ledger
-    from moefit.serve.settings import LoadSettings
-
     budget = ledger(build(folder), LoadSettings(context=16))
     least = budget.with_slots([1] * len(budget.blocks)) + (64 << 20)  # the process grows meanwhile
     small = recorded(build(folder), calibration(memory=least), tmp_path / "small")

@@ -26,7 +26,8 @@ def compensated(
     *,
     sweeps: int = SWEEPS,
 ) -> GroupedMatrix:
-    made = GroupedMatrix.empty(*weight_RC.shape, bits)
+    rows, cols = weight_RC.shape
+    made = GroupedMatrix.empty(rows, cols, bits)
     count_N = torch.ones(len(x_NC)) if count_N is None else count_N
     encode_compensated(made, weight_RC, moments_of(x_NC, count_N), sweeps=sweeps)
     return made

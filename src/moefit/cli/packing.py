@@ -45,10 +45,10 @@ def pack_model(
         Path | None,
         typer.Option(help="UTF-8 text like that to be served, by which experts are encoded better"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="of the text, spread over it")] = 16384,
-    context: Annotated[int, typer.Option(min=32, help="tokens of each window")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="with --text: of it, spread over it")] = 16384,
+    context: Annotated[int, typer.Option(min=32, help="with --text: tokens of each window")] = 256,
     memory: Annotated[
-        str | None, typer.Option(help="for reading the text; all that it takes if not given")
+        str | None, typer.Option(help="with --text: for reading it; all that it takes if not given")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="verify what is packed")] = False,
     force: Annotated[bool, typer.Option("--force", help="make again what is there")] = False,
@@ -57,6 +57,13 @@ def pack_model(
     """Resumes where it stopped: finished files are skipped."""
     if check and force:
         raise ConfigError("--check changes nothing and --force makes anew; give one of them")
+    if check and text is not None:
+        raise ConfigError("--check changes nothing and --text is to encode by; give one of them")
+    if memory is not None and text is None:
+        raise ConfigError(
+            "--memory is for reading a text, and none is given; packing itself holds an expert at "
+            "a time; leave it out, or give --text"
+        )
     chosen = _formats(formats if formats is not None or check else _DEFAULT)
     skeleton = build(folder_of(model), dtype.torch if dtype else None)
     if check:

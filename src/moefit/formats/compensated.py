@@ -71,8 +71,7 @@ def encode_compensated(
         span = _Span(part_RC, known, target.bits)
         span.round()
         if target.bits < 8:
-            for _ in range(sweeps):
-                span.sweep()
+            span.sweep(sweeps)
         for first, end in span.groups():
             code_RI = span.code_CR[first:end].T.to(torch.uint8)
             codes_RGI[:, group, : end - first] = code_RI
@@ -112,7 +111,7 @@ class _Span:
                 -128 * self.scale_GR[group] if self._bits == 8 else fitted.meta_RMG[:, 1, 0]
             )
             error_IR = self._round_group(group, part_IR, factor_CC[first:end, first:end])
-            rest_CR[end:] -= factor_CC[first:end, end:].T @ error_IR
+            rest_CR[end:].addmm_(factor_CC[first:end, end:].T, error_IR, alpha=-1)
 
     def _round_group(self, group: int, part_IR: Tensor, factor_II: Tensor) -> Tensor:
         """Each column's error over its diagonal; `part_IR` is used up."""
@@ -125,15 +124,16 @@ class _Span:
             part_IR[i + 1 :].addr_(factor_II[i, i + 1 :], error_IR[i], alpha=-1)
         return error_IR
 
-    def sweep(self) -> None:
-        """Once over all groups: the best scale and minimum for the codes, then the best codes."""
+    def sweep(self, times: int) -> None:
+        """Over all groups: the best scale and minimum for the codes, then the best codes."""
         moments_CC = self._moments.moments_CC
-        pull_CR = moments_CC @ (self._weight_CR - self._dense())
-        for group, (first, end) in enumerate(self.groups()):
-            pull_IR = pull_CR[first:end].clone()
-            moved_IR = self._regrid(group, pull_IR, moments_CC[first:end, first:end])
-            moved_IR += self._recode(group, pull_IR, moments_CC[first:end, first:end])
-            pull_CR -= moments_CC[:, first:end] @ moved_IR
+        pull_CR = moments_CC @ (self._weight_CR - self._dense()) if times else torch.empty(0)
+        for _ in range(times):
+            for group, (first, end) in enumerate(self.groups()):
+                moments_II, pull_IR = moments_CC[first:end, first:end], pull_CR[first:end].clone()
+                moved_IR = self._regrid(group, pull_IR, moments_II)
+                moved_IR += self._recode(group, pull_IR, moments_II)
+                pull_CR.addmm_(moments_CC[:, first:end], moved_IR, alpha=-1)
 
     def _dense(self) -> Tensor:
         scale_CR, least_CR = (
