@@ -97,6 +97,9 @@ class FakeEngine:
     def set_memory(self, memory: str | int | None) -> Any:
         return self.served.set_memory(memory)
 
+    def set_placement(self, placement: Any, **settings: Any) -> Any:
+        return self.served.set_placement(placement, **settings)
+
     def set_mode(self, mode: Any, **settings: Any) -> Any:
         return self.served.set_mode(mode, **settings)
 

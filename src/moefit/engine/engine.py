@@ -26,6 +26,7 @@ from moefit.engine.sampler import check_sampling, choose
 from moefit.engine.scheduler import Limits, Piece, Scheduler
 from moefit.errors import ConfigError, RefusedError, RequestTooLargeError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget
+from moefit.serve.placement import Placement
 from moefit.serve.served import ServedModel
 from moefit.serve.virtual_experts import Mode, Policy
 
@@ -168,6 +169,10 @@ class Engine:
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
         """As `ServedModel.set_memory`, between two steps."""
         return self._between_steps(lambda: self.served.set_memory(memory))
+
+    def set_placement(self, placement: Placement, **settings: Any) -> MemoryBudget:
+        """As `ServedModel.set_placement`, between two steps."""
+        return self._between_steps(lambda: self.served.set_placement(placement, **settings))
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """As `ServedModel.set_mode`, between two steps."""

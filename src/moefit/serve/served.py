@@ -5,15 +5,13 @@ while it runs, the report. Every change takes the lock that a block's step holds
 never sees half of one. Knows nothing of how experts are found or read.
 """
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,8 +21,10 @@ from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
 from moefit.serve.ledger import held_bytes, peak_held_bytes
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.slots import allocate
+from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.placement import BlockPlacement, Placement
+from moefit.serve.reckoner import Reckoner
+from moefit.serve.seating import grow, reseat, return_freed_memory, shrink
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.view import BlockView, view_of
@@ -43,6 +43,7 @@ class ServedParts:
     store: ExpertStore
     tier: HostTier | None
     live: Live
+    reckoner: Reckoner
     hooks: tuple[RemovableHandle, ...]
 
 
@@ -56,6 +57,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
+        self.reckoner = parts.reckoner
         self._upgrades: Upgrades | None = None
         self._hooks = (*parts.hooks, limit_context(self.model, self._context))
 
@@ -98,11 +100,20 @@ class ServedModel:
 
         Shrinking evicts and gives memory back before this returns; growing fills new slots in the
         background, unless residents are fixed: then they are all there when this returns.
+        A placement that does not fit is forgotten: blocks have equal shares in the largest format
+        of each from then on. `set_placement` gives another.
         Raises BudgetTooSmallError, or OSError where the system has no such memory; everything is
         then as it was.
         """
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
+        if self._budget.planned is not None and budget.planned is None:
+            alike = {
+                name: BlockPlacement(slots=count, formats=(experts.format.name,))
+                for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
+            }
+            self._take(alike, budget, self.policy, placed=False)
+            return budget
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
             if self._upgrades:
@@ -116,7 +127,7 @@ class ServedModel:
             }
             for name, change in changes.items():
                 if change < 0:
-                    self._shrink(self.blocks[name], -change)
+                    shrink(self.blocks[name], -change)
             return_freed_memory()
             self._grow(changes)
             for name in unfilled:
@@ -127,6 +138,52 @@ class ServedModel:
             if self.policy.residency == "fixed":
                 self._settle()
         return budget
+
+    def set_placement(
+        self,
+        placement: Placement,
+        *,
+        memory: str | int | None,
+        mode: Mode = "exact",
+        manager: VirtualExpertManager | None = None,
+        **settings: Any,
+    ) -> MemoryBudget:
+        """Serve so within this budget from now on, as `moefit.load(placement=...)` would.
+
+        Experts that are in memory in the wanted format stay; the others come in the background,
+        and what is needed before is fetched. manager: of the virtual mode; None is the one in
+        force. settings: of `Policy`, as `set_mode` takes them.
+        Raises BudgetTooSmallError if it does not fit, ConfigError or UnsupportedModelError for what
+        cannot be, OSError where the system has no such memory; all is then as it was, but experts
+        may have to come again.
+        """
+        policy = self.checked_policy(mode, **settings)
+        total = None if memory is None else parse_bytes(memory)
+        budget = self.reckoner.budget(placement, total)
+        budget.slots()  # refuses what does not fit
+        with self._live.lock:
+            self._take(placement, budget, policy, placed=True)
+            self._live.manager = manager or self._live.manager
+        return budget
+
+    def _take(
+        self, placement: Placement, budget: MemoryBudget, policy: Policy, *, placed: bool
+    ) -> None:
+        """Give blocks these slots, and begin to fill them; placed as of `spares_of`."""
+        with self._live.lock:
+            self._live.transfer.settle()
+            for experts in self.blocks.values():
+                experts.give_up()
+                experts.settle()
+            try:
+                spares = self._live.spares
+                reseat(self.blocks, spares, placement, self.model.device, placed=placed)
+                self._budget, self._live.policy = budget, policy
+            finally:
+                for experts in self.blocks.values():
+                    experts.fill()
+            if policy.residency == "fixed":
+                self._settle()
 
     def start_upgrades(
         self, upgrades: Upgrades, progress: Callable[[int, int], None] = lambda done, total: None
@@ -301,33 +358,13 @@ class ServedModel:
                     grown.append(name)
         except BaseException:
             for name in grown:  # empty still, and empty ones go first
-                self._shrink(self.blocks[name], changes[name])
+                shrink(self.blocks[name], changes[name])
             for name, change in changes.items():
                 if change < 0:
                     grow(self.blocks[name], -change, device)
             raise
         for name in grown:
             self.blocks[name].fill()
-
-    def _shrink(self, experts: VirtualExperts, slots: int) -> None:
-        for index in experts.residency.shrink(slots):
-            del experts.slots[index]
-
-
-def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
-    """Add empty slots to a block: all of them, or none if there is no memory."""
-    specs = experts.block.layout.specs
-    new = [allocate(experts.format, specs, device) for _ in range(slots)]
-    experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
-
-
-def seat_all(experts: VirtualExperts, placement: BlockPlacement, device: torch.device) -> None:
-    """Give each of a block's experts a slot of its own format, and load it there."""
-    specs = experts.block.layout.specs
-    for expert in range(experts.num_experts):
-        (index,) = experts.residency.grow(1)
-        experts.slots[index] = allocate(placement.format_of(expert), specs, device)
-        experts.load_now(expert)
 
 
 def _encoded(experts: VirtualExperts) -> Format:
@@ -339,14 +376,3 @@ def _encoded(experts: VirtualExperts) -> Format:
 def _formats(experts: VirtualExperts) -> dict[str, int]:
     """How many slots have which format."""
     return dict(Counter(slot.format.name for slot in experts.slots.values()))
-
-
-def return_freed_memory() -> None:
-    """Slots are mappings and gone at once; what else was freed may still lie in the C heap.
-
-    Weights that were encoded do, for one: the heap keeps blocks of a few MiB for itself.
-    """
-    with suppress(OSError, AttributeError):  # another C library: nothing to ask it for
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

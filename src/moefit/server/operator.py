@@ -9,6 +9,8 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict
 
 from moefit.errors import MoefitError
+from moefit.plan.plan_file import Plan
+from moefit.serve.budget import parse_bytes
 from moefit.server.asked import MemoryAsked
 from moefit.server.refusal import Refused
 from moefit.server.service import Service
@@ -56,8 +58,20 @@ class Latency(BaseModel):
     itl_p99: float | None
 
 
+class Predicted(BaseModel):
+    """The plan in force: what it says, and its loss of perplexity, give or take `margin`."""
+
+    words: str
+    loss: float
+    margin: float
+    tokens_per_second: float
+
+
 class Memory(BaseModel):
-    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for."""
+    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for.
+
+    plan: null where nothing was planned, or what was planned has been changed since.
+    """
 
     model: str
     mode: str
@@ -70,6 +84,7 @@ class Memory(BaseModel):
     peak_process_bytes: int
     slot_bytes: int
     spare_bytes: int
+    plan: Predicted | None
     kv_tokens: int
     kv_tokens_used: int
     blocks: list[Block]
@@ -85,13 +100,16 @@ def memory_of(service: Service) -> Memory:
     report, stats = engine.served.report(), engine.stats()
     budget, counters = report["budget"], {name: report[name] for name in _COUNTED}
     counters["budget_changes"] = dict(service.telemetry.changes)
+    live = service.live_plan
+    floor, everything = live.ends if live else (budget["floor"], budget["everything"])
     same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
     return Memory(
         model=service.settings.name,
         bound=engine.served.policy.bound,
         budget=budget,
-        floor=budget["floor"],
-        everything=budget["everything"],
+        floor=floor,
+        everything=everything,
+        plan=_predicted(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
         blocks=[Block.model_validate(view) for view in engine.served.views()],
@@ -100,6 +118,16 @@ def memory_of(service: Service) -> Memory:
         latency=Latency(**service.telemetry.latency()),
         counters=counters,
         **{name: report[name] for name in same},
+    )
+
+
+def _predicted(plan: Plan) -> Predicted:
+    one = plan.predicted
+    return Predicted(
+        words=plan.configuration.in_words(),
+        loss=one.loss,
+        margin=one.margin,
+        tokens_per_second=one.speed,
     )
 
 
@@ -131,10 +159,16 @@ def _change(service: Service, asked: MemoryAsked, given: set[str]) -> None:
     changes_mode = bool(given & {"mode", "prefill", "bound"})
     if changes_mode:
         engine.served.checked_policy(mode, **policy)  # refuses before anything is changed
+    live = service.live_plan
+    if live is not None and not changes_mode:
+        live.change(None if asked.bytes is None else parse_bytes(asked.bytes))
+        return
     if "bytes" in given:
         engine.set_memory(asked.bytes)
     if changes_mode:
         engine.set_mode(mode, **policy)
+    if live is not None:
+        live.leave()
 
 
 def router(service: Service) -> APIRouter:
@@ -148,7 +182,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/memory")
     async def set_memory(asked: Annotated[MemoryAsked, Body()]) -> Memory:
-        """Change budget and mode while requests run; answers when the change is in force."""
+        """Change budget and mode while requests run; answers when the change is in force.
+
+        A server that was planned for its budget plans for the new one, if that is all that is
+        asked for.
+        """
         return await service.aside(change, service, asked)
 
     return routes
