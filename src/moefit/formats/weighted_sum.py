@@ -13,7 +13,7 @@ from torch import Tensor
 def plain_weighted_sum(
     y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y_TD in `dtype`, of outputs y_RD. energy: also |weight * output|^2 of each row, float32 [R]."""
+    """y_TD in `dtype`, of outputs y_RD; energy: also |weight * output|^2 by row, float32 [R]."""
     weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
     energy_R = weighted_RD.float().square().sum(-1) if energy else None
     total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)

@@ -6,6 +6,7 @@ result is the same and only slower.
 """
 
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from moefit.errors import UnsupportedModelError
 from moefit.evaluate.speed import measure_bandwidth
+from moefit.folders import alone_in
 from moefit.formats.error import expected_error
 from moefit.formats.format import FORMATS as ALL_FORMATS
 from moefit.formats.format import NATIVE, parse_format, weights_in
+from moefit.moe.routing import Rule
 from moefit.plan import experiments
 from moefit.plan.calibration import digest_of
 from moefit.plan.chosen import compare_quality
@@ -33,6 +36,7 @@ from moefit.plan.profile import (
     ProfileFacts,
     machine,
     path_for,
+    profiles_root,
     read_profile,
     write_profile,
 )
@@ -41,6 +45,7 @@ from moefit.plan.routes import record_routes
 from moefit.plan.running import Subject, fill
 from moefit.plan.samples import Steps, measure_steps, measure_wide
 from moefit.plan.timing import time_format, time_rest
+from moefit.serve.dsmoe_rules import check_rule
 from moefit.serve.packed import fingerprint, open_packed
 from moefit.serve.placement import BlockPlacement
 from moefit.serve.reckon import ledger
@@ -69,6 +74,8 @@ class Profiler:
                 f"{type(self._skeleton.model).__name__} continues no text by itself; only decoders "
                 "can be profiled so far; describe and bench work"
             )
+        if subject.rule is not None:
+            check_rule(self._skeleton.model, Rule.parse(subject.rule))
         self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
@@ -76,9 +83,24 @@ class Profiler:
         self._reference: Reference | None = None
 
     def run(self, progress: Progress | None = None) -> Profile:
-        """Measure what is missing; returns the finished profile."""
-        profile = self._begun()
-        total = len(self.facts.wanted)
+        """Measure what is missing; returns the finished profile.
+
+        Raises ConfigError while another process measures on this machine: neither's times would be
+        worth anything.
+        """
+        if not (profile := self._begun()).missing:
+            return profile
+        with alone_in(
+            profiles_root(),
+            busy="another moefit profile is measuring on this machine, and two at once would "
+            "measure each other; wait for it to end, then run the same command again: what is "
+            "measured stays",
+            lock=f".measuring-{platform.node()}",
+        ):
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> Profile:
+        profile, total = self._begun(), len(self.facts.wanted)
         for name in profile.missing:
             if progress is not None:
                 progress(name, len(profile.items), total)

@@ -6,11 +6,13 @@ Knows nothing of how they came about.
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from moefit.errors import ConfigError
 from moefit.plan.fitting import Held
 from moefit.plan.plan_file import Plan
 from moefit.plan.search import Point
@@ -85,8 +87,24 @@ def held_table(rows: Iterable[Held], title: str) -> Table:
     return table
 
 
+def check_picture(path: Path, budgets: int) -> None:
+    """Raise ConfigError for a picture that could not be drawn, before long work."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(
+            f"a picture cannot be written as {path.name!r}; give a name that ends in .png or .svg"
+        )
+    if budgets < 1:
+        raise ConfigError("a picture shows what budgets give, and --budgets is 0; give 1 or more")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+
+
 def draw(fronts: Fronts, path: Path, title: str) -> None:
-    """Loss and tokens/s against bytes, one dot for each point of each front."""
+    """Loss and tokens/s against bytes, one dot for each point of each front.
+
+    Raises ConfigError if the file cannot be written.
+    """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, speeds = figure.subplots(1, 2)
     dots = [(memory / 2**20, one) for memory, points in fronts.items() for one in points]
@@ -107,7 +125,13 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the picture {path}: {error.strerror or error}; name a file in a folder "
+            "that can be written to"
+        ) from error
 
 
 def _table(title: str) -> Table:
