@@ -49,6 +49,7 @@ def page(tab, engine, url):
     ledger = engine.served.budget
     engine.set_memory((ledger.floor + ledger.everything) // 2)
     engine.set_mode("exact")
+    tab.console()  # of pages before this one
     tab.open(url)
     yield tab
     assert [line for line in tab.console() if "status of 400" not in line] == []

@@ -112,8 +112,8 @@ export class DialView {
   #experts(size) {
     const format = finest(size, this.#formats);
     const all = formatCount(this.#map.experts);
-    if (format === Object.keys(this.#formats).pop()) return `all ${all} experts in ${format}`;
-    if (format !== null) return `all ${all} experts, in ${format} or better`;
+    if (format === Object.keys(this.#formats).pop()) return `all ${all} experts at ${format} precision`;
+    if (format !== null) return `all ${all} experts, at ${format} or better`;
     return `about ${formatCount(expertsAt(size, this.#ends, this.#map))} of ${all} experts`;
   }
 

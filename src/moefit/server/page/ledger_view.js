@@ -22,7 +22,7 @@ export class LedgerView {
     byId("ledger").setAttribute("aria-label", sentence(view, formatBytes));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
     const best = Object.keys(memory.everything_in).pop();
-    const every = best ? `every expert in ${best}` : "every expert";
+    const every = best ? `every expert at ${best} precision` : "every expert";
     say("budget-note", view.limited
       ? `of ${formatFine(view.most, grain(rangeOf(memory)))} for ${every}` : `no limit: ${every} is in memory`);
   }
