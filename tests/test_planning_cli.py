@@ -30,7 +30,7 @@ from moefit.plan.promise import Promise
 from moefit.serve.packed import fingerprint
 from moefit.serve.reckon import ledger
 from moefit.serve.skeleton import build
-from moefit.server.client import Client
+from moefit.server.client import Client, ServerError
 
 
 @cache
@@ -193,7 +193,7 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
 def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
     settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS}
     promise = Planned(min_speed=0.001)
-    with pytest.raises(ConfigError, match="give at least") as refused:
+    with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
         load_served(str(folder()), Room(memory="1MiB", context=64), MISSES, promise, **settings)
     floor = re.search(r"give at least (\d+) bytes", str(refused.value))
     assert floor is not None
@@ -257,8 +257,9 @@ def test_a_planned_server_plans_again_when_its_budget_is_changed(profiled: Path)
         after = client.post("/v1/memory", {"bytes": less})
         assert after["budget"]["total"] == less and after["plan"]["loss"] <= 0.04
         assert after["slot_bytes"] < before["everything"] - before["floor"]
-        with pytest.raises(ConfigError, match=r"cannot be promised .* a mode beside the budget"):
-            client.post("/v1/memory", {"bytes": before["floor"]})
+        with pytest.raises(ServerError, match="give at least") as refused:
+            client.post("/v1/memory", {"bytes": before["floor"] - 1})
+        assert refused.value.code == "budget_too_small" and str(before["floor"]) in str(refused)
         assert client.get("/v1/memory")["plan"] == after["plan"]
         done = client.post("/v1/memory", {"bytes": before["floor"] + (1 << 20), "mode": "exact"})
         assert done["plan"] is None

@@ -3,13 +3,15 @@
 Owns the command line of that process and what comes back from it. Knows nothing of planning.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from moefit.errors import ConfigError
+from moefit import errors
+from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan, read_plan
 from moefit.plan.promise import Promise
 
@@ -58,7 +60,7 @@ class PlanOrder:
         return ["plan", self.model, *given, "--json"]
 
     def carry_out(self) -> Plan:
-        """The plan. Raises ConfigError with what the process says if there is none."""
+        """The plan. Raises the error that the process ends with if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "plan.json"
             done = subprocess.run(
@@ -68,6 +70,14 @@ class PlanOrder:
                 check=False,
             )
             if done.returncode:
-                said = done.stderr.rpartition("Error: ")[2].strip() or f"exit {done.returncode}"
-                raise ConfigError(" ".join(said.split()))
+                raise _said(done.stderr, done.returncode)
             return read_plan(file)
+
+
+def _said(stderr: str, code: int) -> MoefitError:
+    """The error that the process ended with, of the same kind."""
+    found = re.search(r"^error: (\w+): (.*)", stderr, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return ConfigError(f"planning ended with exit code {code}: {stderr.strip()[-300:]}")
+    kind = getattr(errors, found[1], ConfigError)
+    return kind(" ".join(found[2].split()))

@@ -1,5 +1,6 @@
 """The commands of the planner: profile, plan."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from moefit.plan.calibration import windows_of
 from moefit.plan.experiments import RESTS
 from moefit.plan.plan_file import Plan, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.profile import Profile, find_profile
+from moefit.plan.profile import find_profile
 from moefit.plan.profiler import Profiler, Progress
 from moefit.plan.promise import Promise
 from moefit.plan.report import (
@@ -80,7 +81,7 @@ def profile_model(
         print_json({"path": str(profiler.path), "items": dict(profile.items)})
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
-    say(f"next: moefit plan {model} --memory SIZE")
+    say(f"next: moefit plan {shlex.quote(model)} --memory SIZE")
 
 
 @contextmanager
@@ -177,9 +178,12 @@ def plan_model(
     if as_json:
         print_json(_as_dict(planner, plan, front, fronts))
         return
-    _print(planner, plan, fronts, model, known)
+    _print(planner, plan, fronts, model, smallest=memory is None)
     for path in filter(None, (save, picture)):
         say(f"wrote {path}")
+    if save is not None:
+        words = shlex.quote(model), shlex.quote(str(save))
+        say("next: moefit serve {} --plan {}".format(*words))
 
 
 def _as_dict(
@@ -213,14 +217,22 @@ def _point(one: Point) -> dict[str, Any]:
 
 
 def _print(
-    planner: Planner, plan: Plan | None, fronts: dict[int, list[Point]], model: str, known: Profile
+    planner: Planner,
+    plan: Plan | None,
+    fronts: dict[int, list[Point]],
+    model: str,
+    *,
+    smallest: bool,
 ) -> None:
     out = Console()
     if plan is not None and plan.memory is not None:
         out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
         say(in_a_line(plan))
+        if smallest:
+            say(f"that is the smallest budget that keeps it: {plan.memory} bytes")
         for length, count in planner.sequences(plan).items():
-            say(f"fits {count} sequences of {length} tokens beside its experts")
+            some = "1 sequence" if count == 1 else f"{count} sequences"
+            say(f"fits {some} of {length} tokens beside its experts")
     if fronts:
         out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
     for loss in (0.01, 0.03):
@@ -233,4 +245,5 @@ def _print(
     out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
     if not genetic.available():
         say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
-    say(f"profile: {known.facts.tokens:,} tokens of {known.facts.text}")
+    facts = planner.profile.facts
+    say(f"profile: {facts.tokens:,} tokens of {facts.text}")

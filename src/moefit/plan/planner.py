@@ -4,22 +4,22 @@ Owns the order of things: models are fitted, rooms reckoned with serving's own l
 run, and of what they find the promise chooses. Knows nothing of how anything is printed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moefit.errors import BudgetTooSmallError
 from moefit.plan import genetic
-from moefit.plan.chosen import QualityModel, fit_quality, quality_samples
+from moefit.plan.caveats import caveats
+from moefit.plan.chosen import QualityModel, fit_quality
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import FORMATS
 from moefit.plan.features import Knowledge, knowledge_of
 from moefit.plan.latency import LatencyModel, fit_latency
 from moefit.plan.options import placed_bytes, policy_choices
 from moefit.plan.plan_file import Plan, Prediction
-from moefit.plan.profile import Profile, machine
-from moefit.plan.promise import DEFAULT_LOSS, Chooser, Promise
+from moefit.plan.profile import Profile
+from moefit.plan.promise import Chooser, Promise
 from moefit.plan.rooms import ANY, Circumstances, Rooms, needed
 from moefit.plan.search import Models, Point, allocated, pareto
 from moefit.serve.budget import format_bytes
@@ -215,43 +215,9 @@ class Planner:
         }
 
     def warnings(self) -> list[str]:
-        """Where this model takes approximation badly, with what was measured; another machine."""
-        found = self._foreign()
-        samples = [
-            one for one in quality_samples(self.profile) if one.configuration.mode != "exact"
-        ]
-        for mode in ("bounded", "virtual"):
-            some = [one for one in samples if one.configuration.mode == mode]
-            if not some:
-                continue
-            mild = min(some, key=lambda one: one.divergence)
-            loss = math.expm1(mild.divergence)
-            if loss > DEFAULT_LOSS:
-                share = mild.configuration.slots / sum(self.profile.experts.values())
-                found.append(
-                    f"mode {mode} is expensive for this model: even with {share:.0%} of the "
-                    f"experts in memory it was measured to lose {loss:.1%} of perplexity, moving "
-                    f"{mild.moved:.1%} of router weight; it uses "
-                    f"{self._experts_per_token():.1f} experts a token and block"
-                )
-        return found
-
-    def _foreign(self) -> list[str]:
-        then, now = self.profile.facts.machine, machine(self._device)
-        differing = [
-            f"{name} was {then.get(name)}, is {value}"
-            for name, value in now.items()
-            if then.get(name) != value
-        ]
-        if not differing:
-            return []
-        return [
-            f"the profile was measured on another machine ({'; '.join(differing)}), so speeds will "
-            "differ; moefit profile on this one measures them"
-        ]
-
-    def _experts_per_token(self) -> float:
-        return float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
+        """What whoever plans should know beforehand; see `caveats`."""
+        experts = float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
+        return caveats(self.profile, experts, self._device)
 
     def _per_token(self, configuration: Configuration) -> int:
         some = self.rooms.ledger(configuration, context=64)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -20,7 +21,7 @@ from moefit.serve.budget import format_bytes
 
 Fronts = Mapping[int, Sequence[Point]]
 """By budget in bytes."""
-_ROWS = 12
+_WIDE = 0.02  # from this loss on, small ones need a logarithmic axis to be told apart
 
 
 def plan_table(plan: Plan, title: str) -> Table:
@@ -109,14 +110,17 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
     losses, speeds = figure.subplots(1, 2)
     dots = [(memory / 2**20, one) for memory, points in fronts.items() for one in points]
     for mode in ("exact", "bounded", "virtual"):
-        some = [(x, one) for x, one in dots if one.configuration.mode == mode]
+        if not (some := [(x, one) for x, one in dots if one.configuration.mode == mode]):
+            continue
         losses.plot([x for x, _ in some], [100 * p.loss for _, p in some], "o", ms=4, label=mode)
         speeds.plot([x for x, _ in some], [p.speed for _, p in some], "o", ms=4, label=mode)
     best = [
         (memory / 2**20, min(points, key=lambda p: p.loss)) for memory, points in fronts.items()
     ]
     losses.plot([x for x, _ in best], [100 * p.loss for _, p in best], "-", lw=1, color="grey")
-    losses.set_yscale("symlog", linthresh=0.1)
+    if max((one.loss for _, one in dots), default=0.0) > _WIDE:
+        losses.set_yscale("symlog", linthresh=0.1)
+    losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     losses.set_ylabel("perplexity above the full model's, % (predicted)")
     speeds.set_ylabel("tokens/s (predicted)")
     speeds.set_ylim(bottom=0)
