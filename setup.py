@@ -36,7 +36,14 @@ setup(
             ],
             depends=[
                 f"{CSRC}/{name}"
-                for name in ("matrix.h", "kinds.h", "target.h", "plain.inc", "inputs.inc", "encode.inc")
+                for name in (
+                    "matrix.h",
+                    "kinds.h",
+                    "target.h",
+                    "plain.inc",
+                    "inputs.inc",
+                    "encode.inc",
+                )
             ],
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).
             extra_compile_args=[

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,6 +8,7 @@ from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.budget import (
     BlockNeeds,
     MemoryBudget,
+    PlannedSlots,
     format_bytes,
     host_limit,
     parse_bytes,
@@ -180,3 +183,22 @@ def test_host_memory_holds_an_expert_at_least() -> None:
     for text in (-1, "much", "", "0GiB", True):
         with pytest.raises(ConfigError, match="is not a size"):
             host_limit(text, largest=1000, readers=6)
+
+
+@given(ledgers(), st.data())
+def test_a_plan_that_does_not_fit_is_forgotten_and_the_floor_that_was_shown_is_one(
+    budget: MemoryBudget, data: st.DataObject
+) -> None:
+    counts = tuple(data.draw(st.integers(1, block.num_experts)) for block in budget.blocks)
+    plan = PlannedSlots(
+        counts=counts, nbytes=data.draw(st.integers(0, 500)), spares=data.draw(st.integers(0, 100))
+    )
+    planned = replace(budget, planned=plan)
+    total = planned.floor + data.draw(st.integers(0, 500))
+    after = planned.with_total(total)
+    if total >= planned.fixed + plan.nbytes:
+        assert after == replace(planned, total=total) and after.slots() == counts
+        return
+    assert after.planned is None and after.floor == planned.floor <= total
+    assert after.with_slots(after.slots()) <= total
+    assert after.fixed == planned.fixed + plan.spares

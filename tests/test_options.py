@@ -24,7 +24,8 @@ def given_by(*options: str) -> dict:
 def test_nothing_given_is_what_the_commands_default_says() -> None:
     assert given_by("a") == {"model": "a", "room": Room(context=64), "port": 1, "misses": MISSES}
     assert not Room(context=64).wanted and not MISSES.wanted
-    assert MISSES.settings() == {"mode": "exact", "bound": Policy().bound}
+    assert MISSES.settings() == {"mode": "exact"}
+    assert Misses(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
 
 
 def test_each_field_is_an_option() -> None:
@@ -48,4 +49,4 @@ def test_an_options_own_limits_hold() -> None:
     refused = CliRunner().invoke(app, ["--bound", "2"])
     assert refused.exit_code == 2 and "--bound" in refused.output
     help = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    assert "--prefill" in help and f"[default: {Policy().bound}]" in help
+    assert "--prefill" in help and f"{Policy().bound} if none" in help

@@ -16,12 +16,15 @@ from moefit.plan.configuration import uniform
 from moefit.plan.plan_file import Plan, read_plan, refuse_other, write_plan
 from moefit.plan.planner import Planner
 from moefit.plan.promise import Promise
-from moefit.plan.rooms import needed
+from moefit.plan.rooms import Circumstances, needed
 from moefit.plan.search import Point
 from moefit.serve.packed import fingerprint
+from moefit.serve.reckon import ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 
 CONTEXT = 64
+_LOADING = LoadSettings.__slots__
 
 
 @cache
@@ -43,6 +46,54 @@ def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
     for memory in budgets():
         for point in planner().front(memory):
             assert needed(planner().rooms.ledger(point.configuration)) <= memory
+
+
+@pytest.mark.parametrize("rest", ["native", "int8"])
+def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None:
+    """Reckoned as `load` does it, of a process of another size than this one."""
+    process = 3 << 30
+    served = Circumstances(sequences=16, prompt_logits=1 << 20, process=process, rests=(rest,))
+    planner = server_planner(served)
+    skeleton = build(folder())
+    for memory in (planner.rooms.floor, (planner.rooms.floor + planner.rooms.everything) // 2):
+        plan, _ = planner.plan(memory, Promise(min_speed=0.1))
+        known = plan.settings()
+        settings = LoadSettings(**{one: known[one] for one in known if one in _LOADING})
+        assert (settings.sequences, settings.prompt_logits, settings.rest) == (16, 1 << 20, rest)
+        reckoned = replace(ledger(skeleton, settings), process=process)
+        assert reckoned.slots() == tuple(one.slots for one in plan.configuration.placement.values())
+        alone = ledger(skeleton, replace(settings, sequences=1, prompt_logits=0))
+        assert reckoned.workspace > alone.workspace
+    with pytest.raises(BudgetTooSmallError, match=str(planner.rooms.floor)):
+        planner.plan(planner.rooms.floor - 1)
+
+
+def server_planner(circumstances: Circumstances) -> Planner:
+    return Planner(
+        build(folder()), profile(noise=0.05), context=CONTEXT, search=False,
+        circumstances=circumstances,
+    )  # fmt: skip
+
+
+def test_what_cannot_be_changed_any_more_is_kept() -> None:
+    planner = server_planner(Circumstances(rests=("int8",)))
+    memory = planner.rooms.everything
+    assert {one.configuration.rest for one in planner.front(memory)} == {"int8"}
+
+
+def test_sequences_are_reckoned_with_their_logits() -> None:
+    process = 1 << 30
+    one = server_planner(Circumstances(process=process))
+    many = server_planner(Circumstances(process=process, sequences=64))
+    memory = many.rooms.everything + (32 << 20)
+    plan = many.plan(memory)[0]
+    fits = many.sequences(plan, (16, 64))
+    assert fits == one.sequences(plan, (16, 64)) and fits[16] > 0
+    per_token = many._per_token(plan.configuration)
+    row = planned_model().config.vocab_size * (4 + 2)
+    taken = needed(many.rooms.ledger(plan.configuration)) - CONTEXT * per_token - 64 * row
+    assert taken + fits[16] * (16 * per_token + row) <= memory
+    assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
 
 
 def test_more_memory_never_costs() -> None:
@@ -116,10 +167,21 @@ def test_below_the_floor_the_floor_is_named_and_works() -> None:
 
 def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
     for loss in (0.001, 0.03):
-        size = planner().smallest_budget(loss)
+        size = planner().smallest_budget(Promise(max_loss=loss))
         assert size is not None
-        assert min(one.loss for one in planner().front(size)) <= loss
-    assert planner().smallest_budget(-1.0) is None
+        assert planner().plan(size, Promise(max_loss=loss))[0].predicted.loss <= loss
+    assert planner().smallest_budget(Promise(min_speed=1e9)) is None
+    with pytest.raises(ConfigError, match="but it is"):
+        planner().smallest_budget(Promise(max_loss=-1.0))
+
+
+def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
+    done = profile(noise=0.05)
+    machine = {**done.facts.machine, "cpu": "Z80"}
+    done = replace(done, facts=replace(done.facts, machine=machine))
+    warned = Planner(build(folder()), done, context=CONTEXT, search=False).warnings()
+    assert "cpu was Z80" in warned[0]
+    assert not any("another machine" in one for one in planner().warnings())
 
 
 def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
@@ -173,6 +235,15 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, says: str) -> 
         read_plan(file)
     with pytest.raises(ConfigError, match="there is no plan"):
         read_plan(tmp_path / "none.json")
+
+
+def test_a_plan_of_before_servers_planned_is_for_one_request(tmp_path: Path) -> None:
+    values = some_plan().as_dict()
+    for name in ("sequences", "prompt_logits", "promise"):
+        del values[name]
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(values))
+    assert read_plan(file) == replace(some_plan(), promise=Promise())
 
 
 def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """The commands profile and plan, and the options that serve as planned."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,15 +15,22 @@ from planned import planned_model, profile
 from tiny_served import saved
 from typer.testing import CliRunner
 
+import moefit
 import moefit.cli.planned
 from moefit.cli import app
-from moefit.cli.options import Room
+from moefit.cli.options import MISSES, Room
+from moefit.cli.plan_order import PlanOrder
 from moefit.cli.planned import Planned, promise_of, refuse_beside_plan
-from moefit.errors import ConfigError, DataError
+from moefit.cli.serving import load_served
+from moefit.engine.engine import PROMPT_LOGITS
+from moefit.errors import BudgetTooSmallError, ConfigError, DataError
 from moefit.plan.plan_file import read_plan
 from moefit.plan.profile import folder_for, write_profile
+from moefit.plan.promise import Promise
 from moefit.serve.packed import fingerprint
+from moefit.serve.reckon import ledger
 from moefit.serve.skeleton import build
+from moefit.server.client import Client, ServerError
 
 
 @cache
@@ -67,6 +78,11 @@ def test_plan_prints_tables_for_people(profiled: Path) -> None:
     ("options", "error", "says"),
     [
         (("--save", "x.json"), ConfigError, "--memory"),
+        (("--max-loss", "3"), ConfigError, "give 3% if"),
+        (("--min-speed", "1e9"), ConfigError, "cannot be promised"),
+        (("--picture", "x.png"), ConfigError, "--budgets is 0"),
+        (("--picture", "x.docx", "--budgets", "2"), ConfigError, "ends in .png"),
+        (("--picture", "nowhere/x.png", "--budgets", "2"), ConfigError, "there is no folder"),
         (("--memory", "4GiB", "--max-loss", "much"), ConfigError, "such as 3%"),
         (("--memory", "4GiB", "--min-speed", "1e9"), ConfigError, "cannot be promised"),
         (("--memory", "1MiB"), Exception, "give at least"),
@@ -79,6 +95,24 @@ def test_bad_input_is_answered(
     done = run("plan", str(folder()), "--context", "64", "--budgets", "0", *options)
     assert isinstance(done.exception, error)
     assert says in str(done.exception)
+
+
+def test_without_a_budget_the_smallest_that_keeps_the_promise_is_planned_for(
+    profiled: Path,
+) -> None:
+    file = profiled / "plan.json"
+    few = ("--context", "64", "--budgets", "0", "--process-bytes", str(1 << 29), "--json")
+    done = run("plan", str(folder()), "--max-loss", "4%", "--save", str(file), *few)
+    assert done.exit_code == 0, done.output
+    plan = read_plan(file)
+    said = json.loads(done.stdout)
+    assert said["floor"] <= plan.memory < said["everything"] and plan.predicted.loss <= 0.04
+    again = run("plan", str(folder()), "--max-loss", "4%", "--memory", str(plan.memory), *few)
+    assert again.exit_code == 0, again.output
+    less = str(plan.memory - (plan.memory - said["floor"]) // 8 - (16 << 20))
+    if int(less) > said["floor"]:
+        refused = run("plan", str(folder()), "--max-loss", "4%", "--memory", less, *few)
+        assert "cannot be promised" in str(refused.exception)
 
 
 def test_a_text_too_short_to_profile_on_is_refused(tmp_path: Path) -> None:
@@ -118,6 +152,62 @@ def test_options_that_contradict_are_refused(
         planned.plan_for(str(folder()), Room(memory=memory, context=64))
 
 
+def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
+    order = PlanOrder(
+        model=str(folder()), memory="4GiB", context=64, device="cpu", process=1 << 30,
+        promise=Promise(min_speed=0.1), concurrency=16, dtype="bfloat16", rest="int8",
+    )  # fmt: skip
+    file = profiled / "plan.json"
+    done = run(*order.arguments(file))
+    assert done.exit_code == 0, done.output
+    plan = read_plan(file)
+    assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS)
+    assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
+    assert (plan.promise, plan.configuration.rest) == (order.promise, "int8")
+    floor = json.loads(done.stdout)["floor"]
+    larger = run(*replace(order, process=2 << 30).arguments(file))
+    assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
+    bare = replace(order, concurrency=None, dtype=None, rest=None, promise=Promise())
+    assert not {"--rest", "--dtype", "--max-loss", "--max-concurrency"} & set(bare.arguments(file))
+
+
+def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) -> None:
+    file = profiled / "plan.json"
+    run("plan", str(folder()), "--memory", "4GiB", "--context", "64", "--save", str(file))
+    plan = read_plan(file)
+    with moefit.load(folder(), **{**plan.settings(), "memory": None}) as served:
+        assert served.budget.planned is not None
+        tight = served.budget.fixed + served.budget.planned.nbytes
+    with pytest.raises(BudgetTooSmallError, match=r"for 1 requests .* runs 10000000: plan"):
+        load_served(
+            str(folder()),
+            Room(memory=str(tight + (64 << 20)), context=64),
+            MISSES,
+            Planned(plan=file),
+            sequences=10_000_000,
+            prompt_logits=PROMPT_LOGITS,
+        )
+
+
+@pytest.mark.slow
+def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
+    settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS}
+    promise = Planned(min_speed=0.001)
+    with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
+        load_served(str(folder()), Room(memory="1MiB", context=64), MISSES, promise, **settings)
+    floor = re.search(r"give at least (\d+) bytes", str(refused.value))
+    assert floor is not None
+    memory = int(floor[1]) + (1 << 20)  # this process grows while it asks
+    with load_served(
+        str(folder()), Room(memory=str(memory), context=64), MISSES, promise, **settings
+    ) as served:
+        assert served.budget.planned is not None
+        assert served.budget.fixed + served.budget.planned.nbytes <= memory
+        more = replace(served.reckoner.settings, sequences=1, prompt_logits=0)
+        assert served.budget.workspace > ledger(build(folder()), more).workspace
+        served.check()
+
+
 @pytest.mark.slow
 def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -> None:
     plan = Planned(max_loss="3%").plan_for(str(folder()), Room(memory="4GiB", context=64))
@@ -142,3 +232,40 @@ def test_only_what_a_plan_decides_is_refused_beside_it() -> None:
     with pytest.raises(ConfigError, match="--mode, --rest"):
         refuse_beside_plan(mode="exact", rest="int8", prefill=None)
     assert Planned() == moefit.cli.planned.NOTHING_PLANNED
+
+
+@pytest.mark.slow
+def test_a_planned_server_plans_again_when_its_budget_is_changed(profiled: Path) -> None:
+    serve = ("serve", str(folder()), "--memory", "4GiB", "--max-loss", "4%", "--context", "64")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moefit", *serve, "--port", "0", "--max-concurrency", "4"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        lines: list[str] = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("API at "):
+                break
+        assert any(line.startswith("plan: ") for line in lines), lines
+        client = Client(lines[-1].split()[2])
+        before = client.get("/v1/memory")
+        assert before["plan"]["loss"] <= 0.04
+        less = (before["floor"] + before["everything"]) // 2
+        after = client.post("/v1/memory", {"bytes": less})
+        assert after["budget"]["total"] == less and after["plan"]["loss"] <= 0.04
+        assert after["slot_bytes"] < before["everything"] - before["floor"]
+        with pytest.raises(ServerError, match="give at least") as refused:
+            client.post("/v1/memory", {"bytes": before["floor"] - 1})
+        assert refused.value.code == "budget_too_small" and str(before["floor"]) in str(refused)
+        assert client.get("/v1/memory")["plan"] == after["plan"]
+        done = client.post("/v1/memory", {"bytes": before["floor"] + (1 << 20), "mode": "exact"})
+        assert done["plan"] is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,10 +14,17 @@ import torch
 from planned import profile
 from tiny_served import saved, tiny, tokens
 
-from moefit.errors import CheckpointError, ConfigError, DataError
+from moefit.errors import BudgetTooSmallError, ConfigError, DataError
 from moefit.evaluate.perplexity import Text
 from moefit.plan.calibration import windows_of
-from moefit.plan.profile import find_profile, folder_for, path_for, read_profile, write_profile
+from moefit.plan.profile import (
+    Profile,
+    find_profile,
+    folder_for,
+    path_for,
+    read_profile,
+    write_profile,
+)
 from moefit.plan.profiler import Profiler
 from moefit.plan.running import Subject
 from moefit.serve.skeleton import Skeleton, build
@@ -68,6 +78,43 @@ def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
     assert {name: found[name] for name in kept} == kept and len(found) == 4
 
 
+_ANOTHER = """
+import sys, platform
+from moefit.folders import alone_in
+from moefit.plan.profile import profiles_root
+with alone_in(profiles_root(), busy="", lock=f".measuring-{platform.node()}"):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_that_measure_at_once_are_refused_and_what_is_finished_is_given() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _ANOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"has it\n"
+        with pytest.raises(ConfigError, match=r"another moefit profile .* wait for it"):
+            profiler().run()
+        facts = profiler().facts
+        write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted)), profiler().path)
+        assert not profiler().run().missing
+        profiler().path.unlink()
+        other.kill()
+    with pytest.raises(_Killed):  # the lock has gone with its process
+        profiler().run(stop_after(0))
+
+
+def test_too_little_memory_to_measure_in_is_refused_with_what_is_enough() -> None:
+    with pytest.raises(BudgetTooSmallError, match=r"give at least \d+ bytes"):
+        Profiler(Subject(folder=folder()), WINDOWS, text="random", memory=1 << 20)
+
+
+@pytest.mark.parametrize(("rule", "says"), [("top_k:1", "only DS-MoE"), ("best", "best")])
+def test_a_rule_that_cannot_be_is_refused_before_anything_is_measured(rule: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        profiler(rule=rule)
+
+
 def test_an_unfinished_profile_says_how_to_go_on() -> None:
     with pytest.raises(_Killed):
         profiler().run(stop_after(1))
@@ -95,6 +142,16 @@ def test_the_newest_finished_one_is_found_and_damaged_ones_are_passed_over() -> 
     finished(place / "a.json")
     (place / "b.json").write_text("{")
     assert find_profile(skeleton(), model="m").facts.source == "nowhere"
+
+
+def test_one_of_this_machine_comes_before_a_newer_one_of_another() -> None:
+    place = folder_for(skeleton())
+    finished(place / "a.json", source="here")
+    finished(place / "b.json", source="there", machine={**profile().facts.machine, "cores": 999})
+    os.utime(place / "a.json", (1, 1))
+    assert find_profile(skeleton(), model="m").facts.source == "here"
+    (place / "a.json").unlink()
+    assert find_profile(skeleton(), model="m").facts.source == "there"
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
@@ -133,7 +190,7 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="XDG_CACHE_HOME"):
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
         write_profile(profile(), tmp_path / "file" / "p.json")
 
 

@@ -20,6 +20,7 @@ class Table(RuleBasedStateMachine):
         self.residents: dict[int, int] = {}
         self.filling: dict[int, int] = {}  # slot -> expert
         self.slots = set(range(slots))
+        self.own: dict[int, int] = {}
 
     @property
     def absent(self) -> set[int]:
@@ -39,7 +40,9 @@ class Table(RuleBasedStateMachine):
         expert = data.draw(st.sampled_from(sorted(self.absent)))
         empty, before = self.empty, dict(self.residents)
         slot = self.table.reserve(expert, protected)
-        if empty:
+        if self.own.get(expert) in empty:
+            assert slot == self.own[expert]
+        elif empty:
             assert slot in empty
         elif evictable := set(before) - protected:
             (gone,) = set(before) - set(self.table.residents)
@@ -85,6 +88,14 @@ class Table(RuleBasedStateMachine):
         assert set(gone) <= empty or empty <= set(gone), "empty ones go first"
         self.slots -= set(gone)
         self.residents = {e: slot for e, slot in self.residents.items() if slot not in gone}
+        self.own = {e: slot for e, slot in self.own.items() if slot not in gone}
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data(), expert=experts)
+    def give(self, data, expert: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.slots)))
+        self.table.give(expert, slot)
+        self.own = {e: own for e, own in self.own.items() if own != slot} | {expert: slot}
 
     @invariant()
     def agrees(self) -> None:
@@ -94,6 +105,7 @@ class Table(RuleBasedStateMachine):
         assert set(self.table.residents) == set(self.residents)
         assert sorted(self.table.filling) == sorted(self.filling.values())
         assert {e: self.table.slot(e) for e in self.residents} == self.residents
+        assert self.own == {e: s for s in self.slots if (e := self.table.owner(s)) is not None}
         assert self.table.number == len(self.slots) and self.table.empty == len(self.empty)
 
 
@@ -138,6 +150,8 @@ def test_an_evicted_expert_is_no_resident_while_its_slot_fills() -> None:
         lambda table: table._empty.append(1),
         lambda table: table._slot_of.update({99: 7}),
         lambda table: table._filling.update({12: 0}),
+        lambda table: table._own.update({0: 1, 1: 1}),
+        lambda table: table._own.update({0: 99}),
     ],
 )
 def test_check_notices(damage) -> None:

@@ -251,7 +251,7 @@ def broken_by(failure: Callable[..., Any]) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("step", ["load_rest", "attach", "grow", "_spares"])
+@pytest.mark.parametrize("step", ["load_rest", "attach", "grow", "spares_of"])
 def test_a_load_that_fails_midway_leaves_no_open_file(folder: Path, monkeypatch, step: str) -> None:
     monkeypatch.setattr(loading, step, broken_by(MemoryError("no more")))
     with pytest.raises(MemoryError, match="no more"):

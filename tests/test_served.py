@@ -20,7 +20,7 @@ from tiny_served import (
 )
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
-from moefit.serve import served as served_module
+from moefit.serve import seating
 from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
@@ -158,7 +158,7 @@ def test_what_is_no_size_changes_nothing(serve, memory) -> None:
 def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fails_at: int) -> None:
     served, _ = serve(slots=2)
     expected = generated(served)
-    budget, allocate, calls = served.budget, served_module.allocate, []
+    budget, allocate, calls = served.budget, seating.allocate, []
 
     def scarce(*args: Any) -> Any:
         calls.append(args)
@@ -166,7 +166,7 @@ def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fail
             raise OSError(12, "Cannot allocate memory")
         return allocate(*args)
 
-    monkeypatch.setattr(served_module, "allocate", scarce)
+    monkeypatch.setattr(seating, "allocate", scarce)
     with pytest.raises(OSError, match="Cannot allocate"):
         served.set_memory(None)
     served.check()

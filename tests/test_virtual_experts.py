@@ -53,7 +53,7 @@ class Bench:
         )
         self.experts.scoring = RULE
         spares = [new_slot() for _ in range(2)]
-        self.live.spares[spares[0].nbytes] = spares
+        self.live.spares[spares[0].format.name, spares[0].nbytes] = spares
         self.held = slots + 2
 
     @property

@@ -1,7 +1,11 @@
 """Folders that several processes may come to: where the cache is, and having one for oneself."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from moefit.errors import CheckpointError, ConfigError
 
 try:
     import fcntl
@@ -26,3 +30,24 @@ def try_lock(descriptor: int) -> bool:
     except OSError:  # some network file systems have no locks; that must not forbid the work
         return True
     return True
+
+
+@contextmanager
+def alone_in(folder: Path, *, busy: str, lock: str = ".lock") -> Iterator[None]:
+    """Make the folder and be the only process at some work in it; `lock` is the file that says so.
+
+    Raises ConfigError with the text `busy` if another process is at it, and CheckpointError if the
+    folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / lock).open("ab")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write into {folder}: {error.strerror or error}; set XDG_CACHE_HOME to a "
+            "folder that can be written to"
+        ) from error
+    with file:
+        if not try_lock(file.fileno()):
+            raise ConfigError(busy)
+        yield

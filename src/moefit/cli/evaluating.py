@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served, loading, use_rule
+from moefit.cli.serving import load_served, loading
+from moefit.errors import ConfigError
 from moefit.evaluate.loading import REFERENCE, load
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text, score
@@ -23,6 +24,7 @@ from moefit.evaluate.subject import subject_of
 from moefit.evaluate.twin import native_twin
 from moefit.moe.routing import Rule
 from moefit.serve.baselines import fix_residents
+from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
 
@@ -72,15 +74,29 @@ def evaluate(
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)
         return
+    only = _only(rules)
     with ExitStack() as stack:
         served = stack.enter_context(load_served(model, room, misses, planned))
-        use_rule(served, rules)
+        if only is not None:
+            use_rule(served.model, only)
         passage = _passage(text, served.tokenizer, room.context, max_tokens or 2048)
         reference = _reference(served, room, planned)
         if reference.model is not None:
-            use_rule(stack.enter_context(reference.model), rules)
+            full = stack.enter_context(reference.model)
+            if only is not None:
+                use_rule(full.model, only)
         name = _fix(served, passage, baseline, residency)
         _score_served(served, passage, name, reference, as_json=as_json)
+
+
+def _only(rules: list[Rule]) -> Rule | None:
+    """The rule that is given, if one is. Raises ConfigError for more."""
+    if len(rules) > 1:
+        raise ConfigError(
+            f"a served model has one inference rule, and --rule was given {len(rules)} times; give "
+            "one, or leave out --memory, --mode, --precision and the like to compare rules"
+        )
+    return rules[0] if rules else None
 
 
 def _passage(

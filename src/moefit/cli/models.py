@@ -15,7 +15,7 @@ from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table, use_rule
+from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
@@ -24,6 +24,7 @@ from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.speed import measure_bandwidth, measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
+from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.packed import open_packed
 from moefit.serve.reckon import beginning, ledger
@@ -55,7 +56,8 @@ def generate(
     torch.manual_seed(seed)
     if room.wanted or misses.wanted or planned.wanted:
         with load_served(model, room, misses, planned) as served:
-            use_rule(served, [Rule.parse(rule)] if rule else [])
+            if rule is not None:
+                use_rule(served.model, Rule.parse(rule))
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
     loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
@@ -99,7 +101,7 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
-    shared: dict[str, Any] = {} if max_concurrency is None else shared_steps(max_concurrency)
+    shared = shared_steps(max_concurrency)
     settings = LoadSettings(**room.settings(), **shared)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared

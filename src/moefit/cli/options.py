@@ -100,9 +100,13 @@ class Misses:
         ModeName | None, typer.Option(help="mode of prompts; exact, but virtual where the mode is")
     ] = None
     bound: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="bounded: share of router weight that may go elsewhere"),
-    ] = Policy().bound
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help=f"bounded: share of router weight that may go elsewhere, {Policy().bound} if none",
+        ),
+    ] = None
 
     @property
     def wanted(self) -> bool:
@@ -112,7 +116,8 @@ class Misses:
     def settings(self) -> dict[str, Any]:
         """The same for `moefit.load`."""
         prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
-        return {"mode": (self.mode or ModeName.exact).value, "bound": self.bound, **prefill}
+        bound = {} if self.bound is None else {"bound": self.bound}
+        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
 
 
 ROOM, MISSES = Room(), Misses()

@@ -1,9 +1,6 @@
 """Options by which a command serves as planned: --plan, --max-loss, --min-speed."""
 
 import shlex
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +10,12 @@ import typer
 from moefit.api import folder_of
 from moefit.cli.app import say
 from moefit.cli.options import Room
+from moefit.cli.plan_order import PlanOrder
+from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan, read_plan, refuse_other
 from moefit.plan.promise import Promise
+from moefit.serve.ledger import held_bytes
 from moefit.serve.skeleton import build
 
 
@@ -40,9 +40,10 @@ class Planned:
         """Whether any was given."""
         return not (self.plan is self.max_loss is self.min_speed is None)
 
-    def plan_for(self, model: str, room: Room) -> Plan:
+    def plan_for(self, model: str, room: Room, concurrency: int | None = None) -> Plan:
         """The plan of the file, or one made now from the model's profile.
 
+        concurrency: of a server, how many requests run at once.
         Raises ConfigError for a plan of another checkpoint, and what planning raises.
         """
         if self.plan is not None:
@@ -52,31 +53,20 @@ class Planned:
                 )
             plan = read_plan(self.plan)
             refuse_other(plan, build(folder_of(model)), self.plan)
+            if room.context != plan.context:
+                say(f"note: the plan reserves {plan.context:,} tokens at once, whatever --context")
             return plan
         if room.memory is None:
             raise ConfigError("--max-loss and --min-speed plan for a budget; give --memory too")
-        return self._planned_now(model, room)
-
-    def _planned_now(self, model: str, room: Room) -> Plan:
-        """In a process of its own, whose memory is then none of the budget."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "plan.json"
-            command = ["plan", model, "--memory", str(room.memory), "--context", str(room.context)]
-            command += ["--device", room.device, "--budgets", "0", "--save", str(file)]
-            if self.max_loss is not None:
-                command += ["--max-loss", self.max_loss]
-            if self.min_speed is not None:
-                command += ["--min-speed", str(self.min_speed)]
-            done = subprocess.run(
-                [sys.executable, "-m", "moefit", *command, "--json"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                said = done.stderr.rpartition("Error: ")[2].strip() or f"exit {done.returncode}"
-                raise ConfigError(" ".join(said.split()))
-            return read_plan(file)
+        return PlanOrder(
+            model=model,
+            memory=room.memory,
+            context=room.context,
+            device=room.device,
+            process=held_bytes(planned_device(room.device)),
+            promise=promise_of(self.max_loss, self.min_speed),
+            concurrency=concurrency,
+        ).carry_out()
 
 
 NOTHING_PLANNED = Planned()
@@ -88,18 +78,26 @@ def promise_of(max_loss: str | None, min_speed: float | None) -> Promise:
     >>> promise_of("3%", None).max_loss
     0.03
     """
-    share: float | None = None
-    if max_loss is not None:
-        try:
-            text = max_loss.strip()
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            raise ConfigError(
-                f"--max-loss {max_loss!r} is no share of perplexity; give one such as 3% or 0.03"
-            ) from None
+    share = None if max_loss is None else _share(max_loss)
     promise = Promise(max_loss=share, min_speed=min_speed)
     promise.check()
     return promise
+
+
+def _share(text: str) -> float:
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise ConfigError(
+            f"--max-loss {text!r} is no share of perplexity; give one such as 3% or 0.03"
+        ) from None
+    if share >= 1 and not percent:
+        raise ConfigError(
+            f"--max-loss {text} is {share:.0%} of perplexity; give {number}% if that is meant, or "
+            f"{share:.0%} if it is not a slip"
+        )
+    return share
 
 
 def refuse_beside_plan(**given: Any) -> None:

@@ -1,8 +1,10 @@
 """The commands of the planner: profile, plan."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +16,26 @@ from rich.progress import Progress as Bar
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
 from moefit.cli.planned import promise_of
+from moefit.cli.serving import shared_steps
 from moefit.errors import ConfigError
 from moefit.evaluate.passage import held_out_text, text_of_file, tokenizer_of
 from moefit.plan import genetic
 from moefit.plan.calibration import windows_of
+from moefit.plan.experiments import RESTS
 from moefit.plan.plan_file import Plan, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.profile import Profile, find_profile
+from moefit.plan.profile import find_profile
 from moefit.plan.profiler import Profiler, Progress
-from moefit.plan.report import draw, front_table, held_table, in_a_line, plan_table
+from moefit.plan.promise import Promise
+from moefit.plan.report import (
+    check_picture,
+    draw,
+    front_table,
+    held_table,
+    in_a_line,
+    plan_table,
+)
+from moefit.plan.rooms import Circumstances
 from moefit.plan.running import Subject
 from moefit.plan.search import Point
 from moefit.serve.budget import format_bytes, parse_bytes
@@ -68,7 +81,7 @@ def profile_model(
         print_json({"path": str(profiler.path), "items": dict(profile.items)})
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
-    say(f"next: moefit plan {model} --memory SIZE")
+    say(f"next: moefit plan {shlex.quote(model)} --memory SIZE")
 
 
 @contextmanager
@@ -88,12 +101,18 @@ def _bar() -> Iterator[Progress]:
         yield show
 
 
+RestName = StrEnum("RestName", list(RESTS))
+
+
 @app.command(name="plan", help="What a memory budget costs and gains, before you pay it.")
 def plan_model(
     model: Model,
     memory: Annotated[
         str | None,
-        typer.Option(help="the budget, such as 4.7GiB: every byte of the process on the device"),
+        typer.Option(
+            help="the budget, such as 4.7GiB: every byte of the process on the device; if none, "
+            "the smallest that keeps --max-loss and --min-speed"
+        ),
     ] = None,
     max_loss: Annotated[
         str | None, typer.Option(help="the fastest that loses at most this, such as 3%")
@@ -104,6 +123,18 @@ def plan_model(
     context: Annotated[
         int, typer.Option(min=1, help="tokens at once; the KV cache is reserved for them")
     ] = 2048,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="for a server: requests at once, whose logits take room too"),
+    ] = None,
+    rest: Annotated[
+        RestName | None,
+        typer.Option(help="format of weights that are no experts; the planner's choice if none"),
+    ] = None,
+    process_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, hidden=True, help="of the process that will serve; this one's if none"),
+    ] = None,
     budgets: Annotated[
         int, typer.Option(min=0, help="how many budgets the front is shown for")
     ] = 8,
@@ -117,15 +148,28 @@ def plan_model(
     as_json: Json = False,
 ) -> None:
     """The choice for a budget, and what other budgets would give."""
-    if memory is None and save is not None:
-        raise ConfigError("--save writes the plan for a budget; give --memory, such as 4.7GiB")
+    promise = promise_of(max_loss, min_speed)
+    if memory is None and save is not None and not promise.wanted:
+        raise ConfigError(
+            "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
+            "for the smallest budget that keeps it"
+        )
+    if picture is not None:
+        check_picture(picture, budgets)
     skeleton = build(folder_of(model), dtype.torch if dtype else None)
     known = find_profile(skeleton, model=model, path=profile)
-    planner = Planner(skeleton, known, context=context, device=device)
-    promise = promise_of(max_loss, min_speed)
+    circumstances = Circumstances(
+        process=process_bytes,
+        rests=RESTS if rest is None else (rest.value,),
+        **shared_steps(max_concurrency),
+    )
+    planner = Planner(skeleton, known, context=context, device=device, circumstances=circumstances)
     plan, front = None, []
-    if memory is not None:
-        plan, front = planner.plan(parse_bytes(memory), promise)
+    if memory is not None or promise.wanted:
+        room = None if memory is None else parse_bytes(memory)
+        # Where nothing keeps the promise, planning for everything says what is nearest.
+        room = room or planner.smallest_budget(promise) or planner.rooms.everything
+        plan, front = planner.plan(room, promise)
     fronts = dict(planner.over_budgets(budgets)) if budgets else {}
     if save is not None and plan is not None:
         write_plan(plan, save)
@@ -134,9 +178,12 @@ def plan_model(
     if as_json:
         print_json(_as_dict(planner, plan, front, fronts))
         return
-    _print(planner, plan, fronts, model, known)
+    _print(planner, plan, fronts, model, smallest=memory is None)
     for path in filter(None, (save, picture)):
         say(f"wrote {path}")
+    if save is not None:
+        words = shlex.quote(model), shlex.quote(str(save))
+        say("next: moefit serve {} --plan {}".format(*words))
 
 
 def _as_dict(
@@ -170,24 +217,33 @@ def _point(one: Point) -> dict[str, Any]:
 
 
 def _print(
-    planner: Planner, plan: Plan | None, fronts: dict[int, list[Point]], model: str, known: Profile
+    planner: Planner,
+    plan: Plan | None,
+    fronts: dict[int, list[Point]],
+    model: str,
+    *,
+    smallest: bool,
 ) -> None:
     out = Console()
     if plan is not None and plan.memory is not None:
         out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
         say(in_a_line(plan))
+        if smallest:
+            say(f"that is the smallest budget that keeps it: {plan.memory} bytes")
         for length, count in planner.sequences(plan).items():
-            say(f"fits {count} sequences of {length} tokens beside its experts")
+            some = "1 sequence" if count == 1 else f"{count} sequences"
+            say(f"fits {some} of {length} tokens beside its experts")
     if fronts:
         out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
     for loss in (0.01, 0.03):
-        size = planner.smallest_budget(loss)
+        size = planner.smallest_budget(Promise(max_loss=loss))
         if size is not None:
-            say(f"smallest budget for a loss of {loss:.0%}: {format_bytes(size)}")
+            say(f"smallest budget for a loss of {loss:.0%}: {format_bytes(size)} ({size} bytes)")
     for warning in planner.warnings():
         say(f"warning: {warning}")
     out.print(held_table(planner.quality.comparison, "quality models on samples not fitted to"))
     out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
     if not genetic.available():
         say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
-    say(f"profile: {known.facts.tokens:,} tokens of {known.facts.text}")
+    facts = planner.profile.facts
+    say(f"profile: {facts.tokens:,} tokens of {facts.text}")

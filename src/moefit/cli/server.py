@@ -1,5 +1,7 @@
 """The command that serves a model over HTTP, and the one that turns a server's budget."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +13,16 @@ from rich.table import Table
 from moefit.cli.app import Json, app, print_json, say, stopped
 from moefit.cli.config_file import ConfigFile
 from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
+from moefit.cli.plan_order import PlanOrder
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served, shared_steps
+from moefit.cli.serving import load_planned, load_served, shared_steps
 from moefit.engine.engine import Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
+from moefit.plan.plan_file import Plan
 from moefit.serve.budget import PARTS, format_bytes
+from moefit.serve.served import ServedModel
 from moefit.server.client import Client
+from moefit.server.live_plan import LivePlan
 from moefit.server.running import Running, bind, url_of
 from moefit.server.security import is_loopback
 from moefit.server.service import Service
@@ -110,9 +116,14 @@ def _serve(
 ) -> None:
     with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
         say(f"loading {model}")
-        with load_served(model, *asked, **_logits(asked[2], engine_settings)) as served:
+        served, plan = _loaded(model, asked, engine_settings)
+        with served:
             engine = Engine(served, engine_settings)
-            running = Running(Service(engine, settings), bound)
+            service = Service(engine, settings)
+            if plan is not None:
+                again = replanner(model, plan, engine)
+                service.live_plan = LivePlan(engine, plan, again)
+            running = Running(service, bound)
             engine.start()
             try:
                 with stop_on_signal() as request:
@@ -129,11 +140,30 @@ def _serve(
                 running.stop()
 
 
-def _logits(planned: Planned, settings: EngineSettings) -> dict[str, int]:
-    """What requests that run together take of the budget; a plan has divided all of it."""
-    if planned.wanted:
-        return {}
-    return shared_steps(settings.max_concurrency)
+def _loaded(
+    model: str, asked: tuple[Room, Misses, Planned], settings: EngineSettings
+) -> tuple[ServedModel, Plan | None]:
+    """With room for the logits of requests that run together."""
+    logits = shared_steps(settings.max_concurrency)
+    if asked[2].wanted:
+        return load_planned(model, *asked, **logits)
+    return load_served(model, *asked, **logits), None
+
+
+def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
+    """Makes a plan as this one for another budget of the model as it is loaded."""
+    order = PlanOrder(
+        model=model,
+        memory=0,
+        context=plan.context,
+        device=str(engine.served.model.device),
+        process=engine.served.budget.process,
+        promise=plan.promise,
+        concurrency=engine.settings.max_concurrency,
+        dtype=plan.dtype,
+        rest=plan.configuration.rest,
+    )
+    return lambda memory: replace(order, memory=memory).carry_out()
 
 
 def _drain(running: Running, settings: ServerSettings, signal: str) -> None:
@@ -226,6 +256,11 @@ def memory_table(memory: dict[str, Any]) -> Table:
         ("at its peak", memory["peak_process_bytes"]),
     ):
         table.add_row(meaning, format_bytes(size))
+    if plan := memory.get("plan"):
+        table.add_section()
+        table.add_row("planned", plan["words"])
+        table.add_row("predicted loss", f"{plan['loss']:+.2%}, give or take {plan['margin']:.2%}")
+        table.add_row("predicted tokens/s", f"{plan['tokens_per_second']:.1f}")
     table.add_section()
     requests, counters = memory["requests"], memory["counters"]
     table.add_row("requests running, waiting", f"{requests['running']}, {requests['waiting']}")

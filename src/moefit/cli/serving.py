@@ -5,7 +5,7 @@ Knows nothing of how options are given (`options.py`).
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,15 @@ from moefit.api import load
 from moefit.cli.app import console, say
 from moefit.cli.options import Misses, Room
 from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
-from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.engine.engine import PROMPT_LOGITS
-from moefit.errors import ConfigError
+from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.formats.backend import backend_status
 from moefit.moe.routing import Rule
+from moefit.plan.plan_file import Plan
 from moefit.plan.report import in_a_line
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.loading import Progress
 from moefit.serve.reckon import Beginning
 from moefit.serve.served import ServedModel
@@ -38,35 +39,53 @@ def load_served(
 ) -> ServedModel:
     """Load and say what it takes; `settings` as of `moefit.load`."""
     if planned.wanted:
-        return _load_planned(model, room, misses, planned, **settings)
+        return load_planned(model, room, misses, planned, **settings)[0]
     with loading() as progress:
         served = load(model, **room.settings(), **misses.settings(), **settings, progress=progress)
     _remark(served, model, room)
     return served
 
 
-def _load_planned(
+def load_planned(
     model: str, room: Room, misses: Misses, planned: Planned, **settings: Any
-) -> ServedModel:
-    """By a plan, which decides mode and formats."""
+) -> tuple[ServedModel, Plan]:
+    """By a plan, which decides mode and formats; the plan too.
+
+    sequences, prompt_logits in `settings`: of a server, which a plan leaves room for.
+    """
     encoded = {
         name: None if value == NATIVE_PRECISION else value
         for name, value in (("precision", room.precision), ("rest", room.rest))
     }
-    refuse_beside_plan(mode=misses.mode, prefill=misses.prefill, dtype=room.dtype, **encoded)
+    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound")}
+    refuse_beside_plan(**decided, dtype=room.dtype, **encoded)
     with console.status("planning"):
-        plan = planned.plan_for(model, room)
+        plan = planned.plan_for(model, room, settings.get("sequences"))
     say(f"plan: {in_a_line(plan)}")
-    chosen = {"host_memory": room.host_memory, "device": room.device, **settings, **plan.settings()}
+    chosen = {"host_memory": room.host_memory, "device": room.device, **plan.settings(), **settings}
     if room.memory is not None:
         chosen["memory"] = room.memory
-    with loading() as progress:
+    with loading() as progress, _said_of(plan, chosen["sequences"]):
         served = load(model, **chosen, progress=progress)
     if plan.rule is not None:
-        use_rule(served, [Rule.parse(plan.rule)])
+        use_rule(served.model, Rule.parse(plan.rule))
     say_packing(plan, model)
     _remark(served, model, room)
-    return served
+    return served, plan
+
+
+@contextmanager
+def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
+    """Add what may be the reason if a plan does not fit."""
+    try:
+        yield
+    except BudgetTooSmallError as error:
+        if plan.sequences >= sequences:
+            raise
+        raise BudgetTooSmallError(
+            f"{error}; it was planned for {plan.sequences} requests at once, and this server runs "
+            f"{sequences}: plan with --max-concurrency {sequences}, or serve with less"
+        ) from error
 
 
 def _remark(served: ServedModel, model: str, room: Room) -> None:
@@ -82,24 +101,13 @@ def _remark(served: ServedModel, model: str, room: Room) -> None:
         )
 
 
-def shared_steps(requests: int) -> dict[str, int]:
-    """What so many requests that share steps take, as settings of `moefit.load`."""
-    return {"sequences": requests, "prompt_logits": PROMPT_LOGITS}
+def shared_steps(requests: int | None) -> dict[str, int]:
+    """What so many requests that share steps take, as settings of `moefit.load`; None: no server.
 
-
-def use_rule(served: ServedModel, rules: Sequence[Rule]) -> None:
-    """Give a served model another inference rule, if one is given.
-
-    Raises ConfigError for more than one, and for models that have no choice of rules.
+    >>> shared_steps(None)
+    {}
     """
-    if not rules:
-        return
-    if len(rules) > 1 or not isinstance(served.model, DsMoeForCausalLM):
-        raise ConfigError(
-            "a served model has one inference rule, and only DS-MoE models can be given another; "
-            f"--rule was given {len(rules)} times for a {type(served.model).__name__}"
-        )
-    served.model.set_inference_rule(rules[0])
+    return {} if requests is None else {"sequences": requests, "prompt_logits": PROMPT_LOGITS}
 
 
 @contextmanager

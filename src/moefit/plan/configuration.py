@@ -42,13 +42,18 @@ class Configuration:
             self.every if self.mode == "virtual" else 1,
         )
 
+    @property
+    def manager(self) -> VirtualExpertManager:
+        """Of the virtual mode."""
+        return VirtualExpertManager(every=self.every)
+
     def load_settings(self) -> dict[str, Any]:
         """Keyword arguments of `LoadSettings` that make this so."""
         return {
             "placement": self.placement,
             "rest": self.rest,
             "mode": self.mode,
-            "manager": VirtualExpertManager(every=self.every),
+            "manager": self.manager,
         }
 
     def policy_settings(self) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """A plan: the configuration that was chosen, for which model and budget, and what was predicted.
 
-Owns the record and its form on disk. `Plan.settings` is what loads it.
+Owns the record and its form in JSON. `Plan.settings` is what loads it.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,22 @@ import torch
 
 from moefit.errors import ConfigError
 from moefit.plan.configuration import Configuration, configuration_from
+from moefit.plan.promise import Promise
+from moefit.plan.record_file import RecordKind
 from moefit.serve.packed import fingerprint
 from moefit.serve.skeleton import Skeleton
 
 VERSION = 1
 _AGAIN = "make it again with moefit plan ... --save FILE"
+_KIND = RecordKind(
+    name="plan",
+    version=VERSION,
+    version_at=("version",),
+    make=_AGAIN,
+    again=_AGAIN,
+    elsewhere="name a file in a folder that can be written to",
+    indent=1,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +48,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """memory: the budget in bytes that it was made for; None if everything is in memory."""
+    """memory: the budget in bytes that it was made for; None if everything is in memory.
+
+    sequences, prompt_logits: what it leaves room for, as of `LoadSettings`. promise: what it was
+    chosen to keep.
+    """
 
     configuration: Configuration
     memory: int | None
@@ -48,12 +62,17 @@ class Plan:
     rule: str | None
     source: str
     predicted: Prediction
+    sequences: int = 1
+    prompt_logits: int = 0
+    promise: Promise = field(default_factory=Promise)
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of `moefit.load` that load the model by this plan."""
         return {
             "memory": self.memory,
             "context": self.context,
+            "sequences": self.sequences,
+            "prompt_logits": self.prompt_logits,
             "dtype": getattr(torch, self.dtype),
             **self.configuration.load_settings(),
             **self.configuration.policy_settings(),
@@ -61,7 +80,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        predicted = {name: getattr(self.predicted, name) for name in Prediction.__slots__}
         return {
             "version": VERSION,
             "source": self.source,
@@ -70,42 +88,22 @@ class Plan:
             "rule": self.rule,
             "memory": self.memory,
             "context": self.context,
-            "predicted": predicted,
+            "sequences": self.sequences,
+            "prompt_logits": self.prompt_logits,
+            "promise": asdict(self.promise),
+            "predicted": asdict(self.predicted),
             "configuration": self.configuration.as_dict(),
         }
 
 
 def write_plan(plan: Plan, path: Path) -> None:
     """As JSON. Raises ConfigError if the file cannot be written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the plan {path}: {error.strerror or error}; name a file in a folder "
-            "that can be written to"
-        ) from error
+    _KIND.write(plan.as_dict(), path)
 
 
 def read_plan(path: Path) -> Plan:
     """Raises ConfigError for a file that is no plan of this version."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no plan {path}; {_AGAIN}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a plan ({error}); {_AGAIN}") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise ConfigError(
-            f"{path} is a plan of version {version!r}, and this moefit reads version {VERSION}; "
-            f"{_AGAIN}"
-        )
-    try:
-        return _plan(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is a damaged plan ({error!r}); {_AGAIN}") from error
+    return _KIND.read(path, _plan)
 
 
 def _plan(values: Mapping[str, Any]) -> Plan:
@@ -120,6 +118,9 @@ def _plan(values: Mapping[str, Any]) -> Plan:
         rule=values["rule"],
         source=values["source"],
         predicted=Prediction(**values["predicted"]),
+        sequences=values.get("sequences", 1),  # not in plans of moefit before servers planned
+        prompt_logits=values.get("prompt_logits", 0),
+        promise=Promise(**values.get("promise", {})),
     )
 
 

@@ -4,23 +4,23 @@ Owns the order of things: models are fitted, rooms reckoned with serving's own l
 run, and of what they find the promise chooses. Knows nothing of how anything is printed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moefit.errors import BudgetTooSmallError
 from moefit.plan import genetic
-from moefit.plan.chosen import QualityModel, fit_quality, quality_samples
+from moefit.plan.caveats import caveats
+from moefit.plan.chosen import QualityModel, fit_quality
 from moefit.plan.configuration import Configuration
-from moefit.plan.experiments import FORMATS, RESTS
+from moefit.plan.experiments import FORMATS
 from moefit.plan.features import Knowledge, knowledge_of
 from moefit.plan.latency import LatencyModel, fit_latency
 from moefit.plan.options import placed_bytes, policy_choices
 from moefit.plan.plan_file import Plan, Prediction
 from moefit.plan.profile import Profile
-from moefit.plan.promise import DEFAULT_LOSS, Chooser, Promise
-from moefit.plan.rooms import Rooms, needed
+from moefit.plan.promise import Chooser, Promise
+from moefit.plan.rooms import ANY, Circumstances, Rooms, needed
 from moefit.plan.search import Models, Point, allocated, pareto
 from moefit.serve.budget import format_bytes
 from moefit.serve.skeleton import Skeleton
@@ -39,11 +39,18 @@ class Planner:
         context: int = 2048,
         device: str = "cpu",
         search: bool = True,
+        circumstances: Circumstances = ANY,
     ):
         self.profile, self.context = profile, context
-        self._skeleton = skeleton
+        self._skeleton, self._given, self._device = skeleton, circumstances, device
         # First of all, for it takes this process for the one that will serve.
-        self.rooms = Rooms(skeleton, profile.experts, context=context, device=device)
+        self.rooms = Rooms(
+            skeleton,
+            profile.experts,
+            context=context,
+            device=device,
+            circumstances=circumstances,
+        )
         self.knowledge: Knowledge = knowledge_of(profile)
         self.quality: QualityModel = fit_quality(profile, self.knowledge)
         self.latency: LatencyModel = fit_latency(profile, self.knowledge)
@@ -54,7 +61,7 @@ class Planner:
         self._search = search
         self._plain = [
             self._models.judged(one, placed_bytes(one, self.knowledge.shapes), "one format for all")
-            for rest in RESTS
+            for rest in circumstances.rests
             for one in self.rooms.simple(rest)
         ]
 
@@ -89,7 +96,7 @@ class Planner:
 
         fetching False: only what waits for no expert, but at most for one in twenty tokens.
         """
-        room = {RESTS[0]: nbytes}
+        room = {self._given.rests[0]: nbytes}
         points = self._of_kind(allocated(self._models, room), fetching=fetching)
         if self._search:
             more = genetic.evolved(self._models, room, pareto(points))
@@ -123,15 +130,19 @@ class Planner:
         Raises ConfigError if the promise can't be kept, with the nearest that can be.
         """
         front = self.front(memory)
+        promise = promise or Promise()
+        point = self._chooser.choose(front, promise, memory)
+        return self.plan_of(point, memory, promise), front
+
+    @property
+    def _chooser(self) -> Chooser:
         known = {one.model: one.median for one in self.latency.comparison}
-        chooser = Chooser(
+        return Chooser(
             margin=self.quality.margin, tolerance=min(0.1, max(0.02, known[self.latency.name]))
         )
-        point = chooser.choose(front, promise or Promise(), memory)
-        return self.plan_of(point, memory), front
 
-    def plan_of(self, point: Point, memory: int | None) -> Plan:
-        """A point as a plan."""
+    def plan_of(self, point: Point, memory: int | None, promise: Promise | None = None) -> Plan:
+        """A point as a plan, chosen to keep a promise."""
         facts = self.profile.facts
         configuration = point.configuration
         return Plan(
@@ -142,6 +153,9 @@ class Planner:
             dtype=facts.dtype,
             rule=facts.rule,
             source=facts.source,
+            sequences=self._given.sequences,
+            prompt_logits=self._given.prompt_logits,
+            promise=promise or Promise(),
             predicted=Prediction(
                 loss=point.loss,
                 margin=self.quality.margin,
@@ -166,65 +180,55 @@ class Planner:
             known = pareto([*known, *self.front(max(low, memory), search=False)])
             yield memory, known
 
-    def smallest_budget(self, max_loss: float) -> int | None:
-        """The least budget with a configuration of at most this loss, within half a percent."""
+    def smallest_budget(self, promise: Promise) -> int | None:
+        """The least budget that a plan can keep the promise in, within half a percent; None: none.
+
+        Raises ConfigError for what cannot be promised anywhere.
+        """
+        promise.check()
         low, high = self.rooms.floor, self.rooms.everything
-        if not self._keeps(high, max_loss):
+        if not self._keeps(high, promise):
             return None
-        if self._keeps(low, max_loss):
+        if self._keeps(low, promise):
             return low
         while high - low > 0.005 * high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._keeps(middle, max_loss) else (middle, high)
+            low, high = (low, middle) if self._keeps(middle, promise) else (middle, high)
         return high
 
     def sequences(self, plan: Plan, lengths: Sequence[int] = (512, 2048, 8192)) -> dict[int, int]:
         """How many sequences of each length fit beside the plan's experts."""
         if plan.memory is None:
             return {}
-        per_token = self._per_token(plan.configuration)
-        taken = needed(self.rooms.ledger(plan.configuration)) - self.context * per_token
+        token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
+        now = needed(self.rooms.ledger(plan.configuration))
+        taken = now - self.context * token - self._given.sequences * row
         longest = getattr(
             self._skeleton.model.config.get_text_config(decoder=True),
             "max_position_embeddings",
             None,
         )
         return {
-            length: max(0, int((plan.memory - taken) // (length * max(1, per_token))))
+            length: max(0, int((plan.memory - taken) // max(1, length * token + row)))
             for length in lengths
             if longest is None or length <= longest
         }
 
     def warnings(self) -> list[str]:
-        """Where this model takes approximation badly, with what was measured."""
-        found: list[str] = []
-        samples = [
-            one for one in quality_samples(self.profile) if one.configuration.mode != "exact"
-        ]
-        for mode in ("bounded", "virtual"):
-            some = [one for one in samples if one.configuration.mode == mode]
-            if not some:
-                continue
-            mild = min(some, key=lambda one: one.divergence)
-            loss = math.expm1(mild.divergence)
-            if loss > DEFAULT_LOSS:
-                share = mild.configuration.slots / sum(self.profile.experts.values())
-                found.append(
-                    f"mode {mode} is expensive for this model: even with {share:.0%} of the "
-                    f"experts in memory it was measured to lose {loss:.1%} of perplexity, moving "
-                    f"{mild.moved:.1%} of router weight; it uses "
-                    f"{self._experts_per_token():.1f} experts a token and block"
-                )
-        return found
-
-    def _experts_per_token(self) -> float:
-        return float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
+        """What whoever plans should know beforehand; see `caveats`."""
+        experts = float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
+        return caveats(self.profile, experts, self._device)
 
     def _per_token(self, configuration: Configuration) -> int:
         some = self.rooms.ledger(configuration, context=64)
         more = self.rooms.ledger(configuration, context=128)
         return (more.kv_cache + more.workspace - some.kv_cache - some.workspace) // 64
 
-    def _keeps(self, memory: int, max_loss: float) -> bool:
+    def _per_sequence(self, configuration: Configuration) -> int:
+        """Its logits."""
+        ledgers = [self.rooms.ledger(configuration, sequences=number) for number in (1, 2)]
+        return ledgers[1].workspace - ledgers[0].workspace
+
+    def _keeps(self, memory: int, promise: Promise) -> bool:
         front = self.front(memory, search=False)
-        return min(one.loss for one in front) <= max_loss
+        return any(self._chooser.keeps(one, promise) for one in front)

@@ -6,10 +6,9 @@ nothing of how anything is measured or what follows from it.
 """
 
 import hashlib
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,14 +16,23 @@ from typing import Any
 
 import torch
 
-from moefit.errors import CheckpointError, ConfigError
+from moefit.errors import ConfigError
 from moefit.folders import cache_root
 from moefit.plan.experiments import BlockShape, Shapes
+from moefit.plan.record_file import RecordKind
 from moefit.serve.packed import fingerprint
 from moefit.serve.skeleton import Skeleton
 
 VERSION = 1
 _AGAIN = "run moefit profile again"
+_KIND = RecordKind(
+    name="profile",
+    version=VERSION,
+    version_at=("facts", "version"),
+    make="make one with moefit profile",
+    again=_AGAIN,
+    elsewhere="make room, or set XDG_CACHE_HOME to a folder that can be written to",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,75 +147,53 @@ def path_for(skeleton: Skeleton, facts: ProfileFacts) -> Path:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write it, whole or not at all. Raises CheckpointError if that cannot be."""
-    values = {"facts": asdict(profile.facts), "items": dict(profile.items)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(values), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise CheckpointError(
-            f"cannot write the profile {path}: {error.strerror or error}; make room, or set "
-            "XDG_CACHE_HOME to a folder that can be written to"
-        ) from error
+    """Write it, whole or not at all. Raises ConfigError if that cannot be."""
+    _KIND.write({"facts": asdict(profile.facts), "items": dict(profile.items)}, path)
 
 
 def read_profile(path: Path) -> Profile:
     """Raises ConfigError for a file that is no profile of this version, naming what helps."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no profile {path}; make one with moefit profile") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a profile ({error}); {_AGAIN}") from error
-    version = values.get("facts", {}).get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise ConfigError(
-            f"{path} is a profile of version {version!r}, and this moefit reads version {VERSION}; "
-            f"{_AGAIN}"
-        )
-    try:
-        facts = values["facts"]
-        known = {field.name for field in fields(ProfileFacts)}
-        facts = ProfileFacts(
-            **{
-                **{name: facts[name] for name in known},
-                "blocks": tuple(BlockFacts(**one) for one in facts["blocks"]),
-                "wanted": tuple(facts["wanted"]),
-            }
-        )
-        return Profile(facts=facts, items=dict(values["items"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is a damaged profile ({error!r}); {_AGAIN}") from error
+    return _KIND.read(path, _profile)
+
+
+def _profile(values: Mapping[str, Any]) -> Profile:
+    facts = values["facts"]
+    blocks = tuple(BlockFacts(**one) for one in facts["blocks"])
+    given = {field.name: facts[field.name] for field in fields(ProfileFacts)}
+    given |= {"blocks": blocks, "wanted": tuple(facts["wanted"])}
+    return Profile(facts=ProfileFacts(**given), items=dict(values["items"]))
 
 
 def find_profile(skeleton: Skeleton, *, model: str, path: Path | None = None) -> Profile:
-    """The profile to plan by: the newest finished one of this checkpoint, or that of `path`.
+    """The profile to plan by: that of `path`, or the newest finished one of this checkpoint.
 
+    One that was measured on this machine comes before others.
     Raises ConfigError if there is none, it is unfinished, or of another checkpoint.
     """
     if path is not None:
         profile = read_profile(path)
         _refuse_other(profile, skeleton, path)
         return _finished(profile, model)
-    newest: Profile | None = None
-    found = sorted(folder_for(skeleton).glob("*.json"), key=lambda one: one.stat().st_mtime)
-    for one in reversed(found):
-        try:
-            profile = read_profile(one)
-        except ConfigError:
-            continue
-        if not profile.missing:
-            return profile
-        newest = newest or profile
-    if newest is None:
+    found = list(_profiles_in(folder_for(skeleton)))
+    if not found:
+        dtype = str(skeleton.dtype).removeprefix("torch.")
         raise ConfigError(
-            f"there is no profile of {model}; make one with: moefit profile {model} --text FILE"
+            f"there is no profile of {model} in {dtype}; make one with: moefit profile {model} "
+            "--text FILE"
         )
-    return _finished(newest, model)
+    best = min(found, key=lambda one: (bool(one.missing), one.facts.machine != _here(one)))
+    return _finished(best, model)
+
+
+def _profiles_in(folder: Path) -> Iterator[Profile]:
+    """All that can be read, the newest first."""
+    for path in sorted(folder.glob("*.json"), key=lambda one: -one.stat().st_mtime):
+        with suppress(ConfigError):
+            yield read_profile(path)
+
+
+def _here(profile: Profile) -> dict[str, Any]:
+    return machine(profile.facts.machine.get("device", "cpu"))
 
 
 def _finished(profile: Profile, model: str) -> Profile:

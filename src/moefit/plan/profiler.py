@@ -6,6 +6,7 @@ result is the same and only slower.
 """
 
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from moefit.errors import UnsupportedModelError
+from moefit.errors import BudgetTooSmallError, UnsupportedModelError
 from moefit.evaluate.speed import measure_bandwidth
+from moefit.folders import alone_in
 from moefit.formats.error import expected_error
 from moefit.formats.format import FORMATS as ALL_FORMATS
 from moefit.formats.format import NATIVE, parse_format, weights_in
+from moefit.moe.routing import Rule
 from moefit.plan import experiments
 from moefit.plan.calibration import digest_of
 from moefit.plan.chosen import compare_quality
@@ -33,6 +36,7 @@ from moefit.plan.profile import (
     ProfileFacts,
     machine,
     path_for,
+    profiles_root,
     read_profile,
     write_profile,
 )
@@ -41,6 +45,8 @@ from moefit.plan.routes import record_routes
 from moefit.plan.running import Subject, fill
 from moefit.plan.samples import Steps, measure_steps, measure_wide
 from moefit.plan.timing import time_format, time_rest
+from moefit.serve.budget import MemoryBudget, format_bytes
+from moefit.serve.dsmoe_rules import check_rule
 from moefit.serve.packed import fingerprint, open_packed
 from moefit.serve.placement import BlockPlacement
 from moefit.serve.reckon import ledger
@@ -69,16 +75,45 @@ class Profiler:
                 f"{type(self._skeleton.model).__name__} continues no text by itself; only decoders "
                 "can be profiled so far; describe and bench work"
             )
+        if subject.rule is not None:
+            check_rule(self._skeleton.model, Rule.parse(subject.rule))
         self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
+        if memory is not None:
+            self._refuse_less(memory)
         self._room = memory or max(1, int(_SHARE * _free_memory()))
         self._reference: Reference | None = None
 
+    def _refuse_less(self, memory: int) -> None:
+        """Raise BudgetTooSmallError if not even a slot a block fits, which measuring needs."""
+        fewest = uniform(dict.fromkeys(self.shapes, 1), "native")
+        budget = self._ledger(fewest, None)
+        if memory < budget.floor:
+            raise BudgetTooSmallError(
+                f"{format_bytes(memory)} is too little to measure this model in; give at least "
+                f"{budget.floor} bytes ({format_bytes(budget.floor)}), or a shorter --context"
+            )
+
     def run(self, progress: Progress | None = None) -> Profile:
-        """Measure what is missing; returns the finished profile."""
-        profile = self._begun()
-        total = len(self.facts.wanted)
+        """Measure what is missing; returns the finished profile.
+
+        Raises ConfigError while another process measures on this machine: neither's times would be
+        worth anything.
+        """
+        if not (profile := self._begun()).missing:
+            return profile
+        with alone_in(
+            profiles_root(),
+            busy="another moefit profile is measuring on this machine, and two at once would "
+            "measure each other; wait for it to end, then run the same command again: what is "
+            "measured stays",
+            lock=f".measuring-{platform.node()}",
+        ):
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> Profile:
+        profile, total = self._begun(), len(self.facts.wanted)
         for name in profile.missing:
             if progress is not None:
                 progress(name, len(profile.items), total)
@@ -184,17 +219,20 @@ class Profiler:
 
     def _clamped(self, configuration: Configuration) -> Configuration:
         """With as many slots as there is memory for while profiling: exactly as good, if slower."""
+        budget = self._ledger(configuration, self._room)
+        if budget.planned is None or budget.fixed + budget.planned.nbytes <= self._room:
+            return configuration
+        return _with_fewer(configuration, self._room - budget.fixed, self.shapes)
+
+    def _ledger(self, configuration: Configuration, memory: int | None) -> MemoryBudget:
         settings = LoadSettings(
-            memory=self._room,
+            memory=memory,
             context=self._windows_BT.shape[1],
             dtype=self._subject.dtype,
             placement=configuration.placement,
             rest=configuration.rest,
         )
-        budget = ledger(self._skeleton, settings, self._packed)
-        if budget.planned is None or budget.fixed + budget.planned.nbytes <= self._room:
-            return configuration
-        return _with_fewer(configuration, self._room - budget.fixed, self.shapes)
+        return ledger(self._skeleton, settings, self._packed)
 
     def _ensure_reference(self, served: ServedModel) -> None:
         if self._reference_or_none() is None:

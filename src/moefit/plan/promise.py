@@ -25,6 +25,11 @@ class Promise:
     max_loss: float | None = None
     min_speed: float | None = None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is asked for."""
+        return not (self.max_loss is self.min_speed is None)
+
     def check(self) -> None:
         """Raise ConfigError for a value that cannot be promised."""
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
@@ -46,19 +51,19 @@ class Chooser:
         Raises ConfigError if none does, with the nearest that can be promised.
         """
         promise.check()
-        good = [
-            one
-            for one in front
-            if (promise.max_loss is None or self._at_most(one) <= promise.max_loss)
-            and (promise.min_speed is None or one.speed >= promise.min_speed)
-        ]
-        if not good:
+        if not (good := [one for one in front if self.keeps(one, promise)]):
             raise ConfigError(self._nearest(front, promise, memory))
         if promise.min_speed is not None:
             return min(good, key=lambda one: (one.loss, one.seconds))
         if promise.max_loss is None:
             good = [one for one in front if one.loss <= DEFAULT_LOSS]
         return self._best_of_fastest(good) if good else min(front, key=lambda one: one.loss)
+
+    def keeps(self, point: Point, promise: Promise) -> bool:
+        """Whether this point may be promised to be so good and so fast."""
+        return (promise.max_loss is None or self._at_most(point) <= promise.max_loss) and (
+            promise.min_speed is None or point.speed >= promise.min_speed
+        )
 
     def _best_of_fastest(self, points: Sequence[Point]) -> Point:
         """The best of those that predictions can't tell from the fastest."""

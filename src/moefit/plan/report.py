@@ -6,11 +6,14 @@ Knows nothing of how they came about.
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from moefit.errors import ConfigError
 from moefit.plan.fitting import Held
 from moefit.plan.plan_file import Plan
 from moefit.plan.search import Point
@@ -18,7 +21,7 @@ from moefit.serve.budget import format_bytes
 
 Fronts = Mapping[int, Sequence[Point]]
 """By budget in bytes."""
-_ROWS = 12
+_WIDE = 0.02  # from this loss on, small ones need a logarithmic axis to be told apart
 
 
 def plan_table(plan: Plan, title: str) -> Table:
@@ -85,20 +88,39 @@ def held_table(rows: Iterable[Held], title: str) -> Table:
     return table
 
 
+def check_picture(path: Path, budgets: int) -> None:
+    """Raise ConfigError for a picture that could not be drawn, before long work."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(
+            f"a picture cannot be written as {path.name!r}; give a name that ends in .png or .svg"
+        )
+    if budgets < 1:
+        raise ConfigError("a picture shows what budgets give, and --budgets is 0; give 1 or more")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+
+
 def draw(fronts: Fronts, path: Path, title: str) -> None:
-    """Loss and tokens/s against bytes, one dot for each point of each front."""
+    """Loss and tokens/s against bytes, one dot for each point of each front.
+
+    Raises ConfigError if the file cannot be written.
+    """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, speeds = figure.subplots(1, 2)
     dots = [(memory / 2**20, one) for memory, points in fronts.items() for one in points]
     for mode in ("exact", "bounded", "virtual"):
-        some = [(x, one) for x, one in dots if one.configuration.mode == mode]
+        if not (some := [(x, one) for x, one in dots if one.configuration.mode == mode]):
+            continue
         losses.plot([x for x, _ in some], [100 * p.loss for _, p in some], "o", ms=4, label=mode)
         speeds.plot([x for x, _ in some], [p.speed for _, p in some], "o", ms=4, label=mode)
     best = [
         (memory / 2**20, min(points, key=lambda p: p.loss)) for memory, points in fronts.items()
     ]
     losses.plot([x for x, _ in best], [100 * p.loss for _, p in best], "-", lw=1, color="grey")
-    losses.set_yscale("symlog", linthresh=0.1)
+    if max((one.loss for _, one in dots), default=0.0) > _WIDE:
+        losses.set_yscale("symlog", linthresh=0.1)
+    losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     losses.set_ylabel("perplexity above the full model's, % (predicted)")
     speeds.set_ylabel("tokens/s (predicted)")
     speeds.set_ylim(bottom=0)
@@ -107,7 +129,13 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the picture {path}: {error.strerror or error}; name a file in a folder "
+            "that can be written to"
+        ) from error
 
 
 def _table(title: str) -> Table:

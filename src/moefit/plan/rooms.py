@@ -5,7 +5,7 @@ for some need staging, so rooms are tried and what then does not fit is left out
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moefit.device import planned_device
 from moefit.plan.configuration import Configuration, uniform
@@ -20,16 +20,42 @@ from moefit.serve.skeleton import Skeleton
 SLACK = 8 << 20  # bytes that loading in another process may differ by
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """What a plan must leave room for, and what it can't change, beside context and device.
+
+    sequences, prompt_logits: as of `LoadSettings`. process: bytes of the one that will serve, with
+    its libraries; None is this one as it is now. rests: what the other weights may be encoded in.
+    """
+
+    sequences: int = 1
+    prompt_logits: int = 0
+    process: int | None = None
+    rests: Sequence[str] = RESTS
+
+
+ANY = Circumstances()
+
+
 class Rooms:
-    """Of one model with so many experts by block; the process is as large as it is now."""
+    """Of one model with so many experts by block."""
 
     def __init__(
-        self, skeleton: Skeleton, experts: Mapping[str, int], *, context: int, device: str
+        self,
+        skeleton: Skeleton,
+        experts: Mapping[str, int],
+        *,
+        context: int,
+        device: str,
+        circumstances: Circumstances = ANY,
     ):
         self._skeleton, self._experts = skeleton, experts
-        self._context, self._device = context, device
-        self._process = held_bytes(planned_device(device))
-        self._simple = {rest: [self.ledger(one) for one in self.simple(rest)] for rest in RESTS}
+        self._context, self._device, self._given = context, device, circumstances
+        process = circumstances.process
+        self._process = held_bytes(planned_device(device)) if process is None else process
+        self._simple = {
+            rest: [self.ledger(one) for one in self.simple(rest)] for rest in circumstances.rests
+        }
 
     @property
     def floor(self) -> int:
@@ -39,7 +65,8 @@ class Rooms:
     @property
     def everything(self) -> int:
         """The budget that holds all experts as they are in the checkpoint."""
-        return needed(self.ledger(uniform(self._experts, FORMATS[0]))) + SLACK
+        whole = uniform(self._experts, FORMATS[0], rest=self._given.rests[0])
+        return needed(self.ledger(whole)) + SLACK
 
     @property
     def fixed(self) -> int:
@@ -67,14 +94,21 @@ class Rooms:
         )
         return configuration.rest, blocks
 
-    def ledger(self, configuration: Configuration, context: int | None = None) -> MemoryBudget:
-        """As loading would reckon it; context None: the planned one."""
+    def ledger(
+        self,
+        configuration: Configuration,
+        context: int | None = None,
+        sequences: int | None = None,
+    ) -> MemoryBudget:
+        """As loading would reckon it; context and sequences None: the planned ones."""
         settings = LoadSettings(
             device=self._device,
             context=context or self._context,
             dtype=self._skeleton.dtype,
             placement=configuration.placement,
             rest=configuration.rest,
+            sequences=sequences or self._given.sequences,
+            prompt_logits=self._given.prompt_logits,
         )
         return replace(ledger(self._skeleton, settings), process=self._process)
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 from moefit.plan.configuration import Configuration
+from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
@@ -40,20 +39,9 @@ class Subject:
             **configuration.load_settings(),
         )
         served = load(self.folder, settings, **configuration.policy_settings())
-        use_rule(served, self.rule)
+        if self.rule is not None:
+            use_rule(served.model, Rule.parse(self.rule))
         return served
-
-
-def use_rule(served: ServedModel, rule: str | None) -> None:
-    """Infer by this rule; None leaves the model's own. Raises ConfigError where there are none."""
-    if rule is None:
-        return
-    if not isinstance(served.model, DsMoeForCausalLM):
-        raise ConfigError(
-            f"only DS-MoE models can be given an inference rule; {rule} was given for a "
-            f"{type(served.model).__name__}, which works without"
-        )
-    served.model.set_inference_rule(Rule.parse(rule))
 
 
 def fill(served: ServedModel) -> None:

@@ -90,10 +90,14 @@ class BlockNeeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSlots:
-    """Slots per block that a planner has chosen, and the bytes that they take together."""
+    """Slots per block that a planner has chosen, and the bytes that they take together.
+
+    spares: bytes by which staging grows without it, for then any block's experts may be swapped.
+    """
 
     counts: tuple[int, ...]
     nbytes: int
+    spares: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +131,9 @@ class MemoryBudget:
 
     @property
     def floor(self) -> int:
-        """The least total that the model can run in."""
-        return self.fixed + sum(block.floor for block in self.blocks)
+        """The least total that the model can run in, without the plan if there is one."""
+        spares = 0 if self.planned is None else self.planned.spares
+        return self.fixed + spares + sum(block.floor for block in self.blocks)
 
     @property
     def everything(self) -> int:
@@ -146,8 +151,10 @@ class MemoryBudget:
 
     def with_total(self, total: int | None) -> "MemoryBudget":
         """The same parts under another total; a plan that does not fit it is forgotten."""
-        fits = self.planned and (total is None or self.fixed + self.planned.nbytes <= total)
-        return replace(self, total=total, planned=self.planned if fits else None)
+        plan = self.planned
+        if plan is None or total is None or self.fixed + plan.nbytes <= total:
+            return replace(self, total=total)
+        return replace(self, total=total, planned=None, staging=self.staging + plan.spares)
 
     def slots(self) -> tuple[int, ...]:
         """Slots per block: equal shares, what is left over one by one from the first block on.

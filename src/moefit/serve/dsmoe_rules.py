@@ -1,7 +1,7 @@
 """What is particular about serving this project's own DS-MoE models.
 
-Owns following their inference rule, which may be changed while they are served
-(`set_inference_rule`). How many experts a token has is read from each choice, as for any family.
+Owns their inference rule: giving them another one (`use_rule`), and following it when it changes
+while they are served. How many experts a token has is read from each choice, as for any family.
 Whether the weights are renormalised cannot be, and what was identified at load doesn't tell: it
 holds for the rule of that moment, and under `dense` the weights sum to one either way.
 
@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moefit.dsmoe.block import DsMoeBlock
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 from moefit.serve.virtual_experts import VirtualExperts
 
@@ -30,6 +32,21 @@ def follow_rules(
         for experts in served.values()
         if isinstance(parent := model.get_submodule(experts.block.parent), DsMoeBlock)
     )
+
+
+def check_rule(model: nn.Module, rule: Rule) -> DsMoeForCausalLM:
+    """The model, if it can be given another rule. Raises ConfigError for one that cannot."""
+    if not isinstance(model, DsMoeForCausalLM):
+        raise ConfigError(
+            f"only DS-MoE models can be given an inference rule; {rule} was given for a "
+            f"{type(model).__name__}, which works without"
+        )
+    return model
+
+
+def use_rule(model: nn.Module, rule: Rule) -> None:
+    """Infer by this rule from now on. Raises ConfigError for a model that has no choice of them."""
+    check_rule(model, rule).set_inference_rule(rule)
 
 
 def _follower(experts: VirtualExperts) -> Any:

@@ -4,7 +4,7 @@ Owns the order of things, which is what keeps the peak under the budget: ledger 
 refusal if it can't be, other weights, slots, routers, and experts only as they are asked for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError
+from moefit.formats.format import Format, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.budget import MemoryBudget, format_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
@@ -26,16 +27,17 @@ from moefit.serve.ledger import weight_bytes
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.placement import Placement
 from moefit.serve.probe import attach
-from moefit.serve.reckon import SPARES, ledger
+from moefit.serve.reckon import ledger
+from moefit.serve.reckoner import Reckoner
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
-from moefit.serve.served import ServedModel, ServedParts, grow, return_freed_memory, seat_all
+from moefit.serve.seating import grow, return_freed_memory, seat_all, spares_of
+from moefit.serve.served import ServedModel, ServedParts
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
-from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import Transfer
-from moefit.serve.upgrades import Upgrades, ladders_of
+from moefit.serve.upgrades import AUTO, Upgrades, ladders_of
 from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
 
 Progress = Callable[[str, int, int], None]
@@ -58,7 +60,7 @@ def load(
     device = parse_device(settings.device)
     settings.check()
     skeleton = build(Path(folder), settings.dtype)
-    packed = open_packed(skeleton, settings.formats())
+    packed = open_packed(skeleton, _to_come(settings))
     budget = ledger(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
     _refuse_encoding(skeleton, settings, budget)
@@ -75,6 +77,13 @@ def load(
             )
         undo.pop_all()
     return served
+
+
+def _to_come(settings: LoadSettings) -> list[Format]:
+    """Formats that experts may be read in; a placement may be changed for another later on."""
+    if settings.placement is None:
+        return settings.formats()
+    return [parse_format(name) for name in AUTO]
 
 
 def _parts(
@@ -113,6 +122,7 @@ def _parts(
         store=store,
         tier=tier,
         live=live,
+        reckoner=Reckoner(skeleton.checkpoint.folder, settings, budget.process, packed),
         hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
     )
 
@@ -124,7 +134,7 @@ def _make_slots(parts: ServedParts, device: torch.device, placement: Placement |
             seat_all(experts, seats, device)
         else:
             grow(experts, count, device)
-    spares = _spares(parts.blocks.values(), device, placed=placement is not None)
+    spares = spares_of(parts.blocks.values(), device, placed=placement is not None)
     parts.live.spares.update(spares)
 
 
@@ -153,21 +163,6 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
     )
     experts.format = settings.format(block)
     return experts
-
-
-def _spares(
-    blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool
-) -> dict[int, list[Slot]]:
-    """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
-    spares: dict[int, list[Slot]] = {}
-    for experts in blocks:
-        if experts.residency.number == experts.num_experts and placed:
-            continue
-        specs = experts.block.layout.specs
-        size = experts.format.nbytes(specs)
-        if size not in spares:
-            spares[size] = [allocate(experts.format, specs, device) for _ in range(SPARES)]
-    return spares
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

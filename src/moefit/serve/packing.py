@@ -8,8 +8,8 @@ of the layout of files (`formats/packed_file.py`) nor of how a text is run (`cal
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.folders import try_lock
+from moefit.folders import alone_in
 from moefit.formats.calibrated import CalibratedExpert
 from moefit.formats.error import relative_error
 from moefit.formats.format import Format, GroupedFormat, NativeFormat, is_matrix
@@ -31,7 +31,7 @@ from moefit.serve.skeleton import Skeleton
 from moefit.serve.slots import Slot, allocate, bytes_of
 from moefit.serve.store import ExpertStore
 
-_LOCK, _RECORDING = ".lock", ".calibration"
+_RECORDING = ".calibration"
 Progress = Callable[[int, int], None]
 """Hears how many bytes of the checkpoint's experts are done, and of how many."""
 
@@ -281,24 +281,13 @@ def _refuse_unsound(
             )
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Make the folder and be the only process that packs into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("ab")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write into {folder}: {error.strerror or error}; set XDG_CACHE_HOME to a "
-            "folder that can be written to"
-        ) from error
-    with file:
-        if not try_lock(file.fileno()):
-            raise ConfigError(
-                f"another process is packing this model into {folder}; wait for it to end, then "
-                "run the same command again: what is finished is skipped"
-            )
-        yield
+    busy = (
+        f"another process is packing this model into {folder}; wait for it to end, then run the "
+        "same command again: what is finished is skipped"
+    )
+    return alone_in(folder, busy=busy)
 
 
 def _sweep(folder: Path) -> None:

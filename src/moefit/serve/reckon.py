@@ -5,7 +5,7 @@ estimates, `budget.py` what follows from the sum.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ def ledger(
         check_placement(settings.placement, skeleton.blocks)
     own = [settings.format(block).nbytes(block.layout.specs) for block in skeleton.blocks]
     sizes = [slot_bytes(size, device) for size in own]
+    swapped, seated = _spare_sizes(skeleton, settings)
     largest, upgrades = max(own), 0
     if settings.precision == AUTO_PRECISION:
         largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
@@ -103,7 +104,7 @@ def ledger(
         + more_logits_bytes(
             config, context, skeleton.dtype, settings.sequences, settings.prompt_logits
         ),
-        staging=sum(SPARES * size for size in _swapped(skeleton, settings, sizes))
+        staging=SPARES * sum(swapped)
         + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
         + _decoding_bytes(skeleton, settings)
         + upgrades,
@@ -114,7 +115,7 @@ def ledger(
         ),
         planned=None
         if settings.placement is None
-        else _planned(settings.placement, skeleton, device),
+        else _planned(settings.placement, skeleton, device, SPARES * sum(seated)),
         rungs=_rungs(skeleton, device) if settings.precision == AUTO_PRECISION else (),
     )
 
@@ -133,24 +134,32 @@ def _rungs(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], .
     )
 
 
-def _swapped(skeleton: Skeleton, settings: LoadSettings, sizes: Sequence[int]) -> set[int]:
-    """Sizes of slots whose experts may be swapped: where a placement seats all, none are."""
-    if settings.placement is None:
-        return set(sizes)
-    pairs = zip(skeleton.blocks, sizes, strict=True)
-    return {
-        size for block, size in pairs if settings.placement[block.name].slots < block.num_experts
-    }
+def _spare_sizes(skeleton: Skeleton, settings: LoadSettings) -> tuple[list[int], list[int]]:
+    """Sizes of the kinds of slots that there are spares of, by format and size, and of the others.
+
+    Where a placement seats all of a block's experts, none of them is swapped.
+    """
+    device, placement = planned_device(settings.device), settings.placement
+    swapped: set[tuple[str, int]] = set()
+    seated: set[tuple[str, int]] = set()
+    for block in skeleton.blocks:
+        format = settings.format(block)
+        kind = format.name, slot_bytes(format.nbytes(block.layout.specs), device)
+        all_here = placement is not None and placement[block.name].slots == block.num_experts
+        (seated if all_here else swapped).add(kind)
+    return [size for _, size in swapped], [size for _, size in seated - swapped]
 
 
-def _planned(placement: Placement, skeleton: Skeleton, device: torch.device) -> PlannedSlots:
+def _planned(
+    placement: Placement, skeleton: Skeleton, device: torch.device, spares: int
+) -> PlannedSlots:
     size = 0
     for block in skeleton.blocks:
         one, specs = placement[block.name], block.layout.specs
         each = [one.format_of(expert).nbytes(specs) for expert in range(one.slots)]
         size += sum(slot_bytes(nbytes, device) for nbytes in each)
     counts = tuple(placement[block.name].slots for block in skeleton.blocks)
-    return PlannedSlots(counts=counts, nbytes=size)
+    return PlannedSlots(counts=counts, nbytes=size, spares=spares)
 
 
 def _context(config: Any, wanted: int) -> int:

@@ -1,8 +1,9 @@
 """Which experts of one MoE block are in memory, slot by slot.
 
 Owns the bookkeeping: every slot is empty, being filled, or holds one expert, and no expert is in
-two slots. Who goes is asked of an eviction policy. Pure: knows nothing of tensors, files or
-threads; whoever uses it from several threads holds a lock.
+two slots. A slot may be one expert's own, being of that expert's format. Who goes is asked of an
+eviction policy. Pure: knows nothing of tensors, files or threads; whoever uses it from several
+threads holds a lock.
 """
 
 from collections.abc import Collection
@@ -20,6 +21,7 @@ class Residency:
         self._filling: dict[int, int] = {}  # slot -> expert
         self._empty: list[int] = list(range(slots))[::-1]
         self._next = slots
+        self._own: dict[int, int] = {}  # expert -> the slot that is its own
 
     @property
     def residents(self) -> Collection[int]:
@@ -53,7 +55,8 @@ class Residency:
     def reserve(self, expert: int, protected: Collection[int] = ()) -> int | None:
         """A slot for an expert that is to be loaded; None if all are protected or being filled.
 
-        Takes an empty slot, else that of the policy's victim, which is no resident from now on.
+        Takes an empty slot, its own if that is one, else that of the policy's victim, which is no
+        resident from now on.
         """
         assert expert not in self._slot_of and expert not in self._filling.values(), expert
         if not self._empty:
@@ -61,7 +64,10 @@ class Residency:
             if not evictable:
                 return None
             self.evict(self._policy.victim(self._slot_of.keys(), protected))
-        slot = self._empty.pop()
+        if (slot := self._own.get(expert)) in self._empty:
+            self._empty.remove(slot)
+        else:
+            slot = self._empty.pop()
         self._filling[slot] = expert
         return slot
 
@@ -79,6 +85,15 @@ class Residency:
         slot = self._slot_of.pop(expert)
         self._empty.append(slot)
         return slot
+
+    def give(self, expert: int, slot: int) -> None:
+        """Make the slot the expert's own, and no other's: it goes there whenever that is empty."""
+        assert slot in {*self._slot_of.values(), *self._filling, *self._empty}, slot
+        self._own = {one: its for one, its in self._own.items() if its != slot} | {expert: slot}
+
+    def owner(self, slot: int) -> int | None:
+        """The expert whose own the slot is."""
+        return next((expert for expert, own in self._own.items() if own == slot), None)
 
     def grow(self, slots: int) -> list[int]:
         """Add empty slots; returns their indices."""
@@ -99,6 +114,7 @@ class Residency:
                     break
                 self.evict(self._policy.victim(self._slot_of.keys(), ()))
             gone.append(self._empty.pop())
+        self._own = {expert: slot for expert, slot in self._own.items() if slot not in gone}
         return gone
 
     def check(self) -> None:
@@ -109,3 +125,5 @@ class Residency:
         assert len(set(experts)) == len(experts), f"an expert is in two slots: {experts}"
         assert all(0 <= expert < self.num_experts for expert in experts), experts
         assert all(0 <= slot < self._next for slot in slots), slots
+        own = list(self._own.values())
+        assert len(set(own)) == len(own) and set(own) <= set(slots), f"not an expert's own: {own}"

@@ -5,15 +5,13 @@ while it runs, the report. Every change takes the lock that a block's step holds
 never sees half of one. Knows nothing of how experts are found or read.
 """
 
-import ctypes
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,8 +22,10 @@ from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
 from moefit.serve.kv_cache import reserve_caches
 from moefit.serve.ledger import held_bytes, peak_held_bytes
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.slots import allocate
+from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.placement import BlockPlacement, Placement
+from moefit.serve.reckoner import Reckoner
+from moefit.serve.seating import reseat, resize
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.view import BlockView, view_of
@@ -44,6 +44,7 @@ class ServedParts:
     store: ExpertStore
     tier: HostTier | None
     live: Live
+    reckoner: Reckoner
     hooks: tuple[RemovableHandle, ...]
 
 
@@ -57,6 +58,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
+        self.reckoner = parts.reckoner
         self._upgrades: Upgrades | None = None
         self._hooks = (
             *parts.hooks,
@@ -103,27 +105,88 @@ class ServedModel:
 
         Shrinking evicts and gives memory back before this returns; growing fills new slots in the
         background, unless residents are fixed: then they are all there when this returns.
+        A placement that does not fit is forgotten: blocks have equal shares in the largest format
+        of each from then on. `set_placement` gives another.
         Raises BudgetTooSmallError, or OSError where the system has no such memory; everything is
         then as it was.
         """
         budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
         counts = budget.slots()
+        if self._budget.planned is not None and budget.planned is None:
+            alike = {
+                name: BlockPlacement(slots=count, formats=(experts.format.name,))
+                for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
+            }
+            self._take(alike, budget, self.policy, placed=False)
+            return budget
+        with self._still():
+            try:
+                if self._upgrades:
+                    self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
+                for name in resize(self.blocks, counts, self.model.device):
+                    self.blocks[name].fill()
+                self._budget = budget
+            finally:
+                if self._upgrades:
+                    self._upgrades.set_room(self._budget.left_over())
+        return budget
+
+    def set_placement(
+        self,
+        placement: Placement,
+        *,
+        memory: str | int | None,
+        mode: Mode = "exact",
+        manager: VirtualExpertManager | None = None,
+        **settings: Any,
+    ) -> MemoryBudget:
+        """Serve so within this budget from now on, as `moefit.load(placement=...)` would.
+
+        Experts that are in memory in the wanted format stay; the others come in the background,
+        and what is needed before is fetched. manager: of the virtual mode; None is the one in
+        force. settings: of `Policy`, as `set_mode` takes them.
+        Raises BudgetTooSmallError if it does not fit, ConfigError or UnsupportedModelError for what
+        cannot be, OSError where the system has no such memory; all is then as it was, but experts
+        may have to come again.
+        """
+        policy = self.checked_policy(mode, **settings)
+        total = None if memory is None else parse_bytes(memory)
+        budget = self.reckoner.budget(placement, total)
+        budget.slots()  # refuses what does not fit
+        with self._live.lock:
+            self._take(placement, budget, policy, placed=True)
+            self._live.manager = manager or self._live.manager
+        return budget
+
+    def _take(
+        self, placement: Placement, budget: MemoryBudget, policy: Policy, *, placed: bool
+    ) -> None:
+        """Give blocks these slots, and begin to fill them; placed as of `spares_of`."""
+        with self._still():
+            try:
+                spares = self._live.spares
+                reseat(self.blocks, spares, placement, self.model.device, placed=placed)
+                self._budget, self._live.policy = budget, policy
+            finally:
+                for experts in self.blocks.values():
+                    experts.fill()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """No step and no swap is under way within; what was to be loaded is, in the end."""
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
             unfilled = [experts for experts in self.blocks.values() if experts.pending]
             for experts in unfilled:
                 experts.give_up()
             try:
-                self._resize(budget, counts)
-                self._budget = budget
+                self._settle()
+                yield
             finally:
                 for experts in unfilled:
                     experts.fill()
-                if self._upgrades:
-                    self._upgrades.set_room(self._budget.left_over())
             if self.policy.residency == "fixed":
                 self._settle()
-        return budget
 
     def start_upgrades(
         self, upgrades: Upgrades, progress: Callable[[int, int], None] = lambda done, total: None
@@ -283,64 +346,6 @@ class ServedModel:
         for experts in self.blocks.values():
             experts.settle()
 
-    def _settled(self, experts: VirtualExperts) -> int:
-        """The block's slots once no swap is under way."""
-        experts.settle()
-        return experts.residency.number
-
-    def _resize(self, budget: MemoryBudget, counts: Sequence[int]) -> None:
-        """Give blocks so many slots each, what must go first."""
-        if self._upgrades:
-            self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
-        changes = {
-            name: count - self._settled(experts)
-            for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
-        }
-        for name, change in changes.items():
-            if change < 0:
-                self._shrink(self.blocks[name], -change)
-        return_freed_memory()
-        self._grow(changes)
-
-    def _grow(self, changes: Mapping[str, int]) -> None:
-        """Give blocks their new slots, or, if there is no memory for one, undo all changes."""
-        device = self.model.device
-        grown: list[str] = []
-        try:
-            for name, change in changes.items():
-                if change > 0:
-                    grow(self.blocks[name], change, device)
-                    grown.append(name)
-        except BaseException:
-            for name in grown:  # empty still, and empty ones go first
-                self._shrink(self.blocks[name], changes[name])
-            for name, change in changes.items():
-                if change < 0:
-                    grow(self.blocks[name], -change, device)
-            raise
-        for name in grown:
-            self.blocks[name].fill()
-
-    def _shrink(self, experts: VirtualExperts, slots: int) -> None:
-        for index in experts.residency.shrink(slots):
-            del experts.slots[index]
-
-
-def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
-    """Add empty slots to a block: all of them, or none if there is no memory."""
-    specs = experts.block.layout.specs
-    new = [allocate(experts.format, specs, device) for _ in range(slots)]
-    experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
-
-
-def seat_all(experts: VirtualExperts, placement: BlockPlacement, device: torch.device) -> None:
-    """Give each of a block's experts a slot of its own format, and load it there."""
-    specs = experts.block.layout.specs
-    for expert in range(experts.num_experts):
-        (index,) = experts.residency.grow(1)
-        experts.slots[index] = allocate(placement.format_of(expert), specs, device)
-        experts.load_now(expert)
-
 
 def _encoded(experts: VirtualExperts) -> Format:
     """A format of the block's slots that is not the checkpoint's own, if there is one."""
@@ -351,14 +356,3 @@ def _encoded(experts: VirtualExperts) -> Format:
 def _formats(experts: VirtualExperts) -> dict[str, int]:
     """How many slots have which format."""
     return dict(Counter(slot.format.name for slot in experts.slots.values()))
-
-
-def return_freed_memory() -> None:
-    """Slots are mappings and gone at once; what else was freed may still lie in the C heap.
-
-    Weights that were encoded do, for one: the heap keeps blocks of a few MiB for itself.
-    """
-    with suppress(OSError, AttributeError):  # another C library: nothing to ask it for
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

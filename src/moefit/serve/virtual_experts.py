@@ -100,6 +100,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
+Spares = dict[tuple[str, int], list[Slot]]
+"""Slots for swaps, by format and size: experts of all blocks with such slots take turns."""
+
+
 @dataclass(slots=True)
 class Live:
     """What all blocks share: the policy in force, the lock, spare slots, counters."""
@@ -109,7 +113,7 @@ class Live:
     transfer: Transfer
     counters: Counters = field(default_factory=Counters)
     lock: RLock = field(default_factory=RLock)
-    spares: dict[int, list[Slot]] = field(default_factory=dict)  # by size in bytes
+    spares: Spares = field(default_factory=dict)
     each_step: Callable[[], None] | None = None  # at the first block's step borders
 
 
@@ -305,7 +309,7 @@ class VirtualExperts(nn.Module):
 
     def begin_swaps(self, *, fill_only: bool = False) -> int:
         """Start what the manager plans, as far as spare slots reach; returns how many began."""
-        spares = self.live.spares.get(self.block_slot_bytes, [])
+        spares = self.live.spares.get(self.spares_key, [])
         leaving = {pending.swap.evict for pending in self._pending}
         swaps = self.live.manager.plan(
             [expert for expert in self.residency.residents if expert not in leaving],
@@ -358,7 +362,8 @@ class VirtualExperts(nn.Module):
         """One slot goes back to the spares: an empty one, else that of the least important."""
         for index in self.residency.shrink(1):
             slot = self.slots.pop(index)
-            self.live.spares.setdefault(slot.nbytes, []).append(slot)
+            key = slot.format.name, slot.nbytes
+            self.live.spares.setdefault(key, []).append(slot)
 
     def _restore(self, before: set[int]) -> None:
         """The resident set as it was before the step."""
@@ -366,6 +371,11 @@ class VirtualExperts(nn.Module):
             self.residency.evict(expert)
         for expert in sorted(before - set(self.residency.residents)):
             self.load_now(expert)
+
+    @property
+    def spares_key(self) -> tuple[str, int]:
+        """Which spares are for its swaps."""
+        return self.format.name, self.block_slot_bytes
 
     @property
     def block_slot_bytes(self) -> int:

@@ -9,6 +9,8 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict
 
 from moefit.errors import MoefitError
+from moefit.plan.plan_file import Plan
+from moefit.serve.budget import parse_bytes
 from moefit.serve.served import ServedModel
 from moefit.server.asked import MemoryAsked
 from moefit.server.refusal import Refused
@@ -57,11 +59,21 @@ class Latency(BaseModel):
     itl_p99: float | None
 
 
+class Predicted(BaseModel):
+    """The plan in force: what it says, and its loss of perplexity, give or take `margin`."""
+
+    words: str
+    loss: float
+    margin: float
+    tokens_per_second: float
+
+
 class Memory(BaseModel):
     """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for.
 
     floor, everything, most: budgets that hold the fewest experts, all of them, and all of them in
-    the best format; everything_in: all of them in a format, where experts differ in it.
+    the best format; everything_in: all of them in a format, where experts differ in it. plan: null
+    where nothing was planned, or what was planned has been changed since.
     """
 
     model: str
@@ -77,6 +89,7 @@ class Memory(BaseModel):
     peak_process_bytes: int
     slot_bytes: int
     spare_bytes: int
+    plan: Predicted | None
     kv_tokens: int
     kv_tokens_used: int
     blocks: list[Block]
@@ -92,15 +105,17 @@ def memory_of(service: Service) -> Memory:
     report, stats = engine.served.report(), engine.stats()
     budget, counters = report["budget"], {name: report[name] for name in _COUNTED}
     counters["budget_changes"] = dict(service.telemetry.changes)
+    live = service.live_plan
+    ends = {name: budget[name] for name in ("floor", "everything", "most")}
+    if live:
+        ends = dict(zip(ends, (*live.ends, live.ends[1]), strict=True))
     same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
     return Memory(
         model=service.settings.name,
         bound=engine.served.policy.bound,
         budget=budget,
-        floor=budget["floor"],
-        everything=budget["everything"],
-        most=budget["most"],
         everything_in=engine.served.budget.everything_in(),
+        plan=_predicted(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
         blocks=[Block.model_validate(view) for view in engine.served.views()],
@@ -108,7 +123,18 @@ def memory_of(service: Service) -> Memory:
         tokens_per_second=stats.tokens_per_second,
         latency=Latency(**service.telemetry.latency()),
         counters=counters,
+        **ends,
         **{name: report[name] for name in same},
+    )
+
+
+def _predicted(plan: Plan) -> Predicted:
+    one = plan.predicted
+    return Predicted(
+        words=plan.configuration.in_words(),
+        loss=one.loss,
+        margin=one.margin,
+        tokens_per_second=one.speed,
     )
 
 
@@ -117,9 +143,12 @@ def change(service: Service, asked: MemoryAsked) -> Memory:
     given = asked.model_fields_set
     if not given:
         raise Refused(400, "nothing to change; give bytes, mode, prefill or bound")
-    engine = service.engine
+    live = service.live_plan
     try:
-        engine.between_steps(lambda: _change(engine.served, asked))
+        if live is not None and given == {"bytes"}:
+            live.change(None if asked.bytes is None else parse_bytes(asked.bytes))
+        else:
+            service.engine.between_steps(lambda: _change(service, asked))
     except MoefitError:
         service.telemetry.changed("refused")
         raise
@@ -132,7 +161,13 @@ def change(service: Service, asked: MemoryAsked) -> Memory:
     return memory_of(service)
 
 
-def _change(served: ServedModel, asked: MemoryAsked) -> None:
+def _change(service: Service, asked: MemoryAsked) -> None:
+    _set(service.engine.served, asked)
+    if service.live_plan is not None:
+        service.live_plan.leave()
+
+
+def _set(served: ServedModel, asked: MemoryAsked) -> None:
     """First what is easily undone: the mode; then the budget, which undoes itself if it fails."""
     before, given = served.policy, asked.model_fields_set
     if given - {"bytes"}:
@@ -159,7 +194,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/memory")
     async def set_memory(asked: Annotated[MemoryAsked, Body()]) -> Memory:
-        """Change budget and mode while requests run; answers when the change is in force."""
+        """Change budget and mode while requests run; answers when the change is in force.
+
+        A server that was planned for its budget plans for the new one, if that is all that is
+        asked for.
+        """
         return await service.aside(change, service, asked)
 
     return routes

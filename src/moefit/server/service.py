@@ -17,6 +17,7 @@ from moefit.engine.engine import Engine
 from moefit.engine.request import Sampling
 from moefit.errors import ConfigError
 from moefit.server.asked import Generation
+from moefit.server.live_plan import LivePlan
 from moefit.server.metrics import ModelCollector
 from moefit.server.refusal import Refused
 from moefit.server.settings import ServerSettings
@@ -62,6 +63,7 @@ class Service:
             ModelCollector(settings.name, engine.stats, engine.served.report)
         )
         self.draining = False
+        self.live_plan: LivePlan | None = None  # of a server that was planned for its budget
         # Few threads: each has a heap of its own, and all of it is in the budget.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
 

@@ -1,0 +1,163 @@
+"""A server that was planned plans again for another budget, or leaves everything as it is."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from planned import planned_model, profile
+from serving_http import client_of, error_of, fake_service
+from tiny_served import saved
+
+import moefit
+from moefit.cli.server import memory_table
+from moefit.errors import ConfigError
+from moefit.plan.plan_file import Plan
+from moefit.plan.planner import Planner
+from moefit.plan.promise import Promise
+from moefit.plan.rooms import Circumstances
+from moefit.serve.served import ServedModel
+from moefit.serve.skeleton import build
+from moefit.server.live_plan import LivePlan
+from moefit.server.service import Service
+
+URL, CONTEXT = "/v1/memory", 64
+BEST = Promise(min_speed=0.001)  # the least loss that there is room for
+
+
+@cache
+def folder() -> Path:
+    return saved(planned_model(), Path(mkdtemp()) / "model")
+
+
+class Maker:
+    """Plans as the command does, in this process, for one of the served one's size."""
+
+    def __init__(self, process: int):
+        self.asked: list[int] = []
+        self.fail: Exception | None = None
+        self.began, self.open = Event(), Event()
+        self.open.set()
+        self.changes: dict[str, Any] = {}
+        given = Circumstances(process=process, rests=("native",))
+        self.planner = Planner(
+            build(folder()), profile(), context=CONTEXT, search=False, circumstances=given
+        )
+
+    def __call__(self, memory: int) -> Plan:
+        self.asked.append(memory)
+        self.began.set()
+        self.open.wait(20)
+        if self.fail is not None:
+            raise self.fail
+        return replace(self.planner.plan(memory, BEST)[0], **self.changes)
+
+
+@pytest.fixture
+def planned() -> Iterator[tuple[TestClient, ServedModel, Service, Maker]]:
+    begun = Maker(process=0)
+    plan = begun.planner.plan(begun.planner.rooms.everything, BEST)[0]
+    with moefit.load(folder(), **{**plan.settings(), "memory": "6GiB"}) as served:
+        make = Maker(served.budget.process)
+        with fake_service(served) as (service, engine):
+            service.live_plan = LivePlan(engine, plan, make)  # pyright: ignore[reportArgumentType]
+            with client_of(service) as client:
+                yield client, served, service, make
+
+
+def test_another_budget_is_planned_for(planned) -> None:
+    client, served, service, make = planned
+    before = client.get(URL).json()
+    low, high = make.planner.rooms.floor, make.planner.rooms.everything
+    assert (before["floor"], before["everything"], before["most"]) == (low, high, high)
+    assert before["plan"]["tokens_per_second"] > 0
+    seen = set()
+    for memory in (low + (high - low) // 3, low + 2 * (high - low) // 3, high):
+        after = client.post(URL, json={"bytes": memory}).json()
+        plan = service.live_plan.plan
+        assert make.asked[-1] == memory == after["budget"]["total"] == plan.memory
+        assert after["plan"]["words"] == plan.configuration.in_words()
+        assert {b["name"]: b["slots"] for b in after["blocks"]} == {
+            name: one.slots for name, one in plan.configuration.placement.items()
+        }
+        assert after["mode"] == plan.configuration.mode
+        served.check()
+        seen.add(after["plan"]["words"])
+    assert len(seen) == 3
+    assert before["floor"] == client.get(URL).json()["floor"]
+    assert "predicted loss" in [str(cell) for cell in memory_table(after).columns[0].cells]
+
+
+def test_all_that_the_model_takes_is_planned_for_too(planned) -> None:
+    client, served, _, make = planned
+    after = client.post(URL, json={"bytes": None}).json()
+    assert after["budget"]["total"] is None
+    assert make.asked == [make.planner.rooms.everything]
+    served.check()
+
+
+def test_what_cannot_be_promised_changes_nothing_and_says_how_it_can_be_had(planned) -> None:
+    client, served, service, make = planned
+    before = client.get(URL).json()
+    make.fail = ConfigError("a loss of at most 3% cannot be promised")
+    error = error_of(client.post(URL, json={"bytes": "5GiB"}), 400)
+    assert "cannot be promised; a mode beside the budget" in error["message"]
+    after = client.get(URL).json()
+    for name in ("budget", "plan", "mode", "slot_bytes"):
+        assert after[name] == before[name]
+    assert service.telemetry.changes == {"refused": 1}
+    less = (served.budget.fixed + served.budget.planned.nbytes) - 1
+    done = client.post(URL, json={"bytes": less, "mode": "exact"}).json()
+    assert done["budget"]["total"] == less and done["plan"] is None
+    served.check()
+
+
+def test_a_mode_that_is_set_by_hand_is_no_plans(planned) -> None:
+    client, _, _, make = planned
+    after = client.post(URL, json={"mode": "virtual"}).json()
+    assert after["mode"] == "virtual" and after["plan"] is None and not make.asked
+    again = client.post(URL, json={"bytes": "5GiB"}).json()
+    assert again["plan"] is not None and make.asked == [5 << 30]
+
+
+def test_a_mode_and_a_budget_by_hand_that_fail_leave_the_plan(planned) -> None:
+    client, served, _, make = planned
+    before = client.get(URL).json()
+    error_of(client.post(URL, json={"bytes": served.budget.floor - 1, "mode": "virtual"}), 400)
+    after = client.get(URL).json()
+    for name in ("budget", "plan", "mode", "prefill", "slot_bytes"):
+        assert after[name] == before[name]
+    assert after["plan"] is not None and not make.asked
+
+
+@pytest.mark.parametrize("bytes", ["much", 0, "0"])
+def test_what_is_no_size_is_not_planned_for(planned, bytes) -> None:
+    client, _, _, make = planned
+    error_of(client.post(URL, json={"bytes": bytes}), 400)
+    assert not make.asked
+
+
+def test_a_plan_under_another_rule_is_not_taken(planned) -> None:
+    client, _, _, make = planned
+    make.changes = {"rule": "top_k:1"}
+    error = error_of(client.post(URL, json={"bytes": "5GiB"}), 400)
+    assert "top_k:1" in error["message"] and "moefit profile" in error["message"]
+
+
+def test_one_budget_is_planned_for_at_a_time_and_the_picture_stays_in_sight(planned) -> None:
+    client, _, _, make = planned
+    make.open.clear()
+    first: list[Any] = []
+    asking = Thread(target=lambda: first.append(client.post(URL, json={"bytes": "5GiB"})))
+    asking.start()
+    assert make.began.wait(20)
+    assert error_of(client.post(URL, json={"bytes": "4GiB"}), 409)["code"] == "busy"
+    assert client.get(URL).json()["budget"]["total"] == 6 << 30
+    make.open.set()
+    asking.join()
+    assert first[0].json()["budget"]["total"] == 5 << 30

@@ -1,0 +1,74 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moefit.errors import ConfigError
+from moefit.plan.record_file import RecordKind
+
+KIND = RecordKind(
+    name="card",
+    version=3,
+    version_at=("facts", "version"),
+    make="draw one",
+    again="draw it again",
+    elsewhere="write elsewhere",
+)
+VALUES: dict[str, Any] = {"facts": {"version": 3}, "points": [1, 2]}
+
+
+def points(values: Any) -> list[int]:
+    return [int(one) for one in values["points"]]
+
+
+def test_what_was_written_is_read_and_nothing_else_lies_there(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "card.json"
+    KIND.write(VALUES, file)
+    assert KIND.read(file, points) == [1, 2]
+    KIND.write({**VALUES, "points": [5]}, file)
+    assert KIND.read(file, points) == [5]
+    assert [path.name for path in file.parent.iterdir()] == ["card.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "is not a card .*; draw it again"),
+        (b"\xff\xfe", "is not a card"),
+        (b"[" * 100_000, "is not a card"),
+        (b"[]", "version None"),
+        (b'{"facts": 3}', "version None"),
+        (b'{"facts": {"version": 2}}', "version 2, and this moefit reads version 3; draw it"),
+        (b'{"facts": {"version": 3}}', "a damaged card .*points"),
+        (b'{"facts": {"version": 3}, "points": 3}', "a damaged card"),
+        (b'{"facts": {"version": 3}, "points": ["x"]}', "a damaged card"),
+    ],
+)
+def test_what_is_no_such_record_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    file = tmp_path / "card.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        KIND.read(file, points)
+
+
+def test_a_file_that_is_not_there_is_another_matter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no card .*; draw one"):
+        KIND.read(tmp_path / "none.json", points)
+
+
+def test_what_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "card.json"
+    KIND.write(VALUES, file)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="No space left on device; write elsewhere"):
+        KIND.write({}, file)
+    assert json.loads(file.read_bytes()) == VALUES
+    assert os.listdir(tmp_path) == ["card.json"]
