@@ -79,7 +79,7 @@ def ledger(
     """
     device = planned_device(settings.device)
     config = skeleton.model.config
-    context = _context(config, settings.context)
+    context = _context(config, settings)
     if settings.placement is not None:
         check_placement(settings.placement, skeleton.blocks)
     own = [settings.format(block).nbytes(block.layout.specs) for block in skeleton.blocks]
@@ -162,9 +162,11 @@ def _planned(
     return PlannedSlots(counts=counts, nbytes=size, spares=spares)
 
 
-def _context(config: Any, wanted: int) -> int:
+def _context(config: Any, settings: LoadSettings) -> int:
+    """Tokens of all sequences together; each is no longer than the model's positions reach."""
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(wanted, longest) if isinstance(longest, int) else wanted
+    known = isinstance(longest, int)
+    return min(settings.context, longest * settings.sequences) if known else settings.context
 
 
 def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
