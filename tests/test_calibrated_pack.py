@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed import killed_packing
 from serving import give_slots
 from test_pack import run
 from tiny_served import logits, saved, tiny, tokens
@@ -167,28 +168,16 @@ def test_an_expert_without_a_token_is_encoded_by_what_others_are_given(tmp_path:
         assert bool(logits(served.model, tokens(1, 8)).isfinite().all())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from moefit.formats.format import parse_format
-from moefit.formats.packed_file import PackedWriter
-from moefit.serve.calibration import Calibration
-from moefit.serve.packing import pack
-from moefit.serve.skeleton import build
-from tiny_served import tokens
-
-left = int(sys.argv[2])
-own = PackedWriter.write
-def write(self, *arguments):
-    global left
-    own(self, *arguments)
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-PackedWriter.write = write
+KILLED = killed_packing(
+    """
 what = Calibration(text="one.txt", digest="one", windows_BT=tokens(24, 32))
 pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=what)
-"""
+""",
+    """
+from moefit.serve.calibration import Calibration
+from tiny_served import tokens
+""",
+)
 
 
 def test_killed_half_way_it_goes_on_without_reading_the_text_again(

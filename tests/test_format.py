@@ -159,6 +159,24 @@ def test_the_output_is_the_familys_over_decoded_tensors(
         assert torch.equal(y_RD, block.layout.output(decoded, x_RD))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, monkeypatch) -> None:
+    model = tiny(family, dtype=dtype, hidden_size=80, intermediate_size=72, head_dim=8)
+    block = find_blocks(model)[0]
+    native = parts_of(model.get_submodule(block.name), block, 3)
+    x_RD = torch.randn(13, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for rows in (1, 7, 8, 9, 13):
+        with torch.inference_mode():
+            monkeypatch.setattr("moefit.formats.format.round_rows", lambda rows: rows)
+            wanted_RD = expert_output(block.layout, native, x_RD[:rows])
+            monkeypatch.undo()
+            made_RD = expert_output(block.layout, native, x_RD[:rows])
+        assert made_RD.shape == wanted_RD.shape == (rows, 80)
+        off = (made_RD.float() - wanted_RD.float()).abs().max()
+        assert off <= 2.0**-7 * wanted_RD.float().abs().max()
+
+
 @pytest.mark.parametrize("name", ["int8", "int2"])
 def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> None:
     block, module = block_and_module

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed import killed_packing
 from safetensors.torch import load_file, save_file
 from tiny_served import COMMON, saved, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,25 +81,9 @@ def test_each_expert_is_read_once_for_all_formats(folder: Path, monkeypatch: Any
     assert sum(read) == made.bytes_read
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from moefit.formats.format import parse_format
-from moefit.formats.packed_file import PackedWriter
-from moefit.serve.packing import pack
-from moefit.serve.skeleton import build
-
-left = int(sys.argv[2])
-own = PackedWriter.write
-def write(self, *arguments):
-    global left
-    own(self, *arguments)
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-PackedWriter.write = write
-pack(build(Path(sys.argv[1])), [parse_format("int8"), parse_format("int4")])
-"""
+KILLED = killed_packing(
+    'pack(build(Path(sys.argv[1])), [parse_format("int8"), parse_format("int4")])'
+)
 
 
 def test_killed_half_way_it_goes_on(folder: Path, packed_cache: Path) -> None:
