@@ -111,6 +111,16 @@ def test_the_ledgers_parts_fill_the_budget_and_follow_each_other(modules, total)
     assert all(0 <= share <= 1 for share in view["marks"].values())
 
 
+def test_a_plan_is_told_with_what_it_costs(modules):
+    plan = {"words": "12 int4, exact", "loss": 0.0123, "margin": 0.004, "tokens_per_second": 11.26}
+    said = modules.module("ledger", "v.map(m.planned)", plan, {**plan, "loss": -0.002}, None)
+    assert said == [
+        "Planned: 12 int4, exact. Predicted: perplexity +1.2%, give or take 0.4%; 11.3 tokens/s.",
+        "Planned: 12 int4, exact. Predicted: perplexity -0.2%, give or take 0.4%; 11.3 tokens/s.",
+        "",
+    ]
+
+
 def test_layers_are_told_apart_by_the_shortest_names(modules):
 
     def short(*names):

@@ -42,3 +42,12 @@ export function sentence(view, formatBytes) {
   return `Budget ${formatBytes(view.total)}: ${parts}. The process holds ${formatBytes(view.held)}; ` +
     `the floor is ${formatBytes(view.floor)}.`;
 }
+
+/** What was planned, and what it was said to cost; nothing where nothing is planned. */
+export function planned(plan) {
+  if (!plan) return "";
+  const percent = (share) => `${(100 * share).toFixed(1)}%`;
+  const sign = plan.loss < 0 ? "" : "+";
+  return `Planned: ${plan.words}. Predicted: perplexity ${sign}${percent(plan.loss)}, give or take ` +
+    `${percent(plan.margin)}; ${plan.tokens_per_second.toFixed(1)} tokens/s.`;
+}

@@ -1,7 +1,7 @@
 // The ledger on the page: the bar, its marks, and the bytes of each part.
 
 import { byId, element, say } from "./dom.js";
-import { ledger, sentence } from "./ledger.js";
+import { ledger, planned, sentence } from "./ledger.js";
 import { grain, rangeOf } from "./dial.js";
 import { formatBytes, formatCount, formatFine } from "./numbers.js";
 
@@ -20,6 +20,7 @@ export class LedgerView {
     const [from, to] = [view.marks.floor * 100, view.marks.most * 100];
     byId("funnel").setAttribute("points", `${from},0 ${to},0 100,100 0,100`);
     byId("ledger").setAttribute("aria-label", sentence(view, formatBytes));
+    say("plan", planned(memory.plan));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
     const best = Object.keys(memory.everything_in).pop();
     const every = best ? `every expert at ${best} precision` : "every expert";
