@@ -15,7 +15,7 @@ from serving_http import client_of, error_of, fake_service
 from tiny_served import saved
 
 import moefit
-from moefit.cli.server import memory_table
+from moefit.cli.budget import memory_table
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan
 from moefit.plan.planner import Planner

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from moefit.cli.app import app, say
+from moefit.cli.budget import ApiKey
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.server import ApiKey
 from moefit.cli.serving import load_served
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError

@@ -1,37 +1,28 @@
-"""The command that serves a model over HTTP, and the one that turns a server's budget."""
+"""The command that serves a model over HTTP."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from moefit.cli.app import Json, app, print_json, say, stopped
+from moefit.cli.app import app, say, stopped
 from moefit.cli.config_file import ConfigFile
-from moefit.cli.options import MISSES, ROOM, Misses, ModeName, Room, spread
+from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.plan_order import PlanOrder
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import load_planned, load_served, shared_steps
 from moefit.engine.engine import Engine, EngineSettings
 from moefit.evaluate.loading import REFERENCE
 from moefit.plan.plan_file import Plan
-from moefit.serve.budget import PARTS, format_bytes
 from moefit.serve.served import ServedModel
-from moefit.server.client import Client
 from moefit.server.live_plan import LivePlan
 from moefit.server.running import Running, bind, url_of
 from moefit.server.security import is_loopback
 from moefit.server.service import Service
 from moefit.server.settings import ServerSettings
 from moefit.signals import stop_on_signal
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option(help="of the server", envvar="MOEFIT_URL")]
-ApiKey = Annotated[str | None, typer.Option(help="the server's key", envvar="MOEFIT_API_KEY")]
 
 
 @app.command(
@@ -185,88 +176,3 @@ def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:
             f"note: whoever reaches {settings.host} can use this server and change its budget; "
             "give --api-key"
         )
-
-
-budget = typer.Typer(no_args_is_help=True, help="The memory budget of a running server.")
-app.add_typer(budget, name="budget")
-
-
-@budget.command(name="get", help="Where the bytes are, and what has happened.")
-def get_budget(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Ask the server for its ledger."""
-    _show(Client(url, api_key).get("/v1/memory"), as_json=as_json)
-
-
-@budget.command(name="set", help="Serve inside another budget from now on, while requests run.")
-def set_budget(
-    memory: Annotated[
-        str, typer.Argument(help="such as 3GiB; 'all' for as much as the model takes")
-    ],
-    mode: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
-    prefill: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
-    bound: Annotated[float | None, typer.Option(min=0, max=1, help="as of serve")] = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Returns when the change is in force; one that can't be had changes nothing."""
-    asked: dict[str, Any] = {"bytes": None if memory == "all" else memory}
-    names: dict[str, ModeName | None] = {"mode": mode, "prefill": prefill}
-    asked |= {name: value.value for name, value in names.items() if value is not None}
-    if bound is not None:
-        asked["bound"] = bound
-    _show(Client(url, api_key).post("/v1/memory", asked), as_json=as_json)
-
-
-def _all_experts(memory: dict[str, Any]) -> list[tuple[str, int]]:
-    """Budgets that hold every expert: one, or one for each format that they may have."""
-    kinds = memory["everything_in"].items()
-    return [(f"all experts in {name}", size) for name, size in kinds] or [
-        ("all experts", memory["everything"])
-    ]
-
-
-def _show(memory: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(memory)
-    else:
-        Console().print(memory_table(memory))
-
-
-def memory_table(memory: dict[str, Any]) -> Table:
-    """What GET /v1/memory says, for a terminal."""
-    table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.title = f"{memory['model']}, mode {memory['mode']}"
-    table.add_column("memory", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    ledger = memory["budget"]
-    for name, meaning in PARTS.items():
-        table.add_row(meaning, format_bytes(ledger[name]))
-    blocks = memory["blocks"]
-    slots = sum(block["slots"] for block in blocks)
-    experts = sum(block["experts"] for block in blocks)
-    table.add_row(f"{slots:,} slots for {experts:,} experts", format_bytes(memory["slot_bytes"]))
-    table.add_section()
-    total = ledger["total"]
-    table.add_row("budget", "none" if total is None else format_bytes(total))
-    for meaning, size in (
-        ("floor", memory["floor"]),
-        *_all_experts(memory),
-        ("the process now", memory["process_bytes"]),
-        ("at its peak", memory["peak_process_bytes"]),
-    ):
-        table.add_row(meaning, format_bytes(size))
-    if plan := memory.get("plan"):
-        table.add_section()
-        table.add_row("planned", plan["words"])
-        table.add_row("predicted loss", f"{plan['loss']:+.2%}, give or take {plan['margin']:.2%}")
-        table.add_row("predicted tokens/s", f"{plan['tokens_per_second']:.1f}")
-    table.add_section()
-    requests, counters = memory["requests"], memory["counters"]
-    table.add_row("requests running, waiting", f"{requests['running']}, {requests['waiting']}")
-    table.add_row("tokens/s", f"{memory['tokens_per_second']:.1f}")
-    table.add_row("KV cache, tokens", f"{memory['kv_tokens_used']:,} of {memory['kv_tokens']:,}")
-    table.add_row("experts found in memory", f"{counters['hit_rate']:.1%}")
-    table.add_row("router weight moved", f"{counters['substituted_mass']:.1%}")
-    table.add_row("read from storage", format_bytes(counters["bytes_read"]))
-    return table
