@@ -101,7 +101,7 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
-    shared = shared_steps(max_concurrency)
+    shared: dict[str, Any] = {**shared_steps(max_concurrency)}
     settings = LoadSettings(**room.settings(), **shared)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared

@@ -29,7 +29,8 @@ class ReservedLayer(DynamicLayer):
 
     def __init__(self, limit: Callable[[], int | None], old: DynamicLayer):
         super().__init__()
-        self.__dict__.update(vars(old))
+        for name, value in vars(old).items():
+            setattr(self, name, value)
         self._limit = limit
         self._buffers: dict[str, Tensor] = {}
 
