@@ -101,7 +101,7 @@ def _remark(served: ServedModel, model: str, room: Room) -> None:
         )
 
 
-def shared_steps(requests: int | None) -> dict[str, int]:
+def shared_steps(requests: int | None) -> dict[str, Any]:
     """What so many requests that share steps take, as settings of `moefit.load`; None: no server.
 
     >>> shared_steps(None)
