@@ -106,15 +106,24 @@ def test_describe_in_a_precision_is_the_ledger(saved):
 
 
 def test_describe_as_a_server_takes_it(saved):
+    in_all = ("--memory", "9GiB", "--context", "64")
     one, many = (
-        json.loads(run("describe", saved, "--memory", "9GiB", *more, "--json").stdout)
+        json.loads(run("describe", saved, *in_all, *more, "--json").stdout)
         for more in ((), ("--max-concurrency", "9"))
     )
     vocabulary, float32, tokens = 300, 4, one["context"]
     others, prompts = 8 * vocabulary * 2 * float32, tokens * vocabulary * float32
     assert many["workspace"] - one["workspace"] == others + prompts
-    alone = json.loads(run("describe", saved, "--max-concurrency", "1", "--json").stdout)
+    alone = json.loads(run("describe", saved, *in_all, "--max-concurrency", "1", "--json").stdout)
     assert alone["workspace"] - one["workspace"] == prompts
+
+
+def test_a_servers_requests_may_be_longer_together_than_one_can_be(saved):
+    found = [
+        json.loads(run("describe", saved, "--memory", "9GiB", *more, "--json").stdout)["context"]
+        for more in ((), ("--max-concurrency", "9"), ("--max-concurrency", "9", "--context", "100"))
+    ]
+    assert found == [64, 9 * 64, 100]
 
 
 def test_describe_auto_says_what_the_budget_buys(saved):

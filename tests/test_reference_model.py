@@ -58,5 +58,7 @@ def test_the_scores_beside_it_are_of_this_model(loaded):
     told = json.loads((reference_path() / "scores.json").read_text())["reference"]
     by_rule = {one["rule"]: one for one in told}
     (dense,) = score(model, held_out_text(tokenizer, 256, 8192), [Rule.parse("dense")])
-    # A sample of the text, and another Python's standard library: near, not equal.
-    assert dense.perplexity == pytest.approx(by_rule["dense"]["perplexity"], rel=0.3)
+    # A sample of the text, and another Python's standard library, which a distribution may have
+    # taken modules out of: near, not equal. Untrained, it would be some thousands.
+    told = by_rule["dense"]["perplexity"]
+    assert told / 2 < dense.perplexity < 2 * told
