@@ -358,9 +358,10 @@ def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _removed(
     ours: dict[str, Any], simple: list[dict[str, Any]], what: str
-) -> dict[str, str | float]:
+) -> dict[str, str | float | None]:
+    """A share, None where the best rule loses nothing on its sample."""
     best = min(simple, key=lambda one: one[what])
-    share = 1 - ours[what] / max(best[what], 1e-9)
+    share = 1 - ours[what] / best[what] if best[what] > 0 else None
     return {"best_rule": best["rule"], "its": best[what], "planned": ours[what], "removed": share}
 
 
