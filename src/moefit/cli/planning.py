@@ -149,11 +149,7 @@ def plan_model(
 ) -> None:
     """The choice for a budget, and what other budgets would give."""
     promise = promise_of(max_loss, min_speed)
-    if memory is None and save is not None and not promise.wanted:
-        raise ConfigError(
-            "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
-            "for the smallest budget that keeps it"
-        )
+    _refuse_vain(memory, promise, save)
     if picture is not None:
         check_picture(picture, budgets)
     skeleton = build(folder_of(model), dtype.torch if dtype else None)
@@ -164,12 +160,7 @@ def plan_model(
         **shared_steps(max_concurrency),
     )
     planner = Planner(skeleton, known, context=context, device=device, circumstances=circumstances)
-    plan, front = None, []
-    if memory is not None or promise.wanted:
-        room = None if memory is None else parse_bytes(memory)
-        # Where nothing keeps the promise, planning for everything says what is nearest.
-        room = room or planner.smallest_budget(promise) or planner.rooms.everything
-        plan, front = planner.plan(room, promise)
+    plan, front = _planned(planner, memory, promise)
     fronts = dict(planner.over_budgets(budgets)) if budgets else {}
     if save is not None and plan is not None:
         write_plan(plan, save)
@@ -179,6 +170,30 @@ def plan_model(
         print_json(_as_dict(planner, plan, front, fronts))
         return
     _print(planner, plan, fronts, model, smallest=memory is None)
+    _say_written(model, save, picture)
+
+
+def _refuse_vain(memory: str | None, promise: Promise, save: Path | None) -> None:
+    if memory is None and save is not None and not promise.wanted:
+        raise ConfigError(
+            "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
+            "for the smallest budget that keeps it"
+        )
+
+
+def _planned(
+    planner: Planner, memory: str | None, promise: Promise
+) -> tuple[Plan | None, list[Point]]:
+    """The plan for the budget, else for the smallest that keeps the promise; and its front."""
+    if memory is not None:
+        return planner.plan(parse_bytes(memory), promise)
+    if not promise.wanted:
+        return None, []
+    # Where nothing keeps the promise, planning for everything says what is nearest.
+    return planner.plan(planner.smallest_budget(promise) or planner.rooms.everything, promise)
+
+
+def _say_written(model: str, save: Path | None, picture: Path | None) -> None:
     for path in filter(None, (save, picture)):
         say(f"wrote {path}")
     if save is not None:
