@@ -4,7 +4,7 @@ import typer
 from typer.testing import CliRunner
 
 from moefit.cli.options import MISSES, Misses, ModeName, Room, spread
-from moefit.serve.virtual_experts import Policy
+from moefit.serve.policy import Policy
 
 
 def given_by(*options: str) -> dict:

@@ -20,10 +20,11 @@ from moefit.moe.scoring import ScoringRule
 from moefit.serve.eviction import LeastRecentlyUsed
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.policy import Policy
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.transfer import Transfer
-from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
+from moefit.serve.virtual_experts import Live, VirtualExperts
 
 NUM_EXPERTS, WIDTH, K = 8, 32, 2
 RULE = ScoringRule(score="softmax", chosen="normalised")

@@ -16,9 +16,9 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import locate
 from moefit.serve.loading import Progress
 from moefit.serve.loading import load as load_folder
+from moefit.serve.policy import Mode, Policy
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
-from moefit.serve.virtual_experts import Mode, Policy
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -22,8 +22,8 @@ from moefit.evaluate.perplexity import Text
 from moefit.evaluate.report import step_table
 from moefit.evaluate.stepwise import Progress, StepScore, score_steps
 from moefit.serve.budget import format_bytes
+from moefit.serve.policy import Mode
 from moefit.serve.served import ServedModel
-from moefit.serve.virtual_experts import Mode
 
 RULE = "top_k:4"
 SHARES = {"1/2": 1 / 2, "1/3": 1 / 3}

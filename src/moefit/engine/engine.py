@@ -26,8 +26,8 @@ from moefit.engine.sampler import NO_NUMBERS, Choice, choose
 from moefit.engine.scheduler import Limits, Piece, Scheduler
 from moefit.errors import ConfigError, RefusedError
 from moefit.serve.budget import MemoryBudget
+from moefit.serve.policy import Mode, Policy
 from moefit.serve.served import ServedModel
-from moefit.serve.virtual_experts import Mode, Policy
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import BlockPlacement, Placement
-from moefit.serve.virtual_experts import Mode
+from moefit.serve.policy import Mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

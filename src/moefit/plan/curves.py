@@ -10,7 +10,7 @@ from moefit.plan.experiments import policies, slot_counts
 from moefit.plan.replay import Replayed, replay_bounded, replay_exact, replay_virtual
 from moefit.plan.routes import Routes
 from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.virtual_experts import Mode, Policy
+from moefit.serve.policy import Mode, Policy
 
 Curves = Mapping[str, Mapping[int, Replayed]]
 """By policy, then slots."""

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from moefit.plan.configuration import Configuration, uniform
 from moefit.serve.placement import BlockPlacement
+from moefit.serve.policy import Mode
 from moefit.serve.precision import Choice, allocate, ladder
-from moefit.serve.virtual_experts import Mode
 
 FORMATS = ("native", "int8", "int6", "int5", "int4", "int3", "int2")
 RESTS = ("native", "int8")

@@ -14,8 +14,8 @@ from moefit.plan.features import Knowledge
 from moefit.plan.latency import LatencyModel
 from moefit.plan.quality import AdditiveModel
 from moefit.serve.placement import BlockPlacement
+from moefit.serve.policy import Mode
 from moefit.serve.precision import Choice, allocate, ladder
-from moefit.serve.virtual_experts import Mode
 
 _MIXTURES = 14  # of formats by expert, between the smallest format for all and the largest
 

@@ -26,6 +26,7 @@ from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ledger import weight_bytes
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.placement import Placement
+from moefit.serve.policy import Policy
 from moefit.serve.probe import attach
 from moefit.serve.reckon import ledger
 from moefit.serve.reckoner import Reckoner
@@ -38,7 +39,7 @@ from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import Transfer
 from moefit.serve.upgrades import AUTO, Upgrades, ladders_of
-from moefit.serve.virtual_experts import Live, Policy, VirtualExperts
+from moefit.serve.virtual_experts import Live, VirtualExperts
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being loaded, and how many of how many are done."""

@@ -24,12 +24,13 @@ from moefit.serve.kv_cache import reserve_caches
 from moefit.serve.ledger import held_bytes, peak_held_bytes
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import BlockPlacement, Placement
+from moefit.serve.policy import Mode, Policy
 from moefit.serve.reckoner import Reckoner
 from moefit.serve.seating import reseat, resize
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.view import BlockView, view_of
-from moefit.serve.virtual_experts import Live, Mode, Policy, VirtualExperts
+from moefit.serve.virtual_experts import Live, VirtualExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from moefit.moe.families import MoeBlock
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import Placement
+from moefit.serve.policy import Mode
 from moefit.serve.upgrades import AUTO
-from moefit.serve.virtual_experts import Mode
 
 AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 

@@ -10,14 +10,11 @@ Shapes: T tokens, D model width, E experts, K chosen per token.
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from math import inf
 from threading import RLock
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moefit.errors import ConfigError
 from moefit.formats.format import NATIVE, Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
@@ -27,6 +24,7 @@ from moefit.serve.eviction import EvictionPolicy
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.invoker import ExpertInvoker
 from moefit.serve.manager import Swap, VirtualExpertManager
+from moefit.serve.policy import Mode, Policy
 from moefit.serve.reroute import (
     Scored,
     masked,
@@ -40,66 +38,7 @@ from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
 from moefit.serve.transfer import Transfer, finish
 
-Mode = Literal["exact", "bounded", "virtual"]
-Method = Literal["substitute", "prior"]
-Update = Literal["manager", "fixed"]
 LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What happens when an expert is not resident. One for all blocks, changed as a whole.
-
-    - `mode` for steps of one token a sequence, `prefill` for longer ones.
-    - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
-      best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
-    - `ramp` spreads the bound over the depth, for what goes wrong early goes on through all blocks
-      behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
-    - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
-      family normalises its weights, that is so anyway.
-    - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
-      is fetched then goes when the step ends.
-    """
-
-    mode: Mode = "exact"
-    prefill: Mode = "exact"
-    bound: float = 0.3
-    ramp: float = 1.0
-    protected: int = 1
-    method: Method = "substitute"
-    bonus: float = 0.2
-    residency: Update = "manager"
-    keep_mass: bool = True
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that does not exist or cannot be."""
-        choices = {"mode": Mode, "prefill": Mode, "method": Method, "residency": Update}
-        for name, kind in choices.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ConfigError(f"{name}={value!r} is not one of {known}")
-        if not _is_number(self.bound) or not 0 <= self.bound <= 1:
-            raise ConfigError(f"bound={self.bound!r}, but it is a share of router weight, 0 to 1")
-        if not _is_number(self.ramp) or not 0 <= self.ramp <= 1:
-            raise ConfigError(f"ramp={self.ramp!r}, but it is 0 to 1")
-        if type(self.protected) is not int or self.protected < 0:
-            raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
-        if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
-            raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
-
-    def bound_at(self, depth: float) -> float:
-        """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
-
-        >>> Policy(bound=0.25, ramp=1.0).bound_at(0.75)
-        0.375
-        """
-        return min(1.0, self.bound * (1 + self.ramp * (2 * depth - 1)))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
-
-
 Spares = dict[tuple[str, int], list[Slot]]
 """Slots for swaps, by format and size: experts of all blocks with such slots take turns."""
 
