@@ -55,7 +55,7 @@ def arrive(served: ServedModel) -> None:
     """Everything that was begun has come."""
     settled(served)
     for experts in served.blocks.values():
-        experts.settle()
+        experts.swaps.settle()
     served.check()
 
 
