@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError, UnsupportedModelError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.folders import alone_in
@@ -60,6 +61,7 @@ Progress = Callable[[str, int, int], None]
 _REPLAYED = 1024  # tokens whose routes are replayed
 _SHARE = 0.75  # of the memory that is free, where no budget is given
 _PROMPT = 16
+_TIMED = ("bandwidth", "format/", "rest/", "steps/")  # how items begin that have times in them
 
 
 class Profiler:
@@ -68,6 +70,7 @@ class Profiler:
     def __init__(
         self, subject: Subject, windows_BT: Tensor, *, text: str, memory: int | None = None
     ):
+        parse_device(subject.device)
         self._subject, self._windows_BT, self._text = subject, windows_BT, text
         self._skeleton = build(subject.folder, subject.dtype)
         if self._skeleton.model.config.is_encoder_decoder:
@@ -95,13 +98,14 @@ class Profiler:
                 f"{budget.floor} bytes ({format_bytes(budget.floor)}), or a shorter --context"
             )
 
-    def run(self, progress: Progress | None = None) -> Profile:
+    def run(self, progress: Progress | None = None, *, again: bool = False) -> Profile:
         """Measure what is missing; returns the finished profile.
 
+        again: forget all times first, such as those of a machine that was busy.
         Raises ConfigError while another process measures on this machine: neither's times would be
         worth anything.
         """
-        if not (profile := self._begun()).missing:
+        if not again and not (profile := self._begun()).missing:
             return profile
         with alone_in(
             profiles_root(),
@@ -110,6 +114,8 @@ class Profiler:
             "measured stays",
             lock=f".measuring-{platform.node()}",
         ):
+            if again:
+                write_profile(self._begun().without(_TIMED), self.path)
             return self._run(progress)
 
     def _run(self, progress: Progress | None) -> Profile:
