@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moefit.moe.identify import Example, Identified, Known, identify
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Example, Groups, Identified, Known, identify
+from moefit.moe.scoring import Groups
 from moefit.serve.virtual_experts import VirtualExperts
 
 _SHAPE = (4, 16)  # with fewer tokens, rules that differ rarely (group scores) agree by chance
