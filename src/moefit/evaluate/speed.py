@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from moefit.errors import ConfigError
 from moefit.serve.served import ServedModel
 
+_READ = 256 << 20  # bytes of a file, to time storage by
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
@@ -146,10 +148,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers())
 
 
-def measure_bandwidth(folder: Path, *, limit: int = 256 << 20) -> Bandwidth:
+def measure_bandwidth(folder: Path) -> Bandwidth:
     """Read part of the largest file past the page cache; multiply a matrix larger than caches."""
     file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    size = min(limit, file.stat().st_size)
+    size = min(_READ, file.stat().st_size)
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
