@@ -15,7 +15,7 @@ from planned import profile
 from tiny_served import saved, tiny, tokens
 
 from moefit.api import folder_of
-from moefit.errors import BudgetTooSmallError, ConfigError, DataError
+from moefit.errors import ConfigError, DataError
 from moefit.evaluate.perplexity import Text
 from moefit.plan.calibration import windows_of
 from moefit.plan.profile import (
@@ -103,11 +103,6 @@ def test_two_that_measure_at_once_are_refused_and_what_is_finished_is_given() ->
         other.kill()
     with pytest.raises(_Killed):  # the lock has gone with its process
         profiler().run(stop_after(0))
-
-
-def test_too_little_memory_to_measure_in_is_refused_with_what_is_enough() -> None:
-    with pytest.raises(BudgetTooSmallError, match=r"give at least \d+ bytes"):
-        Profiler(Subject(folder=folder()), WINDOWS, text="random", memory=1 << 20)
 
 
 @pytest.mark.parametrize(("rule", "says"), [("top_k:1", "only DS-MoE"), ("best", "best")])
