@@ -184,6 +184,8 @@ def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
     assert found["moefit:expert_requests_total fetch"] == report["fetches"]
     assert found["moefit:expert_requests_total substitute"] == report["substitutions"]
     assert found["moefit:expert_bytes_loaded_total storage"] == report["bytes_read"] > 0
+    assert found["moefit:expert_refetches_total"] == report["refetches"] == 0
+    assert found["moefit:expert_refetch_bytes_total"] == report["refetch_bytes"] == 0
     assert found["moefit:expert_swaps_total importance"] == report["swaps"]
     assert found["moefit:expert_load_seconds_count"] == report["loads"] > 0
     assert found["moefit:expert_load_seconds_sum"] == report["load_seconds"] > 0

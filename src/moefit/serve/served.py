@@ -212,7 +212,8 @@ class ServedModel:
         """Change the mode, and any other setting of `Policy`, from the next step on.
 
         `prefill` follows the mode unless given: exact stays exact and bounded prefills exactly;
-        virtual prefills virtually.
+        virtual prefills virtually. A `refetch` that is in force rests in other modes than exact;
+        its slots stay reserved, also when it is set to None.
         Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
         routing rule is not known, so that nothing but exact is possible.
         """
@@ -232,6 +233,7 @@ class ServedModel:
             known = ", ".join(Policy.__slots__)
             raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
         policy.check()
+        self._check_refetch(mode, settings.get("refetch"))
         unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
             raise UnsupportedModelError(
@@ -240,6 +242,20 @@ class ServedModel:
                 f"blocks ({unknown[0]}); mode exact works"
             )
         return policy
+
+    def _check_refetch(self, mode: Mode, share: float | None) -> None:
+        if share is None:
+            return
+        if mode != "exact":
+            raise ConfigError(
+                f"refetch={share!r} belongs to mode exact, and the mode is {mode!r}; give one of "
+                "the two"
+            )
+        if self._live.copies is None:
+            raise ConfigError(
+                f"refetch={share!r} needs slots for better copies, and none were reserved when the "
+                "model was loaded; load it with precision auto and refetch"
+            )
 
     def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
         """Hold just these experts, by block name, as far as there are slots."""
@@ -267,9 +283,11 @@ class ServedModel:
             return {
                 "mode": self.policy.mode,
                 "prefill": self.policy.prefill,
+                "refetch": self.policy.refetch,
                 "budget": self._budget.as_dict(),
                 "slot_bytes": slot_bytes,
                 "spare_bytes": spare_bytes,
+                "scratch_bytes": 0 if self._live.copies is None else self._live.copies.nbytes,
                 "process_bytes": held_bytes(device),
                 "peak_process_bytes": peak_held_bytes(device),
                 "slots": {name: one.residency.number for name, one in self.blocks.items()},
@@ -324,6 +342,9 @@ class ServedModel:
                 assert experts.residency.number == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
             held += sum(s.nbytes for spares in self._live.spares.values() for s in spares)
+            if self._live.copies is not None:
+                self._live.copies.check()
+                held += self._live.copies.nbytes
             total = self._budget.total
             room = None if total is None else total - self._budget.fixed + self._budget.staging
             assert room is None or held <= room, f"{held} bytes held, {room} may be"
