@@ -1,7 +1,5 @@
 """The scratch slots' table: whatever steps, failures and interruptions come."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import settings
@@ -57,14 +55,13 @@ def copies_over(transfer: Transfer, counters: Counters) -> BetterCopies:
 
 
 class Steps(RuleBasedStateMachine):
-    """The model: at which step each was last asked for."""
+    """Bytes tell whose copy a slot holds; what was held before a step is not read in it."""
 
     def __init__(self):
         super().__init__()
         self.store, self.counters = MarkingStore(), Counters()
         self.transfer = Transfer(self.store, readers=2)
         self.copies = copies_over(self.transfer, self.counters)
-        self.steps, self.last = 0, dict[tuple[str, int], int]()
 
     def teardown(self):
         self.transfer.close()
@@ -81,7 +78,7 @@ class Steps(RuleBasedStateMachine):
     def step(self, block: str, experts: set[int]) -> None:
         before, reads = self.held(), len(self.store.reads)
         given = []
-        for expert, slot in self.begin(block, experts):
+        for expert, slot in self.copies.begin(block, experts):
             given.append(expert)
             assert slot.format == FORMAT[block]
             assert slot.buffer_B.unique().tolist() == [mark(block, expert)]
@@ -89,23 +86,17 @@ class Steps(RuleBasedStateMachine):
         wanted = {(block, expert) for expert in experts}
         assert sorted(self.store.reads[reads:]) == sorted(wanted - before), "and no more is read"
         if len(wanted) <= SCRATCH_SLOTS:
-            others = sorted(before - wanted, key=lambda one: (self.last[one], one))
-            gone = max(0, len(before | wanted) - SCRATCH_SLOTS)
-            assert self.held() == wanted | set(others[gone:])
-
-    def begin(self, block: str, experts: set[int]) -> Iterator[tuple[int, Slot]]:
-        self.steps += 1
-        self.last.update({(block, expert): self.steps for expert in experts})
-        return self.copies.begin(block, experts)
+            assert wanted <= self.held() <= before | wanted
+            assert len(self.held()) == min(SCRATCH_SLOTS, len(before | wanted))
 
     @rule(block=st.sampled_from("ab"), experts=EXPERTS, after=st.integers(0, 8), then=EXPERTS)
     def interrupted(self, block: str, experts: set[int], after: int, then: set[int]) -> None:
         """Whoever computes fails, and the next step wants others, or the same."""
-        coming = self.begin(block, experts)
+        coming = self.copies.begin(block, experts)
         for _ in zip(range(after), coming, strict=False):
             pass
         self.copies.check()
-        assert sorted(expert for expert, _ in self.begin(block, then)) == sorted(then)
+        assert sorted(expert for expert, _ in self.copies.begin(block, then)) == sorted(then)
 
     @rule(block=st.sampled_from("ab"), experts=EXPERTS, data=st.data())
     def broken(self, block: str, experts: set[int], data: st.DataObject) -> None:
@@ -115,7 +106,7 @@ class Steps(RuleBasedStateMachine):
         lost = data.draw(st.sampled_from(absent))
         self.store.broken = {(block, lost)}
         with pytest.raises(OSError, match="storage is gone"):
-            list(self.begin(block, experts))
+            list(self.copies.begin(block, experts))
         self.store.broken = set()
         assert not self.copies.holds(block, lost)
 
@@ -161,3 +152,10 @@ def test_what_was_read_is_counted_and_what_was_there_is_not() -> None:
         list(copies.begin("b", {1, 5}))
     transfer.close()
     assert (counters.refetches, counters.refetch_bytes) == (2, 2 * size)
+
+
+def test_what_is_wanted_often_stays_while_others_pass_through(copies) -> None:
+    for turn in range(12):
+        for block, often in (("a", 0), ("b", 1)):
+            list(copies.begin(block, {often, 2 + turn % 6}))
+    assert copies.holds("a", 0) and copies.holds("b", 1)

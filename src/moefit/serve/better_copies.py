@@ -1,10 +1,11 @@
 """Better copies of experts that are in memory in few bits: read for one step, and kept a while.
 
 Owns the scratch slots, one table for all blocks: a copy stays until another needs its slot, the one
-that was longest not used first. A block's step names the experts that it wants so (`wanted`), and
-is given them one by one while others are still being read. What is computed does not depend on
-which copies were there. Whoever calls holds the lock of a step. Knows nothing of modes or budgets;
-which experts are wanted is `refetch`'s to say.
+that was least wanted lately first (by last use, blocks that take turns would throw out what the
+next token wants). A block's step names the experts that it wants so (`wanted`), and is given them
+one by one while others are still being read. What is computed does not depend on which copies were
+there. Whoever calls holds the lock of a step. Knows nothing of modes or budgets; which experts are
+wanted is `refetch`'s to say.
 
 Shapes: T tokens, K chosen per token, B bytes.
 """
@@ -22,11 +23,13 @@ from moefit.formats.format import Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.serve.counters import Counters
-from moefit.serve.eviction import LeastRecentlyUsed
+from moefit.serve.eviction import LeastFrequentlyUsed
 from moefit.serve.refetch import SCRATCH_SLOTS, heavy, largest_copy, worth_reading
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, host_bytes
 from moefit.serve.transfer import Transfer, finish
+
+HALF_LIFE = 24  # tokens; what exact serving's own eviction counts by
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class BetterCopies:
         for block in blocks:
             self._first[block.name] = sum(self._blocks[name].num_experts for name in self._first)
         size, number = largest_copy(blocks, formats), sum(block.num_experts for block in blocks)
-        self._used = LeastRecentlyUsed()
+        self._used = LeastFrequentlyUsed(HALF_LIFE * len(blocks))
         self._table = Residency(number, SCRATCH_SLOTS, self._used)
         self._buffers = [_memory(size, device) for _ in range(SCRATCH_SLOTS)]
         self._slots: dict[int, Slot] = {}
