@@ -6,9 +6,10 @@
 Decodes windows of held-out text token by token in precision auto, against the same model with all
 experts in bfloat16. Each threshold is measured twice: at the same bytes in all, its scratch slots
 taken from what experts have (`same total`), and with scratch slots on top (`same slots`), as it
-would be with thousands of experts, where four slots are next to nothing. Windows are by turns
-scored and given to what `auto` observes; formats then stay as they are. Packed is in a cache folder
-of its own, with --calibration by that text.
+would be with a thousand of experts, where these are next to nothing. Beside them the other way to
+spend the same bytes: all experts in int8, a third of them in memory, the others fetched. Windows
+are by turns scored and given to what `auto` observes; formats then stay as they are. Packed is in a
+cache folder of its own, with --calibration by that text.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main() -> None:
         name, _, model = pair.partition("=")
         how = {"context": 2 * arguments.context, "dtype": torch.bfloat16}
         subject = Subject(model, rules.get(name), arguments, **how)
-        wanted = [(None, "same total")]
+        wanted: list[tuple[float | None, str]] = [(None, "same total"), (None, "int8, fetched")]
         wanted += [(one, room) for room in ("same total", "same slots") for one in thresholds]
         with alone(), subject.load() as full:
             if arguments.calibration:
@@ -77,7 +78,9 @@ def main() -> None:
 def measured(
     subject: Subject, full: ServedModel, bits: float, threshold: float | None, room: str
 ) -> Point:
-    how: dict[str, Any] = {"precision": "auto", "memory": PLENTY, "refetch": threshold}
+    fetched = room == "int8, fetched"
+    precision = "int8" if fetched else "auto"
+    how: dict[str, Any] = {"precision": precision, "memory": PLENTY, "refetch": threshold}
     with subject.load(**how) as served:
         scratch = served.report()["scratch_bytes"]
         weights = sum(
@@ -89,7 +92,7 @@ def measured(
             for window_L in subject.calibration[:64]:
                 served.model(window_L[None, :-1], use_cache=False)
         served.settle_precision()
-        served.set_mode("exact", residency="fixed")
+        served.set_mode("exact", residency="manager" if fetched else "fixed")
         again, scores = 0, []
         for window_L in subject.scored:
             scores.append(score_steps(served, as_text(window_L), against=full))

@@ -175,6 +175,11 @@ def test_experts_that_matter_are_read_again_from_what_was_packed(saved, text, pa
     assert "mode exact, better copies from 20% of a token's weight on" in " ".join(told.split())
     scores = run("eval", saved, "--text", text, "--context", "32", *asked, "--json").stdout
     assert json.loads(scores)["mode"] == "exact"
+    staging, alone = (
+        json.loads(run("describe", saved, *how, "--json").stdout)["staging"]
+        for how in (asked, IN_AUTO)
+    )
+    assert staging > alone
 
 
 def test_export(saved, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import ask, generated, greedy, prompts, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_served import saved, tiny, tokens
@@ -23,6 +24,7 @@ from moefit.serve.skeleton import build
 from moefit.serve.slots import allocate
 from moefit.serve.upgrades import AUTO
 from moefit.serve.virtual_experts import VirtualExperts
+from moefit.server.metrics import ModelCollector
 
 CPU = torch.device("cpu")
 HOW: dict[str, Any] = {"precision": "auto", "memory": "4GiB", "context": 64}
@@ -217,6 +219,26 @@ def test_an_absent_expert_is_read_once_in_the_better_format(served: ServedModel)
     assert 0 < twin.again < 8 and report["fetches"] + report["hits"] == 8
     assert report["refetches"] + report["hits"] == twin.again, "some copies were there"
     assert report["loads"] - loads == report["fetches"], "and none twice"
+
+
+def test_requests_that_share_steps(served: ServedModel) -> None:
+    served.set_mode("exact", refetch=0.25, residency="fixed")
+    expected = generated(served, prompts([5])[0])
+    with running(served) as engine:
+        assert ask(engine, prompts([5])[0], greedy()).wait().tokens == expected
+        served.reset()
+        with beside(served) as twin:
+            heard = [ask(engine, prompt, greedy(12)) for prompt in prompts([5, 13, 1])]
+            assert {one.end.reason for one in heard} == {"length"}, heard[0].end
+        report = served.report()
+        assert twin.again >= report["refetches"] > 0
+        counted = {
+            one.name: one for one in ModelCollector("m", engine.stats, served.report).collect()
+        }
+    for name in ("refetches", "refetch_bytes"):
+        (total,) = counted[f"moefit:expert_{name}"].samples
+        assert total.value == report[name]
+    served.set_mode("exact", residency="manager")
 
 
 def test_the_report_and_the_ledger(served: ServedModel, folder: Path) -> None:

@@ -32,6 +32,15 @@ class ModeName(StrEnum):
     virtual = "virtual"
 
 
+Refetch = Annotated[
+    float | None,
+    typer.Option(
+        help="exact, --precision auto: decoding computes experts with this share of a token's "
+        "router weight, such as 0.3, from the best packed format"
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """The memory that a model is given, and how it lies in it."""
@@ -108,13 +117,7 @@ class Misses:
         ),
     ] = None
 
-    refetch: Annotated[
-        float | None,
-        typer.Option(
-            help="exact, --precision auto: compute experts with this share of a token's router "
-            "weight, such as 0.3, from a better packed copy"
-        ),
-    ] = None
+    refetch: Refetch = None
 
     @property
     def wanted(self) -> bool:

@@ -14,7 +14,9 @@ from moefit.formats.format import FORMATS, Format, NativeFormat
 from moefit.moe.families import MoeBlock
 from moefit.serve.packed import PackedStore
 
-SCRATCH_SLOTS = 4  # as many as a step reads at once; more would be taken from all experts' formats
+SCRATCH_SLOTS = (
+    2  # one is computed from while the other is filled; all experts' formats pay for more
+)
 
 
 def heavy(choices: Iterable[Mapping[int, float]], threshold: float) -> set[int]:
