@@ -53,7 +53,7 @@ def test_the_picture(running, served) -> None:
     assert memory["requests"] == {"running": 0, "waiting": 0}
     assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
     assert memory["latency"]["ttft_p50"] is None
-    assert memory["counters"]["hits"] > 0
+    assert memory["counters"]["hits"] > 0 == memory["counters"]["refetches"]
     report = served.report()
     for block in memory["blocks"]:
         assert block["resident"] == report["resident"][block["name"]]

@@ -38,6 +38,10 @@ class _Load:
     done: Future[float]
 
 
+_Loads = dict[int, _Load]
+"""What one step is having read, by expert's number in the table."""
+
+
 class BetterCopies:
     """Experts of all blocks in `formats`, by block name, as far as scratch slots reach."""
 
@@ -59,7 +63,7 @@ class BetterCopies:
         self._table = Residency(number, SCRATCH_SLOTS, self._used)
         self._buffers = [_memory(size, device) for _ in range(SCRATCH_SLOTS)]
         self._slots: dict[int, Slot] = {}
-        self._loads: dict[int, _Load] = {}
+        self._loads: _Loads = {}
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +88,8 @@ class BetterCopies:
         A slot is good until the next one is asked for. Raises CheckpointError when an expert cannot
         be read; nothing is being read any more when that reaches the caller.
         """
-        self.give_up()
+        self._give_up(self._loads)  # of a step that failed before it asked for its copies
+        self._loads = {}
         first = self._first[block]
         keys = sorted(first + expert for expert in experts)
         residents = self._table.residents
@@ -93,12 +98,6 @@ class BetterCopies:
         self._used.observe(dict.fromkeys(keys, 1.0))
         self._read(block, waiting, protected=keys)
         return self._in_turn(block, left, waiting)
-
-    def give_up(self) -> None:
-        """End what a step left behind that failed."""
-        for key in list(self._loads):
-            with suppress(Exception):
-                self._finish(key)
 
     def check(self) -> None:
         """Raise AssertionError if table, slots and reads don't agree."""
@@ -116,15 +115,16 @@ class BetterCopies:
     def _in_turn(
         self, block: str, left: deque[int], waiting: deque[int]
     ) -> Iterator[tuple[int, Slot]]:
+        loads = self._loads  # its own: this may be closed when another step is under way
         try:
             while left:
                 self._read(block, waiting, protected=left)
                 key = left.popleft()
-                if key in self._loads:
-                    self._finish(key)
+                if key in loads:
+                    self._finish(loads, key)
                 yield key - self._first[block], self._slots[self._table.slot(key)]
         finally:  # nothing, unless something went wrong
-            self.give_up()
+            self._give_up(loads)
 
     def _read(self, block: str, waiting: deque[int], protected: Collection[int]) -> None:
         while waiting:
@@ -142,8 +142,13 @@ class BetterCopies:
         buffer_B = self._buffers[index][: format.nbytes(specs)]
         return Slot(format, specs, buffer_B, format.bind(buffer_B, specs))
 
-    def _finish(self, key: int) -> None:
-        load, began = self._loads.pop(key), perf_counter()
+    def _give_up(self, loads: _Loads) -> None:
+        for key in list(loads):
+            with suppress(Exception):
+                self._finish(loads, key)
+
+    def _finish(self, loads: _Loads, key: int) -> None:
+        load, began = loads.pop(key), perf_counter()
         try:
             finish(load.done)
         except BaseException:
