@@ -21,6 +21,7 @@ from moefit.formats.calibrated import CalibratedExpert
 from moefit.formats.format import Format, expert_output, parse_format
 from moefit.serve import packing
 from moefit.serve.calibration import Calibration, recorded
+from moefit.serve.ladders import AUTO, ladders_of
 from moefit.serve.loading import load
 from moefit.serve.packed import PackedPlace, open_packed
 from moefit.serve.packed_check import check_packed
@@ -29,7 +30,6 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import Skeleton, build
 from moefit.serve.slots import allocate
 from moefit.serve.store import ExpertStore
-from moefit.serve.upgrades import AUTO, ladders_of
 
 INT2, INT3, INT4 = (parse_format(f"int{bits}") for bits in (2, 3, 4))
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from moefit import cli
 from moefit.cli import app
 from moefit.errors import MoefitError
 from moefit.formats.kernels import status
-from moefit.serve.upgrades import AUTO
+from moefit.serve.ladders import AUTO
 from moefit.train.tokenizer import train_bpe
 
 

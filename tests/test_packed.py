@@ -26,7 +26,6 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import Skeleton, build
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.store import ExpertStore
-from moefit.serve.upgrades import AUTO, ladders_of
 
 CPU = torch.device("cpu")
 INT4, INT8 = parse_format("int4"), parse_format("int8")
@@ -309,19 +308,3 @@ def test_without_need_of_it_nothing_is_looked_for(
     monkeypatch.setattr("moefit.serve.packed.fingerprint", lambda skeleton: pytest.fail("read"))
     packed = open_packed(build(folder), [NATIVE])
     assert packed.ignored == ()
-
-
-def test_precision_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
-    """On the ladder of each expert, once every format of it is packed."""
-    skeleton = build(saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m"))
-    block = skeleton.blocks[0]
-    formats = [parse_format(name) for name in AUTO if name != "native"]
-    pack(skeleton, formats[1:])
-    expected = ladders_of(block, open_packed(skeleton, formats))
-    assert len(set(expected)) == 1, "all experts alike"
-    pack(skeleton, formats)
-    packed = open_packed(skeleton, formats)
-    for expert, steps in enumerate(ladders_of(block, packed)):
-        measured = {one.name: packed.relative_errors(block.name, one)[expert] for one in formats}
-        assert {one.format: one.error for one in steps[:-1]}.items() <= measured.items()
-        assert (steps[0].format, steps[-1].format, steps[-1].error) == ("int2", "native", 0)

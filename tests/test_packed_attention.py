@@ -4,24 +4,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    chunked_causal_mask_function,
-    sliding_window_causal_mask_function,
-)
 
-from moefit.engine.packed import (
-    NAME,
-    PackedCache,
-    Segment,
-    UnpackableError,
-    WindowMask,
-    packed_attention,
-    register,
-    window_mask,
-)
+from moefit.engine.packed import NAME, packed_attention, register
+from moefit.engine.packed_cache import PackedCache
 from moefit.engine.pool import KvPool
+from moefit.engine.segments import Segment, UnpackableError
+from moefit.engine.window_mask import WindowMask
 
 WIDTH, PLACES = 8, 64
 MODULE = nn.Module()
@@ -137,32 +125,6 @@ def test_keys_go_on_where_they_are_moved() -> None:
     texts.cache.pool.check()
     texts.step({1: 1, 2: 1})
     texts.step({1: 2, 2: 1})
-
-
-def test_what_transformers_says_of_a_mask_is_understood() -> None:
-    assert window_mask().window is None
-    assert window_mask(mask_function=causal_mask_function, local_size=5).window is None
-    sliding = sliding_window_causal_mask_function(5)
-    assert window_mask(mask_function=sliding, local_size=5).window == 5
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"mask_function": sliding_window_causal_mask_function(5)},
-        {"mask_function": sliding_window_causal_mask_function(5), "local_size": 6},
-        {"mask_function": chunked_causal_mask_function(4, torch.zeros(1)), "local_size": 4},
-        {"mask_function": lambda b, h, q, k: q == q},
-        {
-            "mask_function": and_masks(causal_mask_function, lambda b, h, q, k: k != 3),
-            "local_size": None,
-        },
-        {"attention_mask": torch.ones(1, 4)},
-    ],
-)
-def test_other_masks_are_refused(given) -> None:
-    with pytest.raises(UnpackableError, match="mask"):
-        window_mask(**given)
 
 
 def attend(**changes):

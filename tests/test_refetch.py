@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from moefit.errors import ConfigError
 from moefit.formats.format import FORMATS
 from moefit.moe.families import TensorSpec
+from moefit.serve.ladders import AUTO
 from moefit.serve.policy import Policy
 from moefit.serve.refetch import better_formats, heavy, largest_copy, worth_reading
 from moefit.serve.settings import LoadSettings
-from moefit.serve.upgrades import AUTO
 
 WEIGHTS = st.dictionaries(st.integers(0, 15), st.integers(0, 1000).map(float), max_size=8)
 

@@ -15,6 +15,7 @@ from tiny_served import saved, tiny, tokens
 import moefit
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
 from moefit.formats.format import FORMATS, dense_tensors, parse_format
+from moefit.serve.ladders import AUTO
 from moefit.serve.packing import pack
 from moefit.serve.reckon import ledger
 from moefit.serve.refetch import SCRATCH_SLOTS
@@ -22,7 +23,6 @@ from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 from moefit.serve.slots import allocate
-from moefit.serve.upgrades import AUTO
 from moefit.serve.virtual_experts import VirtualExperts
 from moefit.server.metrics import ModelCollector
 

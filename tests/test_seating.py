@@ -14,10 +14,10 @@ from tiny_served import Disk, logits, reading_through, saved, settled, tiny, tok
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve import seating
+from moefit.serve.ladders import AUTO
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.served import ServedModel
-from moefit.serve.upgrades import AUTO
 
 IDS = tokens(1, 12)
 FIRST, SECOND = (f"model.layers.{number}.mlp.experts" for number in range(2))
@@ -55,7 +55,7 @@ def arrive(served: ServedModel) -> None:
     """Everything that was begun has come."""
     settled(served)
     for experts in served.blocks.values():
-        experts.settle()
+        experts.swaps.settle()
     served.check()
 
 

@@ -270,7 +270,7 @@ def test_virtual_swaps_towards_what_the_router_wants(serve) -> None:
     report = served.report()
     assert report["swaps"] > 0 and 0 < report["substituted_mass"] < 1
     for experts in served.blocks.values():
-        experts.settle()
+        experts.swaps.settle()
     assert slots_of(served) == {3}
 
 

@@ -126,25 +126,12 @@ def test_a_failed_read_is_an_error_and_the_next_one_works(tmp_path: Path) -> Non
         assert torch.equal(slot.tensors[short], value)
 
 
-def change_tensor(folder: Path, part: str, change: Any) -> None:
-    tensors = load_file(folder / SINGLE)
-    (name,) = [name for name in tensors if part in name]
-    changed = change(tensors.pop(name))
-    if changed is not None:
-        tensors[name] = changed.contiguous()
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
-
-
-def test_a_missing_expert_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    saved(tiny("Mixtral"), tmp_path)
-    change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: None)
-    with pytest.raises(CheckpointError, match=r"layers.1.*needs 8 experts.* has 7"):
-        open_store(tmp_path)
-
-
 def test_an_expert_of_another_shape_is_an_error_that_names_its_block(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
-    change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: tensor[:, 1:])
+    tensors = load_file(tmp_path / SINGLE)
+    (name,) = [name for name in tensors if "layers.1.block_sparse_moe.experts.7.w2" in name]
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
     with pytest.raises(MoefitError, match=r"layers.1.*experts"):
         store, skeleton = open_store(tmp_path)
         store.read(skeleton.blocks[1].name, 7, dirty_slot(skeleton.blocks[1].layout.specs))

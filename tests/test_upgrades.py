@@ -13,12 +13,12 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.formats.error import GAUSSIAN, relative_error
 from moefit.formats.format import FORMATS
 from moefit.moe.families import TensorSpec
+from moefit.serve.ladders import AUTO
 from moefit.serve.packed import open_packed
 from moefit.serve.reckon import beginning, ledger
 from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 from moefit.serve.slots import allocate
-from moefit.serve.upgrades import AUTO
 
 # Whole groups, and so many that a step up costs less than an expert at the smallest format.
 WIDE = {"hidden_size": 128, "intermediate_size": 128}

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tiny_served import MemoryStore, mixtral_block, parts_of
+from hypothesis.stateful import initialize, rule
+from tiny_served import MemoryStore, OverStorage, mixtral_block, parts_of
 from torch import Tensor
 
-from moefit.errors import ConfigError
 from moefit.formats.format import NativeFormat
 from moefit.moe.experts import expert_weights
 from moefit.moe.reference import reference_experts
@@ -19,12 +18,13 @@ from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
 from moefit.serve.eviction import LeastRecentlyUsed
 from moefit.serve.importance import ExpertImportanceEstimator
+from moefit.serve.live import Live
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.policy import Policy
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, allocate
 from moefit.serve.transfer import Transfer
-from moefit.serve.virtual_experts import Live, VirtualExperts
+from moefit.serve.virtual_experts import VirtualExperts
 
 NUM_EXPERTS, WIDTH, K = 8, 32, 2
 RULE = ScoringRule(score="softmax", chosen="normalised")
@@ -73,13 +73,14 @@ class Bench:
 
     def wait(self) -> None:
         """Until no load is under way; nothing is published by this."""
-        for pending in self.experts._pending:
+        for pending in self.experts.swaps._pending:
             while not pending.done.done():
                 time.sleep(0.001)
 
     def check(self) -> None:
         """Tables agree, no slot was lost or won, and every resident is whole."""
         self.experts.residency.check()
+        self.experts.swaps.check()
         slots = self.experts.slots
         assert self.experts.residency.number == len(slots)
         assert len(slots) + sum(map(len, self.live.spares.values())) == self.held
@@ -88,6 +89,10 @@ class Bench:
             slot = slots[self.experts.residency.slot(expert)]
             for short, value in parts_of(module, block, expert).items():
                 assert torch.equal(slot.tensors[short], value), f"expert {expert} is not whole"
+
+    def close(self) -> None:
+        self.store.gate.set()
+        self.transfer.close()
 
 
 def new_slot() -> Slot:
@@ -104,8 +109,7 @@ def make() -> Iterator[Any]:
 
     yield bench
     for one in benches:
-        one.store.gate.set()
-        one.transfer.close()
+        one.close()
 
 
 def preferring(*experts: int, tokens: int = 1) -> Tensor:
@@ -176,18 +180,6 @@ def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
     bench.check()
 
 
-def test_a_swap_evicts_whom_the_manager_named_not_whom_the_policy_would(make) -> None:
-    bench = make(2, mode="virtual")
-    bench.experts.hold([1, 4])
-    bench.experts.importance.observe({4: 100.0, 0: 50.0})
-    bench.experts.eviction.observe({1: 1.0})
-    assert bench.experts.eviction.victim({1, 4}, ()) == 4
-    bench.experts.begin_swaps()
-    bench.experts.settle()
-    assert bench.residents == {0, 4}
-    bench.check()
-
-
 def test_virtual_fetches_while_slots_are_empty(make) -> None:
     bench = make(4, mode="virtual")
     bench.experts.hold([1])
@@ -230,7 +222,7 @@ def test_a_fixed_set_stays_whatever_is_asked_for(make, mode: str) -> None:
     scores = bench.experts.importance.scores()
     first = [bench.step(torch.randn(2, NUM_EXPERTS, generator=g), seed=1)[0]
              for g in [torch.Generator().manual_seed(seed) for seed in range(5)]]  # fmt: skip
-    assert bench.residents == {1, 4, 6} and not bench.experts.pending
+    assert bench.residents == {1, 4, 6} and not bench.experts.swaps
     again = [bench.step(torch.randn(2, NUM_EXPERTS, generator=g), seed=1)[0]
              for g in [torch.Generator().manual_seed(seed) for seed in range(5)]]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -309,7 +301,7 @@ def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
     bench.experts.hold([1])
     bench.store.gate.clear()
     bench.step(preferring(0))
-    assert bench.experts.pending == 1
+    assert len(bench.experts.swaps) == 1
     threading.Timer(0.1, bench.store.gate.set).start()
     y_TD, x_TD, routing = bench.step(preferring(6, 7, tokens=3), prefilling=True)
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
@@ -318,7 +310,7 @@ def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
     bench.wait()
     bench.step(preferring(0))
     assert len(bench.experts.slots) in (1, 2)
-    bench.experts.settle()
+    bench.experts.swaps.settle()
     bench.check()
     assert len(bench.experts.slots) == 1 and len(bench.residents) == 1
 
@@ -347,27 +339,7 @@ def test_an_expert_chosen_twice_by_a_token_counts_both_weights(make) -> None:
         assert bench.experts.importance.scores()[3] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"mode": "fast"}, {"prefill": ""}, {"method": 3}, {"residency": None}, {"bound": -0.1},
-     {"bound": 1.1}, {"bound": float("nan")}, {"bound": "0.2"}, {"bound": None},
-     {"protected": -1}, {"protected": 1.5}, {"protected": "1"}, {"bonus": -1.0},
-     {"bonus": float("nan")}, {"bonus": float("inf")}, {"bonus": "x"}],
-    ids=str,
-)  # fmt: skip
-def test_a_policy_that_cannot_be_names_the_setting(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(setting))):
-        Policy(**setting).check()
-
-
-@pytest.mark.parametrize(
-    "setting", [{}, {"bound": 0}, {"bound": 1}, {"protected": 0}, {"bonus": 0}]
-)
-def test_policies_at_their_limits(setting: dict[str, Any]) -> None:
-    Policy(**setting).check()
-
-
-class Life(RuleBasedStateMachine):
+class Life(OverStorage):
     """Steps in any mode, budget changes, slow and failing storage, in any order."""
 
     @initialize(slots=st.integers(1, 4))
@@ -409,7 +381,7 @@ class Life(RuleBasedStateMachine):
     def resize(self, slots: int) -> None:
         self.bench.store.gate.set()
         experts = self.bench.experts
-        experts.settle()
+        experts.swaps.settle()
         change = slots - experts.residency.number
         for index in experts.residency.shrink(max(0, -change)):
             del experts.slots[index]
@@ -422,36 +394,6 @@ class Life(RuleBasedStateMachine):
     def fill(self) -> None:
         self.bench.experts.fill()
 
-    @rule(open=st.booleans())
-    def storage(self, open: bool) -> None:
-        (self.bench.store.gate.set if open else self.bench.store.gate.clear)()
-
-    @rule(broken=st.sets(st.integers(0, NUM_EXPERTS - 1), max_size=3))
-    def breakage(self, broken: set[int]) -> None:
-        self.bench.store.broken = broken
-
-    @invariant()
-    def sound(self) -> None:
-        if hasattr(self, "bench"):
-            self.bench.check()
-
-    def teardown(self) -> None:
-        if hasattr(self, "bench"):
-            self.bench.store.gate.set()
-            self.bench.transfer.close()
-
 
 Life.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestLife = Life.TestCase
-
-
-@given(st.integers(1, 60), st.floats(0, 0.5), st.floats(0, 1))
-def test_the_bound_rises_with_depth_and_is_the_mean_over_blocks(blocks, bound, ramp) -> None:
-    policy = Policy(bound=bound, ramp=ramp)
-    bounds = [policy.bound_at((number + 0.5) / blocks) for number in range(blocks)]
-    assert bounds == sorted(bounds) and bounds[-1] <= 2 * bound + 1e-9
-    assert sum(bounds) / blocks == pytest.approx(bound)
-
-
-def test_a_bound_beyond_all_weight_is_all_of_it() -> None:
-    assert Policy(bound=0.9).bound_at(0.9) == 1

@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 import transformers
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -109,7 +111,7 @@ def with_slots(served: ServedModel, slots: int) -> int:
 def settled(served: ServedModel) -> None:
     """Until every load under way has ended; published they are at the next step."""
     for experts in served.blocks.values():
-        while not all(pending.done.done() for pending in experts._pending):
+        while not all(pending.done.done() for pending in experts.swaps._pending):
             time.sleep(0.001)
 
 
@@ -170,6 +172,29 @@ class MemoryStore:
             name, row = self._block.layout.parameter(short, expert)
             value = self._parameters[name].detach()
             tensor.copy_(value if row is None else value[row])
+
+
+class OverStorage(RuleBasedStateMachine):
+    """Something over a `MemoryStore` of eight experts that is slow, and fails, as it happens."""
+
+    bench: Any  # with `store`, `check` and `close`; set by an initialize rule
+
+    @rule(open=st.booleans())
+    def storage(self, open: bool) -> None:
+        (self.bench.store.gate.set if open else self.bench.store.gate.clear)()
+
+    @rule(broken=st.sets(st.integers(0, 7), max_size=3))
+    def breakage(self, broken: set[int]) -> None:
+        self.bench.store.broken = broken
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.close()
 
 
 def parts_of(module: Any, block: MoeBlock, expert: int) -> Mapping[str, Tensor]:

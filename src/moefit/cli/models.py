@@ -20,8 +20,9 @@ from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
+from moefit.evaluate.bandwidth import bandwidth_apart
 from moefit.evaluate.loading import REFERENCE, config_of, load
-from moefit.evaluate.speed import measure_bandwidth, measure_speed
+from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
 from moefit.serve.dsmoe_rules import use_rule
@@ -169,7 +170,7 @@ def bench(
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
     with load_served(model, room, misses, planned, eviction=eviction) as served:
-        bandwidth = measure_bandwidth(served.folder)
+        bandwidth = bandwidth_apart(served.folder)
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(
             0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)

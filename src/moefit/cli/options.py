@@ -19,9 +19,9 @@ import typer
 
 from moefit.cli.app import Device, Dtype
 from moefit.formats.format import FORMATS
+from moefit.serve.ladders import AUTO
 from moefit.serve.policy import Policy
 from moefit.serve.settings import AUTO_PRECISION, NATIVE_PRECISION
-from moefit.serve.upgrades import AUTO
 
 
 class ModeName(StrEnum):

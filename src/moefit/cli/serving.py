@@ -21,7 +21,8 @@ from moefit.cli.options import Misses, Room
 from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.evaluate.bandwidth import Bandwidth
+from moefit.evaluate.speed import Speed
 from moefit.formats.backend import backend_status
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.engine.packed import PackedCache, Segment, in_force
+from moefit.engine.packed import in_force
+from moefit.engine.packed_cache import PackedCache
 from moefit.engine.pool import KvPool
+from moefit.engine.segments import Segment
 from moefit.errors import UnsupportedModelError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError, UnsupportedModelError
-from moefit.evaluate.speed import measure_bandwidth
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.folders import alone_in
 from moefit.formats.error import expected_error
 from moefit.formats.format import FORMATS as ALL_FORMATS

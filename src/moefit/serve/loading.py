@@ -24,7 +24,9 @@ from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import POLICIES
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
+from moefit.serve.ladders import AUTO, ladders_of
 from moefit.serve.ledger import weight_bytes
+from moefit.serve.live import Live
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.placement import Placement
 from moefit.serve.policy import Policy
@@ -40,8 +42,8 @@ from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import Transfer
-from moefit.serve.upgrades import AUTO, Upgrades, ladders_of
-from moefit.serve.virtual_experts import Live, VirtualExperts
+from moefit.serve.upgrades import Upgrades
+from moefit.serve.virtual_experts import VirtualExperts
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being loaded, and how many of how many are done."""

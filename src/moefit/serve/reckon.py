@@ -14,6 +14,8 @@ import torch
 from moefit.device import planned_device
 from moefit.formats.format import FORMATS, NATIVE, GroupedFormat, encoding_bytes, weights_in
 from moefit.serve.budget import BlockNeeds, MemoryBudget, PlannedSlots, host_limit, parse_bytes
+from moefit.serve.ladders import AUTO, by_expert, ladders_of
+from moefit.serve.ladders import beginning as first_choices
 from moefit.serve.ledger import (
     held_bytes,
     kv_bytes_per_token,
@@ -30,8 +32,7 @@ from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
 from moefit.serve.store import ExpertStore
 from moefit.serve.transfer import BACKGROUND_READERS
-from moefit.serve.upgrades import AT_ONCE, AUTO, by_expert, ladders_of
-from moefit.serve.upgrades import beginning as first_choices
+from moefit.serve.upgrades import AT_ONCE
 
 SPARES = 2
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from moefit.errors import ConfigError
 from moefit.serve.budget import MemoryBudget
+from moefit.serve.ladders import AUTO
 from moefit.serve.packed import PackedStore
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.reckon import ledger
 from moefit.serve.settings import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.upgrades import AUTO
 
 
 @dataclass(frozen=True)

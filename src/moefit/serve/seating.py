@@ -14,10 +14,11 @@ import torch
 
 from moefit.formats.format import Format
 from moefit.moe.families import TensorSpec
+from moefit.serve.live import Spares
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.reckon import SPARES
 from moefit.serve.slots import Slot, allocate
-from moefit.serve.virtual_experts import Spares, VirtualExperts
+from moefit.serve.virtual_experts import VirtualExperts
 
 Blocks = Mapping[str, VirtualExperts]
 

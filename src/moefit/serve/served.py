@@ -22,6 +22,7 @@ from moefit.serve.context import limit_context
 from moefit.serve.host_tier import HostTier
 from moefit.serve.kv_cache import reserve_caches
 from moefit.serve.ledger import held_bytes, peak_held_bytes
+from moefit.serve.live import Live
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.policy import Mode, Policy
@@ -30,7 +31,7 @@ from moefit.serve.seating import reseat, resize
 from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.view import BlockView, view_of
-from moefit.serve.virtual_experts import Live, VirtualExperts
+from moefit.serve.virtual_experts import VirtualExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +178,9 @@ class ServedModel:
         """No step and no swap is under way within; what was to be loaded is, in the end."""
         with self._live.lock:
             self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
-            unfilled = [experts for experts in self.blocks.values() if experts.pending]
+            unfilled = [experts for experts in self.blocks.values() if experts.swaps]
             for experts in unfilled:
-                experts.give_up()
+                experts.swaps.give_up()
             try:
                 self._settle()
                 yield
@@ -279,14 +280,13 @@ class ServedModel:
         with self._live.lock:
             resident = {name: sorted(one.residency.residents) for name, one in self.blocks.items()}
             slot_bytes = sum(s.nbytes for one in self.blocks.values() for s in one.slots.values())
-            spare_bytes = sum(s.nbytes for spares in self._live.spares.values() for s in spares)
             return {
                 "mode": self.policy.mode,
                 "prefill": self.policy.prefill,
                 "refetch": self.policy.refetch,
                 "budget": self._budget.as_dict(),
                 "slot_bytes": slot_bytes,
-                "spare_bytes": spare_bytes,
+                "spare_bytes": self._live.spare_bytes,
                 "scratch_bytes": 0 if self._live.copies is None else self._live.copies.nbytes,
                 "process_bytes": held_bytes(device),
                 "peak_process_bytes": peak_held_bytes(device),
@@ -336,12 +336,12 @@ class ServedModel:
     def check(self) -> None:
         """Raise AssertionError if tables, slots or bytes don't agree."""
         with self._live.lock:
-            held = 0
+            held = self._live.spare_bytes
             for experts in self.blocks.values():
                 experts.residency.check()
+                experts.swaps.check()
                 assert experts.residency.number == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
-            held += sum(s.nbytes for spares in self._live.spares.values() for s in spares)
             if self._live.copies is not None:
                 self._live.copies.check()
                 held += self._live.copies.nbytes
@@ -366,7 +366,7 @@ class ServedModel:
     def _settle(self) -> None:
         """Let no swap be under way."""
         for experts in self.blocks.values():
-            experts.settle()
+            experts.swaps.settle()
 
 
 def _encoded(experts: VirtualExperts) -> Format:

@@ -12,10 +12,10 @@ from moefit.errors import ConfigError
 from moefit.formats.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.ladders import AUTO
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import Placement
 from moefit.serve.policy import Mode, check_refetch
-from moefit.serve.upgrades import AUTO
 
 AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 

@@ -22,7 +22,7 @@ from moefit.checkpoint import Checkpoint, LazyTensor
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, find_blocks
-from moefit.serve.sources import CheckpointMap, map_checkpoint
+from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from moefit.formats.error import expected_error
-from moefit.formats.format import FORMATS, Format, NativeFormat
-from moefit.moe.families import MoeBlock
-from moefit.serve.packed import PackedStore
-from moefit.serve.precision import Choice, Ladder, allocate, ladder, loss, smoothed
+from moefit.formats.format import FORMATS
+from moefit.serve.ladders import Key, beginning, by_expert
+from moefit.serve.precision import Choice, Ladder, allocate, loss, smoothed
 from moefit.serve.slots import Slot
 from moefit.serve.slots import allocate as allocate_slot
 from moefit.serve.transfer import Transfer, finish
 from moefit.serve.virtual_experts import VirtualExperts
 
-Key = tuple[str, int]
-"""Block name and expert."""
-
-AUTO = ("int2", "int3", "int4", "int5", "int6", "int8", "native")
 PRIOR = 0.05  # of the mean sensitivity, for experts that no token has used lately
 EVERY = 32  # steps between two looks at the whole
 GAIN = 0.02  # least share of the error that a change of plan must take away
@@ -239,49 +234,3 @@ class Upgrades:
                 pending = self._load(key, choice)
                 finish(pending.done)
                 self._replace(pending)
-
-
-def beginning(ladders: Mapping[Key, Ladder], room: int) -> dict[Key, Choice]:
-    """What experts have before anything is known of their use; `room` is as in `Upgrades`."""
-    smallest = sum(ladder[0].nbytes for ladder in ladders.values())
-    return allocate(ladders, dict.fromkeys(ladders, 1.0), smallest + room)
-
-
-def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[Key, Ladder]:
-    """Ladders of blocks as those of experts."""
-    return {
-        (name, expert): steps
-        for name, of_block in ladders.items()
-        for expert, steps in enumerate(of_block)
-    }
-
-
-def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
-    """The formats that each expert of a block may have, with what each loses.
-
-    That was measured of each expert where all of the formats are packed, with the same calibration
-    or with none, and is else what is to be expected of any.
-    """
-    specs = block.layout.specs
-    errors = {name: [expected_error(format)] * block.num_experts for name, format in _formats()}
-    encoded = [
-        (name, format) for name, format in _formats() if not isinstance(format, NativeFormat)
-    ]
-    if all(packed.has(block.name, format) for _, format in encoded) and (
-        len({packed.calibration(block.name, format) for _, format in encoded}) == 1
-    ):
-        for name, format in encoded:
-            errors[name] = list(packed.relative_errors(block.name, format))
-    return tuple(
-        ladder(
-            [
-                Choice(format=name, nbytes=format.nbytes(specs), error=errors[name][expert])
-                for name, format in _formats()
-            ]
-        )
-        for expert in range(block.num_experts)
-    )
-
-
-def _formats() -> list[tuple[str, Format]]:
-    return [(name, FORMATS[name]) for name in AUTO]

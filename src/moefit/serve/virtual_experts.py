@@ -1,16 +1,13 @@
 """A block's experts module, served: it takes the place of the family's own.
 
 Owns what happens in one call: the family's choice is observed, in the bounded and virtual modes
-changed towards what is resident, and computed by the invoker. Also the swaps of the virtual mode:
-begun here, at step borders published here, whole. Knows nothing of budgets or files.
+changed towards what is resident, and computed by the invoker. Also when swaps begin and when they
+are published: at step borders. Knows nothing of budgets or files.
 
 Shapes: T tokens, D model width, E experts, K chosen per token.
 """
 
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +16,11 @@ from moefit.formats.format import NATIVE, Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.serve.better_copies import Again, BetterCopies
-from moefit.serve.counters import Counters
+from moefit.serve.better_copies import Again
 from moefit.serve.eviction import EvictionPolicy
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.invoker import ExpertInvoker
-from moefit.serve.manager import Swap, VirtualExpertManager
+from moefit.serve.live import Live
 from moefit.serve.policy import Mode, Policy
 from moefit.serve.reroute import (
     Scored,
@@ -37,34 +33,10 @@ from moefit.serve.reroute import (
 )
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer, finish
+from moefit.serve.swaps import Swaps
+from moefit.serve.transfer import finish
 
 LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
-Spares = dict[tuple[str, int], list[Slot]]
-"""Slots for swaps, by format and size: experts of all blocks with such slots take turns."""
-
-
-@dataclass(slots=True)
-class Live:
-    """What all blocks share: the policy in force, the lock, spare slots, copies, counters."""
-
-    policy: Policy
-    manager: VirtualExpertManager
-    transfer: Transfer
-    counters: Counters = field(default_factory=Counters)
-    lock: RLock = field(default_factory=RLock)
-    spares: Spares = field(default_factory=dict)
-    copies: BetterCopies | None = None
-    each_step: Callable[[], None] | None = None  # at the first block's step borders
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A swap whose expert is on its way into slot `slot`."""
-
-    swap: Swap
-    slot: int
-    done: Future[float]
 
 
 class VirtualExperts(nn.Module):
@@ -94,7 +66,7 @@ class VirtualExperts(nn.Module):
         self.prefilling = False  # and the block's hook this
         self.recorder: Callable[[Routing], None] | None = None
         self._invoke = ExpertInvoker(block, residency, slots, live.transfer, live.counters)
-        self._pending: list[_Pending] = []
+        self.swaps = Swaps(block.name, live, residency, slots)
         self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
         self._steps = 0
         self._spread = 0.0
@@ -109,29 +81,9 @@ class VirtualExperts(nn.Module):
         with self.live.lock:
             return self._step(x_TD, chosen).view_as(x)
 
-    def settle(self) -> None:
-        """Wait for swaps under way and publish them."""
-        self._publish(wait_for=range(self.num_experts))
-
-    def give_up(self, experts: Collection[int] | None = None) -> None:
-        """Drop swaps that bring these experts, all if None, as far as reading has not begun."""
-        for pending in self._pending:
-            if experts is None or pending.swap.load in experts:
-                pending.done.cancel()
-        self._publish(wait_for=())
-
     def fill(self) -> None:
         """Begin to load the most important absent experts into empty slots."""
-        while self.residency.empty and len(self.residency.residents) + self.pending < (
-            self.num_experts
-        ):
-            if not self.begin_swaps(fill_only=True):
-                return
-
-    @property
-    def pending(self) -> int:
-        """Swaps under way."""
-        return len(self._pending)
+        self.swaps.fill(self.importance.scores(), self.spares_key)
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.live.policy
@@ -139,10 +91,10 @@ class VirtualExperts(nn.Module):
             self.live.each_step()
         mode = self._mode(policy)
         needed = self._in_use(chosen) if mode != "virtual" else ()
-        self.give_up(needed)  # the invoker reads at once what the background has not begun
-        self._publish(wait_for=needed)
-        if self._pending and not self.residency.residents and not self.residency.empty:
-            self._publish(wait_for=[self._pending[0].swap.load])  # every slot is being filled
+        self.swaps.give_up(needed)  # the invoker reads at once what the background has not begun
+        self.swaps.publish(wait_for=needed)
+        if self.swaps and not self.residency.residents and not self.residency.empty:
+            self.swaps.wait_for_first()  # every slot is being filled
         if policy.residency == "manager":
             self._observe(x_TD, chosen)
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
@@ -160,7 +112,7 @@ class VirtualExperts(nn.Module):
             and mode == "virtual"
             and self.live.manager.due(self._steps)
         ):
-            self.begin_swaps()
+            self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
 
     def _mode(self, policy: Policy) -> Mode:
@@ -185,11 +137,11 @@ class VirtualExperts(nn.Module):
         return self.format
 
     def _in_use(self, chosen: Routing) -> Collection[int]:
-        return set(chosen.ids_TK.unique().tolist()) if self._pending else ()
+        return set(chosen.ids_TK.unique().tolist()) if self.swaps else ()
 
     def hold(self, experts: Collection[int]) -> None:
         """Make these the residents, as far as there are slots; others leave."""
-        self.settle()
+        self.swaps.settle()
         for expert in set(self.residency.residents) - set(experts):
             self.residency.evict(expert)
         for expert in experts:
@@ -260,64 +212,6 @@ class VirtualExperts(nn.Module):
             self.live.counters.substitutions += len(asked - answering)
         self.live.counters.routed += 1
         return routing
-
-    def begin_swaps(self, *, fill_only: bool = False) -> int:
-        """Start what the manager plans, as far as spare slots reach; returns how many began."""
-        spares = self.live.spares.get(self.spares_key, [])
-        leaving = {pending.swap.evict for pending in self._pending}
-        swaps = self.live.manager.plan(
-            [expert for expert in self.residency.residents if expert not in leaving],
-            self.importance.scores(),
-            empty=self.residency.empty,
-            filling=[*self.residency.filling, *(e for e in leaving if e is not None)],
-        )
-        begun = 0
-        for swap in swaps:
-            if swap.evict is not None:
-                if fill_only or not spares:
-                    return begun
-                (index,) = self.residency.grow(1)
-                self.slots[index] = spares.pop()
-            slot = self.residency.reserve(swap.load, protected=self.residency.residents)
-            assert slot is not None, "there is an empty one"
-            done = self.live.transfer.load(
-                self.block.name, swap.load, self.slots[slot], background=True
-            )
-            self._pending.append(_Pending(swap, slot, done))
-            begun += 1
-        return begun
-
-    def _publish(self, *, wait_for: Collection[int]) -> None:
-        """Make finished swaps visible, and wait for those that bring one of these experts.
-
-        One that was cancelled has failed.
-        """
-        for pending in list(self._pending):
-            if not (pending.swap.load in wait_for or pending.done.done()):
-                continue
-            failed = pending.done.cancelled() or (
-                pending.done.exception() is not None  # may wait, and be interrupted
-            )
-            self._pending.remove(pending)
-            if failed:
-                # Nobody waits for this expert; the next plan may try again. What is resident stays.
-                self.residency.abandon(pending.slot)
-                if pending.swap.evict is not None:
-                    self._return_spare()
-                continue
-            self.residency.publish(pending.slot)
-            self.live.counters.swaps += 1
-            if pending.swap.evict is not None:
-                if pending.swap.evict in self.residency.residents:
-                    self.residency.evict(pending.swap.evict)
-                self._return_spare()
-
-    def _return_spare(self) -> None:
-        """One slot goes back to the spares: an empty one, else that of the least important."""
-        for index in self.residency.shrink(1):
-            slot = self.slots.pop(index)
-            key = slot.format.name, slot.nbytes
-            self.live.spares.setdefault(key, []).append(slot)
 
     def _restore(self, before: set[int]) -> None:
         """The resident set as it was before the step."""

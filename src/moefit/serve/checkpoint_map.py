@@ -1,0 +1,223 @@
+"""Where in a checkpoint each expert is: transformers' weight-conversion mapping, inverted.
+
+Owns the pairing of checkpoint tensors with experts. transformers says how to make whole models of
+checkpoints; here its rules are run backwards far enough to know which bytes make up one expert.
+Most rules only stack and concatenate, so that an expert is a few byte ranges; for any other rule
+there is a recipe. Reads nothing but headers, and knows nothing of reading.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moefit.checkpoint import Checkpoint, Span
+from moefit.errors import CheckpointError
+from moefit.moe.families import MoeBlock, TensorSpec
+from moefit.serve.sources import ExpertSource, Piece, Recipe
+from moefit.serve.split_lists import positions, stacking
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What the checkpoint has for one parameter of the model."""
+
+    converter: WeightConverter | None = None
+    spans: dict[str, list[Span]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMap:
+    """Per block, the source of each expert; and the names of all tensors that are no expert's."""
+
+    experts: Mapping[str, tuple[ExpertSource, ...]]
+    rest: tuple[str, ...]
+
+
+def map_checkpoint(
+    model: PreTrainedModel, checkpoint: Checkpoint, blocks: Sequence[MoeBlock]
+) -> CheckpointMap:
+    """Find every expert of a model, which still has its own experts modules (on meta).
+
+    Raises CheckpointError if the checkpoint lacks an expert or has it in another shape;
+    UnsupportedModelError if a rule does more to a list than divide and stack it.
+    """
+    owners = {name: block for block in blocks for name in _parameter_names(block)}
+    collected, rest = _collect(model, checkpoint, owners)
+    experts = {
+        block.name: tuple(
+            _source(block, expert, collected, model) for expert in range(block.num_experts)
+        )
+        for block in blocks
+    }
+    return CheckpointMap(experts=experts, rest=tuple(rest))
+
+
+def _parameter_names(block: MoeBlock) -> list[str]:
+    layout = block.layout
+    return sorted(
+        {
+            f"{block.name}.{layout.parameter(short, expert)[0]}"
+            for short in layout.specs
+            for expert in range(block.num_experts)
+        }
+    )
+
+
+def _collect(
+    model: PreTrainedModel, checkpoint: Checkpoint, owners: Mapping[str, MoeBlock]
+) -> tuple[dict[str, _Collected], list[str]]:
+    """As transformers' `convert_and_load_state_dict_in_model` pairs names, without tensors."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    collected: dict[str, _Collected] = {}
+    rest: list[str] = []
+    for name in sorted(checkpoint.spans, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = rename_source_key(name, [], [], prefix, expected)
+        if target not in owners:
+            rest.append(name)
+            continue
+        entry = collected.setdefault(target, _Collected())
+        if pattern is not None:
+            entry.converter = by_pattern[pattern]
+        entry.spans[pattern or name].append(checkpoint.spans[name])
+    return dict(_divided(collected, model.config)), rest
+
+
+def _divided(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[str, _Collected]]:
+    """One entry per parameter where a rule makes several of one list."""
+    for target, entry in collected.items():
+        rule = entry.converter
+        if rule is None or len(rule.target_patterns) == 1:
+            yield target, entry
+            continue
+        lengths = {pattern: len(spans) for pattern, spans in entry.spans.items()}
+        for name, rows in positions(rule, target, lengths, config).items():
+            part = {pattern: [spans[row] for row in rows] for pattern, spans in entry.spans.items()}
+            yield name, _Collected(stacking(rule, name), part)
+
+
+def _source(
+    block: MoeBlock, expert: int, collected: Mapping[str, _Collected], model: PreTrainedModel
+) -> ExpertSource:
+    parts: list[Piece | Recipe] = []
+    for short, spec in block.layout.specs.items():
+        below, row = block.layout.parameter(short, expert)
+        target = f"{block.name}.{below}"
+        if target not in collected:  # another block's experts may serve this one too
+            target = model.all_tied_weights_keys.get(target, target)
+        if target not in collected:
+            raise CheckpointError(
+                f"the checkpoint has nothing for {target} of {type(model).__name__}; it is not "
+                "complete, or of another model than its config.json says"
+            )
+        entry = collected[target]
+        sources = _of_expert(entry, row, block.num_experts, target)
+        pieces = _pieces(short, spec, entry.converter, sources, stacked=row is not None)
+        parts.extend(
+            pieces
+            or [
+                Recipe(
+                    tensor=short,
+                    target=target,
+                    spec=spec,
+                    converter=entry.converter,
+                    sources=tuple(sources.items()),
+                    config=model.config,
+                )
+            ]
+        )
+    return ExpertSource(tuple(parts))
+
+
+def _of_expert(
+    entry: _Collected, row: int | None, num_experts: int, target: str
+) -> dict[str, tuple[Span, ...]]:
+    """The sources of one expert: a list's own entry, or a row of one stacked tensor."""
+    if row is None:
+        return {pattern: tuple(spans) for pattern, spans in entry.spans.items()}
+    sources: dict[str, tuple[Span, ...]] = {}
+    for pattern, spans in entry.spans.items():
+        if len(spans) == num_experts and (num_experts > 1 or _lists(entry.converter)):
+            sources[pattern] = (spans[row],)
+        elif len(spans) == 1 and spans[0].shape[:1] == (num_experts,):
+            one = spans[0].row(row)
+            sources[pattern] = (_as_stack_of_one(one) if entry.converter else one,)
+        else:
+            raise CheckpointError(
+                f"{target} needs {num_experts} experts, but the checkpoint has {len(spans)} "
+                f"tensors of shape {list(spans[0].shape)} for it ({spans[0].name}, ...)"
+            )
+    return sources
+
+
+def _lists(converter: WeightConverter | None) -> bool:
+    return converter is not None and isinstance(converter.operations[0], MergeModulelist)
+
+
+def _as_stack_of_one(span: Span) -> Span:
+    return Span(
+        name=span.name,
+        path=span.path,
+        offset=span.offset,
+        nbytes=span.nbytes,
+        dtype=span.dtype,
+        shape=(1, *span.shape),
+    )
+
+
+def _pieces(
+    short: str,
+    spec: TensorSpec,
+    converter: WeightConverter | None,
+    sources: Mapping[str, tuple[Span, ...]],
+    *,
+    stacked: bool,
+) -> list[Piece]:
+    """The tensor as byte ranges, if it is nothing else; empty if it needs a recipe."""
+    if converter is None:
+        spans = [span for group in sources.values() for span in group]
+    elif stacked and _only_stacks(converter):
+        spans = [s for pattern in converter.source_patterns for s in sources.get(pattern, ())]
+        if any(span.shape[1:] != spec.shape[1:] for span in spans):
+            return []
+    else:
+        return []
+    if any(span.dtype != spec.dtype for span in spans):
+        return []
+    if len(spans) == 1 and spans[0].shape != spec.shape:
+        return []
+    if sum(span.nbytes for span in spans) != spec.nbytes:
+        return []
+    pieces, start = [], 0
+    for span in spans:
+        pieces.append(Piece(tensor=short, start=start, span=span))
+        start += span.nbytes
+    return pieces
+
+
+def _only_stacks(converter: WeightConverter) -> bool:
+    """Experts stacked along the first axis, parts of an expert along its own first."""
+    match converter.operations:
+        case [MergeModulelist(dim=0)]:
+            return len(converter.source_patterns) == 1
+        case [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            return True
+        case _:
+            return False

@@ -1,0 +1,136 @@
+"""The swaps of one block that are under way: SwapMoE's change of residents beside the computation.
+
+Owns them from beginning to end: a swap takes a spare slot, its expert is read in the background,
+and at a step border it is published, whole; the slot of whoever leaves becomes a spare again. Knows
+nothing of modes, nor of when to swap; what to swap it asks the manager.
+"""
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from moefit.serve.live import Live
+from moefit.serve.manager import Swap
+from moefit.serve.residency import Residency
+from moefit.serve.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A swap whose expert is on its way into slot `slot`."""
+
+    swap: Swap
+    slot: int
+    done: Future[float]
+
+
+class Swaps:
+    """Those of block `block`, whose slot table and slots these are; whoever calls holds the lock.
+
+    `residency` and `slots` are the block's own: a swap adds one of the spare slots to both, and
+    takes one out of both when it ends.
+    """
+
+    def __init__(self, block: str, live: Live, residency: Residency, slots: dict[int, Slot]):
+        self._block, self._live = block, live
+        self._residency, self._slots = residency, slots
+        self._pending: list[_Pending] = []
+
+    def __len__(self) -> int:
+        """How many are under way."""
+        return len(self._pending)
+
+    def begin(self, scores: Sequence[float], kind: tuple[str, int], *, fill: bool = False) -> int:
+        """Start what the manager plans by these scores, one an expert; returns how many began.
+
+        kind: of the spare slots (see `Spares`), as many as which may go at once.
+        fill: only into slots that are empty; nobody leaves.
+        """
+        spares = self._live.spares.get(kind, [])
+        begun = 0
+        for swap in self._planned(scores):
+            if swap.evict is not None:
+                if fill or not spares:
+                    break
+                (index,) = self._residency.grow(1)
+                self._slots[index] = spares.pop()
+            self._start(swap)
+            begun += 1
+        return begun
+
+    def fill(self, scores: Sequence[float], kind: tuple[str, int]) -> None:
+        """Begin to load the best absent experts into all empty slots; arguments as of `begin`."""
+        while self._residency.empty and len(self._residency.residents) + len(self) < len(scores):
+            if not self.begin(scores, kind, fill=True):
+                return
+
+    def give_up(self, experts: Collection[int] | None = None) -> None:
+        """Drop swaps that bring these experts, all if None, as far as reading has not begun."""
+        for pending in self._pending:
+            if experts is None or pending.swap.load in experts:
+                pending.done.cancel()
+        self.publish()
+
+    def settle(self) -> None:
+        """Wait for all that is under way, and publish it."""
+        self.publish(wait_for=[pending.swap.load for pending in self._pending])
+
+    def wait_for_first(self) -> None:
+        """Wait for the swap that has been under way for longest, and publish it."""
+        self.publish(wait_for=[self._pending[0].swap.load])
+
+    def publish(self, *, wait_for: Collection[int] = ()) -> None:
+        """Make finished swaps visible, and wait for those that bring one of these experts."""
+        for pending in list(self._pending):
+            if pending.swap.load in wait_for or pending.done.done():
+                self._end(pending)
+
+    def check(self) -> None:
+        """Raise AssertionError if a swap's expert is not being loaded, or its slot is missing."""
+        coming = [pending.swap.load for pending in self._pending]
+        assert sorted(coming) == sorted(self._residency.filling), "filling, but by no swap"
+        assert all(pending.slot in self._slots for pending in self._pending), "no such slot"
+        leaving = self._leaving()
+        assert len(set(leaving)) == len(leaving), f"an expert leaves twice: {leaving}"
+
+    def _planned(self, scores: Sequence[float]) -> Sequence[Swap]:
+        leaving = self._leaving()
+        return self._live.manager.plan(
+            [expert for expert in self._residency.residents if expert not in leaving],
+            scores,
+            empty=self._residency.empty,
+            filling=[*self._residency.filling, *leaving],
+        )
+
+    def _leaving(self) -> list[int]:
+        return [one.swap.evict for one in self._pending if one.swap.evict is not None]
+
+    def _start(self, swap: Swap) -> None:
+        slot = self._residency.reserve(swap.load, protected=self._residency.residents)
+        assert slot is not None, "there is an empty one"
+        done = self._live.transfer.load(self._block, swap.load, self._slots[slot], background=True)
+        self._pending.append(_Pending(swap, slot, done))
+
+    def _end(self, pending: _Pending) -> None:
+        """Wait for a swap, and publish it; one that was cancelled has failed."""
+        failed = pending.done.cancelled() or (
+            pending.done.exception() is not None  # may wait, and be interrupted
+        )
+        self._pending.remove(pending)
+        if failed:
+            # Nobody waits for this expert; the next plan may try again. What is resident stays.
+            self._residency.abandon(pending.slot)
+        else:
+            self._residency.publish(pending.slot)
+            self._live.counters.swaps += 1
+            if (old := pending.swap.evict) is not None and old in self._residency.residents:
+                self._residency.evict(old)
+        if pending.swap.evict is not None:
+            self._return_spare()
+
+    def _return_spare(self) -> None:
+        """One slot goes back to the spares: an empty one, else that of the least important."""
+        for index in self._residency.shrink(1):
+            slot = self._slots.pop(index)
+            kind = slot.format.name, slot.nbytes
+            self._live.spares.setdefault(kind, []).append(slot)

@@ -1,0 +1,90 @@
+"""Every byte of a checkpoint is an expert's or the rest's, found in the headers alone."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_served import FAMILIES, Disk, reading_through, saved, tiny
+
+from moefit.checkpoint import SINGLE, Span
+from moefit.errors import CheckpointError
+from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
+from moefit.serve.skeleton import build
+from moefit.serve.sources import Piece, Recipe
+
+
+def map_of(folder: Path, dtype: torch.dtype | None = None) -> CheckpointMap:
+    return build(folder, dtype).map
+
+
+def parts_of(found: CheckpointMap) -> list[Piece | Recipe]:
+    return [part for one in found.experts.values() for source in one for part in source.parts]
+
+
+def ranges(spans: list[Span]) -> list[tuple[int, int]]:
+    return sorted((span.offset, span.offset + span.nbytes) for span in spans)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family: str) -> None:
+    skeleton = build(saved(tiny(family), tmp_path))
+    pieces = [part for part in parts_of(skeleton.map) if isinstance(part, Piece)]
+    assert pieces == parts_of(skeleton.map), "all can be read straight into place"
+    spans = skeleton.checkpoint.spans
+    found = ranges([piece.span for piece in pieces] + [spans[name] for name in skeleton.map.rest])
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(found))
+    assert found[0][0] == ranges([*spans.values()])[0][0]
+    assert sum(end - start for start, end in found) == sum(one.nbytes for one in spans.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expert_is_as_large_as_its_block_says(tmp_path: Path, family: str) -> None:
+    skeleton = build(saved(tiny(family), tmp_path))
+    assert list(skeleton.map.experts) == [block.name for block in skeleton.blocks]
+    for block in skeleton.blocks:
+        sources = skeleton.map.experts[block.name]
+        assert [source.nbytes for source in sources] == [block.expert_bytes] * block.num_experts
+
+
+def test_what_has_another_dtype_needs_a_recipe(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    half = parts_of(map_of(folder, torch.bfloat16))
+    assert half and all(isinstance(part, Recipe) for part in half)
+    assert sum(part.nbytes for part in half if isinstance(part, Recipe)) == sum(
+        part.span.nbytes for part in parts_of(map_of(folder)) if isinstance(part, Piece)
+    )
+
+
+def change_tensor(folder: Path, part: str, change: Any) -> None:
+    tensors = load_file(folder / SINGLE)
+    (name,) = [name for name in tensors if part in name]
+    changed = change(tensors.pop(name))
+    save_file(tensors | changed, folder / SINGLE, {"format": "pt"})
+
+
+def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: {})
+    with pytest.raises(CheckpointError, match=r"layers.1.*needs 8 experts.* has 7"):
+        map_of(tmp_path)
+
+
+def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    left = {name: value for name, value in tensors.items() if "layers.1.block_sparse" not in name}
+    save_file(left, tmp_path / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has nothing for .*layers.1"):
+        map_of(tmp_path)
+
+
+def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
+    saved(tiny("Mixtral"), tmp_path)
+    with reading_through(Disk()) as disk:
+        skeleton = build(tmp_path)
+        again = map_checkpoint(skeleton.model, skeleton.checkpoint, skeleton.blocks)
+    assert disk.calls == 0
+    assert again == skeleton.map

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_served import saved, tiny
+
+from moefit.formats.error import expected_error
+from moefit.formats.format import parse_format
+from moefit.serve.ladders import AUTO, beginning, by_expert, ladders_of
+from moefit.serve.packed import open_packed
+from moefit.serve.packing import pack
+from moefit.serve.precision import Choice
+from moefit.serve.skeleton import build
+
+pytestmark = pytest.mark.usefixtures("packed_cache")
+LADDER = tuple(
+    Choice(format=name, nbytes=nbytes, error=error)
+    for name, nbytes, error in [("int2", 20, 0.5), ("int4", 40, 0.1), ("native", 160, 0.0)]
+)
+
+
+def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -> None:
+    skeleton = build(saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m"))
+    block = skeleton.blocks[0]
+    ladders = ladders_of(block, open_packed(skeleton, []))
+    assert len(ladders) == block.num_experts and len(set(ladders)) == 1
+    for step in ladders[0]:
+        format = parse_format(step.format)
+        assert (step.nbytes, step.error) == (
+            format.nbytes(block.layout.specs),
+            expected_error(format),
+        )
+    assert {step.format for step in ladders[0]} <= set(AUTO)
+    assert ladders[0][-1].format == "native" and ladders[0][-1].error == 0
+
+
+def test_precision_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
+    """On the ladder of each expert, once every format of it is packed."""
+    skeleton = build(saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m"))
+    block = skeleton.blocks[0]
+    formats = [parse_format(name) for name in AUTO if name != "native"]
+    pack(skeleton, formats[1:])
+    expected = ladders_of(block, open_packed(skeleton, formats))
+    assert len(set(expected)) == 1, "all experts alike"
+    pack(skeleton, formats)
+    packed = open_packed(skeleton, formats)
+    for expert, steps in enumerate(ladders_of(block, packed)):
+        measured = {one.name: packed.relative_errors(block.name, one)[expert] for one in formats}
+        assert {one.format: one.error for one in steps[:-1]}.items() <= measured.items()
+        assert (steps[0].format, steps[-1].format, steps[-1].error) == ("int2", "native", 0)
+
+
+def test_ladders_of_blocks_are_those_of_each_of_their_experts() -> None:
+    small = LADDER[:1]
+    assert by_expert({"a": [LADDER, small], "b": [small]}) == {
+        ("a", 0): LADDER,
+        ("a", 1): small,
+        ("b", 0): small,
+    }
+
+
+@given(st.integers(0, 700))
+def test_what_experts_begin_with_treats_all_alike_and_keeps_the_room(room: int) -> None:
+    ladders = by_expert({"a": [LADDER] * 3, "b": [LADDER]})
+    chosen = beginning(ladders, room)
+    assert chosen.keys() == ladders.keys()
+    extra = sum(choice.nbytes - LADDER[0].nbytes for choice in chosen.values())
+    assert extra <= room
+    steps = sorted(LADDER.index(choice) for choice in chosen.values())
+    assert steps[-1] - steps[0] <= 1, "nobody is two steps ahead"
+    if room >= 4 * (160 - 20):
+        assert {choice.format for choice in chosen.values()} == {"native"}

@@ -1,0 +1,34 @@
+import torch
+from tiny_served import MemoryStore, mixtral_block
+
+from moefit.formats.format import NATIVE
+from moefit.serve.live import Live
+from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.policy import Policy
+from moefit.serve.slots import allocate
+from moefit.serve.transfer import Transfer
+
+
+def live() -> Live:
+    transfer = Transfer(MemoryStore(*mixtral_block()), readers=1)
+    transfer.close()
+    return Live(policy=Policy(), manager=VirtualExpertManager(), transfer=transfer)
+
+
+def test_spare_bytes_are_those_of_all_kinds() -> None:
+    one = live()
+    assert one.spare_bytes == 0
+    specs = mixtral_block()[0].layout.specs
+    small, other = (allocate(NATIVE, specs, torch.device("cpu")) for _ in range(2))
+    one.spares["bf16", 1] = [small]
+    one.spares["bf16", 2] = [other, small]
+    one.spares["int4", 3] = []
+    assert one.spare_bytes == 3 * small.nbytes
+
+
+def test_two_models_share_nothing() -> None:
+    one, other = live(), live()
+    one.spares["bf16", 1] = []
+    one.counters.swaps += 1
+    assert not other.spares and not other.counters.swaps
+    assert one.lock is not other.lock

@@ -1,0 +1,40 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moefit.errors import ConfigError
+from moefit.serve.policy import Policy
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"mode": "fast"}, {"prefill": ""}, {"method": 3}, {"residency": None}, {"bound": -0.1},
+     {"bound": 1.1}, {"bound": float("nan")}, {"bound": "0.2"}, {"bound": None},
+     {"protected": -1}, {"protected": 1.5}, {"protected": "1"}, {"bonus": -1.0},
+     {"bonus": float("nan")}, {"bonus": float("inf")}, {"bonus": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_a_policy_that_cannot_be_names_the_setting(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        Policy(**setting).check()
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"bound": 0}, {"bound": 1}, {"protected": 0}, {"bonus": 0}]
+)
+def test_policies_at_their_limits(setting: dict[str, Any]) -> None:
+    Policy(**setting).check()
+
+
+@given(st.integers(1, 60), st.floats(0, 0.5), st.floats(0, 1))
+def test_the_bound_rises_with_depth_and_is_the_mean_over_blocks(blocks, bound, ramp) -> None:
+    policy = Policy(bound=bound, ramp=ramp)
+    bounds = [policy.bound_at((number + 0.5) / blocks) for number in range(blocks)]
+    assert bounds == sorted(bounds) and bounds[-1] <= 2 * bound + 1e-9
+    assert sum(bounds) / blocks == pytest.approx(bound)
+
+
+def test_a_bound_beyond_all_weight_is_all_of_it() -> None:
+    assert Policy(bound=0.9).bound_at(0.9) == 1

@@ -1,0 +1,66 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from moefit.checkpoint import SINGLE, Checkpoint
+from moefit.errors import UnsupportedModelError
+from moefit.moe.families import TensorSpec
+from moefit.serve.sources import ExpertSource, Piece, Recipe
+
+GATE, UP = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12).view(2, 3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    save_file({"gate": GATE, "up": UP}, tmp_path / SINGLE)
+    return Checkpoint(tmp_path)
+
+
+def stacked(checkpoint: Checkpoint) -> Recipe:
+    """Gate over up, as transformers makes them of lists of experts."""
+    return Recipe(
+        tensor="gate_up_proj",
+        target="experts.gate_up_proj",
+        spec=TensorSpec((4, 3), torch.bfloat16),
+        converter=WeightConverter(
+            ["gate", "up"], "experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]
+        ),
+        sources=tuple((name, (checkpoint.spans[name],)) for name in ("gate", "up")),
+        config=None,
+    )
+
+
+def plain(checkpoint: Checkpoint) -> Recipe:
+    return replace(
+        stacked(checkpoint),
+        spec=TensorSpec((2, 3), torch.float64),
+        converter=None,
+        sources=(("gate", (checkpoint.spans["gate"],)),),
+    )
+
+
+def test_a_recipe_does_what_transformers_does_in_the_models_dtype(checkpoint: Checkpoint) -> None:
+    recipe = stacked(checkpoint)
+    for _ in range(2):  # and is not used up
+        assert torch.equal(recipe.cook(checkpoint), torch.cat([GATE, UP]).bfloat16())
+    assert recipe.nbytes == 2 * 6 * 4 and len(recipe.spans) == 2
+
+
+def test_without_a_rule_only_the_dtype_is_changed(checkpoint: Checkpoint) -> None:
+    assert torch.equal(plain(checkpoint).cook(checkpoint), GATE.double())
+
+
+def test_another_shape_than_the_models_is_refused(checkpoint: Checkpoint) -> None:
+    recipe = replace(plain(checkpoint), spec=TensorSpec((3, 2), torch.float32))
+    with pytest.raises(UnsupportedModelError, match=r"becomes \[2, 3\].*computes with \[3, 2\]"):
+        recipe.cook(checkpoint)
+
+
+def test_an_experts_bytes_are_those_of_all_its_parts(checkpoint: Checkpoint) -> None:
+    piece = Piece(tensor="gate", start=0, span=checkpoint.spans["gate"])
+    assert ExpertSource((piece,)).nbytes == 24
+    assert ExpertSource((piece, stacked(checkpoint))).nbytes == 24 + 48

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from moefit.engine.segments import UnpackableError
+from moefit.engine.window_mask import WindowMask, window_mask
+
+
+def test_what_transformers_says_of_a_mask_is_understood() -> None:
+    assert window_mask().window is None
+    assert window_mask(mask_function=causal_mask_function, local_size=5).window is None
+    sliding = sliding_window_causal_mask_function(5)
+    assert window_mask(mask_function=sliding, local_size=5).window == 5
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mask_function": sliding_window_causal_mask_function(5)},
+        {"mask_function": sliding_window_causal_mask_function(5), "local_size": 6},
+        {"mask_function": chunked_causal_mask_function(4, torch.zeros(1)), "local_size": 4},
+        {"mask_function": lambda b, h, q, k: q == q},
+        {
+            "mask_function": and_masks(causal_mask_function, lambda b, h, q, k: k != 3),
+            "local_size": None,
+        },
+        {"attention_mask": torch.ones(1, 4)},
+    ],
+)
+def test_other_masks_are_refused(given) -> None:
+    with pytest.raises(UnpackableError, match="mask"):
+        window_mask(**given)
+
+
+def test_what_became_of_a_mask_says_nothing() -> None:
+    mask = WindowMask.of(5, torch.device("cpu"))
+    assert mask.window == 5
+    for other in (mask[..., :1], mask & mask, mask.clone()):
+        assert not hasattr(other, "window")
