@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
-from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.options import MISSES, ROOM, Misses, Refetch, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table
 from moefit.dsmoe.card import model_card
@@ -96,6 +96,7 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     room: Room = ROOM,
+    refetch: Refetch = None,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
     ] = None,
@@ -103,7 +104,7 @@ def describe(
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
-    settings = LoadSettings(**room.settings(), **shared)
+    settings = LoadSettings(**room.settings(), **shared, refetch=refetch)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
     if plain and _is_ours(model):
