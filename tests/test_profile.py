@@ -18,6 +18,7 @@ from moefit.api import folder_of
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.perplexity import Text
 from moefit.plan.calibration import windows_of
+from moefit.plan.measurements import Measurements
 from moefit.plan.profile import (
     Profile,
     find_profile,
@@ -125,7 +126,7 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_measured() -> N
 def test_times_are_measured_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = profiler().facts
     write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted, 1)), profiler().path)
-    monkeypatch.setattr(Profiler, "_measure", lambda *_: 2)
+    monkeypatch.setattr(Measurements, "measure", lambda *_: 2)
     assert set(profiler().run().items.values()) == {1}
     items = profiler().run(again=True).items
     assert items == read_profile(profiler().path).items
