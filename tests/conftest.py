@@ -1,8 +1,9 @@
 """What several test files share: a small corpus, a small run, a watcher that listens; small
-checkpoints to serve, and a cache folder of one's own."""
+checkpoints to serve, the shipped model, and a cache folder of one's own."""
 
 import os
 import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 
 from tiny_served import model_of, saved, tiny
 
+import moefit
 from moefit.train.config import make_config
 
 
@@ -114,6 +116,13 @@ def address():
     handle = {}
     with pretend(handle) as url:
         yield handle, url
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    """The shipped model, all of it in memory; for tests of who serves it to whom."""
+    with moefit.load("reference") as served:
+        yield served
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tiny_served import tokens
 
-from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.engine import Engine
 from moefit.engine.request import Event, Finished, Prompt, Sampling, Token
+from moefit.engine.settings import EngineSettings
 from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings

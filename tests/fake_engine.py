@@ -6,7 +6,6 @@ from itertools import count
 from time import sleep
 from typing import Any
 
-from moefit.engine.engine import EngineSettings, EngineStats
 from moefit.engine.request import (
     Event,
     Finished,
@@ -16,6 +15,8 @@ from moefit.engine.request import (
     Token,
     TokenLogprob,
 )
+from moefit.engine.settings import EngineSettings
+from moefit.engine.stats import EngineStats
 from moefit.engine.text import TextStream
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
 from moefit.serve.served import ServedModel

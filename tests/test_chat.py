@@ -7,7 +7,6 @@ from fake_engine import FakeEngine
 from fastapi.testclient import TestClient
 from serving_http import client_of, error_of, events, fake_service
 
-import moefit
 from moefit.serve.served import ServedModel
 
 URL = "/v1/chat/completions"
@@ -17,12 +16,6 @@ TEMPLATE = (
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[ServedModel]:
-    with moefit.load("reference") as served:
-        yield served
 
 
 @pytest.fixture

@@ -7,17 +7,10 @@ from fake_engine import FakeEngine, following
 from fastapi.testclient import TestClient
 from serving_http import client_of, error_of, events, fake_service
 
-import moefit
 from moefit.serve.served import ServedModel
 from moefit.server.service import Service
 
 URL = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[ServedModel]:
-    with moefit.load("reference") as served:
-        yield served
 
 
 @pytest.fixture

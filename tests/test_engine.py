@@ -11,8 +11,9 @@ from engines import Heard, ask, engine_of, generated, greedy, paused, prompts, r
 from tiny_served import Disk, reading_through, saved, tiny
 
 from moefit.engine.answer import Language
-from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.engine import Engine
 from moefit.engine.request import Finished, Prompt, Sampling, Token
+from moefit.engine.settings import EngineSettings
 from moefit.errors import (
     BudgetTooSmallError,
     ConfigError,
@@ -381,7 +382,6 @@ def test_many_threads_at_once(olmoe):
     ("settings", "message"),
     [
         ({"max_concurrency": 0}, "max_concurrency=0"),
-        ({"prefill_chunk": 1.5}, "prefill_chunk=1.5"),
         ({"max_model_len": 129}, "max_model_len=129, but .* hold 128 tokens"),
     ],
 )

@@ -9,7 +9,6 @@ from engines import running
 from hypothesis import HealthCheck, given, settings
 from serving_http import client_of, fake_service
 
-import moefit
 from moefit.serve.served import ServedModel
 from moefit.server.app import create_app
 from moefit.server.service import Service
@@ -21,12 +20,6 @@ OPERATIONS = {
     "/v1/models/{name}": {"get"}, "/tokenize": {"post"}, "/detokenize": {"post"},
     "/health": {"get"}, "/version": {"get"}, "/metrics": {"get"}, "/v1/memory": {"get", "post"},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[ServedModel]:
-    with moefit.load("reference") as served:
-        yield served
 
 
 def test_the_document_has_every_endpoint(served) -> None:

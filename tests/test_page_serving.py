@@ -8,7 +8,8 @@ import pytest
 from browser import Keys
 
 import moefit
-from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.engine import Engine
+from moefit.engine.settings import EngineSettings
 from moefit.server.running import Running, bind, url_of
 from moefit.server.service import Service
 from moefit.server.settings import ServerSettings

@@ -38,3 +38,22 @@ def test_the_bound_rises_with_depth_and_is_the_mean_over_blocks(blocks, bound, r
 
 def test_a_bound_beyond_all_weight_is_all_of_it() -> None:
     assert Policy(bound=0.9).bound_at(0.9) == 1
+
+
+def test_prefill_follows_the_mode_unless_given() -> None:
+    assert Policy().changed("virtual").prefill == "virtual"
+    assert Policy(mode="virtual", prefill="virtual").changed("bounded").prefill == "exact"
+    assert Policy().changed("virtual", prefill="exact").prefill == "exact"
+
+
+def test_other_settings_stay_as_they_are() -> None:
+    before = Policy(bound=0.1, protected=3)
+    assert before.changed("bounded", protected=0) == Policy(mode="bounded", bound=0.1, protected=0)
+    assert before == Policy(bound=0.1, protected=3)
+
+
+def test_a_setting_that_does_not_exist_is_named_beside_those_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"bounds.*unknown setting; there are mode, prefill"):
+        Policy().changed("bounded", bounds=0.2)
+    with pytest.raises(ConfigError, match="bound=2"):
+        Policy().changed("bounded", bound=2)

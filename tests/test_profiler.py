@@ -58,23 +58,6 @@ def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, m
     assert divergence < math.log1p(plan.predicted.loss) + 0.05
 
 
-@pytest.mark.slow
-def test_where_memory_is_short_the_results_are_the_same(profile: Profile, model: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moefit.plan.profiler._free_memory", lambda: 1)
-        small = Profiler(Subject(folder=model), WINDOWS, text="random")
-    small._reference = None
-    names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
-    for name in names:
-        short = small._measure(name, profile)
-        if name == "routes":
-            for block, one in short.items():
-                assert one["mass"] == pytest.approx(profile.items["routes"][block]["mass"])
-            continue
-        assert short["configuration"]["blocks"] != profile.items[name]["configuration"]["blocks"]
-        assert short["divergence"] == pytest.approx(profile.items[name]["divergence"], rel=1e-3)
-
-
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     config = SwitchTransformersConfig(
         vocab_size=61, d_model=32, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,

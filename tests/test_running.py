@@ -13,19 +13,12 @@ import pytest
 from fake_engine import FakeEngine
 from serving_http import fake_service
 
-import moefit
 from moefit.errors import ConfigError
 from moefit.serve.served import ServedModel
 from moefit.server.client import Client, ServerError
 from moefit.server.running import Running, bind, url_of
 from moefit.server.service import Service
 from moefit.server.talk import Manner, RemotePartner
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[ServedModel]:
-    with moefit.load("reference") as served:
-        yield served
 
 
 class Site:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from slow_router import NUM_EXPERTS, RULES, Slow, Weights
 from torch import Tensor
 
+from moefit.moe.identify import Example, Identified, Known, identify
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Example, Groups, Identified, Known, ScoringRule, identify
+from moefit.moe.scoring import Groups, ScoringRule
 
 K, TOKENS = 3, 24
 ANYWHERE = Known(

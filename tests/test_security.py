@@ -8,18 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_http import client_of, error_of, fake_service
 
-import moefit
 from moefit.serve.served import ServedModel
 from moefit.server import refusal
 from moefit.server.security import host_fits, host_name, is_loopback, key_fits, origin_fits
 
 KEY = "sehr-geheim-é"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[ServedModel]:
-    with moefit.load("reference") as served:
-        yield served
 
 
 @pytest.fixture

@@ -198,15 +198,6 @@ def test_an_unknown_mode_or_setting_changes_nothing(serve, settings, says: str) 
     assert served.policy is before
 
 
-def test_prefill_follows_the_mode_unless_given(serve) -> None:
-    served, _ = serve(slots=2)
-    assert served.set_mode("virtual").prefill == "virtual"
-    assert served.set_mode("bounded").prefill == "exact"
-    assert served.set_mode("virtual", prefill="exact").prefill == "exact"
-    assert served.set_mode("exact", bound=0.4).bound == 0.4
-    assert served.policy.bound == 0.4, "other settings stay"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
     served, _ = serve(family)

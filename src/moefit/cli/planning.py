@@ -3,23 +3,21 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
+from moefit.cli.plan_view import plan_dict, print_plan
 from moefit.cli.planned import promise_of
 from moefit.cli.serving import shared_steps
 from moefit.errors import ConfigError
 from moefit.evaluate.passage import held_out_text, text_of_file, tokenizer_of
-from moefit.plan import genetic
 from moefit.plan.calibration import windows_of
 from moefit.plan.experiments import RESTS
 from moefit.plan.plan_file import Plan, write_plan
@@ -27,18 +25,11 @@ from moefit.plan.planner import Planner
 from moefit.plan.profile import find_profile
 from moefit.plan.profiler import Profiler, Progress
 from moefit.plan.promise import Promise
-from moefit.plan.report import (
-    check_picture,
-    draw,
-    front_table,
-    held_table,
-    in_a_line,
-    plan_table,
-)
+from moefit.plan.report import check_picture, draw
 from moefit.plan.rooms import Circumstances
 from moefit.plan.running import Subject
 from moefit.plan.search import Point
-from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.serve.budget import parse_bytes
 from moefit.serve.skeleton import build
 
 
@@ -59,6 +50,9 @@ def profile_model(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
     device: Device = "cpu",
+    again: Annotated[
+        bool, typer.Option("--again", help="measure times anew, as of a machine that was busy")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Resumes where it stopped: what was measured is not measured again."""
@@ -76,7 +70,7 @@ def profile_model(
         memory=None if memory is None else parse_bytes(memory),
     )
     with _bar() as progress:
-        profile = profiler.run(progress)
+        profile = profiler.run(progress, again=again)
     if as_json:
         print_json({"path": str(profiler.path), "items": dict(profile.items)})
         return
@@ -167,9 +161,9 @@ def plan_model(
     if picture is not None:
         draw(fronts, picture, model)
     if as_json:
-        print_json(_as_dict(planner, plan, front, fronts))
+        print_json(plan_dict(planner, plan, front, fronts))
         return
-    _print(planner, plan, fronts, model, smallest=memory is None)
+    print_plan(planner, plan, fronts, model, smallest=memory is None)
     _say_written(model, save, picture)
 
 
@@ -199,66 +193,3 @@ def _say_written(model: str, save: Path | None, picture: Path | None) -> None:
     if save is not None:
         words = shlex.quote(model), shlex.quote(str(save))
         say("next: moefit serve {} --plan {}".format(*words))
-
-
-def _as_dict(
-    planner: Planner, plan: Plan | None, front: list[Point], fronts: dict[int, list[Point]]
-) -> dict[str, Any]:
-    return {
-        "plan": plan and plan.as_dict(),
-        "front": [_point(one) for one in front],
-        "budgets": [
-            {"memory": memory, "front": [_point(one) for one in points]}
-            for memory, points in fronts.items()
-        ],
-        "floor": planner.rooms.floor,
-        "everything": planner.rooms.everything,
-        "sequences": planner.sequences(plan) if plan else {},
-        "warnings": planner.warnings(),
-        "searched_by": planner.searched_by,
-        "quality_models": [asdict(one) for one in planner.quality.comparison],
-        "latency_models": [asdict(one) for one in planner.latency.comparison],
-    }
-
-
-def _point(one: Point) -> dict[str, Any]:
-    return {
-        "loss": one.loss,
-        "tokens_per_second": one.speed,
-        "expert_bytes": one.nbytes,
-        "found_by": one.found_by,
-        "configuration": one.configuration.as_dict(),
-    }
-
-
-def _print(
-    planner: Planner,
-    plan: Plan | None,
-    fronts: dict[int, list[Point]],
-    model: str,
-    *,
-    smallest: bool,
-) -> None:
-    out = Console()
-    if plan is not None and plan.memory is not None:
-        out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
-        say(in_a_line(plan))
-        if smallest:
-            say(f"that is the smallest budget that keeps it: {plan.memory} bytes")
-        for length, count in planner.sequences(plan).items():
-            some = "1 sequence" if count == 1 else f"{count} sequences"
-            say(f"fits {some} of {length} tokens beside its experts")
-    if fronts:
-        out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
-    for loss in (0.01, 0.03):
-        size = planner.smallest_budget(Promise(max_loss=loss))
-        if size is not None:
-            say(f"smallest budget for a loss of {loss:.0%}: {format_bytes(size)} ({size} bytes)")
-    for warning in planner.warnings():
-        say(f"warning: {warning}")
-    out.print(held_table(planner.quality.comparison, "quality models on samples not fitted to"))
-    out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
-    if not genetic.available():
-        say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
-    facts = planner.profile.facts
-    say(f"profile: {facts.tokens:,} tokens of {facts.text}")

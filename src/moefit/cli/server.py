@@ -13,7 +13,8 @@ from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
 from moefit.cli.plan_order import PlanOrder
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import load_planned, load_served, shared_steps
-from moefit.engine.engine import Engine, EngineSettings
+from moefit.engine.engine import Engine
+from moefit.engine.settings import EngineSettings
 from moefit.evaluate.loading import REFERENCE
 from moefit.plan.plan_file import Plan
 from moefit.serve.served import ServedModel

@@ -6,13 +6,9 @@ scheduler's, computing the runner's. Knows nothing of HTTP.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, fields
 from itertools import count
 from threading import Condition, Thread, current_thread
-from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +16,14 @@ from torch import Tensor
 
 from moefit.engine.abilities import abilities_of
 from moefit.engine.answer import Answer
+from moefit.engine.commands import Commands
 from moefit.engine.probe import choose_runner
 from moefit.engine.request import FinishReason, Listener, Sampling
 from moefit.engine.sampler import NO_NUMBERS, Choice, choose
 from moefit.engine.scheduler import Limits, Piece, Scheduler
-from moefit.errors import ConfigError, RefusedError
+from moefit.engine.settings import EngineSettings
+from moefit.engine.stats import EngineStats, Pace
+from moefit.errors import RefusedError
 from moefit.serve.budget import MemoryBudget
 from moefit.serve.policy import Mode, Policy
 from moefit.serve.served import ServedModel
@@ -32,51 +31,7 @@ from moefit.serve.served import ServedModel
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
-_RECENT = 5.0  # seconds that `tokens_per_second` looks back
 PROMPT_LOGITS = 16 << 20  # bytes of prompts' logits in one step, where they are asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """How requests share the model.
-
-    max_concurrency: requests that run at once. max_model_len: prompt and answer of one request;
-    None is the model's own, as far as the context's tokens go. prefill_chunk: tokens of prompts in
-    one step, so that decoding goes on between. max_waiting: requests that may wait for a place.
-    """
-
-    max_concurrency: int = 16
-    max_model_len: int | None = None
-    prefill_chunk: int = 128
-    max_waiting: int = 1024
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name == "max_model_len":
-                continue
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{field.name}={value!r}, but it is a whole number, 1 or more")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine is doing, and has done.
-
-    kv_tokens: of the context; kv_tokens_used: reserved by requests that run. Totals count from the
-    engine's beginning; tokens_per_second is of answers, over the last few seconds.
-    """
-
-    running: int
-    waiting: int
-    kv_tokens_used: int
-    kv_tokens: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    tokens_per_second: float
-    steps: int
-    runner: str
 
 
 class Engine:
@@ -100,13 +55,13 @@ class Engine:
         )
         self._answers: dict[str, Answer] = {}
         self._cancelled: set[str] = set()
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._commands = Commands()
         self._names = (f"request-{number}" for number in count(1))
         self._changed = Condition()  # guards all of this
         self._thread: Thread | None = None
         self._refusing = self._closing = False
-        self._steps = self._prompt_tokens = self._made_tokens = 0
-        self._recent: deque[tuple[float, int]] = deque()
+        self._steps = self._prompt_tokens = 0
+        self._pace = Pace()
 
     def start(self) -> None:
         """Begin to step."""
@@ -126,9 +81,7 @@ class Engine:
             self._thread.join()
         for name in list(self._answers):
             self._end(name, "cancelled")
-        for _, future in self._commands:
-            future.set_exception(RefusedError("the engine was closed"))
-        self._commands.clear()
+        self._commands.refuse(RefusedError("the engine was closed"))
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those that are there; False if some are left."""
@@ -177,13 +130,11 @@ class Engine:
 
         Raises RefusedError if the engine is closed before its turn comes.
         """
-        future: Future[T] = Future()
         with self._changed:
             direct = self._thread in (None, current_thread()) or self._closing
-            if not direct:
-                self._commands.append((change, future))
-                self._changed.notify_all()
-        return change() if direct else future.result()
+            future = None if direct else self._commands.ask(change)
+            self._changed.notify_all()
+        return change() if future is None else future.result()
 
     def stats(self) -> EngineStats:
         """What is going on."""
@@ -194,8 +145,8 @@ class Engine:
                 kv_tokens_used=self._scheduler.reserved,
                 kv_tokens=self._scheduler.limits.tokens,
                 prompt_tokens_total=self._prompt_tokens,
-                generation_tokens_total=self._made_tokens,
-                tokens_per_second=self._pace(),
+                generation_tokens_total=self._pace.total,
+                tokens_per_second=self._pace.per_second(),
                 steps=self._steps,
                 runner=self._runner.name,
             )
@@ -230,12 +181,7 @@ class Engine:
 
     def _turn(self) -> None:
         """What was asked for since the last step, and the next step."""
-        while self._commands:
-            change, future = self._commands.popleft()
-            try:
-                future.set_result(change())
-            except BaseException as error:  # noqa: BLE001 - whoever asked hears it
-                future.set_exception(error)
+        self._commands.carry_out()
         with self._changed:
             cancelled, self._cancelled = self._cancelled, set()
         for name in cancelled:
@@ -278,9 +224,7 @@ class Engine:
         logits_NV = torch.cat([row for _, row in going]) if len(going) > 1 else going[0][1]
         chosen = choose(logits_NV, [answer.chooser for answer, _ in going])
         with self._changed:
-            self._made_tokens += len(going)
-            self._recent.append((monotonic(), len(going)))
-            self._pace()
+            self._pace.add(len(going))
             for answer, _ in going:
                 self._scheduler.grow(answer.name)
         for (answer, _), choice in zip(going, chosen, strict=True):
@@ -315,16 +259,6 @@ class Engine:
                 self._runner.close(name)
             self._scheduler.remove(name)
             self._changed.notify_all()
-
-    def _pace(self) -> float:
-        """Tokens a second, lately."""
-        now = monotonic()
-        while self._recent and self._recent[0][0] < now - _RECENT:
-            self._recent.popleft()
-        if not self._recent:
-            return 0.0
-        seconds = max(now - self._recent[0][0], 0.5)
-        return sum(made for _, made in self._recent) / seconds
 
 
 def _goes_on(answer: Answer, choice: Choice | None) -> None:

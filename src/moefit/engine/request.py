@@ -54,7 +54,6 @@ class Prompt:
     waited: seconds from the request's coming until it had a place.
     """
 
-    cached_tokens: int = 0
     waited: float = 0.0
     logprobs: tuple[TokenLogprob | None, ...] | None = None
 

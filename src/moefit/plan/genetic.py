@@ -21,9 +21,7 @@ def available() -> bool:
     return find_spec("pymoo") is not None
 
 
-def evolved(
-    models: Models, rooms: Mapping[str, int], front: Sequence[Point], *, seed: int = 0
-) -> list[Point]:
+def evolved(models: Models, rooms: Mapping[str, int], front: Sequence[Point]) -> list[Point]:
     """Points that the genetic search found within the rooms; none without pymoo."""
     if not available() or not front:
         return []
@@ -48,14 +46,12 @@ def evolved(
             return coding.redrawn(x_NV, random_state)
 
     operators: dict[str, Any] = {  # pymoo's annotations name its defaults' classes only
-        "sampling": coding.population(front, seed),
+        "sampling": coding.population(front),
         "crossover": crossover.UniformCrossover(),
         "mutation": Redrawn(),
     }
     algorithm = nsga2.NSGA2(pop_size=_POPULATION, eliminate_duplicates=True, **operators)
-    result = optimize.minimize(
-        Problem(), algorithm, ("n_gen", _GENERATIONS), seed=seed, verbose=False
-    )
+    result = optimize.minimize(Problem(), algorithm, ("n_gen", _GENERATIONS), seed=0, verbose=False)
     if result.X is None:
         return []
     return [coding.point(x) for x in np.atleast_2d(result.X)]
@@ -95,9 +91,9 @@ class _Coding:
     def _taken(self, x: np.ndarray) -> int:
         return int(sum(self._bytes[n][g] for n, g in zip(self._names, x[:-2], strict=True)))
 
-    def population(self, front: Sequence[Point], seed: int) -> np.ndarray:
+    def population(self, front: Sequence[Point]) -> np.ndarray:
         """The front's genes, and copies of them with some genes changed."""
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         known = np.array([self._genes(one) for one in front[:_POPULATION]])
         copies = known[generator.integers(len(known), size=_POPULATION - len(known))]
         return np.concatenate([known, self.redrawn(copies, generator)])

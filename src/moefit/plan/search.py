@@ -6,7 +6,7 @@ blocks' costs add up. All that comes out is judged by the models proper. `geneti
 better.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moefit.plan.chosen import QualityModel
@@ -146,7 +146,3 @@ def pareto(points: Sequence[Point]) -> list[Point]:
         if not best or one.loss < best[-1].loss - 1e-9:
             best.append(one)
     return best
-
-
-Refine = Callable[[Models, Mapping[str, int], Sequence[Point]], list[Point]]
-"""Takes the front so far, gives more points."""

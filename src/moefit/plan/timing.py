@@ -26,6 +26,7 @@ from moefit.serve.virtual_experts import VirtualExperts
 TOKENS = (1, 4, 16, 64)
 _REPEATS = 12
 _READS = 8
+_REST_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,20 +112,20 @@ def forget(files: Iterable[Path]) -> None:
 
 
 @torch.inference_mode()
-def time_rest(served: ServedModel, reference: Reference, *, tokens: int = 24) -> float:
+def time_rest(served: ServedModel, reference: Reference) -> float:
     """Seconds that decoding one token takes without experts: attention, routers, head."""
     for experts in served.blocks.values():
         experts.recorder = lambda _: None
     try:
-        return statistics.median(_steps(served, reference.windows_BT[0], tokens))
+        return statistics.median(_steps(served, reference.windows_BT[0, :_REST_TOKENS]))
     finally:
         for experts in served.blocks.values():
             experts.recorder = None
 
 
-def _steps(served: ServedModel, window_T: Tensor, tokens: int) -> Iterable[float]:
+def _steps(served: ServedModel, window_T: Tensor) -> Iterable[float]:
     cache = None
-    for at in range(min(tokens, len(window_T))):
+    for at in range(len(window_T)):
         ids_11 = window_T[None, at : at + 1].to(served.model.device)
         began = time.perf_counter()
         output = served.model(input_ids=ids_11, past_key_values=cache, use_cache=True)

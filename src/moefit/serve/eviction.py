@@ -9,7 +9,7 @@ for each sequence changes its experts at its own pace, however many run beside i
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,19 +74,16 @@ class LeastFrequentlyUsed:
 
 
 class LeastImportant:
-    """Evicts what had the least router weight, times the expert's norm; old steps count less.
+    """Evicts what had the least router weight; old steps count less.
 
-    With weights that carry |x| this is SwapMoE's score, |x| * G(x)_i * |E_i|.
+    With weights that carry |x| this is SwapMoE's score but for the expert's norm, |x| * G(x)_i.
     """
 
-    def __init__(self, half_life_tokens: float = 24, norms: Sequence[float] | None = None) -> None:
+    def __init__(self, half_life_tokens: float = 24) -> None:
         self._sums = _DecayingSums(half_life_tokens)
-        self._norms = norms
 
     def observe(self, weights: Mapping[int, float], tokens: int = 1) -> None:
         """Add the step's weights."""
-        if (norms := self._norms) is not None:
-            weights = {expert: weight * norms[expert] for expert, weight in weights.items()}
         self._sums.add(weights, tokens)
 
     def victim(self, residents: Collection[int], needed: Collection[int]) -> int:

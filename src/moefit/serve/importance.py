@@ -1,11 +1,12 @@
 """How much each expert of a block matters now: SwapMoE's Expert Importance Estimator.
 
-Owns one decayed score per expert. Pure. The score is SwapMoE's equation 1, the sum over tokens of
-|x| * |G(x)_i| * |E_i|, taken from the router's unmasked choice so that absent experts are scored
-too. The paper has no decay; here old tokens count less, by a half-life in tokens.
+Owns one decayed score per expert. Pure. The score is SwapMoE's equation 1 without the expert's norm
+|E_i|, which would have to be read from storage: the sum over tokens of |x| * |G(x)_i|, taken from
+the router's unmasked choice so that absent experts are scored too. The paper has no decay; here
+old tokens count less, by a half-life in tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 
 class ExpertImportanceEstimator:
@@ -17,16 +18,9 @@ class ExpertImportanceEstimator:
     [2.0, 0.0, 1.0]
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        half_life_tokens: float = 24.0,
-        norms: Sequence[float] | None = None,
-    ):
+    def __init__(self, num_experts: int, *, half_life_tokens: float = 24.0):
         assert half_life_tokens > 0
         self._decay = 0.5 ** (1 / half_life_tokens)
-        self._norms = list(norms) if norms is not None else [1.0] * num_experts
         self._scores = [0.0] * num_experts
 
     def observe(self, weights: Mapping[int, float], tokens: int = 1) -> None:
@@ -34,13 +28,9 @@ class ExpertImportanceEstimator:
         decay = self._decay**tokens
         scores = [score * decay for score in self._scores]
         for expert, weight in weights.items():
-            scores[expert] += weight * self._norms[expert]
+            scores[expert] += weight
         self._scores = scores
 
     def scores(self) -> list[float]:
         """The scores, expert by expert."""
         return list(self._scores)
-
-    def best(self, count: int) -> list[int]:
-        """The most important experts, best first; of equals the one with the lower id."""
-        return sorted(range(len(self._scores)), key=lambda e: (-self._scores[e], e))[:count]

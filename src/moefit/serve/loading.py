@@ -28,6 +28,7 @@ from moefit.serve.ladders import AUTO, ladders_of
 from moefit.serve.ledger import weight_bytes
 from moefit.serve.live import Live
 from moefit.serve.packed import PackedStore, open_packed
+from moefit.serve.parts import ServedParts
 from moefit.serve.placement import Placement
 from moefit.serve.policy import Policy
 from moefit.serve.probe import attach
@@ -37,7 +38,7 @@ from moefit.serve.refetch import better_formats
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
 from moefit.serve.seating import grow, return_freed_memory, seat_all, spares_of
-from moefit.serve.served import ServedModel, ServedParts
+from moefit.serve.served import ServedModel
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.store import ExpertStore

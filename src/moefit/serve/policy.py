@@ -3,9 +3,9 @@
 Owns which modes and methods there are, and their bounds. Knows nothing of who carries them out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from moefit.errors import ConfigError
 
@@ -42,6 +42,21 @@ class Policy:
     residency: Update = "manager"
     keep_mass: bool = True
     refetch: float | None = None
+
+    def changed(self, mode: Mode, **settings: Any) -> "Policy":
+        """This policy in another mode, with any other of its settings changed.
+
+        `prefill` follows the mode unless given: virtual prefills virtually, the others exactly.
+        Raises ConfigError for an unknown setting or value.
+        """
+        settings.setdefault("prefill", "virtual" if mode == "virtual" else "exact")
+        try:
+            policy = replace(self, mode=mode, **settings)
+        except TypeError as error:
+            known = ", ".join(Policy.__slots__)
+            raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
+        policy.check()
+        return policy
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moefit.moe.identify import Example, Identified, Known, identify
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Example, Groups, Identified, Known, identify
+from moefit.moe.scoring import Groups
 from moefit.serve.virtual_experts import VirtualExperts
 
 _SHAPE = (4, 16)  # with fewer tokens, rules that differ rarely (group scores) agree by chance
@@ -41,13 +42,13 @@ class _Recording:
 
 
 def attach(
-    model: PreTrainedModel, served: Mapping[str, VirtualExperts], seed: int = 0
+    model: PreTrainedModel, served: Mapping[str, VirtualExperts]
 ) -> tuple[RemovableHandle, ...]:
     """Find every block's routing rule and hook its router; returns the hooks.
 
     A block whose rule is not found keeps `scoring` None: it can be served exactly.
     """
-    recordings = _record(model, served, seed)
+    recordings = _record(model, served)
     known = _known_forms(model.config)
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():
@@ -86,13 +87,11 @@ def _identify(
 
 
 @torch.inference_mode()
-def _record(
-    model: PreTrainedModel, served: Mapping[str, VirtualExperts], seed: int
-) -> dict[str, _Recording]:
+def _record(model: PreTrainedModel, served: Mapping[str, VirtualExperts]) -> dict[str, _Recording]:
     recordings = {name: _Recording() for name in served}
     with _listening(model, served, recordings):
         # Without the head: logits of all tokens would be the largest tensor of the whole load.
-        model.base_model(**_random_input(model, seed), use_cache=False)
+        model.base_model(**_random_input(model), use_cache=False)
     return recordings
 
 
@@ -176,8 +175,8 @@ def _known_forms(config: Any) -> Known:
     return Known(groups=tuple(both), tolerances=tolerances)
 
 
-def _random_input(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _random_input(model: PreTrainedModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
     vocabulary = cast(Any, model.config.get_text_config(decoder=True)).vocab_size
     ids = torch.randint(3, max(4, vocabulary), _SHAPE, generator=generator).to(model.device)
     if model.config.is_encoder_decoder:

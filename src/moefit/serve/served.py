@@ -5,49 +5,25 @@ while it runs, the report. Every change takes the lock that a block's step holds
 never sees half of one. Knows nothing of how experts are found or read.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Self
 
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
-from moefit.formats.format import NATIVE, Format, NativeFormat
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
-from moefit.serve.host_tier import HostTier
 from moefit.serve.kv_cache import reserve_caches
-from moefit.serve.ledger import held_bytes, peak_held_bytes
-from moefit.serve.live import Live
 from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.parts import ServedParts
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.policy import Mode, Policy
-from moefit.serve.reckoner import Reckoner
+from moefit.serve.report import report_of
 from moefit.serve.seating import reseat, resize
-from moefit.serve.store import ExpertStore
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.view import BlockView, view_of
-from moefit.serve.virtual_experts import VirtualExperts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedParts:
-    """What loading has put together."""
-
-    folder: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    budget: MemoryBudget
-    blocks: Mapping[str, VirtualExperts]
-    store: ExpertStore
-    tier: HostTier | None
-    live: Live
-    reckoner: Reckoner
-    hooks: tuple[RemovableHandle, ...]
 
 
 class ServedModel:
@@ -57,6 +33,7 @@ class ServedModel:
     """
 
     def __init__(self, parts: ServedParts):
+        self._parts = parts
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
@@ -212,9 +189,8 @@ class ServedModel:
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
 
-        `prefill` follows the mode unless given: exact stays exact and bounded prefills exactly;
-        virtual prefills virtually. A `refetch` that is in force rests in other modes than exact;
-        its slots stay reserved, also when it is set to None.
+        `prefill` follows the mode unless given (`Policy.changed`). A `refetch` that is in force
+        rests in other modes than exact; its slots stay reserved, also when it is set to None.
         Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
         routing rule is not known, so that nothing but exact is possible.
         """
@@ -226,14 +202,8 @@ class ServedModel:
         return policy
 
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
-        """The policy that `set_mode` would put in force; changes nothing."""
-        settings.setdefault("prefill", "virtual" if mode == "virtual" else "exact")
-        try:
-            policy = replace(self._live.policy, mode=mode, **settings)
-        except TypeError as error:
-            known = ", ".join(Policy.__slots__)
-            raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
-        policy.check()
+        """The policy that `set_mode` would put in force; changes nothing. Raises what it does."""
+        policy = self._live.policy.changed(mode, **settings)
         self._check_refetch(mode, settings.get("refetch"))
         unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
@@ -272,39 +242,10 @@ class ServedModel:
     def report(self) -> dict[str, Any]:
         """Bytes by part, residents by block, and what happened since loading or `reset`.
 
-        `process_bytes` and its peak are the process's on the model's device: resident set, or GPU
-        memory that torch has reserved. `loads` took `load_seconds` together, many side by side.
-        `host_...` are there on a GPU (`HostTier.report`).
+        What its numbers are is in `report_of`.
         """
-        device = self.model.device
         with self._live.lock:
-            resident = {name: sorted(one.residency.residents) for name, one in self.blocks.items()}
-            slot_bytes = sum(s.nbytes for one in self.blocks.values() for s in one.slots.values())
-            return {
-                "mode": self.policy.mode,
-                "prefill": self.policy.prefill,
-                "refetch": self.policy.refetch,
-                "budget": self._budget.as_dict(),
-                "slot_bytes": slot_bytes,
-                "spare_bytes": self._live.spare_bytes,
-                "scratch_bytes": 0 if self._live.copies is None else self._live.copies.nbytes,
-                "process_bytes": held_bytes(device),
-                "peak_process_bytes": peak_held_bytes(device),
-                "slots": {name: one.residency.number for name, one in self.blocks.items()},
-                "experts": {name: one.num_experts for name, one in self.blocks.items()},
-                "formats": {name: _formats(one) for name, one in self.blocks.items()},
-                "resident": resident,
-                "experts_from": self._store.source(
-                    {n: _encoded(b) for n, b in self.blocks.items()}
-                ),
-                "packed_ignored": list(self._store.packed.ignored),
-                "calibrated_on": self._store.packed.texts,
-                "bytes_read": self._store.bytes_read,
-                "loads": self._live.transfer.loads,
-                "load_seconds": self._live.transfer.load_seconds,
-                **(self._tier.report() if self._tier else {}),
-                **self._live.counters.as_dict(),
-            }
+            return report_of(self._parts, self._budget)
 
     def views(self) -> list[BlockView]:
         """Every block as it is now, for people to look at."""
@@ -367,14 +308,3 @@ class ServedModel:
         """Let no swap be under way."""
         for experts in self.blocks.values():
             experts.swaps.settle()
-
-
-def _encoded(experts: VirtualExperts) -> Format:
-    """A format of the block's slots that is not the checkpoint's own, if there is one."""
-    formats = [slot.format for slot in experts.slots.values()] or [experts.format]
-    return next((one for one in formats if not isinstance(one, NativeFormat)), NATIVE)
-
-
-def _formats(experts: VirtualExperts) -> dict[str, int]:
-    """How many slots have which format."""
-    return dict(Counter(slot.format.name for slot in experts.slots.values()))

@@ -1,0 +1,80 @@
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from tiny_served import saved, tiny, tokens
+
+import moefit.plan.measurements
+from moefit.errors import BudgetTooSmallError
+from moefit.plan.configuration import uniform
+from moefit.plan.experiments import BlockShape
+from moefit.plan.measurements import Measurements, _with_fewer
+from moefit.plan.profile import Profile
+from moefit.plan.profiler import Profiler
+from moefit.plan.running import Subject
+
+WINDOWS = tokens(3, 33)
+
+
+@cache
+def folder() -> Path:
+    return saved(tiny("Mixtral", initializer_range=0.1), Path(mkdtemp()) / "model")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def measuring(memory: int | None = None) -> tuple[Measurements, Profile]:
+    profiler = Profiler(Subject(folder=folder()), WINDOWS, text="random", memory=memory)
+    return profiler._measurements, Profile(facts=profiler.facts, items={})
+
+
+def measured(names: list[str]) -> dict:
+    measurements, profile = measuring()
+    for name in names:
+        profile = profile.with_item(name, measurements.measure(name, profile))
+    return dict(profile.items)
+
+
+def test_where_memory_is_short_the_results_are_the_same(monkeypatch) -> None:
+    names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
+    plenty = measured(names)
+    with monkeypatch.context() as patch:
+        patch.setattr(moefit.plan.measurements, "_free_memory", lambda: 1)
+        short = measured(names)
+    for block, one in short["routes"].items():
+        assert one["mass"] == pytest.approx(plenty["routes"][block]["mass"])
+    for name in names[1:]:
+        one, other = short[name], plenty[name]
+        assert one["configuration"]["blocks"] != other["configuration"]["blocks"]
+        assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3)
+
+
+def test_the_full_models_output_is_kept_and_made_again_if_it_has_gone(tmp_path: Path) -> None:
+    measurements, profile = measuring()
+    profile = profile.with_item("routes", measurements.measure("routes", profile))
+    (kept,) = tmp_path.rglob("*.npz")
+    before = kept.read_bytes()
+    again, _ = measuring()
+    assert again.measure("quality/uniform/native", profile)["divergence"] < 1e-6
+    kept.unlink()
+    again, _ = measuring()
+    again.measure("quality/uniform/native", profile)
+    assert kept.read_bytes() == before
+
+
+def test_too_little_memory_to_measure_in_is_refused_with_what_is_enough() -> None:
+    with pytest.raises(BudgetTooSmallError, match=r"give at least \d+ bytes"):
+        measuring(memory=1 << 20)
+
+
+def test_fewer_slots_are_an_equal_share_and_one_at_least() -> None:
+    shape = BlockShape(num_experts=8, weights=1, slot_bytes={"native": 100, "int4": 30}, errors={})
+    shapes = {"a": shape, "b": shape}
+    full = uniform(dict.fromkeys(shapes, 8), "native")
+    assert [one.slots for one in _with_fewer(full, 1000, shapes).placement.values()] == [5, 5]
+    assert [one.slots for one in _with_fewer(full, 10, shapes).placement.values()] == [1, 1]
+    assert _with_fewer(full, 10**6, shapes).placement == full.placement

@@ -1,0 +1,47 @@
+"""What `moefit plan` shows; the whole command is in test_planning_cli.py."""
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from planned import planned_model, profile
+from tiny_served import saved
+
+from moefit.cli.plan_view import plan_dict, print_plan
+from moefit.plan.planner import Planner
+from moefit.serve.skeleton import build
+
+
+@cache
+def planner() -> Planner:
+    skeleton = build(saved(planned_model(), Path(mkdtemp())))
+    return Planner(skeleton, profile(), context=64, search=False)
+
+
+def test_programs_get_plain_values() -> None:
+    one = planner()
+    plan, front = one.plan(one.rooms.everything)
+    shown = json.loads(json.dumps(plan_dict(one, plan, front, {one.rooms.everything: front})))
+    assert shown["plan"] == json.loads(json.dumps(plan.as_dict()))
+    assert len(shown["front"]) == len(front) > 0
+    assert shown["budgets"] == [{"memory": one.rooms.everything, "front": shown["front"]}]
+    assert (shown["floor"], shown["everything"]) == (one.rooms.floor, one.rooms.everything)
+    assert plan_dict(one, None, [], {})["plan"] is None
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+def test_people_are_told_of_the_plan_and_how_sure_it_is(capsys, smallest: bool) -> None:
+    one = planner()
+    plan, _ = one.plan(one.rooms.everything)
+    print_plan(one, plan, {}, "a-model", smallest=smallest)
+    told = "".join(capsys.readouterr())
+    assert "a-model in" in told and "quality models" in told and "speed models" in told
+    assert ("that is the smallest budget that keeps it" in told) == smallest
+
+
+def test_without_a_plan_there_is_still_what_budgets_cost(capsys) -> None:
+    print_plan(planner(), None, {}, "a-model", smallest=True)
+    told = "".join(capsys.readouterr())
+    assert "a-model in" not in told and "smallest budget for a loss of 1%" in told
