@@ -13,7 +13,9 @@ from tiny_served import mixtral_block
 from moefit.formats.format import FORMATS, NATIVE, Format
 from moefit.moe.routing import Routing
 from moefit.serve.better_copies import BetterCopies
+from moefit.serve.copies import CpuCopies
 from moefit.serve.counters import Counters
+from moefit.serve.host_tier import HostTier
 from moefit.serve.refetch import SCRATCH_SLOTS
 from moefit.serve.slots import Slot
 from moefit.serve.transfer import Transfer
@@ -164,3 +166,18 @@ def test_what_is_wanted_often_stays_while_others_pass_through(copies) -> None:
         for block, expert in (("a", 0), ("b", turn % 8), ("b", (turn + 4) % 8)):
             list(copies.begin(block, {expert}))
         assert turn == 0 or copies.holds("a", 0), "by last use, b's would have taken both slots"
+
+
+def test_on_the_way_to_a_gpu_they_go_through_the_host_tier() -> None:
+    store = MarkingStore()
+    tier = HostTier(store, CpuCopies(), limit=1 << 20)
+    transfer = Transfer(tier, readers=2)
+    copies = copies_over(transfer, Counters())
+    for block, experts in (("a", {0, 1, 2}), ("b", {1, 3}), ("a", {0, 1, 2})):
+        for expert, slot in copies.begin(block, experts):
+            assert slot.buffer_B.unique().tolist() == [mark(block, expert)]
+        tier.check()
+        copies.check()
+    assert sorted(store.reads) == [("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 3)]
+    transfer.close()
+    tier.close()

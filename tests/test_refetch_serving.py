@@ -28,7 +28,7 @@ from moefit.server.metrics import ModelCollector
 
 CPU = torch.device("cpu")
 HOW: dict[str, Any] = {"precision": "auto", "memory": "4GiB", "context": 64}
-WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_experts_per_tok": 4}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_experts_per_tok": 4}
 
 
 @pytest.fixture(scope="module")
