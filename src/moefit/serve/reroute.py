@@ -43,8 +43,7 @@ def substituted(scored: Scored, resident_E: Tensor, *, bound: float, protected: 
     Of each token's choice, the `protected` heaviest always stay. Of the others that are absent,
     the lightest are replaced, as long as their weights together are at most `bound` of the token's
     weight; the rest stay, to be fetched. A substitute is the resident with the highest live score
-    that the token doesn't use yet, with that expert's own weight by the family's rule
-    (serving-landscape section 4: nearest-weight tables and fixed equivalents do worse).
+    that the token doesn't use yet, with that expert's own weight by the family's rule.
     """
     ids_TK = scored.routing.ids_TK
     num_experts = scored.logits_TE.shape[-1]
