@@ -31,7 +31,7 @@ from rivals import drop_page_cache
 
 import moefit
 from moefit.api import folder_of
-from moefit.evaluate.speed import measure_bandwidth
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.folders import cache_root
 from moefit.formats.encoders import Encoder, encode_into
 from moefit.formats.format import GroupedFormat, is_matrix, parse_format

@@ -27,6 +27,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -388,22 +389,28 @@ def _cell(column: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+MARKS = "os^DvPX<>*h"  # a shape of its own for each rule, for there are more than ten colours
+
+
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(10, 4 * len(results)), layout="constrained")
-    rows = figure.subplots(len(results), 2, squeeze=False)
+    figure = Figure(figsize=(13, 4.4 * len(results)), layout="constrained")
+    rows = figure.subplots(len(results), 2, squeeze=False, width_ratios=(1.2, 1))
     for (left, right), (name, one) in zip(rows, results.items(), strict=True):
-        for rule in dict.fromkeys(point["rule"] for point in one["rules"]):
+        rules = list(dict.fromkeys(point["rule"] for point in one["rules"]))
+        for rule, mark in zip(rules, cycle(MARKS)):
             line = sorted(
                 (100 * point["bytes"], 100 * point["loss"])
                 for point in one["rules"]
                 if point["rule"] == rule
             )
-            left.plot(*zip(*line, strict=True), "o-", ms=4, label=rule)
+            look = {"color": "black", "lw": 2.2} if rule.startswith("planned") else {"lw": 1}
+            fetching = "--" if rule.endswith("fetching allowed") else "-"
+            left.plot(*zip(*line, strict=True), mark + fetching, ms=5, label=rule, **look)
         left.set_yscale("symlog", linthresh=1)
         left.set_xlabel("bytes of experts, % of bfloat16's")
         left.set_ylabel("perplexity above the full model's, %")
         left.set_title(name)
-        left.legend(fontsize=6)
+        left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         held = [(100 * point["predicted_loss"], 100 * point["loss"]) for point in one["held"]]
         right.plot(*zip(*held, strict=True), "o", ms=4)
         low, high = -0.5, max(max(pair) for pair in held)

@@ -1,6 +1,7 @@
 """A server in bad company: clients that hang up, a budget that never rests, a lost file.
 
-    python benchmarks/soak.py MODEL [--minutes 30] [--least 400MiB --most 700MiB] [--save]
+    python benchmarks/soak.py MODEL --least 706MiB --most 726MiB [--minutes 30] [--clients 6]
+        [--dtype float32] [--save]
 
 Exact mode, so that every finished greedy answer must be the one that the model itself gives,
 whatever happens around it (in bfloat16 but for near ties: rows of a batch are rounded otherwise).

@@ -208,6 +208,30 @@ def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
     assert not engine.submitted
 
 
+@pytest.mark.parametrize("asked", [{"suffix": "b"}, {"logit_bias": {"5": 1}}, {"new": 1}])
+def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
+    client, _, _ = running
+    error = error_of(client.post(URL, json={"prompt": "a", **asked}), 400)
+    assert error["code"] == "unsupported_parameter"
+    assert f"unsupported parameter '{next(iter(asked))}'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "says"),
+    [
+        ("application/x-www-form-urlencoded", b'{"prompt": "a"}', "Content-Type: application/json"),
+        ("text/plain", b'{"prompt": "a"}', "Content-Type: application/json"),
+        ("application/json", b"", "there is no body"),
+        ("application/json", b'"text"', "not as documented"),
+    ],
+)
+def test_a_body_of_another_kind_says_which_is_wanted(running, kind, body, says) -> None:
+    """The first is what curl says with -d alone."""
+    client, _, _ = running
+    response = client.post(URL, content=body, headers={"Content-Type": kind})
+    assert says in error_of(response, 400)["message"]
+
+
 def test_tokens_that_do_not_exist_are_refused(running) -> None:
     client, _, _ = running
     for asked in ({"prompt": [4096]}, {"prompt": "a", "stop_token_ids": [99999]}):

@@ -127,6 +127,8 @@ def test_a_request_that_can_never_be_held(engine):
     with pytest.raises(RequestTooLargeError, match=r"7 tokens .*122 are 129.*128; .*=121 or less"):
         engine.submit(PROMPT, greedy(122), Heard())
     assert ask(engine, PROMPT, greedy(121)).wait().end.completion_tokens == 121
+    with pytest.raises(RequestTooLargeError, match=r"at most 128; give a shorter prompt$"):
+        engine.submit([1] * 200, greedy(1), Heard())
 
 
 def test_a_full_queue_and_what_waits_in_it(engine):

@@ -26,6 +26,8 @@ def test_nothing_given_is_what_the_commands_default_says() -> None:
     assert not Room(context=64).wanted and not MISSES.wanted
     assert MISSES.settings() == {"mode": "exact"}
     assert Misses(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
+    assert Misses(refetch=0.3).settings() == {"mode": "exact", "refetch": 0.3}
+    assert Misses(refetch=0.3).wanted and not Misses(bound=0.2).wanted
 
 
 def test_each_field_is_an_option() -> None:

@@ -184,6 +184,19 @@ def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
     assert not any("another machine" in one for one in planner().warnings())
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool) -> None:
+    done = profile(noise=0.05)
+    for number, (name, one) in enumerate(done.those("steps/").items()):
+        longer = 10 ** (number % 3) if busy else 1
+        done = done.with_item(f"steps/{name}", {**one, "seconds": one["seconds"] * longer})
+    planner = Planner(build(folder()), done, context=CONTEXT, search=False)
+    said = [one for one in planner.warnings() if "not to be relied on" in one]
+    assert len(said) == busy
+    if busy:
+        assert "moefit profile --again" in said[0]
+
+
 def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
     plan, _ = planner().plan(planner().rooms.everything + (64 << 20))
     counts = planner().sequences(plan, (32, 64, 128))

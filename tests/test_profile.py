@@ -14,6 +14,7 @@ import torch
 from planned import profile
 from tiny_served import saved, tiny, tokens
 
+from moefit.api import folder_of
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.perplexity import Text
 from moefit.plan.calibration import windows_of
@@ -108,6 +109,38 @@ def test_two_that_measure_at_once_are_refused_and_what_is_finished_is_given() ->
 def test_a_rule_that_cannot_be_is_refused_before_anything_is_measured(rule: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         profiler(rule=rule)
+
+
+def test_more_experts_than_there_are_are_refused_before_anything_is_measured() -> None:
+    subject = Subject(folder=folder_of("reference"), rule="top_k:99")
+    with pytest.raises(ConfigError, match="the most that works is top_k:16"):
+        Profiler(subject, WINDOWS, text="random")
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ConfigError, match="'tpu' is not to be had here"):
+        profiler(device="tpu")
+
+
+def test_times_are_measured_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = profiler().facts
+    write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted, 1)), profiler().path)
+    monkeypatch.setattr(Profiler, "_measure", lambda *_: 2)
+    assert set(profiler().run().items.values()) == {1}
+    items = profiler().run(again=True).items
+    assert items == read_profile(profiler().path).items
+    timed = {"bandwidth", "format", "rest", "steps"}
+    anew = {name for name, value in items.items() if value == 2}
+    assert anew == {name for name in facts.wanted if name.split("/")[0] in timed}
+
+
+def test_measuring_again_goes_on_where_it_was_stopped() -> None:
+    facts = profiler().facts
+    write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted, 1)), profiler().path)
+    with pytest.raises(_Killed):
+        profiler().run(stop_after(0), again=True)
+    left = read_profile(profiler().path)
+    assert "bandwidth" in left.missing and "routes" not in left.missing
 
 
 def test_an_unfinished_profile_says_how_to_go_on() -> None:

@@ -62,6 +62,16 @@ def test_low_numbers_of_bfloat16_are_as_good() -> None:
     assert chosen == [(token, None) for token in logits_NV.float().argmax(-1).tolist()]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-100, 1e-3])
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_however_cold_it_is_the_likeliest(temperature: float, more: dict) -> None:
+    for seed in range(5):
+        (logits_V,) = rows(1, seed)
+        logits_V[seed] = -torch.inf
+        counts = drawn(logits_V, 20, temperature=temperature, **more)
+        assert counts == {int(logits_V.argmax()): 20}
+
+
 def test_samples_follow_the_shares() -> None:
     (logits_V,) = rows(1)
     counts = drawn(logits_V, 4000, temperature=1.3)

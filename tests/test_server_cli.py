@@ -87,6 +87,18 @@ def test_a_key_that_clients_would_send_in_different_ways(given, key: str) -> Non
     assert "openssl rand" in str(done.exception) and key not in str(done.exception)
 
 
+def test_an_empty_key_is_not_taken_for_none(given, tmp_path: Path) -> None:
+    """As of a shell's variable that is not set: the server would be open to everybody."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("api_key: ''\n")
+    for empty in (["--api-key", ""], ["--config", str(file)]):
+        done = RUNNER.invoke(app, ["serve", *empty])
+        assert done.exit_code != 0 and given == []
+        assert "is empty" in str(done.exception)
+    assert RUNNER.invoke(app, ["serve"], env={"MOEFIT_API_KEY": ""}).exit_code == 0
+    assert given[0][3].api_key is None
+
+
 def test_one_value_is_a_list_of_one(given, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")

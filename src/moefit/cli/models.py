@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
-from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.options import MISSES, ROOM, Misses, Refetch, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
+from moefit.evaluate.bandwidth import bandwidth_apart
 from moefit.evaluate.loading import REFERENCE, config_of, load
-from moefit.evaluate.speed import measure_bandwidth, measure_speed
+from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
 from moefit.serve.dsmoe_rules import use_rule
@@ -95,6 +96,7 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     room: Room = ROOM,
+    refetch: Refetch = None,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
     ] = None,
@@ -102,7 +104,7 @@ def describe(
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
-    settings = LoadSettings(**room.settings(), **shared)
+    settings = LoadSettings(**room.settings(), **shared, refetch=refetch)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
     if plain and _is_ours(model):
@@ -168,7 +170,7 @@ def bench(
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
     with load_served(model, room, misses, planned, eviction=eviction) as served:
-        bandwidth = measure_bandwidth(served.folder)
+        bandwidth = bandwidth_apart(served.folder)
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(
             0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)

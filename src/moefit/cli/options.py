@@ -32,6 +32,15 @@ class ModeName(StrEnum):
     virtual = "virtual"
 
 
+Refetch = Annotated[
+    float | None,
+    typer.Option(
+        help="exact, --precision auto: decoding computes experts with this share of a token's "
+        "router weight, such as 0.3, from the best packed format"
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """The memory that a model is given, and how it lies in it."""
@@ -108,16 +117,19 @@ class Misses:
         ),
     ] = None
 
+    refetch: Refetch = None
+
     @property
     def wanted(self) -> bool:
         """Whether anything asks for a mode."""
-        return self.mode is not None
+        return self.mode is not None or self.refetch is not None
 
     def settings(self) -> dict[str, Any]:
         """The same for `moefit.load`."""
         prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
         bound = {} if self.bound is None else {"bound": self.bound}
-        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
+        refetch = {} if self.refetch is None else {"refetch": self.refetch}
+        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill, **refetch}
 
 
 ROOM, MISSES = Room(), Misses()

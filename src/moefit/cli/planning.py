@@ -50,6 +50,9 @@ def profile_model(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
     device: Device = "cpu",
+    again: Annotated[
+        bool, typer.Option("--again", help="measure times anew, as of a machine that was busy")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Resumes where it stopped: what was measured is not measured again."""
@@ -67,7 +70,7 @@ def profile_model(
         memory=None if memory is None else parse_bytes(memory),
     )
     with _bar() as progress:
-        profile = profiler.run(progress)
+        profile = profiler.run(progress, again=again)
     if as_json:
         print_json({"path": str(profiler.path), "items": dict(profile.items)})
         return

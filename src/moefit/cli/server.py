@@ -84,7 +84,7 @@ def serve(
         name=served_model_name or public_name(model),
         host=host,
         port=port,
-        api_key=api_key or None,
+        api_key=api_key,
         origins=tuple(cors_origin or ()),
         chat_tokens=chat_tokens,
         connections=max_connections,

@@ -21,7 +21,8 @@ from moefit.cli.options import Misses, Room
 from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.evaluate.bandwidth import Bandwidth
+from moefit.evaluate.speed import Speed
 from moefit.formats.backend import backend_status
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
@@ -57,7 +58,7 @@ def load_planned(
         name: None if value == NATIVE_PRECISION else value
         for name, value in (("precision", room.precision), ("rest", room.rest))
     }
-    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound")}
+    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound", "refetch")}
     refuse_beside_plan(**decided, dtype=room.dtype, **encoded)
     with console.status("planning"):
         plan = planned.plan_for(model, room, settings.get("sequences"))
@@ -140,8 +141,12 @@ def _summary(served: ServedModel, precision: str) -> str:
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{lying}{kernels}"
+        f"mode {report['mode']}{_again(report['refetch'])}{lying}{kernels}"
     )
+
+
+def _again(share: float | None) -> str:
+    return "" if share is None else f", better copies from {share:.0%} of a token's weight on"
 
 
 def _precision(report: dict[str, Any]) -> str:

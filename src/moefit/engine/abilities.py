@@ -46,11 +46,12 @@ class Abilities:
             )
         wanted = len(prompt_ids) + sampling.max_tokens
         if wanted > self.max_model_len:
+            room = self.max_model_len - len(prompt_ids)
+            fewer = f"max_tokens={room} or less, or " if room > 0 else ""
             raise RequestTooLargeError(
                 f"a prompt of {len(prompt_ids):,} tokens and an answer of up to "
                 f"{sampling.max_tokens:,} are {wanted:,}, but one request holds at most "
-                f"{self.max_model_len:,}; give max_tokens="
-                f"{max(0, self.max_model_len - len(prompt_ids)):,} or less, or a shorter prompt"
+                f"{self.max_model_len:,}; give {fewer}a shorter prompt"
             )
 
 

@@ -87,7 +87,9 @@ class Chooser:
         """One uniform number against the cumulated shares, so that rounding hardly matters."""
         sampling = self.sampling
         kept = sampling.top_k or len(scores_V)
-        scores_V = (scores_V.double() / sampling.temperature).cpu()
+        scores_V = scores_V.double()
+        # Nothing is above 0 then, so that none grows beyond all numbers, however cold.
+        scores_V = ((scores_V - scores_V.max()) / sampling.temperature).cpu()
         if kept < len(scores_V) or sampling.top_p < 1:
             scores_V, ids_V = scores_V.topk(min(kept, len(scores_V)))
         else:

@@ -1,28 +1,24 @@
 """How fast a served model is, and how far from the two ceilings of its machine.
 
 Owns timing prefill and decoding step by step, and what bounds them: bytes that came from storage
-over its bandwidth, bytes of weights read from memory over its bandwidth. Both bandwidths are
-measured here, on the checkpoint's own files and with the process's own threads.
+over its bandwidth, bytes of weights read from memory over its bandwidth (`bandwidth`).
 
 Shapes: T tokens.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moefit.errors import ConfigError
+from moefit.evaluate.bandwidth import Bandwidth
 from moefit.serve.served import ServedModel
-
-_READ = 256 << 20  # bytes of a file, to time storage by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +53,6 @@ class Speed:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "ceiling": self.ceiling}
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidth:
-    """Bytes a second, from storage with a cold page cache and from memory."""
-
-    storage: float
-    memory: float
 
 
 @torch.inference_mode()
@@ -146,36 +134,6 @@ def weights_per_token(served: ServedModel, expert_uses: int, tokens: int) -> flo
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Weights, encoded ones too."""
     return chain(module.parameters(), module.buffers())
-
-
-def measure_bandwidth(folder: Path) -> Bandwidth:
-    """Read part of the largest file past the page cache; multiply a matrix larger than caches."""
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    size = min(_READ, file.stat().st_size)
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(8 << 20)
-        began, done = time.perf_counter(), 0
-        while done < size and (count := os.preadv(descriptor, [buffer], done)):
-            done += count
-        storage = done / (time.perf_counter() - began)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-    return Bandwidth(storage=storage, memory=_memory_bandwidth())
-
-
-def _memory_bandwidth() -> float:
-    """A matrix times a vector; on one thread a sum reads a third less."""
-    data_RC = torch.ones(384 << 20 >> 15, 1 << 13)  # MiB of float32: caches may be as large as 300
-    ones_C = torch.ones(1 << 13)
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        data_RC.mv(ones_C)
-        best = max(best, data_RC.nbytes / (time.perf_counter() - began))
-    return best
 
 
 def _prefilled(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.speed import measure_bandwidth
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.formats.format import parse_format
 from moefit.plan import experiments
 from moefit.plan.chosen import compare_quality

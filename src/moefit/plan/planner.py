@@ -217,7 +217,8 @@ class Planner:
     def warnings(self) -> list[str]:
         """What whoever plans should know beforehand; see `caveats`."""
         experts = float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
-        return caveats(self.profile, experts, self._device)
+        speed = next(one for one in self.latency.comparison if one.model == self.latency.name)
+        return caveats(self.profile, experts, self._device, speed)
 
     def _per_token(self, configuration: Configuration) -> int:
         some = self.rooms.ledger(configuration, context=64)

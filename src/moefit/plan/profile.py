@@ -111,6 +111,11 @@ class Profile:
         """One item more."""
         return replace(self, items={**self.items, name: value})
 
+    def without(self, prefixes: tuple[str, ...]) -> "Profile":
+        """As if what begins so had not been measured."""
+        kept = {name: one for name, one in self.items.items() if not name.startswith(prefixes)}
+        return replace(self, items=kept)
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What times depend on."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from moefit.device import parse_device
 from moefit.errors import UnsupportedModelError
 from moefit.folders import alone_in
 from moefit.formats.error import expected_error
@@ -38,6 +39,7 @@ from moefit.serve.skeleton import build
 
 Progress = Callable[[str, int, int], None]
 """Hears what is measured next, and how many items of how many are done."""
+_TIMED = ("bandwidth", "format/", "rest/", "steps/")  # how items begin that have times in them
 
 
 class Profiler:
@@ -51,6 +53,7 @@ class Profiler:
     def __init__(
         self, subject: Subject, windows_BT: Tensor, *, text: str, memory: int | None = None
     ):
+        parse_device(subject.device)
         self._subject, self._windows_BT, self._text = subject, windows_BT, text
         self._skeleton = build(subject.folder, subject.dtype)
         if self._skeleton.model.config.is_encoder_decoder:
@@ -73,13 +76,14 @@ class Profiler:
         )
         self._measurements = Measurements(measured, memory)
 
-    def run(self, progress: Progress | None = None) -> Profile:
+    def run(self, progress: Progress | None = None, *, again: bool = False) -> Profile:
         """Measure what is missing; returns the finished profile.
 
+        again: forget all times first, such as those of a machine that was busy.
         Raises ConfigError while another process measures on this machine: neither's times would be
         worth anything; and what loading the model does.
         """
-        if not (profile := self._begun()).missing:
+        if not again and not (profile := self._begun()).missing:
             return profile
         with alone_in(
             profiles_root(),
@@ -88,6 +92,8 @@ class Profiler:
             "measured stays",
             lock=f".measuring-{platform.node()}",
         ):
+            if again:
+                write_profile(self._begun().without(_TIMED), self.path)
             return self._run(progress)
 
     def _run(self, progress: Progress | None) -> Profile:

@@ -122,7 +122,7 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
     losses.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     losses.set_ylabel("perplexity above the full model's, % (predicted)")
     speeds.set_ylabel("tokens/s (predicted)")
-    speeds.set_ylim(bottom=0)
+    speeds.set_ylim(0, 1.08 * max((one.speed for _, one in dots), default=1.0))
     for axes in (losses, speeds):
         axes.set_xlabel("memory, MiB")
         axes.grid(alpha=0.3)

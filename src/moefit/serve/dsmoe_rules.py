@@ -35,12 +35,13 @@ def follow_rules(
 
 
 def check_rule(model: nn.Module, rule: Rule) -> DsMoeForCausalLM:
-    """The model, if it can be given another rule. Raises ConfigError for one that cannot."""
+    """The model, if it can be given that rule. Raises ConfigError for one that cannot."""
     if not isinstance(model, DsMoeForCausalLM):
         raise ConfigError(
             f"only DS-MoE models can be given an inference rule; {rule} was given for a "
             f"{type(model).__name__}, which works without"
         )
+    rule.check(model.config.num_experts)
     return model
 
 

@@ -7,8 +7,8 @@ threads holds a lock.
 
 Room is made by the expert that was asked for least, old requests counting less. What arrives here
 are the misses of the slots in front, which keep what was used lately; of the rest, how often an
-expert is missed tells more than when it was last (benchmarks/host_tier_policies.py: least recently
-used finds a third as much where few experts fit, and about as much where most do).
+expert is missed tells more than when it was last (docs/lab-log.md has the figures: least recently
+used finds much less where few experts fit, and as much where most do).
 """
 
 from collections.abc import Hashable

@@ -1,9 +1,9 @@
 """One MoE block over its slots: SwapMoE's Expert Invoker.
 
 Owns the order of work within a block: experts that are there first, while the missing ones are
-being read into slots that this step no longer needs. Whatever the order, a token's outputs are
-summed in the order of its choice, so the result does not depend on what was resident. Knows
-nothing of modes: an absent expert that the routing names is fetched.
+being read into slots that this step no longer needs, and better copies of experts last. Whatever
+the order, a token's outputs are summed in the order of its choice, so the result does not depend on
+what was resident. Knows nothing of modes: an absent expert that the routing names is fetched.
 
 Shapes: T tokens, D model width, K chosen per token, R routed rows (token-expert pairs).
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from moefit.formats.format import expert_output
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
+from moefit.serve.better_copies import Again
 from moefit.serve.counters import Counters
 from moefit.serve.fused import FusedExperts, fused_experts
 from moefit.serve.residency import Residency
@@ -49,12 +50,17 @@ class ExpertInvoker:
         self._block, self._residency, self._slots = block, residency, slots
         self._transfer, self._counters = transfer, counters
         self._fused: FusedExperts | None = None
+        self._again: Again | None = None  # of the step under way
         self._device: torch.device | None = None  # that `_fused` is for
         self.listening = False
         self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
 
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
+    def __call__(self, x_TD: Tensor, routing: Routing, again: Again | None = None) -> Tensor:
+        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read.
+
+        again: experts that are computed from better copies, whatever is in their slots.
+        """
+        self._again = again
         fused = self._fused_on(x_TD.device)
         if fused and fused.pays(self._slots.values()):
             step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
@@ -134,6 +140,23 @@ class ExpertInvoker:
         return expert_output(self._block.layout, slot.tensors, x_RD)
 
     def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
+        """Experts with what they are computed from, better copies one by one behind the others.
+
+        These are being read meanwhile.
+        """
+        if (again := self._again) is None or not again.experts:
+            yield from self._own(needed, together=together)
+            return
+        here = sum(one in self._residency.residents or again.holds(one) for one in again.experts)
+        self._counters.hits += here
+        self._counters.fetches += len(again.experts) - here
+        copies = again.begin()
+        own = [expert for expert in needed if expert not in again.experts]
+        yield from self._own(own, together=together)
+        for ready in copies:
+            yield [ready]
+
+    def _own(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
         """Experts with their slots, residents first, if `together` all of them at once.
 
         A slot is good until the next batch is asked for. Loads begin as early as slots allow: an

@@ -14,9 +14,9 @@ import torch
 from moefit.checkpoint import Checkpoint
 from moefit.dsmoe.config import DsMoeConfig
 
-# Pages of libraries and of the allocator that only computing touches. Measured: the first forward
-# and generate of a model of 50 kB raise the resident set by 60 to 75 MiB (tests/test_ledger.py
-# holds the sum to the operating system's figure).
+# Pages of libraries and of the allocator that only computing touches. Measured by hand: the first
+# forward and generate of a model of 50 kB raise the resident set by 60 to 75 MiB
+# (tests/test_ledger.py holds the sum to the operating system's figure).
 FIRST_USE = 96 << 20
 _MIB = 1 << 20
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
@@ -149,8 +149,8 @@ def _score_bytes(config: Any, tokens: int) -> int:
     """Attention scores [H, T, T] where no kernel avoids them, as many as there are at once.
 
     That is without SDPA (attention sinks, soft caps), and with it where keys and values differ in
-    width. Measured at 1024 to 1536 tokens: 2 to 2.4 tensors in Switch Transformers' encoder, 2.2
-    in Mixtral, 2.5 in DeepSeek-V3, 3.7 in gpt-oss.
+    width. Measured by hand, at 1024 to 1536 tokens: 2 to 2.4 tensors in Switch Transformers'
+    encoder, 2.2 in Mixtral, 2.5 in DeepSeek-V3, 3.7 in gpt-oss.
     """
     text = config.get_text_config(decoder=True)
     key, value = _expanded_widths(text)

@@ -1,13 +1,14 @@
 """What all blocks of a served model share.
 
 Owns the record of it: the policy in force, who plans swaps, the transfer, counters, spare slots,
-and the lock that a step holds. Knows nothing of what any of them is used for.
+better copies, and the lock that a step holds. Knows nothing of what any of them is used for.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import RLock
 
+from moefit.serve.better_copies import BetterCopies
 from moefit.serve.counters import Counters
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.policy import Policy
@@ -31,6 +32,7 @@ class Live:
     counters: Counters = field(default_factory=Counters)
     lock: RLock = field(default_factory=RLock)
     spares: Spares = field(default_factory=dict)
+    copies: BetterCopies | None = None  # None: no room is reserved for any
     each_step: Callable[[], None] | None = None  # at the first block's step borders
 
     @property

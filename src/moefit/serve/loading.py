@@ -17,6 +17,7 @@ from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError
 from moefit.formats.format import Format, parse_format
 from moefit.moe.families import MoeBlock
+from moefit.serve.better_copies import BetterCopies
 from moefit.serve.budget import MemoryBudget, format_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.dsmoe_rules import follow_rules
@@ -33,6 +34,7 @@ from moefit.serve.policy import Policy
 from moefit.serve.probe import attach
 from moefit.serve.reckon import ledger
 from moefit.serve.reckoner import Reckoner
+from moefit.serve.refetch import better_formats
 from moefit.serve.residency import Residency
 from moefit.serve.rest import encode_rest
 from moefit.serve.seating import grow, return_freed_memory, seat_all, spares_of
@@ -71,7 +73,7 @@ def load(
     with ExitStack() as undo:
         parts = _parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
-        served.set_mode(settings.mode, **policy)
+        served.set_mode(settings.mode, refetch=settings.refetch, **policy)
         _make_slots(parts, device, settings.placement)
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
@@ -110,6 +112,9 @@ def _parts(
     transfer = Transfer(tier or store, readers=settings.readers, engine=engine)
     undo.callback(transfer.close)
     live = Live(policy=Policy(), manager=settings.manager, transfer=transfer)
+    if settings.refetch is not None:
+        better = better_formats(skeleton.blocks, packed)
+        live.copies = BetterCopies(skeleton.blocks, better, transfer, live.counters, device)
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0

@@ -5,7 +5,7 @@ Owns which modes and methods there are, and their bounds. Knows nothing of who c
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from moefit.errors import ConfigError
 
@@ -25,6 +25,9 @@ class Policy:
       behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
     - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
       family normalises its weights, that is so anyway.
+    - exact: an expert with at least the share `refetch` of a token's router weight is computed from
+      a better copy where its slot's format is worse; None is never. Steps of one token a sequence
+      alone do so, for in longer ones every expert has such a token.
     - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
       is fetched then goes when the step ends.
     """
@@ -38,6 +41,7 @@ class Policy:
     bonus: float = 0.2
     residency: Update = "manager"
     keep_mass: bool = True
+    refetch: float | None = None
 
     def changed(self, mode: Mode, **settings: Any) -> "Policy":
         """This policy in another mode, with any other of its settings changed.
@@ -69,6 +73,7 @@ class Policy:
             raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
         if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
             raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
+        check_refetch(self.refetch)
 
     def bound_at(self, depth: float) -> float:
         """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
@@ -79,5 +84,15 @@ class Policy:
         return min(1.0, self.bound * (1 + self.ramp * (2 * depth - 1)))
 
 
-def _is_number(value: object) -> bool:
+def check_refetch(share: object) -> None:
+    """Raise ConfigError for what is no share of a token's router weight; None is fine."""
+    if share is None or (_is_number(share) and not isinstance(share, bool) and 0 < share <= 1):
+        return
+    raise ConfigError(
+        f"refetch={share!r}, but it is the share of a token's router weight from which on an "
+        "expert is read again in a better format: above 0, 1 at most; leave it out for never"
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float)

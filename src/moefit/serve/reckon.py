@@ -26,6 +26,7 @@ from moefit.serve.ledger import (
 )
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.placement import Placement, check_placement
+from moefit.serve.refetch import SCRATCH_SLOTS, better_formats, largest_copy
 from moefit.serve.rest import decoded_bytes, saved_bytes
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton
@@ -108,7 +109,8 @@ def ledger(
         staging=SPARES * sum(swapped)
         + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
         + _decoding_bytes(skeleton, settings)
-        + upgrades,
+        + upgrades
+        + _scratch_bytes(skeleton, settings, packed, device),
         host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, fewest=1)
@@ -119,6 +121,16 @@ def ledger(
         else _planned(settings.placement, skeleton, device, SPARES * sum(seated)),
         rungs=_rungs(skeleton, device) if settings.precision == AUTO_PRECISION else (),
     )
+
+
+def _scratch_bytes(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore, device: torch.device
+) -> int:
+    """Slots for better copies of experts. Raises ConfigError if there are none to be had."""
+    if settings.refetch is None:
+        return 0
+    formats = better_formats(skeleton.blocks, packed)
+    return SCRATCH_SLOTS * slot_bytes(largest_copy(skeleton.blocks, formats), device)
 
 
 def _rungs(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], ...]:

@@ -24,9 +24,11 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
     return {
         "mode": live.policy.mode,
         "prefill": live.policy.prefill,
+        "refetch": live.policy.refetch,
         "budget": budget.as_dict(),
         "slot_bytes": sum(s.nbytes for one in blocks.values() for s in one.slots.values()),
         "spare_bytes": live.spare_bytes,
+        "scratch_bytes": 0 if live.copies is None else live.copies.nbytes,
         "process_bytes": held_bytes(device),
         "peak_process_bytes": peak_held_bytes(device),
         "slots": {name: one.residency.number for name, one in blocks.items()},

@@ -15,7 +15,7 @@ from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.ladders import AUTO
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import Placement
-from moefit.serve.policy import Mode
+from moefit.serve.policy import Mode, check_refetch
 
 AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 
@@ -32,6 +32,8 @@ class LoadSettings:
     it deserves within the budget. rest: the same for the weights that are no experts, but routers
     and vectors; they are in memory as they are while they are being encoded.
     placement: slots and formats block by block, instead of equal shares in one precision.
+    refetch: with precision auto in the exact mode, the share of a token's router weight from which
+    on an expert is computed from a better copy (see `Policy`); room for copies is reserved.
     sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
     logits in a step, where they are asked for.
     """
@@ -51,6 +53,7 @@ class LoadSettings:
     placement: Placement | None = None
     sequences: int = 1
     prompt_logits: int = 0
+    refetch: float | None = None
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
@@ -64,6 +67,7 @@ class LoadSettings:
                 f"a placement gives every block its formats, and so does precision "
                 f"{self.precision!r}; give one of the two"
             )
+        self._check_refetch()
         self.formats()  # these refuse names that do not exist
         self.rest_format()
         if self.eviction not in POLICIES:
@@ -81,6 +85,22 @@ class LoadSettings:
         if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
+            )
+
+    def _check_refetch(self) -> None:
+        check_refetch(self.refetch)
+        if self.refetch is None:
+            return
+        if self.precision != AUTO_PRECISION:
+            raise ConfigError(
+                f"refetch={self.refetch!r} reads experts again in a better format than their "
+                f"slots', and with precision {self.precision!r} all have the same; give precision "
+                "auto, or leave refetch out"
+            )
+        if self.mode != "exact":
+            raise ConfigError(
+                f"refetch={self.refetch!r} belongs to mode exact, and the mode is {self.mode!r}; "
+                "give one of the two"
             )
 
     def rest_format(self) -> GroupedFormat | None:

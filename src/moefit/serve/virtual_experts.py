@@ -16,6 +16,7 @@ from moefit.formats.format import NATIVE, Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
+from moefit.serve.better_copies import Again
 from moefit.serve.eviction import EvictionPolicy
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.invoker import ExpertInvoker
@@ -99,7 +100,7 @@ class VirtualExperts(nn.Module):
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
         before = set(self.residency.residents)
         try:
-            y_TD = self._invoke(x_TD, routing)
+            y_TD = self._invoke(x_TD, routing, self._again(policy, routing))
         finally:
             if policy.residency == "fixed":
                 self._restore(before)
@@ -121,6 +122,19 @@ class VirtualExperts(nn.Module):
             return "exact"
         fetches = mode == "virtual" and self.residency.empty and policy.residency != "fixed"
         return "exact" if fetches or not self.residency.residents else mode
+
+    def _again(self, policy: Policy, routing: Routing) -> Again | None:
+        """Which experts are computed from better copies; None if none may be."""
+        if policy.refetch is None or policy.mode != "exact" or self.prefilling:
+            return None
+        assert self.live.copies is not None, "set_mode() refuses it then"
+        return self.live.copies.wanted(self.block.name, routing, policy.refetch, self._format_now)
+
+    def _format_now(self, expert: int) -> Format:
+        """Of the slot that an expert is in, or would come into."""
+        if expert in self.residency.residents:
+            return self.slots[self.residency.slot(expert)].format
+        return self.format
 
     def _in_use(self, chosen: Routing) -> Collection[int]:
         return set(chosen.ids_TK.unique().tolist()) if self.swaps else ()

@@ -20,6 +20,8 @@ _COUNTED = (
     "hits",
     "fetches",
     "substitutions",
+    "refetches",
+    "refetch_bytes",
     "hit_rate",
     "substituted_mass",
     "bytes_read",

@@ -117,19 +117,34 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refused:
         return Refused(400, why, code="invalid_json")
     place = [str(one) for one in first["loc"][1:]]
     if not place:
-        return Refused(400, f"the body is not as documented: {first['msg']}", code="invalid_body")
+        return Refused(400, _of_body(first), code="invalid_body")
     name = place[0]
-    if first["type"] == "extra_forbidden":
+    if (why := _unsupported(first)) is not None:
         where = ".".join(place)
-        return Refused(
-            400,
-            f"unsupported parameter {where!r}: this server does not know it, and ignores nothing",
-            param=where,
-            code="unsupported_parameter",
-        )
+        message = f"unsupported parameter {where!r}: {why}"
+        return Refused(400, message, param=where, code="unsupported_parameter")
     same = dict.fromkeys(one["msg"] for one in errors if list(one["loc"][1:2]) == [name])
     code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
     return Refused(400, f"{name}: {'; or '.join(list(same)[:4])}", param=name, code=code)
+
+
+def _of_body(error: Mapping[str, Any]) -> str:
+    """What is wrong with all of a body."""
+    if error["type"] == "missing":
+        return "there is no body; send JSON, with Content-Type: application/json"
+    if isinstance(error.get("input"), bytes):  # has not been read as JSON
+        return "the body is not said to be JSON; send it with Content-Type: application/json"
+    return f"the body is not as documented: {error['msg']}"
+
+
+def _unsupported(error: Mapping[str, Any]) -> str | None:
+    """Why a parameter is none of ours, if it is none; some may be there, with nothing in them."""
+    if error["type"] == "extra_forbidden":
+        return "this server does not know it, and ignores nothing"
+    empty = error["type"] == "too_long" and error["ctx"]["max_length"] == 0
+    if empty or error["type"] == "none_required":
+        return "this server does not do it; leave it out"
+    return None
 
 
 def of_any(error: Exception) -> HTTPException:

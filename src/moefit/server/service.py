@@ -101,8 +101,8 @@ class Service:
         if n * prompts > self.settings.answers:
             raise Refused(
                 400,
-                f"{prompts} prompts with n={n} are {n * prompts} answers, but one request may ask "
-                f"for {self.settings.answers}",
+                f"n={n} times the prompts, {prompts}, are {n * prompts} answers, but one request "
+                f"may ask for {self.settings.answers}",
                 param="n",
                 code="too_many_answers",
             )

@@ -1,0 +1,129 @@
+"""How much of all bodies is held together."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from serving_http import client_of, error_of, fake_service
+from test_running import Site, site, soon
+
+import moefit
+from moefit.serve.served import ServedModel
+from moefit.server.bodies import Bodies
+from moefit.server.client import Client, ServerError
+from moefit.server.settings import ServerSettings
+
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 40000\r\n\r\n"
+)
+
+
+class Counted(RuleBasedStateMachine):
+    """Beside a list of what was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies, self.taken = Bodies(100), []
+
+    @rule(size=st.integers(0, 60))
+    def take(self, size: int) -> None:
+        fits = sum(self.taken) + size <= 100
+        assert self.bodies.take(size) == fits
+        if fits:
+            self.taken.append(size)
+
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        if self.taken:
+            self.bodies.give_back(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
+
+    @invariant()
+    def same(self) -> None:
+        self.bodies.check()
+        assert self.bodies.held == sum(self.taken)
+
+
+TestCounted = Counted.TestCase
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedModel]:
+    with moefit.load("reference") as served:
+        yield served
+
+
+def test_what_was_never_held_is_not_given_back() -> None:
+    with pytest.raises(AssertionError):
+        Bodies(10).give_back(1)
+
+
+def test_one_body_fits_beside_others() -> None:
+    settings = ServerSettings(name="model")
+    assert settings.body_bytes * 4 <= settings.bodies_bytes
+
+
+def _begun(here: Site, body: bytes) -> socket.socket:
+    """A request for 40,000 bytes of which some have been sent."""
+    connection = here.connect()
+    connection.sendall(HEAD + body)
+    return connection
+
+
+def _refused(here: Site) -> ServerError | None:
+    """Of a body of 20,000 bytes; None if it is answered."""
+    try:
+        Client(here.url).post("/tokenize", {"prompt": "a " * 10_000})
+    except ServerError as error:
+        return error
+    return None
+
+
+def test_many_bodies_below_the_limit_are_too_much_together(served) -> None:
+    with site(served, bodies_bytes=50_000) as here:
+        said = [_begun(here, b"") for _ in range(5)]  # 200,000 bytes, of which none has come
+        assert _refused(here) is None
+        held = _begun(here, b"{" + b" " * 35_000)
+        soon(lambda: _refused(here) is not None)
+        with here.connect() as late:
+            late.sendall(HEAD + b"{" + b" " * 20_000)
+            answer = late.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1\r\n" in answer.lower()
+        refused = _refused(here)
+        assert refused is not None and refused.code == "too_many_bodies"
+        assert "50,000 bytes" in str(refused)
+        assert Client(here.url).post("/tokenize", {"prompt": "a"})["count"] == 1  # what fits
+        held.close()
+        soon(lambda: _refused(here) is None)
+        for one in said:
+            one.close()
+
+
+def test_a_body_is_held_until_its_answer_has_ended(served) -> None:
+    with site(served, bodies_bytes=50_000) as here:
+        going = here.ask(max_tokens=400, stream=True, user="u" * 35_000)
+        soon(lambda: here.engine.stats().running == 1)
+        assert _refused(here) is not None
+        going.close()
+        soon(lambda: _refused(here) is None)
+
+
+def test_refused_bodies_are_given_back(served) -> None:
+    """Whatever goes wrong with a request, nothing of it stays counted."""
+    with site(served, bodies_bytes=50_000, body_bytes=45_000) as here:
+        for path, prompt in (("/nowhere", "a"), ("/v1/completions", 1), ("/tokenize", 2)):
+            for _ in range(3):
+                with pytest.raises(ServerError):
+                    Client(here.url).post(path, {"prompt": prompt, "user": "u" * 30_000})
+        assert _refused(here) is None
+
+
+def test_the_limit_holds_for_chunks_too(served) -> None:
+    with fake_service(served, bodies_bytes=50_000) as (service, _), client_of(service) as client:
+        chunks = iter([b"{" + b" " * 30_000, b" " * 30_000])
+        kind = {"Content-Type": "application/json"}
+        response = client.post("/v1/completions", content=chunks, headers=kind)
+        assert error_of(response, 429)["code"] == "too_many_bodies"
+        assert response.headers["retry-after"] == "1"
