@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moefit.formats.error import GAUSSIAN
 from moefit.formats.format import FORMATS as ALL_FORMATS
 from moefit.formats.format import weights_in
-from moefit.moe.families import find_blocks
+from moefit.moe.layouts import find_blocks
 from moefit.plan.chosen import compare_quality
 from moefit.plan.configuration import Configuration
 from moefit.plan.curves import make_curves

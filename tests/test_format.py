@@ -24,7 +24,8 @@ from moefit.formats.format import (
 from moefit.formats.kernels import kernels
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
 from moefit.formats.planes import PLANES
-from moefit.moe.families import TensorSpec, find_blocks
+from moefit.moe.families import TensorSpec
+from moefit.moe.layouts import find_blocks
 from moefit.serve.slots import Slot, allocate
 
 torch.set_num_threads(1)

@@ -20,7 +20,8 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.formats import kernels as kernels_module
 from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
 from moefit.formats.kernels import SWITCH, Kernels, kernels
-from moefit.moe.families import MoeBlock, TensorSpec, find_blocks
+from moefit.moe.families import MoeBlock, TensorSpec
+from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
 from moefit.serve import fused
 from moefit.serve.counters import Counters

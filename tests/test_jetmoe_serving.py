@@ -9,8 +9,8 @@ from torch import nn
 from transformers import JetMoeConfig, JetMoeForCausalLM
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 
-from moefit.moe.families import JetMoeLayout
 from moefit.moe.jetmoe import ServedJetMoe
+from moefit.moe.layouts import JetMoeLayout
 
 EXPERTS = 5
 

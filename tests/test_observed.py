@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import SwitchTransformersForConditionalGeneration
 
 from moefit.formats.observed import inputs_of
-from moefit.moe.families import MoeBlock, Tensors, find_blocks
+from moefit.moe.families import MoeBlock, Tensors
+from moefit.moe.layouts import find_blocks
 
 
 def expert_of(model: torch.nn.Module, number: int = 1) -> tuple[MoeBlock, Tensors]:

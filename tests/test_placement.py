@@ -2,7 +2,7 @@ import pytest
 from tiny_served import tiny
 
 from moefit.errors import ConfigError
-from moefit.moe.families import find_blocks
+from moefit.moe.layouts import find_blocks
 from moefit.serve.placement import BlockPlacement, check_placement
 
 BLOCKS = find_blocks(tiny("Mixtral"))

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moefit.checkpoint import Checkpoint, pread
-from moefit.moe.families import MoeBlock, find_blocks
+from moefit.moe.families import MoeBlock
+from moefit.moe.layouts import find_blocks
 from moefit.serve.served import ServedModel
 from moefit.serve.slots import Slot
 

@@ -63,7 +63,10 @@ def load(
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder with the model's files, downloaded from the Hub if need be."""
+    """The folder with the model's files, downloaded from the Hub if need be.
+
+    Raises CheckpointError if there is none, here or there.
+    """
     name = str(model)
     if Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
         return locate(name)

@@ -122,6 +122,7 @@ class DsMoeModel(DsMoePreTrainedModel):
         """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D].
 
         rule: which experts take part in this forward, if others than the configuration says.
+        Raises ValueError for both inputs or none, ConfigError for an unknown rule.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

@@ -64,7 +64,7 @@ class Engine:
         self._pace = Pace()
 
     def start(self) -> None:
-        """Begin to step."""
+        """Begin to step. Raises RefusedError if the engine has been closed."""
         with self._changed:
             if self._closing:
                 raise RefusedError("the engine has been closed; make another")

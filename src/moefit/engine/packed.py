@@ -42,7 +42,7 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     """Attention of each segment over its own keys; what transformers calls by name.
 
     query [1, H, T, C] or [B, H, 1, C]; key and value [1, G, P or all L, C]. Gives [1, T, H, C] or
-    [B, 1, H, C].
+    [B, 1, H, C]. Raises UnpackableError for what the model asks that is not done exactly.
     """
     window = getattr(attention_mask, "window", -1)
     if segments is None or window == -1:

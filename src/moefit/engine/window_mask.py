@@ -39,7 +39,10 @@ def window_mask(
     device: torch.device | str = "cpu",
     **_sizes: Any,
 ) -> WindowMask:
-    """What transformers calls to make a mask; see its `masking_utils.py`."""
+    """What transformers calls to make a mask; see its `masking_utils.py`.
+
+    Raises UnpackableError for a mask that is neither causal nor a sliding window.
+    """
     if attention_mask is not None:
         raise UnpackableError("it has an attention mask of its own")
     if mask_function is causal_mask_function:

@@ -18,14 +18,7 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
 
     Parameters are without embeddings and head, as in the DS-MoE paper.
     """
-    # Narrow enough for 80 columns: where room is short, rich would cut the numbers.
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table(title)
     table.add_column("inference rule", no_wrap=True)
     for name in ("experts", "active", "share", "perplexity", "bits/byte", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -44,13 +37,7 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
 
 def step_table(scores: Mapping[str, StepScore], title: str) -> Table:
     """One row a policy: stepwise perplexity and its loss, what was moved, read and how fast."""
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = narrow_table(title)
     table.add_column("policy")
     names = ("slots", "ppl", "loss", "KL", "agree", "moved", "hits", "MB/tok", "tok/s")
     for name in names:
@@ -69,3 +56,14 @@ def step_table(scores: Mapping[str, StepScore], title: str) -> Table:
             f"{one.tokens_per_second:.1f}",
         )
     return table
+
+
+def narrow_table(title: str) -> Table:
+    """Without columns yet; for 80 columns: where room is short, rich would cut the numbers."""
+    return Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )

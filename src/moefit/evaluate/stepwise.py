@@ -2,8 +2,8 @@
 
 Owns decoding a text as a server would, one token at a time with its cache and its policy active,
 and comparing every step with the same model computed exactly. One wide pass does not price a
-policy of decoding; it is measured too, to be compared. Works where the full model does not fit:
-the exact pass uses the same slots.
+policy of decoding, whose residents change from token to token; it is measured too, to be compared.
+Works where the full model does not fit: the exact pass uses the same slots.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """

@@ -103,7 +103,10 @@ class OlmoeSubject:
         self._experts = sum(p.numel() for one in experts for p in one.parameters())
 
     def check(self, rule: Rule) -> None:
-        """`dense` and `top_k`, with or without renormalize."""
+        """`dense` and `top_k`, with or without renormalize.
+
+        Raises UnsupportedModelError for other kinds, ConfigError for more experts than there are.
+        """
         if rule.kind not in ("dense", "top_k"):
             raise UnsupportedModelError(
                 f"rule {rule}, but an OLMoE model uses the same number of experts for every "

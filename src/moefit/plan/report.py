@@ -9,11 +9,10 @@ from pathlib import Path
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from moefit.errors import ConfigError
+from moefit.evaluate.report import narrow_table
 from moefit.plan.fitting import Held
 from moefit.plan.plan_file import Plan
 from moefit.plan.search import Point
@@ -26,7 +25,7 @@ _WIDE = 0.02  # from this loss on, small ones need a logarithmic axis to be told
 
 def plan_table(plan: Plan, title: str) -> Table:
     """The choice: what is predicted, and block by block what is where."""
-    table = _table(title)
+    table = narrow_table(title)
     table.add_column("block", no_wrap=True)
     for name in ("slots", "formats"):
         table.add_column(name, justify="right" if name == "slots" else "left")
@@ -48,7 +47,7 @@ def in_a_line(plan: Plan) -> str:
 
 def front_table(fronts: Fronts, title: str) -> Table:
     """A row for each budget: its best, and its fastest within a loss of two percent."""
-    table = _table(title)
+    table = narrow_table(title)
     for name in ("memory", "loss", "tok/s", "configuration"):
         table.add_column(name, justify="left" if name == "configuration" else "right")
     for memory, points in fronts.items():
@@ -72,7 +71,7 @@ def _shown(points: Sequence[Point]) -> list[Point]:
 
 def held_table(rows: Iterable[Held], title: str) -> Table:
     """What models' predictions were worth on samples that they had not seen."""
-    table = _table(title)
+    table = narrow_table(title)
     table.add_column("model")
     for name in ("cases", "median error", "mean", "worst", "rank correlation"):
         table.add_column(name, justify="right")
@@ -136,13 +135,3 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
             f"cannot write the picture {path}: {error.strerror or error}; name a file in a folder "
             "that can be written to"
         ) from error
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=escape(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )

@@ -1,8 +1,8 @@
 """Resident sets that do not change: what virtual experts are compared with.
 
-Owns the choice of a fixed set per block: by expert norm (the paper's "Pruning"), by how often a
-calibration text used an expert, or at random. Everything resident and on-demand with LRU need no
-choice: they are budgets and policies of the exact mode.
+Owns the choice of a fixed set per block: by expert norm (the paper's "Pruning"), by how often or
+with how much weight a calibration text used an expert, or at random. Everything resident and
+on-demand with LRU need no choice: they are budgets and policies of the exact mode.
 """
 
 import random

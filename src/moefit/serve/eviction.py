@@ -1,8 +1,8 @@
 """Which resident expert makes room for a missing one.
 
-Owns the eviction policies of exact serving, one instance per layer, and `simulate`, which replays
-a trace of routing through one. Takes expert ids and router weights; gives an expert id. Knows
-nothing of tensors, slots' contents, transfers, or how many layers there are.
+Owns the eviction policies, one instance per block, and `simulate`, which replays a trace of routing
+through one. Takes expert ids and router weights; gives an expert id. Knows nothing of tensors,
+slots' contents, transfers, or how many blocks there are.
 
 Time is counted in tokens along a sequence: a decoding step of many sequences is one token of time,
 for each sequence changes its experts at its own pace, however many run beside it.
@@ -107,7 +107,7 @@ class Belady:
                 self._uses[expert].append(time)
 
     def observe(self, weights: Mapping[int, float], tokens: int = 1) -> None:
-        """Step forward; the event must be the one that the trace has here."""
+        """Step forward. Raises ValueError if the trace has another event here."""
         self._now += 1
         for expert in weights:
             if not self._uses[expert] or self._uses[expert].popleft() != self._now:
@@ -180,11 +180,12 @@ class CacheCount:
 def simulate(
     events: Iterable[Mapping[int, float]], slots: int, policy: EvictionPolicy
 ) -> CacheCount:
-    """Replay one layer's decoding steps through `slots` slots, empty at first.
+    """Replay one block's decoding steps through `slots` slots, empty at first.
 
     An event holds what one step needs, at once: its hits are counted against
     the residents before the step, and it evicts nothing that it needs. An event of more experts
     than slots runs in waves, residents first, then the missing by id; no wave evicts its own.
+    Raises ValueError for fewer slots than one.
 
     >>> simulate([{0: 0.9}, {1: 0.8}, {0: 0.7}, {2: 0.6}, {0: 0.9}], 2, LeastRecentlyUsed())
     CacheCount(hits=2, misses=3)

@@ -29,7 +29,7 @@ def process_bytes() -> int:
 
 
 def peak_process_bytes() -> int:
-    """The largest resident set of this process so far (VmHWM)."""
+    """The largest resident set of this process so far (VmHWM). Raises OSError without /proc."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
 """Look at each block's router at work, once, after loading.
 
 Owns finding a block's router (the module below the block whose output has one number per token and
-expert), its rule (`moe/scoring.py`), and the hooks that hand logits to the served experts. Nothing
+expert), its rule (`moe/identify.py`), and the hooks that hand logits to the served experts. Nothing
 is looked up by family. One forward pass over a few random tokens with all experts silent.
 
 Shapes: T tokens, E experts.

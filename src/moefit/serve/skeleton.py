@@ -21,7 +21,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moefit.checkpoint import Checkpoint, LazyTensor
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moefit.moe.families import MoeBlock, find_blocks
+from moefit.moe.families import MoeBlock
+from moefit.moe.layouts import find_blocks
 from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
 
 

@@ -1,8 +1,8 @@
 """The memory of slots: one expert's tensors in one buffer that can be given back at once.
 
-Owns buffers. A slot on the CPU is an anonymous
-mapping of its own, because memory that was freed to the C library's heap need not return to the
-operating system. Knows nothing of which expert is where.
+Owns buffers. A slot on the CPU is an anonymous mapping of its own, because memory that was freed to
+the C library's heap need not return to the operating system. Knows nothing of which expert is
+where.
 """
 
 import mmap

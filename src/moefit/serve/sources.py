@@ -39,7 +39,11 @@ class Recipe:
     config: Any
 
     def cook(self, checkpoint: Checkpoint) -> Tensor:
-        """The tensor, in the model's dtype; its sources are in memory only meanwhile."""
+        """The tensor, in the model's dtype; its sources are in memory only meanwhile.
+
+        Raises CheckpointError if it cannot be read, UnsupportedModelError if what transformers
+        makes of it is not what the model computes with.
+        """
         loaded = {key: [checkpoint.tensor(s) for s in spans] for key, spans in self.sources}
         made = self._converted(loaded) if self.converter else next(iter(loaded.values()))[0]
         if made.shape == (1, *self.spec.shape):

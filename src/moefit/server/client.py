@@ -26,7 +26,11 @@ class ServerError(ConfigError):
 
 
 class Client:
-    """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not."""
+    """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not.
+
+    key: sent as a bearer token. timeout: seconds without a byte. Raises ConfigError for what is no
+    address.
+    """
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 300.0):
         if (host := _host(url)) is None:

@@ -42,7 +42,10 @@ class Partner(Protocol):
 
 
 class RemotePartner:
-    """A server with OpenAI's API; ours says whether its model chats, others are believed to."""
+    """A server with OpenAI's API; ours says whether its model chats, others are believed to.
+
+    Raises ServerError if it does not answer, ConfigError if it serves nothing.
+    """
 
     def __init__(self, client: Client):
         self._client = client

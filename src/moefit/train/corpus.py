@@ -33,7 +33,7 @@ def documents(
     """The documents of each source in turn, sorted by path within it; empty ones are left out.
 
     A file reached through two sources is read once; one that also belongs to a source of
-    `excluding`, not at all.
+    `excluding`, not at all. Raises DataError for what cannot be read, and if there is no text.
     """
     is_empty = True
     for part in parts(sources, excluding=excluding):

@@ -58,7 +58,10 @@ class RunLog:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a line cut short by a crash is left out."""
+    """The records of a run, oldest first; a line cut short by a crash is left out.
+
+    Raises CheckpointError if the file cannot be read.
+    """
     path = out / LOG
     if not path.is_file():
         return []

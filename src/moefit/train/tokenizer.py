@@ -56,7 +56,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a tokenizer.json, or of a folder as Hugging Face or GPT-2 lays it out."""
+    """The tokenizer of a tokenizer.json, or of a folder as Hugging Face or GPT-2 lays it out.
+
+    Raises DataError if it is missing or damaged, or has no end-of-text token.
+    """
     files = tokenizer_files(path)
     folder = files[0].parent
     names = {file.name for file in files}
@@ -84,7 +87,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
-    """The files that decide how the tokenizer at `path` works, the principal one first."""
+    """The files that decide how the tokenizer at `path` works, the principal one first.
+
+    Raises DataError if there is none.
+    """
     given = Path(path).expanduser()
     if not given.exists():
         raise DataError(

@@ -1,0 +1,227 @@
+"""Where the MoE blocks of a Hugging Face model are, and how one expert of them computes.
+
+Owns the layouts of experts that exist: stacked matrices behind transformers'
+`use_experts_implementation` (the contract of nearly all its decoder families, found by the
+attributes that the decorator sets, never by class); the same without it (JetMoE); and one module
+per expert (Switch Transformers, NLLB). Knows nothing of where experts' bytes are kept.
+
+Shapes: T tokens, D model width, E experts, K chosen per token, F expert width, I rows of the input
+matrix, R rows of one expert.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersExperts,
+)
+
+from moefit.errors import UnsupportedModelError
+from moefit.moe.activations import activation_name
+from moefit.moe.families import MlpShape, MoeBlock, Tensors, TensorSpec
+from moefit.moe.jetmoe import ServedJetMoe
+from moefit.moe.routing import Routing
+
+
+def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
+    """All MoE blocks in the order of the model's modules; the model may be on the meta device.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    found = tuple(_blocks(model))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts that can be served one by one: none behind "
+            "transformers' experts interface, no Switch Transformers, NLLB-MoE or JetMoE layout; "
+            "a model without experts is served by transformers itself"
+        )
+    return found
+
+
+def _blocks(model: nn.Module) -> Iterator[MoeBlock]:
+    for name, module in model.named_modules():
+        if isinstance(module, SwitchTransformersExperts):
+            yield MoeBlock(name=name, layout=SwitchLayout(module))
+        elif isinstance(module, NllbMoeExperts):
+            yield MoeBlock(name=name, layout=NllbLayout(module))
+        elif isinstance(module, JetMoeMoE):
+            shell = partial(ServedJetMoe, module)
+            yield MoeBlock(name=name, layout=JetMoeLayout(module), shell=shell)
+        elif _behind_interface(module):
+            yield MoeBlock(name=name, layout=StackedLayout(module))
+
+
+def _behind_interface(module: nn.Module) -> bool:
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    return all(hasattr(module, mark) for mark in marks) and hasattr(module, "down_proj")
+
+
+class StackedLayout:
+    """Stacked parameters [E, ...] behind transformers' experts interface.
+
+    The computation follows the interface's own flags (transformers `integrations/moe.py`): gate
+    and up in one matrix or up alone, biases, transposed matrices, the class's own gate function,
+    a norm behind each expert.
+    """
+
+    def __init__(self, experts: nn.Module):
+        self._experts = cast(Any, experts)
+        parameters = dict(experts.named_parameters(recurse=False))
+        self.num_experts = self._experts.down_proj.shape[0]
+        self._input = "gate_up_proj" if self._experts.has_gate else "up_proj"
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(
+                tuple(parameter.shape[1:]), parameter.dtype, bool(self._experts.is_transposed)
+            )
+            for short, parameter in parameters.items()
+            if parameter.shape[0] == self.num_experts
+        }
+        self.mlp = self._mlp()
+
+    def _mlp(self) -> MlpShape | None:
+        if self._has_norm or self._experts.is_transposed or len(self.specs) != 2:
+            return None
+        gated = bool(self._experts.has_gate)
+        activate = self._experts._apply_gate if gated else self._experts.act_fn
+        activation = activation_name(activate, gated=gated)
+        if activation is None:
+            return None
+        return MlpShape(w_in=self._input, w_out="down_proj", activation=activation, gated=gated)
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """A row of the stack."""
+        return short, expert
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """down(gate(in(x))), normed where the family does."""
+        h_RI = self._linear(tensors, self._input, x_RD)
+        activate = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
+        h_RF = activate(h_RI)
+        y_RD = self._linear(tensors, "down_proj", h_RF)
+        return self._experts.post_expert_norm(y_RD) if self._has_norm else y_RD
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """(ids_TK, weights_TK) as they come."""
+        ids_TK, weights_TK = arguments
+        return Routing(ids_TK.reshape(num_tokens, -1), weights_TK.reshape(num_tokens, -1))
+
+    @property
+    def _has_norm(self) -> bool:
+        return getattr(self._experts, "has_post_expert_norm", False)
+
+    def _linear(self, tensors: Tensors, short: str, x_RI: Tensor) -> Tensor:
+        weight, bias = tensors[short], tensors.get(f"{short}_bias")
+        if self._experts.is_transposed:
+            y_RO = x_RI @ weight
+            return y_RO if bias is None else y_RO + bias
+        return F.linear(x_RI, weight, bias)
+
+
+class JetMoeLayout:
+    """JetMoE's MLP: `input_linear` (gate and up) and `output_linear`, stacked, in the block itself.
+
+    Its attention experts (MoA) are not among the served: their two matrices are used before and
+    behind the attention, so they stay with the other weights.
+    """
+
+    def __init__(self, block: nn.Module):
+        self._activation = cast(Any, block).activation
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+            for short, parameter in block.named_parameters()
+            if short in ("input_linear.weight", "output_linear.weight")
+        }
+        self.num_experts = int(cast(Any, block).input_linear.num_experts)
+        activation = activation_name(self._activation, gated=False)
+        self.mlp: MlpShape | None = None
+        if activation is not None:
+            self.mlp = MlpShape(
+                w_in="input_linear.weight",
+                w_out="output_linear.weight",
+                activation=activation,
+                gated=True,
+            )
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """A row of the stack."""
+        return short, expert
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """output(act(gate) * up)."""
+        gate_RF, up_RF = F.linear(x_RD, tensors["input_linear.weight"]).chunk(2, dim=-1)
+        return F.linear(self._activation(gate_RF) * up_RF, tensors["output_linear.weight"])
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """(ids_TK, weights_TK) as `ServedJetMoe` gives them."""
+        ids_TK, weights_TK = arguments
+        return Routing(ids_TK.view(num_tokens, -1), weights_TK.view(num_tokens, -1))
+
+
+class SwitchLayout:
+    """One module per expert, `expert_3`; the block passes a one-hot mask [T, 1, E] and weights."""
+
+    def __init__(self, experts: nn.ModuleDict):
+        self.num_experts = int(
+            cast(Any, experts).num_experts
+        )  # NLLB's dictionary has dropout in it
+        self._template = experts["expert_0"]
+        self.specs: Mapping[str, TensorSpec] = {
+            short: TensorSpec(tuple(parameter.shape), parameter.dtype)
+            for short, parameter in self._template.named_parameters()
+        }
+        self.mlp = self._mlp()
+
+    def _mlp(self) -> MlpShape | None:
+        activate = getattr(self._template, "act", None)
+        if set(self.specs) != {"wi.weight", "wo.weight"} or activate is None:
+            return None
+        activation = activation_name(activate, gated=False)
+        if activation is None:
+            return None
+        return MlpShape(w_in="wi.weight", w_out="wo.weight", activation=activation, gated=False)
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """All of a parameter of the expert's own module."""
+        return f"expert_{expert}.{short}", None
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """The family's own expert module, called with these tensors."""
+        return functional_call(self._template, dict(tensors), (x_RD,))
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """From the mask; a token beyond an expert's capacity has the padding id E."""
+        mask_T1E, weights_T1 = arguments
+        mask_TE = mask_T1E.reshape(num_tokens, self.num_experts)
+        ids_T = mask_TE.argmax(-1).masked_fill(~mask_TE.any(-1), self.num_experts)
+        return Routing(ids_T[:, None], weights_T1.reshape(num_tokens, 1))
+
+
+class NllbLayout(SwitchLayout):
+    """NLLB-MoE: the block passes the first choice's mask [T, E] and both choices' weights [T, E].
+
+    transformers 5 computes with this what its own experts module makes of it: the mask's zeros
+    and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 1 answers for every
+    first choice and expert 0 for every second, and no other expert ever does. "The model's own
+    output" is that, and so it is what is served (tests/test_encoder_decoder_serving.py holds it to
+    transformers', and fails on the day that transformers changes it).
+    """
+
+    def __init__(self, experts: nn.ModuleDict):
+        super().__init__(experts)
+        dropout = float(cast(Any, experts).moe_token_dropout)
+        self._kept = 1 - dropout if dropout > 0 else 1.0
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """The two columns with weight; a choice that was dropped is padding."""
+        mask_TE, weights_TE = (one.reshape(num_tokens, self.num_experts) for one in arguments)
+        weights_TK, column_TK = weights_TE.topk(min(2, self.num_experts), dim=-1)
+        ids_TK = mask_TE.long().gather(-1, column_TK)
+        return Routing(
+            ids_TK.masked_fill(weights_TK == 0, self.num_experts), weights_TK * self._kept
+        )
