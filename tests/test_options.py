@@ -1,9 +1,12 @@
 """Records of options: what a command that takes one is given."""
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
+from moefit.cli import app as cli
 from moefit.cli.options import MISSES, Misses, ModeName, Room, spread
+from moefit.errors import ConfigError
 from moefit.serve.policy import Policy
 
 
@@ -38,6 +41,24 @@ def test_each_field_is_an_option() -> None:
     room = got["room"]
     assert (room.memory, room.precision, room.context) == ("3GiB", "int4", 5)
     assert room.wanted and str(room.settings()["dtype"]) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("vain", [["--bound", "0.5"], ["--bound", "0.5", "--mode", "virtual"]])
+@pytest.mark.parametrize("command", [["generate", "reference", "a"], ["chat", "reference"]])
+def test_a_bound_that_nothing_goes_by_is_refused(command: list[str], vain: list[str]) -> None:
+    done = CliRunner().invoke(cli, [*command, *vain])
+    assert isinstance(done.exception, ConfigError)
+    assert "--bound 0.5 is for the mode bounded" in str(done.exception)
+
+
+def test_each_option_alone_is_something_that_is_asked_for() -> None:
+    for one in (Misses(mode=ModeName.exact), Misses(prefill=ModeName.virtual), Misses(bound=0.1)):
+        assert one.wanted
+    for one in (
+        Misses(mode=ModeName.bounded, bound=0.1),
+        Misses(prefill=ModeName.bounded, bound=0),
+    ):
+        one.refuse_vain()
 
 
 def test_an_options_own_limits_hold() -> None:

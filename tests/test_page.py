@@ -1,5 +1,7 @@
 """The live page in a real browser, before a server of any shape that may also fail."""
 
+import re
+
 import pytest
 from browser import Keys
 from page_server import Pretender
@@ -208,6 +210,23 @@ def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
     tab.click("apply")
     tab.until(lambda: model.changes)
     assert model.changes == [{"bytes": model.most}]
+
+
+def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, served):
+    model, url = served()
+    model.total = 20 * model.everything
+    tab.open(url)
+    every = tab.text("budget-note").removeprefix("of ").removesuffix(" for every expert")
+    tab.until(lambda: tab.script(LABELS))
+    assert tab.script(LABELS)[1] == f"all {every}"
+    slider = tab.by_id("dial-range")
+    assert slider.get_attribute("value") == slider.get_attribute("max")
+    assert "GiB" in tab.text("budget") and not tab.by_id("apply").is_enabled()
+    slider.send_keys(Keys.PAGE_DOWN)
+    assert re.search(r"about \d+ of 128 experts", slider.get_attribute("aria-valuetext"))
+    tab.click("apply")
+    tab.until(lambda: model.changes)
+    assert model.floor < model.changes[0]["bytes"] < model.everything
 
 
 def test_a_mode_and_its_bound_are_set(page):

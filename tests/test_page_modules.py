@@ -62,6 +62,9 @@ def test_the_dial_ends_where_more_memory_is_of_no_use(modules):
     }  # fmt: skip
     assert ends[1] == {"floor": auto["floor"], "full": auto["everything"], "top": auto["most"]}
     assert auto["most"] == auto["everything_in"]["native"] > auto["everything"]
+    assert (
+        modules.module("dial", "m.rangeOf(v[0])", plain | {"budget": {"total": 1 << 62}}) == ends[0]
+    )
     rows = {"rows": [None] * 8, "experts": 128}
     code = "[v[0].floor, v[0].full, v[0].top].map((size) => m.expertsAt(size, v[0], v[1]))"
     assert modules.module("dial", code, ends[1], rows) == [8, 128, 128]
@@ -109,6 +112,7 @@ def test_the_ledgers_parts_fill_the_budget_and_follow_each_other(modules, total)
     assert [part["from"] for part in view["parts"]] == edges[:-1]
     assert edges[-1] * view["axis"] == pytest.approx(view["total"])
     assert all(0 <= share <= 1 for share in view["marks"].values())
+    assert view["marks"]["most"] * view["axis"] == pytest.approx(memory["most"])
 
 
 def test_a_plan_is_told_with_what_it_costs(modules):

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit.cli.app import Device, Dtype
+from moefit.errors import ConfigError
 from moefit.formats.format import FORMATS
 from moefit.serve.ladders import AUTO
 from moefit.serve.policy import Policy
@@ -121,8 +122,16 @@ class Misses:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything asks for a mode."""
-        return self.mode is not None or self.refetch is not None
+        """Whether anything was given."""
+        return not (self.mode is self.prefill is self.bound is self.refetch is None)
+
+    def refuse_vain(self) -> None:
+        """Raise ConfigError for a bound that nothing goes by."""
+        if self.bound is not None and ModeName.bounded not in (self.mode, self.prefill):
+            raise ConfigError(
+                f"--bound {self.bound:g} is for the mode bounded, and the mode is "
+                f"{(self.mode or ModeName.exact).value}; give --mode bounded too, or leave it out"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The same for `moefit.load`."""

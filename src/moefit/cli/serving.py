@@ -41,6 +41,8 @@ def load_served(
     """Load and say what it takes; `settings` as of `moefit.load`."""
     if planned.wanted:
         return load_planned(model, room, misses, planned, **settings)[0]
+    if "sequences" not in settings:  # a server keeps the bound for when its mode is turned
+        misses.refuse_vain()
     with loading() as progress:
         served = load(model, **room.settings(), **misses.settings(), **settings, progress=progress)
     _remark(served, model, room)

@@ -20,13 +20,14 @@ export function grain(range) {
 }
 
 /**
- * Where the slider ends: where no more memory is of use, or the budget in force if that is more.
+ * Where the slider ends: where no more memory is of use. A budget in force beyond it is at its end,
+ * so that a large one leaves room on the dial for those that matter.
  *
  * `full` holds every expert; where they may differ in format, in the smallest, and `top` in the best.
  */
 export function rangeOf(memory) {
-  const { floor, everything, most, budget } = memory;
-  return { floor, full: everything, top: Math.max(floor, most, budget.total ?? 0) };
+  const { floor, everything, most } = memory;
+  return { floor, full: everything, top: Math.max(floor, most) };
 }
 
 /** The best format in which these bytes hold every expert; null if in none, or if there is one only. */

@@ -32,7 +32,7 @@ export function ledger(memory) {
   });
   return {
     total, limited, floor, most, axis, parts, held, peak: memory.peak_process_bytes,
-    marks: { floor: floor / axis, held: held / axis, most: Math.max(most, total) / axis },
+    marks: { floor: floor / axis, held: held / axis, most: most / axis },
   };
 }
 
