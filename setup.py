@@ -32,7 +32,8 @@ setup(
         Extension(
             "moefit.formats._kernels",
             sources=[
-                f"{CSRC}/{name}.cpp" for name in ("portable", "avx2", "avx512", "experts", "encode")
+                f"{CSRC}/{name}.cpp"
+                for name in ("portable", "avx2", "avx512", "experts", "encode", "compensate")
             ],
             depends=[
                 f"{CSRC}/{name}"
@@ -42,7 +43,10 @@ setup(
                     "target.h",
                     "plain.inc",
                     "inputs.inc",
+                    "encode.h",
+                    "half.h",
                     "encode.inc",
+                    "compensate.inc",
                 )
             ],
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.compensated import DAMPING, SWEEPS, encode_compensated, moments_of
+from moefit.formats.compensated import SWEEPS, encode_compensated
 from moefit.formats.encoders import encode
 from moefit.formats.matrix import GroupedMatrix
+from moefit.formats.moments import DAMPING, moments_of
 from moefit.formats.planes import GROUP, PLANES, pack, unpack
 
 widths = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits > 1])
@@ -200,7 +201,7 @@ def test_weights_that_cannot_be_encoded_are_named(value: float) -> None:
 def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_RC, x_NC = torch.randn(6, 150), correlated(300, 150)
     whole = compensated(weight_RC, 3, x_NC)
-    monkeypatch.setattr("moefit.formats.compensated.TOGETHER", 64)
+    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 64)
     made = compensated(weight_RC, 3, x_NC)
     for first in (0, 64, 128):
         part_RI, x_NI = weight_RC[:, first : first + 64], x_NC[:, first : first + 64]

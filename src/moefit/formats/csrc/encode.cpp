@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "encode.h"
 #include "matrix.h"
 #include "target.h"
 
@@ -14,10 +15,9 @@
 #else
 #pragma GCC optimize("fp-contract=off")
 #endif
+#include "half.h"
 
 namespace {
-
-constexpr float LARGEST = 65504;  // of float16
 
 struct Job {
     const Matrix *from;  // of floats
@@ -55,6 +55,15 @@ namespace avx512_encode {
 #undef WIDTH
 TARGET_END
 #endif
+
+const GroupCoder &group_coder(int64_t level) {
+#if defined(__x86_64__)
+    if (level == 2) return avx512_encode::CODER;
+    if (level == 1) return avx2_encode::CODER;
+#endif
+    (void)level;
+    return plain_encode::CODER;
+}
 
 extern "C" {
 

@@ -104,7 +104,7 @@ struct Expert {
 
 // Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
 // left over from before is then not used.
-int64_t moefit_version() { return 3; }
+int64_t moefit_version() { return 4; }
 
 // The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
 int64_t moefit_best_level() {

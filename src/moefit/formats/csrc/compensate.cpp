@@ -1,0 +1,106 @@
+// What Python calls to encode a matrix by the second moments of its inputs; formats/compensated.py says what
+// is computed and why, and is what tests compare with.
+//
+// Rows know nothing of each other. So many of them go side by side, one in each lane, through all columns and
+// all sweeps, in one thread's memory: results don't depend on the number of threads, and nobody waits.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "encode.h"
+#include "half.h"
+#include "matrix.h"
+#include "target.h"
+
+namespace {
+
+constexpr int64_t LANES = 64;
+
+struct Job {
+    const Matrix *from;    // of floats
+    int64_t first, cols;   // which columns of it make up for each other; first is a multiple of 64
+    const float *carry;    // [G, P, 64], a panel of columns for each group, with zeros for columns that
+    const float *moments;  // are not there: P is cols in whole groups
+    const float *counts;   // [P]
+    int64_t bits, sweeps;
+    uint8_t *codes, *meta;  // of the whole matrix
+
+    int64_t groups() const { return groups_of(cols); }
+    int64_t padded() const { return groups() * GROUP; }
+};
+
+// One thread's memory.
+class Floats {
+public:
+    explicit Floats(int64_t number) : at_(new (std::align_val_t(64)) float[number]()) {}
+    ~Floats() { operator delete[](at_, std::align_val_t(64)); }
+    Floats(const Floats &) = delete;
+    Floats &operator=(const Floats &) = delete;
+    float *at(int64_t i) const { return at_ + i; }
+
+private:
+    float *at_;
+};
+
+// What is known of LANES rows: lanes lie side by side, columns behind each other.
+struct Rows {
+    explicit Rows(int64_t padded)
+        : off(padded * LANES), code(padded * LANES), scale(padded / GROUP * LANES), least(padded / GROUP * LANES) {}
+
+    Floats off;   // each weight less what its code gives; nothing where there is no column
+    Floats code;  // 0 there
+    Floats scale, least;
+};
+
+typedef float Tile[GROUP * LANES];
+
+}  // namespace
+
+#define INLINED __attribute__((always_inline))
+
+#define WIDTH 4
+namespace plain_compensate {
+#include "compensate.inc"
+}
+#undef WIDTH
+
+#if defined(__x86_64__)
+TARGET_BEGIN("avx2,fma,f16c")
+#define WIDTH 8
+namespace avx2_compensate {
+#include "compensate.inc"
+}
+#undef WIDTH
+TARGET_END
+
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define WIDTH 16
+namespace avx512_compensate {
+#include "compensate.inc"
+}
+#undef WIDTH
+TARGET_END
+#endif
+
+extern "C" {
+
+// Encodes columns first to first + cols - 1 of a matrix of finite floats. carry: column i of it says what of
+// earlier columns' errors column i makes up for. Codes and meta are those of the whole matrix.
+void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t cols, const float *carry,
+                       const float *moments, const float *counts, int64_t bits, int64_t sweeps, uint8_t *codes,
+                       uint8_t *meta) {
+    Job job = {from, first, cols, carry, moments, counts, bits, sweeps, codes, meta};
+    void (*encode)(const Job &, const GroupCoder &, int64_t, Rows &) = plain_compensate::encode;
+#if defined(__x86_64__)
+    if (level == 1) encode = avx2_compensate::encode;
+    if (level == 2) encode = avx512_compensate::encode;
+#endif
+#pragma omp parallel
+    {
+        Rows rows(job.padded());
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < from->rows; row += LANES) encode(job, group_coder(level), row, rows);
+    }
+}
+}
