@@ -33,7 +33,15 @@ setup(
             "moefit.formats._kernels",
             sources=[
                 f"{CSRC}/{name}.cpp"
-                for name in ("portable", "avx2", "avx512", "experts", "encode", "compensate")
+                for name in (
+                    "portable",
+                    "avx2",
+                    "avx512",
+                    "tiles",
+                    "experts",
+                    "encode",
+                    "compensate",
+                )
             ],
             depends=[
                 f"{CSRC}/{name}"
@@ -43,6 +51,7 @@ setup(
                     "target.h",
                     "plain.inc",
                     "inputs.inc",
+                    "tiles.h",
                     "encode.h",
                     "half.h",
                     "encode.inc",

@@ -27,8 +27,8 @@ from moefit.formats.moments import Moments
 from moefit.formats.planes import GROUP
 from moefit.formats.weighted_sum import plain_weighted_sum
 
-Level = Literal["portable", "avx2", "avx512"]
-LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
+Level = Literal["portable", "avx2", "avx512", "amx"]
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 VERSION = 4  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none

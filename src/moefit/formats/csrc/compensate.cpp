@@ -12,10 +12,9 @@
 #include "half.h"
 #include "matrix.h"
 #include "target.h"
+#include "tiles.h"
 
 namespace {
-
-constexpr int64_t LANES = 64;
 
 struct Job {
     const Matrix *from;    // of floats
@@ -25,32 +24,36 @@ struct Job {
     const float *counts;   // [P]
     int64_t bits, sweeps;
     uint8_t *codes, *meta;  // of the whole matrix
+    const uint32_t *split_carry, *split_moments;  // both once more for tiles, or null
 
     int64_t groups() const { return groups_of(cols); }
     int64_t padded() const { return groups() * GROUP; }
 };
 
-// One thread's memory.
-class Floats {
+// Memory at the start of a cache line.
+template <typename T>
+class Many {
 public:
-    explicit Floats(int64_t number) : at_(new (std::align_val_t(64)) float[number]()) {}
-    ~Floats() { operator delete[](at_, std::align_val_t(64)); }
-    Floats(const Floats &) = delete;
-    Floats &operator=(const Floats &) = delete;
-    float *at(int64_t i) const { return at_ + i; }
+    explicit Many(int64_t number) : at_(number ? new (std::align_val_t(64)) T[number]() : nullptr) {}
+    ~Many() { operator delete[](at_, std::align_val_t(64)); }
+    Many(const Many &) = delete;
+    Many &operator=(const Many &) = delete;
+    T *at(int64_t i) const { return at_ + i; }
 
 private:
-    float *at_;
+    T *at_;
 };
 
-// What is known of LANES rows: lanes lie side by side, columns behind each other.
+// What is known of LANES rows, in one thread: lanes lie side by side, columns behind each other.
 struct Rows {
-    explicit Rows(int64_t padded)
-        : off(padded * LANES), code(padded * LANES), scale(padded / GROUP * LANES), least(padded / GROUP * LANES) {}
+    explicit Rows(const Job &job)
+        : off(job.padded() * LANES), code(job.padded() * LANES), scale(job.groups() * LANES),
+          least(job.groups() * LANES), pairs(job.split_moments ? job.padded() * LANES : 0) {}
 
-    Floats off;   // each weight less what its code gives; nothing where there is no column
-    Floats code;  // 0 there
-    Floats scale, least;
+    Many<float> off;   // each weight less what its code gives; nothing where there is no column
+    Many<float> code;  // 0 there
+    Many<float> scale, least;
+    Many<uint32_t> pairs;  // `off`, as tiles have it
 };
 
 typedef float Tile[GROUP * LANES];
@@ -90,17 +93,29 @@ extern "C" {
 void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t cols, const float *carry,
                        const float *moments, const float *counts, int64_t bits, int64_t sweeps, uint8_t *codes,
                        uint8_t *meta) {
-    Job job = {from, first, cols, carry, moments, counts, bits, sweeps, codes, meta};
+    Job job = {from, first, cols, carry, moments, counts, bits, sweeps, codes, meta, nullptr, nullptr};
+    const GroupCoder &coder = group_coder(level);
     void (*encode)(const Job &, const GroupCoder &, int64_t, Rows &) = plain_compensate::encode;
 #if defined(__x86_64__)
     if (level == 1) encode = avx2_compensate::encode;
-    if (level == 2) encode = avx512_compensate::encode;
+    if (level >= 2) encode = avx512_compensate::encode;
 #endif
+    bool tiles = level >= 3;
+    int64_t groups = job.groups(), panel = job.padded() * GROUP;
+    Many<uint32_t> split_carry(tiles ? groups * panel : 0), split_moments(tiles ? groups * panel : 0);
+    if (tiles) job.split_carry = split_carry.at(0), job.split_moments = split_moments.at(0);
 #pragma omp parallel
     {
-        Rows rows(job.padded());
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < from->rows; row += LANES) encode(job, group_coder(level), row, rows);
+        for (int64_t g = 0; g < (tiles ? groups : 0); g++) {
+            split_panel(carry + g * panel, g * GROUP, split_carry.at(g * panel));
+            split_panel(moments + g * panel, job.padded(), split_moments.at(g * panel));
+        }
+        Rows rows(job);
+        if (tiles) tiles_begin();
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < from->rows; row += LANES) encode(job, coder, row, rows);
+        if (tiles) tiles_end();
     }
 }
 }
