@@ -89,6 +89,24 @@ def test_codes_are_those_of_the_definition(bits: int, cols: int) -> None:
 
 
 @widths
+def test_a_group_is_fitted_to_what_all_columns_behind_make_the_best_of(bits: int) -> None:
+    """The second one, while none of its columns is rounded: from the definition, solved anew."""
+    torch.manual_seed(1)
+    weight_RC, x_NC = torch.randn(40, 150), correlated(400, 150)
+    made = compensated(weight_RC, bits, x_NC, sweeps=0)
+    moments_CC = x_NC.double().T @ x_NC.double()
+    moments_CC /= moments_CC.diagonal().mean()
+    moments_CC += DAMPING * torch.eye(150)
+    off_RI = (made.dense() - weight_RC)[:, :GROUP].double()
+    across = moments_CC[:GROUP, GROUP:] @ torch.linalg.inv(moments_CC[GROUP:, GROUP:])
+    best_RI = (weight_RC[:, GROUP:] - off_RI @ across)[:, :GROUP].float().contiguous()
+    left = [torch.linalg.inv(moments_CC[i:, i:])[0, 0].reciprocal() for i in range(64, 128)]
+    expected = encode(best_RI, bits, moments_C=torch.stack(left).float())
+    same_R = (made.meta_RMG[:, :, 1] == expected.meta_RMG[:, :, 0]).all(1)
+    assert float(same_R.double().mean()) > 0.7
+
+
+@widths
 @pytest.mark.parametrize("cols", SIZES)
 def test_white_inputs_make_up_for_nothing(bits: int, cols: int) -> None:
     weight_RC = torch.randn(16, cols)

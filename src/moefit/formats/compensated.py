@@ -2,11 +2,12 @@
 
 Owns the encoding of one matrix where the second moments of its inputs are known, H = E[x x^T]: what
 is kept small is the error of the outputs, tr((W - W^) H (W - W^)^T). Column after column is
-rounded, from where the errors of those before it have moved its optimum (`moments.py`). A group's
-scale and minimum are found by `fitted` when its first column's turn comes; a column's error there
-counts as what the later ones cannot make up for. Then, in a few sweeps, each group's scale and
-minimum, and each code, are set to what is best while all others stay (coordinate descent), which
-never makes the error larger. The result is a `GroupedMatrix` like any other.
+rounded, and what that did to the outputs is taken back in the columns that are still to come, by
+the factor U of `moments.py`. A group's scale and minimum are found by `fitted` when its first
+column's turn comes; a column's error there counts as what the later ones cannot make up for. Then,
+in a few sweeps, each group's scale and minimum, and each code, are set to what is best while all
+others stay (coordinate descent), which never makes the error larger. The result is a
+`GroupedMatrix` like any other.
 
 Compiled kernels do it where there are some; what is here says what they must compute.
 
@@ -68,27 +69,31 @@ class _Span:
 
     def round(self) -> None:
         """Once over all columns, from the first to the last."""
+        error_PR = torch.zeros_like(self._off_PR)  # over the factor's diagonal
         for group, here in self._groups():
-            carry_CI = self._known.carry_GPI[group, :, : here.stop - here.start]
-            made_up_IR = carry_CI[: here.start].T @ self._off_PR[: here.start]
-            rest_IR = (self._weight_CR[here] + made_up_IR).clamp_(-LARGEST, LARGEST)
+            factor_CI = self._known.factor_GPI[group, :, : here.stop - here.start]
+            made_up_IR = factor_CI[: here.start].T @ error_PR[: here.start]
+            rest_IR = (self._weight_CR[here] - made_up_IR).clamp_(-LARGEST, LARGEST)
             count_I = self._known.count_P[here]
             fitted = encode(rest_IR.T.contiguous(), self._bits, moments_C=count_I)
             self._scale_GR[group] = fitted.meta_RMG[:, 0, 0]
             self._least_GR[group] = (
                 -128 * self._scale_GR[group] if self._bits == 8 else fitted.meta_RMG[:, 1, 0]
             )
-            self._round_group(group, here, rest_IR, carry_CI[here])
+            error_PR[here] = self._round_group(group, here, rest_IR, factor_CI[here])
+            scale_R, least_R = self._scale_GR[group], self._least_GR[group]
+            self._off_PR[here] = self._weight_CR[here] - (self._code_PR[here] * scale_R + least_R)
 
-    def _round_group(self, group: int, here: slice, rest_IR: Tensor, carry_II: Tensor) -> None:
-        """`rest_IR` is used up."""
+    def _round_group(self, group: int, here: slice, rest_IR: Tensor, factor_II: Tensor) -> Tensor:
+        """Each column's error over its diagonal; `rest_IR` is used up."""
         scale_R, least_R = self._scale_GR[group], self._least_GR[group]
-        divisor_R, off_IR = _divisor(scale_R), self._off_PR[here]
+        divisor_R, error_IR = _divisor(scale_R), torch.empty_like(rest_IR)
         for i, rest_R in enumerate(rest_IR):
             code_R = ((rest_R - least_R) / divisor_R).round_().clamp_(self._lowest, self._highest)
             self._code_PR[here.start + i] = code_R
-            off_IR[i] = self._weight_CR[here.start + i] - code_R * scale_R - least_R
-            rest_IR[i + 1 :].addr_(carry_II[i, i + 1 :], off_IR[i])
+            error_IR[i] = (rest_R - code_R * scale_R - least_R) / factor_II[i, i]
+            rest_IR[i + 1 :].addr_(factor_II[i, i + 1 :], error_IR[i], alpha=-1)
+        return error_IR
 
     def sweep(self, times: int) -> None:
         """Over all groups: the best scale and minimum for the codes, then the best codes."""

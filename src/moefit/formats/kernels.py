@@ -172,7 +172,7 @@ class Kernels:
         assert target.codes_RB.is_contiguous() and target.meta_RMG.is_contiguous()
         self._library.moefit_compensate(
             self._level, _matrix(weight_RC), first, known.cols,
-            known.carry_GPI.data_ptr(), known.moments_GPI.data_ptr(), known.count_P.data_ptr(),
+            known.factor_GPI.data_ptr(), known.moments_GPI.data_ptr(), known.count_P.data_ptr(),
             target.bits, sweeps, target.codes_RB.data_ptr(), target.meta_RMG.data_ptr(),
         )  # fmt: skip
 

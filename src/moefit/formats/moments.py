@@ -1,10 +1,9 @@
 """What is known of the inputs of a matrix: their second moments, and what follows for its columns.
 
-Owns H = E[x x^T], damped, and its factor. With H = V V^T, V upper triangular, the columns before i
-fixed and their errors r, the outputs are best if column i is rounded from w_i + (V_0i r_0 + ... +
-V_i-1,i r_i-1) / V_ii: what is left after that is V_ii^2 times the square of the column's own error
-(GPTQ, Frantar et al., arXiv 2210.17323, its formulas 2 and 3, with U = V^-1 there; written so, no
-inverse is needed). Knows nothing of codes.
+Owns H = E[x x^T], damped, and U, upper triangular, with U^T U = H^-1. When the columns up to i are
+fixed, row i of U over its diagonal says how column i's error is best made up for by the rest, and
+what is left of it then counts 1 / U_ii^2 (GPTQ, Frantar et al., arXiv 2210.17323, its formulas 2
+and 3). Knows nothing of codes.
 
 Shapes: C columns (input units), N observed inputs; P columns in whole groups, G groups, I = 64
 columns of one group. A panel [P, I] has the columns of one group, those of the next behind them.
@@ -24,19 +23,20 @@ from moefit.formats.planes import GROUP
 DAMPING = 0.05  # of the mean moment: inputs not seen look different, and H must have a factor
 TOGETHER = 4096  # columns that make up for each other; wider matrices would need memory and hours
 _BAND = 512  # columns of H that are made at once
+_SMALL = 128  # columns that are inverted at once
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Of so many columns that make up for each other. Where there is no column, all is zero.
 
-    moments_GPI: H by panels. carry_GPI: V over its diagonal, column by column, by panels.
-    count_P: what a column's own error counts, V_ii^2, beside the mean of its group.
+    moments_GPI: H by panels. factor_GPI: U by panels. count_P: what is left of a column's error
+    counts so much, beside the mean of its group.
     """
 
     cols: int
     moments_GPI: Tensor
-    carry_GPI: Tensor
+    factor_GPI: Tensor
     count_P: Tensor
 
     @classmethod
@@ -49,19 +49,19 @@ class Moments:
             return cls._made(white_CC, white_CC)
         moments_CC /= mean
         moments_CC.diagonal().add_(DAMPING)
-        # The factor from the last column on is that of all columns the other way round.
-        lower_CC = torch.linalg.cholesky(moments_CC.double().flip(0, 1))
+        # H = V V^T, from the last column on: that is the factor of all columns the other way round.
+        lower_CC = torch.linalg.cholesky(moments_CC.flip(0, 1).double())
         return cls._made(moments_CC, lower_CC.flip(0, 1))
 
     @classmethod
-    def _made(cls, moments_CC: Tensor, factor_CC: Tensor) -> Self:
-        diagonal_C = factor_CC.diagonal()
-        carry_CC = (factor_CC / diagonal_C).float()
-        cols = len(diagonal_C)
-        count_GI = _padded(diagonal_C.double().square()[None], 1).view(-1, GROUP)
+    def _made(cls, moments_CC: Tensor, root_CC: Tensor) -> Self:
+        """Of H = V V^T; then U is V^-1, and V is so well-conditioned that float32 will do."""
+        cols = len(root_CC)
+        count_GI = _padded(root_CC.diagonal().double().square()[None], 1).view(-1, GROUP)
         size_G1 = (cols - GROUP * torch.arange(len(count_GI))).clamp_max(GROUP)[:, None]
         count_GI = (count_GI / (count_GI.sum(1, keepdim=True) / size_G1)).float()
-        return cls(cols, _panels(moments_CC), _panels(carry_CC), count_GI.flatten())
+        factor_CC = _inverse(root_CC.float())
+        return cls(cols, _panels(moments_CC), _panels(factor_CC), count_GI.flatten())
 
 
 def moments_of(x_NC: Tensor, count_N: Tensor) -> Sequence[Moments]:
@@ -78,6 +78,20 @@ def _products(x_NC: Tensor) -> Tensor:
         band_BC = x_NC[:, first : first + _BAND].T @ x_NC[:, first:]
         made_CC[first : first + _BAND, first:] = band_BC
         made_CC[first:, first : first + _BAND] = band_BC.T
+    return made_CC
+
+
+def _inverse(upper_CC: Tensor) -> Tensor:
+    """Of an upper triangular matrix, by halves, so that most of it is products."""
+    cols = len(upper_CC)
+    if cols <= _SMALL:
+        white_CC = torch.eye(cols, device=upper_CC.device)
+        return torch.linalg.solve_triangular(upper_CC, white_CC, upper=True)
+    half = cols // 2
+    made_CC = torch.zeros_like(upper_CC)
+    made_CC[:half, :half] = first_CC = _inverse(upper_CC[:half, :half])
+    made_CC[half:, half:] = last_CC = _inverse(upper_CC[half:, half:])
+    made_CC[:half, half:] = first_CC @ upper_CC[:half, half:] @ -last_CC
     return made_CC
 
 

@@ -19,12 +19,12 @@ namespace {
 struct Job {
     const Matrix *from;    // of floats
     int64_t first, cols;   // which columns of it make up for each other; first is a multiple of 64
-    const float *carry;    // [G, P, 64], a panel of columns for each group, with zeros for columns that
+    const float *factor;    // [G, P, 64], a panel of columns for each group, with zeros for columns that
     const float *moments;  // are not there: P is cols in whole groups
     const float *counts;   // [P]
     int64_t bits, sweeps;
     uint8_t *codes, *meta;  // of the whole matrix
-    const uint32_t *split_carry, *split_moments;  // both once more for tiles, or null
+    const uint32_t *split_factor, *split_moments;  // both once more for tiles, or null
 
     int64_t groups() const { return groups_of(cols); }
     int64_t padded() const { return groups() * GROUP; }
@@ -50,7 +50,8 @@ struct Rows {
         : off(job.padded() * LANES), code(job.padded() * LANES), scale(job.groups() * LANES),
           least(job.groups() * LANES), pairs(job.split_moments ? job.padded() * LANES : 0) {}
 
-    Many<float> off;   // each weight less what its code gives; nothing where there is no column
+    Many<float> off;   // each weight less what its code gives, nothing where there is no column; while columns
+                       // are rounded, what later ones make up for, over the factor's diagonal
     Many<float> code;  // 0 there
     Many<float> scale, least;
     Many<uint32_t> pairs;  // `off`, as tiles have it
@@ -88,12 +89,12 @@ TARGET_END
 
 extern "C" {
 
-// Encodes columns first to first + cols - 1 of a matrix of finite floats. carry: column i of it says what of
-// earlier columns' errors column i makes up for. Codes and meta are those of the whole matrix.
-void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t cols, const float *carry,
+// Encodes columns first to first + cols - 1 of a matrix of finite floats. moments, factor, counts: as in
+// formats/moments.py. Codes and meta are those of the whole matrix.
+void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t cols, const float *factor,
                        const float *moments, const float *counts, int64_t bits, int64_t sweeps, uint8_t *codes,
                        uint8_t *meta) {
-    Job job = {from, first, cols, carry, moments, counts, bits, sweeps, codes, meta, nullptr, nullptr};
+    Job job = {from, first, cols, factor, moments, counts, bits, sweeps, codes, meta, nullptr, nullptr};
     const GroupCoder &coder = group_coder(level);
     void (*encode)(const Job &, const GroupCoder &, int64_t, Rows &) = plain_compensate::encode;
 #if defined(__x86_64__)
@@ -102,13 +103,13 @@ void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t
 #endif
     bool tiles = level >= 3;
     int64_t groups = job.groups(), panel = job.padded() * GROUP;
-    Many<uint32_t> split_carry(tiles ? groups * panel : 0), split_moments(tiles ? groups * panel : 0);
-    if (tiles) job.split_carry = split_carry.at(0), job.split_moments = split_moments.at(0);
+    Many<uint32_t> split_factor(tiles ? groups * panel : 0), split_moments(tiles ? groups * panel : 0);
+    if (tiles) job.split_factor = split_factor.at(0), job.split_moments = split_moments.at(0);
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
         for (int64_t g = 0; g < (tiles ? groups : 0); g++) {
-            split_panel(carry + g * panel, g * GROUP, split_carry.at(g * panel));
+            split_panel(factor + g * panel, g * GROUP, split_factor.at(g * panel));
             split_panel(moments + g * panel, job.padded(), split_moments.at(g * panel));
         }
         Rows rows(job);
