@@ -32,7 +32,16 @@ setup(
         Extension(
             "moefit.formats._kernels",
             sources=[
-                f"{CSRC}/{name}.cpp" for name in ("portable", "avx2", "avx512", "experts", "encode")
+                f"{CSRC}/{name}.cpp"
+                for name in (
+                    "portable",
+                    "avx2",
+                    "avx512",
+                    "tiles",
+                    "experts",
+                    "encode",
+                    "compensate",
+                )
             ],
             depends=[
                 f"{CSRC}/{name}"
@@ -42,7 +51,11 @@ setup(
                     "target.h",
                     "plain.inc",
                     "inputs.inc",
+                    "tiles.h",
+                    "encode.h",
+                    "half.h",
                     "encode.inc",
+                    "compensate.inc",
                 )
             ],
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.compensated import DAMPING, SWEEPS, encode_compensated, moments_of
+from moefit.formats.compensated import SWEEPS, encode_compensated
 from moefit.formats.encoders import encode
 from moefit.formats.matrix import GroupedMatrix
+from moefit.formats.moments import DAMPING, moments_of
 from moefit.formats.planes import GROUP, PLANES, pack, unpack
 
 widths = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits > 1])
@@ -85,6 +86,24 @@ def test_codes_are_those_of_the_definition(bits: int, cols: int) -> None:
     # Where float32 puts a column just across a half, the rest of its row goes another way too.
     assert float(same.all(1).double().mean()) > 0.7
     assert float(same.double().mean()) > 0.9
+
+
+@widths
+def test_a_group_is_fitted_to_what_all_columns_behind_make_the_best_of(bits: int) -> None:
+    """The second one, while none of its columns is rounded: from the definition, solved anew."""
+    torch.manual_seed(1)
+    weight_RC, x_NC = torch.randn(40, 150), correlated(400, 150)
+    made = compensated(weight_RC, bits, x_NC, sweeps=0)
+    moments_CC = x_NC.double().T @ x_NC.double()
+    moments_CC /= moments_CC.diagonal().mean()
+    moments_CC += DAMPING * torch.eye(150)
+    off_RI = (made.dense() - weight_RC)[:, :GROUP].double()
+    across = moments_CC[:GROUP, GROUP:] @ torch.linalg.inv(moments_CC[GROUP:, GROUP:])
+    best_RI = (weight_RC[:, GROUP:] - off_RI @ across)[:, :GROUP].float().contiguous()
+    left = [torch.linalg.inv(moments_CC[i:, i:])[0, 0].reciprocal() for i in range(64, 128)]
+    expected = encode(best_RI, bits, moments_C=torch.stack(left).float())
+    same_R = (made.meta_RMG[:, :, 1] == expected.meta_RMG[:, :, 0]).all(1)
+    assert float(same_R.double().mean()) > 0.7
 
 
 @widths
@@ -200,7 +219,7 @@ def test_weights_that_cannot_be_encoded_are_named(value: float) -> None:
 def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_RC, x_NC = torch.randn(6, 150), correlated(300, 150)
     whole = compensated(weight_RC, 3, x_NC)
-    monkeypatch.setattr("moefit.formats.compensated.TOGETHER", 64)
+    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 64)
     made = compensated(weight_RC, 3, x_NC)
     for first in (0, 64, 128):
         part_RI, x_NI = weight_RC[:, first : first + 64], x_NC[:, first : first + 64]

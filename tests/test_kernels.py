@@ -72,7 +72,7 @@ def error_bound(weight: Weight, x_TI: Tensor, level: str) -> Tensor:
         padded_TGI = F.pad(x_TI, (0, groups_of(weight.cols) * GROUP - weight.cols))
         padded_TGI = padded_TGI.unflatten(1, (-1, GROUP))
         grid_TGI = (padded_TGI.abs().amax(-1, keepdim=True) / 16256 / 2).expand(padded_TGI.shape)
-        grid_TI = grid_TGI.flatten(1)[:, : weight.cols] * (level == "avx512")
+        grid_TI = grid_TGI.flatten(1)[:, : weight.cols] * (level in ("avx512", "amx"))
     summing = 2.0**-23 * (x_TI.shape[1] / 16 + 16)
     sums_TO = x_TI.abs().double() @ terms_OI.T * summing
     return sums_TO + 1.01 * grid_TI.double() @ dense(weight).abs().T + 1e-30

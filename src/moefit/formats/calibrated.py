@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.compensated import Moments, encode_compensated, moments_of
+from moefit.formats.compensated import encode_compensated
 from moefit.formats.encoders import encode_into
 from moefit.formats.format import Weights, dense_tensors
+from moefit.formats.moments import Moments, moments_of
 from moefit.formats.observed import inputs_of
 from moefit.moe.families import Layout, Tensors
 

@@ -23,13 +23,14 @@ from torch.nn import functional as F
 
 from moefit.errors import ConfigError
 from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
+from moefit.formats.moments import Moments
 from moefit.formats.planes import GROUP
 from moefit.formats.weighted_sum import plain_weighted_sum
 
-Level = Literal["portable", "avx2", "avx512"]
-LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
+Level = Literal["portable", "avx2", "avx512", "amx"]
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 3  # of the border, as csrc/experts.cpp has it
+VERSION = 4  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -89,6 +90,10 @@ class Kernels:
         library.moefit_encode.restype = c_int64
         library.moefit_encode.argtypes = [
             c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
+        ]  # fmt: skip
+        library.moefit_compensate.argtypes = [
+            c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
+            c_int64, c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_experts.argtypes = [
             c_int64, POINTER(_Expert), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
@@ -152,6 +157,24 @@ class Kernels:
             target.codes_RB.data_ptr(), target.meta_RMG.data_ptr(),
         )  # fmt: skip
         return None if bad < 0 else bad
+
+    def compensate(
+        self, weight_RC: Tensor, target: GroupedMatrix, first: int, known: Moments, sweeps: int
+    ) -> None:
+        """Fill `target` from column `first` on, as many as are known: what `_Span` there gives.
+
+        Weights are finite and on a CPU; equal to the plain way but for float32's rounding.
+        """
+        known_dtype = weight_RC.dtype in NATIVE_DTYPES
+        weight_RC = (weight_RC if known_dtype else weight_RC.float()).contiguous()
+        assert (target.rows, target.cols) == tuple(weight_RC.shape)
+        assert first % GROUP == 0 and first + known.cols <= target.cols
+        assert target.codes_RB.is_contiguous() and target.meta_RMG.is_contiguous()
+        self._library.moefit_compensate(
+            self._level, _matrix(weight_RC), first, known.cols,
+            known.factor_GPI.data_ptr(), known.moments_GPI.data_ptr(), known.count_P.data_ptr(),
+            target.bits, sweeps, target.codes_RB.data_ptr(), target.meta_RMG.data_ptr(),
+        )  # fmt: skip
 
     def experts(
         self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]

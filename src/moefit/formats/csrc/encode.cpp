@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "encode.h"
 #include "matrix.h"
 #include "target.h"
 
@@ -14,10 +15,9 @@
 #else
 #pragma GCC optimize("fp-contract=off")
 #endif
+#include "half.h"
 
 namespace {
-
-constexpr float LARGEST = 65504;  // of float16
 
 struct Job {
     const Matrix *from;  // of floats
@@ -56,6 +56,15 @@ namespace avx512_encode {
 TARGET_END
 #endif
 
+const GroupCoder &group_coder(int64_t level) {
+#if defined(__x86_64__)
+    if (level >= 2) return avx512_encode::CODER;
+    if (level == 1) return avx2_encode::CODER;
+#endif
+    (void)level;
+    return plain_encode::CODER;
+}
+
 extern "C" {
 
 // Encodes rows of floats; moments: what errors of each column count, or null. Returns the place of a weight
@@ -66,7 +75,7 @@ int64_t moefit_encode(int64_t level, const Matrix *from, int64_t bits, int64_t f
     int64_t (*encode)(const Job &, int64_t) = plain_encode::any_row;
 #if defined(__x86_64__)
     if (level == 1) encode = avx2_encode::any_row;
-    if (level == 2) encode = avx512_encode::any_row;
+    if (level >= 2) encode = avx512_encode::any_row;
 #endif
     (void)level;
     int64_t bad = from->rows * from->cols;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "tiles.h"
 
 namespace {
 
@@ -17,7 +18,7 @@ constexpr int64_t CHUNK = 32;  // output rows that one thread takes at a time
 
 const Level &level_of(int64_t level) {
 #if defined(__x86_64__)
-    if (level == 2) return AVX512;
+    if (level >= 2) return AVX512;
     if (level == 1) return AVX2;
 #endif
     (void)level;
@@ -104,9 +105,9 @@ struct Expert {
 
 // Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
 // left over from before is then not used.
-int64_t moefit_version() { return 3; }
+int64_t moefit_version() { return 4; }
 
-// The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+// The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 with tiles besides.
 int64_t moefit_best_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -114,7 +115,7 @@ int64_t moefit_best_level() {
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vnni");
-    return avx512 ? 2 : 1;
+    return !avx512 ? 1 : tiles_here() ? 3 : 2;
 #else
     return 0;
 #endif

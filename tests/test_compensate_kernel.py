@@ -1,0 +1,186 @@
+"""Compiled calibrated encoding against the plain one: the same codes but where rounding decides."""
+
+from collections.abc import Sequence
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moefit.formats.compensated import SWEEPS, encode_compensated
+from moefit.formats.kernels import LEVELS, Level, kernels
+from moefit.formats.matrix import GroupedMatrix
+from moefit.formats.moments import Moments, moments_of
+from moefit.formats.planes import PLANES
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the kernels were not compiled")
+BEST = kernels(LEVELS[-1])
+HERE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
+levels = pytest.mark.parametrize("level", HERE)
+BITS = sorted(bits for bits in PLANES if bits > 1)
+widths = pytest.mark.parametrize("bits", BITS)
+SIZES = [(1, 1), (3, 40), (130, 64), (5, 65), (128, 150), (257, 200), (9, 640)]
+
+
+def inputs(tokens: int, cols: int, seed: int = 0) -> Tensor:
+    """Few directions carry most."""
+    generator = torch.Generator().manual_seed(seed)
+    few_KC = torch.randn(max(1, cols // 8), cols, generator=generator)
+    loud_NK = torch.randn(tokens, len(few_KC), generator=generator)
+    return loud_NK @ few_KC + 0.3 * torch.randn(tokens, cols, generator=generator)
+
+
+def weights(rows: int, cols: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def known(x_NC: Tensor) -> Sequence[Moments]:
+    return moments_of(x_NC, torch.ones(len(x_NC)))
+
+
+def encoded(
+    level: Level | None,
+    weight_RC: Tensor,
+    bits: int,
+    moments: Sequence[Moments],
+    sweeps: int = SWEEPS,
+) -> GroupedMatrix:
+    """By the kernels of this level, or the plain way; what was there before is seen if it stays."""
+    made = GroupedMatrix.empty(*weight_RC.shape, bits)
+    made.codes_RB.fill_(0xA5)
+    made.meta_RMG.fill_(torch.nan)
+    with mock.patch("moefit.formats.compensated.kernels", lambda: kernels(level or "torch")):
+        encode_compensated(made, weight_RC, moments, sweeps=sweeps)
+    return made
+
+
+def other_rows(one: GroupedMatrix, other: GroupedMatrix) -> int:
+    """Rows that are not the same bytes, padding included."""
+    codes_R = (one.codes_RB == other.codes_RB).all(1)
+    meta_R = (one.meta_RMG == other.meta_RMG).flatten(1).all(1)
+    return int((~(codes_R & meta_R)).sum())
+
+
+def loss(made: GroupedMatrix, weight_RC: Tensor, moments: Sequence[Moments]) -> float:
+    """What is to be kept small, in float64."""
+    total, first = 0.0, 0
+    off_RC = made.dense().double() - weight_RC.double()
+    for one in moments:
+        moments_PP = one.moments_GPI.transpose(0, 1).flatten(1).double()
+        off_RP = torch.zeros(len(off_RC), len(moments_PP), dtype=torch.float64)
+        off_RP[:, : one.cols] = off_RC[:, first : first + one.cols]
+        total += float(((off_RP @ moments_PP) * off_RP).sum())
+        first += one.cols
+    return total
+
+
+@levels
+@widths
+@pytest.mark.parametrize(("rows", "cols"), SIZES)
+def test_it_is_the_plain_way_up_to_rounding(level: Level, bits: int, rows: int, cols: int) -> None:
+    weight_RC, moments = weights(rows, cols), known(inputs(400, cols))
+    plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))
+    assert bool(fast.meta_RMG.isfinite().all())
+    # A code that falls the other way changes what comes after it in its row, and no other row.
+    assert other_rows(plain, fast) <= max(1, rows // 20)
+    near = 2e-3 if rows > 100 else 2e-2
+    expected = pytest.approx(loss(plain, weight_RC, moments), rel=near, abs=1e-9)
+    assert loss(fast, weight_RC, moments) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 140),
+    st.sampled_from([1, 40, 64, 65, 200]),
+    st.sampled_from([0, 1, 7, 300]),
+    st.sampled_from(BITS),
+    st.sampled_from([1e-9, 1.0, 1e4]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_any_inputs(
+    rows: int, cols: int, tokens: int, bits: int, size: float, dead: bool, seed: int
+) -> None:
+    """Fewer inputs than columns or none at all, columns that nothing enters, any size."""
+    weight_RC, x_NC = weights(rows, cols, seed), size * inputs(tokens, cols, seed)
+    if dead:
+        x_NC[:, ::3] = 0
+    moments = known(x_NC)
+    plain = encoded(None, weight_RC, bits, moments)
+    for level in HERE:
+        fast = encoded(level, weight_RC, bits, moments)
+        assert bool(fast.dense().isfinite().all())
+        # One code that falls the other way is much of the loss of a few rows.
+        most = 1.1 if rows > 20 else 2
+        assert loss(fast, weight_RC, moments) <= most * loss(plain, weight_RC, moments) + 1e-9
+
+
+@levels
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_equal_or_of_huge_weights(level: Level, bits: int) -> None:
+    moments = known(inputs(300, 100))
+    weight_RC = torch.tensor([[0.0], [0.25], [-7.0], [65504.0], [1e-7]]).repeat(1, 100)
+    weight_RC[3, ::2] *= -1
+    plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))
+    assert bool(fast.dense().isfinite().all())
+    assert torch.allclose(fast.dense(), plain.dense(), rtol=1e-2)
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_in_any_order_is_read(level: Level, dtype: torch.dtype) -> None:
+    weight_RC, moments = weights(70, 150).to(dtype), known(inputs(300, 150))
+    expected = encoded(level, weight_RC.float(), 3, moments)
+    for way in (weight_RC, weight_RC.T.contiguous().T):
+        assert other_rows(encoded(level, way, 3, moments), expected) == 0
+
+
+@levels
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_wide_matrix_is_filled_part_by_part(
+    level: Level, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 128)
+    weight_RC, moments = weights(40, 300), known(inputs(400, 300))
+    assert [one.cols for one in moments] == [128, 128, 44]
+    plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))
+    assert other_rows(plain, fast) <= 2
+
+
+@levels
+def test_threads_and_company_change_nothing(level: Level) -> None:
+    """Nor does it matter to a row which others are there."""
+    weight_RC, moments, before = weights(600, 200), known(inputs(400, 200)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = encoded(level, weight_RC, 3, moments)
+        torch.set_num_threads(3)
+        assert other_rows(encoded(level, weight_RC, 3, moments), one) == 0
+    finally:
+        torch.set_num_threads(before)
+    part = next(iter(GroupedMatrix(3, 200, one.codes_RB[77:], one.meta_RMG[77:]).split(300)))
+    assert other_rows(encoded(level, weight_RC[77:377], 3, moments), part) == 0
+
+
+@levels
+def test_it_is_not_by_chance_that_they_agree(level: Level) -> None:
+    """Without sweeps, or by other inputs, the bytes are others: the tests above would see it."""
+    weight_RC, moments = weights(64, 150), known(inputs(300, 150))
+    made = encoded(level, weight_RC, 3, moments)
+    assert other_rows(encoded(level, weight_RC, 3, moments, 0), made) > 60
+    assert other_rows(encoded(level, weight_RC, 3, known(inputs(300, 150, 1))), made) > 60
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFIT_KERNELS", "torch")
+    kernels.cache_clear()
+    try:
+        weight_RC, moments = weights(20, 100), known(inputs(300, 100))
+        made = GroupedMatrix.empty(20, 100, 3)
+        encode_compensated(made, weight_RC, moments)
+        assert other_rows(made, encoded(None, weight_RC, 3, moments)) <= 1
+    finally:
+        monkeypatch.undo()
+        kernels.cache_clear()
