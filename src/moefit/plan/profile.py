@@ -23,7 +23,7 @@ from moefit.plan.record_file import RecordKind
 from moefit.serve.packed import fingerprint
 from moefit.serve.skeleton import Skeleton
 
-VERSION = 1
+VERSION = 2
 _AGAIN = "run moefit profile again"
 _KIND = RecordKind(
     name="profile",
