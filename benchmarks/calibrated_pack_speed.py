@@ -1,7 +1,8 @@
 """What one expert costs to be packed by a text: its inputs looked at, encoded, and judged.
 
     python benchmarks/calibrated_pack_speed.py [--width 2048] [--units 1024] [--tokens 2560]
-        [--formats int4,int3,int2] [--threads 1,2] [--rounds 3] [--ways torch,avx512,...] [--before SRC] [--save NAME]
+        [--formats int4,int3,int2] [--threads 1,2] [--rounds 3] [--ways torch,avx512,...]
+        [--before SRC] [--save NAME]
 
 An expert of OLMoE's shape with random weights, and random tokens of which few directions carry
 most. Moments: the expert runs over its rows, and each matrix's second moments are factored, once
