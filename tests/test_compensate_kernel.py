@@ -48,7 +48,8 @@ def encoded(
     sweeps: int = SWEEPS,
 ) -> GroupedMatrix:
     """By the kernels of this level, or the plain way; what was there before is seen if it stays."""
-    made = GroupedMatrix.empty(*weight_RC.shape, bits)
+    rows, cols = weight_RC.shape
+    made = GroupedMatrix.empty(rows, cols, bits)
     made.codes_RB.fill_(0xA5)
     made.meta_RMG.fill_(torch.nan)
     with mock.patch("moefit.formats.compensated.kernels", lambda: kernels(level or "torch")):
