@@ -70,7 +70,8 @@ class Room:
         str, typer.Option(help="the same for the weights that are no experts; not auto")
     ] = NATIVE_PRECISION
     context: Annotated[
-        int, typer.Option(min=1, help="tokens at once; in a budget the KV cache is reserved for them")
+        int,
+        typer.Option(min=1, help="tokens at once; in a budget the KV cache is reserved for them"),
     ] = 2048
     dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None
     device: Device = "cpu"
