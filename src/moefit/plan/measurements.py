@@ -23,6 +23,7 @@ from moefit.plan.configuration import Configuration, uniform
 from moefit.plan.curves import make_curves
 from moefit.plan.experiments import Shapes
 from moefit.plan.features import knowledge_of
+from moefit.plan.kept import Kept
 from moefit.plan.profile import Profile
 from moefit.plan.reference import Reference, make_reference, read_reference
 from moefit.plan.routes import record_routes
@@ -70,6 +71,11 @@ class Measurements:
             self._refuse_less(memory)
         self._room = memory or max(1, int(_SHARE * _free_memory()))
         self._reference: Reference | None = None
+        self._kept = Kept(of.subject, context=of.windows_BT.shape[1])
+
+    def close(self) -> None:
+        """Give back what is kept in memory from one item to the next."""
+        self._kept.close()
 
     def _refuse_less(self, memory: int) -> None:
         """Raise BudgetTooSmallError if not even a slot a block fits, which measuring needs."""
@@ -87,6 +93,8 @@ class Measurements:
         Raises what loading the model does.
         """
         kind, _, what = name.partition("/")
+        if kind != "quality":
+            self.close()  # nothing else may be in memory, nor move, while times are taken
         if kind == "bandwidth":
             found = measure_bandwidth(self._of.subject.folder)
             return {"storage": found.storage, "memory": found.memory}
@@ -152,8 +160,8 @@ class Measurements:
 
     def _quality(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
-        with self._load(configuration) as served:
-            return measure_wide(served, configuration, self._reference_of(served)).as_dict()
+        served = self._kept.served(configuration)
+        return measure_wide(served, configuration, self._reference_of(served)).as_dict()
 
     def _stepwise(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)

@@ -7,6 +7,7 @@ next begins, and that one process measures at a time. Knows nothing of how one i
 
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 from torch import Tensor
 
@@ -98,11 +99,12 @@ class Profiler:
 
     def _run(self, progress: Progress | None) -> Profile:
         profile, total = self._begun(), len(self.facts.wanted)
-        for name in profile.missing:
-            if progress is not None:
-                progress(name, len(profile.items), total)
-            profile = profile.with_item(name, self._measurements.measure(name, profile))
-            write_profile(profile, self.path)
+        with closing(self._measurements):
+            for name in profile.missing:
+                if progress is not None:
+                    progress(name, len(profile.items), total)
+                profile = profile.with_item(name, self._measurements.measure(name, profile))
+                write_profile(profile, self.path)
         if progress is not None:
             progress("done", total, total)
         return profile

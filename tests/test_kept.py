@@ -1,0 +1,92 @@
+"""A model that is kept between configurations gives what one that is loaded for each gives."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from tiny_served import saved, tiny, tokens
+
+from moefit.errors import BudgetTooSmallError
+from moefit.plan.configuration import Configuration, uniform
+from moefit.plan.kept import Kept
+from moefit.plan.running import Subject
+from moefit.serve.placement import BlockPlacement
+from moefit.serve.served import ServedModel
+from moefit.serve.skeleton import build
+
+INPUT = tokens(1, 20)
+CONTEXT = 32
+
+
+@cache
+def subject() -> Subject:
+    folder = Path(mkdtemp()) / "model"
+    return Subject(folder=saved(tiny("Mixtral", initializer_range=0.1), folder))
+
+
+def experts() -> dict[str, int]:
+    return {block.name: block.num_experts for block in build(subject().folder).blocks}
+
+
+def configurations() -> list[Configuration]:
+    """Native, a block in few bits, half of the experts absent, formats by expert, rest int8."""
+    all_of = experts()
+    native = uniform(all_of, "native")
+    first, count = next(iter(all_of.items()))
+    probe = {**native.placement, first: BlockPlacement(slots=count, formats=("int2",))}
+    mixed = ("int8", "int3") * (count // 2)
+    by_expert = {**native.placement, first: BlockPlacement(slots=count, formats=mixed)}
+    return [
+        native,
+        replace(native, placement=probe),
+        uniform(all_of, "int4", {name: max(1, count // 2) for name in all_of}),
+        replace(native, placement=by_expert),
+        native,
+        uniform(all_of, "native", rest="int8"),
+        uniform(all_of, "int3", rest="int8"),
+    ]
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    one = Kept(subject(), context=CONTEXT)
+    yield one
+    one.close()
+
+
+def logits(served: ServedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return served.model(input_ids=INPUT).logits
+
+
+def test_outputs_are_those_of_a_model_loaded_so(kept: Kept) -> None:
+    for configuration in configurations():
+        served = kept.served(configuration)
+        got = logits(served)
+        served.check()
+        with subject().load(configuration, context=CONTEXT) as fresh:
+            assert torch.equal(got, logits(fresh)), configuration.in_words()
+
+
+def test_it_is_loaded_anew_only_for_other_weights_in_another_format(kept: Kept) -> None:
+    found = [kept.served(configuration) for configuration in configurations()]
+    assert len({id(one) for one in found[:5]}) == 1
+    assert len({id(one) for one in found}) == 2 and found[5] is found[6]
+
+
+def test_one_that_could_not_change_is_not_kept(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = configurations()[0]
+    before = kept.served(native)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetTooSmallError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServedModel, "set_placement", refuse)
+        with pytest.raises(BudgetTooSmallError):
+            kept.served(native)
+    assert kept.served(native) is not before
