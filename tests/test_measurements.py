@@ -78,3 +78,13 @@ def test_fewer_slots_are_an_equal_share_and_one_at_least() -> None:
     assert [one.slots for one in _with_fewer(full, 1000, shapes).placement.values()] == [5, 5]
     assert [one.slots for one in _with_fewer(full, 10, shapes).placement.values()] == [1, 1]
     assert _with_fewer(full, 10**6, shapes).placement == full.placement
+
+
+def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> None:
+    measurements, profile = measuring()
+    profile = profile.with_item("routes", measurements.measure("routes", profile))
+    measurements.measure("quality/uniform/native", profile)
+    monkeypatch.setattr("moefit.serve.reckon.held_bytes", lambda _: 1 << 60)  # it has grown
+    one = measurements.measure("quality/block/int2/0", profile)
+    assert [block["slots"] for block in one["configuration"]["blocks"].values()] == [8, 8]
+    measurements.close()

@@ -67,6 +67,7 @@ class Measurements:
 
     def __init__(self, of: Measured, memory: int | None):
         self._of = of
+        self._process: int | None = None  # bytes, before anything was loaded
         if memory is not None:
             self._refuse_less(memory)
         self._room = memory or max(1, int(_SHARE * _free_memory()))
@@ -190,6 +191,7 @@ class Measurements:
         return _with_fewer(configuration, self._room - budget.fixed, self._of.shapes)
 
     def _ledger(self, configuration: Configuration, memory: int | None) -> MemoryBudget:
+        """Beside a process as it was at first: a kept model is no part of what another needs."""
         settings = LoadSettings(
             memory=memory,
             context=self._of.windows_BT.shape[1],
@@ -197,7 +199,10 @@ class Measurements:
             placement=configuration.placement,
             rest=configuration.rest,
         )
-        return ledger(self._of.skeleton, settings, self._of.packed)
+        budget = ledger(self._of.skeleton, settings, self._of.packed)
+        if self._process is None:
+            self._process = budget.process
+        return replace(budget, process=self._process)
 
     def _ensure_reference(self, served: ServedModel) -> None:
         if self._reference_or_none() is None:
