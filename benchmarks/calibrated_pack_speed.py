@@ -33,7 +33,8 @@ from moefit.formats import compensated
 from moefit.formats.calibrated import CalibratedExpert
 from moefit.formats.format import Weights, parse_format
 from moefit.formats.kernels import LEVELS, kernels
-from moefit.moe.families import Layout, find_blocks
+from moefit.moe.families import Layout
+from moefit.moe.layouts import find_blocks
 from moefit.serve.slots import allocate
 
 BEFORE = "before"
