@@ -12,33 +12,26 @@ Shapes: T tokens, K chosen per token, B bytes.
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 
 from moefit.formats.format import Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
+from moefit.serve.coming import Coming
 from moefit.serve.counters import Counters
 from moefit.serve.eviction import LeastFrequentlyUsed
 from moefit.serve.refetch import SCRATCH_SLOTS, heavy, largest_copy, worth_reading
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot, host_bytes
-from moefit.serve.transfer import Transfer, finish
+from moefit.serve.transfer import Transfer
 
 HALF_LIFE = 24  # tokens; what exact serving's own eviction counts by
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    slot: int
-    done: Future[float]
-
-
-_Loads = dict[int, _Load]
+_Loads = dict[int, Coming]
 """What one step is having read, by expert's number in the table."""
 
 
@@ -134,7 +127,7 @@ class BetterCopies:
             key = waiting.popleft()
             slot = self._slots[index] = self._bound(block, index)
             done = self._transfer.load(block, key - self._first[block], slot)
-            self._loads[key] = _Load(index, done)
+            self._loads[key] = Coming(index, done)
 
     def _bound(self, block: str, index: int) -> Slot:
         """The scratch slot's memory, laid out for this block's experts."""
@@ -148,15 +141,8 @@ class BetterCopies:
                 self._finish(loads, key)
 
     def _finish(self, loads: _Loads, key: int) -> None:
-        load, began = loads.pop(key), perf_counter()
-        try:
-            finish(load.done)
-        except BaseException:
-            self._table.abandon(load.slot)
-            raise
-        finally:
-            self._counters.wait_seconds += perf_counter() - began
-        self._table.publish(load.slot)
+        load = loads.pop(key)
+        load.arrive(self._table, self._counters)
         self._counters.refetches += 1
         self._counters.refetch_bytes += self._slots[load.slot].nbytes
 

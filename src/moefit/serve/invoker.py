@@ -10,10 +10,7 @@ Shapes: T tokens, D model width, K chosen per token, R routed rows (token-expert
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -22,11 +19,12 @@ from moefit.formats.format import expert_output
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.serve.better_copies import Again
+from moefit.serve.coming import Coming
 from moefit.serve.counters import Counters
 from moefit.serve.fused import FusedExperts, fused_experts
 from moefit.serve.residency import Residency
 from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer, finish
+from moefit.serve.transfer import Transfer
 
 _Ready = tuple[int, Slot]
 """An expert and the slot that it is in."""
@@ -168,7 +166,7 @@ class ExpertInvoker:
         here = len(left) - len(waiting)
         self._counters.fetches += len(waiting)
         self._counters.hits += here
-        loads: dict[int, _Load] = {}
+        loads: dict[int, Coming] = {}
         try:
             while left:
                 self._begin(waiting, loads, protected=set(left))
@@ -176,38 +174,21 @@ class ExpertInvoker:
                 here = 0
                 for expert in batch:
                     if expert in loads:
-                        self._finish(loads.pop(expert))
+                        loads.pop(expert).arrive(self._residency, self._counters)
                 yield [(expert, self._slots[self._residency.slot(expert)]) for expert in batch]
         finally:  # empty unless something went wrong: no slot stays half-filled
             for load in loads.values():
                 with suppress(Exception):
-                    self._finish(load)
+                    load.arrive(self._residency, self._counters)
 
-    def _begin(self, waiting: deque[int], loads: dict[int, "_Load"], protected: set[int]) -> None:
+    def _begin(self, waiting: deque[int], loads: dict[int, Coming], protected: set[int]) -> None:
         while waiting and len(loads) < 2 * self._transfer.readers:
             slot = self._residency.reserve(waiting[0], protected)
             if slot is None:
                 return
             expert = waiting.popleft()
             done = self._transfer.load(self._block.name, expert, self._slots[slot])
-            loads[expert] = _Load(slot, done)
-
-    def _finish(self, load: "_Load") -> None:
-        began = perf_counter()
-        try:
-            finish(load.done)
-        except BaseException:
-            self._residency.abandon(load.slot)
-            raise
-        finally:
-            self._counters.wait_seconds += perf_counter() - began
-        self._residency.publish(load.slot)
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    slot: int
-    done: Future[float]
+            loads[expert] = Coming(slot, done)
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:

@@ -41,6 +41,13 @@ void tiles_begin() { _tile_loadconfig(&CONFIGURATION); }
 void tiles_end() { _tile_release(); }
 
 // Tiles 0 to 3 are a square of sums, 32 on 32; 4 and 5 of the panel, 6 and 7 of x.
+static inline void multiply() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
 void add_tiles(const uint32_t *split, const uint32_t *x, int64_t padded, int64_t number, float *out) {
     constexpr int64_t BYTES = 4 * LANES, ROW = 64;
     for (int64_t m = 0; m < GROUP; m += WIDE)
@@ -56,22 +63,13 @@ void add_tiles(const uint32_t *split, const uint32_t *x, int64_t padded, int64_t
                 _tile_loadd(7, b + TILE, ROW);
                 _tile_loadd(4, a + LOW, ROW);
                 _tile_loadd(5, a + LOW + TILE, ROW);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                multiply();
                 _tile_loadd(4, a, ROW);
                 _tile_loadd(5, a + TILE, ROW);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                multiply();
                 _tile_loadd(6, b + LOW, ROW);
                 _tile_loadd(7, b + LOW + TILE, ROW);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                multiply();
             }
             _tile_stored(0, sum, BYTES);
             _tile_stored(1, sum + 16, BYTES);
