@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moefit.engine.text import TextStream, special_ids
+from moefit.engine.text import TextStream, special_texts
 from moefit.evaluate.loading import reference_path
 
 SMILEY, FAMILY = "\N{GRINNING FACE}", "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
@@ -118,10 +118,62 @@ def test_a_character_that_never_ends_is_not_given() -> None:
 
 def test_special_tokens_have_no_text() -> None:
     tokenizer = reference()
-    assert tokenizer.eos_token_id in special_ids(tokenizer)
+    assert tokenizer.eos_token in special_texts(tokenizer).values()
     tokens = tokenizer("one")["input_ids"]
     mixed = [0, *tokens, 0, 0, *tokens]
     assert "".join(streamed(TextStream(tokenizer), mixed)) == "oneone"
+
+
+@cache
+def turns() -> PreTrainedTokenizerBase:
+    """With tokens for turns, one special and one that is text."""
+    tokenizer = AutoTokenizer.from_pretrained(reference_path())
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("yes<|im_end|>more", ["<|im_end|>"], "yes"),
+        ("yes<|im_start|>x<|im_end|>more", ["<|im_end|>"], "yesx"),
+        ("yes<|im_end|>\nmore", ["<|im_end|>\n"], "yes"),
+        ("yes<|im_end|>no\nmore<|im_end|>\n!", ["<|im_end|>\n"], "yesno\nmore"),
+        ("one two<|im_end|>more", [" two<|im_end|>"], "one"),
+        ("one two<|im_end|>more", ["x<|im_end|>"], "one twomore"),
+        ("a<|im_end|><|im_start|>b", ["<|im_end|><|im_start|>"], "a"),
+        ("a<|im_end|>b", ["ab"], ""),  # what is given has it
+        ("a<|im_end|>b", ["<|im_start|>", "ab"], ""),
+        ("a<|im_end|>b", ["<", ">", "im_end"], "ab"),
+        ("a<tool>b", ["<tool>"], "a"),
+        ("é😀<|im_end|>é", ["<|im_end|>"], "é😀"),
+        ("é😀<|im_end|>é", ["😀<|im_end|>é"], "é"),
+    ],
+)
+def test_stop_texts_of_special_tokens(text: str, stops: list[str], expected: str) -> None:
+    tokens = turns()(text)["input_ids"]
+    stream = TextStream(turns(), stops)
+    assert "".join(streamed(stream, tokens)) == expected
+    assert stream.stopped == (expected != text.replace("<|im_end|>", ""))
+
+
+def test_text_before_a_stop_text_of_special_tokens_is_exact() -> None:
+    tokenizer = turns()
+    broken = tokenizer(SMILEY)["input_ids"][:-1]
+    end = tokenizer("<|im_end|>")["input_ids"]
+    stream = TextStream(tokenizer, ["<|im_end|>"])
+    assert streamed(stream, [*tokenizer("ok")["input_ids"], *broken, *end])[-2:] == ["", ""]
+    assert stream.stopped
+
+
+def test_a_token_that_ends_the_answer_may_complete_a_stop_text() -> None:
+    tokenizer = turns()
+    stream = TextStream(tokenizer, ["two<|im_end|>"])
+    text = "".join(map(stream.push, tokenizer("one two")["input_ids"]))
+    (end,) = tokenizer("<|im_end|>")["input_ids"]
+    assert text + stream.end(end) + stream.finish() == "one "
+    assert stream.stopped
 
 
 def test_text_that_might_be_a_stop_text_waits() -> None:

@@ -102,7 +102,9 @@ class Answer:
         """The answer has one more token; may end with it."""
         self._tokens.append(token)
         ends = token in self._ends
-        text = "" if ends or self._text is None else self._text.push(token)
+        text = ""
+        if self._text is not None:
+            text = self._text.end(token) if ends else self._text.push(token)
         self._tell(Token(token=token, text=text, logprob=logprob))
         if ends or (self._text is not None and self._text.stopped):
             self.finish("stop")
