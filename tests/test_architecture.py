@@ -13,6 +13,7 @@ LAYERS = (
     {"errors"},
     {"device", "folders", "signals"},
     {"checkpoint"},
+    {"quantisation"},
     {"moe"},
     {"formats"},
     {"dsmoe"},

@@ -12,6 +12,8 @@ from tiny_served import FAMILIES, Disk, reading_through, saved, tiny
 from moefit.checkpoint import SINGLE, Span
 from moefit.errors import CheckpointError
 from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
+from moefit.serve.reckon import ledger
+from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 from moefit.serve.sources import Piece, Recipe
 
@@ -88,3 +90,22 @@ def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
         again = map_checkpoint(skeleton.model, skeleton.checkpoint, skeleton.blocks)
     assert disk.calls == 0
     assert again == skeleton.map
+
+
+@pytest.mark.parametrize("layer", ["model.layers.2", "mtp.layers.0"])
+def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    before, tensors = build(folder), load_file(folder / SINGLE)
+    more = {
+        f"{layer}.{name.removeprefix('model.layers.1.')}": tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.1.")
+    }
+    save_file(tensors | more, folder / SINGLE, {"format": "pt"})
+    after = build(folder)
+    assert after.map.rest == before.map.rest
+    assert after.map.experts.keys() == before.map.experts.keys()
+    assert set(after.map.left_out) == more.keys() and not before.map.left_out
+    group = "mtp" if layer.startswith("mtp") else layer
+    assert after.left_out() == {group: (len(more), sum(one.nbytes for one in more.values()))}
+    assert ledger(after, LoadSettings()).weights == ledger(before, LoadSettings()).weights

@@ -85,14 +85,6 @@ def test_another_number_of_experts_than_the_configuration_says(folder: Path) -> 
         load(folder, LoadSettings())
 
 
-def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
-    change_config(
-        folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
-    )
-    with pytest.raises(UnsupportedModelError, match=r"is quantised \(bitsandbytes\); only"):
-        load(folder, LoadSettings())
-
-
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     saved(LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=16)), tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no experts"):

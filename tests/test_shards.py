@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from moefit.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, LazyTensor, Span, pread
-from moefit.errors import CheckpointError
+from moefit.checkpoint import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    UNREADABLE,
+    Checkpoint,
+    LazyTensor,
+    Span,
+    pread,
+)
+from moefit.errors import CheckpointError, UnsupportedModelError
 
 
 def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -329,7 +338,6 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
     [b"", b"{", b"not json", b"\xff\xfe", b"[1]", b"5", b'"text"', b"null", b"[" * 200_000,
      {"x": None}, {"x": []}, {"x": {}}, {"x": 7},
      {"x": {k: v for k, v in GOOD.items() if k != "shape"}},
-     {"x": GOOD | {"dtype": "F7"}},
      {"x": GOOD | {"dtype": None}},
      {"x": GOOD | {"dtype": ["F32"]}},
      {"x": GOOD | {"shape": None}},
@@ -352,6 +360,22 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 def test_a_damaged_header(tmp_path: Path, header: object) -> None:
     write_raw(tmp_path / SINGLE, header, b"\0" * 16)
     with pytest.raises(CheckpointError, match=r"is damaged: .*; copy or download it again"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", UNREADABLE)
+def test_a_dtype_without_use_here_is_no_damage(tmp_path: Path, dtype: str) -> None:
+    bits = int(dtype[1])
+    header = {"x": {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, 16 * bits // 8]}}
+    write_raw(tmp_path / SINGLE, header, b"\0" * (2 * bits))
+    with pytest.raises(UnsupportedModelError, match=f"x is of dtype {dtype}.*bfloat16") as caught:
+        Checkpoint(tmp_path)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_dtype_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    write_raw(tmp_path / SINGLE, {"x": GOOD | {"dtype": "F7"}}, b"\0" * 16)
+    with pytest.raises(CheckpointError, match=r"or of a newer kind: x is of dtype 'F7'.*BF16"):
         Checkpoint(tmp_path)
 
 

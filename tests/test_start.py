@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from moefit.errors import CheckpointError, ConfigError
+from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.train.start import start_from
 
 
@@ -33,6 +33,16 @@ def test_another_model_is_refused_by_name(folder):
     del tensors[gone]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=f"lacks {gone}"):
+        start_from(tiny_model(), str(path))
+
+
+def test_quantised_weights_are_refused(folder):
+    path, _ = folder
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if "down_proj" in name)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=f"{name} is float8_e4m3fn.*quantised"):
         start_from(tiny_model(), str(path))
 
 

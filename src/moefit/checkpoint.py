@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moefit.errors import CheckpointError
+from moefit.errors import CheckpointError, UnsupportedModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,6 +40,14 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+}
+# Known to the format, but with no use for them here; a checkpoint with these is not damaged.
+UNREADABLE = {
+    "F4": "4-bit floats, two to a byte",
+    "F6_E2M3": "6-bit floats",
+    "F6_E3M2": "6-bit floats",
+    "F8_E4M3FNUZ": "8-bit floats without negative zero",
+    "F8_E5M2FNUZ": "8-bit floats without negative zero",
 }
 _MAX_HEADER = 100_000_000  # the format's own limit
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB less a page in one call
@@ -224,7 +232,8 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
 def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
     """A safetensors file's own remarks, and where its tensors are.
 
-    Raises CheckpointError for a file that is damaged or cut short.
+    Raises CheckpointError for a file that is damaged or cut short, UnsupportedModelError for one
+    with tensors of a dtype that cannot be read.
     """
     try:
         size = path.stat().st_size
@@ -248,8 +257,18 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
 
 def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
     begin, end = entry["data_offsets"]
+    if (meaning := UNREADABLE.get(str(entry["dtype"]))) is not None:
+        raise UnsupportedModelError(
+            f"{path}: {name} is of dtype {entry['dtype']} ({meaning}), which is sound but cannot "
+            "be read so far; give the model that it was made from, in bfloat16 or float16"
+        )
+    if not isinstance(entry["dtype"], str):
+        raise TypeError(f"{name} has a dtype that is no text")
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not known here")
+        raise CheckpointError(
+            f"{path} is damaged, or of a newer kind: {name} is of dtype {entry['dtype']!r}, and "
+            f"what can be read is {', '.join(DTYPES)}"
+        )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has a shape or offsets that are no whole numbers")

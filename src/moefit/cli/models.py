@@ -25,6 +25,7 @@ from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.moe.routing import Rule
+from moefit.serve.budget import format_bytes
 from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.packed import open_packed
@@ -125,12 +126,34 @@ def describe(
     start = beginning(skeleton, settings, budget, packed)  # refuses a budget below the floor
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
-        chosen = {"precision": room.precision, "rest": room.rest}
+        chosen = {
+            "precision": room.precision,
+            "rest": room.rest,
+            "left_out": {
+                group: {"tensors": number, "bytes": size}
+                for group, (number, size) in skeleton.left_out().items()
+            },
+        }
         held = {"everything_in": budget.everything_in()}
         print_json({**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict()})
         return
     title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
     Console().print(ledger_table(budget, start, title))
+    if unused := _left_out(skeleton):
+        Console().print(escape(unused), soft_wrap=True)
+
+
+def _left_out(skeleton: Skeleton) -> str:
+    """What of the checkpoint takes no memory, as a sentence; empty if all of it is loaded."""
+    groups = skeleton.left_out()
+    if not groups:
+        return ""
+    number, size = (sum(column) for column in zip(*groups.values(), strict=True))
+    some = [f"{group}.*" for group in groups][:3] + ["..."] * (len(groups) > 3)
+    return (
+        f"left out: {number:,} tensors with {format_bytes(size)} that the model has no use for "
+        f"({', '.join(some)})"
+    )
 
 
 def _described(skeleton: Skeleton, room: Room) -> str:

@@ -26,6 +26,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.quantisation import refuse_stored
 from moefit.train import checkpoint
 
 REFERENCE = "reference"
@@ -67,14 +68,15 @@ def load(
     """The model in eval mode and its tokenizer; dtype None is the checkpoint's own.
 
     Raises CheckpointError if it is missing or damaged, or its weights are others than those that
-    its configuration describes; UnsupportedModelError if it is of a family that this half of
-    moefit doesn't know; ConfigError if there is no such device.
+    its configuration describes; UnsupportedModelError if it is quantised, or of a family that this
+    half of moefit doesn't know; ConfigError if there is no such device.
     """
     place = parse_device(device)
     path = locate(model)
     if (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify(path)
     check_family(path)
+    refuse_stored(path)
     loaded, tokenizer = _weights(path, dtype), _tokenizer(path)
     if isinstance(loaded, OlmoeForCausalLM) and not _grouped_mm_fits(loaded):
         loaded.set_experts_implementation("eager")

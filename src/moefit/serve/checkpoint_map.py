@@ -6,11 +6,13 @@ Most rules only stack and concatenate, so that an expert is a few byte ranges; f
 there is a recipe. Reads nothing but headers, and knows nothing of reading.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,6 +27,7 @@ from transformers.core_model_loading import (
 from moefit.checkpoint import Checkpoint, Span
 from moefit.errors import CheckpointError
 from moefit.moe.families import MoeBlock, TensorSpec
+from moefit.quantisation import refuse_integers, refuse_scales, sign_of
 from moefit.serve.sources import ExpertSource, Piece, Recipe
 from moefit.serve.split_lists import positions, stacking
 
@@ -39,10 +42,17 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMap:
-    """Per block, the source of each expert; and the names of all tensors that are no expert's."""
+    """Where a model's weights are in its checkpoint.
+
+    experts: Per block, the source of each expert.
+    rest: Names of the other tensors that the model loads.
+    left_out: Names of tensors that it has no use for, such as those of layers that predict further
+        tokens (MTP).
+    """
 
     experts: Mapping[str, tuple[ExpertSource, ...]]
     rest: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def map_checkpoint(
@@ -51,17 +61,21 @@ def map_checkpoint(
     """Find every expert of a model, which still has its own experts modules (on meta).
 
     Raises CheckpointError if the checkpoint lacks an expert or has it in another shape;
-    UnsupportedModelError if a rule does more to a list than divide and stack it.
+    UnsupportedModelError if a rule does more to a list than divide and stack it, or if the
+    checkpoint is quantised.
     """
     owners = {name: block for block in blocks for name in _parameter_names(block)}
-    collected, rest = _collect(model, checkpoint, owners)
+    names = _Names.of(model)
+    collected, rest, left_out = _collect(names, checkpoint, owners)
+    refuse_scales(checkpoint.folder, names.scales(left_out))
+    divided = dict(_divided(collected, model.config))
     experts = {
         block.name: tuple(
-            _source(block, expert, collected, model) for expert in range(block.num_experts)
+            _source(block, expert, divided, model) for expert in range(block.num_experts)
         )
         for block in blocks
     }
-    return CheckpointMap(experts=experts, rest=tuple(rest))
+    return CheckpointMap(experts=experts, rest=tuple(rest), left_out=tuple(left_out))
 
 
 def _parameter_names(block: MoeBlock) -> list[str]:
@@ -75,21 +89,65 @@ def _parameter_names(block: MoeBlock) -> list[str]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Which parameter each tensor of a checkpoint is for, as transformers' loader pairs names."""
+
+    renamings: list[WeightRenaming]
+    converters: list[WeightConverter]
+    prefix: str
+    expected: Mapping[str, Tensor]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "_Names":
+        mapping = get_model_conversion_mapping(model)
+        return cls(
+            renamings=[rule for rule in mapping if isinstance(rule, WeightRenaming)],
+            converters=[rule for rule in mapping if isinstance(rule, WeightConverter)],
+            prefix=model.base_model_prefix,
+            expected=model.state_dict(),
+            ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        )
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """The parameter's name, and the pattern of the rule that makes it."""
+        expected = cast(dict[str, Tensor], self.expected)
+        found = rename_source_key(name, self.renamings, self.converters, self.prefix, expected)
+        if found[0] not in expected and name in expected:
+            return rename_source_key(name, [], [], self.prefix, expected)
+        return found
+
+    def scales(self, unused: Iterable[str]) -> Iterator[str]:
+        """Those of the unused tensors that belong to a quantised weight of this model."""
+        modules = {name.rpartition(".")[0] for name in self.expected}
+        for name in unused:
+            if (sign := sign_of(name)) is None or self._ignores(name):
+                continue
+            weights = (sign[0], f"{sign[0]}.weight")
+            beside = self.target(name)[0].rpartition(".")[0] in modules
+            if beside or any(self.target(one)[0] in self.expected for one in weights):
+                yield name
+
+    def _ignores(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
 def _collect(
-    model: PreTrainedModel, checkpoint: Checkpoint, owners: Mapping[str, MoeBlock]
-) -> tuple[dict[str, _Collected], list[str]]:
-    """As transformers' `convert_and_load_state_dict_in_model` pairs names, without tensors."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    expected, prefix = model.state_dict(), model.base_model_prefix
+    names: _Names, checkpoint: Checkpoint, owners: Mapping[str, MoeBlock]
+) -> tuple[dict[str, _Collected], list[str], list[str]]:
+    """What there is for each expert's parameter, then the other tensors: loaded, and left out."""
+    by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
     collected: dict[str, _Collected] = {}
     rest: list[str] = []
+    left_out: list[str] = []
     for name in sorted(checkpoint.spans, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
-        if target not in expected and name in expected:
-            target, pattern = rename_source_key(name, [], [], prefix, expected)
+        target, pattern = names.target(name)
+        if target not in names.expected:
+            left_out.append(name)
+            continue
+        if names.expected[target].is_floating_point():
+            refuse_integers(checkpoint.spans[name], target)
         if target not in owners:
             rest.append(name)
             continue
@@ -97,7 +155,7 @@ def _collect(
         if pattern is not None:
             entry.converter = by_pattern[pattern]
         entry.spans[pattern or name].append(checkpoint.spans[name])
-    return dict(_divided(collected, model.config)), rest
+    return collected, rest, left_out
 
 
 def _divided(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[str, _Collected]]:

@@ -6,6 +6,7 @@ doesn't have them. Knows nothing of slots or budgets.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
+from moefit.quantisation import refuse_declared
 from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
 
 
@@ -36,6 +38,29 @@ class Skeleton:
     checkpoint: Checkpoint
     dtype: torch.dtype
 
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Return what the checkpoint has and the model does not load.
+
+        Returns:
+            By group, such as `mtp` or `model.layers.46`, the number of tensors and their bytes.
+        """
+        groups: dict[str, tuple[int, int]] = {}
+        for name in self.map.left_out:
+            group = _group(name)
+            number, size = groups.get(group, (0, 0))
+            groups[group] = number + 1, size + self.checkpoint.spans[name].nbytes
+        return groups
+
+
+def _group(name: str) -> str:
+    """What a tensor that is left out belongs to: a layer of the model, else its first part.
+
+    >>> _group("model.layers.46.mlp.gate.weight"), _group("mtp.layers.0.fc.weight")
+    ('model.layers.46', 'mtp')
+    """
+    layer = re.match(r"model\.(\w+\.)?layers\.\d+(?=\.)", name)
+    return layer[0] if layer else name.partition(".")[0]
+
 
 def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     """Read configuration and headers; allocate nothing. `dtype` None is the checkpoint's own.
@@ -43,12 +68,8 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     Raises CheckpointError for a folder that is no whole checkpoint, UnsupportedModelError for a
     model without experts that can be served, or quantised.
     """
+    refuse_declared(folder)
     config = _config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{folder} is quantised ({config.quantization_config.get('quant_method', 'unknown')}); "
-            "only checkpoints in float32, bfloat16 or float16 can be served so far"
-        )
     checkpoint = Checkpoint(folder)
     chosen = dtype or _own_dtype(config, checkpoint)
     with torch.device("meta"):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moefit.checkpoint import Checkpoint
 from moefit.errors import ConfigError
+from moefit.quantisation import refuse_declared, refuse_integers
 from moefit.train.checkpoint import MANIFEST, checkpoints, verify
 
 
@@ -18,7 +19,7 @@ def start_from(model: PreTrainedModel, source: str) -> None:
     """Copy weights into a freshly built model, by name.
 
     Raises ConfigError if there is nothing at `source`, or its weights are of another model;
-    CheckpointError if they can't be read.
+    CheckpointError if they can't be read; UnsupportedModelError if they are quantised.
     """
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file():
@@ -31,6 +32,7 @@ def start_from(model: PreTrainedModel, source: str) -> None:
         folder = found[-1]
     if (folder / MANIFEST).is_file():
         verify(folder)
+    refuse_declared(folder)
     with Checkpoint(folder) as stored:
         _copy(model, stored, source)
 
@@ -53,4 +55,6 @@ def _copy(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
             "and the tokenizer that it was made with"
         )
     for name, span in stored.spans.items():
+        if ours[name].is_floating_point():
+            refuse_integers(span, name)
         ours[name].copy_(stored.tensor(span))

@@ -1,0 +1,192 @@
+"""Whether a checkpoint is quantised, and how: read from its configuration and its tensors' names.
+
+Quantised weights are integers or 8-bit floats whose scales lie in tensors of their own. Converted
+to a model's dtype without these, they give a model that loads and answers nonsense, so such
+checkpoints are refused. Reads configuration files and names, never weights.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moefit.checkpoint import INDEX, SINGLE, Checkpoint, Span
+from moefit.errors import UnsupportedModelError
+
+_DEPTH = 3  # configurations lie in one another: a thinker's text_config is the third
+_BY_DEQUANTISING = (
+    "load it once in transformers with {config}(dequantize=True), save it with save_pretrained, "
+    "and give that folder"
+)
+_METHODS = {
+    "fp8": ("8-bit floats in blocks", _BY_DEQUANTISING.format(config="FineGrainedFP8Config")),
+    "mxfp4": ("MXFP4, 4-bit floats in blocks", _BY_DEQUANTISING.format(config="Mxfp4Config")),
+}
+_ORIGINAL = "give the model that it was made from, in bfloat16 or float16"
+# Names of tensors that belong to a quantised weight, most telling first.
+_SIGNS = tuple(
+    (re.compile(pattern), meaning)
+    for pattern, meaning in (
+        (r"[._](qweight|qzeros|g_idx)$", "GPTQ or AWQ integers"),
+        (
+            r"[._](weight_packed|weight_shape|weight_zero_point|(weight|input)_global_scale)$",
+            "integers or 4-bit floats of compressed-tensors",
+        ),
+        (
+            r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.[\w.]+$|[._](SCB|weight_format)$",
+            "bitsandbytes, 4 or 8 bits",
+        ),
+        (r"_(blocks|scales)$", _METHODS["mxfp4"][0]),
+        (r"[._]weight_scale_inv$", _METHODS["fp8"][0]),
+        (r"[._](weight_scale_2|pre_quant_scale)$", "4-bit floats or integers of modelopt"),
+        (r"[._](weight|input|activation|act)_scale$", "8-bit floats or integers"),
+        (r"[._]scales$", "integers in groups"),
+        (r"[._]\w*scale\w*$", "weights that are to be multiplied by scales"),
+    )
+)
+# Scales of a quantised KV cache, which whoever does not quantise the cache has no use for.
+_OF_CACHE = re.compile(r"[._](([kqv]|kv|prob|kv_cache)_scale|[kv]_proj\.output_scale)$")
+
+
+def refuse_declared(folder: Path) -> None:
+    """Refuse a folder whose configuration files say that the weights are quantised.
+
+    They say so at the top of config.json, in one of the configurations within it, or in modelopt's
+    hf_quant_config.json.
+
+    Args:
+        folder: The model's folder. Files that are missing or damaged are left to who needs them.
+
+    Raises:
+        UnsupportedModelError: The weights are quantised.
+    """
+    if (declared := _declared(folder)) is None:
+        return
+    where, method = declared
+    meaning, remedy = _METHODS.get(method.lower(), (None, _ORIGINAL))
+    what = method if meaning is None else f"{method}: {meaning}"
+    raise _refusal(f"{folder} is quantised ({what}), as its {where} says", remedy)
+
+
+def refuse_integers(source: Span, parameter: str) -> None:
+    """Refuse a tensor that can only be a floating-point parameter's quantised form.
+
+    Args:
+        source: Where the tensor lies.
+        parameter: The name of the model's floating-point parameter that it is for.
+
+    Raises:
+        UnsupportedModelError: It has integers or floats of 8 bits or less.
+    """
+    if source.dtype.is_floating_point and source.dtype.itemsize > 1:
+        return
+    dtype = str(source.dtype).removeprefix("torch.")
+    raise _refusal(
+        f"{source.path.name}: {source.name} is {dtype}, but {parameter} takes floating-point "
+        "numbers of 16 bits or more: the checkpoint is quantised, also if its config.json does "
+        "not say so"
+    )
+
+
+def refuse_stored(folder: Path) -> None:
+    """Refuse a folder that is quantised, where all of a model's parameters are floating-point.
+
+    Args:
+        folder: The model's folder. One without safetensors is judged by its configuration alone.
+
+    Raises:
+        UnsupportedModelError: The weights are quantised.
+        CheckpointError: A file is missing or damaged.
+    """
+    refuse_declared(folder)
+    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        return
+    with Checkpoint(folder) as stored:
+        refuse_scales(folder, [name for name in stored.spans if sign_of(name)])
+        for name, span in stored.spans.items():
+            refuse_integers(span, name)
+
+
+def sign_of(name: str) -> tuple[str, str] | None:
+    """Return the weight's name that a scale or another part of a quantised weight belongs to.
+
+    Args:
+        name: A tensor's name in the checkpoint.
+
+    Returns:
+        The part of the name before what marks it, and that mark; None for any other tensor.
+
+    >>> sign_of("model.layers.0.mlp.experts.0.up_proj.weight_scale_inv")
+    ('model.layers.0.mlp.experts.0.up_proj', '.weight_scale_inv')
+    >>> sign_of("model.layers.0.self_attn.k_scale"), sign_of("model.norm.weight")
+    (None, None)
+    """
+    if _OF_CACHE.search(name):
+        return None
+    for pattern, _ in _SIGNS:
+        if found := pattern.search(name):
+            return name[: found.start()], found[0]
+    return None
+
+
+def refuse_scales(folder: Path, names: Iterable[str]) -> None:
+    """Refuse tensors that `sign_of` knows and that the model has no place for.
+
+    Args:
+        folder: The model's folder.
+        names: Their names in the checkpoint; none at all is fine.
+
+    Raises:
+        UnsupportedModelError: There is one; the message says which quantisation uses such names.
+    """
+    found = sorted(names)
+    for pattern, meaning in _SIGNS:
+        if marked := [name for name in found if pattern.search(name)]:
+            raise _refusal(
+                f"{folder} is quantised ({meaning}), also if its config.json does not say so: it "
+                f"has {len(found)} tensors such as {marked[0]}, for which the model "
+                "has no parameter"
+            )
+
+
+def _refusal(what: str, remedy: str = _ORIGINAL) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what}; only checkpoints in float32, bfloat16 or float16 can be used so far. Instead, "
+        f"{remedy}; --precision int8 or less makes it small again"
+    )
+
+
+def _declared(folder: Path) -> tuple[str, str] | None:
+    """The file and key that declare a quantisation, and its method."""
+    for where, found in _quantisations(_json(folder / "config.json"), ""):
+        return f"config.json ({where})", str(found.get("quant_method") or _algorithm(found))
+    modelopt = _json(folder / "hf_quant_config.json").get("quantization")
+    if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):
+        return "hf_quant_config.json", f"modelopt, {modelopt['quant_algo']}"
+    return None
+
+
+def _quantisations(config: Any, where: str, depth: int = _DEPTH) -> Iterator[tuple[str, Mapping]]:
+    if not isinstance(config, Mapping) or not depth:
+        return
+    for key, value in config.items():
+        if not isinstance(value, Mapping):
+            continue
+        if key in ("quantization_config", "compression_config"):
+            if value:
+                yield f"{where}{key}", value
+        else:
+            yield from _quantisations(value, f"{where}{key}.", depth - 1)
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    return str(config.get("quant_algo") or config.get("format") or "unknown method")
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # whoever needs the file says what is wrong with it
+    return found if isinstance(found, Mapping) else {}

@@ -1,0 +1,162 @@
+"""Quantised checkpoints are refused by every way in; models with scales of their own are not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_served import FAMILIES, saved, tiny
+from torch import Tensor
+from typer.testing import CliRunner
+
+from moefit.checkpoint import SINGLE
+from moefit.cli import app
+from moefit.errors import UnsupportedModelError
+from moefit.evaluate.loading import load as load_whole
+from moefit.quantisation import refuse_declared, sign_of
+from moefit.serve.skeleton import build
+
+EXPERT = "experts.0.up_proj.weight"
+# What each kind writes in place of, or beside, a weight.
+KINDS = {
+    "weight_scale_inv": ("8-bit floats in blocks", {"weight_scale_inv": torch.ones(1, 1)}),
+    "qweight": (
+        "GPTQ or AWQ",
+        {"qweight": torch.zeros(4, 32, dtype=torch.int32), "scales": torch.ones(1, 32)},
+    ),
+    "weight_packed": (
+        "compressed-tensors",
+        {"weight_packed": torch.zeros(24, 4, dtype=torch.int32), "weight_scale": torch.ones(24, 1)},
+    ),
+    "absmax": ("bitsandbytes", {"weight.absmax": torch.ones(12)}),
+    "weight_scale_2": ("modelopt", {"weight_scale_2": torch.ones(())}),
+    "input_scale": ("8-bit floats or integers", {"input_scale": torch.ones(())}),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny("Olmoe"), tmp_path)
+
+
+def change_tensors(folder: Path, change: Any) -> str:
+    """Change the first expert's up projection; returns its module's name."""
+    tensors = load_file(folder / SINGLE)
+    name = next(name for name in tensors if name.endswith(EXPERT))
+    module = name.removesuffix(".weight")
+    weight = tensors.pop(name)
+    save_file(tensors | change(module, weight), folder / SINGLE, {"format": "pt"})
+    return module
+
+
+def declare(folder: Path, *path: str, **config: Any) -> None:
+    found = json.loads((folder / "config.json").read_text())
+    inner = found
+    for key in path:
+        inner = inner.setdefault(key, {})
+    inner |= config
+    (folder / "config.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("path", [(), ("text_config",), ("thinker_config", "text_config")])
+def test_what_the_configuration_declares(folder: Path, path: tuple[str, ...]) -> None:
+    refuse_declared(folder)
+    declare(folder, *path, quantization_config={"quant_method": "fp8"})
+    where = ".".join([*path, "quantization_config"])
+    for enter in (build, lambda folder: load_whole(str(folder))):
+        with pytest.raises(UnsupportedModelError, match=rf"fp8: 8-bit.*{where}.*dequantize=True"):
+            enter(folder)
+
+
+def test_what_modelopt_declares_in_a_file_of_its_own(folder: Path) -> None:
+    file = folder / "hf_quant_config.json"
+    file.write_text(
+        json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
+    )
+    build(folder)  # a quantised cache leaves the weights as they are
+    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(UnsupportedModelError, match=r"modelopt, NVFP4.*hf_quant_config.json"):
+        build(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize("part", [EXPERT, "q_proj.weight", "lm_head.weight"])
+def test_bytes_for_a_floating_point_parameter(folder: Path, dtype: torch.dtype, part: str) -> None:
+    tensors = load_file(folder / SINGLE)
+    short = str(dtype).removeprefix("torch.")
+    name = next(name for name in tensors if name.endswith(part))
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    for enter in (build, lambda folder: load_whole(str(folder))):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"{name} is {short}"
+        ):
+            enter(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["Olmoe", "Mixtral"])
+def test_scales_that_nothing_declares(tmp_path: Path, family: str, kind: str) -> None:
+    folder = saved(tiny(family), tmp_path)
+    meaning, more = KINDS[kind]
+    part = EXPERT if family == "Olmoe" else "experts.0.w1.weight"
+    tensors = load_file(folder / SINGLE)
+    weight = next(name for name in tensors if name.endswith(part))
+    module = weight.removesuffix(".weight")
+    if f"{kind}" in ("qweight", "weight_packed"):
+        del tensors[weight]
+    tensors |= {f"{module}.{short}": tensor for short, tensor in more.items()}
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=meaning):
+        build(folder)
+
+
+def test_blocks_and_scales_of_mxfp4(tmp_path: Path) -> None:
+    folder = saved(tiny("GptOss"), tmp_path)
+    tensors = load_file(folder / SINGLE)
+    name = next(name for name in tensors if name.endswith("experts.down_proj"))
+    del tensors[name]
+    packed = {"blocks": (8, 32, 1, 16), "scales": (8, 32, 1)}
+    tensors |= {f"{name}_{k}": torch.zeros(v, dtype=torch.uint8) for k, v in packed.items()}
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"MXFP4.*down_proj_blocks"):
+        build(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_models_pass(tmp_path: Path, family: str) -> None:
+    build(saved(tiny(family), tmp_path))
+
+
+def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    more: dict[str, Tensor] = {
+        "model.layers.0.self_attn.k_scale": torch.ones(1),  # of a quantised cache
+        "vision_tower.blocks.0.layer_scale": torch.ones(4),  # of a part that is not loaded
+        "model.layers.2.norm.scale": torch.ones(4),
+        "logit_scale": torch.ones(()),
+    }
+    save_file(tensors | more, folder / SINGLE, {"format": "pt"})
+    assert set(build(folder).map.left_out) == more.keys()
+
+
+def test_names_of_ordinary_weights_are_no_signs() -> None:
+    for name in ("model.norm.weight", "model.layers.0.mlp.gate.weight", "lm_head.bias"):
+        assert sign_of(name) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "x"), ("generate", "x", "--memory", "9GiB"), ("describe", "--memory", "9GiB"),
+     ("pack",), ("eval",), ("eval", "--memory", "9GiB"), ("bench",)],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_command_refuses(folder: Path, command: tuple[str, ...]) -> None:
+    change_tensors(
+        folder, lambda module, weight: {f"{module}.weight": weight.to(torch.float8_e5m2)}
+    )
+    name, *rest = command
+    found = CliRunner().invoke(app, [name, str(folder), *rest], env={"COLUMNS": "400"})
+    assert found.exit_code == 1 and "is quantised" in str(found.exception)
