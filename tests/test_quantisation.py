@@ -90,9 +90,7 @@ def test_bytes_for_a_floating_point_parameter(folder: Path, dtype: torch.dtype, 
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     for enter in (build, lambda folder: load_whole(str(folder))):
-        with pytest.raises(
-            UnsupportedModelError, match=rf"{name} is {short}"
-        ):
+        with pytest.raises(UnsupportedModelError, match=rf"{name} is {short}"):
             enter(folder)
 
 
