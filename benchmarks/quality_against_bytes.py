@@ -33,9 +33,10 @@ from rich.table import Table
 from subject import Subject, as_text, summarised
 from torch import Tensor
 
-from moefit.evaluate.passage import text_of_file, tokenizer_of
+from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps
 from moefit.formats.format import parse_format, weights_in
+from moefit.model_folder import read_tokenizer
 from moefit.plan.calibration import digest_of, windows_of
 from moefit.serve.baselines import fix_residents
 from moefit.serve.calibration import Calibration
@@ -101,7 +102,7 @@ def alone() -> Iterator[None]:
 def pack_by(subject: Subject, text: Path) -> None:
     """All formats, calibrated as `moefit pack --text` does."""
     windows_BT = windows_of(
-        text_of_file(text, tokenizer_of(subject.folder), subject.context, CALIBRATION_TOKENS)
+        text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
     what = Calibration(text=text.name, digest=digest_of(windows_BT), windows_BT=windows_BT[:, :-1])
     skeleton = build(subject.folder, torch.bfloat16)

@@ -412,7 +412,7 @@ def test_untouched_is_over_also_after_an_error(serve) -> None:
 
 def test_a_folder_without_tokenizer_is_served_by_ids(serve) -> None:
     served, _ = serve()
-    with pytest.raises(ConfigError, match="has no tokenizer; the model itself takes token ids"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer .*The model itself takes token ids"):
         _ = served.tokenizer
 
 

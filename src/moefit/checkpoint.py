@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moefit.errors import CheckpointError, UnsupportedModelError
+from moefit.model_folder import other_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -206,6 +207,7 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
             raise CheckpointError(
                 f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be "
                 "read in place (transformers' save_pretrained writes them)"
+                + (f". {found}" if (found := other_weights(folder)) else "")
             )
         yield from ((span.name, span) for span in read_header(folder / SINGLE)[1])
         return

@@ -24,6 +24,7 @@ from moefit.evaluate.bandwidth import bandwidth_apart
 from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
+from moefit.model_folder import refuse_without_tokenizer
 from moefit.moe.routing import Rule
 from moefit.serve.budget import format_bytes
 from moefit.serve.dsmoe_rules import use_rule
@@ -56,6 +57,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     sampling["max_new_tokens"] = max_new_tokens
     torch.manual_seed(seed)
+    refuse_without_tokenizer(folder_of(model))
     if room.wanted or misses.wanted or planned.wanted:
         with load_served(model, room, misses, planned) as served:
             if rule is not None:

@@ -18,8 +18,9 @@ from rich.progress import Progress as Bar
 from moefit.api import folder_of
 from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say
 from moefit.errors import CheckpointError, ConfigError
-from moefit.evaluate.passage import text_of_file, tokenizer_of
+from moefit.evaluate.passage import text_of_file
 from moefit.formats.format import FORMATS, Format, parse_format
+from moefit.model_folder import read_tokenizer
 from moefit.plan.calibration import digest_of, windows_of
 from moefit.serve.budget import format_bytes, parse_bytes
 from moefit.serve.calibration import Calibration
@@ -89,7 +90,7 @@ def pack_model(
 def _calibration(
     skeleton: Skeleton, text: Path, tokens: int, context: int, memory: str | None
 ) -> Calibration:
-    tokenizer = tokenizer_of(skeleton.checkpoint.folder)
+    tokenizer = read_tokenizer(skeleton.checkpoint.folder)
     windows_BT = windows_of(text_of_file(text, tokenizer, context, tokens))
     return Calibration(
         text=text.name,

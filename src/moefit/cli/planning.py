@@ -17,7 +17,8 @@ from moefit.cli.plan_view import plan_dict, print_plan
 from moefit.cli.planned import promise_of
 from moefit.cli.serving import shared_steps
 from moefit.errors import ConfigError
-from moefit.evaluate.passage import held_out_text, text_of_file, tokenizer_of
+from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.model_folder import read_tokenizer
 from moefit.plan.calibration import windows_of
 from moefit.plan.experiments import RESTS
 from moefit.plan.plan_file import Plan, write_plan
@@ -58,9 +59,9 @@ def profile_model(
     """Resumes where it stopped: what was measured is not measured again."""
     folder = folder_of(model)
     windows_BT = windows_of(
-        text_of_file(text, tokenizer_of(folder), context, tokens)
+        text_of_file(text, read_tokenizer(folder), context, tokens)
         if text is not None
-        else held_out_text(tokenizer_of(folder), context, tokens)
+        else held_out_text(read_tokenizer(folder), context, tokens)
     )
     subject = Subject(folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device)
     profiler = Profiler(

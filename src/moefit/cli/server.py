@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moefit.api import folder_of
 from moefit.cli.app import app, say, stopped
 from moefit.cli.config_file import ConfigFile
 from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
@@ -16,6 +17,7 @@ from moefit.cli.serving import load_planned, load_served, shared_steps
 from moefit.engine.engine import Engine
 from moefit.engine.settings import EngineSettings
 from moefit.evaluate.loading import REFERENCE
+from moefit.model_folder import refuse_without_tokenizer
 from moefit.plan.plan_file import Plan
 from moefit.serve.served import ServedModel
 from moefit.server.live_plan import LivePlan
@@ -108,8 +110,10 @@ def _serve(
 ) -> None:
     with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
         say(f"loading {model}")
+        refuse_without_tokenizer(folder_of(model))
         served, plan = _loaded(model, asked, engine_settings)
         with served:
+            _ = served.tokenizer  # raises for one that is damaged: clients send texts
             engine = Engine(served, engine_settings)
             service = Service(engine, settings)
             if plan is not None:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     OlmoeForCausalLM,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +25,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.model_folder import other_weights, read_tokenizer, refuse_adapter
 from moefit.quantisation import refuse_stored
 from moefit.train import checkpoint
 
@@ -41,13 +41,15 @@ def reference_path() -> Path:
 def locate(model: str) -> Path:
     """The model folder that `model` means.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if there is none, or weights of another kind; UnsupportedModelError if
+    it is an adapter.
     """
     if model == REFERENCE:
         return reference_path()
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return path
+    refuse_adapter(path)
     found = checkpoint.checkpoints(path)
     if found:
         return found[-1]
@@ -56,6 +58,8 @@ def locate(model: str) -> Path:
             f"there is no folder {model!r}; give a model folder, a training run's folder, or "
             f"{REFERENCE!r} for the model that ships with moefit"
         )
+    if (found := other_weights(path)) is not None:
+        raise CheckpointError(f"{model!r} is no model folder (it has no config.json): {found}")
     raise CheckpointError(
         f"{model!r} holds neither a model (config.json) nor a finished checkpoint "
         f"({checkpoint.PREFIX}*/{checkpoint.MANIFEST})"
@@ -76,8 +80,9 @@ def load(
     if (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify(path)
     check_family(path)
+    refuse_adapter(path)
     refuse_stored(path)
-    loaded, tokenizer = _weights(path, dtype), _tokenizer(path)
+    loaded, tokenizer = _weights(path, dtype), read_tokenizer(path)
     if isinstance(loaded, OlmoeForCausalLM) and not _grouped_mm_fits(loaded):
         loaded.set_experts_implementation("eager")
     loaded.to(place)  # pyright: ignore[reportArgumentType]
@@ -164,16 +169,6 @@ def _differences(found: dict[str, Any]) -> list[str]:
         for kind, names in kinds.items()
         if names
     ]
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
-        raise CheckpointError(
-            f"the tokenizer in {path} cannot be read: {type(error).__name__}: {error}; copy the "
-            "tokenizer files there again from where the model was made"
-        ) from error
 
 
 def _grouped_mm_fits(model: OlmoeForCausalLM) -> bool:

@@ -9,23 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from moefit.errors import ConfigError, DataError
+from moefit.errors import DataError
 from moefit.evaluate.perplexity import Text
 from moefit.train.config import DataConfig
 from moefit.train.split import split
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Raises ConfigError if there is none that loads."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer that loads, so that no text can be read for it; add the "
-            "tokenizer's files to the folder"
-        ) from error
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moefit.device import parse_device
-from moefit.errors import BudgetTooSmallError
+from moefit.errors import BudgetTooSmallError, CheckpointError
 from moefit.formats.format import Format, parse_format
+from moefit.model_folder import read_tokenizer
 from moefit.moe.families import MoeBlock
 from moefit.serve.better_copies import BetterCopies
 from moefit.serve.budget import MemoryBudget, format_bytes
@@ -174,8 +175,9 @@ def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> Virtua
     return experts
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | str:
+    """What reads and writes text, or why there is none; only asking for it is an error then."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception:  # noqa: BLE001 - none, or damaged: only asking for it is an error
-        return None
+        return read_tokenizer(folder)
+    except CheckpointError as error:
+        return str(error)

@@ -20,11 +20,11 @@ from moefit.serve.virtual_experts import VirtualExperts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedParts:
-    """budget: the ledger to begin with. tokenizer None: the folder has none. tier: on a GPU."""
+    """budget: the ledger to begin with. tokenizer: or why there is none. tier: on a GPU."""
 
     folder: Path
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | str
     budget: MemoryBudget
     blocks: Mapping[str, VirtualExperts]
     store: ExpertStore

@@ -56,9 +56,9 @@ class ServedModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises ConfigError if its folder has none."""
-        if self._tokenizer is None:
-            raise ConfigError(f"{self.folder} has no tokenizer; the model itself takes token ids")
+        """The model's tokenizer. Raises ConfigError if its folder has none, or a damaged one."""
+        if isinstance(self._tokenizer, str):
+            raise ConfigError(self._tokenizer)
         return self._tokenizer
 
     @property

@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moefit.checkpoint import Checkpoint, LazyTensor
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.model_folder import refuse_adapter
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 from moefit.quantisation import refuse_declared
@@ -68,6 +69,7 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     Raises CheckpointError for a folder that is no whole checkpoint, UnsupportedModelError for a
     model without experts that can be served, or quantised.
     """
+    refuse_adapter(folder)
     refuse_declared(folder)
     config = _config(folder)
     checkpoint = Checkpoint(folder)

@@ -1,0 +1,195 @@
+"""What people have in a model's folder beside, or in place of, safetensors: named, or refused.
+
+Owns the words for weights of other kinds (GGUF, pickles, adapters), each with the nearest thing
+that works, and reading a tokenizer, which is there, or missing, or damaged. Knows nothing of what
+is done with a model.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moefit.errors import CheckpointError, UnsupportedModelError
+
+ADAPTER = "adapter_config.json"
+_LFS = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
+# Files that hold a vocabulary, by name or by ending; any one of them makes a tokenizer.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "byte_maps.json",
+)
+_ENDINGS = (".tiktoken", ".spm", ".vocab", ".model")
+_CONVERT = (
+    "load it once in transformers and write it with save_pretrained, which makes safetensors, or "
+    "give a repository of the model that has safetensors"
+)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a model's folder with an adapter in it, which would be passed over.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        UnsupportedModelError: There is an adapter beside, or in place of, the model.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    base = _base_of(folder)
+    whole = (folder / "config.json").is_file()
+    what = "has an adapter (LoRA) beside its model" if whole else f"is an adapter (LoRA) of {base}"
+    alone = f", or take {ADAPTER} out of the folder to use the model without it" if whole else ""
+    raise UnsupportedModelError(
+        f"{folder} {what}, as its {ADAPTER} says, and adapters are not applied. Merge it with peft "
+        f"(PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), then "
+        f"save_pretrained) and give that folder{alone}"
+    )
+
+
+def other_weights(path: Path) -> str | None:
+    """Return what the weights at a path are, if they are none that can be read.
+
+    Args:
+        path: A file, or a folder without a safetensors checkpoint.
+
+    Returns:
+        A sentence for an error: what they are, and the nearest thing that works. None if nothing
+        there is known.
+    """
+    names = [path.name] if path.is_file() else _names(path)
+    return named_weights(names, str(path))
+
+
+def named_weights(names: Iterable[str], where: str) -> str | None:
+    """Return the same as `other_weights` for files of these names.
+
+    Args:
+        names: Of all files that there are.
+        where: What has them, for the message.
+    """
+    files = sorted(names)
+    for endings, meaning in _KINDS:
+        if found := [name for name in files if name.lower().endswith(endings)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            return f"{where} has {found[0]}{more}: {meaning}"
+    return None
+
+
+_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (".gguf",),
+        "GGUF files are llama.cpp's, and cannot be read here; give the Hugging Face model that "
+        "they were made from (a folder with config.json and safetensors)",
+    ),
+    (
+        ("adapter_model.safetensors", "adapter_model.bin", ADAPTER),
+        "an adapter (LoRA), no model; merge it into its base with peft (merge_and_unload, then "
+        "save_pretrained) and give that folder",
+    ),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        f"pickled weights of PyTorch, which can run code and are not read; {_CONVERT}",
+    ),
+    ((".h5", ".msgpack", ".onnx", ".tflite"), f"weights for another framework; {_CONVERT}"),
+    (
+        ("consolidated.safetensors", "consolidated-00001-of-00001.safetensors"),
+        "weights under their makers' own names; give a repository of the model in transformers' "
+        "form (config.json and model*.safetensors)",
+    ),
+    (
+        (".safetensors",),
+        "safetensors under names that no checkpoint has; it needs model.safetensors, or "
+        "model.safetensors.index.json, which says which shard has what",
+    ),
+)
+
+
+def refuse_without_tokenizer(folder: Path) -> None:
+    """Refuse a folder without a vocabulary, or with a Git LFS pointer in place of one; cheap.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        CheckpointError: No text can be read for this model.
+    """
+    for name in (*_vocabularies(folder), "tokenizer_config.json"):
+        if _is_pointer(folder / name):
+            raise CheckpointError(
+                f"{folder / name} is a Git LFS pointer in place of the file; run `git lfs pull` in "
+                "its folder, or download the file again"
+            )
+    if not _vocabularies(folder) and not _needs_none(folder):
+        raise CheckpointError(
+            f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES[:4])}, ...), so that it "
+            "can neither read nor write text; copy the tokenizer's files there from where the "
+            "model was made. The model itself takes token ids (moefit.load in Python)"
+        )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a model's folder; no code that comes with it is run.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    refuse_without_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        size = len(tokenizer)
+    except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}; copy the "
+            "tokenizer files there again from where the model was made"
+        ) from error
+    if not size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has an empty vocabulary; copy the tokenizer files there "
+            "again from where the model was made"
+        )
+    return tokenizer
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
+
+
+def _vocabularies(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if name in _VOCABULARIES or name.endswith(_ENDINGS)]
+
+
+def _needs_none(folder: Path) -> bool:
+    """Whether the tokenizer is of bytes, as ByT5's and Perceiver's are."""
+    kind = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+    return kind in ("ByT5Tokenizer", "PerceiverTokenizer", "CanineTokenizer")
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False  # a missing file is no pointer; one that cannot be read says so when it is
+
+
+def _base_of(folder: Path) -> str:
+    return repr(_json(folder / ADAPTER).get("base_model_name_or_path") or "another model")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # only words of a message come of it
+    return found if isinstance(found, dict) else {}

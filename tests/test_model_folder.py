@@ -1,0 +1,109 @@
+"""What lies in a model's folder beside, or in place of, safetensors is named, not passed over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_served import saved, tiny, tokens
+from transformers import ByT5Tokenizer
+from typer.testing import CliRunner
+
+from moefit.checkpoint import SINGLE
+from moefit.cli import app
+from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
+from moefit.evaluate.loading import load as load_whole
+from moefit.evaluate.loading import locate, reference_path
+from moefit.model_folder import read_tokenizer, refuse_without_tokenizer
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with a tokenizer."""
+    saved(tiny("Olmoe", vocab_size=8192), tmp_path)
+    for file in reference_path().glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def commands_refuse(folder: Path, match: str) -> None:
+    for more in (("generate", "x"), ("generate", "x", "--memory", "9GiB"), ("serve", "--port=0")):
+        found = CliRunner().invoke(app, [more[0], str(folder), *more[1:]])
+        assert isinstance(found.exception, MoefitError), found.output
+        assert match in str(found.exception)
+
+
+def test_a_folder_without_tokenizer_files(folder: Path) -> None:
+    assert len(read_tokenizer(folder)) > 1000
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer .*tokenizer.json.*token ids"):
+        read_tokenizer(folder)
+    commands_refuse(folder, "has no tokenizer")
+    with load(folder, LoadSettings()) as served:  # a program may give token ids
+        served.generate(tokens(), max_new_tokens=2)
+        with pytest.raises(ConfigError, match="has no tokenizer"):
+            _ = served.tokenizer
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_place_of_a_tokenizer(folder: Path, name: str) -> None:
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        refuse_without_tokenizer(folder)
+    commands_refuse(folder, "is a Git LFS pointer")
+
+
+def test_a_damaged_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:1000])
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read: .*again"):
+        read_tokenizer(folder)
+    commands_refuse(folder, "cannot be read")
+
+
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert len(read_tokenizer(tmp_path)) > 256
+
+
+def test_an_adapter_beside_a_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    for enter in (lambda: load(folder, LoadSettings()), lambda: load_whole(str(folder))):
+        with pytest.raises(UnsupportedModelError, match=r"beside its model.*merge_and_unload.*out"):
+            enter()
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    text = json.dumps({"base_model_name_or_path": "Qwen/Qwen3-30B-A3B"})
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UnsupportedModelError, match=r"is an adapter \(LoRA\) of 'Qwen/Qwen3-30B"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("model-Q4_K_M.gguf", "llama.cpp"), ("pytorch_model.bin", "pickled.*save_pretrained"),
+     ("consolidated.00.pth", "pickled.*save_pretrained"), ("model.onnx", "another framework"),
+     ("consolidated.safetensors", "makers' own names"),
+     ("model-00001-of-00002.safetensors", "index.json, which says")],
+)  # fmt: skip
+def test_weights_of_another_kind(folder: Path, name: str, words: str) -> None:
+    (folder / SINGLE).rename(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.*{words}"):
+        load(folder, LoadSettings())
+    (folder / "config.json").unlink()
+    for given in (folder, folder / name):
+        with pytest.raises(CheckpointError, match=rf"no model folder.*{name}.*{words}"):
+            locate(str(given))
+
+
+def test_generation_goes_on(folder: Path) -> None:
+    torch.manual_seed(0)
+    found = CliRunner().invoke(app, ["generate", str(folder), "x", "--max-new-tokens", "2"])
+    assert found.exit_code == 0, found.exception
