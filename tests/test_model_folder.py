@@ -46,7 +46,7 @@ def test_a_folder_without_tokenizer_files(folder: Path) -> None:
         read_tokenizer(folder)
     commands_refuse(folder, "has no tokenizer")
     with load(folder, LoadSettings()) as served:  # a program may give token ids
-        served.generate(tokens(), max_new_tokens=2)
+        served.generate(tokens(1, 4), max_new_tokens=2)
         with pytest.raises(ConfigError, match="has no tokenizer"):
             _ = served.tokenizer
 
