@@ -1,6 +1,10 @@
 """GET and POST /v1/memory, /metrics and what the server says of itself."""
 
 from collections.abc import Iterator
+from functools import partial
+from threading import Thread
+from time import monotonic
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -10,7 +14,9 @@ from serving_http import client_of, error_of, fake_service
 
 import moefit
 from moefit.serve.served import ServedModel
+from moefit.server import vocabulary
 from moefit.server.service import Service
+from moefit.server.templates import Renderer
 
 URL = "/v1/memory"
 
@@ -236,3 +242,29 @@ def test_tokens_there_and_back(running, served) -> None:
     messages = [{"role": "user", "content": "a"}]
     no_template = error_of(client.post("/tokenize", json={"messages": messages}), 400)
     assert no_template["code"] == "no_chat_template"
+
+
+def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> None:
+    client, _, _ = running
+    monkeypatch.setattr(vocabulary, "Renderer", partial(Renderer, seconds=3.0))
+    again = "{% for i in range(99999) %}"
+    served.tokenizer.chat_template = f"{again * 3}{'{% endfor %}' * 3}"
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    heard: list[Any] = []
+    try:
+        asks = [
+            Thread(target=lambda: heard.append(client.post("/v1/chat/completions", json=chat)))
+            for _ in range(3)
+        ]
+        for ask in asks:
+            ask.start()
+        began = monotonic()
+        for path in (URL, "/metrics", "/health", "/version"):
+            assert client.get(path).status_code == 200
+        assert monotonic() - began < 2.0 and not heard
+        for ask in asks:
+            ask.join()
+    finally:
+        served.tokenizer.chat_template = None
+    for response in heard:
+        assert "did not end within 3 seconds" in error_of(response, 400)["message"]

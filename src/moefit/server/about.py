@@ -37,7 +37,7 @@ def _tokenize(service: Service, asked: TokenizeAsked) -> list[int]:
     if (asked.prompt is None) == (asked.messages is None):
         raise Refused(400, "give either prompt or messages", param="prompt")
     if asked.messages is not None:
-        return conversation_ids(service.words, asked.messages)
+        return conversation_ids(service.words, asked)
     assert asked.prompt is not None
     return service.words.ids(asked.prompt, special=asked.add_special_tokens)
 
@@ -92,7 +92,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response, responses=plain)
     async def metrics() -> Response:
         """For Prometheus."""
-        content = await service.aside(generate_latest, service.telemetry.registry)
+        content = await service.operate(generate_latest, service.telemetry.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     return routes

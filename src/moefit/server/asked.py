@@ -9,7 +9,8 @@ Knows nothing of how a request is carried out.
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 _TOLD = 8  # unknown fields of one object
@@ -90,24 +91,67 @@ class TextPart(Strict):
     text: str
 
 
+class RefusalPart(Strict):
+    """A piece of an assistant's message that says no."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _kind_of_content(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+def _kind_of_part(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "refusal" if kind == "refusal" else "text"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
+    Discriminator(_kind_of_part),
+]
+Content = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Annotated[Items[Part], Field(min_length=1)], Tag("parts")],
+    Discriminator(_kind_of_content),
+]
+
+
 class Message(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. What clients give back of an earlier answer may be in it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[Items[TextPart], Field(min_length=1)]
+    content: Content | None = None
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    provider_specific_fields: Any = None
     annotations: NothingHere | None = None
     audio: None = None
     tool_calls: NothingHere | None = None
     function_call: None = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing_content", "content is missing: give a text")
+        return self
+
     @property
-    def text(self) -> str:
-        """The content, its parts put together."""
+    def texts(self) -> list[str]:
+        """The texts of the content's parts."""
+        if self.content is None:
+            return [self.refusal or ""]
         if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+            return [self.content]
+        return [p.text if isinstance(p, TextPart) else p.refusal for p in self.content]
+
+    @property
+    def thoughts(self) -> str | None:
+        """What the assistant thought before it answered."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 class TextFormat(Strict):
@@ -141,6 +185,7 @@ class ChatAsked(Generation):
     metadata: Empty | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizeAsked(Strict):
@@ -150,6 +195,7 @@ class TokenizeAsked(Strict):
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeAsked(Strict):

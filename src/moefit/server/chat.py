@@ -20,7 +20,7 @@ from moefit.server.answered import (
     DeltaChoice,
     TopLogprob,
 )
-from moefit.server.asked import ChatAsked, Message
+from moefit.server.asked import ChatAsked, Message, TokenizeAsked
 from moefit.server.refusal import Refused
 from moefit.server.replies import Replies
 from moefit.server.service import FINGERPRINT, Service, Wish, new_id, numbered
@@ -28,19 +28,34 @@ from moefit.server.stream import STREAM, respond
 from moefit.server.tally import Tally
 from moefit.server.vocabulary import Vocabulary
 
+_TAKEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize", "return_assistant_tokens_mask",
+}  # fmt: skip
+
 
 def as_template_wants(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them; `developer` is today's word for `system`."""
+    """Return messages as chat templates know them; `developer` is today's word for `system`."""
     plain = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
-        named = {} if message.name is None else {"name": message.name}
-        plain.append({"role": role, "content": message.text, **named})
+        content = [{"type": "text", "text": text} for text in message.texts]
+        more = {"name": message.name, "reasoning_content": message.thoughts}
+        given = {name: value for name, value in more.items() if value is not None}
+        plain.append({"role": role, "content": content, **given})
     return plain
 
 
-def conversation_ids(words: Vocabulary, messages: Sequence[Message]) -> list[int]:
-    """A conversation's tokens. Raises Refused where the model knows none."""
+def conversation_ids(words: Vocabulary, asked: ChatAsked | TokenizeAsked) -> list[int]:
+    """Return a conversation's tokens. Raises Refused where the model knows none."""
+    values = asked.chat_template_kwargs or {}
+    if taken := sorted(values.keys() & _TAKEN):
+        raise Refused(
+            400,
+            f"chat_template_kwargs.{taken[0]}: the server gives this to the template itself; "
+            "kwargs are for its other variables, such as enable_thinking",
+            param=f"chat_template_kwargs.{taken[0]}",
+        )
     if not words.has_template:
         raise Refused(
             400,
@@ -49,7 +64,8 @@ def conversation_ids(words: Vocabulary, messages: Sequence[Message]) -> list[int
             param="messages",
             code="no_chat_template",
         )
-    return words.ids(words.conversation(as_template_wants(messages)), special=False)
+    written = words.conversation(as_template_wants(asked.messages or ()), values)
+    return words.ids(written, special=False)
 
 
 class Job:
@@ -77,7 +93,7 @@ class Job:
     def wishes(self) -> list[Wish]:
         """What is asked of the engine; takes as long as reading the conversation does."""
         asked, service = self._asked, self._service
-        ids = conversation_ids(service.words, asked.messages)
+        ids = conversation_ids(service.words, asked)
         if not ids:
             raise Refused(400, "the conversation has no tokens", param="messages")
         room = max(1, service.engine.max_model_len - len(ids))

@@ -192,7 +192,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/memory")
     async def get_memory() -> Memory:
         """Which experts are in memory, and in which budget."""
-        return await service.aside(memory_of, service)
+        return await service.operate(memory_of, service)
 
     @routes.post("/v1/memory")
     async def set_memory(asked: Annotated[MemoryAsked, Body()]) -> Memory:
@@ -201,6 +201,6 @@ def router(service: Service) -> APIRouter:
         A server that was planned for its budget plans for the new one, if that is all that is
         asked for.
         """
-        return await service.aside(change, service, asked)
+        return await service.operate(change, service, asked)
 
     return routes

@@ -66,15 +66,23 @@ class Service:
         self.live_plan: LivePlan | None = None  # of a server that was planned for its budget
         # Few threads: each has a heap of its own, and all of it is in the budget.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
+        self._operators = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
 
     async def aside(self, work: Callable[..., T], *arguments: object) -> T:
         """Do what takes long without holding others up."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, work, *arguments)
 
+    async def operate(self, work: Callable[..., T], *arguments: object) -> T:
+        """As `aside`, for what an operator asks for: no request's text can hold it up."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._operators, work, *arguments)
+
     def close(self) -> None:
-        """Stop the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Stop the threads, and the process that renders conversations."""
+        for threads in (self._threads, self._operators):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self.words.close()
 
     def now(self) -> int:
         """The time as answers have it."""

@@ -6,15 +6,15 @@ nothing of HTTP. tokenizer None: a model without one, which takes and gives toke
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from moefit.errors import ConfigError, RequestTooLargeError
+from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
+from moefit.server.templates import Renderer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BROKEN = "\ufffd"
@@ -30,6 +30,8 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, size: int, most: int):
         self.tokenizer, self.size, self._most = tokenizer, size, most
         self._lock = threading.Lock()
+        self._renderer: Renderer | None = None
+        self._closed = False
         vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
         self._longest = max(map(len, vocabulary), default=1)
         self.show = lru_cache(maxsize=65536)(self._show)
@@ -61,24 +63,50 @@ class Vocabulary:
         if unknown := next((one for one in ids if not 0 <= one < self.size), None):
             raise ConfigError(f"there is no token {unknown}; the model's are 0 to {self.size - 1}")
 
-    def conversation(self, messages: Sequence[dict[str, Any]]) -> str:
-        """A conversation as the model's chat template writes it, open for the answer.
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return a conversation as the model's chat template writes it, open for the answer.
 
-        Raises ConfigError if there is no template, or it refuses these messages.
+        Args:
+            messages: with `role`, and `content` as a text or a list of text parts, whichever the
+                template reads.
+            values: variables of the template, such as `enable_thinking`.
+
+        Raises:
+            ConfigError: there is no template, it refuses these messages, loses what one of them
+                says, or takes too long.
+            RequestTooLargeError: more comes of it than fits.
         """
         if not self.has_template:
             raise ConfigError(
                 "this model has no chat template, so it does not know conversations; it continues "
                 "text: use /v1/completions"
             )
+        given = {**self._required().special_tokens_map, **(values or {})}
+        given["add_generation_prompt"] = True
+        longest = self._most * self._longest
+        return self._rendering().render(messages, given, longest=longest)
+
+    def close(self) -> None:
+        """End the process that renders conversations."""
+        with self._lock:
+            self._closed, renderer = True, self._renderer
+        if renderer is not None:
+            renderer.close()
+
+    def _rendering(self) -> Renderer:
+        """Return what renders the tokenizer's template as it is now."""
         try:
-            text = self._required().apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"the chat template refuses these messages: {error}") from error
-        assert isinstance(text, str)
-        return text
+            source = self._required().get_chat_template()
+        except ValueError as error:
+            raise ConfigError(f"the model's chat templates can't be used: {error}") from error
+        with self._lock:
+            if self._closed:
+                raise RefusedError("the server is shutting down")
+            if self._renderer is None or self._renderer.source != source:
+                self._renderer = Renderer(source)
+            return self._renderer
 
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens; `special` shows those that have none."""

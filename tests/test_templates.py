@@ -1,0 +1,235 @@
+"""Chat templates in a process of their own: the text of transformers, and no harm."""
+
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
+from moefit.evaluate.loading import reference_path
+from moefit.server.templates import Renderer
+from moefit.server.vocabulary import Vocabulary
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# As Llava's and others': parts alone.
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for item in m.content %}{% if item.type == 'text' %}"
+    "{{ item.text }}{% endif %}{% endfor %}{% endfor %}<assistant>"
+)
+FIRST_PART = "{% for m in messages %}<{{ m.role }}>{{ m['content'][0]['text'] }}{% endfor %}"
+SYSTEM_IS_TEXT = (
+    "{% if messages[0].role == 'system' %}{{ '<<' + messages[0].content + '>>' }}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'user' %}{{ m.content | map(attribute='text') | join('') }}{% else %}"
+    "{{ m.content + '.' }}{% endif %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for item in m.content %}[{{ item.text }}]{% endfor %}{% endif %}{% endfor %}"
+)
+LATE_SYSTEM = (
+    "{%- set ns = namespace(system='') -%}{%- for m in messages if m.role == 'system' -%}"
+    "{%- set ns.system = m.content -%}{%- endfor -%}{%- for m in messages if m.role != 'system' -%}"
+    "{%- if loop.last and ns.system -%}{{ ns.system ~ '\n\n' }}{%- endif -%}"
+    "[{{ m.role }}]{{ m.content }}{%- if loop.last -%}{%- break -%}{%- endif -%}{%- endfor -%}"
+)
+REASONING = (
+    "{%- for m in messages -%}{{ m.role }}:{% if m.reasoning_content is defined %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content.split('</think>')[-1] }}{{ '\n' }}"
+    "{%- endfor -%}{% if add_generation_prompt %}assistant:{% if enable_thinking is defined and "
+    "enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+EXTENSIONS = (
+    "{{ strftime_now('%Y') | length }}{% set d = dict(a=1) %}{{ d | tojson(indent=2) }}"
+    "{{ {'ü': [1, '<']} | tojson }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% continue %}"
+    "{% endif %}{% endfor %}{{ undefined_name }}{% if tools is none and documents is none %}!"
+    "{% endif %}{% macro f(x) %}({{ x }}){% endmacro %}{{ f(messages | length) }}"
+)
+SAME_TEXT = [TURNS, EITHER, LATE_SYSTEM, REASONING, EXTENSIONS]
+TALKS = [
+    [{"role": "user", "content": "hi"}],
+    [
+        {"role": "system", "content": "Be brief. \ud83d"},
+        {"role": "user", "content": "<b>a & b</b> {{ x }}", "name": "Ann"},
+        {"role": "assistant", "content": "<think>hm</think>yes", "reasoning_content": "why"},
+        {"role": "user", "content": "  and ünïcödé 😀\u2028\n"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(reference_path())
+
+
+def written(template: str, talk: list[dict[str, Any]], **bounds: Any) -> str:
+    renderer = Renderer(template, **bounds)
+    try:
+        return renderer.render(talk, {}, longest=10_000)
+    finally:
+        renderer.close()
+
+
+@pytest.mark.parametrize("template", SAME_TEXT)
+@pytest.mark.parametrize("talk", TALKS)
+def test_the_text_is_that_of_transformers(tokenizer, template: str, talk) -> None:
+    tokenizer.chat_template = template
+    words = Vocabulary(tokenizer, size=4096, most=1000)
+    for values in ({}, {"enable_thinking": False, "bos_token": "^"}):
+        expected = tokenizer.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=False, **values
+        )
+        assert words.conversation(talk, values) == expected
+    words.close()
+
+
+def in_parts(talk: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in talk]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (PARTS, "<system>s<user>user<assistant>system<user>u<assistant>"),
+        (FIRST_PART, "<system>s<user>user<assistant>system<user>u"),
+        (SYSTEM_IS_TEXT, "<<s>><user>user<assistant>system.<user>u"),
+        (EITHER, "<system>s<user>user<assistant>system<user>u"),
+    ],
+)
+def test_both_forms_of_request_work_with_both_forms_of_template(template, expected) -> None:
+    """The texts are such as a template writes by itself, so that to find them shows nothing."""
+    talk = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "user"},
+        {"role": "assistant", "content": "system"},
+        {"role": "user", "content": "u"},
+    ]
+    renderer = Renderer(template)
+    for asked in (talk, in_parts(talk), talk[:1] + in_parts(talk)[1:]):
+        for _ in range(2):
+            assert renderer.render(asked, {}, longest=1000) == expected
+    renderer.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "index"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", 0),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", 0),
+        ("{% for m in messages[:-1] %}{{ m.content }}{% endfor %}", 2),
+        ("{{ messages | length }}", 0),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error(template: str, index: int) -> None:
+    talk = [
+        {"role": "system", "content": "Answer in verse, if you can do so."},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "s"},
+    ]
+    with pytest.raises(ConfigError, match=rf"messages\[{index}\]\.content.*leaves out"):
+        written(template, talk)
+
+
+def test_what_a_template_changes_or_takes_from_an_answer_is_none() -> None:
+    talk = [
+        {"role": "user", "content": "a long enough text of the user's, in small letters"},
+        {"role": "assistant", "content": "<think>long thoughts that are not said again</think>"},
+        {"role": "user", "content": "b"},
+    ]
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content | upper }}|{% endfor %}"
+    assert written(template, talk) == f"{talk[0]['content'].upper()}|B|"
+
+
+HARMFUL = {
+    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "number": "{{ (9 + messages | length) ** 100000000 }}",
+    "long": "{{ 'a' * 900000000 }}",
+    "doubled": "{% set n = namespace(v='a') %}{% for i in range(99) %}{% set n.v = n.v ~ n.v %}"
+    "{% endfor %}{{ n.v }}",
+    "field": "{{ '%999999999d' % 5 }}",
+    "deep": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "broken": "{% if %}",
+    "raises": "{{ raise_exception('never') }}",
+    "missing": "{{ messages[0].tool.name }}",
+}
+WHY = {
+    "loop": "did not end within 1 seconds", "number": "did not end within 1 seconds",
+    "long": "192 MiB", "doubled": "192 MiB", "field": "192 MiB", "deep": "recursion",
+    "broken": "has a mistake", "raises": "refuses these messages: never",
+    "missing": "'dict object' has no attribute 'tool'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_a_template_that_fails_is_told_and_does_no_harm(kind: str) -> None:
+    template = "{% if messages[0].content == 'x' %}" + HARMFUL[kind] + "{% endif %}"
+    template += "ok{{ messages[0].content }}"
+    renderer = Renderer(template, seconds=1.0)
+    began = monotonic()
+    with pytest.raises(ConfigError, match=WHY[kind]):
+        renderer.render([{"role": "user", "content": "x"}], {}, longest=1000)
+    assert monotonic() - began < 10
+    if kind != "broken":
+        assert renderer.render([{"role": "user", "content": "y"}], {}, longest=1000) == "oky"
+    renderer.close()
+
+
+def test_more_text_than_fits_is_refused_with_the_number() -> None:
+    with pytest.raises(RequestTooLargeError, match="20,002"):
+        written("{{ messages[0].content * 10001 }}", [{"role": "user", "content": "ab"}])
+
+
+def test_templates_see_no_keys(monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    renderer = Renderer(TURNS)
+    renderer.render(TALKS[0], {}, longest=1000)
+    assert renderer._process is not None
+    with open(f"/proc/{renderer._process._child.pid}/environ", "rb") as environment:
+        assert b"secret" not in environment.read()
+    renderer.close()
+
+
+@pytest.fixture
+def looping() -> Iterator[Renderer]:
+    renderer = Renderer("{{ messages[0].content }}" + HARMFUL["loop"], seconds=60.0)
+    yield renderer
+    renderer.close()
+
+
+def test_closing_ends_what_renders(looping: Renderer) -> None:
+    raised: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            looping.render(TALKS[0], {}, longest=1000)
+        except RefusedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(timeout=1.0)
+    assert thread.is_alive()
+    looping.close()
+    thread.join(timeout=10.0)
+    assert not thread.is_alive() and raised
+    with pytest.raises(RefusedError):
+        looping.render(TALKS[0], {}, longest=1000)
+
+
+def test_a_process_that_was_killed_is_replaced() -> None:
+    renderer = Renderer("{{ messages[0].content }}")
+    assert renderer.render(TALKS[0], {}, longest=1000) == "hi"
+    assert renderer._process is not None
+    renderer._process.kill()
+    with pytest.raises(ConfigError):
+        renderer.render(TALKS[0], {}, longest=1000)
+    assert renderer.render(TALKS[0], {}, longest=1000) == "hi"
+    renderer.close()
