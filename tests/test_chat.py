@@ -94,7 +94,8 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
     client, _ = running
     asked = {
         "messages": HELLO, "n": 1, "tools": None, "tool_choice": "none", "functions": [],
-        "response_format": {"type": "text"}, "logit_bias": None, "store": False, "metadata": {},
+        "response_format": {"type": "text"}, "logit_bias": None, "store": True,
+        "metadata": {"a": [{}]}, "min_p": 0, "repetition_penalty": 1.0, "top_k": -1, "new": None,
         "modalities": ["text"], "service_tier": "auto", "parallel_tool_calls": True, "user": "me",
         "presence_penalty": 0, "top_p": 1, "stop": None, "reasoning_effort": None, "seed": 5,
     }  # fmt: skip
@@ -112,9 +113,9 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
-        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"store": True}, "store"),
+        ({"store": 1}, "store"),
     ],
 )
 def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:

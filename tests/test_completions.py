@@ -7,6 +7,7 @@ from fake_engine import FakeEngine, following
 from fastapi.testclient import TestClient
 from serving_http import client_of, error_of, events, fake_service
 
+from moefit.engine.sampler import Chooser
 from moefit.serve.served import ServedModel
 from moefit.server.service import Service
 
@@ -157,12 +158,15 @@ def test_everything_reaches_the_engine(running) -> None:
     asked = {
         "prompt": [5], "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 11, "max_tokens": 3,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "stop": ["a", "b"],
-        "stop_token_ids": [9], "ignore_eos": True,
+        "stop_token_ids": [9], "ignore_eos": True, "min_p": 0.1, "repetition_penalty": 1.2,
+        "logit_bias": {"7": 100, "8": -2.5, "9": 0},
     }  # fmt: skip
     assert client.post(URL, json=asked).status_code == 200
     (_, got) = engine.submitted[0]
     assert (got.temperature, got.top_p, got.top_k, got.seed) == (0.5, 0.9, 7, 11)
     assert (got.presence_penalty, got.frequency_penalty) == (0.5, -0.5)
+    assert (got.min_p, got.repetition_penalty) == (0.1, 1.2)
+    assert got.logit_bias == ((7, 100), (8, -2.5))
     assert (got.stop, got.stop_ids, got.ignore_eos) == (("a", "b"), frozenset({9}), True)
     assert (got.max_tokens, got.logprobs, got.prompt_logprobs) == (3, None, None)
 
@@ -178,11 +182,69 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 1.0}, {"min_p": 0}, {"min_p": 0.0}, {"top_k": -1}, {"top_k": 0},
+        {"logit_bias": None}, {"logit_bias": {"5": 0}}, {"suffix": ""}, {"best_of": 1},
+        {"frequency_penalty": 0, "presence_penalty": 0}, {"store": True}, {"store": False},
+        {"metadata": {"trace": {"id": [1, None]}}}, {"metadata": {}}, {"service_tier": "flex"},
+        {"stream_options": {"include_usage": False}}, {"stream_options": {}}, {"user": ""},
+        {"something_new": None}, {"min_tokens": 0}, {"use_beam_search": False},
+        {"length_penalty": 1.0}, {"typical_p": 1.0}, {"skip_special_tokens": True},
+    ],
+)  # fmt: skip
+def test_neutral_values_pass(running, asked) -> None:
+    client, engine, _ = running
+    plain = {"prompt": [5], "max_tokens": 3, "seed": 1}
+    assert client.post(URL, json={**plain, **asked}).status_code == 200, asked
+    assert client.post(URL, json=plain).status_code == 200
+    (_, got), (_, usual) = engine.submitted
+    assert got == usual
+
+
+def test_top_p_zero_is_greedy(running) -> None:
+    client, engine, _ = running
+    assert client.post(URL, json={"prompt": [5], "top_p": 0}).status_code == 200
+    assert Chooser(engine.submitted[0][1]).plain
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty", "0.01"),
+        ({"repetition_penalty": "1"}, "repetition_penalty", "number"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", "token 5"),
+        ({"logit_bias": {"5": None}}, "logit_bias", "token 5"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "token 5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "'five' is no token's number"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
+        ({"logit_bias": {"9999999": 1}}, "logit_bias", "there is no token 9999999"),
+        ({"logit_bias": {str(n): "x" for n in range(100_000)}}, "logit_bias", "token 0"),
+        ({"logit_bias": [5]}, "logit_bias", "dictionary"),
+        ({"stop_token_ids": [9999999]}, "stop_token_ids", "there is no token 9999999"),
+        ({"min_tokens": 3}, "min_tokens", "unsupported"),
+        ({"use_beam_search": True}, "use_beam_search", "unsupported"),
+        ({"length_penalty": True}, "length_penalty", "unsupported"),
+        ({"store": "yes"}, "store", "boolean"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_name(running, asked, param, says) -> None:
+    client, engine, _ = running
+    error = error_of(client.post(URL, json={"prompt": "a", **asked}), 400)
+    assert error["param"] == param and says in error["message"] and param in error["message"]
+    assert not engine.submitted
+
+
+@pytest.mark.parametrize(
     ("asked", "param"),
     [
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
         ({"prompt": "a", "guided_json": {}}, "guided_json"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
@@ -208,7 +270,7 @@ def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
     assert not engine.submitted
 
 
-@pytest.mark.parametrize("asked", [{"suffix": "b"}, {"logit_bias": {"5": 1}}, {"new": 1}])
+@pytest.mark.parametrize("asked", [{"suffix": "b"}, {"new": 1}])
 def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
     client, _, _ = running
     error = error_of(client.post(URL, json={"prompt": "a", **asked}), 400)

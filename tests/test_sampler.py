@@ -5,6 +5,7 @@ from math import log
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -12,6 +13,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from moefit.engine.request import Sampling
 from moefit.engine.sampler import Chooser, check_sampling, choose, logprobs_of
 from moefit.errors import ConfigError
+from moefit.serve.generation import Suppressed
 
 VOCABULARY = 12
 
@@ -165,9 +167,15 @@ def test_more_of_the_likeliest_than_there_are() -> None:
         ({"max_tokens": -1}, "max_tokens=-1"),
         ({"temperature": -0.1}, "greedy"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": -0.1}, "top_p=-0.1"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"min_p": float("nan")}, "min_p=nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        ({"logit_bias": ((3, 100.5),)}, "logit_bias=100.5 for token 3"),
+        ({"logit_bias": ((3, float("nan")),)}, "logit_bias=nan"),
         ({"presence_penalty": float("inf")}, "presence_penalty=inf"),
         ({"logprobs": -1}, "logprobs=-1"),
         ({"prompt_logprobs": -2}, "prompt_logprobs=-2"),
@@ -178,3 +186,144 @@ def test_values_that_cannot_be(change, message) -> None:
     check_sampling(Sampling(max_tokens=1))
     with pytest.raises(ConfigError, match=message):
         check_sampling(Sampling(**({"max_tokens": 1} | change)))
+
+
+def twin(
+    logits_V: torch.Tensor, before: list[int], answer: list[int], how: Sampling
+) -> list[float]:
+    """Slow and obvious: the scores from which the next token is chosen, before temperature."""
+    scores, biases = [float(value) for value in logits_V], dict(how.logit_bias)
+    for token in range(len(scores)):
+        scores[token] += biases.get(token, 0.0)
+        if token in (*before, *answer):
+            high = scores[token] > 0
+            factor = how.repetition_penalty
+            scores[token] = scores[token] / factor if high else scores[token] * factor
+        scores[token] -= how.frequency_penalty * answer.count(token)
+        scores[token] -= how.presence_penalty * (token in answer)
+    return scores
+
+
+changes = st.fixed_dictionaries(
+    {
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7, 5.0]),
+        "presence_penalty": st.sampled_from([0.0, 0.5, -1.0]),
+        "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "logit_bias": st.dictionaries(
+            st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, -1.5, 0.5, 3.0]), max_size=4
+        ).map(lambda biases: tuple(biases.items())),
+    }
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 99),
+    before=st.lists(st.integers(0, VOCABULARY + 3), max_size=5),  # some have no logit
+    crowd=st.lists(changes, min_size=1, max_size=4),
+)
+def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
+    """Against the twin, step by step, and as each would have it alone."""
+    all_how = [Sampling(max_tokens=6, temperature=0.0, **one) for one in crowd]
+    choosers = [Chooser(how, context=before) for how in all_how]
+    alone = [Chooser(how, context=before) for how in all_how]
+    answers: list[list[int]] = [[] for _ in crowd]
+    for step in range(6):
+        logits_NV = rows(len(crowd), seed * 10 + step)
+        kept_NV = logits_NV.clone()
+        chosen = choose(logits_NV, choosers)
+        assert torch.equal(logits_NV, kept_NV), "the model's own logits stay"
+        for row_V, how, one, answer, got in zip(
+            logits_NV, all_how, alone, answers, chosen, strict=True
+        ):
+            scores = twin(row_V, before, answer, how)
+            assert got is not None
+            assert scores[got[0]] == pytest.approx(max(scores), abs=1e-4)
+            assert choose(row_V[None], [one]) == [got]
+            answer.append(got[0])
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 99),
+    context=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6),
+    penalty=st.sampled_from([1.0, 1.2, 0.5]),
+    biases=st.dictionaries(
+        st.integers(0, VOCABULARY - 1), st.sampled_from([-9.0, 2.0]), max_size=3
+    ),
+    always=st.sets(st.integers(0, VOCABULARY + 1), max_size=3),
+    first=st.sets(st.integers(0, VOCABULARY - 1), max_size=3),
+    sequences=st.sets(st.lists(st.integers(0, 3), min_size=2, max_size=3).map(tuple), max_size=6),
+    top_k=st.sampled_from([0, 1, 4]),
+    top_p=st.sampled_from([0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+)
+def test_what_may_be_drawn_is_what_transformers_leaves(
+    seed, context, penalty, biases, always, first, sequences, top_k, top_p, min_p
+) -> None:
+    """Whatever is combined, with transformers' processors in transformers' order."""
+    processors = transformers.LogitsProcessorList()
+    if biases:
+        pairs = {(token,): bias for token, bias in biases.items()}
+        processors.append(transformers.SequenceBiasLogitsProcessor(pairs))
+    if penalty != 1:
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(penalty))
+    if sequences:
+        listed = [list(sequence) for sequence in sequences]
+        processors.append(transformers.NoBadWordsLogitsProcessor(listed))
+    processors.append(transformers.SuppressTokensLogitsProcessor(sorted(always)))
+    processors.append(
+        transformers.SuppressTokensAtBeginLogitsProcessor(sorted(first), len(context))
+    )
+    processors.append(TemperatureLogitsWarper(0.8))
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    processors.append(transformers.MinPLogitsWarper(min_p))
+    how = Sampling(
+        max_tokens=2, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        repetition_penalty=penalty, logit_bias=tuple(biases.items()),
+    )  # fmt: skip
+    rules = Suppressed(always=frozenset(always), first=frozenset(first), sequences=tuple(sequences))
+    for _ in range(20):
+        chooser, text = Chooser(how, context=context, suppressed=rules), list(context)
+        for step in range(2):
+            logits_1V = rows(1, seed * 10 + step)
+            shares = processors(torch.tensor([text]), logits_1V)[0].softmax(-1)
+            (chosen,) = choose(logits_1V, [chooser])
+            assert chosen is not None and shares[chosen[0]] > 0
+            if shares.max() > 0.999:
+                assert chosen[0] == int(shares.argmax())
+            text.append(chosen[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), top_p=st.sampled_from([0.6, 1.0]), min_p=st.floats(0, 1))
+def test_min_p_keeps_what_transformers_keeps(seed, top_p, min_p) -> None:
+    logits_1V = rows(1, seed)
+    kept_1V = TopPLogitsWarper(top_p)(None, logits_1V) if top_p < 1 else logits_1V
+    shares = transformers.MinPLogitsWarper(min_p)(None, kept_1V)[0].softmax(-1)
+    allowed = {token for token, share in enumerate(shares.tolist()) if share > 0}
+    likely = {token for token, share in enumerate(shares.tolist()) if share > 0.05}
+    found = drawn(logits_1V[0], 300, top_p=top_p, min_p=min_p)
+    assert likely <= found.keys() <= allowed
+    for token, share in enumerate(shares.tolist()):
+        assert found[token] / 300 == pytest.approx(share, abs=0.12)
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 1}])
+def test_greedy_has_several_names(greedy) -> None:
+    (logits_V,) = rows(1)
+    assert drawn(logits_V, 20, **greedy) == {int(logits_V.argmax()): 20}
+    assert Chooser(Sampling(max_tokens=1, **greedy)).plain
+
+
+def test_a_request_without_any_token_left_ends_alone() -> None:
+    everything = Suppressed(always=frozenset(range(VOCABULARY)))
+    choosers = [
+        Chooser(Sampling(max_tokens=1, temperature=temperature), suppressed=everything)
+        for temperature in (0.0, 1.0)
+    ]
+    chosen = choose(rows(3), [*choosers, Chooser(Sampling(max_tokens=1))])
+    assert chosen[:2] == [None, None] and chosen[2] is not None

@@ -160,7 +160,7 @@ def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
         ("/v1/completions", {"prompt": [1.5] * 1000}),
         ("/v1/completions", {"prompt": [[1.5] * 500] * 2}),
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [-1] * 1000}),
-        ("/v1/completions", {"prompt": "a", "logit_bias": {str(n): 1 for n in range(1000)}}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(n): "x" for n in range(1000)}}),
         ("/v1/completions", {"prompt": "a"} | {f"field{n}": 1 for n in range(1000)}),
         ("/v1/chat/completions", {"messages": [{}] * 1000}),
         ("/v1/chat/completions", {"messages": [{f"field{n}": 1 for n in range(1000)}]}),

@@ -35,7 +35,8 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_without_anything_the_reference_model_on_loopback(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, (room, *_), engine, settings),) = given
+    ((model, (room, *_), engine, settings, following),) = given
+    assert following == "auto"
     assert (model, room.memory, room.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
@@ -47,11 +48,13 @@ def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Pa
     file.write_text(
         "model: from-file\nport: 1\nmemory: 1GiB\nmax-concurrency: 3\nmode: virtual\n"
         "cors_origin: [https://a.example, https://b.example]\nhost: ::1\napi_key: file\n"
+        "generation-config: none\n"
     )
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
-    ((model, (room, misses, _planned), engine, settings),) = given
+    ((model, (room, misses, _planned), engine, settings, following),) = given
+    assert following == "none"
     assert (settings.port, room.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, misses.mode) == ("from-file", 3, "virtual")
     assert settings.origins == ("https://a.example", "https://b.example")
@@ -69,9 +72,11 @@ def test_every_option_has_a_variable(given) -> None:
         "MOEFIT_SERVED_MODEL_NAME": "me", "MOEFIT_MAX_MODEL_LEN": "50", "MOEFIT_MAX_WAITING": "5",
         "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
+        "MOEFIT_GENERATION_CONFIG": "none",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
-    ((_, (room, misses, _planned), engine, settings),) = given
+    ((_, (room, misses, _planned), engine, settings, following),) = given
+    assert following == "none"
     assert (room.memory, room.host_memory, misses.mode) == ("3GiB", "1GiB", "bounded")
     assert (misses.prefill, misses.bound, room.precision) == ("bounded", 0.2, "int4")
     assert (room.rest, room.context, room.device) == ("int8", 99, "cuda")
@@ -104,7 +109,7 @@ def test_one_value_is_a_list_of_one(given, tmp_path: Path) -> None:
     file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")
     done = RUNNER.invoke(app, ["serve", "--config", str(file)])
     assert done.exit_code == 0, done.output
-    ((_, _, engine, settings),) = given
+    ((_, _, engine, settings, _),) = given
     assert settings.origins == ("https://a.example",)
     assert (settings.name, engine.max_model_len) == ("7", None)
 
@@ -313,7 +318,8 @@ def test_logits_of_all_requests_are_in_the_budget(monkeypatch) -> None:
 
     monkeypatch.setattr(server, "load_served", load)
     RUNNER.invoke(app, ["serve", "--port", "0", "--max-concurrency", "5"])
-    assert loaded == [{"sequences": 5, "prompt_logits": 16 << 20}]
+    (how,) = loaded
+    assert (how["sequences"], how["prompt_logits"]) == (5, 16 << 20)
 
 
 @pytest.mark.parametrize("seconds", ["inf", "-1"])

@@ -8,9 +8,17 @@ import typer
 
 from moefit.cli.app import app, say
 from moefit.cli.budget import ApiKey
-from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.options import (
+    MISSES,
+    ROOM,
+    Following,
+    GenerationConfig,
+    Misses,
+    Room,
+    spread,
+)
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served
+from moefit.cli.serving import load_served, say_generation
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
 from moefit.server.client import Client
@@ -32,9 +40,18 @@ def chat(
     api_key: ApiKey = None,
     system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of one answer")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1)] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=2, help="0 is greedy; the server's, or the model's and else 0.7, if none"
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="the server's, or the model's and else 1, if none"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
+    generation_config: GenerationConfig = Following.auto,
     room: Room = ROOM,
     misses: Misses = MISSES,
     planned: Planned = NOTHING_PLANNED,
@@ -42,13 +59,18 @@ def chat(
     """Answers go to standard output as they come."""
     manner = Manner(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if url is not None:
-        if model is not None or room.wanted or misses.wanted or planned.wanted:
-            raise ConfigError("the server at --url has its model and memory; give one or the other")
+        followed = generation_config is Following.auto
+        if model is not None or room.wanted or misses.wanted or planned.wanted or not followed:
+            raise ConfigError(
+                "the server at --url has its model, memory and defaults; give one or the other"
+            )
         _talk(RemotePartner(Client(url, api_key)), manner, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
-    with load_served(model, room, misses, planned) as served:
+    following = generation_config.value
+    with load_served(model, room, misses, planned, generation_config=following) as served:
+        say_generation(served.generation)
         engine = Engine(served)
         engine.start()
         try:

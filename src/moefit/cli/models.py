@@ -13,15 +13,30 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
-from moefit.cli.options import MISSES, ROOM, Misses, Refetch, Room, spread
+from moefit.cli.options import (
+    MISSES,
+    ROOM,
+    Following,
+    GenerationConfig,
+    Misses,
+    Refetch,
+    Room,
+    spread,
+)
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import ledger_table, load_served, shared_steps, speed_table
+from moefit.cli.serving import (
+    ledger_table,
+    load_served,
+    say_generation,
+    shared_steps,
+    speed_table,
+)
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import bandwidth_apart
-from moefit.evaluate.loading import REFERENCE, config_of, load
+from moefit.evaluate.loading import REFERENCE, config_of, load, locate
 from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.model_folder import refuse_without_tokenizer
@@ -29,6 +44,7 @@ from moefit.moe.routing import Rule
 from moefit.serve.budget import format_bytes
 from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.generation import use_generation_config
 from moefit.serve.packed import open_packed
 from moefit.serve.reckon import beginning, ledger
 from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
@@ -44,29 +60,45 @@ def generate(
         str | None, typer.Option(help="inference rule; the model's own if none")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; the model's and else greedy if none")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="the model's and else 1 if none")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    generation_config: GenerationConfig = Following.auto,
     room: Room = ROOM,
     misses: Misses = MISSES,
     planned: Planned = NOTHING_PLANNED,
 ) -> None:
     """Writes the continuation to standard output as it comes."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    sampling["max_new_tokens"] = max_new_tokens
+    sampling = {**_sampling(temperature, top_p), "max_new_tokens": max_new_tokens}
+    following = generation_config.value
     torch.manual_seed(seed)
     refuse_without_tokenizer(folder_of(model))
     if room.wanted or misses.wanted or planned.wanted:
-        with load_served(model, room, misses, planned) as served:
+        with load_served(model, room, misses, planned, generation_config=following) as served:
+            say_generation(served.generation, engine=False)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
     loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
+    followed = use_generation_config(loaded, locate(model), tokenizer, following)
+    say_generation(followed, engine=False)
     with nullcontext() if rule is None else subject_of(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, sampling)
+
+
+def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """What was asked for, as transformers' `generate` takes it; else the model's own, or greedy."""
+    given = {} if top_p is None else {"top_p": top_p}
+    if temperature == 0 or top_p == 0:
+        return {"do_sample": False}
+    if temperature is None:
+        return given
+    return {"do_sample": True, "temperature": temperature, **given}
 
 
 def _stream(

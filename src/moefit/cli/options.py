@@ -142,6 +142,21 @@ class Misses:
         return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill, **refetch}
 
 
+class Following(StrEnum):
+    """Whether generation_config.json is followed."""
+
+    auto = "auto"
+    none = "none"
+
+
+GenerationConfig = Annotated[
+    Following,
+    typer.Option(
+        help="auto: the model's generation_config.json says how tokens are chosen where nothing "
+        "else does; none: nothing but end tokens is taken from it"
+    ),
+]
+
 ROOM, MISSES = Room(), Misses()
 """The defaults."""
 

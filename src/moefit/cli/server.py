@@ -10,10 +10,18 @@ import typer
 from moefit.api import folder_of
 from moefit.cli.app import app, say, stopped
 from moefit.cli.config_file import ConfigFile
-from moefit.cli.options import MISSES, ROOM, Misses, Room, spread
+from moefit.cli.options import (
+    MISSES,
+    ROOM,
+    Following,
+    GenerationConfig,
+    Misses,
+    Room,
+    spread,
+)
 from moefit.cli.plan_order import PlanOrder
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_planned, load_served, shared_steps
+from moefit.cli.serving import load_planned, load_served, say_generation, shared_steps
 from moefit.engine.engine import Engine
 from moefit.engine.settings import EngineSettings
 from moefit.evaluate.loading import REFERENCE
@@ -62,6 +70,7 @@ def serve(
     prefill_chunk: Annotated[
         int, typer.Option(min=1, help="prompt tokens in one step, so that answers go on between")
     ] = 128,
+    generation_config: GenerationConfig = Following.auto,
     chat_tokens: Annotated[
         int, typer.Option(min=1, help="most tokens of a chat answer, if the request does not say")
     ] = 512,
@@ -93,7 +102,7 @@ def serve(
         drain_seconds=drain_seconds,
     )
     server.check()
-    _serve(model, (room, misses, planned), engine, server)
+    _serve(model, (room, misses, planned), engine, server, generation_config.value)
 
 
 def public_name(model: str) -> str:
@@ -107,11 +116,13 @@ def _serve(
     asked: tuple[Room, Misses, Planned],
     engine_settings: EngineSettings,
     settings: ServerSettings,
+    following: str,
 ) -> None:
     with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
-        served, plan = _loaded(model, asked, engine_settings)
+        served, plan = _loaded(model, asked, engine_settings, following)
+        say_generation(served.generation)
         with served:
             _ = served.tokenizer  # raises for one that is damaged: clients send texts
             engine = Engine(served, engine_settings)
@@ -137,13 +148,13 @@ def _serve(
 
 
 def _loaded(
-    model: str, asked: tuple[Room, Misses, Planned], settings: EngineSettings
+    model: str, asked: tuple[Room, Misses, Planned], settings: EngineSettings, following: str
 ) -> tuple[ServedModel, Plan | None]:
     """With room for the logits of requests that run together."""
-    logits = shared_steps(settings.max_concurrency)
+    how = {**shared_steps(settings.max_concurrency), "generation_config": following}
     if asked[2].wanted:
-        return load_planned(model, *asked, **logits)
-    return load_served(model, *asked, **logits), None
+        return load_planned(model, *asked, **how)
+    return load_served(model, *asked, **how), None
 
 
 def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:

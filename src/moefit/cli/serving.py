@@ -29,6 +29,7 @@ from moefit.plan.plan_file import Plan
 from moefit.plan.report import in_a_line
 from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.dsmoe_rules import use_rule
+from moefit.serve.generation import GenerationDefaults
 from moefit.serve.loading import Progress
 from moefit.serve.reckon import Beginning
 from moefit.serve.served import ServedModel
@@ -101,6 +102,26 @@ def _remark(served: ServedModel, model: str, room: Room) -> None:
         say(
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
+        )
+
+
+def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> None:
+    """Say what generation_config.json does to answers.
+
+    engine: it is the engine that makes them, which does not follow all settings.
+    """
+    if given := generation.sampling():
+        listed = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        say(
+            f"from the model's generation_config.json, where nothing else is asked: {listed} "
+            "(--generation-config none leaves them out)"
+        )
+    if generation.suppressed:
+        say("note: the model's generation_config.json suppresses tokens, and none of them is made")
+    if generation.unfollowed and engine:
+        say(
+            f"note: {', '.join(generation.unfollowed)} of the model's generation_config.json are "
+            "not followed; answers may differ from those of transformers"
         )
 
 

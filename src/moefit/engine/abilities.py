@@ -37,6 +37,11 @@ class Abilities:
             raise ConfigError(
                 f"token {wrong[0]} does not exist; the model's are 0 to {self.vocabulary - 1}"
             )
+        if wrong := [token for token, _ in sampling.logit_bias if not 0 <= token < self.vocabulary]:
+            raise ConfigError(
+                f"logit_bias for token {wrong[0]}, which does not exist; the model's are 0 to "
+                f"{self.vocabulary - 1}"
+            )
         if sampling.stop and self.language.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and the model's folder has none")
         if sampling.prompt_logprobs is not None and not self.language.continues:
@@ -90,13 +95,14 @@ def _longest(text_config: Any, wanted: int | None, context: int) -> int:
 def _language(served: ServedModel) -> Language:
     model: Any = served.model
     ends = model.generation_config.eos_token_id
-    ids = [ends] if isinstance(ends, int) else list(ends or ())
     try:
         tokenizer = served.tokenizer
     except ConfigError:
         tokenizer = None
     return Language(
         tokenizer=tokenizer,
-        ends=frozenset(ids),
+        ends=frozenset([ends] if isinstance(ends, int) else ends or ()),
         continues=not model.config.is_encoder_decoder,
+        start=served.generation.start,
+        suppressed=served.generation.suppressed,
     )

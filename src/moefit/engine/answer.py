@@ -26,6 +26,7 @@ from moefit.engine.runners import Work
 from moefit.engine.sampler import Chooser, logprobs_of
 from moefit.engine.scheduler import Piece
 from moefit.engine.text import TextStream
+from moefit.serve.generation import NOT_SUPPRESSED, Suppressed
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,12 +35,15 @@ _LOG = logging.getLogger(__name__)
 class Language:
     """What an answer is read with. tokenizer None: it is tokens alone.
 
-    ends: the tokens that end a text. continues: the answer goes on from the prompt's text.
+    ends: the tokens that end a text. continues: the answer goes on from the prompt's text; if not,
+    it goes on from the token `start`. suppressed: tokens that no answer may have.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     ends: frozenset[int]
     continues: bool = True
+    start: int | None = None
+    suppressed: Suppressed = NOT_SUPPRESSED
 
 
 class Answer:
@@ -74,6 +78,9 @@ class Answer:
             self._text = TextStream(language.tokenizer, self.sampling.stop, after=after)
         ends = frozenset() if self.sampling.ignore_eos else language.ends
         self._ends = ends | self.sampling.stop_ids
+        begin = () if language.start is None else (language.start,)
+        context = self.prompt if language.continues else begin
+        self.chooser = Chooser(self.sampling, context=context, suppressed=language.suppressed)
 
     def begin(self) -> None:
         """It has a place from now on."""

@@ -14,7 +14,13 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Sampling:
     """How tokens are chosen and when to stop.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 keep all tokens. seed None: another each time.
+    temperature 0 is greedy, and so are top_p 0 and top_k 1. top_k 0, top_p 1 and min_p 0 keep all
+    tokens; min_p drops those whose share is below it times the largest. seed None: another each
+    time.
+    repetition_penalty: divides the positive logits of tokens that the prompt or the answer has, and
+    multiplies their negative ones; 1 changes nothing. presence_penalty, frequency_penalty: are
+    subtracted for tokens of the answer, once and for each time. logit_bias: (token, what is added
+    to its logit).
     stop: texts that end the answer and are not part of it; stop_ids: tokens that do (the model's
     end-of-sequence tokens are added by the engine unless ignore_eos).
     logprobs: how many of the most probable tokens are told with each token; None tells none and
@@ -25,8 +31,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()

@@ -23,6 +23,7 @@ from moefit.serve.budget import MemoryBudget, format_bytes
 from moefit.serve.copies import CpuCopies, CudaCopies
 from moefit.serve.dsmoe_rules import follow_rules
 from moefit.serve.eviction import POLICIES
+from moefit.serve.generation import use_generation_config
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ladders import AUTO, ladders_of
@@ -102,7 +103,11 @@ def _parts(
     progress: Progress,
 ) -> ServedParts:
     """Everything but slots; `undo` closes what was opened."""
-    device = parse_device(settings.device)
+    device, folder = parse_device(settings.device), skeleton.checkpoint.folder
+    tokenizer = _tokenizer(folder)
+    known = None if isinstance(tokenizer, str) else tokenizer
+    following = settings.generation_config  # read before gigabytes are: it may be damaged
+    generation = use_generation_config(skeleton.model, folder, known, following)
     blocks_by_name = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks_by_name, packed)
     undo.callback(store.close)
@@ -124,15 +129,16 @@ def _parts(
         encode_rest(model, rest, skeleton.blocks, partial(progress, "other weights"))
     return_freed_memory()
     return ServedParts(
-        folder=skeleton.checkpoint.folder,
+        folder=folder,
         model=model,
-        tokenizer=_tokenizer(skeleton.checkpoint.folder),
+        tokenizer=tokenizer,
+        generation=generation,
         budget=budget,
         blocks=blocks,
         store=store,
         tier=tier,
         live=live,
-        reckoner=Reckoner(skeleton.checkpoint.folder, settings, budget.process, packed),
+        reckoner=Reckoner(folder, settings, budget.process, packed),
         hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
     )
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.serve.budget import MemoryBudget
+from moefit.serve.generation import GenerationDefaults
 from moefit.serve.host_tier import HostTier
 from moefit.serve.live import Live
 from moefit.serve.reckoner import Reckoner
@@ -25,6 +26,7 @@ class ServedParts:
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | str
+    generation: GenerationDefaults
     budget: MemoryBudget
     blocks: Mapping[str, VirtualExperts]
     store: ExpertStore

@@ -37,7 +37,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
-        self.reckoner = parts.reckoner
+        self.reckoner, self.generation = parts.reckoner, parts.generation
         self._upgrades: Upgrades | None = None
         self._hooks = (
             *parts.hooks,
@@ -73,7 +73,8 @@ class ServedModel:
 
     def _context(self) -> int | None:
         """The most tokens that a step may hold; without a budget there is no limit."""
-        return None if self._budget.total is None else self._budget.context
+        budget = self._budget  # another one may take its place meanwhile
+        return None if budget.total is None else budget.context
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
@@ -89,7 +90,12 @@ class ServedModel:
         Raises BudgetTooSmallError, or OSError where the system has no such memory; everything is
         then as it was.
         """
-        budget = self._budget.with_total(None if memory is None else parse_bytes(memory))
+        total = None if memory is None else parse_bytes(memory)
+        with self._live.lock:  # also while it is reckoned from the one in force
+            return self._set_total(total)
+
+    def _set_total(self, total: int | None) -> MemoryBudget:
+        budget = self._budget.with_total(total)
         counts = budget.slots()
         if self._budget.planned is not None and budget.planned is None:
             alike = {
@@ -128,11 +134,12 @@ class ServedModel:
         cannot be, OSError where the system has no such memory; all is then as it was, but experts
         may have to come again.
         """
-        policy = self.checked_policy(mode, **settings)
+        self.checked_policy(mode, **settings)  # refuses before the ledger is made, which takes long
         total = None if memory is None else parse_bytes(memory)
         budget = self.reckoner.budget(placement, total)
         budget.slots()  # refuses what does not fit
         with self._live.lock:
+            policy = self.checked_policy(mode, **settings)
             self._take(placement, budget, policy, placed=True)
             self._live.manager = manager or self._live.manager
         return budget
@@ -194,8 +201,8 @@ class ServedModel:
         Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
         routing rule is not known, so that nothing but exact is possible.
         """
-        policy = self.checked_policy(mode, **settings)
-        with self._live.lock:
+        with self._live.lock:  # also while it is made of the one in force, or changes are lost
+            policy = self.checked_policy(mode, **settings)
             if policy.residency == "fixed":
                 self._settle()
             self._live.policy = policy
@@ -270,9 +277,10 @@ class ServedModel:
         try:
             yield
         finally:
-            self._live.policy = before
-            for name in counters.__slots__:
-                setattr(self._live.counters, name, getattr(counters, name))
+            with self._live.lock:
+                self._live.policy = before
+                for name in counters.__slots__:
+                    setattr(self._live.counters, name, getattr(counters, name))
 
     def check(self) -> None:
         """Raise AssertionError if tables, slots or bytes don't agree."""

@@ -12,6 +12,8 @@ from moefit.errors import ConfigError
 from moefit.formats.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.moe.families import MoeBlock
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.generation import AUTO as AUTO_GENERATION
+from moefit.serve.generation import NONE as NO_GENERATION
 from moefit.serve.ladders import AUTO
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import Placement
@@ -36,6 +38,8 @@ class LoadSettings:
     on an expert is computed from a better copy (see `Policy`); room for copies is reserved.
     sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
     logits in a step, where they are asked for.
+    generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes nothing
+    but special tokens from it.
     """
 
     memory: str | int | None = None
@@ -54,6 +58,7 @@ class LoadSettings:
     sequences: int = 1
     prompt_logits: int = 0
     refetch: float | None = None
+    generation_config: str = AUTO_GENERATION
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
@@ -68,6 +73,11 @@ class LoadSettings:
                 f"{self.precision!r}; give one of the two"
             )
         self._check_refetch()
+        if self.generation_config not in (AUTO_GENERATION, NO_GENERATION):
+            raise ConfigError(
+                f"generation_config={self.generation_config!r} is neither 'auto' (follow the "
+                "model's generation_config.json) nor 'none' (take nothing but special tokens)"
+            )
         self.formats()  # these refuse names that do not exist
         self.rest_format()
         if self.eviction not in POLICIES:

@@ -1,16 +1,28 @@
 """What may be asked for: the bodies of requests, strictly.
 
 Owns which parameters there are. One that is not done here is refused, unless it has the value that
-clients send when they want nothing of it: those are `None`, `False` or one word below. Also that a
-body of nothing but mistakes gives few errors: one would take a kilobyte for each of a million.
+clients send when they want nothing of it: null for any, and those in `NEUTRAL` or below. Also that
+a body of nothing but mistakes gives few errors: one would take a kilobyte for each of a million.
 Knows nothing of how a request is carried out.
 """
 
+from collections.abc import Mapping
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar
+from math import isfinite
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from moefit.engine.sampler import MAX_BIAS, REPETITION
 
 T = TypeVar("T")
 _TOLD = 8  # unknown fields of one object
@@ -19,23 +31,56 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 NothingHere = Annotated[Items[str], Field(max_length=0)]
-Empty = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+def _biases(given: Any) -> Any:
+    """Refuse the first bias that cannot be; an error for each would take too much."""
+    if not isinstance(given, dict):
+        return given  # the type says what is wrong
+    for token, bias in given.items():
+        name = str(token)[:40]
+        if not (name.isascii() and name.isdigit() and int(name) < 2**31):
+            raise PydanticCustomError("token", "'{name}' is no token's number", {"name": name})
+        if type(bias) not in (int, float) or not isfinite(bias) or abs(bias) > MAX_BIAS:
+            raise PydanticCustomError(
+                "bias",
+                "the bias of token {name} is no number from {low} to {high}",
+                {"name": name, "low": f"{-MAX_BIAS:g}", "high": f"{MAX_BIAS:g}"},
+            )
+    return given
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(_biases)]
+"""What is added to tokens' logits, by a token's number."""
 
 
 class Strict(BaseModel):
-    """An unknown field is an error, and so is a number in quotes."""
+    """An unknown field is an error, and so is a number in quotes; one that is null is nothing.
+
+    NEUTRAL: values of fields that are not done here which ask for nothing but what is done.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, given: Any) -> Any:
-        """The same without all but a few of its unknown fields."""
-        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+        """The same without unknown fields that ask for nothing, and a few of the others."""
+        if not isinstance(given, dict) or given.keys() <= cls.model_fields.keys():
             return given
         known = {name: given[name] for name in cls.model_fields if name in given}
-        unknown = (name for name in given if name not in cls.model_fields)
+        unknown = (
+            name for name in given if name not in known and not cls._asks_nothing(given, name)
+        )
         return known | {name: given[name] for name in islice(unknown, _TOLD)}
+
+    @classmethod
+    def _asks_nothing(cls, given: Mapping[str, Any], name: str) -> bool:
+        """Whether an unknown field is null or neutral; 1 and true differ, 1 and 1.0 do not."""
+        value, neutral = given[name], cls.NEUTRAL.get(name)
+        alike = isinstance(value, bool) == isinstance(neutral, bool)
+        return value is None or (neutral is not None and alike and value == neutral)
 
 
 class StreamOptions(Strict):
@@ -48,13 +93,22 @@ class StreamOptions(Strict):
 class Generation(Strict):
     """What completions and chats have in common.
 
-    `top_k`, `stop_token_ids` and `ignore_eos` are no parameters of OpenAI's.
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. `store`,
+    `metadata`, `service_tier` and `user` are taken, and change nothing here.
     """
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        "min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "early_stopping": False,
+        "typical_p": 1, "no_repeat_ngram_size": 0, "skip_special_tokens": True,
+        "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "priority": 0,
+    }  # fmt: skip
 
     model: str | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=REPETITION[0], le=REPETITION[1])
     n: int | None = Field(default=None, ge=1, le=1024)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -65,7 +119,10 @@ class Generation(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    logit_bias: Empty | None = None
+    logit_bias: Biases | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
 
 
 class CompletionAsked(Generation):
@@ -81,7 +138,7 @@ class CompletionAsked(Generation):
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1, le=1024)
-    suffix: None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
 
 
 class TextPart(Strict):
@@ -180,9 +237,6 @@ class ChatAsked(Generation):
     reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    metadata: Empty | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -141,7 +141,7 @@ def _unsupported(error: Mapping[str, Any]) -> str | None:
     """Why a parameter is none of ours, if it is none; some may be there, with nothing in them."""
     if error["type"] == "extra_forbidden":
         return "this server does not know it, and ignores nothing"
-    empty = error["type"] == "too_long" and error["ctx"]["max_length"] == 0
+    empty = error["type"] in ("too_long", "string_too_long") and error["ctx"]["max_length"] == 0
     if empty or error["type"] == "none_required":
         return "this server does not do it; leave it out"
     return None

@@ -5,7 +5,7 @@ the shape of answers.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import time
@@ -114,7 +114,7 @@ class Service:
                 param="n",
                 code="too_many_answers",
             )
-        if asked.stream_options is not None and not asked.stream:
+        if asked.stream_options and asked.stream_options.include_usage and not asked.stream:
             raise Refused(400, "stream_options is for stream=true alone", param="stream_options")
         return n
 
@@ -138,16 +138,23 @@ class Service:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
     ) -> Sampling:
-        """How the answer is to be chosen; OpenAI's defaults for what is not given."""
-        self.words.check_ids(asked.stop_token_ids or ())
+        """How the answer is to be chosen.
+
+        What is not given is as the model's generation_config.json has it, else as OpenAI has it.
+        """
+        default = self.engine.served.generation
+        self._check_tokens(asked.stop_token_ids or (), "stop_token_ids")
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         if not all(map(is_unicode, stop)):
             raise Refused(400, "a stop text has half a character in it", param="stop")
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            top_k=max(0, asked.top_k or 0),
+            temperature=_first(asked.temperature, default.temperature, 1.0),
+            top_p=_first(asked.top_p, default.top_p, 1.0),
+            top_k=max(0, int(_first(asked.top_k, default.top_k, 0))),
+            min_p=_first(asked.min_p, default.min_p, 0.0),
+            repetition_penalty=_first(asked.repetition_penalty, default.repetition_penalty, 1.0),
+            logit_bias=self._biases(asked),
             presence_penalty=asked.presence_penalty or 0.0,
             frequency_penalty=asked.frequency_penalty or 0.0,
             seed=asked.seed,
@@ -157,6 +164,24 @@ class Service:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _check_tokens(self, ids: Iterable[int], field: str) -> None:
+        """Refuse a token that the model does not have, by the name of the field it stands in."""
+        try:
+            self.words.check_ids(list(ids))
+        except ConfigError as error:
+            raise Refused(400, f"{field}: {error}", param=field, code="invalid_value") from error
+
+    def _biases(self, asked: Generation) -> tuple[tuple[int, float], ...]:
+        """What is added to tokens' logits. Raises Refused for a token that does not exist."""
+        biases = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
+        self._check_tokens(biases, "logit_bias")
+        return tuple((token, bias) for token, bias in biases.items() if bias)
+
+
+def _first(*values: float | None) -> float:
+    """The first that is given."""
+    return next(value for value in values if value is not None)
 
 
 def numbered(sampling: Sampling, n: int) -> Sequence[Sampling]:

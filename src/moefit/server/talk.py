@@ -4,26 +4,28 @@ Owns how an answer comes out of either, piece by piece. Knows nothing of termina
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from moefit.engine.engine import Engine
 from moefit.engine.request import Event, Finished, Prompt, Sampling
 from moefit.errors import ConfigError
+from moefit.serve.generation import GenerationDefaults
 from moefit.server.client import Client
 from moefit.server.vocabulary import Vocabulary
 
 Turn = dict[str, str]
+TEMPERATURE = 0.7  # of a model here whose checkpoint names none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manner:
-    """How to answer; see `Sampling`."""
+    """How to answer; see `Sampling`. None: as who answers does it."""
 
     max_tokens: int
-    temperature: float
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int | None = None
 
 
@@ -56,14 +58,8 @@ class RemotePartner:
 
     def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """See `Partner`."""
-        body: dict[str, Any] = {
-            "model": self.name,
-            "max_tokens": manner.max_tokens,
-            "temperature": manner.temperature,
-            "top_p": manner.top_p,
-        }
-        if manner.seed is not None:
-            body["seed"] = manner.seed
+        given = {name: value for name, value in asdict(manner).items() if value is not None}
+        body: dict[str, Any] = {"model": self.name, **given}
         if self.chats:
             body["messages"] = list(turns)
             for event in self._client.stream("/v1/chat/completions", body):
@@ -90,7 +86,8 @@ class LocalPartner:
     def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """See `Partner`. Raises ConfigError, RequestTooLargeError."""
         events: SimpleQueue[Event] = SimpleQueue()
-        request = self._engine.submit(self._ids(turns), _sampling(manner), events.put)
+        sampling = _sampling(manner, self._engine.served.generation)
+        request = self._engine.submit(self._ids(turns), sampling, events.put)
         try:
             while True:
                 event = events.get()
@@ -110,10 +107,7 @@ class LocalPartner:
         return self._words.ids(self._words.conversation(turns), special=False)
 
 
-def _sampling(manner: Manner) -> Sampling:
-    return Sampling(
-        max_tokens=manner.max_tokens,
-        temperature=manner.temperature,
-        top_p=manner.top_p,
-        seed=manner.seed,
-    )
+def _sampling(manner: Manner, default: GenerationDefaults) -> Sampling:
+    """What is not given is as the model's generation_config.json has it."""
+    given = {name: value for name, value in asdict(manner).items() if value is not None}
+    return Sampling(**{"temperature": TEMPERATURE, **default.sampling(), **given})
