@@ -219,6 +219,7 @@ def test_top_p_zero_is_greedy(running) -> None:
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
         ({"logit_bias": {"5": "1"}}, "logit_bias", "token 5"),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias", "token 5"),
         ({"logit_bias": {"5": None}}, "logit_bias", "token 5"),
         ({"logit_bias": {"5": True}}, "logit_bias", "token 5"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "'five' is no token's number"),
