@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check bench setup clean
+.PHONY: demo test test-all test-processors check bench setup clean
 
 setup: $(READY)
 
@@ -18,13 +18,30 @@ demo: $(READY)  ## train a small DS-MoE for a minute, then measure and serve the
 	$(BIN)/moefit demo
 
 # One thread a worker: two workers share two cores, and tiny tensors gain nothing from more.
-test test-all: export OMP_NUM_THREADS = 1
+test test-all test-processors: export OMP_NUM_THREADS = 1
 
 test: $(READY)  ## everything that runs in a few minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: $(READY)  ## the slow ones too
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not download"
+
+# Tests whose results may depend on the processor; the others are about Python alone.
+PROCESSOR_TESTS := $(addprefix tests/test_, $(addsuffix .py, backend compensate_kernel dsmoe_serving \
+	encode_kernel encoder_decoder_serving encoders engine export families format fused invoker \
+	jetmoe_serving kernels model packed packed_attention reference_model reroute rest runners \
+	sampler upgrades))
+PROCESSORS := no-kernels portable avx2 avx512 any
+no-kernels := MOEFIT_KERNELS=torch
+portable := MOEFIT_KERNELS=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+avx2 := MOEFIT_KERNELS=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+avx512 := MOEFIT_KERNELS=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+any := PYTHONPATH=tests PYTEST_PLUGINS=other_rounding
+
+test-processors: $(PROCESSORS:%=test-as-%)  ## those tests as on other processors; some minutes each
+
+test-as-%: $(READY)  ## one of them, as on one of PROCESSORS; TESTS=tests for the whole suite
+	env $($*) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(or $(TESTS),$(PROCESSOR_TESTS))
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -13,6 +13,9 @@ from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
 
 torch.set_num_threads(1)
+# Of the largest output of a block in bfloat16. Products, hidden units and their weighted sum are
+# each rounded by half a step of 2^-8, and in another order of summing some are rounded otherwise.
+BFLOAT16 = 2.0**-4
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
@@ -63,4 +66,39 @@ def greedy(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int = 8) -
 
 def differs_by(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, as a share of the largest value."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+@torch.inference_mode()
+def assert_same_but_for_rounding(
+    served: ServedModel, model: PreTrainedModel, inputs: dict[str, Tensor], share: float = BFLOAT16
+) -> None:
+    """Each block gives what the model's own gives for what entered that, and all else is the same.
+
+    What holds in 16 bits on every processor. The logits of both models need not be near to each
+    other: one sum that is rounded otherwise may turn the choice of an expert in a later block.
+    """
+    for name, parameter in served.model.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    calls = calls_of(model, served, inputs)
+    assert {name for name, *_ in calls} == {n for n, one in served.blocks.items() if one.used}
+    for name, given, named, theirs in calls:
+        ours = served.model.get_submodule(name)(*given, **named)
+        ours, theirs = (one if isinstance(one, Tensor) else one[0] for one in (ours, theirs))
+        assert ours.dtype == theirs.dtype and differs_by(ours, theirs) <= share, name
+
+
+def calls_of(model: PreTrainedModel, served: ServedModel, inputs: dict[str, Tensor]) -> list:
+    """What entered and left the model's own blocks: name, arguments, keyword arguments, output."""
+    calls, hooks = [], []
+    for name in served.blocks:
+        hooks.append(
+            model.get_submodule(name).register_forward_hook(
+                lambda _, given, named, made, name=name: calls.append((name, given, named, made)),
+                with_kwargs=True,
+            )
+        )
+    logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return calls

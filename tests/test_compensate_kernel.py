@@ -7,18 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import HERE, compiled, levels
 from torch import Tensor
 
 from moefit.formats.compensated import SWEEPS, encode_compensated
-from moefit.formats.kernels import LEVELS, Level, kernels
+from moefit.formats.kernels import Level, kernels
 from moefit.formats.matrix import GroupedMatrix
 from moefit.formats.moments import Moments, moments_of
 from moefit.formats.planes import PLANES
 
-pytestmark = pytest.mark.skipif(kernels() is None, reason="the kernels were not compiled")
-BEST = kernels(LEVELS[-1])
-HERE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
-levels = pytest.mark.parametrize("level", HERE)
 BITS = sorted(bits for bits in PLANES if bits > 1)
 widths = pytest.mark.parametrize("bits", BITS)
 SIZES = [(1, 1), (3, 40), (130, 64), (5, 65), (128, 150), (257, 200), (9, 640)]
@@ -91,6 +88,7 @@ def test_it_is_the_plain_way_up_to_rounding(level: Level, bits: int, rows: int, 
     assert loss(fast, weight_RC, moments) == expected
 
 
+@compiled
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 140),

@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import differs_by, greedy, hold, logits, saved, serving
+from serving import (
+    assert_same_but_for_rounding,
+    differs_by,
+    greedy,
+    hold,
+    logits,
+    saved,
+    serving,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -114,12 +122,12 @@ def test_one_slot_a_block_gives_the_models_own_output(name, tmp_path, source, bo
         assert served.report()["fetches"] > len(served.blocks)
 
 
-@pytest.mark.parametrize(("build", "tolerance"), [(switch, 0.0), (nllb, 5e-2)])
-def test_bfloat16(build, tolerance, tmp_path, both):
+@pytest.mark.parametrize("build", [switch, nllb])
+def test_bfloat16(build, tmp_path, both):
     folder = saved(build().to(torch.bfloat16), tmp_path)
     model = type(build()).from_pretrained(folder, dtype=torch.bfloat16).eval()
     with serving(folder) as served:
-        assert differs_by(logits(served.model, both), logits(model, both)) <= tolerance
+        assert_same_but_for_rounding(served, model, both)
 
 
 def test_tokens_are_dropped_in_these_tests(both):
@@ -156,8 +164,9 @@ def test_virtual_mode_is_masked_gating(residents, capacity, tmp_path, source, bo
             if isinstance(module, SwitchTransformersTop1Router):
                 module.register_forward_hook(restricted(residents))
         served.reset()
-        assert differs_by(logits(served.model, both), logits(model, both)) < 1e-6
-        assert differs_by(greedy(served.model, source), greedy(model, source)) < 1e-6
+        # Experts get other numbers of tokens than in the model, and torch may sum those otherwise.
+        assert differs_by(logits(served.model, both), logits(model, both)) < 1e-4
+        assert differs_by(greedy(served.model, source), greedy(model, source)) < 1e-4
         assert served.report()["fetches"] == 0
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
 from moefit.formats.encoders import Encoder, encode
-from moefit.formats.kernels import kernels
+from moefit.formats.kernels import kernels, status
 from moefit.formats.matrix import ROWS_AT_ONCE, groups_of
 from moefit.formats.planes import GROUP, PLANES
 
@@ -26,7 +26,7 @@ HALF, SMALLEST_HALF = 2.0**-11, 2.0**-24  # float16's relative rounding; its lea
 def computing(request):
     """Everything here holds for both ways to compute it."""
     if request.param == "kernels" and kernels() is None:
-        pytest.skip("the kernels were not compiled")
+        pytest.skip(f"no kernels: {status()}")
     way = (lambda: None) if request.param == "torch" else kernels
     with mock.patch("moefit.formats.encoders.kernels", way):
         yield

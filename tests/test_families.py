@@ -1,8 +1,8 @@
 """Every family behind transformers' experts interface, served exactly and virtually.
 
-Measured in float32 on a CPU: the logits are transformers' own bit for bit for all but six of the
-models; those (a clamped gate function in each) differ in the last bits, which is what the tolerance
-is for.
+In float32 the logits of most are transformers' own bit for bit on the processors that were tried;
+those with a clamped gate function differ in the last bits, and on other processors others may,
+which is what the tolerance is for.
 """
 
 import inspect
@@ -14,6 +14,7 @@ import pytest
 import tiny_families
 import torch
 import transformers
+from serving import assert_same_but_for_rounding
 from tiny_families import families, tiny_family, token_ids
 from torch import Tensor
 
@@ -195,11 +196,11 @@ def test_bfloat16(family, tmp_path):
     """Routers that compute in float32 or not, with ties in their scores or not; biases."""
     model = tiny_family(family).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    expected = logits_of(type(model).from_pretrained(tmp_path).eval())
+    model = type(model).from_pretrained(tmp_path).eval()
     with load(tmp_path, LoadSettings(context=64)) as served:
         assert all(experts.scoring is not None for experts in served.blocks.values())
         served.set_memory(served.budget.floor)
-        assert_same(logits_of(served.model), expected, tolerance=1e-2)
+        assert_same_but_for_rounding(served, model, {"input_ids": token_ids(2, 9)})
 
 
 @pytest.mark.skipif(transformers.utils.is_scipy_available(), reason="scipy is installed")

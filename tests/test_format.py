@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import at_level
 from tiny_served import parts_of, tiny
 
 from moefit.errors import CheckpointError, ConfigError
@@ -21,7 +22,7 @@ from moefit.formats.format import (
     parse_format,
     weights_in,
 )
-from moefit.formats.kernels import kernels
+from moefit.formats.kernels import LEVELS, kernels
 from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
 from moefit.formats.planes import PLANES
 from moefit.moe.families import TensorSpec
@@ -130,15 +131,13 @@ def block_and_module(request):
     return block, model.get_submodule(block.name)
 
 
-@pytest.mark.parametrize("kernel_level", ["avx512", "torch"])
+@pytest.mark.parametrize("kernel_level", [*(at_level(one) for one in LEVELS), "torch"])
 @pytest.mark.parametrize("name", ["int8", "int4", "int3-nearest"])
 def test_the_output_is_the_familys_over_decoded_tensors(
     block_and_module, name: str, kernel_level: str, monkeypatch
 ) -> None:
     """Transposed matrices and biases among them (GptOss)."""
-    monkeypatch.setattr(
-        "moefit.formats.kernels.kernels", lambda: kernels(kernel_level), raising=True
-    )
+    monkeypatch.setattr("moefit.formats.backend.kernels", lambda: kernels(kernel_level))
     block, module = block_and_module
     format, specs = FORMATS[name], block.layout.specs
     slot, native = allocate(format, specs, CPU), parts_of(module, block, 3)
@@ -175,7 +174,8 @@ def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, mon
             made_RD = expert_output(block.layout, native, x_RD[:rows])
         assert made_RD.shape == wanted_RD.shape == (rows, 80)
         off = (made_RD.float() - wanted_RD.float()).abs().max()
-        assert off <= 2.0**-7 * wanted_RD.float().abs().max()
+        # Torch may sum another number of rows otherwise, and then it rounds otherwise.
+        assert off <= 4 * torch.finfo(dtype).eps * wanted_RD.float().abs().max()
 
 
 @pytest.mark.parametrize("name", ["int8", "int2"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import HERE, missing
 from serving import differs_by, greedy, logits, serving
 from test_encoder_decoder_serving import switch
 from tiny_served import parts_of, saved, tiny, tokens
@@ -19,7 +20,7 @@ import moefit
 from moefit.errors import CheckpointError, ConfigError
 from moefit.formats import kernels as kernels_module
 from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
-from moefit.formats.kernels import SWITCH, Kernels, kernels
+from moefit.formats.kernels import LEVELS, SWITCH, Kernels
 from moefit.moe.families import MoeBlock, TensorSpec
 from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
@@ -53,9 +54,9 @@ def computing(request, monkeypatch):
         monkeypatch.setattr(fused, "backend", lambda device: TritonKernels())
         yield request.param
         return
-    if request.param == "best" and kernels() is None:
-        pytest.skip("the kernels were not compiled here")
-    monkeypatch.setenv(SWITCH, "avx512" if request.param == "best" else "torch")
+    if request.param == "best" and not HERE:
+        pytest.skip(f"no kernels: {missing(LEVELS[0])}")
+    monkeypatch.setenv(SWITCH, HERE[-1] if request.param == "best" else "torch")
     kernels_module.kernels.cache_clear()
     yield request.param
     kernels_module.kernels.cache_clear()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import HERE, MACHINE, compiled, levels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,10 +22,6 @@ from moefit.formats.weighted_sum import plain_weighted_sum
 from moefit.moe.activations import ACTIVATIONS
 
 torch.set_num_threads(1)
-BEST = kernels(LEVELS[-1])
-compiled = pytest.mark.skipif(BEST is None, reason="the kernels were not compiled here")
-HERE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
-levels = pytest.mark.parametrize("level", HERE)
 widths = pytest.mark.parametrize("bits", PLANES)
 NATIVE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = [*NATIVE, *PLANES]
@@ -87,7 +84,6 @@ def assert_product(y_TO: Tensor, x_TI: Tensor, weight: Weight, level: str) -> No
 # One product
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_the_dense_matrixs(level: str, kind) -> None:
@@ -115,7 +111,6 @@ def test_products_of_any_shape_and_size(kind, rows, cols, tokens, size, seed: in
         assert_product(at(level).linear(x_TI, weight), x_TI, weight, level)
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_counts_the_same_in_any_company(level: str, kind) -> None:
@@ -126,7 +121,6 @@ def test_a_token_counts_the_same_in_any_company(level: str, kind) -> None:
         assert torch.equal(at(level).linear(x_TI[t : t + 1], weight)[0], together_TO[t])
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_outliers_cost_no_more_than_the_grid_of_their_group(level: str, bits: int) -> None:
@@ -142,7 +136,6 @@ def test_outliers_cost_no_more_than_the_grid_of_their_group(level: str, bits: in
     assert (y_TO - expected_TO)[1].abs().max() < 3e-4 * expected_TO[1].abs().max()
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_number_stays_none_and_harms_no_other_token(level: str, kind) -> None:
@@ -155,7 +148,6 @@ def test_no_number_stays_none_and_harms_no_other_token(level: str, kind) -> None
         assert y_TO[[0, 1, 3, 4]].isfinite().all()
 
 
-@compiled
 @levels
 @widths
 def test_activations_next_to_nothing_give_next_to_nothing(level: str, bits: int) -> None:
@@ -166,7 +158,6 @@ def test_activations_next_to_nothing_give_next_to_nothing(level: str, bits: int)
         assert (y_TO.abs() <= size * 100 * 2).all()
 
 
-@compiled
 @levels
 def test_widths_that_do_not_fit_are_not_read(level: str) -> None:
     with pytest.raises(AssertionError):
@@ -176,7 +167,6 @@ def test_widths_that_do_not_fit_are_not_read(level: str) -> None:
 # Decoding
 
 
-@compiled
 @levels
 @widths
 def test_decoding_is_the_torch_twins_to_the_bit(level: str, bits: int) -> None:
@@ -188,7 +178,6 @@ def test_decoding_is_the_torch_twins_to_the_bit(level: str, bits: int) -> None:
             assert decoded.dtype == dtype and torch.equal(decoded, weight.dense(dtype))
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_half_is_read_as_torch_reads_it(level: str, dtype: torch.dtype) -> None:
@@ -249,7 +238,6 @@ ROUTED = [
 ]
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("tokens", ROUTED)
 def test_experts_of_mixed_formats_in_one_call(level: str, tokens: list[list[int]]) -> None:
@@ -258,7 +246,6 @@ def test_experts_of_mixed_formats_in_one_call(level: str, tokens: list[list[int]
     assert_experts(level, normal(5, 72), mlps, tokens)
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("activation", module.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
@@ -288,7 +275,6 @@ def test_experts_of_any_shape(kinds, width: int, inner: int, gated: bool, data) 
         assert_experts(level, normal(4, width), mlps, tokens)
 
 
-@compiled
 @levels
 def test_nothing_routed_is_nothing(level: str) -> None:
     assert at(level).experts(normal(3, 72), [], []).shape == (0, 72)
@@ -296,7 +282,6 @@ def test_nothing_routed_is_nothing(level: str) -> None:
     assert at(level).experts(normal(0, 72), [make_mlp(4, 4)], [[]]).shape == (0, 72)
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("activation", module.ACTIVATIONS)
 def test_no_number_passes_through_an_expert(level: str, activation: str) -> None:
@@ -308,7 +293,6 @@ def test_no_number_passes_through_an_expert(level: str, activation: str) -> None
         assert y_RD[1].isnan().all() and y_RD[::2].isfinite().all()
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("kind", [8, 3, "bfloat16"])
 def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -> None:
@@ -324,7 +308,6 @@ def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -
     assert difference_RD.median() <= 2.0**-12 * wanted_RD.abs().max()
 
 
-@compiled
 @levels
 def test_one_tokens_experts_go_into_their_rows_and_leave_others(level: str) -> None:
     mlps = [make_mlp(4, 8, seed=0), make_mlp("float32", 3, seed=1)]
@@ -336,7 +319,6 @@ def test_one_tokens_experts_go_into_their_rows_and_leave_others(level: str) -> N
         assert (y_KD[[0, 2]] == 7).all()
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("tokens", [1, 3, 6])
 def test_a_product_comes_in_the_dtype_asked_for(level: str, tokens: int) -> None:
@@ -379,7 +361,6 @@ def test_no_number_stays_none_in_a_weighted_sum() -> None:
     assert made_TD.isinf().tolist() == [[False, True, False]]
 
 
-@compiled
 @levels
 @pytest.mark.parametrize("kind", [8, 4, 3, "bfloat16"])
 def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> None:
@@ -405,11 +386,11 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
 @compiled
 def test_the_best_level_is_taken_and_no_better_one_than_there_is(monkeypatch, fresh) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
-    assert status() == HERE[-1]
+    assert status() == MACHINE[-1]
     for level in LEVELS:
         module.kernels.cache_clear()
         monkeypatch.setenv(SWITCH, level)
-        assert status() == (level if level in HERE else HERE[-1])
+        assert status() == (level if level in MACHINE else MACHINE[-1])
     monkeypatch.setenv(SWITCH, "torch")
     module.kernels.cache_clear()
     assert kernels() is None and status() == "torch: MOEFIT_KERNELS=torch"

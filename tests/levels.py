@@ -1,0 +1,46 @@
+"""The levels of the compiled kernels that tests run at, and a visible skip of each that is missing.
+
+A level is missing if the processor lacks it, or if MOEFIT_KERNELS asks for a machine without it:
+`MOEFIT_KERNELS=avx2` tests what a machine with AVX2 alone does, and `torch` one without a compiler.
+"""
+
+import os
+
+import pytest
+
+from moefit.formats.kernels import LEVELS, SWITCH, Level, kernels
+
+BEST = kernels(LEVELS[-1])
+MACHINE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
+
+
+def emulated(asked: str | None) -> tuple[Level, ...]:
+    """The levels of this processor that a machine with MOEFIT_KERNELS set to `asked` has."""
+    if asked == "torch":
+        return ()
+    return tuple(one for one in MACHINE if not asked or LEVELS.index(one) <= LEVELS.index(asked))
+
+
+ASKED = os.environ.get(SWITCH)
+HERE = emulated(ASKED)
+
+
+def missing(level: str) -> str | None:
+    """Why nothing can be tested at this level here; None if it can."""
+    if level in HERE:
+        return None
+    if level in MACHINE:
+        return f"{SWITCH}={ASKED} is set, which does without {level}"
+    if BEST is None:
+        return "the kernels were not compiled"
+    return f"this processor lacks {level}: its best level is {BEST.level}"
+
+
+def at_level(level: str):
+    """The level as a parameter that is skipped where it is missing."""
+    reason = missing(level)
+    return pytest.param(level, marks=pytest.mark.skip(reason=reason) if reason else ())
+
+
+compiled = pytest.mark.skipif(not HERE, reason=f"no kernels: {missing(LEVELS[0])}")
+levels = pytest.mark.parametrize("level", [at_level(one) for one in LEVELS])
