@@ -47,12 +47,13 @@ class FakeEngine:
         self._refusing = self._closing = False
         self._thread: threading.Thread | None = None
         self.full = False
+        self.failure: str | None = None
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> bool:
         with self._changed:
             self._closing = self._refusing = True
             self._changed.notify_all()
@@ -61,6 +62,7 @@ class FakeEngine:
         for _, listener in self._going.values():
             listener(Finished(reason="cancelled", prompt_tokens=1, completion_tokens=0))
         self._going.clear()
+        return True
 
     def drain(self, timeout: float) -> bool:
         with self._changed:

@@ -52,6 +52,7 @@ class Pretender:
         self.breaks_after: int | None = None
         self.ends_after: int | None = None
         self.asked: list[str] = []
+        self.problems: list[str] = []
         self.changes: list[dict] = []
         self.weights = [
             [math.exp(self.chance.gauss(0, 1.1)) for _ in range(experts)] for _ in range(layers)
@@ -85,7 +86,9 @@ class Pretender:
             "latency": {"ttft_p50": 0.082 + self.chance.random() / 90, "ttft_p99": 0.31,
                         "itl_p50": 0.024 + self.chance.random() / 900, "itl_p99": 0.061},
             "counters": {"hits": self.hits, "fetches": self.fetches, "substituted_mass": 0.0,
-                         "bytes_read": self.read, "swaps": 3, "budget_changes": len(self.changes)},
+                         "bytes_read": self.read, "swaps": 3, "budget_changes": len(self.changes),
+                         "load_failures": {"demand": 1, "background": 7 * len(self.problems)}},
+            "problems": self.problems,
         }  # fmt: skip
 
     def _block(self, layer: int, slots: int) -> dict:

@@ -1,5 +1,6 @@
 """GET and POST /v1/memory, /metrics and what the server says of itself."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from threading import Thread
@@ -14,6 +15,7 @@ from serving_http import client_of, error_of, fake_service
 
 import moefit
 from moefit.serve.served import ServedModel
+from moefit.serve.transfer import FAILING, LoadFailures
 from moefit.server import vocabulary
 from moefit.server.service import Service
 from moefit.server.templates import Renderer
@@ -268,3 +270,42 @@ def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> No
         served.tokenizer.chat_template = None
     for response in heard:
         assert "did not end within 3 seconds" in error_of(response, 400)["message"]
+
+
+def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, caplog) -> None:
+    """Swaps fail in the background and nobody waits for them: it is said all the same."""
+    client, _, service = running
+    half = (served.budget.floor + served.budget.everything) // 2
+    served.set_memory(half)
+    served.set_mode("virtual", residency="manager")
+    failures = LoadFailures()
+    monkeypatch.setattr(served._live.transfer, "failures", failures)
+    prompt = served.tokenizer("class A:\n" * 9, return_tensors="pt", return_token_type_ids=False)
+    for experts in served.blocks.values():
+        experts.hold(range(experts.residency.number))  # an empty slot would be filled on demand
+    with monkeypatch.context() as patch:
+        patch.setattr(type(served._store), "read", _no_disk)
+        for _ in range(20):
+            served.generate(**prompt, max_new_tokens=24, do_sample=True)
+            if failures.background:
+                break
+        health = client.get("/health")
+        assert health.status_code == 200 and health.json()["status"] == "degraded"
+        assert "cannot be read" in health.json()["problems"][0]
+        assert "/srv" not in health.text and "/srv/model: Input/output error" in caplog.text
+    picture, found = client.get(URL).json(), metrics_of(client)
+    assert picture["problems"] == health.json()["problems"]
+    assert picture["counters"]["load_failures"] == served.report()["load_failures"]
+    background = picture["counters"]["load_failures"]["background"]
+    assert found["moefit:expert_load_failures_total background"] == background > 0
+    assert found["moefit:expert_loads_failing"] == 1
+    failures._clock = lambda: time.monotonic() + FAILING  # a minute later
+    served.set_memory("4GiB")  # reads what is missing
+    served._settle()
+    assert client.get("/health").json() == {"status": "ok"}
+    assert metrics_of(client)["moefit:expert_loads_failing"] == 0
+    assert service.problems() == []
+
+
+def _no_disk(*_: object) -> None:
+    raise OSError("/srv/model: Input/output error")

@@ -253,6 +253,17 @@ def test_a_server_that_goes_away_is_waited_for(page):
     assert not tab.by_id("trouble").is_displayed()
 
 
+def test_what_is_wrong_is_shown_until_it_is_not(page):
+    tab, model = page
+    assert not tab.by_id("problems").is_displayed()
+    model.problems = ["experts cannot be read"]
+    tab.until(lambda: tab.state() == "degraded")
+    assert tab.text("problems").startswith("experts cannot be read. So far 8 reads failed, 7 of")
+    model.problems = []
+    tab.until(lambda: tab.state() == "live")
+    assert not tab.by_id("problems").is_displayed()
+
+
 def test_a_hidden_page_asks_for_nothing(page):
     tab, model = page
     hide = """

@@ -7,7 +7,7 @@ from tiny_served import MemoryStore, mixtral_block, parts_of
 
 from moefit.formats.format import NativeFormat
 from moefit.serve.slots import Slot, allocate
-from moefit.serve.transfer import Transfer
+from moefit.serve.transfer import FAILING, SAY_EVERY, LoadFailures, Transfer
 
 
 @pytest.fixture
@@ -110,3 +110,47 @@ def test_closing_lets_what_began_end_and_drops_the_rest(transfer, store) -> None
     with pytest.raises(RuntimeError):
         transfer.load("model.layers.0.mlp.experts", 0, new_slot())
     transfer.close()
+
+
+def test_failed_reads_are_counted_and_logged_but_not_each(caplog) -> None:
+    now = [0.0]
+    failures = LoadFailures(lambda: now[0])
+    assert not failures.failing
+    for _ in range(40):
+        failures.failed("layers.3", 7, OSError("the disk is gone"), background=True)
+    failures.failed("layers.3", 7, OSError("the disk is gone"), background=False)
+    assert (failures.background, failures.demand, len(caplog.records)) == (40, 1, 1)
+    assert "expert 7 of layers.3" in caplog.text and "the disk is gone" in caplog.text
+    now[0] = SAY_EVERY
+    failures.failed("layers.3", 8, OSError("the disk is gone"), background=True)
+    assert len(caplog.records) == 2 and "40 more reads failed" in caplog.text
+    assert failures.as_dict() == {
+        "load_failures": {"demand": 1, "background": 41},
+        "loads_failing": True,
+    }
+
+
+def test_reading_is_sound_again_once_reads_work_and_none_has_failed_for_a_minute() -> None:
+    now = [0.0]
+    failures = LoadFailures(lambda: now[0])
+    failures.failed("layers.3", 7, OSError(), background=True)
+    now[0] = 10 * FAILING
+    assert failures.failing, "nothing has been read since"
+    failures.worked()
+    assert not failures.failing
+    failures.failed("layers.3", 7, OSError(), background=True)
+    failures.worked()
+    assert failures.failing, "one expert is still damaged"
+    now[0] += FAILING
+    assert not failures.failing
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_load_that_fails_is_noted(transfer, store, background: bool) -> None:
+    store.broken = {2}
+    name = "model.layers.0.mlp.experts"
+    with pytest.raises(OSError, match="storage is gone"):
+        transfer.load(name, 2, new_slot(), background=background).result(30)
+    failures = transfer.failures
+    assert (failures.demand, failures.background) == ((0, 1) if background else (1, 0))
+    assert failures.failing and transfer.loads == 0

@@ -178,6 +178,7 @@ def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:
         served.set_memory("4GiB")
         served.settle_precision()
         assert formats(served) == {"int2": 16}
+        assert served.report()["load_failures"]["background"] > 0 and served.loads_failing
     served.settle_precision()
     assert formats(served) == {"native": 16}
 

@@ -1,6 +1,7 @@
 """The command that serves a model over HTTP."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +30,13 @@ from moefit.model_folder import refuse_without_tokenizer
 from moefit.plan.plan_file import Plan
 from moefit.serve.served import ServedModel
 from moefit.server.live_plan import LivePlan
-from moefit.server.running import Running, bind, url_of
+from moefit.server.running import Deadline, Running, bind, url_of
 from moefit.server.security import is_loopback
 from moefit.server.service import Service
 from moefit.server.settings import ServerSettings
 from moefit.signals import stop_on_signal
+
+LEAVING = 30.0  # seconds that closing everything may take, once answers have been waited for
 
 
 @app.command(
@@ -123,28 +126,41 @@ def _serve(
         refuse_without_tokenizer(folder_of(model))
         served, plan = _loaded(model, asked, engine_settings, following)
         say_generation(served.generation)
-        with served:
+        deadline = Deadline(LEAVING)
+        with ExitStack() as closing:  # what is entered last is closed first
+            closing.callback(deadline.cancel)
+            closing.enter_context(served)
             _ = served.tokenizer  # raises for one that is damaged: clients send texts
             engine = Engine(served, engine_settings)
             service = Service(engine, settings)
+            closing.callback(service.close, wait=True)
             if plan is not None:
                 again = replanner(model, plan, engine)
                 service.live_plan = LivePlan(engine, plan, again)
             running = Running(service, bound)
+            closing.callback(running.stop)
+            closing.callback(engine.close, timeout=LEAVING / 3)
+            closing.callback(deadline.start)
             engine.start()
-            try:
-                with stop_on_signal() as request:
-                    running.start()
-                    _announce(engine, settings, url_of(bound, settings.host))
-                    running.wait(lambda: request.received is not None)
-                    if request.received is not None:
-                        _drain(running, settings, request.received.name)
-            except KeyboardInterrupt:  # a second signal
-                running.stop(at_once=True)
-                raise stopped("SIGINT") from None
-            finally:
-                engine.close()
-                running.stop()
+            _run(running, engine, settings, url_of(bound, settings.host))
+
+
+def _run(running: Running, engine: Engine, settings: ServerSettings, url: str) -> None:
+    """Serve until a signal says to stop, or nothing can be served any more."""
+    try:
+        with stop_on_signal() as request:
+            running.start()
+            _announce(engine, settings, url)
+            running.wait(lambda: request.received is not None or engine.failure is not None)
+            if request.received is not None:
+                _drain(running, settings, request.received.name)
+                return
+    except KeyboardInterrupt:  # a second signal
+        running.stop(at_once=True)
+        raise stopped("SIGINT") from None
+    why = "the engine failed" if engine.failure is not None else "the HTTP server ended"
+    say(f"error: {why} and cannot go on; the log above says why")
+    raise typer.Exit(1)
 
 
 def _loaded(

@@ -141,7 +141,7 @@ class Answer:
             return "", reason, message
         try:
             text = self._text.finish()
-        except Exception as error:  # noqa: BLE001 - whatever a tokenizer's code does
+        except BaseException as error:  # noqa: BLE001 - whatever a tokenizer's code does
             if reason == "error":
                 return "", reason, message
             _LOG.exception("the text of request %s failed", self.name)
@@ -153,5 +153,5 @@ class Answer:
     def _tell(self, event: Event) -> None:
         try:
             self._listener(event)
-        except Exception:  # noqa: BLE001 - whatever a listener does, others are served
+        except BaseException:  # noqa: BLE001 - whatever a listener does, others are served
             _LOG.exception("the listener of request %s failed", self.name)

@@ -31,6 +31,7 @@ from moefit.serve.served import ServedModel
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
+_FAILED = "the engine has failed and must be started again; the log says why"
 PROMPT_LOGITS = 16 << 20  # bytes of prompts' logits in one step, where they are asked for
 
 
@@ -60,6 +61,7 @@ class Engine:
         self._changed = Condition()  # guards all of this
         self._thread: Thread | None = None
         self._refusing = self._closing = False
+        self._failure: str | None = None
         self._steps = self._prompt_tokens = 0
         self._pace = Pace()
 
@@ -69,19 +71,36 @@ class Engine:
             if self._closing:
                 raise RefusedError("the engine has been closed; make another")
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="moefit-engine", daemon=True)
+                self._thread = Thread(target=self._live, name="moefit-engine", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Stop after the step under way; every request that is left hears that it is cancelled."""
+    @property
+    def failure(self) -> str | None:
+        """Why the engine's thread ended although nobody closed the engine; None while it runs.
+
+        An engine that has failed refuses every request; only a new process serves again.
+        """
+        return self._failure
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Stop after the step under way; every request that is left hears that it is cancelled.
+
+        Args:
+            timeout: Seconds to wait for that step; None waits for as long as it takes.
+
+        Returns:
+            Whether the engine's thread has ended. If not, the model is still being computed with,
+            and only the end of the process stops that.
+        """
         with self._changed:
             self._refusing = self._closing = True
             self._changed.notify_all()
-        if self._thread not in (None, current_thread()):
-            self._thread.join()
-        for name in list(self._answers):
-            self._end(name, "cancelled")
+        thread = self._thread
+        if thread not in (None, current_thread()):
+            thread.join(timeout)
+        self._end_all("cancelled")
         self._commands.refuse(RefusedError("the engine was closed"))
+        return thread in (None, current_thread()) or not thread.is_alive()
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those that are there; False if some are left."""
@@ -97,6 +116,7 @@ class Engine:
         """
         self._abilities.check(prompt_ids, sampling)
         with self._changed:
+            self._refuse_failed()
             if self._refusing:
                 raise RefusedError("the server is shutting down and takes no more requests")
             name = next(self._names)
@@ -128,9 +148,10 @@ class Engine:
     def between_steps(self, change: Callable[[], T]) -> T:
         """Do it when no step is under way, and return, or raise, what it does.
 
-        Raises RefusedError if the engine is closed before its turn comes.
+        Raises RefusedError if the engine is closed, or has failed, before its turn comes.
         """
         with self._changed:
+            self._refuse_failed()
             direct = self._thread in (None, current_thread()) or self._closing
             future = None if direct else self._commands.ask(change)
             self._changed.notify_all()
@@ -162,8 +183,27 @@ class Engine:
         """Tokens of prompts whose logits may be held together."""
         return PROMPT_LOGITS // (self._abilities.vocabulary * self.served.model.dtype.itemsize)
 
+    def _live(self) -> None:
+        """Run the engine's thread. However it ends, nobody is left waiting for it."""
+        try:
+            self._run()
+        except BaseException as error:  # noqa: BLE001 - such as no memory to handle an error with
+            self._fail(_told(error))
+            _LOG.critical("the engine's thread ended", exc_info=error)
+
+    def _fail(self, message: str) -> None:
+        with self._changed:
+            self._failure, self._refusing = message, True
+            self._changed.notify_all()
+        self._end_all("error", message)
+        self._commands.refuse(RefusedError(_FAILED))
+
+    def _refuse_failed(self) -> None:
+        if self._failure is not None:
+            raise RefusedError(_FAILED)
+
     def _run(self) -> None:
-        """The engine's thread."""
+        """Step until the engine is closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(self._due)
@@ -171,10 +211,9 @@ class Engine:
                     return
             try:
                 self._turn()
-            except Exception as error:  # noqa: BLE001 - a fault of our own; nobody shall hang
+            except BaseException as error:  # noqa: BLE001 - a panic in a library is no Exception
                 _LOG.exception("the engine failed between steps")
-                for name in list(self._answers):
-                    self._end(name, "error", _told(error))
+                self._end_all("error", _told(error))
 
     def _due(self) -> bool:
         return bool(self._closing or self._commands or self._cancelled or self._answers)
@@ -188,12 +227,16 @@ class Engine:
             self._end(name, "cancelled")
         with self._changed:
             for name in self._scheduler.admit():
-                answer = self._answers[name]
-                answer.begin()
-                self._runner.open(name, len(answer.prompt) + answer.sampling.max_tokens)
+                self._open(self._answers[name])
             pieces = self._scheduler.plan()
         if pieces:
             self._step(pieces)
+
+    def _open(self, answer: Answer) -> None:
+        """Make room for a request that has got its place."""
+        answer.begin()
+        tokens = len(answer.prompt) + answer.sampling.max_tokens
+        self._alone(answer, lambda: self._runner.open(answer.name, tokens))
 
     def _step(self, pieces: Sequence[Piece]) -> None:
         """Through the model with these; what goes wrong there is theirs alone."""
@@ -203,7 +246,7 @@ class Engine:
             with torch.inference_mode():
                 logits_NV = self._runner.step(works)
                 self._take(pieces, answers, logits_NV.split([work.wants for work in works]))
-        except Exception as error:  # noqa: BLE001 - whatever a model's code or a file does
+        except BaseException as error:  # noqa: BLE001 - whatever a model's code or a file does
             _LOG.exception("a step of %d requests failed", len(pieces))
             for piece in pieces:
                 self._end(piece.request, "error", _told(error))
@@ -234,7 +277,7 @@ class Engine:
         """Do what concerns one answer; its failure is no other's."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - a tokenizer, say, that can't read a token
+        except BaseException as error:  # noqa: BLE001 - a tokenizer that panics, for example
             _LOG.exception("request %s failed", answer.name)
             answer.finish("error", _told(error))
 
@@ -246,6 +289,10 @@ class Engine:
                 read = min(piece.stop, len(answer.prompt)) - piece.start
                 self._prompt_tokens += max(0, read)
 
+    def _end_all(self, reason: FinishReason, message: str = "") -> None:
+        for name in list(self._answers):
+            self._end(name, reason, message)
+
     def _end(self, name: str, reason: FinishReason, message: str = "") -> None:
         """A request's last event, if it has not had it, and its places free."""
         if (answer := self._answers.get(name)) is not None:
@@ -255,10 +302,18 @@ class Engine:
         with self._changed:
             if self._answers.pop(name, None) is None:
                 return
-            if name in self._scheduler.running:
-                self._runner.close(name)
+            running = name in self._scheduler.running
             self._scheduler.remove(name)
             self._changed.notify_all()
+            if running:
+                self._free(name)
+
+    def _free(self, name: str) -> None:
+        """Give a request's places back. What fails there must not keep its last event back."""
+        try:
+            self._runner.close(name)
+        except BaseException:  # noqa: BLE001 - whatever a runner does
+            _LOG.exception("the places of request %s could not be given back", name)
 
 
 def _goes_on(answer: Answer, choice: Choice | None) -> None:
@@ -268,5 +323,5 @@ def _goes_on(answer: Answer, choice: Choice | None) -> None:
         answer.add(*choice)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

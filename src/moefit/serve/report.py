@@ -18,7 +18,9 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
 
     budget: the ledger in force. `process_bytes` and its peak are the process's on the model's
     device: resident set, or GPU memory that torch has reserved. `loads` took `load_seconds`
-    together, many side by side. `host_...` are there on a GPU (`HostTier.report`).
+    together, many side by side. `load_failures` counts reads that failed, on demand and in the
+    background; `loads_failing` says whether reading fails now (`LoadFailures`). `host_...` are
+    there on a GPU (`HostTier.report`).
     """
     blocks, live, device = parts.blocks, parts.live, parts.model.device
     return {
@@ -41,6 +43,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "bytes_read": parts.store.bytes_read,
         "loads": live.transfer.loads,
         "load_seconds": live.transfer.load_seconds,
+        **live.transfer.failures.as_dict(),
         **(parts.tier.report() if parts.tier else {}),
         **live.counters.as_dict(),
     }

@@ -71,6 +71,11 @@ class ServedModel:
         """What happens on a miss, in force."""
         return self._live.policy
 
+    @property
+    def loads_failing(self) -> bool:
+        """Whether experts cannot be read now; unlike `report()`, waits for no step."""
+        return self._live.transfer.failures.failing
+
     def _context(self) -> int | None:
         """The most tokens that a step may hold; without a budget there is no limit."""
         budget = self._budget  # another one may take its place meanwhile

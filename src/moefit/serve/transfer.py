@@ -3,19 +3,82 @@
 Owns the reading threads. A load is a `Future`: its caller waits for it, or asks later. Loads that
 nobody waits for have threads of their own, so that a step's own loads never queue behind them.
 Whatever a read raises reaches whoever waits; a thread that dies with it would not, so none may.
+It is also counted and logged here, since nobody waits for a load in the background.
 Knows nothing of tables, policies or modes.
 """
 
+import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from threading import Lock
-from time import perf_counter
+from time import monotonic, perf_counter
+from typing import Any
 
 from moefit.serve.copies import CopyEngine, CpuCopies
 from moefit.serve.host_tier import Source
 from moefit.serve.slots import Slot
 
+_LOG = logging.getLogger(__name__)
 BACKGROUND_READERS = 2
+SAY_EVERY = 30.0  # seconds between two lines about failed reads
+FAILING = 60.0  # seconds after the last failed read until reading counts as sound again
+
+
+class LoadFailures:
+    """Reads of experts that failed: how many, and whether reading works now. Thread-safe.
+
+    Args:
+        clock: Gives the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic):
+        self._clock, self._lock = clock, Lock()
+        self.demand = self.background = 0
+        self._failed_at: float | None = None
+        self._worked_at: float | None = None
+        self._said_at: float | None = None
+        self._unsaid = 0
+
+    @property
+    def failing(self) -> bool:
+        """Whether no read has worked since one failed, or one failed within the last minute.
+
+        Where a part of a disk is damaged, some reads work and others do not, so a read that works
+        is not enough to be sound again.
+        """
+        with self._lock:
+            if self._failed_at is None:
+                return False
+            works = self._worked_at is not None and self._worked_at >= self._failed_at
+            return not works or self._clock() - self._failed_at < FAILING
+
+    def worked(self) -> None:
+        """Note a read that worked."""
+        with self._lock:
+            self._worked_at = self._clock()
+
+    def failed(self, block: str, expert: int, error: BaseException, *, background: bool) -> None:
+        """Count a read that failed, and log it if nothing was logged lately."""
+        with self._lock:
+            now = self._failed_at = self._clock()
+            self.background += background
+            self.demand += not background
+            if self._said_at is not None and now - self._said_at < SAY_EVERY:
+                self._unsaid += 1
+                return
+            self._said_at, unsaid, self._unsaid = now, self._unsaid, 0
+        more = f" ({unsaid:,} more reads failed since the last such line)" if unsaid else ""
+        _LOG.warning(
+            "expert %d of %s could not be read%s: %s: %s%s",
+            expert, block, " in the background" if background else "",
+            type(error).__name__, error, more,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        counts = {"demand": self.demand, "background": self.background}
+        return {"load_failures": counts, "loads_failing": self.failing}
 
 
 class Transfer:
@@ -29,6 +92,7 @@ class Transfer:
         self.readers = readers
         self._lock = Lock()
         self.loads, self.load_seconds = 0, 0.0  # that ended well
+        self.failures = LoadFailures()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moefit-transfer")
         self._background = ThreadPoolExecutor(
             BACKGROUND_READERS, thread_name_prefix="moefit-background"
@@ -42,7 +106,8 @@ class Transfer:
         To be called where the computation is asked for that the slot was used by until now.
         """
         pool = self._background if background else self._pool
-        return pool.submit(self._fill, self._engine.ordered(), block, expert, slot)
+        ordered = self._engine.ordered()
+        return pool.submit(self._fill, ordered, block, expert, slot, background=background)
 
     def settle(self) -> None:
         """Wait until the device has done all that it was asked for."""
@@ -54,11 +119,22 @@ class Transfer:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _fill(
-        self, ordered: AbstractContextManager[None], block: str, expert: int, slot: Slot
+        self,
+        ordered: AbstractContextManager[None],
+        block: str,
+        expert: int,
+        slot: Slot,
+        *,
+        background: bool,
     ) -> float:
         began = perf_counter()
-        with ordered:
-            self._source.read(block, expert, slot)
+        try:
+            with ordered:
+                self._source.read(block, expert, slot)
+        except BaseException as error:
+            self.failures.failed(block, expert, error, background=background)
+            raise
+        self.failures.worked()
         seconds = perf_counter() - began
         with self._lock:
             self.loads, self.load_seconds = self.loads + 1, self.load_seconds + seconds

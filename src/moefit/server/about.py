@@ -76,10 +76,17 @@ def router(service: Service) -> APIRouter:
         service.check_model(asked.model)
         return Detokenized(prompt=await service.aside(_detokenize, service, asked))
 
-    @routes.get("/health")
+    @routes.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
-        """200 while requests are taken, 503 while the server is shutting down."""
+        """Say whether requests are served.
+
+        200 with status `ok`, or `degraded` and the problems while experts cannot be read: requests
+        are taken, but answers may suffer. 503 while the server is shutting down, or if its engine
+        has failed: nothing can be served.
+        """
         service.check_open()
+        if problems := service.problems():
+            return Health(status="degraded", problems=problems)
         return Health()
 
     @routes.get("/version")

@@ -162,9 +162,10 @@ class Detokenized(BaseModel):
 
 
 class Health(BaseModel):
-    """That requests are taken."""
+    """That requests are taken; problems: what is wrong, if it is degraded."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "degraded"] = "ok"
+    problems: list[str] | None = None
 
 
 class Version(BaseModel):

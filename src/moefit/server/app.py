@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 import moefit
 from moefit.server import about, chat, completions, operator, pages
 from moefit.server.bodies import Bodies, BodiesInFlight
-from moefit.server.refusal import REFUSALS, install
+from moefit.server.refusal import REFUSALS, WithoutPanics, install
 from moefit.server.security import Gate
 from moefit.server.service import Service
 
@@ -44,6 +44,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(pages.router())
     app.openapi_schema = _without_422(app.openapi())
     settings = service.settings
+    app.add_middleware(WithoutPanics)
     app.add_middleware(BodiesInFlight, bodies=Bodies(settings.bodies_bytes))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.body_bytes)
     app.add_middleware(Gate, settings=settings)

@@ -123,6 +123,12 @@ class ModelCollector:
             "expert_load_seconds", "Time to bring an expert in",
             count=report["loads"], total=report["load_seconds"],
         )  # fmt: skip
+        yield self._by(
+            "expert_load_failures", "Reads of experts that failed, by who waited", "reason",
+            report["load_failures"],
+        )  # fmt: skip
+        failing = report["loads_failing"]
+        yield self._gauge("expert_loads_failing", "1 while experts cannot be read, else 0", failing)
         yield self._counter(
             "expert_wait_seconds", "Time that steps waited for experts", report["wait_seconds"]
         )

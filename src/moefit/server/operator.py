@@ -28,6 +28,7 @@ _COUNTED = (
     "swaps",
     "loads",
     "load_seconds",
+    "load_failures",
     "wait_seconds",
 )
 
@@ -75,7 +76,8 @@ class Memory(BaseModel):
 
     floor, everything, most: budgets that hold the fewest experts, all of them, and all of them in
     the best format; everything_in: all of them in a format, where experts differ in it. plan: null
-    where nothing was planned, or what was planned has been changed since.
+    where nothing was planned, or what was planned has been changed since. problems: what is wrong,
+    as `/health` says it; empty if nothing is.
     """
 
     model: str
@@ -99,6 +101,7 @@ class Memory(BaseModel):
     tokens_per_second: float
     latency: Latency
     counters: dict[str, Any]
+    problems: list[str]
 
 
 def memory_of(service: Service) -> Memory:
@@ -125,6 +128,7 @@ def memory_of(service: Service) -> Memory:
         tokens_per_second=stats.tokens_per_second,
         latency=Latency(**service.telemetry.latency()),
         counters=counters,
+        problems=service.problems(),
         **ends,
         **{name: report[name] for name in same},
     )

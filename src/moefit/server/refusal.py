@@ -4,7 +4,9 @@ Owns how each error becomes a status and that shape; no answer shows a traceback
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from asyncio import CancelledError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moefit.errors import (
     BudgetTooSmallError,
@@ -69,6 +72,39 @@ class Refused(HTTPException):
     ):
         super().__init__(status, message)
         self.param, self.code = param, code
+
+
+class PanicError(RuntimeError):
+    """A library failed with what is no `Exception`, as a panic in Rust is."""
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Raise what is no `Exception` as a PanicError, for which everybody is prepared.
+
+    Cancellation and the end of a generator pass: these are no failures.
+    """
+    try:
+        yield
+    except (Exception, CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise PanicError(f"{type(error).__name__}: {error}") from error
+
+
+class WithoutPanics:
+    """Middleware by which a panic in any endpoint is answered as every other failure is.
+
+    Frameworks handle `Exception` alone, and asyncio ends the event loop at a SystemExit.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        with without_panics():
+            await self._app(scope, receive, send)
 
 
 def body_of(

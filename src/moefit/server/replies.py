@@ -70,9 +70,12 @@ class Replies:
             return
 
     async def _until_gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self._events.put_nowait(None)
+        """Wait for the client to go; if it can't be watched any more, it counts as gone."""
+        try:
+            while (await self._request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._events.put_nowait(None)
 
 
 def refuse_failure(event: Finished) -> None:

@@ -4,8 +4,10 @@ Owns the socket, uvicorn's limits, and leaving politely: what runs is finished w
 a second signal ends at once. Knows nothing of endpoints.
 """
 
+import os
 import resource
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +88,32 @@ def _config(service: Service) -> uvicorn.Config:
     )
 
 
+class Deadline:
+    """Ends the process by force if closing takes longer than it may.
+
+    A step that never ends, a read from a dead disk or a template that loops keeps its thread, and
+    the interpreter waits for threads; nobody can stop them from within.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._timer = threading.Timer(seconds, self._leave)
+        self._timer.daemon = True
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Everything has been closed."""
+        self._timer.cancel()
+
+    def _leave(self) -> None:
+        sys.stderr.write(f"not all work ended within {self.seconds:g} s; leaving it\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+
 class Running:
     """A server in a thread of its own, so that the main thread is free for signals."""
 
@@ -126,7 +154,8 @@ class Running:
     def stop(self, *, at_once: bool = False) -> None:
         """Close the connections and end."""
         self._server.should_exit, self._server.force_exit = True, at_once
-        self._thread.join(timeout=1 if at_once else 10)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=1 if at_once else 10)
         self._bound.close()
         self._service.close()
 

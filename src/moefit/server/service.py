@@ -78,15 +78,28 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._operators, work, *arguments)
 
-    def close(self) -> None:
-        """Stop the threads, and the process that renders conversations."""
-        for threads in (self._threads, self._operators):
-            threads.shutdown(wait=False, cancel_futures=True)
+    def close(self, *, wait: bool = False) -> None:
+        """Stop the threads, and the process that renders conversations.
+
+        Args:
+            wait: Return only when what the threads are doing has ended.
+        """
         self.words.close()
+        for threads in (self._threads, self._operators):
+            threads.shutdown(wait=wait, cancel_futures=True)
 
     def now(self) -> int:
         """The time as answers have it."""
         return int(time())
+
+    def problems(self) -> list[str]:
+        """Return what is wrong although requests are served, in sentences."""
+        if not self.engine.served.loads_failing:
+            return []
+        return [
+            "experts cannot be read from storage: answers may use other experts than the router "
+            "chose, or fail; the server's log says why"
+        ]
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
@@ -100,6 +113,12 @@ class Service:
 
     def check_open(self) -> None:
         """Refuse while the server is shutting down."""
+        if self.engine.failure is not None:
+            raise Refused(
+                503,
+                "the engine has failed and the server must be started again; its log says why",
+                code="engine_failed",
+            )
         if self.draining:
             raise Refused(503, "the server is shutting down", code="shutting_down")
 

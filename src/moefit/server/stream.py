@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moefit.server.refusal import body_for, of_any
+from moefit.server.refusal import body_for, of_any, without_panics
 from moefit.server.replies import ClientGoneError, Replies
 from moefit.server.service import Service, Wish
 
@@ -81,8 +81,9 @@ class EventStream(StreamingResponse):
 async def _frames(pieces: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIterator[str]:
     hidden = None if usage else {"usage"}
     try:
-        async for piece in pieces:
-            yield f"data: {piece.model_dump_json(exclude=hidden)}\n\n"
+        with without_panics():
+            async for piece in pieces:
+                yield f"data: {piece.model_dump_json(exclude=hidden)}\n\n"
     except ClientGoneError:
         return
     except Exception as error:  # noqa: BLE001 - the answer has begun, so its end says what went wrong

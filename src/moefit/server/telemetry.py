@@ -69,8 +69,10 @@ class Telemetry:
         timing = _Timing(self)
 
         def heard(event: Event) -> None:
-            timing.hear(event, monotonic())
-            listener(event)
+            try:
+                timing.hear(event, monotonic())
+            finally:  # whatever fails in measuring, the request gets its event
+                listener(event)
 
         return heard
 

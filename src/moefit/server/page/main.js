@@ -24,7 +24,9 @@ const dial = new DialView(async (change) => {
 const poller = new Poller({ read: (signal) => client.memory(signal), heard, failed });
 
 function heard(memory) {
-  state("live", "live");
+  const problems = memory.problems ?? [];
+  if (problems.length) state("degraded", "degraded");
+  else state("live", "live");
   byId("trouble").hidden = true;
   byId("key-form").hidden = true;
   pace.show(memory, performance.now());
@@ -33,6 +35,7 @@ function heard(memory) {
 
 function show(memory) {
   byId("main").hidden = false;
+  showProblems(memory);
   const cells = grid(memory.blocks);
   document.title = `${memory.model} · moefit`;
   say("model", memory.model);
@@ -43,6 +46,15 @@ function show(memory) {
   ledger.show(memory);
   dial.show(memory, cells);
   prompt.show(memory.model);
+}
+
+/** What the server says is wrong; how many reads failed belongs to it. */
+function showProblems({ problems = [], counters }) {
+  byId("problems").hidden = !problems.length;
+  if (!problems.length) return;
+  const { demand = 0, background = 0 } = counters.load_failures ?? {};
+  const reads = `${formatCount(demand + background)} reads failed, ${formatCount(background)} of them in the background`;
+  say("problems", `${problems.join(". ")}. So far ${reads}.`);
 }
 
 function failed(error, nextTry) {
