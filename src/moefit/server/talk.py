@@ -86,7 +86,7 @@ class LocalPartner:
     def answer(self, turns: Sequence[Turn], manner: Manner) -> Generator[str, None, None]:
         """See `Partner`. Raises ConfigError, RequestTooLargeError."""
         events: SimpleQueue[Event] = SimpleQueue()
-        sampling = _sampling(manner, self._engine.served.generation)
+        sampling = sampling_of(manner, self._engine.served.generation)
         request = self._engine.submit(self._ids(turns), sampling, events.put)
         try:
             while True:
@@ -107,7 +107,7 @@ class LocalPartner:
         return self._words.ids(self._words.conversation(turns), special=False)
 
 
-def _sampling(manner: Manner, default: GenerationDefaults) -> Sampling:
-    """What is not given is as the model's generation_config.json has it."""
+def sampling_of(manner: Manner, default: GenerationDefaults) -> Sampling:
+    """The manner as a request; what it leaves open is as generation_config.json has it."""
     given = {name: value for name, value in asdict(manner).items() if value is not None}
     return Sampling(**{"temperature": TEMPERATURE, **default.sampling(), **given})
