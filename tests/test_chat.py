@@ -107,10 +107,19 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [*HELLO, {"role": "user", "content": None}]}, "messages[1].content"),
+        ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content"),
+        ({"messages": [*HELLO, {**HELLO[0], "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+        ),
+        ({"stop": ["a", 1]}, "stop[1]"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -123,6 +132,60 @@ def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
     error = error_of(client.post(URL, json={"messages": HELLO, **asked}), 400)
     assert error["param"] == param
     assert not engine.submitted
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("image_url", "image_url (an image)"),
+        ("input_audio", "input_audio (a sound)"),
+        ("file", "file (a file)"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_name(running, kind: str, words: str) -> None:
+    client, _ = running
+    parts = [{"type": "text", "text": "what is it?"}, {"type": kind, kind: {}}]
+    asked = {"messages": [*HELLO, {"role": "user", "content": parts}]}
+    error = error_of(client.post(URL, json=asked), 400)
+    assert error["param"] == "messages[1].content[1]"
+    assert f"messages[1].content[1]: parts of type {words} are not possible" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        ({}, ""),
+        ({"content": None}, ""),
+        ({"content": None, "refusal": "no"}, "no"),
+        ({"content": [{"type": "refusal", "refusal": "never"}]}, "never"),
+        ({"content": "c", "tool_calls": [], "function_call": None, "audio": None}, "c"),
+        ({"content": "c", "reasoning_content": "hm"}, "(hm)c"),
+        ({"content": "c", "reasoning": "hm", "reasoning_content": None}, "(hm)c"),
+        ({"content": "c", "provider_specific_fields": {"refusal": None}, "annotations": []}, "c"),
+        ({"content": "c", "name": "Bot", "type": "text"}, "Bot:c"),
+    ],
+)
+def test_answers_that_clients_give_back(running, served, answer, written: str) -> None:
+    client, engine = running
+    served.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.name %}{{ m.name }}:{% endif %}{% if m.reasoning_content %}"
+        "({{ m.reasoning_content }}){% endif %}{{ '' + m.content }};{% endfor %}"
+    )
+    messages = [*HELLO, {"role": "assistant", **answer}, *HELLO]
+    assert client.post(URL, json={"messages": messages}).status_code == 200
+    assert list(engine.submitted[0][0]) == ids_of(served, f"hello;{written};hello;")
+
+
+def test_variables_of_the_template(running, served) -> None:
+    client, engine = running
+    served.tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if enable_thinking is false %}<no>{% endif %}"
+    )
+    asked = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
+    assert client.post(URL, json=asked).status_code == 200
+    assert list(engine.submitted[0][0]) == ids_of(served, "hello<no>")
+    tokens = client.post("/tokenize", json=asked).json()["tokens"]
+    assert tokens == ids_of(served, "hello<no>")
 
 
 def test_what_the_template_refuses_is_told(running) -> None:

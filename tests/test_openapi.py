@@ -18,7 +18,8 @@ HERE = {"Host": "localhost"}
 OPERATIONS = {
     "/v1/completions": {"post"}, "/v1/chat/completions": {"post"}, "/v1/models": {"get"},
     "/v1/models/{name}": {"get"}, "/tokenize": {"post"}, "/detokenize": {"post"},
-    "/health": {"get"}, "/version": {"get"}, "/metrics": {"get"}, "/v1/memory": {"get", "post"},
+    "/tokenizer_info": {"get"}, "/health": {"get"}, "/version": {"get"}, "/metrics": {"get"},
+    "/v1/memory": {"get", "post"},
 }  # fmt: skip
 
 

@@ -246,6 +246,24 @@ def test_tokens_there_and_back(running, served) -> None:
     assert no_template["code"] == "no_chat_template"
 
 
+def test_the_tokenizer_as_evaluations_ask_for_it(running, served) -> None:
+    """As lm-evaluation-harness does with tokenizer_backend=remote."""
+    client, _, _ = running
+    info = client.get("/tokenizer_info").json()
+    assert info["eos_token"] == served.tokenizer.eos_token
+    assert (info["chat_template"], info["vocab_size"]) == (None, 4096)
+    assert info["tokenizer_class"] == type(served.tokenizer).__name__
+    asked = {"prompt": info["eos_token"], "add_special_tokens": False}
+    tokens = client.post("/tokenize", json=asked).json()["tokens"]
+    assert tokens == [served.tokenizer.eos_token_id]
+    assert client.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == asked["prompt"]
+    served.tokenizer.chat_template = "{{ messages[0].content }}"
+    try:
+        assert client.get("/tokenizer_info").json()["chat_template"] == "{{ messages[0].content }}"
+    finally:
+        served.tokenizer.chat_template = None
+
+
 def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> None:
     client, _, _ = running
     monkeypatch.setattr(vocabulary, "Renderer", partial(Renderer, seconds=3.0))

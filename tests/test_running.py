@@ -1,5 +1,6 @@
 """The server on a real socket: clients that hang up, dawdle or flood, and its own end."""
 
+import http.client
 import json
 import re
 import socket
@@ -85,6 +86,54 @@ def test_hanging_up_cancels_every_answer(served, stream: bool) -> None:
         connection.close()
         soon(lambda: len(here.engine.cancelled) == 3)
         assert here.engine.stats().running == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_who_sends_no_more_is_answered(served, stream: bool, version: str) -> None:
+    with site(served) as here:
+        asked = {"prompt": "a", "ignore_eos": True, "max_tokens": 60, "stream": stream}
+        body = json.dumps(asked).encode()
+        head = (
+            f"POST /v1/completions HTTP/{version}\r\nHost: localhost\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection = here.connect()
+        connection.sendall(head.encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        began = time.monotonic()
+        answer = connection.makefile("rb").read()
+        assert time.monotonic() - began < 10, "the connection is closed behind the answer"
+        assert b" 200 OK\r\n" in answer
+        assert answer.count(b"HTTP/1.1 100 Continue\r\n\r\n") == int(version == "1.1")
+        assert b"[DONE]" in answer if stream else b'"completion_tokens":60' in answer
+        assert not here.engine.cancelled
+        connection.close()
+        soon(lambda: here.running.connections == 0)
+
+
+def test_who_sends_no_more_before_all_has_come_is_let_go(served) -> None:
+    with site(served) as here:
+        connection = here.connect()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+        connection.sendall(head)
+        connection.shutdown(socket.SHUT_WR)
+        soon(lambda: here.running.connections == 0)
+        assert not here.engine.submitted
+        connection.close()
+
+
+def test_clients_of_the_standard_library_pass_over_interim_responses(served) -> None:
+    with site(served) as here:
+        connection = http.client.HTTPConnection(*here.address)
+        body = json.dumps({"prompt": "a", "ignore_eos": True, "max_tokens": 30})
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", body, kind)
+        connection.sock.shutdown(socket.SHUT_WR)
+        response = connection.getresponse()
+        assert response.status == 200
+        assert json.loads(response.read())["usage"]["completion_tokens"] == 30
+        connection.close()
 
 
 LONG = {"prompt": "a", "n": 50, "logprobs": 20}  # much more than the system takes in

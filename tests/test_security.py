@@ -1,5 +1,6 @@
 """Who may ask."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -113,6 +114,13 @@ def test_other_origins_are_told_nothing_unless_asked_for(served, open_to_all) ->
         asks = {**origin, "Access-Control-Request-Method": "POST"}
         allowed = client.options("/v1/completions", headers=asks)
         assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+        wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
+        preflight = {**asks, "Access-Control-Request-Headers": wanted}
+        allowed = client.options("/v1/chat/completions", headers=preflight)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-headers"] == wanted
+        other = {**preflight, "Origin": "https://evil.example"}
+        assert client.options("/v1/completions", headers=other).status_code == 400
         headers = {**origin, "Authorization": "Bearer k"}
         answer = client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
         assert answer.status_code == 200
@@ -178,7 +186,9 @@ def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
     counts: list[int] = []
     told = refusal.of_validation
     monkeypatch.setattr(
-        refusal, "of_validation", lambda errors: counts.append(len(errors)) or told(errors)
+        refusal,
+        "of_validation",
+        lambda errors, body: counts.append(len(errors)) or told(errors, body),
     )
     with fake_service(served) as (service, _), client_of(service) as client:
         error_of(client.post(path, json=body), 400)
@@ -195,7 +205,33 @@ def test_deep_json_within_the_limit_of_bytes(served) -> None:
 def test_other_paths_and_methods(open_to_all) -> None:
     error_of(open_to_all.get("/nowhere"), 404)
     error_of(open_to_all.get("/v1/models/other"), 404)
-    error_of(open_to_all.get("/v1/completions"), 405)
+    response = open_to_all.get("/v1/completions")
+    assert error_of(response, 405)["code"] == "wrong_method"
+    assert response.headers["allow"] == "POST"
+    response = open_to_all.delete("/v1/memory")
+    assert "not for DELETE, but for GET, POST" in error_of(response, 405)["message"]
+    assert response.headers["allow"] == "GET, POST"
+    assert open_to_all.post("/page/index.html").headers["allow"] == "GET, HEAD"
     error_of(open_to_all.get("/docs"), 404)
     for name in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd", "%00"):
         error_of(open_to_all.get(f"/page/{name}"), 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/responses", "does not have /v1/responses: OpenAI's Responses API.*chat/completions"),
+        ("/v1/embeddings", "no embeddings"),
+        ("/v1/messages", "Anthropic's"),
+        ("/v1/audio/speech", "no sound"),
+        ("/v1/assistants", "has /v1/chat/completions, /v1/completions, /v1/models"),
+        ("/chat/completions", "is /v1/chat/completions meant"),
+        ("/v1/v1/completions", "is /v1/completions meant"),
+        ("/elsewhere", "nothing at /elsewhere"),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_nearest_that_is(open_to_all, path, words) -> None:
+    for response in (open_to_all.post(path, json={}), open_to_all.get(path)):
+        error = error_of(response, 404)
+        assert error["code"] == "unknown_url"
+        assert re.search(words, error["message"])

@@ -15,6 +15,7 @@ from moefit.server.answered import (
     ModelCard,
     ModelList,
     Tokenized,
+    TokenizerInfo,
     Version,
 )
 from moefit.server.asked import DetokenizeAsked, TokenizeAsked
@@ -47,6 +48,23 @@ def _detokenize(service: Service, asked: DetokenizeAsked) -> str:
     return service.words.text(asked.tokens, special=True)
 
 
+def _tokenizer_info(service: Service) -> TokenizerInfo:
+    words = service.words
+    if words.tokenizer is None:
+        raise Refused(404, "this model has no tokenizer; it takes token ids", code="no_tokenizer")
+    special = words.tokenizer.special_tokens_map
+    return TokenizerInfo(
+        tokenizer_class=type(words.tokenizer).__name__,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+        unk_token=special.get("unk_token"),
+        chat_template=words.template if words.has_template else None,
+        vocab_size=words.size,
+        model_max_length=service.engine.max_model_len,
+    )
+
+
 def router(service: Service) -> APIRouter:
     """The endpoints."""
     routes = APIRouter()
@@ -75,6 +93,11 @@ def router(service: Service) -> APIRouter:
         """Tokens' text."""
         service.check_model(asked.model)
         return Detokenized(prompt=await service.aside(_detokenize, service, asked))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """Special tokens and the chat template."""
+        return await service.aside(_tokenizer_info, service)
 
     @routes.get("/health", response_model_exclude_none=True)
     async def health() -> Health:

@@ -161,6 +161,19 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """Of the tokenizer, as lm-evaluation-harness and vLLM's clients ask for it."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
+
+
 class Health(BaseModel):
     """That requests are taken; problems: what is wrong, if it is degraded."""
 

@@ -154,22 +154,41 @@ class RefusalPart(Strict):
     refusal: str
 
 
+def _kind_of_part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return "<refusal>" if kind == "refusal" else "<text>"
+
+
+def _no_media(part: Any) -> Any:
+    """Refuse by its name what the model can't read."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in _MEDIA:
+        raise PydanticCustomError(
+            "media",
+            "parts of type {kind} ({what}) are not possible, for the model is served as text; give "
+            "parts of type text",
+            {"kind": kind, "what": _MEDIA[kind]},
+        )
+    return part
+
+
 def _kind_of_content(content: Any) -> str:
-    return "parts" if isinstance(content, list) else "text"
+    return "<parts>" if isinstance(content, list) else "<text>"
 
 
-def _kind_of_part(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "refusal" if kind == "refusal" else "text"
-
-
+_MEDIA = {
+    "image_url": "an image", "input_image": "an image", "image": "an image",
+    "input_audio": "a sound", "audio_url": "a sound", "audio": "a sound",
+    "video_url": "a video", "video": "a video", "file": "a file", "input_file": "a file",
+}  # fmt: skip
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_kind_of_part),
+    BeforeValidator(_no_media),
 ]
 Content = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[Annotated[Items[Part], Field(min_length=1)], Tag("parts")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[Annotated[Items[Part], Field(min_length=1)], Tag("<parts>")],
     Discriminator(_kind_of_content),
 ]
 
@@ -179,6 +198,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
+    type: Literal["text", "message"] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -192,7 +212,9 @@ class Message(Strict):
     @model_validator(mode="after")
     def _says_something(self) -> "Message":
         if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing_content", "content is missing: give a text")
+            why = "Field required: what the {role} says"
+            context = {"role": self.role, "within": ("content",)}
+            raise PydanticCustomError("missing", why, context)
         return self
 
     @property

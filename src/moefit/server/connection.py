@@ -6,6 +6,7 @@ itself: idle connections. Knows nothing of what is asked.
 
 import asyncio
 import fcntl
+import socket
 import struct
 import termios
 from contextlib import suppress
@@ -18,6 +19,9 @@ from moefit.server.refusal import Refused, answer
 
 _ANSWERED = 128  # connections beyond the most, which hear why they are not served
 _PACE = 1024  # bytes a second that who is behind with reading must take
+_CLOSED = 7  # TCP_CLOSE, the state of a connection whose other end has refused what was sent
+_KNOCKS = 0.25  # seconds between two looks whether a client that sends no more still receives
+_INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +66,43 @@ class Timed(H11Protocol):
             self.app = _full(self.most)
         if len(self.connections) > self.most + _ANSWERED:
             transport.close()
-        self._pauses = 0
+        self._pauses, self._sends_no_more = 0, False
         self._timer = self.loop.call_later(self.seconds, self._look, self._now())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return whether to keep the connection, for the client sends no more.
+
+        It may have closed its sending half alone, and wait for its answer. One that is gone
+        altogether looks the same until something is sent: so an interim response is, which clients
+        of HTTP/1.1 pass over, and which the system of one that is gone refuses.
+        """
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self._sends_no_more = True
+        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
+            self.transport.write(_INTERIM)
+        self.loop.call_later(_KNOCKS, self._knock)
+        return True
+
+    def on_response_complete(self) -> None:
+        """A response has been sent."""
+        super().on_response_complete()
+        if self._sends_no_more and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
+    def _knock(self) -> None:
+        """Cut the connection of a client that is gone altogether, which cancels its requests."""
+        if self.transport.is_closing():
+            return
+        if _state(self.transport) == _CLOSED:
+            self.transport.abort()
+            return
+        self.loop.call_later(_KNOCKS, self._knock)
 
     def pause_writing(self) -> None:
         """The client does not read as fast as we write."""
@@ -107,6 +141,16 @@ def _queued(transport: asyncio.Transport) -> int:
         return 0
     with suppress(OSError):
         return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
+    return 0
+
+
+def _state(transport: asyncio.Transport) -> int:
+    """Return the state of a TCP connection; 0 where the system does not say."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or connection.fileno() < 0:
+        return 0
+    with suppress(OSError):
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     return 0
 
 

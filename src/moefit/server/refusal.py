@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moefit.errors import (
@@ -33,6 +34,21 @@ _KINDS = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+_ENDPOINTS = ("/chat/completions", "/completions", "/models")
+_TALK = "ask POST /v1/chat/completions instead"
+_NO_VECTORS = "it serves models that write text, and gives no embeddings or scores"
+_ELSEWHERE = {
+    "/responses": f"OpenAI's Responses API is not part of it; {_TALK}",
+    "/messages": f"Anthropic's Messages API is not part of it; {_TALK}",
+    "/embeddings": _NO_VECTORS,
+    "/rerank": _NO_VECTORS,
+    "/score": _NO_VECTORS,
+    "/moderations": "it moderates nothing",
+    "/images/generations": "it makes no images",
+    "/audio/speech": "it makes no sound",
+    "/audio/transcriptions": "it hears no sound",
+}
+"""What clients ask other servers for, and what is said of it here."""
 _OURS: Mapping[type[MoefitError], tuple[int, str]] = {
     RequestTooLargeError: (400, "context_length_exceeded"),
     BudgetTooSmallError: (400, "budget_too_small"),
@@ -145,23 +161,55 @@ def of_ours(error: MoefitError) -> Refused:
     return Refused(status, str(error), code=code)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refused:
-    """What pydantic found, in a sentence; never the values themselves."""
+def of_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> Refused:
+    """Return what pydantic found, in a sentence; never the values themselves.
+
+    Args:
+        errors: what it found.
+        body: what it was found in, which tells a field's name from that of a union's member.
+    """
     first = errors[0]
     if first["type"] == "json_invalid":
         why = f"the body is not JSON: {first['ctx']['error']}"
         return Refused(400, why, code="invalid_json")
-    place = [str(one) for one in first["loc"][1:]]
-    if not place:
+    if not first["loc"][1:]:
         return Refused(400, _of_body(first), code="invalid_body")
-    name = place[0]
-    if (why := _unsupported(first)) is not None:
-        where = ".".join(place)
-        message = f"unsupported parameter {where!r}: {why}"
-        return Refused(400, message, param=where, code="unsupported_parameter")
-    same = dict.fromkeys(one["msg"] for one in errors if list(one["loc"][1:2]) == [name])
-    code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
-    return Refused(400, f"{name}: {'; or '.join(list(same)[:4])}", param=name, code=code)
+    places = [_place(one, body) for one in errors if one["loc"][1] == first["loc"][1]]
+    # Each member of a union has errors of its own: the one that went furthest is meant.
+    place = max(places, key=lambda one: (len(one), [n for n in one if isinstance(n, int)]))
+    same = [one for one in errors if _place(one, body) == place]
+    name = _written(place)
+    if (why := _unsupported(same[0])) is not None:
+        message = f"unsupported parameter {name!r}: {why}"
+        return Refused(400, message, param=name, code="unsupported_parameter")
+    code = "missing_parameter" if same[0]["type"] == "missing" else "invalid_value"
+    words = list(dict.fromkeys(one["msg"] for one in same))[:4]
+    return Refused(400, f"{name}: {'; or '.join(words)}", param=name, code=code)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
+    """Return the fields and indices that lead to an error, without the names of unions' members."""
+    steps, place = list(error["loc"][1:]), []
+    for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        if isinstance(body, dict) and (step in body or (last and error["type"] == "missing")):
+            body = body.get(step)
+        elif isinstance(body, list) and isinstance(step, int) and step < len(body):
+            body = body[step]
+        elif number:  # the first is a field in any case
+            continue
+        place.append(step)
+    return (*place, *error.get("ctx", {}).get("within", ()))
+
+
+def _written(place: Sequence[int | str]) -> str:
+    """Return a place as a program would write it.
+
+    >>> _written(["messages", 2, "content"])
+    'messages[2].content'
+    """
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in place]
+    return "".join(steps).removeprefix(".")
 
 
 def _of_body(error: Mapping[str, Any]) -> str:
@@ -188,7 +236,7 @@ def of_any(error: Exception) -> HTTPException:
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
-        return of_validation(error.errors())
+        return of_validation(error.errors(), error.body)
     if isinstance(error, MoefitError):
         refused = of_ours(error)
         if refused.status_code < 500 or refused.code is not None:
@@ -197,10 +245,54 @@ def of_any(error: Exception) -> HTTPException:
     return Refused(500, "the server failed at this request; its log says why")
 
 
+def _of_framework(request: Request, error: HTTPException) -> HTTPException:
+    """Return what is said of an address or a method that is not there."""
+    path = request.url.path
+    if error.status_code == 404:
+        return Refused(404, _not_there(path), code="unknown_url")
+    if error.status_code != 405:
+        return error
+    methods = _allowed(request)
+    said = Refused(
+        405, f"{path} is not for {request.method}, but for {methods}", code="wrong_method"
+    )
+    said.headers = {"Allow": methods}
+    return said
+
+
+def _not_there(path: str) -> str:
+    """Return what is nearest to an address that is not there."""
+    name = path.removeprefix("/v1").removeprefix("/v1").rstrip("/")
+    if name in _ENDPOINTS:
+        return f"there is no {path}; is /v1{name} meant? A client's base URL ends with /v1, once"
+    if name in _ELSEWHERE:
+        return f"this server does not have {path}: {_ELSEWHERE[name]}"
+    if path.startswith("/v1/"):
+        known = ", ".join(f"/v1{one}" for one in _ENDPOINTS)
+        return f"this server does not have {path}; of OpenAI's API it has {known}"
+    return f"there is nothing at {path}; /openapi.json lists what there is"
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods that an address is there for, whichever routes they have."""
+    routes = request.app.router.routes
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    found = [
+        method
+        for method in methods
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
+        )
+    ]
+    return ", ".join(found)
+
+
 def install(app: FastAPI) -> None:
     """Let the application answer every error in this shape."""
 
-    async def refuse(_: Request, error: Exception) -> JSONResponse:
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException) and not isinstance(error, Refused):
+            error = _of_framework(request, error)
         return answer(of_any(error))
 
     for kind in (HTTPException, RequestValidationError, MoefitError, Exception):

@@ -95,12 +95,16 @@ class Vocabulary:
         if renderer is not None:
             renderer.close()
 
-    def _rendering(self) -> Renderer:
-        """Return what renders the tokenizer's template as it is now."""
+    @property
+    def template(self) -> str:
+        """The tokenizer's chat template as it is now. Raises ConfigError if there is none."""
         try:
-            source = self._required().get_chat_template()
+            return self._required().get_chat_template()
         except ValueError as error:
             raise ConfigError(f"the model's chat templates can't be used: {error}") from error
+
+    def _rendering(self) -> Renderer:
+        source = self.template
         with self._lock:
             if self._closed:
                 raise RefusedError("the server is shutting down")
