@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
@@ -45,6 +45,7 @@ from moefit.serve.budget import format_bytes
 from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.generation import use_generation_config
+from moefit.serve.guards import FiniteLogits
 from moefit.serve.packed import open_packed
 from moefit.serve.reckon import beginning, ledger
 from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
@@ -109,6 +110,7 @@ def _stream(
         raise DataError("the prompt is empty; give at least one character")
     model.generate(
         **inputs,
+        logits_processor=LogitsProcessorList([FiniteLogits()]),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(
             tokenizer, skip_prompt=not _continues(model), skip_special_tokens=True

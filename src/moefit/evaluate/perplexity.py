@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moefit.errors import DataError
 from moefit.evaluate.subject import Subject, subject_of
 from moefit.moe.routing import Rule, active_experts
+from moefit.serve.guards import refuse_no_numbers
 from moefit.train.batches import windows
 
 Progress = Callable[[str, int, int], None]
@@ -94,7 +95,8 @@ def score(
 
     Bits per byte is the mean loss over all predicted tokens times tokens in all, over the text's
     bytes. Raises DataError for fewer than two tokens, ConfigError for a rule that asks for more
-    experts than there are, UnsupportedModelError for a rule that the model's family lacks.
+    experts than there are, UnsupportedModelError for a rule that the model's family lacks,
+    CheckpointError where the model computes no finite numbers.
     """
     if len(text.ids_T) < 2:
         raise DataError(f"a text of {len(text.ids_T)} token(s) cannot be predicted; give more text")
@@ -143,6 +145,7 @@ def _batch(model: PreTrainedModel, ids_BL1: Tensor, rule: Rule) -> _Sums:
     counted = rule.kind.startswith("threshold")
     output = model(input_ids=ids_BL1[:, :-1], use_cache=False, output_router_logits=counted)
     targets_R = ids_BL1[:, 1:].flatten()
+    refuse_no_numbers(output.logits)
     nats = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_R, reduction="sum")
     sums = _Sums(nats=nats.item(), tokens=len(targets_R))
     if counted:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from moefit.errors import DataError, UnsupportedModelError
 from moefit.evaluate.perplexity import Text
+from moefit.serve.guards import refuse_no_numbers
 from moefit.serve.served import ServedModel
 
 Progress = Callable[[int, int], None]
@@ -87,7 +88,7 @@ def score_steps(
     The resident set goes on from window to window, as a server's does. against: what the full
     model's output is asked of, such as the same model at another precision; None is `served`.
     Raises DataError if no window is longer than the prompt, UnsupportedModelError for an
-    encoder-decoder model.
+    encoder-decoder model, CheckpointError where the model computes no finite numbers.
     """
     if served.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -138,6 +139,7 @@ def _window(served: ServedModel, ids_L: Tensor, prompt: int, full_TV: Tensor, su
 
 def _wide(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     logits_TV = served.model(input_ids=ids_L[None, :-1], use_cache=False).logits[0, prompt:]
+    refuse_no_numbers(logits_TV)
     return logits_TV.float().log_softmax(-1)
 
 
@@ -149,6 +151,7 @@ def _steps(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     for ids_1T in inputs:
         output = served.model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
+        refuse_no_numbers(output.logits[0, -1])
         rows.append(output.logits[0, -1].float().log_softmax(-1))
     return torch.stack(rows[1:] if prompt else rows)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moefit.serve.guards import refuse_no_numbers
 from moefit.serve.served import ServedModel
 
 LIKELIEST = 512
@@ -95,6 +96,7 @@ def wide(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]
     for first in range(0, len(windows_BT), at_once):
         part_BT = windows_BT[first : first + at_once, :-1].to(served.model.device)
         logits_BTV = served.model(input_ids=part_BT, use_cache=False).logits
+        refuse_no_numbers(logits_BTV)
         for number, logits_TV in enumerate(logits_BTV):
             yield first + number, logits_TV.float().log_softmax(-1).cpu()
 

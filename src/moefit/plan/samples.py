@@ -17,6 +17,7 @@ import torch
 
 from moefit.plan.configuration import Configuration, configuration_from
 from moefit.plan.reference import Reference, wide
+from moefit.serve.guards import refuse_no_numbers
 from moefit.serve.served import ServedModel
 
 RUN = 16  # tokens of which a mean time is taken; of these means, the median
@@ -132,4 +133,6 @@ def _decode(
         rows.append(output.logits[0, -1].float().log_softmax(-1).cpu())
         seconds.append(time.perf_counter() - began)
         cache = output.past_key_values
+    for row_V in rows:  # not while the clock runs
+        refuse_no_numbers(row_V)
     return rows, seconds, served.report()["fetches"] - before

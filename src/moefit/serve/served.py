@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
+from moefit.serve.guards import guard
 from moefit.serve.kv_cache import reserve_caches
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.parts import ServedParts
@@ -39,6 +40,7 @@ class ServedModel:
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
         self.reckoner, self.generation = parts.reckoner, parts.generation
         self._upgrades: Upgrades | None = None
+        guard(self.model, self.blocks)
         self._hooks = (
             *parts.hooks,
             limit_context(self.model, self._context),

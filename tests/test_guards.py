@@ -1,0 +1,156 @@
+"""What a served model refuses: conversions, saving, and tokens of logits that are no numbers."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from serving import give_slots
+from tiny_served import saved, tiny, tokens
+from torch import nn
+from typer.testing import CliRunner
+
+from moefit.checkpoint import Checkpoint
+from moefit.cli import app
+from moefit.engine.engine import Engine
+from moefit.engine.request import Finished, Sampling
+from moefit.errors import CheckpointError, UnsupportedModelError
+from moefit.evaluate.loading import reference_path
+from moefit.evaluate.perplexity import Text, score
+from moefit.evaluate.stepwise import score_steps
+from moefit.moe.routing import Rule
+from moefit.plan.reference import wide
+from moefit.serve.guards import refuse_no_numbers
+from moefit.serve.loading import load
+from moefit.serve.settings import LoadSettings
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny("Olmoe"), tmp_path)
+
+
+def spoil(folder: Path, part: str, value: float = float("nan")) -> None:
+    """Write the value over tensors in the checkpoint's file, which a model may be served from."""
+    with Checkpoint(folder) as checkpoint:
+        spans = [span for name, span in checkpoint.spans.items() if part in name]
+    assert spans
+    for span in spans:
+        data = torch.full(span.shape, value, dtype=span.dtype).flatten().view(torch.uint8)
+        with span.path.open("r+b") as file:
+            file.seek(span.offset)
+            file.write(data.numpy().tobytes())
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "double": lambda model: model.double(),
+    "to(dtype)": lambda model: model.to(torch.float16),
+    "to(device)": lambda model: model.to("meta"),
+    "to_empty": lambda model: model.to_empty(device="meta"),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("part", ["", "model", "model.layers.1", "model.layers.1.mlp"])
+def test_conversions_are_refused_and_change_nothing(
+    folder: Path, conversion: str, part: str
+) -> None:
+    with load(folder, LoadSettings()) as served:
+        before = served.model(tokens(1, 5)).logits
+        with pytest.raises(UnsupportedModelError, match=r"cannot become .*moefit.load\("):
+            CONVERSIONS[conversion](served.model.get_submodule(part))
+        assert torch.equal(served.model(tokens(1, 5)).logits, before)
+
+
+def test_conversions_to_what_it_is_pass(folder: Path) -> None:
+    with load(folder, LoadSettings()) as served:
+        model: Any = served.model
+        assert model.float() is model and model.to("cpu") is model and model.eval() is model
+        assert model.to(torch.float32) is model and model.cpu() is model
+
+
+def test_other_models_of_the_class_are_as_before(folder: Path) -> None:
+    with load(folder, LoadSettings()):
+        other = tiny("Olmoe")
+        assert other.half().dtype == torch.float16
+
+
+def test_a_model_without_experts_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    with load(folder, LoadSettings()) as served:
+        with pytest.raises(UnsupportedModelError, match=r"its experts are not among.*Copy the fol"):
+            served.model.save_pretrained(tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"num_beams": 2}])
+def test_generation_ends_with_an_error(folder: Path, value: float, sampling: dict) -> None:
+    with load(folder, LoadSettings()) as served:
+        give_slots(served, 1)
+        served.generate(tokens(1, 4), max_new_tokens=2, **sampling)
+        spoil(folder, "experts", value)
+        for generate in (served.generate, served.model.generate):
+            with pytest.raises(CheckpointError, match=r"no finite numbers.*copy or download"):
+                generate(tokens(1, 4), max_new_tokens=8, **sampling)
+
+
+@pytest.mark.parametrize("more", [(), ("--memory", "9GiB"), ("--temperature", "1")])
+def test_the_command_line_prints_no_tokens_of_no_numbers(tmp_path: Path, more: tuple) -> None:
+    folder = saved(tiny("Olmoe", vocab_size=8192), tmp_path)
+    for file in reference_path().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    spoil(folder, "experts")
+    found = CliRunner().invoke(app, ["generate", str(folder), "a = 1", *more])
+    assert isinstance(found.exception, CheckpointError), found.output
+    assert "no finite numbers" in str(found.exception)
+
+
+@pytest.mark.parametrize("mode", ["exact", "virtual", "bounded"])
+def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any) -> None:
+    with load(folder, LoadSettings(mode=mode)) as served:
+        give_slots(served, 1)
+        engine, ended, told = Engine(served), Event(), []
+
+        def hear(event: object) -> None:
+            told.append(event)
+            if isinstance(event, Finished):
+                ended.set()
+
+        engine.start()
+        spoil(folder, "experts")
+        try:
+            for _ in range(3):
+                ended.clear()
+                engine.submit([3, 4, 5], Sampling(max_tokens=8, temperature=0), hear)
+                assert ended.wait(30)
+        finally:
+            engine.close()
+        assert told[-1].reason == "error" and "no finite numbers" in told[-1].message
+
+
+def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
+    text = Text(ids_T=tokens(40), text_bytes=40, context=8)
+    windows_BT = torch.stack([*tokens(20).split(10)])
+    with load(folder, LoadSettings()) as served:
+        give_slots(served, 1)
+        spoil(folder, "experts")
+        scorers: list[Callable[[], Any]] = [
+            lambda: score(served.model, text, [Rule.parse("top_k:3")]),
+            lambda: score_steps(served, text, prompt=2),
+            lambda: list(wide(served, windows_BT)),
+        ]
+        for scorer in scorers:
+            with pytest.raises(CheckpointError, match="no finite numbers"):
+                scorer()
+
+
+def test_tokens_that_cannot_be_are_no_fault() -> None:
+    refuse_no_numbers(torch.tensor([[0.0, -torch.inf], [1.0, 2.0]]))
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(CheckpointError):
+            refuse_no_numbers(torch.tensor([[0.0, 1.0], [wrong, 2.0]]))
