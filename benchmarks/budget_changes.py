@@ -29,8 +29,8 @@ from torch import Tensor
 
 import moefit
 from moefit.errors import BudgetTooSmallError
+from moefit.host import process_bytes
 from moefit.serve.budget import format_bytes
-from moefit.serve.ledger import process_bytes
 from moefit.serve.served import ServedModel
 
 Checked = tuple[int, int]

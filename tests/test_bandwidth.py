@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moefit.evaluate.bandwidth import bandwidth_apart, measure_bandwidth
-from moefit.serve.ledger import peak_process_bytes, process_bytes
+from moefit.host import peak_process_bytes, process_bytes
 
 MIB = 1 << 20
 

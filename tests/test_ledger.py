@@ -9,13 +9,12 @@ from safetensors.torch import save_file
 from tiny_served import FAMILIES, saved, tiny, tokens
 
 from moefit.checkpoint import SINGLE, Checkpoint
+from moefit.host import peak_process_bytes, process_bytes
 from moefit.serve.ledger import (
     FIRST_USE,
     held_bytes,
     kv_bytes_per_token,
     peak_held_bytes,
-    peak_process_bytes,
-    process_bytes,
     slot_bytes,
     weight_bytes,
     workspace_bytes,
@@ -114,7 +113,7 @@ def test_on_a_gpu_slots_take_what_the_ledger_says(size: int) -> None:
 FIRST_STEPS = """
 import sys, torch
 torch.set_num_threads(1)
-from moefit.serve.ledger import peak_process_bytes, process_bytes
+from moefit.host import peak_process_bytes, process_bytes
 from moefit.serve.loading import load
 from moefit.serve.settings import LoadSettings
 

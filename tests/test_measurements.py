@@ -43,7 +43,7 @@ def test_where_memory_is_short_the_results_are_the_same(monkeypatch) -> None:
     names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
     plenty = measured(names)
     with monkeypatch.context() as patch:
-        patch.setattr(moefit.plan.measurements, "_free_memory", lambda: 1)
+        patch.setattr(moefit.plan.measurements, "available_bytes", lambda: 1)
         short = measured(names)
     for block, one in short["routes"].items():
         assert one["mass"] == pytest.approx(plenty["routes"][block]["mass"])

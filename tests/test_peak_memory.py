@@ -16,7 +16,7 @@ SERVE = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from moefit.serve.ledger import peak_process_bytes
+from moefit.host import peak_process_bytes
 from moefit.serve.loading import load
 from moefit.serve.settings import LoadSettings
 from moefit.serve.reckon import ledger
@@ -72,7 +72,7 @@ def test_from_load_to_exit_the_peak_is_below_the_budget(
 SHRINK = """
 import sys, torch
 torch.set_num_threads(1)
-from moefit.serve.ledger import process_bytes
+from moefit.host import process_bytes
 from moefit.serve.loading import load
 from moefit.serve.settings import LoadSettings
 
@@ -105,7 +105,7 @@ LONG_PROMPT = """
 import torch
 torch.set_num_threads(1)
 import moefit
-from moefit.serve.ledger import peak_process_bytes
+from moefit.host import peak_process_bytes
 from moefit.serve.reckon import ledger
 from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build

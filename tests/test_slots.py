@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_served import mixtral_block, parts_of
 
 from moefit.formats.format import NativeFormat, expert_output
+from moefit.host import process_bytes
 from moefit.moe.families import TensorSpec
-from moefit.serve.ledger import process_bytes
 from moefit.serve.slots import Slot, allocate, bytes_of
 
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ without a budget of the machine. Served exactly, so that it need not hold all of
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from moefit.errors import BudgetTooSmallError
+from moefit.host import available_bytes
 from moefit.serve.ledger import held_bytes
 from moefit.serve.loading import load
 from moefit.serve.served import ServedModel
@@ -39,10 +39,7 @@ def native_twin(served: ServedModel, settings: LoadSettings) -> ServedModel | No
 
 
 def _available_bytes(device: torch.device) -> int:
-    """What the machine could still give."""
+    """What the machine, or this process's control group, could still give."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    return available_bytes()

@@ -6,7 +6,6 @@ needed, exactly, so every result is the same and only slower. Knows nothing of w
 are, nor of the profile's file.
 """
 
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.formats.format import parse_format
+from moefit.host import available_bytes
 from moefit.plan import experiments
 from moefit.plan.chosen import compare_quality
 from moefit.plan.configuration import Configuration, uniform
@@ -70,7 +70,7 @@ class Measurements:
         self._process: int | None = None  # bytes, before anything was loaded
         if memory is not None:
             self._refuse_less(memory)
-        self._room = memory or max(1, int(_SHARE * _free_memory()))
+        self._room = memory or max(1, int(_SHARE * available_bytes()))
         self._reference: Reference | None = None
         self._kept = Kept(of.subject, context=of.windows_BT.shape[1])
 
@@ -237,11 +237,3 @@ def _with_fewer(configuration: Configuration, room: int, shapes: Shapes) -> Conf
         share = room // len(shapes) // shapes[name].slot_bytes[format]
         placement[name] = BlockPlacement(slots=max(1, min(one.slots, share)), formats=(format,))
     return replace(configuration, placement=placement)
-
-
-def _free_memory() -> int:
-    """Bytes that a process could have now."""
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

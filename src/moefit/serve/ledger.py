@@ -4,15 +4,14 @@ Owns the estimates behind `MemoryBudget`: interpreter and libraries (measured), 
 experts, KV cache, workspace, what a slot takes of a device. Allocates nothing.
 """
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moefit.checkpoint import Checkpoint
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.host import peak_process_bytes, process_bytes
 
 # Pages of libraries and of the allocator that only computing touches. Measured by hand: the first
 # forward and generate of a model of 50 kB raise the resident set by 60 to 75 MiB
@@ -20,20 +19,6 @@ from moefit.dsmoe.config import DsMoeConfig
 FIRST_USE = 96 << 20
 _MIB = 1 << 20
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
-
-
-def process_bytes() -> int:
-    """The resident set of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_process_bytes() -> int:
-    """The largest resident set of this process so far (VmHWM). Raises OSError without /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
 
 
 def held_bytes(device: torch.device) -> int:

@@ -1,0 +1,150 @@
+"""What the operating system says about memory, also inside containers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moefit import host
+
+GIB = 1 << 30
+MEMINFO = (
+    "MemTotal:       67108864 kB\nMemFree:         1048576 kB\nMemAvailable:   33554432 kB\n"
+    "HugePages_Total:       0\nSwapTotal:       2097152 kB\n"
+)
+V2 = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
+V1 = (
+    "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
+    "32 31 0:29 {root} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
+    "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+)
+
+
+def system(folder: Path, mounts: str, groups: str, files: dict[str, str]) -> Path:
+    """A folder that looks like the root of a system."""
+    every = {"proc/meminfo": MEMINFO, "proc/self/mountinfo": mounts, "proc/self/cgroup": groups}
+    for name, text in (every | files).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
+    root = system(tmp_path, V2.format(root="/"), "0::/user.slice\n", {})
+    assert host.tightest_limit(root) is None
+    assert host.available_bytes(root) == 32 * GIB
+    assert host.total_bytes(root) == 64 * GIB
+    assert host.swap_bytes(root) == 2 * GIB
+    assert host.cpu_quota(root) is None
+
+
+def test_a_container_of_version_2_sees_its_own_group_at_the_root(tmp_path: Path) -> None:
+    """Docker's default: a cgroup namespace, in which the container's group is `/`."""
+    files = {
+        "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
+        "sys/fs/cgroup/memory.high": "max\n",
+        "sys/fs/cgroup/memory.current": f"{3 * GIB}\n",
+        "sys/fs/cgroup/memory.stat": f"anon {GIB}\nfile {2 * GIB}\ninactive_file {GIB}\n"
+        f"active_file {GIB // 2}\n",
+        "sys/fs/cgroup/cpu.max": "50000 100000\n",
+    }
+    root = system(tmp_path, V2.format(root="/"), "0::/\n", files)
+    limit = host.tightest_limit(root)
+    assert limit is not None
+    assert (limit.nbytes, limit.used) == (4 * GIB, 3 * GIB // 2)
+    assert host.available_bytes(root) == 5 * GIB // 2, "page cache gives way"
+    assert host.total_bytes(root) == 4 * GIB
+    assert host.cpu_quota(root) == 0.5
+
+
+def test_the_least_of_nested_groups_counts(tmp_path: Path) -> None:
+    groups = "sys/fs/cgroup/system.slice"
+    files = {
+        f"{groups}/memory.max": f"{2 * GIB}\n",
+        f"{groups}/memory.current": f"{GIB}\n",
+        f"{groups}/a.service/memory.max": f"{3 * GIB}\n",
+        f"{groups}/a.service/memory.current": f"{GIB // 2}\n",
+        f"{groups}/a.service/memory.high": f"{5 * GIB // 2}\n",
+    }
+    root = system(tmp_path, V2.format(root="/"), "0::/system.slice/a.service\n", files)
+    assert [one.nbytes for one in host.group_limits(root)] == [3 * GIB, 5 * GIB // 2, 2 * GIB]
+    assert host.available_bytes(root) == GIB
+
+
+@pytest.mark.parametrize(
+    ("mounted", "path"),
+    [("/", "/docker/abc"), ("/docker/abc", "/docker/abc"), ("/docker/abc", "/docker/abc/inner")],
+)
+def test_version_1_with_and_without_a_namespace(tmp_path: Path, mounted: str, path: str) -> None:
+    inside = path if mounted == "/" else path.removeprefix(mounted)
+    memory = f"sys/fs/cgroup/memory{inside}"
+    files = {
+        f"{memory}/memory.limit_in_bytes": f"{GIB}\n",
+        f"{memory}/memory.usage_in_bytes": f"{GIB // 2}\n",
+        f"{memory}/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 4}\n"
+        "total_active_file 0\n",
+        f"sys/fs/cgroup/cpu{inside}/cpu.cfs_quota_us": "150000\n",
+        f"sys/fs/cgroup/cpu{inside}/cpu.cfs_period_us": "100000\n",
+    }
+    if inside:
+        files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712\n"
+    groups = f"4:memory:{path}\n1:cpu:{path}\n0::/\n"
+    root = system(tmp_path, V1.format(root=mounted), groups, files)
+    assert [one.nbytes for one in host.group_limits(root)] == [GIB]
+    assert host.available_bytes(root) == 3 * GIB // 4
+    assert host.cpu_quota(root) == 1.5
+
+
+def test_a_group_path_of_another_namespace_falls_back_to_the_mount(tmp_path: Path) -> None:
+    files = {"sys/fs/cgroup/memory.max": f"{GIB}\n", "sys/fs/cgroup/memory.current": "0\n"}
+    root = system(tmp_path, V2.format(root="/"), "0::/../../elsewhere\n", files)
+    assert [one.nbytes for one in host.group_limits(root)] == [GIB]
+
+
+def test_a_system_without_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1024 kB\nMemFree: 512 kB\n")
+    assert host.group_limits(tmp_path) == []
+    assert (host.available_bytes(tmp_path), host.swap_bytes(tmp_path)) == (512 << 10, 0)
+
+
+def test_this_machine() -> None:
+    assert 0 < host.available_bytes() <= host.total_bytes()
+    assert 0 < host.process_bytes() <= host.peak_process_bytes()
+
+
+IN_A_GROUP = """
+import os, sys
+with open(os.path.join(sys.argv[1], "cgroup.procs"), "w") as file:
+    file.write(str(os.getpid()))
+from moefit import host
+print(host.total_bytes(), host.available_bytes())
+"""
+
+
+def test_a_real_group_is_seen() -> None:
+    """As root on a machine that lets groups be made; elsewhere the cases above have to do."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    parent, file = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
+    group = parent / f"moefit_test_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no memory group can be made here")
+    try:
+        try:
+            (group / file).write_text(str(GIB))
+        except OSError:
+            pytest.skip("the memory of groups cannot be limited here")
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_GROUP, str(group)],
+            check=True, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        total, available = map(int, done.stdout.split())
+        assert total == GIB
+        assert GIB // 2 < available < GIB
+    finally:
+        group.rmdir()
