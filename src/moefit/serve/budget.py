@@ -110,6 +110,10 @@ class MemoryBudget:
     it: the bound of experts in host memory where the budget is a GPU's, else None. `planned` takes
     the place of equal shares in any total that it fits. `rungs`: where experts differ in format,
     bytes of all of them in each that they may have, the best last; slots are reckoned in the first.
+    `tokenizer` is what it holds once it is loaded, with what serving remembers of its tokens;
+    `reading` what reading it takes at its peak, before anything else is loaded. `slack`: bytes of
+    `process` that only provide for a process that is larger than the one that was measured, since
+    no two runs of a command are of the same size to the page.
     """
 
     total: int | None
@@ -123,22 +127,27 @@ class MemoryBudget:
     host: int | None = None
     planned: PlannedSlots | None = None
     rungs: tuple[tuple[str, int], ...] = ()
+    tokenizer: int = 0
+    reading: int = 0
+    slack: int = 0
 
     @property
     def fixed(self) -> int:
         """Everything but slots."""
-        return self.process + self.weights + self.kv_cache + self.workspace + self.staging
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def floor(self) -> int:
         """The least total that the model can run in, without the plan if there is one."""
         spares = 0 if self.planned is None else self.planned.spares
-        return self.fixed + spares + sum(block.floor for block in self.blocks)
+        slots = sum(block.floor for block in self.blocks)
+        return max(self.fixed + spares + slots, self.process + self.reading)
 
     @property
     def everything(self) -> int:
         """The total at which all experts are resident, where they differ in the first format."""
-        return self.fixed + sum(block.num_experts * block.slot_bytes for block in self.blocks)
+        slots = sum(block.num_experts * block.slot_bytes for block in self.blocks)
+        return max(self.fixed + slots, self.floor)
 
     @property
     def most(self) -> int:
@@ -155,6 +164,16 @@ class MemoryBudget:
         if plan is None or total is None or self.fixed + plan.nbytes <= total:
             return replace(self, total=total)
         return replace(self, total=total, planned=None, staging=self.staging + plan.spares)
+
+    def without_slack(self) -> "MemoryBudget":
+        """Return the same parts with as much less slack as the total is short of."""
+        needed = self.floor
+        if self.planned is not None:
+            needed = max(self.fixed + self.planned.nbytes, self.process + self.reading)
+        short = 0 if self.total is None else needed - self.total
+        if not 0 < short <= self.slack:
+            return self
+        return replace(self, process=self.process - short, slack=self.slack - short)
 
     def slots(self) -> tuple[int, ...]:
         """Slots per block: equal shares, what is left over one by one from the first block on.
@@ -219,7 +238,7 @@ class MemoryBudget:
         }
 
     def _planned_slots(self, planned: PlannedSlots) -> tuple[int, ...]:
-        needed = self.fixed + planned.nbytes
+        needed = max(self.fixed + planned.nbytes, self.process + self.reading)
         if self.total is not None and needed > self.total:
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(self.total)} does not hold the plan, which takes "
@@ -232,15 +251,25 @@ class MemoryBudget:
         parts = ", ".join(f"{format_bytes(getattr(self, name))} {PARTS[name]}" for name in PARTS)
         slots = sum(block.floor for block in self.blocks)
         assert self.total is not None
-        return (
+        below = (
             f"a budget of {format_bytes(self.total)} is below this model's floor of "
-            f"{format_bytes(self.floor)} ({parts}, {format_bytes(slots)} for the fewest experts); "
+            f"{format_bytes(self.floor)}"
+        )
+        if self.process + self.reading == self.floor:
+            return (
+                f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
+                f"{format_bytes(self.reading)} while the tokenizer is being read); give at least "
+                f"{self.floor} bytes"
+            )
+        return (
+            f"{below} ({parts}, {format_bytes(slots)} for the fewest experts); "
             f"give at least {self.floor} bytes, or a shorter context"
         )
 
 
 PARTS = {
     "process": "interpreter and libraries",
+    "tokenizer": "tokenizer",
     "weights": "weights that are no experts",
     "kv_cache": "KV cache",
     "workspace": "workspace",

@@ -6,6 +6,7 @@ refusal if it can't be, other weights, slots, routers, and experts only as they 
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from moefit.serve.generation import use_generation_config
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ladders import AUTO, ladders_of
-from moefit.serve.ledger import weight_bytes
+from moefit.serve.ledger import held_bytes, weight_bytes
 from moefit.serve.live import Live
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.parts import ServedParts
@@ -44,6 +45,7 @@ from moefit.serve.served import ServedModel
 from moefit.serve.settings import AUTO_PRECISION, LoadSettings
 from moefit.serve.skeleton import Skeleton, build, load_rest
 from moefit.serve.store import ExpertStore
+from moefit.serve.tokenizer_size import TABLES
 from moefit.serve.transfer import Transfer
 from moefit.serve.upgrades import Upgrades
 from moefit.serve.virtual_experts import VirtualExperts
@@ -72,8 +74,10 @@ def load(
     budget = ledger(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
     _refuse_encoding(skeleton, settings, budget)
+    tokenizer = _tokenizer(skeleton.checkpoint.folder)
+    budget = _with_tokenizer(budget, device, settings.helpers)
     with ExitStack() as undo:
-        parts = _parts(skeleton, packed, budget, settings, undo, progress)
+        parts = _parts(skeleton, tokenizer, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
         served.set_mode(settings.mode, refetch=settings.refetch, **policy)
         _make_slots(parts, device, settings.placement)
@@ -94,8 +98,26 @@ def _to_come(settings: LoadSettings) -> list[Format]:
     return [parse_format(name) for name in AUTO]
 
 
+def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) -> MemoryBudget:
+    """The budget once the tokenizer has been read, which nothing but the process is there beside.
+
+    What was only needed while it was being read is given back, so that it can be used for weights
+    and slots. From now on the tokenizer counts with what the process grew by, no longer with the
+    estimate.
+    Raises BudgetTooSmallError if there is no room for the rest then.
+    """
+    return_freed_memory()
+    if device.type != "cpu" or not budget.tokenizer:
+        return budget
+    grown = held_bytes(device) + helpers - (budget.process - budget.slack)
+    budget = replace(budget, reading=0, tokenizer=max(0, grown) + TABLES).without_slack()
+    budget.slots()
+    return budget
+
+
 def _parts(
     skeleton: Skeleton,
+    tokenizer: PreTrainedTokenizerBase | None,
     packed: PackedStore,
     budget: MemoryBudget,
     settings: LoadSettings,
@@ -138,7 +160,7 @@ def _parts(
         store=store,
         tier=tier,
         live=live,
-        reckoner=Reckoner(folder, settings, budget.process, packed),
+        reckoner=Reckoner(folder, settings, budget.process, budget.tokenizer, packed),
         hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
     )
 

@@ -20,11 +20,12 @@ from moefit.serve.skeleton import Skeleton, build
 
 @dataclass(frozen=True)
 class Reckoner:
-    """process: bytes of interpreter and libraries, as they were when loading began."""
+    """process, tokenizer: bytes that they take, as they were found when the model was loaded."""
 
     folder: Path
     settings: LoadSettings
     process: int
+    tokenizer: int
     packed: PackedStore
 
     def budget(self, placement: Placement, total: int | None) -> MemoryBudget:
@@ -38,7 +39,7 @@ class Reckoner:
             self.settings, placement=placement, precision=NATIVE_PRECISION, memory=total
         )
         settings.check()
-        return replace(ledger(self._skeleton(), settings, self.packed), process=self.process)
+        return self._here(ledger(self._skeleton(), settings, self.packed))
 
     @cached_property
     def ends(self) -> tuple[int, int]:
@@ -55,7 +56,13 @@ class Reckoner:
         settings = replace(
             self.settings, placement=placement, precision=NATIVE_PRECISION, memory=None
         )
-        return replace(ledger(skeleton, settings, self.packed), process=self.process)
+        return self._here(ledger(skeleton, settings, self.packed))
+
+    def _here(self, budget: MemoryBudget) -> MemoryBudget:
+        """The same for the process that serves, whose tokenizer has been read."""
+        return replace(
+            budget, process=self.process, slack=0, tokenizer=self.tokenizer, reading=0
+        )
 
     def _skeleton(self) -> Skeleton:
         return build(self.folder, self.settings.dtype)

@@ -37,7 +37,8 @@ class LoadSettings:
     refetch: with precision auto in the exact mode, the share of a token's router weight from which
     on an expert is computed from a better copy (see `Policy`); room for copies is reserved.
     sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
-    logits in a step, where they are asked for.
+    logits in a step, where they are asked for. helpers: bytes of other processes that serve
+    together with this one, which count against the budget too.
     generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes nothing
     but special tokens from it.
     """
@@ -57,6 +58,7 @@ class LoadSettings:
     placement: Placement | None = None
     sequences: int = 1
     prompt_logits: int = 0
+    helpers: int = 0
     refetch: float | None = None
     generation_config: str = AUTO_GENERATION
 

@@ -18,6 +18,8 @@ from moefit.server.templates import Renderer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BROKEN = "\ufffd"
+_SHOWN = 8192  # tokens whose text is remembered; 3 MiB, which are in the estimate of a tokenizer
+_AT_ONCE = 4096  # tokens of a vocabulary that are made into Python strings together
 _LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -32,9 +34,8 @@ class Vocabulary:
         self._lock = threading.Lock()
         self._renderer: Renderer | None = None
         self._closed = False
-        vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-        self._longest = max(map(len, vocabulary), default=1)
-        self.show = lru_cache(maxsize=65536)(self._show)
+        self._longest = 1 if tokenizer is None else _longest(tokenizer)
+        self.show = lru_cache(maxsize=_SHOWN)(self._show)
 
     @property
     def has_template(self) -> bool:
@@ -144,6 +145,16 @@ class Vocabulary:
         if self.tokenizer is None:
             raise ConfigError("this model has no tokenizer; give the prompt as token ids")
         return self.tokenizer
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the length of the longest token; all as a dictionary would take tens of MiB."""
+    longest = max((len(one.content) for one in tokenizer.added_tokens_decoder.values()), default=1)
+    for start in range(0, len(tokenizer), _AT_ONCE):
+        ids = list(range(start, min(start + _AT_ONCE, len(tokenizer))))
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        longest = max(longest, *(len(token or "") for token in tokens))
+    return longest
 
 
 def is_unicode(text: str) -> bool:
