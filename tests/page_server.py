@@ -30,6 +30,7 @@ class Pretender:
         self.layers, self.experts, self.slot, self.mixed = layers, experts, slot, mixed
         self.fixed = {
             "process": 240 * MIB,
+            "tokenizer": 12 * MIB,
             "weights": max(12 * MIB, layers * experts * slot // 14),
             "kv_cache": 24 * MIB,
             "workspace": 98 * MIB,

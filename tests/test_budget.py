@@ -24,7 +24,7 @@ def ledgers(draw, *, equal: bool = False) -> MemoryBudget:
     experts = st.just(draw(st.integers(1, 9))) if equal else st.integers(1, 9)
     parts = {
         name: draw(st.integers(0, 1000))
-        for name in ("process", "weights", "kv_cache", "workspace", "staging")
+        for name in ("process", "tokenizer", "weights", "kv_cache", "workspace", "staging")
     }
     blocks = []
     for number in range(draw(st.integers(1, 6))):
@@ -142,8 +142,9 @@ def test_the_error_says_where_the_floor_comes_from() -> None:
         ledger(total=3000).slots()
     assert str(caught.value) == (
         "a budget of 2.93 KiB is below this model's floor of 3.42 KiB (1000 B interpreter and "
-        "libraries, 300 B weights that are no experts, 100 B KV cache, 60 B workspace, 40 B "
-        "staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, or a shorter context"
+        "libraries, 0 B tokenizer, 300 B weights that are no experts, 100 B KV cache, 60 B "
+        "workspace, 40 B staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, or "
+        "a shorter context"
     )
 
 
@@ -163,8 +164,8 @@ def test_the_parts_add_up_and_go_to_json() -> None:
     assert budget.slots() == (2, 1)
     assert budget.as_dict() == {
         "total": 5000, "context": None, "process": 1000, "weights": 300, "kv_cache": 100,
-        "workspace": 60, "staging": 40, "floor": 3500, "everything": 9500, "most": 9500,
-        "host": None,
+        "workspace": 60, "staging": 40, "tokenizer": 0, "floor": 3500, "everything": 9500,
+        "most": 9500, "host": None,
     }  # fmt: skip
     assert budget.with_total(9000).with_total(5000) == budget
 

@@ -62,7 +62,7 @@ def test_figures_are_the_servers(page):
     resident = sum(len(block["resident"]) for block in memory["blocks"])
     assert tab.text("model") == memory["model"]
     assert tab.text("map-count") == str(resident)
-    for key in ("process", "weights", "kv_cache", "workspace", "staging"):
+    for key in ("process", "tokenizer", "weights", "kv_cache", "workspace", "staging"):
         assert format_bytes(memory["budget"][key]) in tab.text("parts"), key
     assert format_bytes(memory["slot_bytes"]) in tab.text("parts")
     assert format_bytes(memory["peak_process_bytes"]) in tab.text("parts")

@@ -23,6 +23,7 @@ from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
 from moefit.server.client import Client
 from moefit.server.talk import LocalPartner, Manner, Partner, RemotePartner, Turn
+from moefit.server.templates import RENDER_RESIDENT
 
 HELP = "/new begins anew, /quit (or ctrl-D) ends; ctrl-C stops an answer"
 _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
@@ -68,8 +69,8 @@ def chat(
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
-    following = generation_config.value
-    with load_served(model, room, misses, planned, generation_config=following) as served:
+    more = {"generation_config": generation_config.value, "helpers": RENDER_RESIDENT}
+    with load_served(model, room, misses, planned, **more) as served:
         say_generation(served.generation)
         engine = Engine(served)
         engine.start()

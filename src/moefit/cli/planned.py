@@ -40,10 +40,12 @@ class Planned:
         """Whether any was given."""
         return not (self.plan is self.max_loss is self.min_speed is None)
 
-    def plan_for(self, model: str, room: Room, concurrency: int | None = None) -> Plan:
+    def plan_for(
+        self, model: str, room: Room, concurrency: int | None = None, helpers: int = 0
+    ) -> Plan:
         """The plan of the file, or one made now from the model's profile.
 
-        concurrency: of a server, how many requests run at once.
+        concurrency: of a server, how many requests run at once. helpers: as of `LoadSettings`.
         Raises ConfigError for a plan of another checkpoint, and what planning raises.
         """
         if self.plan is not None:
@@ -63,7 +65,7 @@ class Planned:
             memory=room.memory,
             context=room.context,
             device=room.device,
-            process=held_bytes(planned_device(room.device)),
+            process=held_bytes(planned_device(room.device)) + helpers,
             promise=promise_of(self.max_loss, self.min_speed),
             concurrency=concurrency,
         ).carry_out()

@@ -34,6 +34,7 @@ from moefit.serve.loading import Progress
 from moefit.serve.reckon import Beginning
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import NATIVE_PRECISION
+from moefit.server.templates import RENDER_RESIDENT
 
 
 def load_served(
@@ -64,7 +65,7 @@ def load_planned(
     decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound", "refetch")}
     refuse_beside_plan(**decided, dtype=room.dtype, **encoded)
     with console.status("planning"):
-        plan = planned.plan_for(model, room, settings.get("sequences"))
+        plan = planned.plan_for(model, room, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
     chosen = {"host_memory": room.host_memory, "device": room.device, **plan.settings(), **settings}
     if room.memory is not None:
@@ -131,7 +132,13 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
     >>> shared_steps(None)
     {}
     """
-    return {} if requests is None else {"sequences": requests, "prompt_logits": PROMPT_LOGITS}
+    if requests is None:
+        return {}
+    return {
+        "sequences": requests,
+        "prompt_logits": PROMPT_LOGITS,
+        "helpers": RENDER_RESIDENT,
+    }
 
 
 @contextmanager

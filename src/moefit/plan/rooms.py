@@ -24,12 +24,14 @@ SLACK = 8 << 20  # bytes that loading in another process may differ by
 class Circumstances:
     """What a plan must leave room for, and what it can't change, beside context and device.
 
-    sequences, prompt_logits: as of `LoadSettings`. process: bytes of the one that will serve, with
-    its libraries; None is this one as it is now. rests: what the other weights may be encoded in.
+    sequences, prompt_logits, helpers: as of `LoadSettings`. process: bytes of the one that
+    will serve, with its libraries and helpers; None is this one as it is now. rests: what the other
+    weights may be encoded in.
     """
 
     sequences: int = 1
     prompt_logits: int = 0
+    helpers: int = 0
     process: int | None = None
     rests: Sequence[str] = RESTS
 
@@ -52,7 +54,9 @@ class Rooms:
         self._skeleton, self._experts = skeleton, experts
         self._context, self._device, self._given = context, device, circumstances
         process = circumstances.process
-        self._process = held_bytes(planned_device(device)) if process is None else process
+        if process is None:
+            process = held_bytes(planned_device(device)) + circumstances.helpers
+        self._process = process
         self._simple = {
             rest: [self.ledger(one) for one in self.simple(rest)] for rest in circumstances.rests
         }

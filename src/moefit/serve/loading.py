@@ -74,10 +74,8 @@ def load(
     budget = ledger(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
     _refuse_encoding(skeleton, settings, budget)
-    tokenizer = _tokenizer(skeleton.checkpoint.folder)
-    budget = _with_tokenizer(budget, device, settings.helpers)
     with ExitStack() as undo:
-        parts = _parts(skeleton, tokenizer, packed, budget, settings, undo, progress)
+        parts = _parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
         served.set_mode(settings.mode, refetch=settings.refetch, **policy)
         _make_slots(parts, device, settings.placement)
@@ -117,7 +115,6 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
 
 def _parts(
     skeleton: Skeleton,
-    tokenizer: PreTrainedTokenizerBase | None,
     packed: PackedStore,
     budget: MemoryBudget,
     settings: LoadSettings,
@@ -127,6 +124,7 @@ def _parts(
     """Everything but slots; `undo` closes what was opened."""
     device, folder = parse_device(settings.device), skeleton.checkpoint.folder
     tokenizer = _tokenizer(folder)
+    budget = _with_tokenizer(budget, device, settings.helpers)
     known = None if isinstance(tokenizer, str) else tokenizer
     following = settings.generation_config  # read before gigabytes are: it may be damaged
     generation = use_generation_config(skeleton.model, folder, known, following)
@@ -181,11 +179,12 @@ def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryB
     if settings.rest_format() is None or budget.total is None:
         return
     native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
-    if budget.process + native > budget.total:
+    needed = budget.process + budget.tokenizer + native
+    if needed > budget.total:
         raise BudgetTooSmallError(
             f"a budget of {format_bytes(budget.total)} does not hold the {format_bytes(native)} "
             f"of weights that are no experts while they are being encoded as {settings.rest}; give "
-            f"at least {budget.process + native} bytes"
+            f"at least {needed} bytes"
         )
 
 

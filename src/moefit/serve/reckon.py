@@ -103,8 +103,8 @@ def ledger(
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
-        process=held_bytes(device) + settings.helpers + RUN_TO_RUN,
-        slack=RUN_TO_RUN,
+        process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
+        slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
         weights=weights,

@@ -60,9 +60,7 @@ class Reckoner:
 
     def _here(self, budget: MemoryBudget) -> MemoryBudget:
         """The same for the process that serves, whose tokenizer has been read."""
-        return replace(
-            budget, process=self.process, slack=0, tokenizer=self.tokenizer, reading=0
-        )
+        return replace(budget, process=self.process, slack=0, tokenizer=self.tokenizer, reading=0)
 
     def _skeleton(self) -> Skeleton:
         return build(self.folder, self.settings.dtype)

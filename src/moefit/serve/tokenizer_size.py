@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 
 # Words that a tokenizer remembers the tokens of (10,000 of them), tokens whose text a server
@@ -87,11 +86,17 @@ def inner_nodes(words: list[bytes]) -> int:
     nodes = leaves = 0
     before = b""
     for word in sorted(words):
-        shared = len(commonprefix((before, word)))
+        shared = _shared(before, word)
         nodes += len(word) - shared
         leaves += shared < len(before)
         before = word
     return nodes - leaves - bool(before) + 1
+
+
+def _shared(one: bytes, other: bytes) -> int:
+    """How many bytes two words begin with alike."""
+    shortest = min(len(one), len(other))
+    return next((at for at in range(shortest) if one[at] != other[at]), shortest)
 
 
 def _is_unigram(file: Path) -> bool:
@@ -114,4 +119,3 @@ def _chunks(file: Path) -> Iterator[bytes]:
         while chunk := opened.read(_CHUNK):
             yield end + chunk
             end = chunk[-8:]
-

@@ -25,6 +25,8 @@ from moefit.server.template_worker import frame
 
 RENDER_BYTES = 192 << 20
 """Address space of the process; at rest it has about 20 MiB of memory."""
+RENDER_RESIDENT = 32 << 20
+"""What a memory budget counts for the process: ordinary conversations take no more."""
 RENDER_SECONDS = 5.0
 _GRACE = 2.0  # seconds for the process to notice by itself that it has taken too long
 _KEPT = ("LANG", "LC_ALL", "LC_TIME", "TZ", "PATH", "LD_LIBRARY_PATH")

@@ -2,6 +2,7 @@
 
 export const PARTS = [
   ["process", "Interpreter and libraries"],
+  ["tokenizer", "Tokenizer"],
   ["weights", "Weights beside experts"],
   ["kv_cache", "KV cache"],
   ["workspace", "Workspace"],
@@ -21,7 +22,7 @@ export function ledger(memory) {
   const limited = budget.total != null;
   const total = limited ? budget.total : most;
   const bytes = { ...budget, slots };
-  const fixed = PARTS.slice(0, 5).reduce((sum, [key]) => sum + bytes[key], 0);
+  const fixed = PARTS.slice(0, 6).reduce((sum, [key]) => sum + bytes[key], 0);
   bytes.free = Math.max(0, total - fixed - slots);
   const axis = Math.max(most, total, held, fixed + slots);
   let from = 0;
