@@ -410,6 +410,40 @@ def test_untouched_is_over_also_after_an_error(serve) -> None:
     assert served.policy is before
 
 
+def test_untouched_gives_the_policy_back_under_the_lock(serve) -> None:
+    """A step that is under way must not see it change."""
+    served, _ = serve(slots=3)
+    before, policy = served.policy, served.checked_policy("virtual")
+    within, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with served.untouched(policy):
+            within.set()
+            leave.wait(30)
+
+    worker = threading.Thread(target=compute)
+    worker.start()
+    assert within.wait(30)
+    with served._live.lock:  # as a step holds it
+        leave.set()
+        worker.join(0.3)
+        assert served.policy.mode == "virtual"
+    worker.join(30)
+    assert served.policy == before
+
+
+def test_a_change_of_mode_loses_no_other_one(serve) -> None:
+    """The second is made of the policy that the first put in force."""
+    served, _ = serve(slots=3)
+    with served._live.lock:
+        worker = threading.Thread(target=lambda: served.set_mode("exact", ramp=0.5))
+        worker.start()
+        worker.join(0.3)  # it waits for the lock, and has read nothing yet
+        served.set_mode("exact", bound=0.123)
+    worker.join(30)
+    assert (served.policy.bound, served.policy.ramp) == (0.123, 0.5)
+
+
 def test_a_folder_without_tokenizer_is_served_by_ids(serve) -> None:
     served, _ = serve()
     with pytest.raises(ConfigError, match=r"has no tokenizer .*The model itself takes token ids"):

@@ -121,8 +121,8 @@ def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> No
         say("note: the model's generation_config.json suppresses tokens, and none of them is made")
     if generation.unfollowed and engine:
         say(
-            f"note: {', '.join(generation.unfollowed)} of the model's generation_config.json are "
-            "not followed; answers may differ from those of transformers"
+            f"note: not followed from the model's generation_config.json: "
+            f"{', '.join(generation.unfollowed)}; answers may differ from those of transformers"
         )
 
 
