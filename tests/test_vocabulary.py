@@ -2,7 +2,8 @@
 
 import pytest
 from test_text import byte_fallback
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moefit.errors import ConfigError, RequestTooLargeError
 from moefit.evaluate.loading import reference_path
@@ -60,3 +61,44 @@ def test_without_a_tokenizer_there_are_token_ids() -> None:
     assert (bare.text([1, 2]), bare.name(7), bare.raw(7)) == ("", "token_id:7", b"")
     with pytest.raises(ConfigError, match="token ids"):
         bare.ids("text")
+
+
+def replacing(times: int, part: str = "normalizer") -> PreTrainedTokenizerFast:
+    """A tokenizer that doubles each letter so many times."""
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    if part == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * times)
+    elif part == "pre_tokenizer":
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([level] * times)
+    else:
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("a", "aa")] * times)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_rules_that_make_gigabytes_of_a_letter_are_refused(part: str) -> None:
+    Vocabulary(replacing(3, part), size=1, most=100)
+    with pytest.raises(ConfigError, match=f"{part}.* 30 rules, which may make"):
+        Vocabulary(replacing(30, part), size=1, most=100)
+    with pytest.raises(ConfigError, match="1,000 rules"):
+        Vocabulary(replacing(1000, part), size=1, most=100)
+
+
+def test_texts_that_grow_too_long_are_refused() -> None:
+    doubling = Vocabulary(replacing(10), size=1, most=1 << 20)
+    assert len(doubling.ids("aa")) == 2048
+    with pytest.raises(RequestTooLargeError, match="1024 times"):
+        doubling.ids("a" * 100_000)
+
+
+def test_rules_that_real_tokenizers_have_are_followed() -> None:
+    for normalizer in (
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()],
+    ):
+        tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+        tokenizer.normalizer = normalizers.Sequence(normalizer)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        Vocabulary(fast, size=1, most=1 << 20).ids("a" * 200_000)

@@ -4,10 +4,13 @@ Owns what a prompt becomes, how a conversation is written, and how a single toke
 nothing of HTTP. tokenizer None: a model without one, which takes and gives token ids alone.
 """
 
+import base64
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +20,9 @@ from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
 from moefit.server.templates import Renderer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_GROWN = 64 << 20  # characters that a text may have between a tokenizer's rules
+_TIMES = 4096.0  # how much longer they may make a text; those of real ones reach some hundreds
+_RULES = 256
 _BROKEN = "\ufffd"
 _SHOWN = 8192  # tokens whose text is remembered; 3 MiB, which are in the estimate of a tokenizer
 _AT_ONCE = 4096  # tokens of a vocabulary that are made into Python strings together
@@ -26,7 +32,8 @@ _LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 class Vocabulary:
     """A model's tokens. Thread-safe; `size` counts the ids that the model knows.
 
-    most: the most tokens of a request, so that texts that can't fit are refused unread.
+    most: the most tokens of a request, so that texts that can't fit are refused unread. Raises
+    ConfigError for a tokenizer whose rules make texts thousands of times longer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, size: int, most: int):
@@ -35,6 +42,7 @@ class Vocabulary:
         self._renderer: Renderer | None = None
         self._closed = False
         self._longest = 1 if tokenizer is None else _longest(tokenizer)
+        self._growth = 1.0 if tokenizer is None else _checked_growth(tokenizer)
         self.show = lru_cache(maxsize=_SHOWN)(self._show)
 
     @property
@@ -45,8 +53,8 @@ class Vocabulary:
     def ids(self, text: str, *, special: bool = True) -> list[int]:
         """A text's tokens, with those that the model wants around it if `special`.
 
-        Raises RequestTooLargeError for a text that has too many in any case, ConfigError without a
-        tokenizer.
+        Raises RequestTooLargeError for a text that has too many in any case, or that the tokenizer
+        may make too long, ConfigError without a tokenizer.
         """
         tokenizer = self._required()
         if not is_unicode(text):
@@ -55,6 +63,11 @@ class Vocabulary:
             raise RequestTooLargeError(
                 f"a text of {len(text):,} characters is more than the {self._most:,} tokens that "
                 "prompt and answer may have together; give a shorter one"
+            )
+        if len(text) * self._growth > _GROWN:
+            raise RequestTooLargeError(
+                f"a text of {len(text):,} characters may become {self._growth:g} times as long by "
+                "the tokenizer's rules before it is split into tokens; give a shorter one"
             )
         with self._lock:
             return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -181,3 +194,70 @@ def _bytes_of(piece: str) -> bytes:
     if all(character in _LEVEL for character in piece):
         return bytes(_LEVEL[character] for character in piece)
     return piece.encode()
+
+
+def _checked_growth(tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return how many times longer the rules before the vocabulary may make a text.
+
+    They come with the checkpoint: thirty that double a letter make a gigabyte of it. Raises
+    ConfigError where they, or those of the decoder, have no use but that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    growths = []
+    for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        rules = [one for name in names for one in _rules(getattr(backend, name, None))]
+        growth = prod(map(_growth, rules))
+        if growth > _TIMES or len(rules) > _RULES:
+            raise ConfigError(
+                f"the tokenizer's {' and '.join(names)} have {len(rules):,} rules, which may make "
+                f"a text {growth:g} times as long; {_RULES} rules and {_TIMES:g} times are the "
+                "most that are followed, so tokenizer.json is damaged or meant to do harm"
+            )
+        growths.append(growth)
+    return growths[0]
+
+
+def _rules(part: Any) -> list[dict[str, Any]]:
+    """Return the rules of a part of a tokenizer, as tokenizer.json has them, in one list."""
+    if part is None:
+        return []
+    try:
+        found = [json.loads(part.__getstate__())]
+    except Exception:  # noqa: BLE001 - parts written in Python, which no checkpoint brings
+        return []
+    flat = []
+    while found:
+        rule = found.pop()
+        inner = [
+            rule[name] for name in ("normalizers", "pretokenizers", "decoders") if name in rule
+        ]
+        found += inner[0] if inner else []
+        flat += [] if inner else [rule]
+    return flat
+
+
+def _growth(rule: Mapping[str, Any]) -> float:
+    """Return how many times longer a rule may make a text, in bytes.
+
+    >>> _growth({"type": "Replace", "pattern": {"String": "ab"}, "content": "abab"})
+    2.0
+    """
+    kind = rule.get("type")
+    if kind == "Replace":
+        content = len(rule["content"].encode())
+        pattern = len(rule["pattern"].get("String", "x").encode())
+        return max(1.0, content / pattern) if pattern else 1.0 + content
+    if kind == "Prepend":
+        return 1.0 + len(rule["prepend"].encode())
+    if kind == "Precompiled":
+        return _longest_mapping(rule["precompiled_charsmap"])
+    if kind == "Metaspace":
+        return max(1.0, float(len(rule["replacement"].encode())))
+    return 2.0 if kind == "ByteLevel" else 1.0
+
+
+def _longest_mapping(charsmap: str) -> float:
+    """Return the bytes of the longest text that a SentencePiece map has for a character."""
+    data = base64.b64decode(charsmap)
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    return float(max(map(len, texts.split(b"\0")), default=1) or 1)
