@@ -96,6 +96,8 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
         "messages": HELLO, "n": 1, "tools": None, "tool_choice": "none", "functions": [],
         "response_format": {"type": "text"}, "logit_bias": None, "store": True,
         "metadata": {"a": [{}]}, "min_p": 0, "repetition_penalty": 1.0, "top_k": -1, "new": None,
+        "logprobs": False, "top_logprobs": 0, "echo": False, "add_generation_prompt": True,
+        "continue_final_message": False, "suffix": "", "best_of": 1,
         "modalities": ["text"], "service_tier": "auto", "parallel_tool_calls": True, "user": "me",
         "presence_penalty": 0, "top_p": 1, "stop": None, "reasoning_effort": None, "seed": 5,
     }  # fmt: skip

@@ -191,6 +191,8 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
         {"stream_options": {"include_usage": False}}, {"stream_options": {}}, {"user": ""},
         {"something_new": None}, {"min_tokens": 0}, {"use_beam_search": False},
         {"length_penalty": 1.0}, {"typical_p": 1.0}, {"skip_special_tokens": True},
+        {"response_format": {"type": "text"}}, {"repeat_penalty": 1.0}, {"mirostat": 0},
+        {"add_special_tokens": True}, {"stop": []}, {"seed": 1},
     ],
 )  # fmt: skip
 def test_neutral_values_pass(running, asked) -> None:

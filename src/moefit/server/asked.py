@@ -100,6 +100,7 @@ class Generation(Strict):
         "min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "early_stopping": False,
         "typical_p": 1, "no_repeat_ngram_size": 0, "skip_special_tokens": True,
         "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "priority": 0,
+        "response_format": {"type": "text"}, "repeat_penalty": 1, "tfs_z": 1, "mirostat": 0,
     }  # fmt: skip
 
     model: str | None = None
@@ -126,6 +127,8 @@ class Generation(Strict):
 
 class CompletionAsked(Generation):
     """POST /v1/completions."""
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {**Generation.NEUTRAL, "add_special_tokens": True}
 
     prompt: (
         str
@@ -240,6 +243,12 @@ class TextFormat(Strict):
 
 class ChatAsked(Generation):
     """POST /v1/chat/completions."""
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        **Generation.NEUTRAL, "echo": False, "best_of": 1, "suffix": "",
+        "add_generation_prompt": True, "continue_final_message": False,
+        "add_special_tokens": False,
+    }  # fmt: skip
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)]
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)

@@ -82,7 +82,7 @@ class Job:
         self._service.check_open()
         self._service.check_model(asked.model)
         self._service.check_answers(asked, 1)
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise Refused(400, "top_logprobs is for logprobs=true alone", param="top_logprobs")
         if None not in (both := {asked.max_tokens, asked.max_completion_tokens}) and len(both) > 1:
             raise Refused(
