@@ -14,6 +14,7 @@ LAYERS = (
     {"device", "folders", "host", "signals", "model_folder"},
     {"checkpoint"},
     {"quantisation"},
+    {"checkpoint_config"},
     {"moe"},
     {"formats"},
     {"dsmoe"},

@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from moefit.errors import CheckpointError, UnsupportedModelError
-from moefit.model_folder import other_weights
+from moefit.errors import CheckpointError, UnsupportedModelError, in_brief, printable
+from moefit.model_folder import LFS, LFS_POINTER, other_weights, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -50,7 +50,9 @@ UNREADABLE = {
     "F8_E4M3FNUZ": "8-bit floats without negative zero",
     "F8_E5M2FNUZ": "8-bit floats without negative zero",
 }
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER = 64 << 20  # bytes; the largest models have some 10 MB in all their files together
+_MAX_TENSORS = 1_000_000  # of a whole checkpoint; the largest models have some 250,000
+_MAX_DIMS = 16
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB less a page in one call
 _ATTEMPTS = 3
 _DAMAGE = (
@@ -211,24 +213,48 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
             )
         yield from ((span.name, span) for span in read_header(folder / SINGLE)[1])
         return
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not all(isinstance(shard, str) for shard in shards):
-            raise TypeError("a file's name is text")
-    except _DAMAGE as error:
-        raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
+    weight_map = _weight_map(index)
+    shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:3])}); "
             "copy or download them again"
         )
-    found = {span.name: span for shard in shards for span in read_header(folder / shard)[1]}
-    if absent := sorted(set(weight_map) - set(found)):
+    spans: dict[str, Span] = {}
+    for shard in shards:
+        spans.update((span.name, span) for span in read_header(folder / shard)[1])
+        if len(spans) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{folder} has more than {_MAX_TENSORS:,} tensors, which no known model has; copy "
+                "or download it again"
+            )
+    if absent := sorted(set(weight_map) - set(spans)):
         raise CheckpointError(
             f"{INDEX} names {len(absent)} tensors that its shards lack ({', '.join(absent[:3])})"
         )
-    yield from found.items()
+    yield from spans.items()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = read_json(index, limit=4 * _MAX_HEADER)["weight_map"]
+        for shard in weight_map.values():
+            _refuse_outside(shard)
+    except _DAMAGE as error:
+        raise CheckpointError(f"{index} cannot be read: {in_brief(error)}") from error
+    return weight_map
+
+
+def _refuse_outside(shard: Any) -> None:
+    """Raise unless it is a file's name below the checkpoint's folder.
+
+    The file itself may be a symbolic link that leads elsewhere: the Hub's cache is made of these.
+    """
+    if not isinstance(shard, str):
+        raise TypeError(f"weight_map has {shard!r} where a file's name belongs")
+    path = PurePosixPath(shard)
+    if not path.parts or path.is_absolute() or ".." in path.parts or printable(shard) != shard:
+        raise ValueError(f"weight_map names {shard!r}, which is no file in the checkpoint's folder")
 
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
@@ -240,14 +266,24 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            begin = file.read(len(LFS))
+            if begin == LFS:
+                raise ValueError(LFS_POINTER)
+            (length,) = struct.unpack("<Q", begin[:8])
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"its header would have {length:,} bytes")
+            file.seek(8)
             header: dict[str, Any] = json.loads(file.read(length))
         remarks: dict[str, Any] = header.pop("__metadata__", None) or {}
+        if not isinstance(remarks, dict):
+            raise TypeError("its __metadata__ is no object")
+        if len(header) > _MAX_TENSORS:
+            raise ValueError(f"it has {len(header):,} tensors, which no known model has")
         spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
     except _DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
+        raise CheckpointError(
+            f"{path} is damaged: {in_brief(error)}; copy or download it again"
+        ) from error
     end = max((span.offset + span.nbytes for span in spans), default=8 + length)
     if end > size:
         raise CheckpointError(
@@ -258,6 +294,8 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
 
 
 def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
+    if printable(name) != name:
+        raise ValueError(f"the tensor's name {name!r} has control characters")
     begin, end = entry["data_offsets"]
     if (meaning := UNREADABLE.get(str(entry["dtype"]))) is not None:
         raise UnsupportedModelError(
@@ -274,6 +312,8 @@ def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+    if len(shape) > _MAX_DIMS:
+        raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MAX_DIMS}")
     elements = 1
     for dim in shape:
         elements *= dim

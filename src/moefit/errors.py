@@ -15,9 +15,41 @@ Each message says what was given, why it can't be, and the nearest thing that wo
 invariants of our own are `assert`s, not these.
 """
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    r"""Return the text with control and formatting characters written as escapes.
+
+    Names that come from a checkpoint may hold terminal escapes. Line feeds and tabs stay.
+
+    >>> print(printable("model \x1b[2J"))
+    model \x1b[2J
+    """
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def in_brief(error: BaseException, limit: int = 300) -> str:
+    """Return the error's class and message in one line of bounded length."""
+    words = " ".join(str(error).split())
+    cut = words if len(words) <= limit else f"{words[:limit]}..."
+    return f"{type(error).__name__}: {cut}" if cut else type(error).__name__
+
 
 class MoefitError(Exception):
-    """Base of all errors that a user can cause; the command line prints it without a traceback."""
+    """Base of all errors that a user can cause; the command line prints it without a traceback.
+
+    Messages are safe to print: see `printable`.
+    """
+
+    def __init__(self, *values: object):
+        super().__init__(*(printable(one) if isinstance(one, str) else one for one in values))
 
 
 class ConfigError(MoefitError, ValueError):

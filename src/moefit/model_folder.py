@@ -12,10 +12,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moefit.errors import CheckpointError, UnsupportedModelError
+from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 
 ADAPTER = "adapter_config.json"
-_LFS = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
+LFS = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
+LFS_POINTER = "it is a Git LFS pointer in place of the file; run `git lfs pull` in its folder"
+_MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
 # Files that hold a vocabulary, by name or by ending; any one of them makes a tokenizer.
 _VOCABULARIES = (
     "tokenizer.json",
@@ -150,7 +152,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         size = len(tokenizer)
     except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}; copy the "
+            f"the tokenizer in {folder} cannot be read: {in_brief(error)}; copy the "
             "tokenizer files there again from where the model was made"
         ) from error
     if not size:
@@ -159,6 +161,32 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "again from where the model was made"
         )
     return tokenizer
+
+
+def read_json(path: Path, *, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file that comes with a checkpoint.
+
+    Args:
+        path: The file.
+        limit: The most bytes it may have.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is larger than `limit`, no JSON, or another value than an object.
+        RecursionError: Its values are nested without end.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, or no regular file")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    if data.startswith(LFS):
+        raise ValueError(LFS_POINTER)
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__} where an object belongs")
+    return values
 
 
 def _names(folder: Path) -> list[str]:
@@ -178,7 +206,7 @@ def _needs_none(folder: Path) -> bool:
 def _is_pointer(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
-            return opened.read(len(_LFS)) == _LFS
+            return opened.read(len(LFS)) == LFS
     except OSError:
         return False  # a missing file is no pointer; one that cannot be read says so when it is
 
@@ -189,7 +217,6 @@ def _base_of(folder: Path) -> str:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file, limit=_MAX_JSON)
     except (OSError, ValueError, RecursionError):
         return {}  # only words of a message come of it
-    return found if isinstance(found, dict) else {}

@@ -5,7 +5,6 @@ to a model's dtype without these, they give a model that loads and answers nonse
 checkpoints are refused. Reads configuration files and names, never weights.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 from moefit.checkpoint import INDEX, SINGLE, Checkpoint, Span
 from moefit.errors import UnsupportedModelError
+from moefit.model_folder import read_json
 
+_MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
 _DEPTH = 3  # configurations lie in one another: a thinker's text_config is the third
 _BY_DEQUANTISING = (
     "load it once in transformers with {config}(dequantize=True), save it with save_pretrained, "
@@ -186,7 +187,6 @@ def _algorithm(config: Mapping[str, Any]) -> str:
 
 def _json(file: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file, limit=_MAX_JSON)
     except (OSError, ValueError, RecursionError):
         return {}  # whoever needs the file says what is wrong with it
-    return found if isinstance(found, Mapping) else {}

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from moefit.errors import ConfigError
+from moefit.train.config import load_yaml
 
 
 def read_options(path: Path, known: list[str]) -> dict[str, Any]:
     """Options by name, from a file that has no others. Raises ConfigError."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{str(path)!r}: {error}") from error
     if not isinstance(found, dict | None):
         raise ConfigError(f"{str(path)!r} has no options; it is lines such as `port: 8000`")
     options: dict[str, Any] = {}

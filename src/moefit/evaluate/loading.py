@@ -4,27 +4,37 @@ Owns the meaning of MODEL on the command line: the word `reference` (the shipped
 folder, or a training run's folder (its last checkpoint). Knows nothing of what is done with it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     OlmoeForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 import moefit
+from moefit.checkpoint import INDEX, SINGLE, Checkpoint
+from moefit.checkpoint_config import (
+    CONFIG,
+    config_from,
+    read_config,
+    refuse_absurd_counts,
+    refuse_other_size,
+)
 from moefit.device import parse_device
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
-from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.errors import (
+    CheckpointError,
+    MoefitError,
+    UnsupportedModelError,
+    in_brief,
+)
 from moefit.model_folder import other_weights, read_tokenizer, refuse_adapter
 from moefit.quantisation import refuse_stored
 from moefit.train import checkpoint
@@ -99,8 +109,7 @@ def config_of(model: str) -> DsMoeConfig:
     if model != REFERENCE and not Path(model).expanduser().exists():
         preset(model)  # raises
     path = locate(model)
-    check_family(path, known=("dsmoe",))
-    config = DsMoeConfig.from_pretrained(path)
+    _, config = _configuration(path, known=("dsmoe",))
     assert isinstance(config, DsMoeConfig)
     return config
 
@@ -111,37 +120,41 @@ def check_family(path: Path, known: Sequence[str] = ARCHITECTURES) -> str:
     Raises CheckpointError if config.json cannot be read, ConfigError if it contradicts itself,
     UnsupportedModelError for another family.
     """
+    values, _ = _configuration(path, known)
+    return values["model_type"]
+
+
+def _configuration(
+    path: Path, known: Sequence[str] = ARCHITECTURES
+) -> tuple[dict[str, Any], PreTrainedConfig]:
     register()
-    file = path / "config.json"
-    try:
-        family = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    values = read_config(path)
+    family = values.get("model_type")
     if family not in known:
         raise UnsupportedModelError(
             f"{path} is a {family!r} model; this command knows {' and '.join(known)}"
         )
-    try:
-        AutoConfig.from_pretrained(path)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return family
+    return values, config_from(values, path)
 
 
 def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeForCausalLM:
+    values, config = _configuration(path)
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        with Checkpoint(path) as files:
+            _refuse_other_numbers(values, config, files)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             path,
+            config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
         )
-    except ConfigError:
+    except MoefitError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the model in {path} cannot be read: {error}") from error
+    except Exception as error:  # whatever a damaged file leads transformers to
+        raise CheckpointError(f"the model in {path} cannot be read: {in_brief(error)}") from error
     if differences := _differences(found):
         raise CheckpointError(
             f"the weights in {path} are not those of its config.json: {'; '.join(differences)}. "
@@ -150,6 +163,21 @@ def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeF
         )
     assert isinstance(loaded, DsMoeForCausalLM | OlmoeForCausalLM), "check_family() saw to this"
     return loaded
+
+
+def _refuse_other_numbers(
+    values: dict[str, Any], config: PreTrainedConfig, files: Checkpoint
+) -> None:
+    """Raise CheckpointError before weights are allocated that the files don't have."""
+    refuse_absurd_counts(values, files)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a family's code meets numbers that it does not expect
+        raise CheckpointError(
+            f"{files.folder / CONFIG} describes no model that can be built: {in_brief(error)}"
+        ) from error
+    refuse_other_size(model, files)
 
 
 def _differences(found: dict[str, Any]) -> list[str]:

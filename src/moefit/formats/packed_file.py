@@ -2,9 +2,9 @@
 
 Owns the layout: a safetensors file whose header is padded with spaces to whole pages, then one
 uint8 tensor per expert, exactly a slot's bytes; in the header's remarks a checksum and the measured
-error of each expert, and what the file was made of. Also how it comes to be: written beside its
-place, synced, renamed into it, so that a file with the right name is whole. Knows nothing of
-models.
+error of each expert, what the file was made of, and a checksum of all these remarks. Also how it
+comes to be: written beside its place, synced, renamed into it, so that a file with the right name
+is whole. Knows nothing of models.
 """
 
 import errno
@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from typing import Any, Self
 from moefit.checkpoint import Span, read_header
 from moefit.errors import CheckpointError
 
-LAYOUT = 1  # raise it when the same expert would become other bytes of a slot
+LAYOUT = 2  # raise it when the same expert would become other bytes of a slot, or the header other
 WRITING = ".writing"  # ending of what is not whole
 _KIND = "experts packed by moefit"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,6 +77,8 @@ def read_packed(path: Path) -> PackedFile:
         if remarks.get("kind") != _KIND:
             raise ValueError("it was not written by `moefit pack`")
         if int(remarks["layout"]) == LAYOUT:
+            if remarks["remarks_checksum"] != _checksum(remarks):
+                raise ValueError("what its header says does not have its checksum")
             return _parsed(path, remarks, spans)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -178,6 +181,7 @@ def _header(
         "checksums": " ".join(f"{one:08x}" for one in checksums),
         "relative_errors": " ".join(f"{one if one > 1e-30 else 0:.6e}" for one in losses),
     }
+    remarks["remarks_checksum"] = _checksum(remarks)
     tensors = {
         f"{facts.block}.{expert}": {
             "dtype": "U8",
@@ -190,3 +194,9 @@ def _header(
     pages = -(-(8 + len(text)) // mmap.PAGESIZE)
     length = pages * mmap.PAGESIZE - 8
     return struct.pack("<Q", length) + text.ljust(length)
+
+
+def _checksum(remarks: Mapping[str, Any]) -> str:
+    """Of the header's remarks but this one."""
+    covered = sorted((name, text) for name, text in remarks.items() if name != "remarks_checksum")
+    return f"{zlib.crc32(json.dumps(covered).encode()):08x}"

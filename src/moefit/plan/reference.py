@@ -61,13 +61,29 @@ class Reference:
 def read_reference(path: Path) -> Reference | None:
     """What `save` wrote; None if it is not there or damaged, for it can be made again."""
     try:
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             windows, ids, logp, nll = (
                 torch.from_numpy(arrays[name]) for name in ("windows", "ids", "logp", "nll")
             )
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # noqa: BLE001 - BadZipFile, MemoryError, ...: numpy raises what comes
         return None
-    return Reference(windows_BT=windows, ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
+    found = Reference(windows_BT=windows, ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
+    return found if _is_sound(found) else None
+
+
+def _is_sound(reference: Reference) -> bool:
+    """Whether the arrays are of one text, in the dtypes that `make_reference` gives them."""
+    windows_BT, ids_BTN = reference.windows_BT, reference.ids_BTN
+    dtypes = [one.dtype for one in (windows_BT, ids_BTN, reference.logp_BTN, reference.nll_BT)]
+    if dtypes != [torch.int64, torch.int32, torch.float32, torch.float32] or windows_BT.dim() != 2:
+        return False
+    followed = (windows_BT.shape[0], windows_BT.shape[1] - 1)
+    return (
+        ids_BTN.dim() == 3
+        and ids_BTN.shape[:2] == followed
+        and reference.logp_BTN.shape == ids_BTN.shape
+        and reference.nll_BT.shape == followed
+    )
 
 
 def make_reference(served: ServedModel, windows_BT: Tensor) -> Reference:

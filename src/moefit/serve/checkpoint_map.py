@@ -69,12 +69,14 @@ def map_checkpoint(
     collected, rest, left_out = _collect(names, checkpoint, owners)
     refuse_scales(checkpoint.folder, names.scales(left_out))
     divided = dict(_divided(collected, model.config))
+    sound: set[Any] = set()
     experts = {
         block.name: tuple(
-            _source(block, expert, divided, model) for expert in range(block.num_experts)
+            _source(block, expert, divided, model, sound) for expert in range(block.num_experts)
         )
         for block in blocks
     }
+    names.refuse_other_shapes(checkpoint, rest)
     return CheckpointMap(experts=experts, rest=tuple(rest), left_out=tuple(left_out))
 
 
@@ -117,6 +119,23 @@ class _Names:
         if found[0] not in expected and name in expected:
             return rename_source_key(name, [], [], self.prefix, expected)
         return found
+
+    def refuse_other_shapes(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+        """Raise CheckpointError if tensors are loaded as they are, but the model has other shapes.
+
+        transformers would first allocate the model's, which may be of any size.
+        """
+        differing: list[str] = []
+        for name in names:
+            target, pattern = self.target(name)
+            shape, wanted = checkpoint.spans[name].shape, tuple(self.expected[target].shape)
+            if pattern is None and shape != wanted:
+                differing.append(f"{name} is {list(shape)}, not {list(wanted)}")
+        if differing:
+            raise CheckpointError(
+                f"{len(differing)} weights are not as config.json says, in another shape: "
+                f"{'; '.join(differing[:3])}; give the config.json that belongs to them"
+            )
 
     def scales(self, unused: Iterable[str]) -> Iterator[str]:
         """Those of the unused tensors that belong to a quantised weight of this model."""
@@ -172,8 +191,13 @@ def _divided(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple
 
 
 def _source(
-    block: MoeBlock, expert: int, collected: Mapping[str, _Collected], model: PreTrainedModel
+    block: MoeBlock,
+    expert: int,
+    collected: Mapping[str, _Collected],
+    model: PreTrainedModel,
+    sound: set[Any],
 ) -> ExpertSource:
+    """One expert's source. `sound` holds what recipes that were found sound are alike in."""
     parts: list[Piece | Recipe] = []
     for short, spec in block.layout.specs.items():
         below, row = block.layout.parameter(short, expert)
@@ -188,19 +212,21 @@ def _source(
         entry = collected[target]
         sources = _of_expert(entry, row, block.num_experts, target)
         pieces = _pieces(short, spec, entry.converter, sources, stacked=row is not None)
-        parts.extend(
-            pieces
-            or [
-                Recipe(
-                    tensor=short,
-                    target=target,
-                    spec=spec,
-                    converter=entry.converter,
-                    sources=tuple(sources.items()),
-                    config=model.config,
-                )
-            ]
+        if pieces:
+            parts.extend(pieces)
+            continue
+        recipe = Recipe(
+            tensor=short,
+            target=target,
+            spec=spec,
+            converter=entry.converter,
+            sources=tuple(sources.items()),
+            config=model.config,
         )
+        if (likeness := (recipe.likeness, block.name)) not in sound:
+            recipe.refuse_other_shape()
+            sound.add(likeness)
+        parts.append(recipe)
     return ExpertSource(tuple(parts))
 
 

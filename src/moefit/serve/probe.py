@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moefit.errors import CheckpointError, MoefitError, in_brief
 from moefit.moe.identify import Example, Identified, Known, identify
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import Groups
@@ -47,8 +48,18 @@ def attach(
     """Find every block's routing rule and hook its router; returns the hooks.
 
     A block whose rule is not found keeps `scoring` None: it can be served exactly.
+
+    Raises CheckpointError if the model cannot compute as its configuration says.
     """
-    recordings = _record(model, served)
+    try:
+        recordings = _record(model, served)
+    except (MoefitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a family's code meets numbers that no shape of a weight shows
+        raise CheckpointError(
+            f"{type(model).__name__} cannot compute as its config.json says: {in_brief(error)}; "
+            "give the config.json that belongs to the weights"
+        ) from error
     known = _known_forms(model.config)
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():

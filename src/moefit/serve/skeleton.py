@@ -5,7 +5,6 @@ the naming and converting; it sees a checkpoint from which the experts are absen
 doesn't have them. Knows nothing of slots or budgets.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +14,20 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moefit.checkpoint import Checkpoint, LazyTensor
+from moefit.checkpoint_config import (
+    CONFIG,
+    config_from,
+    read_config,
+    refuse_absurd_counts,
+    refuse_other_size,
+)
 from moefit.dsmoe.model import register
-from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
 from moefit.model_folder import refuse_adapter
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
@@ -71,12 +77,14 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     """
     refuse_adapter(folder)
     refuse_declared(folder)
-    config = _config(folder)
+    register()
+    values = read_config(folder)
     checkpoint = Checkpoint(folder)
+    refuse_absurd_counts(values, checkpoint)
+    config = config_from(values, folder)
     chosen = dtype or _own_dtype(config, checkpoint)
-    with torch.device("meta"):
-        model = _model_class(config)._from_config(config, dtype=chosen)
-    model.eval()
+    model = _on_meta(config, chosen, folder)
+    refuse_other_size(model, checkpoint)
     blocks = find_blocks(model)
     return Skeleton(model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, chosen)
 
@@ -150,36 +158,25 @@ def _leave_uninitialised(parent: nn.Module) -> None:
         cast(Any, parent)._is_hf_initialized = True
 
 
-def _config(folder: Path) -> Any:
-    register()
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; give a folder that save_pretrained wrote"
-        )
+def _on_meta(config: Any, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except ConfigError:
+        with torch.device("meta"):
+            return _model_class(config)._from_config(config, dtype=dtype).eval()
+    except MoefitError:
         raise
-    except Exception as error:
-        family = _family(file)
+    except Exception as error:  # a family's code meets numbers that it does not expect
         raise CheckpointError(
-            f"{file} (model_type {family!r}) cannot be read: {type(error).__name__}: {error}"
+            f"{folder / CONFIG} describes no model that can be built: {in_brief(error)}; give the "
+            "config.json that belongs to the weights"
         ) from error
-
-
-def _family(file: Path) -> str:
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return "unreadable"
 
 
 def _model_class(config: Any) -> type[PreTrainedModel]:
     """The class that the checkpoint names, else the one for text of its family."""
     for name in config.architectures or ():
-        if isinstance(found := getattr(transformers, name, None), type):
-            return cast(type[PreTrainedModel], found)
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
 from moefit.checkpoint import Checkpoint, Span
-from moefit.errors import UnsupportedModelError
+from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 from moefit.moe.families import TensorSpec
 
 
@@ -44,17 +44,51 @@ class Recipe:
         Raises CheckpointError if it cannot be read, UnsupportedModelError if what transformers
         makes of it is not what the model computes with.
         """
-        loaded = {key: [checkpoint.tensor(s) for s in spans] for key, spans in self.sources}
-        made = self._converted(loaded) if self.converter else next(iter(loaded.values()))[0]
+        return self._made(
+            {key: [checkpoint.tensor(s) for s in spans] for key, spans in self.sources}
+        )
+
+    def refuse_other_shape(self) -> None:
+        """Raise as `cook` does for what the sources' shapes lead to; read nothing."""
+        with torch.device("meta"):
+            self._made(
+                {
+                    key: [torch.empty(span.shape, dtype=span.dtype) for span in spans]
+                    for key, spans in self.sources
+                }
+            )
+
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """Equal for recipes whose sources differ in nothing but their bytes."""
+        shapes = tuple(
+            (key, tuple((span.shape, span.dtype) for span in spans)) for key, spans in self.sources
+        )
+        return self.tensor, self.spec, id(self.converter), shapes
+
+    def _made(self, loaded: dict[str, list[Tensor]]) -> Tensor:
+        try:
+            made = self._converted(loaded) if self.converter else next(iter(loaded.values()))[0]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.target} cannot be made of the checkpoint's {self._described()}: "
+                f"{in_brief(error)}; copy or download it again"
+            ) from error
         if made.shape == (1, *self.spec.shape):
             made = made[0]
         if tuple(made.shape) != self.spec.shape:
             raise UnsupportedModelError(
-                f"{self.target}: one expert of the checkpoint becomes {list(made.shape)}, but the "
-                f"model computes with {list(self.spec.shape)}; this family's layout cannot be read "
-                "expert by expert"
+                f"{self.target}: one expert of the checkpoint ({self._described()}) becomes "
+                f"{list(made.shape)}, but the model computes with {list(self.spec.shape)}; either "
+                "config.json is not the one that belongs to the weights, or this family's layout "
+                "cannot be read expert by expert"
             )
         return made.to(self.spec.dtype)
+
+    def _described(self) -> str:
+        spans = self.spans
+        more = f" and {len(spans) - 3} more" if len(spans) > 3 else ""
+        return ", ".join(f"{span.name} {list(span.shape)}" for span in spans[:3]) + more
 
     def _converted(self, loaded: dict[str, list[Tensor]]) -> Tensor:
         converter = deepcopy(cast(WeightConverter, self.converter))

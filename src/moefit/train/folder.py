@@ -15,7 +15,7 @@ import yaml
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import try_lock
 from moefit.train.checkpoint import checkpoints
-from moefit.train.config import TrainConfig, make_config
+from moefit.train.config import TrainConfig, load_yaml, make_config
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
@@ -64,11 +64,11 @@ def refuse_another_run(out: Path, config: TrainConfig) -> None:
 def _read(path: Path) -> TrainConfig:
     """Through the model and not as it stands, so that a setting added since has its default."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
             raise ConfigError(f"it holds {'nothing' if tree is None else type(tree).__name__}")
         return make_config(tree)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ConfigError is a ValueError
+    except (OSError, ValueError) as error:  # ConfigError is a ValueError
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{path} should hold the settings of the checkpoints beside it but cannot be read "

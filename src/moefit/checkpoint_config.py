@@ -1,0 +1,223 @@
+"""A checkpoint's config.json: read within bounds, compared with the headers, given to transformers.
+
+Owns what of that file is followed and what is not. Its author is a stranger: the file chooses no
+code and no kernels, and its numbers are compared with what the safetensors files hold before
+anything is built by them. Knows nothing of what is done with the model.
+"""
+
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from moefit.checkpoint import Checkpoint
+from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
+from moefit.model_folder import read_json
+
+CONFIG = "config.json"
+_MAX_BYTES = 8 << 20  # real ones have a few KiB, with a table of labels a few hundred
+_MAX_DEPTH = 32  # real ones have four levels
+# Names of another family's architecture. Kimi K2 is DeepSeek-V3 with other numbers, and its own
+# code says no more (architectures: DeepseekV3ForCausalLM).
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+# Which code and which kernels compute is the user's choice, not the file's: some names load
+# kernels from the Hub.
+_NOT_FOLLOWED = (
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_attn_implementation_autoset",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "use_kernels",
+    "configuration_files",
+)
+_DTYPES = ("dtype", "torch_dtype")
+_FLOATS = ("Infinity", "-Infinity", "NaN")  # as transformers writes {"__float__": "Infinity"}
+_LAYERS = re.compile(r"(layers|depths?|blocks|codebooks)$|^(n|num)_layer$")
+_EXPERTS = re.compile(r"experts(_[a-z]+)?$")
+_ROOM = 256  # a small checkpoint's unused sections may have defaults larger than the file's numbers
+_LARGER, _MORE_BYTES = 16, 256 << 20  # a model may be so much larger than its (quantised) files
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the values of a checkpoint's config.json, without those that are not followed.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, too large or too deeply nested, or has
+            control characters in its names.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; give a folder that save_pretrained wrote"
+        )
+    try:
+        values = read_json(file, limit=_MAX_BYTES)
+        for where, value in _walk(values):
+            _refuse_control_characters(where, value)
+            if where.endswith("_token_id"):
+                _refuse_no_token(where, value)
+            if where.rpartition(".")[2] in _DTYPES and "quantization_config" not in where:
+                _refuse_unknown_dtype(where, value)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {in_brief(error)}") from error
+    custom_code, values = "auto_map" in values, _followed(values)
+    if custom_code and _family(values) not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{folder} is a {_family(values)!r} model, which comes with code of its own (auto_map "
+            "in config.json). That is never run, and transformers has no family of this name; "
+            "look for a conversion of the model to a family that transformers has"
+        )
+    return values
+
+
+def config_from(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """Return transformers' configuration of what `read_config` returned.
+
+    Raises:
+        CheckpointError: transformers does not know the family, or refuses the values.
+        ConfigError: The values of a model of ours contradict each other.
+    """
+    family = _family(values)
+    try:
+        if family not in CONFIG_MAPPING:
+            raise ValueError("transformers has no such family; a newer version may")
+        kind: Any = CONFIG_MAPPING[family]
+        config = kind.from_dict(deepcopy(values), name_or_path=str(folder))
+        text = config.get_text_config(decoder=True)
+        _refuse_impossible_choice(text)
+        _refuse_no_window(text)
+        return config
+    except ConfigError:
+        raise
+    except Exception as error:  # values of the wrong kind lead a family's code to any of them
+        raise CheckpointError(
+            f"{folder / CONFIG} (model_type {family!r}) cannot be read: {in_brief(error)}"
+        ) from error
+
+
+def _refuse_impossible_choice(config: Any) -> None:
+    """No weight's shape shows how many experts a token has."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "zero_expert_num")
+    there = [number for name in names if type(number := getattr(config, name, None)) is int]
+    if type(chosen) is int and there and sum(there) > 0 and not 1 <= chosen <= sum(there):
+        raise ValueError(
+            f"num_experts_per_tok is {chosen}, but a token has at least one expert and at most "
+            f"the {max(there)} that there are"
+        )
+
+
+def _refuse_no_window(config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and (
+        type(window) is not int or window < 1
+    ):
+        raise ValueError(
+            f"sliding_window is {window!r}, but layers with sliding_attention need at least 1"
+        )
+
+
+def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for more layers or experts than the files can hold.
+
+    A configuration with a million layers takes minutes and gigabytes to build even without
+    memory for its weights, so the headers are asked before anything is built.
+    """
+    tensors = len(checkpoint.spans)
+    largest = max((max(span.shape, default=0) for span in checkpoint.spans.values()), default=0)
+    layers, experts = max(_ROOM, tensors), max(_ROOM, tensors, largest)
+    for where, value in _walk(values):
+        key = where.rpartition(".")[2]
+        most = layers if _LAYERS.search(key) else experts if _EXPERTS.search(key) else None
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise CheckpointError(
+                f"{checkpoint.folder / CONFIG} has {where}={value!r}, but the checkpoint's files "
+                f"hold {tensors:,} tensors, the largest dimension being {largest:,}; give the "
+                "config.json that belongs to them"
+            )
+
+
+def refuse_other_size(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the model (on the meta device) is far larger than the files.
+
+    Loading would allocate the weights that the files lack, or have in another shape, before it
+    finds out.
+    """
+    described = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    there = sum(span.nbytes for span in checkpoint.spans.values())
+    if described > _LARGER * there + _MORE_BYTES:
+        raise CheckpointError(
+            f"{checkpoint.folder / CONFIG} describes {described:,} bytes of weights, but the "
+            f"checkpoint's files hold {there:,}; give the config.json that belongs to them"
+        )
+
+
+def _family(values: dict[str, Any]) -> str:
+    return str(values.get("model_type"))
+
+
+def _walk(values: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every value that is no container, or an empty one, with the keys that lead to it."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"its values are nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(values, dict | list) and not values:
+        yield where, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _walk(value, f"{where}.{key}" if where else key, depth + 1)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _walk(value, where, depth + 1)
+    else:
+        yield where, values
+
+
+def _refuse_control_characters(where: str, value: Any) -> None:
+    """Names from this file come into messages of ours and of transformers."""
+    if printable(where) != where or "\n" in where:
+        raise ValueError(f"the key {where!r} has control characters")
+    if isinstance(value, str) and "\x1b" in value:
+        raise ValueError(f"{where} has control characters: {value[:80]!r}")
+
+
+def _refuse_no_token(where: str, value: Any) -> None:
+    """-1 stands for none in some families."""
+    if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
+        raise ValueError(f"{where} is {value!r}, but a token's id is a whole number, or null")
+
+
+def _refuse_unknown_dtype(where: str, value: Any) -> None:
+    if value is None or value == "auto":
+        return
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(
+            f"{where} is {value!r}, in which no model is computed; float32, bfloat16 and float16 "
+            "are known"
+        )
+
+
+def _followed(values: Any) -> Any:
+    """A copy without what is not followed, and with the names and numbers that are meant."""
+    if isinstance(values, dict):
+        if len(values) == 1 and str(values.get("__float__")) in _FLOATS:
+            return float(values["__float__"])
+        kept = {key: _followed(one) for key, one in values.items() if key not in _NOT_FOLLOWED}
+        family = kept.get("model_type")
+        if isinstance(family, str) and family in _SAME_AS:
+            kept["model_type"] = _SAME_AS[family]
+        return kept
+    return [_followed(one) for one in values] if isinstance(values, list) else values
