@@ -158,3 +158,18 @@ def test_others_are_few_and_from_everywhere() -> None:
     assert len(x_ND) == OTHERS
     assert (int(x_ND[0]), int(x_ND[-1])) == (0, 9999)
     assert float(count_N.sum()) == pytest.approx(WORTH)
+
+
+@pytest.mark.parametrize("name", ["inputs-000", "weights-001", "calibration.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"digest": "one", "blocks": 3}', b"\0" * 64])
+def test_damaged_recordings_are_made_again(
+    folder: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    kept = tmp_path / "kept"
+    before = recorded(build(folder), calibration(), kept).block(0)
+    assert before is not None
+    expected = before.x_TD.clone()
+    (kept / name).write_bytes(content)
+    after = recorded(build(folder), calibration(), kept).block(0)
+    assert after is not None
+    assert torch.equal(after.x_TD, expected)

@@ -1,8 +1,11 @@
+import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+import torch
 from tiny_served import saved, tiny, tokens
 
 import moefit.plan.measurements
@@ -12,6 +15,7 @@ from moefit.plan.experiments import BlockShape
 from moefit.plan.measurements import Measurements, _with_fewer
 from moefit.plan.profile import Profile
 from moefit.plan.profiler import Profiler
+from moefit.plan.reference import Reference, read_reference
 from moefit.plan.running import Subject
 
 WINDOWS = tokens(3, 33)
@@ -88,3 +92,33 @@ def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> 
     one = measurements.measure("quality/block/int2/0", profile)
     assert [block["slots"] for block in one["configuration"]["blocks"].values()] == [8, 8]
     measurements.close()
+
+
+def test_a_damaged_reference_is_made_again(tmp_path: Path) -> None:
+    """Whatever is in its place is read as none, as are arrays that do not belong together."""
+    path = tmp_path / "reference.npz"
+    whole = Reference(
+        windows_BT=torch.zeros(2, 5, dtype=torch.int64),
+        ids_BTN=torch.zeros(2, 4, 3, dtype=torch.int32),
+        logp_BTN=torch.zeros(2, 4, 3),
+        nll_BT=torch.zeros(2, 4),
+    )
+    whole.save(path)
+    content = path.read_bytes()
+    assert read_reference(path) is not None
+    for size in (0, 1, 30, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        assert read_reference(path) is None
+    rng = random.Random(0)
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        read_reference(path)
+    for other in (
+        replace(whole, ids_BTN=whole.ids_BTN[:, 1:]),
+        replace(whole, nll_BT=whole.nll_BT.double()),
+        replace(whole, windows_BT=whole.windows_BT[0]),
+    ):
+        other.save(path)
+        assert read_reference(path) is None

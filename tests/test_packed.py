@@ -1,5 +1,6 @@
 """Serving from the packed store: the same bytes, checked, and only of this very checkpoint."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -265,6 +266,29 @@ def test_a_file_of_another_layout_is_not_used(
     assert not packed.has(skeleton.blocks[0].name, INT4)
     assert "has layout 2, but this moefit reads and writes layout 3" in packed.ignored[0]
     assert pack(skeleton, [INT4]).files == 2
+    assert open_packed(skeleton, [INT4]).ignored == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"relative_errors": "0 " * 8}, {"source": "elsewhere"}, {"checksums": "00000000 " * 8},
+     {"encoder": "nearest"}, {"text": "another"}, {"more": "x"}, {"remarks_checksum": "0"}],
+    ids=str,
+)  # fmt: skip
+def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, str]) -> None:
+    skeleton = build(folder)
+    pack(skeleton, [INT4])
+    path = path_of(skeleton, INT4, 0)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] |= change
+    text = json.dumps(header).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(CheckpointError, match="its header says does not have its checksum"):
+        read_packed(path)
+    assert "pack it again" in open_packed(skeleton, [INT4]).ignored[0]
+    assert pack(skeleton, [INT4]).files == 1
     assert open_packed(skeleton, [INT4]).ignored == ()
 
 

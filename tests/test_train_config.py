@@ -1,7 +1,10 @@
+import time
+
 import pytest
 
+from moefit.cli.config_file import read_options
 from moefit.errors import ConfigError
-from moefit.train.config import read_config
+from moefit.train.config import load_yaml, read_config
 
 
 def test_defaults_and_overrides(tmp_path):
@@ -105,3 +108,43 @@ def test_a_sparse_rule_is_read_and_an_unknown_one_refused():
 def test_a_ramp_that_ends_before_it_starts():
     with pytest.raises(ConfigError, match="ends before it starts"):
         read_config(None, ["loss.mi_ramp=[0.9, 0.5]"])
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD_YAML = {
+    BOMB: "more than 10,000 values, aliases written out",
+    "a: " + "[" * 100_000: "nested more than 32 levels",
+    "a: " + "{a: " * 50 + "1": "nested more than 32 levels",
+    "\n".join("  " * n + "a:" for n in range(300)): "nested more than 32 levels",
+    "a: &a [*a]": "stands within what it stands for",
+    "a: &a {b: *a}": "stands within what it stands for",
+    "x" * 300_000: "at most 262,144",
+    "a: !!bool x": "it is not YAML: KeyError",
+    "a: !!int x": "it is not YAML",
+    "a: !!timestamp x": "it is not YAML",
+    "a: !!python/object/apply:os.system [ls]": "it is not YAML",
+    "? [a]\n: b": "it is not YAML",
+    "a: *b": "it is not YAML",
+    "a: \x07": "it is not YAML",
+    "a: " + "9" * 5000: "it is not YAML",
+}
+
+
+@pytest.mark.parametrize("text", BAD_YAML, ids=lambda text: repr(text[:20]))
+def test_yaml_that_grows_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=BAD_YAML[text]):
+        read_config(path, [])
+    with pytest.raises(ConfigError, match=BAD_YAML[text]):
+        read_options(path, ["a"])
+    assert time.monotonic() - begin < 10
+
+
+def test_aliases_that_do_not_grow_are_read() -> None:
+    text = "a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}\nf: &f 3\ng: *f"
+    assert load_yaml(text) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}, "f": 3, "g": 3}

@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         values = read_json(file, limit=_MAX_BYTES)
         for where, value in _walk(values):
             _refuse_control_characters(where, value)
-            if where.endswith("_token_id"):
+            if "_token_id." in f"{where}.":
                 _refuse_no_token(where, value)
             if where.rpartition(".")[2] in _DTYPES and "quantization_config" not in where:
                 _refuse_unknown_dtype(where, value)

@@ -61,7 +61,7 @@ class Reference:
 def read_reference(path: Path) -> Reference | None:
     """What `save` wrote; None if it is not there or damaged, for it can be made again."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             windows, ids, logp, nll = (
                 torch.from_numpy(arrays[name]) for name in ("windows", "ids", "logp", "nll")
             )

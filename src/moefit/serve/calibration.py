@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moefit.errors import CheckpointError, UnsupportedModelError
+from moefit.model_folder import read_json
 from moefit.serve.budget import format_bytes
 from moefit.serve.loading import load
 from moefit.serve.settings import LoadSettings
@@ -32,6 +33,7 @@ from moefit.serve.virtual_experts import VirtualExperts
 OTHERS = 512  # of a block's other tokens, at most
 WORTH = 64  # how many of an expert's own tokens they count as, in sum
 _FACTS = "calibration.json"
+_MAX_FACTS = 8 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,11 @@ def recorded(
     are not finite; what `load` does.
     """
     facts = _read_facts(folder)
-    if facts is not None and facts["digest"] == calibration.digest:
+    blocks = len(skeleton.blocks)
+    if facts is not None and (facts["digest"], len(facts["blocks"])) == (
+        calibration.digest,
+        blocks,
+    ):
         return Recorded(folder, facts)
     if skeleton.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -121,10 +127,22 @@ def recorded(
 
 
 def _read_facts(folder: Path) -> dict[str, Any] | None:
+    """What a finished pass wrote; None if there is none, or its files are not as it says."""
     try:
-        return json.loads((folder / _FACTS).read_text())
-    except (OSError, ValueError):
+        facts = read_json(folder / _FACTS, limit=_MAX_FACTS)
+        sound = all(
+            _has(folder / f"inputs-{index:03d}", block, "width", getattr(torch, block["dtype"]))
+            and _has(folder / f"weights-{index:03d}", block, "experts", torch.float32)
+            for index, block in enumerate(facts["blocks"])
+        )
+        return facts if sound and isinstance(facts["digest"], str) else None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _has(file: Path, block: dict[str, Any], columns: str, dtype: torch.dtype) -> bool:
+    """Whether the file holds a block's tokens with so many numbers of this dtype each."""
+    return file.stat().st_size == block["tokens"] * block[columns] * dtype.itemsize
 
 
 def _check_room(skeleton: Skeleton, calibration: Calibration, folder: Path) -> None:

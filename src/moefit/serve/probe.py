@@ -102,7 +102,11 @@ def _record(model: PreTrainedModel, served: Mapping[str, VirtualExperts]) -> dic
     recordings = {name: _Recording() for name in served}
     with _listening(model, served, recordings):
         # Without the head: logits of all tokens would be the largest tensor of the whole load.
-        model.base_model(**_random_input(model), use_cache=False)
+        inputs = _random_input(model)
+        model.base_model(**inputs, use_cache=False)
+        for experts in served.values():
+            experts.recorder = lambda routing: None
+        model(**{name: ids[:1, :1] for name, ids in inputs.items()}, use_cache=False)
     return recordings
 
 

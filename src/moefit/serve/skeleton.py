@@ -6,7 +6,8 @@ doesn't have them. Knows nothing of slots or budgets.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -83,9 +84,10 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     refuse_absurd_counts(values, checkpoint)
     config = config_from(values, folder)
     chosen = dtype or _own_dtype(config, checkpoint)
-    model = _on_meta(config, chosen, folder)
-    refuse_other_size(model, checkpoint)
-    blocks = find_blocks(model)
+    with _blaming_config(folder):
+        model = _on_meta(config, chosen)
+        refuse_other_size(model, checkpoint)
+        blocks = find_blocks(model)
     return Skeleton(model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, chosen)
 
 
@@ -158,13 +160,19 @@ def _leave_uninitialised(parent: nn.Module) -> None:
         cast(Any, parent)._is_hf_initialized = True
 
 
-def _on_meta(config: Any, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config, dtype=dtype).eval()
+
+
+@contextmanager
+def _blaming_config(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError for whatever a family's code does with numbers it does not expect."""
     try:
-        with torch.device("meta"):
-            return _model_class(config)._from_config(config, dtype=dtype).eval()
+        yield
     except MoefitError:
         raise
-    except Exception as error:  # a family's code meets numbers that it does not expect
+    except Exception as error:
         raise CheckpointError(
             f"{folder / CONFIG} describes no model that can be built: {in_brief(error)}; give the "
             "config.json that belongs to the weights"
