@@ -17,10 +17,17 @@ import torch
 # Without a GPU its kernels are interpreted; Triton asks this once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
+from hypothesis import HealthCheck, settings
 from tiny_served import model_of, saved, tiny
 
 import moefit
 from moefit.train.config import make_config
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 class Listener:

@@ -1,6 +1,8 @@
 import signal
 import threading
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -189,10 +191,18 @@ def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(mak
     bench.store.gate.clear()
     main = threading.main_thread().ident
     assert main is not None
+
+    def interrupt() -> None:
+        while not bench.residency.filling:
+            time.sleep(0.001)
+        time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)
+        bench.store.gate.set()
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
-        threading.Timer(0.3, bench.store.gate.set).start()
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             bench(x_TD, Routing(torch.tensor([[2]]), torch.ones(1, 1)))
     finally:
@@ -206,7 +216,13 @@ def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(mak
 
 def test_waiting_is_counted(make) -> None:
     bench = make(1)
-    bench.store.gate.clear()
-    threading.Timer(0.1, bench.store.gate.set).start()
+    read = bench.store.read
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        read(*arguments)
+
+    bench.store.read = slowly
+    began = time.perf_counter()
     bench(random_case(1, 1)[0], Routing(torch.tensor([[2]]), torch.ones(1, 1)))
-    assert 0.05 < bench.counters.wait_seconds < 5
+    assert 0.05 < bench.counters.wait_seconds <= time.perf_counter() - began
