@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moefit.evaluate import bandwidth
 from moefit.evaluate.bandwidth import bandwidth_apart, measure_bandwidth
 from moefit.host import peak_process_bytes, process_bytes
 
@@ -31,3 +32,20 @@ def grown(measure, folder: Path) -> int:
 def test_measured_apart_it_takes_nothing_from_this_process(folder: Path) -> None:
     assert grown(measure_bandwidth, folder) > 300 * MIB, "else the next line shows nothing"
     assert grown(bandwidth_apart, folder) < 64 * MIB
+
+
+def test_caches_count_once_for_all_that_share_them(tmp_path: Path, monkeypatch) -> None:
+    """Four processors in two parts of 400 MiB, as servers have that hold a matrix of 384 MiB."""
+    for cpu in range(4):
+        shared = "0-1" if cpu < 2 else "2-3"
+        for index, (level, size) in enumerate((("1", "32K"), ("3", "409600K"))):
+            part = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            part.mkdir(parents=True)
+            told = {"level": level, "size": size, "shared_cpu_list": shared if index else str(cpu)}
+            for name, value in told.items():
+                (part / name).write_text(value + "\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert bandwidth._cache_bytes(tmp_path) == 800 * MIB
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1})
+    assert bandwidth._cache_bytes(tmp_path) == 400 * MIB
+    assert bandwidth._cache_bytes(tmp_path / "nothing") == 0

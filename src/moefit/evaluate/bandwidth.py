@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _READ = 256 << 20  # bytes of a file, to time storage by
+_LEAST, _MOST = 384 << 20, 4 << 30  # bytes of memory, to time it by
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def measure_bandwidth(folder: Path) -> Bandwidth:
 def bandwidth_apart(folder: Path) -> Bandwidth:
     """`measure_bandwidth` in a process of its own, with as many threads as this one has.
 
-    The 384 MiB that it takes are then no part of a budget that this process keeps.
+    The memory that it takes, 384 MiB or more, is then no part of a budget that this process keeps.
     """
     spawn = multiprocessing.get_context("spawn")
     threads = (torch.get_num_threads(),)
@@ -58,7 +60,8 @@ def bandwidth_apart(folder: Path) -> Bandwidth:
 
 def _memory_bandwidth() -> float:
     """A matrix times a vector; on one thread a sum reads a third less."""
-    data_RC = torch.ones(384 << 20 >> 15, 1 << 13)  # MiB of float32: caches may be as large as 300
+    nbytes = min(max(_LEAST, 2 * _cache_bytes(Path("/sys/devices/system/cpu"))), _MOST)
+    data_RC = torch.ones(nbytes >> 15, 1 << 13)
     ones_C = torch.ones(1 << 13)
     best = 0.0
     for _ in range(5):
@@ -66,3 +69,19 @@ def _memory_bandwidth() -> float:
         data_RC.mv(ones_C)
         best = max(best, data_RC.nbytes / (time.perf_counter() - began))
     return best
+
+
+def _cache_bytes(folder: Path) -> int:
+    """The last-level caches of the processors that this process may run on, together.
+
+    Some servers have more than a GiB of them, in many parts. 0 if the system does not say.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        with suppress(OSError, ValueError):
+            parts = (folder / f"cpu{cpu}" / "cache").glob("index*")
+            last = max(parts, key=lambda part: int((part / "level").read_text()))
+            size = (last / "size").read_text().strip()
+            shared = (last / "shared_cpu_list").read_text()
+            found[last.name, shared] = int(size.removesuffix("K")) << 10
+    return sum(found.values())

@@ -9,6 +9,10 @@
 #include <numeric>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "matrix.h"
 #include "tiles.h"
 
@@ -107,11 +111,19 @@ struct Expert {
 // left over from before is then not used.
 int64_t moefit_version() { return 4; }
 
+#if defined(__x86_64__)
+// Whether float16 is converted by an instruction; asked by hand, since older compilers do not know its name.
+static bool half_floats_here() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 with tiles besides.
 int64_t moefit_best_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats_here())) return 0;
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vnni");
