@@ -263,6 +263,36 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(served) -> None:
         assert told[-1]["choices"][0]["finish_reason"] == "length"
 
 
+def test_chats_that_loop_hold_up_no_end(served) -> None:
+    again = "{% for i in range(99999) %}"
+    served.tokenizer.chat_template = f"{again * 3}{'{% endfor %}' * 3}"
+    heard: list[str | None] = []
+
+    def ask(url: str) -> None:
+        try:
+            Client(url).post(
+                "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}
+            )
+        except ServerError as error:
+            heard.append(error.code)
+
+    try:
+        with site(served) as here:
+            asks = [threading.Thread(target=ask, args=(here.url,)) for _ in range(3)]
+            for one in asks:
+                one.start()
+            soon(lambda: here.running.connections == 3)
+            time.sleep(0.5)
+            began = time.monotonic()
+            here.running.stop()
+            for one in asks:
+                one.join()
+            assert time.monotonic() - began < 8.0
+    finally:
+        served.tokenizer.chat_template = None
+    assert heard == ["shutting_down"] * 3
+
+
 def test_draining_has_an_end(served) -> None:
     with (
         site(served, pause=0.1, drain_seconds=0.2) as here,
@@ -343,6 +373,17 @@ def test_the_official_client(served) -> None:
                 said = client.chat.completions.create(**chat).choices[0].message.content
                 pieces = client.chat.completions.create(**chat, stream=True)
                 assert said == "".join(p.choices[0].delta.content or "" for p in pieces)
+                given_back = {"role": "assistant", "content": None, "refusal": None}
+                again = [{"role": "developer", "content": "x"}, *hello, given_back, *hello]
+                client.chat.completions.create(**{**chat, "messages": again}, store=False)
+                image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+                with pytest.raises(openai.BadRequestError, match="an image") as refused:
+                    client.chat.completions.create(
+                        model="reference", messages=[*hello, {"role": "user", "content": image}]
+                    )
+                assert refused.value.param == "messages[1].content[0]"
+                with pytest.raises(openai.NotFoundError, match="chat/completions"):
+                    client.responses.create(model="reference", input="x")
             finally:
                 served.tokenizer.chat_template = None
         with (

