@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moefit import host
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.serve.budget import BlockNeeds, MemoryBudget
+from moefit.serve.ledger import heed_system
 
 GIB = 1 << 30
 MEMINFO = (
@@ -148,3 +152,65 @@ def test_a_real_group_is_seen() -> None:
         assert GIB // 2 < available < GIB
     finally:
         group.rmdir()
+
+
+def ledger(total: int | None) -> MemoryBudget:
+    """Two blocks of four experts of a GiB beside 2 GiB: a floor of 4, and 10 with all experts."""
+    blocks = tuple(
+        BlockNeeds(name=name, num_experts=4, slot_bytes=GIB, fewest=1) for name in ("a", "b")
+    )
+    return MemoryBudget(
+        total=total, process=GIB, weights=GIB, kv_cache=0, workspace=0, staging=0, blocks=blocks
+    )
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch):
+    """Makes the system say these figures."""
+
+    def limit(most: int, free: int, swap: int = 0) -> None:
+        one = host.GroupLimit(most, most - free, Path("/sys/fs/cgroup/memory.max"))
+        for name, value in (("tightest_limit", one), ("total_bytes", most),
+                            ("available_bytes", free), ("swap_bytes", swap),
+                            ("process_bytes", 0)):  # fmt: skip
+            monkeypatch.setattr(f"moefit.serve.ledger.{name}", lambda value=value: value)
+
+    return limit
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_budget_above_the_limit_is_refused_with_one_that_works(limited) -> None:
+    limited(6 * GIB, 5 * GIB)
+    with pytest.raises(ConfigError, match=rf"8.00 GiB.*memory.max.*6.00 GiB.*{5 * GIB} bytes"):
+        heed_system(ledger(8 * GIB), CPU)
+    with pytest.raises(ConfigError, match="without a budget"):
+        heed_system(ledger(None), CPU)
+    heed_system(ledger(None), torch.device("cuda"))
+
+
+def test_a_model_that_cannot_fit_is_refused(limited) -> None:
+    limited(3 * GIB, 3 * GIB)
+    with pytest.raises(BudgetTooSmallError, match=rf"3.00 GiB.*4.00 GiB.*{4 * GIB}"):
+        heed_system(ledger(5 * GIB), CPU)
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "free", "swap"),
+    [(6, 8, 5, 0), (8, 6, 5, 4), (64, 16, 16, 0)],
+    ids=["others hold some", "it may swap", "more than is of use"],
+)
+def test_what_may_not_fit_is_a_warning(
+    limited, caplog, total: int, most: int, free: int, swap: int
+) -> None:
+    limited(most * GIB, free * GIB, swap * GIB)
+    heed_system(ledger(total * GIB), CPU)
+    assert "may be killed" in caplog.text
+
+
+def test_what_fits_is_passed_over_in_silence(limited, caplog) -> None:
+    limited(12 * GIB, 11 * GIB)
+    heed_system(ledger(6 * GIB), CPU)
+    heed_system(ledger(None), CPU)
+    assert not caplog.text

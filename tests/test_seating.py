@@ -1,5 +1,6 @@
 """Another placement while the model is served: slots, formats, bytes and outputs."""
 
+import threading
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +19,8 @@ from moefit.serve.ladders import AUTO
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.placement import BlockPlacement, Placement
 from moefit.serve.served import ServedModel
+from moefit.serve.slots import Slot
+from moefit.serve.store import ExpertStore
 
 IDS = tokens(1, 12)
 FIRST, SECOND = (f"model.layers.{number}.mlp.experts" for number in range(2))
@@ -197,3 +200,19 @@ def test_any_placements_one_after_the_other_keep_the_books(steps: list[Any]) -> 
                 for expert in experts.residency.residents:
                     slot = experts.slots[experts.residency.slot(expert)]
                     assert slot.format == one.format_of(expert)
+
+
+def test_a_placement_is_loaded_by_all_readers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of a block wait for each other: as many must be under way as there are readers."""
+    together = threading.Barrier(4, timeout=30)
+    read = ExpertStore.read
+
+    def reads_together(self: ExpertStore, block: str, expert: int, into: Slot) -> None:
+        together.wait()
+        read(self, block, expert, into)
+
+    whole = placed(of(8, *["int4"] * 8), of(8, *["int4"] * 8))
+    monkeypatch.setattr(ExpertStore, "read", reads_together)
+    with load(whole, readers=4) as served:
+        assert all(len(one.residency.residents) == 8 for one in served.blocks.values())
+        served.check()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served, loading
+from moefit.cli.serving import WHOLE_WINDOWS, load_served, loading
 from moefit.errors import ConfigError
 from moefit.evaluate.loading import REFERENCE, load
 from moefit.evaluate.passage import held_out_text, text_of_file
@@ -76,7 +76,9 @@ def evaluate(
         return
     only = _only(rules)
     with ExitStack() as stack:
-        served = stack.enter_context(load_served(model, room, misses, planned))
+        served = stack.enter_context(
+            load_served(model, room, misses, planned, prompt_logits=WHOLE_WINDOWS)
+        )
         if only is not None:
             use_rule(served.model, only)
         passage = _passage(text, served.tokenizer, room.context, max_tokens or 2048)

@@ -27,6 +27,8 @@ from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import (
     ledger_table,
     load_served,
+    minimums,
+    minimums_line,
     say_generation,
     shared_steps,
     speed_table,
@@ -160,6 +162,7 @@ def describe(
     packed = open_packed(skeleton, settings.formats())
     budget = ledger(skeleton, settings, packed)
     start = beginning(skeleton, settings, budget, packed)  # refuses a budget below the floor
+    floors = minimums(skeleton, settings, packed, budget)
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {
@@ -170,11 +173,12 @@ def describe(
                 for group, (number, size) in skeleton.left_out().items()
             },
         }
-        held = {"everything_in": budget.everything_in()}
+        held = {"everything_in": budget.everything_in(), "minimum": floors}
         print_json({**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict()})
         return
     title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
     Console().print(ledger_table(budget, start, title))
+    Console().print(minimums_line(floors, settings), soft_wrap=True)
     if unused := _left_out(skeleton):
         Console().print(escape(unused), soft_wrap=True)
 

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -31,10 +32,16 @@ from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
 from moefit.serve.dsmoe_rules import use_rule
 from moefit.serve.generation import GenerationDefaults
 from moefit.serve.loading import Progress
-from moefit.serve.reckon import Beginning
+from moefit.serve.packed import PackedStore
+from moefit.serve.reckon import Beginning, ledger
 from moefit.serve.served import ServedModel
-from moefit.serve.settings import NATIVE_PRECISION
+from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
+from moefit.serve.skeleton import Skeleton
 from moefit.server.templates import RENDER_RESIDENT
+
+WHOLE_WINDOWS = 1 << 62
+"""As `prompt_logits`: those of all tokens of the context, which `moefit eval` asks for at once."""
+_CONCURRENCY = 16  # of `moefit serve`, unless it is given another
 
 
 def load_served(
@@ -139,6 +146,43 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
         "prompt_logits": PROMPT_LOGITS,
         "helpers": RENDER_RESIDENT,
     }
+
+
+def minimums(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore, budget: MemoryBudget
+) -> dict[str, int]:
+    """Return the least budget of each command that serves, with these settings.
+
+    Args:
+        skeleton: Of the model.
+        settings: Those that are the same for all; what a command has beside them is added.
+        packed: The packed experts that there are.
+        budget: Of these settings; the process counts for all commands as it was measured for it.
+    """
+    requests = _CONCURRENCY if settings.sequences == 1 else settings.sequences
+    server = shared_steps(requests)
+    own: dict[str, dict[str, Any]] = {
+        "generate": {},
+        "bench": {},
+        "chat": {"helpers": RENDER_RESIDENT},
+        "eval": {"prompt_logits": WHOLE_WINDOWS},
+        "serve": server,
+    }
+    alone = replace(settings, memory=None, **{**dict.fromkeys(server, 0), "sequences": 1})
+    floors: dict[str, int] = {}
+    for command, more in own.items():
+        one = ledger(skeleton, replace(alone, **more), packed)
+        measured = budget.process - settings.helpers + one.slack - budget.slack
+        floors[command] = replace(one, process=measured + more.get("helpers", 0)).floor
+    return floors
+
+
+def minimums_line(floors: Mapping[str, int], settings: LoadSettings) -> str:
+    """Say the least budgets in a line, in bytes that --memory takes."""
+    requests = _CONCURRENCY if settings.sequences == 1 else settings.sequences
+    words = {"serve": f"serve --max-concurrency {requests}"}
+    parts = ", ".join(f"{words.get(name, name)} {size}" for name, size in floors.items())
+    return f"least --memory with --context {settings.context}: {parts}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from moefit.serve.generation import NOT_SUPPRESSED, Suppressed
 NO_NUMBERS = "the model's logits are no finite numbers; another dtype may help"
 MAX_BIAS = 100.0  # OpenAI's
 REPETITION = (0.01, 100.0)  # beyond these, float32 loses its numbers
-_ROWS = 16  # of the vocabulary in float32 that are made at a time
+_ROWS, _ROWS_BYTES = 16, 1 << 20  # of the vocabulary in float32 that are made at a time, at most
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -199,14 +199,20 @@ Choice = tuple[int, TokenLogprob | None]
 """A token, with its log-probability if asked for."""
 
 
+def _rows_at_once(logits_NV: Tensor) -> int:
+    """Return how many rows are taken to float32 together; one of 256,000 tokens is a MiB."""
+    return max(1, min(_ROWS, _ROWS_BYTES // (4 * logits_NV.shape[-1])))
+
+
 def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
     """The next token of each row; None where the largest of its logits is no finite number."""
     chosen: list[Choice | None] = []
-    for begin in range(0, len(choosers), _ROWS):
-        rows_NV = logits_NV[begin : begin + _ROWS].float()
+    step = _rows_at_once(logits_NV)
+    for begin in range(0, len(choosers), step):
+        rows_NV = logits_NV[begin : begin + step].float()
         largest_N, likeliest_N = rows_NV.max(-1)  # what is no number is the largest
         some = zip(
-            choosers[begin : begin + _ROWS],
+            choosers[begin : begin + step],
             likeliest_N.tolist(),
             largest_N.isfinite().tolist(),
             rows_NV,
@@ -231,9 +237,10 @@ def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[Toke
     Raises FloatingPointError where one is no number. A token that can't be has minus infinity.
     """
     found: list[TokenLogprob] = []
-    for begin in range(0, len(tokens), _ROWS):
-        rows_NV = logits_NV[begin : begin + _ROWS].float().log_softmax(-1)
-        ids_N = torch.tensor(tokens[begin : begin + _ROWS], device=rows_NV.device)
+    step = _rows_at_once(logits_NV)
+    for begin in range(0, len(tokens), step):
+        rows_NV = logits_NV[begin : begin + step].float().log_softmax(-1)
+        ids_N = torch.tensor(tokens[begin : begin + step], device=rows_NV.device)
         own = rows_NV.gather(-1, ids_N[:, None])[:, 0].tolist()
         if any(map(isnan, own)):
             raise FloatingPointError(NO_NUMBERS)

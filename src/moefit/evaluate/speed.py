@@ -6,6 +6,7 @@ over its bandwidth, bytes of weights read from memory over its bandwidth (`bandw
 Shapes: T tokens.
 """
 
+import inspect
 import statistics
 import time
 from collections.abc import Iterator
@@ -154,7 +155,9 @@ def _prefilled(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Any:
         start = model.generation_config.decoder_start_token_id or 0
         state = {"ids": torch.tensor([[start]], device=model.device), "cache": None}
     else:
-        output = model(input_ids=prompt_1T, use_cache=True)
+        takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if takes else {}
+        output = model(input_ids=prompt_1T, use_cache=True, **last)
         fixed = {}
         state = {"ids": chosen(output.logits), "cache": output.past_key_values}
 

@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from moefit.serve.served import ServedModel
 
 Progress = Callable[[int, int], None]
 """Hears how many tokens of how many are done."""
+_ROWS = 8  # of the vocabulary in float32 that are made at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,55 +106,68 @@ def score_steps(
     sums, total = _Sums(), sum(len(window_L) - 1 - prompt for window_L in windows)
     served.reset()
     for window_L in windows:
-        full_TV = _full(against or served, window_L, prompt)
-        _window(served, window_L.to(served.model.device), prompt, full_TV, sums)
+        _window(served, window_L.to(served.model.device), prompt, against or served, sums)
         if progress is not None:
             progress(sums.tokens, total)
     return _summary(served, sums)
 
 
+def _window(
+    served: ServedModel, ids_L: Tensor, prompt: int, against: ServedModel, sums: _Sums
+) -> None:
+    """Add a window to the sums; at no time are logits of more than one pass over it in memory."""
+    targets_T = ids_L[prompt + 1 :]
+    with served.untouched(served.policy):
+        sums.wide += _loss(_wide(served, ids_L, prompt), targets_T)
+    full_TV = _full(against, ids_L, prompt)
+    sums.full += _loss(full_TV, targets_T)
+    read = served.report()["bytes_read"]
+    for full_V, step_V, target in zip(
+        full_TV, _steps(served, ids_L, prompt, sums), targets_T.tolist(), strict=True
+    ):
+        full_V = full_V.float().log_softmax(-1)
+        sums.stepwise -= float(step_V[target])
+        sums.divergence += float(F.kl_div(step_V, full_V, log_target=True, reduction="sum"))
+        sums.agreed += int(full_V.argmax() == step_V.argmax())
+    sums.bytes_read += served.report()["bytes_read"] - read
+    sums.tokens += len(targets_T)
+    sums.steps += len(ids_L) - 1
+
+
 def _full(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     """Exact, and leaving residents, scores and counters as they are: nobody shall learn from it."""
     with served.untouched(replace(served.policy, mode="exact", prefill="exact")):
-        return _wide(served, ids_L.to(served.model.device), prompt)
-
-
-def _window(served: ServedModel, ids_L: Tensor, prompt: int, full_TV: Tensor, sums: _Sums) -> None:
-    targets_T = ids_L[prompt + 1 :]
-    full_TV = full_TV.to(ids_L.device)
-    policy = served.policy
-    with served.untouched(policy):
-        wide_TV = _wide(served, ids_L, prompt)
-    read, began = served.report()["bytes_read"], time.perf_counter()
-    step_TV = _steps(served, ids_L, prompt)
-    sums.seconds += time.perf_counter() - began
-    sums.bytes_read += served.report()["bytes_read"] - read
-    sums.full += float(F.nll_loss(full_TV, targets_T, reduction="sum"))
-    sums.wide += float(F.nll_loss(wide_TV, targets_T, reduction="sum"))
-    sums.stepwise += float(F.nll_loss(step_TV, targets_T, reduction="sum"))
-    sums.divergence += float(F.kl_div(step_TV, full_TV, log_target=True, reduction="sum"))
-    sums.agreed += int((full_TV.argmax(-1) == step_TV.argmax(-1)).sum())
-    sums.tokens += len(targets_T)
-    sums.steps += len(ids_L) - 1
+        return _wide(served, ids_L.to(served.model.device), prompt).to(ids_L.device)
 
 
 def _wide(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     logits_TV = served.model(input_ids=ids_L[None, :-1], use_cache=False).logits[0, prompt:]
     refuse_no_numbers(logits_TV)
-    return logits_TV.float().log_softmax(-1)
+    return logits_TV
 
 
-def _steps(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
-    """Log-probabilities of what follows each token behind the prompt, [T, V]."""
-    cache, rows = None, []
-    inputs = [ids_L[None, :prompt]] if prompt else []
+def _loss(logits_TV: Tensor, targets_T: Tensor) -> float:
+    """The sum of losses, a few rows in float32 at a time: a vocabulary can be large."""
+    rows = zip(logits_TV.split(_ROWS), targets_T.split(_ROWS), strict=True)
+    return sum(
+        float(F.nll_loss(some_TV.float().log_softmax(-1), targets, reduction="sum"))
+        for some_TV, targets in rows
+    )
+
+
+def _steps(served: ServedModel, ids_L: Tensor, prompt: int, sums: _Sums) -> Iterator[Tensor]:
+    """Log-probabilities of what follows each token behind the prompt; counts the seconds."""
+    cache, inputs = None, [ids_L[None, :prompt]] if prompt else []
     inputs += [one_1[None] for one_1 in ids_L[prompt:-1].split(1)]
-    for ids_1T in inputs:
+    for number, ids_1T in enumerate(inputs):
+        began = time.perf_counter()
         output = served.model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         refuse_no_numbers(output.logits[0, -1])
-        rows.append(output.logits[0, -1].float().log_softmax(-1))
-    return torch.stack(rows[1:] if prompt else rows)
+        row_V = output.logits[0, -1].float().log_softmax(-1)
+        sums.seconds += time.perf_counter() - began
+        if number or not prompt:
+            yield row_V
 
 
 def _summary(served: ServedModel, sums: _Sums) -> StepScore:

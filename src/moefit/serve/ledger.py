@@ -4,6 +4,7 @@ Owns the estimates behind `MemoryBudget`: interpreter and libraries (measured), 
 experts, KV cache, workspace, what a slot takes of a device. Allocates nothing.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +12,26 @@ import torch
 
 from moefit.checkpoint import Checkpoint
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.host import peak_process_bytes, process_bytes
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.host import (
+    available_bytes,
+    peak_process_bytes,
+    process_bytes,
+    swap_bytes,
+    tightest_limit,
+    total_bytes,
+)
+from moefit.serve.budget import MemoryBudget, format_bytes
 
 # Pages of libraries and of the allocator that only computing touches. Measured by hand: the first
 # forward and generate of a model of 50 kB raise the resident set by 60 to 75 MiB
 # (tests/test_ledger.py holds the sum to the operating system's figure).
 FIRST_USE = 96 << 20
 _MIB = 1 << 20
+# Bytes for each token of the vocabulary while one is drawn: logits in float64, sorted, with their
+# places, as shares and as sums; the same in transformers' `generate`, in float32.
+_SAMPLING = 64
+_LOG = logging.getLogger(__name__)
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
 
 
@@ -32,6 +46,50 @@ def held_bytes(device: torch.device) -> int:
 def peak_held_bytes(device: torch.device) -> int:
     """The most that `held_bytes` has been so far."""
     return peak_process_bytes() if device.type == "cpu" else torch.cuda.max_memory_reserved(device)
+
+
+def heed_system(budget: MemoryBudget, device: torch.device) -> None:
+    """Compare what a budget lets the process take with what the system lets it have.
+
+    A process that outgrows its control group is killed without a word, so that this is said while
+    it still can be: what surely does not fit is refused, what may not fit is a warning.
+
+    Args:
+        budget: With the total that is asked for.
+        device: Of the model; a GPU's memory is none of the host's.
+
+    Raises:
+        BudgetTooSmallError: The model's floor is above what the system lets the process have.
+        ConfigError: The budget would be filled beyond that; a smaller one works.
+    """
+    if device.type != "cpu":
+        return
+    most, limit = total_bytes(), tightest_limit()
+    taken = budget.most if budget.total is None else min(budget.total, budget.most)
+    free = available_bytes() + process_bytes()
+    where = "this machine's memory"
+    if limit is not None and limit.nbytes == most:
+        where = f"the limit of this process's control group ({limit.file})"
+    surely = not swap_bytes() and taken - FIRST_USE > most
+    if surely and budget.floor - FIRST_USE > most:
+        raise BudgetTooSmallError(
+            f"{where} is {format_bytes(most)}, and this model needs at least "
+            f"{format_bytes(budget.floor)}; raise it to {budget.floor} bytes, or give a shorter "
+            "context"
+        )
+    if surely:
+        asked = "without a budget" if budget.total is None else "in this budget"
+        raise ConfigError(
+            f"{asked} the model would take {format_bytes(taken)}, but {where} is "
+            f"{format_bytes(most)}; give a budget (--memory) of "
+            f"{max(budget.floor, min(most, free))} bytes or less, or raise the limit"
+        )
+    if taken > free or (budget.total is not None and budget.total > most):
+        _LOG.warning(
+            "warning: the model may take %s, but %s is %s, of which %s are free; if others need "
+            "theirs, this process may be killed",
+            *(format_bytes(taken), where, format_bytes(most), format_bytes(free)),
+        )
 
 
 def slot_bytes(size: int, device: torch.device) -> int:
@@ -100,9 +158,9 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """What a forward pass over `tokens` needs beside weights and cache, logits of one included.
 
     Counted: the residual stream and what a block makes of it, sixteen tensors of the model's
-    width; K rows a token of the routed experts, thrice; two rows of logits in float32; one layer's
-    expanded keys and values of latent attention, thrice; and one layer's attention scores, where
-    the family's attention makes them.
+    width; K rows a token of the routed experts, thrice; two rows of logits in float32, and what
+    sampling makes of one; one layer's expanded keys and values of latent attention, thrice; and one
+    layer's attention scores, where the family's attention makes them.
     """
     text = config.get_text_config(decoder=True)
     width = _first(text, "hidden_size", "d_model") or 0
@@ -115,7 +173,8 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     expanded = (_first(text, *_HEADS) or 0) * sum(_expanded_widths(text))
     per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
     scores = _score_bytes(config, tokens)
-    return FIRST_USE + tokens * per_token + scores + 2 * vocabulary * (4 + dtype.itemsize)
+    logits = vocabulary * (2 * (4 + dtype.itemsize) + _SAMPLING)
+    return FIRST_USE + tokens * per_token + scores + logits
 
 
 def more_logits_bytes(

@@ -28,7 +28,7 @@ from moefit.serve.generation import use_generation_config
 from moefit.serve.host_tier import HostTier
 from moefit.serve.importance import ExpertImportanceEstimator
 from moefit.serve.ladders import AUTO, ladders_of
-from moefit.serve.ledger import held_bytes, weight_bytes
+from moefit.serve.ledger import heed_system, held_bytes, weight_bytes
 from moefit.serve.live import Live
 from moefit.serve.packed import PackedStore, open_packed
 from moefit.serve.parts import ServedParts
@@ -65,7 +65,7 @@ def load(
 
     Raises BudgetTooSmallError, naming the floor; CheckpointError for a missing or damaged
     checkpoint; UnsupportedModelError for a model without servable experts, or a mode that it can't
-    be served in; ConfigError for settings that don't exist.
+    be served in; ConfigError for settings that don't exist, or a budget that the system has not.
     """
     device = parse_device(settings.device)
     settings.check()
@@ -73,6 +73,7 @@ def load(
     packed = open_packed(skeleton, _to_come(settings))
     budget = ledger(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
+    heed_system(budget, device)
     _refuse_encoding(skeleton, settings, budget)
     with ExitStack() as undo:
         parts = _parts(skeleton, packed, budget, settings, undo, progress)

@@ -69,7 +69,7 @@ def seat_all(experts: VirtualExperts, placement: BlockPlacement, device: torch.d
     """Give each of a block's experts a slot of its own format, and load it there."""
     for expert in range(experts.num_experts):
         _add(experts, placement.format_of(expert), expert, device)
-        experts.load_now(expert)
+    experts.load_all(range(experts.num_experts))
 
 
 def spares_of(blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool) -> Spares:

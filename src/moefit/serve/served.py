@@ -17,6 +17,7 @@ from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.guards import guard
 from moefit.serve.kv_cache import reserve_caches
+from moefit.serve.ledger import heed_system
 from moefit.serve.manager import VirtualExpertManager
 from moefit.serve.parts import ServedParts
 from moefit.serve.placement import BlockPlacement, Placement
@@ -94,8 +95,8 @@ class ServedModel:
         background, unless residents are fixed: then they are all there when this returns.
         A placement that does not fit is forgotten: blocks have equal shares in the largest format
         of each from then on. `set_placement` gives another.
-        Raises BudgetTooSmallError, or OSError where the system has no such memory; everything is
-        then as it was.
+        Raises BudgetTooSmallError, ConfigError for more than the machine or the control group has,
+        or OSError where the system has no such memory; everything is then as it was.
         """
         total = None if memory is None else parse_bytes(memory)
         with self._live.lock:  # also while it is reckoned from the one in force
@@ -104,6 +105,7 @@ class ServedModel:
     def _set_total(self, total: int | None) -> MemoryBudget:
         budget = self._budget.with_total(total)
         counts = budget.slots()
+        heed_system(budget, self.model.device)
         if self._budget.planned is not None and budget.planned is None:
             alike = {
                 name: BlockPlacement(slots=count, formats=(experts.format.name,))

@@ -7,7 +7,9 @@ are published: at step borders. Knows nothing of budgets or files.
 Shapes: T tokens, D model width, E experts, K chosen per token.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
 
 import torch
 from torch import Tensor, nn
@@ -144,9 +146,35 @@ class VirtualExperts(nn.Module):
         self.swaps.settle()
         for expert in set(self.residency.residents) - set(experts):
             self.residency.evict(expert)
-        for expert in experts:
-            if expert not in self.residency.residents and self.residency.empty:
-                self.load_now(expert)
+        absent = [expert for expert in experts if expert not in self.residency.residents]
+        self.load_all(absent[: self.residency.empty])
+
+    def load_all(self, experts: Collection[int]) -> None:
+        """Load absent experts into empty slots and wait for them; the readers share the work.
+
+        Args:
+            experts: No more of them than there are empty slots.
+
+        Raises:
+            CheckpointError: One cannot be read. Those that were read by then are resident.
+        """
+        coming: deque[tuple[int, Future[float]]] = deque()
+        try:
+            for expert in experts:
+                slot = self.residency.reserve(expert, protected=self.residency.residents)
+                assert slot is not None, "there is an empty one"
+                load = self.live.transfer.load(self.block.name, expert, self.slots[slot])
+                coming.append((slot, load))
+            while coming:
+                finish(coming[0][1])
+                self.residency.publish(coming.popleft()[0])
+        except BaseException:
+            for _, load in coming:  # those that have not begun, first
+                load.cancel()
+            for slot, load in coming:
+                wait([load])
+                self.residency.abandon(slot)
+            raise
 
     def load_now(self, expert: int) -> None:
         """Bring an absent expert into an empty slot, and wait for it."""

@@ -1,0 +1,75 @@
+"""The least budgets that `describe` prints, tried by the commands that they are for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_tokenizer_size import byte_pairs, write
+from tiny_served import saved, tiny
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of a MiB, so that a floor that is too low shows."""
+    model = tiny("Olmoe", vocab_size=4200, max_position_embeddings=128)
+    return write(byte_pairs(4096, 8), saved(model, tmp_path_factory.mktemp("least")))
+
+
+def moefit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moefit", *map(str, arguments)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def least(folder: Path) -> dict[str, int]:
+    done = moefit("describe", folder, "--memory", "100GiB", "--context", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["minimum"]["generate"] == said["floor"]
+    return said["minimum"]
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("generate", ["hello", "--max-new-tokens", 4]),
+        ("bench", ["--prompt-tokens", 8, "--new-tokens", 4]),
+        ("eval", ["--text", __file__, "--max-tokens", 64]),
+    ],
+)
+def test_what_describe_prints_is_accepted_and_kept(
+    folder: Path, least: dict[str, int], command: str, more: list[object]
+) -> None:
+    size = least[command]
+    done = moefit(command, folder, *more, "--memory", size, "--context", 64)
+    assert done.returncode == 0, done.stderr
+    below = moefit(command, folder, *more, "--memory", size - 40 * MIB, "--context", 64)
+    assert below.returncode == 2
+    assert "BudgetTooSmallError" in below.stderr
+
+
+def test_what_describe_prints_for_a_server_starts_one(folder: Path, least: dict[str, int]) -> None:
+    arguments = ["--memory", str(least["serve"]), "--context", "64", "--port", "0"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moefit", "serve", str(folder), *arguments],
+        stderr=subprocess.PIPE, text=True, env=os.environ,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        said = ""
+        for line in server.stderr:
+            said += line
+            if "API at" in line:
+                break
+        assert "API at" in said, said
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
