@@ -41,8 +41,8 @@ def least(folder: Path) -> dict[str, int]:
     ("command", "more"),
     [
         ("generate", ["hello", "--max-new-tokens", 4]),
-        ("bench", ["--prompt-tokens", 8, "--new-tokens", 4]),
-        ("eval", ["--text", __file__, "--max-tokens", 64]),
+        pytest.param("bench", ["--prompt-tokens", 8, "--new-tokens", 4], marks=pytest.mark.slow),
+        pytest.param("eval", ["--text", __file__, "--max-tokens", 64], marks=pytest.mark.slow),
     ],
 )
 def test_what_describe_prints_is_accepted_and_kept(
