@@ -13,7 +13,7 @@ LAYERS = (
     {"errors"},
     {"device", "folders", "host", "signals", "model_folder"},
     {"checkpoint"},
-    {"quantisation"},
+    {"quantisation", "hub"},
     {"checkpoint_config"},
     {"moe"},
     {"formats"},

@@ -1,6 +1,7 @@
 """Quantised checkpoints are refused by every way in; models with scales of their own are not."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moefit.checkpoint import SINGLE
 from moefit.cli import app
 from moefit.errors import UnsupportedModelError
 from moefit.evaluate.loading import load as load_whole
+from moefit.evaluate.loading import reference_path
 from moefit.quantisation import refuse_declared, sign_of
 from moefit.serve.skeleton import build
 
@@ -155,6 +157,8 @@ def test_every_command_refuses(folder: Path, command: tuple[str, ...]) -> None:
     change_tensors(
         folder, lambda module, weight: {f"{module}.weight": weight.to(torch.float8_e5m2)}
     )
+    for file in reference_path().glob("tokenizer*"):
+        shutil.copy(file, folder)
     name, *rest = command
     found = CliRunner().invoke(app, [name, str(folder), *rest], env={"COLUMNS": "400"})
     assert found.exit_code == 1 and "is quantised" in str(found.exception)

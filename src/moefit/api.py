@@ -9,19 +9,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import locate
+from moefit.hub import download
 from moefit.serve.loading import Progress
 from moefit.serve.loading import load as load_folder
 from moefit.serve.policy import Mode, Policy
 from moefit.serve.served import ServedModel
 from moefit.serve.settings import LoadSettings
+from moefit.serve.skeleton import refuse_unservable
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load(
@@ -65,13 +65,15 @@ def load(
 def folder_of(model: str | Path) -> Path:
     """The folder with the model's files, downloaded from the Hub if need be.
 
-    Raises CheckpointError if there is none, here or there.
+    What cannot be served is refused before its weights are downloaded.
+    Raises CheckpointError if there is none, here or there; UnsupportedModelError for a model that
+    cannot be served, on the Hub.
     """
     name = str(model)
     if Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
         return locate(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return download(name, refuse_unservable)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no folder {name!r}, and it cannot be had from the Hugging Face Hub: "

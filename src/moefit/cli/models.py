@@ -79,14 +79,15 @@ def generate(
     sampling = {**_sampling(temperature, top_p), "max_new_tokens": max_new_tokens}
     following = generation_config.value
     torch.manual_seed(seed)
-    refuse_without_tokenizer(folder_of(model))
     if room.wanted or misses.wanted or planned.wanted:
+        refuse_without_tokenizer(folder_of(model))
         with load_served(model, room, misses, planned, generation_config=following) as served:
             say_generation(served.generation, engine=False)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
+    refuse_without_tokenizer(locate(model))
     loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
     followed = use_generation_config(loaded, locate(model), tokenizer, following)
     say_generation(followed, engine=False)

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -78,6 +79,24 @@ def map_checkpoint(
     }
     names.refuse_other_shapes(checkpoint, rest)
     return CheckpointMap(experts=experts, rest=tuple(rest), left_out=tuple(left_out))
+
+
+def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -> None:
+    """Refuse a checkpoint that has scales or other parts of quantised weights, by name alone.
+
+    Args:
+        model: On the meta device.
+        folder: Where the checkpoint is, or will be.
+        tensors: The names of its tensors.
+
+    Raises:
+        UnsupportedModelError: There are such tensors.
+    """
+    names = _Names.of(model)
+    unused = (name for name in tensors if sign_of(name) is not None)
+    refuse_scales(
+        folder, names.scales(name for name in unused if names.target(name)[0] not in names.expected)
+    )
 
 
 def _parameter_names(block: MoeBlock) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moefit.checkpoint import Checkpoint, LazyTensor
+from moefit.checkpoint import INDEX, Checkpoint, LazyTensor, read_json
 from moefit.checkpoint_config import (
     CONFIG,
     config_from,
@@ -33,7 +33,10 @@ from moefit.model_folder import refuse_adapter
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 from moefit.quantisation import refuse_declared
-from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
+from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint, refuse_parts
+
+_MANY = 2048  # layers or experts; more take long to build
+_MAX_INDEX = 256 << 20  # bytes; the largest models have some 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,44 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
     return Skeleton(model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, chosen)
+
+
+def refuse_unservable(folder: Path) -> None:
+    """Refuse what can be known to be unservable without weights, before they are downloaded.
+
+    Args:
+        folder: A model's configuration, and the index of its shards if it has several.
+
+    Raises:
+        CheckpointError: The configuration is missing or damaged.
+        UnsupportedModelError: It is an adapter, quantised, or a model without servable experts.
+    """
+    refuse_adapter(folder)
+    refuse_declared(folder)
+    register()
+    config = config_from(read_config(folder), folder)
+    if not _plausible(config):
+        return  # compared with the files' headers before it is built, as far as it comes
+    with _blaming_config(folder):
+        model = _on_meta(config, torch.float32)
+        find_blocks(model)
+    refuse_parts(model, folder, _indexed(folder))
+
+
+def _plausible(config: Any) -> bool:
+    """Whether building the model takes seconds at most."""
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
+    counts = [getattr(text, name, None) for name in (*names, "n_routed_experts")]
+    return all(count <= _MANY for count in counts if isinstance(count, int | float))
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The tensors that the index of shards names; none without one, or where it is damaged."""
+    try:
+        return list(read_json(folder / INDEX, limit=_MAX_INDEX)["weight_map"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []  # whoever reads the shards says what is wrong with it
 
 
 def load_rest(

@@ -1,0 +1,108 @@
+"""A model from the Hugging Face Hub: its small files first, then the weights it is made of.
+
+Owns which files of a repository are fetched, and in which order, so that what cannot be served is
+refused before gigabytes have come. What cannot be served is for the caller to say. Fetching,
+caching and going on after an interruption are huggingface_hub's.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+
+from moefit.checkpoint import INDEX, SINGLE
+from moefit.errors import CheckpointError
+from moefit.model_folder import ADAPTER, named_weights
+
+# Configuration, tokenizer and templates.
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# Other forms of the same model (gpt-oss's original/, Mistral's consolidated files) and what
+# training leaves behind. Templates in a folder of their own are small, and the tokenizer's.
+_NEVER = (
+    "*/*.json",
+    "*/*.model",
+    "*/*.txt",
+    "*/*.tiktoken",
+    "consolidated*",
+    "params.json",
+    "trainer_state.json",
+    "optimizer*",
+)
+
+
+def download(
+    name: str, refuse: Callable[[Path], None], *, endpoint: str | None = None, **where: Any
+) -> Path:
+    """Fetch a model and return its folder.
+
+    Args:
+        name: The repository, such as "Qwen/Qwen3-30B-A3B".
+        refuse: Called with the folder before any weights are in it; raises for a model that
+            cannot be served.
+        endpoint: Another address than the Hub's own.
+        where: More arguments of `huggingface_hub.snapshot_download`, such as `cache_dir`.
+
+    Raises:
+        CheckpointError: The repository has no weights that can be read; and what `refuse` raises.
+        OSError: It cannot be had.
+    """
+    where = {"endpoint": endpoint, **where}
+    folder = Path(
+        snapshot_download(name, allow_patterns=list(_SMALL), ignore_patterns=list(_NEVER), **where)
+    )
+    if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
+        raise _no_model(name, endpoint)
+    refuse(folder)
+    weights = _shards(folder) if (folder / INDEX).is_file() else [SINGLE]
+    # The commit that the small files are of, so that all are of one.
+    fetched = Path(
+        snapshot_download(
+            name, revision=folder.name, allow_patterns=[_literal(one) for one in weights], **where
+        )
+    )
+    if missing := [shard for shard in weights if not (fetched / shard).is_file()]:
+        if missing == [SINGLE]:
+            raise _no_model(name, endpoint)
+        raise CheckpointError(
+            f"{name} on the Hub lacks {len(missing)} of the {len(weights)} shards that its {INDEX} "
+            f"names ({', '.join(missing[:3])}); tell its authors, or give another repository"
+        )
+    return fetched
+
+
+def _shards(folder: Path) -> Sequence[str]:
+    """The files that the index names; whether they are the model's is seen when they are read."""
+    try:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted(set(found))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX} cannot be read: {type(error).__name__}: {error}; tell the "
+            "repository's authors, or give another one"
+        ) from error
+    if wrong := [one for one in shards if not re.fullmatch(r"[\w.-]+\.safetensors", str(one))]:
+        raise CheckpointError(
+            f"{folder / INDEX} names {wrong[0]!r}, which is no safetensors file beside it; give "
+            "another repository of the model"
+        )
+    return shards
+
+
+def _literal(file: str) -> str:
+    """A pattern that only this file matches."""
+    return re.sub(r"([\[*?])", r"[\1]", file)
+
+
+def _no_model(name: str, endpoint: str | None) -> CheckpointError:
+    """What is there in place of safetensors."""
+    files = HfApi(endpoint=endpoint).list_repo_files(name)
+    what = named_weights([one for one in files if "/" not in one], f"{name} on the Hub")
+    return CheckpointError(
+        what
+        or f"{name} on the Hub is no model with safetensors: it has "
+        f"{', '.join(sorted(files)[:5]) or 'no files'}; give a repository with config.json and "
+        f"{SINGLE} or {INDEX}"
+    )
