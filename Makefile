@@ -29,7 +29,7 @@ test-all: $(READY)  ## the slow ones too
 # Tests whose results may depend on the processor; the others are about Python alone.
 PROCESSOR_TESTS := $(addprefix tests/test_, $(addsuffix .py, backend compensate_kernel dsmoe_serving \
 	encode_kernel encoder_decoder_serving encoders engine export families format fused invoker \
-	jetmoe_serving kernels model packed packed_attention reference_model reroute rest runners \
+	jetmoe_serving kernels model moments packed packed_attention reference_model reroute rest runners \
 	sampler upgrades))
 PROCESSORS := no-kernels portable avx2 avx512 any
 no-kernels := MOEFIT_KERNELS=torch

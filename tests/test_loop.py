@@ -1,6 +1,5 @@
 import math
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -173,6 +172,21 @@ def test_what_cannot_be_trained(tree, listener, change, error, words):
         train(make_config({**tree, **change}), listener)
 
 
+def killed_after_two_checkpoints(path, out):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moefit", "train", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(checkpoint.checkpoints(out)) < 2:
+        assert process.poll() in (None, 0), "the run failed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
 def test_kill_9_loses_nothing_but_time(tree, tmp_path, listener):
     """Killed while it runs, the run has only whole checkpoints and ends as if it had not been."""
     tree |= {"steps": 12, "checkpoint": {"every": 1, "keep": 2}}
@@ -181,22 +195,16 @@ def test_kill_9_loses_nothing_but_time(tree, tmp_path, listener):
     tree["out"] = str(out)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moefit", "train", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while len(checkpoint.checkpoints(out)) < 2:
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    found = checkpoint.checkpoints(out)
-    for folder in found:
-        checkpoint.verify(folder)
-    assert checkpoint.step_of(found[-1]) < 12, "killed too late to show anything"
+    for _ in range(5):  # on a busy machine the run may be over before this process has its turn
+        killed_after_two_checkpoints(path, out)
+        found = checkpoint.checkpoints(out)
+        for folder in found:
+            checkpoint.verify(folder)
+        if checkpoint.step_of(found[-1]) < 12:
+            break
+        shutil.rmtree(out)
+    else:
+        pytest.fail("always killed too late to show anything")
     assert weights(train(make_config(tree), listener)) == weights(whole)
     assert losses(out) == losses(tmp_path / "run")
     assert not list(out.glob(".step-*"))

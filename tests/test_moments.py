@@ -34,7 +34,7 @@ def test_moments_are_mean_products_damped(cols: int) -> None:
     made_PP = whole(known.moments_GPI)
     assert known.cols == cols and len(made_PP) % GROUP == 0
     assert torch.allclose(made_PP[:cols, :cols], expected_CC, atol=1e-4)
-    assert torch.equal(made_PP, made_PP.T)
+    assert torch.allclose(made_PP, made_PP.T, atol=1e-5)  # x^T x is not symmetric to the bit
     assert not made_PP[cols:].any()
 
 
