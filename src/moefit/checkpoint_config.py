@@ -131,7 +131,7 @@ def _refuse_no_window(config: Any) -> None:
 
 
 def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for more layers or experts than the files can hold.
+    """Raise CheckpointError for fewer layers or experts than none, or more than the files can hold.
 
     A configuration with a million layers takes minutes and gigabytes to build even without
     memory for its weights, so the headers are asked before anything is built.
@@ -142,7 +142,7 @@ def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None
     for where, value in _walk(values):
         key = where.rpartition(".")[2]
         most = layers if _LAYERS.search(key) else experts if _EXPERTS.search(key) else None
-        if most is not None and isinstance(value, int | float) and value > most:
+        if most is not None and isinstance(value, int | float) and not 0 <= value <= most:
             raise CheckpointError(
                 f"{checkpoint.folder / CONFIG} has {where}={value!r}, but the checkpoint's files "
                 f"hold {tensors:,} tensors, the largest dimension being {largest:,}; give the "

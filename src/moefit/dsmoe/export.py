@@ -150,7 +150,7 @@ def _check_written(
 ) -> None:
     """Raise CheckpointError unless `folder`, loaded by transformers alone, equals the source."""
     reloaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
+        folder, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
     )
     state = {name: tensor.float() for name, tensor in olmoe.state_dict().items()}
     stored = reloaded.state_dict()

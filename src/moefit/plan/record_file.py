@@ -65,7 +65,7 @@ class RecordKind:
             )
         try:
             return made_of(values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
                 f"{path} is a damaged {self.name} ({error!r}); {self.again}"
             ) from error

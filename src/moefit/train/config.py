@@ -6,7 +6,6 @@ An unknown key is an error. Knows nothing of tensors, files of text or how train
 
 import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -248,8 +247,7 @@ def _refuse_bomb(text: str) -> None:
             f"{len(text):,} characters, and a configuration has at most {MAX_CHARACTERS:,}"
         )
     extent = _Extent()
-    events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
-    for event in events:
+    for event in cast(Any, yaml).parse(text, Loader=yaml.SafeLoader):
         extent.hear(event)
         if len(extent.open_values) > MAX_DEPTH:
             raise ConfigError(f"nested more than {MAX_DEPTH} levels deep; a configuration has few")
