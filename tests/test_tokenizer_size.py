@@ -38,7 +38,7 @@ def byte_pairs(size: int, longest: int) -> Tokenizer:
 def pieces(size: int, longest: int) -> Tokenizer:
     """A Unigram model with so many pieces."""
     chance = random.Random(0)
-    known = dict.fromkeys(("<unk>", *LETTERS), -5.0)
+    known: dict[str, float] = dict.fromkeys(["<unk>", *LETTERS], -5.0)
     while len(known) < size:
         length = chance.randint(3, longest)
         known["".join(chance.choices(LETTERS, k=length))] = -20 * chance.random()
