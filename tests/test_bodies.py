@@ -1,7 +1,13 @@
 """How much of all bodies is held together."""
 
+import select
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from threading import Event, Thread
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import strategies as st
@@ -127,3 +133,89 @@ def test_the_limit_holds_for_chunks_too(served) -> None:
         response = client.post("/v1/completions", content=chunks, headers=kind)
         assert error_of(response, 429)["code"] == "too_many_bodies"
         assert response.headers["retry-after"] == "1"
+
+
+CHUNKED = (
+    b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def _chunks(body: bytes, size: int) -> bytes:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+def _read(connection: socket.socket) -> bytes:
+    """All that the server says until it closes, or nothing more comes."""
+    connection.settimeout(20)
+    said = b""
+    with suppress(OSError):
+        while more := connection.recv(1 << 16):
+            said += more
+    return said
+
+
+def test_hundreds_of_thousands_of_small_pieces_hold_nobody_up(served) -> None:
+    with site(served) as here, here.connect() as connection:
+        slowest, go_on = [0.0], Event()
+
+        def look() -> None:
+            while not go_on.is_set():
+                began = time.monotonic()
+                assert Client(here.url).get("/health") == {"status": "ok"}
+                slowest[0] = max(slowest[0], time.monotonic() - began)
+
+        looking = Thread(target=look)
+        looking.start()
+        try:
+            with suppress(OSError):  # it need not take all of it
+                connection.sendall(CHUNKED + _chunks(b" " * 300_000, 1))
+            said = _read(connection)
+        finally:
+            go_on.set()
+            looking.join()
+        assert said.startswith(b"HTTP/1.1 400 ") and b'"code":"too_many_pieces"' in said
+        assert slowest[0] < 1.5, "it was 5.8 s"
+
+
+@pytest.mark.parametrize(("length", "size"), [(9_000, 1), (600_000, 32)])
+def test_bodies_of_many_pieces_are_read(served, length: int, size: int) -> None:
+    body = b'{"prompt": "a"' + b" " * length + b"}"
+    with site(served) as here, here.connect() as connection:
+        connection.sendall(CHUNKED + _chunks(body, size) + b"0\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_after_a_refusal_no_gigabytes_are_read(served, chunked: bool, close: bytes) -> None:
+    how = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 10000000000"
+    head = HEAD.replace(b"Content-Length: 40000\r\n", how + b"\r\n" + close)
+    part = b" " * (1 << 16)
+    part = _chunks(part, len(part)) if chunked else part
+    with site(served) as here, here.connect() as connection:
+        connection.sendall(head)
+        sent, said = 0, b""
+        with suppress(OSError):
+            while sent < 1 << 28:
+                connection.sendall(part)
+                sent += len(part)
+                if not said and select.select([connection], [], [], 0)[0]:
+                    said = connection.recv(4096)
+        assert sent < 1 << 27, f"{sent:,} bytes were read"
+        assert said.startswith(b"HTTP/1.1 413 ")
+        soon(lambda: not here.running.connections)
+
+
+def test_the_connection_goes_on_after_a_refusal_of_a_whole_request(served) -> None:
+    with site(served) as here:
+        connection = HTTPConnection(urlsplit(here.url).netloc, timeout=20)
+        sockets = set()
+        for _ in range(3):
+            connection.request("POST", "/nowhere", b"{}", {"Content-Type": "application/json"})
+            sockets.add(connection.sock)
+            response = connection.getresponse()
+            assert response.status == 404 and response.read()
+        assert len(sockets) == 1
+        connection.close()

@@ -8,7 +8,13 @@ import pytest
 import torch
 import yaml
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+)
 from typer.testing import CliRunner
 
 import moefit
@@ -70,6 +76,18 @@ def test_eval_prints_a_table(saved, text):
     for words in ("dense", "top_k:2", "threshold_top_k:0.48", "experts", "perplexity", "tok/s"):
         assert words in table
     assert "…" not in table.split("perplexity")[1]
+
+
+def test_other_families_without_a_budget_are_served_from_memory(saved, tmp_path, text):
+    shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    mixtral = tmp_path / "mixtral"
+    MixtralForCausalLM(MixtralConfig(vocab_size=300, **shape, **heads)).save_pretrained(mixtral)
+    AutoTokenizer.from_pretrained(saved).save_pretrained(mixtral)
+    done = run("generate", str(mixtral), "some", "--max-new-tokens", "3")
+    assert "some" in done.stdout and "MixtralForCausalLM in no budget" in done.stderr
+    scored = run("eval", str(mixtral), "--text", text, "--max-tokens", "32", "--json")
+    assert json.loads(scored.stdout)["substituted_mass"] == 0
 
 
 def test_generate_obeys_rule_and_seed(saved):

@@ -4,7 +4,7 @@ import pytest
 
 from moefit.cli.config_file import read_options
 from moefit.errors import ConfigError
-from moefit.train.config import load_yaml, read_config
+from moefit.train.config import OptimizerConfig, TrainConfig, load_yaml, read_config
 
 
 def test_defaults_and_overrides(tmp_path):
@@ -148,3 +148,21 @@ def test_yaml_that_grows_is_refused(tmp_path, text):
 def test_aliases_that_do_not_grow_are_read() -> None:
     text = "a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}\nf: &f 3\ng: *f"
     assert load_yaml(text) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}, "f": 3, "g": 3}
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(1, 0), (20, 2), (100, 10), (999, 99), (1000, 100), (4000, 100)]
+)
+def test_the_default_warmup_follows_the_steps(steps: int, warmup: int) -> None:
+    overrides = [f"steps={steps}", "optimizer.lr=3e-4"]
+    assert read_config(None, overrides).optimizer.warmup_steps == warmup
+    assert TrainConfig(steps=steps).optimizer.warmup_steps == warmup
+    given = TrainConfig(steps=steps, optimizer=OptimizerConfig(lr=3e-4))
+    assert (given.optimizer.warmup_steps, given.optimizer.lr) == (warmup, 3e-4)
+
+
+def test_a_warmup_that_is_given_stays_and_is_refused_where_it_contradicts() -> None:
+    assert read_config(None, ["steps=20", "optimizer.warmup_steps=19"]).optimizer.warmup_steps == 19
+    for overrides in (["steps=20", "optimizer.warmup_steps=100"], ["optimizer.warmup_steps=1000"]):
+        with pytest.raises(ConfigError, match=r"warmup_steps=.* leaves nothing"):
+            read_config(None, overrides)

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
 from moefit.cli.options import MISSES, Misses, Room, spread
 from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import WHOLE_WINDOWS, load_served, loading
+from moefit.cli.serving import WHOLE_WINDOWS, is_served, load_served, loading
 from moefit.errors import ConfigError
 from moefit.evaluate.loading import REFERENCE, load
 from moefit.evaluate.passage import held_out_text, text_of_file
@@ -68,8 +69,10 @@ def evaluate(
 ) -> None:
     """Every rule on the same windows; in a budget or mode, step by step against all experts."""
     rules = [Rule.parse(one) for one in rule or []]
-    if not (room.wanted or misses.wanted or planned.wanted or baseline):
-        loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
+    if not (baseline or is_served(model, room, misses, planned)):
+        loaded, tokenizer = load(
+            str(folder_of(model)), device=room.device, dtype=room.settings()["dtype"]
+        )
         passage = _passage(text, tokenizer, room.context, max_tokens)
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)

@@ -25,6 +25,7 @@ from moefit.cli.options import (
 )
 from moefit.cli.planned import NOTHING_PLANNED, Planned
 from moefit.cli.serving import (
+    is_served,
     ledger_table,
     load_served,
     minimums,
@@ -38,7 +39,7 @@ from moefit.dsmoe.card_view import card_table
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import bandwidth_apart
-from moefit.evaluate.loading import REFERENCE, config_of, load, locate
+from moefit.evaluate.loading import REFERENCE, config_of, load
 from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import subject_of
 from moefit.model_folder import refuse_without_tokenizer
@@ -79,17 +80,17 @@ def generate(
     sampling = {**_sampling(temperature, top_p), "max_new_tokens": max_new_tokens}
     following = generation_config.value
     torch.manual_seed(seed)
-    if room.wanted or misses.wanted or planned.wanted:
-        refuse_without_tokenizer(folder_of(model))
+    folder = folder_of(model)
+    refuse_without_tokenizer(folder)
+    if is_served(model, room, misses, planned):
         with load_served(model, room, misses, planned, generation_config=following) as served:
             say_generation(served.generation, engine=False)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
-    refuse_without_tokenizer(locate(model))
-    loaded, tokenizer = load(model, device=room.device, dtype=room.settings()["dtype"])
-    followed = use_generation_config(loaded, locate(model), tokenizer, following)
+    loaded, tokenizer = load(str(folder), device=room.device, dtype=room.settings()["dtype"])
+    followed = use_generation_config(loaded, folder, tokenizer, following)
     say_generation(followed, engine=False)
     with nullcontext() if rule is None else subject_of(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, sampling)

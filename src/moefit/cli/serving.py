@@ -3,6 +3,7 @@
 Knows nothing of how options are given (`options.py`).
 """
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from moefit.api import load
+from moefit.api import folder_of, load
 from moefit.cli.app import console, say
 from moefit.cli.options import Misses, Room
 from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
 from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.bandwidth import Bandwidth
+from moefit.evaluate.loading import ARCHITECTURES
 from moefit.evaluate.speed import Speed
 from moefit.formats.backend import backend_status
 from moefit.moe.routing import Rule
@@ -131,6 +133,21 @@ def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> No
             f"note: not followed from the model's generation_config.json: "
             f"{', '.join(generation.unfollowed)}; answers may differ from those of transformers"
         )
+
+
+def is_served(model: str, *asked: Room | Misses | Planned) -> bool:
+    """Whether a model is loaded as for serving, in a budget or with everything in memory.
+
+    The others, DS-MoE and OLMoE without a budget, are computed by their own modules, in which the
+    inference rule may change from text to text. A damaged configuration is theirs to report.
+    """
+    if any(one.wanted for one in asked):
+        return True
+    try:
+        config = json.loads((folder_of(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") not in ARCHITECTURES
 
 
 def shared_steps(requests: int | None) -> dict[str, Any]:

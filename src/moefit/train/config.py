@@ -17,6 +17,7 @@ from moefit.moe.routing import Rule
 
 STDLIB = "stdlib"
 MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 32  # of a configuration in YAML
+WARMUP_STEPS = 100
 
 
 class _Yaml(yaml.SafeLoader):
@@ -133,7 +134,8 @@ class OptimizerConfig(_Strict):
 
     lr: float = Field(default=1e-3, gt=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=WARMUP_STEPS, ge=0)
+    """In a run whose configuration gives none, at most a tenth of its steps."""
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
@@ -184,6 +186,26 @@ class TrainConfig(_Strict):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow(cls, tree: Any) -> Any:
+        """Let defaults follow what is given: a contradiction must be one between given values."""
+        if not isinstance(tree, dict):
+            return tree
+        given = cast("dict[str, Any]", tree)
+        steps, optimizer = given.get("steps"), given.get("optimizer", {})
+        if not isinstance(steps, int):  # the default's own warm-up fits it, others are refused
+            return given
+        warmup = {"warmup_steps": min(WARMUP_STEPS, max(0, steps) // 10)}
+        if isinstance(optimizer, dict):
+            return {**given, "optimizer": {**warmup, **optimizer}}
+        if (
+            isinstance(optimizer, OptimizerConfig)
+            and not warmup.keys() & optimizer.model_fields_set
+        ):
+            return {**given, "optimizer": optimizer.model_copy(update=warmup)}
+        return given
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
