@@ -199,7 +199,7 @@ class TrainConfig(_Strict):
             return given
         warmup = {"warmup_steps": min(WARMUP_STEPS, max(0, steps) // 10)}
         if isinstance(optimizer, dict):
-            return {**given, "optimizer": {**warmup, **optimizer}}
+            return {**given, "optimizer": {**warmup, **cast("dict[str, Any]", optimizer)}}
         if (
             isinstance(optimizer, OptimizerConfig)
             and not warmup.keys() & optimizer.model_fields_set
