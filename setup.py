@@ -39,6 +39,7 @@ setup(
                     "avx512",
                     "tiles",
                     "experts",
+                    "attention",
                     "encode",
                     "compensate",
                 )
@@ -47,6 +48,8 @@ setup(
                 f"{CSRC}/{name}"
                 for name in (
                     "matrix.h",
+                    "attention.h",
+                    "attention.inc",
                     "kinds.h",
                     "target.h",
                     "plain.inc",

@@ -11,7 +11,6 @@ places of the pool.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from moefit.engine.segments import Segments, UnpackableError, first_key
 from moefit.engine.window_mask import window_mask
+from moefit.formats.attention import AttentionOptions, KeySegment, attend, can_attend
+from moefit.formats.kernels import kernels
 
 NAME = "moefit_packed"
 
@@ -54,7 +55,10 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     if unknown := _tensors(others) - _HARMLESS:
         raise UnpackableError(f"its attention is given {', '.join(sorted(unknown))} to see to")
     segments.storages.add(key.untyped_storage().data_ptr())
-    how = _How(scaling, softcap, s_aux)
+    how = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
+    rows_THC = query[0].transpose(0, 1) if query.shape[0] == 1 else query[:, :, 0]
+    if (out_THZ := _by_kernels(rows_THC, key[0], value[0], segments, how)) is not None:
+        return (out_THZ[None] if query.shape[0] == 1 else out_THZ[:, None]), None
     if query.shape[0] == 1:
         parts = query[0].split([one.new for one in segments.rows], dim=1)  # [H, T, C]
     else:
@@ -64,7 +68,7 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
         begin = segment.start + first_key(segment, window)
         pair = key[0, :, begin : segment.end], value[0, :, begin : segment.end]
         mask_TL = None if segment.new == 1 else segments.mask(segment, window, query)
-        outputs.append(_attended(part_HTC, pair, mask_TL, how))
+        outputs.append(torch_attention(part_HTC, pair, mask_TL, how))
     if query.shape[0] == 1:
         return torch.cat([out_HTC.transpose(0, 1) for out_HTC in outputs])[None], None
     return torch.stack(outputs).transpose(1, 2), None
@@ -77,17 +81,31 @@ def _tensors(given: dict[str, Any]) -> set[str]:
     return {name for name, value in given.items() if isinstance(value, Tensor)}
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    """scaling None: one over the root of C. sinks_H: a score per head that takes no value."""
+def _by_kernels(
+    query_THC: Tensor,
+    key_GPC: Tensor,
+    value_GPC: Tensor,
+    segments: Segments,
+    how: AttentionOptions,
+) -> Tensor | None:
+    """All segments in one call, [T, H, C]; None where the kernels do not know such tensors."""
+    keys = [
+        KeySegment(
+            keys_GLC=key_GPC[:, one.start : one.end],
+            values_GLZ=value_GPC[:, one.start : one.end],
+            past=one.past,
+            new=one.new,
+        )
+        for one in segments.rows
+    ]
+    compiled = kernels()
+    if compiled is None or not can_attend(query_THC, keys[0]):
+        return None
+    return attend(compiled, query_THC, keys, how)
 
-    scaling: float | None
-    softcap: float | None
-    sinks_H: Tensor | None
 
-
-def _attended(
-    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: _How
+def torch_attention(
+    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: AttentionOptions
 ) -> Tensor:
     """One segment's output [H, T, C]; pair: its keys and values [G, L, C]."""
     if how.softcap is not None or how.sinks_H is not None:
@@ -96,26 +114,26 @@ def _attended(
     heads, new, width = query_HTC.shape
     if new == 1:  # heads of one group as rows of one query: no key is repeated
         query = query_HTC.reshape(1, key_1GLC.shape[1], -1, width)
-        out = F.scaled_dot_product_attention(query, key_1GLC, value_1GLC, scale=how.scaling)
+        out = F.scaled_dot_product_attention(query, key_1GLC, value_1GLC, scale=how.scale)
         return out.reshape(heads, 1, -1)
     return F.scaled_dot_product_attention(
         query_HTC[None],
         key_1GLC,
         value_1GLC,
         attn_mask=mask_TL,
-        scale=how.scaling,
+        scale=how.scale,
         enable_gqa=heads != key_1GLC.shape[1],
     )[0]
 
 
 def scored_attention(
-    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: _How
+    query_HTC: Tensor, pair: tuple[Tensor, Tensor], mask_TL: Tensor | None, how: AttentionOptions
 ) -> Tensor:
     """The same with all scores written out, as families with sinks or soft caps compute it."""
     key_GLC, value_GLC = pair
     (heads, new, width), groups = query_HTC.shape, key_GLC.shape[0]
     query_GRC = query_HTC.reshape(groups, -1, width)
-    scale = width**-0.5 if how.scaling is None else how.scaling
+    scale = width**-0.5 if how.scale is None else how.scale
     scores_HTL = (query_GRC @ key_GLC.transpose(1, 2)).view(heads, new, -1) * scale
     if how.softcap is not None:
         scores_HTL = torch.tanh(scores_HTL / how.softcap) * how.softcap

@@ -12,7 +12,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,7 +30,7 @@ from moefit.formats.weighted_sum import plain_weighted_sum
 Level = Literal["portable", "avx2", "avx512", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 4  # of the border, as csrc/experts.cpp has it
+VERSION = 5  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -103,6 +103,14 @@ class Kernels:
             c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
             c_void_p,
         ]  # fmt: skip
+        library.moefit_attention.argtypes = [
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+        ]
 
     def linear(
         self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
@@ -218,6 +226,15 @@ class Kernels:
             len(y_RD), x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype],
             h_RQ.data_ptr(), scratch, int(one.gated), ACTIVATIONS.index(one.activation),
             y_RD.data_ptr(),
+        )  # fmt: skip
+
+    def attention(
+        self, how: Structure, segments: Array[Any], query_THC: Tensor, out_THZ: Tensor
+    ) -> None:
+        """Fill out_THZ; `formats.attention.attend` says with what."""
+        self._library.moefit_attention(
+            self._level, byref(how), segments, len(segments), query_THC.data_ptr(),
+            out_THZ.data_ptr(),
         )  # fmt: skip
 
     def weighted_sum(

@@ -13,6 +13,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.serve.attention import use_kernels
 from moefit.serve.budget import MemoryBudget, parse_bytes
 from moefit.serve.context import limit_context
 from moefit.serve.guards import guard
@@ -47,6 +48,7 @@ class ServedModel:
             limit_context(self.model, self._context),
             reserve_caches(self.model, self._context),
         )
+        self._undo_attention = use_kernels(self.model)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -316,6 +318,7 @@ class ServedModel:
         with self._live.lock:
             for hook in self._hooks:
                 hook.remove()
+            self._undo_attention()
         self._live.transfer.close()
         if self._tier is not None:
             self._tier.close()

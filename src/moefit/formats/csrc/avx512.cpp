@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "attention.h"
 #include "kinds.h"
 #include "matrix.h"
 #include "target.h"
@@ -196,9 +197,20 @@ static void any_decode(const Matrix &m, int64_t row, float *out) {
     FOR_KIND(m.kind, DECODE)
 }
 
+typedef float V __attribute__((vector_size(64)));
+
+static inline V muladd(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+static inline V halves16(const uint16_t *at) {
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+}
+
+#include "attention.inc"
+
 }  // namespace avx512
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow, avx512::widen, avx512::integers};
+const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow, avx512::widen, avx512::integers,
+                      avx512::any_attend};
 #endif

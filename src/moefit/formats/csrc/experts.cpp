@@ -20,15 +20,6 @@ namespace {
 
 constexpr int64_t CHUNK = 32;  // output rows that one thread takes at a time
 
-const Level &level_of(int64_t level) {
-#if defined(__x86_64__)
-    if (level >= 2) return AVX512;
-    if (level == 1) return AVX2;
-#endif
-    (void)level;
-    return PORTABLE;
-}
-
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY };
 
 float activate(float x, int64_t activation) {
@@ -109,7 +100,7 @@ struct Expert {
 
 // Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
 // left over from before is then not used.
-int64_t moefit_version() { return 4; }
+int64_t moefit_version() { return 5; }
 
 #if defined(__x86_64__)
 // Whether float16 is converted by an instruction; asked by hand, since older compilers do not know its name.

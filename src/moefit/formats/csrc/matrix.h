@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.h"
+
 enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };
 
 struct Matrix {
@@ -51,6 +53,9 @@ struct Level {
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
     // A group of activations as `Input` has them.
     void (*integers)(const float *x, int8_t *high, int8_t *low, float *scale, float *sum);
+    // Keys first to last - 1, which lie in one span, join what these rows have seen (attention.h).
+    void (*attend)(const Attention &, const void *keys, const void *values, int64_t first, int64_t last,
+                   const QueryRows &, Seen &);
 };
 
 extern const Level PORTABLE;
@@ -58,3 +63,12 @@ extern const Level PORTABLE;
 extern const Level AVX2;
 extern const Level AVX512;  // with VNNI
 #endif
+
+inline const Level &level_of(int64_t level) {
+#if defined(__x86_64__)
+    if (level >= 2) return AVX512;
+    if (level == 1) return AVX2;
+#endif
+    (void)level;
+    return PORTABLE;
+}

@@ -1,0 +1,149 @@
+"""Attention on CPUs by the compiled kernels, over keys and values as they lie in a cache.
+
+Owns the border to `csrc/attention.cpp` and what it can compute. Every output is summed in an order
+that depends only on the positions of its own request, so neither neighbours, nor the cutting of a
+prompt, nor the number of threads changes a bit of it. Knows nothing of models or caches.
+
+Shapes: N segments, T query tokens, H query heads, G KV heads, C key width, Z value width, L keys.
+"""
+
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefit.formats.kernels import NATIVE_DTYPES, Kernels
+
+LANES = 16  # widths of keys and values are multiples of it
+
+
+class _Attention(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "groups", "width", "value_width", "kind")),
+        *((name, c_int64) for name in ("query_token", "query_head")),
+        *((name, c_int64) for name in ("key_group", "key_token", "value_group", "value_token")),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
+    )
+
+
+class _Segment(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("past", c_int64),
+        ("fresh", c_int64),
+        ("row", c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySegment:
+    """One request's share of a step: its keys and values, [G, L, C] and [G, L, Z].
+
+    past: keys before the first new one; new: query tokens, the last of the L keys.
+    """
+
+    keys_GLC: Tensor
+    values_GLZ: Tensor
+    past: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """What a family's attention does beside softmax(q k / sqrt(C)) v.
+
+    scale: of the scores; None is 1 / sqrt(C). window: keys that a query sees, its own included;
+    None is all. softcap: scores become softcap * tanh(score / softcap). sinks_H: a score per head
+    that takes part in the softmax and has no value.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+def can_attend(query_THC: Tensor, segment: KeySegment) -> bool:
+    """Return whether the kernels compute attention over such tensors."""
+    tensors = query_THC, segment.keys_GLC, segment.values_GLZ
+    return (
+        all(one.device.type == "cpu" and one.dtype in NATIVE_DTYPES for one in tensors)
+        and len({one.dtype for one in tensors}) == 1
+        and all(one.shape[-1] % LANES == 0 and one.stride(-1) == 1 for one in tensors)
+        and query_THC.shape[1] % segment.keys_GLC.shape[0] == 0
+        and query_THC.shape[1] // segment.keys_GLC.shape[0] <= MOST_SHARING
+    )
+
+
+MOST_SHARING = 32  # query heads of one KV head: ROWS of csrc/attention.h
+
+
+def attend(
+    kernels: Kernels,
+    query_THC: Tensor,
+    segments: Sequence[KeySegment],
+    options: AttentionOptions,
+) -> Tensor:
+    """Return the causal attention of each segment's queries over its own keys.
+
+    Args:
+        kernels: the compiled library at one level.
+        query_THC: queries of all segments, one segment's behind the other's.
+        segments: as many as there are, T new tokens in all; equal strides; `can_attend` holds.
+        options: what the family's attention does beside.
+
+    Returns:
+        Outputs [T, H, Z] in the queries' dtype.
+    """
+    tokens, heads, width = query_THC.shape
+    first = segments[0]
+    groups, _, value_width = first.values_GLZ.shape
+    assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
+    sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
+    how = _Attention(
+        heads, groups, width, value_width, NATIVE_DTYPES[query_THC.dtype],
+        *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
+        options.window or 0, width**-0.5 if options.scale is None else options.scale,
+        options.softcap or 0.0, None if sinks_H is None else sinks_H.data_ptr(),
+    )  # fmt: skip
+    array, row = (_Segment * len(segments))(), 0
+    for number, one in enumerate(segments):
+        keys, values = one.keys_GLC, one.values_GLZ
+        assert keys.shape[1] >= one.past + one.new and keys.stride() == first.keys_GLC.stride()
+        assert values.stride() == first.values_GLZ.stride()
+        array[number] = _Segment(keys.data_ptr(), values.data_ptr(), one.past, one.new, row)
+        row += one.new
+    out_THZ = query_THC.new_empty(tokens, heads, value_width)
+    kernels.attention(how, array, query_THC, out_THZ)
+    return out_THZ
+
+
+def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOptions) -> Tensor:
+    """Return what `attend` computes for one segment, with all scores written out, in float64."""
+    heads, groups = query_THC.shape[1], segment.keys_GLC.shape[0]
+    seen = segment.past + segment.new
+    keys_HLC, values_HLZ = (
+        one[:, :seen].double().repeat_interleave(heads // groups, 0)
+        for one in (segment.keys_GLC, segment.values_GLZ)
+    )
+    scale = query_THC.shape[2] ** -0.5 if options.scale is None else options.scale
+    scores_HTL = query_THC.double().transpose(0, 1) @ keys_HLC.transpose(1, 2) * scale
+    if options.softcap:
+        scores_HTL = torch.tanh(scores_HTL / options.softcap) * options.softcap
+    query_T1 = torch.arange(segment.past, seen)[:, None]
+    key_1L = torch.arange(seen)[None]
+    hidden_TL = key_1L > query_T1
+    if options.window:
+        hidden_TL = hidden_TL | (key_1L <= query_T1 - options.window)
+    scores_HTL = scores_HTL.masked_fill(hidden_TL, -torch.inf)
+    if options.sinks_H is not None:
+        sinks_HT1 = options.sinks_H.double()[:, None, None].expand(-1, segment.new, 1)
+        scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
+    shares_HTL = scores_HTL.softmax(-1)[..., :seen]
+    return (shares_HTL @ values_HLZ).transpose(0, 1)

@@ -1,0 +1,196 @@
+"""Attention by the compiled kernels: all scores written out, and what it must not depend on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import HERE, compiled, levels
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moefit.formats.attention import (
+    AttentionOptions,
+    KeySegment,
+    attend,
+    can_attend,
+    plain_attention,
+)
+from moefit.formats.kernels import kernels
+from moefit.serve.attention import cpu_attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDING = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
+pytestmark = compiled
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def segments_of(
+    sizes: list[tuple[int, int]], groups: int, width: int, value_width: int, dtype: torch.dtype
+) -> list[KeySegment]:
+    """One of (past, new) tokens each, all views of one pool."""
+    places = sum(past + new for past, new in sizes)
+    keys_GPC = normal(groups, places, width, seed=1).to(dtype)
+    values_GPZ = normal(groups, places, value_width, seed=2).to(dtype)
+    segments, start = [], 0
+    for past, new in sizes:
+        mine = slice(start, start + past + new)
+        segments.append(
+            KeySegment(
+                keys_GLC=keys_GPC[:, mine], values_GLZ=values_GPZ[:, mine], past=past, new=new
+            )
+        )
+        start = mine.stop
+    return segments
+
+
+def assert_attention(
+    level: str, query_THC: Tensor, segments: list[KeySegment], options: AttentionOptions, off: float
+) -> None:
+    compiled_at = kernels(level)
+    assert compiled_at is not None and compiled_at.level == level
+    out_THZ = attend(compiled_at, query_THC, segments, options)
+    assert out_THZ.dtype == query_THC.dtype
+    parts = zip(
+        query_THC.split([s.new for s in segments]),
+        out_THZ.split([s.new for s in segments]),
+        segments,
+        strict=True,
+    )
+    for query, out, segment in parts:
+        expected = plain_attention(query, segment, options)
+        size = segment.values_GLZ.abs().max().item()
+        torch.testing.assert_close(out.double(), expected, rtol=off, atol=off * size)
+
+
+@levels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [[(0, 1)], [(5, 1), (0, 9)], [(63, 1), (64, 1), (65, 1)], [(510, 5), (1100, 1), (0, 70)]],
+    ids=str,
+)
+def test_equals_all_scores_written_out(level: str, dtype: str, sizes) -> None:
+    segments = segments_of(sizes, 2, 64, 48, DTYPES[dtype])
+    query_THC = normal(sum(new for _, new in sizes), 6, 64).to(DTYPES[dtype])
+    assert_attention(level, query_THC, segments, AttentionOptions(), ROUNDING[dtype])
+
+
+@levels
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(scale=0.3),
+        AttentionOptions(window=1),
+        AttentionOptions(window=70, scale=1.0),
+        AttentionOptions(softcap=2.0),
+        AttentionOptions(sinks_H=normal(4, seed=5)),
+        AttentionOptions(sinks_H=normal(4, seed=5), window=600, softcap=9.0),
+    ],
+    ids=["scale", "window-1", "window-70", "softcap", "sinks", "all"],
+)
+def test_what_families_do_beside(level: str, options: AttentionOptions) -> None:
+    segments = segments_of([(700, 3), (0, 80), (530, 1)], 4, 32, 16, torch.float32)
+    assert_attention(level, normal(84, 4, 32), segments, options, 5e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 40)), min_size=1, max_size=4),
+    groups=st.integers(1, 3),
+    share=st.sampled_from([1, 2, 3, 7, 8]),
+    width=st.sampled_from([16, 48, 128, 144]),
+    window=st.none() | st.integers(1, 700),
+)
+def test_any_shape(sizes, groups: int, share: int, width: int, window: int | None) -> None:
+    segments = segments_of(sizes, groups, width, 80, torch.float32)
+    query_THC = normal(sum(new for _, new in sizes), groups * share, width, seed=7)
+    for level in HERE:
+        assert_attention(level, query_THC, segments, AttentionOptions(window=window), 5e-6)
+
+
+def out_of(
+    query_THC: Tensor, segments: list[KeySegment], options: AttentionOptions | None = None
+) -> Tensor:
+    best = kernels()
+    assert best is not None
+    return attend(best, query_THC, segments, options or AttentionOptions())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_prompt_may_be_cut_anywhere(dtype: str, window: int | None, chunk: int) -> None:
+    (whole,) = segments_of([(0, 600)], 2, 64, 64, DTYPES[dtype])
+    query_THC = normal(600, 8, 64).to(DTYPES[dtype])
+    options = AttentionOptions(window=window)
+    expected = out_of(query_THC, [whole], options)
+    for past in range(0, 600, chunk):
+        new = min(chunk, 600 - past)
+        piece = KeySegment(keys_GLC=whole.keys_GLC, values_GLZ=whole.values_GLZ, past=past, new=new)
+        got = out_of(query_THC[past : past + new], [piece], options)
+        assert torch.equal(got, expected[past : past + new])
+
+
+def test_neighbours_change_nothing() -> None:
+    sizes = [(1500, 1), (20, 30), (0, 1), (513, 4)]
+    segments = segments_of(sizes, 2, 64, 64, torch.bfloat16)
+    query_THC = normal(36, 4, 64).bfloat16()
+    together = out_of(query_THC, segments).split([1, 30, 1, 4])
+    for query, segment, out in zip(query_THC.split([1, 30, 1, 4]), segments, together, strict=True):
+        assert torch.equal(out_of(query, [segment]), out)
+
+
+def test_threads_change_nothing() -> None:
+    segments = segments_of([(1500, 1)], 1, 64, 64, torch.bfloat16)
+    query_THC = normal(1, 4, 64).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(out_of(query_THC, segments))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_what_is_no_number_shows() -> None:
+    (segment,) = segments_of([(80, 1)], 1, 16, 16, torch.float32)
+    segment.keys_GLC[0, 70, 3] = torch.nan
+    assert out_of(normal(1, 2, 16), [segment]).isnan().all()
+    segment.keys_GLC[0, 70, 3] = 0.0
+    segment.values_GLZ[0, 3, 5] = torch.inf
+    out = out_of(normal(1, 2, 16), [segment])
+    assert out[..., 5].isinf().all() and out[..., :5].isfinite().all()
+
+
+@pytest.mark.parametrize("width, groups", [(8, 2), (24, 1), (16, 3)])
+def test_unknown_shapes_are_left_to_torch(width: int, groups: int) -> None:
+    (segment,) = segments_of([(4, 1)], groups, width, 16, torch.float32)
+    assert not can_attend(normal(1, 4, width), segment)
+
+
+class Causal(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("new, length", [(1, 40), (40, 40), (5, 40)])
+def test_as_transformers_sdpa(batch: int, new: int, length: int) -> None:
+    query, key, value = normal(batch, 4, new, 32), *normal(2, batch, 2, length, 32, seed=3)
+    mask = None if new in (1, length) else torch.ones(new, length).tril(length - new).bool()
+    out, _ = cpu_attention(Causal(), query, key, value, mask, scaling=0.2)
+    expected = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and new > 1,
+        scale=0.2,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out, expected.transpose(1, 2))
