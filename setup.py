@@ -54,6 +54,7 @@ setup(
                     "target.h",
                     "plain.inc",
                     "inputs.inc",
+                    "slabs.inc",
                     "tiles.h",
                     "encode.h",
                     "half.h",

@@ -35,7 +35,7 @@ def compensated(
 
 
 def codes_of(made: GroupedMatrix) -> Tensor:
-    codes_NG = unpack(made.codes_RB.reshape(-1, made.bits * 8), made.bits)
+    codes_NG = unpack(made.by_row()[0].reshape(-1, made.bits * 8), made.bits)
     return codes_NG.view(made.rows, -1)[:, : made.cols].double()
 
 
@@ -58,7 +58,7 @@ def plainly(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> Tensor:
     moments_CC += DAMPING * torch.eye(len(moments_CC))
     weight_RC = weight_RC.double()
     scale_RC, least_RC = (
-        made.meta_RMG[:, part].double().repeat_interleave(GROUP, 1)[:, : made.cols]
+        made.by_row()[1][:, part].double().repeat_interleave(GROUP, 1)[:, : made.cols]
         for part in ((0, 1) if made.bits != 8 else (0, 0))
     )
     lowest, highest = (1, 255) if made.bits == 8 else (0, 2**made.bits - 1)
@@ -102,7 +102,7 @@ def test_a_group_is_fitted_to_what_all_columns_behind_make_the_best_of(bits: int
     best_RI = (weight_RC[:, GROUP:] - off_RI @ across)[:, :GROUP].float().contiguous()
     left = [torch.linalg.inv(moments_CC[i:, i:])[0, 0].reciprocal() for i in range(64, 128)]
     expected = encode(best_RI, bits, moments_C=torch.stack(left).float())
-    same_R = (made.meta_RMG[:, :, 1] == expected.meta_RMG[:, :, 0]).all(1)
+    same_R = (made.by_row()[1][:, :, 1] == expected.by_row()[1][:, :, 0]).all(1)
     assert float(same_R.double().mean()) > 0.7
 
 

@@ -73,12 +73,13 @@ def test_all_levels_give_the_same_bytes(
 def test_codes_are_the_nearest_for_their_scale(level: Level, weight_RC: Tensor, bits: int) -> None:
     """Whatever scale and minimum came out, torch gives these codes to them, bit for bit."""
     made, cols = encoded(level, weight_RC, bits, "fitted"), weight_RC.shape[1]
+    codes_RB, meta_RMG = made.by_row()
     scale_RGI, least_RGI = (
-        made.meta_RMG[:, one, :, None].float().expand(-1, -1, GROUP) for one in (0, 1)
+        meta_RMG[:, one, :, None].float().expand(-1, -1, GROUP) for one in (0, 1)
     )
     scale_RC, least_RC = scale_RGI.flatten(1)[:, :cols], least_RGI.flatten(1)[:, :cols]
     expected_RC = encoders._nearest(weight_RC, scale_RC, least_RC, bits)
-    codes_NG = unpack(made.codes_RB.reshape(-1, bits * 8), bits)
+    codes_NG = unpack(codes_RB.reshape(-1, bits * 8), bits)
     assert torch.equal(codes_NG.view(len(weight_RC), -1)[:, :cols].float(), expected_RC)
 
 

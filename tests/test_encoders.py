@@ -77,13 +77,14 @@ def test_nearest_is_half_a_step_off_at_most(weight_RC: Tensor, bits: int) -> Non
     if bits == 8:
         low_RG, reach_RG = torch.zeros_like(low_RG), group_RGI.abs().amax(-1)
     rounded_RG = HALF * (low_RG.abs() + reach_RG) + SMALLEST_HALF / 2
-    bound_RG = matrix.meta_RMG[:, 0].double() / 2 + rounded_RG
+    scale_RG = matrix.by_row()[1][:, 0]
+    bound_RG = scale_RG.double() / 2 + rounded_RG
     float32_RG = 2.0**-22 * group_RGI.abs().amax(-1)
     error_RGI = (in_groups(matrix.dense()).double() - group_RGI).abs()
     assert (error_RGI <= (bound_RG + float32_RG)[..., None]).all()
     # A step is not wider than it has to be.
     step_RG = reach_RG / (127 if bits == 8 else 2**bits - 1)
-    assert (matrix.meta_RMG[:, 0] <= step_RG * (1 + HALF) + SMALLEST_HALF).all()
+    assert (scale_RG <= step_RG * (1 + HALF) + SMALLEST_HALF).all()
 
 
 @settings(deadline=None, max_examples=100)

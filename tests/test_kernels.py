@@ -1,7 +1,7 @@
 """Every level of the compiled kernels against the torch twin, within bounds that are derived.
 
 `GroupedMatrix.dense` says what the weights are. Over them a product has the error of summing in
-float32; with AVX-512 also that of the activations, which count in 2^-15 of the largest of their 64.
+float32; of grouped integers also that of the activations, in steps of 2^-15 of the largest of 64.
 """
 
 import pytest
@@ -63,13 +63,14 @@ def error_bound(weight: Weight, x_TI: Tensor, level: str) -> Tensor:
     if isinstance(weight, Tensor):
         terms_OI, grid_TI = weight.abs().double(), torch.zeros_like(x_TI)
     else:  # scale * code and minimum are summed apart, and may cancel
-        scale_OG, least_OG = weight.meta_RMG[:, 0].double(), weight.meta_RMG[:, -1].double()
+        _, meta_OMG = weight.by_row()
+        scale_OG, least_OG = meta_OMG[:, 0].double(), meta_OMG[:, -1].double()
         top_OG = scale_OG * (2**weight.bits) + (0 if weight.bits == 8 else least_OG.abs())
         terms_OI = top_OG.repeat_interleave(GROUP, 1)[:, : weight.cols]
         padded_TGI = F.pad(x_TI, (0, groups_of(weight.cols) * GROUP - weight.cols))
         padded_TGI = padded_TGI.unflatten(1, (-1, GROUP))
         grid_TGI = (padded_TGI.abs().amax(-1, keepdim=True) / 16256 / 2).expand(padded_TGI.shape)
-        grid_TI = grid_TGI.flatten(1)[:, : weight.cols] * (level in ("avx512", "amx"))
+        grid_TI = grid_TGI.flatten(1)[:, : weight.cols]
     summing = 2.0**-23 * (x_TI.shape[1] / 16 + 16)
     sums_TO = x_TI.abs().double() @ terms_OI.T * summing
     return sums_TO + 1.01 * grid_TI.double() @ dense(weight).abs().T + 1e-30
@@ -184,10 +185,11 @@ def test_every_half_is_read_as_torch_reads_it(level: str, dtype: torch.dtype) ->
     """Subnormal, infinite and NaN scales and minima among them."""
     half_R = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     for bits, code in ((8, 129), (4, 0)):
-        matrix = GroupedMatrix.empty(len(half_R), 1, bits)
-        matrix.codes_RB.fill_(code)
-        matrix.meta_RMG.fill_(0)
-        matrix.meta_RMG[:, -1, 0] = half_R
+        rows = GroupedMatrix.empty(len(half_R), 1, bits)
+        rows.codes_RB.fill_(code)
+        rows.meta_RMG.fill_(0)
+        rows.meta_RMG[:, -1, 0] = half_R
+        matrix = GroupedMatrix.from_rows(bits, 1, rows.codes_RB, rows.meta_RMG)
         decoded = at(level).decode(matrix, dtype)
         torch.testing.assert_close(decoded, matrix.dense(dtype), rtol=0, atol=0, equal_nan=True)
 

@@ -65,3 +65,35 @@ def test_parts_of_rows_are_views_that_decode_to_the_same(rows: int) -> None:
 def test_other_dtypes_are_rounded_once(dtype: torch.dtype) -> None:
     matrix = random_matrix(300, 70, 5)
     assert torch.equal(matrix.dense(dtype), matrix.dense().to(dtype))
+
+
+@widths
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 70])
+def test_slabs_are_as_documented(bits: int, rows: int) -> None:
+    """Byte by byte: word w of row r of a slab is its word 16 w + r; what fills no slab stays."""
+    matrix = random_matrix(rows, 130, bits)
+    codes_RB, meta_RMG = matrix.by_row()
+    whole, width = rows // 16 * 16, codes_RB.shape[1]
+    for row in range(rows):
+        for byte in range(width):
+            place = row * width + byte
+            if row < whole:
+                word = byte // 4 * 16 + row % 16
+                place = row // 16 * 16 * width + 4 * word + byte % 4
+            assert codes_RB[row, byte] == matrix.codes_RB.flatten()[place]
+        for number, group in ((n, g) for n in range(meta_RMG.shape[1]) for g in range(3)):
+            place = (row * meta_RMG.shape[1] + number) * 3 + group
+            if row < whole:
+                place = row // 16 * 16 * meta_RMG.shape[1] * 3
+                place += (group * meta_RMG.shape[1] + number) * 16 + row % 16
+            assert meta_RMG[row, number, group] == matrix.meta_RMG.flatten()[place]
+    back = GroupedMatrix.from_rows(bits, 130, codes_RB.clone(), meta_RMG.clone())
+    assert torch.equal(back.codes_RB, matrix.codes_RB)
+    assert torch.equal(back.meta_RMG, matrix.meta_RMG)
+
+
+def test_rows_are_taken_in_any_order() -> None:
+    matrix = random_matrix(70, 130, 5)
+    ids_T = torch.tensor([69, 0, 17, 17, 64, 3])
+    assert torch.equal(matrix.take(ids_T).dense(), matrix.dense()[ids_T])
+    assert matrix.take(ids_T[:0]).dense().shape == (0, 130)

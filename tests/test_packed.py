@@ -99,7 +99,7 @@ def test_a_file_is_safetensors_with_every_expert_on_a_page(folder: Path) -> None
             store_of(skeleton).read(block.name, expert, slot)
             assert torch.equal(opened.get_tensor(f"{block.name}.{expert}"), slot.buffer_B)
         remarks = opened.metadata()
-    assert (remarks["format"], remarks["encoder"], remarks["layout"]) == ("int4", "fitted", "2")
+    assert (remarks["format"], remarks["encoder"], remarks["layout"]) == ("int4", "fitted", "3")
     assert remarks["source"] == str(folder)
 
 
@@ -261,10 +261,10 @@ def test_a_file_of_another_layout_is_not_used(
 ) -> None:
     skeleton = build(folder)
     pack(skeleton, [INT4])
-    monkeypatch.setattr(packed_file, "LAYOUT", 3)
+    monkeypatch.setattr(packed_file, "LAYOUT", packed_file.LAYOUT + 1)
     packed = open_packed(skeleton, [INT4])
     assert not packed.has(skeleton.blocks[0].name, INT4)
-    assert "has layout 2, but this moefit reads and writes layout 3" in packed.ignored[0]
+    assert "has layout 3, but this moefit reads and writes layout 4" in packed.ignored[0]
     assert pack(skeleton, [INT4]).files == 2
     assert open_packed(skeleton, [INT4]).ignored == ()
 

@@ -41,7 +41,7 @@ def test_the_layout_is_as_documented(bits: int) -> None:
         stride = GROUP * width // 8  # of weights that share no byte
         for i, code in enumerate(codes_G):
             field = code >> below & (1 << width) - 1
-            byte, shift = (i // 8, i % 8) if width == 1 else (i % stride, i // stride * width)
+            byte, shift = i % stride, i // stride * width
             expected[start + byte] |= field << shift
         start, below = start + stride, below + width
     assert pack(torch.tensor([codes_G], dtype=torch.uint8), bits).tolist() == [expected]

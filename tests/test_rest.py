@@ -66,7 +66,8 @@ def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> N
         rest, "decoded", lambda part, dtype: seen.append(part.rows) or part.dense(dtype)
     )
     torch.testing.assert_close(layer(x_BTI), whole_BTO)
-    assert max(seen) == min(rows_at_once, 199)
+    slabs = max(1, rows_at_once // 16)
+    assert max(seen) == min(16 * slabs, 199)
     assert sum(seen) == 199
 
 
@@ -75,8 +76,8 @@ def test_what_is_decoded_at_once_is_bounded(monkeypatch) -> None:
     whole = max(m.weight.numel() for m in rest.encodable(model, ()).values()
                 if isinstance(m, torch.nn.Linear))  # fmt: skip
     assert decoded_bytes(model, (), 4) == 4 * whole
-    monkeypatch.setattr(rest, "_DECODED", 1000)
-    assert decoded_bytes(model, (), 4) <= 1000
+    monkeypatch.setattr(rest, "_DECODED", 5000)
+    assert decoded_bytes(model, (), 4) <= 5000
 
 
 def test_generates(tmp_path) -> None:

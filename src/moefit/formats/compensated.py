@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from moefit.formats.encoders import LARGEST, encode, refuse_unsound
 from moefit.formats.kernels import kernels
-from moefit.formats.matrix import GroupedMatrix, groups_of
+from moefit.formats.matrix import GroupedMatrix, groups_of, to_slabs
 from moefit.formats.moments import Moments
 from moefit.formats.planes import GROUP, pack
 
@@ -48,6 +48,7 @@ def encode_compensated(
                 span.sweep(sweeps)
             span.write(target, first // GROUP)
         first += known.cols
+    to_slabs(target.codes_RB, target.meta_RMG)
 
 
 class _Span:
@@ -76,9 +77,10 @@ class _Span:
             rest_IR = (self._weight_CR[here] - made_up_IR).clamp_(-LARGEST, LARGEST)
             count_I = self._known.count_P[here]
             fitted = encode(rest_IR.T.contiguous(), self._bits, moments_C=count_I)
-            self._scale_GR[group] = fitted.meta_RMG[:, 0, 0]
+            _, meta_RM1 = fitted.by_row()
+            self._scale_GR[group] = meta_RM1[:, 0, 0]
             self._least_GR[group] = (
-                -128 * self._scale_GR[group] if self._bits == 8 else fitted.meta_RMG[:, 1, 0]
+                -128 * self._scale_GR[group] if self._bits == 8 else meta_RM1[:, 1, 0]
             )
             error_PR[here] = self._round_group(group, here, rest_IR, factor_CI[here])
             scale_R, least_R = self._scale_GR[group], self._least_GR[group]
@@ -138,7 +140,7 @@ class _Span:
             pull_IR[i + 1 :].addr_(moments_II[i, i + 1 :], moved_R, alpha=-1)
 
     def write(self, target: GroupedMatrix, first: int) -> None:
-        """Into the matrix's groups from this one on."""
+        """Into the matrix's groups from this one on, row after row."""
         groups = len(self._scale_GR)
         # Padding repeats the last code.
         missing = groups * GROUP - self._cols

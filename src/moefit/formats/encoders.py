@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
 from moefit.formats.kernels import kernels
-from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
+from moefit.formats.matrix import ROWS_AT_ONCE, SLAB, GroupedMatrix, groups_of, to_slabs
 from moefit.formats.planes import GROUP, pack
 
 Encoder = Literal["nearest", "fitted"]
@@ -53,7 +53,8 @@ def encode_into(
     moments_C = None if moments_C is None else _relative(moments_C)
     compiled = kernels() if weight_RC.device.type == target.codes_RB.device.type == "cpu" else None
     # As it lies, a matrix needs no copy: the kernels take it whole.
-    rows = target.rows if compiled and weight_RC.is_contiguous() else ROWS_AT_ONCE
+    whole = -(-target.rows // SLAB) * SLAB
+    rows = max(whole, SLAB) if compiled and weight_RC.is_contiguous() else ROWS_AT_ONCE
     parts = zip(weight_RC.split(rows), target.split(rows), strict=True)
     for number, (part_RC, part) in enumerate(parts):
         if compiled is None:
@@ -93,6 +94,7 @@ def _encode(
     codes_NB, meta_RMG = _encode_rows(weight_RC, target.bits, encoder, moments_C)
     target.codes_RB.copy_(codes_NB.view(target.codes_RB.shape))
     target.meta_RMG.copy_(meta_RMG)
+    to_slabs(target.codes_RB, target.meta_RMG)
     return None
 
 

@@ -30,7 +30,7 @@ from moefit.formats.weighted_sum import plain_weighted_sum
 Level = Literal["portable", "avx2", "avx512", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 5  # of the border, as csrc/experts.cpp has it
+VERSION = 6  # of the border, as csrc/experts.cpp has it
 SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations

@@ -3,6 +3,11 @@
 Owns its shape in bytes and its decoding, which says what the kernels must compute. Rows are output
 units. A row that is no multiple of 64 long is padded; padding decodes to whatever, and is cut off.
 
+Rows lie in slabs of 16, transposed word by word: the first 4 bytes of each of the 16 rows' codes,
+then the next 4 of each, and so on; so do the 16 scales, and the 16 minima, of each group. One
+vector instruction then takes 4 inputs of 16 rows on, a lane is a row, and a slab is a single stream
+from memory. Rows that fill no slab lie behind them as they are.
+
 Shapes: R rows, C columns, G groups a row.
 """
 
@@ -15,6 +20,7 @@ from torch import Tensor
 
 from moefit.formats.planes import GROUP, unpack
 
+SLAB = 16  # rows that lie side by side
 ROWS_AT_ONCE = 256  # so that what encoding and decoding hold beside a matrix stays small
 
 
@@ -23,7 +29,7 @@ class GroupedMatrix:
     """weight = scale * code + minimum; with 8 bits, weight = scale * (code - 128).
 
     codes_RB: uint8 [R, G * bits * 8]. meta_RMG: float16 [R, 2, G], scales and then minima;
-    [R, 1, G] with 8 bits.
+    [R, 1, G] with 8 bits. Both in slabs: only slices of whole slabs mean what their shapes say.
     """
 
     bits: int
@@ -38,13 +44,40 @@ class GroupedMatrix:
         meta_shape = rows, meta_per_group(bits), groups_of(cols)
         return cls(bits, cols, codes_RB, torch.empty(meta_shape, dtype=torch.float16))
 
+    @classmethod
+    def from_rows(cls, bits: int, cols: int, codes_RB: Tensor, meta_RMG: Tensor) -> Self:
+        """Take rows that lie one after the other; their bytes are put into slabs in place."""
+        to_slabs(codes_RB, meta_RMG)
+        return cls(bits, cols, codes_RB, meta_RMG)
+
     @property
     def rows(self) -> int:
         """R."""
         return len(self.codes_RB)
 
+    def by_row(self, ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return copies of codes and scales, row after row: of all rows, or of these."""
+        if ids_T is None:
+            ids_T = torch.arange(self.rows, device=self.codes_RB.device)
+        codes_RW, (groups, meta) = self.codes_RB.view(torch.int32), self._meta_shape()
+        codes_TW = _rows_of_slabs(codes_RW, ids_T)
+        meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, -1), ids_T)
+        behind_T = ids_T >= self.rows // SLAB * SLAB
+        meta_TMG = meta_TH.view(len(ids_T), groups, meta).transpose(1, 2).contiguous()
+        codes_TW[behind_T] = codes_RW[ids_T[behind_T]]
+        meta_TMG[behind_T] = self.meta_RMG[ids_T[behind_T]]
+        return codes_TW.view(torch.uint8), meta_TMG
+
+    def _meta_shape(self) -> tuple[int, int]:
+        return groups_of(self.cols), meta_per_group(self.bits)
+
+    def take(self, ids_T: Tensor) -> "GroupedMatrix":
+        """Return a matrix of these rows, copied."""
+        return GroupedMatrix.from_rows(self.bits, self.cols, *self.by_row(ids_T))
+
     def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[GroupedMatrix]":
-        """Views of so many rows each."""
+        """Views of so many rows each, a multiple of 16."""
+        assert rows % SLAB == 0
         parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
         for codes_RB, meta_RMG in zip(*parts, strict=True):
             yield GroupedMatrix(self.bits, self.cols, codes_RB, meta_RMG)
@@ -58,12 +91,37 @@ class GroupedMatrix:
 
     def _dense(self) -> Tensor:
         groups = groups_of(self.cols)
-        codes = unpack(self.codes_RB.reshape(self.rows * groups, -1), self.bits)
+        codes_RB, meta_RMG = self.by_row()
+        codes = unpack(codes_RB.reshape(self.rows * groups, self.bits * 8), self.bits)
         code_RGI = codes.view(self.rows, groups, GROUP).float()
-        scale_RG1 = self.meta_RMG[:, 0, :, None].float()
-        least_RG1 = -128 * scale_RG1 if self.bits == 8 else self.meta_RMG[:, 1, :, None].float()
+        scale_RG1 = meta_RMG[:, 0, :, None].float()
+        least_RG1 = -128 * scale_RG1 if self.bits == 8 else meta_RMG[:, 1, :, None].float()
         value_RGI = code_RGI * scale_RG1 + least_RG1
         return value_RGI.flatten(1)[:, : self.cols]
+
+
+def to_slabs(codes_RB: Tensor, meta_RMG: Tensor) -> None:
+    """Put rows that lie one after the other into slabs, in place."""
+    whole = len(codes_RB) // SLAB * SLAB
+    if not whole:
+        return
+    words = codes_RB[:whole].view(torch.int32)
+    before = words.clone().view(-1, SLAB, words.shape[1])
+    words.copy_(before.transpose(1, 2).reshape(words.shape))
+    meta = meta_RMG[:whole]
+    before = meta.clone().view(-1, SLAB, *meta.shape[1:])
+    meta.copy_(before.permute(0, 3, 2, 1).reshape(meta.shape))
+
+
+def _rows_of_slabs(units_RU: Tensor, ids_T: Tensor) -> Tensor:
+    """Rows of U units out of slabs, [T, U]; of rows behind the slabs, anything."""
+    rows, width = units_RU.shape
+    whole = rows // SLAB * SLAB
+    if not whole:
+        return units_RU.new_zeros(len(ids_T), width)
+    slab_SUL = units_RU[:whole].reshape(-1, width, SLAB)
+    ids_T = ids_T.clamp_max(whole - 1)
+    return slab_SUL[ids_T // SLAB, :, ids_T % SLAB]
 
 
 def groups_of(cols: int) -> int:

@@ -22,7 +22,7 @@ from typing import Any, Self
 from moefit.checkpoint import Span, read_header
 from moefit.errors import CheckpointError
 
-LAYOUT = 2  # raise it when the same expert would become other bytes of a slot, or the header other
+LAYOUT = 3  # raise it when the same expert would become other bytes of a slot, or the header other
 WRITING = ".writing"  # ending of what is not whole
 _KIND = "experts packed by moefit"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,10 +1,9 @@
 """Small integers in bit planes, 64 to a group: what the kernels read, said in tensors.
 
 Owns the order of bits. A code of 3 bits is a plane of 2 and one of 1, of 5 bits 4 and 1, of 6 bits
-4 and 2, low bits first; so every width takes exactly bits * 8 bytes a group. Within a plane, byte i
-holds first weight i, and in its next bits weight i + 32 (planes of 4 bits) or i + 16, i + 32 and
-i + 48 (of 2 bits): taking a plane apart is shifting it as a whole. Single bits stand in the order
-of weights.
+4 and 2, low bits first; so every width takes exactly bits * 8 bytes a group. Within a plane of
+w bits, byte i holds weight i in its lowest bits, and weights i + 8w, i + 16w, ... in the next ones:
+taking a plane apart is shifting it as a whole.
 
 Shapes: N groups, 64 weights each.
 """
@@ -14,7 +13,6 @@ from torch import Tensor
 
 GROUP = 64
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-_EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
 def pack(codes_NG: Tensor, bits: int) -> Tensor:
@@ -22,7 +20,7 @@ def pack(codes_NG: Tensor, bits: int) -> Tensor:
     planes, below = [], 0
     for width in PLANES[bits]:
         field_NG = (codes_NG >> below) & ((1 << width) - 1)
-        planes.append(_pack_bits(field_NG) if width == 1 else _pack_fields(field_NG, width))
+        planes.append(_pack_fields(field_NG, width))
         below += width
     return torch.cat(planes, dim=1)
 
@@ -33,7 +31,7 @@ def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
     start, below = 0, 0
     for width in PLANES[bits]:
         plane_NB = bytes_NB[:, start : start + width * 8]
-        field_NG = _unpack_bits(plane_NB) if width == 1 else _unpack_fields(plane_NB, width)
+        field_NG = _unpack_fields(plane_NB, width)
         codes_NG |= field_NG << below
         start, below = start + width * 8, below + width
     return codes_NG
@@ -50,11 +48,3 @@ def _pack_fields(field_NG: Tensor, width: int) -> Tensor:
 def _unpack_fields(plane_NB: Tensor, width: int) -> Tensor:
     shifts = range(0, 8, width)
     return torch.cat([(plane_NB >> shift) & ((1 << width) - 1) for shift in shifts], dim=1)
-
-
-def _pack_bits(bit_NG: Tensor) -> Tensor:
-    return (bit_NG.view(len(bit_NG), 8, 8) << _EIGHT.to(bit_NG.device)).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_bits(plane_NB: Tensor) -> Tensor:
-    return ((plane_NB.unsqueeze(-1) >> _EIGHT.to(plane_NB.device)) & 1).flatten(1)

@@ -18,7 +18,7 @@ from moefit.formats.backend import backend, decoded
 from moefit.formats.encoders import encode_into
 from moefit.formats.format import GroupedFormat
 from moefit.formats.kernels import Argument
-from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes, meta_per_group
+from moefit.formats.matrix import SLAB, GroupedMatrix, codes_bytes, meta_bytes, meta_per_group
 from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
 from moefit.serve.slots import host_bytes
@@ -91,13 +91,10 @@ class GroupedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[..] -> [.., D]."""
         ids_T = ids.flatten()
-        rows = GroupedMatrix(
-            self._bits,
-            self.embedding_dim,
-            self.get_buffer("codes_RB")[ids_T],
-            self.get_buffer("meta_RMG")[ids_T],
+        matrix = GroupedMatrix(
+            self._bits, self.embedding_dim, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
         )
-        return decoded(rows, self.dtype).view(*ids.shape, self.embedding_dim)
+        return decoded(matrix.take(ids_T), self.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def encodable(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
@@ -179,7 +176,7 @@ def rows_decoded(cols: int, itemsize: int) -> int:
     >>> rows_decoded(2048, 2)
     4096
     """
-    return max(1, _DECODED // (cols * itemsize))
+    return max(SLAB, _DECODED // (cols * itemsize) // SLAB * SLAB)
 
 
 def decoded_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:

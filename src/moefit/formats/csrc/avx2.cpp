@@ -40,6 +40,44 @@ static inline __attribute__((always_inline)) V halves16(const uint16_t *at) {
 }
 
 #include "attention.inc"
+
+typedef uint8_t VB __attribute__((vector_size(64)));
+constexpr int WIDEST = 2;
+constexpr bool SIGNED_BYTES = true;
+
+struct IntegerHalves {
+    __m256i low, high;
+};
+
+// Of codes of at most 6 bits a sum of two products fits in 16 bits; of 8 bits it does as signed numbers.
+template <int64_t KIND>
+static inline __attribute__((always_inline)) __m256i eight_sums(__m256i sum, __m256i codes, __m256i x) {
+    __m256i pairs;
+    if constexpr (KIND == INT8) {
+        __m256i value = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+    } else {
+        pairs = _mm256_maddubs_epi16(codes, x);
+    }
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+template <int64_t KIND>
+static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
+    IntegerHalves s, c;
+    std::memcpy(&s, &sum, 64), std::memcpy(&c, &codes, 64);
+    __m256i x = _mm256_set1_epi32(four);
+    s = {eight_sums<KIND>(s.low, c.low, x), eight_sums<KIND>(s.high, c.high, x)};
+    std::memcpy(&sum, &s, 64);
+    return sum;
+}
+
+#include "slabs.inc"
+
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
+                    float *const *y) {
+    if (!any_slab_dot(m, first, last, x, tokens, y)) native_dot(m, first, last, x, tokens, y);
+}
 }
 
 TARGET_END

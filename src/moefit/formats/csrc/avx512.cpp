@@ -34,9 +34,12 @@ static inline __m512i nibbles(const uint8_t *at) {
     return _mm512_and_si512(both, _mm512_set1_epi8(15));
 }
 
+// Byte i of the 8 has the bits of codes i, i + 8, i + 16, ...
 static inline __m512i with_bit(__m512i codes, const uint8_t *at, char value) {
-    uint64_t mask;
-    std::memcpy(&mask, at, 8);
+    int64_t word;
+    std::memcpy(&word, at, 8);
+    const __m512i bits = _mm512_sllv_epi64(_mm512_set1_epi8(1), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    __mmask64 mask = _mm512_test_epi8_mask(_mm512_set1_epi64(word), bits);
     return _mm512_mask_add_epi8(codes, mask, codes, _mm512_set1_epi8(value));
 }
 
@@ -49,59 +52,6 @@ static inline __m512i group_codes(const uint8_t *at) {
     if constexpr (BITS == INT4) return nibbles(at);
     if constexpr (BITS == INT3) return with_bit(pairs<0>(at), at + 16, 4);
     return pairs<0>(at);
-}
-
-// 16 halves as floats, zero from `left` on.
-static inline __m512 halves(const uint8_t *at, int64_t left) {
-    __mmask16 mask = left >= 16 ? 0xffff : (1u << left) - 1;
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at));
-}
-
-// ROWS rows at once: as many streams from memory and independent sums, and each x loaded once for all.
-template <int64_t KIND, int ROWS, int T>
-static inline void dot_grouped(const Matrix &m, int64_t row, const Input *x, float *const *y) {
-    constexpr int64_t META = KIND == INT8 ? 2 : 4;
-    int64_t groups = groups_of(m.cols);
-    const uint8_t *codes = m.codes + row * groups * KIND * 8, *meta = m.meta + row * groups * META;
-    __m512 sum[ROWS][T];
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g += 16) {
-        int64_t left = groups - g, number = left < 16 ? left : 16;
-        __mmask16 mask = left >= 16 ? 0xffff : (1u << left) - 1;
-        alignas(64) float factor[ROWS][T][16];
-        for (int r = 0; r < ROWS; r++) {
-            const uint8_t *at = meta + r * groups * META + 2 * g;
-            __m512 scale = halves(at, left);
-            __m512 least = KIND == INT8 ? _mm512_mul_ps(scale, _mm512_set1_ps(-128)) : halves(at + 2 * groups, left);
-            for (int t = 0; t < T; t++) {
-                __m512 each = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x[t].scale + g));
-                _mm512_store_ps(factor[r][t], each);
-                sum[r][t] = _mm512_fmadd_ps(least, _mm512_maskz_loadu_ps(mask, x[t].sum + g), sum[r][t]);
-            }
-        }
-        for (int64_t i = 0; i < number; i++) {
-            int64_t at = (g + i) * GROUP;
-            __m512i code[ROWS];
-            for (int r = 0; r < ROWS; r++) {
-                const uint8_t *here = codes + (r * groups + g + i) * KIND * 8;
-                code[r] = group_codes<KIND>(here);
-                // Rows are too short for the processor to see that the next ones will be wanted.
-                _mm_prefetch((const char *)here + ROWS * groups * KIND * 8, _MM_HINT_T0);
-            }
-            for (int t = 0; t < T; t++) {
-                __m512i high = _mm512_loadu_si512(x[t].high + at), low = _mm512_loadu_si512(x[t].low + at);
-                for (int r = 0; r < ROWS; r++) {
-                    __m512i both = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code[r], high);
-                    both = _mm512_dpbusd_epi32(_mm512_slli_epi32(both, 7), code[r], low);
-                    __m512 each = _mm512_set1_ps(factor[r][t][i]);
-                    sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), each, sum[r][t]);
-                }
-            }
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) y[t][row + r] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
 // 16 weights of a native matrix from `at` on, zero behind `left`.
@@ -135,48 +85,55 @@ static inline void dot_native(const Matrix &m, int64_t row, const Input *x, floa
 template <int64_t KIND, int T>
 static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, float *const *y) {
     int64_t row = first;
-    if constexpr (KIND == F32 || KIND == BF16 || KIND == F16) {
-        for (; row + 4 <= last; row += 4) dot_native<KIND, 4, T>(m, row, x, y);
-        for (; row < last; row++) dot_native<KIND, 1, T>(m, row, x, y);
-    } else {
-        for (; row + 4 <= last; row += 4) dot_grouped<KIND, 4, T>(m, row, x, y);
-        for (; row < last; row++) dot_grouped<KIND, 1, T>(m, row, x, y);
-    }
+    for (; row + 4 <= last; row += 4) dot_native<KIND, 4, T>(m, row, x, y);
+    for (; row < last; row++) dot_native<KIND, 1, T>(m, row, x, y);
 }
 
-static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-                    float *const *y) {
-#define DOT(kind)                                                                                  \
-    (tokens == 1   ? dot<kind, 1>(m, first, last, x, y)                                            \
-     : tokens == 2 ? dot<kind, 2>(m, first, last, x, y)                                            \
-     : tokens == 3 ? dot<kind, 3>(m, first, last, x, y)                                            \
-                   : dot<kind, 4>(m, first, last, x, y))
-    FOR_KIND(m.kind, DOT)
+template <int64_t KIND>
+static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) dot<KIND, 4>(m, first, last, x + t, y + t);
+    for (; t + 2 <= tokens; t += 2) dot<KIND, 2>(m, first, last, x + t, y + t);
+    for (; t < tokens; t++) dot<KIND, 1>(m, first, last, x + t, y + t);
+}
+
+static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
+                       float *const *y) {
+    if (m.kind == F32) dot<F32>(m, first, last, x, tokens, y);
+    else if (m.kind == BF16) dot<BF16>(m, first, last, x, tokens, y);
+    else dot<F16>(m, first, last, x, tokens, y);
+}
+
+// A group of a row of grouped integers that lies by itself.
+template <int64_t KIND>
+static inline void grouped_weights(const uint8_t *codes, const uint8_t *meta, int64_t groups, int64_t g, float *out) {
+    uint16_t half[2] = {};
+    std::memcpy(half, meta + 2 * g, 2);
+    if (KIND != INT8) std::memcpy(half + 1, meta + 2 * (groups + g), 2);
+    float step = _cvtsh_ss(half[0]);
+    __m512 scale = _mm512_set1_ps(step);
+    __m512 least = _mm512_set1_ps(KIND == INT8 ? -128 * step : _cvtsh_ss(half[1]));
+    alignas(64) uint8_t code[GROUP];
+    _mm512_store_si512(code, group_codes<KIND>(codes + g * KIND * 8));
+    for (int i = 0; i < GROUP; i += 16) {
+        __m128i code16 = _mm_load_si128((const __m128i *)(code + i));
+        __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(code16));
+        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(w, scale, least));
+    }
 }
 
 template <int64_t KIND>
 static void decode(const Matrix &m, int64_t row, float *out) {
     int64_t groups = groups_of(m.cols);
-    for (int64_t g = 0; g < groups; g++)
-        if constexpr (KIND == F32 || KIND == BF16 || KIND == F16) {
-            for (int64_t c = g * GROUP; c < (g + 1) * GROUP; c += 16)
-                _mm512_storeu_ps(out + c, sixteen<KIND>(m, row * m.cols + c, m.cols - c));
-        } else {
-            const uint8_t *meta = m.meta + row * groups * (KIND == INT8 ? 2 : 4) + 2 * g;
-            uint16_t half[2] = {};
-            std::memcpy(half, meta, 2);
-            if (KIND != INT8) std::memcpy(half + 1, meta + 2 * groups, 2);
-            float step = _cvtsh_ss(half[0]);
-            __m512 scale = _mm512_set1_ps(step);
-            __m512 least = _mm512_set1_ps(KIND == INT8 ? -128 * step : _cvtsh_ss(half[1]));
-            alignas(64) uint8_t code[GROUP];
-            _mm512_store_si512(code, group_codes<KIND>(m.codes + (row * groups + g) * KIND * 8));
-            for (int i = 0; i < GROUP; i += 16) {
-                __m128i code16 = _mm_load_si128((const __m128i *)(code + i));
-                __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(code16));
-                _mm512_storeu_ps(out + g * GROUP + i, _mm512_fmadd_ps(w, scale, least));
-            }
-        }
+    if constexpr (KIND == F32 || KIND == BF16 || KIND == F16) {
+        for (int64_t c = 0; c < groups * GROUP; c += 16)
+            _mm512_storeu_ps(out + c, sixteen<KIND>(m, row * m.cols + c, m.cols - c));
+    } else {
+        std::vector<uint8_t> bytes(code_bytes(m) + meta_bytes(m));
+        uint8_t *meta = bytes.data() + code_bytes(m);
+        copy_row(m, row, bytes.data(), meta);
+        for (int64_t g = 0; g < groups; g++) grouped_weights<KIND>(bytes.data(), meta, groups, g, out + g * GROUP);
+    }
 }
 
 static void narrow(const float *from, int64_t number, uint16_t *out) {
@@ -206,6 +163,22 @@ static inline V halves16(const uint16_t *at) {
 }
 
 #include "attention.inc"
+
+typedef uint8_t VB __attribute__((vector_size(64)));
+constexpr int WIDEST = 8;
+constexpr bool SIGNED_BYTES = false;
+
+template <int64_t KIND>
+static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
+    return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
+}
+
+#include "slabs.inc"
+
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
+                    float *const *y) {
+    if (!any_slab_dot(m, first, last, x, tokens, y)) native_dot(m, first, last, x, tokens, y);
+}
 
 }  // namespace avx512
 

@@ -29,6 +29,20 @@ struct Job {
 
 }  // namespace
 
+namespace {
+
+// 16 rows that lie one after the other, as a slab.
+void to_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
+    int64_t size = code_bytes(m), more = meta_bytes(m);
+    std::vector<uint8_t> from_codes(codes + row * size, codes + (row + SLAB) * size);
+    std::vector<uint8_t> from_meta(meta + row * more, meta + (row + SLAB) * more);
+    for (int64_t lane = 0; lane < SLAB; lane++)
+        put_row(lane, groups_of(m.cols), size, more, &from_codes[lane * size], &from_meta[lane * more],
+                codes + row * size, meta + row * more);
+}
+
+}  // namespace
+
 // Lambdas too, for they take registers.
 #define INLINED __attribute__((always_inline))
 
@@ -84,6 +98,9 @@ int64_t moefit_encode(int64_t level, const Matrix *from, int64_t bits, int64_t f
         int64_t col = encode(job, row);
         if (col < from->cols) bad = std::min(bad, row * from->cols + col);
     }
+    Matrix made = {codes, meta, from->rows, from->cols, bits};
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t row = 0; row < rows_in_slabs(made); row += SLAB) to_slab(made, row, codes, meta);
     return bad < from->rows * from->cols ? bad : -1;
 }
 }

@@ -100,7 +100,7 @@ struct Expert {
 
 // Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
 // left over from before is then not used.
-int64_t moefit_version() { return 5; }
+int64_t moefit_version() { return 6; }
 
 #if defined(__x86_64__)
 // Whether float16 is converted by an instruction; asked by hand, since older compilers do not know its name.
@@ -234,7 +234,7 @@ void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t bfloat16) 
 #pragma omp parallel
     {
         std::vector<float> row(groups_of(m->cols) * GROUP);
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic, SLAB)
         for (int64_t r = 0; r < m->rows; r++) {
             level_of(level).decode(*m, r, row.data());
             if (!bfloat16) {

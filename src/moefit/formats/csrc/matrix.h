@@ -1,13 +1,15 @@
 // A weight matrix as it lies in a slot, what it is multiplied with, and the operations that every
 // instruction set gives.
 //
-// Rows are output units. A row of a grouped format is G = ceil(cols / 64) groups of 64 weights. Group g
+// Rows are output units. A row of a grouped format is G = ceil(cols / 64) groups of 64 weights. A group
 // takes bits * 8 bytes of `codes`; `meta` has the row's G scales as halves, then, below 8 bits, its G
-// minima. formats/planes.py and formats/matrix.py say the same in tensors, and are what tests compare
-// with.
+// minima. 16 rows are a slab, and lie in it word by word of 4 bytes (codes), and for each group scale by
+// scale, then minimum by minimum. Rows behind the last slab lie one after the other. formats/planes.py and
+// formats/matrix.py say the same in tensors, and are what tests compare with.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "attention.h"
 
@@ -30,7 +32,8 @@ struct Input {
 };
 
 constexpr int64_t GROUP = 64;
-constexpr int64_t TOKENS = 4;  // as many share one pass over the weights
+constexpr int64_t SLAB = 16;   // rows that lie side by side
+constexpr int64_t TOKENS = 8;  // as many share one pass over the weights
 constexpr float SMALLEST = 1e-30f;  // of a group's largest activations: its reciprocal must be a float
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
@@ -40,6 +43,45 @@ inline uint16_t to_bfloat16(float x) {
     std::memcpy(&word, &x, 4);
     uint32_t nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
     return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could carry over
+}
+
+// Bytes of a row of a grouped format.
+inline int64_t code_bytes(const Matrix &m) { return groups_of(m.cols) * m.kind * 8; }
+inline int64_t meta_bytes(const Matrix &m) { return groups_of(m.cols) * (m.kind == INT8 ? 2 : 4); }
+inline int64_t rows_in_slabs(const Matrix &m) { return m.rows / SLAB * SLAB; }
+
+// One row's codes and meta, wherever they lie, one after the other.
+inline void copy_row(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
+    int64_t size = code_bytes(m), more = meta_bytes(m);
+    if (row >= rows_in_slabs(m)) {
+        std::memcpy(codes, m.codes + row * size, size);
+        std::memcpy(meta, m.meta + row * more, more);
+        return;
+    }
+    int64_t base = row / SLAB * SLAB, lane = row % SLAB, groups = groups_of(m.cols), parts = more / 2 / groups;
+    const uint8_t *from = m.codes + base * size + 4 * lane, *from_meta = m.meta + base * more + 2 * lane;
+    for (int64_t word = 0; word < size / 4; word++) std::memcpy(codes + 4 * word, from + 4 * SLAB * word, 4);
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t part = 0; part < parts; part++)
+            std::memcpy(meta + 2 * (part * groups + g), from_meta + 2 * SLAB * (g * parts + part), 2);
+}
+
+// The inverse, for one row of a slab.
+inline void put_row(int64_t lane, int64_t groups, int64_t size, int64_t more, const uint8_t *codes,
+                    const uint8_t *meta, uint8_t *slab_codes, uint8_t *slab_meta) {
+    int64_t parts = more / 2 / groups;
+    for (int64_t word = 0; word < size / 4; word++)
+        std::memcpy(slab_codes + 4 * (SLAB * word + lane), codes + 4 * word, 4);
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t part = 0; part < parts; part++)
+            std::memcpy(slab_meta + 2 * (SLAB * (g * parts + part) + lane), meta + 2 * (part * groups + g), 2);
+}
+
+// Rows from `row` to the last, which lie behind the slabs, as a slab whose other rows stay as they are.
+inline void fill_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
+    int64_t size = code_bytes(m), more = meta_bytes(m);
+    for (int64_t r = row; r < m.rows; r++)
+        put_row(r - row, groups_of(m.cols), size, more, m.codes + r * size, m.meta + r * more, codes, meta);
 }
 
 struct Level {

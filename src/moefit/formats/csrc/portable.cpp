@@ -22,6 +22,26 @@ static inline V halves16(const uint16_t *at) {
 }
 
 #include "attention.inc"
+
+typedef uint8_t VB __attribute__((vector_size(64)));
+constexpr int WIDEST = 2;
+constexpr bool SIGNED_BYTES = false;
+
+template <int64_t KIND>
+static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
+    int8_t x[4];
+    std::memcpy(x, &four, 4);
+    for (int row = 0; row < 16; row++)
+        for (int i = 0; i < 4; i++) sum[row] += int32_t(codes[4 * row + i]) * x[i];
+    return sum;
+}
+
+#include "slabs.inc"
+
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
+                    float *const *y) {
+    if (!any_slab_dot(m, first, last, x, tokens, y)) native_dot(m, first, last, x, tokens, y);
+}
 }
 
 const Level PORTABLE = {plain::any_dot, plain::any_decode, plain::narrow, plain::widen, plain::integers,
