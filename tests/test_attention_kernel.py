@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import HERE, compiled, levels
+from levels import HERE, compiled, levels
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -61,7 +61,7 @@ class GroupedMatrix:
             ids_T = torch.arange(self.rows, device=self.codes_RB.device)
         codes_RW, (groups, meta) = self.codes_RB.view(torch.int32), self._meta_shape()
         codes_TW = _rows_of_slabs(codes_RW, ids_T)
-        meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, -1), ids_T)
+        meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, groups * meta), ids_T)
         behind_T = ids_T >= self.rows // SLAB * SLAB
         meta_TMG = meta_TH.view(len(ids_T), groups, meta).transpose(1, 2).contiguous()
         codes_TW[behind_T] = codes_RW[ids_T[behind_T]]

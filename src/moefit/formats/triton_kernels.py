@@ -32,7 +32,7 @@ def linear_kernel(
     n_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t_T = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     y_NT = _product(
-        x, t_T, t_T < tokens, codes, meta, n_N, n_N < rows, cols, KIND, TOKENS, ROWS, GROUPS
+        x, t_T, t_T < tokens, codes, meta, n_N, n_N < rows, cols, rows, KIND, TOKENS, ROWS, GROUPS
     )
     _store(y, y_NT, t_T, t_T < tokens, n_N, rows)
 
@@ -53,14 +53,15 @@ def hidden_kernel(
     token_T = tl.load(token_R + row_T, mask=is_T, other=0)
     codes, meta, kind = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     is_N = n_N < inner
+    rows = 2 * inner if GATED else inner
     h_NT = _any_product(
-        x, token_T, is_T, codes, meta, kind, n_N, is_N, cols, KIND, TOKENS, ROWS, GROUPS
+        x, token_T, is_T, codes, meta, kind, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS
     )
     DTYPE: tl.constexpr = h.dtype.element_ty
     h_NT = _activated(rounded(h_NT, DTYPE).to(tl.float32), ACTIVATION)
     if GATED:
         up_NT = _any_product(
-            x, token_T, is_T, codes, meta, kind, inner + n_N, is_N, cols,
+            x, token_T, is_T, codes, meta, kind, inner + n_N, is_N, cols, rows,
             KIND, TOKENS, ROWS, GROUPS,
         )  # fmt: skip
         h_NT = rounded(h_NT, DTYPE).to(tl.float32) * rounded(up_NT, DTYPE).to(tl.float32)
@@ -79,7 +80,7 @@ def down_kernel(
     row_T, is_T = tl.load(tile + 6) + t_T, t_T < tl.load(tile + 7)
     codes, meta, kind = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
     y_NT = _any_product(
-        h, row_T, is_T, codes, meta, kind, n_N, n_N < rows, cols, KIND, TOKENS, ROWS, GROUPS
+        h, row_T, is_T, codes, meta, kind, n_N, n_N < rows, cols, rows, KIND, TOKENS, ROWS, GROUPS
     )
     _store(y, y_NT, row_T, is_T, n_N, rows)
 
@@ -91,7 +92,7 @@ def decode_kernel(
     """The weights [N, C], in the dtype of `out`."""
     n_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g_G = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    weight_NGI = weights(codes, meta, n_N, n_N < rows, g_G, tl.cdiv(cols, GROUP), KIND)
+    weight_NGI = weights(codes, meta, n_N, n_N < rows, g_G, tl.cdiv(cols, GROUP), rows, KIND)
     col_GI = g_G[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     place_NGI = n_N.to(tl.int64)[:, None, None] * cols + col_GI[None]
     is_NGI = (n_N < rows)[:, None, None] & (col_GI < cols)[None]
@@ -112,29 +113,43 @@ def _store(y, y_NT, row_T, is_T, n_N, rows):
 
 @triton.jit
 def _any_product(
-    x, row_T, is_T, codes, meta, kind, n_N, is_N, cols, KIND: tl.constexpr,
+    x, row_T, is_T, codes, meta, kind, n_N, is_N, cols, rows, KIND: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`_product` with matrices given as addresses, of the kind that is known now or found here."""
     if KIND != MIXED:
-        y_NT = _at(x, row_T, is_T, codes, meta, n_N, is_N, cols, KIND, TOKENS, ROWS, GROUPS)
+        y_NT = _at(x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS)
     else:
         y_NT = tl.zeros((ROWS, TOKENS), tl.float32)
         for bits in tl.static_range(2, 9):
             if bits != 7:
                 if kind == bits:
                     y_NT = _at(
-                        x, row_T, is_T, codes, meta, n_N, is_N, cols, bits, TOKENS, ROWS, GROUPS
+                        x,
+                        row_T,
+                        is_T,
+                        codes,
+                        meta,
+                        n_N,
+                        is_N,
+                        cols,
+                        rows,
+                        bits,
+                        TOKENS,
+                        ROWS,
+                        GROUPS,
                     )
         NATIVE: tl.constexpr = _native(x.dtype.element_ty)
         if kind == NATIVE:
-            y_NT = _at(x, row_T, is_T, codes, meta, n_N, is_N, cols, NATIVE, TOKENS, ROWS, GROUPS)
+            y_NT = _at(
+                x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, NATIVE, TOKENS, ROWS, GROUPS
+            )
     return y_NT
 
 
 @triton.jit
 def _at(
-    x, row_T, is_T, codes, meta, n_N, is_N, cols, KIND: tl.constexpr,
+    x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     if KIND == FLOAT32:
@@ -147,18 +162,18 @@ def _at(
         codes = codes.to(tl.pointer_type(tl.uint8))
     codes = tl.multiple_of(codes, 16)
     meta = tl.multiple_of(meta.to(tl.pointer_type(tl.float16)), 16)
-    return _product(x, row_T, is_T, codes, meta, n_N, is_N, cols, KIND, TOKENS, ROWS, GROUPS)
+    return _product(x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS)
 
 
 @triton.jit
 def _product(
-    x, row_T, is_T, codes, meta, n_N, is_N, cols, KIND: tl.constexpr,
+    x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """W x_TC^T for some rows of W and of x, [ROWS, TOKENS] float32. Rows outside give nothing."""
     if TOKENS == 1:
         y_NT = _one_token(
-            x + tl.sum(row_T) * cols, codes, meta, n_N, is_N, cols, KIND, ROWS, GROUPS
+            x + tl.sum(row_T) * cols, codes, meta, n_N, is_N, cols, rows, KIND, ROWS, GROUPS
         )
     else:
         y_NT = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -174,7 +189,7 @@ def _product(
                 is_NI = is_N[:, None] & (col_I < cols)[None, :]
                 y_NT = _dot(tl.load(codes + place_NI, mask=is_NI, other=0), x_IT, y_NT)
             else:
-                code_NI, scale_N, least_N = group(codes, meta, n_N, is_N, g, groups, KIND)
+                code_NI, scale_N, least_N = group(codes, meta, n_N, is_N, g, groups, rows, KIND)
                 if KIND == 8:
                     sum_NT = _dot(rounded(code_NI - 128, x_IT.dtype), x_IT, None)
                     y_NT += sum_NT * scale_N[:, None]
@@ -186,7 +201,7 @@ def _product(
 
 @triton.jit
 def _one_token(
-    x, codes, meta, n_N, is_N, cols,
+    x, codes, meta, n_N, is_N, cols, rows,
     KIND: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(cols, GROUP)
@@ -200,7 +215,7 @@ def _one_token(
             is_NGI = is_N[:, None, None] & (col_GI < cols)[None]
             weight_NGI = tl.load(codes + place_NGI, mask=is_NGI, other=0).to(tl.float32)
         else:
-            weight_NGI = weights(codes, meta, n_N, is_N, g_G, groups, KIND)
+            weight_NGI = weights(codes, meta, n_N, is_N, g_G, groups, rows, KIND)
         sum_NGI += weight_NGI * x_GI[None]
     return tl.sum(tl.sum(sum_NGI, 2), 1)[:, None]
 

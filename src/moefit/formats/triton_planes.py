@@ -12,70 +12,88 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(64)
+SLAB = tl.constexpr(16)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def weights(codes, meta, n_N, is_N, g_G, groups, BITS: tl.constexpr):
+def weights(codes, meta, n_N, is_N, g_G, groups, rows, BITS: tl.constexpr):
     """Float32 weights of some groups of some rows, [N, G, I], zeros outside."""
     is_NG = is_N[:, None] & (g_G < groups)[None, :]
-    place_NG = n_N.to(tl.int64)[:, None] * groups + g_G[None, :]
     i_I = tl.arange(0, GROUP)[None, None, :]
-    code_NGI = _codes((codes + place_NG * (BITS * 8))[:, :, None], i_I, is_NG[:, :, None], BITS)
-    scale_NG, least_NG = _scale_and_least(meta, n_N[:, None], g_G[None, :], is_NG, groups, BITS)
+    n_N11, g_1G1 = n_N[:, None, None], g_G[None, :, None]
+    code_NGI = _codes(codes, n_N11, g_1G1, i_I, is_NG[:, :, None], groups, rows, BITS)
+    scale_NG, least_NG = _scale_and_least(
+        meta, n_N[:, None], g_G[None, :], is_NG, groups, rows, BITS
+    )
     return code_NGI.to(tl.float32) * scale_NG[:, :, None] + least_NG[:, :, None]
 
 
 @triton.jit
-def group(codes, meta, n_N, is_N, g, groups, BITS: tl.constexpr):
+def group(codes, meta, n_N, is_N, g, groups, rows, BITS: tl.constexpr):
     """One group of some rows: codes [N, I], scales and minima [N], zeros outside."""
-    place_N = n_N.to(tl.int64) * groups + g
     i_I = tl.arange(0, GROUP)[None, :]
-    code_NI = _codes((codes + place_N * (BITS * 8))[:, None], i_I, is_N[:, None], BITS)
-    scale_N, least_N = _scale_and_least(meta, n_N, g, is_N, groups, BITS)
+    code_NI = _codes(codes, n_N[:, None], g, i_I, is_N[:, None], groups, rows, BITS)
+    scale_N, least_N = _scale_and_least(meta, n_N, g, is_N, groups, rows, BITS)
     return code_NI.to(tl.float32), scale_N, least_N
 
 
 @triton.jit
-def _scale_and_least(meta, n, g, here, groups, BITS: tl.constexpr):
+def _place(n, unit, number, rows):
+    """Where unit `unit` of row n is, of `number`: slabs hold 16 rows unit by unit."""
+    n = n.to(tl.int64)
+    in_slab = n // SLAB * SLAB * number + unit * SLAB + n % SLAB
+    return tl.where(n < rows // SLAB * SLAB, in_slab, n * number + unit)
+
+
+@triton.jit
+def _scale_and_least(meta, n, g, here, groups, rows, BITS: tl.constexpr):
     if BITS == 8:
-        place = n.to(tl.int64) * groups + g
-        scale = tl.load(meta + place, mask=here, other=0).to(tl.float32)
+        scale = tl.load(meta + _place(n, g, groups, rows), mask=here, other=0).to(tl.float32)
         least = -128 * scale
     else:
-        place = n.to(tl.int64) * (2 * groups) + g
-        scale = tl.load(meta + place, mask=here, other=0).to(tl.float32)
-        least = tl.load(meta + place + groups, mask=here, other=0).to(tl.float32)
+        # In a slab a group's minima follow its scales; a row has all its scales first.
+        slab = n < rows // SLAB * SLAB
+        first, second = tl.where(slab, 2 * g, g), tl.where(slab, 2 * g + 1, groups + g)
+        number = 2 * groups
+        scale = tl.load(meta + _place(n, first, number, rows), mask=here, other=0).to(tl.float32)
+        least = tl.load(meta + _place(n, second, number, rows), mask=here, other=0).to(tl.float32)
     return scale, least
 
 
 @triton.jit
-def _codes(start, i, here, BITS: tl.constexpr):
-    """Codes of weights i of groups that begin at `start`; low bits lie in the first plane."""
+def _codes(codes, n, g, i, here, groups, rows, BITS: tl.constexpr):
+    """Codes of weights i of group g of row n; low bits lie in the first plane."""
     if BITS == 8:
-        code = tl.load(start + i, mask=here, other=0).to(tl.int32)
+        code = _byte(codes, n, g, i, here, groups, rows, BITS)
     elif BITS == 2 or BITS == 4:
-        code = _field(start, i, here, BITS)
+        code = _field(codes, n, g, 0, i, here, groups, rows, BITS, BITS)
     elif BITS == 3:
-        code = _field(start, i, here, 2) | (_bit(start + 16, i, here) << 2)
+        code = _field(codes, n, g, 0, i, here, groups, rows, 2, BITS)
+        code |= _field(codes, n, g, 16, i, here, groups, rows, 1, BITS) << 2
     elif BITS == 5:
-        code = _field(start, i, here, 4) | (_bit(start + 32, i, here) << 4)
+        code = _field(codes, n, g, 0, i, here, groups, rows, 4, BITS)
+        code |= _field(codes, n, g, 32, i, here, groups, rows, 1, BITS) << 4
     else:
-        code = _field(start, i, here, 4) | (_field(start + 32, i, here, 2) << 4)
+        code = _field(codes, n, g, 0, i, here, groups, rows, 4, BITS)
+        code |= _field(codes, n, g, 32, i, here, groups, rows, 2, BITS) << 4
     return code
 
 
 @triton.jit
-def _field(start, i, here, WIDTH: tl.constexpr):
-    byte, shift = i % (8 * WIDTH), i // (8 * WIDTH) * WIDTH
-    return (tl.load(start + byte, mask=here, other=0).to(tl.int32) >> shift) & ((1 << WIDTH) - 1)
+def _field(
+    codes, n, g, first, i, here, groups, rows, WIDTH: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """The bits of weights i in the plane that begins at byte `first` of a group."""
+    byte, shift = first + i % (8 * WIDTH), i // (8 * WIDTH) * WIDTH
+    return (_byte(codes, n, g, byte, here, groups, rows, BITS) >> shift) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
-def _bit(start, i, here):
-    """Single bits stand in order: those of a group are one word."""
-    word = tl.load(start.to(tl.pointer_type(tl.int64)), mask=here, other=0)
-    return ((word >> i) & 1).to(tl.int32)
+def _byte(codes, n, g, byte, here, groups, rows, BITS: tl.constexpr):
+    """A byte of a group's codes; units of a slab are words of 4."""
+    word = _place(n, g * (2 * BITS) + byte // 4, groups * (2 * BITS), rows)
+    return tl.load(codes + word * 4 + byte % 4, mask=here, other=0).to(tl.int32)
 
 
 @triton.jit
