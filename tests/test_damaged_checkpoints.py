@@ -29,7 +29,7 @@ from moefit.serve.settings import LoadSettings
 from moefit.serve.skeleton import build
 from moefit.train.tokenizer import train_bpe
 
-DELETED = object()
+DELETED = "(deleted)"  # a plain text: parameters of tests are named alike in every process
 
 
 @pytest.fixture(scope="module")

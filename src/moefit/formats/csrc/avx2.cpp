@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) V halves16(const uint16_t *at) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
-constexpr int WIDEST = 2;
+constexpr int WIDEST = 2, UNROLL = 16;
 constexpr bool SIGNED_BYTES = true;
 
 struct IntegerHalves {

@@ -165,7 +165,7 @@ static inline V halves16(const uint16_t *at) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
-constexpr int WIDEST = 8;
+constexpr int WIDEST = 8, UNROLL = 16;
 constexpr bool SIGNED_BYTES = false;
 
 template <int64_t KIND>

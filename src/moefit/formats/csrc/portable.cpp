@@ -24,15 +24,16 @@ static inline V halves16(const uint16_t *at) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
-constexpr int WIDEST = 2;
+constexpr int WIDEST = 1, UNROLL = 1;
 constexpr bool SIGNED_BYTES = false;
 
 template <int64_t KIND>
 static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
-    int8_t x[4];
-    std::memcpy(x, &four, 4);
-    for (int row = 0; row < 16; row++)
-        for (int i = 0; i < 4; i++) sum[row] += int32_t(codes[4 * row + i]) * x[i];
+    typedef uint32_t Words __attribute__((vector_size(64)));
+    for (int i = 0; i < 4; i++) {
+        VI code = (VI)(((Words)codes >> 8 * i) & 255);
+        sum += code * int32_t(int8_t(four >> 8 * i));
+    }
     return sum;
 }
 
