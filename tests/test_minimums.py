@@ -72,4 +72,4 @@ def test_what_describe_prints_for_a_server_starts_one(folder: Path, least: dict[
         assert "API at" in said, said
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        server.communicate(timeout=30)
