@@ -1,122 +1,138 @@
-"""The full model's output on a text, kept small, and how far another output is from it.
+"""One configuration, measured: how far from the full model, and how fast.
 
-Owns the likeliest tokens of every position with their log-probabilities; all others count as one.
-So the divergence is a lower bound of the real one, and exact where nothing is left out. It is kept
-in a file, for the full model may be run at no other time than when the profile begins.
+Owns the two ways of measuring. `measure_wide` runs windows as a whole, which prices precision and
+is quick; `measure_steps` decodes them token by token, as a server does, which prices modes and
+time.
 
-Shapes: B windows, T tokens, V vocabulary, N likeliest.
+Shapes: T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from moefit.plan.configuration import Configuration, configuration_from
+from moefit.plan.reference import Reference, wide
 from moefit.serve.guards import refuse_no_numbers
 from moefit.serve.served import ServedModel
 
-LIKELIEST = 512
-_LOGITS_AT_ONCE = 64 << 20  # bytes of float32 logits that a forward pass may make
+RUN = 16  # tokens of which a mean time is taken; of these means, the median
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """Of each window's tokens but the last: what follows by the full model, and what did."""
+class Sample:
+    """What was measured. Divergence and losses in nats a token; `seconds` a token, None if wide.
 
-    windows_BT: Tensor
-    ids_BTN: Tensor
-    logp_BTN: Tensor
-    nll_BT: Tensor
+    misses and moved are means per token and block: experts that were waited for, and the share of
+    router weight that went elsewhere.
+    """
 
-    def distance(self, logp_TV: Tensor, window: int, first: int = 0) -> tuple[Tensor, Tensor]:
-        """KL(full || this) in nats and this one's loss, token by token from `first` on."""
-        last = first + len(logp_TV)
-        ids_TN = self.ids_BTN[window, first:last]
-        full_TN = self.logp_BTN[window, first:last]
-        other_TN = logp_TV.gather(-1, ids_TN.long())
-        kl_T = (full_TN.exp() * (full_TN - other_TN)).sum(-1)
-        if ids_TN.shape[-1] < logp_TV.shape[-1]:
-            left_T, other_left_T = _left(full_TN), _left(other_TN)
-            kl_T += left_T * (left_T.log() - other_left_T.log())
-        targets_T = self.windows_BT[window, first + 1 : last + 1]
-        return kl_T, -logp_TV.gather(-1, targets_T[:, None])[:, 0]
+    configuration: Configuration
+    divergence: float
+    loss: float
+    full_loss: float
+    tokens: int
+    seconds: float | None = None
+    misses: float = 0.0
+    moved: float = 0.0
 
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            np.savez(
-                file,
-                windows=self.windows_BT.numpy(),
-                ids=self.ids_BTN.numpy(),
-                logp=self.logp_BTN.numpy(),
-                nll=self.nll_BT.numpy(),
-            )
-        part.replace(path)
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "configuration": self.configuration.as_dict()}
 
 
-def read_reference(path: Path) -> Reference | None:
-    """What `save` wrote; None if it is not there or damaged, for it can be made again."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            windows, ids, logp, nll = (
-                torch.from_numpy(arrays[name]) for name in ("windows", "ids", "logp", "nll")
-            )
-    except Exception:  # noqa: BLE001 - BadZipFile, MemoryError, ...: numpy raises what comes
-        return None
-    found = Reference(windows_BT=windows, ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
-    return found if _is_sound(found) else None
+def sample_from(values: Mapping[str, Any]) -> Sample:
+    """From `as_dict`."""
+    return Sample(**{**values, "configuration": configuration_from(values["configuration"])})
 
 
-def _is_sound(reference: Reference) -> bool:
-    """Whether the arrays are of one text, in the dtypes that `make_reference` gives them."""
-    windows_BT, ids_BTN = reference.windows_BT, reference.ids_BTN
-    dtypes = [one.dtype for one in (windows_BT, ids_BTN, reference.logp_BTN, reference.nll_BT)]
-    if dtypes != [torch.int64, torch.int32, torch.float32, torch.float32] or windows_BT.dim() != 2:
-        return False
-    followed = (windows_BT.shape[0], windows_BT.shape[1] - 1)
-    return (
-        ids_BTN.dim() == 3
-        and ids_BTN.shape[:2] == followed
-        and reference.logp_BTN.shape == ids_BTN.shape
-        and reference.nll_BT.shape == followed
+def measure_wide(served: ServedModel, configuration: Configuration, reference: Reference) -> Sample:
+    """Over all windows of the reference."""
+    kl = loss = full = 0.0
+    tokens = 0
+    for window, logp_TV in wide(served, reference.windows_BT):
+        kl_T, nll_T = reference.distance(logp_TV, window)
+        kl, loss, tokens = kl + float(kl_T.sum()), loss + float(nll_T.sum()), tokens + len(kl_T)
+        full += float(reference.nll_BT[window].sum())
+    return Sample(
+        configuration=configuration,
+        divergence=kl / tokens,
+        loss=loss / tokens,
+        full_loss=full / tokens,
+        tokens=tokens,
     )
 
 
-def make_reference(served: ServedModel, windows_BT: Tensor) -> Reference:
-    """Run the windows through the model, whose mode must be exact."""
-    ids, logp, nll = [], [], []
-    for window, logp_TV in wide(served, windows_BT):
-        best_TN = logp_TV.topk(min(LIKELIEST, logp_TV.shape[-1]), dim=-1)
-        ids.append(best_TN.indices.int())
-        logp.append(best_TN.values)
-        targets_T = windows_BT[window, 1:]
-        nll.append(-logp_TV.gather(-1, targets_T[:, None])[:, 0])
-    return Reference(
-        windows_BT=windows_BT,
-        ids_BTN=torch.stack(ids),
-        logp_BTN=torch.stack(logp),
-        nll_BT=torch.stack(nll),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Which tokens are decoded: of so many windows, behind a prompt; the first window warms up."""
+
+    windows: int
+    prompt: int
+    tokens: int
 
 
 @torch.inference_mode()
-def wide(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each window's number and log-probabilities [T, V], several windows a forward pass."""
-    vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
-    length = windows_BT.shape[1] - 1
-    at_once = max(1, _LOGITS_AT_ONCE // (4 * vocabulary * length))
-    for first in range(0, len(windows_BT), at_once):
-        part_BT = windows_BT[first : first + at_once, :-1].to(served.model.device)
-        logits_BTV = served.model(input_ids=part_BT, use_cache=False).logits
-        refuse_no_numbers(logits_BTV)
-        for number, logits_TV in enumerate(logits_BTV):
-            yield first + number, logits_TV.float().log_softmax(-1).cpu()
+def measure_steps(
+    served: ServedModel, configuration: Configuration, reference: Reference, steps: Steps
+) -> Sample:
+    """Token by token; what is in memory goes on from window to window."""
+    kl: list[float] = []
+    loss: list[float] = []
+    full: list[float] = []
+    seconds: list[float] = []
+    _decode(served, reference, 0, steps)
+    served.reset()
+    misses = 0
+    numbers = [(1 + number) % len(reference.windows_BT) for number in range(steps.windows)]
+    for window in numbers:
+        logp, times, fetched = _decode(served, reference, window, steps)
+        seconds += times
+        misses += fetched
+        kl_T, nll_T = reference.distance(torch.stack(logp), window, steps.prompt)
+        kl += kl_T.tolist()
+        loss += nll_T.tolist()
+        full += reference.nll_BT[window, steps.prompt : steps.prompt + len(kl_T)].tolist()
+    return Sample(
+        configuration=configuration,
+        divergence=statistics.fmean(kl),
+        loss=statistics.fmean(loss),
+        full_loss=statistics.fmean(full),
+        tokens=len(kl),
+        seconds=typical(seconds),
+        misses=misses / (len(seconds) * len(served.blocks)),
+        moved=served.report()["substituted_mass"],
+    )
 
 
-def _left(logp_TN: Tensor) -> Tensor:
-    """The probability of all that is not among the likeliest."""
-    return (1 - logp_TN.exp().sum(-1)).clamp_min(1e-9)
+def typical(seconds: list[float]) -> float:
+    """The median over runs of `RUN` tokens of a run's mean: bursts of other work don't count."""
+    runs = [seconds[first : first + RUN] for first in range(0, len(seconds), RUN)]
+    whole = [run for run in runs if len(run) == RUN] or runs
+    return statistics.median(statistics.fmean(run) for run in whole)
+
+
+def _decode(
+    served: ServedModel, reference: Reference, window: int, steps: Steps
+) -> tuple[list[torch.Tensor], list[float], int]:
+    """Log-probabilities and seconds of each step, and how many experts were waited for."""
+    ids_1T = reference.windows_BT[window][None].to(served.model.device)
+    last = min(steps.prompt + steps.tokens, ids_1T.shape[1] - 1)
+    output = served.model(input_ids=ids_1T[:, : steps.prompt], use_cache=True)
+    cache, rows, seconds = output.past_key_values, [], []
+    before = served.report()["fetches"]
+    for at in range(steps.prompt, last):
+        began = time.perf_counter()
+        output = served.model(
+            input_ids=ids_1T[:, at : at + 1], past_key_values=cache, use_cache=True
+        )
+        rows.append(output.logits[0, -1].float().log_softmax(-1).cpu())
+        seconds.append(time.perf_counter() - began)
+        cache = output.past_key_values
+    for row_V in rows:  # not while the clock runs
+        refuse_no_numbers(row_V)
+    return rows, seconds, served.report()["fetches"] - before

@@ -1,145 +1,149 @@
-"""GET /metrics: what engine and model count themselves, read when it is asked for.
+"""What is measured of requests: times to tokens, ends, changes of the budget.
 
-Owns the names and what each is made of. Where vLLM has a name, it is that; the experts' own are
-ours. Knows nothing of who asks.
+Owns the instruments, in a registry of its own, and their clock. Names are vLLM's, with our prefix,
+where vLLM has one. What the engine and the model count themselves is read elsewhere (`metrics`).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+import threading
+from collections import Counter as Tally
+from time import monotonic
+from typing import Literal
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    Metric,
-    SummaryMetricFamily,
-)
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from moefit.server.telemetry import PREFIX
+from moefit.engine.request import Event, Finished, Listener, Prompt
+from moefit.server.window import Window
 
-_LABELS = ["model_name"]
-
-
-class Stats(Protocol):
-    """What an engine tells of itself; see `EngineStats`."""
-
-    @property
-    def running(self) -> int: ...  # noqa: D102
-    @property
-    def waiting(self) -> int: ...  # noqa: D102
-    @property
-    def kv_tokens_used(self) -> int: ...  # noqa: D102
-    @property
-    def kv_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def prompt_tokens_total(self) -> int: ...  # noqa: D102
-    @property
-    def generation_tokens_total(self) -> int: ...  # noqa: D102
+PREFIX = "moefit:"
+Change = Literal["ok", "refused", "failed"]
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-class ModelCollector:
-    """Reads `stats()` of the engine and `report()` of the model."""
+class Telemetry:
+    """Instruments of one server, for the model of that name. Thread-safe."""
 
-    def __init__(
-        self, model: str, stats: Callable[[], Stats], report: Callable[[], dict[str, Any]]
-    ):
-        self._model, self._stats, self._report = model, stats, report
-
-    def describe(self) -> list[Metric]:
-        """Nothing, so that registering reads nothing."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """All values, read once."""
-        yield from self._of_engine(self._stats())
-        report = self._report()
-        yield from self._of_experts(report)
-        yield from self._of_blocks(report)
-
-    def _gauge(self, name: str, meaning: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(PREFIX + name, meaning, labels=_LABELS)
-        family.add_metric([self._model], value)
-        return family
-
-    def _counter(self, name: str, meaning: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(PREFIX + name, meaning, labels=_LABELS)
-        family.add_metric([self._model], value)
-        return family
-
-    def _by(self, name: str, meaning: str, label: str, counts: dict[str, float]) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, meaning, labels=[*_LABELS, label])
-        for value, count in counts.items():
-            family.add_metric([self._model, value], count)
-        return family
-
-    def _summary(self, name: str, meaning: str, *, count: int, total: float) -> Metric:
-        family = SummaryMetricFamily(PREFIX + name, meaning, labels=_LABELS)
-        family.add_metric([self._model], count_value=count, sum_value=total)
-        return family
-
-    def _of_engine(self, stats: Stats) -> Iterator[Metric]:
-        yield self._gauge("num_requests_running", "Requests that run", stats.running)
-        yield self._gauge("num_requests_waiting", "Requests that wait", stats.waiting)
-        used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", used)
-        yield self._counter("prompt_tokens", "Prompt tokens read", stats.prompt_tokens_total)
-        yield self._counter("generation_tokens", "Tokens made", stats.generation_tokens_total)
-
-    def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
-        budget = report["budget"]
-        total = budget["most"] if budget["total"] is None else budget["total"]
-        for name, meaning, value in (
-            ("expert_budget_bytes", "Bytes that the process may hold", total),
-            ("expert_floor_bytes", "The least budget", budget["floor"]),
-            ("expert_resident_bytes", "Bytes of slots, filled or not", report["slot_bytes"]),
-            ("process_bytes", "Bytes that the process holds", report["process_bytes"]),
-            ("peak_process_bytes", "The most it ever held", report["peak_process_bytes"]),
-        ):
-            yield self._gauge(name, meaning, value)
-        outcomes = {"hit": "hits", "fetch": "fetches", "substitute": "substitutions"}
-        yield self._by(
-            "expert_requests", "Experts that a step asked for, by what happened", "outcome",
-            {outcome: report[name] for outcome, name in outcomes.items()},
+    def __init__(self, model: str):
+        self.model, self.registry = model, CollectorRegistry()
+        self._lock = threading.Lock()
+        self._first, self._between = Window(), Window()
+        self.changes: Tally[str] = Tally()
+        self._finished = Counter(
+            f"{PREFIX}request_success", "Requests that ended, by reason",
+            ["model_name", "finished_reason"], registry=self.registry,
         )  # fmt: skip
-        yield self._summary(
-            "expert_substituted_mass",
-            "Share of router weight that went to another expert, by block and step",
-            count=report["routed"], total=report["substituted"],
+        self._changes = Counter(
+            f"{PREFIX}budget_changes", "Changes of budget or mode that were asked for",
+            ["model_name", "result"], registry=self.registry,
         )  # fmt: skip
-        read = {"storage": report["bytes_read"]}
-        yield self._by("expert_bytes_loaded", "Bytes of experts read", "tier", read)
-        yield self._counter(
-            "expert_refetches", "Better copies of experts that were read", report["refetches"]
+        self._time_to_first = self._histogram(
+            "time_to_first_token_seconds", "From request to first token", _SLOW
         )
-        yield self._counter(
-            "expert_refetch_bytes", "Bytes of these copies", report["refetch_bytes"]
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "From token to token", _FAST
         )
-        if "host_hits" in report:
-            hits = report["host_hits"]
-            yield self._counter("expert_host_hits", "Experts found in host memory", hits)
-        yield self._by(
-            "expert_swaps", "Experts exchanged", "reason", {"importance": report["swaps"]}
+        self._whole = self._histogram(
+            "e2e_request_latency_seconds", "From request to its end", _SLOW
         )
-        yield self._summary(
-            "expert_load_seconds", "Time to bring an expert in",
-            count=report["loads"], total=report["load_seconds"],
-        )  # fmt: skip
-        yield self._by(
-            "expert_load_failures", "Reads of experts that failed, by who waited", "reason",
-            report["load_failures"],
-        )  # fmt: skip
-        failing = report["loads_failing"]
-        yield self._gauge("expert_loads_failing", "1 while experts cannot be read, else 0", failing)
-        yield self._counter(
-            "expert_wait_seconds", "Time that steps waited for experts", report["wait_seconds"]
+        self._queued = self._histogram(
+            "request_queue_time_seconds", "From request to its place among those that run", _SLOW
+        )
+        self._reading = self._histogram(
+            "request_prefill_time_seconds", "From its place to its prompt read", _SLOW
+        )
+        self._decoding = self._histogram(
+            "request_decode_time_seconds", "From first to last token", _SLOW
+        )
+        self._running = self._histogram(
+            "request_inference_time_seconds", "From its place to its end", _SLOW
         )
 
-    def _of_blocks(self, report: dict[str, Any]) -> Iterator[Metric]:
-        resident = {name: len(experts) for name, experts in report["resident"].items()}
-        for name, meaning, values in (
-            ("expert_resident", "Experts in memory", resident),
-            ("expert_slots", "Slots for experts", report["slots"]),
-        ):
-            family = GaugeMetricFamily(PREFIX + name, meaning, labels=[*_LABELS, "layer"])
-            for layer, value in values.items():
-                family.add_metric([self._model, layer], value)
-            yield family
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        named = Histogram(
+            PREFIX + name, meaning, ["model_name"], buckets=buckets, registry=self.registry
+        )
+        return named.labels(self.model)
+
+    def listen(self, listener: Listener) -> Listener:
+        """A listener that measures one request, which begins now, and passes events on."""
+        timing = _Timing(self)
+
+        def heard(event: Event) -> None:
+            try:
+                timing.hear(event, monotonic())
+            finally:  # whatever fails in measuring, the request gets its event
+                listener(event)
+
+        return heard
+
+    def changed(self, result: Change) -> None:
+        """A change of budget or mode was asked for, and went so."""
+        with self._lock:
+            self.changes[result] += 1
+        self._changes.labels(self.model, result).inc()
+
+    def latency(self) -> dict[str, float | None]:
+        """Seconds of the last minutes: to the first token, and between tokens."""
+        now = monotonic()
+        with self._lock:
+            ttft = self._first.percentiles(0.5, 0.99, at=now)
+            itl = self._between.percentiles(0.5, 0.99, at=now)
+        return {"ttft_p50": ttft[0], "ttft_p99": ttft[1], "itl_p50": itl[0], "itl_p99": itl[1]}
+
+    def prompt_read(self, waited: float, seconds: float) -> None:
+        """A prompt was read: how long it waited for its place, and what reading took then."""
+        self._queued.observe(waited)
+        self._reading.observe(seconds)
+
+    def first_token(self, seconds: float, now: float) -> None:
+        """The first token came."""
+        self._time_to_first.observe(seconds)
+        with self._lock:
+            self._first.add(seconds, at=now)
+
+    def next_token(self, seconds: float, now: float) -> None:
+        """Another token came."""
+        self._inter_token.observe(seconds)
+        with self._lock:
+            self._between.add(seconds, at=now)
+
+    def finished(
+        self, reason: str, seconds: float, *, running: float | None, decoding: float | None
+    ) -> None:
+        """A request ended, so long after it came, after its place and, if it has tokens, the time
+        from the first of them to the last."""
+        self._finished.labels(self.model, reason).inc()
+        self._whole.observe(seconds)
+        if running is not None:
+            self._running.observe(running)
+        if decoding is not None:
+            self._decoding.observe(decoding)
+
+
+class _Timing:
+    """The clock of one request, in the engine's thread."""
+
+    def __init__(self, telemetry: Telemetry):
+        self._telemetry, self._began = telemetry, monotonic()
+        self._placed: float | None = None
+        self._first: float | None = None
+        self._last = self._began
+
+    def hear(self, event: Event, now: float) -> None:
+        telemetry = self._telemetry
+        if isinstance(event, Prompt):
+            self._placed = min(now, self._began + event.waited)
+            telemetry.prompt_read(event.waited, now - self._placed)
+        elif isinstance(event, Finished):
+            telemetry.finished(
+                event.reason,
+                now - self._began,
+                running=None if self._placed is None else now - self._placed,
+                decoding=None if self._first is None else self._last - self._first,
+            )
+        elif self._first is None:
+            self._first = self._last = now
+            telemetry.first_token(now - self._began, now)
+        else:
+            telemetry.next_token(now - self._last, now)
+            self._last = now

@@ -1,74 +1,241 @@
-"""A training run from its configuration to its last checkpoint.
+"""One run, from its first step in this process to its last.
 
-Owns the order around a run: claim the folder, prepare, build, train, draw. The same command goes
-on where it stopped; a finished run is left as it is. What happens in between is `run.py`'s.
+Owns the order of events within a run: resume, steps, log, evaluation, checkpoints, the way out.
+Prints nothing; a `Watcher` is told.
 """
 
-from contextlib import closing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moefit.signals import stop_on_signal
+import torch
+from transformers import PreTrainedModel
+
+from moefit.device import parse_device
+from moefit.dsmoe.router_state import router_state
+from moefit.errors import DivergenceError
+from moefit.signals import StopRequest
 from moefit.train import checkpoint
+from moefit.train.batches import Batches
+from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
 from moefit.train.config import TrainConfig
-from moefit.train.curve import draw_curve
-from moefit.train.folder import locked, refuse_another_run, save_config
-from moefit.train.log import last_record, read_log
-from moefit.train.run import Run, TrainResult
-from moefit.train.tokens import prepare
+from moefit.train.held_out import HeldOut
+from moefit.train.log import RunLog, last_record, read_log
+from moefit.train.schedule import (
+    is_sparse,
+    learning_rate,
+    make_optimizer,
+    mi_scale,
+    set_learning_rate,
+)
+from moefit.train.start import start_from
+from moefit.train.state import RunState
+from moefit.train.step import Stepper, StepResult, make_losses
+from moefit.train.throughput import measured_peak_flops, training_flops_per_token
+from moefit.train.tokenizer import vocabulary_size
+from moefit.train.tokens import PreparedData
 from moefit.train.watcher import Watcher
 
-CURVE = "curve.png"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """Where a run ended: its last checkpoint, and the signal if one stopped it early."""
+
+    step: int
+    checkpoint: Path
+    held_out_loss: float | None
+    stopped_by: str | None
 
 
-def train(config: TrainConfig, watcher: Watcher) -> TrainResult:
-    """Run, or resume, the training that `config` describes.
+class Run:
+    """A run at its newest checkpoint, or before its first step; whole once it is built."""
 
-    Raises ConfigError, DataError, CheckpointError, or DivergenceError naming the last good
-    checkpoint.
-    """
-    out = Path(config.out).expanduser()
-    with locked(out):
-        refuse_another_run(out, config)
-        finished = _finished(out, config.steps)
-        result = finished or _train(out, config, watcher)
-        drawn = finished is not None and (out / CURVE).is_file()
-        if result.step == config.steps and not drawn:
-            _draw(out, watcher)
-        return result
-
-
-def _finished(out: Path, steps: int) -> TrainResult | None:
-    """The result of a run that has nothing left to do, without building anything."""
-    found = checkpoint.checkpoints(out)
-    if not found or checkpoint.step_of(found[-1]) != steps:
-        return None
-    evaluated = last_record(read_log(out), "eval")
-    if evaluated is None or evaluated["step"] != steps:
-        return None  # killed before its last evaluation, which is still to be done
-    checkpoint.verify(found[-1])
-    return TrainResult(
-        step=steps, checkpoint=found[-1], held_out_loss=evaluated["loss"], stopped_by=None
-    )
-
-
-def _train(out: Path, config: TrainConfig, watcher: Watcher) -> TrainResult:
-    data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
-    run = Run(config, out, data, watcher)
-    with closing(run.log):
-        save_config(out, config)  # only now: a mistake in it must not claim the folder
-        run.log.write("run", run.first_step, run.facts)
-        watcher.started(step=run.first_step, steps=config.steps, facts=run.facts)
-        with stop_on_signal() as request:
-            return run.until_done(request)
-
-
-def _draw(out: Path, watcher: Watcher) -> None:
-    """Draw the curve; a run that is finished and good doesn't fail for want of a picture."""
-    path = out / CURVE
-    try:
-        draw_curve(read_log(out), path)
-    except OSError as error:
-        watcher.event(
-            f"the run is finished, but {path} could not be drawn: {error.strerror or error}; "
-            "make room, then run the same command again"
+    def __init__(self, config: TrainConfig, out: Path, data: PreparedData, watcher: Watcher):
+        self.config, self.out, self.data, self.watcher = config, out, data, watcher
+        self.device = parse_device(config.device)
+        self.bf16 = use_bf16(config, self.device)
+        self.model = self._model()
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.stepper = self._stepper()
+        self.batches = Batches(
+            tokens=data.train.open(),
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
         )
+        self.held_out = HeldOut(
+            tokens=data.held_out.open(),
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            limit=config.log.eval_tokens,
+            bf16=self.bf16,
+        )
+        self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
+        self.facts = self._facts()
+        self.state = RunState(
+            model=self.model,
+            optimizer=self.optimizer,
+            device=self.device,
+            precision=self.facts["precision"],
+            fingerprint=data.fingerprint,
+        )
+        self.first_step, self.seconds_before = self._resume()
+        self.log = RunLog(out, resumed_step=self.first_step, tensorboard=config.log.tensorboard)
+        evaluated = last_record(read_log(out), "eval") or {"loss": None, "step": 0}
+        self.held_out_loss: float | None = evaluated["loss"]
+        self._evaluated_step: int = evaluated["step"]
+
+    def _model(self) -> PreTrainedModel:
+        eos = self.data.tokenizer.eos_token_id
+        assert isinstance(eos, int)
+        vocab_size = vocabulary_size(self.data.tokenizer)
+        model = build_model(self.config, vocab_size=vocab_size, eos_token_id=eos)
+        if self.config.start_from is not None:
+            start_from(model, self.config.start_from)
+        model.to(self.device)  # pyright: ignore[reportArgumentType]
+        model.set_attn_implementation(attention_implementation(self.config, self.device))
+        if self.config.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        return model
+
+    def _stepper(self) -> Stepper:
+        weights = loss_weights(self.config, self.model)
+        return Stepper(
+            model=self.model,
+            optimizer=self.optimizer,
+            losses=make_losses(self.model, weights, compile=self.config.compile),
+            device=self.device,
+            bf16=self.bf16,
+            clip=self.config.optimizer.clip,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "train_tokens": self.data.train.tokens,
+            "held_out_tokens": self.data.held_out.tokens,
+            "tokens_per_step": self.tokens_per_step,
+            "epochs": self.batches.epoch(self.config.steps * self.config.accumulation),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "precision": "bf16" if self.bf16 else "fp32",
+            "attention": attention_implementation(self.config, self.device),
+            "flops_per_token": training_flops_per_token(self.model, self.config.seq_len),
+            "peak_flops": measured_peak_flops(self.device, dtype),
+        }
+
+    def _resume(self) -> tuple[int, float]:
+        """Step and seconds of the newest checkpoint, taken up; zeros and the seed without one."""
+        found = checkpoint.checkpoints(self.out)
+        if not found:
+            torch.manual_seed(self.config.seed)
+            return 0, 0.0
+        resumed = self.state.restore(found[-1])
+        self.watcher.event(f"resuming from {found[-1]}")
+        return resumed
+
+    def until_done(self, request: StopRequest) -> TrainResult:
+        """All remaining steps; on a signal, the current one and a checkpoint."""
+        self.model.train()
+        steps, step, start = self.config.steps, self.first_step, time.perf_counter()
+        seconds, stopping = self.seconds_before, False
+        if step < steps:  # what a stop or a kill left out, as if it had not come between
+            self._evaluate(step, seconds, lambda: request.received is not None)
+        while step < steps and not stopping:
+            step += 1
+            values = self._timed_step(step)
+            seconds = self.seconds_before + time.perf_counter() - start
+            self._tell(step, {**values, "seconds": seconds}, request)
+            stopping = request.received is not None
+            if stopping or step == steps or step % self.config.checkpoint.every == 0:
+                self._save(step, seconds)
+        if step == steps:  # still to do if a request came before the last checkpoint was safe
+            self._evaluate(step, seconds, lambda: False)
+        return TrainResult(
+            step=step,
+            checkpoint=checkpoint.checkpoints(self.out)[-1],
+            held_out_loss=self.held_out_loss,
+            stopped_by=request.received.name if request.received and step < steps else None,
+        )
+
+    def _timed_step(self, step: int) -> dict[str, float]:
+        began = time.perf_counter()
+        values = self._step(step)
+        speed = self.tokens_per_step / (time.perf_counter() - began)
+        share = speed * self.facts["flops_per_token"] / self.facts["peak_flops"]
+        return {**values, "tokens_per_second": speed, "mfu": share}
+
+    def _step(self, step: int) -> dict[str, float]:
+        rate = learning_rate(step - 1, self.config.steps, self.config.optimizer)
+        set_learning_rate(self.optimizer, rate)
+        scale = mi_scale(step, self.config.steps, self.config.loss.mi_ramp)
+        sparse = self.config.sparse
+        rule = sparse.rule if is_sparse(step, self.config.steps, sparse) else None
+        count = self.config.accumulation
+        micro_batches = (self.batches.batch((step - 1) * count + i) for i in range(count))
+        try:
+            result = self.stepper.step(micro_batches, count, mi_scale=scale, rule=rule)
+        except DivergenceError as error:
+            raise self._diverged(step, str(error)) from error
+        values = {
+            "loss": result.lm_loss,
+            "router_loss": result.router_loss,
+            "gradient_norm": result.gradient_norm,
+            "lr": rate,
+        }
+        return values | self._routers(result) if self._logged(step) else values
+
+    def _routers(self, result: StepResult) -> dict[str, float]:
+        kinds = {"mlp": result.mlp_logits, "attention": result.attention_logits}
+        return {
+            f"{kind}_{name}": value
+            for kind, logits in kinds.items()
+            for name, value in router_state(logits, self.config.log.epsilon).items()
+        }
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step in (1, self.config.steps)
+
+    def _diverged(self, step: int, reason: str) -> DivergenceError:
+        kept = checkpoint.checkpoints(self.out)
+        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was reached"
+        where = f" with out=FOLDER (or after removing {self.out})" if kept else ""
+        return DivergenceError(
+            f"training diverged at step {step}: {reason}; {good}; try a lower optimizer.lr "
+            f"(now {self.config.optimizer.lr:g}) or more optimizer.warmup_steps{where}"
+        )
+
+    def _tell(self, step: int, values: dict[str, float], request: StopRequest) -> None:
+        if self._logged(step):
+            self.log.write("train", step, values)
+        self._evaluate(step, values["seconds"], lambda: request.received is not None)
+        if self.held_out_loss is not None:
+            values = {**values, "held_out_loss": self.held_out_loss}
+        self.watcher.stepped(step, values)
+
+    def _evaluate(self, step: int, seconds: float, stop: Callable[[], bool]) -> None:
+        """Evaluate if it is time and not yet done; given up when `stop` says so."""
+        due = step > 0 and (step % self.config.log.eval_every == 0 or step == self.config.steps)
+        if not due or self._evaluated_step == step:
+            return
+        loss = self.held_out.loss(self.model, stop)
+        if loss is not None:
+            self.held_out_loss, self._evaluated_step = loss, step
+            self.log.write("eval", step, {"loss": loss, "seconds": seconds})
+
+    def _save(self, step: int, seconds: float) -> None:
+        """Finite losses don't vouch for the weights that the update made: look at these too."""
+        finite = [(name, p.isfinite().all()) for name, p in self.model.named_parameters()]
+        if not torch.stack([one for _, one in finite]).all():
+            name = next(name for name, one in finite if not one)
+            raise self._diverged(step, f"{name} holds values that are not finite")
+        snapshot = checkpoint.Snapshot(
+            step=step,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            state=self.state.pack(seconds),
+        )
+        checkpoint.save(self.out, snapshot, keep=self.config.checkpoint.keep)
