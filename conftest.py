@@ -3,6 +3,6 @@
 from importlib.util import find_spec
 
 # PyTorch's builds for CPUs come without Triton, and what is written in it can't even be imported.
-_IN_TRITON = ["src/moefit/formats/triton_*.py", "src/moefit/formats/gpu_kernels.py"]
+_IN_TRITON = ["src/moefit/quant/triton_*.py", "src/moefit/quant/gpu_kernels.py"]
 
 collect_ignore_glob = [] if find_spec("triton") else _IN_TRITON

@@ -6,7 +6,7 @@ Everything else about the package stands in pyproject.toml.
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = "src/moefit/formats/csrc"
+CSRC = "src/moefit/quant/csrc"
 
 
 class BuildKernels(build_ext):
@@ -30,7 +30,7 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "moefit.formats._kernels",
+            "moefit.quant._kernels",
             sources=[
                 f"{CSRC}/{name}.cpp"
                 for name in (

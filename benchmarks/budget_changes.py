@@ -30,8 +30,8 @@ from torch import Tensor
 import moefit
 from moefit.errors import BudgetTooSmallError
 from moefit.host import process_bytes
-from moefit.serve.budget import format_bytes
-from moefit.serve.served import ServedModel
+from moefit.serve.memory.budget import format_bytes
+from moefit.serve.model import ServedModel
 
 Checked = tuple[int, int]
 """A step's token, and the checksum of its logits."""
@@ -86,7 +86,7 @@ def main() -> None:
     with moefit.load(arguments.model, context=arguments.new_tokens + 16) as served:
         next(decode(served, 1, 8, Run()))  # libraries' first use
         run = Run()
-        start = served.budget.everything
+        start = served.budget.all_resident_bytes
         served.set_memory(start)
         outputs = disturbed(served, arguments, run)
         budget = served.budget
@@ -152,9 +152,9 @@ def change(served: ServedModel, arguments: argparse.Namespace, run: Run) -> None
     budget = served.budget
     for number in range(arguments.changes):
         time.sleep(chance.expovariate(1 / arguments.pause))
-        low, high = budget.floor, budget.everything
+        low, high = budget.min_bytes, budget.all_resident_bytes
         if number % 10 == 9:
-            low, high = budget.fixed // 2, budget.floor - 1
+            low, high = budget.fixed // 2, budget.min_bytes - 1
         asked, before = chance.randint(low, high), served.budget
         slots = {name: len(block.slots) for name, block in served.blocks.items()}
         began = time.perf_counter()

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from moefit.formats import compensated
-from moefit.formats.calibrated import CalibratedExpert
-from moefit.formats.format import Weights, parse_format
-from moefit.formats.kernels import LEVELS, kernels
 from moefit.moe.families import Layout
 from moefit.moe.layouts import find_blocks
-from moefit.serve.slots import allocate
+from moefit.quant import gptq
+from moefit.quant.cpu_kernels import LEVELS, kernels
+from moefit.quant.format import Weights, parse_format
+from moefit.quant.gptq import CalibratedExpert
+from moefit.serve.cache.slot import allocate_slot
 
 BEFORE = "before"
 
@@ -87,7 +87,7 @@ def by(way: str) -> Iterator[None]:
     if way == BEFORE:
         yield
         return
-    with mock.patch.object(compensated, "kernels", lambda: kernels(way)):
+    with mock.patch.object(gptq, "kernels", lambda: kernels(way)):
         yield
 
 
@@ -131,7 +131,7 @@ class Expert:
         return CalibratedExpert(self._layout, self._native, self._x_ND, self._count_N)
 
     def _format(self, expert: CalibratedExpert, name: str) -> dict[str, float]:
-        slot = allocate(parse_format(name), self._layout.specs, torch.device("cpu"))
+        slot = allocate_slot(parse_format(name), self._layout.specs, torch.device("cpu"))
         weights: Weights = slot.tensors
         encode, _ = self._timed(lambda: expert.encode(weights))
         judge, loss = self._timed(lambda: expert.relative_error(weights))

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from moefit.serve.eviction import (
+from moefit.serve.cache.eviction import (
     POLICIES,
     Belady,
     CacheCount,

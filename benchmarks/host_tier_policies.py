@@ -22,10 +22,10 @@ import record
 from rich.console import Console
 from rich.table import Table
 
-from moefit.serve import host_table
-from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.host_table import HostTable
-from moefit.serve.residency import Residency
+from moefit.serve.cache import host_cache
+from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.cache.host_cache import HostTable
+from moefit.serve.cache.slot_table import SlotTable
 
 EXPERTS = 32
 SLOTS = (6, 12, 20)
@@ -57,7 +57,7 @@ def misses(sequences: list[np.ndarray], slots: int) -> list[Expert]:
     """What slots that live on from sequence to sequence ask the tier for, in order."""
     layers = range(sequences[0].shape[1])
     policies = [POLICIES[DEFAULT_POLICY]() for _ in layers]
-    tables = [Residency(EXPERTS, slots, policy) for policy in policies]
+    tables = [SlotTable(EXPERTS, slots, policy) for policy in policies]
     asked = []
     for ids_LK in (step for ids_TLK in sequences for step in ids_TLK.tolist()):
         for layer in layers:
@@ -72,7 +72,7 @@ def misses(sequences: list[np.ndarray], slots: int) -> list[Expert]:
 
 
 def shipped(asked: list[Expert], places: int, half_life: float | None = None) -> float:
-    with mock.patch.object(host_table, "HALF_LIFE", half_life or host_table.HALF_LIFE):
+    with mock.patch.object(host_cache, "HALF_LIFE", half_life or host_cache.HALF_LIFE):
         table = HostTable(places)
         for expert in asked:
             lease = table.lease(expert, 1)
@@ -164,7 +164,7 @@ def main() -> None:
             "misses that the tier holds, after a share of all experts; nothing is resident at the "
             "beginning, so the first use of each expert counts as not found. Simulated: no GPU."
         )
-        results = {"half-lives scanned": tuning, "half-life": host_table.HALF_LIFE,
+        results = {"half-lives scanned": tuning, "half-life": host_cache.HALF_LIFE,
                    "compared": testing}  # fmt: skip
         print(record.write("host-tier-policies", results, notes=notes, suffix="gpt-oss-20b"))
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moefit.formats.format import GroupedFormat, parse_format
-from moefit.formats.kernels import Argument, Kernels, Mlp, Weight, kernels, status
-from moefit.formats.matrix import GroupedMatrix
+from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
+from moefit.quant.format import GroupedFormat, parse_format
+from moefit.quant.grouped_int import GroupedMatrix
 
 WIDTH, EXPERT = 2048, 1024  # OLMoE's
 TOP_K = 8
@@ -92,7 +92,7 @@ def ways(compiled: Kernels, name: str, size: int) -> Iterator[tuple[str, Call]]:
     while held < size or len(mlps) % TOP_K:
         w_in = random_matrix(name, 2 * EXPERT, WIDTH)
         w_out = random_matrix(name, WIDTH, EXPERT)
-        mlps.append(Mlp(w_in=w_in, w_out=w_out, activation="silu", gated=True))
+        mlps.append(KernelMlp(w_in=w_in, w_out=w_out, activation="silu", gated=True))
         held += nbytes(w_in) + nbytes(w_out)
 
     def experts() -> int:
@@ -101,9 +101,9 @@ def ways(compiled: Kernels, name: str, size: int) -> Iterator[tuple[str, Call]]:
         return held
 
     yield "experts", experts
-    layers: list[Argument] = []
+    layers: list[KernelMatrix] = []
     while sum(nbytes(layer.weight) for layer in layers) < size:
-        layers.append(Argument(random_matrix(name, ROWS, WIDTH)))
+        layers.append(KernelMatrix(random_matrix(name, ROWS, WIDTH)))
 
     def linear() -> int:
         for layer in layers:

@@ -21,7 +21,7 @@ from typing import Any
 import record
 import torch
 
-from moefit.evaluate.loading import load, locate
+from moefit.evaluate.loading import load_full_model, locate
 
 # Not there in every installation, and untyped for those who check.
 evaluator: Any = importlib.import_module("lm_eval.evaluator")
@@ -74,7 +74,7 @@ def write_task(folder: Path, path: Path, limit: int) -> str:
 
 
 def hf_backend(model: str) -> Any:
-    loaded, tokenizer = load(model, dtype=torch.float32)
+    loaded, tokenizer = load_full_model(model, dtype=torch.float32)
     return huggingface.HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1)
 
 

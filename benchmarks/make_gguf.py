@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from moefit.checkpoint import Checkpoint, Span
+from moefit.checkpoint.safetensors import Checkpoint, Span
 
 gguf: Any = import_module("gguf")  # checks alike whether the extra is installed or not
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from moefit.serve.budget import format_bytes
+from moefit.serve.memory.budget import format_bytes
 
 SPARE = 1.03  # cap over budget
 

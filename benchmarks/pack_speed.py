@@ -31,15 +31,15 @@ from rivals import drop_page_cache
 
 import moefit
 from moefit.api import folder_of
-from moefit.evaluate.bandwidth import measure_bandwidth
+from moefit.evaluate.speed import measure_bandwidth
 from moefit.folders import cache_root
-from moefit.formats.encoders import Encoder, encode_into
-from moefit.formats.format import GroupedFormat, is_matrix, parse_format
-from moefit.formats.kernels import status
-from moefit.formats.matrix import GroupedMatrix
-from moefit.serve.packing import pack
-from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.store import ExpertStore
+from moefit.quant.cpu_kernels import status
+from moefit.quant.encode import Encoder, encode_into
+from moefit.quant.format import GroupedFormat, is_matrix, parse_format
+from moefit.quant.grouped_int import GroupedMatrix
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.packed.build import pack
 
 ENCODERS: tuple[Encoder, ...] = ("fitted", "nearest")
 WRITTEN = 256 << 20  # bytes, to measure the disk by
@@ -53,7 +53,7 @@ def main() -> None:
         print(json.dumps(start(arguments)))
         return
     folder, names = folder_of(arguments.folder), arguments.formats.split(",")
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     results: dict[str, Any] = {"kernels": status()}
     results["encoding"] = encoding(skeleton, names)
     root = cache_root()
@@ -108,7 +108,7 @@ def encoding(skeleton: Skeleton, names: list[str]) -> dict[str, dict[str, float]
         rates[name] = {}
         for encoder in ENCODERS:
             rates[name][encoder] = rate(matrices, format.bits, encoder)
-            with mock.patch("moefit.formats.encoders.kernels", lambda: None):
+            with mock.patch("moefit.quant.encode.kernels", lambda: None):
                 rates[name][f"{encoder}, torch"] = rate(matrices, format.bits, encoder)
     return rates
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import record
 import yaml
 
-from moefit.train.log import read_log
+from moefit.train.run_folder import read_log
 
 ROUTERS = ("mlp_h_e", "mlp_h_e_given_x", "mlp_active", "mlp_dead")
 

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.loading import load
+from moefit.evaluate.loading import load_full_model
 from moefit.evaluate.perplexity import Score, Text, score
 from moefit.evaluate.report import score_table
 from moefit.moe.routing import Rule
 from moefit.train.config import make_config
-from moefit.train.log import read_log
-from moefit.train.tokens import PreparedData, prepare
+from moefit.train.data.tokens import PreparedData, prepare
+from moefit.train.run_folder import read_log
 
 KS = (8, 6, 4, 3, 2)
 EPSILONS = (0.25, 0.48, 0.6, 0.75, 1.0)
@@ -73,7 +73,7 @@ def main() -> None:
 def one_run(out: Path, max_tokens: int | None) -> dict:
     config = make_config(yaml.safe_load((out / "config.yaml").read_text()))
     data = prepare(config.data, seq_len=config.seq_len)
-    model, _ = load(str(out))
+    model, _ = load_full_model(str(out))
     assert isinstance(model, DsMoeForCausalLM)
     trained = [r for r in read_log(out) if r["kind"] == "train"][-1]
     bf16 = bool(torch.cpu._is_amx_tile_supported())

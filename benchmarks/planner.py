@@ -41,24 +41,30 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from moefit.api import folder_of
+from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.formats.format import parse_format
-from moefit.plan.calibration import windows_of
 from moefit.plan.configuration import Configuration, uniform
-from moefit.plan.experiments import FORMATS, Shapes, by_loudness
+from moefit.plan.experiments import FORMATS, Shapes, by_output_energy
 from moefit.plan.fitting import rank_correlation
-from moefit.plan.options import placement_bytes
+from moefit.plan.measure import MeasuredModel, fill
+from moefit.plan.plan_file import DEFAULT_LOSS
 from moefit.plan.planner import Planner
 from moefit.plan.profiler import Profiler
-from moefit.plan.promise import DEFAULT_LOSS
-from moefit.plan.reference import Reference, make_reference
-from moefit.plan.running import Subject, fill
-from moefit.plan.samples import Sample, Steps, measure_steps, measure_wide
-from moefit.serve.baselines import fix_residents
-from moefit.serve.packing import pack
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.served import ServedModel
-from moefit.serve.skeleton import build
+from moefit.plan.reference import (
+    Reference,
+    Sample,
+    Steps,
+    make_reference,
+    measure_steps,
+    measure_wide,
+    windows_of,
+)
+from moefit.plan.search import placement_bytes
+from moefit.quant.format import parse_format
+from moefit.serve.config import BlockPlacement
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.build import pack
 
 SHARES = (0.33, 0.25, 0.19, 0.14)
 PACKED = ("int8", "int6", "int5", "int4", "int3", "int2")
@@ -111,13 +117,13 @@ class Study:
 
     def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.subject = Subject(folder=folder_of(model), dtype=torch.bfloat16, rule=rule)
+        self.subject = MeasuredModel(folder=folder_of(model), dtype=torch.bfloat16, rule=rule)
         tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
         cut = (tokenizer, arguments.context, arguments.tokens)
         text = held_out_text(*cut) if arguments.text is None else text_of_file(arguments.text, *cut)
         windows_BT = windows_of(text)
         self.calibration_BT, held_BT = windows_BT[::2], windows_BT[1::2]
-        skeleton = build(self.subject.folder, torch.bfloat16)
+        skeleton = build_skeleton(self.subject.folder, torch.bfloat16)
         pack(skeleton, [parse_format(name) for name in PACKED])
         began = time.perf_counter()
         self.profile = Profiler(
@@ -126,7 +132,7 @@ class Study:
         profiled = time.perf_counter()
         self.planner = Planner(skeleton, self.profile, context=arguments.context)
         fitted = time.perf_counter()
-        self.planner.plan(self.planner.rooms.everything)
+        self.planner.plan(self.planner.slot_budgets.all_resident_bytes)
         self.times = {
             "profile_seconds": profiled - began,
             "fit_seconds": fitted - profiled,
@@ -177,7 +183,7 @@ class Study:
                     name: [generator.random() ** 2 for _ in range(shape.num_experts)]
                     for name, shape in self.shapes.items()
                 }
-                yield replace(by_loudness(self.shapes, uneven, bits), rest=rest)
+                yield replace(by_output_energy(self.shapes, uneven, bits), rest=rest)
                 continue
             slots = {
                 name: shape.num_experts
@@ -221,13 +227,13 @@ class Study:
         """What may be done with so many bytes, ours last."""
         room = self._bytes(share)
         experts = self.profile_experts
-        seated = [f for f in FORMATS if self._all_in(f) <= room]
+        fully_resident = [f for f in FORMATS if self._all_in(f) <= room]
         yield from self._few(room)
-        if seated:
-            yield Rule(name="one format for all", configuration=uniform(experts, seated[0]))
+        if fully_resident:
+            yield Rule(name="one format for all", configuration=uniform(experts, fully_resident[0]))
         if self._all_in(FORMATS[-1]) <= room:
             bits = 8 * room / sum(one.weights * one.num_experts for one in self.shapes.values())
-            known = self.planner.knowledge.blocks
+            known = self.planner.features.blocks
             generator = random.Random(0)
             for name, shares in {
                 "formats at random": {
@@ -236,10 +242,10 @@ class Study:
                 },
                 "formats by frequency": {block: one.mass_E for block, one in known.items()},
                 "formats by loudness (auto)": {
-                    block: one.loudness_E for block, one in known.items()
+                    block: one.output_energy_E for block, one in known.items()
                 },
             }.items():
-                yield Rule(name=name, configuration=by_loudness(self.shapes, shares, bits))
+                yield Rule(name=name, configuration=by_output_energy(self.shapes, shares, bits))
         if still := self.planner.front_of_slots(room, fetching=False):
             best = min(still, key=lambda one: one.loss)
             yield Rule(name="planned", configuration=best.configuration)

@@ -26,9 +26,9 @@ from rich.progress import track
 from rich.table import Table
 from subject import Subject, as_text, summarised
 
+from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.stepwise import score_steps
-from moefit.serve.baselines import fix_residents
-from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.cache.manager import VirtualExpertManager
 
 Settings = dict[str, Any]
 
@@ -154,7 +154,7 @@ def measured(subject: Subject, share: float, settings: Settings) -> dict[str, An
     context = len(ids_T) if fixed else subject.context
     with subject.load(context=context, **settings) as served:
         budget = served.budget
-        experts = budget.everything - budget.fixed
+        experts = budget.all_resident_bytes - budget.fixed
         served.set_memory(budget.fixed + round(share * experts))
         if fixed:
             fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)

@@ -33,16 +33,16 @@ from rich.table import Table
 from subject import Subject, as_text, summarised
 from torch import Tensor
 
+from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps
-from moefit.formats.format import parse_format, weights_in
-from moefit.model_folder import read_tokenizer
-from moefit.plan.calibration import digest_of, windows_of
-from moefit.serve.baselines import fix_residents
-from moefit.serve.calibration import Calibration
-from moefit.serve.packing import pack
-from moefit.serve.served import ServedModel
-from moefit.serve.skeleton import build
+from moefit.plan.reference import digest_of, windows_of
+from moefit.quant.format import parse_format, weights_in
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.build import pack
+from moefit.serve.packed.calibrate import CalibrationText
 
 BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
 WAYS = ("fitted", "nearest", "auto", "virtual", "pruned", "calibrated", "calibrated-auto")
@@ -104,8 +104,10 @@ def pack_by(subject: Subject, text: Path) -> None:
     windows_BT = windows_of(
         text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
-    what = Calibration(text=text.name, digest=digest_of(windows_BT), windows_BT=windows_BT[:, :-1])
-    skeleton = build(subject.folder, torch.bfloat16)
+    what = CalibrationText(
+        text=text.name, digest=digest_of(windows_BT), windows_BT=windows_BT[:, :-1]
+    )
+    skeleton = build_skeleton(subject.folder, torch.bfloat16)
     made = pack(skeleton, [parse_format(name) for name in UNIFORM], calibration=what)
     print(f"packed by {text.name} in {made.seconds:.0f} s")
 

@@ -25,10 +25,10 @@ from rich.table import Table
 from subject import Subject, as_text, summarised
 
 from moefit.evaluate.stepwise import score_steps
-from moefit.formats.format import parse_format, weights_in
-from moefit.serve.packing import pack
-from moefit.serve.served import ServedModel
-from moefit.serve.skeleton import build
+from moefit.quant.format import parse_format, weights_in
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.build import pack
 
 PLENTY = "64GiB"
 Point = dict[str, Any]
@@ -60,7 +60,7 @@ def main() -> None:
                 pack_by(subject, arguments.calibration)
             else:
                 formats = [parse_format(one) for one in UNIFORM]
-                pack(build(subject.folder, torch.bfloat16), formats)
+                pack(build_skeleton(subject.folder, torch.bfloat16), formats)
             results[name] = [
                 measured(subject, full, arguments.bits, *one) for one in track(wanted, name)
             ]

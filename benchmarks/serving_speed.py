@@ -36,11 +36,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import moefit
-from moefit.evaluate.bandwidth import measure_bandwidth
-from moefit.evaluate.speed import measure_speed
+from moefit.evaluate.speed import measure_bandwidth, measure_speed
 from moefit.folders import cache_root
-from moefit.serve.budget import format_bytes, parse_bytes
-from moefit.serve.served import ServedModel
+from moefit.serve.memory.budget import format_bytes, parse_bytes
+from moefit.serve.model import ServedModel
 
 POLICIES: dict[str, dict[str, Any]] = {
     "all": {"mode": "exact", "memory": None},

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.loading import load, reference_path
+from moefit.evaluate.loading import load_full_model, reference_path
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Score, score
 from moefit.evaluate.report import score_table
@@ -39,7 +39,7 @@ SCORED_TOKENS = 32_768
 
 def main() -> None:
     first, second, *twin = map(Path, sys.argv[1:])
-    model, tokenizer = load(str(second), dtype=torch.bfloat16)
+    model, tokenizer = load_full_model(str(second), dtype=torch.bfloat16)
     assert isinstance(model, DsMoeForCausalLM)
     model.set_inference_rule("threshold:0.7")
     place = reference_path()
@@ -67,7 +67,7 @@ def _beside(run: Path, place: Path, prefix: str, places: dict[str, str]) -> None
 
 def measured(model: str, *rules: str) -> list[Score]:
     """Scores on a spread of the held-out standard library, in the dtype that it is stored in."""
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_full_model(model)
     assert isinstance(loaded, DsMoeForCausalLM)
     text = held_out_text(tokenizer, 256, SCORED_TOKENS)
     scores = score(loaded, text, [Rule.parse(rule) for rule in rules])

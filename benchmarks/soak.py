@@ -29,8 +29,8 @@ import record
 import torch
 
 from moefit.api import folder_of
-from moefit.evaluate.loading import load
-from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.evaluate.loading import load_full_model
+from moefit.serve.memory.budget import format_bytes, parse_bytes
 
 PORT = 8733
 PROMPTS = (
@@ -90,7 +90,7 @@ def main() -> None:
 
 def own_answers(model: str, dtype: str) -> dict[tuple[str, int], str]:
     """Each prompt's greedy continuation by the model itself."""
-    loaded, tokenizer = load(model, dtype=getattr(torch, dtype))
+    loaded, tokenizer = load_full_model(model, dtype=getattr(torch, dtype))
     answers = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -18,7 +18,7 @@ from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text
 from moefit.evaluate.stepwise import StepScore
 from moefit.moe.routing import Rule
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 
 
 class Subject:

@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.dense_experts import DENSE_EXPERTS, register_dense_experts
+from moefit.dsmoe.losses import RouterLossWeights
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.objective import RouterLossWeights
-from moefit.dsmoe.stock import DENSE_EXPERTS, register_dense_experts
 from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import make_optimizer
 from moefit.train.step import Stepper, make_losses

@@ -23,10 +23,9 @@ from record import write
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.formats.gpu_kernels import TritonKernels
-from moefit.formats.kernels import Mlp
-from moefit.formats.matrix import GroupedMatrix, bits_per_weight
-from moefit.formats.planes import PLANES
+from moefit.quant.cpu_kernels import KernelMlp
+from moefit.quant.gpu_kernels import TritonKernels
+from moefit.quant.grouped_int import PLANES, GroupedMatrix, bits_per_weight
 
 RUN = TritonKernels()
 TOKENS = 1, 4, 16, 128, 512
@@ -107,12 +106,12 @@ class Block:
         choice = cycle(formats)
         self.mlps = [self._mlp(next(choice), settings) for _ in range(settings.experts)]
 
-    def _mlp(self, bits: int, settings: argparse.Namespace) -> Mlp:
+    def _mlp(self, bits: int, settings: argparse.Namespace) -> KernelMlp:
         w_in = random_matrix(2 * settings.inner, settings.width, bits, self._device)
         w_out = random_matrix(settings.width, settings.inner, bits, self._device)
-        return Mlp(w_in=w_in, w_out=w_out, activation="silu", gated=True)
+        return KernelMlp(w_in=w_in, w_out=w_out, activation="silu", gated=True)
 
-    def steps(self, tokens: int, number: int) -> Iterator[tuple[list[Mlp], list[Tensor]]]:
+    def steps(self, tokens: int, number: int) -> Iterator[tuple[list[KernelMlp], list[Tensor]]]:
         """Chosen experts with the tokens of each."""
         for _ in range(number):
             ids_TK = torch.rand(tokens, len(self.mlps)).argsort(-1)[:, : self._k]
@@ -137,19 +136,19 @@ class Block:
         }
 
 
-def _by_torch(x_TD: Tensor, mlps: Sequence[Mlp], rows: Sequence[Tensor]) -> None:
+def _by_torch(x_TD: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[Tensor]) -> None:
     for mlp, rows_R in zip(mlps, rows, strict=True):
         assert isinstance(mlp.w_in, GroupedMatrix) and isinstance(mlp.w_out, GroupedMatrix)
         gate_RF, up_RF = F.linear(x_TD[rows_R], mlp.w_in.dense(x_TD.dtype)).chunk(2, -1)
         F.linear(F.silu(gate_RF) * up_RF, mlp.w_out.dense(x_TD.dtype))
 
 
-def _bytes(mlp: Mlp) -> float:
+def _bytes(mlp: KernelMlp) -> float:
     parts = [one for one in (mlp.w_in, mlp.w_out) if isinstance(one, GroupedMatrix)]
     return sum(one.codes_RB.nbytes + one.meta_RMG.nbytes for one in parts)
 
 
-def _flops(mlp: Mlp, rows_R: Tensor) -> float:
+def _flops(mlp: KernelMlp, rows_R: Tensor) -> float:
     into, out = mlp.argument.w_in, mlp.argument.w_out
     return 2 * len(rows_R) * (into.rows * into.cols + out.rows * out.cols)
 

@@ -13,7 +13,7 @@ from moefit.errors import CheckpointError
 from moefit.evaluate.loading import reference_path
 from moefit.evaluate.perplexity import Score
 from moefit.evaluate.stepwise import StepScore
-from moefit.train.run import TrainResult
+from moefit.train.loop import TrainResult
 
 
 def made_up(rule, share, perplexity):

@@ -10,8 +10,8 @@ import torch
 
 from moefit import host
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve.budget import BlockNeeds, MemoryBudget
-from moefit.serve.ledger import heed_system
+from moefit.serve.memory.budget import BlockNeeds, MemoryBudget
+from moefit.serve.memory.estimate import heed_system
 
 GIB = 1 << 30
 MEMINFO = (
@@ -157,7 +157,7 @@ def test_a_real_group_is_seen() -> None:
 def ledger(total: int | None) -> MemoryBudget:
     """Two blocks of four experts of a GiB beside 2 GiB: a floor of 4, and 10 with all experts."""
     blocks = tuple(
-        BlockNeeds(name=name, num_experts=4, slot_bytes=GIB, fewest=1) for name in ("a", "b")
+        BlockNeeds(name=name, num_experts=4, slot_bytes=GIB, min_slots=1) for name in ("a", "b")
     )
     return MemoryBudget(
         total=total, process=GIB, weights=GIB, kv_cache=0, workspace=0, staging=0, blocks=blocks
@@ -173,7 +173,7 @@ def limited(monkeypatch: pytest.MonkeyPatch):
         for name, value in (("tightest_limit", one), ("total_bytes", most),
                             ("available_bytes", free), ("swap_bytes", swap),
                             ("process_bytes", 0)):  # fmt: skip
-            monkeypatch.setattr(f"moefit.serve.ledger.{name}", lambda value=value: value)
+            monkeypatch.setattr(f"moefit.serve.memory.estimate.{name}", lambda value=value: value)
 
     return limit
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from moefit.dsmoe.card import model_card
-from moefit.evaluate.loading import REFERENCE, load, reference_path
+from moefit.evaluate.loading import REFERENCE, load_full_model, reference_path
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import score
 from moefit.moe.routing import Rule
@@ -15,7 +15,7 @@ from moefit.train.config import make_config
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(REFERENCE)
+    return load_full_model(REFERENCE)
 
 
 def test_its_size(loaded):

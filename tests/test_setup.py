@@ -34,7 +34,7 @@ def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path: Path) -> Non
 
 USED = """
 import sys, torch
-from moefit.formats import kernels as module
+from moefit.quant import cpu_kernels as module
 module.__file__ = sys.argv[1]
 made = module.kernels()
 assert made is not None and made.level == module.status(), module.status()

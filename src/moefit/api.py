@@ -11,15 +11,14 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from moefit.checkpoint.hub import download
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import locate
-from moefit.hub import download
-from moefit.serve.loading import Progress
-from moefit.serve.loading import load as load_folder
-from moefit.serve.policy import Mode, Policy
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import refuse_unservable
+from moefit.serve.config import LoadSettings, Mode, Policy
+from moefit.serve.hf.skeleton import refuse_unservable
+from moefit.serve.load import Progress
+from moefit.serve.load import load_model as load_folder
+from moefit.serve.model import ServedModel
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,7 +47,7 @@ def load(
     `set_memory`, `set_mode`, `report` and `close`.
 
     Raises BudgetTooSmallError, naming the floor; CheckpointError, UnsupportedModelError and
-    ConfigError as in `moefit.serve.loading.load`.
+    ConfigError as in `moefit.serve.load.load_model`.
     """
     known = {field.name for field in fields(LoadSettings)}
     changes = {field.name for field in fields(Policy)}

@@ -17,21 +17,20 @@ from moefit import demo_serving
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError
-from moefit.evaluate.loading import REFERENCE, load, locate
+from moefit.evaluate.loading import REFERENCE, load_full_model, locate
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Score, score
 from moefit.evaluate.report import score_table
 from moefit.moe.routing import Rule, default_rules
-from moefit.train.batches import Batches
-from moefit.train.build import build_model, loss_weights, use_bf16
 from moefit.train.config import TrainConfig, make_config
-from moefit.train.display import display
+from moefit.train.data.batches import Batches
+from moefit.train.data.tokenizer import vocabulary_size
+from moefit.train.data.tokens import prepare
+from moefit.train.display import Watcher, display
 from moefit.train.loop import train
+from moefit.train.model import build_model, loss_weights, use_bf16
 from moefit.train.schedule import make_optimizer
 from moefit.train.step import Stepper, make_losses
-from moefit.train.tokenizer import vocabulary_size
-from moefit.train.tokens import prepare
-from moefit.train.watcher import Watcher
 
 EVAL_TOKENS = 16_384
 PROMPT = "def read_config(path):\n"
@@ -169,7 +168,7 @@ def _steps_in(config: TrainConfig, seconds: int, watcher: Watcher) -> int:
 
 
 def _scores(model: str) -> list[Score]:
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_full_model(model)
     assert isinstance(loaded, DsMoeForCausalLM)
     text = held_out_text(tokenizer, context=256, max_tokens=EVAL_TOKENS)
     return score(loaded, text, default_rules(loaded.config.num_experts))
@@ -177,7 +176,7 @@ def _scores(model: str) -> list[Score]:
 
 def _answer() -> dict[str, Any]:
     """A sampled continuation by the shipped model with few experts, and what share that is."""
-    loaded, tokenizer = load(REFERENCE)
+    loaded, tokenizer = load_full_model(REFERENCE)
     assert isinstance(loaded, DsMoeForCausalLM)
     loaded.set_inference_rule(ANSWER_RULE)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)

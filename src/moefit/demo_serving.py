@@ -21,9 +21,9 @@ from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Text
 from moefit.evaluate.report import step_table
 from moefit.evaluate.stepwise import Progress, StepScore, score_steps
-from moefit.serve.budget import format_bytes
-from moefit.serve.policy import Mode
-from moefit.serve.served import ServedModel
+from moefit.serve.config import Mode
+from moefit.serve.memory.budget import format_bytes
+from moefit.serve.model import ServedModel
 
 RULE = "top_k:4"
 SHARES = {"1/2": 1 / 2, "1/3": 1 / 3}

@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from tiny_served import logits, saved, tiny, tokens
 from typer.testing import CliRunner
 
-from moefit import checkpoint_config
-from moefit.checkpoint import INDEX, SINGLE, Checkpoint
+from moefit.checkpoint import config
+from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
-from moefit.evaluate.loading import load as load_plainly
-from moefit.model_folder import read_tokenizer
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-from moefit.train.tokenizer import train_bpe
+from moefit.evaluate.loading import load_full_model as load_plainly
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.load import load_model
+from moefit.train.data.tokenizer import train_bpe
 
 DELETED = "(deleted)"  # a plain text: parameters of tests are named alike in every process
 
@@ -91,7 +91,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str | None]] = [
 def everywhere(folder: Path, words: str | None) -> None:
     """Serving, describing and plain loading each raise an error of ours."""
     ways: list[Callable[[], Any]] = [
-        lambda: load(folder, LoadSettings()).close(),
+        lambda: load_model(folder, LoadSettings()).close(),
         lambda: load_plainly(str(folder)),
     ]
     for way in ways:
@@ -194,15 +194,15 @@ def test_links_as_the_hubs_cache_has_them(folder: Path) -> None:
         file.rename(blobs / file.name)
         file.symlink_to(os.path.relpath(blobs / file.name, folder))
     write_index(folder, SINGLE)
-    load(folder, LoadSettings()).close()
+    load_model(folder, LoadSettings()).close()
 
 
 @pytest.mark.parametrize("values", ["flash_attention_2", "somebody/kernel", 7, {"": "x"}])
 def test_the_file_chooses_no_kernels(folder: Path, values: object) -> None:
     keys = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
     change(folder, **dict.fromkeys(keys, values), experts_implementation=values, use_kernels=True)
-    assert build(folder).model.config._attn_implementation in ("sdpa", "eager")
-    with load(folder, LoadSettings()) as served:
+    assert build_skeleton(folder).model.config._attn_implementation in ("sdpa", "eager")
+    with load_model(folder, LoadSettings()) as served:
         expected = tiny("Olmoe", vocab_size=300)(tokens(1, 5)).logits
         torch.testing.assert_close(served.model(tokens(1, 5)).logits, expected)
     assert load_plainly(str(folder))[0].config._attn_implementation in ("sdpa", "eager")
@@ -234,11 +234,11 @@ def test_custom_code_is_never_run_and_never_asked_about(
     monkeypatch.setattr("builtins.input", refuse_to_ask)
     with_own_code(folder, model_type="of_our_own", architectures=["OfOurOwn"])
     with pytest.raises(UnsupportedModelError, match=r"'of_our_own' model, .*never run"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
     with pytest.raises(UnsupportedModelError, match="never run"):
         load_plainly(str(folder))
     with_own_code(folder, model_type="olmoe", architectures=["OlmoeForCausalLM"])
-    load(folder, LoadSettings()).close()
+    load_model(folder, LoadSettings()).close()
     load_plainly(str(folder))
     read_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
@@ -253,7 +253,7 @@ def test_kimi_k2_is_deepseek_v3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("builtins.input", refuse_to_ask)
     model = tiny("DeepseekV3")
     folder = with_own_code(saved(model, tmp_path), model_type="kimi_k2")
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         assert type(served.model) is type(model)
         ids_BT = tokens(2, 9)
         torch.testing.assert_close(logits(served.model, ids_BT), logits(model, ids_BT))
@@ -285,7 +285,7 @@ def of_expert(name: str) -> bool:
 def test_the_right_bytes_in_another_shape(folder: Path, change_one: Any) -> None:
     rewritten(folder, change_one)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=r"shape|becomes|be made of"):
-        build(folder)
+        build_skeleton(folder)
 
 
 def write_header(path: Path, header: bytes) -> None:
@@ -293,12 +293,12 @@ def write_header(path: Path, header: bytes) -> None:
 
 
 def test_a_header_of_too_many_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefit.checkpoint._MAX_TENSORS", 500)
+    monkeypatch.setattr("moefit.checkpoint.safetensors._MAX_TENSORS", 500)
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     names = [f"t{number}" for number in range(600)]
     write_header(folder / SINGLE, json.dumps(dict.fromkeys(names, entry)).encode())
     with pytest.raises(CheckpointError, match="600 tensors, which no known model has"):
-        build(folder)
+        build_skeleton(folder)
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_a_header_of_too_many_tensors(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_a_hostile_header(folder: Path, header: object) -> None:
     write_header(folder / SINGLE, json.dumps(header).encode())
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged") as caught:
-        build(folder)
+        build_skeleton(folder)
     assert "\x1b" not in str(caught.value)
 
 
 def test_a_git_lfs_pointer(folder: Path) -> None:
     (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(CheckpointError, match=r"Git LFS pointer .* run `git lfs pull`"):
-        build(folder)
+        build_skeleton(folder)
 
 
 VALUES = [
@@ -348,7 +348,7 @@ def mutated(values: Any, rng: random.Random) -> Any:
 
 def try_to_serve(folder: Path) -> None:
     try:
-        load(folder, LoadSettings()).close()
+        load_model(folder, LoadSettings()).close()
     except MoefitError as error:
         assert "\x1b" not in str(error)
         assert len(str(error)) < 2000
@@ -374,15 +374,15 @@ def test_fuzzed_headers_lead_to_our_errors_alone(folder: Path, seed: int) -> Non
         changed = struct.pack("<Q", len(text)) + text + content[8 + length :]
         (folder / SINGLE).write_bytes(changed)
         try:
-            build(folder)
+            build_skeleton(folder)
         except MoefitError as error:
             assert "\x1b" not in str(error)
 
 
 def test_absurd_counts_are_compared_and_sound_ones_pass(folder: Path) -> None:
     with Checkpoint(folder) as files:
-        checkpoint_config.refuse_absurd_counts({"num_hidden_layers": 61, "n_experts": 8}, files)
+        config.refuse_absurd_counts({"num_hidden_layers": 61, "n_experts": 8}, files)
         for key in ("num_hidden_layers", "n_layer", "n_routed_experts", "depth"):
             nested = {"text_config": {key: 10**7}}
             with pytest.raises(CheckpointError, match=f"text_config.{key}=10000000"):
-                checkpoint_config.refuse_absurd_counts(nested, files)
+                config.refuse_absurd_counts(nested, files)

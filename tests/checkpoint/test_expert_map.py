@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_served import FAMILIES, Disk, reading_through, saved, tiny
 
-from moefit.checkpoint import SINGLE, Span
+from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint
+from moefit.checkpoint.safetensors import SINGLE, Span
+from moefit.checkpoint.sources import ByteRange, Conversion
 from moefit.errors import CheckpointError
-from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-from moefit.serve.sources import Piece, Recipe
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import memory_budget
 
 
 def map_of(folder: Path, dtype: torch.dtype | None = None) -> CheckpointMap:
-    return build(folder, dtype).map
+    return build_skeleton(folder, dtype).map
 
 
-def parts_of(found: CheckpointMap) -> list[Piece | Recipe]:
+def parts_of(found: CheckpointMap) -> list[ByteRange | Conversion]:
     return [part for one in found.experts.values() for source in one for part in source.parts]
 
 
@@ -32,8 +32,8 @@ def ranges(spans: list[Span]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family: str) -> None:
-    skeleton = build(saved(tiny(family), tmp_path))
-    pieces = [part for part in parts_of(skeleton.map) if isinstance(part, Piece)]
+    skeleton = build_skeleton(saved(tiny(family), tmp_path))
+    pieces = [part for part in parts_of(skeleton.map) if isinstance(part, ByteRange)]
     assert pieces == parts_of(skeleton.map), "all can be read straight into place"
     spans = skeleton.checkpoint.spans
     found = ranges([piece.span for piece in pieces] + [spans[name] for name in skeleton.map.rest])
@@ -44,7 +44,7 @@ def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_expert_is_as_large_as_its_block_says(tmp_path: Path, family: str) -> None:
-    skeleton = build(saved(tiny(family), tmp_path))
+    skeleton = build_skeleton(saved(tiny(family), tmp_path))
     assert list(skeleton.map.experts) == [block.name for block in skeleton.blocks]
     for block in skeleton.blocks:
         sources = skeleton.map.experts[block.name]
@@ -54,9 +54,9 @@ def test_an_expert_is_as_large_as_its_block_says(tmp_path: Path, family: str) ->
 def test_what_has_another_dtype_needs_a_recipe(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
     half = parts_of(map_of(folder, torch.bfloat16))
-    assert half and all(isinstance(part, Recipe) for part in half)
-    assert sum(part.nbytes for part in half if isinstance(part, Recipe)) == sum(
-        part.span.nbytes for part in parts_of(map_of(folder)) if isinstance(part, Piece)
+    assert half and all(isinstance(part, Conversion) for part in half)
+    assert sum(part.nbytes for part in half if isinstance(part, Conversion)) == sum(
+        part.span.nbytes for part in parts_of(map_of(folder)) if isinstance(part, ByteRange)
     )
 
 
@@ -86,7 +86,7 @@ def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
 def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     with reading_through(Disk()) as disk:
-        skeleton = build(tmp_path)
+        skeleton = build_skeleton(tmp_path)
         again = map_checkpoint(skeleton.model, skeleton.checkpoint, skeleton.blocks)
     assert disk.calls == 0
     assert again == skeleton.map
@@ -95,17 +95,20 @@ def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layer", ["model.layers.2", "mtp.layers.0"])
 def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
-    before, tensors = build(folder), load_file(folder / SINGLE)
+    before, tensors = build_skeleton(folder), load_file(folder / SINGLE)
     more = {
         f"{layer}.{name.removeprefix('model.layers.1.')}": tensor.clone()
         for name, tensor in tensors.items()
         if name.startswith("model.layers.1.")
     }
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
-    after = build(folder)
+    after = build_skeleton(folder)
     assert after.map.rest == before.map.rest
     assert after.map.experts.keys() == before.map.experts.keys()
     assert set(after.map.left_out) == more.keys() and not before.map.left_out
     group = "mtp" if layer.startswith("mtp") else layer
     assert after.left_out() == {group: (len(more), sum(one.nbytes for one in more.values()))}
-    assert ledger(after, LoadSettings()).weights == ledger(before, LoadSettings()).weights
+    assert (
+        memory_budget(after, LoadSettings()).weights
+        == memory_budget(before, LoadSettings()).weights
+    )

@@ -15,12 +15,12 @@ from tiny_served import saved, tiny, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moefit import api
-from moefit.checkpoint import INDEX, SINGLE
+from moefit.checkpoint.hub import download
+from moefit.checkpoint.safetensors import INDEX, SINGLE
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError
-from moefit.hub import download
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import refuse_unservable
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import refuse_unservable
+from moefit.serve.load import load_model
 
 NAME, COMMIT = "maker/model", "a" * 40
 
@@ -136,7 +136,7 @@ def test_configuration_first_and_then_the_shards_of_the_index(folder: Path, tmp_
     first = len(fetched) - len(shards)
     assert set(fetched[first:]) == shards
     assert set(fetched[:first]) == {"config.json", "generation_config.json", INDEX}
-    with load(found, LoadSettings()) as served:
+    with load_model(found, LoadSettings()) as served:
         assert served.model(tokens(1, 3)).logits.isfinite().all()
 
 

@@ -10,14 +10,14 @@ from tiny_served import saved, tiny, tokens
 from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
-from moefit.checkpoint import SINGLE
+from moefit.checkpoint.model_folder import read_tokenizer, refuse_without_tokenizer
+from moefit.checkpoint.safetensors import SINGLE
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
-from moefit.evaluate.loading import load as load_whole
+from moefit.evaluate.loading import load_full_model as load_whole
 from moefit.evaluate.loading import locate, reference_path
-from moefit.model_folder import read_tokenizer, refuse_without_tokenizer
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -45,7 +45,7 @@ def test_a_folder_without_tokenizer_files(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer .*tokenizer.json.*token ids"):
         read_tokenizer(folder)
     commands_refuse(folder, "has no tokenizer")
-    with load(folder, LoadSettings()) as served:  # a program may give token ids
+    with load_model(folder, LoadSettings()) as served:  # a program may give token ids
         served.generate(tokens(1, 4), max_new_tokens=2)
         with pytest.raises(ConfigError, match="has no tokenizer"):
             _ = served.tokenizer
@@ -74,7 +74,7 @@ def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
 
 def test_an_adapter_beside_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    for enter in (lambda: load(folder, LoadSettings()), lambda: load_whole(str(folder))):
+    for enter in (lambda: load_model(folder, LoadSettings()), lambda: load_whole(str(folder))):
         with pytest.raises(UnsupportedModelError, match=r"beside its model.*merge_and_unload.*out"):
             enter()
 
@@ -96,7 +96,7 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
 def test_weights_of_another_kind(folder: Path, name: str, words: str) -> None:
     (folder / SINGLE).rename(folder / name)
     with pytest.raises(CheckpointError, match=rf"{name}.*{words}"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
     (folder / "config.json").unlink()
     for given in (folder, folder / name):
         with pytest.raises(CheckpointError, match=rf"no model folder.*{name}.*{words}"):

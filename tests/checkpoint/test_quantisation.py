@@ -12,13 +12,13 @@ from tiny_served import FAMILIES, saved, tiny
 from torch import Tensor
 from typer.testing import CliRunner
 
-from moefit.checkpoint import SINGLE
+from moefit.checkpoint.quantisation import refuse_declared, sign_of
+from moefit.checkpoint.safetensors import SINGLE
 from moefit.cli import app
 from moefit.errors import UnsupportedModelError
-from moefit.evaluate.loading import load as load_whole
+from moefit.evaluate.loading import load_full_model as load_whole
 from moefit.evaluate.loading import reference_path
-from moefit.quantisation import refuse_declared, sign_of
-from moefit.serve.skeleton import build
+from moefit.serve.hf.skeleton import build_skeleton
 
 EXPERT = "experts.0.up_proj.weight"
 # What each kind writes in place of, or beside, a weight.
@@ -67,7 +67,7 @@ def test_what_the_configuration_declares(folder: Path, path: tuple[str, ...]) ->
     refuse_declared(folder)
     declare(folder, *path, quantization_config={"quant_method": "fp8"})
     where = ".".join([*path, "quantization_config"])
-    for enter in (build, lambda folder: load_whole(str(folder))):
+    for enter in (build_skeleton, lambda folder: load_whole(str(folder))):
         with pytest.raises(UnsupportedModelError, match=rf"fp8: 8-bit.*{where}.*dequantize=True"):
             enter(folder)
 
@@ -77,10 +77,10 @@ def test_what_modelopt_declares_in_a_file_of_its_own(folder: Path) -> None:
     file.write_text(
         json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
     )
-    build(folder)  # a quantised cache leaves the weights as they are
+    build_skeleton(folder)  # a quantised cache leaves the weights as they are
     file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     with pytest.raises(UnsupportedModelError, match=r"modelopt, NVFP4.*hf_quant_config.json"):
-        build(folder)
+        build_skeleton(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
@@ -91,7 +91,7 @@ def test_bytes_for_a_floating_point_parameter(folder: Path, dtype: torch.dtype, 
     name = next(name for name in tensors if name.endswith(part))
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    for enter in (build, lambda folder: load_whole(str(folder))):
+    for enter in (build_skeleton, lambda folder: load_whole(str(folder))):
         with pytest.raises(UnsupportedModelError, match=rf"{name} is {short}"):
             enter(folder)
 
@@ -110,7 +110,7 @@ def test_scales_that_nothing_declares(tmp_path: Path, family: str, kind: str) ->
     tensors |= {f"{module}.{short}": tensor for short, tensor in more.items()}
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=meaning):
-        build(folder)
+        build_skeleton(folder)
 
 
 def test_blocks_and_scales_of_mxfp4(tmp_path: Path) -> None:
@@ -122,12 +122,12 @@ def test_blocks_and_scales_of_mxfp4(tmp_path: Path) -> None:
     tensors |= {f"{name}_{k}": torch.zeros(v, dtype=torch.uint8) for k, v in packed.items()}
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"MXFP4.*down_proj_blocks"):
-        build(folder)
+        build_skeleton(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_models_pass(tmp_path: Path, family: str) -> None:
-    build(saved(tiny(family), tmp_path))
+    build_skeleton(saved(tiny(family), tmp_path))
 
 
 def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
         "logit_scale": torch.ones(()),
     }
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
-    assert set(build(folder).map.left_out) == more.keys()
+    assert set(build_skeleton(folder).map.left_out) == more.keys()
 
 
 def test_names_of_ordinary_weights_are_no_signs() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from moefit.checkpoint import (
+from moefit.checkpoint.safetensors import (
     DTYPES,
     INDEX,
     SINGLE,

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from moefit.checkpoint import SINGLE, Checkpoint
+from moefit.checkpoint.safetensors import SINGLE, Checkpoint
+from moefit.checkpoint.sources import ByteRange, Conversion, ExpertSource
 from moefit.errors import UnsupportedModelError
 from moefit.moe.families import TensorSpec
-from moefit.serve.sources import ExpertSource, Piece, Recipe
 
 GATE, UP = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12).view(2, 3)
 
@@ -20,9 +20,9 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path)
 
 
-def stacked(checkpoint: Checkpoint) -> Recipe:
+def stacked(checkpoint: Checkpoint) -> Conversion:
     """Gate over up, as transformers makes them of lists of experts."""
-    return Recipe(
+    return Conversion(
         tensor="gate_up_proj",
         target="experts.gate_up_proj",
         spec=TensorSpec((4, 3), torch.bfloat16),
@@ -34,7 +34,7 @@ def stacked(checkpoint: Checkpoint) -> Recipe:
     )
 
 
-def plain(checkpoint: Checkpoint) -> Recipe:
+def plain(checkpoint: Checkpoint) -> Conversion:
     return replace(
         stacked(checkpoint),
         spec=TensorSpec((2, 3), torch.float64),
@@ -46,21 +46,21 @@ def plain(checkpoint: Checkpoint) -> Recipe:
 def test_a_recipe_does_what_transformers_does_in_the_models_dtype(checkpoint: Checkpoint) -> None:
     recipe = stacked(checkpoint)
     for _ in range(2):  # and is not used up
-        assert torch.equal(recipe.cook(checkpoint), torch.cat([GATE, UP]).bfloat16())
+        assert torch.equal(recipe.materialize(checkpoint), torch.cat([GATE, UP]).bfloat16())
     assert recipe.nbytes == 2 * 6 * 4 and len(recipe.spans) == 2
 
 
 def test_without_a_rule_only_the_dtype_is_changed(checkpoint: Checkpoint) -> None:
-    assert torch.equal(plain(checkpoint).cook(checkpoint), GATE.double())
+    assert torch.equal(plain(checkpoint).materialize(checkpoint), GATE.double())
 
 
 def test_another_shape_than_the_models_is_refused(checkpoint: Checkpoint) -> None:
     recipe = replace(plain(checkpoint), spec=TensorSpec((3, 2), torch.float32))
     with pytest.raises(UnsupportedModelError, match=r"becomes \[2, 3\].*computes with \[3, 2\]"):
-        recipe.cook(checkpoint)
+        recipe.materialize(checkpoint)
 
 
 def test_an_experts_bytes_are_those_of_all_its_parts(checkpoint: Checkpoint) -> None:
-    piece = Piece(tensor="gate", start=0, span=checkpoint.spans["gate"])
+    piece = ByteRange(tensor="gate", start=0, span=checkpoint.spans["gate"])
     assert ExpertSource((piece,)).nbytes == 24
     assert ExpertSource((piece, stacked(checkpoint))).nbytes == 24 + 48

@@ -9,8 +9,8 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
+from moefit.checkpoint.expert_map import positions, stacking
 from moefit.errors import CheckpointError, UnsupportedModelError
-from moefit.serve.split_lists import positions, stacking
 
 GATE, UP = "experts.*.gate_proj.weight", "experts.*.up_proj.weight"
 TEXT, VISION = "text.experts.gate_up_proj", "vision.experts.gate_up_proj"

@@ -21,9 +21,9 @@ import moefit
 from moefit import cli
 from moefit.cli import app
 from moefit.errors import MoefitError
-from moefit.formats.kernels import status
-from moefit.serve.ladders import AUTO
-from moefit.train.tokenizer import train_bpe
+from moefit.quant.cpu_kernels import status
+from moefit.serve.precision.allocate import AUTO_FORMATS
+from moefit.train.data.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_describe_auto_says_what_the_budget_buys(saved):
     ledger = json.loads(run(*asked, "--memory", "9GiB", "--json").stdout)
     assert (ledger["precision"], ledger["rest"]) == ("auto", "int8")
     assert ledger["formats"] == {"native": sum(ledger["slots"].values())}
-    assert list(ledger["everything_in"]) == list(AUTO)
+    assert list(ledger["everything_in"]) == list(AUTO_FORMATS)
     assert ledger["everything_in"]["native"] == ledger["most"]
     table = " ".join(run(*asked, "--memory", "9GiB").stdout.split())
     assert "all experts in int4" in table and "all experts in native" in table
@@ -248,7 +248,7 @@ def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
 
 def test_a_demo_that_is_stopped_exits_as_the_shell_expects(monkeypatch):
     figures = {"training": {"stopped_by": "SIGINT"}}
-    monkeypatch.setattr(cli.training.demonstration, "run", lambda *args, **options: figures)
+    monkeypatch.setattr(cli.train.demonstration, "run", lambda *args, **options: figures)
     assert run("demo").exit_code == 130
     figures["training"]["stopped_by"] = None
     assert run("demo").exit_code == 0

@@ -5,18 +5,22 @@ import typer
 from typer.testing import CliRunner
 
 from moefit.cli import app as cli
-from moefit.cli.options import MISSES, Misses, ModeName, Room, spread
+from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, ModeName, expand_options
 from moefit.errors import ConfigError
-from moefit.serve.policy import Policy
+from moefit.serve.config import Policy
 
 
 def given_by(*options: str) -> dict:
     """What a command of two records and a parameter of its own gets."""
     app, got = typer.Typer(), {}
 
+    short = MemoryOptions(context=64)
+
     @app.command()
-    @spread
-    def one(model: str, room: Room = Room(context=64), port: int = 1, misses: Misses = MISSES):  # noqa: B008
+    @expand_options
+    def one(
+        model: str, room: MemoryOptions = short, port: int = 1, misses: MissOptions = MISS_OPTIONS
+    ):
         got.update(model=model, room=room, port=port, misses=misses)
 
     result = CliRunner().invoke(app, options)
@@ -25,19 +29,28 @@ def given_by(*options: str) -> dict:
 
 
 def test_nothing_given_is_what_the_commands_default_says() -> None:
-    assert given_by("a") == {"model": "a", "room": Room(context=64), "port": 1, "misses": MISSES}
-    assert not Room(context=64).wanted and not MISSES.wanted
-    assert MISSES.settings() == {"mode": "exact"}
-    assert Misses(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
-    assert Misses(refetch=0.3).settings() == {"mode": "exact", "refetch": 0.3}
-    assert Misses(refetch=0.3).wanted and Misses(bound=0.2).wanted
+    assert given_by("a") == {
+        "model": "a",
+        "room": MemoryOptions(context=64),
+        "port": 1,
+        "misses": MISS_OPTIONS,
+    }
+    assert not MemoryOptions(context=64).wanted and not MISS_OPTIONS.wanted
+    assert MISS_OPTIONS.settings() == {"mode": "exact"}
+    assert MissOptions(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
+    assert MissOptions(refetch=0.3).settings() == {"mode": "exact", "refetch": 0.3}
+    assert MissOptions(refetch=0.3).wanted and MissOptions(bound=0.2).wanted
 
 
 def test_each_field_is_an_option() -> None:
     options = "--memory 3GiB --precision int4 --context 5 --dtype bfloat16 --prefill exact"
     got = given_by("a", "--port", "7", "--mode", "virtual", *options.split())
     assert (got["port"], got["misses"].mode) == (7, ModeName.virtual)
-    assert got["misses"].settings() == {**MISSES.settings(), "mode": "virtual", "prefill": "exact"}
+    assert got["misses"].settings() == {
+        **MISS_OPTIONS.settings(),
+        "mode": "virtual",
+        "prefill": "exact",
+    }
     room = got["room"]
     assert (room.memory, room.precision, room.context) == ("3GiB", "int4", 5)
     assert room.wanted and str(room.settings()["dtype"]) == "torch.bfloat16"
@@ -52,11 +65,15 @@ def test_a_bound_that_nothing_goes_by_is_refused(command: list[str], vain: list[
 
 
 def test_each_option_alone_is_something_that_is_asked_for() -> None:
-    for one in (Misses(mode=ModeName.exact), Misses(prefill=ModeName.virtual), Misses(bound=0.1)):
+    for one in (
+        MissOptions(mode=ModeName.exact),
+        MissOptions(prefill=ModeName.virtual),
+        MissOptions(bound=0.1),
+    ):
         assert one.wanted
     for one in (
-        Misses(mode=ModeName.bounded, bound=0.1),
-        Misses(prefill=ModeName.bounded, bound=0),
+        MissOptions(mode=ModeName.bounded, bound=0.1),
+        MissOptions(prefill=ModeName.bounded, bound=0),
     ):
         one.refuse_vain()
 
@@ -65,8 +82,8 @@ def test_an_options_own_limits_hold() -> None:
     app = typer.Typer()
 
     @app.command()
-    @spread
-    def one(misses: Misses = MISSES):
+    @expand_options
+    def one(misses: MissOptions = MISS_OPTIONS):
         raise AssertionError("not reached")
 
     refused = CliRunner().invoke(app, ["--bound", "2"])

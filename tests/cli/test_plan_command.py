@@ -18,18 +18,16 @@ from typer.testing import CliRunner
 import moefit
 import moefit.cli.planned
 from moefit.cli import app
-from moefit.cli.options import MISSES, Room
-from moefit.cli.plan_order import PlanOrder
-from moefit.cli.planned import Planned, promise_of, refuse_beside_plan
-from moefit.cli.serving import load_served
+from moefit.cli.loading import load_served
+from moefit.cli.options import MISS_OPTIONS, MemoryOptions
+from moefit.cli.planned import PlanOptions, PlanProcess, forbid_with_plan, target_of
 from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import BudgetTooSmallError, ConfigError, DataError
-from moefit.plan.plan_file import read_plan
+from moefit.plan.plan_file import Target, read_plan
 from moefit.plan.profile import folder_for, write_profile
-from moefit.plan.promise import Promise
-from moefit.serve.packed import fingerprint
-from moefit.serve.reckon import ledger
-from moefit.serve.skeleton import build
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.packed.store import fingerprint
 from moefit.server.client import Client, ServerError
 
 
@@ -42,7 +40,7 @@ def folder() -> Path:
 def profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder with a profile of the model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    skeleton = build(folder())
+    skeleton = build_skeleton(folder())
     done = profile(noise=0.05)
     facts = replace(done.facts, fingerprint=fingerprint(skeleton))
     write_profile(replace(done, facts=facts), folder_for(skeleton) / "p.json")
@@ -139,23 +137,23 @@ def test_bench_serves_as_a_plan_says(profiled: Path) -> None:
 @pytest.mark.parametrize(
     ("planned", "memory", "says"),
     [
-        (Planned(max_loss="3%"), None, "give --memory"),
-        (Planned(plan=Path("x"), min_speed=1.0), None, "one of the two"),
-        (Planned(plan=Path("nowhere.json")), None, "there is no plan"),
+        (PlanOptions(max_loss="3%"), None, "give --memory"),
+        (PlanOptions(plan=Path("x"), min_speed=1.0), None, "one of the two"),
+        (PlanOptions(plan=Path("nowhere.json")), None, "there is no plan"),
     ],
 )
 def test_options_that_contradict_are_refused(
-    planned: Planned, memory: str | None, says: str
+    planned: PlanOptions, memory: str | None, says: str
 ) -> None:
-    assert planned.wanted and not Planned().wanted
+    assert planned.wanted and not PlanOptions().wanted
     with pytest.raises(ConfigError, match=says):
-        planned.plan_for(str(folder()), Room(memory=memory, context=64))
+        planned.plan_for(str(folder()), MemoryOptions(memory=memory, context=64))
 
 
 def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
-    order = PlanOrder(
+    order = PlanProcess(
         model=str(folder()), memory="4GiB", context=64, device="cpu", process=1 << 30,
-        promise=Promise(min_speed=0.1), concurrency=16, dtype="bfloat16", rest="int8",
+        target=Target(min_speed=0.1), concurrency=16, dtype="bfloat16", rest="int8",
     )  # fmt: skip
     file = profiled / "plan.json"
     done = run(*order.arguments(file))
@@ -163,11 +161,11 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     plan = read_plan(file)
     assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS)
     assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
-    assert (plan.promise, plan.configuration.rest) == (order.promise, "int8")
+    assert (plan.target, plan.configuration.rest) == (order.target, "int8")
     floor = json.loads(done.stdout)["floor"]
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
-    bare = replace(order, concurrency=None, dtype=None, rest=None, promise=Promise())
+    bare = replace(order, concurrency=None, dtype=None, rest=None, target=Target())
     assert not {"--rest", "--dtype", "--max-loss", "--max-concurrency"} & set(bare.arguments(file))
 
 
@@ -181,9 +179,9 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
     with pytest.raises(BudgetTooSmallError, match=r"for 1 requests .* runs 10000000: plan"):
         load_served(
             str(folder()),
-            Room(memory=str(tight + (64 << 20)), context=64),
-            MISSES,
-            Planned(plan=file),
+            MemoryOptions(memory=str(tight + (64 << 20)), context=64),
+            MISS_OPTIONS,
+            PlanOptions(plan=file),
             sequences=10_000_000,
             prompt_logits=PROMPT_LOGITS,
         )
@@ -192,46 +190,58 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
 @pytest.mark.slow
 def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
     settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS}
-    promise = Planned(min_speed=0.001)
+    target = PlanOptions(min_speed=0.001)
     with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
-        load_served(str(folder()), Room(memory="1MiB", context=64), MISSES, promise, **settings)
+        load_served(
+            str(folder()),
+            MemoryOptions(memory="1MiB", context=64),
+            MISS_OPTIONS,
+            target,
+            **settings,
+        )
     floor = re.search(r"give at least (\d+) bytes", str(refused.value))
     assert floor is not None
     memory = int(floor[1]) + (1 << 20)  # this process grows while it asks
     with load_served(
-        str(folder()), Room(memory=str(memory), context=64), MISSES, promise, **settings
+        str(folder()),
+        MemoryOptions(memory=str(memory), context=64),
+        MISS_OPTIONS,
+        target,
+        **settings,
     ) as served:
         assert served.budget.planned is not None
         assert served.budget.fixed + served.budget.planned.nbytes <= memory
-        more = replace(served.reckoner.settings, sequences=1, prompt_logits=0)
-        assert served.budget.workspace > ledger(build(folder()), more).workspace
+        more = replace(served.placement_budget.settings, sequences=1, prompt_logits=0)
+        assert served.budget.workspace > memory_budget(build_skeleton(folder()), more).workspace
         served.check()
 
 
 @pytest.mark.slow
 def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -> None:
-    plan = Planned(max_loss="3%").plan_for(str(folder()), Room(memory="4GiB", context=64))
+    plan = PlanOptions(max_loss="3%").plan_for(
+        str(folder()), MemoryOptions(memory="4GiB", context=64)
+    )
     assert plan.predicted.loss <= 0.03
     with pytest.raises(ConfigError, match="cannot be promised"):
-        Planned(min_speed=1e9).plan_for(str(folder()), Room(memory="4GiB", context=64))
+        PlanOptions(min_speed=1e9).plan_for(str(folder()), MemoryOptions(memory="4GiB", context=64))
 
 
 @pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.03", 0.03), ("0", 0.0)])
 def test_losses_are_shares(text: str, share: float) -> None:
-    assert promise_of(text, None).max_loss == pytest.approx(share)
+    assert target_of(text, None).max_loss == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1%", "nan", "inf"])
 def test_what_is_no_loss_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="max-loss"):
-        promise_of(text, None)
+        target_of(text, None)
 
 
 def test_only_what_a_plan_decides_is_refused_beside_it() -> None:
-    refuse_beside_plan(mode=None, rest=None)
+    forbid_with_plan(mode=None, rest=None)
     with pytest.raises(ConfigError, match="--mode, --rest"):
-        refuse_beside_plan(mode="exact", rest="int8", prefill=None)
-    assert Planned() == moefit.cli.planned.NOTHING_PLANNED
+        forbid_with_plan(mode="exact", rest="int8", prefill=None)
+    assert PlanOptions() == moefit.cli.planned.NO_PLAN
 
 
 @pytest.mark.slow

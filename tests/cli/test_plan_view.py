@@ -9,32 +9,39 @@ import pytest
 from planned import planned_model, profile
 from tiny_served import saved
 
-from moefit.cli.plan_view import plan_dict, print_plan
+from moefit.cli.plan_tables import plan_dict, print_plan
 from moefit.plan.planner import Planner
-from moefit.serve.skeleton import build
+from moefit.serve.hf.skeleton import build_skeleton
 
 
 @cache
 def planner() -> Planner:
-    skeleton = build(saved(planned_model(), Path(mkdtemp())))
+    skeleton = build_skeleton(saved(planned_model(), Path(mkdtemp())))
     return Planner(skeleton, profile(), context=64, search=False)
 
 
 def test_programs_get_plain_values() -> None:
     one = planner()
-    plan, front = one.plan(one.rooms.everything)
-    shown = json.loads(json.dumps(plan_dict(one, plan, front, {one.rooms.everything: front})))
+    plan, front = one.plan(one.slot_budgets.all_resident_bytes)
+    shown = json.loads(
+        json.dumps(plan_dict(one, plan, front, {one.slot_budgets.all_resident_bytes: front}))
+    )
     assert shown["plan"] == json.loads(json.dumps(plan.as_dict()))
     assert len(shown["front"]) == len(front) > 0
-    assert shown["budgets"] == [{"memory": one.rooms.everything, "front": shown["front"]}]
-    assert (shown["floor"], shown["everything"]) == (one.rooms.floor, one.rooms.everything)
+    assert shown["budgets"] == [
+        {"memory": one.slot_budgets.all_resident_bytes, "front": shown["front"]}
+    ]
+    assert (shown["floor"], shown["everything"]) == (
+        one.slot_budgets.min_bytes,
+        one.slot_budgets.all_resident_bytes,
+    )
     assert plan_dict(one, None, [], {})["plan"] is None
 
 
 @pytest.mark.parametrize("smallest", [False, True])
 def test_people_are_told_of_the_plan_and_how_sure_it_is(capsys, smallest: bool) -> None:
     one = planner()
-    plan, _ = one.plan(one.rooms.everything)
+    plan, _ = one.plan(one.slot_budgets.all_resident_bytes)
     print_plan(one, plan, {}, "a-model", smallest=smallest)
     told = "".join(capsys.readouterr())
     assert "a-model in" in told and "quality models" in told and "speed models" in told

@@ -15,12 +15,12 @@ from serving_http import fake_service
 from typer.testing import CliRunner
 
 import moefit
-from moefit.cli import app, chat, server
-from moefit.cli.config_file import read_options
+from moefit.cli import app, chat, serve
+from moefit.cli.options import read_options
 from moefit.errors import ConfigError
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 from moefit.server.client import Client
-from moefit.server.running import Running, bind, url_of
+from moefit.server.run import HttpServer, bind, url_of
 
 RUNNER = CliRunner()
 
@@ -29,7 +29,7 @@ RUNNER = CliRunner()
 def given(monkeypatch) -> list[tuple[Any, ...]]:
     """What `serve` would serve, instead of doing it."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(server, "_serve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(serve, "_serve", lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -162,9 +162,9 @@ def test_an_empty_file_has_no_options(tmp_path: Path) -> None:
 
 def test_a_folder_is_not_told_to_clients(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    assert server.public_name(str(tmp_path / "mine")) == "mine"
-    assert server.public_name("reference") == "reference"
-    assert server.public_name("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"
+    assert serve.public_name(str(tmp_path / "mine")) == "mine"
+    assert serve.public_name("reference") == "reference"
+    assert serve.public_name("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def served() -> Iterator[ServedModel]:
 def url_of_fake(served: ServedModel, **settings: Any) -> Iterator[str]:
     bound = bind("127.0.0.1", 0)
     with fake_service(served, **settings) as (service, _):
-        running = Running(service, bound)
+        running = HttpServer(service, bound)
         running.start()
         try:
             yield url_of(bound, "127.0.0.1")
@@ -316,7 +316,7 @@ def test_logits_of_all_requests_are_in_the_budget(monkeypatch) -> None:
         loaded.append(settings)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(server, "load_served", load)
+    monkeypatch.setattr(serve, "load_served", load)
     RUNNER.invoke(app, ["serve", "--port", "0", "--max-concurrency", "5"])
     (how,) = loaded
     assert (how["sequences"], how["prompt_logits"]) == (5, 16 << 20)

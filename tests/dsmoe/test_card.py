@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from moefit.cli.models import card_rows, card_table
 from moefit.dsmoe.card import ModelCard, model_card
-from moefit.dsmoe.card_view import card_rows, card_table
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.presets import preset, preset_names

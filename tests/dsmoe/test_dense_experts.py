@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
-from moefit.dsmoe.objective import RouterLossWeights, language_model_loss, router_loss
-from moefit.dsmoe.stock import DENSE_EXPERTS, dense_experts_forward, register_dense_experts
+from moefit.dsmoe.dense_experts import DENSE_EXPERTS, dense_experts_forward, register_dense_experts
+from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
 from moefit.errors import UnsupportedModelError
 
 

@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from moefit.dsmoe import export
-from moefit.dsmoe.export import export_olmoe
+from moefit.dsmoe.dense_experts import register_dense_experts
+from moefit.dsmoe.export import export_olmoe, olmoe_obstacles
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.olmoe import olmoe_obstacles
-from moefit.dsmoe.stock import register_dense_experts
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 IDS = tokens(2, 9)

@@ -7,12 +7,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moefit.dsmoe.block import DsMoeBlock
-from moefit.dsmoe.losses import mutual_information_loss
+from moefit.dsmoe.losses import language_model_loss, mutual_information_loss
 from moefit.dsmoe.model import DsMoeForCausalLM, DsMoeModel, register
-from moefit.dsmoe.objective import language_model_loss
 from moefit.errors import ConfigError
-from moefit.moe.experts import ExpertWeights
-from moefit.moe.reference import reference_experts
+from moefit.moe.experts import ExpertWeights, reference_experts
 from moefit.moe.routing import Routing, Rule
 
 PLAIN: dict = {}

@@ -2,8 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefit.dsmoe.losses import load_balancing_loss, mutual_information_loss, z_loss
-from moefit.dsmoe.objective import RouterLossWeights, language_model_loss, router_loss
+from moefit.dsmoe.losses import (
+    RouterLossWeights,
+    language_model_loss,
+    load_balancing_loss,
+    mutual_information_loss,
+    router_loss,
+    z_loss,
+)
 
 
 def layers(count: int, num_experts: int, *, seed: int) -> list[Tensor]:

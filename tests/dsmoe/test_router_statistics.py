@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from moefit.dsmoe.router_state import router_state
+from moefit.dsmoe.losses import router_statistics
 
 
 def test_uniform_routers():
-    state = router_state([torch.zeros(10, 4), torch.zeros(10, 4)], epsilon=0.5)
+    state = router_statistics([torch.zeros(10, 4), torch.zeros(10, 4)], epsilon=0.5)
     assert state["h_e"] == pytest.approx(1)
     assert state["h_e_given_x"] == pytest.approx(1)
     assert state["mi"] == pytest.approx(0, abs=1e-6)
@@ -13,7 +13,7 @@ def test_uniform_routers():
 
 
 def test_balanced_and_decided():
-    state = router_state([torch.eye(4).repeat(5, 1) * 50], epsilon=0.5)
+    state = router_statistics([torch.eye(4).repeat(5, 1) * 50], epsilon=0.5)
     assert state["mi"] == pytest.approx(1)
     assert state["h_e_given_x"] == pytest.approx(0, abs=1e-6)
     assert (state["active"], state["dead"]) == (0.25, 0)
@@ -22,12 +22,12 @@ def test_balanced_and_decided():
 def test_collapsed_onto_one_expert():
     logits = torch.zeros(10, 4)
     logits[:, 0] = 50
-    state = router_state([logits], epsilon=0.5)
+    state = router_statistics([logits], epsilon=0.5)
     assert state["mi"] == pytest.approx(0, abs=1e-6)
     assert (state["active"], state["dead"]) == (0.25, 0.75)
 
 
 def test_layers_are_averaged_and_none_is_nothing():
-    mixed = router_state([torch.zeros(8, 4), torch.eye(4).repeat(2, 1) * 50], epsilon=0.5)
+    mixed = router_statistics([torch.zeros(8, 4), torch.eye(4).repeat(2, 1) * 50], epsilon=0.5)
     assert mixed["active"] == pytest.approx((1 + 0.25) / 2)
-    assert router_state([], epsilon=0.5) == {}
+    assert router_statistics([], epsilon=0.5) == {}

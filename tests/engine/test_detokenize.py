@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moefit.engine.text import TextStream, special_texts
+from moefit.engine.detokenize import IncrementalDetokenizer, special_texts
 from moefit.evaluate.loading import reference_path
 
 SMILEY, FAMILY = "\N{GRINNING FACE}", "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
@@ -47,7 +47,7 @@ def whole(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return text
 
 
-def streamed(stream: TextStream, tokens: list[int]) -> list[str]:
+def streamed(stream: IncrementalDetokenizer, tokens: list[int]) -> list[str]:
     return [*(stream.push(token) for token in tokens), stream.finish()]
 
 
@@ -63,7 +63,7 @@ def cut(text: str, stops: list[str]) -> str:
 @given(st.lists(st.integers(0, 4095), max_size=60))
 def test_any_tokens_give_what_decoding_all_gives(tokens: list[int]) -> None:
     tokenizer = reference()
-    text = "".join(streamed(TextStream(tokenizer), tokens))
+    text = "".join(streamed(IncrementalDetokenizer(tokenizer), tokens))
     plain = whole(tokenizer, tokens)
     assert plain.startswith(text)
     assert set(plain[len(text) :]) <= {"\ufffd"}
@@ -76,7 +76,7 @@ def test_text_comes_back_whole_and_never_broken(text: str, data: st.DataObject) 
     tokenizer = data.draw(st.sampled_from([reference(), byte_fallback()]))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     expected = whole(tokenizer, tokens)
-    parts = streamed(TextStream(tokenizer), tokens)
+    parts = streamed(IncrementalDetokenizer(tokenizer), tokens)
     assert "".join(parts) == expected
     assert "\ufffd" not in "".join(parts)
 
@@ -89,7 +89,7 @@ def test_text_comes_back_whole_and_never_broken(text: str, data: st.DataObject) 
 def test_the_stop_text_that_is_complete_first_ends_the_answer(pieces, stops, make) -> None:
     tokenizer = make()
     tokens = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
-    stream = TextStream(tokenizer, stops)
+    stream = IncrementalDetokenizer(tokenizer, stops)
     text = "".join(streamed(stream, tokens))
     plain = whole(tokenizer, tokens)
     assert text == cut(plain, stops)
@@ -98,7 +98,7 @@ def test_the_stop_text_that_is_complete_first_ends_the_answer(pieces, stops, mak
 
 @given(st.lists(st.integers(0, 264), max_size=60))
 def test_bytes_that_are_no_text_break_nothing(tokens: list[int]) -> None:
-    parts = streamed(TextStream(byte_fallback(), ["ab"]), tokens)
+    parts = streamed(IncrementalDetokenizer(byte_fallback(), ["ab"]), tokens)
     "".join(parts).encode()
 
 
@@ -106,14 +106,14 @@ def test_nothing_of_a_character_comes_before_all_of_it() -> None:
     tokenizer = reference()
     tokens = tokenizer(SMILEY)["input_ids"]
     assert len(tokens) > 1, "else this shows nothing"
-    parts = streamed(TextStream(tokenizer), tokens)
+    parts = streamed(IncrementalDetokenizer(tokenizer), tokens)
     assert parts == [*[""] * (len(tokens) - 1), SMILEY, ""]
 
 
 def test_a_character_that_never_ends_is_not_given() -> None:
     tokenizer = reference()
     tokens = tokenizer("ok" + SMILEY)["input_ids"][:-1]
-    assert "".join(streamed(TextStream(tokenizer), tokens)) == "ok"
+    assert "".join(streamed(IncrementalDetokenizer(tokenizer), tokens)) == "ok"
 
 
 def test_special_tokens_have_no_text() -> None:
@@ -121,7 +121,7 @@ def test_special_tokens_have_no_text() -> None:
     assert tokenizer.eos_token in special_texts(tokenizer).values()
     tokens = tokenizer("one")["input_ids"]
     mixed = [0, *tokens, 0, 0, *tokens]
-    assert "".join(streamed(TextStream(tokenizer), mixed)) == "oneone"
+    assert "".join(streamed(IncrementalDetokenizer(tokenizer), mixed)) == "oneone"
 
 
 @cache
@@ -153,7 +153,7 @@ def turns() -> PreTrainedTokenizerBase:
 )
 def test_stop_texts_of_special_tokens(text: str, stops: list[str], expected: str) -> None:
     tokens = turns()(text)["input_ids"]
-    stream = TextStream(turns(), stops)
+    stream = IncrementalDetokenizer(turns(), stops)
     assert "".join(streamed(stream, tokens)) == expected
     assert stream.stopped == (expected != text.replace("<|im_end|>", ""))
 
@@ -162,14 +162,14 @@ def test_text_before_a_stop_text_of_special_tokens_is_exact() -> None:
     tokenizer = turns()
     broken = tokenizer(SMILEY)["input_ids"][:-1]
     end = tokenizer("<|im_end|>")["input_ids"]
-    stream = TextStream(tokenizer, ["<|im_end|>"])
+    stream = IncrementalDetokenizer(tokenizer, ["<|im_end|>"])
     assert streamed(stream, [*tokenizer("ok")["input_ids"], *broken, *end])[-2:] == ["", ""]
     assert stream.stopped
 
 
 def test_a_token_that_ends_the_answer_may_complete_a_stop_text() -> None:
     tokenizer = turns()
-    stream = TextStream(tokenizer, ["two<|im_end|>"])
+    stream = IncrementalDetokenizer(tokenizer, ["two<|im_end|>"])
     text = "".join(map(stream.push, tokenizer("one two")["input_ids"]))
     (end,) = tokenizer("<|im_end|>")["input_ids"]
     assert text + stream.end(end) + stream.finish() == "one "
@@ -179,7 +179,7 @@ def test_a_token_that_ends_the_answer_may_complete_a_stop_text() -> None:
 def test_text_that_might_be_a_stop_text_waits() -> None:
     tokenizer = reference()
     first, second = tokenizer("x")["input_ids"], tokenizer("<EN")["input_ids"]
-    stream = TextStream(tokenizer, ["<END>"])
+    stream = IncrementalDetokenizer(tokenizer, ["<END>"])
     assert "".join(map(stream.push, first)) == "x"
     assert "".join(map(stream.push, second)) == ""
     assert not stream.stopped
@@ -188,14 +188,14 @@ def test_text_that_might_be_a_stop_text_waits() -> None:
 
 def test_what_waited_is_given_at_the_end() -> None:
     tokenizer = reference()
-    stream = TextStream(tokenizer, ["<END>"])
+    stream = IncrementalDetokenizer(tokenizer, ["<END>"])
     assert "".join(streamed(stream, tokenizer("x<EN")["input_ids"])) == "x<EN"
     assert not stream.stopped
 
 
 def test_after_a_stop_text_nothing_comes() -> None:
     tokenizer = reference()
-    stream = TextStream(tokenizer, ["\n"])
+    stream = IncrementalDetokenizer(tokenizer, ["\n"])
     text = "".join(streamed(stream, tokenizer("one\ntwo")["input_ids"]))
     assert (text, stream.stopped, stream.push(tokenizer("x")["input_ids"][0])) == ("one", True, "")
 
@@ -204,8 +204,8 @@ def test_a_first_word_has_its_space_when_it_goes_on_from_something() -> None:
     tokenizer = byte_fallback()
     vocabulary = tokenizer.get_vocab()
     prompt, answer = [vocabulary["▁a"]], [vocabulary["▁b"]]
-    assert "".join(streamed(TextStream(tokenizer), answer)) == "b"
-    assert "".join(streamed(TextStream(tokenizer, after=prompt), answer)) == " b"
+    assert "".join(streamed(IncrementalDetokenizer(tokenizer), answer)) == "b"
+    assert "".join(streamed(IncrementalDetokenizer(tokenizer, after=prompt), answer)) == " b"
 
 
 @pytest.mark.parametrize("make", [reference, byte_fallback])
@@ -223,6 +223,6 @@ def test_a_long_answer_is_decoded_in_short_windows(make) -> None:
     rng = random.Random(0)
     words = [rng.choice(["a", "ab", SMILEY, "\x80", "b."]) for _ in range(500)]
     tokens = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
-    text = "".join(streamed(TextStream(Watched()), tokens))  # pyright: ignore[reportArgumentType]
+    text = "".join(streamed(IncrementalDetokenizer(Watched()), tokens))  # pyright: ignore[reportArgumentType]
     assert text == whole(tokenizer, tokens)
     assert longest < 60

@@ -10,10 +10,9 @@ import torch
 from engines import Heard, ask, engine_of, generated, greedy, paused, prompts, running
 from tiny_served import Disk, reading_through, saved, tiny
 
-from moefit.engine.answer import Language
+from moefit.engine.api import EngineSettings, FinishedEvent, PromptEvent, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
-from moefit.engine.request import Finished, Prompt, Sampling, Token
-from moefit.engine.settings import EngineSettings
+from moefit.engine.request_state import TextDecoding
 from moefit.errors import (
     BudgetTooSmallError,
     ConfigError,
@@ -21,8 +20,8 @@ from moefit.errors import (
     RefusedError,
     RequestTooLargeError,
 )
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +41,20 @@ PROMPT = prompts([7])[0]
 
 def test_events_come_in_order(engine):
     heard = ask(engine, PROMPT, greedy(3)).wait()
-    assert [type(event) for event in heard.events] == [Prompt, Token, Token, Token, Finished]
+    assert [type(event) for event in heard.events] == [
+        PromptEvent,
+        TokenEvent,
+        TokenEvent,
+        TokenEvent,
+        FinishedEvent,
+    ]
     assert heard.prompt.logprobs is None
     assert (heard.end.prompt_tokens, heard.end.completion_tokens) == (7, 3)
 
 
 def test_an_answer_of_no_tokens(engine):
     heard = ask(engine, PROMPT, greedy(0)).wait()
-    assert [type(event) for event in heard.events] == [Prompt, Finished]
+    assert [type(event) for event in heard.events] == [PromptEvent, FinishedEvent]
     assert heard.end.reason == "length"
 
 
@@ -62,7 +67,7 @@ def test_a_token_that_ends_the_answer(engine):
 
 
 def test_the_end_of_the_text_of_several_kinds(olmoe):
-    with load(olmoe, LoadSettings(context=64)) as served:
+    with load_model(olmoe, LoadSettings(context=64)) as served:
         usual = generated(served, PROMPT)
         served.model.generation_config.eos_token_id = [usual[3], usual[5]]
         first = min(usual.index(usual[3]), usual.index(usual[5]))
@@ -74,7 +79,7 @@ def test_the_end_of_the_text_of_several_kinds(olmoe):
 
 
 def test_logprobs_of_prompt_and_answer(engine):
-    crowd = [ask(engine, prompt, Sampling(max_tokens=9)) for prompt in prompts()[:2]]
+    crowd = [ask(engine, prompt, SamplingParams(max_tokens=9)) for prompt in prompts()[:2]]
     sampling = greedy(4, logprobs=2, prompt_logprobs=3)
     prompt = prompts([17])[0]
     heard = ask(engine, prompt, sampling).wait()
@@ -87,7 +92,7 @@ def test_logprobs_of_prompt_and_answer(engine):
     assert told is not None
     assert told[0] is None
     assert len(told) == len(prompt)
-    answer = [event.logprob for event in heard.events if isinstance(event, Token)]
+    answer = [event.logprob for event in heard.events if isinstance(event, TokenEvent)]
     for place, one in enumerate([*told[1:], *answer]):
         assert one is not None
         assert one.token == ids[0, place + 1]
@@ -99,9 +104,9 @@ def test_logprobs_of_prompt_and_answer(engine):
 
 
 def test_a_seed_gives_the_same_answer_in_any_company(engine):
-    sampling = Sampling(max_tokens=12, temperature=1.5, seed=11)
+    sampling = SamplingParams(max_tokens=12, temperature=1.5, seed=11)
     alone = ask(engine, PROMPT, sampling).wait().tokens
-    crowd = [ask(engine, prompt, Sampling(max_tokens=9)) for prompt in prompts()[:2]]
+    crowd = [ask(engine, prompt, SamplingParams(max_tokens=9)) for prompt in prompts()[:2]]
     again = ask(engine, PROMPT, sampling).wait().tokens
     for one in crowd:
         one.wait()
@@ -115,7 +120,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(engine):
         ([], greedy(1), "no tokens"),
         ([1, 61], greedy(1), "token 61 does not exist; the model's are 0 to 60"),
         ([-1], greedy(1), "token -1"),
-        ([1], Sampling(max_tokens=1, top_p=2.0), "top_p"),
+        ([1], SamplingParams(max_tokens=1, top_p=2.0), "top_p"),
     ],
 )
 def test_requests_that_cannot_be(engine, prompt, sampling, message):
@@ -303,7 +308,7 @@ def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
         tokenizer: Any = Illiterate(unknown)
-        language = Language(tokenizer=tokenizer, ends=frozenset())
+        language = TextDecoding(tokenizer=tokenizer, ends=frozenset())
         engine._abilities = replace(engine._abilities, language=language)
         with paused(engine) as go:
             bad, good = (ask(engine, prompt, greedy(8)) for prompt in prompts([5, 8]))
@@ -329,7 +334,7 @@ def _no_memory(request: str, tokens: int) -> None:
 
 
 def test_closing_cancels_what_is_left(olmoe):
-    with load(olmoe, LoadSettings(context=64)) as served:
+    with load_model(olmoe, LoadSettings(context=64)) as served:
         engine = Engine(served, EngineSettings(max_concurrency=1))
         early = ask(engine, PROMPT, greedy(4))  # before it is started
         engine.start()

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from moefit.engine.settings import EngineSettings
+from moefit.engine.api import EngineSettings
 from moefit.errors import ConfigError
 
 

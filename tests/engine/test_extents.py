@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moefit.engine.extents import Extents, Move
+from moefit.engine.kv_pool import Extents, Move
 
 PLACES = 40
 

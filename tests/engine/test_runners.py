@@ -3,20 +3,20 @@
 import pytest
 import torch
 from engines import ask, check_crowd, engine_of, generated, greedy, paused, prompts, running
-from test_encoder_decoder_serving import nllb, switch
 from tiny_families import families, tiny_family, token_ids
 from tiny_models import tiny_model
 from tiny_served import COMMON, FAMILIES, saved, tiny
 from transformers import Cache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.cache_utils import CacheLayerMixin
 
-from moefit.api import load as load_model
-from moefit.engine.probe import choose_runner
-from moefit.engine.request import Sampling
-from moefit.engine.runners import PackedRunner, SeparateRunner, Work
+from moefit.api import load as load_by_name
+from moefit.engine.api import SamplingParams
+from moefit.engine.runner_probe import choose_runner
+from moefit.engine.runners import RunnerInput, SeparateRunner, VarlenRunner
 from moefit.errors import ConfigError, UnsupportedModelError
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from tests.serve.test_encoder_decoder_serving import nllb, switch
 
 
 def qwen3_moe():
@@ -62,9 +62,9 @@ def test_a_crowd_gets_what_each_would_get_alone(name, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
     folder = saved(tiny(family), tmp_path)
-    with load(folder, LoadSettings(context=50)) as served:
+    with load_model(folder, LoadSettings(context=50)) as served:
         runner = choose_runner(served, 50)
-        assert isinstance(runner, PackedRunner)
+        assert isinstance(runner, VarlenRunner)
         assert 0 < runner.cache.pool.nbytes <= served.budget.kv_cache
         runner.cache.pool.check()
         assert runner.cache.pool.extents.free == 50
@@ -96,14 +96,14 @@ def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dt
     prompt, answer = lengths
     folder = saved(family().to(dtype), tmp_path)
     settings = LoadSettings(context=40, memory="9GiB")  # without one, context is no limit
-    with load(folder, settings) as served, torch.inference_mode():
+    with load_model(folder, settings) as served, torch.inference_mode():
         runner = choose_runner(served, 40)
         assert isinstance(runner, SeparateRunner)
         runner.open("one", 40)
-        work = Work(request="one", tokens=[5] * prompt, past=0, wants=1)
+        work = RunnerInput(request="one", tokens=[5] * prompt, past=0, wants=1)
         for past in range(prompt, prompt + answer):
             runner.step([work])
-            work = Work(request="one", tokens=[5], past=past, wants=1)
+            work = RunnerInput(request="one", tokens=[5], past=past, wants=1)
         encoded = held_bytes(runner._encoded)
         assert encoded >= prompt * served.model.config.d_model * dtype.itemsize
         assert encoded + held_bytes(runner._caches) <= served.budget.kv_cache
@@ -114,7 +114,7 @@ def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dt
 def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
     with engine_of(saved(tiny("DeepseekV3"), tmp_path)) as engine:
         runner = engine._runner
-        assert isinstance(runner, PackedRunner)
+        assert isinstance(runner, VarlenRunner)
         assert runner.cache.gathers, "its keys lie elsewhere in every step"
         before = set(runner._storages)
         for heard in [ask(engine, prompt, greedy(12)) for prompt in prompts()]:
@@ -124,7 +124,7 @@ def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
 
 def test_trying_leaves_no_trace(tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         before = served.report()
         attention = served.model.config._attn_implementation
         choose_runner(served, 64)
@@ -137,8 +137,8 @@ def test_trying_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize("places", [2, 5, 20])
 def test_a_context_of_few_tokens(places, tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
-    with load(folder, LoadSettings(context=places)) as served:
-        served.set_memory(served.budget.everything)  # with a budget, no step may hold more
+    with load_model(folder, LoadSettings(context=places)) as served:
+        served.set_memory(served.budget.all_resident_bytes)  # with a budget, no step may hold more
         assert choose_runner(served, places).name == "packed"
 
 
@@ -176,7 +176,7 @@ def test_stop_texts_need_a_tokenizer(tmp_path):
 @pytest.fixture(scope="module")
 def engine():
     """The shipped model with its tokenizer. In float32: its own bfloat16 has ties for best."""
-    loaded = load_model("reference", context=512, dtype=torch.float32)
+    loaded = load_by_name("reference", context=512, dtype=torch.float32)
     with loaded as served, running(served) as engine:
         yield engine
 
@@ -204,10 +204,12 @@ def test_a_stop_text(engine):
 
 def test_a_seed_in_a_crowd(engine):
     """In float32. In bfloat16 torch may sum otherwise for more rows, and another token wins."""
-    sampling = Sampling(max_tokens=12, seed=4, top_p=0.9)
+    sampling = SamplingParams(max_tokens=12, seed=4, top_p=0.9)
     alone = ask(engine, ids(engine), sampling).wait().tokens
     with paused(engine) as go:
-        crowd = [ask(engine, ids(engine, "He said"), Sampling(max_tokens=9)) for _ in range(3)]
+        crowd = [
+            ask(engine, ids(engine, "He said"), SamplingParams(max_tokens=9)) for _ in range(3)
+        ]
         among = ask(engine, ids(engine), sampling)
         go.set()
         assert among.wait().tokens == alone
@@ -220,7 +222,7 @@ def test_a_seed_in_a_crowd(engine):
 )
 def test_log_probabilities_in_a_crowd_differ_by_rounding_alone(dtype, most, mean):
     """The bounds are in nats; between neighbouring positions of the prompt there are 2."""
-    with load_model("reference", context=512, dtype=dtype) as served, running(served) as engine:
+    with load_by_name("reference", context=512, dtype=dtype) as served, running(served) as engine:
         prompt = ids(engine, STORY)
         alone = logprobs(ask(engine, prompt, greedy(1, prompt_logprobs=0)))
         for others in (1, 2, 5):
@@ -249,7 +251,7 @@ OTHER_INPUT = {"qwen3_omni_moe"}  # its text model alone does not generate
 @pytest.mark.parametrize("name", sorted(families().keys() - NOT_SERVED - OTHER_INPUT))
 def test_every_family(name, tmp_path):
     folder = saved(tiny_family(name), tmp_path)
-    with load(folder, LoadSettings(context=256)) as served:
+    with load_model(folder, LoadSettings(context=256)) as served:
         served.model.generation_config.eos_token_id = None
         texts = [token_ids(length, seed=length).tolist() for length in (5, 23, 1, 14)]
         expected = [generated(served, text) for text in texts]

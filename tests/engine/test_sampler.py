@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from moefit.engine.request import Sampling
-from moefit.engine.sampler import Chooser, check_sampling, choose, logprobs_of
+from moefit.engine.api import SamplingParams
+from moefit.engine.sampler import Sampler, check_sampling, logprobs_of, sample
 from moefit.errors import ConfigError
-from moefit.serve.generation import Suppressed
+from moefit.serve.hf.generation_config import Suppressed
 
 VOCABULARY = 12
 
@@ -23,14 +23,14 @@ def rows(number: int, seed: int = 0) -> torch.Tensor:
 
 
 def drawn(logits_V: torch.Tensor, number: int, **sampling) -> Counter[int]:
-    chooser = Chooser(Sampling(max_tokens=1, **({"seed": 3} | sampling)))
+    chooser = Sampler(SamplingParams(max_tokens=1, **({"seed": 3} | sampling)))
     return Counter(chooser.choose(logits_V)[0] for _ in range(number))
 
 
 def test_temperature_zero_is_the_likeliest() -> None:
     logits_NV = rows(37)
-    choosers = [Chooser(Sampling(max_tokens=1, temperature=0.0)) for _ in logits_NV]
-    chosen = choose(logits_NV, choosers)
+    choosers = [Sampler(SamplingParams(max_tokens=1, temperature=0.0)) for _ in logits_NV]
+    chosen = sample(logits_NV, choosers)
     assert chosen == [(token, None) for token in logits_NV.argmax(-1).tolist()]
 
 
@@ -40,8 +40,10 @@ def test_logits_that_are_no_numbers_choose_nothing_in_their_own_row(wrong) -> No
     expected = [int(row_V.argmax()) for row_V in logits_NV]
     logits_NV[17] = wrong
     for temperature in (0.0, 1e-6):
-        choosers = [Chooser(Sampling(max_tokens=1, temperature=temperature)) for _ in logits_NV]
-        chosen = choose(logits_NV, choosers)
+        choosers = [
+            Sampler(SamplingParams(max_tokens=1, temperature=temperature)) for _ in logits_NV
+        ]
+        chosen = sample(logits_NV, choosers)
         assert chosen[17] is None
         del chosen[17]
         assert [one and one[0] for one in chosen] == expected[:17] + expected[18:]
@@ -54,13 +56,13 @@ def test_a_token_that_cannot_be_has_no_probability() -> None:
     logits_NV[0, 3] = -torch.inf
     (told,) = logprobs_of(logits_NV, [3], VOCABULARY)
     assert told.logprob == -torch.inf == told.top[-1][1]
-    (chosen,) = choose(logits_NV, [Chooser(Sampling(max_tokens=1, logprobs=VOCABULARY))])
+    (chosen,) = sample(logits_NV, [Sampler(SamplingParams(max_tokens=1, logprobs=VOCABULARY))])
     assert chosen is not None and chosen[0] != 3
 
 
 def test_low_numbers_of_bfloat16_are_as_good() -> None:
     logits_NV = rows(3).bfloat16()
-    chosen = choose(logits_NV, [Chooser(Sampling(max_tokens=1, temperature=0.0))] * 3)
+    chosen = sample(logits_NV, [Sampler(SamplingParams(max_tokens=1, temperature=0.0))] * 3)
     assert chosen == [(token, None) for token in logits_NV.float().argmax(-1).tolist()]
 
 
@@ -105,10 +107,10 @@ def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p
 
 def test_a_seed_repeats_whoever_else_is_there() -> None:
     logits_NV = rows(4)
-    sampling = Sampling(max_tokens=9, seed=5)
-    alone = [choose(logits_NV[:1], [one])[0] for one in [Chooser(sampling)] for _ in range(9)]
-    one, others = Chooser(sampling), [Chooser(Sampling(max_tokens=9)) for _ in range(3)]
-    crowd = [choose(logits_NV[[3, 0, 1, 2]], [others[0], one, *others[1:]])[1] for _ in range(9)]
+    sampling = SamplingParams(max_tokens=9, seed=5)
+    alone = [sample(logits_NV[:1], [one])[0] for one in [Sampler(sampling)] for _ in range(9)]
+    one, others = Sampler(sampling), [Sampler(SamplingParams(max_tokens=9)) for _ in range(3)]
+    crowd = [sample(logits_NV[[3, 0, 1, 2]], [others[0], one, *others[1:]])[1] for _ in range(9)]
     assert alone == crowd
     assert len(set(alone)) > 1
 
@@ -121,8 +123,10 @@ def test_without_a_seed_each_is_another() -> None:
 
 def test_penalties_are_of_the_answer_so_far() -> None:
     logits_V = torch.tensor([3.0, 2.0, 1.2, 0.0])
-    sampling = Sampling(max_tokens=9, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4)
-    chooser = Chooser(sampling)
+    sampling = SamplingParams(
+        max_tokens=9, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4
+    )
+    chooser = Sampler(sampling)
     left, expected = logits_V.clone(), []
     for _ in range(9):
         expected.append(int(left.argmax()))
@@ -134,10 +138,10 @@ def test_penalties_are_of_the_answer_so_far() -> None:
 
 def test_logprobs_are_of_the_model_itself() -> None:
     (logits_V,) = rows(1)
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_tokens=2, temperature=0.2, top_k=2, seed=1, logprobs=3, presence_penalty=1.0
     )
-    chooser, expected_V = Chooser(sampling), logits_V.log_softmax(-1)
+    chooser, expected_V = Sampler(sampling), logits_V.log_softmax(-1)
     for _ in range(2):
         token, told = chooser.choose(logits_V)
         assert told is not None
@@ -183,13 +187,13 @@ def test_more_of_the_likeliest_than_there_are() -> None:
     ],
 )
 def test_values_that_cannot_be(change, message) -> None:
-    check_sampling(Sampling(max_tokens=1))
+    check_sampling(SamplingParams(max_tokens=1))
     with pytest.raises(ConfigError, match=message):
-        check_sampling(Sampling(**({"max_tokens": 1} | change)))
+        check_sampling(SamplingParams(**({"max_tokens": 1} | change)))
 
 
 def twin(
-    logits_V: torch.Tensor, before: list[int], answer: list[int], how: Sampling
+    logits_V: torch.Tensor, before: list[int], answer: list[int], how: SamplingParams
 ) -> list[float]:
     """Slow and obvious: the scores from which the next token is chosen, before temperature."""
     scores, biases = [float(value) for value in logits_V], dict(how.logit_bias)
@@ -224,14 +228,14 @@ changes = st.fixed_dictionaries(
 )
 def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
     """Against the twin, step by step, and as each would have it alone."""
-    all_how = [Sampling(max_tokens=6, temperature=0.0, **one) for one in crowd]
-    choosers = [Chooser(how, context=before) for how in all_how]
-    alone = [Chooser(how, context=before) for how in all_how]
+    all_how = [SamplingParams(max_tokens=6, temperature=0.0, **one) for one in crowd]
+    choosers = [Sampler(how, context=before) for how in all_how]
+    alone = [Sampler(how, context=before) for how in all_how]
     answers: list[list[int]] = [[] for _ in crowd]
     for step in range(6):
         logits_NV = rows(len(crowd), seed * 10 + step)
         kept_NV = logits_NV.clone()
-        chosen = choose(logits_NV, choosers)
+        chosen = sample(logits_NV, choosers)
         assert torch.equal(logits_NV, kept_NV), "the model's own logits stay"
         for row_V, how, one, answer, got in zip(
             logits_NV, all_how, alone, answers, chosen, strict=True
@@ -239,7 +243,7 @@ def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
             scores = twin(row_V, before, answer, how)
             assert got is not None
             assert scores[got[0]] == pytest.approx(max(scores), abs=1e-4)
-            assert choose(row_V[None], [one]) == [got]
+            assert sample(row_V[None], [one]) == [got]
             answer.append(got[0])
 
 
@@ -281,17 +285,17 @@ def test_what_may_be_drawn_is_what_transformers_leaves(
     if top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
     processors.append(transformers.MinPLogitsWarper(min_p))
-    how = Sampling(
+    how = SamplingParams(
         max_tokens=2, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
         repetition_penalty=penalty, logit_bias=tuple(biases.items()),
     )  # fmt: skip
     rules = Suppressed(always=frozenset(always), first=frozenset(first), sequences=tuple(sequences))
     for _ in range(20):
-        chooser, text = Chooser(how, context=context, suppressed=rules), list(context)
+        chooser, text = Sampler(how, context=context, suppressed=rules), list(context)
         for step in range(2):
             logits_1V = rows(1, seed * 10 + step)
             shares = processors(torch.tensor([text]), logits_1V)[0].softmax(-1)
-            (chosen,) = choose(logits_1V, [chooser])
+            (chosen,) = sample(logits_1V, [chooser])
             assert chosen is not None and shares[chosen[0]] > 0
             if shares.max() > 0.999:
                 assert chosen[0] == int(shares.argmax())
@@ -316,14 +320,14 @@ def test_min_p_keeps_what_transformers_keeps(seed, top_p, min_p) -> None:
 def test_greedy_has_several_names(greedy) -> None:
     (logits_V,) = rows(1)
     assert drawn(logits_V, 20, **greedy) == {int(logits_V.argmax()): 20}
-    assert Chooser(Sampling(max_tokens=1, **greedy)).plain
+    assert Sampler(SamplingParams(max_tokens=1, **greedy)).plain
 
 
 def test_a_request_without_any_token_left_ends_alone() -> None:
     everything = Suppressed(always=frozenset(range(VOCABULARY)))
     choosers = [
-        Chooser(Sampling(max_tokens=1, temperature=temperature), suppressed=everything)
+        Sampler(SamplingParams(max_tokens=1, temperature=temperature), suppressed=everything)
         for temperature in (0.0, 1.0)
     ]
-    chosen = choose(rows(3), [*choosers, Chooser(Sampling(max_tokens=1))])
+    chosen = sample(rows(3), [*choosers, Sampler(SamplingParams(max_tokens=1))])
     assert chosen[:2] == [None, None] and chosen[2] is not None

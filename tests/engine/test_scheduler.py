@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moefit.engine.scheduler import Limits, Piece, Scheduler, shared
+from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler, shared
 from moefit.errors import QueueFullError
 
 
@@ -14,7 +14,7 @@ def limits(**changes) -> Limits:
     return Limits(**(usual | changes))
 
 
-def step(scheduler: Scheduler) -> tuple[Piece, ...]:
+def step(scheduler: Scheduler) -> tuple[ScheduledTokens, ...]:
     """A step in which every request whose text is at its end gets one more token."""
     scheduler.admit()
     pieces = scheduler.plan()
@@ -26,7 +26,7 @@ def step(scheduler: Scheduler) -> tuple[Piece, ...]:
     return pieces
 
 
-def told(pieces: tuple[Piece, ...]) -> dict[str, tuple[int, int, bool]]:
+def told(pieces: tuple[ScheduledTokens, ...]) -> dict[str, tuple[int, int, bool]]:
     return {piece.request: (piece.start, piece.stop, piece.last) for piece in pieces}
 
 
@@ -178,7 +178,7 @@ class Serving(RuleBasedStateMachine):
                     self.scheduler.remove(piece.request)
                     del self.left[piece.request], self.read[piece.request]
 
-    def left_after_reading(self, piece: Piece) -> bool:
+    def left_after_reading(self, piece: ScheduledTokens) -> bool:
         return piece.last and piece.stop - piece.start == 1 and piece.start > 0
 
     @invariant()

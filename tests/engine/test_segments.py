@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.engine.segments import Segment, Segments, first_key
+from moefit.engine.varlen import Segment, Segments, first_key
 
 segments = st.builds(
     Segment, start=st.integers(0, 9), past=st.integers(0, 9), new=st.integers(1, 6)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.engine.stats import Pace
+from moefit.engine.api import TokenRate
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
 
 def test_a_pace_is_of_the_last_few_seconds() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = TokenRate(clock)
     assert pace.per_second() == 0
     for _ in range(20):
         pace.add(3)
@@ -28,7 +28,7 @@ def test_a_pace_is_of_the_last_few_seconds() -> None:
 
 
 def test_the_first_tokens_are_no_burst() -> None:
-    pace = Pace(Clock())
+    pace = TokenRate(Clock())
     pace.add(1)
     assert pace.per_second() == 2, "a token just now counts as one in half a second"
 
@@ -36,7 +36,7 @@ def test_the_first_tokens_are_no_burst() -> None:
 @given(st.lists(st.tuples(st.integers(0, 16), st.floats(0, 3)), max_size=30))
 def test_a_pace_is_that_of_what_the_window_holds(steps: list[tuple[int, float]]) -> None:
     clock, made = Clock(), []
-    pace = Pace(clock)
+    pace = TokenRate(clock)
     for tokens, seconds in steps:
         pace.add(tokens)
         made.append((clock.now, tokens))

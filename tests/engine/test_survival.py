@@ -17,18 +17,18 @@ import pytest
 import torch
 from engines import Heard, ask, engine_of, greedy, paused, prompts
 from serving_http import client_of, error_of, events, fake_service
-from test_running import soon
 from tiny_served import MemoryStore, mixtral_block, saved, tiny
 
 import moefit
-from moefit.engine.answer import Language
-from moefit.engine.request import Event, Finished, Token
+from moefit.engine.api import Event, FinishedEvent, TokenEvent
+from moefit.engine.request_state import TextDecoding
 from moefit.errors import RefusedError
-from moefit.formats.format import NATIVE
-from moefit.serve.served import ServedModel
-from moefit.serve.slots import allocate
-from moefit.serve.transfer import Transfer, finish
+from moefit.quant.format import NATIVE
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.io.loads import Transfer, wait_for_load
+from moefit.serve.model import ServedModel
 from moefit.server.client import Client, ServerError
+from tests.server.test_http_server import soon
 
 PROMPT = prompts([5])[0]
 
@@ -65,7 +65,7 @@ class Panicking:
 
 
 def speak(engine: Any, tokenizer: Any) -> None:
-    language = Language(tokenizer=tokenizer, ends=frozenset(), continues=False)
+    language = TextDecoding(tokenizer=tokenizer, ends=frozenset(), continues=False)
     engine._abilities = replace(engine._abilities, language=language)
 
 
@@ -86,7 +86,7 @@ def test_a_text_whose_end_panics_ends_all_the_same(olmoe) -> None:
     tokenizer = Panicking(unknown=-1)
 
     def break_it(event: Event) -> None:
-        tokenizer.unknown = None if isinstance(event, Token) else -1
+        tokenizer.unknown = None if isinstance(event, TokenEvent) else -1
 
     with engine_of(olmoe, slots=None) as engine:
         speak(engine, tokenizer)
@@ -177,10 +177,10 @@ def test_a_source_that_panics_reaches_whoever_waits(background: bool) -> None:
     transfer = Transfer(store, readers=1)
     loads: list[Future[float]] = []
     for _ in range(3):  # the thread goes on
-        slot = allocate(NATIVE, block.layout.specs, torch.device("cpu"))
+        slot = allocate_slot(NATIVE, block.layout.specs, torch.device("cpu"))
         loads.append(transfer.load(block.name, 0, slot, background=background))
         with pytest.raises(Panic):
-            finish(loads[-1])
+            wait_for_load(loads[-1])
     transfer.close()
 
 
@@ -219,14 +219,14 @@ def test_a_failed_measurement_keeps_no_event_back(served, monkeypatch) -> None:
         heard: list[Any] = []
         listener = service.telemetry.listen(heard.append)
         with pytest.raises(Panic):
-            listener(Finished(reason="stop", prompt_tokens=1, completion_tokens=0))
+            listener(FinishedEvent(reason="stop", prompt_tokens=1, completion_tokens=0))
         assert len(heard) == 1
         assert client.get("/health").status_code == 200
 
 
 SERVE = """
 import time
-import moefit.cli.server as cli
+import moefit.cli.serve as cli
 from moefit.engine import engine
 from moefit.cli.app import app
 def fail(*_, **__):

@@ -5,11 +5,16 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from moefit.engine.packed import NAME, packed_attention, register
-from moefit.engine.packed_cache import PackedCache
-from moefit.engine.pool import KvPool
-from moefit.engine.segments import Segment, UnpackableError
-from moefit.engine.window_mask import WindowMask
+from moefit.engine.kv_pool import KvPool
+from moefit.engine.varlen import (
+    ATTENTION_NAME,
+    Segment,
+    UnpackableError,
+    VarlenCache,
+    WindowMask,
+    register_varlen_attention,
+    varlen_attention,
+)
 
 WIDTH, PLACES = 8, 64
 MODULE = nn.Module()
@@ -46,7 +51,7 @@ class Texts:
         torch.manual_seed(0)
         self.heads, self.groups = heads, groups
         self.keys, self.values = torch.randn(2, 3, groups, 20, WIDTH)
-        self.cache = PackedCache(KvPool(PLACES))
+        self.cache = VarlenCache(KvPool(PLACES))
         self.cache.gathers = gathers
         self.past = [0, 0, 0]
         for number in range(3):
@@ -74,7 +79,7 @@ class Texts:
         )
         mask = WindowMask.of(window, CPU)
         query = joined(list(queries.values()))
-        out, _ = packed_attention(MODULE, query, key, value, mask, segments=plan, **how)
+        out, _ = varlen_attention(MODULE, query, key, value, mask, segments=plan, **how)
         rows = out if batch else out[0].split(list(new.values()))
         for (n, count), got in zip(new.items(), rows, strict=True):
             expected = one_by_one(
@@ -132,7 +137,7 @@ def attend(**changes):
     plan = texts.cache.begin([Segment(start=0, past=0, new=2)], 2, CPU)
     key, value = texts.cache.update(texts.keys[:1, :, :2], texts.values[:1, :, :2], 0)
     given = {"attention_mask": WindowMask.of(None, CPU), "segments": plan} | changes
-    return packed_attention(MODULE, torch.randn(1, 4, 2, WIDTH), key, value, **given)
+    return varlen_attention(MODULE, torch.randn(1, 4, 2, WIDTH), key, value, **given)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +160,9 @@ def test_what_is_not_done_exactly_is_refused(changes) -> None:
 
 
 def test_registering_is_one_call() -> None:
-    register()
-    register()
-    assert AttentionInterface()[NAME] is packed_attention
+    register_varlen_attention()
+    register_varlen_attention()
+    assert AttentionInterface()[ATTENTION_NAME] is varlen_attention
 
 
 def test_bytes_are_those_of_the_places() -> None:

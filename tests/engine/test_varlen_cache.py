@@ -1,24 +1,23 @@
 import pytest
 import torch
 
-from moefit.engine.packed_cache import PackedCache
-from moefit.engine.pool import KvPool
-from moefit.engine.segments import Segment, UnpackableError
+from moefit.engine.kv_pool import KvPool
+from moefit.engine.varlen import Segment, UnpackableError, VarlenCache
 
 GROUPS, WIDTH, PLACES = 2, 4, 16
 CPU = torch.device("cpu")
 
 
-def cache_of(*requests: int, gathers: bool = False) -> PackedCache:
+def cache_of(*requests: int, gathers: bool = False) -> VarlenCache:
     """A cache over a pool in which requests of these lengths have their places."""
-    cache = PackedCache(KvPool(PLACES))
+    cache = VarlenCache(KvPool(PLACES))
     cache.gathers = gathers
     for number, length in enumerate(requests):
         cache.pool.take(str(number), length)
     return cache
 
 
-def segment(cache: PackedCache, request: int, *, past: int, new: int) -> Segment:
+def segment(cache: VarlenCache, request: int, *, past: int, new: int) -> Segment:
     return Segment(start=cache.pool.extents.start(str(request)), past=past, new=new)
 
 

@@ -7,8 +7,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from moefit.engine.segments import UnpackableError
-from moefit.engine.window_mask import WindowMask, window_mask
+from moefit.engine.varlen import UnpackableError, WindowMask, window_mask
 
 
 def test_what_transformers_says_of_a_mask_is_understood() -> None:

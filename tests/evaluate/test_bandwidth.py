@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moefit.evaluate import bandwidth
-from moefit.evaluate.bandwidth import bandwidth_apart, measure_bandwidth
+from moefit.evaluate import speed
+from moefit.evaluate.speed import bandwidth_apart, measure_bandwidth
 from moefit.host import peak_process_bytes, process_bytes
 
 MIB = 1 << 20
@@ -45,7 +45,7 @@ def test_caches_count_once_for_all_that_share_them(tmp_path: Path, monkeypatch) 
             for name, value in told.items():
                 (part / name).write_text(value + "\n")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    assert bandwidth._cache_bytes(tmp_path) == 800 * MIB
+    assert speed._cache_bytes(tmp_path) == 800 * MIB
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1})
-    assert bandwidth._cache_bytes(tmp_path) == 400 * MIB
-    assert bandwidth._cache_bytes(tmp_path / "nothing") == 0
+    assert speed._cache_bytes(tmp_path) == 400 * MIB
+    assert speed._cache_bytes(tmp_path / "nothing") == 0

@@ -7,7 +7,7 @@ from moefit.dsmoe.card import model_card
 from moefit.dsmoe.export import export_olmoe
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.evaluate.perplexity import Text, score
-from moefit.evaluate.subject import subject_of
+from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule, default_rules
 
 IDS = tokens(2, 9)
@@ -34,14 +34,14 @@ def test_an_olmoe_under_a_rule_is_one_configured_so(rule):
     model = stock(num_experts_per_tok=3)
     twin = stock(num_experts_per_tok=parsed.k or 5, norm_topk_prob=parsed.renormalize)
     before = logits(model)
-    with subject_of(model).use(parsed):
+    with evaluated_model(model).use(parsed):
         torch.testing.assert_close(logits(model), logits(twin))
     torch.testing.assert_close(logits(model), before)
 
 
 def test_an_olmoe_is_restored_after_an_error():
     model = stock(num_experts_per_tok=3, norm_topk_prob=True)
-    with pytest.raises(ZeroDivisionError), subject_of(model).use(Rule.parse("top_k:1")):
+    with pytest.raises(ZeroDivisionError), evaluated_model(model).use(Rule.parse("top_k:1")):
         raise ZeroDivisionError
     routers = [layer.mlp.gate for layer in model.model.layers]
     assert [(router.top_k, router.norm_topk_prob) for router in routers] == [(3, True)] * 2
@@ -57,11 +57,11 @@ def test_an_export_scores_and_costs_as_what_it_was_made_of(tmp_path):
         assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
         same = ("rule", "active_parameters", "active_share", "mlp_experts", "attention_experts")
         assert [getattr(theirs, name) for name in same] == [getattr(ours, name) for name in same]
-    assert subject_of(olmoe).total == model_card(model.config).total_without_embeddings
+    assert evaluated_model(olmoe).total == model_card(model.config).total_without_embeddings
 
 
 def test_tied_embeddings_do_not_count_twice():
-    assert subject_of(stock(tie_word_embeddings=True)).total == subject_of(stock()).total
+    assert evaluated_model(stock(tie_word_embeddings=True)).total == evaluated_model(stock()).total
 
 
 @pytest.mark.parametrize("rule", ["threshold:0.5", "threshold_top_k:0.5"])
@@ -75,15 +75,15 @@ def test_an_olmoe_has_no_thresholds(rule):
 
 def test_more_experts_than_there_are():
     with pytest.raises(ConfigError, match="top_k:5"):
-        subject_of(stock()).check(Rule.parse("top_k:6"))
+        evaluated_model(stock()).check(Rule.parse("top_k:6"))
 
 
 def test_default_rules():
-    assert subject_of(tiny_model()).default_rules() == default_rules(5)
-    assert [str(rule) for rule in subject_of(stock()).default_rules()] == [
+    assert evaluated_model(tiny_model()).default_rules() == default_rules(5)
+    assert [str(rule) for rule in evaluated_model(stock()).default_rules()] == [
         "dense", "top_k:2", "top_k:1",
     ]  # fmt: skip
-    normalised = subject_of(stock(norm_topk_prob=True)).default_rules()
+    normalised = evaluated_model(stock(norm_topk_prob=True)).default_rules()
     assert [str(rule) for rule in normalised] == [
         "dense", "top_k:2:renormalize", "top_k:1:renormalize",
     ]  # fmt: skip
@@ -95,4 +95,4 @@ def test_other_families():
         num_attention_heads=2,
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="a LlamaForCausalLM cannot be put under"):
-        subject_of(LlamaForCausalLM(config))
+        evaluated_model(LlamaForCausalLM(config))

@@ -7,9 +7,9 @@ from tiny_models import tiny_model, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, OlmoeForCausalLM
 
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moefit.evaluate.loading import check_family, config_of, load, locate, reference_path
+from moefit.evaluate.loading import check_family, config_of, load_full_model, locate, reference_path
 from moefit.train import checkpoint
-from moefit.train.tokenizer import train_bpe
+from moefit.train.data.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def saved(tmp_path_factory):
 
 
 def test_a_model_folder(saved):
-    model, tokenizer = load(str(saved))
+    model, tokenizer = load_full_model(str(saved))
     assert not model.training
     ids = tokens(1, 5)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, tiny_model(vocab_size=300)(ids).logits)
     assert tokenizer.eos_token == "<|endoftext|>"
-    assert load(str(saved), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_full_model(str(saved), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_a_run_is_its_last_checkpoint(tmp_path):
@@ -37,7 +37,7 @@ def test_a_run_is_its_last_checkpoint(tmp_path):
         snapshot = checkpoint.Snapshot(step=step, model=parts[0], tokenizer=parts[1], state={})
         checkpoint.save(tmp_path, snapshot, keep=2)
     assert locate(str(tmp_path)).name == "step-00000002"
-    load(str(tmp_path))
+    load_full_model(str(tmp_path))
 
 
 def test_the_shipped_model():
@@ -54,13 +54,13 @@ def test_the_shipped_model():
 def test_what_is_no_model(tmp_path, make, error, words):
     make(tmp_path / "model")
     with pytest.raises(error, match=words):
-        load(str(tmp_path / "model"))
+        load_full_model(str(tmp_path / "model"))
 
 
 def test_a_foreign_family(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="'llama' model; this command knows dsmoe"):
-        load(str(tmp_path))
+        load_full_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -70,7 +70,7 @@ def test_a_damaged_file(saved, tmp_path, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"cannot be read|cut short"):
-        load(str(folder))
+        load_full_model(str(folder))
 
 
 def test_missing_weights(saved, tmp_path):
@@ -78,7 +78,7 @@ def test_missing_weights(saved, tmp_path):
     shutil.copytree(saved, folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load(str(folder))
+        load_full_model(str(folder))
 
 
 def with_config(saved, folder, **changes):
@@ -99,13 +99,13 @@ def with_config(saved, folder, **changes):
 )
 def test_a_config_of_another_model(saved, tmp_path, changes, words):
     with pytest.raises(CheckpointError, match=f"not those of its config.json: .*{words}"):
-        load(with_config(saved, tmp_path / "model", **changes))
+        load_full_model(with_config(saved, tmp_path / "model", **changes))
 
 
 def test_tied_embeddings_are_not_missing(saved, tmp_path):
     tiny_model(vocab_size=300, tie_word_embeddings=True).save_pretrained(tmp_path)
     train_bpe(["some text"], 300).save_pretrained(tmp_path)
-    load(str(tmp_path))
+    load_full_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("width", [8, 6])
@@ -116,7 +116,7 @@ def test_an_olmoe_of_any_width(tmp_path, width):
     )  # fmt: skip
     OlmoeForCausalLM(config).save_pretrained(tmp_path)
     train_bpe(["some text"], 300).save_pretrained(tmp_path)
-    model, _ = load(str(tmp_path))
+    model, _ = load_full_model(str(tmp_path))
     assert isinstance(model, OlmoeForCausalLM)
     with torch.no_grad():
         assert model(tokens(1, 5)).logits.isfinite().all()
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_is_none(saved, tmp_path, content):
     shutil.copytree(saved, folder)
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read"):
-        load(str(folder))
+        load_full_model(str(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "dsmoe", "qk_norm": "perhaps"}'])
@@ -162,12 +162,12 @@ def test_a_device_that_is_not_here(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # said before reading
     with pytest.raises(ConfigError, match="device='cuda' is not to be had here; use auto or cpu"):
-        load(str(saved), device="cuda")
+        load_full_model(str(saved), device="cuda")
 
 
 def test_a_config_that_contradicts_itself(saved, tmp_path):
     with pytest.raises(ConfigError, match="head_dim=3"):
-        load(with_config(saved, tmp_path / "model", head_dim=3))
+        load_full_model(with_config(saved, tmp_path / "model", head_dim=3))
 
 
 def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path):
@@ -179,4 +179,4 @@ def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path):
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"damaged: model\.safetensors"):
-        load(str(tmp_path))
+        load_full_model(str(tmp_path))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_served import logits, saved, tiny, tokens
 
-from moefit.evaluate.twin import native_twin
-from moefit.serve.ledger import held_bytes
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.evaluate.baselines import native_reference
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.memory.estimate import held_bytes
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
 
@@ -25,8 +25,8 @@ def folder(model, tmp_path_factory):
 @pytest.mark.parametrize("memory", [None, "8GiB"])
 def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
     how = LoadSettings(memory=memory, precision="int2", rest="int4", context=64)
-    with load(folder, how) as served:
-        twin = native_twin(served, how)
+    with load_model(folder, how) as served:
+        twin = native_reference(served, how)
         assert twin is not None
         with twin:
             ids = tokens(1, 9)
@@ -39,14 +39,14 @@ def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
 
 def test_there_is_none_without_room(folder) -> None:
     plenty = LoadSettings(precision="int2", context=64)
-    with load(folder, plenty) as served:
+    with load_model(folder, plenty) as served:
         tight = served.budget.with_slots(served.budget.slots()) + (1 << 20)
         how = LoadSettings(memory=tight, precision="int2", context=64)
         served.set_memory(tight)
-        assert native_twin(served, how) is None
+        assert native_reference(served, how) is None
 
 
 def test_auto_takes_all_that_there_is(folder) -> None:
     how = LoadSettings(memory="4GiB", precision="auto", context=64)
-    with load(folder, how) as served:
-        assert native_twin(served, how) is None
+    with load_model(folder, how) as served:
+        assert native_reference(served, how) is None

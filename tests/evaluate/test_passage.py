@@ -2,9 +2,9 @@ import pytest
 
 from moefit.errors import DataError
 from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.train.corpus import Document
-from moefit.train.token_file import write_tokens
-from moefit.train.tokenizer import train_bpe
+from moefit.train.data.corpus import Document
+from moefit.train.data.tokenizer import train_bpe
+from moefit.train.data.tokens import write_tokens
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from tiny_served import tokens
 
+from moefit.engine.api import (
+    EngineSettings,
+    Event,
+    FinishedEvent,
+    PromptEvent,
+    SamplingParams,
+    TokenEvent,
+)
 from moefit.engine.engine import Engine
-from moefit.engine.request import Event, Finished, Prompt, Sampling, Token
-from moefit.engine.settings import EngineSettings
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 torch.set_num_threads(1)
 
@@ -33,7 +39,7 @@ class Heard:
         self.events.append(event)
         if self._at is not None:
             self._at(event)
-        if isinstance(event, Finished):
+        if isinstance(event, FinishedEvent):
             self._done.set()
 
     def wait(self) -> "Heard":
@@ -42,21 +48,21 @@ class Heard:
 
     @property
     def tokens(self) -> list[int]:
-        return [event.token for event in self.events if isinstance(event, Token)]
+        return [event.token for event in self.events if isinstance(event, TokenEvent)]
 
     @property
-    def end(self) -> Finished:
+    def end(self) -> FinishedEvent:
         last = self.wait().events[-1]
-        assert isinstance(last, Finished)
+        assert isinstance(last, FinishedEvent)
         return last
 
     @property
     def text(self) -> str:
-        return "".join(e.text for e in self.events if isinstance(e, Token | Finished))
+        return "".join(e.text for e in self.events if isinstance(e, TokenEvent | FinishedEvent))
 
     @property
-    def prompt(self) -> Prompt:
-        (prompt,) = [event for event in self.events if isinstance(event, Prompt)]
+    def prompt(self) -> PromptEvent:
+        (prompt,) = [event for event in self.events if isinstance(event, PromptEvent)]
         return prompt
 
 
@@ -65,7 +71,7 @@ def engine_of(
     folder: Path, *, slots: int | None = 2, context: int = 128, **settings: Any
 ) -> Iterator[Engine]:
     """A started engine over a model with so many slots a block; None: without a budget."""
-    with load(folder, LoadSettings(context=context)) as served:
+    with load_model(folder, LoadSettings(context=context)) as served:
         if slots is not None:
             counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
             served.set_memory(served.budget.with_slots(counts))
@@ -89,8 +95,8 @@ def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     return [tokens(length, seed=length).tolist() for length in lengths]
 
 
-def greedy(max_tokens: int = 8, **more: Any) -> Sampling:
-    return Sampling(max_tokens=max_tokens, temperature=0.0, **more)
+def greedy(max_tokens: int = 8, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **more)
 
 
 def generated(served: ServedModel, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
@@ -100,7 +106,7 @@ def generated(served: ServedModel, prompt: Sequence[int], max_tokens: int = 8) -
     return made[0, skip:].tolist()
 
 
-def ask(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Heard:
+def ask(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> Heard:
     heard = Heard()
     engine.submit(prompt, sampling, heard)
     return heard

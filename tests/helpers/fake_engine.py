@@ -6,20 +6,20 @@ from itertools import count
 from time import sleep
 from typing import Any
 
-from moefit.engine.request import (
+from moefit.engine.api import (
+    EngineSettings,
+    EngineStats,
     Event,
-    Finished,
+    FinishedEvent,
     Listener,
-    Prompt,
-    Sampling,
-    Token,
+    PromptEvent,
+    SamplingParams,
+    TokenEvent,
     TokenLogprob,
 )
-from moefit.engine.settings import EngineSettings
-from moefit.engine.stats import EngineStats
-from moefit.engine.text import TextStream
+from moefit.engine.detokenize import IncrementalDetokenizer
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 
 
 def following(token: int, size: int) -> int:
@@ -39,7 +39,7 @@ class FakeEngine:
         self.pause, self.fail, self.waits = pause, {}, 0.0
         self.tokens: Callable[[Sequence[int]], Sequence[int]] | None = None
         self.cancelled: list[str] = []
-        self.submitted: list[tuple[tuple[int, ...], Sampling]] = []
+        self.submitted: list[tuple[tuple[int, ...], SamplingParams]] = []
         self._size = served.model.config.vocab_size
         self._names = (f"request-{n}" for n in count())
         self._going: dict[str, tuple[Iterator[Event], Listener]] = {}
@@ -60,7 +60,7 @@ class FakeEngine:
         if self._thread is not None:
             self._thread.join()
         for _, listener in self._going.values():
-            listener(Finished(reason="cancelled", prompt_tokens=1, completion_tokens=0))
+            listener(FinishedEvent(reason="cancelled", prompt_tokens=1, completion_tokens=0))
         self._going.clear()
         return True
 
@@ -69,7 +69,9 @@ class FakeEngine:
             self._refusing = True
             return self._changed.wait_for(lambda: not self._going, timeout)
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, listener: Listener) -> str:
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, listener: Listener
+    ) -> str:
         wanted = len(prompt_ids) + sampling.max_tokens
         if wanted > self.max_model_len:
             raise RequestTooLargeError(f"{wanted} tokens, but {self.max_model_len} fit")
@@ -110,20 +112,20 @@ class FakeEngine:
             for name, (events, listener) in turn:
                 with self._changed:
                     event = next(events) if name in self._going else None
-                    if isinstance(event, Finished):
+                    if isinstance(event, FinishedEvent):
                         del self._going[name]
                         self._changed.notify_all()
                 if event is not None:
                     listener(event)
             sleep(self.pause)
 
-    def _events(self, prompt: tuple[int, ...], sampling: Sampling) -> Iterator[Event]:
+    def _events(self, prompt: tuple[int, ...], sampling: SamplingParams) -> Iterator[Event]:
         told = None
         if (top := sampling.prompt_logprobs) is not None:
             told = (None, *(self._logprob(token, top) for token in prompt[1:]))
-        yield Prompt(logprobs=told, waited=self.waits)
+        yield PromptEvent(logprobs=told, waited=self.waits)
         tokenizer = self.served.tokenizer
-        text = TextStream(tokenizer, sampling.stop, after=prompt)
+        text = IncrementalDetokenizer(tokenizer, sampling.stop, after=prompt)
         made, last = 0, prompt[-1] + (sampling.seed or 0)
         given = list(self.tokens(prompt)) if self.tokens else None
         for made in range(1, sampling.max_tokens + 1):
@@ -132,7 +134,7 @@ class FakeEngine:
                 yield self._finished("error", prompt, made, message=self.fail[prompt])
                 return
             logprob = None if sampling.logprobs is None else self._logprob(last, sampling.logprobs)
-            yield Token(token=last, text=text.push(last), logprob=logprob)
+            yield TokenEvent(token=last, text=text.push(last), logprob=logprob)
             if text.stopped or last in sampling.stop_ids or (given and made == len(given)):
                 yield self._finished("stop", prompt, made, text=text.finish())
                 return
@@ -143,5 +145,9 @@ class FakeEngine:
         likely = tuple((one % self._size, -0.25 * (n + 1)) for n, one in enumerate(best))
         return TokenLogprob(token=token, logprob=-1.5 - token / 8192, top=likely)
 
-    def _finished(self, reason: Any, prompt: Sequence[int], made: int, **more: str) -> Finished:
-        return Finished(reason=reason, prompt_tokens=len(prompt), completion_tokens=made, **more)
+    def _finished(
+        self, reason: Any, prompt: Sequence[int], made: int, **more: str
+    ) -> FinishedEvent:
+        return FinishedEvent(
+            reason=reason, prompt_tokens=len(prompt), completion_tokens=made, **more
+        )

@@ -6,10 +6,10 @@ def killed_packing(call: str, imports: str = "") -> str:
     return f"""
 import os, signal, sys
 from pathlib import Path
-from moefit.formats.format import parse_format
-from moefit.formats.packed_file import PackedWriter
-from moefit.serve.packing import pack
-from moefit.serve.skeleton import build
+from moefit.quant.format import parse_format
+from moefit.serve.packed.file import PackedWriter
+from moefit.serve.packed.build import pack
+from moefit.serve.hf.skeleton import build_skeleton as build
 {imports}
 left = int(sys.argv[2])
 own = PackedWriter.write

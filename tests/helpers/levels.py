@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from moefit.formats.kernels import LEVELS, SWITCH, Level, kernels
+from moefit.quant.cpu_kernels import LEVELS, SWITCH, Level, kernels
 
 BEST = kernels(LEVELS[-1])
 MACHINE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()

@@ -36,16 +36,16 @@ class Pretender:
             "workspace": 98 * MIB,
             "staging": 4 * slot,
         }
-        self.floor = sum(self.fixed.values()) + layers * slot
-        self.everything = sum(self.fixed.values()) + layers * experts * slot
+        self.min_bytes = sum(self.fixed.values()) + layers * slot
+        self.all_resident_bytes = sum(self.fixed.values()) + layers * experts * slot
         share = layers * experts * slot  # auto: slots are reckoned in int2
-        self.everything_in = {
+        self.all_resident_bytes_in = {
             name: sum(self.fixed.values()) + share * bits // 2
             for name, bits in (("int2", 2), ("int4", 4), ("int6", 6), ("int8", 8), ("native", 16))
             if auto
         }
-        self.most = self.everything_in["native"] if auto else self.everything
-        self.total: int | None = (self.floor + 2 * self.everything) // 3
+        self.most = self.all_resident_bytes_in["native"] if auto else self.all_resident_bytes
+        self.total: int | None = (self.min_bytes + 2 * self.all_resident_bytes) // 3
         self.mode, self.hits, self.fetches, self.read, self.running = "exact", 0, 0, 0, 0
         self.bound = 0.3
         self.key: str | None = None
@@ -75,10 +75,10 @@ class Pretender:
         return {
             "model": "pretender-8x16", "mode": self.mode, "prefill": "exact",
             "bound": self.bound,
-            "budget": {"total": self.total, "context": 4096, **self.fixed, "floor": self.floor,
-                       "everything": self.everything, "most": self.most, "host": None},
-            "floor": self.floor, "everything": self.everything, "most": self.most,
-            "everything_in": self.everything_in,
+            "budget": {"total": self.total, "context": 4096, **self.fixed, "floor": self.min_bytes,
+                       "everything": self.all_resident_bytes, "most": self.most, "host": None},
+            "floor": self.min_bytes, "everything": self.all_resident_bytes, "most": self.most,
+            "everything_in": self.all_resident_bytes_in,
             "process_bytes": held, "peak_process_bytes": held + 9 * MIB,
             "slot_bytes": slots * self.layers * self.slot, "kv_tokens": 4096,
             "kv_tokens_used": 610 * self.running, "blocks": blocks,
@@ -113,8 +113,8 @@ class Pretender:
         total = body.get("bytes", self.total)
         if isinstance(total, str):
             total = int(float(total.lower().removesuffix("mib")) * MIB)
-        if total is not None and total < self.floor:
-            raise ValueError(f"below the floor; give at least {self.floor} bytes")
+        if total is not None and total < self.min_bytes:
+            raise ValueError(f"below the floor; give at least {self.min_bytes} bytes")
         self.total, self.mode = total, body.get("mode", self.mode)
         self.bound = body.get("bound", self.bound)
         self.changes.append(body)

@@ -10,30 +10,28 @@ import torch
 from tiny_served import tiny
 from transformers import PreTrainedModel
 
-from moefit.formats.error import GAUSSIAN
-from moefit.formats.format import FORMATS as ALL_FORMATS
-from moefit.formats.format import weights_in
 from moefit.moe.layouts import find_blocks
-from moefit.plan.chosen import compare_quality
 from moefit.plan.configuration import Configuration
-from moefit.plan.curves import make_curves
 from moefit.plan.experiments import (
+    DENSE_FORMATS,
     FORMATS,
-    RESTS,
     BlockShape,
     quality_configuration,
     quality_names,
     stepwise_configuration,
     stepwise_names,
 )
-from moefit.plan.features import Knowledge, knowledge_of
+from moefit.plan.fitting import Features, features_of
 from moefit.plan.latency import part_times, parts_of
 from moefit.plan.profile import VERSION, BlockFacts, Profile, ProfileFacts, machine
 from moefit.plan.profiler import wanted
-from moefit.plan.replay import Step
-from moefit.plan.routes import Routes
-from moefit.plan.samples import Sample
-from moefit.serve.placement import BlockPlacement
+from moefit.plan.quality import compare_quality
+from moefit.plan.reference import Sample
+from moefit.plan.trace import Routes, Step, make_curves
+from moefit.quant.error_model import GAUSSIAN
+from moefit.quant.format import FORMATS as ALL_FORMATS
+from moefit.quant.format import weights_in
+from moefit.serve.config import BlockPlacement
 
 EXPERTS, K = 8, 2
 BITS = {"native": 16, "int8": 8.5, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5}
@@ -113,12 +111,14 @@ def profile(*, noise: float = 0.0, seed: int = 0) -> Profile:
             "packed": True,
             "nbytes": blocks[FIRST].slot_bytes[name],
         }
-    items |= {f"rest/{name}": {"seconds": 0.01 if name == "native" else 0.007} for name in RESTS}
-    known = knowledge_of(Profile(facts=facts, items=items))
+    items |= {
+        f"rest/{name}": {"seconds": 0.01 if name == "native" else 0.007} for name in DENSE_FORMATS
+    }
+    known = features_of(Profile(facts=facts, items=items))
     generator = random.Random(seed)
-    loudness = {name: block.loudness_E for name, block in known.blocks.items()}
+    output_energy = {name: block.output_energy_E for name, block in known.blocks.items()}
     for name in quality_names(shapes()):
-        configuration = quality_configuration(name, shapes(), loudness)
+        configuration = quality_configuration(name, shapes(), output_energy)
         items[f"quality/{name}"] = _sample(configuration, known, generator, noise).as_dict()
     done = Profile(facts=facts, items=items)
     for name in stepwise_names():
@@ -138,7 +138,7 @@ def _routed(number: int, name: str) -> dict[str, Any]:
             mass[expert] += weight / len(steps)
     loud = [one**1.5 for one in mass]
     loud = [one / sum(loud) for one in loud]
-    routes = Routes(steps=steps, mass_E=mass, loudness_E=loud, experts=K)
+    routes = Routes(steps=steps, mass_E=mass, output_energy_E=loud, experts=K)
     depth = (number + 0.5) / len(SENSITIVITY)
     return {
         "mass": mass,
@@ -149,7 +149,7 @@ def _routed(number: int, name: str) -> dict[str, Any]:
     }
 
 
-def law_of_loss(configuration: Configuration, known: Knowledge) -> float:
+def law_of_loss(configuration: Configuration, known: Features) -> float:
     """KL: slightly curved in the sum of blocks' errors, and a price of moved weight."""
     noises = dict(zip(SENSITIVITY, known.noises(configuration), strict=True))
     total = sum(SENSITIVITY[name] * noise for name, noise in noises.items())
@@ -159,14 +159,14 @@ def law_of_loss(configuration: Configuration, known: Knowledge) -> float:
     return total + total**2 + price[configuration.mode]
 
 
-def law_of_time(configuration: Configuration, done: Profile, known: Knowledge) -> float:
+def law_of_time(configuration: Configuration, done: Profile, known: Features) -> float:
     parts = parts_of(configuration, part_times(done, cold=False), known)
     return sum(a * b for a, b in zip(parts, SECONDS, strict=True))
 
 
 def _sample(
     configuration: Configuration,
-    known: Knowledge,
+    known: Features,
     generator: random.Random,
     noise: float,
     seconds: float | None = None,

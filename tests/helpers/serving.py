@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 torch.set_num_threads(1)
 # Of the largest output of a block in bfloat16. Products, hidden units and their weighted sum are
@@ -27,7 +27,7 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
 @contextmanager
 def serving(folder: Path, *, slots: int = 1, **settings):
     """The model served with so many slots a block; nothing is resident yet."""
-    with load(folder, LoadSettings(**settings)) as served:
+    with load_model(folder, LoadSettings(**settings)) as served:
         give_slots(served, slots)
         yield served
         served.check()
@@ -36,7 +36,7 @@ def serving(folder: Path, *, slots: int = 1, **settings):
 def give_slots(served: ServedModel, slots: int) -> None:
     counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
     served.set_memory(served.budget.with_slots(counts))
-    assert [experts.residency.number for experts in served.blocks.values()] == counts
+    assert [experts.slot_table.number for experts in served.blocks.values()] == counts
 
 
 def hold(served: ServedModel, residents: Collection[int], mode: str, **policy) -> None:

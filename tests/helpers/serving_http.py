@@ -9,10 +9,10 @@ from fake_engine import FakeEngine
 from fastapi.testclient import TestClient
 
 from moefit.engine.engine import Engine
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 from moefit.server.app import create_app
+from moefit.server.middleware import ServerSettings
 from moefit.server.service import Service
-from moefit.server.settings import ServerSettings
 
 
 @contextmanager

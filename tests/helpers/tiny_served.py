@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from moefit.checkpoint import Checkpoint, pread
+from moefit.checkpoint.safetensors import Checkpoint, pread
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
-from moefit.serve.served import ServedModel
-from moefit.serve.slots import Slot
+from moefit.serve.cache.slot import Slot
+from moefit.serve.model import ServedModel
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -138,7 +138,7 @@ class Disk:
 @contextmanager
 def reading_through(disk: Disk) -> Iterator[Disk]:
     """Checkpoints that are opened to be served meanwhile read through this disk, for ever."""
-    with mock.patch("moefit.serve.skeleton.Checkpoint", partial(Checkpoint, read=disk)):
+    with mock.patch("moefit.serve.hf.skeleton.Checkpoint", partial(Checkpoint, read=disk)):
         yield disk
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from moefit.moe.activations import ACTIVATIONS, activation_name
+from moefit.moe.layouts import ACTIVATIONS, activation_name
 
 
 def halves(x_RI: Tensor) -> tuple[Tensor, Tensor]:

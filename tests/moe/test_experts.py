@@ -10,10 +10,10 @@ from moefit.moe.experts import (
     ExpertWeights,
     expert_weights,
     grouped_experts,
+    reference_experts,
     scattered_scores,
     wide_experts,
 )
-from moefit.moe.reference import reference_experts
 from moefit.moe.routing import Routing, Rule, route
 
 Compute = Callable[[Tensor, Routing, ExpertWeights], Tensor]

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefit.moe.identify import Example, Known, identify
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Groups, ScoringRule
+from moefit.moe.scoring import Groups, KnownForms, RouterExample, ScoringRule, identify
 
 TOKENS, EXPERTS, K = 64, 16, 3
 GROUPS = tuple(Groups(number=4, kept=2, score=score) for score in ("top_2", "max"))
 LIKE = Routing(torch.zeros(TOKENS, K, dtype=torch.long), torch.ones(TOKENS, K))
-KNOWN = Known(groups=GROUPS, tolerances=(0.2,))
+KNOWN = KnownForms(groups=GROUPS, tolerances=(0.2,))
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -27,9 +26,9 @@ LOGITS, BIAS, FACTOR = (
 )
 
 
-def example(rule: ScoringRule, logits_TE: Tensor = LOGITS) -> Example:
+def example(rule: ScoringRule, logits_TE: Tensor = LOGITS) -> RouterExample:
     routing = rule.route(logits_TE, LIKE, BIAS)
-    return Example(logits_TE=logits_TE, routing=routing, vectors=(FACTOR, BIAS))
+    return RouterExample(logits_TE=logits_TE, routing=routing, vectors=(FACTOR, BIAS))
 
 
 COMMON = list(
@@ -77,7 +76,7 @@ def test_scores_in_low_precision_tie_as_the_router_s_do():
 
 def test_other_logits_or_weights_fit_no_rule():
     seen = example(ScoringRule(score="softmax", chosen="kept"))
-    other = Example(logits_TE=numbers(TOKENS, EXPERTS, seed=9), routing=seen.routing)
+    other = RouterExample(logits_TE=numbers(TOKENS, EXPERTS, seed=9), routing=seen.routing)
     assert identify(other, KNOWN) is None
     odd = Routing(seen.routing.ids_TK, seen.routing.weights_TK**2)
-    assert identify(Example(logits_TE=LOGITS, routing=odd), KNOWN) is None
+    assert identify(RouterExample(logits_TE=LOGITS, routing=odd), KNOWN) is None

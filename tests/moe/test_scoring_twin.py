@@ -7,12 +7,18 @@ from hypothesis import strategies as st
 from slow_router import NUM_EXPERTS, RULES, Slow, Weights
 from torch import Tensor
 
-from moefit.moe.identify import Example, Identified, Known, identify
 from moefit.moe.routing import Routing
-from moefit.moe.scoring import Groups, ScoringRule
+from moefit.moe.scoring import (
+    Groups,
+    IdentifiedRule,
+    KnownForms,
+    RouterExample,
+    ScoringRule,
+    identify,
+)
 
 K, TOKENS = 3, 24
-ANYWHERE = Known(
+ANYWHERE = KnownForms(
     groups=(
         Groups(number=4, kept=2, score="top_2"),
         Groups(number=4, kept=2, score="max"),
@@ -52,11 +58,13 @@ def as_routing(weights: list[Weights], dtype: torch.dtype = torch.float32) -> Ro
     return Routing(ids_TK, weights_TK.to(dtype))
 
 
-def example_of(rule: ScoringRule, *, vectors: tuple[Tensor, ...] = (), seed: int = 0) -> Example:
+def example_of(
+    rule: ScoringRule, *, vectors: tuple[Tensor, ...] = (), seed: int = 0
+) -> RouterExample:
     """What a router of this rule does; its bias, if it has one, is the last of the vectors."""
     logits_TE = some_logits(seed)
     bias_E = vectors[-1] if rule.biased else None
-    return Example(
+    return RouterExample(
         logits_TE=logits_TE,
         routing=as_routing(slow_routing(rule, logits_TE, bias_E)),
         vectors=vectors,
@@ -64,7 +72,7 @@ def example_of(rule: ScoringRule, *, vectors: tuple[Tensor, ...] = (), seed: int
 
 
 def assert_routes_as(
-    found: Identified | None, rule: ScoringRule, vectors: tuple[Tensor, ...]
+    found: IdentifiedRule | None, rule: ScoringRule, vectors: tuple[Tensor, ...]
 ) -> None:
     """On other tokens, with all experts and with some: however the rule is written down."""
     assert found is not None
@@ -105,8 +113,10 @@ def test_of_two_forms_that_do_the_same_the_simpler_is_taken() -> None:
     """A bias that is nought cannot be told from none, nor a group that is never lost."""
     rule = RULES["softmax-normalised"]
     example = example_of(rule, vectors=(torch.zeros(NUM_EXPERTS),))
-    found = identify(example, Known())
-    assert found == Identified(rule=ScoringRule(score="softmax", chosen="normalised"), bias=None)
+    found = identify(example, KnownForms())
+    assert found == IdentifiedRule(
+        rule=ScoringRule(score="softmax", chosen="normalised"), bias=None
+    )
 
 
 def test_padding_anywhere_is_no_hindrance() -> None:
@@ -115,7 +125,9 @@ def test_padding_anywhere_is_no_hindrance() -> None:
     weights_TK = example.routing.weights_TK.clone()
     ids_TK[::3, -1], weights_TK[::3, -1] = NUM_EXPERTS, 0.0
     flipped = Routing(ids_TK.flip(-1), weights_TK.flip(-1))
-    assert_routes_as(identify(replace(example, routing=flipped), Known()), RULES["softmax"], ())
+    assert_routes_as(
+        identify(replace(example, routing=flipped), KnownForms()), RULES["softmax"], ()
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -146,7 +158,7 @@ def test_a_router_that_follows_no_rule_is_unknown() -> None:
     generator = torch.Generator().manual_seed(0)
     ids_TK = torch.rand(TOKENS, NUM_EXPERTS, generator=generator).argsort(-1)[:, :K]
     routing = Routing(ids_TK, torch.rand(TOKENS, K, generator=generator))
-    example = Example(logits_TE=some_logits(0), routing=routing, vectors=(vector(1),))
+    example = RouterExample(logits_TE=some_logits(0), routing=routing, vectors=(vector(1),))
     assert identify(example, ANYWHERE) is None
     even = Routing(example_of(RULES["softmax"]).routing.ids_TK, torch.ones(TOKENS, K))
     assert identify(replace(example, routing=even), ANYWHERE) is None
@@ -158,7 +170,7 @@ def test_low_precision_is_forgiven(name: str) -> None:
     rule, bias_E = RULES[name], vector(6)
     logits_TE = some_logits(0).to(torch.bfloat16)
     weights = slow_routing(rule, logits_TE, bias_E if rule.biased else None)
-    example = Example(
+    example = RouterExample(
         logits_TE=logits_TE, routing=as_routing(weights, torch.bfloat16), vectors=(bias_E,)
     )
     found = identify(example, ANYWHERE)

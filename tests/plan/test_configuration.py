@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.formats.format import FORMATS
 from moefit.plan.configuration import Configuration, configuration_from, uniform
-from moefit.serve.placement import BlockPlacement
+from moefit.quant.format import FORMATS
+from moefit.serve.config import BlockPlacement
 
 NAMES = st.sampled_from(sorted(FORMATS))
 BLOCKS = st.builds(

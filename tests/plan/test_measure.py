@@ -8,15 +8,14 @@ import pytest
 import torch
 from tiny_served import saved, tiny, tokens
 
-import moefit.plan.measurements
+import moefit.plan.measure
 from moefit.errors import BudgetTooSmallError
 from moefit.plan.configuration import uniform
 from moefit.plan.experiments import BlockShape
-from moefit.plan.measurements import Measurements, _with_fewer
+from moefit.plan.measure import MeasuredModel, Measurements, _with_fewer
 from moefit.plan.profile import Profile
 from moefit.plan.profiler import Profiler
 from moefit.plan.reference import Reference, read_reference
-from moefit.plan.running import Subject
 
 WINDOWS = tokens(3, 33)
 
@@ -32,7 +31,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measuring(memory: int | None = None) -> tuple[Measurements, Profile]:
-    profiler = Profiler(Subject(folder=folder()), WINDOWS, text="random", memory=memory)
+    profiler = Profiler(MeasuredModel(folder=folder()), WINDOWS, text="random", memory=memory)
     return profiler._measurements, Profile(facts=profiler.facts, items={})
 
 
@@ -47,7 +46,7 @@ def test_where_memory_is_short_the_results_are_the_same(monkeypatch) -> None:
     names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
     plenty = measured(names)
     with monkeypatch.context() as patch:
-        patch.setattr(moefit.plan.measurements, "available_bytes", lambda: 1)
+        patch.setattr(moefit.plan.measure, "available_bytes", lambda: 1)
         short = measured(names)
     for block, one in short["routes"].items():
         assert one["mass"] == pytest.approx(plenty["routes"][block]["mass"])
@@ -88,7 +87,9 @@ def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> 
     measurements, profile = measuring()
     profile = profile.with_item("routes", measurements.measure("routes", profile))
     measurements.measure("quality/uniform/native", profile)
-    monkeypatch.setattr("moefit.serve.reckon.held_bytes", lambda _: 1 << 60)  # it has grown
+    monkeypatch.setattr(
+        "moefit.serve.memory.estimate.held_bytes", lambda _: 1 << 60
+    )  # it has grown
     one = measurements.measure("quality/block/int2/0", profile)
     assert [block["slots"] for block in one["configuration"]["blocks"].values()] == [8, 8]
     measurements.close()

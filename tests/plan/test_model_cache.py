@@ -12,24 +12,23 @@ from tiny_served import saved, tiny, tokens
 
 from moefit.errors import BudgetTooSmallError
 from moefit.plan.configuration import Configuration, uniform
-from moefit.plan.kept import Kept
-from moefit.plan.running import Subject
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.served import ServedModel
-from moefit.serve.skeleton import build
+from moefit.plan.measure import MeasuredModel, ModelCache
+from moefit.serve.config import BlockPlacement
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.model import ServedModel
 
 INPUT = tokens(1, 20)
 CONTEXT = 32
 
 
 @cache
-def subject() -> Subject:
+def subject() -> MeasuredModel:
     folder = Path(mkdtemp()) / "model"
-    return Subject(folder=saved(tiny("Mixtral", initializer_range=0.1), folder))
+    return MeasuredModel(folder=saved(tiny("Mixtral", initializer_range=0.1), folder))
 
 
 def experts() -> dict[str, int]:
-    return {block.name: block.num_experts for block in build(subject().folder).blocks}
+    return {block.name: block.num_experts for block in build_skeleton(subject().folder).blocks}
 
 
 def configurations() -> list[Configuration]:
@@ -52,8 +51,8 @@ def configurations() -> list[Configuration]:
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
-    one = Kept(subject(), context=CONTEXT)
+def kept() -> Iterator[ModelCache]:
+    one = ModelCache(subject(), context=CONTEXT)
     yield one
     one.close()
 
@@ -63,7 +62,7 @@ def logits(served: ServedModel) -> torch.Tensor:
         return served.model(input_ids=INPUT).logits
 
 
-def test_outputs_are_those_of_a_model_loaded_so(kept: Kept) -> None:
+def test_outputs_are_those_of_a_model_loaded_so(kept: ModelCache) -> None:
     for configuration in configurations():
         served = kept.served(configuration)
         got = logits(served)
@@ -72,13 +71,15 @@ def test_outputs_are_those_of_a_model_loaded_so(kept: Kept) -> None:
             assert torch.equal(got, logits(fresh)), configuration.in_words()
 
 
-def test_it_is_loaded_anew_only_for_other_weights_in_another_format(kept: Kept) -> None:
+def test_it_is_loaded_anew_only_for_other_weights_in_another_format(kept: ModelCache) -> None:
     found = [kept.served(configuration) for configuration in configurations()]
     assert len({id(one) for one in found[:5]}) == 1
     assert len({id(one) for one in found}) == 2 and found[5] is found[6]
 
 
-def test_one_that_could_not_change_is_not_kept(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_could_not_change_is_not_kept(
+    kept: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native = configurations()[0]
     before = kept.served(native)
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.plan.fitting import held_out, nonnegative, rank_correlation, worth
+from moefit.plan.fitting import held_out, held_out_error, nonnegative, rank_correlation
 
 NUMBERS = st.integers(-300, 300)
 
@@ -62,6 +62,6 @@ def test_nobody_is_predicted_by_a_fit_that_saw_it() -> None:
 
 
 def test_errors_are_shares_but_of_no_less_than_the_floor() -> None:
-    held = worth("m", [1.1, 0.0], [1.0, 1e-6], floor=1e-3)
+    held = held_out_error("m", [1.1, 0.0], [1.0, 1e-6], floor=1e-3)
     assert held.median == pytest.approx((0.1 + 1e-3) / 2)
     assert held.worst == pytest.approx(0.1)

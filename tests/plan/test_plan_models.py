@@ -2,12 +2,10 @@ import numpy as np
 import pytest
 from planned import FIRST, LAST, MIDDLE, SENSITIVITY, law_of_loss, law_of_time, profile, unseen
 
-from moefit.plan.chosen import fit_quality, quality_samples
-from moefit.plan.features import knowledge_of
-from moefit.plan.fitting import rank_correlation
+from moefit.plan.fitting import features_of, rank_correlation
 from moefit.plan.latency import fit_latency
-from moefit.plan.network import fit_network
 from moefit.plan.profile import Profile
+from moefit.plan.quality import fit_network, fit_quality, quality_samples
 
 measured = profile
 
@@ -15,7 +13,7 @@ measured = profile
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_quality_of_what_was_not_measured_is_predicted(noise: float) -> None:
     done = measured(noise=noise)
-    known = knowledge_of(done)
+    known = features_of(done)
     model = fit_quality(done, known)
     truth = [law_of_loss(one, known) for one in unseen(40)]
     predicted = [model.loss(one) for one in unseen(40)]
@@ -26,7 +24,7 @@ def test_quality_of_what_was_not_measured_is_predicted(noise: float) -> None:
 
 def test_sensitive_blocks_are_found() -> None:
     done = measured()
-    found = fit_quality(done, knowledge_of(done)).additive.sensitivity
+    found = fit_quality(done, features_of(done)).additive.sensitivity
     assert sorted(found, key=lambda name: found[name]) == [MIDDLE, LAST, FIRST]
     assert found[FIRST] == pytest.approx(SENSITIVITY[FIRST], rel=0.2)
 
@@ -42,7 +40,7 @@ def test_the_comparison_names_every_candidate_and_the_choice_is_its_best() -> No
 
 def test_the_network_learns_what_it_is_shown() -> None:
     done = measured()
-    known = knowledge_of(done)
+    known = features_of(done)
     model = fit_quality(done, known)
     samples = quality_samples(done)
     network = fit_network(samples, known)
@@ -55,7 +53,7 @@ def test_the_network_learns_what_it_is_shown() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_speed_of_what_was_not_measured_is_predicted(noise: float) -> None:
     done = measured(noise=noise)
-    known = knowledge_of(done)
+    known = features_of(done)
     model = fit_latency(done, known)
     truth = [law_of_time(one, done, known) for one in unseen(40)]
     predicted = [model.seconds(one) for one in unseen(40)]
@@ -66,7 +64,7 @@ def test_speed_of_what_was_not_measured_is_predicted(noise: float) -> None:
 
 def test_blocks_and_what_is_fixed_sum_to_a_token() -> None:
     done = measured()
-    known = knowledge_of(done)
+    known = features_of(done)
     model = fit_latency(done, known)
     for one in unseen(10):
         policy = "exact" if one.mode == "exact" else one.mode
@@ -81,9 +79,11 @@ def test_blocks_and_what_is_fixed_sum_to_a_token() -> None:
 
 def test_cold_files_make_fetching_slower_and_nothing_else() -> None:
     done: Profile = measured()
-    known = knowledge_of(done)
+    known = features_of(done)
     warm, cold = fit_latency(done, known), fit_latency(done, known, cold=True)
-    seated = [one for one in unseen(40) if sum(known.misses(one)) == 0 and one.mode == "exact"]
+    fully_resident = [
+        one for one in unseen(40) if sum(known.misses(one)) == 0 and one.mode == "exact"
+    ]
     fetching = [one for one in unseen(40) if sum(known.misses(one)) > 0.5]
-    assert all(cold.seconds(one) == pytest.approx(warm.seconds(one)) for one in seated)
+    assert all(cold.seconds(one) == pytest.approx(warm.seconds(one)) for one in fully_resident)
     assert fetching and all(cold.seconds(one) > warm.seconds(one) for one in fetching)

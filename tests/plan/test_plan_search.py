@@ -7,11 +7,21 @@ from hypothesis import strategies as st
 from planned import EXPERTS, SENSITIVITY, profile, shapes
 
 from moefit.plan import genetic
-from moefit.plan.chosen import fit_quality
-from moefit.plan.features import knowledge_of
+from moefit.plan.fitting import features_of
 from moefit.plan.latency import fit_latency
-from moefit.plan.options import PolicyChoice, mixtures_of, placement_bytes, policy_choices
-from moefit.plan.search import Field, Models, Point, allocated, chosen_within, pareto
+from moefit.plan.quality import fit_quality
+from moefit.plan.search import (
+    Field,
+    Models,
+    Point,
+    PolicyChoice,
+    allocated,
+    chosen_within,
+    mixtures_of,
+    pareto,
+    placement_bytes,
+    policy_choices,
+)
 
 WHOLE = sum(one.slot_bytes["native"] * one.num_experts for one in shapes().values())
 
@@ -19,7 +29,7 @@ WHOLE = sum(one.slot_bytes["native"] * one.num_experts for one in shapes().value
 @cache
 def models() -> Models:
     done = profile(noise=0.05)
-    known = knowledge_of(done)
+    known = features_of(done)
     return Models(fit_quality(done, known), fit_latency(done, known), policy_choices())
 
 
@@ -72,16 +82,16 @@ def test_what_is_proposed_fits(share: float) -> None:
 def test_the_genetic_search_stays_in_the_room_and_adds_to_the_front() -> None:
     room = {"native": WHOLE // 5}
     first = pareto(allocated(models(), room))
-    more = genetic.evolved(models(), room, first)
+    more = genetic.nsga2_search(models(), room, first)
     both = pareto([*first, *more])
     assert more and all(one.nbytes <= WHOLE // 5 for one in more)
     assert min(p.loss for p in both) <= min(p.loss for p in first)
     assert min(p.seconds for p in both) <= min(p.seconds for p in first)
-    assert genetic.evolved(models(), room, first) == more  # the same seed, the same search
+    assert genetic.nsga2_search(models(), room, first) == more  # the same seed, the same search
 
 
 def test_without_anything_to_begin_with_there_is_nothing_to_evolve() -> None:
-    assert genetic.evolved(models(), {"native": 1}, []) == []
+    assert genetic.nsga2_search(models(), {"native": 1}, []) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))
@@ -99,10 +109,13 @@ def test_no_point_of_a_front_is_beaten(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_mixtures_give_loud_experts_more_bits() -> None:
-    known = models().quality.additive.knowledge
+    known = models().quality.additive.features
     for name in SENSITIVITY:
-        loudness = known.blocks[name].loudness_E
-        loudest, quietest = loudness.index(max(loudness)), loudness.index(min(loudness))
+        output_energy = known.blocks[name].output_energy_E
+        loudest, quietest = (
+            output_energy.index(max(output_energy)),
+            output_energy.index(min(output_energy)),
+        )
         for one in mixtures_of(name, known, 1.0):
             assert one.slots == len(one.formats) == EXPERTS
             sizes = shapes()[name].slot_bytes

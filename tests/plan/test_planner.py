@@ -13,15 +13,13 @@ from tiny_served import saved, tokens
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.plan.configuration import uniform
-from moefit.plan.plan_file import Plan, read_plan, refuse_other, write_plan
+from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.promise import Promise
-from moefit.plan.rooms import Circumstances, needed
-from moefit.plan.search import Point
-from moefit.serve.packed import fingerprint
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
+from moefit.plan.search import PlanConstraints, Point, needed
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.packed.store import fingerprint
 
 CONTEXT = 64
 _LOADING = LoadSettings.__slots__
@@ -34,64 +32,67 @@ def folder() -> Path:
 
 @cache
 def planner() -> Planner:
-    return Planner(build(folder()), profile(noise=0.05), context=CONTEXT, search=False)
+    return Planner(build_skeleton(folder()), profile(noise=0.05), context=CONTEXT, search=False)
 
 
 def budgets(count: int = 5) -> list[int]:
-    low, high = planner().rooms.floor, planner().rooms.everything
+    low, high = planner().slot_budgets.min_bytes, planner().slot_budgets.all_resident_bytes
     return [low + (high - low) * number // (count - 1) for number in range(count)]
 
 
 def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
     for memory in budgets():
         for point in planner().front(memory):
-            assert needed(planner().rooms.ledger(point.configuration)) <= memory
+            assert needed(planner().slot_budgets.ledger(point.configuration)) <= memory
 
 
 @pytest.mark.parametrize("rest", ["native", "int8"])
 def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None:
     """Reckoned as `load` does it, of a process of another size than this one."""
     process = 3 << 30
-    served = Circumstances(sequences=16, prompt_logits=1 << 20, process=process, rests=(rest,))
+    served = PlanConstraints(sequences=16, prompt_logits=1 << 20, process=process, rests=(rest,))
     planner = server_planner(served)
-    skeleton = build(folder())
-    for memory in (planner.rooms.floor, (planner.rooms.floor + planner.rooms.everything) // 2):
-        plan, _ = planner.plan(memory, Promise(min_speed=0.1))
+    skeleton = build_skeleton(folder())
+    for memory in (
+        planner.slot_budgets.min_bytes,
+        (planner.slot_budgets.min_bytes + planner.slot_budgets.all_resident_bytes) // 2,
+    ):
+        plan, _ = planner.plan(memory, Target(min_speed=0.1))
         known = plan.settings()
         settings = LoadSettings(**{one: known[one] for one in known if one in _LOADING})
         assert (settings.sequences, settings.prompt_logits, settings.rest) == (16, 1 << 20, rest)
-        reckoned = replace(ledger(skeleton, settings), process=process)
+        reckoned = replace(memory_budget(skeleton, settings), process=process)
         assert reckoned.slots() == tuple(one.slots for one in plan.configuration.placement.values())
-        alone = ledger(skeleton, replace(settings, sequences=1, prompt_logits=0))
+        alone = memory_budget(skeleton, replace(settings, sequences=1, prompt_logits=0))
         assert reckoned.workspace > alone.workspace
-    with pytest.raises(BudgetTooSmallError, match=str(planner.rooms.floor)):
-        planner.plan(planner.rooms.floor - 1)
+    with pytest.raises(BudgetTooSmallError, match=str(planner.slot_budgets.min_bytes)):
+        planner.plan(planner.slot_budgets.min_bytes - 1)
 
 
-def server_planner(circumstances: Circumstances) -> Planner:
+def server_planner(circumstances: PlanConstraints) -> Planner:
     return Planner(
-        build(folder()), profile(noise=0.05), context=CONTEXT, search=False,
+        build_skeleton(folder()), profile(noise=0.05), context=CONTEXT, search=False,
         circumstances=circumstances,
     )  # fmt: skip
 
 
 def test_what_cannot_be_changed_any_more_is_kept() -> None:
-    planner = server_planner(Circumstances(rests=("int8",)))
-    memory = planner.rooms.everything
+    planner = server_planner(PlanConstraints(rests=("int8",)))
+    memory = planner.slot_budgets.all_resident_bytes
     assert {one.configuration.rest for one in planner.front(memory)} == {"int8"}
 
 
 def test_sequences_are_reckoned_with_their_logits() -> None:
     process = 1 << 30
-    one = server_planner(Circumstances(process=process))
-    many = server_planner(Circumstances(process=process, sequences=64))
-    memory = many.rooms.everything + (32 << 20)
+    one = server_planner(PlanConstraints(process=process))
+    many = server_planner(PlanConstraints(process=process, sequences=64))
+    memory = many.slot_budgets.all_resident_bytes + (32 << 20)
     plan = many.plan(memory)[0]
     fits = many.sequences(plan, (16, 64))
     assert fits == one.sequences(plan, (16, 64)) and fits[16] > 0
     per_token = many._per_token(plan.configuration)
     row = planned_model().config.vocab_size * (4 + 2)
-    taken = needed(many.rooms.ledger(plan.configuration)) - CONTEXT * per_token - 64 * row
+    taken = needed(many.slot_budgets.ledger(plan.configuration)) - CONTEXT * per_token - 64 * row
     assert taken + fits[16] * (16 * per_token + row) <= memory
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
 
@@ -106,7 +107,7 @@ def test_more_memory_never_costs() -> None:
 
 
 def test_without_fetching_there_is_nothing_to_wait_for() -> None:
-    known = planner().knowledge
+    known = planner().features
     room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
     still = planner().front_of_slots(room, fetching=False)
     exact = [one.configuration for one in still if one.configuration.mode != "virtual"]
@@ -116,11 +117,14 @@ def test_without_fetching_there_is_nothing_to_wait_for() -> None:
 
 
 def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
-    machine = {**planner().profile.facts.machine, "memory": planner().rooms.everything}
+    machine = {
+        **planner().profile.facts.machine,
+        "memory": planner().slot_budgets.all_resident_bytes,
+    }
     done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
     tight = Planner(planner()._skeleton, done, context=CONTEXT, search=False)
-    floor = planner().rooms.floor
-    warm, cold = planner().front(floor)[0], tight.front(tight.rooms.floor)[0]
+    floor = planner().slot_budgets.min_bytes
+    warm, cold = planner().front(floor)[0], tight.front(tight.slot_budgets.min_bytes)[0]
     assert cold.seconds > warm.seconds
 
 
@@ -129,37 +133,37 @@ def test_promises_are_kept_by_what_is_predicted() -> None:
     front = planner().front(memory)
     for one in front[:: max(1, len(front) // 5)]:
         bound = one.loss + planner().quality.margin
-        plan, _ = planner().plan(memory, Promise(max_loss=bound))
+        plan, _ = planner().plan(memory, Target(max_loss=bound))
         assert plan.predicted.loss <= bound
-        plan, _ = planner().plan(memory, Promise(min_speed=one.speed))
+        plan, _ = planner().plan(memory, Target(min_speed=one.speed))
         assert plan.predicted.speed >= one.speed
         assert plan.predicted.loss <= one.loss
 
 
-@pytest.mark.parametrize("promise", [Promise(max_loss=0.0), Promise(min_speed=1e6)])
-def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(promise: Promise) -> None:
-    memory = planner().rooms.floor
+@pytest.mark.parametrize("target", [Target(max_loss=0.0), Target(min_speed=1e6)])
+def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(target: Target) -> None:
+    memory = planner().slot_budgets.min_bytes
     with pytest.raises(ConfigError, match="cannot be promised") as refused:
-        planner().plan(memory, promise)
+        planner().plan(memory, target)
     loss, speed = (
         float(re.search(pattern, str(refused.value))[1])  # pyright: ignore
         for pattern in (r"loses ([0-9.]+)%", r"makes ([0-9.]+) tokens/s")
     )
-    planner().plan(memory, Promise(max_loss=loss / 100 + 1e-4))
-    planner().plan(memory, Promise(min_speed=speed - 0.01))
+    planner().plan(memory, Target(max_loss=loss / 100 + 1e-4))
+    planner().plan(memory, Target(min_speed=speed - 0.01))
 
 
 @pytest.mark.parametrize(
-    "promise",
-    [Promise(max_loss=-0.1), Promise(max_loss=float("nan")), Promise(min_speed=0.0)],
+    "target",
+    [Target(max_loss=-0.1), Target(max_loss=float("nan")), Target(min_speed=0.0)],
 )
-def test_absurd_promises_are_refused(promise: Promise) -> None:
+def test_absurd_promises_are_refused(target: Target) -> None:
     with pytest.raises(ConfigError, match="but it is"):
-        planner().plan(budgets()[1], promise)
+        planner().plan(budgets()[1], target)
 
 
 def test_below_the_floor_the_floor_is_named_and_works() -> None:
-    floor = planner().rooms.floor
+    floor = planner().slot_budgets.min_bytes
     with pytest.raises(BudgetTooSmallError, match=str(floor)):
         planner().front(floor - 1)
     assert planner().front(floor)
@@ -167,19 +171,19 @@ def test_below_the_floor_the_floor_is_named_and_works() -> None:
 
 def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
     for loss in (0.001, 0.03):
-        size = planner().smallest_budget(Promise(max_loss=loss))
+        size = planner().smallest_budget(Target(max_loss=loss))
         assert size is not None
-        assert planner().plan(size, Promise(max_loss=loss))[0].predicted.loss <= loss
-    assert planner().smallest_budget(Promise(min_speed=1e9)) is None
+        assert planner().plan(size, Target(max_loss=loss))[0].predicted.loss <= loss
+    assert planner().smallest_budget(Target(min_speed=1e9)) is None
     with pytest.raises(ConfigError, match="but it is"):
-        planner().smallest_budget(Promise(max_loss=-1.0))
+        planner().smallest_budget(Target(max_loss=-1.0))
 
 
 def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
     done = profile(noise=0.05)
     machine = {**done.facts.machine, "cpu": "Z80"}
     done = replace(done, facts=replace(done.facts, machine=machine))
-    warned = Planner(build(folder()), done, context=CONTEXT, search=False).warnings()
+    warned = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False).warnings()
     assert "cpu was Z80" in warned[0]
     assert not any("another machine" in one for one in planner().warnings())
 
@@ -190,7 +194,7 @@ def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool
     for number, (name, one) in enumerate(done.those("steps/").items()):
         longer = 10 ** (number % 3) if busy else 1
         done = done.with_item(f"steps/{name}", {**one, "seconds": one["seconds"] * longer})
-    planner = Planner(build(folder()), done, context=CONTEXT, search=False)
+    planner = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False)
     said = [one for one in planner.warnings() if "not to be relied on" in one]
     assert len(said) == busy
     if busy:
@@ -198,7 +202,7 @@ def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool
 
 
 def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
-    plan, _ = planner().plan(planner().rooms.everything + (64 << 20))
+    plan, _ = planner().plan(planner().slot_budgets.all_resident_bytes + (64 << 20))
     counts = planner().sequences(plan, (32, 64, 128))
     assert counts[32] >= counts[64] >= counts[128] > 0
 
@@ -208,7 +212,7 @@ def test_modes_that_are_expensive_are_warned_of_with_what_was_measured() -> None
     for name, one in done.those("steps/").items():
         dear = 0.3 if "virtual" in name else 1e-3 if "bounded" in name else one["divergence"]
         done = done.with_item(f"steps/{name}", {**one, "divergence": dear})
-    warned = Planner(build(folder()), done, context=CONTEXT, search=False).warnings()
+    warned = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False).warnings()
     assert len(warned) == 1
     assert "virtual is expensive" in warned[0] and "35.0%" in warned[0]
 
@@ -256,7 +260,7 @@ def test_a_plan_of_before_servers_planned_is_for_one_request(tmp_path: Path) -> 
         del values[name]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(values))
-    assert read_plan(file) == replace(some_plan(), promise=Promise())
+    assert read_plan(file) == replace(some_plan(), target=Target())
 
 
 def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    skeleton = build(folder())
+    skeleton = build_skeleton(folder())
     with pytest.raises(ConfigError, match="another checkpoint"):
         refuse_other(some_plan(), skeleton, tmp_path / "plan.json")
     refuse_other(replace(some_plan(), fingerprint=fingerprint(skeleton)), skeleton, tmp_path)

@@ -17,8 +17,7 @@ from tiny_served import saved, tiny, tokens
 from moefit.api import folder_of
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.perplexity import Text
-from moefit.plan.calibration import windows_of
-from moefit.plan.measurements import Measurements
+from moefit.plan.measure import MeasuredModel, Measurements
 from moefit.plan.profile import (
     Profile,
     find_profile,
@@ -28,8 +27,8 @@ from moefit.plan.profile import (
     write_profile,
 )
 from moefit.plan.profiler import Profiler
-from moefit.plan.running import Subject
-from moefit.serve.skeleton import Skeleton, build
+from moefit.plan.reference import windows_of
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 
 WINDOWS = tokens(5, 33)
 
@@ -46,7 +45,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def profiler(**changes: Any) -> Profiler:
-    return Profiler(Subject(folder=folder(), **changes), WINDOWS, text="random")
+    return Profiler(MeasuredModel(folder=folder(), **changes), WINDOWS, text="random")
 
 
 class _Killed(Exception):
@@ -113,7 +112,7 @@ def test_a_rule_that_cannot_be_is_refused_before_anything_is_measured(rule: str,
 
 
 def test_more_experts_than_there_are_are_refused_before_anything_is_measured() -> None:
-    subject = Subject(folder=folder_of("reference"), rule="top_k:99")
+    subject = MeasuredModel(folder=folder_of("reference"), rule="top_k:99")
     with pytest.raises(ConfigError, match="the most that works is top_k:16"):
         Profiler(subject, WINDOWS, text="random")
 
@@ -152,7 +151,7 @@ def test_an_unfinished_profile_says_how_to_go_on() -> None:
 
 
 def skeleton() -> Skeleton:
-    return build(folder())
+    return build_skeleton(folder())
 
 
 def test_without_a_profile_the_command_that_makes_one_is_named() -> None:

@@ -10,11 +10,11 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 import moefit
 from moefit.errors import UnsupportedModelError
+from moefit.plan.measure import MeasuredModel
 from moefit.plan.planner import Planner
 from moefit.plan.profile import Profile, find_profile
 from moefit.plan.profiler import Profiler
-from moefit.plan.running import Subject
-from moefit.serve.skeleton import build
+from moefit.serve.hf.skeleton import build_skeleton
 
 WINDOWS = tokens(5, 33)
 
@@ -28,9 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        profiler = Profiler(Subject(folder=model), WINDOWS, text="random")
+        profiler = Profiler(MeasuredModel(folder=model), WINDOWS, text="random")
         done = profiler.run()
-        assert find_profile(build(model), model="m") == done
+        assert find_profile(build_skeleton(model), model="m") == done
         return done
 
 
@@ -48,8 +48,8 @@ def test_everything_is_measured_and_sound(profile: Profile) -> None:
 
 @pytest.mark.slow
 def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, model: Path) -> None:
-    planner = Planner(build(model), profile, context=64, search=False)
-    plan, front = planner.plan(planner.rooms.everything)
+    planner = Planner(build_skeleton(model), profile, context=64, search=False)
+    plan, front = planner.plan(planner.slot_budgets.all_resident_bytes)
     assert front and plan.predicted.loss < 0.05
     with moefit.load(model, **{**plan.settings(), "memory": None}) as served, torch.no_grad():
         ours = served.model(WINDOWS).logits.log_softmax(-1)
@@ -65,4 +65,4 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     folder = saved(SwitchTransformersForConditionalGeneration(config), tmp_path)
     with pytest.raises(UnsupportedModelError, match="only decoders"):
-        Profiler(Subject(folder=folder), WINDOWS, text="random")
+        Profiler(MeasuredModel(folder=folder), WINDOWS, text="random")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moefit.errors import ConfigError
-from moefit.plan.record_file import RecordKind
+from moefit.plan.profile import RecordKind
 
 KIND = RecordKind(
     name="card",

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, K, walk
 
-from moefit.plan.replay import (
+from moefit.plan.trace import (
     Step,
     replaceable,
     replay_bounded,
@@ -11,8 +11,8 @@ from moefit.plan.replay import (
     replay_virtual,
     substitutes,
 )
-from moefit.serve.eviction import LeastFrequentlyUsed, simulate
-from moefit.serve.manager import VirtualExpertManager
+from moefit.serve.cache.eviction import LeastFrequentlyUsed, simulate
+from moefit.serve.cache.manager import VirtualExpertManager
 
 SLOTS = st.integers(1, EXPERTS)
 SEEDS = st.integers(0, 50)

@@ -8,15 +8,9 @@ from levels import HERE, compiled, levels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.formats.attention import (
-    AttentionOptions,
-    KeySegment,
-    attend,
-    can_attend,
-    plain_attention,
-)
-from moefit.formats.kernels import kernels
-from moefit.serve.attention import cpu_attention
+from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend, plain_attention
+from moefit.quant.cpu_kernels import kernels
+from moefit.serve.hf.attention import cpu_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}

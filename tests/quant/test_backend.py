@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moefit.errors import ConfigError
-from moefit.formats import backend as module
-from moefit.formats import kernels as compiled
-from moefit.formats.backend import backend, backend_status
-from moefit.formats.kernels import SWITCH, kernels, status
+from moefit.quant import backend as module
+from moefit.quant import cpu_kernels as compiled
+from moefit.quant.backend import backend, backend_status
+from moefit.quant.cpu_kernels import SWITCH, kernels, status
 
 CPU, GPU, OTHER = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -33,7 +33,7 @@ def test_a_cpu_has_the_compiled_ones() -> None:
 
 def test_a_gpu_has_tritons() -> None:
     pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
-    from moefit.formats.gpu_kernels import TritonKernels
+    from moefit.quant.gpu_kernels import TritonKernels
 
     assert isinstance(backend(GPU), TritonKernels) and backend_status(GPU) == "triton"
 
@@ -63,8 +63,8 @@ def test_other_devices_compute_in_torch() -> None:
 def test_nothing_of_ours_imports_triton_before_a_gpu_is_computed_on() -> None:
     """CPU builds of torch do not bring it."""
     code = (
-        "import sys, moefit.serve.fused, moefit.serve.rest\n"
-        "ours = ('moefit.formats.triton', 'moefit.formats.gpu')\n"
+        "import sys, moefit.serve.layer.executor, moefit.serve.hf.quant_linear\n"
+        "ours = ('moefit.quant.triton', 'moefit.quant.gpu')\n"
         "assert not [name for name in sys.modules if name.startswith(ours)]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moefit.formats.planes import GROUP, PLANES, pack, unpack
+from moefit.quant.grouped_int import GROUP, PLANES, pack, unpack
 
 widths = pytest.mark.parametrize("bits", PLANES)
 

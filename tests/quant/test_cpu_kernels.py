@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import ConfigError
-from moefit.formats import kernels as module
-from moefit.formats.encoders import encode
-from moefit.formats.kernels import LEVELS, SWITCH, Kernels, Mlp, Weight, kernels, status
-from moefit.formats.matrix import GroupedMatrix, groups_of
-from moefit.formats.planes import GROUP, PLANES
-from moefit.formats.weighted_sum import plain_weighted_sum
-from moefit.moe.activations import ACTIVATIONS
+from moefit.moe.layouts import ACTIVATIONS
+from moefit.quant import cpu_kernels as module
+from moefit.quant.cpu_kernels import (
+    LEVELS,
+    SWITCH,
+    KernelMlp,
+    Kernels,
+    Weight,
+    kernels,
+    plain_weighted_sum,
+    status,
+)
+from moefit.quant.encode import encode
+from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, groups_of
 
 torch.set_num_threads(1)
 widths = pytest.mark.parametrize("bits", PLANES)
@@ -199,13 +206,13 @@ def test_every_half_is_read_as_torch_reads_it(level: str, dtype: torch.dtype) ->
 
 def make_mlp(
     kind_in, kind_out, *, width=72, inner=40, activation="silu", gated=True, seed=0
-) -> Mlp:
+) -> KernelMlp:
     w_in = weight_of(kind_in, inner * (1 + gated), width, seed=seed)
     w_out = weight_of(kind_out, width, inner, seed=seed + 1)
-    return Mlp(w_in=w_in, w_out=w_out, activation=activation, gated=gated)
+    return KernelMlp(w_in=w_in, w_out=w_out, activation=activation, gated=gated)
 
 
-def expected(x_RD: Tensor, mlp: Mlp, level: str) -> tuple[Tensor, Tensor]:
+def expected(x_RD: Tensor, mlp: KernelMlp, level: str) -> tuple[Tensor, Tensor]:
     """In float64, with the error that float32 sums and the grids of both products allow."""
     act = ACTIVATIONS[mlp.activation]
     in_RI, off_RI = x_RD.double() @ dense(mlp.w_in).T, error_bound(mlp.w_in, x_RD, level)
@@ -222,7 +229,9 @@ def expected(x_RD: Tensor, mlp: Mlp, level: str) -> tuple[Tensor, Tensor]:
     return h_RF @ dense(mlp.w_out).T, off_RD
 
 
-def assert_experts(level: str, x_TD: Tensor, mlps: list[Mlp], tokens: list[list[int]]) -> None:
+def assert_experts(
+    level: str, x_TD: Tensor, mlps: list[KernelMlp], tokens: list[list[int]]
+) -> None:
     y_RD = at(level).experts(x_TD, mlps, tokens)
     parts = [expected(x_TD[mine], mlp, level) for mlp, mine in zip(mlps, tokens, strict=True)]
     wanted_RD, bound_RD = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
-from moefit.formats.encoders import Encoder, encode
-from moefit.formats.kernels import kernels, status
-from moefit.formats.matrix import ROWS_AT_ONCE, groups_of
-from moefit.formats.planes import GROUP, PLANES
+from moefit.quant.cpu_kernels import kernels, status
+from moefit.quant.encode import Encoder, encode
+from moefit.quant.grouped_int import GROUP, PLANES, ROWS_AT_ONCE, groups_of
 
 torch.set_num_threads(1)
 BOTH: tuple[Encoder, ...] = ("nearest", "fitted")
@@ -28,7 +27,7 @@ def computing(request):
     if request.param == "kernels" and kernels() is None:
         pytest.skip(f"no kernels: {status()}")
     way = (lambda: None) if request.param == "torch" else kernels
-    with mock.patch("moefit.formats.encoders.kernels", way):
+    with mock.patch("moefit.quant.encode.kernels", way):
         yield
 
 

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from levels import at_level, compiled, levels
 from torch import Tensor
 
-from moefit.formats import encoders
-from moefit.formats.encoders import Encoder, encode
-from moefit.formats.kernels import LEVELS, Level, kernels
-from moefit.formats.matrix import GroupedMatrix
-from moefit.formats.planes import GROUP, PLANES, unpack
+from moefit.quant import encode as encoders
+from moefit.quant.cpu_kernels import LEVELS, Level, kernels
+from moefit.quant.encode import Encoder, encode
+from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, unpack
 
 widths = pytest.mark.parametrize("bits", PLANES)
 NARROW = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits != 8])
@@ -28,7 +27,7 @@ def random(rows: int, cols: int, seed: int = 0, *, size: int = 0, offset: float 
 def encoded(level: Level | None, weight_RC: Tensor, bits: int, encoder: Encoder, moments_C=None):
     """By the kernels of this level, or in torch."""
     way = (lambda: None) if level is None else (lambda: kernels(level))
-    with mock.patch("moefit.formats.encoders.kernels", way):
+    with mock.patch("moefit.quant.encode.kernels", way):
         return encode(weight_RC, bits, encoder, moments_C=moments_C)
 
 
@@ -140,5 +139,5 @@ def test_the_first_weight_that_cannot_be_held_is_found(level: Level) -> None:
     for place in ((39, 3), (17, 129), (17, 64)):
         weight_RC[place] = torch.nan
         assert run.encode(weight_RC, target, fitted=True) == place[0] * 130 + place[1]
-    with mock.patch("moefit.formats.encoders.kernels", lambda: run):
+    with mock.patch("moefit.quant.encode.kernels", lambda: run):
         assert encoders._encode(target, weight_RC, "fitted", None) == 17 * 130 + 64

@@ -10,8 +10,11 @@ from levels import at_level
 from tiny_served import parts_of, tiny
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.formats.encoders import encode
-from moefit.formats.format import (
+from moefit.moe.families import TensorSpec
+from moefit.moe.layouts import find_blocks
+from moefit.quant.cpu_kernels import LEVELS, kernels
+from moefit.quant.encode import encode
+from moefit.quant.format import (
     FORMATS,
     NATIVE,
     GroupedFormat,
@@ -22,12 +25,8 @@ from moefit.formats.format import (
     parse_format,
     weights_in,
 )
-from moefit.formats.kernels import LEVELS, kernels
-from moefit.formats.matrix import GroupedMatrix, codes_bytes, meta_bytes
-from moefit.formats.planes import PLANES
-from moefit.moe.families import TensorSpec
-from moefit.moe.layouts import find_blocks
-from moefit.serve.slots import Slot, allocate
+from moefit.quant.grouped_int import PLANES, GroupedMatrix, codes_bytes, meta_bytes
+from moefit.serve.cache.slot import Slot, allocate_slot
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -68,7 +67,7 @@ def random_tensors(specs) -> dict[str, torch.Tensor]:
 def test_a_slots_bytes_are_those_of_its_parts(specs, name: str) -> None:
     """In whole pages, each part on a cache line; nothing overlaps."""
     format = FORMATS[name]
-    slot = allocate(format, specs, CPU)
+    slot = allocate_slot(format, specs, CPU)
     assert slot.nbytes == format.nbytes(specs) == slot.buffer_B.nbytes
     parts = sorted((leaf.data_ptr(), leaf.nbytes) for leaf in leaves(slot))
     assert all(start % 64 == 0 for start, _ in parts)
@@ -83,7 +82,7 @@ def test_a_slots_bytes_are_those_of_its_parts(specs, name: str) -> None:
 def test_what_is_written_is_what_the_encoder_makes(specs, name: str) -> None:
     format = FORMATS[name]
     assert isinstance(format, GroupedFormat)
-    slot, native = allocate(format, specs, CPU), random_tensors(specs)
+    slot, native = allocate_slot(format, specs, CPU), random_tensors(specs)
     format.write(slot.tensors, native, specs)
     read = dense_tensors(specs, slot.tensors, torch.float32)
     for short, spec in specs.items():
@@ -137,10 +136,10 @@ def test_the_output_is_the_familys_over_decoded_tensors(
     block_and_module, name: str, kernel_level: str, monkeypatch
 ) -> None:
     """Transposed matrices and biases among them (GptOss)."""
-    monkeypatch.setattr("moefit.formats.backend.kernels", lambda: kernels(kernel_level))
+    monkeypatch.setattr("moefit.quant.backend.kernels", lambda: kernels(kernel_level))
     block, module = block_and_module
     format, specs = FORMATS[name], block.layout.specs
-    slot, native = allocate(format, specs, CPU), parts_of(module, block, 3)
+    slot, native = allocate_slot(format, specs, CPU), parts_of(module, block, 3)
     with torch.inference_mode():
         format.write(slot.tensors, native, specs)
         decoded = {}
@@ -168,7 +167,7 @@ def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, mon
     x_RD = torch.randn(13, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
     for rows in (1, 7, 8, 9, 13):
         with torch.inference_mode():
-            monkeypatch.setattr("moefit.formats.format.round_rows", lambda rows: rows)
+            monkeypatch.setattr("moefit.quant.format.round_rows", lambda rows: rows)
             wanted_RD = expert_output(block.layout, native, x_RD[:rows])
             monkeypatch.undo()
             made_RD = expert_output(block.layout, native, x_RD[:rows])
@@ -188,7 +187,7 @@ def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> N
     place = "output 3 for input 2" if specs[short].inputs_first else "output 2 for input 3"
     format = FORMATS[name]
     with pytest.raises(CheckpointError, match=f"{short}: the weight of {place} is inf"):
-        format.write(allocate(format, specs, CPU).tensors, native, specs)
+        format.write(allocate_slot(format, specs, CPU).tensors, native, specs)
 
 
 def test_encoding_is_counted_for_formats_that_encode() -> None:
@@ -236,7 +235,7 @@ def test_slots_on_an_accelerator(name: str) -> None:
     native = random_tensors(specs)
     dense = []
     for device in (CPU, torch.device("cuda")):
-        slot = allocate(format, specs, device)
+        slot = allocate_slot(format, specs, device)
         format.write(slot.tensors, native, specs)
         dense.append(dense_tensors(specs, slot.tensors, torch.bfloat16)["w"])
     assert dense[1].device.type == "cuda" and torch.equal(dense[0], dense[1].cpu())

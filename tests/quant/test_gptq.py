@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.compensated import SWEEPS, encode_compensated
-from moefit.formats.encoders import encode
-from moefit.formats.matrix import GroupedMatrix
-from moefit.formats.moments import DAMPING, moments_of
-from moefit.formats.planes import GROUP, PLANES, pack, unpack
+from moefit.quant.encode import encode
+from moefit.quant.gptq import SWEEPS, encode_gptq
+from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, pack, unpack
+from moefit.quant.moments import DAMPING, moments_of
 
 widths = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits > 1])
 SIZES = [1, 40, 64, 65, 150]
@@ -30,7 +29,7 @@ def compensated(
     rows, cols = weight_RC.shape
     made = GroupedMatrix.empty(rows, cols, bits)
     count_N = torch.ones(len(x_NC)) if count_N is None else count_N
-    encode_compensated(made, weight_RC, moments_of(x_NC, count_N), sweeps=sweeps)
+    encode_gptq(made, weight_RC, moments_of(x_NC, count_N), sweeps=sweeps)
     return made
 
 
@@ -219,7 +218,7 @@ def test_weights_that_cannot_be_encoded_are_named(value: float) -> None:
 def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_RC, x_NC = torch.randn(6, 150), correlated(300, 150)
     whole = compensated(weight_RC, 3, x_NC)
-    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 64)
+    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 64)
     made = compensated(weight_RC, 3, x_NC)
     for first in (0, 64, 128):
         part_RI, x_NI = weight_RC[:, first : first + 64], x_NC[:, first : first + 64]

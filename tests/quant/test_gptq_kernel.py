@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from levels import HERE, compiled, levels
 from torch import Tensor
 
-from moefit.formats.compensated import SWEEPS, encode_compensated
-from moefit.formats.kernels import Level, kernels
-from moefit.formats.matrix import GroupedMatrix
-from moefit.formats.moments import Moments, moments_of
-from moefit.formats.planes import PLANES
+from moefit.quant.cpu_kernels import Level, kernels
+from moefit.quant.gptq import SWEEPS, encode_gptq
+from moefit.quant.grouped_int import PLANES, GroupedMatrix
+from moefit.quant.moments import SecondMoments, moments_of
 
 BITS = sorted(bits for bits in PLANES if bits > 1)
 widths = pytest.mark.parametrize("bits", BITS)
@@ -33,7 +32,7 @@ def weights(rows: int, cols: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
 
 
-def known(x_NC: Tensor) -> Sequence[Moments]:
+def known(x_NC: Tensor) -> Sequence[SecondMoments]:
     return moments_of(x_NC, torch.ones(len(x_NC)))
 
 
@@ -41,7 +40,7 @@ def encoded(
     level: Level | None,
     weight_RC: Tensor,
     bits: int,
-    moments: Sequence[Moments],
+    moments: Sequence[SecondMoments],
     sweeps: int = SWEEPS,
 ) -> GroupedMatrix:
     """By the kernels of this level, or the plain way; what was there before is seen if it stays."""
@@ -49,8 +48,8 @@ def encoded(
     made = GroupedMatrix.empty(rows, cols, bits)
     made.codes_RB.fill_(0xA5)
     made.meta_RMG.fill_(torch.nan)
-    with mock.patch("moefit.formats.compensated.kernels", lambda: kernels(level or "torch")):
-        encode_compensated(made, weight_RC, moments, sweeps=sweeps)
+    with mock.patch("moefit.quant.gptq.kernels", lambda: kernels(level or "torch")):
+        encode_gptq(made, weight_RC, moments, sweeps=sweeps)
     return made
 
 
@@ -62,7 +61,7 @@ def other_rows(one: GroupedMatrix, other: GroupedMatrix) -> int:
     return int((~(codes_R & meta_R)).sum())
 
 
-def loss(made: GroupedMatrix, weight_RC: Tensor, moments: Sequence[Moments]) -> float:
+def loss(made: GroupedMatrix, weight_RC: Tensor, moments: Sequence[SecondMoments]) -> float:
     """What is to be kept small, in float64."""
     total, first = 0.0, 0
     off_RC = made.dense().double() - weight_RC.double()
@@ -142,7 +141,7 @@ def test_any_float_in_any_order_is_read(level: Level, dtype: torch.dtype) -> Non
 def test_a_wide_matrix_is_filled_part_by_part(
     level: Level, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 128)
+    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 128)
     weight_RC, moments = weights(40, 300), known(inputs(400, 300))
     assert [one.cols for one in moments] == [128, 128, 44]
     plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))
@@ -179,7 +178,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> No
     try:
         weight_RC, moments = weights(20, 100), known(inputs(300, 100))
         made = GroupedMatrix.empty(20, 100, 3)
-        encode_compensated(made, weight_RC, moments)
+        encode_gptq(made, weight_RC, moments)
         assert other_rows(made, encoded(None, weight_RC, 3, moments)) <= 1
     finally:
         monkeypatch.undo()

@@ -13,16 +13,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import KINDS, NATIVE, PLANES, dense, error_bound, normal, weight_of
 from torch import Tensor
 
-from moefit.formats.kernels import Argument, Mlp, Weight
-from moefit.formats.matrix import GroupedMatrix
-from moefit.moe.activations import ACTIVATIONS
+from moefit.moe.layouts import ACTIVATIONS
+from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Weight
+from moefit.quant.grouped_int import GroupedMatrix
+from tests.quant.test_cpu_kernels import (
+    KINDS,
+    NATIVE,
+    PLANES,
+    dense,
+    error_bound,
+    normal,
+    weight_of,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
 
-from moefit.formats.gpu_kernels import TritonKernels
+from moefit.quant.gpu_kernels import TritonKernels
 
 RUN = TritonKernels()
 DTYPES = tuple(NATIVE.values())
@@ -111,7 +119,9 @@ def test_nothing_times_anything_is_nothing() -> None:
 def test_other_dtypes_and_steps_are_read() -> None:
     weight = placed(weight_of(4, 20, 100))
     x_TI = normal(3, 200).to(HERE)[:, ::2]
-    assert torch.equal(RUN.linear(x_TI, weight), RUN.linear(x_TI.contiguous(), Argument(weight)))
+    assert torch.equal(
+        RUN.linear(x_TI, weight), RUN.linear(x_TI.contiguous(), KernelMatrix(weight))
+    )
     assert torch.equal(RUN.linear(x_TI, weight), RUN.linear(x_TI.double(), weight))
 
 
@@ -148,13 +158,13 @@ def test_decoding_is_the_torch_twins_to_the_bit(bits: int) -> None:
 
 def make_mlp(
     kind_in, kind_out, *, width=72, inner=40, activation="silu", gated=True, seed=0
-) -> Mlp:
+) -> KernelMlp:
     w_in = weight_of(kind_in, inner * (1 + gated), width, seed=seed)
     w_out = weight_of(kind_out, width, inner, seed=seed + 1)
-    return Mlp(w_in=placed(w_in), w_out=placed(w_out), activation=activation, gated=gated)
+    return KernelMlp(w_in=placed(w_in), w_out=placed(w_out), activation=activation, gated=gated)
 
 
-def twin(x_RD: Tensor, mlp: Mlp) -> Tensor:
+def twin(x_RD: Tensor, mlp: KernelMlp) -> Tensor:
     """Over decoded weights in float64, hidden units rounded where torch would round them."""
 
     def rounded(value: Tensor) -> Tensor:
@@ -169,7 +179,7 @@ def twin(x_RD: Tensor, mlp: Mlp) -> Tensor:
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest output
 
 
-def assert_experts(x_TD: Tensor, mlps: list[Mlp], tokens) -> None:
+def assert_experts(x_TD: Tensor, mlps: list[KernelMlp], tokens) -> None:
     y_RD = RUN.experts(x_TD.to(HERE), mlps, tokens).cpu()
     wanted_RD = torch.cat([twin(x_TD[mine], mlp) for mlp, mine in zip(mlps, tokens, strict=True)])
     assert y_RD.dtype == torch.float32
@@ -260,7 +270,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moefit.formats import triton_kernels as kernels
+from moefit.quant import triton_kernels as kernels
 
 TABLE = dict(tiles="*i64", KIND=kernels.MIXED.value)
 LINEAR = dict(codes="*u8", meta="*fp16", rows="i32", cols="i32")

@@ -1,15 +1,17 @@
 import pytest
 import torch
 
-from moefit.formats.matrix import (
+from moefit.quant.grouped_int import (
+    GROUP,
+    PLANES,
     ROWS_AT_ONCE,
     GroupedMatrix,
     bits_per_weight,
     codes_bytes,
     groups_of,
     meta_bytes,
+    pack,
 )
-from moefit.formats.planes import GROUP, PLANES, pack
 
 widths = pytest.mark.parametrize("bits", PLANES)
 

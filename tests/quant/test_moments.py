@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefit.formats.moments import DAMPING, Moments, moments_of
-from moefit.formats.planes import GROUP
+from moefit.quant.grouped_int import GROUP
+from moefit.quant.moments import DAMPING, SecondMoments, moments_of
 
 SIZES = [1, 40, 64, 65, 150, 530]
 sizes = pytest.mark.parametrize("cols", SIZES)
@@ -22,10 +22,10 @@ def definition(x_NC: Tensor) -> Tensor:
     return moments_CC + DAMPING * torch.eye(x_NC.shape[1], dtype=torch.float64)
 
 
-def some(cols: int) -> tuple[Tensor, Tensor, Moments]:
+def some(cols: int) -> tuple[Tensor, Tensor, SecondMoments]:
     torch.manual_seed(cols)
     x_NC = torch.randn(300, cols) @ torch.randn(cols, cols)
-    return x_NC, definition(x_NC), Moments.of(x_NC)
+    return x_NC, definition(x_NC), SecondMoments.of(x_NC)
 
 
 @sizes
@@ -64,7 +64,7 @@ def test_counts_are_what_no_later_column_makes_up_for(cols: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e30, torch.inf, torch.nan])
 def test_inputs_that_say_nothing_are_as_white_ones(value: float) -> None:
-    known = Moments.of(torch.full((5, 70), value))
+    known = SecondMoments.of(torch.full((5, 70), value))
     assert torch.equal(whole(known.moments_GPI)[:70, :70], torch.eye(70).double())
     assert torch.equal(whole(known.factor_GPI)[:70, :70], torch.eye(70).double())
     assert torch.equal(known.count_P[:70], torch.ones(70))
@@ -81,8 +81,8 @@ def test_inputs_count_by_their_weight() -> None:
 
 
 def test_the_widest_matrices_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefit.formats.moments.TOGETHER", 64)
+    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 64)
     x_NC = torch.randn(30, 150)
     parts = moments_of(x_NC, torch.ones(30))
     assert [one.cols for one in parts] == [64, 64, 22]
-    assert torch.equal(parts[2].moments_GPI, Moments.of(x_NC[:, 128:]).moments_GPI)
+    assert torch.equal(parts[2].moments_GPI, SecondMoments.of(x_NC[:, 128:]).moments_GPI)

@@ -1,6 +1,6 @@
 import pytest
 
-from moefit.serve.counters import Counters
+from moefit.serve.stats import Counters
 
 
 def test_rates_of_nothing() -> None:

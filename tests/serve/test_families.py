@@ -19,9 +19,9 @@ from tiny_families import families, tiny_family, token_ids
 from torch import Tensor
 
 from moefit.errors import UnsupportedModelError
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 TOLERANCE = 1e-5  # of the largest logit
 STEPS = 3
@@ -126,7 +126,7 @@ def hold(served: ServedModel, count: int) -> None:
     served.set_memory(served.budget.with_slots(counts))
     served.set_residents({name: range(count) for name in served.blocks})
     assert all(
-        set(experts.residency.residents) == set(range(min(count, experts.num_experts)))
+        set(experts.slot_table.residents) == set(range(min(count, experts.num_experts)))
         for experts in served.blocks.values()
     )
 
@@ -149,16 +149,16 @@ def test_routing_differs_by_token():
 
 
 def test_exact_at_the_floor(saved):
-    with load(saved.folder, LoadSettings(context=64)) as served:
-        served.set_memory(served.budget.floor)
-        assert all(experts.residency.number == 1 for experts in served.blocks.values())
+    with load_model(saved.folder, LoadSettings(context=64)) as served:
+        served.set_memory(served.budget.min_bytes)
+        assert all(experts.slot_table.number == 1 for experts in served.blocks.values())
         assert_same(logits_of(served.model), saved.logits)
         served.check()
 
 
 def test_routing_rule(saved):
     """Known where it is expected, and the same as the family's own router as far as can be seen."""
-    with load(saved.folder, LoadSettings(context=64)) as served:
+    with load_model(saved.folder, LoadSettings(context=64)) as served:
         # Blocks of a vision part don't run on text; they may stay unknown.
         used = [experts for experts in served.blocks.values() if experts.used]
         known = all(experts.scoring is not None for experts in used)
@@ -180,7 +180,7 @@ def test_virtual_with_half_of_the_experts(saved):
     """Nothing is fetched, so nothing absent was chosen."""
     if saved.family in RULE_UNKNOWN:
         pytest.skip(RULE_UNKNOWN[saved.family])
-    with load(saved.folder, LoadSettings(context=64)) as served:
+    with load_model(saved.folder, LoadSettings(context=64)) as served:
         hold(served, tiny_families.EXPERTS // 2)
         served.set_mode("virtual", residency="fixed")
         served.reset()
@@ -197,9 +197,9 @@ def test_bfloat16(family, tmp_path):
     model = tiny_family(family).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     model = type(model).from_pretrained(tmp_path).eval()
-    with load(tmp_path, LoadSettings(context=64)) as served:
+    with load_model(tmp_path, LoadSettings(context=64)) as served:
         assert all(experts.scoring is not None for experts in served.blocks.values())
-        served.set_memory(served.budget.floor)
+        served.set_memory(served.budget.min_bytes)
         assert_same_but_for_rounding(served, model, {"input_ids": token_ids(2, 9)})
 
 

@@ -23,11 +23,11 @@ from tiny_served import (
 )
 
 from moefit.errors import CheckpointError
-from moefit.serve import loading
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.transfer import BACKGROUND_READERS
+from moefit.serve import load
+from moefit.serve.config import LoadSettings
+from moefit.serve.io.loads import BACKGROUND_READERS
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -37,14 +37,17 @@ def serving(
     folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | None = None, **how: Any
 ):
     """On a CPU, but as on a GPU: with so many experts' room in a tier of host memory."""
-    own = loading.ledger
+    own = load.memory_budget
 
     def with_host(*given: Any) -> Any:
         budget = own(*given)
         return replace(budget, host=places * max(block.slot_bytes for block in budget.blocks))
 
-    monkeypatch.setattr(loading, "ledger", with_host)
-    with reading_through(disk or Disk()), load(folder, LoadSettings(context=64, **how)) as served:
+    monkeypatch.setattr(load, "memory_budget", with_host)
+    with (
+        reading_through(disk or Disk()),
+        load_model(folder, LoadSettings(context=64, **how)) as served,
+    ):
         served.set_memory(with_slots(served, slots))
         yield served
         served.check()
@@ -109,7 +112,7 @@ def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monk
 
 
 def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
-    with load(folders("Mixtral"), LoadSettings(context=64, precision="int4")) as served:
+    with load_model(folders("Mixtral"), LoadSettings(context=64, precision="int4")) as served:
         expected = generated(served)
     with serving(folders("Mixtral"), monkeypatch, slots=2, places=3, precision="int4") as served:
         assert generated(served) == expected
@@ -124,20 +127,20 @@ def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
 
 
 def test_on_a_cpu_there_is_no_tier(folders) -> None:
-    with load(folders("Mixtral"), LoadSettings(context=64)) as served:
+    with load_model(folders("Mixtral"), LoadSettings(context=64)) as served:
         assert not [key for key in served.report() if key.startswith("host_")]
         assert served.report()["budget"]["host"] is None
 
 
-@pytest.mark.parametrize("step", ["load_rest", "grow"])
+@pytest.mark.parametrize("step", ["load_dense_weights", "grow"])
 def test_a_load_that_fails_gives_the_tier_back(folders, monkeypatch, step: str) -> None:
     closed: list[bool] = []
-    monkeypatch.setattr(loading.HostTier, "close", lambda tier: closed.append(True))
+    monkeypatch.setattr(load.HostCache, "close", lambda tier: closed.append(True))
 
     def fail(*_: Any) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(loading, step, fail)
+    monkeypatch.setattr(load, step, fail)
     with (
         pytest.raises(MemoryError, match="no more"),
         serving(folders("Mixtral"), monkeypatch, slots=1, places=1),
@@ -151,7 +154,9 @@ def on_gpu(folders) -> Iterator[Any]:
     opened: list[ServedModel] = []
 
     def make(family: str, **settings: Any) -> ServedModel:
-        opened.append(load(folders(family), LoadSettings(context=64, device="cuda", **settings)))
+        opened.append(
+            load_model(folders(family), LoadSettings(context=64, device="cuda", **settings))
+        )
         return opened[-1]
 
     yield make
@@ -193,9 +198,9 @@ def test_on_a_gpu_the_peak_stays_inside_the_budget(tmp_path: Path) -> None:
     own = tiny("Mixtral", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     saved(own, tmp_path)  # 32 experts of 12 MiB
     settings = LoadSettings(context=64, device="cuda", host_memory="100MiB")
-    floor = loading.ledger(loading.build(tmp_path), settings).floor
+    floor = load.memory_budget(load.build_skeleton(tmp_path), settings).min_bytes
     torch.cuda.reset_peak_memory_stats()
-    with load(tmp_path, replace(settings, memory=floor + (150 << 20))) as served:
+    with load_model(tmp_path, replace(settings, memory=floor + (150 << 20))) as served:
         generated(served, "cuda")
         assert served.report()["peak_process_bytes"] <= floor + (150 << 20)
         served.set_memory(floor + (10 << 20))

@@ -17,8 +17,7 @@ from torch import nn
 from transformers import JetMoeConfig, JetMoeForCausalLM
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 
-from moefit.moe.jetmoe import ServedJetMoe
-from moefit.moe.layouts import JetMoeLayout
+from moefit.moe.layouts import JetMoeLayout, ServedJetMoe
 
 EXPERTS = 5
 

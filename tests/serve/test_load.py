@@ -9,20 +9,15 @@ from safetensors.torch import load_file, save_file
 from tiny_served import COMMON, FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moefit.checkpoint import SINGLE
-from moefit.errors import (
-    BudgetTooSmallError,
-    CheckpointError,
-    ConfigError,
-    UnsupportedModelError,
-)
-from moefit.serve import loading
-from moefit.serve.budget import MemoryBudget
-from moefit.serve.loading import load
-from moefit.serve.reckon import SPARES, ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-from moefit.serve.transfer import BACKGROUND_READERS
+from moefit.checkpoint.safetensors import SINGLE
+from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, UnsupportedModelError
+from moefit.serve import load
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.io.loads import BACKGROUND_READERS
+from moefit.serve.load import load_model
+from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.memory.estimate import SPARES, memory_budget
 
 MIB = 1 << 20
 
@@ -45,20 +40,20 @@ def open_files(folder: Path) -> int:
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=r"has no config.json; give a folder that save"):
-            load(folder, LoadSettings())
+            load_model(folder, LoadSettings())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"model_type": "no such family"}'])
 def test_a_damaged_configuration(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config.json .*cannot be read"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
 
 
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / SINGLE).unlink()
     with pytest.raises(CheckpointError, match="only safetensors checkpoints"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
 
 
 @pytest.mark.parametrize("part", ["lm_head", "input_layernorm", "block_sparse_moe.gate", "q_proj"])
@@ -68,7 +63,7 @@ def test_missing_weights_are_named(folder: Path, part: str) -> None:
     save_file({n: t for n, t in tensors.items() if n not in gone}, folder / SINGLE,
               {"format": "pt"})  # fmt: skip
     with pytest.raises(CheckpointError, match=rf"lacks {len(gone)} weights .*{part[-4:]}"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
 
 
 def test_weights_of_another_shape_are_named(folder: Path) -> None:
@@ -76,19 +71,19 @@ def test_weights_of_another_shape_are_named(folder: Path) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].contiguous()
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"another shape: .*lm_head"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
 
 
 def test_another_number_of_experts_than_the_configuration_says(folder: Path) -> None:
     change_config(folder, num_local_experts=9)
     with pytest.raises(CheckpointError, match="needs 9 experts, but the checkpoint has 8"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     saved(LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=16)), tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no experts"):
-        load(tmp_path, LoadSettings())
+        load_model(tmp_path, LoadSettings())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +109,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be(folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(folder, LoadSettings(**settings))
+        load_model(folder, LoadSettings(**settings))
     assert open_files(folder) == 0
 
 
@@ -128,20 +123,20 @@ def test_settings_that_cannot_be(folder: Path, settings: dict[str, Any], says: s
 )
 def test_policies_that_cannot_be(folder: Path, policy: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(folder, LoadSettings(), **policy)
+        load_model(folder, LoadSettings(), **policy)
     assert open_files(folder) == 0
 
 
 def floor_of(folder: Path, **settings: Any) -> MemoryBudget:
-    return ledger(build(folder, settings.get("dtype")), LoadSettings(**settings))
+    return memory_budget(build_skeleton(folder, settings.get("dtype")), LoadSettings(**settings))
 
 
 def test_below_the_floor_the_error_names_it_and_nothing_was_read(folder: Path) -> None:
     with reading_through(Disk()) as disk, pytest.raises(BudgetTooSmallError) as caught:
-        load(folder, LoadSettings(memory="10MiB"))
+        load_model(folder, LoadSettings(memory="10MiB"))
     assert disk.calls == 0
     named = int(str(caught.value).split("at least ")[1].split()[0])
-    with load(folder, LoadSettings(memory=named + MIB)) as served:
+    with load_model(folder, LoadSettings(memory=named + MIB)) as served:
         assert min(served.report()["slots"].values()) >= 1
         served.check()
 
@@ -151,10 +146,10 @@ def test_a_budget_given_at_load_becomes_slots(tmp_path: Path, family: str) -> No
     model = tiny(family)
     saved(model, tmp_path)
     before = floor_of(tmp_path, context=64)
-    some = before.floor + sum(2 * block.slot_bytes for block in before.blocks)
+    some = before.min_bytes + sum(2 * block.slot_bytes for block in before.blocks)
     # The process itself may have grown or shrunk by a page or two between the two ledgers.
     slack = before.blocks[0].slot_bytes // 2
-    with load(tmp_path, LoadSettings(memory=some + slack, context=64)) as served:
+    with load_model(tmp_path, LoadSettings(memory=some + slack, context=64)) as served:
         served.check()
         report = served.report()
         assert report["slot_bytes"] + report["spare_bytes"] <= some + slack - (
@@ -164,7 +159,7 @@ def test_a_budget_given_at_load_becomes_slots(tmp_path: Path, family: str) -> No
 
 
 def test_without_a_budget_everything_may_be_resident(folder: Path) -> None:
-    with load(folder, LoadSettings(context=64)) as served:
+    with load_model(folder, LoadSettings(context=64)) as served:
         assert set(served.report()["slots"].values()) == {8}
         assert served.budget.total is None
 
@@ -218,7 +213,7 @@ def test_in_another_dtype_it_is_the_model_in_that_dtype(tmp_path: Path, family: 
     model = tiny(family)
     saved(model, tmp_path)
     model.to(torch.bfloat16)
-    with load(tmp_path, LoadSettings(context=64, dtype=torch.bfloat16)) as served:
+    with load_model(tmp_path, LoadSettings(context=64, dtype=torch.bfloat16)) as served:
         for parameter in served.model.parameters():
             assert parameter.dtype == torch.bfloat16 or parameter.dtype == torch.float32
         theirs, ours = logits(model, tokens(1, 8)), logits(served.model, tokens(1, 8))
@@ -228,7 +223,7 @@ def test_in_another_dtype_it_is_the_model_in_that_dtype(tmp_path: Path, family: 
 
 def test_weights_that_loading_made_are_the_checkpoints(folder: Path) -> None:
     model = tiny("Mixtral")
-    with load(folder, LoadSettings(context=64)) as served:
+    with load_model(folder, LoadSettings(context=64)) as served:
         own = dict(model.state_dict())
         for name, tensor in served.model.state_dict().items():
             assert torch.equal(tensor, own[name]), name
@@ -243,15 +238,15 @@ def broken_by(failure: Callable[..., Any]) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("step", ["load_rest", "attach", "grow", "spares_of"])
+@pytest.mark.parametrize("step", ["load_dense_weights", "attach_hooks", "grow", "allocate_spares"])
 def test_a_load_that_fails_midway_leaves_no_open_file(folder: Path, monkeypatch, step: str) -> None:
-    monkeypatch.setattr(loading, step, broken_by(MemoryError("no more")))
+    monkeypatch.setattr(load, step, broken_by(MemoryError("no more")))
     with pytest.raises(MemoryError, match="no more"):
-        load(folder, LoadSettings())
+        load_model(folder, LoadSettings())
     assert open_files(folder) == 0
 
 
 def test_blocks_know_how_deep_they_are(folder: Path) -> None:
-    with load(folder, LoadSettings(context=64)) as served:
+    with load_model(folder, LoadSettings(context=64)) as served:
         depths = [block.depth for block in served.blocks.values()]
     assert depths == [(n + 0.5) / len(depths) for n in range(len(depths))]

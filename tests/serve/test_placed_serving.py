@@ -8,7 +8,7 @@ from tiny_served import logits, saved, tiny, tokens
 
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve.placement import BlockPlacement, Placement
+from moefit.serve.config import BlockPlacement, Placement
 
 IDS = tokens(1, 12)
 FIRST, SECOND = (f"model.layers.{number}.mlp.experts" for number in range(2))
@@ -81,7 +81,7 @@ def test_a_smaller_budget_forgets_the_plan_and_a_larger_one_keeps_it() -> None:
         served.set_memory("5GiB")
         assert served.report()["slots"] == {FIRST: 8, SECOND: 2}
         more = sum(one.block_slot_bytes for one in served.blocks.values())
-        served.set_memory(served.budget.floor + more)
+        served.set_memory(served.budget.min_bytes + more)
         assert served.report()["slots"] == {FIRST: 2, SECOND: 2} and served.budget.planned is None
         logits(served.model, IDS)
         served.check()

@@ -3,7 +3,7 @@ from tiny_served import tiny
 
 from moefit.errors import ConfigError
 from moefit.moe.layouts import find_blocks
-from moefit.serve.placement import BlockPlacement, check_placement
+from moefit.serve.config import BlockPlacement, check_placement
 
 BLOCKS = find_blocks(tiny("Mixtral"))
 EVERY = BlockPlacement(slots=8, formats=("int4",))

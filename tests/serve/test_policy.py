@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefit.errors import ConfigError
-from moefit.serve.policy import Policy
+from moefit.serve.config import Policy
 
 
 @pytest.mark.parametrize(

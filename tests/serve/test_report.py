@@ -4,16 +4,16 @@ from collections.abc import Iterator
 import pytest
 from tiny_served import saved, settled, tiny, tokens, with_slots
 
-from moefit.formats.format import FORMATS
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
+from moefit.quant.format import FORMATS
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     folder = saved(tiny("Mixtral"), tmp_path_factory.mktemp("model"))
-    with load(folder, LoadSettings(context=64, precision="int4")) as served:
+    with load_model(folder, LoadSettings(context=64, precision="int4")) as served:
         served.set_memory(with_slots(served, 3))
         yield served
 
@@ -35,7 +35,7 @@ def test_it_counts_what_blocks_hold(served: ServedModel) -> None:
     assert report["slot_bytes"] == 3 * slot * len(served.blocks)
     assert report["spare_bytes"] % slot == 0 and report["spare_bytes"] > 0
     for name, resident in report["resident"].items():
-        assert resident == sorted(served.blocks[name].residency.residents) and len(resident) <= 3
+        assert resident == sorted(served.blocks[name].slot_table.residents) and len(resident) <= 3
     assert report["experts_from"] == "encoded while reading"
     assert report["loads"] > 0 and report["bytes_read"] > 0 and report["load_seconds"] > 0
     assert 0 < report["process_bytes"] <= report["peak_process_bytes"]

@@ -20,11 +20,11 @@ from tiny_served import (
 )
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
-from moefit.serve import seating
-from moefit.serve.loading import load
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.transfer import BACKGROUND_READERS
+from moefit.serve.cache import resize
+from moefit.serve.config import LoadSettings
+from moefit.serve.io.loads import BACKGROUND_READERS
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
 
 NEW_TOKENS = 12
 
@@ -36,7 +36,7 @@ def serve(folders) -> Iterator[Any]:
 
     def make(family: str = "Mixtral", *, slots: int | None = None, **how: Any):
         with reading_through(Disk()) as disk:
-            served = load(folders(family), LoadSettings(context=64), **how)
+            served = load_model(folders(family), LoadSettings(context=64), **how)
         if slots is not None:
             served.set_memory(with_slots(served, slots))
         open_models.append((served, disk))
@@ -135,14 +135,14 @@ def test_below_the_floor_all_stays_as_it_was(serve, memory) -> None:
     served, _ = serve(slots=3)
     generated(served)
     before, budget = served.report(), served.budget
-    with pytest.raises(BudgetTooSmallError, match=f"at least {budget.floor} bytes"):
-        served.set_memory(budget.floor - 1 if memory == "floor" else memory)
+    with pytest.raises(BudgetTooSmallError, match=f"at least {budget.min_bytes} bytes"):
+        served.set_memory(budget.min_bytes - 1 if memory == "floor" else memory)
     after = served.report()
     assert served.budget is budget
     assert [after[key] for key in ("slots", "resident", "slot_bytes")] == [
         before[key] for key in ("slots", "resident", "slot_bytes")
     ]
-    served.set_memory(budget.floor)
+    served.set_memory(budget.min_bytes)
     assert slots_of(served) == {1}
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_size_changes_nothing(serve, memory) -> None:
 def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fails_at: int) -> None:
     served, _ = serve(slots=2)
     expected = generated(served)
-    budget, allocate, calls = served.budget, seating.allocate, []
+    budget, allocate, calls = served.budget, resize.allocate_slot, []
 
     def scarce(*args: Any) -> Any:
         calls.append(args)
@@ -166,7 +166,7 @@ def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fail
             raise OSError(12, "Cannot allocate memory")
         return allocate(*args)
 
-    monkeypatch.setattr(seating, "allocate", scarce)
+    monkeypatch.setattr(resize, "allocate_slot", scarce)
     with pytest.raises(OSError, match="Cannot allocate"):
         served.set_memory(None)
     served.check()
@@ -364,7 +364,7 @@ def test_modes_and_budgets_change_while_generating(serve) -> None:
 @given(st.lists(st.tuples(st.sampled_from(["exact", "bounded", "virtual"]), st.integers(1, 8)),
                 min_size=1, max_size=5))  # fmt: skip
 def test_after_any_history_exact_is_exact(folders, history: list[tuple[Any, int]]) -> None:
-    with load(folders("Olmoe"), LoadSettings(context=64)) as served:
+    with load_model(folders("Olmoe"), LoadSettings(context=64)) as served:
         for mode, slots in history:
             served.set_mode(mode)
             served.set_memory(with_slots(served, slots))
@@ -452,7 +452,7 @@ def test_a_folder_without_tokenizer_is_served_by_ids(serve) -> None:
 
 def test_closing_ends_threads_and_hooks(folders) -> None:
     before = threading.active_count()
-    with load(folders("Mixtral"), LoadSettings(context=64)) as served:
+    with load_model(folders("Mixtral"), LoadSettings(context=64)) as served:
         generated(served)
         assert threading.active_count() > before
     assert threading.active_count() == before

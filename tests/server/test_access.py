@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_http import client_of, error_of, fake_service
 
-from moefit.serve.served import ServedModel
-from moefit.server import refusal
-from moefit.server.security import host_fits, host_name, is_loopback, key_fits, origin_fits
+from moefit.serve.model import ServedModel
+from moefit.server import errors as refusal
+from moefit.server.middleware import host_fits, host_name, is_loopback, key_fits, origin_fits
 
 KEY = "sehr-geheim-é"
 
@@ -184,10 +184,10 @@ def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
 ) -> None:
     """Each would take a kilobyte: a body of 4 MiB, gigabytes."""
     counts: list[int] = []
-    told = refusal.of_validation
+    told = refusal.from_validation_errors
     monkeypatch.setattr(
         refusal,
-        "of_validation",
+        "from_validation_errors",
         lambda errors, body: counts.append(len(errors)) or told(errors, body),
     )
     with fake_service(served) as (service, _), client_of(service) as client:

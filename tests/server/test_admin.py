@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_http import client_of, error_of, fake_service
 
 import moefit
-from moefit.serve.served import ServedModel
-from moefit.serve.transfer import FAILING, LoadFailures
-from moefit.server import vocabulary
+from moefit.serve.io.loads import FAILING, LoadFailures
+from moefit.serve.model import ServedModel
+from moefit.server import tokenizer
 from moefit.server.service import Service
-from moefit.server.templates import Renderer
+from moefit.server.tokenizer import Renderer
 
 URL = "/v1/memory"
 
@@ -56,7 +56,7 @@ def test_the_picture(running, served) -> None:
     memory = client.get(URL).json()
     assert memory["model"] == "reference" and memory["mode"] == "exact"
     assert memory["budget"]["total"] == 4 << 30
-    assert memory["floor"] == served.budget.floor < memory["everything"]
+    assert memory["floor"] == served.budget.min_bytes < memory["everything"]
     assert 0 < memory["slot_bytes"] < memory["process_bytes"] <= memory["peak_process_bytes"]
     assert memory["requests"] == {"running": 0, "waiting": 0}
     assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
@@ -266,7 +266,7 @@ def test_the_tokenizer_as_evaluations_ask_for_it(running, served) -> None:
 
 def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> None:
     client, _, _ = running
-    monkeypatch.setattr(vocabulary, "Renderer", partial(Renderer, seconds=3.0))
+    monkeypatch.setattr(tokenizer, "Renderer", partial(Renderer, seconds=3.0))
     again = "{% for i in range(99999) %}"
     served.tokenizer.chat_template = f"{again * 3}{'{% endfor %}' * 3}"
     chat = {"messages": [{"role": "user", "content": "hello"}]}
@@ -293,14 +293,14 @@ def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> No
 def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, caplog) -> None:
     """Swaps fail in the background and nobody waits for them: it is said all the same."""
     client, _, service = running
-    half = (served.budget.floor + served.budget.everything) // 2
+    half = (served.budget.min_bytes + served.budget.all_resident_bytes) // 2
     served.set_memory(half)
     served.set_mode("virtual", residency="manager")
     failures = LoadFailures()
     monkeypatch.setattr(served._live.transfer, "failures", failures)
     prompt = served.tokenizer("class A:\n" * 9, return_tensors="pt", return_token_type_ids=False)
     for experts in served.blocks.values():
-        experts.hold(range(experts.residency.number))  # an empty slot would be filled on demand
+        experts.hold(range(experts.slot_table.number))  # an empty slot would be filled on demand
     with monkeypatch.context() as patch:
         patch.setattr(type(served._store), "read", _no_disk)
         for _ in range(20):

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from serving_http import client_of, error_of, fake_service
-from test_running import Site, site, soon
 
 import moefit
-from moefit.serve.served import ServedModel
-from moefit.server.bodies import Bodies
+from moefit.serve.model import ServedModel
 from moefit.server.client import Client, ServerError
-from moefit.server.settings import ServerSettings
+from moefit.server.middleware import BodyBudget, ServerSettings
+from tests.server.test_http_server import Site, site, soon
 
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -32,7 +31,7 @@ class Counted(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bodies, self.taken = Bodies(100), []
+        self.bodies, self.taken = BodyBudget(100), []
 
     @rule(size=st.integers(0, 60))
     def take(self, size: int) -> None:
@@ -63,7 +62,7 @@ def served() -> Iterator[ServedModel]:
 
 def test_what_was_never_held_is_not_given_back() -> None:
     with pytest.raises(AssertionError):
-        Bodies(10).give_back(1)
+        BodyBudget(10).give_back(1)
 
 
 def test_one_body_fits_beside_others() -> None:

@@ -7,7 +7,7 @@ from fake_engine import FakeEngine
 from fastapi.testclient import TestClient
 from serving_http import client_of, error_of, events, fake_service
 
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 
 URL = "/v1/chat/completions"
 TEMPLATE = (

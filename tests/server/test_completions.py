@@ -7,8 +7,8 @@ from fake_engine import FakeEngine, following
 from fastapi.testclient import TestClient
 from serving_http import client_of, error_of, events, fake_service
 
-from moefit.engine.sampler import Chooser
-from moefit.serve.served import ServedModel
+from moefit.engine.sampler import Sampler
+from moefit.serve.model import ServedModel
 from moefit.server.service import Service
 
 URL = "/v1/completions"
@@ -207,7 +207,7 @@ def test_neutral_values_pass(running, asked) -> None:
 def test_top_p_zero_is_greedy(running) -> None:
     client, engine, _ = running
     assert client.post(URL, json={"prompt": [5], "top_p": 0}).status_code == 200
-    assert Chooser(engine.submitted[0][1]).plain
+    assert Sampler(engine.submitted[0][1]).plain
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from serving_http import client_of, error_of, events
 
 import moefit
 from moefit.engine.engine import Engine
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
+from moefit.server.middleware import ServerSettings
 from moefit.server.service import Service
-from moefit.server.settings import ServerSettings
 
 URL = "/v1/completions"
 PROMPTS = ["import os\n", "def main():\n    ", "class A(object):", "for key, value in"]

@@ -15,18 +15,17 @@ from fake_engine import FakeEngine
 from serving_http import fake_service
 
 from moefit.errors import ConfigError
-from moefit.serve.served import ServedModel
-from moefit.server.client import Client, ServerError
-from moefit.server.running import Running, bind, url_of
+from moefit.serve.model import ServedModel
+from moefit.server.client import ChatOptions, Client, RemoteChat, ServerError
+from moefit.server.run import HttpServer, bind, url_of
 from moefit.server.service import Service
-from moefit.server.talk import Manner, RemotePartner
 
 
 class Site:
     """A server that runs, and ways to reach it."""
 
     def __init__(
-        self, running: Running, service: Service, engine: FakeEngine, bound: socket.socket
+        self, running: HttpServer, service: Service, engine: FakeEngine, bound: socket.socket
     ):
         self.running, self.service, self.engine = running, service, engine
         self.address = bound.getsockname()
@@ -57,7 +56,7 @@ def site(served: ServedModel, *, pause: float = 0.01, **settings: Any) -> Iterat
     bound = bind("127.0.0.1", 0)
     settings = {"logprobs": 1 << 50, **settings}
     with fake_service(served, pause=pause, **settings) as (service, engine):
-        running = Running(service, bound)
+        running = HttpServer(service, bound)
         running.start()
         try:
             yield Site(running, service, engine, bound)
@@ -318,16 +317,16 @@ def test_addresses_that_cannot_be_had() -> None:
 
 def test_a_partner_over_the_network(served) -> None:
     with site(served) as here:
-        partner = RemotePartner(Client(here.url + "/v1/"))
+        partner = RemoteChat(Client(here.url + "/v1/"))
         assert (partner.name, partner.chats) == ("reference", False)
-        manner = Manner(max_tokens=5, temperature=0.0, seed=3)
+        manner = ChatOptions(max_tokens=5, temperature=0.0, seed=3)
         turns = [{"role": "user", "content": "import"}]
         whole = "".join(partner.answer(turns, manner))
         answer = Client(here.url).post(
             "/v1/completions", {"prompt": "import", "max_tokens": 5, "seed": 3}
         )
         assert whole == answer["choices"][0]["text"]
-        pieces = partner.answer(turns, Manner(max_tokens=400, temperature=0.0))
+        pieces = partner.answer(turns, ChatOptions(max_tokens=400, temperature=0.0))
         next(pieces)
         pieces.close()
         soon(lambda: len(here.engine.cancelled) == 1)

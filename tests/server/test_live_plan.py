@@ -17,17 +17,15 @@ from tiny_served import saved
 import moefit
 from moefit.cli.budget import memory_table
 from moefit.errors import ConfigError
-from moefit.plan.plan_file import Plan
+from moefit.plan.plan_file import Plan, Target
 from moefit.plan.planner import Planner
-from moefit.plan.promise import Promise
-from moefit.plan.rooms import Circumstances
-from moefit.serve.served import ServedModel
-from moefit.serve.skeleton import build
-from moefit.server.live_plan import LivePlan
-from moefit.server.service import Service
+from moefit.plan.search import PlanConstraints
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.model import ServedModel
+from moefit.server.service import LivePlan, Service
 
 URL, CONTEXT = "/v1/memory", 64
-BEST = Promise(min_speed=0.001)  # the least loss that there is room for
+BEST = Target(min_speed=0.001)  # the least loss that there is room for
 
 
 @cache
@@ -44,9 +42,9 @@ class Maker:
         self.began, self.open = Event(), Event()
         self.open.set()
         self.changes: dict[str, Any] = {}
-        given = Circumstances(process=process, rests=("native",))
+        given = PlanConstraints(process=process, rests=("native",))
         self.planner = Planner(
-            build(folder()), profile(), context=CONTEXT, search=False, circumstances=given
+            build_skeleton(folder()), profile(), context=CONTEXT, search=False, circumstances=given
         )
 
     def __call__(self, memory: int) -> Plan:
@@ -61,7 +59,7 @@ class Maker:
 @pytest.fixture
 def planned() -> Iterator[tuple[TestClient, ServedModel, Service, Maker]]:
     begun = Maker(process=0)
-    plan = begun.planner.plan(begun.planner.rooms.everything, BEST)[0]
+    plan = begun.planner.plan(begun.planner.slot_budgets.all_resident_bytes, BEST)[0]
     with moefit.load(folder(), **{**plan.settings(), "memory": "6GiB"}) as served:
         make = Maker(served.budget.process)
         with fake_service(served) as (service, engine):
@@ -73,7 +71,7 @@ def planned() -> Iterator[tuple[TestClient, ServedModel, Service, Maker]]:
 def test_another_budget_is_planned_for(planned) -> None:
     client, served, service, make = planned
     before = client.get(URL).json()
-    low, high = make.planner.rooms.floor, make.planner.rooms.everything
+    low, high = make.planner.slot_budgets.min_bytes, make.planner.slot_budgets.all_resident_bytes
     assert (before["floor"], before["everything"], before["most"]) == (low, high, high)
     assert before["plan"]["tokens_per_second"] > 0
     seen = set()
@@ -97,7 +95,7 @@ def test_all_that_the_model_takes_is_planned_for_too(planned) -> None:
     client, served, _, make = planned
     after = client.post(URL, json={"bytes": None}).json()
     assert after["budget"]["total"] is None
-    assert make.asked == [make.planner.rooms.everything]
+    assert make.asked == [make.planner.slot_budgets.all_resident_bytes]
     served.check()
 
 
@@ -128,7 +126,7 @@ def test_a_mode_that_is_set_by_hand_is_no_plans(planned) -> None:
 def test_a_mode_and_a_budget_by_hand_that_fail_leave_the_plan(planned) -> None:
     client, served, _, make = planned
     before = client.get(URL).json()
-    error_of(client.post(URL, json={"bytes": served.budget.floor - 1, "mode": "virtual"}), 400)
+    error_of(client.post(URL, json={"bytes": served.budget.min_bytes - 1, "mode": "virtual"}), 400)
     after = client.get(URL).json()
     for name in ("budget", "plan", "mode", "prefill", "slot_bytes"):
         assert after[name] == before[name]

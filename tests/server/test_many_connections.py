@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 FLOOD = """
 import resource, socket
 from serving_http import fake_service
 import moefit
-from moefit.server.running import Running, bind
+from moefit.server.run import HttpServer as Running
+from moefit.server.run import bind
 hard = 480
 resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
 with moefit.load("reference") as served, fake_service(served, connections=2) as (service, _):
@@ -15,7 +17,7 @@ with moefit.load("reference") as served, fake_service(served, connections=2) as 
     running = Running(service, bound)
     running.start()
     address = bound.getsockname()
-    from moefit.server.running import connections_for
+    from moefit.server.run import connections_for
     print(connections_for(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     held = [socket.create_connection(address, timeout=9) for _ in range(150)]
     print("closed" if held[-1].recv(1) == b"" else "kept")
@@ -28,7 +30,8 @@ with moefit.load("reference") as served, fake_service(served, connections=2) as 
 def test_as_many_connections_as_there_are_files_for() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FLOOD],
-        check=True, capture_output=True, text=True, timeout=100, cwd=__file__.rpartition("/")[0],
+        check=True, capture_output=True, text=True, timeout=100,
+        cwd=Path(__file__).parents[1] / "helpers",
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert lines[0] == "224 480"

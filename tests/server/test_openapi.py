@@ -9,10 +9,10 @@ from engines import running
 from hypothesis import HealthCheck, given, settings
 from serving_http import client_of, fake_service
 
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 from moefit.server.app import create_app
+from moefit.server.middleware import ServerSettings
 from moefit.server.service import Service
-from moefit.server.settings import ServerSettings
 
 HERE = {"Host": "localhost"}
 OPERATIONS = {

@@ -1,55 +1,55 @@
 """Tokens as requests and answers have them."""
 
 import pytest
-from test_text import byte_fallback
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moefit.errors import ConfigError, RequestTooLargeError
 from moefit.evaluate.loading import reference_path
-from moefit.server.vocabulary import Vocabulary
+from moefit.server.tokenizer import RequestTokenizer
+from tests.engine.test_detokenize import byte_fallback
 
 
 @pytest.fixture(scope="module")
-def words() -> Vocabulary:
-    return Vocabulary(AutoTokenizer.from_pretrained(reference_path()), size=4096, most=100)
+def words() -> RequestTokenizer:
+    return RequestTokenizer(AutoTokenizer.from_pretrained(reference_path()), size=4096, most=100)
 
 
-def test_a_texts_tokens_have_its_bytes(words: Vocabulary) -> None:
+def test_a_texts_tokens_have_its_bytes(words: RequestTokenizer) -> None:
     for text in ("import os\n", "é😀 漢字 👩\u200d👧", " x"):
-        for one in (words, Vocabulary(byte_fallback(), size=265, most=100)):
+        for one in (words, RequestTokenizer(byte_fallback(), size=265, most=100)):
             said = b"".join(map(one.raw, one.ids(text))).decode()
             assert said.removeprefix(" ") == text.removeprefix(" ")
 
 
-def test_names_are_text_or_bytes(words: Vocabulary) -> None:
+def test_names_are_text_or_bytes(words: RequestTokenizer) -> None:
     assert [words.name(token) for token in words.ids("import os")] == ["import", " os"]
     assert words.name(0) == "<|endoftext|>"
     names = [words.name(token) for token in words.ids("😀")]
     assert all(name.startswith("bytes:\\x") for name in names)
-    spaced = Vocabulary(byte_fallback(), size=265, most=100)
+    spaced = RequestTokenizer(byte_fallback(), size=265, most=100)
     vocabulary = byte_fallback().get_vocab()
     assert spaced.name(vocabulary["▁a"]) == " a"
     assert spaced.name(vocabulary["a"]) == "a"
     assert spaced.name(vocabulary["<0xE2>"]) == "bytes:\\xe2"
 
 
-def test_every_token_has_a_name(words: Vocabulary) -> None:
+def test_every_token_has_a_name(words: RequestTokenizer) -> None:
     names = [words.name(token) for token in range(words.size)]
     assert len(set(names)) == len(names)
 
 
-def test_a_text_that_cannot_fit_is_not_read(words: Vocabulary) -> None:
+def test_a_text_that_cannot_fit_is_not_read(words: RequestTokenizer) -> None:
     with pytest.raises(RequestTooLargeError, match="100"):
         words.ids("a" * 100_000)
 
 
-def test_half_characters_are_refused(words: Vocabulary) -> None:
+def test_half_characters_are_refused(words: RequestTokenizer) -> None:
     with pytest.raises(ConfigError, match="half a character"):
         words.ids("\ud83d")
 
 
-def test_tokens_that_do_not_exist(words: Vocabulary) -> None:
+def test_tokens_that_do_not_exist(words: RequestTokenizer) -> None:
     words.check_ids([0, 4095])
     for wrong in (-1, 4096):
         with pytest.raises(ConfigError, match="0 to 4095"):
@@ -57,7 +57,7 @@ def test_tokens_that_do_not_exist(words: Vocabulary) -> None:
 
 
 def test_without_a_tokenizer_there_are_token_ids() -> None:
-    bare = Vocabulary(None, size=10, most=100)
+    bare = RequestTokenizer(None, size=10, most=100)
     assert (bare.text([1, 2]), bare.name(7), bare.raw(7)) == ("", "token_id:7", b"")
     with pytest.raises(ConfigError, match="token ids"):
         bare.ids("text")
@@ -78,15 +78,15 @@ def replacing(times: int, part: str = "normalizer") -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
 def test_rules_that_make_gigabytes_of_a_letter_are_refused(part: str) -> None:
-    Vocabulary(replacing(3, part), size=1, most=100)
+    RequestTokenizer(replacing(3, part), size=1, most=100)
     with pytest.raises(ConfigError, match=f"{part}.* 30 rules, which may make"):
-        Vocabulary(replacing(30, part), size=1, most=100)
+        RequestTokenizer(replacing(30, part), size=1, most=100)
     with pytest.raises(ConfigError, match="1,000 rules"):
-        Vocabulary(replacing(1000, part), size=1, most=100)
+        RequestTokenizer(replacing(1000, part), size=1, most=100)
 
 
 def test_texts_that_grow_too_long_are_refused() -> None:
-    doubling = Vocabulary(replacing(10), size=1, most=1 << 20)
+    doubling = RequestTokenizer(replacing(10), size=1, most=1 << 20)
     assert len(doubling.ids("aa")) == 2048
     with pytest.raises(RequestTooLargeError, match="1024 times"):
         doubling.ids("a" * 100_000)
@@ -101,4 +101,4 @@ def test_rules_that_real_tokenizers_have_are_followed() -> None:
         tokenizer.normalizer = normalizers.Sequence(normalizer)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-        Vocabulary(fast, size=1, most=1 << 20).ids("a" * 200_000)
+        RequestTokenizer(fast, size=1, most=1 << 20).ids("a" * 200_000)

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
 from moefit.evaluate.loading import reference_path
-from moefit.server.templates import Renderer
-from moefit.server.vocabulary import Vocabulary
+from moefit.server.tokenizer import Renderer, RequestTokenizer
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n"
@@ -82,7 +81,7 @@ def written(template: str, talk: list[dict[str, Any]], **bounds: Any) -> str:
 @pytest.mark.parametrize("talk", TALKS)
 def test_the_text_is_that_of_transformers(tokenizer, template: str, talk) -> None:
     tokenizer.chat_template = template
-    words = Vocabulary(tokenizer, size=4096, most=1000)
+    words = RequestTokenizer(tokenizer, size=4096, most=1000)
     for values in ({}, {"enable_thinking": False, "bos_token": "^"}):
         expected = tokenizer.apply_chat_template(
             talk, add_generation_prompt=True, tokenize=False, **values

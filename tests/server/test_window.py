@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.server.window import Window
+from moefit.server.metrics import Window
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0.01, 1))

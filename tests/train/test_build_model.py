@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from moefit.errors import ConfigError
-from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
 from moefit.train.config import make_config
+from moefit.train.model import attention_implementation, build_model, loss_weights, use_bf16
 
 CPU = torch.device("cpu")
 
@@ -112,7 +112,7 @@ def test_what_the_model_stumbles_over_is_the_users_error_too(monkeypatch):
     def stumble(config):
         raise RuntimeError("not\n  so")
 
-    monkeypatch.setattr("moefit.train.build.OlmoeForCausalLM", stumble)
+    monkeypatch.setattr("moefit.train.model.OlmoeForCausalLM", stumble)
     with pytest.raises(ConfigError, match=r"model\.num_experts=4: not so; change what it"):
         built(model=OLMOE)
 

@@ -11,7 +11,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError
 from moefit.train import checkpoint
-from moefit.train.tokenizer import train_bpe
+from moefit.train.data.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.image import imread
 
-from moefit.train.curve import draw_curve
+from moefit.train.display import draw_curve
 
 
 @pytest.mark.parametrize("routers", [True, False])

@@ -4,7 +4,7 @@ import torch
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.train.held_out import HeldOut
+from moefit.train.step import HeldOut
 
 
 @pytest.fixture

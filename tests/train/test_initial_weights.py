@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moefit.train.start import start_from
+from moefit.train.model import load_initial_weights
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def folder(tmp_path):
 def test_all_weights_are_copied(folder):
     path, source = folder
     model = tiny_model(seed=2)
-    start_from(model, str(path))
+    load_initial_weights(model, str(path))
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -27,13 +27,13 @@ def test_all_weights_are_copied(folder):
 def test_another_model_is_refused_by_name(folder):
     path, _ = folder
     with pytest.raises(ConfigError, match=r"another model.*has .*embed_tokens"):
-        start_from(tiny_model(vocab_size=41), str(path))
+        load_initial_weights(tiny_model(vocab_size=41), str(path))
     tensors = load_file(path / "model.safetensors")
     gone = next(name for name in tensors if "down_proj" in name)
     del tensors[gone]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=f"lacks {gone}"):
-        start_from(tiny_model(), str(path))
+        load_initial_weights(tiny_model(), str(path))
 
 
 def test_quantised_weights_are_refused(folder):
@@ -43,13 +43,13 @@ def test_quantised_weights_are_refused(folder):
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=f"{name} is float8_e4m3fn.*quantised"):
-        start_from(tiny_model(), str(path))
+        load_initial_weights(tiny_model(), str(path))
 
 
 def test_nothing_there_and_damage(folder, tmp_path):
     path, _ = folder
     with pytest.raises(ConfigError, match="neither a model folder"):
-        start_from(tiny_model(), str(tmp_path / "no-run"))
+        load_initial_weights(tiny_model(), str(tmp_path / "no-run"))
     (path / "model.safetensors").write_bytes(b"1234567890")
     with pytest.raises(CheckpointError, match="damaged"):
-        start_from(tiny_model(), str(path))
+        load_initial_weights(tiny_model(), str(path))

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.train import folder
-from moefit.train.log import RunLog, last_record, read_log
+from moefit.train import run_folder
+from moefit.train.run_folder import RunLog, last_record, read_log
 
 
 def test_resuming_drops_what_came_after(tmp_path):
@@ -47,7 +47,7 @@ def test_dropping_lines_fails_whole(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"log\.jsonl: No space left.*make room"):
         RunLog(tmp_path, resumed_step=1, tensorboard=False)
     assert len(read_log(tmp_path)) == 2

@@ -11,10 +11,9 @@ import yaml
 from moefit.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from moefit.train import checkpoint, loop
 from moefit.train.config import make_config
-from moefit.train.curve import Figure
-from moefit.train.folder import locked
-from moefit.train.log import read_log
+from moefit.train.display import Figure
 from moefit.train.loop import train
+from moefit.train.run_folder import locked, read_log
 
 
 def losses(out):

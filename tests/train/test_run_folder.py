@@ -6,7 +6,7 @@ import yaml
 
 from moefit import folders
 from moefit.errors import CheckpointError, ConfigError
-from moefit.train import folder
+from moefit.train import run_folder
 from moefit.train.config import make_config
 
 
@@ -31,42 +31,42 @@ sys.stdin.read()
 
 def test_another_process_has_the_folder_until_it_is_killed(out):
     pytest.importorskip("fcntl")
-    with folder.locked(out):
+    with run_folder.locked(out):
         pass
     command = [sys.executable, "-c", OTHER, str(out / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(ConfigError, match=f"another process is training in {out}"):
-            folder.locked(out).__enter__()
+            run_folder.locked(out).__enter__()
         other.kill()
-    with folder.locked(out), pytest.raises(ConfigError):  # ours now
-        folder.locked(out).__enter__()
+    with run_folder.locked(out), pytest.raises(ConfigError):  # ours now
+        run_folder.locked(out).__enter__()
 
 
 def test_without_locks_one_trains_all_the_same(out, monkeypatch):
     monkeypatch.setattr(folders, "fcntl", None)
-    with folder.locked(out), folder.locked(out):
+    with run_folder.locked(out), run_folder.locked(out):
         assert out.is_dir()
 
 
 def test_settings_matter_once_there_is_a_checkpoint(out, config):
     other = config.model_copy(update={"seed": 7})
     out.mkdir()
-    folder.save_config(out, config)
-    folder.refuse_another_run(out, other)
+    run_folder.save_config(out, config)
+    run_folder.check_same_config(out, other)
     pretend_checkpoint(out)
-    folder.refuse_another_run(out, config)
+    run_folder.check_same_config(out, config)
     with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
-        folder.refuse_another_run(out, other)
+        run_folder.check_same_config(out, other)
 
 
 def test_where_and_how_often_may_change(tree, out):
     pretend_checkpoint(out)
-    folder.save_config(out, make_config(tree))
+    run_folder.save_config(out, make_config(tree))
     tree |= {"device": "cpu", "precision": "auto", "log": {"every": 3}, "checkpoint": {"keep": 9}}
     tree["data"]["cache_dir"] = "elsewhere"
-    folder.refuse_another_run(out, make_config(tree))
+    run_folder.check_same_config(out, make_config(tree))
 
 
 def test_a_setting_that_the_file_lacks_has_its_default(config, out):
@@ -74,41 +74,41 @@ def test_a_setting_that_the_file_lacks_has_its_default(config, out):
     tree = config.model_dump(mode="json")
     del tree["compile"]
     (out / "config.yaml").write_text(yaml.safe_dump(tree))
-    folder.refuse_another_run(out, config)
+    run_folder.check_same_config(out, config)
 
 
 @pytest.mark.parametrize("content", [b"", b"a: [1", b"- a\n", b"steps: never\n", b"\xff\xfe"])
 def test_a_broken_file_is_named_or_overwritten(config, out, content):
     out.mkdir()
     (out / "config.yaml").write_bytes(content)
-    folder.refuse_another_run(out, config)
+    run_folder.check_same_config(out, config)
     pretend_checkpoint(out)
     with pytest.raises(ConfigError, match=r"config\.yaml .*remove the file.*out=FOLDER"):
-        folder.refuse_another_run(out, config)
-    folder.save_config(out, config)
-    folder.refuse_another_run(out, config)
+        run_folder.check_same_config(out, config)
+    run_folder.save_config(out, config)
+    run_folder.check_same_config(out, config)
 
 
 def test_an_equal_file_is_left_alone(config, out):
     out.mkdir()
-    folder.save_config(out, config)
+    run_folder.save_config(out, config)
     before = (out / "config.yaml").stat()
-    folder.save_config(out, config)
+    run_folder.save_config(out, config)
     assert (out / "config.yaml").stat().st_ino == before.st_ino
-    folder.save_config(out, config.model_copy(update={"seed": 7}))
+    run_folder.save_config(out, config.model_copy(update={"seed": 7}))
     assert "seed: 7" in (out / "config.yaml").read_text()
 
 
 def test_writing_leaves_the_old_whole_if_the_new_fails(config, out, monkeypatch):
     out.mkdir()
-    folder.save_config(out, config)
+    run_folder.save_config(out, config)
     before = (out / "config.yaml").read_text()
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"cannot write into .*No space left"):
-        folder.save_config(out, config.model_copy(update={"seed": 7}))
+        run_folder.save_config(out, config.model_copy(update={"seed": 7}))
     assert (out / "config.yaml").read_text() == before
     assert [path.name for path in out.iterdir()] == ["config.yaml"]

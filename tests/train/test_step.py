@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.losses import RouterLossWeights, language_model_loss
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.objective import RouterLossWeights, language_model_loss
 from moefit.errors import DivergenceError
 from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import make_optimizer

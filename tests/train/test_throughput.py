@@ -5,8 +5,8 @@ from transformers import OlmoeForCausalLM
 
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.export import olmoe_config
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.dsmoe.olmoe import olmoe_config
 from moefit.train import throughput
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from moefit.cli.config_file import read_options
+from moefit.cli.options import read_options
 from moefit.errors import ConfigError
 from moefit.train.config import OptimizerConfig, TrainConfig, load_yaml, read_config
 

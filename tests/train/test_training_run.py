@@ -7,8 +7,8 @@ import torch
 from moefit.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from moefit.train import checkpoint
 from moefit.train.config import make_config
-from moefit.train.log import RunLog, read_log
 from moefit.train.loop import train
+from moefit.train.run_folder import RunLog, read_log
 from moefit.train.step import Stepper
 
 

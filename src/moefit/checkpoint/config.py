@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from moefit.checkpoint import Checkpoint
+from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
-from moefit.model_folder import read_json
 
 CONFIG = "config.json"
 _MAX_BYTES = 8 << 20  # real ones have a few KiB, with a table of labels a few hundred

@@ -1,18 +1,20 @@
-"""Where in a checkpoint each expert is: transformers' weight-conversion mapping, inverted.
+"""Find where each expert's bytes are in a checkpoint.
 
-Owns the pairing of checkpoint tensors with experts. transformers says how to make whole models of
-checkpoints; here its rules are run backwards far enough to know which bytes make up one expert.
-Most rules only stack and concatenate, so that an expert is a few byte ranges; for any other rule
-there is a recipe. Reads nothing but headers, and knows nothing of reading.
+Inverts transformers' weight-conversion mapping over the headers of the files: for each expert, the
+byte ranges that make up its tensors, or the conversion that produces them. Some checkpoints store
+lists of tensors from which one rule makes several parameters; `positions` says which entry of such
+a list belongs to which parameter. Reads no weights.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,12 +27,64 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moefit.checkpoint import Checkpoint, Span
-from moefit.errors import CheckpointError
+from moefit.checkpoint.quantisation import refuse_integers, refuse_scales, sign_of
+from moefit.checkpoint.safetensors import Checkpoint, Span
+from moefit.checkpoint.sources import ByteRange, Conversion, ExpertSource
+from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
-from moefit.quantisation import refuse_integers, refuse_scales, sign_of
-from moefit.serve.sources import ExpertSource, Piece, Recipe
-from moefit.serve.split_lists import positions, stacking
+
+
+def positions(
+    converter: WeightConverter, target: str, lengths: Mapping[str, int], config: Any
+) -> dict[str, list[int]]:
+    """Per full parameter name, the positions of its experts in each of the lists, in order.
+
+    Raises CheckpointError for lists of different lengths, UnsupportedModelError if the rule does
+    more than divide, stack and concatenate.
+    """
+    if set(lengths) != set(converter.source_patterns) or len(set(lengths.values())) > 1:
+        raise CheckpointError(
+            f"{target} is made of {', '.join(converter.source_patterns)}, as many of each, but the "
+            f"checkpoint has {dict(lengths)}; copy or download it again"
+        )
+    rule = deepcopy(converter)
+    step = max(lengths.values())
+    for number, pattern in enumerate(rule.source_patterns):
+        labels = [torch.full((1, 1), number * step + at) for at in range(step)]
+        rule.collected_tensors[pattern] = cast(Any, labels)
+    try:
+        made = rule.convert(target, model=cast(Any, None), config=config, loading_info=None)
+    except Exception as error:
+        raise UnsupportedModelError(_refusal(target)) from error
+    return {
+        name: _rows(cast(Tensor, value), len(rule.source_patterns), step, name)
+        for name, value in made.items()
+    }
+
+
+def stacking(converter: WeightConverter, target: str) -> WeightConverter:
+    """The rule for one of the parameters: stack its part of each list, concatenate the stacks."""
+    concatenate = [Concatenate(dim=1)] if len(converter.source_patterns) > 1 else []
+    return WeightConverter(
+        source_patterns=list(converter.source_patterns),
+        target_patterns=[target],
+        operations=[MergeModulelist(dim=0), *concatenate],
+    )
+
+
+def _rows(labels: Tensor, patterns: int, step: int, name: str) -> list[int]:
+    rows = labels[:, 0, 0].tolist() if labels.dim() == 3 else []
+    expected = [[[row + number * step] for number in range(patterns)] for row in rows]
+    if not rows or labels.tolist() != expected:
+        raise UnsupportedModelError(_refusal(name))
+    return rows
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"{name}: transformers makes it of a list that other parameters are made of too, and not "
+        "by dividing it; its experts cannot be read one by one"
+    )
 
 
 @dataclass(slots=True)
@@ -217,7 +271,7 @@ def _source(
     sound: set[Any],
 ) -> ExpertSource:
     """One expert's source. `sound` holds what recipes that were found sound are alike in."""
-    parts: list[Piece | Recipe] = []
+    parts: list[ByteRange | Conversion] = []
     for short, spec in block.layout.specs.items():
         below, row = block.layout.parameter(short, expert)
         target = f"{block.name}.{below}"
@@ -234,7 +288,7 @@ def _source(
         if pieces:
             parts.extend(pieces)
             continue
-        recipe = Recipe(
+        recipe = Conversion(
             tensor=short,
             target=target,
             spec=spec,
@@ -292,7 +346,7 @@ def _pieces(
     sources: Mapping[str, tuple[Span, ...]],
     *,
     stacked: bool,
-) -> list[Piece]:
+) -> list[ByteRange]:
     """The tensor as byte ranges, if it is nothing else; empty if it needs a recipe."""
     if converter is None:
         spans = [span for group in sources.values() for span in group]
@@ -310,7 +364,7 @@ def _pieces(
         return []
     pieces, start = [], 0
     for span in spans:
-        pieces.append(Piece(tensor=short, start=start, span=span))
+        pieces.append(ByteRange(tensor=short, start=start, span=span))
         start += span.nbytes
     return pieces
 

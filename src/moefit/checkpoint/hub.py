@@ -13,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from moefit.checkpoint import INDEX, SINGLE
+from moefit.checkpoint.model_folder import ADAPTER, named_weights
+from moefit.checkpoint.safetensors import INDEX, SINGLE
 from moefit.errors import CheckpointError
-from moefit.model_folder import ADAPTER, named_weights
 
 # Configuration, tokenizer and templates.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moefit.checkpoint import INDEX, SINGLE, Checkpoint, Span
+from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, Span
 from moefit.errors import UnsupportedModelError
-from moefit.model_folder import read_json
 
 _MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
 _DEPTH = 3  # configurations lie in one another: a thinker's text_config is the third

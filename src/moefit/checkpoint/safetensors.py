@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from moefit.checkpoint.model_folder import LFS, LFS_POINTER, other_weights, read_json
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief, printable
-from moefit.model_folder import LFS, LFS_POINTER, other_weights, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

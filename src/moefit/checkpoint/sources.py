@@ -2,7 +2,7 @@
 
 Owns the two ways in which a tensor of an expert comes about: byte ranges that can be read straight
 into place (`Piece`), and transformers' own operations over the expert's own tensors (`Recipe`).
-Knows nothing of how these are found (`checkpoint_map.py`), nor of where they are read to.
+Knows nothing of how these are found (`expert_map.py`), nor of where they are read to.
 """
 
 from copy import deepcopy
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from moefit.checkpoint import Checkpoint, Span
+from moefit.checkpoint.safetensors import Checkpoint, Span
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 from moefit.moe.families import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class ByteRange:
     """Bytes of a file that belong, as they are, at `start` of one of the expert's tensors."""
 
     tensor: str
@@ -28,7 +28,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Conversion:
     """One of the expert's tensors as transformers' operations make it from checkpoint tensors."""
 
     tensor: str
@@ -38,7 +38,7 @@ class Recipe:
     sources: tuple[tuple[str, tuple[Span, ...]], ...]
     config: Any
 
-    def cook(self, checkpoint: Checkpoint) -> Tensor:
+    def materialize(self, checkpoint: Checkpoint) -> Tensor:
         """The tensor, in the model's dtype; its sources are in memory only meanwhile.
 
         Raises CheckpointError if it cannot be read, UnsupportedModelError if what transformers
@@ -49,7 +49,7 @@ class Recipe:
         )
 
     def refuse_other_shape(self) -> None:
-        """Raise as `cook` does for what the sources' shapes lead to; read nothing."""
+        """Raise as `materialize` does for what the sources' shapes lead to; read nothing."""
         with torch.device("meta"):
             self._made(
                 {
@@ -117,13 +117,13 @@ class Recipe:
 class ExpertSource:
     """All that makes up one expert."""
 
-    parts: tuple[Piece | Recipe, ...]
+    parts: tuple[ByteRange | Conversion, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
         return sum(
-            part.span.nbytes if isinstance(part, Piece) else part.nbytes for part in self.parts
+            part.span.nbytes if isinstance(part, ByteRange) else part.nbytes for part in self.parts
         )
 
 

@@ -1,17 +1,17 @@
 """The command line: parse, call, print."""
 
-from moefit.cli import budget, chat, evaluating, models, packing, planning, server, training
+from moefit.cli import budget, chat, evaluate, models, pack, plan, serve, train
 from moefit.cli.app import app, main
 
 __all__ = [
     "app",
     "budget",
     "chat",
-    "evaluating",
+    "evaluate",
     "main",
     "models",
-    "packing",
-    "planning",
-    "server",
-    "training",
+    "pack",
+    "plan",
+    "serve",
+    "train",
 ]

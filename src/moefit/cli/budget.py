@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moefit.cli.app import Json, app, print_json
 from moefit.cli.options import ModeName
-from moefit.serve.budget import PARTS, format_bytes
+from moefit.serve.memory.budget import PARTS, format_bytes
 from moefit.server.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"

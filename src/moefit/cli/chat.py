@@ -8,29 +8,28 @@ import typer
 
 from moefit.cli.app import app, say
 from moefit.cli.budget import ApiKey
+from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
-    MISSES,
-    ROOM,
+    MEMORY_OPTIONS,
+    MISS_OPTIONS,
     Following,
     GenerationConfig,
-    Misses,
-    Room,
-    spread,
+    MemoryOptions,
+    MissOptions,
+    expand_options,
 )
-from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_served, say_generation
+from moefit.cli.planned import NO_PLAN, PlanOptions
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
-from moefit.server.client import Client
-from moefit.server.talk import LocalPartner, Manner, Partner, RemotePartner, Turn
-from moefit.server.templates import RENDER_RESIDENT
+from moefit.server.client import ChatBackend, ChatOptions, ChatTurn, Client, LocalChat, RemoteChat
+from moefit.server.tokenizer import RENDER_RESIDENT
 
 HELP = "/new begins anew, /quit (or ctrl-D) ends; ctrl-C stops an answer"
 _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
 
 
 @app.command(help="Talk with a model: on a server (--url), or loaded here.")
-@spread
+@expand_options
 def chat(
     model: Annotated[
         str | None, typer.Argument(help="as for serve; with --url the server's is taken")
@@ -53,19 +52,19 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
     generation_config: GenerationConfig = Following.auto,
-    room: Room = ROOM,
-    misses: Misses = MISSES,
-    planned: Planned = NOTHING_PLANNED,
+    room: MemoryOptions = MEMORY_OPTIONS,
+    misses: MissOptions = MISS_OPTIONS,
+    planned: PlanOptions = NO_PLAN,
 ) -> None:
     """Answers go to standard output as they come."""
-    manner = Manner(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    manner = ChatOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if url is not None:
         followed = generation_config is Following.auto
         if model is not None or room.wanted or misses.wanted or planned.wanted or not followed:
             raise ConfigError(
                 "the server at --url has its model, memory and defaults; give one or the other"
             )
-        _talk(RemotePartner(Client(url, api_key)), manner, system)
+        _talk(RemoteChat(Client(url, api_key)), manner, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
@@ -75,18 +74,18 @@ def chat(
         engine = Engine(served)
         engine.start()
         try:
-            _talk(LocalPartner(model, engine), manner, system)
+            _talk(LocalChat(model, engine), manner, system)
         finally:
             engine.close()
 
 
-def _talk(partner: Partner, manner: Manner, system: str | None) -> None:
+def _talk(partner: ChatBackend, manner: ChatOptions, system: str | None) -> None:
     if not partner.chats:
         if system is not None:
             raise ConfigError(f"{partner.name} has no chat template, so --system has no place")
         say(f"{partner.name} does not know conversations: it continues the text that you give")
     say(HELP)
-    beginning: list[Turn] = [{"role": "system", "content": system}] if system else []
+    beginning: list[ChatTurn] = [{"role": "system", "content": system}] if system else []
     turns = list(beginning)
     while (line := _ask()) is not None:
         if line == "/new":
@@ -111,7 +110,7 @@ def _ask() -> str | None:
     return None if line.strip() == "/quit" else line
 
 
-def _answer(partner: Partner, turns: list[Turn], manner: Manner) -> list[Turn]:
+def _answer(partner: ChatBackend, turns: list[ChatTurn], manner: ChatOptions) -> list[ChatTurn]:
     """Print the answer; the conversation with it, or without the last turn if it failed."""
     told = ""
     try:

@@ -12,24 +12,23 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.api import folder_of
 from moefit.cli.app import Json, Model, app, console, print_json
-from moefit.cli.options import MISSES, Misses, Room, spread
-from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import WHOLE_WINDOWS, is_served, load_served, loading
+from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
+from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, expand_options
+from moefit.cli.planned import NO_PLAN, PlanOptions
 from moefit.errors import ConfigError
-from moefit.evaluate.loading import REFERENCE, load
+from moefit.evaluate.baselines import fix_residents, native_reference
+from moefit.evaluate.loading import REFERENCE, load_full_model
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.stepwise import score_steps
-from moefit.evaluate.subject import subject_of
-from moefit.evaluate.twin import native_twin
+from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule
-from moefit.serve.baselines import fix_residents
-from moefit.serve.dsmoe_rules import use_rule
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
+from moefit.serve.config import NATIVE_PRECISION, LoadSettings
+from moefit.serve.layer.router_probe import use_rule
+from moefit.serve.model import ServedModel
 
-_WINDOW = Room(context=256)
+_WINDOW = MemoryOptions(context=256)
 
 
 class BaselineName(StrEnum):
@@ -42,7 +41,7 @@ class BaselineName(StrEnum):
 
 
 @app.command(name="eval", help="Perplexity and cost of a model: by inference rule, or in a budget.")
-@spread
+@expand_options
 def evaluate(
     model: Model = REFERENCE,
     text: Annotated[
@@ -56,9 +55,9 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="predict about this many, spread over the text")
     ] = None,
-    room: Room = _WINDOW,
-    misses: Misses = MISSES,
-    planned: Planned = NOTHING_PLANNED,
+    room: MemoryOptions = _WINDOW,
+    misses: MissOptions = MISS_OPTIONS,
+    planned: PlanOptions = NO_PLAN,
     baseline: Annotated[
         BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
     ] = None,
@@ -70,7 +69,7 @@ def evaluate(
     """Every rule on the same windows; in a budget or mode, step by step against all experts."""
     rules = [Rule.parse(one) for one in rule or []]
     if not (baseline or is_served(model, room, misses, planned)):
-        loaded, tokenizer = load(
+        loaded, tokenizer = load_full_model(
             str(folder_of(model)), device=room.device, dtype=room.settings()["dtype"]
         )
         passage = _passage(text, tokenizer, room.context, max_tokens)
@@ -112,7 +111,7 @@ def _passage(
 
 
 def _score_rules(model: Any, text: Text, rules: list[Rule], title: str, *, as_json: bool) -> None:
-    rules = rules or list(subject_of(model).default_rules())
+    rules = rules or list(evaluated_model(model).default_rules())
     with console.status("scoring") as status:
 
         def tell(name: str, done: int, total: int) -> None:
@@ -134,12 +133,12 @@ class _Reference:
     words: str
 
 
-def _reference(served: ServedModel, room: Room, planned: Planned) -> _Reference:
+def _reference(served: ServedModel, room: MemoryOptions, planned: PlanOptions) -> _Reference:
     """The checkpoint's own precision, where there is room for it too."""
     if room.is_native and not planned.wanted:
         return _Reference(None, NATIVE_PRECISION, "all experts")
     with loading():
-        twin = native_twin(served, LoadSettings(**room.settings()))
+        twin = native_reference(served, LoadSettings(**room.settings()))
     if twin is not None:
         return _Reference(twin, NATIVE_PRECISION, "all experts in native precision")
     precision = "the plan's formats" if planned.wanted else room.precision

@@ -19,27 +19,26 @@ from rich.table import Table
 
 from moefit.api import folder_of, load
 from moefit.cli.app import console, say
-from moefit.cli.options import Misses, Room
-from moefit.cli.planned import NOTHING_PLANNED, Planned, refuse_beside_plan, say_packing
+from moefit.cli.options import MemoryOptions, MissOptions
+from moefit.cli.plan_tables import in_a_line
+from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, say_packing
 from moefit.engine.engine import PROMPT_LOGITS
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import ARCHITECTURES
-from moefit.evaluate.speed import Speed
-from moefit.formats.backend import backend_status
+from moefit.evaluate.speed import Bandwidth, Speed
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
-from moefit.plan.report import in_a_line
-from moefit.serve.budget import PARTS, MemoryBudget, format_bytes
-from moefit.serve.dsmoe_rules import use_rule
-from moefit.serve.generation import GenerationDefaults
-from moefit.serve.loading import Progress
-from moefit.serve.packed import PackedStore
-from moefit.serve.reckon import Beginning, ledger
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
-from moefit.serve.skeleton import Skeleton
-from moefit.server.templates import RENDER_RESIDENT
+from moefit.quant.backend import backend_status
+from moefit.serve.config import NATIVE_PRECISION, LoadSettings
+from moefit.serve.hf.generation_config import GenerationDefaults
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.layer.router_probe import use_rule
+from moefit.serve.load import Progress
+from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.memory.estimate import InitialFormats, memory_budget
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.store import PackedStore
+from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
 """As `prompt_logits`: those of all tokens of the context, which `moefit eval` asks for at once."""
@@ -47,7 +46,11 @@ _CONCURRENCY = 16  # of `moefit serve`, unless it is given another
 
 
 def load_served(
-    model: str, room: Room, misses: Misses, planned: Planned = NOTHING_PLANNED, **settings: Any
+    model: str,
+    room: MemoryOptions,
+    misses: MissOptions,
+    planned: PlanOptions = NO_PLAN,
+    **settings: Any,
 ) -> ServedModel:
     """Load and say what it takes; `settings` as of `moefit.load`."""
     if planned.wanted:
@@ -61,7 +64,7 @@ def load_served(
 
 
 def load_planned(
-    model: str, room: Room, misses: Misses, planned: Planned, **settings: Any
+    model: str, room: MemoryOptions, misses: MissOptions, planned: PlanOptions, **settings: Any
 ) -> tuple[ServedModel, Plan]:
     """By a plan, which decides mode and formats; the plan too.
 
@@ -72,7 +75,7 @@ def load_planned(
         for name, value in (("precision", room.precision), ("rest", room.rest))
     }
     decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound", "refetch")}
-    refuse_beside_plan(**decided, dtype=room.dtype, **encoded)
+    forbid_with_plan(**decided, dtype=room.dtype, **encoded)
     with console.status("planning"):
         plan = planned.plan_for(model, room, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
@@ -102,7 +105,7 @@ def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
         ) from error
 
 
-def _remark(served: ServedModel, model: str, room: Room) -> None:
+def _remark(served: ServedModel, model: str, room: MemoryOptions) -> None:
     """Say what it takes, and what would make it faster."""
     say(_summary(served, room.precision))
     for remark in served.report()["packed_ignored"][:3]:
@@ -135,7 +138,7 @@ def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> No
         )
 
 
-def is_served(model: str, *asked: Room | Misses | Planned) -> bool:
+def is_served(model: str, *asked: MemoryOptions | MissOptions | PlanOptions) -> bool:
     """Whether a model is loaded as for serving, in a budget or with everything in memory.
 
     The others, DS-MoE and OLMoE without a budget, are computed by their own modules, in which the
@@ -188,9 +191,9 @@ def minimums(
     alone = replace(settings, memory=None, **{**dict.fromkeys(server, 0), "sequences": 1})
     floors: dict[str, int] = {}
     for command, more in own.items():
-        one = ledger(skeleton, replace(alone, **more), packed)
+        one = memory_budget(skeleton, replace(alone, **more), packed)
         measured = budget.process - settings.helpers + one.slack - budget.slack
-        floors[command] = replace(one, process=measured + more.get("helpers", 0)).floor
+        floors[command] = replace(one, process=measured + more.get("helpers", 0)).min_bytes
     return floors
 
 
@@ -256,7 +259,7 @@ def _in(precision: str) -> str:
     return "" if precision == NATIVE_PRECISION else f" in {precision}"
 
 
-def ledger_table(budget: MemoryBudget, start: Beginning, title: str) -> Table:
+def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Table:
     """Bytes by part, then slots, with what they begin with, and what the sums are."""
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("memory", no_wrap=True)
@@ -279,9 +282,9 @@ def ledger_table(budget: MemoryBudget, start: Beginning, title: str) -> Table:
     everything = f"all experts{_in(start.smallest)}"
     rows = {
         "sum": budget.fixed + start.nbytes,
-        "floor": budget.floor,
-        everything: budget.everything,
-        **{f"all experts in {name}": size for name, size in budget.everything_in().items()},
+        "floor": budget.min_bytes,
+        everything: budget.all_resident_bytes,
+        **{f"all experts in {name}": size for name, size in budget.all_resident_bytes_in().items()},
     }
     for name, size in rows.items():
         table.add_row(name, f"{size:,}", format_bytes(size))

@@ -1,6 +1,7 @@
 """Commands that use models: generate, describe, bench."""
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,22 +10,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
+from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.cli.app import Json, Model, app, console, print_json
-from moefit.cli.options import (
-    MISSES,
-    ROOM,
-    Following,
-    GenerationConfig,
-    Misses,
-    Refetch,
-    Room,
-    spread,
-)
-from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import (
+from moefit.cli.loading import (
     is_served,
     ledger_table,
     load_served,
@@ -34,29 +26,106 @@ from moefit.cli.serving import (
     shared_steps,
     speed_table,
 )
-from moefit.dsmoe.card import model_card
-from moefit.dsmoe.card_view import card_table
+from moefit.cli.options import (
+    MEMORY_OPTIONS,
+    MISS_OPTIONS,
+    Following,
+    GenerationConfig,
+    MemoryOptions,
+    MissOptions,
+    Refetch,
+    expand_options,
+)
+from moefit.cli.planned import NO_PLAN, PlanOptions
+from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
-from moefit.evaluate.bandwidth import bandwidth_apart
-from moefit.evaluate.loading import REFERENCE, config_of, load
-from moefit.evaluate.speed import measure_speed
-from moefit.evaluate.subject import subject_of
-from moefit.model_folder import refuse_without_tokenizer
-from moefit.moe.routing import Rule
-from moefit.serve.budget import format_bytes
-from moefit.serve.dsmoe_rules import use_rule
-from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.generation import use_generation_config
-from moefit.serve.guards import FiniteLogits
-from moefit.serve.packed import open_packed
-from moefit.serve.reckon import beginning, ledger
-from moefit.serve.settings import NATIVE_PRECISION, LoadSettings
-from moefit.serve.skeleton import Skeleton, build
+from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
+from moefit.evaluate.speed import bandwidth_apart, measure_speed
+from moefit.evaluate.subject import evaluated_model
+from moefit.moe.routing import Rule, default_rules
+from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.config import NATIVE_PRECISION, LoadSettings
+from moefit.serve.hf.generation_config import use_generation_config
+from moefit.serve.hf.guards import FiniteLogits
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.layer.router_probe import use_rule
+from moefit.serve.memory.budget import format_bytes
+from moefit.serve.memory.estimate import initial_formats, memory_budget
+from moefit.serve.packed.store import open_packed
+
+_PARTS = {
+    "embeddings": "embeddings",
+    "head": "head",
+    "attention": "attention projections",
+    "attention_routers": "attention routers",
+    "mlp_experts": "MLP experts",
+    "mlp_routers": "MLP routers",
+    "norms": "norms",
+}
+
+
+def card_rows(card: ModelCard, *, dtype: str = "bfloat16") -> Iterator[tuple[str, str]]:
+    """(what, how much), top to bottom. Raises ConfigError if the dtype is unknown."""
+    for part, count in card.parameters.as_dict().items():
+        tied = part == "head" and count == 0
+        yield _PARTS[part], "tied to the embeddings" if tied else _count(count)
+    yield "total", _count(card.total)
+    yield "total without embeddings", _count(card.total_without_embeddings)
+    for rule in _rules(card):
+        yield f"active, {rule}", _active(card, rule)
+    yield f"weights in {dtype}", _format_bytes(card.weight_bytes(dtype))
+    yield f"KV cache in {dtype}", f"{_format_bytes(card.kv_bytes_per_token(dtype))} a token"
+    for rule in _rules(card):
+        if rule.k is not None or rule.kind == "dense":
+            forward = card.forward_flops_per_token(rule, context=(card.max_positions + 1) / 2)
+            yield f"forward, {rule}", f"{forward / 1e9:,.3f} GFLOPs a token"
+    flops = card.training_flops_per_token(card.max_positions)
+    yield f"training at length {card.max_positions}", f"{flops / 1e9:,.3f} GFLOPs a token"
+
+
+def card_table(card: ModelCard, title: str = "", *, dtype: str = "bfloat16") -> Table:
+    """`card_rows` for the terminal; active parameters are counted without embeddings."""
+    table = Table(title=title or None, show_header=False)
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    for what, how_much in card_rows(card, dtype=dtype):
+        if what in ("total", "active, dense", f"weights in {dtype}", "forward, dense"):
+            table.add_section()
+        table.add_row(what, how_much)
+    return table
+
+
+def _rules(card: ModelCard) -> list[Rule]:
+    """The model's own rules and a ladder to compare them with."""
+    rules = (*default_rules(card.num_experts), card.training_rule, card.inference_rule)
+    return list(dict.fromkeys(rules))
+
+
+def _active(card: ModelCard, rule: Rule) -> str:
+    fewest, most = card.active_range(rule)
+    if fewest == most:
+        return _count(fewest)
+    return f"{_count(fewest)} to {_count(most)}, by the text"
+
+
+def _count(count: int) -> str:
+    if count == 0:
+        return "none"
+    if count < 1e6:
+        return f"{count / 1e3:,.1f}K"
+    return f"{count / 1e6:,.{2 if count < 100 * 1e6 else 1}f}M"
+
+
+def _format_bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} B"
 
 
 @app.command(help="Continue a prompt, streaming; with --memory or --mode inside a budget.")
-@spread
+@expand_options
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
@@ -72,9 +141,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     generation_config: GenerationConfig = Following.auto,
-    room: Room = ROOM,
-    misses: Misses = MISSES,
-    planned: Planned = NOTHING_PLANNED,
+    room: MemoryOptions = MEMORY_OPTIONS,
+    misses: MissOptions = MISS_OPTIONS,
+    planned: PlanOptions = NO_PLAN,
 ) -> None:
     """Writes the continuation to standard output as it comes."""
     sampling = {**_sampling(temperature, top_p), "max_new_tokens": max_new_tokens}
@@ -89,10 +158,12 @@ def generate(
                 use_rule(served.model, Rule.parse(rule))
             _stream(served.model, served.tokenizer, prompt, sampling)
         return
-    loaded, tokenizer = load(str(folder), device=room.device, dtype=room.settings()["dtype"])
+    loaded, tokenizer = load_full_model(
+        str(folder), device=room.device, dtype=room.settings()["dtype"]
+    )
     followed = use_generation_config(loaded, folder, tokenizer, following)
     say_generation(followed, engine=False)
-    with nullcontext() if rule is None else subject_of(loaded).use(Rule.parse(rule)):
+    with nullcontext() if rule is None else evaluated_model(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, sampling)
 
 
@@ -131,12 +202,12 @@ def _continues(model: Any) -> bool:
 @app.command(
     help="Parameters, bytes and FLOPs of a model; with --memory or --precision the ledger."
 )
-@spread
+@expand_options
 def describe(
     model: Annotated[
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
-    room: Room = ROOM,
+    room: MemoryOptions = MEMORY_OPTIONS,
     refetch: Refetch = None,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
@@ -160,10 +231,10 @@ def describe(
             f"{model} is a preset without a checkpoint; --memory and --precision need a model's "
             "folder"
         )
-    skeleton = build(folder_of(model), settings.dtype)
+    skeleton = build_skeleton(folder_of(model), settings.dtype)
     packed = open_packed(skeleton, settings.formats())
-    budget = ledger(skeleton, settings, packed)
-    start = beginning(skeleton, settings, budget, packed)  # refuses a budget below the floor
+    budget = memory_budget(skeleton, settings, packed)
+    start = initial_formats(skeleton, settings, budget, packed)  # refuses a budget below the floor
     floors = minimums(skeleton, settings, packed, budget)
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
@@ -175,7 +246,7 @@ def describe(
                 for group, (number, size) in skeleton.left_out().items()
             },
         }
-        held = {"everything_in": budget.everything_in(), "minimum": floors}
+        held = {"everything_in": budget.all_resident_bytes_in(), "minimum": floors}
         print_json({**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict()})
         return
     title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
@@ -198,7 +269,7 @@ def _left_out(skeleton: Skeleton) -> str:
     )
 
 
-def _described(skeleton: Skeleton, room: Room) -> str:
+def _described(skeleton: Skeleton, room: MemoryOptions) -> str:
     """Class, dtype, and what is in another format."""
     parts = [type(skeleton.model).__name__, str(skeleton.dtype).removeprefix("torch.")]
     if room.precision != NATIVE_PRECISION:
@@ -221,12 +292,12 @@ def _is_ours(model: str) -> bool:
 
 
 @app.command(help="Speed of a model in a budget: prefill, decoding, and what bounds them.")
-@spread
+@expand_options
 def bench(
     model: Model,
-    room: Room = ROOM,
-    misses: Misses = MISSES,
-    planned: Planned = NOTHING_PLANNED,
+    room: MemoryOptions = MEMORY_OPTIONS,
+    misses: MissOptions = MISS_OPTIONS,
+    planned: PlanOptions = NO_PLAN,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,

@@ -1,28 +1,92 @@
-"""Options that several commands share, as records: how much memory, which precision, which mode.
+"""Options that several commands share, as records; and `--config FILE.yaml`.
 
-Owns what may be given, its defaults, and how a record becomes options. A command that takes records
-has all of their options:
-
-    @app.command()
-    @spread
-    def bench(model: Model, room: Room = ROOM, misses: Misses = MISSES) -> None: ...
+`MemoryOptions` and `MissOptions` become keyword arguments of `moefit.load`. Options in a file rank
+below flags and environment variables.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moefit.cli.app import Device, Dtype
 from moefit.errors import ConfigError
-from moefit.formats.format import FORMATS
-from moefit.serve.ladders import AUTO
-from moefit.serve.policy import Policy
-from moefit.serve.settings import AUTO_PRECISION, NATIVE_PRECISION
+from moefit.quant.format import FORMATS
+from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
+from moefit.serve.precision.allocate import AUTO_FORMATS
+from moefit.train.config import load_yaml
+
+
+def read_options(path: Path, known: list[str]) -> dict[str, Any]:
+    """Options by name, from a file that has no others. Raises ConfigError."""
+    try:
+        found = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{str(path)!r}: {error}") from error
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{str(path)!r} has no options; it is lines such as `port: 8000`")
+    options: dict[str, Any] = {}
+    for key, value in (found or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{str(path)!r}: there is no option {key!r}; the nearest is {near[0]!r}"
+            )
+        options[name] = value
+    return options
+
+
+def as_given(name: str, value: Any, *, several: bool) -> str | list[str] | None:
+    """An option's value as a command line would have it. Raises ConfigError for what none could.
+
+    several: the option may be repeated; one value alone is then a list of one.
+
+    >>> as_given("port", 8000, several=False), as_given("cors_origin", "*", several=True)
+    ('8000', ['*'])
+    """
+    if value is None:
+        return None
+    if several:
+        values = value if isinstance(value, list) else [value]
+        return [_word(name, one, "one value, or a list of them") for one in values]
+    return _word(name, value, "one value")
+
+
+def _word(name: str, value: Any, wanted: str) -> str:
+    if isinstance(value, bool | list | dict | None):
+        raise ConfigError(f"the option {name!r} is {wanted}, but the file has {value!r}")
+    return str(value)
+
+
+def _use(context: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        known = {str(one.name): one for one in context.command.params if one.name != "config"}
+        options = {
+            name: as_given(name, value, several=bool(getattr(known[name], "multiple", False)))
+            for name, value in read_options(path, list(known)).items()
+        }
+        context.default_map = {**(context.default_map or {}), **options}
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with any of these options; flags and MOEFIT_* variables come before it",
+        is_eager=True,
+        callback=_use,
+    ),
+]
 
 
 class ModeName(StrEnum):
@@ -43,7 +107,7 @@ Refetch = Annotated[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class MemoryOptions:
     """The memory that a model is given, and how it lies in it."""
 
     memory: Annotated[
@@ -89,7 +153,7 @@ class Room:
     @property
     def to_pack(self) -> str:
         """What `moefit pack --formats` would have to make."""
-        return ",".join(AUTO[:-1]) if self.precision == AUTO_PRECISION else self.precision
+        return ",".join(AUTO_FORMATS[:-1]) if self.precision == AUTO_PRECISION else self.precision
 
     def settings(self) -> dict[str, Any]:
         """The same for `LoadSettings` and `moefit.load`."""
@@ -98,7 +162,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Misses:
+class MissOptions:
     """What happens when an expert has no room."""
 
     mode: Annotated[
@@ -157,11 +221,11 @@ GenerationConfig = Annotated[
     ),
 ]
 
-ROOM, MISSES = Room(), Misses()
+MEMORY_OPTIONS, MISS_OPTIONS = MemoryOptions(), MissOptions()
 """The defaults."""
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of each record that it takes.
 
     typer makes options of parameters alone. A parameter whose default is a record stands for the

@@ -16,17 +16,16 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
+from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.passage import text_of_file
-from moefit.formats.format import FORMATS, Format, parse_format
-from moefit.model_folder import read_tokenizer
-from moefit.plan.calibration import digest_of, windows_of
-from moefit.serve.budget import format_bytes, parse_bytes
-from moefit.serve.calibration import Calibration
-from moefit.serve.packed_check import check_packed
-from moefit.serve.packing import Packed, Progress, pack
-from moefit.serve.skeleton import Skeleton, build
+from moefit.plan.reference import digest_of, windows_of
+from moefit.quant.format import FORMATS, Format, parse_format
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.memory.budget import format_bytes, parse_bytes
+from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
+from moefit.serve.packed.calibrate import CalibrationText
 
 _DEFAULT = "int8,int4"
 
@@ -66,7 +65,7 @@ def pack_model(
             "a time; leave it out, or give --text"
         )
     chosen = _formats(formats if formats is not None or check else _DEFAULT)
-    skeleton = build(folder_of(model), dtype.torch if dtype else None)
+    skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
     if check:
         _check(skeleton, chosen, as_json=as_json)
         return
@@ -89,10 +88,10 @@ def pack_model(
 
 def _calibration(
     skeleton: Skeleton, text: Path, tokens: int, context: int, memory: str | None
-) -> Calibration:
+) -> CalibrationText:
     tokenizer = read_tokenizer(skeleton.checkpoint.folder)
     windows_BT = windows_of(text_of_file(text, tokenizer, context, tokens))
-    return Calibration(
+    return CalibrationText(
         text=text.name,
         digest=digest_of(windows_BT),
         windows_BT=windows_BT[:, :-1],
@@ -100,7 +99,7 @@ def _calibration(
     )
 
 
-def _tell(made: Packed) -> None:
+def _tell(made: PackResult) -> None:
     skipped = f", {made.skipped} were there already" if made.skipped else ""
     replaced = f" ({made.replaced} in place of others, made without it)" if made.replaced else ""
     by = f", calibrated on {made.text}{replaced}" if made.text else ""

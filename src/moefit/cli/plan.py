@@ -12,26 +12,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
+from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
-from moefit.cli.plan_view import plan_dict, print_plan
-from moefit.cli.planned import promise_of
-from moefit.cli.serving import shared_steps
+from moefit.cli.loading import shared_steps
+from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
+from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
 from moefit.evaluate.passage import held_out_text, text_of_file
-from moefit.model_folder import read_tokenizer
-from moefit.plan.calibration import windows_of
-from moefit.plan.experiments import RESTS
-from moefit.plan.plan_file import Plan, write_plan
+from moefit.plan.experiments import DENSE_FORMATS
+from moefit.plan.measure import MeasuredModel
+from moefit.plan.plan_file import Plan, Target, write_plan
 from moefit.plan.planner import Planner
 from moefit.plan.profile import find_profile
 from moefit.plan.profiler import Profiler, Progress
-from moefit.plan.promise import Promise
-from moefit.plan.report import check_picture, draw
-from moefit.plan.rooms import Circumstances
-from moefit.plan.running import Subject
-from moefit.plan.search import Point
-from moefit.serve.budget import parse_bytes
-from moefit.serve.skeleton import build
+from moefit.plan.reference import windows_of
+from moefit.plan.search import PlanConstraints, Point
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.budget import parse_bytes
 
 
 @app.command(name="profile", help="Measure a model on this machine once, to plan by it.")
@@ -63,7 +60,9 @@ def profile_model(
         if text is not None
         else held_out_text(read_tokenizer(folder), context, tokens)
     )
-    subject = Subject(folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device)
+    subject = MeasuredModel(
+        folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device
+    )
     profiler = Profiler(
         subject,
         windows_BT,
@@ -96,7 +95,7 @@ def _bar() -> Iterator[Progress]:
         yield show
 
 
-RestName = StrEnum("RestName", list(RESTS))
+RestName = StrEnum("RestName", list(DENSE_FORMATS))
 
 
 @app.command(name="plan", help="What a memory budget costs and gains, before you pay it.")
@@ -143,19 +142,19 @@ def plan_model(
     as_json: Json = False,
 ) -> None:
     """The choice for a budget, and what other budgets would give."""
-    promise = promise_of(max_loss, min_speed)
-    _refuse_vain(memory, promise, save)
+    target = target_of(max_loss, min_speed)
+    _refuse_vain(memory, target, save)
     if picture is not None:
         check_picture(picture, budgets)
-    skeleton = build(folder_of(model), dtype.torch if dtype else None)
+    skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
     known = find_profile(skeleton, model=model, path=profile)
-    circumstances = Circumstances(
+    circumstances = PlanConstraints(
         process=process_bytes,
-        rests=RESTS if rest is None else (rest.value,),
+        rests=DENSE_FORMATS if rest is None else (rest.value,),
         **shared_steps(max_concurrency),
     )
     planner = Planner(skeleton, known, context=context, device=device, circumstances=circumstances)
-    plan, front = _planned(planner, memory, promise)
+    plan, front = _planned(planner, memory, target)
     fronts = dict(planner.over_budgets(budgets)) if budgets else {}
     if save is not None and plan is not None:
         write_plan(plan, save)
@@ -168,8 +167,8 @@ def plan_model(
     _say_written(model, save, picture)
 
 
-def _refuse_vain(memory: str | None, promise: Promise, save: Path | None) -> None:
-    if memory is None and save is not None and not promise.wanted:
+def _refuse_vain(memory: str | None, target: Target, save: Path | None) -> None:
+    if memory is None and save is not None and not target.wanted:
         raise ConfigError(
             "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
             "for the smallest budget that keeps it"
@@ -177,15 +176,17 @@ def _refuse_vain(memory: str | None, promise: Promise, save: Path | None) -> Non
 
 
 def _planned(
-    planner: Planner, memory: str | None, promise: Promise
+    planner: Planner, memory: str | None, target: Target
 ) -> tuple[Plan | None, list[Point]]:
     """The plan for the budget, else for the smallest that keeps the promise; and its front."""
     if memory is not None:
-        return planner.plan(parse_bytes(memory), promise)
-    if not promise.wanted:
+        return planner.plan(parse_bytes(memory), target)
+    if not target.wanted:
         return None, []
     # Where nothing keeps the promise, planning for everything says what is nearest.
-    return planner.plan(planner.smallest_budget(promise) or planner.rooms.everything, promise)
+    return planner.plan(
+        planner.smallest_budget(target) or planner.slot_budgets.all_resident_bytes, target
+    )
 
 
 def _say_written(model: str, save: Path | None, picture: Path | None) -> None:

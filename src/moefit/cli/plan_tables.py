@@ -1,22 +1,25 @@
-"""A plan and what it was chosen from, for people: tables and a picture.
-
-Knows nothing of how they came about.
-"""
+"""Output of `moefit plan`: tables and a picture for people, plain values for programs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from rich.console import Console
 from rich.table import Table
 
+from moefit.cli.app import say
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
-from moefit.plan.fitting import Held
-from moefit.plan.plan_file import Plan
+from moefit.plan import genetic
+from moefit.plan.fitting import HeldOutError
+from moefit.plan.plan_file import Plan, Target
+from moefit.plan.planner import Planner
 from moefit.plan.search import Point
-from moefit.serve.budget import format_bytes
+from moefit.serve.memory.budget import format_bytes
 
 Fronts = Mapping[int, Sequence[Point]]
 """By budget in bytes."""
@@ -69,7 +72,7 @@ def _shown(points: Sequence[Point]) -> list[Point]:
     return [fastest] if best is fastest else [fastest, best]
 
 
-def held_table(rows: Iterable[Held], title: str) -> Table:
+def held_table(rows: Iterable[HeldOutError], title: str) -> Table:
     """What models' predictions were worth on samples that they had not seen."""
     table = narrow_table(title)
     table.add_column("model")
@@ -135,3 +138,68 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
             f"cannot write the picture {path}: {error.strerror or error}; name a file in a folder "
             "that can be written to"
         ) from error
+
+
+def plan_dict(
+    planner: Planner, plan: Plan | None, front: list[Point], fronts: dict[int, list[Point]]
+) -> dict[str, Any]:
+    """Plain values, for JSON: the plan, if there is one, its front, and other budgets' fronts."""
+    return {
+        "plan": plan and plan.as_dict(),
+        "front": [_point_dict(one) for one in front],
+        "budgets": [
+            {"memory": memory, "front": [_point_dict(one) for one in points]}
+            for memory, points in fronts.items()
+        ],
+        "floor": planner.slot_budgets.min_bytes,
+        "everything": planner.slot_budgets.all_resident_bytes,
+        "sequences": planner.sequences(plan) if plan else {},
+        "warnings": planner.warnings(),
+        "searched_by": planner.searched_by,
+        "quality_models": [asdict(one) for one in planner.quality.comparison],
+        "latency_models": [asdict(one) for one in planner.latency.comparison],
+    }
+
+
+def _point_dict(one: Point) -> dict[str, Any]:
+    return {
+        "loss": one.loss,
+        "tokens_per_second": one.speed,
+        "expert_bytes": one.nbytes,
+        "found_by": one.found_by,
+        "configuration": one.configuration.as_dict(),
+    }
+
+
+def print_plan(
+    planner: Planner,
+    plan: Plan | None,
+    fronts: dict[int, list[Point]],
+    model: str,
+    *,
+    smallest: bool,
+) -> None:
+    """Tables and remarks, for people; smallest: the plan's budget was not given but found."""
+    out = Console()
+    if plan is not None and plan.memory is not None:
+        out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
+        say(in_a_line(plan))
+        if smallest:
+            say(f"that is the smallest budget that keeps it: {plan.memory} bytes")
+        for length, count in planner.sequences(plan).items():
+            some = "1 sequence" if count == 1 else f"{count} sequences"
+            say(f"fits {some} of {length} tokens beside its experts")
+    if fronts:
+        out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
+    for loss in (0.01, 0.03):
+        size = planner.smallest_budget(Target(max_loss=loss))
+        if size is not None:
+            say(f"smallest budget for a loss of {loss:.0%}: {format_bytes(size)} ({size} bytes)")
+    for warning in planner.warnings():
+        say(f"warning: {warning}")
+    out.print(held_table(planner.quality.comparison, "quality models on samples not fitted to"))
+    out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
+    if not genetic.available():
+        say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
+    facts = planner.profile.facts
+    say(f"profile: {facts.tokens:,} tokens of {facts.text}")

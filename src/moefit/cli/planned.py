@@ -1,26 +1,98 @@
-"""Options by which a command serves as planned: --plan, --max-loss, --min-speed."""
+"""Serve by a plan: `--plan`, `--max-loss`, `--min-speed`.
 
+Where a plan must be made first, `moefit plan` runs in a process of its own, so that its memory does
+not count against the budget.
+"""
+
+import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moefit import errors
 from moefit.api import folder_of
 from moefit.cli.app import say
-from moefit.cli.options import Room
-from moefit.cli.plan_order import PlanOrder
+from moefit.cli.options import MemoryOptions
 from moefit.device import planned_device
-from moefit.errors import ConfigError
-from moefit.plan.plan_file import Plan, read_plan, refuse_other
-from moefit.plan.promise import Promise
-from moefit.serve.ledger import held_bytes
-from moefit.serve.skeleton import build
+from moefit.errors import ConfigError, MoefitError
+from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import held_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class PlanProcess:
+    """What `moefit plan` is asked for.
+
+    process: bytes of the process that will serve; the plan's own would be another's. concurrency:
+    requests at once, of a server. dtype, rest: what the model is loaded in already, if it is.
+    """
+
+    model: str
+    memory: str | int
+    context: int
+    device: str
+    process: int
+    target: Target
+    concurrency: int | None = None
+    dtype: str | None = None
+    rest: str | None = None
+
+    def arguments(self, save: Path) -> list[str]:
+        """Of the command `moefit`."""
+        options = {
+            "memory": self.memory,
+            "context": self.context,
+            "device": self.device,
+            "process-bytes": self.process,
+            "max-loss": None if self.target.max_loss is None else f"{100 * self.target.max_loss}%",
+            "min-speed": self.target.min_speed,
+            "max-concurrency": self.concurrency,
+            "dtype": self.dtype,
+            "rest": self.rest,
+            "budgets": 0,
+            "save": save,
+        }
+        given = [
+            word
+            for name, value in options.items()
+            if value is not None
+            for word in (f"--{name}", str(value))
+        ]
+        return ["plan", self.model, *given, "--json"]
+
+    def carry_out(self) -> Plan:
+        """The plan. Raises the error that the process ends with if there is none."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "plan.json"
+            done = subprocess.run(
+                [sys.executable, "-m", "moefit", *self.arguments(file)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise _error_message(done.stderr, done.returncode)
+            return read_plan(file)
+
+
+def _error_message(stderr: str, code: int) -> MoefitError:
+    """The error that the process ended with, of the same kind."""
+    found = re.search(r"^error: (\w+): (.*)", stderr, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return ConfigError(f"planning ended with exit code {code}: {stderr.strip()[-300:]}")
+    kind = getattr(errors, found[1], ConfigError)
+    return kind(" ".join(found[2].split()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
     """A plan to serve by, or a promise to plan for."""
 
     plan: Annotated[
@@ -41,7 +113,7 @@ class Planned:
         return not (self.plan is self.max_loss is self.min_speed is None)
 
     def plan_for(
-        self, model: str, room: Room, concurrency: int | None = None, helpers: int = 0
+        self, model: str, room: MemoryOptions, concurrency: int | None = None, helpers: int = 0
     ) -> Plan:
         """The plan of the file, or one made now from the model's profile.
 
@@ -54,36 +126,36 @@ class Planned:
                     "--plan says all; --max-loss and --min-speed make a plan: give one of the two"
                 )
             plan = read_plan(self.plan)
-            refuse_other(plan, build(folder_of(model)), self.plan)
+            refuse_other(plan, build_skeleton(folder_of(model)), self.plan)
             if room.context != plan.context:
                 say(f"note: the plan reserves {plan.context:,} tokens at once, whatever --context")
             return plan
         if room.memory is None:
             raise ConfigError("--max-loss and --min-speed plan for a budget; give --memory too")
-        return PlanOrder(
+        return PlanProcess(
             model=model,
             memory=room.memory,
             context=room.context,
             device=room.device,
             process=held_bytes(planned_device(room.device)) + helpers,
-            promise=promise_of(self.max_loss, self.min_speed),
+            target=target_of(self.max_loss, self.min_speed),
             concurrency=concurrency,
         ).carry_out()
 
 
-NOTHING_PLANNED = Planned()
+NO_PLAN = PlanOptions()
 
 
-def promise_of(max_loss: str | None, min_speed: float | None) -> Promise:
+def target_of(max_loss: str | None, min_speed: float | None) -> Target:
     """From options. Raises ConfigError for what is no share or no speed.
 
     >>> promise_of("3%", None).max_loss
     0.03
     """
     share = None if max_loss is None else _share(max_loss)
-    promise = Promise(max_loss=share, min_speed=min_speed)
-    promise.check()
-    return promise
+    target = Target(max_loss=share, min_speed=min_speed)
+    target.check()
+    return target
 
 
 def _share(text: str) -> float:
@@ -102,7 +174,7 @@ def _share(text: str) -> float:
     return share
 
 
-def refuse_beside_plan(**given: Any) -> None:
+def forbid_with_plan(**given: Any) -> None:
     """Raise ConfigError if something is given that a plan decides; None is not given."""
     if odd := [f"--{name}" for name, value in given.items() if value is not None]:
         raise ConfigError(

@@ -9,31 +9,28 @@ from typing import Annotated
 import typer
 
 from moefit.api import folder_of
+from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.cli.app import app, say, stopped
-from moefit.cli.config_file import ConfigFile
+from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (
-    MISSES,
-    ROOM,
+    MEMORY_OPTIONS,
+    MISS_OPTIONS,
+    ConfigFile,
     Following,
     GenerationConfig,
-    Misses,
-    Room,
-    spread,
+    MemoryOptions,
+    MissOptions,
+    expand_options,
 )
-from moefit.cli.plan_order import PlanOrder
-from moefit.cli.planned import NOTHING_PLANNED, Planned
-from moefit.cli.serving import load_planned, load_served, say_generation, shared_steps
+from moefit.cli.planned import NO_PLAN, PlanOptions, PlanProcess
+from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
-from moefit.engine.settings import EngineSettings
 from moefit.evaluate.loading import REFERENCE
-from moefit.model_folder import refuse_without_tokenizer
 from moefit.plan.plan_file import Plan
-from moefit.serve.served import ServedModel
-from moefit.server.live_plan import LivePlan
-from moefit.server.running import Deadline, Running, bind, url_of
-from moefit.server.security import is_loopback
-from moefit.server.service import Service
-from moefit.server.settings import ServerSettings
+from moefit.serve.model import ServedModel
+from moefit.server.middleware import ServerSettings, is_loopback
+from moefit.server.run import Deadline, HttpServer, bind, url_of
+from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
 
 LEAVING = 30.0  # seconds that closing everything may take, once answers have been waited for
@@ -43,7 +40,7 @@ LEAVING = 30.0  # seconds that closing everything may take, once answers have be
     help="Serve a model over HTTP: OpenAI's API, a page with the budget dial, metrics.",
     context_settings={"auto_envvar_prefix": "MOEFIT"},
 )
-@spread
+@expand_options
 def serve(
     model: Annotated[
         str,
@@ -53,9 +50,9 @@ def serve(
         ),
     ] = REFERENCE,
     config: ConfigFile = None,
-    room: Room = ROOM,
-    misses: Misses = MISSES,
-    planned: Planned = NOTHING_PLANNED,
+    room: MemoryOptions = MEMORY_OPTIONS,
+    misses: MissOptions = MISS_OPTIONS,
+    planned: PlanOptions = NO_PLAN,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[
@@ -116,7 +113,7 @@ def public_name(model: str) -> str:
 
 def _serve(
     model: str,
-    asked: tuple[Room, Misses, Planned],
+    asked: tuple[MemoryOptions, MissOptions, PlanOptions],
     engine_settings: EngineSettings,
     settings: ServerSettings,
     following: str,
@@ -137,7 +134,7 @@ def _serve(
             if plan is not None:
                 again = replanner(model, plan, engine)
                 service.live_plan = LivePlan(engine, plan, again)
-            running = Running(service, bound)
+            running = HttpServer(service, bound)
             closing.callback(running.stop)
             closing.callback(engine.close, timeout=LEAVING / 3)
             closing.callback(deadline.start)
@@ -145,7 +142,7 @@ def _serve(
             _run(running, engine, settings, url_of(bound, settings.host))
 
 
-def _run(running: Running, engine: Engine, settings: ServerSettings, url: str) -> None:
+def _run(running: HttpServer, engine: Engine, settings: ServerSettings, url: str) -> None:
     """Serve until a signal says to stop, or nothing can be served any more."""
     try:
         with stop_on_signal() as request:
@@ -164,7 +161,10 @@ def _run(running: Running, engine: Engine, settings: ServerSettings, url: str) -
 
 
 def _loaded(
-    model: str, asked: tuple[Room, Misses, Planned], settings: EngineSettings, following: str
+    model: str,
+    asked: tuple[MemoryOptions, MissOptions, PlanOptions],
+    settings: EngineSettings,
+    following: str,
 ) -> tuple[ServedModel, Plan | None]:
     """With room for the logits of requests that run together."""
     how = {**shared_steps(settings.max_concurrency), "generation_config": following}
@@ -175,13 +175,13 @@ def _loaded(
 
 def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
     """Makes a plan as this one for another budget of the model as it is loaded."""
-    order = PlanOrder(
+    order = PlanProcess(
         model=model,
         memory=0,
         context=plan.context,
         device=str(engine.served.model.device),
         process=engine.served.budget.process,
-        promise=plan.promise,
+        target=plan.target,
         concurrency=engine.settings.max_concurrency,
         dtype=plan.dtype,
         rest=plan.configuration.rest,
@@ -189,7 +189,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
     return lambda memory: replace(order, memory=memory).carry_out()
 
 
-def _drain(running: Running, settings: ServerSettings, signal: str) -> None:
+def _drain(running: HttpServer, settings: ServerSettings, signal: str) -> None:
     say(f"{signal}: finishing what runs; again to stop at once")
     if not running.drain():
         say(f"not all ended within {settings.drain_seconds:g} s; giving them up")

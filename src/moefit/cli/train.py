@@ -9,7 +9,7 @@ from moefit import demo as demonstration
 from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say, stopped
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.loading import load
+from moefit.evaluate.loading import load_full_model
 from moefit.moe.routing import Rule
 from moefit.train.config import read_config
 from moefit.train.display import display
@@ -57,7 +57,7 @@ def export(
     dtype: Annotated[Dtype | None, typer.Option(help="the model's own if not given")] = None,
 ) -> None:
     """Verified: the written checkpoint's logits equal ours at top_k:K."""
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_full_model(model)
     if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
         renormalize = Rule.parse(loaded.config.inference_rule).renormalize
         loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))

@@ -1,26 +1,42 @@
-"""Mixture-of-attention-heads as gated grouped-query attention (DS-MoE section 3.2, eq. 7-8).
+"""Mixture of attention heads as gated grouped-query attention (DS-MoE section 3.2, eq. 7-8).
 
-Keys and values are computed once and shared by all attention experts; expert i owns a query and
-an output projection for each KV head. Laid out as query head = kv_head * E + expert, this is
-ordinary grouped-query attention whose head outputs are multiplied by their expert's score before
-the output projection, so every attention backend of transformers runs it.
+Includes the root-mean-square normalisation (arXiv 1910.07467) that attention and the decoder layers
+use, computed in float32 for any input dtype.
 
-Shapes: B sequences, T tokens of a sequence, D model width, H query heads, G KV heads, E attention
-experts (H = G * E under MoA), C head width.
+Shapes: B sequences, T tokens, D model width, E attention experts, H query heads, G KV heads, C head
+width.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb, eager_attention_forward
 
+from moefit.dsmoe.block import DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.dsmoe.norm import DsMoeRMSNorm
-from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.routing import Rule, active_experts, masked_scores
+
+
+class DsMoeRMSNorm(nn.Module):
+    """x [.., D] -> x / rms(x) * weight, in x's dtype.
+
+    torch's own module leaves its fused kernel when autocast hands it bfloat16 activations with
+    float32 weights; computed in float32 it stays on it, and is more exact.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        y_D = F.rms_norm(x_D.float(), self.weight.shape, self.weight.float(), self.eps)
+        return y_D.to(x_D.dtype)
 
 
 class DsMoeAttention(nn.Module):

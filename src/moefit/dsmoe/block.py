@@ -1,23 +1,50 @@
-"""The MoE block of DS-MoE: one router and its experts, as modules.
+"""The MoE block of DS-MoE: a router and its experts, as modules.
 
-Owns the experts' parameter names (transformers' stacked layout, so every implementation that is
-registered with its experts interface can serve them) and the choice between the two ways of
-computing them. Knows nothing of attention or of the model around it.
+The router is shared with attention, whose heads are experts too. In training all experts are
+computed as one wide MLP; at inference tokens are grouped by expert.
 
-Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width.
+Shapes: B sequences, T tokens, D model width, E experts, F expert width.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.dsmoe.router import DsMoeRouter
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
 from moefit.moe.routing import Routing, Rule, masked_route, route
+
+
+class DsMoeRouter(nn.Module):
+    """x [.., D] -> logits [.., E], always computed in float32.
+
+    Two near-equal logits in bfloat16 would make the choice of experts depend on the kernel.
+    """
+
+    def __init__(self, config: DsMoeConfig, num_experts: int):
+        super().__init__()
+        hidden = config.router_hidden_size
+        width = config.hidden_size if hidden is None else hidden
+        self.hidden = None if hidden is None else nn.Linear(config.hidden_size, hidden)
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Logits of all experts."""
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            x_TD = x_TD.float()
+            if self.hidden is not None:
+                bias = self.hidden.bias.float()
+                x_TD = F.gelu(F.linear(x_TD, self.hidden.weight.float(), bias))
+            return F.linear(x_TD, self.weight.float())
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Softmax over all experts, in float32."""
+        return self(x_TD).softmax(-1)
+
 
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
 

@@ -1,7 +1,7 @@
 """What a model costs, computed from its configuration alone.
 
 Owns the arithmetic of parameters, bytes and FLOPs, part by part. Allocates no tensor and knows
-nothing of modules; a test holds it to the real ones. Rendering is in `card_view.py`.
+nothing of modules; a test holds it to the real ones. Rendering is in `models.py`.
 
 Counts are of the whole model, all layers. FLOPs are those of matrix multiplications, two for
 each multiply-add; norms, activations, softmax, rotary positions and the embedding look-up are

@@ -1,15 +1,19 @@
-"""Losses on router logits: the mutual-information loss, and the baselines' balance and z losses.
+"""Training objective of DS-MoE and the router statistics that are logged.
 
-Owns what is averaged over: p(e) is the mean over the real (unpadded) tokens of one forward pass,
-that is of one micro-batch, in one layer, for one router. Nothing is averaged across layers,
-accumulation steps or processes. Knows nothing of models.
+The mutual-information loss on router logits, the load-balancing and z losses of the baselines, the
+weighted sum with next-token cross-entropy, and a few numbers that describe what routers do.
 
-Shapes: T tokens, E experts, K chosen per token.
+Shapes: T tokens, E experts, B sequences, V vocabulary.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moefit.moe.routing import Rule, active_experts
 
 
 def entropies(logits_TE: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,3 +59,78 @@ def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     if real_T is not None:
         logits_TE = logits_TE[real_T]
     return logits_TE.float().logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterLossWeights:
+    """Weights of the router losses; zero switches a loss off.
+
+    `mlp_mi` and `attention_mi` are the paper's alpha. `load_balancing` and `z` act on the MLP
+    routers; `k` is the number of experts that load balancing counts as chosen.
+    """
+
+    mlp_mi: float = 0.0
+    attention_mi: float = 0.0
+    load_balancing: float = 0.0
+    z: float = 0.0
+    k: int = 1
+
+
+def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats; a label of -100 is not predicted."""
+    logits_RV = logits_BTV[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits_RV.float(), labels_BT[:, 1:].flatten())
+
+
+def router_loss(
+    mlp_logits: Sequence[Tensor],
+    attention_logits: Sequence[Tensor],
+    weights: RouterLossWeights,
+    real_T: Tensor | None = None,
+    mi_scale: Tensor | float = 1.0,
+) -> Tensor:
+    """The weighted router losses of all layers, a scalar; zero without routers.
+
+    mlp_logits, attention_logits: one [.., E] per layer, tokens in the order of real_T, which is
+    False where a token is padding. mi_scale multiplies both MI weights (a schedule's business).
+    """
+    total = torch.zeros((), device=mlp_logits[0].device if mlp_logits else None)
+    for logits in mlp_logits:
+        logits_TE = logits.flatten(0, -2)
+        if weights.mlp_mi:
+            total = total + weights.mlp_mi * mi_scale * mutual_information_loss(logits_TE, real_T)
+        if weights.load_balancing:
+            balance = load_balancing_loss(logits_TE, weights.k, real_T)
+            total = total + weights.load_balancing * balance
+        if weights.z:
+            total = total + weights.z * z_loss(logits_TE, real_T)
+    if weights.attention_mi:
+        for logits in attention_logits:
+            loss = mutual_information_loss(logits.flatten(0, -2), real_T)
+            total = total + weights.attention_mi * mi_scale * loss
+    return total
+
+
+def router_statistics(logits: Sequence[Tensor], epsilon: float) -> dict[str, float]:
+    """Means over layers of the routers' statistics on one batch; empty without routers.
+
+    - `h_e`, `h_e_given_x`: entropies H(e) and H(e|x) divided by ln E: 1 is uniform.
+    - `mi`: their difference, I(x; e) / ln E: 1 is balanced and decided.
+    - `active`: share of experts with E * S > epsilon.
+    - `dead`: share of experts whose mean score is below a tenth of the uniform 1 / E.
+    """
+    if not logits:
+        return {}
+    rows = torch.stack([_one(layer.detach().flatten(0, -2), epsilon) for layer in logits])
+    names = ("h_e", "h_e_given_x", "mi", "active", "dead")
+    return dict(zip(names, rows.mean(0).tolist(), strict=True))
+
+
+def _one(logits_TE: Tensor, epsilon: float) -> Tensor:
+    num_experts = logits_TE.shape[-1]
+    scale = torch.log(torch.tensor(float(num_experts), device=logits_TE.device))
+    marginal, conditional = (h / scale for h in entropies(logits_TE))
+    scores_TE = logits_TE.float().softmax(-1)
+    active = active_experts(scores_TE, Rule(kind="threshold", epsilon=epsilon)).float().mean()
+    dead = (scores_TE.mean(0) < 0.1 / num_experts).float().mean()
+    return torch.stack([marginal, conditional, marginal - conditional, active, dead])

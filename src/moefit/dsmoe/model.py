@@ -25,12 +25,10 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from moefit.dsmoe.attention import DsMoeAttention
-from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts
+from moefit.dsmoe.attention import DsMoeAttention, DsMoeRMSNorm
+from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts, DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.dsmoe.norm import DsMoeRMSNorm
-from moefit.dsmoe.objective import RouterLossWeights, language_model_loss, router_loss
-from moefit.dsmoe.router import DsMoeRouter
+from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
 from moefit.moe.routing import Rule
 
 

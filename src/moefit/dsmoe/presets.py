@@ -7,7 +7,7 @@ Not printed in the paper and chosen here:
 
 - The router's hidden width of 512 in DS-MoE: the totals of all six printed sizes fit it, and none
   fits a linear router. SMoE gets the linear router that is usual for it; its printed totals
-  would fit 512 (1B, 1.5B) and 1024 (5B) better, see tests/test_card.py.
+  would fit 512 (1B, 1.5B) and 1024 (5B) better, see tests/dsmoe/test_card.py.
 - Vocabulary 50257, CodeGen's without its added runs of white space (50295 with them), and input
   and output embeddings apart: both fit the memory figures of Table 7.
 - `threshold:0.48`: the paper's only printed epsilon, of its Figure 5. For speed it uses top_k:6

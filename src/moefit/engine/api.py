@@ -1,17 +1,95 @@
-"""What a request asks of the engine, and what it hears back.
+"""What callers of the engine use: sampling parameters, events, settings and statistics.
 
-Owns the records that pass between whoever serves people and the engine; plain Python, no tensors.
+Plain records without tensors. A request is submitted with `Sampling` and a listener, which receives
+a `Prompt` event, `Token` events and one `Finished`.
 """
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from time import monotonic
 from typing import Literal
+
+from moefit.errors import ConfigError
+
+_RECENT = 5.0  # seconds that the pace looks back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing, and has done.
+
+    kv_tokens: of the context; kv_tokens_used: reserved by requests that run. Totals count from the
+    engine's beginning; tokens_per_second is of answers, over the last few seconds.
+    """
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    tokens_per_second: float
+    steps: int
+    runner: str
+
+
+class TokenRate:
+    """How many tokens have been made, in all and a second. `clock` counts seconds."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic):
+        self.total = 0
+        self._clock = clock
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, tokens: int) -> None:
+        """So many more have been made just now."""
+        self.total += tokens
+        self._recent.append((self._clock(), tokens))
+        self._forget()
+
+    def per_second(self) -> float:
+        """Tokens a second over the last few seconds; 0 if none was made in them."""
+        self._forget()
+        if not self._recent:
+            return 0.0
+        seconds = max(self._clock() - self._recent[0][0], 0.5)
+        return sum(made for _, made in self._recent) / seconds
+
+    def _forget(self) -> None:
+        while self._recent and self._recent[0][0] < self._clock() - _RECENT:
+            self._recent.popleft()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How requests share the model.
+
+    max_concurrency: requests that run at once. max_model_len: prompt and answer of one request;
+    None is the model's own, as far as the context's tokens go. prefill_chunk: tokens of prompts in
+    one step, so that decoding goes on between. max_waiting: requests that may wait for a place.
+    """
+
+    max_concurrency: int = 16
+    max_model_len: int | None = None
+    prefill_chunk: int = 128
+    max_waiting: int = 1024
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "max_model_len":
+                continue
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{field.name}={value!r}, but it is a whole number, 1 or more")
+
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen and when to stop.
 
     temperature 0 is greedy, and so are top_p 0 and top_k 1. top_k 0, top_p 1 and min_p 0 keep all
@@ -57,7 +135,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class PromptEvent:
     """The prompt has been read; logprobs of its tokens, None for the first, if asked for.
 
     waited: seconds from the request's coming until it had a place.
@@ -68,7 +146,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
+class TokenEvent:
     """One more token of the answer, and the text that is certain with it: whole characters, no
     part of which may yet turn out to belong to a stop text. Often empty.
     """
@@ -79,7 +157,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class FinishedEvent:
     """The last event of every request; text: what was held back and now is certain."""
 
     reason: FinishReason
@@ -89,6 +167,6 @@ class Finished:
     message: str = ""
 
 
-Event = Prompt | Token | Finished
+Event = PromptEvent | TokenEvent | FinishedEvent
 Listener = Callable[[Event], None]
 """Called in the engine's thread, in order; must not block. After `Finished` nothing comes."""

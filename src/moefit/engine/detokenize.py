@@ -14,7 +14,7 @@ _PARTIAL = 3  # the most bytes that a character may lack its last one after
 _PATIENCE = 16  # tokens to wait for text that goes on from what was given
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of one answer, token by token; special tokens have none.
 
     tokenizer: the model's. stop: texts that end the answer; the one that is complete first does,

@@ -1,12 +1,14 @@
-"""Many requests through one served model, a step at a time.
+"""Serve many requests with one model, one step at a time.
 
-Owns the thread that steps, and what other threads may ask of it: submit, cancel, drain, close,
-change of budget and mode, statistics. Changes are made between steps. Decisions are the
-scheduler's, computing the runner's. Knows nothing of HTTP.
+Owns the thread that steps: it admits requests, runs the model over the tokens that the scheduler
+selected, samples, and sends events to listeners. Changes from other threads are queued and run
+between two steps.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import count
 from threading import Condition, Thread, current_thread
 from typing import Any, TypeVar
@@ -14,19 +16,56 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moefit.engine.abilities import abilities_of
-from moefit.engine.answer import Answer
-from moefit.engine.commands import Commands
-from moefit.engine.probe import choose_runner
-from moefit.engine.request import FinishReason, Listener, Sampling
-from moefit.engine.sampler import NO_NUMBERS, Choice, choose
-from moefit.engine.scheduler import Limits, Piece, Scheduler
-from moefit.engine.settings import EngineSettings
-from moefit.engine.stats import EngineStats, Pace
+from moefit.engine.api import (
+    EngineSettings,
+    EngineStats,
+    FinishReason,
+    Listener,
+    SamplingParams,
+    TokenRate,
+)
+from moefit.engine.request_state import RequestState, limits_of
+from moefit.engine.runner_probe import choose_runner
+from moefit.engine.sampler import NO_NUMBERS, Choice, sample
+from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
 from moefit.errors import RefusedError
-from moefit.serve.budget import MemoryBudget
-from moefit.serve.policy import Mode, Policy
-from moefit.serve.served import ServedModel
+from moefit.serve.config import Mode, Policy
+from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.model import ServedModel
+
+T = TypeVar("T")
+
+
+class CommandQueue:
+    """Asked for from any thread, carried out by one."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def ask(self, command: Callable[[], T]) -> Future[T]:
+        """Put it behind the others; the result is what it returns or raises."""
+        future: Future[T] = Future()
+        self._waiting.append((command, future))
+        return future
+
+    def carry_out(self) -> None:
+        """Do all that wait, those too that are asked for meanwhile."""
+        while self._waiting:
+            command, future = self._waiting.popleft()
+            try:
+                future.set_result(command())
+            except BaseException as error:  # noqa: BLE001 - whoever asked hears it
+                future.set_exception(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Do none of them: everyone who waits gets this error."""
+        while self._waiting:
+            self._waiting.popleft()[1].set_exception(error)
+
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -42,7 +81,7 @@ class Engine:
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
         context = served.budget.context or self.settings.max_model_len or _CONTEXT
-        self._abilities = abilities_of(served, self.settings.max_model_len, context)
+        self._abilities = limits_of(served, self.settings.max_model_len, context)
         self.max_model_len = self._abilities.max_model_len
         self._runner = choose_runner(served, context)
         self._scheduler = Scheduler(
@@ -54,16 +93,16 @@ class Engine:
                 whole_prompts=self._runner.whole_prompts,
             )
         )
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, RequestState] = {}
         self._cancelled: set[str] = set()
-        self._commands = Commands()
+        self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
         self._changed = Condition()  # guards all of this
         self._thread: Thread | None = None
         self._refusing = self._closing = False
         self._failure: str | None = None
         self._steps = self._prompt_tokens = 0
-        self._pace = Pace()
+        self._pace = TokenRate()
 
     def start(self) -> None:
         """Begin to step. Raises RefusedError if the engine has been closed."""
@@ -108,7 +147,9 @@ class Engine:
             self._refusing = True
             return self._changed.wait_for(lambda: not self._answers, timeout)
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, listener: Listener) -> str:
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, listener: Listener
+    ) -> str:
         """Ask for an answer; the listener hears of it. Returns the request's name.
 
         Raises RequestTooLargeError for one that can never be held, QueueFullError, RefusedError
@@ -120,8 +161,8 @@ class Engine:
             if self._refusing:
                 raise RefusedError("the server is shutting down and takes no more requests")
             name = next(self._names)
-            answer = Answer(name, prompt_ids, sampling, listener, self._forget)
-            answer.speak(self._abilities.language)
+            answer = RequestState(name, prompt_ids, sampling, listener, self._forget)
+            answer.set_decoding(self._abilities.language)
             piece = None if sampling.prompt_logprobs is None else self._rows_at_once()
             self._scheduler.submit(
                 name, prompt=len(prompt_ids), answer=sampling.max_tokens, piece=piece
@@ -188,7 +229,7 @@ class Engine:
         try:
             self._run()
         except BaseException as error:  # noqa: BLE001 - such as no memory to handle an error with
-            self._fail(_told(error))
+            self._fail(_public_error(error))
             _LOG.critical("the engine's thread ended", exc_info=error)
 
     def _fail(self, message: str) -> None:
@@ -213,7 +254,7 @@ class Engine:
                 self._turn()
             except BaseException as error:  # noqa: BLE001 - a panic in a library is no Exception
                 _LOG.exception("the engine failed between steps")
-                self._end_all("error", _told(error))
+                self._end_all("error", _public_error(error))
 
     def _due(self) -> bool:
         return bool(self._closing or self._commands or self._cancelled or self._answers)
@@ -232,13 +273,13 @@ class Engine:
         if pieces:
             self._step(pieces)
 
-    def _open(self, answer: Answer) -> None:
+    def _open(self, answer: RequestState) -> None:
         """Make room for a request that has got its place."""
         answer.begin()
         tokens = len(answer.prompt) + answer.sampling.max_tokens
         self._alone(answer, lambda: self._runner.open(answer.name, tokens))
 
-    def _step(self, pieces: Sequence[Piece]) -> None:
+    def _step(self, pieces: Sequence[ScheduledTokens]) -> None:
         """Through the model with these; what goes wrong there is theirs alone."""
         answers = [self._answers[piece.request] for piece in pieces]
         works = [answer.work(piece) for answer, piece in zip(answers, pieces, strict=True)]
@@ -249,14 +290,17 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - whatever a model's code or a file does
             _LOG.exception("a step of %d requests failed", len(pieces))
             for piece in pieces:
-                self._end(piece.request, "error", _told(error))
+                self._end(piece.request, "error", _public_error(error))
 
     def _take(
-        self, pieces: Sequence[Piece], answers: Sequence[Answer], rows: Sequence[Tensor]
+        self,
+        pieces: Sequence[ScheduledTokens],
+        answers: Sequence[RequestState],
+        rows: Sequence[Tensor],
     ) -> None:
         """What the step gave: prompts read, and the next token of each whose text is at its end."""
         self._count_read(pieces, answers)
-        going: list[tuple[Answer, Tensor]] = []
+        going: list[tuple[RequestState, Tensor]] = []
         for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
             if piece.start < len(answer.prompt):
                 self._alone(answer, lambda: answer.read(piece, rows_NV))  # noqa: B023 - called here
@@ -265,7 +309,7 @@ class Engine:
         if not going:
             return
         logits_NV = torch.cat([row for _, row in going]) if len(going) > 1 else going[0][1]
-        chosen = choose(logits_NV, [answer.chooser for answer, _ in going])
+        chosen = sample(logits_NV, [answer.chooser for answer, _ in going])
         with self._changed:
             self._pace.add(len(going))
             for answer, _ in going:
@@ -273,15 +317,17 @@ class Engine:
         for (answer, _), choice in zip(going, chosen, strict=True):
             self._alone(answer, lambda: _goes_on(answer, choice))  # noqa: B023 - called here
 
-    def _alone(self, answer: Answer, act: Callable[[], None]) -> None:
+    def _alone(self, answer: RequestState, act: Callable[[], None]) -> None:
         """Do what concerns one answer; its failure is no other's."""
         try:
             act()
         except BaseException as error:  # noqa: BLE001 - a tokenizer that panics, for example
             _LOG.exception("request %s failed", answer.name)
-            answer.finish("error", _told(error))
+            answer.finish("error", _public_error(error))
 
-    def _count_read(self, pieces: Sequence[Piece], answers: Sequence[Answer]) -> None:
+    def _count_read(
+        self, pieces: Sequence[ScheduledTokens], answers: Sequence[RequestState]
+    ) -> None:
         with self._changed:
             self._steps += 1
             for piece, answer in zip(pieces, answers, strict=True):
@@ -316,12 +362,12 @@ class Engine:
             _LOG.exception("the places of request %s could not be given back", name)
 
 
-def _goes_on(answer: Answer, choice: Choice | None) -> None:
+def _goes_on(answer: RequestState, choice: Choice | None) -> None:
     if choice is None:
         answer.finish("error", NO_NUMBERS)
     else:
         answer.add(*choice)
 
 
-def _told(error: BaseException) -> str:
+def _public_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.engine.packed import register
-from moefit.engine.runners import PackedRunner, Runner, SeparateRunner, Work
+from moefit.engine.runners import Runner, RunnerInput, SeparateRunner, VarlenRunner
+from moefit.engine.varlen import register_varlen_attention
 from moefit.moe.routing import Rule
-from moefit.serve.served import ServedModel
+from moefit.serve.model import ServedModel
 
 _LOG = logging.getLogger(__name__)
 _LENGTHS, _DECODED = (13, 9), 3
@@ -33,10 +33,10 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
     """The packed runner if it gives the model's own logits, else the separate one."""
     model = served.model
     texts = _texts(model, places)
-    with torch.inference_mode(), _silent(served):
+    with torch.inference_mode(), _without_experts(served):
         if (reason := _unpackable(model.config)) is None:
-            register()
-            runner = PackedRunner(model, places)
+            register_varlen_attention()
+            runner = VarlenRunner(model, places)
             reason = _difference(runner, texts)
             if reason is None:
                 runner.settle()
@@ -85,7 +85,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 @contextmanager
-def _silent(served: ServedModel) -> Iterator[None]:
+def _without_experts(served: ServedModel) -> Iterator[None]:
     """Let all experts give zeros, and see nothing."""
     for experts in served.blocks.values():
         experts.recorder = lambda _routing: None
@@ -125,7 +125,12 @@ def _in_parts(runner: Runner, texts: Sequence[Sequence[int]]) -> list[list[tuple
         for step in range(max(map(len, plans))):
             parts = [(n, plan[step]) for n, plan in enumerate(plans) if step < len(plan)]
             works = [
-                (n, Work(request=str(n), tokens=texts[n][begin:end], past=begin, wants=wants))
+                (
+                    n,
+                    RunnerInput(
+                        request=str(n), tokens=texts[n][begin:end], past=begin, wants=wants
+                    ),
+                )
                 for n, (begin, end, wants) in parts
                 if end
             ]

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.engine.packed import in_force
-from moefit.engine.packed_cache import PackedCache
-from moefit.engine.pool import KvPool
-from moefit.engine.segments import Segment
+from moefit.engine.kv_pool import KvPool
+from moefit.engine.varlen import Segment, VarlenCache, varlen_attention_enabled
 from moefit.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class RunnerInput:
     """Tokens of a request, behind `past` others. wants: of how many, the last ones, logits."""
 
     request: str
@@ -49,24 +47,24 @@ class Runner(Protocol):
         """Forget a request."""
         ...
 
-    def step(self, works: Sequence[Work]) -> Tensor:
+    def step(self, works: Sequence[RunnerInput]) -> Tensor:
         """The logits asked for, [N, V], in the order of the work."""
         ...
 
 
-class PackedRunner:
+class VarlenRunner:
     """All of a step's tokens in one forward pass."""
 
     name = "packed"
     whole_prompts = False
 
     def __init__(self, model: PreTrainedModel, places: int):
-        self.cache = PackedCache(KvPool(places))
+        self.cache = VarlenCache(KvPool(places))
         self.model, self._device = model, model.device
         self._lengths: dict[str, int] = {}
         self._storages: set[int] = set()
         self._settled = False
-        self._keeps = _takes(model, "logits_to_keep")
+        self._has_logits_to_keep = _takes(model, "logits_to_keep")
 
     def settle(self) -> None:
         """After steps that tried: give the model keys side by side if it computes with them."""
@@ -83,7 +81,7 @@ class PackedRunner:
         self._lengths.pop(request, None)
         self.cache.pool.give_back(request)
 
-    def step(self, works: Sequence[Work]) -> Tensor:
+    def step(self, works: Sequence[RunnerInput]) -> Tensor:
         """The logits asked for, [N, V]."""
         extents = self.cache.pool.extents
         segments = [
@@ -100,10 +98,10 @@ class PackedRunner:
         shape = (-1, 1) if len(ids) == len(works) else (1, -1)
         rows = _wanted(works)
         keep: dict[str, Any] = {}
-        if self._keeps and shape == (1, -1) and len(rows) < len(ids):
+        if self._has_logits_to_keep and shape == (1, -1) and len(rows) < len(ids):
             kept = rows or [0]  # heads of no rows at all are nobody's business to try
             keep["logits_to_keep"] = torch.tensor(kept, device=self._device)
-        with in_force(self.model):
+        with varlen_attention_enabled(self.model):
             logits = self.model(
                 input_ids=torch.tensor(ids, device=self._device).view(shape),
                 position_ids=torch.tensor(at, device=self._device).view(shape),
@@ -122,7 +120,7 @@ class PackedRunner:
         return logits_NV if len(rows) == len(ids) else logits_NV[rows]
 
 
-def _wanted(works: Sequence[Work]) -> list[int]:
+def _wanted(works: Sequence[RunnerInput]) -> list[int]:
     """Rows of a step's tokens whose logits are asked for."""
     ends = accumulate(len(one.tokens) for one in works)
     return [
@@ -147,7 +145,7 @@ class SeparateRunner:
         self.whole_prompts = whole_prompts or bool(model.config.is_encoder_decoder)
         self._caches: dict[str, Any] = {}
         self._encoded: dict[str, Any] = {}
-        self._keeps = _takes(model, "logits_to_keep")
+        self._has_logits_to_keep = _takes(model, "logits_to_keep")
         self._start = _start_token(model) if model.config.is_encoder_decoder else None
 
     def open(self, request: str, tokens: int) -> None:
@@ -160,12 +158,12 @@ class SeparateRunner:
         self._caches.pop(request, None)
         self._encoded.pop(request, None)
 
-    def step(self, works: Sequence[Work]) -> Tensor:
+    def step(self, works: Sequence[RunnerInput]) -> Tensor:
         """The logits asked for, [N, V]."""
         rows = [self._forward(one) for one in works]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
-    def _forward(self, work: Work) -> Tensor:
+    def _forward(self, work: RunnerInput) -> Tensor:
         ids_1T = torch.tensor([list(work.tokens)], device=self._device)
         inputs: dict[str, Any] = {"input_ids": ids_1T}
         if self._start is not None:
@@ -174,7 +172,7 @@ class SeparateRunner:
                 ids_1T = torch.tensor([[self._start]], device=self._device)
             encoded = self._encoded[work.request]
             inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_1T}
-        if self._keeps:
+        if self._has_logits_to_keep:
             inputs["logits_to_keep"] = max(1, work.wants)
         cache = self._caches[work.request]
         output = self.model(**inputs, past_key_values=cache, use_cache=True)

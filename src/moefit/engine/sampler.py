@@ -18,9 +18,9 @@ from math import isfinite, isnan, log
 import torch
 from torch import Tensor
 
-from moefit.engine.request import Sampling, TokenLogprob
+from moefit.engine.api import SamplingParams, TokenLogprob
 from moefit.errors import ConfigError
-from moefit.serve.generation import NOT_SUPPRESSED, Suppressed
+from moefit.serve.hf.generation_config import NOT_SUPPRESSED, Suppressed
 
 NO_NUMBERS = "the model's logits are no finite numbers; another dtype may help"
 MAX_BIAS = 100.0  # OpenAI's
@@ -28,7 +28,7 @@ REPETITION = (0.01, 100.0)  # beyond these, float32 loses its numbers
 _ROWS, _ROWS_BYTES = 16, 1 << 20  # of the vocabulary in float32 that are made at a time, at most
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: SamplingParams) -> None:
     """Raise ConfigError for a value that cannot be."""
     for name, (fits, wanted) in _FIELDS.items():
         value = getattr(sampling, name)
@@ -66,7 +66,7 @@ _FIELDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-class Chooser:
+class Sampler:
     """How one request's tokens are chosen.
 
     context: the tokens that stand before the answer, as the repetition penalty and suppressed
@@ -75,7 +75,7 @@ class Chooser:
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         context: Sequence[int] = (),
         suppressed: Suppressed = NOT_SUPPRESSED,
@@ -204,7 +204,7 @@ def _rows_at_once(logits_NV: Tensor) -> int:
     return max(1, min(_ROWS, _ROWS_BYTES // (4 * logits_NV.shape[-1])))
 
 
-def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
+def sample(logits_NV: Tensor, choosers: Sequence[Sampler]) -> list[Choice | None]:
     """The next token of each row; None where the largest of its logits is no finite number."""
     chosen: list[Choice | None] = []
     step = _rows_at_once(logits_NV)
@@ -222,7 +222,7 @@ def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None
     return chosen
 
 
-def _chosen(chooser: Chooser, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | None:
+def _chosen(chooser: Sampler, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | None:
     if not finite:
         return None
     try:

@@ -28,7 +28,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class ScheduledTokens:
     """Tokens `start` to `stop` of a request's text are read in a step.
 
     last: they are the last that are known, so that the step gives the next one.
@@ -104,19 +104,28 @@ class Scheduler:
             admitted.append(name)
         return tuple(admitted)
 
-    def plan(self) -> tuple[Piece, ...]:
+    def plan(self) -> tuple[ScheduledTokens, ...]:
         """The next step, decoding first; changes nothing."""
-        pieces = [_piece(request, 1) for request in self._running.values() if not request.reading]
+        pieces = [
+            _scheduled_tokens(request, 1)
+            for request in self._running.values()
+            if not request.reading
+        ]
         reading = [request for request in self._running.values() if request.reading]
         if self.limits.whole_prompts:
-            return (*pieces, *(_piece(request, request.prompt) for request in reading[:1]))
+            return (
+                *pieces,
+                *(_scheduled_tokens(request, request.prompt) for request in reading[:1]),
+            )
         shares = shared(self.limits.prefill_chunk, _wanted(reading))
         pieces += [
-            _piece(request, share) for request, share in zip(reading, shares, strict=True) if share
+            _scheduled_tokens(request, share)
+            for request, share in zip(reading, shares, strict=True)
+            if share
         ]
         return tuple(pieces)
 
-    def done(self, piece: Piece) -> None:
+    def done(self, piece: ScheduledTokens) -> None:
         """That piece has been through the model."""
         request = self._running[piece.request]
         assert request.read == piece.start, "pieces are read in order"
@@ -161,9 +170,11 @@ def _wanted(reading: Sequence[_Request]) -> list[int]:
     return wanted
 
 
-def _piece(request: _Request, tokens: int) -> Piece:
+def _scheduled_tokens(request: _Request, tokens: int) -> ScheduledTokens:
     stop = min(request.known, request.read + tokens)
-    return Piece(request=request.name, start=request.read, stop=stop, last=stop == request.known)
+    return ScheduledTokens(
+        request=request.name, start=request.read, stop=stop, last=stop == request.known
+    )
 
 
 def shared(total: int, wants: Sequence[int]) -> list[int]:

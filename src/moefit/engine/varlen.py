@@ -1,32 +1,207 @@
-"""Attention over the texts of several requests in one forward pass.
+"""Variable-length batches: several requests in one forward pass, without padding.
 
-Owns the attention function that transformers calls by the name `moefit_packed` (`register`). A step
-is either tokens of requests behind one another, [1, T], or one token of each, [B, 1]; each attends
-to its own request's keys alone. What a model asks for that is not done here exactly as it says
-raises UnpackableError. Knows nothing of which requests, or why.
+`Segments` says which tokens of a step belong to which request, `PackedCache` gives the model the KV
+pool as its cache, `WindowMask` carries a layer's mask without materialising it, and
+`packed_attention` lets each request attend to its own tokens. What a model needs that is not
+supported raises `UnpackableError`.
 
-Shapes: B sequences, T tokens, H query heads, G KV heads, C head width, L keys of a request, P
-places of the pool.
+Shapes: T tokens, H query heads, C head width, L length of a sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from moefit.engine.segments import Segments, UnpackableError, first_key
-from moefit.engine.window_mask import window_mask
-from moefit.formats.attention import AttentionOptions, KeySegment, attend, can_attend
-from moefit.formats.kernels import kernels
-
-NAME = "moefit_packed"
+from moefit.engine.kv_pool import KvPool
+from moefit.errors import UnsupportedModelError
+from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
+from moefit.quant.cpu_kernels import kernels
 
 
-def packed_attention(  # noqa: PLR0913 - transformers' signature
+class UnpackableError(UnsupportedModelError):
+    """The family asks of attention what packing does not do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """`new` tokens of one request, behind `past` that its places hold already.
+
+    start: its first place, or where its keys begin among those that were gathered.
+    """
+
+    start: int
+    past: int
+    new: int
+
+    @property
+    def end(self) -> int:
+        """Behind its last key, once the new ones are there."""
+        return self.start + self.past + self.new
+
+
+@dataclass(slots=True, kw_only=True)
+class Segments:
+    """What attention must know of a step. masks: made when first needed, the same in all layers."""
+
+    rows: tuple[Segment, ...]
+    masks: dict[tuple[Segment, int, torch.dtype], Tensor] = field(default_factory=dict)
+    storages: set[int] = field(default_factory=set)  # of the keys that attention was given
+
+    def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor:
+        """What new tokens may not see, as minus infinity: [T, L], L from `first_key` on."""
+        seen = segment.past + segment.new
+        name = (segment, window or seen, like.dtype)
+        if (mask := self.masks.get(name)) is None:
+            query_T1 = torch.arange(segment.past, seen, device=like.device)[:, None]
+            key_1L = torch.arange(first_key(segment, window), seen, device=like.device)[None]
+            hidden = key_1L > query_T1
+            if window is not None:
+                hidden |= key_1L <= query_T1 - window
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self.masks[name] = mask.masked_fill_(hidden, -torch.inf)
+        return self.masks[name]
+
+
+def first_key(segment: Segment, window: int | None) -> int:
+    """The first of a request's keys that any of its new tokens sees."""
+    return 0 if window is None else max(0, segment.past + 1 - window)
+
+
+class VarlenCache(Cache):
+    """The pool, as a model sees it during one step.
+
+    gathers: give the model a step's keys and values side by side instead of the pool itself; for
+    families that go on computing with them before they attend (latent attention).
+    """
+
+    def __init__(self, pool: KvPool):
+        super().__init__(layers=[])
+        self.pool, self.gathers = pool, False
+        self._segments: tuple[Segment, ...] = ()
+        self._places_R = self._gathered_N = torch.empty(0, dtype=torch.long)
+        self._held = 0
+
+    def begin(self, segments: Sequence[Segment], held: int, device: torch.device) -> Segments:
+        """The next step reads these, places of the pool. held: tokens of all requests after it."""
+        self._segments, self._held = tuple(segments), held
+        places = [p for one in segments for p in range(one.start + one.past, one.end)]
+        self._places_R = torch.tensor(places, device=device)
+        if not self.gathers:
+            return Segments(rows=self._segments)
+        keys = [p for one in segments for p in range(one.start, one.end)]
+        self._gathered_N = torch.tensor(keys, device=device)
+        rows, start = [], 0
+        for one in segments:
+            rows.append(Segment(start=start, past=one.past, new=one.new))
+            start = rows[-1].end
+        return Segments(rows=tuple(rows))
+
+    def tokens_held(self) -> int:
+        """Of all requests, this step's included."""
+        return self._held
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values to their places; gives all that attention needs."""
+        pair = self.pool.layer(layer_idx, key_states, value_states)
+        for pool_GPC, new in zip(pair, (key_states, value_states), strict=True):
+            new_GRC = new[0] if new.shape[0] == 1 else new[:, :, 0].transpose(0, 1)
+            if len(self._places_R) == 1:
+                pool_GPC[:, self._segments[0].end - 1] = new_GRC[:, 0]
+            else:
+                pool_GPC.index_copy_(1, self._places_R, new_GRC)
+        if not self.gathers:
+            return pair[0][None], pair[1][None]
+        if len(self._segments) == 1:
+            one = self._segments[0]
+            return pair[0][None, :, one.start : one.end], pair[1][None, :, one.start : one.end]
+        key, value = (one.index_select(1, self._gathered_N)[None] for one in pair)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Raise UnpackableError: requests differ in it, and positions are given with the tokens."""
+        raise UnpackableError("it counts positions by the cache's length")
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Of no use to a mask that is said, not written."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of no use either."""
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Places of the pool."""
+        return self.pool.extents.places
+
+
+class WindowMask(Tensor):
+    """The mask of a layer, said instead of written out: causal, over `window` keys, or all.
+
+    Models hand it on unread. What became of it on the way, a part of it say, has no window.
+    """
+
+    window: int | None
+
+    @classmethod
+    def of(cls, window: int | None, device: torch.device) -> "WindowMask":
+        """A mask that says so."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(cls)
+        mask.window = window
+        return mask
+
+
+def window_mask(
+    *,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_sizes: Any,
+) -> WindowMask:
+    """What transformers calls to make a mask; see its `masking_utils.py`.
+
+    Raises UnpackableError for a mask that is neither causal nor a sliding window.
+    """
+    if attention_mask is not None:
+        raise UnpackableError("it has an attention mask of its own")
+    if mask_function is causal_mask_function:
+        return WindowMask.of(None, torch.device(device))
+    if use_vmap or local_size is None or not _slides(mask_function, int(local_size)):
+        raise UnpackableError("its attention mask is neither causal nor a sliding window")
+    return WindowMask.of(int(local_size), torch.device(device))
+
+
+def _slides(mask_function: Callable, window: int) -> bool:
+    """Whether it is a sliding window, at positions around the multiples of its size."""
+    at = torch.tensor(sorted({max(0, window * n + d) for n in range(4) for d in (-1, 0, 1)}))
+    zero, sliding = torch.tensor(0), sliding_window_causal_mask_function(window)
+    one, other = (
+        mask(zero, zero, at[:, None], at[None]).expand(len(at), len(at))
+        for mask in (mask_function, sliding)
+    )
+    return torch.equal(one, other)
+
+
+ATTENTION_NAME = "moefit_packed"
+
+
+def varlen_attention(  # noqa: PLR0913 - transformers' signature
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -147,17 +322,17 @@ def scored_attention(
     return (shares_HTL.reshape(groups, -1, key_GLC.shape[1]) @ value_GLC).view(heads, new, -1)
 
 
-def register() -> None:
+def register_varlen_attention() -> None:
     """Make `moefit_packed` known to transformers; may be called again."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, window_mask)
+    AttentionInterface.register(ATTENTION_NAME, varlen_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, window_mask)
 
 
 @contextmanager
-def in_force(model: PreTrainedModel) -> Iterator[None]:
+def varlen_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
     """Let a model attend this way within the block, and as before afterwards."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    model.config._attn_implementation = ATTENTION_NAME
     try:
         yield
     finally:

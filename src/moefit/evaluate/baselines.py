@@ -1,18 +1,49 @@
-"""Resident sets that do not change: what virtual experts are compared with.
-
-Owns the choice of a fixed set per block: by expert norm (the paper's "Pruning"), by how often or
-with how much weight a calibration text used an expert, or at random. Everything resident and
-on-demand with LRU need no choice: they are budgets and policies of the exact mode.
-"""
+"""Baselines of a served model: fixed resident sets, and the model at native precision."""
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from moefit.errors import ConfigError
-from moefit.serve.served import ServedModel
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.host import available_bytes
+from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
+from moefit.serve.load import load_model
+from moefit.serve.memory.estimate import held_bytes
+from moefit.serve.model import ServedModel
+
+
+def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel | None:
+    """The model that `served` would be in its own precision; None if both together have no room.
+
+    settings: those that `served` was loaded with.
+    """
+    device, budget = served.model.device, served.budget
+    held = held_bytes(device)
+    total = held + _available_bytes(device) if budget.total is None else budget.total
+    taken = total if settings.precision == AUTO_PRECISION else budget.with_slots(budget.slots())
+    alike = replace(
+        settings,
+        memory=held + total - taken,
+        mode="exact",
+        precision=NATIVE_PRECISION,
+        rest=NATIVE_PRECISION,
+    )
+    try:
+        return load_model(served.folder, alike)
+    except BudgetTooSmallError:
+        return None
+
+
+def _available_bytes(device: torch.device) -> int:
+    """What the machine, or this process's control group, could still give."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()
+
 
 Baseline = Literal["norm", "frequency", "importance", "random"]
 
@@ -35,7 +66,7 @@ def fix_residents(
         served.model(input_ids=calibration_ids_T[None].to(served.model.device), use_cache=False)
     order = _orders(served, kind, seed)
     chosen = {
-        name: sorted(order[name][: experts.residency.number])
+        name: sorted(order[name][: experts.slot_table.number])
         for name, experts in served.blocks.items()
     }
     served.set_residents(chosen)

@@ -17,26 +17,21 @@ from transformers import (
 )
 
 import moefit
-from moefit.checkpoint import INDEX, SINGLE, Checkpoint
-from moefit.checkpoint_config import (
+from moefit.checkpoint.config import (
     CONFIG,
     config_from,
     read_config,
     refuse_absurd_counts,
     refuse_other_size,
 )
+from moefit.checkpoint.model_folder import other_weights, read_tokenizer, refuse_adapter
+from moefit.checkpoint.quantisation import refuse_stored
+from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
 from moefit.device import parse_device
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
-from moefit.errors import (
-    CheckpointError,
-    MoefitError,
-    UnsupportedModelError,
-    in_brief,
-)
-from moefit.model_folder import other_weights, read_tokenizer, refuse_adapter
-from moefit.quantisation import refuse_stored
+from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
 from moefit.train import checkpoint
 
 REFERENCE = "reference"
@@ -76,7 +71,7 @@ def locate(model: str) -> Path:
     )
 
 
-def load(
+def load_full_model(
     model: str, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[DsMoeForCausalLM | OlmoeForCausalLM, PreTrainedTokenizerBase]:
     """The model in eval mode and its tokenizer; dtype None is the checkpoint's own.

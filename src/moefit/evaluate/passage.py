@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from moefit.errors import DataError
 from moefit.evaluate.perplexity import Text
 from moefit.train.config import DataConfig
-from moefit.train.split import split
+from moefit.train.data.split import split
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:

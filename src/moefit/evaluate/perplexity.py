@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moefit.errors import DataError
-from moefit.evaluate.subject import Subject, subject_of
+from moefit.evaluate.subject import EvaluatedModel, evaluated_model
 from moefit.moe.routing import Rule, active_experts
-from moefit.serve.guards import refuse_no_numbers
-from moefit.train.batches import windows
+from moefit.serve.hf.guards import refuse_no_numbers
+from moefit.train.data.batches import windows
 
 Progress = Callable[[str, int, int], None]
 """Hears a rule, and how many tokens of how many are done."""
@@ -100,13 +100,13 @@ def score(
     """
     if len(text.ids_T) < 2:
         raise DataError(f"a text of {len(text.ids_T)} token(s) cannot be predicted; give more text")
-    subject = subject_of(model)
+    subject = evaluated_model(model)
     for rule in rules:
         subject.check(rule)
     was_training = model.training
     model.eval()
     try:
-        return [_score(model, subject, text, rule, progress or _silent) for rule in rules]
+        return [_score(model, subject, text, rule, progress or _no_progress) for rule in rules]
     finally:
         model.train(was_training)
 
@@ -126,7 +126,7 @@ class _Sums:
 
 
 def _score(
-    model: PreTrainedModel, subject: Subject, text: Text, rule: Rule, progress: Progress
+    model: PreTrainedModel, subject: EvaluatedModel, text: Text, rule: Rule, progress: Progress
 ) -> Score:
     sums, targets = _Sums(), text.targets
     with subject.use(rule):
@@ -162,7 +162,7 @@ def _mean_active(logits: Sequence[Tensor], rule: Rule) -> float:
     return torch.stack(counts).float().mean().item()
 
 
-def _summary(subject: Subject, text: Text, rule: Rule, sums: _Sums, seconds: float) -> Score:
+def _summary(subject: EvaluatedModel, text: Text, rule: Rule, sums: _Sums, seconds: float) -> Score:
     measured_mlp = sums.mlp / sums.tokens if rule.kind.startswith("threshold") else 0.0
     measured_attention = sums.attention / sums.tokens if rule.kind == "threshold" else 0.0
     active = subject.active(rule, measured_mlp or None, measured_attention or None)
@@ -181,5 +181,5 @@ def _summary(subject: Subject, text: Text, rule: Rule, sums: _Sums, seconds: flo
     )
 
 
-def _silent(rule: str, done: int, total: int) -> None:
+def _no_progress(rule: str, done: int, total: int) -> None:
     pass

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from moefit.errors import DataError, UnsupportedModelError
 from moefit.evaluate.perplexity import Text
-from moefit.serve.guards import refuse_no_numbers
-from moefit.serve.served import ServedModel
+from moefit.serve.hf.guards import refuse_no_numbers
+from moefit.serve.model import ServedModel
 
 Progress = Callable[[int, int], None]
 """Hears how many tokens of how many are done."""

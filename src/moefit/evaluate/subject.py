@@ -18,7 +18,7 @@ from moefit.errors import UnsupportedModelError
 from moefit.moe.routing import Rule, default_rules
 
 
-class Subject(Protocol):
+class EvaluatedModel(Protocol):
     """A model that can be used under an inference rule.
 
     `total` counts parameters without embeddings and head, as the DS-MoE paper does.
@@ -45,19 +45,19 @@ class Subject(Protocol):
         ...
 
 
-def subject_of(model: PreTrainedModel) -> Subject:
+def evaluated_model(model: PreTrainedModel) -> EvaluatedModel:
     """The `Subject` of a model. Raises UnsupportedModelError if its family isn't known here."""
     if isinstance(model, DsMoeForCausalLM):
-        return DsMoeSubject(model)
+        return EvaluatedDsMoe(model)
     if isinstance(model, OlmoeForCausalLM):
-        return OlmoeSubject(model)
+        return EvaluatedOlmoe(model)
     raise UnsupportedModelError(
         f"a {type(model).__name__} cannot be put under an inference rule; a DsMoeForCausalLM and "
         "an OlmoeForCausalLM can (give the model itself, not a compiled or wrapped one)"
     )
 
 
-class DsMoeSubject:
+class EvaluatedDsMoe:
     """Our own model: every rule."""
 
     def __init__(self, model: DsMoeForCausalLM):
@@ -88,7 +88,7 @@ class DsMoeSubject:
         return default_rules(self.num_experts)
 
 
-class OlmoeSubject:
+class EvaluatedOlmoe:
     """transformers' OLMoE: a fixed K, all experts included, and no threshold."""
 
     num_attention_experts = 1

@@ -1,11 +1,11 @@
-"""The experts of one MoE block, computed over stacked weights.
+"""Compute the experts of one MoE block from stacked weights.
 
-Two ways of the same sum, y = sum over chosen experts of weight * expert(x): all experts as one
-wide MLP, and tokens grouped by expert. `reference.py` holds the obvious third one. Knows nothing
-of routers, layers or where weights are kept.
+`wide_experts` computes all experts as one wide MLP, `grouped_experts` only the chosen ones, grouped
+by expert, and `reference_experts` one token and one expert at a time: the slow version that the
+others are compared with.
 
-Shapes: T tokens, D model width, E experts, K chosen per token, F expert width, I rows of the
-input matrix (2F for gated experts, gate rows first; else F), R routed rows (token-expert pairs).
+Shapes: T tokens, D model width, E experts, K chosen per token, F expert width, I rows of an
+expert's input matrix.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def expert_weights(module: Any) -> ExpertWeights:
     """The weights of a module that transformers' `use_experts_implementation` decorates.
 
     Its attribute names are that interface's; matrices that are transposed or interleaved, or
-    come with biases, aren't looked for here (`dsmoe/stock.py` refuses them).
+    come with biases, aren't looked for here (`dsmoe/dense_experts.py` refuses them).
     """
     return ExpertWeights(
         w_in_EID=module.gate_up_proj if module.has_gate else module.up_proj,
@@ -103,3 +103,17 @@ def scattered_scores(routing: Routing, num_experts: int) -> Tensor:
     num_tokens = routing.ids_TK.shape[0]
     scores_TE1 = routing.weights_TK.new_zeros(num_tokens, num_experts + 1)
     return scores_TE1.scatter_add(1, routing.ids_TK, routing.weights_TK)[:, :num_experts]
+
+
+def reference_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """y[t] = sum over k of weight[t, k] * expert[id[t, k]](x[t]); the id E is skipped."""
+    num_experts = weights.w_in_EID.shape[0]
+    rows = []
+    for x_D, ids_K, weights_K in zip(x_TD, routing.ids_TK, routing.weights_TK, strict=True):
+        y_D = torch.zeros_like(x_D)
+        for expert, weight in zip(ids_K.tolist(), weights_K, strict=True):
+            if expert < num_experts:
+                hidden_F = weights.activate(weights.w_in_EID[expert] @ x_D)
+                y_D = y_D + weight * (weights.w_out_EDF[expert] @ hidden_F)
+        rows.append(y_D)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)

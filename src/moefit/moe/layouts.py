@@ -1,18 +1,15 @@
-"""Where the MoE blocks of a Hugging Face model are, and how one expert of them computes.
+"""Find the MoE blocks of a Hugging Face model, and describe how each computes one expert.
 
-Owns the layouts of experts that exist: stacked matrices behind transformers'
-`use_experts_implementation` (the contract of nearly all its decoder families, found by the
-attributes that the decorator sets, never by class); the same without it (JetMoE); and one module
-per expert (Switch Transformers, NLLB). Knows nothing of where experts' bytes are kept.
-
-Shapes: T tokens, D model width, E experts, K chosen per token, F expert width, I rows of the input
-matrix, R rows of one expert.
+One layout class per way of storing experts; families with the same storage share it. Activation
+functions are recognised by their values, not by their class. The experts of JetMoE are part of its
+block, so its block gets a replacement that calls an experts module.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -23,10 +20,56 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from moefit.errors import UnsupportedModelError
-from moefit.moe.activations import activation_name
 from moefit.moe.families import MlpShape, MoeBlock, Tensors, TensorSpec
-from moefit.moe.jetmoe import ServedJetMoe
 from moefit.moe.routing import Routing
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
+}
+_EXAMPLE = torch.stack(  # gates and ups of both signs and all sizes together, beyond any clamp
+    [torch.linspace(-12, 12, 192), torch.linspace(-12, 12, 192) ** 3]
+)[:, torch.arange(192) * 37 % 192]
+
+
+def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str | None:
+    """The name of a function of [R, F], or of [R, 2F] as act(gate) * up; None if it is no such.
+
+    >>> activation_name(F.silu, gated=False)
+    'silu'
+    """
+    try:
+        with torch.inference_mode(), torch.device("cpu"):
+            found = function(_EXAMPLE)
+    except Exception:  # noqa: BLE001 - one that needs other input is no well-known one
+        return None
+    gate, up = _EXAMPLE.chunk(2, dim=-1) if gated else (_EXAMPLE, torch.ones_like(_EXAMPLE))
+    for name, known in ACTIVATIONS.items():
+        value = known(gate)
+        slack = (1e-5 * value.abs() + 1e-6) * up.abs()  # another way of writing it
+        if found.shape == value.shape and bool(((found - value * up).abs() <= slack).all()):
+            return name
+    return None
+
+
+class ServedJetMoe(nn.Module):
+    """`experts(x_TD, ids_TK, weights_TK) -> y_TD` between a block's router and its bias."""
+
+    def __init__(self, block: JetMoeMoE, experts: nn.Module):
+        super().__init__()
+        self.router, self.bias, self.experts = block.router, block.bias, experts
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_TD = x_BTD.flatten(0, 1)
+        *_, logits_TE = self.router(x_TD)  # the rest is the same choice, sorted by expert
+        chosen_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=-1)
+        y_TD = self.experts(x_TD, ids_TK, chosen_TK.softmax(-1).type_as(x_TD))
+        return y_TD.view_as(x_BTD) + self.bias
 
 
 def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
@@ -208,8 +251,8 @@ class NllbLayout(SwitchLayout):
     transformers 5 computes with this what its own experts module makes of it: the mask's zeros
     and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 1 answers for every
     first choice and expert 0 for every second, and no other expert ever does. "The model's own
-    output" is that, and so it is what is served (tests/test_encoder_decoder_serving.py holds it to
-    transformers', and fails on the day that transformers changes it).
+    output" is that, and so it is what is served (tests/serve/test_encoder_decoder_serving.py holds
+    it to transformers', and fails on the day that transformers changes it).
     """
 
     def __init__(self, experts: nn.ModuleDict):

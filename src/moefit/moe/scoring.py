@@ -1,13 +1,15 @@
-"""How a family's router makes a choice of its scores, so that the choice can be made again.
+"""Reproduce a router's choice from its logits, and find by example which rule a router follows.
 
-Owns the routing rules of off-the-shelf families as data (`ScoringRule`), and routing restricted to
-some experts. Knows nothing of families (which of them has which rule is found by example, in
-`identify.py`), of residency or of modes.
+A `ScoringRule` turns logits into chosen experts and weights, so that the choice can be repeated
+over a subset of the experts. `identify` tries the known rules on one recorded example of logits,
+chosen experts and weights. Nothing is looked up by family name.
 
 Shapes: T tokens, E experts, K chosen per token.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from moefit.moe.routing import Routing
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus", "given"]
-Weighing = Literal["kept", "normalised", "softmax", "sparsemixer"]
+Weighting = Literal["kept", "normalised", "softmax", "sparsemixer"]
 GroupScore = Literal["max", "top_2"]
 
 
@@ -44,7 +46,7 @@ class ScoringRule:
     """
 
     score: Score
-    chosen: Weighing
+    chosen: Weighting
     scale: float = 1.0
     biased: bool = False
     by_logits: bool = False
@@ -152,3 +154,106 @@ def _sparsemixed(logits_TE: Tensor, ids_TK: Tensor, tolerance: float) -> Tensor:
         weights.append(near_TE.softmax(-1).gather(-1, ids_T1))
         left_TE = left_TE.scatter(-1, ids_T1, -torch.inf)
     return torch.cat(weights, dim=-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterExample:
+    """What a family's router did: its logits, its choice, and per-expert vectors that may matter.
+
+    A vector may be a bias of the choice or a factor of the weights.
+    """
+
+    logits_TE: Tensor
+    routing: Routing
+    vectors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownForms:
+    """What a configuration says of its router: forms that are possible, not that they are used."""
+
+    groups: tuple[Groups, ...] = ()
+    tolerances: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentifiedRule:
+    """A rule, and which of the example's vectors is its bias (None: none)."""
+
+    rule: ScoringRule
+    bias: int | None
+
+
+def identify(example: RouterExample, known: KnownForms = KnownForms()) -> IdentifiedRule | None:
+    """The simplest rule that chooses and weighs as the example does; None if no known rule does."""
+    for rule, bias in _candidates(example, known):
+        if (matching := _matching(rule, example, bias)) is not None:
+            return IdentifiedRule(rule=matching, bias=bias)
+    return None
+
+
+def _candidates(
+    example: RouterExample, known: KnownForms
+) -> Iterator[tuple[ScoringRule, int | None]]:
+    low = example.logits_TE.dtype.itemsize < torch.float32.itemsize
+    for rounded in (False, True) if low else (False,):
+        for rule, bias in _forms(example, known):
+            yield replace(rule, rounded=rounded), bias
+
+
+def _forms(example: RouterExample, known: KnownForms) -> Iterator[tuple[ScoringRule, int | None]]:
+    scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus", "given")
+    weighings: tuple[Weighting, ...] = ("kept", "normalised", "softmax")
+    vectors = (None, *range(len(example.vectors)))
+    forms = product(vectors, vectors, (*known.groups, None), (False, True), scores, weighings)
+    for factor, bias, groups, by_logits, score, chosen in forms:
+        if (by_logits and bias is None) or (factor is not None and factor == bias):
+            continue  # as without; or one vector for two purposes
+        rule = ScoringRule(
+            score=score,
+            chosen=chosen,
+            biased=bias is not None,
+            by_logits=by_logits,
+            groups=groups,
+            factor_E=None if factor is None else example.vectors[factor],
+        )
+        yield rule, bias
+    for tolerance in known.tolerances:
+        yield ScoringRule(score="given", chosen="sparsemixer", tolerance=tolerance), None
+
+
+def _matching(rule: ScoringRule, example: RouterExample, bias: int | None) -> ScoringRule | None:
+    """The rule with the scale that the example's weights show; None if it doesn't do the same."""
+    bias_E = None if bias is None else example.vectors[bias]
+    found = rule.route(example.logits_TE, example.routing, bias_E)
+    decided_T = _decided(rule, rule.preference(example.logits_TE, bias_E), example.routing)
+    theirs = _dense(example.routing, example)[decided_T]
+    ours = _dense(found, example)[decided_T]
+    if len(ours) < len(decided_T) / 2 or not torch.equal(theirs != 0, ours != 0):
+        return None
+    scale = float(theirs.sum() / ours.sum().clamp_min(1e-20))
+    low = example.routing.weights_TK.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if low else 1e-4
+    if abs(scale - 1) < tolerance / 10:
+        scale = 1.0
+    if not torch.allclose(ours * scale, theirs, rtol=tolerance, atol=tolerance * 1e-2):
+        return None
+    return replace(rule, scale=scale)
+
+
+def _decided(rule: ScoringRule, preferred_TE: Tensor, routing: Routing) -> Tensor:
+    """Which tokens' choice is no matter of a tie, which everyone breaks differently."""
+    k = routing.ids_TK.shape[-1]
+    best_TK = preferred_TE.topk(min(k + 1, preferred_TE.shape[-1]), dim=-1).values.cpu()
+    ahead_TK = best_TK[:, :-1] > best_TK[:, 1:]
+    matters = slice(None) if rule.chosen == "sparsemixer" else slice(k - 1, k)  # is order weighed?
+    return ahead_TK[:, matters].all(-1)
+
+
+def _dense(routing: Routing, example: RouterExample) -> Tensor:
+    """Weights by expert [T, E]."""
+    num_tokens, num_experts = example.logits_TE.shape
+    weights_TE1 = torch.zeros(num_tokens, num_experts + 1)
+    ids_TK = routing.ids_TK.cpu().clamp(max=num_experts)
+    weights_TE1.scatter_add_(1, ids_TK, routing.weights_TK.float().cpu())
+    return weights_TE1[:, :num_experts]

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.placement import BlockPlacement, Placement
-from moefit.serve.policy import Mode
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.config import BlockPlacement, Mode, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from moefit.plan.configuration import Configuration, uniform
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.policy import Mode
-from moefit.serve.precision import Choice, allocate, ladder
+from moefit.serve.config import BlockPlacement, Mode
+from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
 
 FORMATS = ("native", "int8", "int6", "int5", "int4", "int3", "int2")
-RESTS = ("native", "int8")
+DENSE_FORMATS = ("native", "int8")
 BOUNDS = (0.1, 0.3, 0.5)
 EVERY = (1, 8)
 PROBED = ("int2", "int3")
@@ -42,7 +41,7 @@ def quality_names(shapes: Shapes) -> list[str]:
     """Those that are run window by window."""
     return [
         *(f"uniform/{name}" for name in FORMATS[1:]),
-        *(f"rest/{name}" for name in RESTS[1:]),
+        *(f"rest/{name}" for name in DENSE_FORMATS[1:]),
         *(f"block/{name}/{group}" for name in PROBED for group in range(len(groups(shapes)))),
         *(f"mixed/{number}" for number in range(_MIXED)),
         *(f"loudness/{bits:g}" for bits in _BITS),
@@ -58,7 +57,7 @@ def groups(shapes: Shapes) -> list[list[str]]:
 
 
 def quality_configuration(
-    name: str, shapes: Shapes, loudness: Mapping[str, Sequence[float]]
+    name: str, shapes: Shapes, output_energy: Mapping[str, Sequence[float]]
 ) -> Configuration:
     """The configuration of this name. loudness: each expert's share of what its block adds."""
     kind, _, what = name.partition("/")
@@ -68,7 +67,7 @@ def quality_configuration(
     if kind == "rest":
         return uniform(experts, "native", rest=what)
     if kind == "loudness":
-        return by_loudness(shapes, loudness, float(what))
+        return by_output_energy(shapes, output_energy, float(what))
     if kind == "block":
         format, _, group = what.partition("/")
         some = groups(shapes)[int(group)]
@@ -78,24 +77,24 @@ def quality_configuration(
         centre = generator.choice(range(2, len(FORMATS)))
         near = FORMATS[centre - 2 : centre + 2]
         formats = {block: generator.choice(near) for block in shapes}
-    return Configuration(placement=_all_seated(formats, experts))
+    return Configuration(placement=_all_resident(formats, experts))
 
 
-def by_loudness(
-    shapes: Shapes, loudness: Mapping[str, Sequence[float]], bits: float
+def by_output_energy(
+    shapes: Shapes, output_energy: Mapping[str, Sequence[float]], bits: float
 ) -> Configuration:
     """Formats by expert that take so many bits a weight, given by loudness as `auto` does."""
     ladders = {
         (name, expert): ladder(
             [
-                Choice(format=f, nbytes=shape.slot_bytes[f], error=shape.errors[f][expert])
+                FormatChoice(format=f, nbytes=shape.slot_bytes[f], error=shape.errors[f][expert])
                 for f in FORMATS
             ]
         )
         for name, shape in shapes.items()
         for expert in range(shape.num_experts)
     }
-    sensitivity = {(name, expert): loudness[name][expert] + 1e-6 for name, expert in ladders}
+    sensitivity = {(name, expert): output_energy[name][expert] + 1e-6 for name, expert in ladders}
     room = sum(bits / 8 * shape.weights * shape.num_experts for shape in shapes.values())
     chosen = allocate(ladders, sensitivity, round(room))
     placement = {
@@ -166,7 +165,7 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
     )
 
 
-def _all_seated(
+def _all_resident(
     formats: Mapping[str, str], experts: Mapping[str, int]
 ) -> dict[str, BlockPlacement]:
     return {

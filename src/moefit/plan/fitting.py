@@ -1,15 +1,110 @@
-"""Least squares with coefficients that cannot be negative, and what a fit is worth on new cases.
+"""Inputs and tools of the models that are fitted to a profile.
 
-Owns the arithmetic that both models share. Pure numpy.
-
-Shapes: N samples, F features.
+`Knowledge` turns a configuration into features per block: precision error, misses, substituted
+weight. `nonnegative` is least squares with non-negative coefficients, and `held_out` tells what a
+fit is worth on cases that it has not seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+
+from moefit.plan.configuration import Configuration
+from moefit.plan.experiments import Shapes
+from moefit.plan.profile import Profile
+from moefit.plan.trace import Curves, interpolated, policy_key, read_curves
+from moefit.serve.config import BlockPlacement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFeatures:
+    """One block: each expert's share of router weight and of output, experts a token, curves.
+
+    rule_known: whether its router's rule is, so that routes may be changed.
+    """
+
+    mass_E: Sequence[float]
+    output_energy_E: Sequence[float]
+    experts: float
+    curves: Curves
+    rule_known: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """All blocks of a profile, in order."""
+
+    shapes: Shapes
+    blocks: Mapping[str, BlockFeatures]
+
+    def noise(self, name: str, placement: BlockPlacement, power: float = 1.0) -> float:
+        """Squared error that a block's formats add, as a share of its output; errors to a power."""
+        shape, known = self.shapes[name], self.blocks[name]
+        if not placement.by_expert:
+            errors = shape.errors[placement.formats[0]]
+            return sum(
+                share * error**power
+                for share, error in zip(known.output_energy_E, errors, strict=True)
+            )
+        return sum(
+            share * shape.errors[format][expert] ** power
+            for expert, (share, format) in enumerate(
+                zip(known.output_energy_E, placement.formats, strict=True)
+            )
+        )
+
+    def noises(
+        self, configuration: Configuration, powers: Mapping[str, float] | None = None
+    ) -> list[float]:
+        """Of all blocks, L; powers by block, one if not given."""
+        placement = configuration.placement
+        return [
+            self.noise(name, placement[name], powers[name] if powers else 1.0)
+            for name in self.shapes
+        ]
+
+    def misses(self, configuration: Configuration) -> list[float]:
+        """Experts that a token waits for in each block, L."""
+        key = policy_key(*configuration.policy)
+        return [
+            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).misses
+            for name in self.shapes
+        ]
+
+    def swaps(self, configuration: Configuration) -> list[float]:
+        """Experts that come in the background, a token, L."""
+        key = policy_key(*configuration.policy)
+        return [
+            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).swaps
+            for name in self.shapes
+        ]
+
+    def moved(self, configuration: Configuration) -> list[float]:
+        """Share of a token's router weight that goes elsewhere in each block, L."""
+        key = policy_key(*configuration.policy)
+        return [
+            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).moved
+            for name in self.shapes
+        ]
+
+
+def features_of(profile: Profile) -> Features:
+    """From a profile's items."""
+    shapes = profile.facts.shapes
+    blocks = {
+        name: BlockFeatures(
+            mass_E=one["mass"],
+            output_energy_E=one["loudness"],
+            experts=one["experts"],
+            curves=read_curves(one["curves"], shapes[name].num_experts),
+            rule_known=one["rule_known"],
+        )
+        for name, one in profile.items["routes"].items()
+    }
+    return Features(shapes=shapes, blocks=blocks)
+
 
 Case = TypeVar("Case")
 
@@ -88,7 +183,7 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class HeldOutError:
     """What a model's predictions of cases that it had not seen were worth: relative errors.
 
     In the mean an error counts as one at most.
@@ -102,12 +197,12 @@ class Held:
     correlation: float
 
 
-def worth(
+def held_out_error(
     model: str, predicted: Sequence[float], measured: Sequence[float], *, floor: float = 0.0
-) -> Held:
+) -> HeldOutError:
     """Errors as shares of what was measured, but of no less than `floor`."""
     errors = [abs(p - m) / max(abs(m), floor) for p, m in zip(predicted, measured, strict=True)]
-    return Held(
+    return HeldOutError(
         model=model,
         cases=len(errors),
         mean=float(np.mean(np.minimum(errors, 1.0))) if errors else 0.0,

@@ -21,7 +21,9 @@ def available() -> bool:
     return find_spec("pymoo") is not None
 
 
-def evolved(models: Models, rooms: Mapping[str, int], front: Sequence[Point]) -> list[Point]:
+def nsga2_search(
+    models: Models, slot_budgets: Mapping[str, int], front: Sequence[Point]
+) -> list[Point]:
     """Points that the genetic search found within the rooms; none without pymoo."""
     if not available() or not front:
         return []
@@ -30,7 +32,7 @@ def evolved(models: Models, rooms: Mapping[str, int], front: Sequence[Point]) ->
     problem: Any = import_module("pymoo.core.problem")
     crossover: Any = import_module("pymoo.operators.crossover.ux")
     optimize: Any = import_module("pymoo.optimize")
-    coding = _Coding(models, rooms)
+    coding = _Coding(models, slot_budgets)
 
     class Problem(problem.ElementwiseProblem):
         def __init__(self) -> None:
@@ -60,9 +62,9 @@ def evolved(models: Models, rooms: Mapping[str, int], front: Sequence[Point]) ->
 class _Coding:
     """Genes: an option's number for each block, the policy's, the rest's."""
 
-    def __init__(self, models: Models, rooms: Mapping[str, int]):
-        self._models, self._rooms = models, rooms
-        self._rests = list(rooms)
+    def __init__(self, models: Models, slot_budgets: Mapping[str, int]):
+        self._models, self._rooms = models, slot_budgets
+        self._rests = list(slot_budgets)
         self._names = list(models.fields[0].options)
         self._bytes = {
             name: np.array([one.nbytes for one in models.fields[0].options[name]])

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moefit.plan.configuration import Configuration
-from moefit.plan.features import Knowledge
-from moefit.plan.fitting import Held, held_out, nonnegative, worth
+from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error, nonnegative
 from moefit.plan.profile import Profile
-from moefit.plan.samples import Sample, sample_from
+from moefit.plan.reference import Sample, sample_from
 from moefit.plan.timing import FormatTimes
-from moefit.serve.placement import BlockPlacement
+from moefit.serve.config import BlockPlacement
 
 PARTS = ("constant", "computed", "fetched", "rerouted", "swapped")
 _STRENGTH = 0.02
@@ -36,11 +35,11 @@ class PartTimes:
     block: Mapping[str, float]
     load: Mapping[str, float]
 
-    def computed(self, name: str, placement: BlockPlacement, knowledge: Knowledge) -> float:
+    def computed(self, name: str, placement: BlockPlacement, features: Features) -> float:
         """Of one block's experts; where formats differ, by how much each is used."""
         if not placement.by_expert:
             return self.block[placement.formats[0]]
-        mass_E = knowledge.blocks[name].mass_E
+        mass_E = features.blocks[name].mass_E
         return sum(
             share * self.block[format]
             for share, format in zip(mass_E, placement.formats, strict=True)
@@ -75,13 +74,13 @@ class LatencyModel:
 
     name: str
     times: PartTimes
-    knowledge: Knowledge
+    features: Features
     coefficients: tuple[float, ...]
-    comparison: tuple[Held, ...]
+    comparison: tuple[HeldOutError, ...]
 
     def seconds(self, configuration: Configuration) -> float:
         """Of decoding one token."""
-        parts = parts_of(configuration, self.times, self.knowledge)
+        parts = parts_of(configuration, self.times, self.features)
         return float(np.dot(parts, self.coefficients))
 
     def fixed(self, rest: str) -> float:
@@ -96,7 +95,7 @@ class LatencyModel:
         _, computed, fetched, rerouted, swapped = self.coefficients
         load = self.times.loaded(placement)
         return (
-            computed * self.times.computed(name, placement, self.knowledge)
+            computed * self.times.computed(name, placement, self.features)
             + fetched * misses * load
             + swapped * swaps * load
             + rerouted * (0.0 if policy == "exact" else _REROUTING)
@@ -107,13 +106,13 @@ _REROUTING = 3e-4  # seconds a block, the prior of what rerouting one token cost
 
 
 def parts_of(
-    configuration: Configuration, times: PartTimes, knowledge: Knowledge
+    configuration: Configuration, times: PartTimes, features: Features
 ) -> tuple[float, ...]:
     """Seconds of each of `PARTS`, before coefficients."""
     placement = configuration.placement
     load = [times.loaded(one) for one in placement.values()]
-    misses, swaps = knowledge.misses(configuration), knowledge.swaps(configuration)
-    computed = sum(times.computed(name, one, knowledge) for name, one in placement.items())
+    misses, swaps = features.misses(configuration), features.swaps(configuration)
+    computed = sum(times.computed(name, one, features) for name, one in placement.items())
     return (
         1.0,
         times.rest[configuration.rest] + computed,
@@ -123,20 +122,20 @@ def parts_of(
     )
 
 
-def fit_latency(profile: Profile, knowledge: Knowledge, *, cold: bool = False) -> LatencyModel:
+def fit_latency(profile: Profile, features: Features, *, cold: bool = False) -> LatencyModel:
     """The candidate that predicts best what it has not seen; runs are measured warm."""
     warm = part_times(profile, cold=False)
     runs = [sample_from(one) for one in profile.those("steps/").values()]
     fits = {
         "parts added": lambda _: np.asarray(_PRIORS["parts added"]),
-        "parts fitted": lambda some: _fitted(some, warm, knowledge),
+        "parts fitted": lambda some: _fitted(some, warm, features),
     }
-    comparison = [_compared(name, fit, runs, warm, knowledge) for name, fit in fits.items()]
+    comparison = [_compared(name, fit, runs, warm, features) for name, fit in fits.items()]
     best = min(comparison, key=lambda one: one.mean)
     return LatencyModel(
         name=best.model,
         times=part_times(profile, cold=cold),
-        knowledge=knowledge,
+        features=features,
         coefficients=tuple(float(c) for c in fits[best.model](runs)),
         comparison=tuple(comparison),
     )
@@ -145,20 +144,20 @@ def fit_latency(profile: Profile, knowledge: Knowledge, *, cold: bool = False) -
 _Fit = Callable[[Sequence[Sample]], np.ndarray]
 
 
-def _fitted(runs: Sequence[Sample], times: PartTimes, knowledge: Knowledge) -> np.ndarray:
+def _fitted(runs: Sequence[Sample], times: PartTimes, features: Features) -> np.ndarray:
     """Least squares of relative errors."""
-    x_NF = np.array([parts_of(one.configuration, times, knowledge) for one in runs])
+    x_NF = np.array([parts_of(one.configuration, times, features) for one in runs])
     y_N = np.array([one.seconds or 0.0 for one in runs])
     prior_F = np.array(_PRIORS["parts fitted"])
     return nonnegative(x_NF / y_N[:, None], np.ones_like(y_N), prior_F=prior_F, strength=_STRENGTH)
 
 
 def _compared(
-    name: str, fit: _Fit, runs: Sequence[Sample], times: PartTimes, knowledge: Knowledge
-) -> Held:
+    name: str, fit: _Fit, runs: Sequence[Sample], times: PartTimes, features: Features
+) -> HeldOutError:
     def fitted(some: Sequence[Sample]) -> Callable[[Sample], float]:
         c_F = fit(some)
-        return lambda one: float(np.dot(parts_of(one.configuration, times, knowledge), c_F))
+        return lambda one: float(np.dot(parts_of(one.configuration, times, features), c_F))
 
     predicted = held_out(fitted, runs, folds=len(runs))
-    return worth(name, predicted, [one.seconds or 0.0 for one in runs])
+    return held_out_error(name, predicted, [one.seconds or 0.0 for one in runs])

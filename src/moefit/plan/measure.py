@@ -1,43 +1,119 @@
-"""How each item of a profile is measured.
+"""Measure the items of a profile.
 
-Owns the way from an item's name to its values, and the full model's output that they are compared
-with. Works where the full model does not fit: what does not fit in memory is fetched as it is
-needed, exactly, so every result is the same and only slower. Knows nothing of which items there
-are, nor of the profile's file.
+Loads the model in the configuration of each experiment, reusing the loaded model where it can, and
+measures divergence, speed, times of parts and routes.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.bandwidth import measure_bandwidth
-from moefit.formats.format import parse_format
+from moefit.evaluate.speed import measure_bandwidth
 from moefit.host import available_bytes
+from moefit.moe.routing import Rule
 from moefit.plan import experiments
-from moefit.plan.chosen import compare_quality
 from moefit.plan.configuration import Configuration, uniform
-from moefit.plan.curves import make_curves
 from moefit.plan.experiments import Shapes
-from moefit.plan.features import knowledge_of
-from moefit.plan.kept import Kept
+from moefit.plan.fitting import features_of
 from moefit.plan.profile import Profile
-from moefit.plan.reference import Reference, make_reference, read_reference
-from moefit.plan.routes import record_routes
-from moefit.plan.running import Subject, fill
-from moefit.plan.samples import Steps, measure_steps, measure_wide
+from moefit.plan.quality import compare_quality
+from moefit.plan.reference import (
+    Reference,
+    Steps,
+    make_reference,
+    measure_steps,
+    measure_wide,
+    read_reference,
+)
 from moefit.plan.timing import time_format, time_rest
-from moefit.serve.budget import MemoryBudget, format_bytes
-from moefit.serve.packed import PackedStore
-from moefit.serve.placement import BlockPlacement
-from moefit.serve.reckon import ledger
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import Skeleton
-from moefit.serve.store import ExpertStore
+from moefit.plan.trace import make_curves, record_routes
+from moefit.quant.format import parse_format
+from moefit.serve.config import BlockPlacement, LoadSettings
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.layer.router_probe import use_rule
+from moefit.serve.load import load_model
+from moefit.serve.memory.budget import MemoryBudget, format_bytes
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.store import PackedStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredModel:
+    """What is planned for. dtype None: the checkpoint's own; rule None: the model's own."""
+
+    folder: Path
+    dtype: torch.dtype | None = None
+    rule: str | None = None
+    device: str = "cpu"
+
+    def load(
+        self, configuration: Configuration, *, context: int, memory: int | None = None
+    ) -> ServedModel:
+        """The model, so served. Raises what `moefit.serve.load.load_model` does."""
+        settings = LoadSettings(
+            memory=memory,
+            device=self.device,
+            context=context,
+            dtype=self.dtype,
+            **configuration.load_settings(),
+        )
+        served = load_model(self.folder, settings, **configuration.policy_settings())
+        if self.rule is not None:
+            use_rule(served.model, Rule.parse(self.rule))
+        return served
+
+
+def fill(served: ServedModel) -> None:
+    """Load experts until every slot is taken, the first ones of each block."""
+    residents: Mapping[str, range] = {
+        name: range(one.slot_table.number) for name, one in served.blocks.items()
+    }
+    served.set_residents(residents)
+
+
+class ModelCache:
+    """One exactly served model, kept from one configuration to the next.
+
+    Where only placements differ, what they have in common is then read once: of a model that fills
+    a machine, reading takes as long as measuring.
+    """
+
+    def __init__(self, subject: MeasuredModel, *, context: int):
+        self._subject, self._context = subject, context
+        self._served: ServedModel | None = None
+        self._rest = ""
+
+    def served(self, configuration: Configuration) -> ServedModel:
+        """The model, so served until the next is asked for. Raises what `Subject.load` does."""
+        assert configuration.mode == "exact", configuration.mode
+        if self._served is not None and self._rest == configuration.rest:
+            try:
+                self._served.set_placement(
+                    configuration.placement, memory=None, **configuration.policy_settings()
+                )
+            except BaseException:
+                self.close()
+                raise
+            return self._served
+        self.close()
+        self._served = self._subject.load(configuration, context=self._context)
+        self._rest = configuration.rest
+        return self._served
+
+    def close(self) -> None:
+        """Give its memory back."""
+        if self._served is not None:
+            self._served.close()
+            self._served = None
+
 
 _REPLAYED = 1024  # tokens whose routes are replayed
 _SHARE = 0.75  # of the memory that is free, where no budget is given
@@ -45,13 +121,13 @@ _PROMPT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class MeasurementContext:
     """A model, and the windows of a text that it is measured on.
 
     sidecar: the file that the full model's output on them is kept in.
     """
 
-    subject: Subject
+    subject: MeasuredModel
     skeleton: Skeleton
     packed: PackedStore
     windows_BT: Tensor
@@ -65,14 +141,14 @@ class Measurements:
     Raises BudgetTooSmallError if not even a slot a block fits, which measuring needs.
     """
 
-    def __init__(self, of: Measured, memory: int | None):
+    def __init__(self, of: MeasurementContext, memory: int | None):
         self._of = of
         self._process: int | None = None  # bytes, before anything was loaded
         if memory is not None:
             self._refuse_less(memory)
         self._room = memory or max(1, int(_SHARE * available_bytes()))
         self._reference: Reference | None = None
-        self._kept = Kept(of.subject, context=of.windows_BT.shape[1])
+        self._kept = ModelCache(of.subject, context=of.windows_BT.shape[1])
 
     def close(self) -> None:
         """Give back what is kept in memory from one item to the next."""
@@ -82,10 +158,11 @@ class Measurements:
         """Raise BudgetTooSmallError if not even a slot a block fits, which measuring needs."""
         fewest = uniform(dict.fromkeys(self._of.shapes, 1), "native")
         budget = self._ledger(fewest, None)
-        if memory < budget.floor:
+        if memory < budget.min_bytes:
             raise BudgetTooSmallError(
                 f"{format_bytes(memory)} is too little to measure this model in; give at least "
-                f"{budget.floor} bytes ({format_bytes(budget.floor)}), or a shorter --context"
+                f"{budget.min_bytes} bytes ({format_bytes(budget.min_bytes)}), or a shorter "
+                "--context"
             )
 
     def measure(self, name: str, profile: Profile) -> Any:
@@ -106,10 +183,10 @@ class Measurements:
         if kind == "rest":
             return self._rest(what)
         if kind == "models":
-            return {"quality": compare_quality(profile, knowledge_of(profile))}
+            return {"quality": compare_quality(profile, features_of(profile))}
         if kind == "quality":
-            loudness = {name: one["loudness"] for name, one in profile.items["routes"].items()}
-            configuration = experiments.quality_configuration(what, self._of.shapes, loudness)
+            output_energy = {name: one["loudness"] for name, one in profile.items["routes"].items()}
+            configuration = experiments.quality_configuration(what, self._of.shapes, output_energy)
             return self._quality(configuration)
         packed = {name for name in experiments.FORMATS if self._is_packed(name)}
         configuration = experiments.stepwise_configuration(what, self._of.shapes, packed)
@@ -130,7 +207,7 @@ class Measurements:
         return {
             name: {
                 "mass": list(one.mass_E),
-                "loudness": list(one.loudness_E),
+                "loudness": list(one.output_energy_E),
                 "experts": one.experts,
                 "rule_known": one.rule_known,
                 "curves": make_curves(
@@ -199,7 +276,7 @@ class Measurements:
             placement=configuration.placement,
             rest=configuration.rest,
         )
-        budget = ledger(self._of.skeleton, settings, self._of.packed)
+        budget = memory_budget(self._of.skeleton, settings, self._of.packed)
         if self._process is None:
             self._process = budget.process
         return replace(budget, process=self._process)

@@ -1,29 +1,92 @@
-"""From a profile to answers: the plan for a budget, the front over budgets, what fits.
+"""From a profile to plans: the plan for a budget, the front over budgets, the smallest budget.
 
-Owns the order of things: models are fitted, rooms reckoned with serving's own ledger, the searches
-run, and of what they find the promise chooses. Knows nothing of how anything is printed.
+Fits the models, searches the configurations and checks them against serving's own memory estimate.
+`caveats` warns where the profile supports a plan poorly.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moefit.errors import BudgetTooSmallError
 from moefit.plan import genetic
-from moefit.plan.caveats import caveats
-from moefit.plan.chosen import QualityModel, fit_quality
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import FORMATS
-from moefit.plan.features import Knowledge, knowledge_of
+from moefit.plan.fitting import Features, HeldOutError, features_of
 from moefit.plan.latency import LatencyModel, fit_latency
-from moefit.plan.options import placed_bytes, policy_choices
-from moefit.plan.plan_file import Plan, Prediction
-from moefit.plan.profile import Profile
-from moefit.plan.promise import Chooser, Promise
-from moefit.plan.rooms import ANY, Circumstances, Rooms, needed
-from moefit.plan.search import Models, Point, allocated, pareto
-from moefit.serve.budget import format_bytes
-from moefit.serve.skeleton import Skeleton
+from moefit.plan.plan_file import DEFAULT_LOSS, Plan, PlanChooser, Prediction, Target
+from moefit.plan.profile import Profile, machine
+from moefit.plan.quality import QualityModel, fit_quality, quality_samples
+from moefit.plan.reference import Sample
+from moefit.plan.search import (
+    NO_CONSTRAINTS,
+    Models,
+    PlanConstraints,
+    Point,
+    SlotBudget,
+    allocated,
+    needed,
+    pareto,
+    placed_bytes,
+    policy_choices,
+)
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.memory.budget import format_bytes
+
+_UNSURE = 0.3  # twice what predictions of speed are off by where nothing else runs
+
+
+def caveats(profile: Profile, experts: float, device: str, speed: HeldOutError) -> list[str]:
+    """Remarks, each a line. experts: that a token uses, in the mean over blocks. speed: what its
+    predictions are worth.
+    """
+    samples = quality_samples(profile)
+    dear = [
+        _dear(mode, some, profile, experts)
+        for mode in ("bounded", "virtual")
+        if (some := [one for one in samples if one.configuration.mode == mode])
+    ]
+    return [one for one in (_foreign(profile, device), _unsure(speed), *dear) if one is not None]
+
+
+def _dear(mode: str, samples: list[Sample], profile: Profile, experts: float) -> str | None:
+    mild = min(samples, key=lambda one: one.divergence)
+    loss = math.expm1(mild.divergence)
+    if loss <= DEFAULT_LOSS:
+        return None
+    share = mild.configuration.slots / sum(profile.experts.values())
+    return (
+        f"mode {mode} is expensive for this model: even with {share:.0%} of the experts in memory "
+        f"it was measured to lose {loss:.1%} of perplexity, moving {mild.moved:.1%} of router "
+        f"weight; it uses {experts:.1f} experts a token and block"
+    )
+
+
+def _unsure(speed: HeldOutError) -> str | None:
+    if speed.median <= _UNSURE:
+        return None
+    return (
+        f"speeds are not to be relied on: half of those that were measured differ by more than "
+        f"{speed.median:.0%} from what the others predict, as where a machine is busy with other "
+        "things; moefit profile --again on an idle one measures times anew"
+    )
+
+
+def _foreign(profile: Profile, device: str) -> str | None:
+    then, now = profile.facts.machine, machine(device)
+    differing = [
+        f"{name} was {then.get(name)}, is {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+    if not differing:
+        return None
+    return (
+        f"the profile was measured on another machine ({'; '.join(differing)}), so speeds will "
+        "differ; moefit profile on this one measures them"
+    )
+
 
 _STILL = 0.05  # experts a token that are waited for, where none shall be
 
@@ -39,30 +102,30 @@ class Planner:
         context: int = 2048,
         device: str = "cpu",
         search: bool = True,
-        circumstances: Circumstances = ANY,
+        circumstances: PlanConstraints = NO_CONSTRAINTS,
     ):
         self.profile, self.context = profile, context
         self._skeleton, self._given, self._device = skeleton, circumstances, device
         # First of all, for it takes this process for the one that will serve.
-        self.rooms = Rooms(
+        self.slot_budgets = SlotBudget(
             skeleton,
             profile.experts,
             context=context,
             device=device,
             circumstances=circumstances,
         )
-        self.knowledge: Knowledge = knowledge_of(profile)
-        self.quality: QualityModel = fit_quality(profile, self.knowledge)
-        self.latency: LatencyModel = fit_latency(profile, self.knowledge)
-        known = all(one.rule_known for one in self.knowledge.blocks.values())
+        self.features: Features = features_of(profile)
+        self.quality: QualityModel = fit_quality(profile, self.features)
+        self.latency: LatencyModel = fit_latency(profile, self.features)
+        known = all(one.rule_known for one in self.features.blocks.values())
         self._policies = policy_choices(known_rules=known)
         self._models = Models(self.quality, self.latency, self._policies)
         self._cold_models: Models | None = None
         self._search = search
         self._plain = [
-            self._models.judged(one, placed_bytes(one, self.knowledge.shapes), "one format for all")
+            self._models.judged(one, placed_bytes(one, self.features.shapes), "one format for all")
             for rest in circumstances.rests
-            for one in self.rooms.simple(rest)
+            for one in self.slot_budgets.simple(rest)
         ]
 
     @property
@@ -76,19 +139,19 @@ class Planner:
 
         Raises BudgetTooSmallError below the floor.
         """
-        if memory < (floor := self.rooms.floor):
+        if memory < (floor := self.slot_budgets.min_bytes):
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(memory)} is below the least that this model can be "
                 f"planned in, {format_bytes(floor)}; give at least {floor} bytes, or a shorter "
                 "context"
             )
-        rooms, models = self.rooms.of(memory), self._models_beside(memory)
+        slot_budgets, models = self.slot_budgets.of(memory), self._models_beside(memory)
         plain = [models.judged(one.configuration, one.nbytes, one.found_by) for one in self._plain]
-        proposed = [point for some in rooms for point in allocated(models, some)]
-        points = self.rooms.fitting([*plain, *proposed], memory)
+        proposed = [point for some in slot_budgets for point in allocated(models, some)]
+        points = self.slot_budgets.fitting([*plain, *proposed], memory)
         if self._search if search is None else search:
-            more = genetic.evolved(models, rooms[0], pareto(points))
-            points += self.rooms.fitting(more, memory)
+            more = genetic.nsga2_search(models, slot_budgets[0], pareto(points))
+            points += self.slot_budgets.fitting(more, memory)
         return pareto(points)
 
     def front_of_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
@@ -99,14 +162,14 @@ class Planner:
         room = {self._given.rests[0]: nbytes}
         points = self._of_kind(allocated(self._models, room), fetching=fetching)
         if self._search:
-            more = genetic.evolved(self._models, room, pareto(points))
+            more = genetic.nsga2_search(self._models, room, pareto(points))
             points += self._of_kind(more, fetching=fetching)
         return pareto(points)
 
     def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
         if fetching:
             return list(points)
-        misses = self.knowledge.misses  # the virtual mode's are those of its first tokens
+        misses = self.features.misses  # the virtual mode's are those of its first tokens
         return [
             one
             for one in points
@@ -115,33 +178,33 @@ class Planner:
 
     def _models_beside(self, memory: int) -> Models:
         """Where the page cache beside a budget cannot hold the experts' files, loads are cold."""
-        shapes = self.knowledge.shapes.values()
+        shapes = self.features.shapes.values()
         files = sum(one.slot_bytes[FORMATS[0]] * one.num_experts for one in shapes)
         if files <= self.profile.facts.machine["memory"] - memory:
             return self._models
         if self._cold_models is None:
-            cold = fit_latency(self.profile, self.knowledge, cold=True)
+            cold = fit_latency(self.profile, self.features, cold=True)
             self._cold_models = Models(self.quality, cold, self._policies)
         return self._cold_models
 
-    def plan(self, memory: int, promise: Promise | None = None) -> tuple[Plan, list[Point]]:
+    def plan(self, memory: int, target: Target | None = None) -> tuple[Plan, list[Point]]:
         """The plan for a budget, and the front that it was chosen from.
 
         Raises ConfigError if the promise can't be kept, with the nearest that can be.
         """
         front = self.front(memory)
-        promise = promise or Promise()
-        point = self._chooser.choose(front, promise, memory)
-        return self.plan_of(point, memory, promise), front
+        target = target or Target()
+        point = self._chooser.choose(front, target, memory)
+        return self.plan_of(point, memory, target), front
 
     @property
-    def _chooser(self) -> Chooser:
+    def _chooser(self) -> PlanChooser:
         known = {one.model: one.median for one in self.latency.comparison}
-        return Chooser(
+        return PlanChooser(
             margin=self.quality.margin, tolerance=min(0.1, max(0.02, known[self.latency.name]))
         )
 
-    def plan_of(self, point: Point, memory: int | None, promise: Promise | None = None) -> Plan:
+    def plan_of(self, point: Point, memory: int | None, target: Target | None = None) -> Plan:
         """A point as a plan, chosen to keep a promise."""
         facts = self.profile.facts
         configuration = point.configuration
@@ -155,14 +218,14 @@ class Planner:
             source=facts.source,
             sequences=self._given.sequences,
             prompt_logits=self._given.prompt_logits,
-            promise=promise or Promise(),
+            target=target or Target(),
             predicted=Prediction(
                 loss=point.loss,
                 margin=self.quality.margin,
                 speed=point.speed,
                 expert_bytes=point.nbytes,
-                misses=float(np.mean(self.knowledge.misses(configuration))),
-                moved=float(np.mean(self.knowledge.moved(configuration))),
+                misses=float(np.mean(self.features.misses(configuration))),
+                moved=float(np.mean(self.features.moved(configuration))),
             ),
         )
 
@@ -171,8 +234,8 @@ class Planner:
 
         What fits a smaller budget fits a larger one, so no front is behind the one before.
         """
-        low, high = self.rooms.floor, self.rooms.everything
-        fixed = self.rooms.fixed
+        low, high = self.slot_budgets.min_bytes, self.slot_budgets.all_resident_bytes
+        fixed = self.slot_budgets.fixed
         known: list[Point] = []
         for number in range(count):
             share = number / max(1, count - 1)
@@ -180,20 +243,20 @@ class Planner:
             known = pareto([*known, *self.front(max(low, memory), search=False)])
             yield memory, known
 
-    def smallest_budget(self, promise: Promise) -> int | None:
+    def smallest_budget(self, target: Target) -> int | None:
         """The least budget that a plan can keep the promise in, within half a percent; None: none.
 
         Raises ConfigError for what cannot be promised anywhere.
         """
-        promise.check()
-        low, high = self.rooms.floor, self.rooms.everything
-        if not self._keeps(high, promise):
+        target.check()
+        low, high = self.slot_budgets.min_bytes, self.slot_budgets.all_resident_bytes
+        if not self._satisfies(high, target):
             return None
-        if self._keeps(low, promise):
+        if self._satisfies(low, target):
             return low
         while high - low > 0.005 * high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._keeps(middle, promise) else (middle, high)
+            low, high = (low, middle) if self._satisfies(middle, target) else (middle, high)
         return high
 
     def sequences(self, plan: Plan, lengths: Sequence[int] = (512, 2048, 8192)) -> dict[int, int]:
@@ -201,7 +264,7 @@ class Planner:
         if plan.memory is None:
             return {}
         token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
-        now = needed(self.rooms.ledger(plan.configuration))
+        now = needed(self.slot_budgets.ledger(plan.configuration))
         taken = now - self.context * token - self._given.sequences * row
         longest = getattr(
             self._skeleton.model.config.get_text_config(decoder=True),
@@ -216,20 +279,20 @@ class Planner:
 
     def warnings(self) -> list[str]:
         """What whoever plans should know beforehand; see `caveats`."""
-        experts = float(np.mean([one.experts for one in self.knowledge.blocks.values()]))
+        experts = float(np.mean([one.experts for one in self.features.blocks.values()]))
         speed = next(one for one in self.latency.comparison if one.model == self.latency.name)
         return caveats(self.profile, experts, self._device, speed)
 
     def _per_token(self, configuration: Configuration) -> int:
-        some = self.rooms.ledger(configuration, context=64)
-        more = self.rooms.ledger(configuration, context=128)
+        some = self.slot_budgets.ledger(configuration, context=64)
+        more = self.slot_budgets.ledger(configuration, context=128)
         return (more.kv_cache + more.workspace - some.kv_cache - some.workspace) // 64
 
     def _per_sequence(self, configuration: Configuration) -> int:
         """Its logits."""
-        ledgers = [self.rooms.ledger(configuration, sequences=number) for number in (1, 2)]
+        ledgers = [self.slot_budgets.ledger(configuration, sequences=number) for number in (1, 2)]
         return ledgers[1].workspace - ledgers[0].workspace
 
-    def _keeps(self, memory: int, promise: Promise) -> bool:
+    def _satisfies(self, memory: int, target: Target) -> bool:
         front = self.front(memory, search=False)
-        return any(self._chooser.keeps(one, promise) for one in front)
+        return any(self._chooser.satisfies(one, target) for one in front)

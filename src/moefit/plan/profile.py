@@ -1,31 +1,93 @@
-"""What is known of one model on one machine: a record that grows, item by item.
+"""A profile: what has been measured of one model on one machine, item by item, in a file.
 
-Owns what a profile says of itself, its form on disk, and which one belongs to a model. Every item
-is written as soon as it is measured, so a run that is killed loses the one that it was at. Knows
-nothing of how anything is measured or what follows from it.
+`RecordKind` writes versioned JSON records atomically and explains files that it cannot read; plans
+use it too.
 """
 
 import hashlib
+import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moefit.errors import ConfigError
 from moefit.folders import cache_root
 from moefit.plan.experiments import BlockShape, Shapes
-from moefit.plan.record_file import RecordKind
-from moefit.serve.packed import fingerprint
-from moefit.serve.skeleton import Skeleton
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.packed.store import fingerprint
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordKind:
+    """One kind of record. version_at: the keys that lead to its version; indent: for people.
+
+    make, again, elsewhere: what to do where there is no such file, where it is of no use, and
+    where it cannot be written.
+    """
+
+    name: str
+    version: int
+    version_at: tuple[str, ...]
+    make: str
+    again: str
+    elsewhere: str
+    indent: int | None = None
+
+    def write(self, values: Mapping[str, Any], path: Path) -> None:
+        """Raises ConfigError if the file cannot be written; what was there before then stays."""
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(values, indent=self.indent) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise ConfigError(
+                f"cannot write the {self.name} {path}: {error.strerror or error}; {self.elsewhere}"
+            ) from error
+
+    def read(self, path: Path, made_of: Callable[[Mapping[str, Any]], Record]) -> Record:
+        """The record that `made_of` makes of the file's values.
+
+        It may raise KeyError, TypeError, ValueError or AttributeError for values that are none.
+        Raises ConfigError for a file that is not there, no such record, or of another version.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no {self.name} {path}; {self.make}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a {self.name} ({error}); {self.again}") from error
+        if (version := self._version_of(values)) != self.version:
+            raise ConfigError(
+                f"{path} is a {self.name} of version {version!r}, and this moefit reads version "
+                f"{self.version}; {self.again}"
+            )
+        try:
+            return made_of(values)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ConfigError(
+                f"{path} is a damaged {self.name} ({error!r}); {self.again}"
+            ) from error
+
+    def _version_of(self, values: Any) -> Any:
+        for key in self.version_at:
+            values = values.get(key) if isinstance(values, dict) else None
+        return values
+
 
 VERSION = 2
 _AGAIN = "run moefit profile again"
-_KIND = RecordKind(
+_PROFILE = RecordKind(
     name="profile",
     version=VERSION,
     version_at=("facts", "version"),
@@ -153,12 +215,12 @@ def path_for(skeleton: Skeleton, facts: ProfileFacts) -> Path:
 
 def write_profile(profile: Profile, path: Path) -> None:
     """Write it, whole or not at all. Raises ConfigError if that cannot be."""
-    _KIND.write({"facts": asdict(profile.facts), "items": dict(profile.items)}, path)
+    _PROFILE.write({"facts": asdict(profile.facts), "items": dict(profile.items)}, path)
 
 
 def read_profile(path: Path) -> Profile:
     """Raises ConfigError for a file that is no profile of this version, naming what helps."""
-    return _KIND.read(path, _profile)
+    return _PROFILE.read(path, _profile)
 
 
 def _profile(values: Mapping[str, Any]) -> Profile:

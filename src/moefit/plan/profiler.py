@@ -2,7 +2,7 @@
 
 Owns which items there are, what is known before any is measured, that each is written before the
 next begins, and that one process measures at a time. Knows nothing of how one is measured
-(`measurements.py`).
+(`measure.py`).
 """
 
 import platform
@@ -14,14 +14,10 @@ from torch import Tensor
 from moefit.device import parse_device
 from moefit.errors import UnsupportedModelError
 from moefit.folders import alone_in
-from moefit.formats.error import expected_error
-from moefit.formats.format import FORMATS as ALL_FORMATS
-from moefit.formats.format import NATIVE, parse_format, weights_in
 from moefit.moe.routing import Rule
 from moefit.plan import experiments
-from moefit.plan.calibration import digest_of
 from moefit.plan.experiments import Shapes
-from moefit.plan.measurements import Measured, Measurements
+from moefit.plan.measure import MeasuredModel, MeasurementContext, Measurements
 from moefit.plan.profile import (
     VERSION,
     BlockFacts,
@@ -33,10 +29,13 @@ from moefit.plan.profile import (
     read_profile,
     write_profile,
 )
-from moefit.plan.running import Subject
-from moefit.serve.dsmoe_rules import check_rule
-from moefit.serve.packed import fingerprint, open_packed
-from moefit.serve.skeleton import build
+from moefit.plan.reference import digest_of
+from moefit.quant.error_model import expected_error
+from moefit.quant.format import FORMATS as ALL_FORMATS
+from moefit.quant.format import NATIVE, parse_format, weights_in
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.layer.router_probe import check_rule
+from moefit.serve.packed.store import fingerprint, open_packed
 
 Progress = Callable[[str, int, int], None]
 """Hears what is measured next, and how many items of how many are done."""
@@ -52,11 +51,11 @@ class Profiler:
     """
 
     def __init__(
-        self, subject: Subject, windows_BT: Tensor, *, text: str, memory: int | None = None
+        self, subject: MeasuredModel, windows_BT: Tensor, *, text: str, memory: int | None = None
     ):
         parse_device(subject.device)
         self._subject, self._windows_BT, self._text = subject, windows_BT, text
-        self._skeleton = build(subject.folder, subject.dtype)
+        self._skeleton = build_skeleton(subject.folder, subject.dtype)
         if self._skeleton.model.config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{type(self._skeleton.model).__name__} continues no text by itself; only decoders "
@@ -67,7 +66,7 @@ class Profiler:
         self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
-        measured = Measured(
+        measured = MeasurementContext(
             subject=subject,
             skeleton=self._skeleton,
             packed=self._packed,
@@ -163,7 +162,7 @@ def wanted(shapes: Shapes) -> list[str]:
         "bandwidth",
         "routes",
         *(f"format/{name}" for name in experiments.FORMATS),
-        *(f"rest/{name}" for name in experiments.RESTS),
+        *(f"rest/{name}" for name in experiments.DENSE_FORMATS),
         *(f"quality/{name}" for name in experiments.quality_names(shapes)),
         *(f"steps/{name}" for name in experiments.stepwise_names()),
         "models",

@@ -1,24 +1,24 @@
-"""How far from the full model a configuration is: KL in nats a token, and the loss of perplexity.
+"""Predict the quality of a configuration: KL divergence per token and loss of perplexity.
 
-Owns the additive model, whose parts are blocks: how much a block's quantisation error matters, and
-what moved router weight costs in each mode. It is what an allocator can work with, for the choice
-of one block does not depend on another's. `network.py` has the candidate that knows no such
-structure; `chosen.py` compares them.
-
-Shapes: N samples, L blocks.
+An additive model over blocks with fitted sensitivities, SwapMoE's two-layer network as the
+baseline, and the choice between them by cross-validation.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moefit.plan.configuration import Configuration
-from moefit.plan.experiments import RESTS, groups
-from moefit.plan.features import Knowledge
-from moefit.plan.fitting import nonnegative
-from moefit.plan.samples import Sample
-from moefit.serve.placement import BlockPlacement
+from moefit.plan.experiments import DENSE_FORMATS, groups
+from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error, nonnegative
+from moefit.plan.profile import Profile
+from moefit.plan.reference import Sample, sample_from
+from moefit.serve.config import BlockPlacement
 
 FLOOR = 0.005  # nats; errors are weighed relative to what was measured, but to no less than this
 POWERS = (1.0, 1.25, None)
@@ -37,7 +37,7 @@ class AdditiveModel:
     """
 
     name: str
-    knowledge: Knowledge
+    features: Features
     powers: Mapping[str, float]
     curvature: float
     sensitivity: Mapping[str, float]
@@ -51,7 +51,7 @@ class AdditiveModel:
 
     def precision(self, configuration: Configuration) -> float:
         """KL because of formats."""
-        noises = self.knowledge.noises(configuration, self.powers)
+        noises = self.features.noises(configuration, self.powers)
         pairs = zip(self.sensitivity.values(), noises, strict=True)
         total = sum(s * q for s, q in pairs) + self.rest[configuration.rest]
         return total + self.curvature * total**2
@@ -61,7 +61,7 @@ class AdditiveModel:
         if configuration.mode == "exact":
             return 0.0
         price, exponent = self.moved[configuration.mode]
-        return price * float(np.mean(self.knowledge.moved(configuration))) ** exponent
+        return price * float(np.mean(self.features.moved(configuration))) ** exponent
 
     def divergence(self, configuration: Configuration) -> float:
         """KL(full || this), nats a token."""
@@ -75,9 +75,7 @@ class AdditiveModel:
     def block(self, name: str, placement: BlockPlacement, mode: str, moved: float) -> float:
         """What one block adds to `nats`, as if it were additive altogether: for an allocator."""
         a, b = self.scales
-        added = (
-            a * self.sensitivity[name] * self.knowledge.noise(name, placement, self.powers[name])
-        )
+        added = a * self.sensitivity[name] * self.features.noise(name, placement, self.powers[name])
         if mode == "exact":
             return added
         price, _ = self.moved[mode]
@@ -85,7 +83,7 @@ class AdditiveModel:
 
 
 def fit_additive(
-    samples: Sequence[Sample], knowledge: Knowledge, *, power: float | None, curved: bool
+    samples: Sequence[Sample], features: Features, *, power: float | None, curved: bool
 ) -> AdditiveModel:
     """Sensitivities and curvature from exact samples, then prices of moved weight, then scales.
 
@@ -93,13 +91,13 @@ def fit_additive(
     """
     exact = [one for one in samples if one.configuration.mode == "exact"]
     powers = {
-        name: _own_power(exact, knowledge, name) if power is None else power
-        for name in knowledge.shapes
+        name: _own_power(exact, features, name) if power is None else power
+        for name in features.shapes
     }
-    sensitivity, rest, curvature = _sensitivities(exact, knowledge, powers, curved=curved)
+    sensitivity, rest, curvature = _sensitivities(exact, features, powers, curved=curved)
     model = AdditiveModel(
         name=additive_name(power, curved=curved),
-        knowledge=knowledge,
+        features=features,
         powers=powers,
         curvature=curvature,
         sensitivity=sensitivity,
@@ -118,14 +116,14 @@ def additive_name(power: float | None, *, curved: bool) -> str:
     return f"additive, {raised}{', curved' if curved else ''}"
 
 
-def _own_power(samples: Sequence[Sample], knowledge: Knowledge, name: str) -> float:
+def _own_power(samples: Sequence[Sample], features: Features, name: str) -> float:
     """The slope of log KL over log error where no block but this is encoded."""
     points: dict[str, tuple[float, float]] = {}
     for one in samples:
         placement = one.configuration.placement
         encoded = [other for other, some in placement.items() if some.formats != ("native",)]
-        if name in encoded and len(encoded) <= _together(knowledge) and one.divergence > 0:
-            noise = knowledge.noise(name, placement[name])
+        if name in encoded and len(encoded) <= _together(features) and one.divergence > 0:
+            noise = features.noise(name, placement[name])
             points[placement[name].formats[0]] = (np.log(noise), np.log(one.divergence))
     if len(points) < 2:
         return 1.0
@@ -133,9 +131,9 @@ def _own_power(samples: Sequence[Sample], knowledge: Knowledge, name: str) -> fl
     return float(np.clip((y1 - y0) / (x1 - x0), 1.0, 2.0)) if x1 > x0 else 1.0
 
 
-def _together(knowledge: Knowledge) -> int:
+def _together(features: Features) -> int:
     """How many blocks the largest group of a probe has."""
-    return max(len(one) for one in groups(knowledge.shapes))
+    return max(len(one) for one in groups(features.shapes))
 
 
 def _with(model: AdditiveModel, **changes: object) -> AdditiveModel:
@@ -148,14 +146,14 @@ def _moving(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _sensitivities(
-    samples: Sequence[Sample], knowledge: Knowledge, powers: Mapping[str, float], *, curved: bool
+    samples: Sequence[Sample], features: Features, powers: Mapping[str, float], *, curved: bool
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Curvature by trial: given it, S of each sample is known, and linear in sensitivities."""
-    names, encoded = list(knowledge.shapes), RESTS[1:]
+    names, encoded = list(features.shapes), DENSE_FORMATS[1:]
     x_NF = np.array(
         [
             [
-                *knowledge.noises(one.configuration, powers),
+                *features.noises(one.configuration, powers),
                 *(float(one.configuration.rest == name) for name in encoded),
             ]
             for one in samples
@@ -166,7 +164,7 @@ def _sensitivities(
     found = [(_weighed(x_NF, y_N, c, len(names)), c) for c in trials]
     (_, best), curvature = min(found, key=lambda one: one[0][0])
     sensitivity = dict(zip(names, best[: len(names)].tolist(), strict=True))
-    rest = {RESTS[0]: 0.0, **dict(zip(encoded, best[len(names) :].tolist(), strict=True))}
+    rest = {DENSE_FORMATS[0]: 0.0, **dict(zip(encoded, best[len(names) :].tolist(), strict=True))}
     return sensitivity, rest, curvature
 
 
@@ -204,7 +202,7 @@ def _price(samples: Sequence[Sample], model: AdditiveModel, mode: str) -> tuple[
     points: list[tuple[float, float]] = []
     for one in samples:
         if one.configuration.mode == mode:
-            moved = float(np.mean(model.knowledge.moved(one.configuration)))
+            moved = float(np.mean(model.features.moved(one.configuration)))
             left = one.divergence - model.precision(one.configuration)
             if moved > 1e-4:
                 points.append((np.log(moved), np.log(max(left, 1e-4))))
@@ -226,3 +224,157 @@ def _scale(samples: Sequence[Sample], model: AdditiveModel) -> float:
     nats = np.array([one.loss - one.full_loss for one in samples])
     pull = 0.25 * float((kl**2).sum()) + 1e-6
     return float(np.clip((kl @ nats + pull) / (kl @ kl + pull), 0.5, 2.0))
+
+
+_WIDTH, _STEPS, _DECAY = 16, 400, 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkModel:
+    """KL of a configuration, by a network that sees logarithms of errors and moved weight."""
+
+    features: Features
+    network: nn.Module
+    mean_F: np.ndarray
+    deviation_F: np.ndarray
+    name: str = "network of two layers"
+
+    def divergence(self, configuration: Configuration) -> float:
+        """KL(full || this), nats a token."""
+        x_F = (_features(configuration, self.features) - self.mean_F) / self.deviation_F
+        with torch.inference_mode():
+            y = float(self.network(torch.from_numpy(x_F).float()))
+        return max(0.0, float(np.exp(min(y, 3.0))) - FLOOR)  # nobody asks beyond 20 nats
+
+
+def fit_network(samples: Sequence[Sample], features: Features) -> NetworkModel:
+    """Train on log(KL + floor), the whole of the samples at each step."""
+    x_NF = np.array([_features(one.configuration, features) for one in samples])
+    y_N = np.log(np.maximum([one.divergence for one in samples], 0.0) + FLOOR)
+    mean_F, deviation_F = x_NF.mean(0), x_NF.std(0) + 1e-6
+    network = _trained(
+        torch.from_numpy((x_NF - mean_F) / deviation_F).float(), torch.from_numpy(y_N).float()
+    )
+    return NetworkModel(features=features, network=network, mean_F=mean_F, deviation_F=deviation_F)
+
+
+def _features(configuration: Configuration, features: Features) -> np.ndarray:
+    noises = np.array(features.noises(configuration))
+    moved = np.array(features.moved(configuration))
+    mode = [float(configuration.mode == one) for one in ("bounded", "virtual")]
+    return np.array(
+        [*np.log(noises + 1e-5), *moved, moved.mean(), *mode, float(configuration.rest != "native")]
+    )
+
+
+def _trained(x_NF: Tensor, y_N: Tensor) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(x_NF.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
+    with torch.no_grad():
+        network[2].bias.fill_(float(y_N.mean()))  # pyright: ignore
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=_DECAY)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        F.mse_loss(network(x_NF).view(-1), y_N).backward()
+        optimizer.step()
+    return network.eval()
+
+
+Model = AdditiveModel | NetworkModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityModel:
+    """The best additive model for allocating, and the best of all for judging.
+
+    margin: by how much the loss of perplexity may be more than predicted; half of the held-out
+    samples were nearer.
+    """
+
+    additive: AdditiveModel
+    judge: Model
+    margin: float
+    comparison: tuple[HeldOutError, ...]
+
+    @property
+    def name(self) -> str:
+        """The judge's."""
+        return self.judge.name
+
+    def loss(self, configuration: Configuration) -> float:
+        """Perplexity over that of the full model, less one."""
+        if isinstance(self.judge, AdditiveModel):
+            return float(np.expm1(self.judge.nats(configuration)))
+        return float(np.expm1(self.judge.divergence(configuration)))
+
+
+def compare_quality(profile: Profile, features: Features) -> dict[str, Any]:
+    """All candidates, judged by samples that they were not fitted to; plain values for the profile.
+
+    Takes a while, so it is done once, when everything is measured.
+    """
+    samples = quality_samples(profile)
+    fits = candidates(features)
+    predicted = {name: held_out(_divergence(fit), samples) for name, fit in fits.items()}
+    measured = [one.divergence for one in samples]
+    comparison = [
+        held_out_error(name, some, measured, floor=FLOOR) for name, some in predicted.items()
+    ]
+    best = min(comparison, key=lambda one: one.mean).model
+    additive = min(comparison[:-1], key=lambda one: one.mean).model  # the last is the network
+    errors = np.abs(np.array(predicted[best]) - np.array(measured))
+    return {
+        "judge": best,
+        "additive": additive,
+        "margin": float(np.median(errors)),
+        "comparison": [asdict(one) for one in comparison],
+    }
+
+
+def fit_quality(profile: Profile, features: Features) -> QualityModel:
+    """Those that `compare_quality` chose, fitted to all samples."""
+    found = profile.items["models"]["quality"]
+    fits, samples = candidates(features), quality_samples(profile)
+    additive = fits[found["additive"]](samples)
+    assert isinstance(additive, AdditiveModel)
+    same = found["judge"] == found["additive"]
+    return QualityModel(
+        additive=additive,
+        judge=additive if same else fits[found["judge"]](samples),
+        margin=found["margin"],
+        comparison=tuple(HeldOutError(**one) for one in found["comparison"]),
+    )
+
+
+def candidates(features: Features) -> dict[str, Callable[[Sequence[Sample]], Model]]:
+    """By name; the last is the network."""
+    fits: dict[str, Callable[[Sequence[Sample]], Model]] = {
+        additive_name(power, curved=curved): _additive(features, power, curved=curved)
+        for power in POWERS
+        for curved in (False, True)
+    }
+    fits["network of two layers"] = lambda some: fit_network(some, features)
+    return fits
+
+
+def _additive(
+    features: Features, power: float | None, *, curved: bool
+) -> Callable[[Sequence[Sample]], Model]:
+    return lambda some: fit_additive(some, features, power=power, curved=curved)
+
+
+def _divergence(
+    fit: Callable[[Sequence[Sample]], Model],
+) -> Callable[[Sequence[Sample]], Callable[[Sample], float]]:
+    def fitted(some: Sequence[Sample]) -> Callable[[Sample], float]:
+        model = fit(some)
+        return lambda one: model.divergence(one.configuration)
+
+    return fitted
+
+
+def quality_samples(profile: Profile) -> list[Sample]:
+    """All that was measured, window by window and step by step."""
+    values = [*profile.those("quality/").values(), *profile.those("steps/").values()]
+    return [sample_from(one) for one in values]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moefit.plan.reference import Reference
-from moefit.serve.served import ServedModel
-from moefit.serve.slots import allocate
-from moefit.serve.store import ExpertStore
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.model import ServedModel
 
 TOKENS = (1, 4, 16, 64)
 _REPEATS = 12
@@ -89,7 +89,7 @@ def _timed(experts: VirtualExperts, arguments: Sequence[Tensor]) -> Iterable[flo
 
 def _loads(experts: VirtualExperts, store: ExpertStore) -> tuple[float, float]:
     """Seconds to read one expert, cold and warm, medians."""
-    slot = allocate(experts.format, experts.block.layout.specs, torch.device("cpu"))
+    slot = allocate_slot(experts.format, experts.block.layout.specs, torch.device("cpu"))
     name, times = experts.block.name, ([], [])
     for expert in range(min(_READS, experts.num_experts)):
         forget(store.files(name, experts.format))

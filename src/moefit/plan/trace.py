@@ -1,20 +1,27 @@
-"""What misses and what moves if only some experts of a block are in memory: routes, replayed.
+"""Record the routing of a text, and replay it with fewer experts resident.
 
-Owns decoding a recorded text again in thought, block by block, with the serving half's own
-decisions (eviction, manager, importance) and slots that hold nothing. Pure; the rule of the bounded
-mode is `serve/reroute.py`'s, for one token and in plain Python. It assumes that a block's input is
-the full model's, whatever earlier blocks have moved.
-
-Shapes: T tokens, E experts, K chosen per token.
+`record_routes` runs the model exactly and records what every block's router chose. Replaying the
+record gives misses, swaps and substituted weight for any number of slots and any policy, without
+the model; `Curves` keep them at a few points per block.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.residency import Residency
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from moefit.plan.experiments import policies, slot_counts
+from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.config import Mode, Policy
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.model import ServedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +55,7 @@ class _Block:
 
     def __init__(self, num_experts: int, slots: int):
         self.eviction = POLICIES[DEFAULT_POLICY]()
-        self.residency = Residency(num_experts, slots, self.eviction)
+        self.slot_table = SlotTable(num_experts, slots, self.eviction)
         self.importance = ExpertImportanceEstimator(num_experts)
         self.num_experts = num_experts
 
@@ -62,28 +69,28 @@ class _Block:
 
     def fetch(self, needed: Sequence[int]) -> int:
         """Make room for what is not there, one by one; returns how many those were."""
-        residents = self.residency.residents
+        residents = self.slot_table.residents
         absent = [expert for expert in needed if expert not in residents]
         left = set(needed)
         for number, expert in enumerate(absent):
-            slot = self.residency.reserve(expert, protected=left)
+            slot = self.slot_table.reserve(expert, protected=left)
             if slot is None:  # more are needed than slots: what is computed gives its slot up
                 left = set(absent[number:])
-                slot = self.residency.reserve(expert, protected=left)
+                slot = self.slot_table.reserve(expert, protected=left)
             assert slot is not None
-            self.residency.publish(slot)
+            self.slot_table.publish(slot)
         return len(absent)
 
     def swap(self, manager: VirtualExpertManager) -> int:
         swaps = manager.plan(
-            list(self.residency.residents), self.importance.scores(), empty=self.residency.empty
+            list(self.slot_table.residents), self.importance.scores(), empty=self.slot_table.empty
         )
         for one in swaps:
             if one.evict is not None:
-                self.residency.evict(one.evict)
-            slot = self.residency.reserve(one.load)
+                self.slot_table.evict(one.evict)
+            slot = self.slot_table.reserve(one.load)
             assert slot is not None
-            self.residency.publish(slot)
+            self.slot_table.publish(slot)
         return len(swaps)
 
 
@@ -100,9 +107,9 @@ def replay_bounded(
     for step in steps:
         block.observe(step)
         lost: list[int] = []
-        if block.residency.residents:
-            lost = replaceable(step, block.residency.residents, bound, protected)
-        better = substitutes(step, block.residency.residents, len(lost)) if lost else []
+        if block.slot_table.residents:
+            lost = replaceable(step, block.slot_table.residents, bound, protected)
+        better = substitutes(step, block.slot_table.residents, len(lost)) if lost else []
         lost = lost[: len(better)]
         total = sum(step.weights)
         if lost and total:
@@ -119,11 +126,11 @@ def replay_virtual(
     block, sums = _Block(num_experts, slots), _Sums()
     for number, step in enumerate(steps, start=1):
         block.observe(step)
-        if block.residency.empty:
+        if block.slot_table.empty:
             sums.misses += block.fetch(step.chosen)
         else:
             total = sum(step.weights)
-            here = block.residency.residents
+            here = block.slot_table.residents
             absent = [
                 weight
                 for expert, weight in zip(step.chosen, step.weights, strict=True)
@@ -165,3 +172,154 @@ def substitutes(step: Step, residents: Collection[int], count: int) -> list[int]
 def _means(sums: _Sums, steps: int) -> Replayed:
     count = max(1, steps)
     return Replayed(misses=sums.misses / count, swaps=sums.swaps / count, moved=sums.moved / count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """One block's steps, and each expert's share of router weight and of what is added to x.
+
+    mass_E and loudness_E sum to one; experts: how many a token uses, in the mean.
+    rule_known: whether the router's rule was recognised.
+    """
+
+    steps: Sequence[Step]
+    mass_E: Sequence[float]
+    output_energy_E: Sequence[float]
+    experts: float
+    rule_known: bool = True
+
+
+@torch.inference_mode()
+def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
+    """Routes of all windows by block, one window after the other; the mode must be exact."""
+    steps: dict[str, list[Step]] = {name: [] for name in served.blocks}
+    for experts in served.blocks.values():
+        experts.enable_stats()
+    with _listening(served, steps):
+        for window_T in windows_BT:
+            ids_1T = window_T[None].to(served.model.device)
+            served.model(input_ids=ids_1T, use_cache=False)
+    return {name: _routes(steps[name], served.blocks[name]) for name in steps}
+
+
+@contextmanager
+def _listening(served: ServedModel, steps: dict[str, list[Step]]) -> Iterator[None]:
+    hooks: list[RemovableHandle] = []
+    for name, experts in served.blocks.items():
+
+        def hear(module: VirtualExperts, args: tuple[Tensor, ...], name: str = name) -> None:
+            steps[name] += _steps(module, *args)
+
+        hooks.append(experts.register_forward_pre_hook(hear))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _steps(experts: VirtualExperts, x: Tensor, *arguments: Tensor) -> Iterator[Step]:
+    x_TD = x.reshape(-1, x.shape[-1])
+    routing = experts.block.layout.routing(len(x_TD), *arguments)
+    ids, weights = routing.ids_TK.tolist(), routing.weights_TK.float().abs().tolist()
+    norms = x_TD.float().norm(dim=-1).tolist()
+    scores = _scores(experts, len(x_TD))
+    for chosen, heavy, norm, score in zip(ids, weights, norms, scores, strict=True):
+        pairs = [(e, w) for e, w in zip(chosen, heavy, strict=True) if e < experts.num_experts]
+        yield Step(
+            chosen=[e for e, _ in pairs], weights=[w for _, w in pairs], scores=score, norm=norm
+        )
+
+
+def _scores(experts: VirtualExperts, tokens: int) -> list[list[float]]:
+    """By which substitutes are chosen; zeros where the router's rule is not known."""
+    if experts.scoring is None or experts.logits_TE is None:
+        return [[0.0] * experts.num_experts] * tokens
+    logits_TE = experts.logits_TE.reshape(-1, experts.num_experts)
+    return experts.scoring.preference(logits_TE, experts.bias_E).float().tolist()
+
+
+def _routes(steps: Sequence[Step], experts: VirtualExperts) -> Routes:
+    mass = [0.0] * experts.num_experts
+    for step in steps:
+        total = sum(step.weights) or 1.0
+        for expert, weight in zip(step.chosen, step.weights, strict=True):
+            mass[expert] += weight / total
+    return Routes(
+        steps=steps,
+        mass_E=_shares(mass),
+        output_energy_E=_shares(experts.output_energy.scores()),
+        experts=sum(len(step.chosen) for step in steps) / max(1, len(steps)),
+        rule_known=experts.scoring is not None or not experts.used,
+    )
+
+
+def _shares(values: Sequence[float]) -> list[float]:
+    total = sum(values)
+    return [value / total if total else 1 / len(values) for value in values]
+
+
+Curves = Mapping[str, Mapping[int, Replayed]]
+"""By policy, then slots."""
+
+
+def policy_key(mode: Mode, bound: float, every: int) -> str:
+    """As `experiments.policies` names them."""
+    return {"exact": "exact", "bounded": f"bounded:{bound:g}", "virtual": f"virtual:{every}"}[mode]
+
+
+def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dict[str, Any]]:
+    """All curves of one block, as plain values; depth is the block's among all, 0 to 1."""
+    return {
+        policy: {
+            str(slots): _point(_replayed(policy, routes, num_experts, slots, depth))
+            for slots in slot_counts(num_experts)
+        }
+        for policy in policies()
+    }
+
+
+def _point(one: Replayed) -> list[float]:
+    return [one.misses, one.swaps, one.moved]
+
+
+def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: float) -> Replayed:
+    mode, _, value = policy.partition(":")
+    if mode == "exact":
+        return replay_exact(routes.steps, experts, slots)
+    if mode == "bounded":
+        bound = Policy(bound=float(value)).bound_at(depth)
+        return replay_bounded(routes.steps, experts, slots, bound=bound)
+    manager = VirtualExpertManager(every=int(value))
+    return replay_virtual(routes.steps, experts, slots, manager)
+
+
+def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
+    """From `make_curves`; with all experts resident nothing is missed or moved."""
+    nothing = Replayed(misses=0.0, swaps=0.0, moved=0.0)
+    return {
+        policy: {
+            **{
+                int(slots): Replayed(misses=point[0], swaps=point[1], moved=point[2])
+                for slots, point in sorted(points.items(), key=lambda one: int(one[0]))
+            },
+            num_experts: nothing,
+        }
+        for policy, points in values.items()
+    }
+
+
+def interpolated(curves: Curves, policy: str, slots: int) -> Replayed:
+    """Between two points of a curve in a straight line."""
+    points = curves[policy]
+    if slots in points:
+        return points[slots]
+    below = max(known for known in points if known < slots)
+    above = min(known for known in points if known > slots)
+    share = (slots - below) / (above - below)
+    low, high = points[below], points[above]
+    return Replayed(
+        misses=low.misses + share * (high.misses - low.misses),
+        swaps=low.swaps + share * (high.swaps - low.swaps),
+        moved=low.moved + share * (high.moved - low.moved),
+    )

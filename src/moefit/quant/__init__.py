@@ -1,1 +1,1 @@
-"""How an expert's matrices lie in memory: formats, encoders, computing straight from them."""
+"""Quantised formats of experts: layouts, encoders and kernels that compute from them."""

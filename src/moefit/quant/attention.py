@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.formats.kernels import NATIVE_DTYPES, Kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
 
 LANES = 16  # widths of keys and values are multiples of it
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefit.formats.kernels import SWITCH, Argument, Mlp, Weight, kernels, status
-from moefit.formats.matrix import GroupedMatrix
+from moefit.quant.cpu_kernels import SWITCH, KernelMatrix, KernelMlp, Weight, kernels, status
+from moefit.quant.grouped_int import GroupedMatrix
 
 
 class Backend(Protocol):
@@ -26,7 +26,7 @@ class Backend(Protocol):
     """The same where nothing need be decoded."""
 
     def linear(
-        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """x W^T, [T, O] in `dtype`."""
         ...
@@ -36,13 +36,13 @@ class Backend(Protocol):
         ...
 
     def experts(
-        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+        self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
         """Each expert over the tokens given for it, unweighted: float32 y_RD, expert by expert."""
         ...
 
     def one_token(
-        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
         """Each expert's output, unweighted, into its row of y_KD, float32."""
         ...
@@ -88,6 +88,6 @@ def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
 def _triton() -> Backend | None:
     if find_spec("triton") is None:
         return None
-    from moefit.formats.gpu_kernels import TritonKernels
+    from moefit.quant.gpu_kernels import TritonKernels
 
     return TritonKernels()

@@ -1,11 +1,8 @@
-"""The compiled kernels: found, checked and called.
+"""Load and call the compiled CPU kernels.
 
-Owns the border to `csrc/`: pointers go in, nothing is kept. Where the library was not built (no
-compiler at installation) `kernels()` is None and everything runs in torch, as the plain way in
-`matrix.py` does. Knows nothing of models or slots.
-
-Shapes: T tokens, D model width, F expert width, I input units, O output units, K chosen per token,
-R routed rows.
+Finds the shared library, selects the instruction set, checks arguments and calls the functions
+through ctypes. Without the library everything is computed in torch; `MOEFIT_KERNELS` forces a
+level. `plain_weighted_sum` is the torch reference of the kernel with the same name.
 """
 
 import ctypes
@@ -22,10 +19,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import ConfigError
-from moefit.formats.matrix import ROWS_AT_ONCE, GroupedMatrix, groups_of
-from moefit.formats.moments import Moments
-from moefit.formats.planes import GROUP
-from moefit.formats.weighted_sum import plain_weighted_sum
+from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, GroupedMatrix, groups_of
+from moefit.quant.moments import SecondMoments
+
+
+def plain_weighted_sum(
+    y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """y_TD in `dtype`, of outputs y_RD.
+
+    energy: also |weight * output|^2 of each row, float32 [R].
+    """
+    weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
+    energy_R = weighted_RD.float().square().sum(-1) if energy else None
+    total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)
+    for part_TD in weighted_RD.view(*weights_TK.shape, -1).unbind(1):
+        total_TD += part_TD.float()
+    return total_TD.to(dtype), energy_R
+
 
 Level = Literal["portable", "avx2", "avx512", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
@@ -51,7 +62,7 @@ class _Expert(Structure):
     _fields_ = (("w_in", _Matrix), ("w_out", _Matrix), ("first", c_int64), ("rows", c_int64))
 
 
-class Argument:
+class KernelMatrix:
     """A weight as kernels take it, looked up once. Keeps the weight's memory."""
 
     def __init__(self, weight: Weight):
@@ -60,7 +71,7 @@ class Argument:
         self.rows, self.cols = self.matrix.rows, self.matrix.cols
 
 
-class Mlp:
+class KernelMlp:
     """An expert's two matrices and what is between them: down(act(gate) * up), or down(act(in))."""
 
     def __init__(self, *, w_in: Weight, w_out: Weight, activation: str, gated: bool):
@@ -113,12 +124,12 @@ class Kernels:
         ]
 
     def linear(
-        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """x W^T, [T, O] in `dtype`."""
-        weight = weight if isinstance(weight, Argument) else Argument(weight)
+        weight = weight if isinstance(weight, KernelMatrix) else KernelMatrix(weight)
         assert x_TI.shape[1] == weight.cols
-        x_TI = _readable(x_TI if x_TI.dtype == dtype else x_TI.float())
+        x_TI = _contiguous(x_TI if x_TI.dtype == dtype else x_TI.float())
         y_TO = x_TI.new_empty(len(x_TI), weight.rows)
         self._library.moefit_linear(
             self._level, weight.matrix, x_TI.data_ptr(), len(x_TI), _KINDS[x_TI.dtype],
@@ -167,9 +178,15 @@ class Kernels:
         return None if bad < 0 else bad
 
     def compensate(
-        self, weight_RC: Tensor, target: GroupedMatrix, first: int, known: Moments, sweeps: int
+        self,
+        weight_RC: Tensor,
+        target: GroupedMatrix,
+        first: int,
+        known: SecondMoments,
+        sweeps: int,
     ) -> None:
-        """Fill `target` from column `first` on, as many as are known: what `_Span` there gives.
+        """Fill `target` from column `first` on, as many as are known: what `_ColumnSpan` there
+        gives.
 
         Weights are finite and on a CPU; equal to the plain way but for float32's rounding.
         """
@@ -185,7 +202,7 @@ class Kernels:
         )  # fmt: skip
 
     def experts(
-        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+        self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
         """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
 
@@ -199,11 +216,11 @@ class Kernels:
         y_RD = torch.empty(first, x_TD.shape[1])
         if not first:
             return y_RD
-        self._run(mlps, array, joined(tokens), x_TD, y_RD)
+        self._run(mlps, array, join_tokens(tokens), x_TD, y_RD)
         return y_RD
 
     def one_token(
-        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
         """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
         array = (_Expert * len(mlps))()
@@ -213,11 +230,16 @@ class Kernels:
         self._run(mlps, array, None, x_1D, y_KD)
 
     def _run(
-        self, mlps: Sequence[Mlp], array: Any, token_R: Tensor | None, x_TD: Tensor, y_RD: Tensor
+        self,
+        mlps: Sequence[KernelMlp],
+        array: Any,
+        token_R: Tensor | None,
+        x_TD: Tensor,
+        y_RD: Tensor,
     ) -> None:
         """token_R None: all rows are of the only token."""
         assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
-        x_TD = _readable(x_TD)
+        x_TD = _contiguous(x_TD)
         one, w_out = mlps[0], mlps[0].argument.w_out
         scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
         h_RQ = torch.empty(len(y_RD), scratch)
@@ -299,14 +321,14 @@ def _version(library: ctypes.CDLL) -> int:
     return int(library.moefit_version())
 
 
-def joined(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
+def join_tokens(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
     """The token of each routed row, int64 [R], one expert after the other."""
     if all(isinstance(mine, Tensor) for mine in tokens):
         return torch.cat([mine for mine in tokens if isinstance(mine, Tensor)])
     return torch.tensor([int(token) for mine in tokens for token in mine])
 
 
-def _readable(x_TI: Tensor) -> Tensor:
+def _contiguous(x_TI: Tensor) -> Tensor:
     return (x_TI if x_TI.dtype in _KINDS else x_TI.float()).contiguous()
 
 

@@ -22,9 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import CheckpointError
-from moefit.formats.kernels import kernels
-from moefit.formats.matrix import ROWS_AT_ONCE, SLAB, GroupedMatrix, groups_of, to_slabs
-from moefit.formats.planes import GROUP, pack
+from moefit.quant.cpu_kernels import kernels
+from moefit.quant.grouped_int import (
+    GROUP,
+    ROWS_AT_ONCE,
+    SLAB,
+    GroupedMatrix,
+    groups_of,
+    pack,
+    to_slabs,
+)
 
 Encoder = Literal["nearest", "fitted"]
 _SPREADS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.88, 0.76), 4: (1.0, 0.9), 5: (1.0, 0.95)}
@@ -63,16 +70,16 @@ def encode_into(
             fitted = encoder == "fitted"
             bad = compiled.encode(part_RC, part, fitted=fitted, moments_C=moments_C)
         if bad is not None:
-            raise _unsound(weight_RC, number * rows * target.cols + bad)
+            raise _not_finite(weight_RC, number * rows * target.cols + bad)
 
 
-def refuse_unsound(weight_RC: Tensor) -> None:
+def check_finite(weight_RC: Tensor) -> None:
     """Raise CheckpointError for weights that are NaN, infinite or beyond float16."""
-    if (bad := _first_unsound(weight_RC)) is not None:
-        raise _unsound(weight_RC, bad)
+    if (bad := _first_not_finite(weight_RC)) is not None:
+        raise _not_finite(weight_RC, bad)
 
 
-def _unsound(weight_RC: Tensor, place: int) -> CheckpointError:
+def _not_finite(weight_RC: Tensor, place: int) -> CheckpointError:
     row, col = divmod(place, weight_RC.shape[1])
     return CheckpointError(
         f"the weight of output {row} for input {col} is {float(weight_RC[row, col])}, which no "
@@ -80,7 +87,7 @@ def _unsound(weight_RC: Tensor, place: int) -> CheckpointError:
     )
 
 
-def _first_unsound(weight_RC: Tensor) -> int | None:
+def _first_not_finite(weight_RC: Tensor) -> int | None:
     unsound_RC = ~(weight_RC.abs() <= LARGEST)  # NaN too
     return int(unsound_RC.flatten().nonzero()[0]) if unsound_RC.any() else None
 
@@ -89,7 +96,7 @@ def _encode(
     target: GroupedMatrix, weight_RC: Tensor, encoder: Encoder, moments_C: Tensor | None
 ) -> int | None:
     """The plain way, which the kernels are compared with; gives what `Kernels.encode` does."""
-    if (bad := _first_unsound(weight_RC)) is not None:
+    if (bad := _first_not_finite(weight_RC)) is not None:
         return bad
     codes_NB, meta_RMG = _encode_rows(weight_RC, target.bits, encoder, moments_C)
     target.codes_RB.copy_(codes_NB.view(target.codes_RB.shape))

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moefit.formats.backend import decoded
-from moefit.formats.format import Format, Weights
-from moefit.formats.matrix import GroupedMatrix
 from moefit.moe.families import Tensors, TensorSpec
+from moefit.quant.backend import decoded
+from moefit.quant.format import Format, Weights
+from moefit.quant.grouped_int import GroupedMatrix
 
 GAUSSIAN: Mapping[str, float] = {
     "int2": 1.02e-1,

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.formats.backend import decoded
-from moefit.formats.encoders import Encoder, encode_into
-from moefit.formats.kernels import Weight
-from moefit.formats.matrix import (
+from moefit.moe.families import Layout, Tensors, TensorSpec
+from moefit.quant.backend import decoded
+from moefit.quant.cpu_kernels import Weight
+from moefit.quant.encode import Encoder, encode_into
+from moefit.quant.grouped_int import (
+    PLANES,
     ROWS_AT_ONCE,
     GroupedMatrix,
     codes_bytes,
@@ -29,8 +31,6 @@ from moefit.formats.matrix import (
     meta_bytes,
     meta_per_group,
 )
-from moefit.formats.planes import PLANES
-from moefit.moe.families import Layout, Tensors, TensorSpec
 
 _ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
 Weights = Mapping[str, Weight]
@@ -176,7 +176,8 @@ def expert_output(layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
     """One expert's unweighted output y_RD, the plain way: decoded, then as the family computes.
 
     On a CPU, 16-bit rows are filled up to one of few numbers: oneDNN compiles a program for every
-    shape and keeps a thousand of them, which took hundreds of MiB (tests/test_peak_memory.py).
+    shape and keeps a thousand of them, which took hundreds of MiB
+    (tests/serve/memory/test_peak_memory.py).
     """
     rows = len(x_RD)
     if x_RD.device.type == "cpu" and x_RD.dtype.itemsize == 2:

@@ -1,40 +1,72 @@
-"""From weights to codes with an eye on the inputs: each column's error is made up for in the rest.
+"""Encode an expert so that the error of its outputs, not of its weights, is small (GPTQ).
 
-Owns the encoding of one matrix where the second moments of its inputs are known, H = E[x x^T]: what
-is kept small is the error of the outputs, tr((W - W^) H (W - W^)^T). Column after column is
-rounded, and what that did to the outputs is taken back in the columns that are still to come, by
-the factor U of `moments.py`. A group's scale and minimum are found by `fitted` when its first
-column's turn comes; a column's error there counts as what the later ones cannot make up for. Then,
-in a few sweeps, each group's scale and minimum, and each code, are set to what is best while all
-others stay (coordinate descent), which never makes the error larger. The result is a
-`GroupedMatrix` like any other.
-
-Compiled kernels do it where there are some; what is here says what they must compute.
-
-Shapes: R rows (output units), C columns (input units), P columns in whole groups, G groups, I
-columns of one group. Columns come first here, so that one column's weights lie side by side.
+Records the inputs of each matrix while the family's own code computes the expert, accumulates their
+second moments (`moments.py`), and rounds column after column, correcting the remaining columns for
+the error made so far. Formats and kernels are the same as without calibration.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from moefit.formats.encoders import LARGEST, encode, refuse_unsound
-from moefit.formats.kernels import kernels
-from moefit.formats.matrix import GroupedMatrix, groups_of, to_slabs
-from moefit.formats.moments import Moments
-from moefit.formats.planes import GROUP, pack
+from moefit.errors import CheckpointError
+from moefit.moe.families import Layout, Tensors
+from moefit.quant.cpu_kernels import kernels
+from moefit.quant.encode import LARGEST, check_finite, encode, encode_into
+from moefit.quant.format import Weights, dense_tensors
+from moefit.quant.grouped_int import GROUP, GroupedMatrix, groups_of, pack, to_slabs
+from moefit.quant.moments import SecondMoments, moments_of
+
+_PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+
+
+def expert_inputs(
+    layout: Layout, tensors: Tensors, x_ND: Tensor
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """The inputs [N, C] of each matrix by short name, and the expert's output [N, D]."""
+    with _InputRecorder(tensors) as heard:
+        y_ND = layout.output(tensors, x_ND)
+    return heard.inputs, y_ND
+
+
+class _InputRecorder(TorchFunctionMode):
+    """Keeps the left side of products whose right side is one of `tensors`."""
+
+    def __init__(self, tensors: Tensors):
+        super().__init__()
+        self._names = {id(tensor): short for short, tensor in tensors.items() if tensor.dim() == 2}
+        self.inputs: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _PRODUCTS and len(args) > 1:
+            short = self._names.get(id(args[1]))
+            if short is not None:
+                self.inputs[short] = args[0].detach().reshape(-1, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
 
 SWEEPS = 3
 
 
-def encode_compensated(
-    target: GroupedMatrix, weight_RC: Tensor, moments: Sequence[Moments], *, sweeps: int = SWEEPS
+def encode_gptq(
+    target: GroupedMatrix,
+    weight_RC: Tensor,
+    moments: Sequence[SecondMoments],
+    *,
+    sweeps: int = SWEEPS,
 ) -> None:
     """Fill `target`. Raises CheckpointError as `encode` does."""
-    refuse_unsound(weight_RC)
+    check_finite(weight_RC)
     assert sum(known.cols for known in moments) == weight_RC.shape[1]
     compiled = kernels()
     first = 0
@@ -42,7 +74,7 @@ def encode_compensated(
         if compiled:
             compiled.compensate(weight_RC, target, first, known, sweeps)
         else:
-            span = _Span(weight_RC[:, first : first + known.cols], known, target.bits)
+            span = _ColumnSpan(weight_RC[:, first : first + known.cols], known, target.bits)
             span.round()
             if target.bits < 8:
                 span.sweep(sweeps)
@@ -51,10 +83,10 @@ def encode_compensated(
     to_slabs(target.codes_RB, target.meta_RMG)
 
 
-class _Span:
+class _ColumnSpan:
     """Columns that make up for each other: weight = scale * code + least, group by group."""
 
-    def __init__(self, weight_RC: Tensor, known: Moments, bits: int):
+    def __init__(self, weight_RC: Tensor, known: SecondMoments, bits: int):
         rows, self._cols = weight_RC.shape
         self._weight_CR = weight_RC.float().T.contiguous()
         self._known, self._bits = known, bits
@@ -115,8 +147,8 @@ class _Span:
         det_R = a_R * c - b_R.square()
         sound_R = det_R > 1e-4 * a_R * c  # codes that are all alike leave scale and minimum open
         det_R = det_R.where(sound_R, 1.0)
-        scale_R = _half(self._scale_GR[group] + (c * u_R - b_R * v_R) / det_R)
-        least_R = _half(self._least_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
+        scale_R = _half_row(self._scale_GR[group] + (c * u_R - b_R * v_R) / det_R)
+        least_R = _half_row(self._least_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
         s_R, t_R = scale_R - self._scale_GR[group], least_R - self._least_GR[group]
         gain_R = 2 * (s_R * u_R + t_R * v_R)
         gain_R -= s_R.square() * a_R + 2 * s_R * t_R * b_R + t_R.square() * c
@@ -154,10 +186,51 @@ class _Span:
             target.meta_RMG[:, 1, first : first + groups] = self._least_GR.T
 
 
-def _half(value_R: Tensor) -> Tensor:
+def _half_row(value_R: Tensor) -> Tensor:
     return value_R.clamp(-LARGEST, LARGEST).half().float()
 
 
 def _divisor(scale_R: Tensor) -> Tensor:
     """A group of equal weights has scale 0; its codes don't matter."""
     return scale_R.where(scale_R.abs() > 0, 1.0)
+
+
+class CalibratedExpert:
+    """An expert's own tensors, and the rows by which it is judged: x_ND, what each counts."""
+
+    def __init__(self, layout: Layout, native: Tensors, x_ND: Tensor, count_N: Tensor):
+        self._layout, self._native = layout, native
+        self._x_ND, self._count_N = x_ND.float(), count_N
+        with torch.inference_mode():
+            inputs, self._y_ND = expert_inputs(layout, _in_float(native), self._x_ND)
+            self._moments: Mapping[str, Sequence[SecondMoments]] = {
+                short: moments_of(input_NC, count_N) for short, input_NC in inputs.items()
+            }
+
+    def encode(self, weights: Weights) -> None:
+        """Fill bound tensors. Raises CheckpointError for weights that no format can hold."""
+        for short, tensor in self._native.items():
+            target = weights[short]
+            if isinstance(target, Tensor):
+                target.copy_(tensor)
+                continue
+            weight_RC = tensor.T if self._layout.specs[short].inputs_first else tensor
+            try:
+                if short in self._moments:
+                    encode_gptq(target, weight_RC, self._moments[short])
+                else:
+                    encode_into(target, weight_RC, "fitted")
+            except CheckpointError as error:
+                raise CheckpointError(f"{short}: {error}") from error
+
+    def relative_error(self, weights: Weights) -> float:
+        """|y - y^|^2 / |y|^2 over the rows; 0 for an expert that gives nothing."""
+        with torch.inference_mode():
+            tensors = _in_float(dense_tensors(self._layout.specs, weights, torch.float32))
+            off_ND = self._layout.output(tensors, self._x_ND).sub_(self._y_ND)
+        square = float(self._y_ND.square().sum(-1) @ self._count_N)
+        return float(off_ND.square().sum(-1) @ self._count_N) / square if square else 0.0
+
+
+def _in_float(tensors: Tensors) -> Tensors:
+    return {short: tensor.float() for short, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The Triton kernels called: the same border as `kernels.py`, for tensors on a GPU.
+"""The Triton kernels called: the same border as `cpu_kernels.py`, for tensors on a GPU.
 
 Owns how work is cut into launches: a linear layer is one, the experts of a block are two, whatever
 their formats, told apart by a table of addresses. Importing this needs Triton, so only `backend.py`
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from moefit.formats.kernels import (
+from moefit.quant.cpu_kernels import (
     NATIVE_DTYPES,
-    Argument,
-    Mlp,
+    KernelMatrix,
+    KernelMlp,
     Weight,
-    joined,
+    join_tokens,
+    plain_weighted_sum,
 )
-from moefit.formats.matrix import GroupedMatrix, groups_of
-from moefit.formats.triton_kernels import (
+from moefit.quant.grouped_int import GroupedMatrix, groups_of
+from moefit.quant.triton_kernels import (
     MIXED,
     decode_kernel,
     down_kernel,
     hidden_kernel,
     linear_kernel,
 )
-from moefit.formats.weighted_sum import plain_weighted_sum
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens in a tile, and output units beside them. Tensor cores take 16 or more, one token none.
@@ -47,11 +47,11 @@ class TritonKernels:
     few = few_native = 1 << 30  # any number of tokens: decoding would go through memory
 
     def linear(
-        self, x_TI: Tensor, weight: Weight | Argument, dtype: torch.dtype = torch.float32
+        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """x W^T, [T, O] in `dtype`."""
-        weight = weight.weight if isinstance(weight, Argument) else weight
-        x_TI = _readable(x_TI)
+        weight = weight.weight if isinstance(weight, KernelMatrix) else weight
+        x_TI = _contiguous(x_TI)
         (rows, cols), tokens = _shape(weight), len(x_TI)
         assert x_TI.shape[1] == cols
         y_TO = x_TI.new_empty(tokens, rows, dtype=torch.float32)
@@ -80,13 +80,13 @@ class TritonKernels:
         return out_OI
 
     def experts(
-        self, x_TD: Tensor, mlps: Sequence[Mlp], tokens: Sequence[Sequence[int] | Tensor]
+        self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
         """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
 
         Float32, but hidden units are rounded to the tokens' dtype where torch would round them.
         """
-        x_TD = _readable(x_TD)
+        x_TD = _contiguous(x_TD)
         assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
         counts = [len(mine) for mine in tokens]
         y_RD = x_TD.new_empty(sum(counts), x_TD.shape[1], dtype=torch.float32)
@@ -96,7 +96,10 @@ class TritonKernels:
         table = _table(mlps, counts, tile)
         native = {kind for row in table for kind in (row[2], row[5])} & {*NATIVE_DTYPES.values()}
         assert native <= {NATIVE_DTYPES[x_TD.dtype]}, "torch's own products want the same"
-        tiles, token_R = _on(torch.tensor(table), x_TD.device), _on(joined(tokens), x_TD.device)
+        tiles, token_R = (
+            _on(torch.tensor(table), x_TD.device),
+            _on(join_tokens(tokens), x_TD.device),
+        )
         one, inner = mlps[0], mlps[0].argument.w_out.cols
         h_RF = x_TD.new_empty(len(y_RD), inner)
         shape = {"TOKENS": tile, "ROWS": _TILES[tile], "GROUPS": _GROUPS, **_OPTIONS}
@@ -113,7 +116,7 @@ class TritonKernels:
         return y_RD
 
     def one_token(
-        self, x_1D: Tensor, mlps: Sequence[Mlp], rows: Sequence[int], y_KD: Tensor
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
         """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
         made_ND = self.experts(x_1D, mlps, [(0,)] * len(mlps))
@@ -126,7 +129,7 @@ class TritonKernels:
         return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
 
 
-def _table(mlps: Sequence[Mlp], counts: Sequence[int], tile: int) -> list[tuple[int, ...]]:
+def _table(mlps: Sequence[KernelMlp], counts: Sequence[int], tile: int) -> list[tuple[int, ...]]:
     """A row per tile: both matrices (codes, scales, kind), first routed row, number of rows."""
     table, begin = [], 0
     for mlp, count in zip(mlps, counts, strict=True):
@@ -154,7 +157,7 @@ def _on(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _readable(x_TI: Tensor) -> Tensor:
+def _contiguous(x_TI: Tensor) -> Tensor:
     return (x_TI if x_TI.dtype in _DTYPES else x_TI.float()).contiguous()
 
 

@@ -1,14 +1,10 @@
-"""A weight matrix of small integers with a scale and a minimum for every 64 of a row.
+"""Weight matrices in grouped integers: codes in bit planes, with a scale and a minimum per group.
 
-Owns its shape in bytes and its decoding, which says what the kernels must compute. Rows are output
-units. A row that is no multiple of 64 long is padded; padding decodes to whatever, and is cut off.
+Defines the memory layout that every kernel reads. A row is divided into groups of 64 weights; each
+group has its codes packed in bit planes, one scale and, for asymmetric formats, one minimum.
+Everything here is plain torch and serves as the reference for the compiled kernels.
 
-Rows lie in slabs of 16, transposed word by word: the first 4 bytes of each of the 16 rows' codes,
-then the next 4 of each, and so on; so do the 16 scales, and the 16 minima, of each group. One
-vector instruction then takes 4 inputs of 16 rows on, a lane is a row, and a slab is a single stream
-from memory. Rows that fill no slab lie behind them as they are.
-
-Shapes: R rows, C columns, G groups a row.
+Shapes: R rows, C columns, G groups of a row, N groups, B bytes, M values of metadata per group.
 """
 
 from collections.abc import Iterator
@@ -18,7 +14,44 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from moefit.formats.planes import GROUP, unpack
+GROUP = 64
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+def pack(codes_NG: Tensor, bits: int) -> Tensor:
+    """Codes [N, 64], uint8, as [N, bits * 8] bytes."""
+    planes, below = [], 0
+    for width in PLANES[bits]:
+        field_NG = (codes_NG >> below) & ((1 << width) - 1)
+        planes.append(_pack_fields(field_NG, width))
+        below += width
+    return torch.cat(planes, dim=1)
+
+
+def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`."""
+    codes_NG = bytes_NB.new_zeros(len(bytes_NB), GROUP)
+    start, below = 0, 0
+    for width in PLANES[bits]:
+        plane_NB = bytes_NB[:, start : start + width * 8]
+        field_NG = _unpack_fields(plane_NB, width)
+        codes_NG |= field_NG << below
+        start, below = start + width * 8, below + width
+    return codes_NG
+
+
+def _pack_fields(field_NG: Tensor, width: int) -> Tensor:
+    shares = field_NG.view(len(field_NG), 8 // width, width * 8).unbind(1)
+    packed_NB = torch.zeros_like(shares[0])
+    for place, share_NB in enumerate(shares):
+        packed_NB |= share_NB << place * width
+    return packed_NB
+
+
+def _unpack_fields(plane_NB: Tensor, width: int) -> Tensor:
+    shifts = range(0, 8, width)
+    return torch.cat([(plane_NB >> shift) & ((1 << width) - 1) for shift in shifts], dim=1)
+
 
 SLAB = 16  # rows that lie side by side
 ROWS_AT_ONCE = 256  # so that what encoding and decoding hold beside a matrix stays small

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.formats.matrix import groups_of
-from moefit.formats.planes import GROUP
+from moefit.quant.grouped_int import GROUP, groups_of
 
 DAMPING = 0.05  # of the mean moment: inputs not seen look different, and H must have a factor
 TOGETHER = 4096  # columns that make up for each other; wider matrices would need memory and hours
@@ -27,7 +26,7 @@ _SMALL = 128  # columns that are inverted at once
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class SecondMoments:
     """Of so many columns that make up for each other. Where there is no column, all is zero.
 
     moments_GPI: H by panels. factor_GPI: U by panels. count_P: what is left of a column's error
@@ -64,10 +63,10 @@ class Moments:
         return cls(cols, _panels(moments_CC), _panels(factor_CC), count_GI.flatten())
 
 
-def moments_of(x_NC: Tensor, count_N: Tensor) -> Sequence[Moments]:
+def moments_of(x_NC: Tensor, count_N: Tensor) -> Sequence[SecondMoments]:
     """Of a matrix's inputs, each of which counts so much; one for every `TOGETHER` columns."""
     root_N1 = count_N.float().sqrt()[:, None]
-    return [Moments.of(x_NI.float() * root_N1) for x_NI in x_NC.split(TOGETHER, dim=1)]
+    return [SecondMoments.of(x_NI.float() * root_N1) for x_NI in x_NC.split(TOGETHER, dim=1)]
 
 
 def _products(x_NC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Shapes: T tokens, N output units, G groups, I the 64 weights of a group, C colum
 import triton
 import triton.language as tl
 
-from moefit.formats.triton_planes import GROUP, INTERPRETED, group, rounded, weights
+from moefit.quant.triton_planes import GROUP, INTERPRETED, group, rounded, weights
 
 FLOAT32, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(16)  # kinds of no bits
 MIXED = tl.constexpr(-1)  # kind: each tile's own; of those of no bits, only the tokens' dtype
@@ -230,7 +230,7 @@ def _dot(w_NI, x_IT, sum_NT):
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
-    """`moe/activations.py`; not a number stays none."""
+    """`moe/layouts.py`; not a number stays none."""
     if ACTIVATION == "silu":
         x = x / (1 + tl.exp(-x))
     elif ACTIVATION == "gelu":

@@ -1,4 +1,4 @@
-"""Bit planes taken apart in a GPU's registers: `planes.py` and `matrix.py` in Triton.
+"""Bit planes taken apart in a GPU's registers: `grouped_int.py` and `grouped_int.py` in Triton.
 
 Owns where a weight's bits, its scale and its minimum are, and how numbers are rounded. Needs
 Triton; knows nothing of products.

@@ -1,23 +1,184 @@
-"""How to serve a model: what `moefit.load` takes, beside the policy of its modes.
+"""Configuration of a served model: load settings, the policy for misses, and placements.
 
-Owns the fields, their defaults, what each may hold, and which formats they ask for.
+`LoadSettings` is what `moefit.load` takes, `Policy` says what happens when an expert is not
+resident, and a `Placement` gives slots and formats block by block, as the planner writes them.
+All are frozen and check themselves.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
 from moefit.device import planned_device
 from moefit.errors import ConfigError
-from moefit.formats.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.moe.families import MoeBlock
-from moefit.serve.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.generation import AUTO as AUTO_GENERATION
-from moefit.serve.generation import NONE as NO_GENERATION
-from moefit.serve.ladders import AUTO
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.placement import Placement
-from moefit.serve.policy import Mode, check_refetch
+from moefit.quant.format import NATIVE, Format, GroupedFormat, parse_format
+from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.hf.generation_config import AUTO as AUTO_GENERATION
+from moefit.serve.hf.generation_config import NONE as NO_GENERATION
+from moefit.serve.precision.allocate import AUTO_FORMATS
+
+Mode = Literal["exact", "bounded", "virtual"]
+Method = Literal["substitute", "prior"]
+Update = Literal["manager", "fixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What happens when an expert is not resident. One for all blocks, changed as a whole.
+
+    - `mode` for steps of one token a sequence, `prefill` for longer ones.
+    - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
+      best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
+    - `ramp` spreads the bound over the depth, for what goes wrong early goes on through all blocks
+      behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
+    - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
+      family normalises its weights, that is so anyway.
+    - exact: an expert with at least the share `refetch` of a token's router weight is computed from
+      a better copy where its slot's format is worse; None is never. Steps of one token a sequence
+      alone do so, for in longer ones every expert has such a token.
+    - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
+      is fetched then goes when the step ends.
+    """
+
+    mode: Mode = "exact"
+    prefill: Mode = "exact"
+    bound: float = 0.3
+    ramp: float = 1.0
+    protected: int = 1
+    method: Method = "substitute"
+    bonus: float = 0.2
+    residency: Update = "manager"
+    keep_mass: bool = True
+    refetch: float | None = None
+
+    def changed(self, mode: Mode, **settings: Any) -> "Policy":
+        """This policy in another mode, with any other of its settings changed.
+
+        `prefill` follows the mode unless given: virtual prefills virtually, the others exactly.
+        Raises ConfigError for an unknown setting or value.
+        """
+        settings.setdefault("prefill", "virtual" if mode == "virtual" else "exact")
+        try:
+            policy = replace(self, mode=mode, **settings)
+        except TypeError as error:
+            known = ", ".join(Policy.__slots__)
+            raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
+        policy.check()
+        return policy
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that does not exist or cannot be."""
+        choices = {"mode": Mode, "prefill": Mode, "method": Method, "residency": Update}
+        for name, kind in choices.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"{name}={value!r} is not one of {known}")
+        if not _is_number(self.bound) or not 0 <= self.bound <= 1:
+            raise ConfigError(f"bound={self.bound!r}, but it is a share of router weight, 0 to 1")
+        if not _is_number(self.ramp) or not 0 <= self.ramp <= 1:
+            raise ConfigError(f"ramp={self.ramp!r}, but it is 0 to 1")
+        if type(self.protected) is not int or self.protected < 0:
+            raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
+        if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
+            raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
+        check_refetch(self.refetch)
+
+    def bound_at(self, depth: float) -> float:
+        """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
+
+        >>> Policy(bound=0.25, ramp=1.0).bound_at(0.75)
+        0.375
+        """
+        return min(1.0, self.bound * (1 + self.ramp * (2 * depth - 1)))
+
+
+def check_refetch(share: object) -> None:
+    """Raise ConfigError for what is no share of a token's router weight; None is fine."""
+    if share is None or (_is_number(share) and not isinstance(share, bool) and 0 < share <= 1):
+        return
+    raise ConfigError(
+        f"refetch={share!r}, but it is the share of a token's router weight from which on an "
+        "expert is read again in a better format: above 0, 1 at most; leave it out for never"
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlacement:
+    """One block: its slots, and one format for all of them, or one for each expert.
+
+    Formats by expert need a slot for each expert, which then stays where it is.
+    """
+
+    slots: int
+    formats: tuple[str, ...]
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether every expert has its own slot, of its own format."""
+        return len(self.formats) > 1
+
+    def format_of(self, expert: int) -> Format:
+        """The format that an expert lies in when it is in memory."""
+        return parse_format(self.formats[expert if self.by_expert else 0])
+
+    def distinct(self) -> tuple[Format, ...]:
+        """Its formats, each once."""
+        return tuple(parse_format(name) for name in dict.fromkeys(self.formats))
+
+    def largest(self, block: MoeBlock) -> Format:
+        """The format whose slots are the largest."""
+        return max(self.distinct(), key=lambda format: format.nbytes(block.layout.specs))
+
+    def nbytes(self, block: MoeBlock) -> int:
+        """Bytes of its slots."""
+        specs = block.layout.specs
+        if not self.by_expert:
+            return self.slots * self.distinct()[0].nbytes(specs)
+        sizes = {format.name: format.nbytes(specs) for format in self.distinct()}
+        return sum(sizes[name] for name in self.formats)
+
+
+Placement = Mapping[str, BlockPlacement]
+"""By block name."""
+
+
+def check_placement(placement: Placement, blocks: Sequence[MoeBlock]) -> None:
+    """Raise ConfigError if it is not one of these blocks, or cannot be."""
+    if set(placement) != {block.name for block in blocks}:
+        known = [block.name for block in blocks]
+        odd = sorted(set(placement).symmetric_difference(known))
+        raise ConfigError(
+            f"a placement of {len(placement)} blocks does not fit a model with {len(known)} of "
+            f"them; they differ in {', '.join(odd[:3])}; plan anew for this model"
+        )
+    for block in blocks:
+        _check_block(placement[block.name], block)
+
+
+def _check_block(one: BlockPlacement, block: MoeBlock) -> None:
+    if type(one.slots) is not int or not 1 <= one.slots <= block.num_experts:
+        raise ConfigError(
+            f"{block.name} is given {one.slots!r} slots, but it has {block.num_experts} experts: "
+            f"give 1 to {block.num_experts}"
+        )
+    one.distinct()  # refuse what does not exist
+    wanted = 1 if one.slots < block.num_experts else block.num_experts
+    if len(one.formats) not in (1, wanted):
+        raise ConfigError(
+            f"{block.name} is given {len(one.formats)} formats for {one.slots} slots and "
+            f"{block.num_experts} experts; give one format, or one for each expert where every "
+            "expert has a slot"
+        )
+
 
 AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 
@@ -28,9 +189,9 @@ class LoadSettings:
 
     host_memory: on a GPU, the most that experts may take of host memory on their way from storage
     to slots, where they then can be found again; None is a buffer a reader.
-    eviction: which resident makes room in the exact and bounded modes (`serve/eviction.py`).
+    eviction: which resident makes room in the exact and bounded modes (`serve/cache/eviction.py`).
     dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
-    (`formats/format.py`); native is the checkpoint's own, and auto gives each expert the one that
+    (`quant/format.py`); native is the checkpoint's own, and auto gives each expert the one that
     it deserves within the budget. rest: the same for the weights that are no experts, but routers
     and vectors; they are in memory as they are while they are being encoded.
     placement: slots and formats block by block, instead of equal shares in one precision.
@@ -124,7 +285,7 @@ class LoadSettings:
         """Of a block's slots; where they differ the largest, and of `auto` where they begin."""
         if self.placement is not None:
             return self.placement[block.name].largest(block)
-        return parse_format(AUTO[0] if self.precision == AUTO_PRECISION else self.precision)
+        return parse_format(AUTO_FORMATS[0] if self.precision == AUTO_PRECISION else self.precision)
 
     def formats(self, block: str | None = None) -> list[Format]:
         """All that a slot may come to have; of one block, or of any."""
@@ -132,5 +293,5 @@ class LoadSettings:
             some = self.placement.values() if block is None else [self.placement[block]]
             names = {format.name: None for one in some for format in one.distinct()}
             return [parse_format(name) for name in names]
-        names = AUTO if self.precision == AUTO_PRECISION else (self.precision,)
+        names = AUTO_FORMATS if self.precision == AUTO_PRECISION else (self.precision,)
         return [parse_format(name) for name in names]

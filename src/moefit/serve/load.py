@@ -14,47 +14,47 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError, CheckpointError
-from moefit.formats.format import Format, parse_format
-from moefit.model_folder import read_tokenizer
 from moefit.moe.families import MoeBlock
-from moefit.serve.better_copies import BetterCopies
-from moefit.serve.budget import MemoryBudget, format_bytes
-from moefit.serve.copies import CpuCopies, CudaCopies
-from moefit.serve.dsmoe_rules import follow_rules
-from moefit.serve.eviction import POLICIES
-from moefit.serve.generation import use_generation_config
-from moefit.serve.host_tier import HostTier
-from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.ladders import AUTO, ladders_of
-from moefit.serve.ledger import heed_system, held_bytes, weight_bytes
-from moefit.serve.live import Live
-from moefit.serve.packed import PackedStore, open_packed
-from moefit.serve.parts import ServedParts
-from moefit.serve.placement import Placement
-from moefit.serve.policy import Policy
-from moefit.serve.probe import attach
-from moefit.serve.reckon import ledger
-from moefit.serve.reckoner import Reckoner
-from moefit.serve.refetch import better_formats
-from moefit.serve.residency import Residency
-from moefit.serve.rest import encode_rest
-from moefit.serve.seating import grow, return_freed_memory, seat_all, spares_of
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import AUTO_PRECISION, LoadSettings
-from moefit.serve.skeleton import Skeleton, build, load_rest
-from moefit.serve.store import ExpertStore
-from moefit.serve.tokenizer_size import TABLES
-from moefit.serve.transfer import Transfer
-from moefit.serve.upgrades import Upgrades
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.quant.format import Format, parse_format
+from moefit.serve.cache.eviction import POLICIES
+from moefit.serve.cache.host_cache import HostCache
+from moefit.serve.cache.resize import allocate_spares, grow, load_all_experts, return_freed_memory
+from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.cache.swaps import SharedState
+from moefit.serve.config import AUTO_PRECISION, LoadSettings, Placement, Policy
+from moefit.serve.hf.generation_config import use_generation_config
+from moefit.serve.hf.quant_linear import quantize_dense_weights
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton, load_dense_weights
+from moefit.serve.io.device_copy import CpuCopies, CudaCopies
+from moefit.serve.io.loads import Transfer
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.layer.router_probe import attach_hooks, follow_rules
+from moefit.serve.memory.budget import MemoryBudget, format_bytes
+from moefit.serve.memory.estimate import (
+    PlacementBudget,
+    heed_system,
+    held_bytes,
+    memory_budget,
+    weight_bytes,
+)
+from moefit.serve.memory.tokenizer_size import TABLES
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.store import PackedStore, open_packed
+from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
+from moefit.serve.precision.refetch import BetterCopies, better_formats
+from moefit.serve.precision.upgrades import Upgrades
+from moefit.serve.report import ServedParts
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being loaded, and how many of how many are done."""
 
 
-def load(
+def load_model(
     folder: str | Path,
     settings: LoadSettings,
     *,
@@ -69,9 +69,9 @@ def load(
     """
     device = parse_device(settings.device)
     settings.check()
-    skeleton = build(Path(folder), settings.dtype)
-    packed = open_packed(skeleton, _to_come(settings))
-    budget = ledger(skeleton, settings, packed)
+    skeleton = build_skeleton(Path(folder), settings.dtype)
+    packed = open_packed(skeleton, _formats_to_encode(settings))
+    budget = memory_budget(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
     heed_system(budget, device)
     _refuse_encoding(skeleton, settings, budget)
@@ -90,11 +90,11 @@ def load(
     return served
 
 
-def _to_come(settings: LoadSettings) -> list[Format]:
+def _formats_to_encode(settings: LoadSettings) -> list[Format]:
     """Formats that experts may be read in; a placement may be changed for another later on."""
     if settings.placement is None:
         return settings.formats()
-    return [parse_format(name) for name in AUTO]
+    return [parse_format(name) for name in AUTO_FORMATS]
 
 
 def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) -> MemoryBudget:
@@ -133,21 +133,21 @@ def _parts(
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks_by_name, packed)
     undo.callback(store.close)
     engine = CudaCopies(device) if device.type == "cuda" else CpuCopies()
-    tier = None if budget.host is None else HostTier(store, engine, limit=budget.host)
+    tier = None if budget.host is None else HostCache(store, engine, limit=budget.host)
     if tier is not None:
         undo.callback(tier.close)
     transfer = Transfer(tier or store, readers=settings.readers, engine=engine)
     undo.callback(transfer.close)
-    live = Live(policy=Policy(), manager=settings.manager, transfer=transfer)
+    live = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
     if settings.refetch is not None:
         better = better_formats(skeleton.blocks, packed)
         live.copies = BetterCopies(skeleton.blocks, better, transfer, live.counters, device)
     blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
-    model = load_rest(skeleton, blocks, device)
+    model = load_dense_weights(skeleton, blocks, device)
     if (rest := settings.rest_format()) is not None:
-        encode_rest(model, rest, skeleton.blocks, partial(progress, "other weights"))
+        quantize_dense_weights(model, rest, skeleton.blocks, partial(progress, "other weights"))
     return_freed_memory()
     return ServedParts(
         folder=folder,
@@ -159,8 +159,10 @@ def _parts(
         store=store,
         tier=tier,
         live=live,
-        reckoner=Reckoner(folder, settings, budget.process, budget.tokenizer, packed),
-        hooks=(*attach(model, blocks), *follow_rules(model, blocks)),
+        placement_budget=PlacementBudget(
+            folder, settings, budget.process, budget.tokenizer, packed
+        ),
+        hooks=(*attach_hooks(model, blocks), *follow_rules(model, blocks)),
     )
 
 
@@ -168,10 +170,10 @@ def _make_slots(parts: ServedParts, device: torch.device, placement: Placement |
     for experts, count in zip(parts.blocks.values(), parts.budget.slots(), strict=True):
         seats = None if placement is None else placement[experts.block.name]
         if seats is not None and seats.by_expert:
-            seat_all(experts, seats, device)
+            load_all_experts(experts, seats, device)
         else:
             grow(experts, count, device)
-    spares = spares_of(parts.blocks.values(), device, placed=placement is not None)
+    spares = allocate_spares(parts.blocks.values(), device, placed=placement is not None)
     parts.live.spares.update(spares)
 
 
@@ -189,12 +191,12 @@ def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryB
         )
 
 
-def _served_block(block: MoeBlock, live: Live, settings: LoadSettings) -> VirtualExperts:
+def _served_block(block: MoeBlock, live: SharedState, settings: LoadSettings) -> VirtualExperts:
     eviction = POLICIES[settings.eviction]()
     experts = VirtualExperts(
         block,
         live,
-        Residency(block.num_experts, 0, eviction),
+        SlotTable(block.num_experts, 0, eviction),
         {},
         eviction,
         ExpertImportanceEstimator(block.num_experts, half_life_tokens=settings.half_life_tokens),

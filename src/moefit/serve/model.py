@@ -13,20 +13,16 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
-from moefit.serve.attention import use_kernels
-from moefit.serve.budget import MemoryBudget, parse_bytes
-from moefit.serve.context import limit_context
-from moefit.serve.guards import guard
-from moefit.serve.kv_cache import reserve_caches
-from moefit.serve.ledger import heed_system
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.parts import ServedParts
-from moefit.serve.placement import BlockPlacement, Placement
-from moefit.serve.policy import Mode, Policy
-from moefit.serve.report import report_of
-from moefit.serve.seating import reseat, resize
-from moefit.serve.upgrades import Upgrades
-from moefit.serve.view import BlockView, view_of
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.resize import apply_placement, resize
+from moefit.serve.config import BlockPlacement, Mode, Placement, Policy
+from moefit.serve.hf.attention import use_kernels
+from moefit.serve.hf.guards import guard
+from moefit.serve.hf.kv_cache import limit_context, reserve_caches
+from moefit.serve.memory.budget import MemoryBudget, parse_bytes
+from moefit.serve.memory.estimate import heed_system
+from moefit.serve.precision.upgrades import Upgrades
+from moefit.serve.report import BlockView, ServedParts, report_of, view_of
 
 
 class ServedModel:
@@ -40,7 +36,7 @@ class ServedModel:
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
         self._store, self._tier, self._live = parts.store, parts.tier, parts.live
-        self.reckoner, self.generation = parts.reckoner, parts.generation
+        self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
         guard(self.model, self.blocks)
         self._hooks = (
@@ -118,13 +114,13 @@ class ServedModel:
         with self._still():
             try:
                 if self._upgrades:
-                    self._upgrades.set_room(min(budget.left_over(), self._upgrades.room))
+                    self._upgrades.set_capacity(min(budget.remaining_bytes(), self._upgrades.room))
                 for name in resize(self.blocks, counts, self.model.device):
                     self.blocks[name].fill()
                 self._budget = budget
             finally:
                 if self._upgrades:
-                    self._upgrades.set_room(self._budget.left_over())
+                    self._upgrades.set_capacity(self._budget.remaining_bytes())
         return budget
 
     def set_placement(
@@ -147,7 +143,7 @@ class ServedModel:
         """
         self.checked_policy(mode, **settings)  # refuses before the ledger is made, which takes long
         total = None if memory is None else parse_bytes(memory)
-        budget = self.reckoner.budget(placement, total)
+        budget = self.placement_budget.budget(placement, total)
         budget.slots()  # refuses what does not fit
         with self._live.lock:
             policy = self.checked_policy(mode, **settings)
@@ -158,11 +154,11 @@ class ServedModel:
     def _take(
         self, placement: Placement, budget: MemoryBudget, policy: Policy, *, placed: bool
     ) -> None:
-        """Give blocks these slots, and begin to fill them; placed as of `spares_of`."""
+        """Give blocks these slots, and begin to fill them; placed as of `allocate_spares`."""
         with self._still():
             try:
                 spares = self._live.spares
-                reseat(self.blocks, spares, placement, self.model.device, placed=placed)
+                apply_placement(self.blocks, spares, placement, self.model.device, placed=placed)
                 self._budget, self._live.policy = budget, policy
             finally:
                 for experts in self.blocks.values():
@@ -194,8 +190,8 @@ class ServedModel:
         """
         with self._live.lock:
             self._upgrades, self._live.each_step = upgrades, upgrades.step
-            upgrades.set_room(self._budget.left_over())
-            if all(one.residency.number == one.num_experts for one in self.blocks.values()):
+            upgrades.set_capacity(self._budget.remaining_bytes())
+            if all(one.slot_table.number == one.num_experts for one in self.blocks.values()):
                 upgrades.fill(progress)
 
     def settle_precision(self) -> None:
@@ -298,9 +294,9 @@ class ServedModel:
         with self._live.lock:
             held = self._live.spare_bytes
             for experts in self.blocks.values():
-                experts.residency.check()
+                experts.slot_table.check()
                 experts.swaps.check()
-                assert experts.residency.number == len(experts.slots), experts.block.name
+                assert experts.slot_table.number == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
             if self._live.copies is not None:
                 self._live.copies.check()

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from moefit.errors import MoefitError
 from moefit.plan.plan_file import Plan
-from moefit.serve.budget import parse_bytes
-from moefit.serve.served import ServedModel
-from moefit.server.asked import MemoryAsked
-from moefit.server.refusal import Refused
+from moefit.serve.memory.budget import parse_bytes
+from moefit.serve.model import ServedModel
+from moefit.server.errors import APIError
+from moefit.server.openai_schema import MemoryRequest
 from moefit.server.service import Service
 
 _COUNTED = (
@@ -33,7 +33,7 @@ _COUNTED = (
 )
 
 
-class Block(BaseModel):
+class BlockState(BaseModel):
     """A MoE block's experts; see `BlockView`."""
 
     model_config = ConfigDict(from_attributes=True)
@@ -62,7 +62,7 @@ class Latency(BaseModel):
     itl_p99: float | None
 
 
-class Predicted(BaseModel):
+class PlanSummary(BaseModel):
     """The plan in force: what it says, and its loss of perplexity, give or take `margin`."""
 
     words: str
@@ -71,7 +71,7 @@ class Predicted(BaseModel):
     tokens_per_second: float
 
 
-class Memory(BaseModel):
+class MemoryState(BaseModel):
     """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for.
 
     floor, everything, most: budgets that hold the fewest experts, all of them, and all of them in
@@ -93,10 +93,10 @@ class Memory(BaseModel):
     peak_process_bytes: int
     slot_bytes: int
     spare_bytes: int
-    plan: Predicted | None
+    plan: PlanSummary | None
     kv_tokens: int
     kv_tokens_used: int
-    blocks: list[Block]
+    blocks: list[BlockState]
     requests: Requests
     tokens_per_second: float
     latency: Latency
@@ -104,7 +104,7 @@ class Memory(BaseModel):
     problems: list[str]
 
 
-def memory_of(service: Service) -> Memory:
+def memory_state(service: Service) -> MemoryState:
     """The picture now."""
     engine = service.engine
     report, stats = engine.served.report(), engine.stats()
@@ -115,15 +115,15 @@ def memory_of(service: Service) -> Memory:
     if live:
         ends = dict(zip(ends, (*live.ends, live.ends[1]), strict=True))
     same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
-    return Memory(
+    return MemoryState(
         model=service.settings.name,
         bound=engine.served.policy.bound,
         budget=budget,
-        everything_in=engine.served.budget.everything_in(),
+        everything_in=engine.served.budget.all_resident_bytes_in(),
         plan=_predicted(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
-        blocks=[Block.model_validate(view) for view in engine.served.views()],
+        blocks=[BlockState.model_validate(view) for view in engine.served.views()],
         requests=Requests(running=stats.running, waiting=stats.waiting),
         tokens_per_second=stats.tokens_per_second,
         latency=Latency(**service.telemetry.latency()),
@@ -134,9 +134,9 @@ def memory_of(service: Service) -> Memory:
     )
 
 
-def _predicted(plan: Plan) -> Predicted:
+def _predicted(plan: Plan) -> PlanSummary:
     one = plan.predicted
-    return Predicted(
+    return PlanSummary(
         words=plan.configuration.in_words(),
         loss=one.loss,
         margin=one.margin,
@@ -144,46 +144,46 @@ def _predicted(plan: Plan) -> Predicted:
     )
 
 
-def change(service: Service, asked: MemoryAsked) -> Memory:
+def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
     """Carry a change out, all of it or nothing; waits until it is in force."""
-    given = asked.model_fields_set
+    given = body.model_fields_set
     if not given:
-        raise Refused(400, "nothing to change; give bytes, mode, prefill or bound")
+        raise APIError(400, "nothing to change; give bytes, mode, prefill or bound")
     live = service.live_plan
     try:
         if live is not None and given == {"bytes"}:
-            live.change(None if asked.bytes is None else parse_bytes(asked.bytes))
+            live.change(None if body.bytes is None else parse_bytes(body.bytes))
         else:
-            service.engine.between_steps(lambda: _change(service, asked))
+            service.engine.between_steps(lambda: _change(service, body))
     except MoefitError:
         service.telemetry.changed("refused")
         raise
     except OSError as error:
         service.telemetry.changed("failed")
-        raise Refused(
+        raise APIError(
             503, "the system has no such memory now; everything is as it was", code="no_memory"
         ) from error
     service.telemetry.changed("ok")
-    return memory_of(service)
+    return memory_state(service)
 
 
-def _change(service: Service, asked: MemoryAsked) -> None:
-    _set(service.engine.served, asked)
+def _change(service: Service, body: MemoryRequest) -> None:
+    _set(service.engine.served, body)
     if service.live_plan is not None:
         service.live_plan.leave()
 
 
-def _set(served: ServedModel, asked: MemoryAsked) -> None:
+def _set(served: ServedModel, body: MemoryRequest) -> None:
     """First what is easily undone: the mode; then the budget, which undoes itself if it fails."""
-    before, given = served.policy, asked.model_fields_set
+    before, given = served.policy, body.model_fields_set
     if given - {"bytes"}:
-        policy = asked.model_dump(include={"prefill", "bound"}, exclude_none=True)
-        if asked.mode is None:
+        policy = body.model_dump(include={"prefill", "bound"}, exclude_none=True)
+        if body.mode is None:
             policy.setdefault("prefill", before.prefill)
-        served.set_mode(asked.mode or before.mode, **policy)
+        served.set_mode(body.mode or before.mode, **policy)
     if "bytes" in given:
         try:
-            served.set_memory(asked.bytes)
+            served.set_memory(body.bytes)
         except BaseException:
             served.set_mode(before.mode, prefill=before.prefill, bound=before.bound)
             raise
@@ -194,17 +194,17 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/memory")
-    async def get_memory() -> Memory:
+    async def get_memory() -> MemoryState:
         """Which experts are in memory, and in which budget."""
-        return await service.operate(memory_of, service)
+        return await service.operate(memory_state, service)
 
     @routes.post("/v1/memory")
-    async def set_memory(asked: Annotated[MemoryAsked, Body()]) -> Memory:
+    async def set_memory(body: Annotated[MemoryRequest, Body()]) -> MemoryState:
         """Change budget and mode while requests run; answers when the change is in force.
 
         A server that was planned for its budget plans for the new one, if that is all that is
         asked for.
         """
-        return await service.operate(change, service, asked)
+        return await service.operate(apply_change, service, body)
 
     return routes

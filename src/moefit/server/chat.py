@@ -8,25 +8,25 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
-from moefit.engine.request import Event, Finished, Token, TokenLogprob
-from moefit.server.answered import (
-    Chat,
+from moefit.engine.api import Event, FinishedEvent, TokenEvent, TokenLogprob
+from moefit.server.errors import APIError
+from moefit.server.openai_schema import (
     ChatChoice,
-    ChatChunk,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
     ChatLogprob,
     ChatLogprobs,
     ChatMessage,
     Delta,
     DeltaChoice,
+    Message,
+    TokenizeRequest,
     TopLogprob,
 )
-from moefit.server.asked import ChatAsked, Message, TokenizeAsked
-from moefit.server.refusal import Refused
-from moefit.server.replies import Replies
-from moefit.server.service import FINGERPRINT, Service, Wish, new_id, numbered
-from moefit.server.stream import STREAM, respond
-from moefit.server.tally import Tally
-from moefit.server.vocabulary import Vocabulary
+from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, numbered
+from moefit.server.streaming import STREAM, EngineEvents, TokenCounts, respond
+from moefit.server.tokenizer import RequestTokenizer
 
 _TAKEN = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -46,75 +46,79 @@ def as_template_wants(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def conversation_ids(words: Vocabulary, asked: ChatAsked | TokenizeAsked) -> list[int]:
-    """Return a conversation's tokens. Raises Refused where the model knows none."""
-    values = asked.chat_template_kwargs or {}
+def conversation_ids(
+    words: RequestTokenizer, body: ChatCompletionRequest | TokenizeRequest
+) -> list[int]:
+    """Return a conversation's tokens. Raises APIError where the model knows none."""
+    values = body.chat_template_kwargs or {}
     if taken := sorted(values.keys() & _TAKEN):
-        raise Refused(
+        raise APIError(
             400,
             f"chat_template_kwargs.{taken[0]}: the server gives this to the template itself; "
             "kwargs are for its other variables, such as enable_thinking",
             param=f"chat_template_kwargs.{taken[0]}",
         )
     if not words.has_template:
-        raise Refused(
+        raise APIError(
             400,
             "this model has no chat template, so it does not know conversations; it continues "
             "text: use /v1/completions",
             param="messages",
             code="no_chat_template",
         )
-    written = words.conversation(as_template_wants(asked.messages or ()), values)
+    written = words.conversation(as_template_wants(body.messages or ()), values)
     return words.ids(written, special=False)
 
 
-class Job:
+class ChatBuilder:
     """One request to /v1/chat/completions."""
 
-    def __init__(self, service: Service, asked: ChatAsked):
-        self._service, self._asked = service, asked
-        self._id, self._n = new_id("chatcmpl"), asked.n or 1
-        self._tally = Tally(self._n)
+    def __init__(self, service: Service, body: ChatCompletionRequest):
+        self._service, self._asked = service, body
+        self._id, self._n = new_id("chatcmpl"), body.n or 1
+        self._tally = TokenCounts(self._n)
 
     def check(self) -> None:
         """Refuse what is not done."""
-        asked = self._asked
+        body = self._asked
         self._service.check_open()
-        self._service.check_model(asked.model)
-        self._service.check_answers(asked, 1)
-        if asked.top_logprobs and not asked.logprobs:
-            raise Refused(400, "top_logprobs is for logprobs=true alone", param="top_logprobs")
-        if None not in (both := {asked.max_tokens, asked.max_completion_tokens}) and len(both) > 1:
-            raise Refused(
+        self._service.check_model(body.model)
+        self._service.check_choices(body, 1)
+        if body.top_logprobs and not body.logprobs:
+            raise APIError(400, "top_logprobs is for logprobs=true alone", param="top_logprobs")
+        if None not in (both := {body.max_tokens, body.max_completion_tokens}) and len(both) > 1:
+            raise APIError(
                 400, "max_tokens and max_completion_tokens say different things",
                 param="max_tokens",
             )  # fmt: skip
 
-    def wishes(self) -> list[Wish]:
+    def engine_requests(self) -> list[EngineRequest]:
         """What is asked of the engine; takes as long as reading the conversation does."""
-        asked, service = self._asked, self._service
-        ids = conversation_ids(service.words, asked)
+        body, service = self._asked, self._service
+        ids = conversation_ids(service.words, body)
         if not ids:
-            raise Refused(400, "the conversation has no tokens", param="messages")
+            raise APIError(400, "the conversation has no tokens", param="messages")
         room = max(1, service.engine.max_model_len - len(ids))
-        most = asked.max_completion_tokens or asked.max_tokens
+        most = body.max_completion_tokens or body.max_tokens
         sampling = service.sampling(
-            asked,
+            body,
             most or min(room, service.settings.chat_tokens),
-            logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        wishes = [Wish(prompt=ids, sampling=one) for one in numbered(sampling, self._n)]
-        service.check_told(wishes)
-        return wishes
+        engine_requests = [
+            EngineRequest(prompt=ids, sampling=one) for one in numbered(sampling, self._n)
+        ]
+        service.check_logprobs(engine_requests)
+        return engine_requests
 
-    async def whole(self, replies: Replies) -> Chat:
+    async def full_response(self, engine_events: EngineEvents) -> ChatCompletionResponse:
         """All answers, once they have ended."""
         heard: list[list[Event]] = [[] for _ in range(self._n)]
-        async for number, event in replies:
+        async for number, event in engine_events:
             heard[number].append(event)
-            if isinstance(event, Finished):
+            if isinstance(event, FinishedEvent):
                 self._tally.add(number, event)
-        return Chat(
+        return ChatCompletionResponse(
             **self._head(),
             choices=[self._choice(number, events) for number, events in enumerate(heard)],
             usage=self._tally.usage(),
@@ -122,9 +126,9 @@ class Job:
 
     def _choice(self, index: int, events: Sequence[Event]) -> ChatChoice:
         last = events[-1]
-        assert isinstance(last, Finished)
+        assert isinstance(last, FinishedEvent)
         assert last.reason in ("stop", "length"), "other ends are errors"
-        tokens = [one for one in events if isinstance(one, Token)]
+        tokens = [one for one in events if isinstance(one, TokenEvent)]
         text = "".join(one.text for one in tokens) + last.text
         told = self._told([one.logprob for one in tokens if one.logprob is not None])
         return ChatChoice(
@@ -134,36 +138,38 @@ class Job:
             finish_reason=last.reason,
         )
 
-    async def pieces(self, replies: Replies) -> AsyncIterator[ChatChunk]:
+    async def chunks(self, engine_events: EngineEvents) -> AsyncIterator[ChatCompletionChunk]:
         """Answers as they come, and at the end, if asked for, the usage."""
         for number in range(self._n):
             yield self._chunk(number, Delta(role="assistant", content=""))
-        async for number, event in replies:
-            if isinstance(event, Token) and (event.text or self._asked.logprobs):
+        async for number, event in engine_events:
+            if isinstance(event, TokenEvent) and (event.text or self._asked.logprobs):
                 told = self._told([event.logprob]) if event.logprob is not None else None
                 yield self._chunk(number, Delta(content=event.text), told)
-            elif isinstance(event, Finished):
+            elif isinstance(event, FinishedEvent):
                 self._tally.add(number, event)
                 if event.text:
                     yield self._chunk(number, Delta(content=event.text))
                 yield self._end(number, event)
-        if self.tells_usage:
-            yield ChatChunk(**self._head(), choices=[], usage=self._tally.usage())
+        if self.streams_usage:
+            yield ChatCompletionChunk(**self._head(), choices=[], usage=self._tally.usage())
 
-    def _end(self, number: int, event: Finished) -> ChatChunk:
+    def _end(self, number: int, event: FinishedEvent) -> ChatCompletionChunk:
         assert event.reason in ("stop", "length"), "other ends are errors"
         choice = DeltaChoice(index=number, delta=Delta(), logprobs=None, finish_reason=event.reason)
-        return ChatChunk(**self._head(), choices=[choice])
+        return ChatCompletionChunk(**self._head(), choices=[choice])
 
     @property
-    def tells_usage(self) -> bool:
+    def streams_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         options = self._asked.stream_options
         return bool(options and options.include_usage)
 
-    def _chunk(self, number: int, delta: Delta, told: ChatLogprobs | None = None) -> ChatChunk:
+    def _chunk(
+        self, number: int, delta: Delta, told: ChatLogprobs | None = None
+    ) -> ChatCompletionChunk:
         choice = DeltaChoice(index=number, delta=delta, logprobs=told, finish_reason=None)
-        return ChatChunk(**self._head(), choices=[choice])
+        return ChatCompletionChunk(**self._head(), choices=[choice])
 
     def _told(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
         words = self._service.words
@@ -196,11 +202,13 @@ class Job:
 def router(service: Service) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
-    answers: dict[int | str, dict[str, Any]] = {200: {"model": Chat, "content": {STREAM: {}}}}
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": ChatCompletionResponse, "content": {STREAM: {}}}
+    }
 
     @routes.post("/v1/chat/completions", responses=answers, response_model=None)
-    async def chat(asked: Annotated[ChatAsked, Body()], request: Request) -> Response:
+    async def chat(body: Annotated[ChatCompletionRequest, Body()], request: Request) -> Response:
         """Answer a conversation. With `stream`, server-sent events."""
-        return await respond(service, Job(service, asked), request, stream=bool(asked.stream))
+        return await respond(service, ChatBuilder(service, body), request, stream=bool(body.stream))
 
     return routes

@@ -1,20 +1,26 @@
-"""Asking a server: JSON there and back, and streams.
+"""Client side of the HTTP API, and a common interface to chat with a server or a local model.
 
-Owns the connection and what its errors say. Knows nothing of what is asked for, nor whether it is
-our server or another with OpenAI's API.
+`Client` sends JSON and reads server-sent events with the standard library. `RemoteChat` and
+`LocalChat` implement `ChatBackend` for `moefit chat`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from http.client import HTTPException, HTTPResponse
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
+from moefit.engine.api import Event, FinishedEvent, PromptEvent, SamplingParams
+from moefit.engine.engine import Engine
 from moefit.errors import ConfigError
-from moefit.server.security import is_loopback
+from moefit.serve.hf.generation_config import GenerationDefaults
+from moefit.server.middleware import is_loopback
+from moefit.server.tokenizer import RequestTokenizer
 
 
 class ServerError(ConfigError):
@@ -79,7 +85,7 @@ class Client:
             return self._opener.open(request, timeout=self._timeout)
         except HTTPError as error:
             with closing(error):
-                raise _said(self.url, error) from error
+                raise _error_message(self.url, error) from error
         except (URLError, HTTPException, OSError, ValueError) as error:
             why = getattr(error, "reason", error)
             raise ServerError(
@@ -111,9 +117,107 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _said(url: str, error: HTTPError) -> ServerError:
+def _error_message(url: str, error: HTTPError) -> ServerError:
     try:
         said = json.loads(error.read())["error"]
         return ServerError(f"{url} says: {said['message']}", said.get("code"))
     except (ValueError, LookupError, TypeError, OSError):
         return ServerError(f"{url} answered {error.code} {error.reason}")
+
+
+ChatTurn = dict[str, str]
+TEMPERATURE = 0.7  # of a model here whose checkpoint names none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How to answer; see `SamplingParams`. None: as who answers does it."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+class ChatBackend(Protocol):
+    """`chats`: it knows conversations; else it continues text."""
+
+    name: str
+    chats: bool
+
+    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
+        """The answer to a conversation, or what follows the last turn's text.
+
+        Closing the iterator ends the answer.
+        """
+        ...
+
+
+class RemoteChat:
+    """A server with OpenAI's API; ours says whether its model chats, others are believed to.
+
+    Raises ServerError if it does not answer, ConfigError if it serves nothing.
+    """
+
+    def __init__(self, client: Client):
+        self._client = client
+        models = client.get("/v1/models")["data"]
+        if not models:
+            raise ConfigError(f"{client.url} serves no model")
+        self.name, self.chats = models[0]["id"], models[0].get("chat", True)
+
+    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
+        """See `Partner`."""
+        given = {name: value for name, value in asdict(manner).items() if value is not None}
+        body: dict[str, Any] = {"model": self.name, **given}
+        if self.chats:
+            body["messages"] = list(turns)
+            for event in self._client.stream("/v1/chat/completions", body):
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+            return
+        body["prompt"] = turns[-1]["content"]
+        for event in self._client.stream("/v1/completions", body):
+            for choice in event["choices"]:
+                yield choice["text"]
+
+
+class LocalChat:
+    """A model in this process."""
+
+    def __init__(self, name: str, engine: Engine):
+        self.name, self._engine = name, engine
+        text = engine.served.model.config.get_text_config(decoder=True)
+        self._words = RequestTokenizer(
+            engine.served.tokenizer, size=text.vocab_size, most=engine.max_model_len
+        )
+        self.chats = self._words.has_template
+
+    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
+        """See `Partner`. Raises ConfigError, RequestTooLargeError."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        sampling = sampling_of(manner, self._engine.served.generation)
+        request = self._engine.submit(self._ids(turns), sampling, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, PromptEvent):
+                    continue
+                yield event.text
+                if isinstance(event, FinishedEvent):
+                    if event.message:
+                        raise ConfigError(f"the model failed at this: {event.message}")
+                    return
+        finally:
+            self._engine.cancel(request)
+
+    def _ids(self, turns: Sequence[ChatTurn]) -> list[int]:
+        if not self.chats:
+            return self._words.ids(turns[-1]["content"])
+        return self._words.ids(self._words.conversation(turns), special=False)
+
+
+def sampling_of(manner: ChatOptions, default: GenerationDefaults) -> SamplingParams:
+    """The manner as a request; what it leaves open is as generation_config.json has it."""
+    given = {name: value for name, value in asdict(manner).items() if value is not None}
+    return SamplingParams(**{"temperature": TEMPERATURE, **default.sampling(), **given})

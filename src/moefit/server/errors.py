@@ -49,7 +49,7 @@ _ELSEWHERE = {
     "/audio/transcriptions": "it hears no sound",
 }
 """What clients ask other servers for, and what is said of it here."""
-_OURS: Mapping[type[MoefitError], tuple[int, str]] = {
+_STATUS_OF: Mapping[type[MoefitError], tuple[int, str]] = {
     RequestTooLargeError: (400, "context_length_exceeded"),
     BudgetTooSmallError: (400, "budget_too_small"),
     ConfigError: (400, "invalid_value"),
@@ -74,13 +74,13 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
     for status in (400, 401, 403, 404, 405, 413, 429, 500, 503)
 }
 
 
-class Refused(HTTPException):
+class APIError(HTTPException):
     """A request that is not done; `detail` says why, and what would be."""
 
     def __init__(
@@ -123,45 +123,45 @@ class WithoutPanics:
             await self._app(scope, receive, send)
 
 
-def body_of(
+def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """The JSON of an error; what of a request comes back in it is short and can be written."""
-    message, param = _writable(message, 2000), None if param is None else _writable(param, 200)
+    message, param = _printable(message, 2000), None if param is None else _printable(param, 200)
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _writable(text: str, most: int) -> str:
+def _printable(text: str, most: int) -> str:
     """Text that is UTF-8, although JSON may have brought in half characters."""
     whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return whole if len(whole) <= most else f"{whole[:most]}..."
 
 
-def body_for(refused: HTTPException) -> dict[str, Any]:
+def body_from(refused: HTTPException) -> dict[str, Any]:
     """The JSON of an error, ours or the framework's."""
     param, code = getattr(refused, "param", None), getattr(refused, "code", None)
-    return body_of(refused.status_code, str(refused.detail), param, code)
+    return error_body(refused.status_code, str(refused.detail), param, code)
 
 
-def answer(refused: HTTPException) -> JSONResponse:
+def error_response(refused: HTTPException) -> JSONResponse:
     """The response for an error, ours or the framework's."""
     headers = dict(refused.headers or {})
     if refused.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if refused.status_code == 429:
         headers["Retry-After"] = "1"
-    return JSONResponse(body_for(refused), refused.status_code, headers)
+    return JSONResponse(body_from(refused), refused.status_code, headers)
 
 
-def of_ours(error: MoefitError) -> Refused:
+def from_moefit_error(error: MoefitError) -> APIError:
     """The refusal that an error of the model's side is."""
-    kind = next((one for one in type(error).__mro__ if one in _OURS), None)
-    status, code = (500, None) if kind is None else _OURS[kind]
-    return Refused(status, str(error), code=code)
+    kind = next((one for one in type(error).__mro__ if one in _STATUS_OF), None)
+    status, code = (500, None) if kind is None else _STATUS_OF[kind]
+    return APIError(status, str(error), code=code)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> Refused:
+def from_validation_errors(errors: Sequence[Mapping[str, Any]], body: Any = None) -> APIError:
     """Return what pydantic found, in a sentence; never the values themselves.
 
     Args:
@@ -171,9 +171,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> Refu
     first = errors[0]
     if first["type"] == "json_invalid":
         why = f"the body is not JSON: {first['ctx']['error']}"
-        return Refused(400, why, code="invalid_json")
+        return APIError(400, why, code="invalid_json")
     if not first["loc"][1:]:
-        return Refused(400, _of_body(first), code="invalid_body")
+        return APIError(400, _of_body(first), code="invalid_body")
     places = [_place(one, body) for one in errors if one["loc"][1] == first["loc"][1]]
     # Each member of a union has errors of its own: the one that went furthest is meant.
     place = max(places, key=lambda one: (len(one), [n for n in one if isinstance(n, int)]))
@@ -181,10 +181,10 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any = None) -> Refu
     name = _written(place)
     if (why := _unsupported(same[0])) is not None:
         message = f"unsupported parameter {name!r}: {why}"
-        return Refused(400, message, param=name, code="unsupported_parameter")
+        return APIError(400, message, param=name, code="unsupported_parameter")
     code = "missing_parameter" if same[0]["type"] == "missing" else "invalid_value"
     words = list(dict.fromkeys(one["msg"] for one in same))[:4]
-    return Refused(400, f"{name}: {'; or '.join(words)}", param=name, code=code)
+    return APIError(400, f"{name}: {'; or '.join(words)}", param=name, code=code)
 
 
 def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
@@ -231,29 +231,29 @@ def _unsupported(error: Mapping[str, Any]) -> str | None:
     return None
 
 
-def of_any(error: Exception) -> HTTPException:
+def from_exception(error: Exception) -> HTTPException:
     """The refusal that an error is; what is no fault of the client's is logged instead of told."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
-        return of_validation(error.errors(), error.body)
+        return from_validation_errors(error.errors(), error.body)
     if isinstance(error, MoefitError):
-        refused = of_ours(error)
+        refused = from_moefit_error(error)
         if refused.status_code < 500 or refused.code is not None:
             return refused  # others, such as a checkpoint's, name its files
     _LOG.error("a request failed: %s: %s", type(error).__name__, error)
-    return Refused(500, "the server failed at this request; its log says why")
+    return APIError(500, "the server failed at this request; its log says why")
 
 
 def _of_framework(request: Request, error: HTTPException) -> HTTPException:
     """Return what is said of an address or a method that is not there."""
     path = request.url.path
     if error.status_code == 404:
-        return Refused(404, _not_there(path), code="unknown_url")
+        return APIError(404, _not_there(path), code="unknown_url")
     if error.status_code != 405:
         return error
     methods = _allowed(request)
-    said = Refused(
+    said = APIError(
         405, f"{path} is not for {request.method}, but for {methods}", code="wrong_method"
     )
     said.headers = {"Allow": methods}
@@ -287,13 +287,13 @@ def _allowed(request: Request) -> str:
     return ", ".join(found)
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Let the application answer every error in this shape."""
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, HTTPException) and not isinstance(error, Refused):
+        if isinstance(error, HTTPException) and not isinstance(error, APIError):
             error = _of_framework(request, error)
-        return answer(of_any(error))
+        return error_response(from_exception(error))
 
     for kind in (HTTPException, RequestValidationError, MoefitError, Exception):
         app.add_exception_handler(kind, refuse)

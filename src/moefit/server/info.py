@@ -9,22 +9,23 @@ from fastapi import APIRouter, Body, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import moefit
-from moefit.server.answered import (
-    Detokenized,
-    Health,
+from moefit.server.chat import conversation_ids
+from moefit.server.errors import APIError
+from moefit.server.openai_schema import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    HealthResponse,
     ModelCard,
     ModelList,
-    Tokenized,
+    TokenizeRequest,
+    TokenizeResponse,
     TokenizerInfo,
-    Version,
+    VersionResponse,
 )
-from moefit.server.asked import DetokenizeAsked, TokenizeAsked
-from moefit.server.chat import conversation_ids
-from moefit.server.refusal import Refused
 from moefit.server.service import Service
 
 
-def card(service: Service) -> ModelCard:
+def model_card(service: Service) -> ModelCard:
     """The one model."""
     return ModelCard(
         id=service.settings.name,
@@ -34,24 +35,24 @@ def card(service: Service) -> ModelCard:
     )
 
 
-def _tokenize(service: Service, asked: TokenizeAsked) -> list[int]:
-    if (asked.prompt is None) == (asked.messages is None):
-        raise Refused(400, "give either prompt or messages", param="prompt")
-    if asked.messages is not None:
-        return conversation_ids(service.words, asked)
-    assert asked.prompt is not None
-    return service.words.ids(asked.prompt, special=asked.add_special_tokens)
+def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise APIError(400, "give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        return conversation_ids(service.words, body)
+    assert body.prompt is not None
+    return service.words.ids(body.prompt, special=body.add_special_tokens)
 
 
-def _detokenize(service: Service, asked: DetokenizeAsked) -> str:
-    service.words.check_ids(asked.tokens)
-    return service.words.text(asked.tokens, special=True)
+def _detokenize(service: Service, body: DetokenizeRequest) -> str:
+    service.words.check_ids(body.tokens)
+    return service.words.text(body.tokens, special=True)
 
 
 def _tokenizer_info(service: Service) -> TokenizerInfo:
     words = service.words
     if words.tokenizer is None:
-        raise Refused(404, "this model has no tokenizer; it takes token ids", code="no_tokenizer")
+        raise APIError(404, "this model has no tokenizer; it takes token ids", code="no_tokenizer")
     special = words.tokenizer.special_tokens_map
     return TokenizerInfo(
         tokenizer_class=type(words.tokenizer).__name__,
@@ -72,35 +73,35 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> ModelList:
         """What is served here."""
-        return ModelList(data=[card(service)])
+        return ModelList(data=[model_card(service)])
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: Annotated[str, Path()]) -> ModelCard:
         """The model of that name."""
         service.check_model(name)
-        return card(service)
+        return model_card(service)
 
     @routes.post("/tokenize")
-    async def tokenize(asked: Annotated[TokenizeAsked, Body()]) -> Tokenized:
+    async def tokenize(body: Annotated[TokenizeRequest, Body()]) -> TokenizeResponse:
         """A text's tokens."""
-        service.check_model(asked.model)
-        tokens = await service.aside(_tokenize, service, asked)
+        service.check_model(body.model)
+        tokens = await service.run_in_thread(_tokenize, service, body)
         most = service.engine.max_model_len
-        return Tokenized(tokens=tokens, count=len(tokens), max_model_len=most)
+        return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=most)
 
     @routes.post("/detokenize")
-    async def detokenize(asked: Annotated[DetokenizeAsked, Body()]) -> Detokenized:
+    async def detokenize(body: Annotated[DetokenizeRequest, Body()]) -> DetokenizeResponse:
         """Tokens' text."""
-        service.check_model(asked.model)
-        return Detokenized(prompt=await service.aside(_detokenize, service, asked))
+        service.check_model(body.model)
+        return DetokenizeResponse(prompt=await service.run_in_thread(_detokenize, service, body))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
         """Special tokens and the chat template."""
-        return await service.aside(_tokenizer_info, service)
+        return await service.run_in_thread(_tokenizer_info, service)
 
     @routes.get("/health", response_model_exclude_none=True)
-    async def health() -> Health:
+    async def health() -> HealthResponse:
         """Say whether requests are served.
 
         200 with status `ok`, or `degraded` and the problems while experts cannot be read: requests
@@ -109,13 +110,13 @@ def router(service: Service) -> APIRouter:
         """
         service.check_open()
         if problems := service.problems():
-            return Health(status="degraded", problems=problems)
-        return Health()
+            return HealthResponse(status="degraded", problems=problems)
+        return HealthResponse()
 
     @routes.get("/version")
-    async def version() -> Version:
+    async def version() -> VersionResponse:
         """Of moefit."""
-        return Version(version=moefit.__version__)
+        return VersionResponse(version=moefit.__version__)
 
     plain: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 

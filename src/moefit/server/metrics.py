@@ -1,18 +1,56 @@
-"""What is measured of requests: times to tokens, ends, changes of the budget.
+"""Metrics: latencies of requests, and GET /metrics for Prometheus.
 
-Owns the instruments, in a registry of its own, and their clock. Names are vLLM's, with our prefix,
-where vLLM has one. What the engine and the model count themselves is read elsewhere (`metrics`).
+`Telemetry` measures time to first token and time between tokens as events pass; `ModelCollector`
+reads the counters of engine and model when Prometheus asks. `Window` keeps recent values for
+percentiles.
 """
 
 import threading
 from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Iterator
+from math import ceil
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
-from moefit.engine.request import Event, Finished, Listener, Prompt
-from moefit.server.window import Window
+from moefit.engine.api import Event, FinishedEvent, Listener, PromptEvent
+
+
+class Window:
+    """Values with their times, at most `most` of them and none older than `seconds`.
+
+    >>> window = Window(seconds=10)
+    >>> for at in range(5):
+    ...     window.add(float(at), at=at)
+    >>> window.percentiles(0.5, 0.99, at=11)
+    (2.0, 4.0)
+    """
+
+    def __init__(self, *, seconds: float = 300.0, most: int = 4096):
+        self._seconds = seconds
+        self._values: deque[tuple[float, float]] = deque(maxlen=most)
+
+    def add(self, value: float, *, at: float) -> None:
+        """One more value; times do not fall."""
+        self._values.append((at, value))
+
+    def percentiles(self, *shares: float, at: float) -> tuple[float | None, ...]:
+        """Per share the least value that so many are not above (nearest rank); None of nothing."""
+        while self._values and self._values[0][0] < at - self._seconds:
+            self._values.popleft()
+        values = sorted(value for _, value in self._values)
+        if not values:
+            return tuple(None for _ in shares)
+        return tuple(values[max(0, ceil(share * len(values)) - 1)] for share in shares)
+
 
 PREFIX = "moefit:"
 Change = Literal["ok", "refused", "failed"]
@@ -131,10 +169,10 @@ class _Timing:
 
     def hear(self, event: Event, now: float) -> None:
         telemetry = self._telemetry
-        if isinstance(event, Prompt):
+        if isinstance(event, PromptEvent):
             self._placed = min(now, self._began + event.waited)
             telemetry.prompt_read(event.waited, now - self._placed)
-        elif isinstance(event, Finished):
+        elif isinstance(event, FinishedEvent):
             telemetry.finished(
                 event.reason,
                 now - self._began,
@@ -147,3 +185,132 @@ class _Timing:
         else:
             telemetry.next_token(now - self._last, now)
             self._last = now
+
+
+_LABELS = ["model_name"]
+
+
+class Stats(Protocol):
+    """What an engine tells of itself; see `EngineStats`."""
+
+    @property
+    def running(self) -> int: ...  # noqa: D102
+    @property
+    def waiting(self) -> int: ...  # noqa: D102
+    @property
+    def kv_tokens_used(self) -> int: ...  # noqa: D102
+    @property
+    def kv_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def prompt_tokens_total(self) -> int: ...  # noqa: D102
+    @property
+    def generation_tokens_total(self) -> int: ...  # noqa: D102
+
+
+class ModelCollector:
+    """Reads `stats()` of the engine and `report()` of the model."""
+
+    def __init__(
+        self, model: str, stats: Callable[[], Stats], report: Callable[[], dict[str, Any]]
+    ):
+        self._model, self._stats, self._report = model, stats, report
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering reads nothing."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All values, read once."""
+        yield from self._of_engine(self._stats())
+        report = self._report()
+        yield from self._of_experts(report)
+        yield from self._of_blocks(report)
+
+    def _gauge(self, name: str, meaning: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(PREFIX + name, meaning, labels=_LABELS)
+        family.add_metric([self._model], value)
+        return family
+
+    def _counter(self, name: str, meaning: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(PREFIX + name, meaning, labels=_LABELS)
+        family.add_metric([self._model], value)
+        return family
+
+    def _by(self, name: str, meaning: str, label: str, counts: dict[str, float]) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, meaning, labels=[*_LABELS, label])
+        for value, count in counts.items():
+            family.add_metric([self._model, value], count)
+        return family
+
+    def _summary(self, name: str, meaning: str, *, count: int, total: float) -> Metric:
+        family = SummaryMetricFamily(PREFIX + name, meaning, labels=_LABELS)
+        family.add_metric([self._model], count_value=count, sum_value=total)
+        return family
+
+    def _of_engine(self, stats: Stats) -> Iterator[Metric]:
+        yield self._gauge("num_requests_running", "Requests that run", stats.running)
+        yield self._gauge("num_requests_waiting", "Requests that wait", stats.waiting)
+        used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", used)
+        yield self._counter("prompt_tokens", "Prompt tokens read", stats.prompt_tokens_total)
+        yield self._counter("generation_tokens", "Tokens made", stats.generation_tokens_total)
+
+    def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
+        budget = report["budget"]
+        total = budget["most"] if budget["total"] is None else budget["total"]
+        for name, meaning, value in (
+            ("expert_budget_bytes", "Bytes that the process may hold", total),
+            ("expert_floor_bytes", "The least budget", budget["floor"]),
+            ("expert_resident_bytes", "Bytes of slots, filled or not", report["slot_bytes"]),
+            ("process_bytes", "Bytes that the process holds", report["process_bytes"]),
+            ("peak_process_bytes", "The most it ever held", report["peak_process_bytes"]),
+        ):
+            yield self._gauge(name, meaning, value)
+        outcomes = {"hit": "hits", "fetch": "fetches", "substitute": "substitutions"}
+        yield self._by(
+            "expert_requests", "Experts that a step asked for, by what happened", "outcome",
+            {outcome: report[name] for outcome, name in outcomes.items()},
+        )  # fmt: skip
+        yield self._summary(
+            "expert_substituted_mass",
+            "Share of router weight that went to another expert, by block and step",
+            count=report["routed"], total=report["substituted"],
+        )  # fmt: skip
+        read = {"storage": report["bytes_read"]}
+        yield self._by("expert_bytes_loaded", "Bytes of experts read", "tier", read)
+        yield self._counter(
+            "expert_refetches", "Better copies of experts that were read", report["refetches"]
+        )
+        yield self._counter(
+            "expert_refetch_bytes", "Bytes of these copies", report["refetch_bytes"]
+        )
+        if "host_hits" in report:
+            hits = report["host_hits"]
+            yield self._counter("expert_host_hits", "Experts found in host memory", hits)
+        yield self._by(
+            "expert_swaps", "Experts exchanged", "reason", {"importance": report["swaps"]}
+        )
+        yield self._summary(
+            "expert_load_seconds", "Time to bring an expert in",
+            count=report["loads"], total=report["load_seconds"],
+        )  # fmt: skip
+        yield self._by(
+            "expert_load_failures", "Reads of experts that failed, by who waited", "reason",
+            report["load_failures"],
+        )  # fmt: skip
+        failing = report["loads_failing"]
+        yield self._gauge("expert_loads_failing", "1 while experts cannot be read, else 0", failing)
+        yield self._counter(
+            "expert_wait_seconds", "Time that steps waited for experts", report["wait_seconds"]
+        )
+
+    def _of_blocks(self, report: dict[str, Any]) -> Iterator[Metric]:
+        resident = {name: len(experts) for name, experts in report["resident"].items()}
+        for name, meaning, values in (
+            ("expert_resident", "Experts in memory", resident),
+            ("expert_slots", "Slots for experts", report["slots"]),
+        ):
+            family = GaugeMetricFamily(PREFIX + name, meaning, labels=[*_LABELS, "layer"])
+            for layer, value in values.items():
+                family.add_metric([self._model, layer], value)
+            yield family

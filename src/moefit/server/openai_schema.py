@@ -1,16 +1,306 @@
-"""What is answered: the bodies of responses, as OpenAI has them.
+"""Request and response bodies of the HTTP API, in OpenAI's format.
 
-Owns their fields and the order of these. Knows nothing of how they come about.
+Request models are strict: an unknown parameter is an error, and one that is known but not supported
+is refused by name. Response models contain every field that OpenAI's clients read.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from moefit.engine.sampler import MAX_BIAS, REPETITION
+
+T = TypeVar("T")
+_MAX_REPORTED = 8  # unknown fields of one object
+
+Items = Annotated[list[T], Field(fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Unsupported = Annotated[Items[str], Field(max_length=0)]
+
+
+def _biases(given: Any) -> Any:
+    """Refuse the first bias that cannot be; an error for each would take too much."""
+    if not isinstance(given, dict):
+        return given  # the type says what is wrong
+    for token, bias in given.items():
+        name = str(token)[:40]
+        if not (name.isascii() and name.isdigit() and int(name) < 2**31):
+            raise PydanticCustomError("token", "'{name}' is no token's number", {"name": name})
+        if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:  # nor is NaN
+            raise PydanticCustomError(
+                "bias",
+                "the bias of token {name} is no number from {low} to {high}",
+                {"name": name, "low": f"{-MAX_BIAS:g}", "high": f"{MAX_BIAS:g}"},
+            )
+    return given
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(_biases)]
+"""What is added to tokens' logits, by a token's number."""
+
+
+class StrictModel(BaseModel):
+    """An unknown field is an error, and so is a number in quotes; one that is null is nothing.
+
+    NEUTRAL: values of fields that are not done here which ask for nothing but what is done.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, given: Any) -> Any:
+        """The same without unknown fields that ask for nothing, and a few of the others."""
+        if not isinstance(given, dict) or given.keys() <= cls.model_fields.keys():
+            return given
+        known = {name: given[name] for name in cls.model_fields if name in given}
+        unknown = (
+            name for name in given if name not in known and not cls._asks_nothing(given, name)
+        )
+        return known | {name: given[name] for name in islice(unknown, _MAX_REPORTED)}
+
+    @classmethod
+    def _asks_nothing(cls, given: Mapping[str, Any], name: str) -> bool:
+        """Whether an unknown field is null or neutral; 1 and true differ, 1 and 1.0 do not."""
+        value, neutral = given[name], cls.NEUTRAL.get(name)
+        alike = isinstance(value, bool) == isinstance(neutral, bool)
+        return value is None or (neutral is not None and alike and value == neutral)
+
+
+class StreamOptions(StrictModel):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationRequest(StrictModel):
+    """What completions and chats have in common.
+
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. `store`,
+    `metadata`, `service_tier` and `user` are taken, and change nothing here.
+    """
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        "min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "early_stopping": False,
+        "typical_p": 1, "no_repeat_ngram_size": 0, "skip_special_tokens": True,
+        "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "priority": 0,
+        "response_format": {"type": "text"}, "repeat_penalty": 1, "tfs_z": 1, "mirostat": 0,
+    }  # fmt: skip
+
+    model: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=REPETITION[0], le=REPETITION[1])
+    n: int | None = Field(default=None, ge=1, le=1024)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop | Annotated[Items[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[Items[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    logit_bias: Biases | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {**GenerationRequest.NEUTRAL, "add_special_tokens": True}
+
+    prompt: (
+        str
+        | Annotated[Items[str], Field(min_length=1)]
+        | Annotated[Items[TokenId], Field(min_length=1)]
+        | Annotated[Items[Annotated[Items[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    max_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1, le=1024)
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+class TextPart(StrictModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(StrictModel):
+    """A piece of an assistant's message that says no."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _kind_of_part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return "<refusal>" if kind == "refusal" else "<text>"
+
+
+def _no_media(part: Any) -> Any:
+    """Refuse by its name what the model can't read."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in _MEDIA:
+        raise PydanticCustomError(
+            "media",
+            "parts of type {kind} ({what}) are not possible, for the model is served as text; give "
+            "parts of type text",
+            {"kind": kind, "what": _MEDIA[kind]},
+        )
+    return part
+
+
+def _kind_of_content(content: Any) -> str:
+    return "<parts>" if isinstance(content, list) else "<text>"
+
+
+_MEDIA = {
+    "image_url": "an image", "input_image": "an image", "image": "an image",
+    "input_audio": "a sound", "audio_url": "a sound", "audio": "a sound",
+    "video_url": "a video", "video": "a video", "file": "a file", "input_file": "a file",
+}  # fmt: skip
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(_kind_of_part),
+    BeforeValidator(_no_media),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Annotated[Items[Part], Field(min_length=1)], Tag("<parts>")],
+    Discriminator(_kind_of_content),
+]
+
+
+class Message(StrictModel):
+    """One turn of a conversation. What clients give back of an earlier answer may be in it."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+    type: Literal["text", "message"] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    provider_specific_fields: Any = None
+    annotations: Unsupported | None = None
+    audio: None = None
+    tool_calls: Unsupported | None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            why = "Field required: what the {role} says"
+            context = {"role": self.role, "within": ("content",)}
+            raise PydanticCustomError("missing", why, context)
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the content's parts."""
+        if self.content is None:
+            return [self.refusal or ""]
+        if isinstance(self.content, str):
+            return [self.content]
+        return [p.text if isinstance(p, TextPart) else p.refusal for p in self.content]
+
+    @property
+    def thoughts(self) -> str | None:
+        """What the assistant thought before it answered."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
+
+
+class TextFormat(StrictModel):
+    """The one format of answers there is."""
+
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        **GenerationRequest.NEUTRAL, "echo": False, "best_of": 1, "suffix": "",
+        "add_generation_prompt": True, "continue_final_message": False,
+        "add_special_tokens": False,
+    }  # fmt: skip
+
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+    tools: Unsupported | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Unsupported | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[Items[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(StrictModel):
+    """POST /tokenize: a text, or a conversation as the chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(StrictModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[Items[TokenId], Field(max_length=131072)]
+
+
+class MemoryRequest(StrictModel):
+    """POST /v1/memory; what is not given stays. bytes None: all that the model takes."""
+
+    bytes: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=64)] | None = None
+    mode: Literal["exact", "bounded", "virtual"] | None = None
+    prefill: Literal["exact", "bounded", "virtual"] | None = None
+    bound: float | None = Field(default=None, ge=0, le=1)
+
 
 Finish = Literal["stop", "length"]
-IMPOSSIBLE = -9999.0
+MIN_LOGPROB = -9999.0
 """The log-probability of what cannot be, as OpenAI and vLLM write it: JSON has no infinity."""
-LogProbability = Annotated[float, AfterValidator(lambda value: max(value, IMPOSSIBLE))]
+LogProbability = Annotated[float, AfterValidator(lambda value: max(value, MIN_LOGPROB))]
 
 
 class Usage(BaseModel):
@@ -39,7 +329,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class Completion(BaseModel):
+class CompletionResponse(BaseModel):
     """A completion, whole, or a piece of a stream."""
 
     id: str
@@ -89,7 +379,7 @@ class ChatChoice(BaseModel):
     finish_reason: Finish
 
 
-class Chat(BaseModel):
+class ChatCompletionResponse(BaseModel):
     """Answers to a conversation."""
 
     id: str
@@ -117,7 +407,7 @@ class DeltaChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class ChatChunk(BaseModel):
+class ChatCompletionChunk(BaseModel):
     """A piece of a stream."""
 
     id: str
@@ -147,7 +437,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class Tokenized(BaseModel):
+class TokenizeResponse(BaseModel):
     """A text's tokens."""
 
     tokens: list[int]
@@ -155,7 +445,7 @@ class Tokenized(BaseModel):
     max_model_len: int
 
 
-class Detokenized(BaseModel):
+class DetokenizeResponse(BaseModel):
     """Tokens' text."""
 
     prompt: str
@@ -174,14 +464,14 @@ class TokenizerInfo(BaseModel):
     model_max_length: int
 
 
-class Health(BaseModel):
+class HealthResponse(BaseModel):
     """That requests are taken; problems: what is wrong, if it is degraded."""
 
     status: Literal["ok", "degraded"] = "ok"
     problems: list[str] | None = None
 
 
-class Version(BaseModel):
+class VersionResponse(BaseModel):
     """Of this program."""
 
     version: str

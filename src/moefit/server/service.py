@@ -1,47 +1,109 @@
-"""What all endpoints share: the engine, the words, the instruments, and what one request may ask.
+"""What all endpoints share: engine, tokenizer, metrics, limits of a request, and the live plan.
 
-Owns the way from a request to `Sampling`, and whether the server still takes any. Knows nothing of
-the shape of answers.
+`Service` checks what one request may ask for and turns it into `Sampling`. `LivePlan` makes a new
+plan when the budget of a server with a plan changes, and applies it between two steps.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 from time import time
 from typing import TypeVar
 from uuid import uuid4
 
 import moefit
+from moefit.engine.api import SamplingParams
 from moefit.engine.engine import Engine
-from moefit.engine.request import Sampling
 from moefit.errors import ConfigError
-from moefit.server.asked import Generation
-from moefit.server.live_plan import LivePlan
-from moefit.server.metrics import ModelCollector
-from moefit.server.refusal import Refused
-from moefit.server.settings import ServerSettings
-from moefit.server.telemetry import Telemetry
-from moefit.server.vocabulary import Vocabulary, is_unicode
+from moefit.plan.plan_file import Plan
+from moefit.plan.search import SLACK
+from moefit.server.errors import APIError
+from moefit.server.metrics import ModelCollector, Telemetry
+from moefit.server.middleware import ServerSettings
+from moefit.server.openai_schema import GenerationRequest
+from moefit.server.tokenizer import RequestTokenizer, is_unicode
+
+_WITHOUT = "a mode beside the budget (--mode exact) sets it without a plan"
+
+
+class LivePlan:
+    """`make` gives a plan for a budget in bytes; `plan` None: what was planned has been changed.
+
+    ends: the least budget that can be planned for, and the one that holds everything.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, make: Callable[[int], Plan]):
+        self._engine, self._make = engine, make
+        self.plan: Plan | None = plan
+        low, high = engine.served.placement_budget.ends
+        self.ends = low + SLACK, high + SLACK
+        self._rule, self._rest = plan.rule, plan.configuration.rest
+        self._planning = Lock()
+
+    def change(self, memory: int | None) -> None:
+        """Plan for this budget and serve so; None is all that the model takes.
+
+        Raises what planning does, and APIError while another change is being planned; everything is
+        then as it was.
+        """
+        if not self._planning.acquire(blocking=False):
+            raise APIError(
+                409, "another budget is being planned; ask again when it is in force", code="busy"
+            )
+        try:
+            self._change(memory)
+        finally:
+            self._planning.release()
+
+    def leave(self) -> None:
+        """Somebody has set something else than was planned; called between the same two steps."""
+        self.plan = None
+
+    def _change(self, memory: int | None) -> None:
+        try:
+            plan = self._make(self.ends[1] if memory is None else memory)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_WITHOUT}") from error
+        chosen = plan.configuration
+        if (plan.rule, chosen.rest) != (self._rule, self._rest):
+            raise ConfigError(
+                f"the newest profile is of the model under the rule {plan.rule}, and it is served "
+                f"under {self._rule}; run moefit profile with that --rule again, or {_WITHOUT}"
+            )
+        self._engine.between_steps(lambda: self._serve(replace(plan, memory=memory)))
+
+    def _serve(self, plan: Plan) -> None:
+        chosen = plan.configuration
+        self._engine.served.set_placement(
+            chosen.placement,
+            memory=plan.memory,
+            mode=chosen.mode,
+            manager=chosen.manager,
+            **chosen.policy_settings(),
+        )
+        self.plan = plan
+
 
 T = TypeVar("T")
 FINGERPRINT = f"moefit-{moefit.__version__}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class EngineRequest:
     """One answer that is wanted."""
 
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
 
-    def told(self, longest: int) -> int:
+    def max_logprobs(self, longest: int) -> int:
         """Log-probabilities that may have to be kept until it ends, after `longest` tokens."""
-        asked, most = self.sampling, min(self.sampling.max_tokens, longest)
-        answer = 0 if asked.logprobs is None else most * (1 + asked.logprobs)
+        body, most = self.sampling, min(self.sampling.max_tokens, longest)
+        answer = 0 if body.logprobs is None else most * (1 + body.logprobs)
         prompt = 0
-        if asked.prompt_logprobs is not None:
-            prompt = len(self.prompt) * (1 + asked.prompt_logprobs)
+        if body.prompt_logprobs is not None:
+            prompt = len(self.prompt) * (1 + body.prompt_logprobs)
         return answer + prompt
 
 
@@ -57,7 +119,7 @@ class Service:
         except ConfigError:
             tokenizer = None
         self.continues = not model.config.is_encoder_decoder
-        self.words = Vocabulary(tokenizer, size=text.vocab_size, most=engine.max_model_len)
+        self.words = RequestTokenizer(tokenizer, size=text.vocab_size, most=engine.max_model_len)
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
             ModelCollector(settings.name, engine.stats, engine.served.report)
@@ -68,7 +130,7 @@ class Service:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
         self._operators = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
 
-    async def aside(self, work: Callable[..., T], *arguments: object) -> T:
+    async def run_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Do what takes long without holding others up."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, work, *arguments)
@@ -104,7 +166,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
         if name is not None and name != self.settings.name:
-            raise Refused(
+            raise APIError(
                 404,
                 f"there is no model of that name here; there is {self.settings.name!r}",
                 param="model",
@@ -114,34 +176,34 @@ class Service:
     def check_open(self) -> None:
         """Refuse while the server is shutting down."""
         if self.engine.failure is not None:
-            raise Refused(
+            raise APIError(
                 503,
                 "the engine has failed and the server must be started again; its log says why",
                 code="engine_failed",
             )
         if self.draining:
-            raise Refused(503, "the server is shutting down", code="shutting_down")
+            raise APIError(503, "the server is shutting down", code="shutting_down")
 
-    def check_answers(self, asked: Generation, prompts: int) -> int:
+    def check_choices(self, body: GenerationRequest, prompts: int) -> int:
         """n, if n answers to each prompt are no more than may be."""
-        n = asked.n or 1
+        n = body.n or 1
         if n * prompts > self.settings.answers:
-            raise Refused(
+            raise APIError(
                 400,
                 f"n={n} times the prompts, {prompts}, are {n * prompts} answers, but one request "
                 f"may ask for {self.settings.answers}",
                 param="n",
                 code="too_many_answers",
             )
-        if asked.stream_options and asked.stream_options.include_usage and not asked.stream:
-            raise Refused(400, "stream_options is for stream=true alone", param="stream_options")
+        if body.stream_options and body.stream_options.include_usage and not body.stream:
+            raise APIError(400, "stream_options is for stream=true alone", param="stream_options")
         return n
 
-    def check_told(self, wishes: Sequence[Wish]) -> None:
+    def check_logprobs(self, engine_requests: Sequence[EngineRequest]) -> None:
         """Refuse more log-probabilities in one answer than there is memory meant for."""
-        told = sum(wish.told(self.engine.max_model_len) for wish in wishes)
+        told = sum(item.max_logprobs(self.engine.max_model_len) for item in engine_requests)
         if told > self.settings.logprobs:
-            raise Refused(
+            raise APIError(
                 400,
                 f"up to {told:,} log-probabilities are asked for, but one request may ask for "
                 f"{self.settings.logprobs:,}: answers times tokens times logprobs; ask for fewer",
@@ -151,35 +213,35 @@ class Service:
 
     def sampling(
         self,
-        asked: Generation,
+        body: GenerationRequest,
         max_tokens: int,
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
-    ) -> Sampling:
+    ) -> SamplingParams:
         """How the answer is to be chosen.
 
         What is not given is as the model's generation_config.json has it, else as OpenAI has it.
         """
         default = self.engine.served.generation
-        self._check_tokens(asked.stop_token_ids or (), "stop_token_ids")
-        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        self._check_tokens(body.stop_token_ids or (), "stop_token_ids")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         if not all(map(is_unicode, stop)):
-            raise Refused(400, "a stop text has half a character in it", param="stop")
-        return Sampling(
+            raise APIError(400, "a stop text has half a character in it", param="stop")
+        return SamplingParams(
             max_tokens=max_tokens,
-            temperature=_first(asked.temperature, default.temperature, 1.0),
-            top_p=_first(asked.top_p, default.top_p, 1.0),
-            top_k=max(0, int(_first(asked.top_k, default.top_k, 0))),
-            min_p=_first(asked.min_p, default.min_p, 0.0),
-            repetition_penalty=_first(asked.repetition_penalty, default.repetition_penalty, 1.0),
-            logit_bias=self._biases(asked),
-            presence_penalty=asked.presence_penalty or 0.0,
-            frequency_penalty=asked.frequency_penalty or 0.0,
-            seed=asked.seed,
+            temperature=_first(body.temperature, default.temperature, 1.0),
+            top_p=_first(body.top_p, default.top_p, 1.0),
+            top_k=max(0, int(_first(body.top_k, default.top_k, 0))),
+            min_p=_first(body.min_p, default.min_p, 0.0),
+            repetition_penalty=_first(body.repetition_penalty, default.repetition_penalty, 1.0),
+            logit_bias=self._biases(body),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            seed=body.seed,
             stop=stop,
-            stop_ids=frozenset(asked.stop_token_ids or ()),
-            ignore_eos=bool(asked.ignore_eos),
+            stop_ids=frozenset(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
@@ -189,11 +251,11 @@ class Service:
         try:
             self.words.check_ids(list(ids))
         except ConfigError as error:
-            raise Refused(400, f"{field}: {error}", param=field, code="invalid_value") from error
+            raise APIError(400, f"{field}: {error}", param=field, code="invalid_value") from error
 
-    def _biases(self, asked: Generation) -> tuple[tuple[int, float], ...]:
-        """What is added to tokens' logits. Raises Refused for a token that does not exist."""
-        biases = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
+    def _biases(self, body: GenerationRequest) -> tuple[tuple[int, float], ...]:
+        """What is added to tokens' logits. Raises APIError for a token that does not exist."""
+        biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         self._check_tokens(biases, "logit_bias")
         return tuple((token, bias) for token, bias in biases.items() if bias)
 
@@ -203,7 +265,7 @@ def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def numbered(sampling: Sampling, n: int) -> Sequence[Sampling]:
+def numbered(sampling: SamplingParams, n: int) -> Sequence[SamplingParams]:
     """The sampling of each of n answers; with a seed, they have seeds of their own."""
     if sampling.seed is None:
         return [sampling] * n

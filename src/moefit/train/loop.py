@@ -1,11 +1,12 @@
-"""One run, from its first step in this process to its last.
+"""Run training from the configuration to the last checkpoint.
 
-Owns the order of events within a run: resume, steps, log, evaluation, checkpoints, the way out.
-Prints nothing; a `Watcher` is told.
+`Run` owns the order of events in one process: step, log, evaluate, save, stop on a signal. `train`
+prepares the data, locks the folder, resumes if there is a checkpoint, and draws the curve.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,31 @@ import torch
 from transformers import PreTrainedModel
 
 from moefit.device import parse_device
-from moefit.dsmoe.router_state import router_state
+from moefit.dsmoe.losses import router_statistics
 from moefit.errors import DivergenceError
-from moefit.signals import StopRequest
+from moefit.signals import StopRequest, stop_on_signal
 from moefit.train import checkpoint
-from moefit.train.batches import Batches
-from moefit.train.build import attention_implementation, build_model, loss_weights, use_bf16
+from moefit.train.checkpoint import RunState
 from moefit.train.config import TrainConfig
-from moefit.train.held_out import HeldOut
-from moefit.train.log import RunLog, last_record, read_log
+from moefit.train.data.batches import Batches
+from moefit.train.data.tokenizer import vocabulary_size
+from moefit.train.data.tokens import PreparedData, prepare
+from moefit.train.display import Watcher, draw_curve
+from moefit.train.model import (
+    attention_implementation,
+    build_model,
+    load_initial_weights,
+    loss_weights,
+    use_bf16,
+)
+from moefit.train.run_folder import (
+    RunLog,
+    check_same_config,
+    last_record,
+    locked,
+    read_log,
+    save_config,
+)
 from moefit.train.schedule import (
     is_sparse,
     learning_rate,
@@ -30,13 +47,8 @@ from moefit.train.schedule import (
     mi_scale,
     set_learning_rate,
 )
-from moefit.train.start import start_from
-from moefit.train.state import RunState
-from moefit.train.step import Stepper, StepResult, make_losses
+from moefit.train.step import HeldOut, Stepper, StepResult, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
-from moefit.train.tokenizer import vocabulary_size
-from moefit.train.tokens import PreparedData
-from moefit.train.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +105,7 @@ class Run:
         vocab_size = vocabulary_size(self.data.tokenizer)
         model = build_model(self.config, vocab_size=vocab_size, eos_token_id=eos)
         if self.config.start_from is not None:
-            start_from(model, self.config.start_from)
+            load_initial_weights(model, self.config.start_from)
         model.to(self.device)  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(attention_implementation(self.config, self.device))
         if self.config.activation_checkpointing:
@@ -193,7 +205,7 @@ class Run:
         return {
             f"{kind}_{name}": value
             for kind, logits in kinds.items()
-            for name, value in router_state(logits, self.config.log.epsilon).items()
+            for name, value in router_statistics(logits, self.config.log.epsilon).items()
         }
 
     def _logged(self, step: int) -> bool:
@@ -239,3 +251,60 @@ class Run:
             state=self.state.pack(seconds),
         )
         checkpoint.save(self.out, snapshot, keep=self.config.checkpoint.keep)
+
+
+CURVE = "curve.png"
+
+
+def train(config: TrainConfig, watcher: Watcher) -> TrainResult:
+    """Run, or resume, the training that `config` describes.
+
+    Raises ConfigError, DataError, CheckpointError, or DivergenceError naming the last good
+    checkpoint.
+    """
+    out = Path(config.out).expanduser()
+    with locked(out):
+        check_same_config(out, config)
+        finished = _finished(out, config.steps)
+        result = finished or _train(out, config, watcher)
+        drawn = finished is not None and (out / CURVE).is_file()
+        if result.step == config.steps and not drawn:
+            _draw(out, watcher)
+        return result
+
+
+def _finished(out: Path, steps: int) -> TrainResult | None:
+    """The result of a run that has nothing left to do, without building anything."""
+    found = checkpoint.checkpoints(out)
+    if not found or checkpoint.step_of(found[-1]) != steps:
+        return None
+    evaluated = last_record(read_log(out), "eval")
+    if evaluated is None or evaluated["step"] != steps:
+        return None  # killed before its last evaluation, which is still to be done
+    checkpoint.verify(found[-1])
+    return TrainResult(
+        step=steps, checkpoint=found[-1], held_out_loss=evaluated["loss"], stopped_by=None
+    )
+
+
+def _train(out: Path, config: TrainConfig, watcher: Watcher) -> TrainResult:
+    data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
+    run = Run(config, out, data, watcher)
+    with closing(run.log):
+        save_config(out, config)  # only now: a mistake in it must not claim the folder
+        run.log.write("run", run.first_step, run.facts)
+        watcher.started(step=run.first_step, steps=config.steps, facts=run.facts)
+        with stop_on_signal() as request:
+            return run.until_done(request)
+
+
+def _draw(out: Path, watcher: Watcher) -> None:
+    """Draw the curve; a run that is finished and good doesn't fail for want of a picture."""
+    path = out / CURVE
+    try:
+        draw_curve(read_log(out), path)
+    except OSError as error:
+        watcher.event(
+            f"the run is finished, but {path} could not be drawn: {error.strerror or error}; "
+            "make room, then run the same command again"
+        )

@@ -1,12 +1,12 @@
-"""The model of a training run, from its configuration.
+"""Build the model of a training run from its configuration.
 
-Owns the choice of architecture and the strictness of its settings: what cannot be built is a
-ConfigError, and so is what would be built but do nothing. Every architecture trains densely in
-the same way: all experts active, computed as one wide MLP.
+Creates a DS-MoE or an OLMoE model with random weights, chooses attention implementation and
+precision, and copies the weights of an earlier run if the configuration names one.
 """
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +14,63 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from moefit.checkpoint.quantisation import refuse_declared, refuse_integers
+from moefit.checkpoint.safetensors import Checkpoint
 from moefit.dsmoe.config import DsMoeConfig, nearest_multiple
+from moefit.dsmoe.dense_experts import DENSE_EXPERTS, register_dense_experts
+from moefit.dsmoe.losses import RouterLossWeights
 from moefit.dsmoe.model import DsMoeForCausalLM, router_loss_weights
-from moefit.dsmoe.objective import RouterLossWeights
 from moefit.dsmoe.presets import check_fields, field_names, preset
-from moefit.dsmoe.stock import DENSE_EXPERTS, register_dense_experts
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
+from moefit.train.checkpoint import MANIFEST, checkpoints, verify
 from moefit.train.config import TrainConfig
+
+
+def load_initial_weights(model: PreTrainedModel, source: str) -> None:
+    """Copy weights into a freshly built model, by name.
+
+    Raises ConfigError if there is nothing at `source`, or its weights are of another model;
+    CheckpointError if they can't be read; UnsupportedModelError if they are quantised.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        found = checkpoints(folder)
+        if not found:
+            raise ConfigError(
+                f"start_from={source!r} is neither a model folder (config.json) nor a run with a "
+                "finished checkpoint; leave it out to begin with random weights"
+            )
+        folder = found[-1]
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    refuse_declared(folder)
+    with Checkpoint(folder) as stored:
+        _copy(model, stored, source)
+
+
+@torch.no_grad()
+def _copy(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
+    ours = model.state_dict()
+    tied = set(model.all_tied_weights_keys)
+    wrong = [f"lacks {name}" for name in sorted(ours.keys() - stored.spans.keys() - tied)]
+    wrong += [f"has {name}" for name in sorted(stored.spans.keys() - ours.keys())]
+    wrong += [
+        f"has {name} {list(span.shape)}, not {list(ours[name].shape)}"
+        for name, span in sorted(stored.spans.items())
+        if name in ours and span.shape != tuple(ours[name].shape)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"start_from={source!r} is of another model than this configuration describes: it "
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; give the model settings "
+            "and the tokenizer that it was made with"
+        )
+    for name, span in stored.spans.items():
+        if ours[name].is_floating_point():
+            refuse_integers(span, name)
+        ours[name].copy_(stored.tensor(span))
+
 
 # What transformers and torch raise of a configuration that cannot be built.
 _CONSTRUCTION = (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.serve.eviction import (
+from moefit.serve.cache.eviction import (
     DEFAULT_POLICY,
     POLICIES,
     Belady,

@@ -19,13 +19,13 @@ from tiny_served import (
 from torch import Tensor
 
 from moefit.errors import CheckpointError
-from moefit.formats.format import FORMATS, NativeFormat
-from moefit.serve.copies import CpuCopies
-from moefit.serve.host_tier import HostTier
-from moefit.serve.skeleton import build
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.store import ExpertStore
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import FORMATS, NativeFormat
+from moefit.serve.cache.host_cache import HostCache
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.io.device_copy import CpuCopies
+from moefit.serve.io.loads import Transfer
+from moefit.serve.io.reader import ExpertStore
 
 CPU = torch.device("cpu")
 BLOCK = "model.layers.0.mlp.experts"
@@ -62,7 +62,7 @@ def engine() -> Watched:
 
 
 def new_slot() -> Slot:
-    return allocate(NativeFormat(), mixtral_block()[0].layout.specs, CPU)
+    return allocate_slot(NativeFormat(), mixtral_block()[0].layout.specs, CPU)
 
 
 def holds(slot: Slot, expert: int) -> bool:
@@ -77,15 +77,15 @@ def test_slots_get_the_same_bytes_as_from_the_store_alone(
     tmp_path: Path, family: str, precision: str, places: int
 ) -> None:
     format = FORMATS[precision]
-    skeleton = build(saved(tiny(family), tmp_path))
+    skeleton = build_skeleton(saved(tiny(family), tmp_path))
     blocks = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
     limit = places * max(format.nbytes(block.layout.specs) for block in skeleton.blocks)
-    tier = HostTier(store, CpuCopies(), limit=limit)
+    tier = HostCache(store, CpuCopies(), limit=limit)
     wanted = [(block.name, expert) for block in skeleton.blocks for expert in range(8)] * 2
     random.Random(0).shuffle(wanted)
     for block, expert in wanted:
-        alone, through = (allocate(format, blocks[block].layout.specs, CPU) for _ in range(2))
+        alone, through = (allocate_slot(format, blocks[block].layout.specs, CPU) for _ in range(2))
         store.read(block, expert, alone)
         tier.read(block, expert, through)
         assert torch.equal(alone.buffer_B, through.buffer_B)
@@ -108,9 +108,9 @@ class Namer:
 
 def test_one_expert_in_two_formats_is_two_things(engine) -> None:
     specs = mixtral_block()[0].layout.specs
-    native, packed = (allocate(FORMATS[name], specs, CPU) for name in ("native", "int4"))
+    native, packed = (allocate_slot(FORMATS[name], specs, CPU) for name in ("native", "int4"))
     assert packed.nbytes < native.nbytes
-    tier = HostTier(Namer(), engine, limit=native.nbytes + packed.nbytes)
+    tier = HostCache(Namer(), engine, limit=native.nbytes + packed.nbytes)
     for expert in (3, 3, 4, 3):
         for slot, value in ((native, 100 + expert), (packed, expert)):
             tier.read(BLOCK, expert, slot)
@@ -120,7 +120,7 @@ def test_one_expert_in_two_formats_is_two_things(engine) -> None:
 
 
 def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> None:
-    tier, slot = HostTier(store, engine, limit=3 * SIZE), new_slot()
+    tier, slot = HostCache(store, engine, limit=3 * SIZE), new_slot()
     for expert in (0, 1, 2, 0, 1, 2):
         tier.read(BLOCK, expert, slot)
         assert holds(slot, expert)
@@ -132,7 +132,7 @@ def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> N
 
 
 def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
-    tier = HostTier(store, engine, limit=3 * SIZE + SIZE // 2)
+    tier = HostCache(store, engine, limit=3 * SIZE + SIZE // 2)
     assert engine.sizes == [] and tier.report()["host_bytes"] == 0
     for expert in range(8):
         tier.read(BLOCK, expert, new_slot())
@@ -143,7 +143,7 @@ def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
 
 
 def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store, engine) -> None:
-    tier, slot = HostTier(store, engine, limit=2 * SIZE), new_slot()
+    tier, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
     tier.read(BLOCK, 4, slot)
     store.broken = {5}
     for _ in range(3):
@@ -160,9 +160,9 @@ def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store
 def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     with reading_through(Disk()) as disk:
-        skeleton = build(tmp_path)
+        skeleton = build_skeleton(tmp_path)
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
-    tier, slot = HostTier(store, CpuCopies(), limit=SIZE), new_slot()
+    tier, slot = HostCache(store, CpuCopies(), limit=SIZE), new_slot()
     disk.failures = 10**6
     with pytest.raises(CheckpointError, match="cannot be read after 3"):
         tier.read(BLOCK, 2, slot)
@@ -175,7 +175,7 @@ def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_had_is_an_error_and_the_next_read_works(store, engine) -> None:
-    tier, slot = HostTier(store, engine, limit=2 * SIZE), new_slot()
+    tier, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
     tier.read(BLOCK, 0, slot)
     scarce, engine.buffer = engine.buffer, raiser(OSError(12, "Cannot allocate memory"))
     with pytest.raises(OSError, match="Cannot allocate"):
@@ -196,7 +196,7 @@ def raiser(error: BaseException):
 
 
 def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
-    tier, slots = HostTier(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
+    tier, slots = HostCache(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
     store.gate.clear()
     with ThreadPoolExecutor(4) as pool:
         reads = [pool.submit(tier.read, BLOCK, 6, slot) for slot in slots]
@@ -211,7 +211,7 @@ def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
 
 
 def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
-    tier, slots = HostTier(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
+    tier, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
     store.broken, store.error = {6}, OSError("once")
     store.gate.clear()
     with ThreadPoolExecutor(3) as pool:
@@ -226,7 +226,7 @@ def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
 
 
 def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
-    tier, slots = HostTier(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
+    tier, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
     engine.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(tier.read, BLOCK, 1, slots[0])
@@ -243,7 +243,7 @@ def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
 
 @pytest.mark.parametrize("places", [1, 2, 5])
 def test_many_readers_over_few_buffers_get_what_they_asked_for(store, engine, places: int) -> None:
-    tier = HostTier(store, engine, limit=places * SIZE)
+    tier = HostCache(store, engine, limit=places * SIZE)
     transfer = Transfer(tier, readers=4, engine=engine)
     chance = random.Random(places)
     for _ in range(30):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from moefit.serve.host_table import HostTable, Lease
+from moefit.serve.cache.host_cache import HostTable, Lease
 
 
 def filled(table: HostTable, key: str, nbytes: int) -> Lease:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.serve.manager import Swap, VirtualExpertManager
+from moefit.serve.cache.manager import Swap, VirtualExpertManager
 
 NUM_EXPERTS = 8
 scores = st.lists(

@@ -14,13 +14,13 @@ from tiny_served import Disk, logits, reading_through, saved, settled, tiny, tok
 
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve import seating
-from moefit.serve.ladders import AUTO
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.placement import BlockPlacement, Placement
-from moefit.serve.served import ServedModel
-from moefit.serve.slots import Slot
-from moefit.serve.store import ExpertStore
+from moefit.serve.cache import resize
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.slot import Slot
+from moefit.serve.config import BlockPlacement, Placement
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.model import ServedModel
+from moefit.serve.precision.allocate import AUTO_FORMATS
 
 IDS = tokens(1, 12)
 FIRST, SECOND = (f"model.layers.{number}.mlp.experts" for number in range(2))
@@ -54,7 +54,7 @@ def state(served: ServedModel) -> tuple[Any, ...]:
     return report["slots"], report["formats"], report["slot_bytes"], report["spare_bytes"]
 
 
-def arrive(served: ServedModel) -> None:
+def commit(served: ServedModel) -> None:
     """Everything that was begun has come."""
     settled(served)
     for experts in served.blocks.values():
@@ -70,7 +70,7 @@ def test_it_is_then_as_if_it_had_been_loaded_so(before: Placement, after: Placem
         served.set_placement(after, memory=None)
         assert state(served) == state(other)
         torch.testing.assert_close(logits(served.model, IDS), logits(other.model, IDS))
-        arrive(served)
+        commit(served)
         torch.testing.assert_close(logits(served.model, IDS), logits(other.model, IDS))
         served.check()
 
@@ -82,9 +82,9 @@ def test_experts_in_the_wanted_format_stay_and_the_others_come_into_their_own_sl
         assert there & {0, 4}
         served.set_placement(SEATED, memory=None)
         slots = served.blocks[FIRST].slots
-        arrive(served)
+        commit(served)
         for expert, format in enumerate(MIXED):
-            assert slots[served.blocks[FIRST].residency.slot(expert)].format.name == format
+            assert slots[served.blocks[FIRST].slot_table.slot(expert)].format.name == format
         assert served.report()["loads"] - loads == 8 - len(there & {0, 4}) + 2
 
 
@@ -94,7 +94,7 @@ def test_without_memory_for_it_blocks_have_the_slots_that_they_had(
 ) -> None:
     with load(SEATED) as served:
         expected, before, budget = logits(served.model, IDS), state(served), served.budget
-        allocate, calls = seating.allocate, []
+        allocate, calls = resize.allocate_slot, []
 
         def scarce(*arguments: Any) -> Any:
             calls.append(arguments)
@@ -102,12 +102,12 @@ def test_without_memory_for_it_blocks_have_the_slots_that_they_had(
                 raise OSError("cannot allocate memory")
             return allocate(*arguments)
 
-        monkeypatch.setattr(seating, "allocate", scarce)
+        monkeypatch.setattr(resize, "allocate_slot", scarce)
         with pytest.raises(OSError, match="cannot allocate"):
             served.set_placement(placed(of(7, "int3"), of(8, *MIXED)), memory=None, mode="virtual")
         assert (state(served), served.budget, served.policy.mode) == (before, budget, "exact")
         torch.testing.assert_close(logits(served.model, IDS), expected)
-        arrive(served)
+        commit(served)
         torch.testing.assert_close(logits(served.model, IDS), expected)
 
 
@@ -118,7 +118,7 @@ def test_a_read_that_fails_costs_no_more_than_that_read() -> None:
         settled(served)
         disk.failures = 0
         torch.testing.assert_close(logits(served.model, IDS), logits(other.model, IDS))
-        arrive(served)
+        commit(served)
         assert state(served) == state(other)
 
 
@@ -126,7 +126,7 @@ def test_what_does_not_fit_or_cannot_be_changes_nothing() -> None:
     with load(SEATED, memory="4GiB") as served:
         before, budget = state(served), served.budget
         with pytest.raises(BudgetTooSmallError, match="plan anew"):
-            served.set_placement(NATIVE, memory=served.reckoner.budget(NATIVE, None).fixed)
+            served.set_placement(NATIVE, memory=served.placement_budget.budget(NATIVE, None).fixed)
         with pytest.raises(ConfigError, match="differ in"):
             served.set_placement({FIRST: of(8, "native")}, memory="4GiB")
         with pytest.raises(ConfigError, match="not one of"):
@@ -151,19 +151,19 @@ def test_mode_and_manager_change_with_it_and_swaps_go_on() -> None:
             mode="virtual",
             manager=VirtualExpertManager(every=2),
         )
-        arrive(served)
+        commit(served)
         assert (served.policy.mode, served.policy.prefill) == ("virtual", "virtual")
         assert served._live.manager.every == 2
         for seed in range(12):
             logits(served.model, tokens(1, 12, seed=seed))
-            arrive(served)
+            commit(served)
         assert served.report()["swaps"] > 8  # the first of each block filled it
 
 
 def test_a_forgotten_plan_leaves_room_for_swaps() -> None:
     with load(SEATED, memory="4GiB", mode="virtual") as served:
         logits(served.model, IDS)
-        served.set_memory(served.budget.floor + 1)
+        served.set_memory(served.budget.min_bytes + 1)
         assert served.budget.planned is None
         assert set(served.report()["slots"].values()) == {1}
         each = [one.block_slot_bytes for one in served.blocks.values()]
@@ -171,11 +171,11 @@ def test_a_forgotten_plan_leaves_room_for_swaps() -> None:
         before = served.report()["swaps"]
         for seed in range(12):
             logits(served.model, tokens(1, 12, seed=seed))
-            arrive(served)
+            commit(served)
         assert served.report()["swaps"] > before
 
 
-formats = st.sampled_from(AUTO)
+formats = st.sampled_from(AUTO_FORMATS)
 blocks = st.one_of(
     st.builds(of, st.integers(1, 8), formats),
     st.lists(formats, min_size=8, max_size=8).map(lambda some: of(8, *some)),
@@ -194,11 +194,11 @@ def test_any_placements_one_after_the_other_keep_the_books(steps: list[Any]) -> 
             assert served.report()["slot_bytes"] == budget.planned.nbytes
             served.check()
             logits(served.model, tokens(1, 6, seed=number))
-            arrive(served)
+            commit(served)
             for name, one in placement.items():
                 experts = served.blocks[name]
-                for expert in experts.residency.residents:
-                    slot = experts.slots[experts.residency.slot(expert)]
+                for expert in experts.slot_table.residents:
+                    slot = experts.slots[experts.slot_table.slot(expert)]
                     assert slot.format == one.format_of(expert)
 
 
@@ -214,5 +214,5 @@ def test_a_placement_is_loaded_by_all_readers_at_once(monkeypatch: pytest.Monkey
     whole = placed(of(8, *["int4"] * 8), of(8, *["int4"] * 8))
     monkeypatch.setattr(ExpertStore, "read", reads_together)
     with load(whole, readers=4) as served:
-        assert all(len(one.residency.residents) == 8 for one in served.blocks.values())
+        assert all(len(one.slot_table.residents) == 8 for one in served.blocks.values())
         served.check()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.serve.importance import ExpertImportanceEstimator
+from moefit.serve.cache.scores import ExpertImportanceEstimator
 
 steps = st.lists(
     st.tuples(

@@ -1,25 +1,25 @@
 import torch
 from tiny_served import MemoryStore, mixtral_block
 
-from moefit.formats.format import NATIVE
-from moefit.serve.live import Live
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.policy import Policy
-from moefit.serve.slots import allocate
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import NATIVE
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.cache.swaps import SharedState
+from moefit.serve.config import Policy
+from moefit.serve.io.loads import Transfer
 
 
-def live() -> Live:
+def live() -> SharedState:
     transfer = Transfer(MemoryStore(*mixtral_block()), readers=1)
     transfer.close()
-    return Live(policy=Policy(), manager=VirtualExpertManager(), transfer=transfer)
+    return SharedState(policy=Policy(), manager=VirtualExpertManager(), transfer=transfer)
 
 
 def test_spare_bytes_are_those_of_all_kinds() -> None:
     one = live()
     assert one.spare_bytes == 0
     specs = mixtral_block()[0].layout.specs
-    small, other = (allocate(NATIVE, specs, torch.device("cpu")) for _ in range(2))
+    small, other = (allocate_slot(NATIVE, specs, torch.device("cpu")) for _ in range(2))
     one.spares["bf16", 1] = [small]
     one.spares["bf16", 2] = [other, small]
     one.spares["int4", 3] = []

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_served import mixtral_block, parts_of
 
-from moefit.formats.format import NativeFormat, expert_output
 from moefit.host import process_bytes
 from moefit.moe.families import TensorSpec
-from moefit.serve.slots import Slot, allocate, bytes_of
+from moefit.quant.format import NativeFormat, expert_output
+from moefit.serve.cache.slot import Slot, allocate_slot, bytes_of
 
 CPU = torch.device("cpu")
 specs = st.dictionaries(
@@ -33,7 +33,7 @@ def range_of(tensor: torch.Tensor) -> range:
 @settings(deadline=None)
 @given(specs)
 def test_tensors_lie_apart_on_cache_lines_inside_the_slots_bytes(specs) -> None:
-    slot = allocate(NativeFormat(), specs, CPU)
+    slot = allocate_slot(NativeFormat(), specs, CPU)
     assert {k: (tuple(t.shape), t.dtype) for k, t in slot.tensors.items()} == {
         k: (spec.shape, spec.dtype) for k, spec in specs.items()
     }
@@ -56,7 +56,7 @@ def test_a_slot_counts_as_many_bytes_as_the_system_gives_it(specs) -> None:
 
 
 def big_slot(mib: int) -> Slot:
-    return allocate(NativeFormat(), {"w": TensorSpec((mib << 20,), torch.uint8)}, CPU)
+    return allocate_slot(NativeFormat(), {"w": TensorSpec((mib << 20,), torch.uint8)}, CPU)
 
 
 @pytest.mark.parametrize("mib", [1, 3, 8])
@@ -96,7 +96,7 @@ def test_a_slot_is_private_memory() -> None:
 
 def test_the_format_computes_as_the_familys_experts_do() -> None:
     block, module = mixtral_block()
-    slot = allocate(NativeFormat(), block.layout.specs, CPU)
+    slot = allocate_slot(NativeFormat(), block.layout.specs, CPU)
     for short, value in parts_of(module, block, 2).items():
         slot.tensors[short].copy_(value)
     x_RD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))

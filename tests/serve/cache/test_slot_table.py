@@ -3,8 +3,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.residency import Residency
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.slot_table import SlotTable
 
 NUM_EXPERTS = 7
 experts = st.integers(0, NUM_EXPERTS - 1)
@@ -16,7 +16,7 @@ class Table(RuleBasedStateMachine):
     @initialize(slots=st.integers(0, NUM_EXPERTS))
     def begin(self, slots: int) -> None:
         self.policy = LeastRecentlyUsed()
-        self.table = Residency(NUM_EXPERTS, slots, self.policy)
+        self.table = SlotTable(NUM_EXPERTS, slots, self.policy)
         self.residents: dict[int, int] = {}
         self.filling: dict[int, int] = {}  # slot -> expert
         self.slots = set(range(slots))
@@ -113,8 +113,8 @@ Table.TestCase.settings = settings(max_examples=60, stateful_step_count=30, dead
 TestTable = Table.TestCase
 
 
-def full_table() -> Residency:
-    table = Residency(NUM_EXPERTS, 2, LeastRecentlyUsed())
+def full_table() -> SlotTable:
+    table = SlotTable(NUM_EXPERTS, 2, LeastRecentlyUsed())
     for expert in (3, 5):
         slot = table.reserve(expert)
         assert slot is not None

@@ -10,21 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from tiny_served import MemoryStore, OverStorage, mixtral_block, parts_of
 
-from moefit.formats.format import NATIVE
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.live import Live
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.policy import Policy
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.swaps import Swaps
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import NATIVE
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.cache.swaps import SharedState, Swaps
+from moefit.serve.config import Policy
+from moefit.serve.io.loads import Transfer
 
 NUM_EXPERTS = 8
 
 
 def new_slot() -> Slot:
-    return allocate(NATIVE, mixtral_block()[0].layout.specs, torch.device("cpu"))
+    return allocate_slot(NATIVE, mixtral_block()[0].layout.specs, torch.device("cpu"))
 
 
 class Bench:
@@ -34,28 +33,28 @@ class Bench:
         self.block, self.module = mixtral_block()
         self.store = MemoryStore(self.block, self.module)
         self.transfer = Transfer(self.store, readers=1)
-        self.live = Live(
+        self.live = SharedState(
             policy=Policy(),
             manager=VirtualExpertManager(max_swaps=2, margin=0.1),
             transfer=self.transfer,
         )
         self.eviction = LeastRecentlyUsed()
-        self.residency = Residency(NUM_EXPERTS, slots, self.eviction)
+        self.slot_table = SlotTable(NUM_EXPERTS, slots, self.eviction)
         self.slots = {index: new_slot() for index in range(slots)}
         some = [new_slot() for _ in range(spares)]
         self.kind = NATIVE.name, new_slot().nbytes
         self.live.spares[self.kind] = some
         self.held = slots + spares
-        self.swaps = Swaps(self.block.name, self.live, self.residency, self.slots)
+        self.swaps = Swaps(self.block.name, self.live, self.slot_table, self.slots)
         for expert in residents:
-            slot = self.residency.reserve(expert)
+            slot = self.slot_table.reserve(expert)
             assert slot is not None
             self.store.read(self.block.name, expert, self.slots[slot])
-            self.residency.publish(slot)
+            self.slot_table.publish(slot)
 
     @property
     def residents(self) -> set[int]:
-        return set(self.residency.residents)
+        return set(self.slot_table.residents)
 
     def begin(self, *best: int, **how: Any) -> int:
         return self.swaps.begin(wanting(*best), self.kind, **how)
@@ -68,12 +67,12 @@ class Bench:
 
     def check(self) -> None:
         """Tables agree, no slot was lost or won, and every resident is whole."""
-        self.residency.check()
+        self.slot_table.check()
         self.swaps.check()
-        assert self.residency.number == len(self.slots)
+        assert self.slot_table.number == len(self.slots)
         assert len(self.slots) + len(self.live.spares[self.kind]) == self.held
         for expert in self.residents:
-            slot = self.slots[self.residency.slot(expert)]
+            slot = self.slots[self.slot_table.slot(expert)]
             for short, value in parts_of(self.module, self.block, expert).items():
                 assert torch.equal(slot.tensors[short], value), f"expert {expert} is not whole"
 
@@ -157,7 +156,7 @@ def test_filling_more_slots_than_there_are_experts_ends(make) -> None:
     bench = make(NUM_EXPERTS + 2)
     bench.swaps.fill(wanting(), bench.kind)
     bench.swaps.settle()
-    assert bench.residents == set(range(NUM_EXPERTS)) and bench.residency.empty == 2
+    assert bench.residents == set(range(NUM_EXPERTS)) and bench.slot_table.empty == 2
     bench.check()
 
 
@@ -170,7 +169,7 @@ def test_what_is_given_up_before_it_is_read_leaves_no_trace(make) -> None:
     bench.swaps.give_up([0, 4])
     assert len(bench.swaps) == 5, "0 is being read already"
     bench.swaps.give_up()
-    assert len(bench.swaps) == 2 and bench.residency.empty == 4
+    assert len(bench.swaps) == 2 and bench.slot_table.empty == 4
     bench.check()
     bench.store.gate.set()
     bench.swaps.settle()
@@ -204,15 +203,15 @@ def test_whoever_left_meanwhile_costs_another_its_slot(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.begin(0, 4)
     bench.wait()
-    bench.residency.evict(1)
+    bench.slot_table.evict(1)
     bench.swaps.publish()
-    assert bench.residents == {0, 4} and bench.residency.empty == 0
+    assert bench.residents == {0, 4} and bench.slot_table.empty == 0
     bench.check()
 
 
 def test_check_finds_an_expert_that_no_swap_brings(make) -> None:
     bench = make(2)
-    bench.residency.reserve(3)
+    bench.slot_table.reserve(3)
     with pytest.raises(AssertionError, match="by no swap"):
         bench.swaps.check()
 
@@ -233,7 +232,7 @@ class Life(OverStorage):
     @rule(best=st.permutations(range(NUM_EXPERTS)))
     def fill(self, best: list[int]) -> None:
         self.bench.swaps.fill(wanting(*best), self.bench.kind)
-        empty = self.bench.residency.empty
+        empty = self.bench.slot_table.empty
         assert not empty or len(self.bench.residents) + len(self.bench.swaps) == NUM_EXPERTS
 
     @rule(experts=st.none() | st.sets(st.integers(0, NUM_EXPERTS - 1)))
@@ -248,12 +247,12 @@ class Life(OverStorage):
     def settle(self) -> None:
         self.bench.store.gate.set()
         self.bench.swaps.settle()
-        assert not self.bench.swaps and not self.bench.residency.filling
+        assert not self.bench.swaps and not self.bench.slot_table.filling
 
     @rule()
     def evict(self) -> None:
         for expert in list(self.bench.residents)[:1]:
-            self.bench.residency.evict(expert)
+            self.bench.slot_table.evict(expert)
 
 
 Life.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

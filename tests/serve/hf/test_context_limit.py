@@ -4,15 +4,15 @@ import pytest
 from tiny_served import logits, saved, tiny, tokens
 
 from moefit.errors import ConfigError
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = saved(tiny("Mixtral"), tmp_path_factory.mktemp("model"))
-    with load(folder, LoadSettings(context=64)) as one:
-        one.set_memory(one.budget.everything)
+    with load_model(folder, LoadSettings(context=64)) as one:
+        one.set_memory(one.budget.all_resident_bytes)
         yield one
 
 

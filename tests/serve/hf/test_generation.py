@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import moefit
 from moefit.cli import app
-from moefit.engine.request import Sampling
+from moefit.engine.api import SamplingParams
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import reference_path
-from moefit.serve.generation import GenerationDefaults, Suppressed, use_generation_config
-from moefit.server import talk
-from moefit.server.talk import Manner
+from moefit.serve.hf.generation_config import GenerationDefaults, Suppressed, use_generation_config
+from moefit.server import client as talk
+from moefit.server.client import ChatOptions
 
 PROMPT = tokens(1, 7)
 Written = Callable[..., Path]
@@ -73,9 +73,9 @@ def usual(written: Written) -> list[int]:
     return theirs(written({}))
 
 
-def by_default(served: Any) -> Sampling:
+def by_default(served: Any) -> SamplingParams:
     """What a request that asks for nothing gets, greedy."""
-    return Sampling(**{"max_tokens": 12, **served.generation.sampling(), "temperature": 0.0})
+    return SamplingParams(**{"max_tokens": 12, **served.generation.sampling(), "temperature": 0.0})
 
 
 @pytest.mark.parametrize("memory", [None, "1GiB"])
@@ -323,12 +323,12 @@ def test_a_partner_here_asks_for_what_the_file_says(written) -> None:
     with moefit.load(written({"temperature": 0.4, "top_k": 9, "min_p": 0.2})) as served:
         default = served.generation
     for manner, expected in (
-        (Manner(max_tokens=5), (0.4, 1.0, 9, 0.2)),
-        (Manner(max_tokens=5, temperature=0.9, top_p=0.5), (0.9, 0.5, 9, 0.2)),
+        (ChatOptions(max_tokens=5), (0.4, 1.0, 9, 0.2)),
+        (ChatOptions(max_tokens=5, temperature=0.9, top_p=0.5), (0.9, 0.5, 9, 0.2)),
     ):
         got = talk.sampling_of(manner, default)
         assert (got.temperature, got.top_p, got.top_k, got.min_p) == expected
-    assert talk.sampling_of(Manner(max_tokens=5), GenerationDefaults()).temperature == 0.7
+    assert talk.sampling_of(ChatOptions(max_tokens=5), GenerationDefaults()).temperature == 0.7
 
 
 def test_requests_over_http_take_the_files_defaults(served, monkeypatch) -> None:

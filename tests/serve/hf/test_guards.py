@@ -13,19 +13,19 @@ from tiny_served import saved, tiny, tokens
 from torch import nn
 from typer.testing import CliRunner
 
-from moefit.checkpoint import Checkpoint
+from moefit.checkpoint.safetensors import Checkpoint
 from moefit.cli import app
+from moefit.engine.api import FinishedEvent, SamplingParams
 from moefit.engine.engine import Engine
-from moefit.engine.request import Finished, Sampling
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.evaluate.loading import reference_path
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.stepwise import score_steps
 from moefit.moe.routing import Rule
 from moefit.plan.reference import wide
-from moefit.serve.guards import refuse_no_numbers
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.guards import refuse_no_numbers
+from moefit.serve.load import load_model
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
 def test_conversions_are_refused_and_change_nothing(
     folder: Path, conversion: str, part: str
 ) -> None:
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         before = served.model(tokens(1, 5)).logits
         with pytest.raises(UnsupportedModelError, match=r"cannot become .*moefit.load\("):
             CONVERSIONS[conversion](served.model.get_submodule(part))
@@ -68,20 +68,20 @@ def test_conversions_are_refused_and_change_nothing(
 
 
 def test_conversions_to_what_it_is_pass(folder: Path) -> None:
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         model: Any = served.model
         assert model.float() is model and model.to("cpu") is model and model.eval() is model
         assert model.to(torch.float32) is model and model.cpu() is model
 
 
 def test_other_models_of_the_class_are_as_before(folder: Path) -> None:
-    with load(folder, LoadSettings()):
+    with load_model(folder, LoadSettings()):
         other = tiny("Olmoe")
         assert other.half().dtype == torch.float16
 
 
 def test_a_model_without_experts_is_not_saved(folder: Path, tmp_path: Path) -> None:
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         with pytest.raises(UnsupportedModelError, match=r"its experts are not among.*Copy the fol"):
             served.model.save_pretrained(tmp_path / "made")
         assert not (tmp_path / "made").exists()
@@ -90,7 +90,7 @@ def test_a_model_without_experts_is_not_saved(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"num_beams": 2}])
 def test_generation_ends_with_an_error(folder: Path, value: float, sampling: dict) -> None:
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         give_slots(served, 1)
         served.generate(tokens(1, 4), max_new_tokens=2, **sampling)
         spoil(folder, "experts", value)
@@ -112,13 +112,13 @@ def test_the_command_line_prints_no_tokens_of_no_numbers(tmp_path: Path, more: t
 
 @pytest.mark.parametrize("mode", ["exact", "virtual", "bounded"])
 def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any) -> None:
-    with load(folder, LoadSettings(mode=mode)) as served:
+    with load_model(folder, LoadSettings(mode=mode)) as served:
         give_slots(served, 1)
         engine, ended, told = Engine(served), Event(), []
 
         def hear(event: object) -> None:
             told.append(event)
-            if isinstance(event, Finished):
+            if isinstance(event, FinishedEvent):
                 ended.set()
 
         engine.start()
@@ -126,7 +126,7 @@ def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any)
         try:
             for _ in range(3):
                 ended.clear()
-                engine.submit([3, 4, 5], Sampling(max_tokens=8, temperature=0), hear)
+                engine.submit([3, 4, 5], SamplingParams(max_tokens=8, temperature=0), hear)
                 assert ended.wait(30)
         finally:
             engine.close()
@@ -136,7 +136,7 @@ def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any)
 def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
     text = Text(ids_T=tokens(40), text_bytes=40, context=8)
     windows_BT = torch.stack([*tokens(20).split(10)])
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         give_slots(served, 1)
         spoil(folder, "experts")
         scorers: list[Callable[[], Any]] = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 import moefit
-from moefit.serve.kv_cache import ReservedLayer, reserve_caches
+from moefit.serve.hf.kv_cache import ReservedLayer, reserve_caches
 
 H, D = 2, 4
 OPERATIONS = st.lists(

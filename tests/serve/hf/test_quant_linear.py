@@ -6,9 +6,9 @@ from tiny_served import VOCABULARY, saved, tiny
 
 import moefit
 from moefit.errors import BudgetTooSmallError
-from moefit.formats.encoders import encode
-from moefit.serve import rest
-from moefit.serve.rest import GroupedEmbedding, GroupedLinear, decoded_bytes
+from moefit.quant.encode import encode
+from moefit.serve.hf import quant_linear
+from moefit.serve.hf.quant_linear import GroupedEmbedding, GroupedLinear, decoded_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
@@ -60,10 +60,10 @@ def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> N
     layer = GroupedLinear(matrix, torch.randn(199, generator=generator), torch.float32)
     x_BTI = torch.randn(2, 20, 100, generator=generator)
     whole_BTO = layer(x_BTI)
-    monkeypatch.setattr(rest, "_DECODED", rows_at_once * 100 * 4)
+    monkeypatch.setattr(quant_linear, "_DECODED", rows_at_once * 100 * 4)
     seen = []
     monkeypatch.setattr(
-        rest, "decoded", lambda part, dtype: seen.append(part.rows) or part.dense(dtype)
+        quant_linear, "decoded", lambda part, dtype: seen.append(part.rows) or part.dense(dtype)
     )
     torch.testing.assert_close(layer(x_BTI), whole_BTO)
     slabs = max(1, rows_at_once // 16)
@@ -73,10 +73,10 @@ def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> N
 
 def test_what_is_decoded_at_once_is_bounded(monkeypatch) -> None:
     model = tiny("Mixtral", **SIZES)
-    whole = max(m.weight.numel() for m in rest.encodable(model, ()).values()
+    whole = max(m.weight.numel() for m in quant_linear.encodable(model, ()).values()
                 if isinstance(m, torch.nn.Linear))  # fmt: skip
     assert decoded_bytes(model, (), 4) == 4 * whole
-    monkeypatch.setattr(rest, "_DECODED", 5000)
+    monkeypatch.setattr(quant_linear, "_DECODED", 5000)
     assert decoded_bytes(model, (), 4) <= 5000
 
 
@@ -89,8 +89,8 @@ def test_generates(tmp_path) -> None:
 
 def test_native_weights_must_fit_while_they_are_encoded(tmp_path, monkeypatch) -> None:
     folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
-    monkeypatch.setattr("moefit.serve.loading.weight_bytes", lambda *_: 8 << 30)
-    monkeypatch.setattr("moefit.serve.reckon.weight_bytes", lambda *_: 8 << 30)
-    monkeypatch.setattr("moefit.serve.reckon.saved_bytes", lambda *_: (8 << 30) - 1)
+    monkeypatch.setattr("moefit.serve.load.weight_bytes", lambda *_: 8 << 30)
+    monkeypatch.setattr("moefit.serve.memory.estimate.weight_bytes", lambda *_: 8 << 30)
+    monkeypatch.setattr("moefit.serve.memory.estimate.saved_bytes", lambda *_: (8 << 30) - 1)
     with pytest.raises(BudgetTooSmallError, match="while they are being encoded as int4"):
         moefit.load(folder, rest="int4", memory="6GiB")

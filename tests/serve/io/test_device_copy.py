@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_served import MemoryStore, mixtral_block, parts_of
 
-from moefit.formats.format import NativeFormat
-from moefit.serve.copies import CpuCopies, CudaCopies
-from moefit.serve.host_tier import HostTier
-from moefit.serve.slots import allocate
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import NativeFormat
+from moefit.serve.cache.host_cache import HostCache
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.io.device_copy import CpuCopies, CudaCopies
+from moefit.serve.io.loads import Transfer
 
 MIB = 1 << 20
 BLOCK = "model.layers.0.mlp.experts"
@@ -145,8 +145,8 @@ def test_a_copy_waits_for_what_was_computed_before_and_its_thread_for_the_copy(
 ) -> None:
     engine, store = CudaCopies(torch.device("cuda")), MemoryStore(*mixtral_block())
     block, module = mixtral_block()
-    slot = allocate(NativeFormat(), block.layout.specs, torch.device("cpu"))
-    transfer = Transfer(HostTier(store, engine, limit=slot.nbytes), readers=1, engine=engine)
+    slot = allocate_slot(NativeFormat(), block.layout.specs, torch.device("cpu"))
+    transfer = Transfer(HostCache(store, engine, limit=slot.nbytes), readers=1, engine=engine)
     store.gate.clear()
     load = transfer.load(BLOCK, 3, slot)
     assert cuda.events[0] == ("record", "event1", "main"), "at once, where it was asked for"
@@ -214,8 +214,10 @@ def test_on_a_gpu_no_copy_overtakes_the_computation_that_reads_the_slot() -> Non
 def test_on_a_gpu_slots_hold_what_the_store_has() -> None:
     block, module = mixtral_block()
     engine, store = CudaCopies(torch.device("cuda")), MemoryStore(block, module)
-    slots = [allocate(NativeFormat(), block.layout.specs, torch.device("cuda")) for _ in range(8)]
-    tier = HostTier(store, engine, limit=3 * slots[0].nbytes)
+    slots = [
+        allocate_slot(NativeFormat(), block.layout.specs, torch.device("cuda")) for _ in range(8)
+    ]
+    tier = HostCache(store, engine, limit=3 * slots[0].nbytes)
     transfer = Transfer(tier, readers=4, engine=engine)
     for _ in range(10):
         loads = [transfer.load(BLOCK, expert, slot) for expert, slot in enumerate(slots)]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_served import MemoryStore, mixtral_block, parts_of
 
-from moefit.formats.format import NativeFormat
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.transfer import FAILING, SAY_EVERY, LoadFailures, Transfer
+from moefit.quant.format import NativeFormat
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.io.loads import FAILING, SAY_EVERY, LoadFailures, Transfer
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def transfer(store):
 
 
 def new_slot() -> Slot:
-    return allocate(NativeFormat(), mixtral_block()[0].layout.specs, torch.device("cpu"))
+    return allocate_slot(NativeFormat(), mixtral_block()[0].layout.specs, torch.device("cpu"))
 
 
 def holds(slot: Slot, expert: int) -> bool:

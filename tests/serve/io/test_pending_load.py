@@ -4,14 +4,14 @@ from concurrent.futures import Future
 
 import pytest
 
-from moefit.serve.coming import Coming
-from moefit.serve.counters import Counters
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.residency import Residency
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.loads import PendingLoad
+from moefit.serve.stats import Counters
 
 
-def reserved() -> tuple[Residency, int, Future[float]]:
-    table = Residency(4, 2, LeastRecentlyUsed())
+def reserved() -> tuple[SlotTable, int, Future[float]]:
+    table = SlotTable(4, 2, LeastRecentlyUsed())
     slot = table.reserve(3, ())
     assert slot is not None
     return table, slot, Future()
@@ -21,7 +21,7 @@ def test_what_was_read_is_there_and_the_waiting_counted() -> None:
     table, slot, done = reserved()
     done.set_result(0.0)
     counters = Counters()
-    Coming(slot, done).arrive(table, counters)
+    PendingLoad(slot, done).commit(table, counters)
     assert list(table.residents) == [3] and counters.wait_seconds > 0
     table.check()
 
@@ -31,6 +31,6 @@ def test_what_could_not_be_read_leaves_an_empty_slot() -> None:
     done.set_exception(OSError("gone"))
     counters = Counters()
     with pytest.raises(OSError, match="gone"):
-        Coming(slot, done).arrive(table, counters)
+        PendingLoad(slot, done).commit(table, counters)
     assert not list(table.residents) and table.empty == 2 and counters.wait_seconds > 0
     table.check()

@@ -6,25 +6,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_served import FAMILIES, Disk, parts_of, reading_through, saved, tiny
 
-from moefit.checkpoint import SINGLE
+from moefit.checkpoint.safetensors import SINGLE
+from moefit.checkpoint.sources import ByteRange, Conversion
 from moefit.errors import CheckpointError, MoefitError
-from moefit.formats.format import NativeFormat
-from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.sources import Piece, Recipe
-from moefit.serve.store import ExpertStore
+from moefit.quant.format import NativeFormat
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.io.reader import ExpertStore
 
 CPU = torch.device("cpu")
 
 
 def open_store(folder: Path, dtype: torch.dtype | None = None) -> tuple[ExpertStore, Skeleton]:
-    skeleton = build(folder, dtype)
+    skeleton = build_skeleton(folder, dtype)
     blocks = {block.name: block for block in skeleton.blocks}
     return ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks), skeleton
 
 
 def dirty_slot(specs: Any) -> Slot:
-    slot = allocate(NativeFormat(), specs, CPU)
+    slot = allocate_slot(NativeFormat(), specs, CPU)
     for tensor in slot.tensors.values():
         tensor.fill_(torch.nan)
     return slot
@@ -55,7 +55,7 @@ def test_every_expert_reads_as_the_model_has_it(tmp_path: Path, family: str) -> 
         for source in sources
         for part in source.parts
     ]
-    assert all(isinstance(part, Piece) for part in parts), "straight into the slot"
+    assert all(isinstance(part, ByteRange) for part in parts), "straight into the slot"
     assert store.staging_bytes == 0
     assert store.bytes_read == sum(block.expert_bytes * 8 for block in skeleton.blocks)
 
@@ -75,7 +75,7 @@ def test_experts_of_another_dtype_are_converted_one_by_one(tmp_path: Path, famil
         saved(model, tmp_path), model, torch.bfloat16
     )
     sources = [source for sources in skeleton.map.experts.values() for source in sources]
-    assert all(isinstance(part, Recipe) for source in sources for part in source.parts)
+    assert all(isinstance(part, Conversion) for source in sources for part in source.parts)
     assert store.staging_bytes == 2 * max(source.nbytes for source in sources)
     assert store.bytes_read == sum(source.nbytes for source in sources)
 

@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 from tiny_served import MemoryStore, mixtral_block
 from torch import Tensor
 
-from moefit.formats.format import NativeFormat
-from moefit.moe.experts import expert_weights
-from moefit.moe.reference import reference_experts
+from moefit.moe.experts import expert_weights, reference_experts
 from moefit.moe.routing import Routing
-from moefit.serve.counters import Counters
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.invoker import ExpertInvoker
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import NativeFormat
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.loads import Transfer
+from moefit.serve.layer.executor import ExpertInvoker
+from moefit.serve.stats import Counters
 
 NUM_EXPERTS, WIDTH = 8, 32
 
@@ -30,7 +29,7 @@ class Bench:
     """An invoker with all that it works on."""
 
     invoke: ExpertInvoker
-    residency: Residency
+    slot_table: SlotTable
     slots: dict[int, Slot]
     store: MemoryStore
     counters: Counters
@@ -40,8 +39,8 @@ class Bench:
         self.policy.observe(dict.fromkeys(used(routing), 1.0))
         with torch.inference_mode():
             y_TD = self.invoke(x_TD, routing)
-        self.residency.check()
-        assert not self.residency.filling
+        self.slot_table.check()
+        assert not self.slot_table.filling
         return y_TD
 
 
@@ -52,14 +51,14 @@ def make():
     def bench(slots: int, *, readers: int = 2) -> Bench:
         block, module = mixtral_block()
         store, counters, policy = MemoryStore(block, module), Counters(), LeastRecentlyUsed()
-        residency = Residency(NUM_EXPERTS, slots, policy)
+        slot_table = SlotTable(NUM_EXPERTS, slots, policy)
         memory = {
-            index: allocate(NativeFormat(), block.layout.specs, torch.device("cpu"))
+            index: allocate_slot(NativeFormat(), block.layout.specs, torch.device("cpu"))
             for index in range(slots)
         }
         transfers.append(Transfer(store, readers=readers))
-        invoke = ExpertInvoker(block, residency, memory, transfers[-1], counters)
-        return Bench(invoke, residency, memory, store, counters, policy)
+        invoke = ExpertInvoker(block, slot_table, memory, transfers[-1], counters)
+        return Bench(invoke, slot_table, memory, store, counters, policy)
 
     yield bench
     for transfer in transfers:
@@ -109,13 +108,14 @@ def test_at_any_number_of_slots_it_is_the_reference_loop(make, slots: int, token
 def test_padding_and_duplicates(slots, tokens, k, padding, twice, seed: int) -> None:
     block, module = mixtral_block()
     policy, store = LeastRecentlyUsed(), MemoryStore(block, module)
-    residency = Residency(NUM_EXPERTS, slots, policy)
+    slot_table = SlotTable(NUM_EXPERTS, slots, policy)
     memory = {
-        i: allocate(NativeFormat(), block.layout.specs, torch.device("cpu")) for i in range(slots)
+        i: allocate_slot(NativeFormat(), block.layout.specs, torch.device("cpu"))
+        for i in range(slots)
     }
     transfer = Transfer(store, readers=2)
-    invoke = ExpertInvoker(block, residency, memory, transfer, Counters())
-    bench = Bench(invoke, residency, memory, store, Counters(), policy)
+    invoke = ExpertInvoker(block, slot_table, memory, transfer, Counters())
+    bench = Bench(invoke, slot_table, memory, store, Counters(), policy)
     x_TD, routing = random_case(tokens, k, seed=seed, padding=padding, twice=twice)
     try:
         y_TD = bench(x_TD, routing)
@@ -178,9 +178,9 @@ def test_a_failed_read_leaves_the_table_whole_and_the_next_call_works(
     bench.store.broken = broken
     with pytest.raises(OSError, match="storage is gone"):
         bench(x_TD, routing)
-    bench.residency.check()
-    assert not bench.residency.filling and not set(bench.residency.residents) & broken
-    assert bench.residency.number == slots
+    bench.slot_table.check()
+    assert not bench.slot_table.filling and not set(bench.slot_table.residents) & broken
+    assert bench.slot_table.number == slots
     bench.store.broken = set()
     torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
 
@@ -193,7 +193,7 @@ def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(mak
     assert main is not None
 
     def interrupt() -> None:
-        while not bench.residency.filling:
+        while not bench.slot_table.filling:
             time.sleep(0.001)
         time.sleep(0.1)
         signal.pthread_kill(main, signal.SIGINT)
@@ -208,8 +208,8 @@ def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(mak
     finally:
         signal.signal(signal.SIGINT, before)
     assert bench.store.reads == [2], "the read has ended"
-    bench.residency.check()
-    assert bench.residency.empty == 1
+    bench.slot_table.check()
+    assert bench.slot_table.empty == 1
     routing = Routing(torch.tensor([[3]]), torch.ones(1, 1))
     torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
 

@@ -12,26 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import HERE, missing
 from serving import differs_by, greedy, logits, serving
-from test_encoder_decoder_serving import switch
 from tiny_served import parts_of, saved, tiny, tokens
 from torch import Tensor
 
 import moefit
 from moefit.errors import CheckpointError, ConfigError
-from moefit.formats import kernels as kernels_module
-from moefit.formats.format import FORMATS, Format, GroupedFormat, dense_tensors
-from moefit.formats.kernels import LEVELS, SWITCH, Kernels
 from moefit.moe.families import MoeBlock, TensorSpec
 from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
-from moefit.serve import fused
-from moefit.serve.counters import Counters
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.fused import fused_experts
-from moefit.serve.invoker import ExpertInvoker
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.transfer import Transfer
+from moefit.quant import cpu_kernels as kernels_module
+from moefit.quant.cpu_kernels import LEVELS, SWITCH, Kernels
+from moefit.quant.format import FORMATS, Format, GroupedFormat, dense_tensors
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.loads import Transfer
+from moefit.serve.layer import executor
+from moefit.serve.layer.executor import ExpertInvoker, fused_experts
+from moefit.serve.stats import Counters
+from tests.serve.test_encoder_decoder_serving import switch
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -47,11 +46,11 @@ def computing(request, monkeypatch):
     """By the best kernels that there are here, and by none; where it is said, by a GPU's."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
-        from moefit.formats.gpu_kernels import TritonKernels
+        from moefit.quant.gpu_kernels import TritonKernels
 
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter is off where there is a GPU")
-        monkeypatch.setattr(fused, "backend", lambda device: TritonKernels())
+        monkeypatch.setattr(executor, "backend", lambda device: TritonKernels())
         yield request.param
         return
     if request.param == "best" and not HERE:
@@ -110,8 +109,8 @@ def bench(block: MoeBlock, module: Any, formats: Sequence[str], transfer: list[T
     specs = block.layout.specs
     store = ModelStore(block, module)
     chosen = [FORMATS[formats[e % len(formats)]] for e in range(EXPERTS)]
-    slots = {e: allocate(format, specs, CPU) for e, format in enumerate(chosen)}
-    residency = Residency(EXPERTS, EXPERTS, LeastRecentlyUsed())
+    slots = {e: allocate_slot(format, specs, CPU) for e, format in enumerate(chosen)}
+    residency = SlotTable(EXPERTS, EXPERTS, LeastRecentlyUsed())
     for e, slot in slots.items():
         assert residency.reserve(e) == e
         store.read(block.name, e, slot)
@@ -238,7 +237,7 @@ def decoded_twin(model: Any, format: Format) -> Any:
     for block in find_blocks(model):
         module, specs = model.get_submodule(block.name), block.layout.specs
         for expert in range(block.num_experts):
-            native, slot = parts_of(module, block, expert), allocate(format, specs, CPU)
+            native, slot = parts_of(module, block, expert), allocate_slot(format, specs, CPU)
             format.write(slot.tensors, native, specs)
             for short, value in dense_tensors(specs, slot.tensors, torch.float32).items():
                 native[short].copy_(value)
@@ -327,6 +326,6 @@ def test_an_expert_without_numbers_is_named(tmp_path: Path) -> None:
 
 def test_specs_of_a_slot_are_those_of_its_block() -> None:
     block, _ = block_of("GptOss")
-    slot = allocate(GroupedFormat(4), block.layout.specs, CPU)
+    slot = allocate_slot(GroupedFormat(4), block.layout.specs, CPU)
     assert all(isinstance(spec, TensorSpec) for spec in slot.specs.values())
     assert slot.specs.keys() == slot.tensors.keys() == dict(block.layout.specs).keys()

@@ -11,20 +11,19 @@ from hypothesis.stateful import initialize, rule
 from tiny_served import MemoryStore, OverStorage, mixtral_block, parts_of
 from torch import Tensor
 
-from moefit.formats.format import NativeFormat
-from moefit.moe.experts import expert_weights
-from moefit.moe.reference import reference_experts
+from moefit.moe.experts import expert_weights, reference_experts
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.serve.eviction import LeastRecentlyUsed
-from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.live import Live
-from moefit.serve.manager import VirtualExpertManager
-from moefit.serve.policy import Policy
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.transfer import Transfer
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.quant.format import NativeFormat
+from moefit.serve.cache.eviction import LeastRecentlyUsed
+from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.cache.swaps import SharedState
+from moefit.serve.config import Policy
+from moefit.serve.io.loads import Transfer
+from moefit.serve.layer.moe_layer import VirtualExperts
 
 NUM_EXPERTS, WIDTH, K = 8, 32, 2
 RULE = ScoringRule(score="softmax", chosen="normalised")
@@ -38,7 +37,7 @@ class Bench:
         block, module = mixtral_block()
         self.store = MemoryStore(block, module)
         self.transfer = Transfer(self.store, readers=2)
-        self.live = Live(
+        self.live = SharedState(
             policy=Policy(**policy),
             manager=VirtualExpertManager(every=1, max_swaps=2, margin=0.1),
             transfer=self.transfer,
@@ -47,7 +46,7 @@ class Bench:
         self.experts = VirtualExperts(
             block,
             self.live,
-            Residency(NUM_EXPERTS, slots, eviction),
+            SlotTable(NUM_EXPERTS, slots, eviction),
             {index: new_slot() for index in range(slots)},
             eviction,
             ExpertImportanceEstimator(NUM_EXPERTS, half_life_tokens=4),
@@ -59,7 +58,7 @@ class Bench:
 
     @property
     def residents(self) -> set[int]:
-        return set(self.experts.residency.residents)
+        return set(self.experts.slot_table.residents)
 
     def step(self, logits_TE: Tensor, *, seed: int = 0, prefilling: bool = False):
         """The block's output, and the tokens and choice that it was given."""
@@ -79,14 +78,14 @@ class Bench:
 
     def check(self) -> None:
         """Tables agree, no slot was lost or won, and every resident is whole."""
-        self.experts.residency.check()
+        self.experts.slot_table.check()
         self.experts.swaps.check()
         slots = self.experts.slots
-        assert self.experts.residency.number == len(slots)
+        assert self.experts.slot_table.number == len(slots)
         assert len(slots) + sum(map(len, self.live.spares.values())) == self.held
         block, module = mixtral_block()
         for expert in self.residents:
-            slot = slots[self.experts.residency.slot(expert)]
+            slot = slots[self.experts.slot_table.slot(expert)]
             for short, value in parts_of(module, block, expert).items():
                 assert torch.equal(slot.tensors[short], value), f"expert {expert} is not whole"
 
@@ -96,7 +95,7 @@ class Bench:
 
 
 def new_slot() -> Slot:
-    return allocate(NativeFormat(), mixtral_block()[0].layout.specs, CPU)
+    return allocate_slot(NativeFormat(), mixtral_block()[0].layout.specs, CPU)
 
 
 @pytest.fixture
@@ -234,7 +233,7 @@ def test_with_every_slot_waiting_for_others_a_step_waits_for_one(make) -> None:
     bench = make(2)
     bench.store.gate.clear()
     bench.experts.fill()
-    filling = set(bench.experts.residency.filling)
+    filling = set(bench.experts.slot_table.filling)
     assert len(filling) == 2 and not bench.residents
     threading.Timer(0.1, bench.store.gate.set).start()
     wanted = sorted(set(range(NUM_EXPERTS)) - filling)[:2]
@@ -282,7 +281,7 @@ def test_a_failed_restore_loses_no_slot(make) -> None:
     with pytest.raises(OSError, match="storage is gone"):
         bench.step(preferring(0, 5))
     bench.check()
-    assert not bench.experts.residency.filling
+    assert not bench.experts.slot_table.filling
 
 
 def test_a_fixed_set_survives_a_failed_fetch(make) -> None:
@@ -375,17 +374,19 @@ class Life(OverStorage):
         assert y_TD.isfinite().all(), "a slot was used before it was whole"
         if mode == "exact":
             torch.testing.assert_close(y_TD, reference(x_TD, routing), rtol=1e-4, atol=1e-4)
-        assert experts.residency.residents or self.bench.store.broken or policy.residency == "fixed"
+        assert (
+            experts.slot_table.residents or self.bench.store.broken or policy.residency == "fixed"
+        )
 
     @rule(slots=st.integers(1, NUM_EXPERTS))
     def resize(self, slots: int) -> None:
         self.bench.store.gate.set()
         experts = self.bench.experts
         experts.swaps.settle()
-        change = slots - experts.residency.number
-        for index in experts.residency.shrink(max(0, -change)):
+        change = slots - experts.slot_table.number
+        for index in experts.slot_table.shrink(max(0, -change)):
             del experts.slots[index]
-        for index in experts.residency.grow(max(0, change)):
+        for index in experts.slot_table.grow(max(0, change)):
             experts.slots[index] = new_slot()
         self.bench.held = slots + 2
         assert len(experts.slots) == slots

@@ -9,8 +9,8 @@ from slow_router import NUM_EXPERTS, RULES, Slow, Weights
 from torch import Tensor
 
 from moefit.moe.routing import Routing
-from moefit.serve.reroute import (
-    Scored,
+from moefit.serve.layer.rerouting import (
+    ScoredRouting,
     masked,
     mass_kept,
     preferred,
@@ -26,7 +26,7 @@ unhurried = settings(deadline=None)
 class Case:
     """A family's routing, in which some tokens have fewer experts and padding stands anywhere."""
 
-    scored: Scored
+    scored: ScoredRouting
     resident_E: Tensor
     slow: list[Slow]
     chosen: list[list[int]]
@@ -61,7 +61,7 @@ def make_case(name: str, *, tokens: int, k: int, residents: set[int], seed: int,
     )
     resident_E = torch.zeros(NUM_EXPERTS, dtype=torch.bool)
     resident_E[list(residents)] = True
-    scored = Scored(rule=rule, logits_TE=logits_TE, bias_E=bias_E, routing=routing)
+    scored = ScoredRouting(rule=rule, logits_TE=logits_TE, bias_E=bias_E, routing=routing)
     return Case(scored, resident_E, slow, chosen)
 
 
@@ -191,7 +191,7 @@ def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> No
     ids_TK = case.scored.routing.ids_TK
 
     def routed(rows: slice) -> list[Routing]:
-        scored = Scored(
+        scored = ScoredRouting(
             rule=case.scored.rule,
             logits_TE=coarse_TE[rows],
             bias_E=case.scored.bias_E,
@@ -215,7 +215,7 @@ def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> No
 def test_weights_keep_the_dtype_that_the_family_gave(dtype: torch.dtype) -> None:
     case = make_case("softmax", tokens=3, k=2, residents={0, 1, 2}, seed=0, padding=0.0)
     routing = case.scored.routing
-    low = Scored(
+    low = ScoredRouting(
         rule=case.scored.rule,
         logits_TE=case.scored.logits_TE,
         bias_E=None,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve.budget import (
+from moefit.serve.memory.budget import (
     BlockNeeds,
     MemoryBudget,
     PlannedSlots,
@@ -32,7 +32,7 @@ def ledgers(draw, *, equal: bool = False) -> MemoryBudget:
         fewest = 1 if equal else draw(st.integers(1, num_experts))
         blocks.append(
             BlockNeeds(
-                name=str(number), num_experts=num_experts, slot_bytes=draw(sizes), fewest=fewest
+                name=str(number), num_experts=num_experts, slot_bytes=draw(sizes), min_slots=fewest
             )
         )
     return MemoryBudget(total=None, blocks=tuple(blocks), **parts)
@@ -42,7 +42,7 @@ def ledger(total: int | None = None, **parts: int) -> MemoryBudget:
     """Two blocks of four experts of 1,000 bytes; a floor of 3,500."""
     sizes = {"process": 1000, "weights": 300, "kv_cache": 100, "workspace": 60, "staging": 40}
     blocks = tuple(
-        BlockNeeds(name=name, num_experts=4, slot_bytes=1000, fewest=1) for name in ("a", "b")
+        BlockNeeds(name=name, num_experts=4, slot_bytes=1000, min_slots=1) for name in ("a", "b")
     )
     return MemoryBudget(total=total, blocks=blocks, **(sizes | parts))
 
@@ -90,19 +90,19 @@ def test_sizes_as_people_read_them(size: int, text: str) -> None:
 
 @given(ledgers(), st.integers(0, 3000))
 def test_slots_never_exceed_the_total(budget: MemoryBudget, more: int) -> None:
-    budget = budget.with_total(budget.floor + more)
+    budget = budget.with_total(budget.min_bytes + more)
     counts = budget.slots()
     assert budget.total is not None
     assert budget.with_slots(counts) <= budget.total
     for count, block in zip(counts, budget.blocks, strict=True):
-        assert block.fewest <= count <= block.num_experts
+        assert block.min_slots <= count <= block.num_experts
 
 
 @given(ledgers(equal=True), st.integers(0, 3000))
 def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
     budget: MemoryBudget, more: int
 ) -> None:
-    budget = budget.with_total(budget.floor + more)
+    budget = budget.with_total(budget.min_bytes + more)
     counts = budget.slots()
     assert sorted(counts, reverse=True) == list(counts), "what is left over goes to the first"
     assert counts[0] - counts[-1] <= 1
@@ -114,16 +114,16 @@ def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
 
 @given(ledgers(equal=True), st.integers(0, 2000), st.integers(0, 500))
 def test_more_memory_is_never_fewer_slots(budget: MemoryBudget, some: int, more: int) -> None:
-    small = budget.with_total(budget.floor + some).slots()
-    large = budget.with_total(budget.floor + some + more).slots()
+    small = budget.with_total(budget.min_bytes + some).slots()
+    large = budget.with_total(budget.min_bytes + some + more).slots()
     assert all(a <= b for a, b in zip(small, large, strict=True))
 
 
 @given(ledgers())
 def test_at_the_floor_each_block_has_its_fewest(budget: MemoryBudget) -> None:
-    counts = budget.with_total(budget.floor).slots()
-    assert counts == tuple(block.fewest for block in budget.blocks)
-    assert budget.with_slots(counts) == budget.floor
+    counts = budget.with_total(budget.min_bytes).slots()
+    assert counts == tuple(block.min_slots for block in budget.blocks)
+    assert budget.with_slots(counts) == budget.min_bytes
 
 
 @given(ledgers(), st.integers(1, 10**9))
@@ -131,9 +131,9 @@ def test_below_the_floor_the_error_names_a_total_that_works(
     budget: MemoryBudget, less: int
 ) -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
-        budget.with_total(budget.floor - less).slots()
+        budget.with_total(budget.min_bytes - less).slots()
     (named,) = [int(w) for w in str(caught.value).split("at least ")[1].split()[:1]]
-    assert named == budget.floor
+    assert named == budget.min_bytes
     budget.with_total(named).slots()
 
 
@@ -152,15 +152,15 @@ def test_the_error_says_where_the_floor_comes_from() -> None:
 def test_everything_is_the_least_total_with_all_resident(budget: MemoryBudget, more: int) -> None:
     everyone = tuple(block.num_experts for block in budget.blocks)
     assert budget.slots() == everyone
-    assert budget.with_total(budget.everything + more).slots() == everyone
-    assert budget.with_slots(everyone) == budget.everything
-    if budget.everything > budget.floor:
-        assert budget.with_total(budget.everything - 1).slots() != everyone
+    assert budget.with_total(budget.all_resident_bytes + more).slots() == everyone
+    assert budget.with_slots(everyone) == budget.all_resident_bytes
+    if budget.all_resident_bytes > budget.min_bytes:
+        assert budget.with_total(budget.all_resident_bytes - 1).slots() != everyone
 
 
 def test_the_parts_add_up_and_go_to_json() -> None:
     budget = ledger(total=5000)
-    assert budget.fixed == 1500 and budget.floor == 3500 and budget.everything == 9500
+    assert budget.fixed == 1500 and budget.min_bytes == 3500 and budget.all_resident_bytes == 9500
     assert budget.slots() == (2, 1)
     assert budget.as_dict() == {
         "total": 5000, "context": None, "process": 1000, "weights": 300, "kv_cache": 100,
@@ -195,11 +195,11 @@ def test_a_plan_that_does_not_fit_is_forgotten_and_the_floor_that_was_shown_is_o
         counts=counts, nbytes=data.draw(st.integers(0, 500)), spares=data.draw(st.integers(0, 100))
     )
     planned = replace(budget, planned=plan)
-    total = planned.floor + data.draw(st.integers(0, 500))
+    total = planned.min_bytes + data.draw(st.integers(0, 500))
     after = planned.with_total(total)
     if total >= planned.fixed + plan.nbytes:
         assert after == replace(planned, total=total) and after.slots() == counts
         return
-    assert after.planned is None and after.floor == planned.floor <= total
+    assert after.planned is None and after.min_bytes == planned.min_bytes <= total
     assert after.with_slots(after.slots()) <= total
     assert after.fixed == planned.fixed + plan.spares

@@ -8,20 +8,20 @@ import torch
 from safetensors.torch import save_file
 from tiny_served import FAMILIES, saved, tiny, tokens
 
-from moefit.checkpoint import SINGLE, Checkpoint
+from moefit.checkpoint.safetensors import SINGLE, Checkpoint
 from moefit.host import peak_process_bytes, process_bytes
-from moefit.serve.ledger import (
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import (
     FIRST_USE,
     held_bytes,
     kv_bytes_per_token,
+    memory_budget,
     peak_held_bytes,
     slot_bytes,
     weight_bytes,
     workspace_bytes,
 )
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
 
 MIB = 1 << 20
 
@@ -52,7 +52,7 @@ def test_weights_are_all_parameters_that_are_no_experts(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
     model = tiny(family)
-    skeleton = build(saved(model, tmp_path), dtype)
+    skeleton = build_skeleton(saved(model, tmp_path), dtype)
     expected = sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
         for name, tensor in model.state_dict().items()
@@ -113,9 +113,10 @@ def test_on_a_gpu_slots_take_what_the_ledger_says(size: int) -> None:
 FIRST_STEPS = """
 import sys, torch
 torch.set_num_threads(1)
-from moefit.host import peak_process_bytes, process_bytes
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.host import peak_process_bytes
+from moefit.host import process_bytes
+from moefit.serve.load import load_model as load
+from moefit.serve.config import LoadSettings
 
 served = load(sys.argv[1], LoadSettings(context=64, dtype=torch.bfloat16))
 before = served.budget.process
@@ -125,7 +126,7 @@ with torch.inference_mode():
     served.generate(ids, max_new_tokens=20, do_sample=False)
     served.generate(ids, max_new_tokens=20, do_sample=True)
 served.check()
-print(before, peak_process_bytes(), served.budget.everything)
+print(before, peak_process_bytes(), served.budget.all_resident_bytes)
 """
 
 
@@ -177,13 +178,14 @@ def test_a_long_prompt_stays_within_workspace_and_cache(family: str, attention: 
 def test_logits_of_many_sequences_and_of_prompts_are_in_the_ledger(tmp_path: Path) -> None:
     """A server's steps give them; with a vocabulary of 150,000 they are no trifle."""
     model = tiny("Olmoe", vocab_size=150_000, max_position_embeddings=64).bfloat16()
-    skeleton = build(saved(model, tmp_path))
-    one = ledger(skeleton, LoadSettings(context=32))
-    many = ledger(skeleton, LoadSettings(context=32, sequences=16, prompt_logits=16 << 20))
+    skeleton = build_skeleton(saved(model, tmp_path))
+    one = memory_budget(skeleton, LoadSettings(context=32))
+    many = memory_budget(skeleton, LoadSettings(context=32, sequences=16, prompt_logits=16 << 20))
     prompts = 32 * 150_000 * 2
     assert many.workspace - one.workspace == 15 * 150_000 * (2 + 4) + prompts
     longer = LoadSettings(context=64, prompt_logits=16 << 20)
     assert (
-        ledger(skeleton, longer).workspace - ledger(skeleton, LoadSettings(context=64)).workspace
+        memory_budget(skeleton, longer).workspace
+        - memory_budget(skeleton, LoadSettings(context=64)).workspace
         == 16 << 20
     )

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_tokenizer_size import byte_pairs, write
 from tiny_served import saved, tiny
+
+from tests.serve.memory.test_tokenizer_size import byte_pairs, write
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_served import saved, tiny
 
-from moefit.serve.ledger import FIRST_USE
+from moefit.serve.memory.estimate import FIRST_USE
 
 MIB = 1 << 20
 CONTEXT = 192
@@ -17,22 +17,22 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from moefit.host import peak_process_bytes
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
-from moefit.serve.reckon import ledger
-from moefit.serve.skeleton import build
+from moefit.serve.load import load_model as load
+from moefit.serve.config import LoadSettings
+from moefit.serve.memory.estimate import memory_budget as ledger
+from moefit.serve.hf.skeleton import build_skeleton as build
 
 folder, share, mode, context = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 first = ledger(build(folder), LoadSettings(context=context))
 slack = 4 << 20  # by which the process may have grown when loading measures it again
-memory = first.floor + slack + int(share * (first.everything - first.floor))
+memory = first.min_bytes + slack + int(share * (first.all_resident_bytes - first.min_bytes))
 served = load(folder, LoadSettings(memory=memory, context=context, mode=mode))
 slots = min(served.report()["slots"].values())
 ids = torch.arange(3, 3 + context // 2)[None] % 200
 for _ in range(2):
     served.generate(ids, max_new_tokens=16, do_sample=False)
 served.check()
-print(memory, peak_process_bytes(), slots, first.everything)
+print(memory, peak_process_bytes(), slots, first.all_resident_bytes)
 """
 
 
@@ -73,14 +73,14 @@ SHRINK = """
 import sys, torch
 torch.set_num_threads(1)
 from moefit.host import process_bytes
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
+from moefit.serve.load import load_model as load
+from moefit.serve.config import LoadSettings
 
 served = load(sys.argv[1], LoadSettings(context=int(sys.argv[2])))
 ids = torch.arange(3, 99)[None]
 served.generate(ids, max_new_tokens=8, do_sample=False)
 served.generate(ids, max_new_tokens=8, do_sample=False)
-for memory in (served.budget.everything - (40 << 20), served.budget.floor):
+for memory in (served.budget.all_resident_bytes - (40 << 20), served.budget.min_bytes):
     budget = served.set_memory(memory)
     print(budget.total, process_bytes())
     served.generate(ids, max_new_tokens=8, do_sample=False)
@@ -106,13 +106,13 @@ import torch
 torch.set_num_threads(1)
 import moefit
 from moefit.host import peak_process_bytes
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
+from moefit.serve.memory.estimate import memory_budget as ledger
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton as build
 from moefit.evaluate.loading import locate
 
 first = ledger(build(locate("reference")), LoadSettings())
-memory = first.floor + (4 << 20)
+memory = first.min_bytes + (4 << 20)
 served = moefit.load("reference", memory=memory)
 with torch.inference_mode():
     for length in (1795, 1200, 700, 1500, 900):

@@ -11,7 +11,7 @@ from tiny_served import saved, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moefit.serve.tokenizer_size import tokenizer_size
+from moefit.serve.memory.tokenizer_size import tokenizer_size
 
 MIB = 1 << 20
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -60,9 +60,10 @@ READ = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from moefit.host import peak_process_bytes, process_bytes
-from moefit.serve.seating import return_freed_memory
-from moefit.server.vocabulary import Vocabulary
+from moefit.host import peak_process_bytes
+from moefit.host import process_bytes
+from moefit.serve.cache.resize import return_freed_memory
+from moefit.server.tokenizer import RequestTokenizer as Vocabulary
 
 before = process_bytes()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -125,15 +126,15 @@ GENERATE = """
 import sys, torch
 torch.set_num_threads(1)
 from moefit.host import peak_process_bytes
-from moefit.serve.budget import MemoryBudget
-from moefit.serve.loading import load
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
+from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.load import load_model as load
+from moefit.serve.memory.estimate import memory_budget as ledger
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton as build
 from pathlib import Path
 
 settings = LoadSettings(context=64)
-memory = ledger(build(Path(sys.argv[1])), settings).floor
+memory = ledger(build(Path(sys.argv[1])), settings).min_bytes
 served = load(sys.argv[1], LoadSettings(context=64, memory=memory))
 text = served.tokenizer("hello there", return_tensors="pt", return_token_type_ids=False)
 served.generate(**text, max_new_tokens=8, do_sample=True, top_p=0.9)

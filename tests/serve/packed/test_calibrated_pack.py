@@ -12,24 +12,23 @@ import pytest
 import torch
 from killed import killed_packing
 from serving import give_slots
-from test_pack import run
 from tiny_served import logits, saved, tiny, tokens
 from torch import Tensor
 
 from moefit.errors import CheckpointError, ConfigError, MoefitError
-from moefit.formats.calibrated import CalibratedExpert
-from moefit.formats.format import Format, expert_output, parse_format
-from moefit.serve import packing
-from moefit.serve.calibration import Calibration, recorded
-from moefit.serve.ladders import AUTO, ladders_of
-from moefit.serve.loading import load
-from moefit.serve.packed import PackedPlace, open_packed
-from moefit.serve.packed_check import check_packed
-from moefit.serve.packing import Packed, pack
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.slots import allocate
-from moefit.serve.store import ExpertStore
+from moefit.quant.format import Format, expert_output, parse_format
+from moefit.quant.gptq import CalibratedExpert
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.load import load_model
+from moefit.serve.packed import build
+from moefit.serve.packed.build import PackResult, check_packed, pack
+from moefit.serve.packed.calibrate import CalibrationText, record_block_inputs
+from moefit.serve.packed.store import PackedLocation, open_packed
+from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
+from tests.serve.packed.test_pack import run
 
 INT2, INT3, INT4 = (parse_format(f"int{bits}") for bits in (2, 3, 4))
 CPU = torch.device("cpu")
@@ -37,17 +36,17 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("packed_cache")
 
 
-def calibration(digest: str = "one", seed: int = 1, windows: int = 24) -> Calibration:
+def calibration(digest: str = "one", seed: int = 1, windows: int = 24) -> CalibrationText:
     text = f"{digest}.txt"
-    return Calibration(text=text, digest=digest, windows_BT=tokens(windows, 32, seed=seed))
+    return CalibrationText(text=text, digest=digest, windows_BT=tokens(windows, 32, seed=seed))
 
 
-def packed(folder: Path, *formats: Format, **how: Any) -> Packed:
-    return pack(build(folder), formats or (INT2, INT4), **how)
+def packed(folder: Path, *formats: Format, **how: Any) -> PackResult:
+    return pack(build_skeleton(folder), formats or (INT2, INT4), **how)
 
 
 def calibrations(folder: Path, format: Format) -> list[str]:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     store = open_packed(skeleton, [format])
     return [store.calibration(block.name, format) for block in skeleton.blocks]
 
@@ -58,9 +57,9 @@ def files_in(cache: Path) -> dict[str, bytes]:
 
 def output_error(folder: Path, format: Format, ids_BT: Tensor) -> float:
     """Of all logits, against the model's own."""
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         own = logits(served.model, ids_BT)
-    with load(folder, LoadSettings(precision=format.name)) as served:
+    with load_model(folder, LoadSettings(precision=format.name)) as served:
         give_slots(served, 8)
         assert served.report()["experts_from"] == "packed"
         return float((logits(served.model, ids_BT) - own).square().mean())
@@ -75,7 +74,7 @@ def test_outputs_on_another_text_are_better(tmp_path: Path, family: str) -> None
     made = packed(folder, INT2, calibration=calibration())
     assert made.replaced == made.files
     assert output_error(folder, INT2, ids_BT) < 0.9 * before
-    assert check_packed(build(folder)).problems == []
+    assert check_packed(build_skeleton(folder)).problems == []
 
 
 def test_what_is_there_counts_unless_a_text_is_given_that_it_was_not_made_by(
@@ -110,16 +109,16 @@ def test_the_same_text_gives_the_same_bytes_and_leaves_nothing_else(
     assert not list(packed_cache.rglob(".calibration"))
 
 
-def expected_slots(skeleton: Skeleton, what: Calibration, folder: Path, format: Format) -> Any:
+def expected_slots(skeleton: Skeleton, what: CalibrationText, folder: Path, format: Format) -> Any:
     """Encoded here, expert by expert, from a recording of one's own."""
-    kept = recorded(skeleton, what, folder)
+    kept = record_block_inputs(skeleton, what, folder)
     blocks = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
     for index, block in enumerate(skeleton.blocks):
         inputs = kept.block(index)
         assert inputs is not None
         for expert in range(block.num_experts):
-            slot = allocate(format, block.layout.specs, CPU)
+            slot = allocate_slot(format, block.layout.specs, CPU)
             native, (x_ND, count_N) = store.native(block.name, expert), inputs.rows(expert)
             CalibratedExpert(block.layout, native, x_ND, count_N).encode(slot.tensors)
             off_ND = (
@@ -137,11 +136,11 @@ def expected_slots(skeleton: Skeleton, what: Calibration, folder: Path, format: 
 def test_every_expert_is_encoded_by_its_own_inputs_and_its_error_measured(
     folder: Path, tmp_path: Path
 ) -> None:
-    skeleton, what = build(folder), calibration()
+    skeleton, what = build_skeleton(folder), calibration()
     pack(skeleton, [INT3], calibration=what)
     store = open_packed(skeleton, [INT3])
     for name, expert, expected, error in expected_slots(skeleton, what, tmp_path / "kept", INT3):
-        slot = allocate(INT3, expected.specs, CPU)
+        slot = allocate_slot(INT3, expected.specs, CPU)
         store.read(name, expert, slot)
         assert torch.equal(slot.buffer_B, expected.buffer_B)
         assert store.relative_errors(name, INT3)[expert] == pytest.approx(error, rel=1e-3)
@@ -157,24 +156,24 @@ def test_an_expert_without_a_token_is_encoded_by_what_others_are_given(tmp_path:
             layer.post_attention_layernorm.weight.abs_()
     folder = saved(model, tmp_path / "model")
     what = calibration(windows=1)
-    inputs = recorded(build(folder), what, tmp_path / "kept").block(0)
+    inputs = record_block_inputs(build_skeleton(folder), what, tmp_path / "kept").block(0)
     assert inputs is not None
     inputs.weight_TE[:, 3] = 0  # if any token did choose it
     x_ND, count_N = inputs.rows(3)
     assert len(x_ND) == 32 and bool((count_N > 0).all())
     packed(folder, INT2, calibration=what)
-    assert check_packed(build(folder)).problems == []
-    with load(folder, LoadSettings(precision="int2")) as served:
+    assert check_packed(build_skeleton(folder)).problems == []
+    with load_model(folder, LoadSettings(precision="int2")) as served:
         assert bool(logits(served.model, tokens(1, 8)).isfinite().all())
 
 
 KILLED = killed_packing(
     """
-what = Calibration(text="one.txt", digest="one", windows_BT=tokens(24, 32))
+what = CalibrationText(text="one.txt", digest="one", windows_BT=tokens(24, 32))
 pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=what)
 """,
     """
-from moefit.serve.calibration import Calibration
+from moefit.serve.packed.calibrate import CalibrationText
 from tiny_served import tokens
 """,
 )
@@ -188,7 +187,9 @@ def test_killed_half_way_it_goes_on_without_reading_the_text_again(
     command = [sys.executable, "-c", KILLED, str(folder), "12"]
     assert subprocess.run(command, timeout=120, env=here).returncode == -signal.SIGKILL
     assert calibrations(folder, INT2) == ["one", ""], "the second block's is as it was"
-    monkeypatch.setattr("moefit.serve.calibration.load", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(
+        "moefit.serve.packed.calibrate.load_model", lambda *_: pytest.fail("read again")
+    )
     again = packed(folder, INT2, calibration=calibration())
     assert (again.files, again.skipped, again.replaced) == (1, 1, 1)
     monkeypatch.undo()
@@ -199,8 +200,8 @@ def test_killed_half_way_it_goes_on_without_reading_the_text_again(
 
 def test_precision_auto_goes_by_errors_of_one_kind_only(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "model")
-    skeleton = build(folder)
-    formats = [parse_format(name) for name in AUTO if name != "native"]
+    skeleton = build_skeleton(folder)
+    formats = [parse_format(name) for name in AUTO_FORMATS if name != "native"]
     pack(skeleton, formats, calibration=calibration())
     block = skeleton.blocks[0]
     store = open_packed(skeleton, formats)
@@ -213,10 +214,10 @@ def test_precision_auto_goes_by_errors_of_one_kind_only(tmp_path: Path) -> None:
 
 def test_serving_says_by_which_text(folder: Path) -> None:
     packed(folder, INT4, calibration=calibration())
-    with load(folder, LoadSettings(precision="int4")) as served:
+    with load_model(folder, LoadSettings(precision="int4")) as served:
         assert served.report()["calibrated_on"] == ["one.txt"]
     packed(folder, INT4, force=True)
-    with load(folder, LoadSettings(precision="int4")) as served:
+    with load_model(folder, LoadSettings(precision="int4")) as served:
         assert served.report()["calibrated_on"] == []
 
 
@@ -234,10 +235,10 @@ def test_weights_that_cannot_be_encoded_are_named(folder: Path, monkeypatch: Any
             tensors["down_proj"][3, 5] = 1e6
         return tensors
 
-    monkeypatch.setattr(packing.ExpertStore, "native", native)
+    monkeypatch.setattr(build.ExpertStore, "native", native)
     with pytest.raises(CheckpointError, match=r"expert 6 of .*: down_proj: .* 1000000"):
         packed(folder, calibration=calibration())
-    place = PackedPlace(build(folder))
+    place = PackedLocation(build_skeleton(folder))
     assert (place.folder / ".calibration").is_dir(), "the next call need not read the text again"
 
 

@@ -7,22 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from test_encoder_decoder_serving import switch_config
 from tiny_served import saved, tiny, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, SwitchTransformersForConditionalGeneration
 
 from moefit.errors import BudgetTooSmallError, CheckpointError, UnsupportedModelError
-from moefit.serve import calibration as module
-from moefit.serve.calibration import OTHERS, WORTH, BlockInputs, Calibration, recorded
-from moefit.serve.reckon import ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.packed import calibrate as module
+from moefit.serve.packed.calibrate import (
+    OTHERS,
+    WORTH,
+    BlockInputs,
+    CalibrationText,
+    record_block_inputs,
+)
+from tests.serve.test_encoder_decoder_serving import switch_config
 
 
-def calibration(windows: int = 3, length: int = 16, **changes: Any) -> Calibration:
+def calibration(windows: int = 3, length: int = 16, **changes: Any) -> CalibrationText:
     facts: dict[str, Any] = {"text": "a text", "digest": "one"}
-    return Calibration(windows_BT=tokens(windows, length), **(facts | changes))
+    return CalibrationText(windows_BT=tokens(windows, length), **(facts | changes))
 
 
 def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -53,7 +59,9 @@ def test_what_is_recorded_is_what_transformers_gives_experts(tmp_path: Path, fam
     folder = saved(tiny(family), tmp_path / "model")
     what = calibration()
     heard: list[tuple[int, int]] = []
-    kept = recorded(build(folder), what, tmp_path / "kept", lambda *done: heard.append(done))
+    kept = record_block_inputs(
+        build_skeleton(folder), what, tmp_path / "kept", lambda *done: heard.append(done)
+    )
     for index, (x_TD, weight_TE) in enumerate(own_inputs(folder, what.windows_BT)):
         block = kept.block(index)
         assert block is not None
@@ -64,13 +72,15 @@ def test_what_is_recorded_is_what_transformers_gives_experts(tmp_path: Path, fam
 
 def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     """One slot a block: experts come and go while the text is read."""
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     with pytest.raises(BudgetTooSmallError, match="at least"):
-        recorded(skeleton, calibration(memory=1 << 20), tmp_path / "none")
-    budget = ledger(build(folder), LoadSettings(context=16))
+        record_block_inputs(skeleton, calibration(memory=1 << 20), tmp_path / "none")
+    budget = memory_budget(build_skeleton(folder), LoadSettings(context=16))
     least = budget.with_slots([1] * len(budget.blocks)) + (64 << 20)  # the process grows meanwhile
-    small = recorded(build(folder), calibration(memory=least), tmp_path / "small")
-    large = recorded(build(folder), calibration(), tmp_path / "large")
+    small = record_block_inputs(
+        build_skeleton(folder), calibration(memory=least), tmp_path / "small"
+    )
+    large = record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "large")
     for index in range(2):
         one, other = small.block(index), large.block(index)
         assert one is not None and other is not None
@@ -78,13 +88,16 @@ def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_recorded_once_for_a_text(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    recorded(build(folder), calibration(), tmp_path / "kept")
+    record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
     with monkeypatch.context() as patched:
-        patched.setattr(module, "load", lambda *_: pytest.fail("read again"))
-        assert recorded(build(folder), calibration(), tmp_path / "kept").block(0) is not None
-    other = recorded(build(folder), calibration(windows=5, digest="two"), tmp_path / "kept").block(
-        0
-    )
+        patched.setattr(module, "load_model", lambda *_: pytest.fail("read again"))
+        assert (
+            record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept").block(0)
+            is not None
+        )
+    other = record_block_inputs(
+        build_skeleton(folder), calibration(windows=5, digest="two"), tmp_path / "kept"
+    ).block(0)
     assert other is not None and len(other.x_TD) == 5 * 16
 
 
@@ -97,12 +110,12 @@ def test_a_recording_that_was_cut_off_is_not_used(
 
     kept = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
-        recorded(build(folder), calibration(), kept, cut_off)
+        record_block_inputs(build_skeleton(folder), calibration(), kept, cut_off)
     assert any(kept.iterdir())
-    block = recorded(build(folder), calibration(), kept).block(0)
+    block = record_block_inputs(build_skeleton(folder), calibration(), kept).block(0)
     assert block is not None and len(block.x_TD) == 3 * 16
     (kept / "calibration.json").write_text(json.dumps({"digest": "one"})[:-3])  # a torn file
-    assert recorded(build(folder), calibration(), kept).block(1) is not None
+    assert record_block_inputs(build_skeleton(folder), calibration(), kept).block(1) is not None
 
 
 def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
@@ -111,20 +124,20 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
         model.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
     folder = saved(model, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"layers.1.*not finite.*another dtype than torch.fl"):
-        recorded(build(folder), calibration(), tmp_path / "kept")
+        record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
 
 
 def test_a_disk_without_room_is_refused(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
     with pytest.raises(CheckpointError, match=r"takes 1\d.* KiB in .* where 5.00 KiB are free"):
-        recorded(build(folder), calibration(), tmp_path / "kept")
+        record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
 
 
 def test_models_that_continue_no_text_are_refused(tmp_path: Path) -> None:
     model = SwitchTransformersForConditionalGeneration(switch_config()).eval()
-    skeleton = build(saved(model, tmp_path / "switch"))
+    skeleton = build_skeleton(saved(model, tmp_path / "switch"))
     with pytest.raises(UnsupportedModelError, match="only decoders can be calibrated so far"):
-        recorded(skeleton, calibration(), tmp_path / "kept")
+        record_block_inputs(skeleton, calibration(), tmp_path / "kept")
 
 
 def inputs(weights: list[list[float]]) -> BlockInputs:
@@ -166,10 +179,10 @@ def test_damaged_recordings_are_made_again(
     folder: Path, tmp_path: Path, name: str, content: bytes
 ) -> None:
     kept = tmp_path / "kept"
-    before = recorded(build(folder), calibration(), kept).block(0)
+    before = record_block_inputs(build_skeleton(folder), calibration(), kept).block(0)
     assert before is not None
     expected = before.x_TD.clone()
     (kept / name).write_bytes(content)
-    after = recorded(build(folder), calibration(), kept).block(0)
+    after = record_block_inputs(build_skeleton(folder), calibration(), kept).block(0)
     assert after is not None
     assert torch.equal(after.x_TD, expected)

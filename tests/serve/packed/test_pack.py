@@ -19,16 +19,14 @@ from tiny_served import COMMON, saved, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from moefit.checkpoint import SINGLE, SpanReader
+from moefit.checkpoint.safetensors import SINGLE, SpanReader
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
-from moefit.formats import packed_file
-from moefit.formats.format import FORMATS, parse_format
-from moefit.serve import packing
-from moefit.serve.packed import PackedPlace
-from moefit.serve.packed_check import check_packed
-from moefit.serve.packing import Packed, locked, pack
-from moefit.serve.skeleton import build
+from moefit.quant.format import FORMATS, parse_format
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.packed import build, file
+from moefit.serve.packed.build import PackResult, check_packed, locked, pack
+from moefit.serve.packed.store import PackedLocation
 
 INT4, INT8 = parse_format("int4"), parse_format("int8")
 
@@ -36,8 +34,8 @@ INT4, INT8 = parse_format("int4"), parse_format("int8")
 pytestmark = pytest.mark.usefixtures("packed_cache")
 
 
-def packed(folder: Path, *formats: Any, **how: Any) -> Packed:
-    return pack(build(folder), formats or (INT8, INT4), **how)
+def packed(folder: Path, *formats: Any, **how: Any) -> PackResult:
+    return pack(build_skeleton(folder), formats or (INT8, INT4), **how)
 
 
 def files_in(packed_cache: Path) -> dict[str, bytes]:
@@ -50,7 +48,7 @@ def files_in(packed_cache: Path) -> dict[str, bytes]:
 
 def test_what_was_done_is_told_and_is_not_done_again(folder: Path, packed_cache: Path) -> None:
     heard: list[tuple[int, int]] = []
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     made = pack(skeleton, [INT8, INT4], progress=lambda done, total: heard.append((done, total)))
     native = sum(8 * block.expert_bytes for block in skeleton.blocks)
     assert (made.files, made.skipped, made.bytes_read) == (4, 0, native)
@@ -75,7 +73,7 @@ def test_each_expert_is_read_once_for_all_formats(folder: Path, monkeypatch: Any
         read.append(len(buffer))
         own(self, span, buffer)
 
-    monkeypatch.setattr("moefit.serve.packed.fingerprint", lambda skeleton: "0" * 32)
+    monkeypatch.setattr("moefit.serve.packed.store.fingerprint", lambda skeleton: "0" * 32)
     monkeypatch.setattr(SpanReader, "read_into", counted)
     made = packed(folder, *(parse_format(f"int{bits}") for bits in (2, 3, 4, 5, 6, 8)))
     assert sum(read) == made.bytes_read
@@ -94,7 +92,7 @@ def test_killed_half_way_it_goes_on(folder: Path, packed_cache: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), "25"], timeout=120)
     assert done.returncode == -signal.SIGKILL
     left = files_in(packed_cache)
-    assert sum(name.endswith(packed_file.WRITING) for name in left) == 2
+    assert sum(name.endswith(file.WRITING) for name in left) == 2
     finished = {name: data for name, data in left.items() if name.endswith(".safetensors")}
     assert len(finished) == 2 and finished.items() <= whole.items()
 
@@ -108,7 +106,7 @@ def test_a_file_cut_short_is_made_again(folder: Path, packed_cache: Path) -> Non
     whole = files_in(packed_cache)
     path = next(packed_cache.rglob("*.safetensors"))
     os.truncate(path, path.stat().st_size - 1)
-    assert "cut short" in check_packed(build(folder)).problems[0]
+    assert "cut short" in check_packed(build_skeleton(folder)).problems[0]
     assert packed(folder).files == 1
     assert files_in(packed_cache) == whole
     path.write_bytes(b"")
@@ -119,7 +117,7 @@ def test_a_file_cut_short_is_made_again(folder: Path, packed_cache: Path) -> Non
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
     with pytest.raises(CheckpointError, match=r"takes \d+ KiB \(4 files\).* 5.00 KiB are free"):
         packed(folder)
     assert files_in(packed_cache) == {}
@@ -137,13 +135,13 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(
             raise OSError(28, "No space left on device")
         return own(descriptor, data[:3000], offset)  # and never all at once
 
-    monkeypatch.setattr(packed_file.os, "pwrite", pwrite)
+    monkeypatch.setattr(file.os, "pwrite", pwrite)
     with pytest.raises(CheckpointError, match=r"no room: .* for a block, .* free; finished files"):
         packed(folder)
     assert files_in(packed_cache) == {}
     left = 10**6
     packed(folder)
-    assert check_packed(build(folder)).problems == []
+    assert check_packed(build_skeleton(folder)).problems == []
 
 
 def test_a_cache_folder_that_cannot_be_written(folder: Path, packed_cache: Path) -> None:
@@ -154,7 +152,7 @@ def test_a_cache_folder_that_cannot_be_written(folder: Path, packed_cache: Path)
 
 
 def test_a_second_process_is_told_to_wait(folder: Path) -> None:
-    place = PackedPlace(build(folder))
+    place = PackedLocation(build_skeleton(folder))
     with locked(place.folder), pytest.raises(ConfigError, match="another process is packing"):
         packed(folder)
     assert packed(folder).files == 4
@@ -190,7 +188,7 @@ def test_the_peak_is_an_expert_and_its_slots(folder: Path, monkeypatch: pytest.M
     """Counted in experts alive at once: what `native` gave is gone when it gives the next."""
     alive: list[Any] = []
     most = 0
-    own = packing.ExpertStore.native
+    own = build.ExpertStore.native
 
     def native(self: Any, block: str, expert: int) -> Any:
         nonlocal most
@@ -199,7 +197,7 @@ def test_the_peak_is_an_expert_and_its_slots(folder: Path, monkeypatch: pytest.M
         most = max(most, sum(ref() is not None for ref in alive))
         return tensors
 
-    monkeypatch.setattr(packing.ExpertStore, "native", native)
+    monkeypatch.setattr(build.ExpertStore, "native", native)
     packed(folder)
     assert most <= 2 * 2, "two experts of two tensors: the one being made, the one before it"
 

@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from serving import give_slots
 from tiny_served import FAMILIES, logits, mixtral_block, saved, tiny, tokens
 
-from moefit.checkpoint import SINGLE, read_header
+from moefit.checkpoint.safetensors import SINGLE, read_header
 from moefit.errors import CheckpointError
-from moefit.formats import packed_file
-from moefit.formats.error import relative_error
-from moefit.formats.format import NATIVE, Format, encoding_bytes, parse_format
-from moefit.formats.packed_file import read_packed
-from moefit.serve.loading import load
-from moefit.serve.packed import PackedPlace, fingerprint, open_packed
-from moefit.serve.packing import pack
-from moefit.serve.reckon import SPARES, ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import Skeleton, build
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.store import ExpertStore
+from moefit.quant.error_model import relative_error
+from moefit.quant.format import NATIVE, Format, encoding_bytes, parse_format
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.load import load_model
+from moefit.serve.memory.estimate import SPARES, memory_budget
+from moefit.serve.packed import file as packed_file
+from moefit.serve.packed.build import pack
+from moefit.serve.packed.file import read_packed
+from moefit.serve.packed.store import PackedLocation, fingerprint, open_packed
 
 CPU = torch.device("cpu")
 INT4, INT8 = parse_format("int4"), parse_format("int8")
@@ -43,7 +43,7 @@ def store_of(skeleton: Skeleton, *formats: Format) -> ExpertStore:
 
 def dirty_slot(format: Format, specs: Any) -> Slot:
     """Bytes that encoding sets are dirty; those between parts are zero in a new slot."""
-    slot = allocate(format, specs, CPU)
+    slot = allocate_slot(format, specs, CPU)
     for weight in slot.tensors.values():
         for tensor in [weight] if isinstance(weight, torch.Tensor) else [weight.codes_RB]:
             tensor.fill_(77)
@@ -51,7 +51,7 @@ def dirty_slot(format: Format, specs: Any) -> Slot:
 
 
 def path_of(skeleton: Skeleton, format: Format, index: int) -> Path:
-    return PackedPlace(skeleton).path(format, index)
+    return PackedLocation(skeleton).path(format, index)
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -65,7 +65,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 def test_a_slot_is_filled_as_encoding_would_fill_it(
     tmp_path: Path, family: str, dtype: torch.dtype | None
 ) -> None:
-    skeleton = build(saved(tiny(family), tmp_path / "model"), dtype)
+    skeleton = build_skeleton(saved(tiny(family), tmp_path / "model"), dtype)
     formats = [INT8, INT4, parse_format("int3-nearest")]
     pack(skeleton, formats)
     packed, encoded = store_of(skeleton, *formats), store_of(skeleton)
@@ -86,14 +86,14 @@ def test_a_slot_is_filled_as_encoding_would_fill_it(
 
 
 def test_a_file_is_safetensors_with_every_expert_on_a_page(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     block = skeleton.blocks[1]
     path = path_of(skeleton, INT4, 1)
     file = read_packed(path)
     assert [span.offset % 4096 for span in file.spans] == [0] * 8
     assert path.stat().st_size == file.spans[-1].offset + file.spans[-1].nbytes
-    slot = allocate(INT4, block.layout.specs, CPU)
+    slot = allocate_slot(INT4, block.layout.specs, CPU)
     with safe_open(path, "pt") as opened:
         for expert in range(8):
             store_of(skeleton).read(block.name, expert, slot)
@@ -109,13 +109,13 @@ def test_the_error_of_each_expert_is_measured(
 ) -> None:
     if kernels:
         monkeypatch.setattr(
-            "moefit.formats.error.decoded", lambda matrix, dtype: matrix.dense(dtype)
+            "moefit.quant.error_model.decoded", lambda matrix, dtype: matrix.dense(dtype)
         )
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4, INT8])
     store, packed = store_of(skeleton), open_packed(skeleton, [INT4, INT8])
     block = skeleton.blocks[0]
-    slot = allocate(INT4, block.layout.specs, CPU)
+    slot = allocate_slot(INT4, block.layout.specs, CPU)
     told = packed.relative_errors(block.name, INT4)
     for expert in range(8):
         native = store.native(block.name, expert)
@@ -131,7 +131,7 @@ def test_the_error_of_each_expert_is_measured(
 
 def test_of_zeros_nothing_is_lost() -> None:
     specs = mixtral_block()[0].layout.specs
-    slot = allocate(INT4, specs, CPU)
+    slot = allocate_slot(INT4, specs, CPU)
     native = {s: torch.zeros(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
     INT4.write(slot.tensors, native, specs)
     assert relative_error(slot.tensors, native, specs) == 0
@@ -140,57 +140,59 @@ def test_of_zeros_nothing_is_lost() -> None:
 def test_serving_uses_it_and_says_so(folder: Path) -> None:
     ids = tokens(1, 8)
     settings = LoadSettings(precision="int4")
-    with load(folder, settings) as served:
+    with load_model(folder, settings) as served:
         assert served.report()["experts_from"] == "encoded while reading"
         expected = logits(served.model, ids)
         slow = served.report()["bytes_read"]
-    with load(folder, LoadSettings()) as served:
+    with load_model(folder, LoadSettings()) as served:
         assert served.report()["experts_from"] == "checkpoint"
-    pack(build(folder), [INT4])
-    with load(folder, settings) as served:
+    pack(build_skeleton(folder), [INT4])
+    with load_model(folder, settings) as served:
         give_slots(served, 3)
         assert torch.equal(logits(served.model, ids), expected)
         report = served.report()
         assert (report["experts_from"], report["packed_ignored"]) == ("packed", [])
         slot_bytes = served.budget.blocks[0].slot_bytes
         assert report["bytes_read"] % slot_bytes == 0 and slow % slot_bytes
-    path_of(build(folder), INT4, 1).unlink()
-    with load(folder, settings) as served:
+    path_of(build_skeleton(folder), INT4, 1).unlink()
+    with load_model(folder, settings) as served:
         assert served.report()["experts_from"] == "packed, but encoded while reading in 1 of 2"
         assert torch.equal(logits(served.model, ids), expected)
 
 
 def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) -> None:
-    skeleton, settings = build(folder), LoadSettings(precision="int4")
+    skeleton, settings = build_skeleton(folder), LoadSettings(precision="int4")
     specs = skeleton.blocks[0].layout.specs
     slots = SPARES * INT4.nbytes(specs) + skeleton.blocks[0].expert_bytes  # and one decoded
-    before = ledger(skeleton, settings)
+    before = memory_budget(skeleton, settings)
     assert before.staging == slots + 6 * encoding_bytes(INT4, specs)
     pack(skeleton, [INT4])
-    assert ledger(skeleton, settings).staging == slots
+    assert memory_budget(skeleton, settings).staging == slots
     path_of(skeleton, INT4, 0).unlink()
-    assert ledger(skeleton, settings).staging == before.staging
+    assert memory_budget(skeleton, settings).staging == before.staging
 
 
 def test_converted_experts_need_no_room_for_their_sources_either(folder: Path) -> None:
-    skeleton = build(folder, torch.bfloat16)
+    skeleton = build_skeleton(folder, torch.bfloat16)
     settings = LoadSettings(precision="int4", dtype=torch.bfloat16)
     pack(skeleton, [INT4])
     block = skeleton.blocks[0]
     needed = SPARES * INT4.nbytes(block.layout.specs) + block.expert_bytes
-    assert ledger(skeleton, settings).staging == needed
-    other = ledger(build(folder), LoadSettings(precision="int4"))  # in float32: not packed
+    assert memory_budget(skeleton, settings).staging == needed
+    other = memory_budget(
+        build_skeleton(folder), LoadSettings(precision="int4")
+    )  # in float32: not packed
     assert other.staging > needed + block.expert_bytes
 
 
 def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     name, path = skeleton.blocks[1].name, path_of(skeleton, INT4, 1)
     span = read_packed(path).spans[5]
     overwrite(path, span.offset + 100, b"\xff\x00\xff\x00")
     store = store_of(skeleton, INT4)
-    slot = allocate(INT4, skeleton.blocks[1].layout.specs, CPU)
+    slot = allocate_slot(INT4, skeleton.blocks[1].layout.specs, CPU)
     with pytest.raises(
         CheckpointError, match=rf"block-001.*expert 5 of {name}.*moefit pack --force"
     ):
@@ -202,7 +204,7 @@ def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:
 
 
 def test_a_file_cut_short_is_not_used(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
     os.truncate(path, path.stat().st_size - 1)
@@ -213,18 +215,18 @@ def test_a_file_cut_short_is_not_used(folder: Path) -> None:
 
 
 def test_a_file_cut_short_while_it_is_used_is_an_error_that_names_it(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     store, block = store_of(skeleton, INT4), skeleton.blocks[0]
     os.truncate(path_of(skeleton, INT4, 0), 8192)
-    slot = allocate(INT4, block.layout.specs, CPU)
+    slot = allocate_slot(INT4, block.layout.specs, CPU)
     with pytest.raises(CheckpointError, match=rf"block-000.*: expert 7 of {block.name} cannot be"):
         store.read(block.name, 7, slot)
 
 
 @pytest.mark.parametrize("offset", [0, 20, 400])
 def test_a_damaged_header_is_not_used(folder: Path, offset: int) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
     overwrite(path, offset, b"\xff" * 16)
@@ -235,8 +237,8 @@ def test_a_damaged_header_is_not_used(folder: Path, offset: int) -> None:
 
 
 def test_a_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) -> None:
-    other = build(saved(tiny("Mixtral", seed=1), tmp_path / "other"))
-    skeleton = build(folder)
+    other = build_skeleton(saved(tiny("Mixtral", seed=1), tmp_path / "other"))
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     pack(other, [INT4])
     shutil.copy(path_of(other, INT4, 1), path_of(skeleton, INT4, 1))
@@ -247,7 +249,7 @@ def test_a_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) 
 
 
 def test_a_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4, INT8])
     shutil.copy(path_of(skeleton, INT8, 0), path_of(skeleton, INT4, 0))
     shutil.copy(path_of(skeleton, INT8, 0), path_of(skeleton, INT8, 1))
@@ -259,7 +261,7 @@ def test_a_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
 def test_a_file_of_another_layout_is_not_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     monkeypatch.setattr(packed_file, "LAYOUT", packed_file.LAYOUT + 1)
     packed = open_packed(skeleton, [INT4])
@@ -276,7 +278,7 @@ def test_a_file_of_another_layout_is_not_used(
     ids=str,
 )  # fmt: skip
 def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, str]) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
     content = path.read_bytes()
@@ -293,7 +295,7 @@ def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, s
 
 
 def test_some_other_safetensors_file_is_not_used(folder: Path) -> None:
-    skeleton = build(folder)
+    skeleton = build_skeleton(folder)
     path = path_of(skeleton, INT4, 0)
     path.parent.mkdir(parents=True)
     save_file({"a": torch.zeros(3)}, path)
@@ -301,13 +303,13 @@ def test_some_other_safetensors_file_is_not_used(folder: Path) -> None:
 
 
 def test_further_training_in_the_same_folder_makes_another_checkpoint(folder: Path) -> None:
-    pack(build(folder), [INT4])
+    pack(build_skeleton(folder), [INT4])
     tensors = load_file(folder / SINGLE)
     remarks = read_header(folder / SINGLE)[0]
     size = (folder / SINGLE).stat().st_size
     save_file({n: t * 1.5 for n, t in tensors.items()}, folder / SINGLE, dict(remarks))
     assert (folder / SINGLE).stat().st_size == size
-    with load(folder, LoadSettings(precision="int4")) as served:
+    with load_model(folder, LoadSettings(precision="int4")) as served:
         report = served.report()
     assert report["experts_from"] == "encoded while reading"
     assert "was packed from another checkpoint, which" in report["packed_ignored"][0]
@@ -316,19 +318,23 @@ def test_further_training_in_the_same_folder_makes_another_checkpoint(folder: Pa
 def test_the_fingerprint_is_the_content_s_and_not_the_folder_s(
     folder: Path, tmp_path: Path
 ) -> None:
-    first = fingerprint(build(folder))
+    first = fingerprint(build_skeleton(folder))
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert fingerprint(build(copy)) == first
+    assert fingerprint(build_skeleton(copy)) == first
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
-    assert fingerprint(build(copy)) != first
-    pack(build(folder), [INT4])
+    assert fingerprint(build_skeleton(copy)) != first
+    pack(build_skeleton(folder), [INT4])
     moved = folder.rename(tmp_path / "moved")
-    assert open_packed(build(moved), [INT4]).has(build(moved).blocks[0].name, INT4)
+    assert open_packed(build_skeleton(moved), [INT4]).has(
+        build_skeleton(moved).blocks[0].name, INT4
+    )
 
 
 def test_without_need_of_it_nothing_is_looked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moefit.serve.packed.fingerprint", lambda skeleton: pytest.fail("read"))
-    packed = open_packed(build(folder), [NATIVE])
+    monkeypatch.setattr(
+        "moefit.serve.packed.store.fingerprint", lambda skeleton: pytest.fail("read")
+    )
+    packed = open_packed(build_skeleton(folder), [NATIVE])
     assert packed.ignored == ()

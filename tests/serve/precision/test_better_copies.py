@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tiny_served import mixtral_block
 
-from moefit.formats.format import FORMATS, NATIVE, Format
 from moefit.moe.routing import Routing
-from moefit.serve.better_copies import BetterCopies
-from moefit.serve.copies import CpuCopies
-from moefit.serve.counters import Counters
-from moefit.serve.host_tier import HostTier
-from moefit.serve.refetch import SCRATCH_SLOTS
-from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer
+from moefit.quant.format import FORMATS, NATIVE, Format
+from moefit.serve.cache.host_cache import HostCache
+from moefit.serve.cache.slot import Slot
+from moefit.serve.io.device_copy import CpuCopies
+from moefit.serve.io.loads import Transfer
+from moefit.serve.precision.refetch import SCRATCH_SLOTS, BetterCopies
+from moefit.serve.stats import Counters
 
 NUM_EXPERTS = 8
 EXPERTS = st.sets(st.integers(0, NUM_EXPERTS - 1), max_size=NUM_EXPERTS)
@@ -170,7 +169,7 @@ def test_what_is_wanted_often_stays_while_others_pass_through(copies) -> None:
 
 def test_on_the_way_to_a_gpu_they_go_through_the_host_tier() -> None:
     store = MarkingStore()
-    tier = HostTier(store, CpuCopies(), limit=1 << 20)
+    tier = HostCache(store, CpuCopies(), limit=1 << 20)
     transfer = Transfer(tier, readers=2)
     copies = copies_over(transfer, Counters())
     for block, experts in (("a", {0, 1, 2}), ("b", {1, 3}), ("a", {0, 1, 2})):

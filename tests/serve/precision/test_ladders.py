@@ -5,23 +5,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_served import saved, tiny
 
-from moefit.formats.error import expected_error
-from moefit.formats.format import parse_format
-from moefit.serve.ladders import AUTO, beginning, by_expert, ladders_of
-from moefit.serve.packed import open_packed
-from moefit.serve.packing import pack
-from moefit.serve.precision import Choice
-from moefit.serve.skeleton import build
+from moefit.quant.error_model import expected_error
+from moefit.quant.format import parse_format
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.packed.build import pack
+from moefit.serve.packed.store import open_packed
+from moefit.serve.precision.allocate import (
+    AUTO_FORMATS,
+    FormatChoice,
+    by_expert,
+    initial_choices,
+    ladders_of,
+)
 
 pytestmark = pytest.mark.usefixtures("packed_cache")
 LADDER = tuple(
-    Choice(format=name, nbytes=nbytes, error=error)
+    FormatChoice(format=name, nbytes=nbytes, error=error)
     for name, nbytes, error in [("int2", 20, 0.5), ("int4", 40, 0.1), ("native", 160, 0.0)]
 )
 
 
 def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -> None:
-    skeleton = build(saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m"))
+    skeleton = build_skeleton(
+        saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m")
+    )
     block = skeleton.blocks[0]
     ladders = ladders_of(block, open_packed(skeleton, []))
     assert len(ladders) == block.num_experts and len(set(ladders)) == 1
@@ -31,15 +38,17 @@ def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -
             format.nbytes(block.layout.specs),
             expected_error(format),
         )
-    assert {step.format for step in ladders[0]} <= set(AUTO)
+    assert {step.format for step in ladders[0]} <= set(AUTO_FORMATS)
     assert ladders[0][-1].format == "native" and ladders[0][-1].error == 0
 
 
 def test_precision_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
     """On the ladder of each expert, once every format of it is packed."""
-    skeleton = build(saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m"))
+    skeleton = build_skeleton(
+        saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m")
+    )
     block = skeleton.blocks[0]
-    formats = [parse_format(name) for name in AUTO if name != "native"]
+    formats = [parse_format(name) for name in AUTO_FORMATS if name != "native"]
     pack(skeleton, formats[1:])
     expected = ladders_of(block, open_packed(skeleton, formats))
     assert len(set(expected)) == 1, "all experts alike"
@@ -63,7 +72,7 @@ def test_ladders_of_blocks_are_those_of_each_of_their_experts() -> None:
 @given(st.integers(0, 700))
 def test_what_experts_begin_with_treats_all_alike_and_keeps_the_room(room: int) -> None:
     ladders = by_expert({"a": [LADDER] * 3, "b": [LADDER]})
-    chosen = beginning(ladders, room)
+    chosen = initial_choices(ladders, room)
     assert chosen.keys() == ladders.keys()
     extra = sum(choice.nbytes - LADDER[0].nbytes for choice in chosen.values())
     assert extra <= room

@@ -3,13 +3,15 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.serve.precision import Choice, allocate, ladder, loss, smoothed
+from moefit.serve.precision.allocate import FormatChoice, allocate, ladder, smoothed, weighted_error
 
 
 @st.composite
-def choices(draw) -> list[Choice]:
+def choices(draw) -> list[FormatChoice]:
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True))
-    return [Choice(format=str(size), nbytes=size, error=draw(st.floats(0, 10))) for size in sizes]
+    return [
+        FormatChoice(format=str(size), nbytes=size, error=draw(st.floats(0, 10))) for size in sizes
+    ]
 
 
 cases = st.lists(choices(), min_size=1, max_size=4)
@@ -39,7 +41,7 @@ def test_allocation_keeps_the_bytes_and_is_one_step_from_the_best(options, room,
         assert all(chosen[key] == ladders[key][0] for key in ladders)
         return
     best = min(
-        loss(dict(zip(ladders, combination, strict=True)), sensitivity)
+        weighted_error(dict(zip(ladders, combination, strict=True)), sensitivity)
         for combination in itertools.product(*options)
         if sum(one.nbytes for one in combination) <= room
     )
@@ -48,11 +50,13 @@ def test_allocation_keeps_the_bytes_and_is_one_step_from_the_best(options, room,
         for key, steps in ladders.items()
         for low, high in itertools.pairwise([steps[0], *steps])
     )
-    assert loss(chosen, sensitivity) <= best + largest_step + 1e-9
+    assert weighted_error(chosen, sensitivity) <= best + largest_step + 1e-9
 
 
 def test_bytes_go_to_the_sensitive() -> None:
-    steps = ladder([Choice(format="a", nbytes=1, error=4), Choice(format="b", nbytes=2, error=0)])
+    steps = ladder(
+        [FormatChoice(format="a", nbytes=1, error=4), FormatChoice(format="b", nbytes=2, error=0)]
+    )
     chosen = allocate({"cold": steps, "hot": steps}, {"cold": 1.0, "hot": 2.0}, room=3)
     assert {key: one.format for key, one in chosen.items()} == {"cold": "a", "hot": "b"}
 

@@ -10,19 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefit.errors import ConfigError
-from moefit.formats.format import FORMATS
 from moefit.moe.families import TensorSpec
-from moefit.serve.ladders import AUTO
-from moefit.serve.policy import Policy
-from moefit.serve.refetch import better_formats, heavy, largest_copy, worth_reading
-from moefit.serve.settings import LoadSettings
+from moefit.quant.format import FORMATS
+from moefit.serve.config import LoadSettings, Policy
+from moefit.serve.precision.allocate import AUTO_FORMATS
+from moefit.serve.precision.refetch import (
+    better_formats,
+    heavily_weighted,
+    largest_copy,
+    worth_reading,
+)
 
 WEIGHTS = st.dictionaries(st.integers(0, 15), st.integers(0, 1000).map(float), max_size=8)
 
 
 @given(st.lists(WEIGHTS, max_size=5), st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0]))
 def test_heavy_is_whoever_has_the_share_of_one_tokens_weight(choices, threshold) -> None:
-    found = heavy(choices, threshold)
+    found = heavily_weighted(choices, threshold)
     for expert in range(16):
         shares = [
             Fraction(one[expert]) / Fraction(sum(one.values()))
@@ -34,15 +38,15 @@ def test_heavy_is_whoever_has_the_share_of_one_tokens_weight(choices, threshold)
 
 
 def test_weights_of_nothing_and_of_no_number_are_not_heavy() -> None:
-    assert heavy([{0: 0.0, 1: 0.0}, {}], 0.1) == set()
-    assert heavy([{0: float("nan"), 1: 1.0}], 0.1) == set()
+    assert heavily_weighted([{0: 0.0, 1: 0.0}, {}], 0.1) == set()
+    assert heavily_weighted([{0: float("nan"), 1: 1.0}], 0.1) == set()
 
 
-@pytest.mark.parametrize("better", AUTO)
+@pytest.mark.parametrize("better", AUTO_FORMATS)
 def test_what_is_as_good_already_is_not_read(better: str) -> None:
-    experts = dict(enumerate(AUTO))
+    experts = dict(enumerate(AUTO_FORMATS))
     found = worth_reading(experts, lambda expert: FORMATS[experts[expert]], FORMATS[better])
-    assert {experts[expert] for expert in found} == set(AUTO[: AUTO.index(better)])
+    assert {experts[expert] for expert in found} == set(AUTO_FORMATS[: AUTO_FORMATS.index(better)])
 
 
 def packed(**formats: list[str]) -> Any:

@@ -14,16 +14,16 @@ from tiny_served import saved, tiny, tokens
 
 import moefit
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError
-from moefit.formats.format import FORMATS, dense_tensors, parse_format
-from moefit.serve.ladders import AUTO
-from moefit.serve.packing import pack
-from moefit.serve.reckon import ledger
-from moefit.serve.refetch import SCRATCH_SLOTS
-from moefit.serve.served import ServedModel
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-from moefit.serve.slots import allocate
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.quant.format import FORMATS, dense_tensors, parse_format
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.model import ServedModel
+from moefit.serve.packed.build import pack
+from moefit.serve.precision.allocate import AUTO_FORMATS
+from moefit.serve.precision.refetch import SCRATCH_SLOTS
 from moefit.server.metrics import ModelCollector
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         made = saved(tiny("Olmoe", **WIDE), tmp_path_factory.mktemp("again"))
-        pack(build(made), [parse_format(name) for name in AUTO[:-1]])
+        pack(build_skeleton(made), [parse_format(name) for name in AUTO_FORMATS[:-1]])
         yield made
 
 
@@ -92,22 +92,22 @@ class Twin:
         found = set()
         for ids, weights in zip(chosen.ids_TK.tolist(), chosen.weights_TK.tolist(), strict=True):
             for expert, weight in zip(ids, weights, strict=True):
-                worse = AUTO.index(format_now(experts, expert)) < AUTO.index("int8")
+                worse = AUTO_FORMATS.index(format_now(experts, expert)) < AUTO_FORMATS.index("int8")
                 if worse and weight / sum(weights) >= threshold:
                     found.add(expert)
         return found
 
     def decoded(self, experts: VirtualExperts, expert: int, name: str) -> Any:
         specs = experts.block.layout.specs
-        slot = allocate(FORMATS[name], specs, CPU)
+        slot = allocate_slot(FORMATS[name], specs, CPU)
         self.served._store.read(experts.block.name, expert, slot)
         return dense_tensors(specs, slot.tensors, torch.float32)
 
 
 def format_now(experts: VirtualExperts, expert: int) -> str:
-    if expert not in experts.residency.residents:
+    if expert not in experts.slot_table.residents:
         return "int2"
-    return experts.slots[experts.residency.slot(expert)].format.name
+    return experts.slots[experts.slot_table.slot(expert)].format.name
 
 
 @contextmanager
@@ -245,10 +245,13 @@ def test_the_report_and_the_ledger(served: ServedModel, folder: Path) -> None:
     specs = next(iter(served.blocks.values())).block.layout.specs
     size = FORMATS["int8"].nbytes(specs)
     with_copies, without = (
-        ledger(build(folder), LoadSettings(**HOW, refetch=share)) for share in (0.3, None)
+        memory_budget(build_skeleton(folder), LoadSettings(**HOW, refetch=share))
+        for share in (0.3, None)
     )
     assert with_copies.staging - without.staging == SCRATCH_SLOTS * size
-    assert with_copies.floor - without.floor == pytest.approx(SCRATCH_SLOTS * size, abs=8 << 20)
+    assert with_copies.min_bytes - without.min_bytes == pytest.approx(
+        SCRATCH_SLOTS * size, abs=8 << 20
+    )
     read = served.report()["bytes_read"]
     decode(served, tokens(1, 12), 8)
     report = served.report()
@@ -256,7 +259,7 @@ def test_the_report_and_the_ledger(served: ServedModel, folder: Path) -> None:
     assert report["refetch_bytes"] == size * report["refetches"] <= report["bytes_read"] - read
     assert report["hit_rate"] == 1.0, "all experts are in memory"
     with pytest.raises(BudgetTooSmallError):
-        served.set_memory(served.budget.floor - 1)
+        served.set_memory(served.budget.min_bytes - 1)
     served.check()
 
 
@@ -264,7 +267,7 @@ def test_a_damaged_copy_is_named_and_the_model_goes_on(served: ServedModel, monk
     served.set_mode("exact", refetch=0.01)
     expected = decode(served, tokens(1, 12), 8)
     with monkeypatch.context() as patch:
-        patch.setattr("moefit.formats.packed_file.PackedFile.damage", lambda *_: "it is damaged")
+        patch.setattr("moefit.serve.packed.file.PackedFile.damage", lambda *_: "it is damaged")
         with pytest.raises(CheckpointError, match="is damaged"):
             decode(served, tokens(1, 12, seed=5), 8)
         served.check()
@@ -296,10 +299,10 @@ def test_nothing_better_that_is_packed_is_refused_before_loading(
     formats: list[str], packed_cache: Path, tmp_path: Path
 ) -> None:
     other = saved(tiny("Olmoe", **WIDE), tmp_path / "model")
-    pack(build(other), [parse_format(name) for name in formats])
+    pack(build_skeleton(other), [parse_format(name) for name in formats])
     with pytest.raises(ConfigError, match=r"2 of 2 blocks .*moefit pack MODEL --formats"):
         moefit.load(other, refetch=0.3, **HOW)
-    pack(build(other), [parse_format("int3")])
+    pack(build_skeleton(other), [parse_format("int3")])
     with moefit.load(other, refetch=0.3, **HOW) as served:
         served.set_memory(bytes_for(served, int2=16))
         served.settle_precision()

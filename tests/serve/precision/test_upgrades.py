@@ -10,15 +10,15 @@ from tiny_served import VOCABULARY, saved, tiny
 
 import moefit
 from moefit.errors import CheckpointError, ConfigError
-from moefit.formats.error import GAUSSIAN, relative_error
-from moefit.formats.format import FORMATS
 from moefit.moe.families import TensorSpec
-from moefit.serve.ladders import AUTO
-from moefit.serve.packed import open_packed
-from moefit.serve.reckon import beginning, ledger
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import build
-from moefit.serve.slots import allocate
+from moefit.quant.error_model import GAUSSIAN, relative_error
+from moefit.quant.format import FORMATS
+from moefit.serve.cache.slot import allocate_slot
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.estimate import initial_formats, memory_budget
+from moefit.serve.packed.store import open_packed
+from moefit.serve.precision.allocate import AUTO_FORMATS
 
 # Whole groups, and so many that a step up costs less than an expert at the smallest format.
 WIDE = {"hidden_size": 128, "intermediate_size": 128}
@@ -63,18 +63,23 @@ def bytes_for(served, **counts: int) -> int:
 
 
 def test_what_a_budget_buys_is_known_beforehand(folder) -> None:
-    skeleton, how = build(folder), LoadSettings(precision="auto", memory="4GiB", context=64)
-    plenty, packed = ledger(skeleton, how), open_packed(skeleton, how.formats())
+    skeleton, how = (
+        build_skeleton(folder),
+        LoadSettings(precision="auto", memory="4GiB", context=64),
+    )
+    plenty, packed = memory_budget(skeleton, how), open_packed(skeleton, how.formats())
     specs = skeleton.blocks[0].layout.specs
     sizes = {name: FORMATS[name].nbytes(specs) for name in ("int2", "int3", "native")}
-    total = plenty.everything + 3 * (sizes["int3"] - sizes["int2"])
-    some = beginning(skeleton, how, plenty.with_total(total), packed)
+    total = plenty.all_resident_bytes + 3 * (sizes["int3"] - sizes["int2"])
+    some = initial_formats(skeleton, how, plenty.with_total(total), packed)
     assert some.formats == {"int3": 3, "int2": 13}
     assert some.nbytes == total - plenty.fixed
     assert some.bits_per_weight == 8 * some.nbytes / (16 * 3 * 128 * 128)
-    few = beginning(skeleton, how, plenty.with_total(plenty.everything - sizes["int2"]), packed)
+    few = initial_formats(
+        skeleton, how, plenty.with_total(plenty.all_resident_bytes - sizes["int2"]), packed
+    )
     assert few.formats == {"int2": 15}
-    assert beginning(skeleton, how, plenty, packed).formats == {"native": 16}
+    assert initial_formats(skeleton, how, plenty, packed).formats == {"native": 16}
 
 
 def test_loading_says_how_many_experts_have_come(folder) -> None:
@@ -121,11 +126,11 @@ def test_the_budget_holds_whatever_it_is_changed_to(served) -> None:
 def test_hot_experts_go_up_and_cold_ones_down(served) -> None:
     served.set_memory(bytes_for(served, int4=16))
     name, experts = next(iter(served.blocks.items()))
-    hot = next(iter(experts.residency.residents))
+    hot = next(iter(experts.slot_table.residents))
     for _ in range(50):
-        experts.loudness.observe({hot: 1e9})
+        experts.output_energy.observe({hot: 1e9})
     served.settle_precision()
-    slot = experts.slots[experts.residency.slot(hot)]
+    slot = experts.slots[experts.slot_table.slot(hot)]
     assert slot.nbytes == max(one.nbytes for one in experts.slots.values()), name
     assert slot.format.name in ("int8", "native")
 
@@ -135,15 +140,15 @@ def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None
     served.settle_precision()
     experts = list(served.blocks.values())[1]
     cold = min(
-        experts.residency.residents, key=lambda e: experts.slots[experts.residency.slot(e)].nbytes
+        experts.slot_table.residents, key=lambda e: experts.slots[experts.slot_table.slot(e)].nbytes
     )
-    before = experts.slots[experts.residency.slot(cold)].nbytes
+    before = experts.slots[experts.slot_table.slot(cold)].nbytes
     with torch.inference_mode():
         for step in range(200):
-            experts.loudness.observe({cold: 1e9})
+            experts.output_energy.observe({cold: 1e9})
             served.model(ids(step, 2))
             served.check()
-            if experts.slots[experts.residency.slot(cold)].nbytes > before:
+            if experts.slots[experts.slot_table.slot(cold)].nbytes > before:
                 return
     raise AssertionError("an expert that everybody asks for stayed at its precision")
 
@@ -190,18 +195,18 @@ def test_without_a_limit_every_expert_comes_to_be_native(served) -> None:
     served.settle_precision()
     served.check()
     assert formats(served) == {"native": 16}
-    held = budget.everything_in()
-    assert list(held) == list(AUTO) and held["int2"] == budget.everything
-    assert held["native"] == budget.most == bytes_for(served, native=16)
+    held = budget.all_resident_bytes_in()
+    assert list(held) == list(AUTO_FORMATS) and held["int2"] == budget.all_resident_bytes
+    assert held["native"] == budget.max_bytes == bytes_for(served, native=16)
     assert held["int4"] == bytes_for(served, int4=16)
-    served.set_memory(budget.most - 1)
+    served.set_memory(budget.max_bytes - 1)
     served.settle_precision()
     assert formats(served)["native"] == 15
 
 
 def test_a_plain_budget_has_one_format_and_no_more_than_everything(folder) -> None:
-    budget = ledger(build(folder), LoadSettings(precision="int4", context=64))
-    assert (budget.most, budget.everything_in()) == (budget.everything, {})
+    budget = memory_budget(build_skeleton(folder), LoadSettings(precision="int4", context=64))
+    assert (budget.max_bytes, budget.all_resident_bytes_in()) == (budget.all_resident_bytes, {})
 
 
 def test_a_smaller_budget_that_cannot_be_reached_changes_nothing(served, monkeypatch) -> None:
@@ -226,10 +231,10 @@ def test_without_a_budget_there_is_nothing_to_divide(folder) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from(AUTO[:-1]), st.integers(0, 99))
+@given(st.sampled_from(AUTO_FORMATS[:-1]), st.integers(0, 99))
 def test_normal_weights_lose_what_the_table_says(name: str, seed: int) -> None:
     specs = {"w": TensorSpec((48, 256), torch.float32)}
-    slot = allocate(FORMATS[name], specs, torch.device("cpu"))
+    slot = allocate_slot(FORMATS[name], specs, torch.device("cpu"))
     native = {"w": torch.randn(48, 256, generator=torch.Generator().manual_seed(seed))}
     slot.format.write(slot.tensors, native, specs)
     assert relative_error(slot.tensors, native, specs) == pytest.approx(GAUSSIAN[name], rel=0.1)

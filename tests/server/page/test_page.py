@@ -6,7 +6,7 @@ import pytest
 from browser import Keys
 from page_server import Pretender
 
-from moefit.serve.budget import format_bytes
+from moefit.serve.memory.budget import format_bytes
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_what_is_being_set_stays_while_the_world_changes(page):
     slider = tab.by_id("dial-range")
     slider.send_keys(Keys.PAGE_DOWN, Keys.ARROW_LEFT)
     wanted, written = slider.get_attribute("value"), tab.by_id("dial-box").get_attribute("value")
-    model.total = model.everything  # somebody else
+    model.total = model.all_resident_bytes  # somebody else
     tab.until(lambda: tab.text("map-count") == "128")
     assert slider.get_attribute("value") == wanted
     assert tab.by_id("dial-box").get_attribute("value") == written
@@ -188,7 +188,7 @@ LABELS = """
 
 def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
     model, url = served(4, 8, mixed=True, auto=True, slot=8 << 20)
-    model.total = model.everything_in["int4"]
+    model.total = model.all_resident_bytes_in["int4"]
     tab.open(url)
     for width in (1280, 360):
         tab.size(width)
@@ -214,7 +214,7 @@ def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
 
 def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, served):
     model, url = served()
-    model.total = 20 * model.everything
+    model.total = 20 * model.all_resident_bytes
     tab.open(url)
     every = tab.text("budget-note").removeprefix("of ").removesuffix(" for every expert")
     tab.until(lambda: tab.script(LABELS))
@@ -226,7 +226,7 @@ def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, serv
     assert re.search(r"about \d+ of 128 experts", slider.get_attribute("aria-valuetext"))
     tab.click("apply")
     tab.until(lambda: model.changes)
-    assert model.floor < model.changes[0]["bytes"] < model.everything
+    assert model.min_bytes < model.changes[0]["bytes"] < model.all_resident_bytes
 
 
 def test_a_mode_and_its_bound_are_set(page):

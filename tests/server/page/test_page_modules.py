@@ -4,7 +4,7 @@ import pytest
 from browser import Browser
 from page_server import MIB, Pretender
 
-from moefit.serve.budget import format_bytes, parse_bytes
+from moefit.serve.memory.budget import format_bytes, parse_bytes
 
 
 @pytest.fixture(scope="module")

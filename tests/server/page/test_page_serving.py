@@ -8,20 +8,20 @@ import pytest
 from browser import Keys
 
 import moefit
+from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
-from moefit.engine.settings import EngineSettings
-from moefit.server.running import Running, bind, url_of
+from moefit.server.middleware import ServerSettings
+from moefit.server.run import HttpServer, bind, url_of
 from moefit.server.service import Service
-from moefit.server.settings import ServerSettings
 
 KEY = "sesame"
 PROMPT = "def main():\n    "
 
 
 @contextmanager
-def listening(engine, **settings):
+def collect_stats(engine, **settings):
     bound = bind("127.0.0.1", 0)
-    running = Running(Service(engine, ServerSettings(name="reference", **settings)), bound)
+    running = HttpServer(Service(engine, ServerSettings(name="reference", **settings)), bound)
     running.start()
     try:
         yield url_of(bound, "127.0.0.1") + "/"
@@ -40,7 +40,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with listening(engine) as address:
+    with collect_stats(engine) as address:
         yield address
 
 
@@ -48,7 +48,7 @@ def url(engine):
 def page(tab, engine, url):
     """A page before a model half of whose experts have room; afterwards it must have behaved."""
     ledger = engine.served.budget
-    engine.set_memory((ledger.floor + ledger.everything) // 2)
+    engine.set_memory((ledger.min_bytes + ledger.all_resident_bytes) // 2)
     engine.set_mode("exact")
     tab.console()  # of pages before this one
     tab.open(url)
@@ -75,7 +75,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     tab.script("document.getElementById('try-prompt').value = arguments[0]", PROMPT)
     tab.write("try-tokens", "1500")
     tab.click("try-run")
-    room = sum(one.residency.number for one in engine.served.blocks.values())
+    room = sum(one.slot_table.number for one in engine.served.blocks.values())
     tab.until(lambda: tab.text("map-count") == str(room))
     picture, ledger = tab.map_picture(), tab.text("parts")
     bar = tab.script("return document.querySelector('.part.slots').style.width")
@@ -84,7 +84,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     assert "about 8 of 128 experts" in tab.text("dial-note")
     tab.click("apply")
     tab.until(lambda: "room for 8 of 128 experts" in tab.text("dial-answer"))
-    assert engine.served.budget.total == engine.served.budget.floor
+    assert engine.served.budget.total == engine.served.budget.min_bytes
     tab.until(lambda: tab.text("map-count") == "8")
     tab.until(lambda: tab.map_picture() != picture)
     assert tab.text("parts") != ledger and "768 KiB" in tab.text("parts")
@@ -96,7 +96,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     tab.click("try-stop")
     tab.until(lambda: "Stopped" in tab.text("try-state"))
     tab.until(lambda: engine.stats().running == 0)
-    engine.set_memory(engine.served.budget.everything)
+    engine.set_memory(engine.served.budget.all_resident_bytes)
     tokens = int(tab.text("try-state").split()[0])
     request = {"prompt": PROMPT, "max_tokens": min(tokens, 32), "temperature": 0}
     text = ask(url, "v1/completions", request)["choices"][0]["text"]
@@ -108,7 +108,7 @@ def test_below_the_floor_the_servers_words_are_shown(page, engine):
     tab.write("dial-box", "64 MiB" + Keys.ENTER)
     tab.until(lambda: "wrong" in tab.by_id("dial-answer").get_attribute("class"))
     assert "below this model's floor" in tab.text("dial-answer")
-    assert f"give at least {engine.served.budget.floor} bytes" in tab.text("dial-answer")
+    assert f"give at least {engine.served.budget.min_bytes} bytes" in tab.text("dial-answer")
     assert engine.served.budget.total == before
     tab.click("undo")
     assert tab.text("dial-answer") == "" and not tab.by_id("undo").is_displayed()
@@ -124,7 +124,7 @@ def test_mode_and_bound_are_the_servers(page, engine):
 
 
 def test_what_others_change_shows(page, engine, url):
-    everything = engine.served.budget.everything
+    everything = engine.served.budget.all_resident_bytes
     ask(url, "v1/memory", {"bytes": everything, "mode": "virtual"})
     page.until(lambda: page.text("mode") == "virtual")
     assert page.by_id("dial-range").get_attribute("value") == "1000"
@@ -132,7 +132,7 @@ def test_what_others_change_shows(page, engine, url):
 
 
 def test_the_key_is_asked_for_and_opens(tab, engine):
-    with listening(engine, api_key=KEY) as url:
+    with collect_stats(engine, api_key=KEY) as url:
         tab.open(url)
         assert tab.state() == "locked"
         tab.by_id("key-input").send_keys("wrong", Keys.ENTER)

@@ -7,8 +7,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from serving_http import error_of
 
-from moefit.server import pages
-from moefit.server.refusal import install
+from moefit.server import app as pages
+from moefit.server.errors import install_handlers
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def client(tmp_path: Path) -> TestClient:
     (folder / "inner.js").mkdir()
     (tmp_path / "outside.html").write_text("no")
     app = FastAPI()
-    install(app)
-    app.include_router(pages.router(folder))
+    install_handlers(app)
+    app.include_router(pages.static_router(folder))
     return TestClient(app)
 
 

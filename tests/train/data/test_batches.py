@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.train.batches import Batches, windows
+from moefit.train.data.batches import Batches, windows
 
 
 @st.composite

@@ -6,8 +6,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from moefit.errors import DataError
-from moefit.train.corpus import Document, documents
-from moefit.train.sources import parts
+from moefit.train.data.corpus import Document, documents
+from moefit.train.data.sources import parts
 
 
 def read(*sources: object, text_key: str = "text", excluding: tuple[str, ...] = ()) -> dict:
@@ -161,7 +161,7 @@ def test_the_standard_librarys_badly_encoded_files_are_skipped(tmp_path, monkeyp
     write(tmp_path / "good.py", "x = 1\n")
     write(tmp_path / "bad.py", b"\xff")
     write(tmp_path / "site-packages" / "p.py", "y = 1\n")
-    monkeypatch.setattr("moefit.train.sources.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("moefit.train.data.sources.sysconfig.get_path", lambda name: str(tmp_path))
     assert read("stdlib") == {"stdlib/good.py": "x = 1\n"}
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moefit.errors import DataError
 from moefit.train.config import DataConfig
-from moefit.train.split import Split, is_held_out, split
+from moefit.train.data.split import Split, is_held_out, split
 
 
 def sides(division: Split) -> tuple[dict[str, str], dict[str, str]]:

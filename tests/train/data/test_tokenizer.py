@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from moefit.errors import DataError
-from moefit.train.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe, vocabulary_size
+from moefit.train.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe, vocabulary_size
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the cat and the hat, 1984\n" * 20]
 

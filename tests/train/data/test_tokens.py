@@ -9,13 +9,12 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from moefit.errors import DataError
-from moefit.train import token_file
 from moefit.train.config import DataConfig
-from moefit.train.corpus import Document
-from moefit.train.split import split
-from moefit.train.token_file import write_tokens
-from moefit.train.tokenizer import train_bpe
-from moefit.train.tokens import PreparedData, cache_folder, prepare
+from moefit.train.data import tokens as token_file
+from moefit.train.data.corpus import Document
+from moefit.train.data.split import split
+from moefit.train.data.tokenizer import train_bpe
+from moefit.train.data.tokens import PreparedData, cache_folder, prepare, write_tokens
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_it_is_made_once(data: DataConfig, monkeypatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("made a second time")
 
-    monkeypatch.setattr("moefit.train.tokens.write_tokens", refuse)
+    monkeypatch.setattr("moefit.train.data.tokens.write_tokens", refuse)
     again = prepare(data, seq_len=8)
     assert (again.train, again.held_out) == (first.train, first.held_out)
     assert [p.name for p in cache_folder(data).iterdir()] == [first.fingerprint]
@@ -102,8 +101,10 @@ def test_a_half_built_folder_is_never_trusted(data: DataConfig, monkeypatch) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moefit.train.tokens.save_tokenizer", interrupt)
-        patch.setattr("moefit.train.tokens.shutil.rmtree", lambda *a, **k: None)  # as if killed
+        patch.setattr("moefit.train.data.tokens.save_tokenizer", interrupt)
+        patch.setattr(
+            "moefit.train.data.tokens.shutil.rmtree", lambda *a, **k: None
+        )  # as if killed
         with pytest.raises(KeyboardInterrupt):
             prepare(data, seq_len=16)
     (left,) = cache_folder(data).iterdir()
@@ -167,7 +168,7 @@ def test_where_files_cannot_be_kept(data: DataConfig, tmp_path: Path, monkeypatc
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moefit.train.tokens.write_tokens", full)
+    monkeypatch.setattr("moefit.train.data.tokens.write_tokens", full)
     with pytest.raises(DataError, match="No space left on device"):
         prepare(data, seq_len=16)
     assert list(cache_folder(data).iterdir()) == []
@@ -177,7 +178,7 @@ def test_a_tokenizer_that_cannot_be_saved(data: DataConfig, monkeypatch) -> None
     def full(*args: object, **kwargs: object) -> None:
         raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
 
-    monkeypatch.setattr("moefit.train.tokens.PreTrainedTokenizerFast.save_pretrained", full)
+    monkeypatch.setattr("moefit.train.data.tokens.PreTrainedTokenizerFast.save_pretrained", full)
     with pytest.raises(DataError, match=r"could not be saved: No space left.*cache_dir="):
         prepare(data, seq_len=16)
 

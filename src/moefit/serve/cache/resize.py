@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moefit.formats.format import Format
 from moefit.moe.families import TensorSpec
-from moefit.serve.live import Spares
-from moefit.serve.placement import BlockPlacement, Placement
-from moefit.serve.reckon import SPARES
-from moefit.serve.slots import Slot, allocate
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.quant.format import Format
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.swaps import Spares
+from moefit.serve.config import BlockPlacement, Placement
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.memory.estimate import SPARES
 
 Blocks = Mapping[str, VirtualExperts]
 
@@ -26,13 +26,13 @@ Blocks = Mapping[str, VirtualExperts]
 def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
     """Add empty slots to a block: all of them, or none if there is no memory."""
     specs = experts.block.layout.specs
-    new = [allocate(experts.format, specs, device) for _ in range(slots)]
-    experts.slots.update(zip(experts.residency.grow(slots), new, strict=True))
+    new = [allocate_slot(experts.format, specs, device) for _ in range(slots)]
+    experts.slots.update(zip(experts.slot_table.grow(slots), new, strict=True))
 
 
 def shrink(experts: VirtualExperts, slots: int) -> None:
     """Take slots away, empty ones first, then those of the eviction policy's victims."""
-    for index in experts.residency.shrink(slots):
+    for index in experts.slot_table.shrink(slots):
         del experts.slots[index]
 
 
@@ -42,7 +42,7 @@ def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Colle
     Raises OSError if there is no memory; blocks then have as many as before.
     """
     changes = {
-        name: count - experts.residency.number
+        name: count - experts.slot_table.number
         for (name, experts), count in zip(blocks.items(), counts, strict=True)
     }
     for name, change in changes.items():
@@ -65,108 +65,114 @@ def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Colle
     return grown
 
 
-def seat_all(experts: VirtualExperts, placement: BlockPlacement, device: torch.device) -> None:
+def load_all_experts(
+    experts: VirtualExperts, placement: BlockPlacement, device: torch.device
+) -> None:
     """Give each of a block's experts a slot of its own format, and load it there."""
     for expert in range(experts.num_experts):
-        _add(experts, placement.format_of(expert), expert, device)
+        _add_slot(experts, placement.format_of(expert), expert, device)
     experts.load_all(range(experts.num_experts))
 
 
-def spares_of(blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool) -> Spares:
+def allocate_spares(
+    blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool
+) -> Spares:
     """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
     spares: Spares = {}
     for experts in blocks:
-        if experts.residency.number == experts.num_experts and placed:
+        if experts.slot_table.number == experts.num_experts and placed:
             continue
         if experts.spares_key not in spares:
             specs = experts.block.layout.specs
-            some = [allocate(experts.format, specs, device) for _ in range(SPARES)]
+            some = [allocate_slot(experts.format, specs, device) for _ in range(SPARES)]
             spares[experts.spares_key] = some
     return spares
 
 
-def reseat(
+def apply_placement(
     blocks: Blocks, spares: Spares, placement: Placement, device: torch.device, *, placed: bool
 ) -> None:
     """Give blocks the slots of this placement; experts stay where their format is the wanted one.
 
-    placed: as of `spares_of`.
+    placed: as of `allocate_spares`.
     Raises OSError if there is no memory; blocks then have the slots that they had, though empty.
     """
-    before = {name: _Seats.of(experts) for name, experts in blocks.items()}
-    kinds = [(key, len(some), *_kind(some)) for key, some in spares.items() if some]
+    before = {name: _SavedSlots.of(experts) for name, experts in blocks.items()}
+    kinds = [(key, len(some), *_slot_kind(some)) for key, some in spares.items() if some]
     spares.clear()
     for name, experts in blocks.items():
-        _vacate(experts, placement[name])
+        _release_slots(experts, placement[name])
     return_freed_memory()
     try:
         for name, experts in blocks.items():
-            _furnish(experts, placement[name], device)
-        spares.update(spares_of(blocks.values(), device, placed=placed))
+            _add_missing_slots(experts, placement[name], device)
+        spares.update(allocate_spares(blocks.values(), device, placed=placed))
     except BaseException:
         spares.clear()
         for experts in blocks.values():
-            shrink(experts, experts.residency.number)
+            shrink(experts, experts.slot_table.number)
         for name, experts in blocks.items():
             before[name].restore(experts, device)
         for key, number, format, specs in kinds:
-            spares[key] = [allocate(format, specs, device) for _ in range(number)]
+            spares[key] = [allocate_slot(format, specs, device) for _ in range(number)]
         raise
 
 
-def _kind(slots: Sequence[Slot]) -> tuple[Format, Mapping[str, TensorSpec]]:
+def _slot_kind(slots: Sequence[Slot]) -> tuple[Format, Mapping[str, TensorSpec]]:
     return slots[0].format, slots[0].specs
 
 
 @dataclass(frozen=True, slots=True)
-class _Seats:
+class _SavedSlots:
     """A block's slots: whose own each is, and its format."""
 
     format: Format
     slots: Sequence[tuple[int | None, Format]]
 
     @classmethod
-    def of(cls, experts: VirtualExperts) -> "_Seats":
-        owner = experts.residency.owner
+    def of(cls, experts: VirtualExperts) -> "_SavedSlots":
+        owner = experts.slot_table.owner
         return cls(experts.format, [(owner(at), slot.format) for at, slot in experts.slots.items()])
 
     def restore(self, experts: VirtualExperts, device: torch.device) -> None:
         experts.format = self.format
         for owner, format in self.slots:
-            _add(experts, format, owner, device)
+            _add_slot(experts, format, owner, device)
 
 
-def _vacate(experts: VirtualExperts, one: BlockPlacement) -> None:
+def _release_slots(experts: VirtualExperts, one: BlockPlacement) -> None:
     """Take away every slot that a placement has no use for; what stays holds an expert."""
-    residency = experts.residency
-    for expert in list(residency.residents):
-        if experts.slots[residency.slot(expert)].format != one.format_of(expert):
-            residency.evict(expert)
-    shrink(experts, residency.empty)
-    shrink(experts, max(0, residency.number - one.slots))
+    slot_table = experts.slot_table
+    for expert in list(slot_table.residents):
+        if experts.slots[slot_table.slot(expert)].format != one.format_of(expert):
+            slot_table.evict(expert)
+    shrink(experts, slot_table.empty)
+    shrink(experts, max(0, slot_table.number - one.slots))
     experts.format = one.largest(experts.block)
 
 
-def _furnish(experts: VirtualExperts, one: BlockPlacement, device: torch.device) -> None:
+def _add_missing_slots(experts: VirtualExperts, one: BlockPlacement, device: torch.device) -> None:
     """Add the slots of a placement that are missing, empty."""
-    residency = experts.residency
+    slot_table = experts.slot_table
     if not one.by_expert:
-        grow(experts, one.slots - residency.number, device)
+        grow(experts, one.slots - slot_table.number, device)
         return
     for expert in range(experts.num_experts):
-        if expert in residency.residents:
-            residency.give(expert, residency.slot(expert))
+        if expert in slot_table.residents:
+            slot_table.give(expert, slot_table.slot(expert))
         else:
-            _add(experts, one.format_of(expert), expert, device)
+            _add_slot(experts, one.format_of(expert), expert, device)
 
 
-def _add(experts: VirtualExperts, format: Format, owner: int | None, device: torch.device) -> None:
+def _add_slot(
+    experts: VirtualExperts, format: Format, owner: int | None, device: torch.device
+) -> None:
     """One empty slot more."""
-    slot = allocate(format, experts.block.layout.specs, device)
-    (index,) = experts.residency.grow(1)
+    slot = allocate_slot(format, experts.block.layout.specs, device)
+    (index,) = experts.slot_table.grow(1)
     experts.slots[index] = slot
     if owner is not None:
-        experts.residency.give(owner, index)
+        experts.slot_table.give(owner, index)
 
 
 def return_freed_memory() -> None:

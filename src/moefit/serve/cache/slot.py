@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefit.formats.format import Format, Weights
 from moefit.moe.families import TensorSpec
+from moefit.quant.format import Format, Weights
 
 _HUGE = 2 << 20  # from this size on, huge pages save address translation
 
@@ -42,7 +42,7 @@ class Slot:
         return Slot(self.format, self.specs, buffer_B, self.format.bind(buffer_B, self.specs))
 
 
-def allocate(format: Format, specs: Mapping[str, TensorSpec], device: torch.device) -> Slot:
+def allocate_slot(format: Format, specs: Mapping[str, TensorSpec], device: torch.device) -> Slot:
     """A slot whose content is undefined."""
     size = format.nbytes(specs)
     if device.type == "cpu":

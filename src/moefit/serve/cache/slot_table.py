@@ -8,10 +8,10 @@ threads holds a lock.
 
 from collections.abc import Collection
 
-from moefit.serve.eviction import EvictionPolicy
+from moefit.serve.cache.eviction import EvictionPolicy
 
 
-class Residency:
+class SlotTable:
     """The slot table of one block. `number` counts slots; their indices may have gaps."""
 
     def __init__(self, num_experts: int, slots: int, policy: EvictionPolicy):

@@ -1,22 +1,51 @@
-"""The swaps of one block that are under way: SwapMoE's change of residents beside the computation.
+"""Swaps of one block: experts that are loaded in the background and published at a step border.
 
-Owns them from beginning to end: a swap takes a spare slot, its expert is read in the background,
-and at a step border it is published, whole; the slot of whoever leaves becomes a spare again. Knows
-nothing of modes, nor of when to swap; what to swap it asks the manager.
+A swap takes a spare slot, its expert is read while the model runs, and at a step border the expert
+becomes resident and the slot of the one that leaves becomes a spare. `SharedState` holds what all
+blocks of a model share: policy, manager, transfer, counters, spare slots and the lock of a step.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 
-from moefit.serve.live import Live
-from moefit.serve.manager import Swap
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot
+from moefit.serve.cache.manager import Swap, VirtualExpertManager
+from moefit.serve.cache.slot import Slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.config import Policy
+from moefit.serve.io.loads import Transfer
+from moefit.serve.precision.refetch import BetterCopies
+from moefit.serve.stats import Counters
+
+Spares = dict[tuple[str, int], list[Slot]]
+"""Slots for swaps, by format and size: experts of all blocks with such slots take turns."""
+
+
+@dataclass(slots=True)
+class SharedState:
+    """Changed between steps, under `lock`; the objects behind the names stay, but for two.
+
+    `policy` and `manager` are replaced as a whole, so they are asked for at every step.
+    """
+
+    policy: Policy
+    manager: VirtualExpertManager
+    transfer: Transfer
+    counters: Counters = field(default_factory=Counters)
+    lock: RLock = field(default_factory=RLock)
+    spares: Spares = field(default_factory=dict)
+    copies: BetterCopies | None = None  # None: no room is reserved for any
+    each_step: Callable[[], None] | None = None  # at the first block's step borders
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of all spare slots that no swap has taken."""
+        return sum(slot.nbytes for spares in self.spares.values() for slot in spares)
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class _PendingSwap:
     """A swap whose expert is on its way into slot `slot`."""
 
     swap: Swap
@@ -31,10 +60,12 @@ class Swaps:
     takes one out of both when it ends.
     """
 
-    def __init__(self, block: str, live: Live, residency: Residency, slots: dict[int, Slot]):
+    def __init__(
+        self, block: str, live: SharedState, slot_table: SlotTable, slots: dict[int, Slot]
+    ):
         self._block, self._live = block, live
-        self._residency, self._slots = residency, slots
-        self._pending: list[_Pending] = []
+        self._residency, self._slots = slot_table, slots
+        self._pending: list[_PendingSwap] = []
 
     def __len__(self) -> int:
         """How many are under way."""
@@ -109,9 +140,9 @@ class Swaps:
         slot = self._residency.reserve(swap.load, protected=self._residency.residents)
         assert slot is not None, "there is an empty one"
         done = self._live.transfer.load(self._block, swap.load, self._slots[slot], background=True)
-        self._pending.append(_Pending(swap, slot, done))
+        self._pending.append(_PendingSwap(swap, slot, done))
 
-    def _end(self, pending: _Pending) -> None:
+    def _end(self, pending: _PendingSwap) -> None:
         """Wait for a swap, and publish it; one that was cancelled has failed."""
         failed = pending.done.cancelled() or (
             pending.done.exception() is not None  # may wait, and be interrupted

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moefit.formats.attention import AttentionOptions, KeySegment, attend, can_attend
-from moefit.formats.kernels import kernels
+from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
+from moefit.quant.cpu_kernels import kernels
 
 NAME = "moefit_cpu"
 _HARMLESS = {"position_ids", "cache_position", "sliding_window", "output_attentions", "use_cache"}

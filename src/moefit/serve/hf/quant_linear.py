@@ -14,14 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.formats.backend import backend, decoded
-from moefit.formats.encoders import encode_into
-from moefit.formats.format import GroupedFormat
-from moefit.formats.kernels import Argument
-from moefit.formats.matrix import SLAB, GroupedMatrix, codes_bytes, meta_bytes, meta_per_group
-from moefit.formats.planes import GROUP
 from moefit.moe.families import MoeBlock
-from moefit.serve.slots import host_bytes
+from moefit.quant.backend import backend, decoded
+from moefit.quant.cpu_kernels import KernelMatrix
+from moefit.quant.encode import encode_into
+from moefit.quant.format import GroupedFormat
+from moefit.quant.grouped_int import (
+    GROUP,
+    SLAB,
+    GroupedMatrix,
+    codes_bytes,
+    meta_bytes,
+    meta_per_group,
+)
+from moefit.serve.cache.slot import host_bytes
 
 _SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
 _DECODED = (
@@ -36,7 +42,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.dtype = matrix.cols, matrix.rows, dtype
         self._bits = matrix.bits
-        self._argument: Argument | None = None
+        self._argument: KernelMatrix | None = None
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -54,7 +60,7 @@ class GroupedLinear(nn.Module):
         compiled = backend(x.device)
         if compiled and x_TI.shape[0] <= compiled.few:
             if self._argument is None:
-                self._argument = Argument(self.matrix)
+                self._argument = KernelMatrix(self.matrix)
             y_TO = compiled.linear(x_TI, self._argument, x.dtype)
         else:
             y_TO = self._by_parts(x_TI)
@@ -121,7 +127,7 @@ def _routers(model: nn.Module, blocks: Collection[MoeBlock]) -> list[str]:
     ]
 
 
-def encode_rest(
+def quantize_dense_weights(
     model: nn.Module,
     format: GroupedFormat,
     blocks: Collection[MoeBlock],

@@ -19,21 +19,21 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moefit.checkpoint import INDEX, Checkpoint, LazyTensor, read_json
-from moefit.checkpoint_config import (
+from moefit.checkpoint.config import (
     CONFIG,
     config_from,
     read_config,
     refuse_absurd_counts,
     refuse_other_size,
 )
+from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint, refuse_parts
+from moefit.checkpoint.model_folder import refuse_adapter
+from moefit.checkpoint.quantisation import refuse_declared
+from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
-from moefit.model_folder import refuse_adapter
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
-from moefit.quantisation import refuse_declared
-from moefit.serve.checkpoint_map import CheckpointMap, map_checkpoint, refuse_parts
 
 _MANY = 2048  # layers or experts; more take long to build
 _MAX_INDEX = 256 << 20  # bytes; the largest models have some 10 MB
@@ -73,7 +73,7 @@ def _group(name: str) -> str:
     return layer[0] if layer else name.partition(".")[0]
 
 
-def build(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
+def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     """Read configuration and headers; allocate nothing. `dtype` None is the checkpoint's own.
 
     Raises CheckpointError for a folder that is no whole checkpoint, UnsupportedModelError for a
@@ -132,7 +132,7 @@ def _indexed(folder: Path) -> list[str]:
         return []  # whoever reads the shards says what is wrong with it
 
 
-def load_rest(
+def load_dense_weights(
     skeleton: Skeleton, experts: Mapping[str, nn.Module], device: torch.device
 ) -> PreTrainedModel:
     """Put these modules in place of the experts, and load all other weights onto `device`.

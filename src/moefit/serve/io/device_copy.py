@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moefit.serve.slots import host_bytes
+from moefit.serve.cache.slot import host_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 

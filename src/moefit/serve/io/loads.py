@@ -1,23 +1,24 @@
-"""Moving experts into slots, several at a time, beside the computation.
+"""Load experts into slots on background threads.
 
-Owns the reading threads. A load is a `Future`: its caller waits for it, or asks later. Loads that
-nobody waits for have threads of their own, so that a step's own loads never queue behind them.
-Whatever a read raises reaches whoever waits; a thread that dies with it would not, so none may.
-It is also counted and logged here, since nobody waits for a load in the background.
-Knows nothing of tables, policies or modes.
+`Transfer` owns the threads; a load is a `Future` whose caller waits for it or asks later. Loads
+that nobody waits for have threads of their own, so that they do not delay a step's own loads.
+`PendingLoad` ties a load to the slot that was reserved for it, and commits or abandons it.
 """
 
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from threading import Lock
 from time import monotonic, perf_counter
 from typing import Any
 
-from moefit.serve.copies import CopyEngine, CpuCopies
-from moefit.serve.host_tier import Source
-from moefit.serve.slots import Slot
+from moefit.serve.cache.host_cache import ExpertReader
+from moefit.serve.cache.slot import Slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.device_copy import CopyEngine, CpuCopies
+from moefit.serve.stats import Counters
 
 _LOG = logging.getLogger(__name__)
 BACKGROUND_READERS = 2
@@ -87,7 +88,7 @@ class Transfer:
     `engine` is the one by which the source copies into slots. Close it at the end.
     """
 
-    def __init__(self, source: Source, *, readers: int = 4, engine: CopyEngine | None = None):
+    def __init__(self, source: ExpertReader, *, readers: int = 4, engine: CopyEngine | None = None):
         self._source, self._engine = source, engine or CpuCopies()
         self.readers = readers
         self._lock = Lock()
@@ -141,7 +142,7 @@ class Transfer:
         return seconds
 
 
-def finish(load: Future[float]) -> None:
+def wait_for_load(load: Future[float]) -> None:
     """Wait for a load, and raise what it raised.
 
     However this ends, nothing writes into the slot any more: an interrupt ends the waiting only
@@ -153,3 +154,23 @@ def finish(load: Future[float]) -> None:
         while not load.done():
             with suppress(KeyboardInterrupt):  # one is on its way up already
                 wait([load])
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLoad:
+    """A read into slot `slot`, reserved in the table."""
+
+    slot: int
+    done: Future[float]
+
+    def commit(self, table: SlotTable, counters: Counters) -> None:
+        """Wait for the read; raises what it raised, and nobody is in the slot then."""
+        began = perf_counter()
+        try:
+            wait_for_load(self.done)
+        except BaseException:
+            table.abandon(self.slot)
+            raise
+        finally:
+            counters.wait_seconds += perf_counter() - began
+        table.publish(self.slot)

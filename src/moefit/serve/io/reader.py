@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefit.checkpoint import Checkpoint
+from moefit.checkpoint.safetensors import Checkpoint
+from moefit.checkpoint.sources import ByteRange, ExpertSource
 from moefit.errors import CheckpointError
-from moefit.formats.format import Format, NativeFormat, Weights
 from moefit.moe.families import MoeBlock, Tensors
-from moefit.serve.packed import PackedStore
-from moefit.serve.slots import Slot, bytes_of
-from moefit.serve.sources import ExpertSource, Piece
+from moefit.quant.format import Format, NativeFormat, Weights
+from moefit.serve.cache.slot import Slot, bytes_of
+from moefit.serve.packed.store import PackedStore
 
 
 class ExpertStore:
@@ -47,7 +47,7 @@ class ExpertStore:
         """The most that reading one expert holds beside its slot: its recipes' sources, twice."""
         return 2 * max(
             (
-                sum(part.nbytes for part in source.parts if not isinstance(part, Piece))
+                sum(part.nbytes for part in source.parts if not isinstance(part, ByteRange))
                 for sources in self._experts.values()
                 for source in sources
             ),
@@ -74,8 +74,8 @@ class ExpertStore:
         if not isinstance(format, NativeFormat) and self.packed.has(block, format):
             return {self.packed.path(block, format)}
         parts = [part for source in self._experts[block] for part in source.parts]
-        spans = [part.span for part in parts if isinstance(part, Piece)]
-        spans += [span for part in parts if not isinstance(part, Piece) for span in part.spans]
+        spans = [part.span for part in parts if isinstance(part, ByteRange)]
+        spans += [span for part in parts if not isinstance(part, ByteRange) for span in part.spans]
         return {span.path for span in spans}
 
     def read(self, block: str, expert: int, into: Slot) -> None:
@@ -113,11 +113,11 @@ class ExpertStore:
         for part in source.parts:
             target = tensors[part.tensor]
             assert isinstance(target, Tensor)
-            if isinstance(part, Piece):
+            if isinstance(part, ByteRange):
                 end = part.start + part.span.nbytes
                 self._checkpoint.read_into(part.span, bytes_of(target)[part.start : end])
             else:
-                target.copy_(part.cook(self._checkpoint))
+                target.copy_(part.materialize(self._checkpoint))
 
     def norms(self, block: str) -> list[float]:
         """The Frobenius norm of each expert's tensors taken as one vector (SwapMoE's |E_i|).
@@ -131,8 +131,8 @@ class ExpertStore:
         for part in source.parts:
             value = (
                 self._checkpoint.tensor(part.span)
-                if isinstance(part, Piece)
-                else part.cook(self._checkpoint)
+                if isinstance(part, ByteRange)
+                else part.materialize(self._checkpoint)
             )
             square += float(value.float().norm()) ** 2
         return square**0.5

@@ -1,30 +1,99 @@
-"""One MoE block over its slots: SwapMoE's Expert Invoker.
+"""Compute one MoE block from its slots: SwapMoE's Expert Invoker.
 
-Owns the order of work within a block: experts that are there first, while the missing ones are
-being read into slots that this step no longer needs, and better copies of experts last. Whatever
-the order, a token's outputs are summed in the order of its choice, so the result does not depend on
-what was resident. Knows nothing of modes: an absent expert that the routing names is fetched.
+Computes resident experts while missing ones are being read, and sums each token's outputs in the
+order of its choice. `FusedExperts` runs many experts in one kernel call, from slots of any format.
 
-Shapes: T tokens, D model width, K chosen per token, R routed rows (token-expert pairs).
+Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from moefit.formats.format import expert_output
-from moefit.moe.families import MoeBlock
+from moefit.moe.families import Layout, MoeBlock
 from moefit.moe.routing import Routing
-from moefit.serve.better_copies import Again
-from moefit.serve.coming import Coming
-from moefit.serve.counters import Counters
-from moefit.serve.fused import FusedExperts, fused_experts
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot
-from moefit.serve.transfer import Transfer
+from moefit.quant.backend import Backend, backend
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp
+from moefit.quant.format import NativeFormat, expert_output
+from moefit.serve.cache.slot import Slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.loads import PendingLoad, Transfer
+from moefit.serve.precision.refetch import RefetchPlan
+from moefit.serve.stats import Counters
+
+
+class FusedExperts:
+    """The kernels' side of one block."""
+
+    def __init__(self, layout: Layout, compiled: Backend):
+        assert layout.mlp is not None
+        self._layout, self._shape, self._kernels = layout, layout.mlp, compiled
+        self._mlps: WeakKeyDictionary[Slot, KernelMlp] = WeakKeyDictionary()
+
+    def use_kernels(self, slots: Collection[Slot]) -> bool:
+        """Whether a step over these slots is to go this way."""
+        return any(map(self._quicker, slots))
+
+    def _quicker(self, slot: Slot) -> bool:
+        if not isinstance(slot.format, NativeFormat):
+            return True
+        return self._layout.specs[self._shape.w_in].dtype in (torch.bfloat16, torch.float16)
+
+    def one_token(self, x_1D: Tensor, placed: Mapping[int, Slot], y_KD: Tensor) -> None:
+        """Each expert's output into its row of y_KD, float32; given as row and slot."""
+        self._kernels.one_token(x_1D, [self._mlp(one) for one in placed.values()], [*placed], y_KD)
+
+    def weighted_sum(
+        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each token's y_TD, and if asked for what each output adds, as squares."""
+        return self._kernels.weighted_sum(y_RD, weights_TK, dtype, energy=energy)
+
+    def outputs(
+        self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
+    ) -> None:
+        """Fill y_RD for experts given as slot and rows of the flattened choice."""
+        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= self._few(slot)]
+        if few:
+            tokens = [rows_R // num_choices for _, rows_R in few]
+            made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
+            y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
+        for slot, rows_R in batch:
+            if len(rows_R) > self._few(slot):
+                x_RD = x_TD[rows_R // num_choices]
+                made_RD = expert_output(self._layout, slot.tensors, x_RD)
+                y_RD[rows_R] = made_RD.to(y_RD.dtype)
+
+    def _few(self, slot: Slot) -> int:
+        native = isinstance(slot.format, NativeFormat)
+        return self._kernels.few_native if native else self._kernels.few
+
+    def _mlp(self, slot: Slot) -> KernelMlp:
+        if (known := self._mlps.get(slot)) is not None:
+            return known
+        shape = self._shape
+        self._mlps[slot] = KernelMlp(
+            w_in=slot.tensors[shape.w_in],
+            w_out=slot.tensors[shape.w_out],
+            activation=shape.activation,
+            gated=shape.gated,
+        )
+        return self._mlps[slot]
+
+
+def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
+    """The kernels' side of a block; None if there are no kernels, or none for such experts."""
+    compiled, shape = backend(device), layout.mlp
+    if compiled is None or shape is None:
+        return None
+    matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
+    known = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
+    return FusedExperts(layout, compiled) if known else None
+
 
 _Ready = tuple[int, Slot]
 """An expert and the slot that it is in."""
@@ -40,27 +109,27 @@ class ExpertInvoker:
     def __init__(
         self,
         block: MoeBlock,
-        residency: Residency,
+        slot_table: SlotTable,
         slots: Mapping[int, Slot],
         transfer: Transfer,
         counters: Counters,
     ):
-        self._block, self._residency, self._slots = block, residency, slots
+        self._block, self._residency, self._slots = block, slot_table, slots
         self._transfer, self._counters = transfer, counters
         self._fused: FusedExperts | None = None
-        self._again: Again | None = None  # of the step under way
+        self._again: RefetchPlan | None = None  # of the step under way
         self._device: torch.device | None = None  # that `_fused` is for
-        self.listening = False
+        self.collect_stats = False
         self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
 
-    def __call__(self, x_TD: Tensor, routing: Routing, again: Again | None = None) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, again: RefetchPlan | None = None) -> Tensor:
         """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read.
 
         again: experts that are computed from better copies, whatever is in their slots.
         """
         self._again = again
         fused = self._fused_on(x_TD.device)
-        if fused and fused.pays(self._slots.values()):
+        if fused and fused.use_kernels(self._slots.values()):
             step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
             return step(fused, x_TD, routing)
         if x_TD.shape[0] == 1:
@@ -110,9 +179,9 @@ class ExpertInvoker:
     def _fused_sum(
         self, fused: FusedExperts, x_TD: Tensor, y_RD: Tensor, routing: Routing
     ) -> Tensor:
-        weights_TK, listening = routing.weights_TK, self.listening
-        y_TD, energy_R = fused.weighted_sum(y_RD, weights_TK, x_TD.dtype, energy=listening)
-        if listening:
+        weights_TK, collect_stats = routing.weights_TK, self.collect_stats
+        y_TD, energy_R = fused.weighted_sum(y_RD, weights_TK, x_TD.dtype, energy=collect_stats)
+        if collect_stats:
             self.energy_R = energy_R
         return y_TD
 
@@ -130,7 +199,7 @@ class ExpertInvoker:
 
     def _weighted_sum(self, y_RD: Tensor, routing: Routing) -> Tensor:
         weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
-        if self.listening:
+        if self.collect_stats:
             self.energy_R = weighted_RD.float().square().sum(-1)
         return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
@@ -166,7 +235,7 @@ class ExpertInvoker:
         here = len(left) - len(waiting)
         self._counters.fetches += len(waiting)
         self._counters.hits += here
-        loads: dict[int, Coming] = {}
+        loads: dict[int, PendingLoad] = {}
         try:
             while left:
                 self._begin(waiting, loads, protected=set(left))
@@ -174,21 +243,23 @@ class ExpertInvoker:
                 here = 0
                 for expert in batch:
                     if expert in loads:
-                        loads.pop(expert).arrive(self._residency, self._counters)
+                        loads.pop(expert).commit(self._residency, self._counters)
                 yield [(expert, self._slots[self._residency.slot(expert)]) for expert in batch]
         finally:  # empty unless something went wrong: no slot stays half-filled
             for load in loads.values():
                 with suppress(Exception):
-                    load.arrive(self._residency, self._counters)
+                    load.commit(self._residency, self._counters)
 
-    def _begin(self, waiting: deque[int], loads: dict[int, Coming], protected: set[int]) -> None:
+    def _begin(
+        self, waiting: deque[int], loads: dict[int, PendingLoad], protected: set[int]
+    ) -> None:
         while waiting and len(loads) < 2 * self._transfer.readers:
             slot = self._residency.reserve(waiting[0], protected)
             if slot is None:
                 return
             expert = waiting.popleft()
             done = self._transfer.load(self._block.name, expert, self._slots[slot])
-            loads[expert] = Coming(slot, done)
+            loads[expert] = PendingLoad(slot, done)
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:

@@ -14,18 +14,20 @@ from concurrent.futures import Future, wait
 import torch
 from torch import Tensor, nn
 
-from moefit.formats.format import NATIVE, Format
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.serve.better_copies import Again
-from moefit.serve.eviction import EvictionPolicy
-from moefit.serve.importance import ExpertImportanceEstimator
-from moefit.serve.invoker import ExpertInvoker
-from moefit.serve.live import Live
-from moefit.serve.policy import Mode, Policy
-from moefit.serve.reroute import (
-    Scored,
+from moefit.quant.format import NATIVE, Format
+from moefit.serve.cache.eviction import EvictionPolicy
+from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.slot import Slot
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.cache.swaps import SharedState, Swaps
+from moefit.serve.config import Mode, Policy
+from moefit.serve.io.loads import wait_for_load
+from moefit.serve.layer.executor import ExpertInvoker
+from moefit.serve.layer.rerouting import (
+    ScoredRouting,
     masked,
     mass_kept,
     preferred,
@@ -33,10 +35,7 @@ from moefit.serve.reroute import (
     substituted,
     substituted_mass,
 )
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot
-from moefit.serve.swaps import Swaps
-from moefit.serve.transfer import finish
+from moefit.serve.precision.refetch import RefetchPlan
 
 LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
 
@@ -47,8 +46,8 @@ class VirtualExperts(nn.Module):
     def __init__(
         self,
         block: MoeBlock,
-        live: Live,
-        residency: Residency,
+        live: SharedState,
+        slot_table: SlotTable,
         slots: dict[int, Slot],
         eviction: EvictionPolicy,
         importance: ExpertImportanceEstimator,
@@ -56,10 +55,10 @@ class VirtualExperts(nn.Module):
         super().__init__()
         self.format: Format = NATIVE  # of slots to come
         self.first = False  # of the model's blocks
-        self.block, self.live, self.residency, self.slots = block, live, residency, slots
+        self.block, self.live, self.slot_table, self.slots = block, live, slot_table, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
-        self.loudness = ExpertImportanceEstimator(self.num_experts, half_life_tokens=LONG)
+        self.output_energy = ExpertImportanceEstimator(self.num_experts, half_life_tokens=LONG)
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
         self.depth = 0.5  # among the model's blocks, from 0 to 1
@@ -67,8 +66,8 @@ class VirtualExperts(nn.Module):
         self.logits_TE: Tensor | None = None  # the router's hook leaves them here
         self.prefilling = False  # and the block's hook this
         self.recorder: Callable[[Routing], None] | None = None
-        self._invoke = ExpertInvoker(block, residency, slots, live.transfer, live.counters)
-        self.swaps = Swaps(block.name, live, residency, slots)
+        self._invoke = ExpertInvoker(block, slot_table, slots, live.transfer, live.counters)
+        self.swaps = Swaps(block.name, live, slot_table, slots)
         self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
         self._steps = 0
         self._spread = 0.0
@@ -95,12 +94,12 @@ class VirtualExperts(nn.Module):
         needed = self._in_use(chosen) if mode != "virtual" else ()
         self.swaps.give_up(needed)  # the invoker reads at once what the background has not begun
         self.swaps.publish(wait_for=needed)
-        if self.swaps and not self.residency.residents and not self.residency.empty:
+        if self.swaps and not self.slot_table.residents and not self.slot_table.empty:
             self.swaps.wait_for_first()  # every slot is being filled
         if policy.residency == "manager":
             self._observe(x_TD, chosen)
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
-        before = set(self.residency.residents)
+        before = set(self.slot_table.residents)
         try:
             y_TD = self._invoke(x_TD, routing, self._again(policy, routing))
         finally:
@@ -122,10 +121,10 @@ class VirtualExperts(nn.Module):
         mode = policy.prefill if self.prefilling else policy.mode
         if self.scoring is None:  # of a tower that text does not reach; set_mode refuses others
             return "exact"
-        fetches = mode == "virtual" and self.residency.empty and policy.residency != "fixed"
-        return "exact" if fetches or not self.residency.residents else mode
+        fetches = mode == "virtual" and self.slot_table.empty and policy.residency != "fixed"
+        return "exact" if fetches or not self.slot_table.residents else mode
 
-    def _again(self, policy: Policy, routing: Routing) -> Again | None:
+    def _again(self, policy: Policy, routing: Routing) -> RefetchPlan | None:
         """Which experts are computed from better copies; None if none may be."""
         if policy.refetch is None or policy.mode != "exact" or self.prefilling:
             return None
@@ -134,8 +133,8 @@ class VirtualExperts(nn.Module):
 
     def _format_now(self, expert: int) -> Format:
         """Of the slot that an expert is in, or would come into."""
-        if expert in self.residency.residents:
-            return self.slots[self.residency.slot(expert)].format
+        if expert in self.slot_table.residents:
+            return self.slots[self.slot_table.slot(expert)].format
         return self.format
 
     def _in_use(self, chosen: Routing) -> Collection[int]:
@@ -144,10 +143,10 @@ class VirtualExperts(nn.Module):
     def hold(self, experts: Collection[int]) -> None:
         """Make these the residents, as far as there are slots; others leave."""
         self.swaps.settle()
-        for expert in set(self.residency.residents) - set(experts):
-            self.residency.evict(expert)
-        absent = [expert for expert in experts if expert not in self.residency.residents]
-        self.load_all(absent[: self.residency.empty])
+        for expert in set(self.slot_table.residents) - set(experts):
+            self.slot_table.evict(expert)
+        absent = [expert for expert in experts if expert not in self.slot_table.residents]
+        self.load_all(absent[: self.slot_table.empty])
 
     def load_all(self, experts: Collection[int]) -> None:
         """Load absent experts into empty slots and wait for them; the readers share the work.
@@ -161,31 +160,31 @@ class VirtualExperts(nn.Module):
         coming: deque[tuple[int, Future[float]]] = deque()
         try:
             for expert in experts:
-                slot = self.residency.reserve(expert, protected=self.residency.residents)
+                slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
                 assert slot is not None, "there is an empty one"
                 load = self.live.transfer.load(self.block.name, expert, self.slots[slot])
                 coming.append((slot, load))
             while coming:
-                finish(coming[0][1])
-                self.residency.publish(coming.popleft()[0])
+                wait_for_load(coming[0][1])
+                self.slot_table.publish(coming.popleft()[0])
         except BaseException:
             for _, load in coming:  # those that have not begun, first
                 load.cancel()
             for slot, load in coming:
                 wait([load])
-                self.residency.abandon(slot)
+                self.slot_table.abandon(slot)
             raise
 
     def load_now(self, expert: int) -> None:
         """Bring an absent expert into an empty slot, and wait for it."""
-        slot = self.residency.reserve(expert, protected=self.residency.residents)
+        slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
         assert slot is not None, "there is an empty one"
         try:
-            finish(self.live.transfer.load(self.block.name, expert, self.slots[slot]))
+            wait_for_load(self.live.transfer.load(self.block.name, expert, self.slots[slot]))
         except BaseException:
-            self.residency.abandon(slot)
+            self.slot_table.abandon(slot)
             raise
-        self.residency.publish(slot)
+        self.slot_table.publish(slot)
 
     def _observe(self, x_TD: Tensor, chosen: Routing) -> None:
         weights = _weight_by_expert(x_TD, chosen, self.num_experts)
@@ -199,28 +198,28 @@ class VirtualExperts(nn.Module):
         self.importance.observe(weights, tokens)
         self.eviction.observe(weights, tokens)
 
-    def listen(self) -> None:
-        """Keep count of how much each expert adds to the output from now on (`loudness`)."""
-        self._invoke.listening = True
+    def enable_stats(self) -> None:
+        """Keep count of how much each expert adds to the output from now on (`output_energy`)."""
+        self._invoke.collect_stats = True
 
     def _observe_outputs(self, routing: Routing, energy_R: Tensor) -> None:
         sums_E1 = torch.zeros(self.num_experts + 1)
         sums_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), energy_R.cpu())
         tokens = len(routing.ids_TK)
         sums = dict(enumerate(sums_E1[: self.num_experts].tolist()))
-        self.loudness.observe(sums, tokens if self.prefilling else 1)
+        self.output_energy.observe(sums, tokens if self.prefilling else 1)
 
     def _rerouted(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
         assert self.scoring is not None, "set_policy() refuses other modes then"
         assert self.logits_TE is not None, "the router's hook has run"
-        scored = Scored(
+        scored = ScoredRouting(
             rule=self.scoring,
             logits_TE=self.logits_TE.reshape(-1, self.num_experts),
             bias_E=self.bias_E,
             routing=chosen,
         )
         resident_E = torch.zeros(self.num_experts, dtype=torch.bool, device=chosen.ids_TK.device)
-        resident_E[list(self.residency.residents)] = True
+        resident_E[list(self.slot_table.residents)] = True
         if mode == "virtual":
             routing = masked(scored, resident_E)
         elif policy.method == "prior":
@@ -243,9 +242,9 @@ class VirtualExperts(nn.Module):
 
     def _restore(self, before: set[int]) -> None:
         """The resident set as it was before the step."""
-        for expert in set(self.residency.residents) - before:
-            self.residency.evict(expert)
-        for expert in sorted(before - set(self.residency.residents)):
+        for expert in set(self.slot_table.residents) - before:
+            self.slot_table.evict(expert)
+        for expert in sorted(before - set(self.slot_table.residents)):
             self.load_now(expert)
 
     @property

@@ -17,7 +17,7 @@ from moefit.moe.scoring import ScoringRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredRouting:
     """What the family's router computed: its rule, logits, the bias of its choice, its choice."""
 
     rule: ScoringRule
@@ -31,13 +31,15 @@ class Scored:
         return self.routing.ids_TK.shape[-1]
 
 
-def masked(scored: Scored, resident_E: Tensor) -> Routing:
+def masked(scored: ScoredRouting, resident_E: Tensor) -> Routing:
     """Virtual mode: the K best residents (SwapMoE's masked gating)."""
     routing = scored.rule.route(scored.logits_TE, scored.routing, scored.bias_E, resident_E)
     return _typed(routing, scored)
 
 
-def substituted(scored: Scored, resident_E: Tensor, *, bound: float, protected: int) -> Routing:
+def substituted(
+    scored: ScoredRouting, resident_E: Tensor, *, bound: float, protected: int
+) -> Routing:
     """Bounded mode: absent experts of little weight give way to the best residents left.
 
     Of each token's choice, the `protected` heaviest always stay. Of the others that are absent,
@@ -64,7 +66,7 @@ def substituted(scored: Scored, resident_E: Tensor, *, bound: float, protected: 
 
 
 def preferred(
-    scored: Scored, resident_E: Tensor, *, bonus: float, spread: float, protected: int
+    scored: ScoredRouting, resident_E: Tensor, *, bonus: float, spread: float, protected: int
 ) -> Routing:
     """Bounded mode by cache prior (arXiv 2412.00099): residents' scores are raised, then top-K.
 
@@ -87,7 +89,7 @@ def preferred(
     return _typed(Routing(ids_TK, scored.rule.weights(scored.logits_TE, ids_TK)), scored)
 
 
-def score_spread(scored: Scored) -> float:
+def score_spread(scored: ScoredRouting) -> float:
     """The mean over tokens of the range of finite scores."""
     scores_TE = scored.rule.scores(scored.logits_TE)
     return float((scores_TE.amax(-1) - scores_TE.amin(-1)).mean())
@@ -127,5 +129,5 @@ def _without(free_TE: Tensor, ids_TK: Tensor) -> Tensor:
     return padded_TE1.scatter(-1, ids_TK.clamp(max=num_experts), False)[:, :num_experts]
 
 
-def _typed(routing: Routing, scored: Scored) -> Routing:
+def _typed(routing: Routing, scored: ScoredRouting) -> Routing:
     return Routing(routing.ids_TK, routing.weights_TK.to(scored.routing.weights_TK.dtype))

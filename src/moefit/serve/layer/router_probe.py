@@ -1,8 +1,8 @@
-"""Look at each block's router at work, once, after loading.
+"""Find each block's router and its rule, once, after loading.
 
-Owns finding a block's router (the module below the block whose output has one number per token and
-expert), its rule (`moe/identify.py`), and the hooks that hand logits to the served experts. Nothing
-is looked up by family. One forward pass over a few random tokens with all experts silent.
+One forward pass over random tokens with the experts switched off shows which module gives the
+logits and by which rule they become weights; hooks then hand the logits to the served experts.
+Models of our own architecture state their rule, and `use_rule` changes it.
 
 Shapes: T tokens, E experts.
 """
@@ -10,7 +10,7 @@ Shapes: T tokens, E experts.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -18,17 +18,56 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from moefit.errors import CheckpointError, MoefitError, in_brief
-from moefit.moe.identify import Example, Identified, Known, identify
-from moefit.moe.routing import Routing
-from moefit.moe.scoring import Groups
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.dsmoe.block import DsMoeBlock
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import CheckpointError, ConfigError, MoefitError, in_brief
+from moefit.moe.routing import Routing, Rule
+from moefit.moe.scoring import Groups, IdentifiedRule, KnownForms, RouterExample, identify
+from moefit.serve.layer.moe_layer import VirtualExperts
+
+
+def follow_rules(
+    model: nn.Module, served: Mapping[str, VirtualExperts]
+) -> tuple[RemovableHandle, ...]:
+    """Hook the DS-MoE blocks of a model, which may have none; returns the hooks."""
+    return tuple(
+        parent.register_forward_pre_hook(_follower(experts))
+        for experts in served.values()
+        if isinstance(parent := model.get_submodule(experts.block.parent), DsMoeBlock)
+    )
+
+
+def check_rule(model: nn.Module, rule: Rule) -> DsMoeForCausalLM:
+    """The model, if it can be given that rule. Raises ConfigError for one that cannot."""
+    if not isinstance(model, DsMoeForCausalLM):
+        raise ConfigError(
+            f"only DS-MoE models can be given an inference rule; {rule} was given for a "
+            f"{type(model).__name__}, which works without"
+        )
+    rule.check(model.config.num_experts)
+    return model
+
+
+def use_rule(model: nn.Module, rule: Rule) -> None:
+    """Infer by this rule from now on. Raises ConfigError for a model that has no choice of them."""
+    check_rule(model, rule).set_inference_rule(rule)
+
+
+def _follower(experts: VirtualExperts) -> Any:
+    def follow(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rule: Rule = inputs[1]
+        chosen = "normalised" if rule.renormalize else "kept"
+        if experts.scoring is not None and experts.scoring.chosen != chosen:
+            experts.scoring = replace(experts.scoring, chosen=chosen)
+
+    return follow
+
 
 _SHAPE = (4, 16)  # with fewer tokens, rules that differ rarely (group scores) agree by chance
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Output:
     """An output with one number per token and expert: of which module, where in its output."""
 
     module: nn.Module
@@ -38,11 +77,11 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Recording:
-    outputs: list[_Seen] = field(default_factory=list)
+    outputs: list[_Output] = field(default_factory=list)
     routing: Routing | None = None
 
 
-def attach(
+def attach_hooks(
     model: PreTrainedModel, served: Mapping[str, VirtualExperts]
 ) -> tuple[RemovableHandle, ...]:
     """Find every block's routing rule and hook its router; returns the hooks.
@@ -79,15 +118,15 @@ def attach(
 
 
 def _identify(
-    recording: _Recording, vectors: Sequence[Tensor], known: Known
-) -> tuple[_Seen, Identified] | None:
+    recording: _Recording, vectors: Sequence[Tensor], known: KnownForms
+) -> tuple[_Output, IdentifiedRule] | None:
     if recording.routing is None:
         return None
     num_tokens = len(recording.routing.ids_TK)
     for seen in recording.outputs:
         if seen.value.numel() != num_tokens * seen.value.shape[-1]:
             continue
-        example = Example(
+        example = RouterExample(
             logits_TE=seen.value.reshape(num_tokens, -1),
             routing=recording.routing,
             vectors=tuple(vectors),
@@ -100,7 +139,7 @@ def _identify(
 @torch.inference_mode()
 def _record(model: PreTrainedModel, served: Mapping[str, VirtualExperts]) -> dict[str, _Recording]:
     recordings = {name: _Recording() for name in served}
-    with _listening(model, served, recordings):
+    with _record_outputs(model, served, recordings):
         # Without the head: logits of all tokens would be the largest tensor of the whole load.
         inputs = _random_input(model)
         model.base_model(**inputs, use_cache=False)
@@ -111,7 +150,7 @@ def _record(model: PreTrainedModel, served: Mapping[str, VirtualExperts]) -> dic
 
 
 @contextmanager
-def _listening(
+def _record_outputs(
     model: PreTrainedModel,
     served: Mapping[str, VirtualExperts],
     recordings: Mapping[str, _Recording],
@@ -122,7 +161,7 @@ def _listening(
         parent = model.get_submodule(experts.block.parent)
         for module in parent.modules():
             if module is not experts and module is not parent:
-                hook = _listener(recording, experts.num_experts)
+                hook = _output_hook(recording, experts.num_experts)
                 hooks.append(module.register_forward_hook(hook))
         experts.recorder = lambda routing, recording=recording: setattr(
             recording, "routing", routing
@@ -136,7 +175,7 @@ def _listening(
             experts.recorder = None
 
 
-def _listener(recording: _Recording, num_experts: int) -> Any:
+def _output_hook(recording: _Recording, num_experts: int) -> Any:
     def hear(module: nn.Module, _inputs: Any, output: Any) -> None:
         values = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
         for index, value in values:
@@ -146,7 +185,7 @@ def _listener(recording: _Recording, num_experts: int) -> Any:
                 and value.is_floating_point()
                 and recording.routing is None  # what comes behind the experts is no router
             ):
-                recording.outputs.append(_Seen(module, index, value.detach().clone()))
+                recording.outputs.append(_Output(module, index, value.detach().clone()))
 
     return hear
 
@@ -178,16 +217,16 @@ def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
     return [*found[True], *found[False]]
 
 
-def _known_forms(config: Any) -> Known:
+def _known_forms(config: Any) -> KnownForms:
     """What the configuration says of groups and of SparseMixer's noise."""
     text = config.get_text_config(decoder=True)
     jitter = getattr(text, "router_jitter_noise", None)
     tolerances = (2 * float(jitter),) if isinstance(jitter, float) else ()
     number, kept = getattr(text, "n_group", None), getattr(text, "topk_group", None)
     if not number or not kept or number == 1:
-        return Known(tolerances=tolerances)
+        return KnownForms(tolerances=tolerances)
     both = (Groups(number=number, kept=kept, score=score) for score in ("top_2", "max"))
-    return Known(groups=tuple(both), tolerances=tolerances)
+    return KnownForms(groups=tuple(both), tolerances=tolerances)
 
 
 def _random_input(model: PreTrainedModel) -> dict[str, Tensor]:

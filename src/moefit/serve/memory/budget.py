@@ -80,12 +80,12 @@ class BlockNeeds:
     name: str
     num_experts: int
     slot_bytes: int
-    fewest: int
+    min_slots: int
 
     @property
-    def floor(self) -> int:
+    def min_bytes(self) -> int:
         """Bytes of the fewest slots."""
-        return self.fewest * self.slot_bytes
+        return self.min_slots * self.slot_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +108,12 @@ class MemoryBudget:
     expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
     workspace are reckoned for, over all sequences; None if nobody reckoned. `host` is no part of
     it: the bound of experts in host memory where the budget is a GPU's, else None. `planned` takes
-    the place of equal shares in any total that it fits. `rungs`: where experts differ in format,
-    bytes of all of them in each that they may have, the best last; slots are reckoned in the first.
-    `tokenizer` is what it holds once it is loaded, with what serving remembers of its tokens;
-    `reading` what reading it takes at its peak, before anything else is loaded. `slack`: bytes of
-    `process` that only provide for a process that is larger than the one that was measured, since
-    no two runs of a command are of the same size to the page.
+    the place of equal shares in any total that it fits. `format_totals`: where experts differ in
+    format, bytes of all of them in each that they may have, the best last; slots are reckoned in
+    the first. `tokenizer` is what it holds once it is loaded, with what serving remembers of its
+    tokens; `reading` what reading it takes at its peak, before anything else is loaded. `slack`:
+    bytes of `process` that only provide for a process that is larger than the one that was
+    measured, since no two runs of a command are of the same size to the page.
     """
 
     total: int | None
@@ -126,7 +126,7 @@ class MemoryBudget:
     context: int | None = None
     host: int | None = None
     planned: PlannedSlots | None = None
-    rungs: tuple[tuple[str, int], ...] = ()
+    format_totals: tuple[tuple[str, int], ...] = ()
     tokenizer: int = 0
     reading: int = 0
     slack: int = 0
@@ -137,26 +137,26 @@ class MemoryBudget:
         return sum(getattr(self, name) for name in PARTS)
 
     @property
-    def floor(self) -> int:
+    def min_bytes(self) -> int:
         """The least total that the model can run in, without the plan if there is one."""
         spares = 0 if self.planned is None else self.planned.spares
-        slots = sum(block.floor for block in self.blocks)
+        slots = sum(block.min_bytes for block in self.blocks)
         return max(self.fixed + spares + slots, self.process + self.reading)
 
     @property
-    def everything(self) -> int:
+    def all_resident_bytes(self) -> int:
         """The total at which all experts are resident, where they differ in the first format."""
         slots = sum(block.num_experts * block.slot_bytes for block in self.blocks)
-        return max(self.fixed + slots, self.floor)
+        return max(self.fixed + slots, self.min_bytes)
 
     @property
-    def most(self) -> int:
+    def max_bytes(self) -> int:
         """The total beyond which nothing is gained: all experts in the best of their formats."""
-        return max([self.everything, *self.everything_in().values()])
+        return max([self.all_resident_bytes, *self.all_resident_bytes_in().values()])
 
-    def everything_in(self) -> dict[str, int]:
+    def all_resident_bytes_in(self) -> dict[str, int]:
         """By format, the total at which all experts are resident in it, where they may differ."""
-        return {name: self.fixed + nbytes for name, nbytes in self.rungs}
+        return {name: self.fixed + nbytes for name, nbytes in self.format_totals}
 
     def with_total(self, total: int | None) -> "MemoryBudget":
         """The same parts under another total; a plan that does not fit it is forgotten."""
@@ -167,7 +167,7 @@ class MemoryBudget:
 
     def without_slack(self) -> "MemoryBudget":
         """Return the same parts with as much less slack as the total is short of."""
-        needed = self.floor
+        needed = self.min_bytes
         if self.planned is not None:
             needed = max(self.fixed + self.planned.nbytes, self.process + self.reading)
         short = 0 if self.total is None else needed - self.total
@@ -182,10 +182,10 @@ class MemoryBudget:
         """
         if self.planned is not None:
             return self._planned_slots(self.planned)
-        counts = [block.fewest for block in self.blocks]
+        counts = [block.min_slots for block in self.blocks]
         if self.total is None:
             return tuple(block.num_experts for block in self.blocks)
-        left = self.total - self.floor
+        left = self.total - self.min_bytes
         if left < 0:
             raise BudgetTooSmallError(self._too_small())
         open_blocks = [i for i, block in enumerate(self.blocks) if counts[i] < block.num_experts]
@@ -214,14 +214,14 @@ class MemoryBudget:
         pairs = zip(self.blocks, counts, strict=True)
         return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
 
-    def left_over(self) -> int:
+    def remaining_bytes(self) -> int:
         """What is left for better formats once all experts have a slot; before that, nothing is.
 
         Without a total it is what the best formats take.
         """
         counts = self.slots()
         all_here = all(n == one.num_experts for n, one in zip(counts, self.blocks, strict=True))
-        total = self.most if self.total is None else self.total
+        total = self.max_bytes if self.total is None else self.total
         return total - self.with_slots(counts) if all_here else 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -231,9 +231,9 @@ class MemoryBudget:
             "total": self.total,
             "context": self.context,
             **parts,
-            "floor": self.floor,
-            "everything": self.everything,
-            "most": self.most,
+            "floor": self.min_bytes,
+            "everything": self.all_resident_bytes,
+            "most": self.max_bytes,
             "host": self.host,
         }
 
@@ -249,21 +249,21 @@ class MemoryBudget:
 
     def _too_small(self) -> str:
         parts = ", ".join(f"{format_bytes(getattr(self, name))} {PARTS[name]}" for name in PARTS)
-        slots = sum(block.floor for block in self.blocks)
+        slots = sum(block.min_bytes for block in self.blocks)
         assert self.total is not None
         below = (
             f"a budget of {format_bytes(self.total)} is below this model's floor of "
-            f"{format_bytes(self.floor)}"
+            f"{format_bytes(self.min_bytes)}"
         )
-        if self.process + self.reading == self.floor:
+        if self.process + self.reading == self.min_bytes:
             return (
                 f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
                 f"{format_bytes(self.reading)} while the tokenizer is being read); give at least "
-                f"{self.floor} bytes"
+                f"{self.min_bytes} bytes"
             )
         return (
             f"{below} ({parts}, {format_bytes(slots)} for the fewest experts); "
-            f"give at least {self.floor} bytes, or a shorter context"
+            f"give at least {self.min_bytes} bytes, or a shorter context"
         )
 
 

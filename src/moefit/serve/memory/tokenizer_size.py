@@ -2,8 +2,8 @@
 
 Owns the estimate for each kind of tokenizer, and what is read of the files for it. The constants
 were measured with tokenizers of 32,000, 151,000 and 256,000 tokens, short and long ones, loaded by
-transformers 5.23 (tests/test_tokenizer_size.py holds them to the operating system's figures).
-Knows nothing of models or budgets.
+transformers 5.23 (tests/serve/memory/test_tokenizer_size.py holds them to the operating system's
+figures). Knows nothing of models or budgets.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Words that a tokenizer remembers the tokens of (10,000 of them), tokens whose text a server
-# remembers (`server/vocabulary.py`), and modules of transformers that only tokenizers need.
+# remembers (`server/tokenizer.py`), and modules of transformers that only tokenizers need.
 TABLES = 8 << 20
 _CHUNK = 1 << 20
 _ENTRY = re.compile(rb'":\s*\d')  # "token": 17

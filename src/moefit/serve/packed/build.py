@@ -1,15 +1,13 @@
-"""Make a packed store: every expert once from the checkpoint, into each wanted format, to disk.
+"""Build a packed store, and verify it.
 
-Owns the order of it, which keeps the peak at one expert and a slot of each format; what was done
-before and is skipped; room on the disk; and that one process at a time packs a checkpoint. With a
-calibration text the blocks' inputs on it are recorded first, and experts are encoded by them; files
-that were made otherwise are then replaced, and the recording goes when all is done. Knows nothing
-of the layout of files (`formats/packed_file.py`) nor of how a text is run (`calibration.py`).
+Reads every expert once from the checkpoint, encodes it into each format and writes one file per
+block and format. Files are built beside their place and renamed. `check_packed` compares every
+expert with its checksum.
 """
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,19 +15,32 @@ from typing import Any
 
 import torch
 
+from moefit.checkpoint.safetensors import SpanReader
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import alone_in
-from moefit.formats.calibrated import CalibratedExpert
-from moefit.formats.error import relative_error
-from moefit.formats.format import Format, GroupedFormat, NativeFormat, is_matrix
-from moefit.formats.packed_file import NO_ROOM, WRITING, PackedFacts, PackedWriter, file_bytes
 from moefit.moe.families import MoeBlock, Tensors, TensorSpec
-from moefit.serve.budget import format_bytes
-from moefit.serve.calibration import BlockInputs, Calibration, Recorded, recorded
-from moefit.serve.packed import PackedPlace
-from moefit.serve.skeleton import Skeleton
-from moefit.serve.slots import Slot, allocate, bytes_of
-from moefit.serve.store import ExpertStore
+from moefit.quant.error_model import relative_error
+from moefit.quant.format import FORMATS, Format, GroupedFormat, NativeFormat, is_matrix
+from moefit.quant.gptq import CalibratedExpert
+from moefit.serve.cache.slot import Slot, allocate_slot, bytes_of
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.io.reader import ExpertStore
+from moefit.serve.memory.budget import format_bytes
+from moefit.serve.packed.calibrate import (
+    BlockInputs,
+    CalibrationText,
+    RecordedInputs,
+    record_block_inputs,
+)
+from moefit.serve.packed.file import (
+    NO_DISK_SPACE,
+    WRITING,
+    PackedFile,
+    PackedMetadata,
+    PackedWriter,
+    file_bytes,
+)
+from moefit.serve.packed.store import PackedLocation
 
 _RECORDING = ".calibration"
 Progress = Callable[[int, int], None]
@@ -37,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True, kw_only=True)
-class Packed:
+class PackResult:
     """What was done. Errors: |W - W^|^2 / |W|^2 of each format, the mean over all experts.
 
     With a calibration |y - y^|^2 / |y|^2 of experts' outputs y instead; `text` is its name.
@@ -63,11 +74,11 @@ def pack(
     skeleton: Skeleton,
     formats: Sequence[Format],
     *,
-    calibration: Calibration | None = None,
+    calibration: CalibrationText | None = None,
     force: bool = False,
     progress: Progress | None = None,
     calibrating: Progress | None = None,
-) -> Packed:
+) -> PackResult:
     """Pack every expert of a model in these formats; what is there already is skipped.
 
     calibration: encode experts by what they are given on its text; files that are there but were
@@ -75,8 +86,8 @@ def pack(
     calibrating hears how many windows of the text are done, and of how many.
     force: make again what is there. Raises ConfigError for formats that need no packing or if
     another process is at it; CheckpointError for weights that cannot be read or encoded, named, and
-    for files that cannot be written; what `recorded` does. Finished files then stay, and the next
-    call goes on.
+    for files that cannot be written; what `record_block_inputs` does. Finished files then stay,
+    and the next call goes on.
     """
     for format in formats:
         if isinstance(format, NativeFormat):
@@ -89,14 +100,14 @@ def pack(
                 f"{format.name} rounds to nearest, whatever the text; give int{format.bits} to "
                 f"have it calibrated, or pack {format.name} without a text"
             )
-    place = PackedPlace(skeleton)
+    place = PackedLocation(skeleton)
     with locked(place.folder):
         _sweep(place.folder)
-        job = _Job(skeleton, place, formats, calibration, force=force)
+        job = _PackJob(skeleton, place, formats, calibration, force=force)
         job.check_room()
         try:
-            job.record(calibrating or _nobody)
-            made = job.run(progress or _nobody)
+            job.record(calibrating or _no_progress)
+            made = job.run(progress or _no_progress)
         finally:
             job.close()
         if calibration:
@@ -104,24 +115,24 @@ def pack(
         return made
 
 
-def _nobody(done: int, total: int) -> None:
+def _no_progress(done: int, total: int) -> None:
     """Hears nothing."""
 
 
-class _Job:
+class _PackJob:
     """One run: which files are to be made."""
 
     def __init__(
         self,
         skeleton: Skeleton,
-        place: PackedPlace,
+        place: PackedLocation,
         formats: Sequence[Format],
-        calibration: Calibration | None,
+        calibration: CalibrationText | None,
         *,
         force: bool,
     ):
         self._skeleton, self._place, self._calibration = skeleton, place, calibration
-        self._recorded: Recorded | None = None
+        self._recorded: RecordedInputs | None = None
         self._replaced = 0
         blocks = {block.name: block for block in skeleton.blocks}
         self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
@@ -157,9 +168,11 @@ class _Job:
         """Run the calibration text, if there is one and anything to be made."""
         if self._calibration is not None and any(self._todo.values()):
             folder = self._place.folder / _RECORDING
-            self._recorded = recorded(self._skeleton, self._calibration, folder, calibrating)
+            self._recorded = record_block_inputs(
+                self._skeleton, self._calibration, folder, calibrating
+            )
 
-    def _facts(self, format: Format, index: int) -> PackedFacts:
+    def _facts(self, format: Format, index: int) -> PackedMetadata:
         facts = self._place.facts(format, index)
         if self._calibration is None:
             return facts
@@ -170,10 +183,10 @@ class _Job:
         facts = self._facts(format, index)
         return file_bytes(facts, block.num_experts, format.nbytes(block.layout.specs))
 
-    def run(self, progress: Progress) -> Packed:
+    def run(self, progress: Progress) -> PackResult:
         began, done = perf_counter(), 0
         total = sum(self._native_bytes(index) for index, some in self._todo.items() if some)
-        made = Packed(folder=self._place.folder, replaced=self._replaced)
+        made = PackResult(folder=self._place.folder, replaced=self._replaced)
         made.text = self._calibration.text if self._calibration else ""
         progress(0, total)
         for index, formats in self._todo.items():
@@ -201,7 +214,7 @@ class _Job:
         """One block's files, side by side, so that each expert is read once."""
         block = self._skeleton.blocks[index]
         specs = block.layout.specs
-        slots = [allocate(format, specs, torch.device("cpu")) for format in formats]
+        slots = [allocate_slot(format, specs, torch.device("cpu")) for format in formats]
         inputs = self._recorded.block(index) if self._recorded else None
         try:
             with ExitStack() as stack:
@@ -211,7 +224,7 @@ class _Job:
                 ]
                 for expert, source in enumerate(self._skeleton.map.experts[block.name]):
                     native = self._store.native(block.name, expert)
-                    _refuse_unsound(native, specs, block.name, expert)
+                    _check_finite(native, specs, block.name, expert)
                     losses = self._encode(block, expert, native, slots, inputs)
                     for slot, writer, loss in zip(slots, writers, losses, strict=True):
                         writer.write(bytes_of(slot.buffer_B), loss)
@@ -256,7 +269,7 @@ class _Job:
     def _unwritable(self, error: OSError, index: int, formats: Sequence[Format]) -> CheckpointError:
         folder = self._place.folder
         reason = error.strerror or str(error)
-        if error.errno in NO_ROOM:
+        if error.errno in NO_DISK_SPACE:
             needed = sum(self._size(format, index) for format in formats)
             free = shutil.disk_usage(folder).free  # what was unfinished is gone by now
             reason = f"no room: {format_bytes(needed)} for a block, {format_bytes(free)} free"
@@ -269,7 +282,7 @@ class _Job:
 _MAKE_ROOM = "make room, name fewer formats, or set XDG_CACHE_HOME to a folder on a larger disk"
 
 
-def _refuse_unsound(
+def _check_finite(
     native: Tensors, specs: Mapping[str, TensorSpec], block: str, expert: int
 ) -> None:
     """Of what no format encodes; matrices are refused where they are encoded."""
@@ -294,3 +307,68 @@ def _sweep(folder: Path) -> None:
     """Remove what earlier processes were killed over."""
     for leftover in folder.glob(f"*/.*{WRITING}"):
         leftover.unlink(missing_ok=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckResult:
+    """What was found. `problems` names damaged experts, unsound files and missing ones."""
+
+    folder: Path
+    formats: list[str] = field(default_factory=list)
+    files: int = 0
+    experts: int = 0
+    bytes_read: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def check_packed(
+    skeleton: Skeleton, formats: Sequence[Format] | None = None, progress: Progress | None = None
+) -> CheckResult:
+    """Check what is packed of a checkpoint in these formats; in all that are there if None.
+
+    Raises CheckpointError if nothing is there at all.
+    """
+    place = PackedLocation(skeleton)
+    there = [format for format in FORMATS.values() if (place.folder / format.name).is_dir()]
+    if not there:
+        raise CheckpointError(
+            f"nothing of {place.source} is packed in {place.folder}; `moefit pack` does that"
+        )
+    chosen = there if formats is None else formats
+    found = CheckResult(folder=place.folder, formats=[format.name for format in chosen])
+    files: list[PackedFile] = []
+    for format in chosen:
+        for index, block in enumerate(skeleton.blocks):
+            if not place.path(format, index).is_file():
+                found.problems.append(f"{block.name} is not packed in {format.name}")
+                continue
+            try:
+                files.append(place.open(format, index))
+            except CheckpointError as error:
+                found.problems.append(str(error))
+    total = sum(span.nbytes for file in files for span in file.spans)
+    with closing(SpanReader()) as reader:
+        for file in files:
+            _check_file(file, reader, found)
+            if progress is not None:
+                progress(found.bytes_read, total)
+    return found
+
+
+def _check_file(file: PackedFile, reader: SpanReader, found: CheckResult) -> None:
+    found.files += 1
+    for expert, span in enumerate(file.spans):
+        data = bytes_of(torch.empty(span.nbytes, dtype=torch.uint8))
+        found.experts += 1
+        found.bytes_read += span.nbytes
+        try:
+            reader.read_into(span, data)
+        except CheckpointError as error:
+            found.problems.append(str(error))
+            continue
+        if damage := file.damage(expert, data):
+            found.problems.append(damage)

@@ -21,14 +21,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from moefit.checkpoint.model_folder import read_json
 from moefit.errors import CheckpointError, UnsupportedModelError
-from moefit.model_folder import read_json
-from moefit.serve.budget import format_bytes
-from moefit.serve.loading import load
-from moefit.serve.settings import LoadSettings
-from moefit.serve.skeleton import Skeleton
-from moefit.serve.slots import bytes_of
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.serve.cache.slot import bytes_of
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.load import load_model
+from moefit.serve.memory.budget import format_bytes
 
 OTHERS = 512  # of a block's other tokens, at most
 WORTH = 64  # how many of an expert's own tokens they count as, in sum
@@ -37,7 +37,7 @@ _MAX_FACTS = 8 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class CalibrationText:
     """A text to calibrate on: windows [B, context] of token ids. `text` is its name for people.
 
     digest: what tells one calibration from another. memory: for the pass over the text; None is as
@@ -50,7 +50,7 @@ class Calibration:
     memory: int | None = None
 
 
-class Recorded:
+class RecordedInputs:
     """The blocks' inputs, in files of one folder."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]):
@@ -92,12 +92,12 @@ class BlockInputs:
         return self.x_TD[torch.cat([own_N, other_N])], torch.cat([counts_N, others_N])
 
 
-def recorded(
+def record_block_inputs(
     skeleton: Skeleton,
-    calibration: Calibration,
+    calibration: CalibrationText,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Recorded:
+) -> RecordedInputs:
     """The blocks' inputs on the text: from `folder` if they are there, else recorded there now.
 
     progress hears how many windows of how many are done. Raises UnsupportedModelError for models
@@ -110,7 +110,7 @@ def recorded(
         calibration.digest,
         blocks,
     ):
-        return Recorded(folder, facts)
+        return RecordedInputs(folder, facts)
     if skeleton.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(skeleton.model).__name__} continues no text by itself; only decoders can be "
@@ -118,12 +118,12 @@ def recorded(
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _check_room(skeleton, calibration, folder)
+    _check_disk_space(skeleton, calibration, folder)
     facts = _record(skeleton, calibration, folder, progress)
     building = folder / f".{_FACTS}"
     building.write_text(json.dumps(facts))
     building.rename(folder / _FACTS)
-    return Recorded(folder, facts)
+    return RecordedInputs(folder, facts)
 
 
 def _read_facts(folder: Path) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ def _has(file: Path, block: dict[str, Any], columns: str, dtype: torch.dtype) ->
     return file.stat().st_size == block["tokens"] * block[columns] * dtype.itemsize
 
 
-def _check_room(skeleton: Skeleton, calibration: Calibration, folder: Path) -> None:
+def _check_disk_space(skeleton: Skeleton, calibration: CalibrationText, folder: Path) -> None:
     width = skeleton.model.config.get_text_config(decoder=True).hidden_size
     each = sum(width * skeleton.dtype.itemsize + 4 * one.num_experts for one in skeleton.blocks)
     needed, free = calibration.windows_BT.numel() * each, shutil.disk_usage(folder).free
@@ -159,7 +159,7 @@ def _check_room(skeleton: Skeleton, calibration: Calibration, folder: Path) -> N
 
 def _record(
     skeleton: Skeleton,
-    calibration: Calibration,
+    calibration: CalibrationText,
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _record(
         memory=calibration.memory, context=windows_BT.shape[1], dtype=skeleton.dtype
     )
     with ExitStack() as stack:
-        served = stack.enter_context(load(skeleton.checkpoint.folder, settings))
+        served = stack.enter_context(load_model(skeleton.checkpoint.folder, settings))
         recorders = [
             stack.enter_context(_Recorder(experts, folder, index))
             for index, experts in enumerate(served.blocks.values())

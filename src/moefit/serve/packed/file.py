@@ -19,17 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moefit.checkpoint import Span, read_header
+from moefit.checkpoint.safetensors import Span, read_header
 from moefit.errors import CheckpointError
 
 LAYOUT = 3  # raise it when the same expert would become other bytes of a slot, or the header other
 WRITING = ".writing"  # ending of what is not whole
 _KIND = "experts packed by moefit"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_DISK_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedFacts:
+class PackedMetadata:
     """What a file is of. `fingerprint` is the checkpoint's, `source` where that lay.
 
     `calibration` tells the text apart that experts were encoded by, and `text` names it for people;
@@ -51,7 +51,7 @@ class PackedFile:
     """One file's header: an expert's number is its place in each tuple."""
 
     path: Path
-    facts: PackedFacts
+    facts: PackedMetadata
     spans: tuple[Span, ...]
     checksums: tuple[int, ...]
     relative_errors: tuple[float, ...]
@@ -96,15 +96,15 @@ def _parsed(path: Path, remarks: Any, spans: list[Span]) -> PackedFile:
     spans = sorted(spans, key=lambda span: span.offset)
     if not len(spans) == len(checksums) == len(losses):
         raise ValueError(f"{len(spans)} experts, {len(checksums)} checksums, {len(losses)} errors")
-    facts = PackedFacts(
-        **{f.name: str(remarks[f.name]) for f in fields(PackedFacts) if f.name in remarks}
+    facts = PackedMetadata(
+        **{f.name: str(remarks[f.name]) for f in fields(PackedMetadata) if f.name in remarks}
     )
     return PackedFile(
         path=path, facts=facts, spans=tuple(spans), checksums=checksums, relative_errors=losses
     )
 
 
-def file_bytes(facts: PackedFacts, num_experts: int, block_bytes: int) -> int:
+def file_bytes(facts: PackedMetadata, num_experts: int, block_bytes: int) -> int:
     """The size of a whole file."""
     return _start(facts, num_experts, block_bytes) + num_experts * block_bytes
 
@@ -115,7 +115,7 @@ class PackedWriter:
     Raises OSError. What was not committed is removed.
     """
 
-    def __init__(self, path: Path, facts: PackedFacts, num_experts: int, block_bytes: int):
+    def __init__(self, path: Path, facts: PackedMetadata, num_experts: int, block_bytes: int):
         assert block_bytes % mmap.PAGESIZE == 0, block_bytes
         self._path, self._facts, self._block_bytes = path, facts, block_bytes
         self._num_experts = num_experts
@@ -165,13 +165,13 @@ class PackedWriter:
             data, offset = data[count:], offset + count
 
 
-def _start(facts: PackedFacts, num_experts: int, block_bytes: int) -> int:
+def _start(facts: PackedMetadata, num_experts: int, block_bytes: int) -> int:
     """Where the first expert begins."""
     return len(_header(facts, block_bytes, [0] * num_experts, [0.0] * num_experts))
 
 
 def _header(
-    facts: PackedFacts, block_bytes: int, checksums: list[int], losses: list[float]
+    facts: PackedMetadata, block_bytes: int, checksums: list[int], losses: list[float]
 ) -> bytes:
     """Its length does not depend on the values of checksums and errors."""
     remarks = {

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from moefit.checkpoint import Span, SpanReader
+from moefit.checkpoint.safetensors import Span, SpanReader
+from moefit.checkpoint.sources import ByteRange, ExpertSource
 from moefit.errors import CheckpointError
 from moefit.folders import cache_root
-from moefit.formats.format import Format, GroupedFormat, NativeFormat
-from moefit.formats.packed_file import PackedFacts, PackedFile, read_packed
-from moefit.serve.skeleton import Skeleton
-from moefit.serve.slots import Slot, bytes_of
-from moefit.serve.sources import ExpertSource, Piece
+from moefit.quant.format import Format, GroupedFormat, NativeFormat
+from moefit.serve.cache.slot import Slot, bytes_of
+from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed
 
 _SAMPLED_EXPERTS, _SAMPLE_BYTES = 16, 4096  # of each block, of each such expert
 
@@ -87,7 +87,7 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
     wanted = [format for format in formats if not isinstance(format, NativeFormat)]
     if not wanted:
         return PackedStore({})
-    place = PackedPlace(skeleton)
+    place = PackedLocation(skeleton)
     files: dict[tuple[str, str], PackedFile] = {}
     ignored: list[str] = []
     for format in wanted:
@@ -102,7 +102,7 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
     return PackedStore(files, tuple(ignored))
 
 
-class PackedPlace:
+class PackedLocation:
     """Where the packed files of one checkpoint in one dtype are, and what they must say."""
 
     def __init__(self, skeleton: Skeleton):
@@ -117,9 +117,9 @@ class PackedPlace:
         """The file of the block with this number."""
         return self.folder / format.name / f"block-{index:03d}.safetensors"
 
-    def facts(self, format: Format, index: int) -> PackedFacts:
+    def facts(self, format: Format, index: int) -> PackedMetadata:
         """What that file says of itself."""
-        return PackedFacts(
+        return PackedMetadata(
             fingerprint=self.fingerprint,
             format=format.name,
             encoder=format.encoder if isinstance(format, GroupedFormat) else "",
@@ -155,7 +155,7 @@ def packed_root() -> Path:
     return cache_root() / "packed"
 
 
-def outdated(place: PackedPlace) -> list[str]:
+def outdated(place: PackedLocation) -> list[str]:
     """Of packed stores that were made of this folder's checkpoint before it changed: a remark."""
     remarks: list[str] = []
     for folder in sorted(packed_root().glob("*-*")):
@@ -199,7 +199,7 @@ def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:
     """From the middle of one of the expert's tensors; they take turns."""
     spans: list[Span] = []
     for part in source.parts:
-        spans.extend([part.span] if isinstance(part, Piece) else part.spans)
+        spans.extend([part.span] if isinstance(part, ByteRange) else part.spans)
     span = spans[turn % len(spans)]
     size = min(_SAMPLE_BYTES, span.nbytes)
     data = bytearray(size)

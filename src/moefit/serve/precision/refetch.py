@@ -1,37 +1,90 @@
-"""Better copies of experts that are in memory in few bits: read for one step, and kept a while.
+"""Read an expert again in a better format for one step, where it carries much of a token's weight.
 
-Owns the scratch slots, one table for all blocks: a copy stays until another needs its slot, the one
-that was least wanted lately first (by last use, blocks that take turns would throw out what the
-next token wants). A block's step names the experts that it wants so (`wanted`), and is given them
-one by one while others are still being read. What is computed does not depend on which copies were
-there. Whoever calls holds the lock of a step. Knows nothing of modes or budgets; which experts are
-wanted is `refetch`'s to say.
-
-Shapes: T tokens, K chosen per token, B bytes.
+The decision is a pure function of the step's routing and of what is packed; `BetterCopies` reads
+into two scratch slots that all blocks share, and keeps copies until another expert needs the slot.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from moefit.formats.format import Format
+from moefit.errors import ConfigError
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
-from moefit.serve.coming import Coming
-from moefit.serve.counters import Counters
-from moefit.serve.eviction import LeastFrequentlyUsed
-from moefit.serve.refetch import SCRATCH_SLOTS, heavy, largest_copy, worth_reading
-from moefit.serve.residency import Residency
-from moefit.serve.slots import Slot, host_bytes
-from moefit.serve.transfer import Transfer
+from moefit.quant.error_model import expected_error
+from moefit.quant.format import FORMATS, Format, NativeFormat
+from moefit.serve.cache.eviction import LeastFrequentlyUsed
+from moefit.serve.cache.slot import Slot, host_bytes
+from moefit.serve.cache.slot_table import SlotTable
+from moefit.serve.io.loads import PendingLoad, Transfer
+from moefit.serve.packed.store import PackedStore
+from moefit.serve.stats import Counters
+
+SCRATCH_SLOTS = (
+    2  # one is computed from while the other is filled; all experts' formats pay for more
+)
+
+
+def heavily_weighted(choices: Iterable[Mapping[int, float]], threshold: float) -> set[int]:
+    """Experts that have at least the share `threshold` of some token's router weight.
+
+    choices: of each token, its experts' weights, which need not add up to one.
+
+    >>> sorted(heavy([{0: 3.0, 5: 1.0}, {2: 0.2, 5: 0.2}], 0.5))
+    [0, 2, 5]
+    """
+    found: set[int] = set()
+    for weights in choices:
+        least = threshold * sum(weights.values())
+        found |= {expert for expert, weight in weights.items() if weight >= least > 0}
+    return found
+
+
+def worth_reading(
+    experts: Iterable[int], now: Callable[[int], Format], better: Format
+) -> frozenset[int]:
+    """Those of the experts whose format now is worse than the better one."""
+    error = expected_error(better)
+    return frozenset(expert for expert in experts if expected_error(now(expert)) > error)
+
+
+def better_formats(blocks: Sequence[MoeBlock], packed: PackedStore) -> dict[str, Format]:
+    """By block, the best format that it is packed in.
+
+    Raises ConfigError if there is a block with none that is better than the smallest there is.
+    """
+    found = {block.name: _best_packed(block, packed) for block in blocks}
+    without = [name for name, format in found.items() if format is None]
+    if without:
+        raise ConfigError(
+            f"refetch reads experts again in a better format than their slots' from the packed "
+            f"store, and {len(without)} of {len(blocks)} blocks ({without[0]}) are packed in none "
+            "that could be better; run moefit pack MODEL --formats int8,int6,int5,int4,int3,int2, "
+            "or leave refetch out"
+        )
+    return {name: format for name, format in found.items() if format is not None}
+
+
+def _best_packed(block: MoeBlock, packed: PackedStore) -> Format | None:
+    """None if it is the worst of all, for then nothing in a slot is worse."""
+    encoded = [format for format in FORMATS.values() if not isinstance(format, NativeFormat)]
+    worst = max(map(expected_error, encoded))
+    some = [one for one in encoded if packed.has(block.name, one) and expected_error(one) < worst]
+    return min(some, key=expected_error, default=None)
+
+
+def largest_copy(blocks: Sequence[MoeBlock], formats: Mapping[str, Format]) -> int:
+    """Bytes that a scratch slot must have, for it may hold any block's expert."""
+    return max(formats[block.name].nbytes(block.layout.specs) for block in blocks)
+
 
 HALF_LIFE = 24  # tokens; what exact serving's own eviction counts by
 
 
-_Loads = dict[int, Coming]
+_Loads = dict[int, PendingLoad]
 """What one step is having read, by expert's number in the table."""
 
 
@@ -53,7 +106,7 @@ class BetterCopies:
             self._first[block.name] = sum(self._blocks[name].num_experts for name in self._first)
         size, number = largest_copy(blocks, formats), sum(block.num_experts for block in blocks)
         self._used = LeastFrequentlyUsed(HALF_LIFE * len(blocks))
-        self._table = Residency(number, SCRATCH_SLOTS, self._used)
+        self._table = SlotTable(number, SCRATCH_SLOTS, self._used)
         self._buffers = [_memory(size, device) for _ in range(SCRATCH_SLOTS)]
         self._slots: dict[int, Slot] = {}
         self._loads: _Loads = {}
@@ -65,11 +118,11 @@ class BetterCopies:
 
     def wanted(
         self, block: str, routing: Routing, threshold: float, now: Callable[[int], Format]
-    ) -> "Again":
+    ) -> "RefetchPlan":
         """What a block's step is to compute from better copies; `now`: an expert's own format."""
         number = self._blocks[block].num_experts
-        experts = heavy(_choices(routing, number), threshold)
-        return Again(self, block, worth_reading(experts, now, self._formats[block]))
+        experts = heavily_weighted(_choices(routing, number), threshold)
+        return RefetchPlan(self, block, worth_reading(experts, now, self._formats[block]))
 
     def holds(self, block: str, expert: int) -> bool:
         """Whether the copy is there."""
@@ -127,7 +180,7 @@ class BetterCopies:
             key = waiting.popleft()
             slot = self._slots[index] = self._bound(block, index)
             done = self._transfer.load(block, key - self._first[block], slot)
-            self._loads[key] = Coming(index, done)
+            self._loads[key] = PendingLoad(index, done)
 
     def _bound(self, block: str, index: int) -> Slot:
         """The scratch slot's memory, laid out for this block's experts."""
@@ -142,13 +195,13 @@ class BetterCopies:
 
     def _finish(self, loads: _Loads, key: int) -> None:
         load = loads.pop(key)
-        load.arrive(self._table, self._counters)
+        load.commit(self._table, self._counters)
         self._counters.refetches += 1
         self._counters.refetch_bytes += self._slots[load.slot].nbytes
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class RefetchPlan:
     """The experts of one step of a block that are computed from better copies."""
 
     copies: BetterCopies

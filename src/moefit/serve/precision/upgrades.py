@@ -1,6 +1,6 @@
 """Every expert at the precision it deserves, while the model runs: `--precision auto`.
 
-Owns carrying out what `precision.py` decides. All slots begin in the smallest format; what the
+Owns carrying out what `allocate.py` decides. All slots begin in the smallest format; what the
 budget leaves over buys larger ones, one expert after the other: a slot of the new format is filled
 beside the old one and takes its place at a step border, whole. Nothing goes up before others have
 gone down far enough, so that the bytes held never exceed the budget; slots that are being filled
@@ -14,25 +14,32 @@ from dataclasses import dataclass
 
 import torch
 
-from moefit.formats.error import expected_error
-from moefit.formats.format import FORMATS
-from moefit.serve.ladders import Key, beginning, by_expert
-from moefit.serve.precision import Choice, Ladder, allocate, loss, smoothed
-from moefit.serve.slots import Slot
-from moefit.serve.slots import allocate as allocate_slot
-from moefit.serve.transfer import Transfer, finish
-from moefit.serve.virtual_experts import VirtualExperts
+from moefit.quant.error_model import expected_error
+from moefit.quant.format import FORMATS
+from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.io.loads import Transfer, wait_for_load
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.precision.allocate import (
+    ExpertKey,
+    FormatChoice,
+    Ladder,
+    allocate,
+    by_expert,
+    initial_choices,
+    smoothed,
+    weighted_error,
+)
 
 PRIOR = 0.05  # of the mean sensitivity, for experts that no token has used lately
 EVERY = 32  # steps between two looks at the whole
 GAIN = 0.02  # least share of the error that a change of plan must take away
-AT_ONCE = 2  # slots on their way
+MAX_PENDING = 2  # slots on their way
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
-    key: Key
-    choice: Choice
+class _PendingUpgrade:
+    key: ExpertKey
+    choice: FormatChoice
     slot: Slot
     done: Future[float]
 
@@ -40,7 +47,7 @@ class _Pending:
 class Upgrades:
     """Formats of all resident experts, and the bytes that they take beyond the smallest format's.
 
-    `room` is how many such bytes there may be; `set_room` changes it.
+    `room` is how many such bytes there may be; `set_capacity` changes it.
     """
 
     def __init__(
@@ -54,9 +61,9 @@ class Upgrades:
         self._ladders = by_expert(ladders)
         self.room = 0
         for experts in blocks.values():
-            experts.listen()
-        self._plan: list[tuple[Key, Choice]] = []
-        self._pending: list[_Pending] = []
+            experts.enable_stats()
+        self._plan: list[tuple[ExpertKey, FormatChoice]] = []
+        self._pending: list[_PendingUpgrade] = []
         self._steps = 0
 
     def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -64,11 +71,11 @@ class Upgrades:
 
         progress hears how many of how many have come.
         """
-        wanted = beginning(self._ladders, self.room)
+        wanted = initial_choices(self._ladders, self.room)
         coming: deque[tuple[str, int, Future[float]]] = deque()
         for number, (name, expert) in enumerate(wanted):
-            residency, slots = self._blocks[name].residency, self._blocks[name].slots
-            index = residency.reserve(expert)
+            slot_table, slots = self._blocks[name].slot_table, self._blocks[name].slots
+            index = slot_table.reserve(expert)
             assert index is not None, "there is an empty slot for each"
             slots[index] = self._allocate(name, wanted[name, expert])
             coming.append((name, index, self._transfer.load(name, expert, slots[index])))
@@ -80,8 +87,8 @@ class Upgrades:
             progress(len(wanted) - len(coming), len(wanted))
 
     def _arrive(self, name: str, index: int, done: Future[float]) -> None:
-        finish(done)
-        self._blocks[name].residency.publish(index)
+        wait_for_load(done)
+        self._blocks[name].slot_table.publish(index)
 
     def step(self) -> None:
         """A step border: publish what has come, and now and then plan anew, in the background."""
@@ -92,7 +99,7 @@ class Upgrades:
         if self._plan:
             self._begin()
 
-    def set_room(self, room: int) -> None:
+    def set_capacity(self, room: int) -> None:
         """Take at most this many bytes from now on: what must shrink has shrunk on return."""
         self._publish(wait=True)
         self.room, self._plan = room, []
@@ -124,14 +131,14 @@ class Upgrades:
     def _smallest(self, block: str) -> int:
         return self._ladders[block, 0][0].nbytes
 
-    def _residents(self) -> list[Key]:
+    def _residents(self) -> list[ExpertKey]:
         return [
             (name, expert)
             for name, experts in self._blocks.items()
-            for expert in sorted(experts.residency.residents)
+            for expert in sorted(experts.slot_table.residents)
         ]
 
-    def _changes(self) -> list[tuple[Key, Choice]]:
+    def _changes(self) -> list[tuple[ExpertKey, FormatChoice]]:
         """What leads to the best formats, going down first; nothing if little is to be gained."""
         keys = self._residents()
         sensitivity = self._sensitivity()
@@ -139,32 +146,32 @@ class Upgrades:
         smallest = sum(self._smallest(name) for name, _ in keys)
         wanted = allocate(ladders, sensitivity, smallest + self.room)
         now = {key: self._now(key) for key in keys}
-        before, after = loss(now, sensitivity), loss(wanted, sensitivity)
+        before, after = weighted_error(now, sensitivity), weighted_error(wanted, sensitivity)
         if before - after <= GAIN * before and self.extra_bytes <= self.room:
             return []
         changes = [(key, wanted[key]) for key in keys if wanted[key] != now[key]]
         gain = {key: sensitivity[key] * (now[key].error - choice.error) for key, choice in changes}
         return sorted(changes, key=lambda one: -abs(gain[one[0]]))
 
-    def _sensitivity(self) -> dict[Key, float]:
+    def _sensitivity(self) -> dict[ExpertKey, float]:
         return {
             (name, expert): value
             for name, experts in self._blocks.items()
-            for expert, value in enumerate(smoothed(experts.loudness.scores(), PRIOR))
+            for expert, value in enumerate(smoothed(experts.output_energy.scores(), PRIOR))
         }
 
-    def _now(self, key: Key) -> Choice:
+    def _now(self, key: ExpertKey) -> FormatChoice:
         """What the expert has; a slot that it got by chance may have a format off its ladder."""
         slot = self._slot(key)
         for choice in self._ladders[key]:
             if choice.format == slot.format.name:
                 return choice
         error = expected_error(slot.format)
-        return Choice(format=slot.format.name, nbytes=slot.nbytes, error=error)
+        return FormatChoice(format=slot.format.name, nbytes=slot.nbytes, error=error)
 
-    def _slot(self, key: Key) -> Slot:
+    def _slot(self, key: ExpertKey) -> Slot:
         experts = self._blocks[key[0]]
-        return experts.slots[experts.residency.slot(key[1])]
+        return experts.slots[experts.slot_table.slot(key[1])]
 
     def _begin(self) -> int:
         """Start what the plan has and fits now; returns how many are on their way.
@@ -172,7 +179,7 @@ class Upgrades:
         The way down makes room for the way up, so both go side by side.
         """
         for key, choice in list(self._plan):
-            if len(self._pending) >= AT_ONCE:
+            if len(self._pending) >= MAX_PENDING:
                 break
             if not self._resident(key):
                 self._plan.remove((key, choice))
@@ -194,18 +201,18 @@ class Upgrades:
             if self._resident(one.key)
         )
 
-    def _resident(self, key: Key) -> bool:
-        return key[1] in self._blocks[key[0]].residency.residents
+    def _resident(self, key: ExpertKey) -> bool:
+        return key[1] in self._blocks[key[0]].slot_table.residents
 
-    def _allocate(self, name: str, choice: Choice) -> Slot:
+    def _allocate(self, name: str, choice: FormatChoice) -> Slot:
         specs = self._blocks[name].block.layout.specs
         return allocate_slot(FORMATS[choice.format], specs, self._device)
 
-    def _load(self, key: Key, choice: Choice) -> _Pending:
+    def _load(self, key: ExpertKey, choice: FormatChoice) -> _PendingUpgrade:
         name, expert = key
         slot = self._allocate(name, choice)
         done = self._transfer.load(name, expert, slot, background=True)
-        return _Pending(key, choice, slot, done)
+        return _PendingUpgrade(key, choice, slot, done)
 
     def _publish(self, *, wait: bool) -> None:
         for pending in list(self._pending):
@@ -215,16 +222,16 @@ class Upgrades:
             if pending.done.exception() is None:
                 self._replace(pending)
 
-    def _replace(self, pending: _Pending) -> None:
+    def _replace(self, pending: _PendingUpgrade) -> None:
         name, expert = pending.key
         if self._resident(pending.key):
             experts = self._blocks[name]
-            experts.slots[experts.residency.slot(expert)] = pending.slot
+            experts.slots[experts.slot_table.slot(expert)] = pending.slot
 
     def _shrink(self) -> None:
         """Go down until the room is kept, waiting for each; slots without an expert first."""
         for name, experts in self._blocks.items():
-            for index in experts.residency.empty_slots:
+            for index in experts.slot_table.empty_slots:
                 if experts.slots[index].nbytes > self._smallest(name):
                     experts.slots[index] = self._allocate(name, self._ladders[name, 0][0])
         for key, choice in self._changes():
@@ -232,5 +239,5 @@ class Upgrades:
                 return
             if choice.nbytes < self._slot(key).nbytes:
                 pending = self._load(key, choice)
-                finish(pending.done)
+                wait_for_load(pending.done)
                 self._replace(pending)

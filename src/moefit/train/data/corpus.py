@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from moefit.errors import DataError
-from moefit.train.sources import JSONL_SUFFIX, PARQUET_SUFFIX, HubDataset, TextFile, parts
+from moefit.train.data.sources import JSONL_SUFFIX, PARQUET_SUFFIX, HubDataset, TextFile, parts
 
 BYTE_ORDER_MARK = "\ufeff"
 

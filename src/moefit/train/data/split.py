@@ -17,7 +17,7 @@ from typing import Literal
 
 from moefit.errors import DataError
 from moefit.train.config import DataConfig
-from moefit.train.corpus import Document, documents
+from moefit.train.data.corpus import Document, documents
 
 Rule = Literal["sources", "name", "tail"]
 

@@ -1,8 +1,8 @@
-"""The corpus as tokens, made once and kept.
+"""Turn the corpus into token files once, and find them again.
 
-Owns the cache of token files: its fingerprint, its layout and its soundness. A folder of the
-cache is built under another name and renamed into place, so what has the right name is whole,
-whenever a process was killed and however many were at it. Knows nothing of batches or models.
+Documents are tokenised into one memory-mapped stream of ids per side of the split, in a cache
+folder whose fingerprint covers sources, split and tokenizer. Files are written beside their place
+and renamed, so an interrupted run leaves nothing that a later one would trust.
 """
 
 import contextlib
@@ -11,19 +11,135 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moefit.errors import DataError
 from moefit.folders import cache_root
 from moefit.train.config import DataConfig
-from moefit.train.corpus import Document
-from moefit.train.split import Split, split
-from moefit.train.token_file import TokenFile, write_tokens
-from moefit.train.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, train_bpe
+from moefit.train.data.corpus import Document
+from moefit.train.data.split import Split, split
+from moefit.train.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_files,
+    train_bpe,
+    vocabulary_size,
+)
+
+# An encoding takes some 100 bytes a token until its ids are written, so a batch about 100 MB.
+BATCH_CHARACTERS = 1 << 22
+# Longer documents are encoded in pieces, so that one huge file doesn't need huge memory.
+PIECE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFile:
+    """Where the tokens of one side of the corpus lie, and how much text they stand for."""
+
+    path: Path
+    dtype: str
+    tokens: int
+    text_bytes: int
+    documents: int
+
+    def open(self) -> np.memmap:
+        """All tokens, read from disk as they are looked at; can't be written to."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+    def is_whole(self) -> bool:
+        """Whether the file is there with exactly the bytes it should have."""
+        size = self.tokens * np.dtype(self.dtype).itemsize
+        return self.path.is_file() and self.path.stat().st_size == size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TextPiece:
+    text: str
+    document: str
+    is_last: bool
+
+
+def write_tokens(
+    path: Path,
+    found: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    on_written: Callable[[int], None],
+) -> TokenFile:
+    """Encode `found` into `path`; `on_written` hears how many more bytes of text are done."""
+    backend = _plain(tokenizer)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
+    end_of_text = np.array([tokenizer.eos_token_id], dtype).tobytes()
+    text_bytes = documents = 0
+    with path.open("wb") as file:
+        for batch in _batches(found):
+            for piece, encoding in zip(batch, _encode(backend, batch), strict=True):
+                file.write(np.array(encoding.ids, dtype).tobytes())
+                if piece.is_last:
+                    file.write(end_of_text)
+                    documents += 1
+            batch_bytes = sum(len(piece.text.encode()) for piece in batch)
+            text_bytes += batch_bytes
+            on_written(batch_bytes)
+        tokens = file.tell() // dtype.itemsize
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave a file of the right size, but empty
+    return TokenFile(
+        path=path, dtype=dtype.name, tokens=tokens, text_bytes=text_bytes, documents=documents
+    )
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that neither pads nor cuts, and reads `<|endoftext|>` in a text as any other text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _encode(backend: Tokenizer, batch: list[_TextPiece]) -> list[Encoding]:
+    texts = [piece.text for piece in batch]
+    try:
+        return backend.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # all that the tokenizers library raises is bare Exception
+        names = f"{batch[0].document} to {batch[-1].document}"
+        raise DataError(
+            f"the tokenizer (data.tokenizer) can't encode one of the documents {names}: {error}; "
+            f"use a byte-level tokenizer, or leave it out to train one on the corpus"
+        ) from error
+
+
+def _batches(found: Iterable[Document]) -> Iterator[list[_TextPiece]]:
+    batch: list[_TextPiece] = []
+    characters = 0
+    for document in found:
+        for piece in _pieces(document):
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(document: Document) -> Iterator[_TextPiece]:
+    """The document in pieces that end at a line end, if there is one."""
+    text, start = document.text, 0
+    while len(text) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        end = text.rfind("\n", start, limit) + 1 or limit
+        yield _TextPiece(text=text[start:end], document=document.name, is_last=False)
+        start = end
+    yield _TextPiece(text=text[start:], document=document.name, is_last=True)
+
 
 FORMAT = 1  # raise it when the same documents would become other tokens
 TRAIN, HELD_OUT, TOKENIZER, META = "train.bin", "held_out.bin", "tokenizer", "meta.json"
@@ -52,7 +168,7 @@ class _Survey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class _PrepareJob:
     """What it takes to make the token files."""
 
     data: DataConfig
@@ -79,7 +195,9 @@ def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None)
         try:
             prepared = _make(
                 folder,
-                _Job(data=data, division=division, survey=survey, given=given, report=report),
+                _PrepareJob(
+                    data=data, division=division, survey=survey, given=given, report=report
+                ),
             )
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -139,7 +257,7 @@ def _load(folder: Path, fingerprint: str) -> PreparedData | None:
     )
 
 
-def _make(folder: Path, job: _Job) -> PreparedData:
+def _make(folder: Path, job: _PrepareJob) -> PreparedData:
     building = folder.parent / f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     building.mkdir(parents=True)
     try:
@@ -152,7 +270,7 @@ def _make(folder: Path, job: _Job) -> PreparedData:
     return prepared
 
 
-def _build(building: Path, job: _Job) -> None:
+def _build(building: Path, job: _PrepareJob) -> None:
     tokenizer = _trained(job) if job.given is None else job.given
     meta: dict[str, object] = {"format": FORMAT}
     total, done = job.survey.train_bytes + job.survey.held_out_bytes, 0
@@ -169,7 +287,7 @@ def _build(building: Path, job: _Job) -> None:
     (building / META).write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
 
 
-def _trained(job: _Job) -> PreTrainedTokenizerFast:
+def _trained(job: _PrepareJob) -> PreTrainedTokenizerFast:
     texts = _counted(job.division.train(), job.survey.train_bytes, job.report)
     return train_bpe(texts, job.data.vocab_size)
 

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors files, and where each expert's bytes are."""

@@ -1,0 +1,1 @@
+"""Which experts are in memory: slots, the slot table, eviction and swaps."""

@@ -1,0 +1,1 @@
+"""The rest of a transformers model: skeleton, KV cache, quantised dense weights."""

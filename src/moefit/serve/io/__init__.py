@@ -1,0 +1,1 @@
+"""Bringing experts into slots: reading, pending loads, copies to a device."""

@@ -1,0 +1,1 @@
+"""One MoE layer while it is served: executor, rerouting, router probe."""

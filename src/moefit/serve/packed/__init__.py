@@ -1,0 +1,1 @@
+"""The packed store: experts on disk in the formats of slots."""

@@ -1,0 +1,1 @@
+"""Training data: sources, documents, split, tokenizer, token files, batches."""
