@@ -58,9 +58,6 @@ SWEEP: dict[str, Settings] = {
     "bounded 0.4": {"mode": "bounded", "bound": 0.4},
     "bounded 0.3, ramp 0.5": {"mode": "bounded", "bound": 0.3, "ramp": 0.5},
     "bounded, evicting by importance": {"mode": "bounded", "eviction": "importance"},
-    "prior 0.1": {"mode": "bounded", "method": "prior", "bonus": 0.1},
-    "prior 0.2": {"mode": "bounded", "method": "prior", "bonus": 0.2},
-    "prior 0.4": {"mode": "bounded", "method": "prior", "bonus": 0.4},
     "virtual, mass not kept": {"mode": "virtual", "prefill": "exact", "keep_mass": False},
     "virtual, 2 each step, no margin": {
         "mode": "virtual", "prefill": "exact",

@@ -10,10 +10,9 @@ from moefit.serve.config import Policy
 
 @pytest.mark.parametrize(
     "setting",
-    [{"mode": "fast"}, {"prefill": ""}, {"method": 3}, {"residency": None}, {"bound": -0.1},
+    [{"mode": "fast"}, {"prefill": ""}, {"residency": None}, {"bound": -0.1},
      {"bound": 1.1}, {"bound": float("nan")}, {"bound": "0.2"}, {"bound": None},
-     {"protected": -1}, {"protected": 1.5}, {"protected": "1"}, {"bonus": -1.0},
-     {"bonus": float("nan")}, {"bonus": float("inf")}, {"bonus": "x"}],
+     {"protected": -1}, {"protected": 1.5}, {"protected": "1"}],
     ids=str,
 )  # fmt: skip
 def test_a_policy_that_cannot_be_names_the_setting(setting: dict[str, Any]) -> None:
@@ -21,9 +20,7 @@ def test_a_policy_that_cannot_be_names_the_setting(setting: dict[str, Any]) -> N
         Policy(**setting).check()
 
 
-@pytest.mark.parametrize(
-    "setting", [{}, {"bound": 0}, {"bound": 1}, {"protected": 0}, {"bonus": 0}]
-)
+@pytest.mark.parametrize("setting", [{}, {"bound": 0}, {"bound": 1}, {"protected": 0}])
 def test_policies_at_their_limits(setting: dict[str, Any]) -> None:
     Policy(**setting).check()
 

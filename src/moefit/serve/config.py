@@ -7,7 +7,6 @@ All are frozen and check themselves.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -23,7 +22,6 @@ from moefit.serve.hf.generation_config import NONE as NO_GENERATION
 from moefit.serve.precision.allocate import AUTO_FORMATS
 
 Mode = Literal["exact", "bounded", "virtual"]
-Method = Literal["substitute", "prior"]
 Update = Literal["manager", "fixed"]
 
 
@@ -33,7 +31,7 @@ class Policy:
 
     - `mode` for steps of one token a sequence, `prefill` for longer ones.
     - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
-      best experts; `method` prior raises residents' scores by `bonus` times their spread instead.
+      best experts.
     - `ramp` spreads the bound over the depth, for what goes wrong early goes on through all blocks
       behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
     - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
@@ -50,8 +48,6 @@ class Policy:
     bound: float = 0.3
     ramp: float = 1.0
     protected: int = 1
-    method: Method = "substitute"
-    bonus: float = 0.2
     residency: Update = "manager"
     keep_mass: bool = True
     refetch: float | None = None
@@ -73,7 +69,7 @@ class Policy:
 
     def check(self) -> None:
         """Raise ConfigError for a value that does not exist or cannot be."""
-        choices = {"mode": Mode, "prefill": Mode, "method": Method, "residency": Update}
+        choices = {"mode": Mode, "prefill": Mode, "residency": Update}
         for name, kind in choices.items():
             if (value := getattr(self, name)) not in get_args(kind):
                 known = ", ".join(get_args(kind))
@@ -84,8 +80,6 @@ class Policy:
             raise ConfigError(f"ramp={self.ramp!r}, but it is 0 to 1")
         if type(self.protected) is not int or self.protected < 0:
             raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
-        if not _is_number(self.bonus) or not 0 <= self.bonus < inf:
-            raise ConfigError(f"bonus={self.bonus!r}, but it is a number, 0 or more")
         check_refetch(self.refetch)
 
     def bound_at(self, depth: float) -> float:

@@ -349,7 +349,6 @@ class Life(OverStorage):
         mode=st.sampled_from(["exact", "bounded", "virtual"]),
         prefill=st.sampled_from(["exact", "bounded", "virtual"]),
         residency=st.sampled_from(["manager", "manager", "fixed"]),
-        method=st.sampled_from(["substitute", "prior"]),
         protected=st.integers(0, 2),
         bound=st.sampled_from([0.0, 0.3, 1.0]),
     )

@@ -13,8 +13,6 @@ from moefit.serve.layer.rerouting import (
     ScoredRouting,
     masked,
     mass_kept,
-    preferred,
-    score_spread,
     substituted,
     substituted_mass,
 )
@@ -119,8 +117,6 @@ def test_with_all_resident_nothing_changes(case: Case) -> None:
     ]
     assert_same(masked(case.scored, everyone_E), expected)
     assert substituted(case.scored, everyone_E, bound=1.0, protected=0) is case.scored.routing
-    raised = preferred(case.scored, everyone_E, bonus=3.0, spread=1.0, protected=1)
-    assert_same(raised, expected)
 
 
 def given_up(one: Slow, chosen: list[int], case: Case, bound: float, protected: int) -> list[int]:
@@ -163,26 +159,6 @@ def test_substituted_replaces_the_light_absentees_token_by_token(
         assert set(heavy) <= set(after)
 
 
-@unhurried
-@given(cases, st.sampled_from([0.0, 0.2, 1.0, 50.0]), st.integers(0, 5))
-def test_preferred_raises_residents_token_by_token(
-    case: Case, bonus: float, protected: int
-) -> None:
-    expected = []
-    for one, chosen in zip(case.slow, case.chosen, strict=True):
-        values, everyone = one.preference(), set(range(NUM_EXPERTS))
-        stay = one.best(protected, everyone, values)
-        raised = [
-            math.inf if e in stay else value + bonus * 0.7 * (e in case.residents)
-            for e, value in enumerate(values)
-        ]
-        order = sorted(stay, key=lambda e: -values[e])
-        order += one.best(NUM_EXPERTS, everyone - set(stay), raised)
-        expected.append(one.weights(order[: len(chosen)]))
-    routing = preferred(case.scored, case.resident_E, bonus=bonus, spread=0.7, protected=protected)
-    assert_same(routing, expected)
-
-
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> None:
     """Two values and sixteen tokens: a token's experts must not depend on who stands beside it."""
@@ -200,7 +176,6 @@ def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> No
         return [
             masked(scored, case.resident_E),
             substituted(scored, case.resident_E, bound=0.6, protected=1),
-            preferred(scored, case.resident_E, bonus=0.2, spread=1.0, protected=1),
         ]
 
     together, again = routed(slice(None)), routed(slice(None))
@@ -224,7 +199,6 @@ def test_weights_keep_the_dtype_that_the_family_gave(dtype: torch.dtype) -> None
     for after in (
         masked(low, case.resident_E),
         substituted(low, case.resident_E, bound=1.0, protected=0),
-        preferred(low, case.resident_E, bonus=0.2, spread=1.0, protected=1),
         mass_kept(low.routing, masked(low, case.resident_E)),
     ):
         assert after.weights_TK.dtype == dtype
@@ -249,9 +223,3 @@ def test_mass_kept_gives_each_token_the_weight_it_had(case: Case) -> None:
     scaled = mass_kept(case.scored.routing, after)
     assert torch.equal(scaled.ids_TK, after.ids_TK)
     torch.testing.assert_close(scaled.weights_TK.sum(-1), case.scored.routing.weights_TK.sum(-1))
-
-
-def test_the_spread_is_the_mean_range_of_scores() -> None:
-    case = make_case("sigmoid-groups", tokens=4, k=2, residents={0}, seed=0, padding=0.0)
-    ranges = [max(one.scores()) - min(one.scores()) for one in case.slow]
-    assert score_spread(case.scored) == pytest.approx(sum(ranges) / 4, rel=1e-5)

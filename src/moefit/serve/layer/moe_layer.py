@@ -30,8 +30,6 @@ from moefit.serve.layer.rerouting import (
     ScoredRouting,
     masked,
     mass_kept,
-    preferred,
-    score_spread,
     substituted,
     substituted_mass,
 )
@@ -70,7 +68,6 @@ class VirtualExperts(nn.Module):
         self.swaps = Swaps(block.name, live, slot_table, slots)
         self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
         self._steps = 0
-        self._spread = 0.0
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
         """What the family's own experts module takes and gives."""
@@ -222,12 +219,6 @@ class VirtualExperts(nn.Module):
         resident_E[list(self.slot_table.residents)] = True
         if mode == "virtual":
             routing = masked(scored, resident_E)
-        elif policy.method == "prior":
-            self._spread = 0.9 * self._spread + 0.1 * score_spread(scored)
-            routing = preferred(
-                scored, resident_E, bonus=policy.bonus, spread=self._spread,
-                protected=policy.protected,
-            )  # fmt: skip
         else:
             bound = policy.bound_at(self.depth)
             routing = substituted(scored, resident_E, bound=bound, protected=policy.protected)

@@ -1,7 +1,7 @@
 """Routing that prefers what is resident: the tensors of the bounded and the virtual mode.
 
-Owns masked gating (virtual), substitution by live router score under a bound on lost weight, and
-cache-prior routing (bounded). Takes a family's rule, its logits and choice, and which experts are
+Owns masked gating (virtual) and substitution by live router score under a bound on lost weight
+(bounded). Takes a family's rule, its logits and choice, and which experts are
 resident; gives a routing. Knows nothing of slots or loads.
 
 Shapes: T tokens, E experts, K chosen per token.
@@ -63,36 +63,6 @@ def substituted(
     found_TK = lost_TK & ~best_TK.gather(-1, order_TK).isneginf()
     new_ids_TK = torch.where(found_TK, new_TK, ids_TK)
     return _typed(Routing(new_ids_TK, scored.rule.weights(scored.logits_TE, new_ids_TK)), scored)
-
-
-def preferred(
-    scored: ScoredRouting, resident_E: Tensor, *, bonus: float, spread: float, protected: int
-) -> Routing:
-    """Bounded mode by cache prior (arXiv 2412.00099): residents' scores are raised, then top-K.
-
-    The bonus is `bonus` times `spread`, the running mean of a token's range of scores; the
-    `protected` best by the router itself stay. Weights are of the unraised scores.
-    """
-    preferred_TE = scored.rule.preference(scored.logits_TE, scored.bias_E)
-    raised_TE = preferred_TE + resident_E * (bonus * spread)
-    if protected:
-        best_TJ, ids_TJ = preferred_TE.topk(min(protected, scored.k), dim=-1)
-        above_J = torch.finfo(torch.float32).max / torch.arange(1, best_TJ.shape[-1] + 1)
-        above_TJ = torch.where(best_TJ.isneginf(), best_TJ, above_J.to(best_TJ.device))
-        raised_TE = raised_TE.scatter(-1, ids_TJ, above_TJ)
-    num_experts = scored.logits_TE.shape[-1]
-    best_TK, ids_TK = raised_TE.topk(min(scored.k, num_experts), dim=-1)
-    # As many as the family chose, the best ones: padding may stand anywhere in its choice.
-    count_T1 = (scored.routing.ids_TK < num_experts).sum(-1, keepdim=True)
-    beyond_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
-    ids_TK = ids_TK.masked_fill(beyond_TK | best_TK.isneginf(), num_experts)
-    return _typed(Routing(ids_TK, scored.rule.weights(scored.logits_TE, ids_TK)), scored)
-
-
-def score_spread(scored: ScoredRouting) -> float:
-    """The mean over tokens of the range of finite scores."""
-    scores_TE = scored.rule.scores(scored.logits_TE)
-    return float((scores_TE.amax(-1) - scores_TE.amin(-1)).mean())
 
 
 def mass_kept(before: Routing, after: Routing) -> Routing:
