@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all test-processors check bench setup clean
+.PHONY: demo test test-all test-processors check docs bench setup clean
 
 setup: $(READY)
 
@@ -27,16 +27,13 @@ test-all: $(READY)  ## the slow ones too
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not download"
 
 # Tests whose results may depend on the processor; the others are about Python alone.
-PROCESSOR_TESTS := $(addprefix tests/test_, $(addsuffix .py, backend compensate_kernel dsmoe_serving \
-	encode_kernel encoder_decoder_serving encoders engine export families format fused invoker \
-	jetmoe_serving kernels model moments packed packed_attention reference_model reroute rest runners \
-	sampler upgrades))
+PROCESSOR_TESTS := $(addprefix tests/, quant moe dsmoe engine serve/layer serve/hf test_reference_model.py)
 PROCESSORS := no-kernels portable avx2 avx512 any
 no-kernels := MOEFIT_KERNELS=torch
 portable := MOEFIT_KERNELS=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 avx2 := MOEFIT_KERNELS=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 avx512 := MOEFIT_KERNELS=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
-any := PYTHONPATH=tests PYTEST_PLUGINS=other_rounding
+any := PYTHONPATH=tests/helpers PYTEST_PLUGINS=other_rounding
 
 test-processors: $(PROCESSORS:%=test-as-%)  ## those tests as on other processors; some minutes each
 
@@ -48,9 +45,13 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(READY)  ## the documentation as pages, in build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: $(READY)  ## the two benchmarks that need no training
 	cd benchmarks && ../$(BIN)/python training_cost.py --save
 	cd benchmarks && ../$(BIN)/python sparse_inference.py --save
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build runs .pytest_cache .ruff_cache .hypothesis

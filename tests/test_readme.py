@@ -1,24 +1,82 @@
-"""What the README says works."""
+"""What README and docs show works: Python examples, commands, links, length."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moefit.evaluate.loading import reference_path
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHOWN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("api", "training"))]
 
 
-def test_both_halves_have_an_example():
-    assert len(EXAMPLES) == 2
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's examples in this language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.skipif(
+EXAMPLES = {
+    f"{page.stem}-{number}": example
+    for page in SHOWN
+    for number, example in enumerate(blocks(page, "python"))
+}
+CONSOLE = "\n".join(blocks(README, "console"))
+COMMANDS = re.findall(r"^\$ (moefit .*)$", CONSOLE, re.MULTILINE)
+SERVED = [one for one in COMMANDS if one.startswith("moefit serve")]
+needs_reference = pytest.mark.skipif(
     not (reference_path() / "model.safetensors").is_file(), reason="no reference model yet"
 )
-@pytest.mark.parametrize("example", EXAMPLES, ids=["serve", "train"])
-def test_the_python_examples_run(example, capsys):
-    exec(example, {"__name__": "readme"})
-    assert "def main():" in capsys.readouterr().out
+
+
+@needs_reference
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_python_examples_run(name, capsys):
+    exec(EXAMPLES[name], {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def run(command: str, *more: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-m", *shlex.split(command), *more]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+
+@needs_reference
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one not in SERVED])
+def test_the_commands_run_and_print_what_is_shown(command):
+    made = run(command)
+    assert made.returncode == 0, made.stderr
+    shown = CONSOLE[CONSOLE.index(command) + len(command) + 1 :].split("$ ")[0].strip()
+    printed = " ".join(made.stdout.split())
+    for line in filter(None, map(str.strip, shown.splitlines())):
+        assert re.sub(r"\s+", " ", line) in printed, (line, made.stdout)
+
+
+def test_a_server_is_shown_and_its_options_exist():
+    assert len(SERVED) == 1
+    known = run("moefit serve", "--help").stdout
+    assert all(option in known for option in re.findall(r"--[a-z-]+", SERVED[0]))
+
+
+def test_readme_is_short():
+    assert len(README.read_text().split()) <= 520
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files that links name exist, and so do the headings behind #."""
+    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = page if not path else (page.parent / path).resolve()
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-") for one in titles]
+            assert heading in anchors, f"{page.name}: {target}"
