@@ -185,7 +185,7 @@ def watch(served: ServedModel, run: Run, done: threading.Event) -> None:
 def held_bytes(served: ServedModel) -> int:
     """Slots and spares now, also in the middle of a change: the lock is not asked."""
     slots = [dict(block.slots) for block in served.blocks.values()]
-    spares = [list(some) for some in served._live.spares.values()]
+    spares = [list(some) for some in served._shared.spares.values()]
     return sum(slot.nbytes for some in slots for slot in some.values()) + sum(
         slot.nbytes for some in spares for slot in some
     )

@@ -148,7 +148,7 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         "memory": arguments.memory,
         "context": arguments.context,
         "precision": precision,
-        "rest": rest or precision,
+        "dense_precision": rest or precision,
         **POLICIES[policy],
     }
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from moefit import host
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.memory.budget import BlockNeeds, MemoryBudget
-from moefit.serve.memory.estimate import heed_system
+from moefit.serve.memory.estimate import check_system_memory
 
 GIB = 1 << 30
 MEMINFO = (
@@ -184,16 +184,16 @@ CPU = torch.device("cpu")
 def test_a_budget_above_the_limit_is_refused_with_one_that_works(limited) -> None:
     limited(6 * GIB, 5 * GIB)
     with pytest.raises(ConfigError, match=rf"8.00 GiB.*memory.max.*6.00 GiB.*{5 * GIB} bytes"):
-        heed_system(ledger(8 * GIB), CPU)
+        check_system_memory(ledger(8 * GIB), CPU)
     with pytest.raises(ConfigError, match="without a budget"):
-        heed_system(ledger(None), CPU)
-    heed_system(ledger(None), torch.device("cuda"))
+        check_system_memory(ledger(None), CPU)
+    check_system_memory(ledger(None), torch.device("cuda"))
 
 
 def test_a_model_that_cannot_fit_is_refused(limited) -> None:
     limited(3 * GIB, 3 * GIB)
     with pytest.raises(BudgetTooSmallError, match=rf"3.00 GiB.*4.00 GiB.*{4 * GIB}"):
-        heed_system(ledger(5 * GIB), CPU)
+        check_system_memory(ledger(5 * GIB), CPU)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_what_may_not_fit_is_a_warning(
     limited, caplog, total: int, most: int, free: int, swap: int
 ) -> None:
     limited(most * GIB, free * GIB, swap * GIB)
-    heed_system(ledger(total * GIB), CPU)
+    check_system_memory(ledger(total * GIB), CPU)
     assert "may be killed" in caplog.text
 
 
 def test_what_fits_is_passed_over_in_silence(limited, caplog) -> None:
     limited(12 * GIB, 11 * GIB)
-    heed_system(ledger(6 * GIB), CPU)
-    heed_system(ledger(None), CPU)
+    check_system_memory(ledger(6 * GIB), CPU)
+    check_system_memory(ledger(None), CPU)
     assert not caplog.text

@@ -5,6 +5,7 @@ Face Hub. Knows nothing of how a model is served.
 """
 
 import re
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def load(
     Raises BudgetTooSmallError, naming the floor; CheckpointError, UnsupportedModelError and
     ConfigError as in `moefit.serve.load.load_model`.
     """
+    if "rest" in settings:
+        warnings.warn("rest is now called dense_precision", DeprecationWarning, stacklevel=2)
+        settings.setdefault("dense_precision", settings.pop("rest"))
     known = {field.name for field in fields(LoadSettings)}
     changes = {field.name for field in fields(Policy)}
     if unknown := sorted(set(settings) - known - changes):

@@ -84,7 +84,7 @@ def _rows(served: ServedModel, max_tokens: int, tell: Progress) -> Iterator[Row]
     yield from _auto_rows(served, text, whole.expert_bytes, tell)
     for name, share in SHARES.items():
         slots = [max(1, round(share * one.num_experts)) for one in served.budget.blocks]
-        served.set_memory(served.budget.with_slots(slots))
+        served.set_memory(served.budget.total_for_slots(slots))
         for mode in MODES:
             served.set_mode(mode)
             yield _row(served, name, score_steps(served, text, progress=tell))

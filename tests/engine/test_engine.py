@@ -206,7 +206,7 @@ def test_budget_and_mode_change_while_requests_run(olmoe):
         heard = []
         for slots in (1, 8, 3):
             heard += [ask(engine, prompt, greedy(20)) for prompt in prompts([3, 9, 14])]
-            total = served.budget.with_slots([slots] * 2)
+            total = served.budget.total_for_slots([slots] * 2)
             assert engine.set_memory(total).total == total == served.budget.total
         assert engine.set_mode("bounded", bound=0.0).mode == "bounded"
         assert engine.set_mode("exact").mode == "exact"

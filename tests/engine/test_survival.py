@@ -265,7 +265,7 @@ def _complete(url: str) -> str:
 
 
 def test_sigterm_ends_a_server_whose_step_never_does() -> None:
-    with serving("with self.served._live.lock: time.sleep(999)") as (process, answer):
+    with serving("with self.served._shared.lock: time.sleep(999)") as (process, answer):
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)

@@ -24,7 +24,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.mark.parametrize("memory", [None, "8GiB"])
 def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
-    how = LoadSettings(memory=memory, precision="int2", rest="int4", context=64)
+    how = LoadSettings(memory=memory, precision="int2", dense_precision="int4", context=64)
     with load_model(folder, how) as served:
         twin = native_reference(served, how)
         assert twin is not None
@@ -33,14 +33,14 @@ def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
             torch.testing.assert_close(logits(twin.model, ids), logits(model, ids))
             assert not torch.allclose(logits(served.model, ids), logits(model, ids), atol=1e-2)
             if memory is not None:
-                both = twin.budget.total + served.budget.with_slots(served.budget.slots())
+                both = twin.budget.total + served.budget.total_for_slots(served.budget.slots())
                 assert both <= (8 << 30) + held_bytes(torch.device("cpu"))
 
 
 def test_there_is_none_without_room(folder) -> None:
     plenty = LoadSettings(precision="int2", context=64)
     with load_model(folder, plenty) as served:
-        tight = served.budget.with_slots(served.budget.slots()) + (1 << 20)
+        tight = served.budget.total_for_slots(served.budget.slots()) + (1 << 20)
         how = LoadSettings(memory=tight, precision="int2", context=64)
         served.set_memory(tight)
         assert native_reference(served, how) is None

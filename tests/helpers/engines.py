@@ -74,7 +74,7 @@ def engine_of(
     with load_model(folder, LoadSettings(context=context)) as served:
         if slots is not None:
             counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
-            served.set_memory(served.budget.with_slots(counts))
+            served.set_memory(served.budget.total_for_slots(counts))
         with running(served, **settings) as engine:
             yield engine
         served.check()

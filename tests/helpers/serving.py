@@ -35,8 +35,8 @@ def serving(folder: Path, *, slots: int = 1, **settings):
 
 def give_slots(served: ServedModel, slots: int) -> None:
     counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
-    served.set_memory(served.budget.with_slots(counts))
-    assert [experts.slot_table.number for experts in served.blocks.values()] == counts
+    served.set_memory(served.budget.total_for_slots(counts))
+    assert [experts.slot_table.num_slots for experts in served.blocks.values()] == counts
 
 
 def hold(served: ServedModel, residents: Collection[int], mode: str, **policy) -> None:

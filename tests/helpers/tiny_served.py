@@ -106,7 +106,7 @@ def logits(model: Any, ids_BT: Tensor) -> Tensor:
 
 def with_slots(served: ServedModel, slots: int) -> int:
     """The budget for so many slots in every block."""
-    return served.budget.with_slots([slots] * len(served.blocks))
+    return served.budget.total_for_slots([slots] * len(served.blocks))
 
 
 def settled(served: ServedModel) -> None:

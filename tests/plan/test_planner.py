@@ -60,7 +60,11 @@ def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None
         plan, _ = planner.plan(memory, Target(min_speed=0.1))
         known = plan.settings()
         settings = LoadSettings(**{one: known[one] for one in known if one in _LOADING})
-        assert (settings.sequences, settings.prompt_logits, settings.rest) == (16, 1 << 20, rest)
+        assert (settings.sequences, settings.prompt_logits, settings.dense_precision) == (
+            16,
+            1 << 20,
+            rest,
+        )
         reckoned = replace(memory_budget(skeleton, settings), process=process)
         assert reckoned.slots() == tuple(one.slots for one in plan.configuration.placement.values())
         alone = memory_budget(skeleton, replace(settings, sequences=1, prompt_logits=0))

@@ -123,7 +123,7 @@ def assert_same(logits: list[Tensor], expected: list[Tensor], tolerance: float =
 def hold(served: ServedModel, count: int) -> None:
     """Slots for `count` experts of each block, and the first ones in them."""
     counts = [min(count, block.num_experts) for block in served.budget.blocks]
-    served.set_memory(served.budget.with_slots(counts))
+    served.set_memory(served.budget.total_for_slots(counts))
     served.set_residents({name: range(count) for name in served.blocks})
     assert all(
         set(experts.slot_table.residents) == set(range(min(count, experts.num_experts)))
@@ -151,7 +151,7 @@ def test_routing_differs_by_token():
 def test_exact_at_the_floor(saved):
     with load_model(saved.folder, LoadSettings(context=64)) as served:
         served.set_memory(served.budget.min_bytes)
-        assert all(experts.slot_table.number == 1 for experts in served.blocks.values())
+        assert all(experts.slot_table.num_slots == 1 for experts in served.blocks.values())
         assert_same(logits_of(served.model), saved.logits)
         served.check()
 

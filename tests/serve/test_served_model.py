@@ -395,7 +395,7 @@ def test_untouched_leaves_no_trace(serve) -> None:
     keys = ("mode", "resident", "hits", "fetches", "substituted_mass", "swaps")
     before = [served.report()[key] for key in keys]
     scores = [experts.importance.scores() for experts in served.blocks.values()]
-    with served.untouched(served.checked_policy("virtual")):
+    with served.isolated(served.checked_policy("virtual")):
         assert served.policy.mode == "virtual" and served.policy.residency == "fixed"
         generated(served)
     assert [served.report()[key] for key in keys] == before
@@ -405,7 +405,7 @@ def test_untouched_leaves_no_trace(serve) -> None:
 def test_untouched_is_over_also_after_an_error(serve) -> None:
     served, _ = serve(slots=3)
     before = served.policy
-    with pytest.raises(ZeroDivisionError), served.untouched(served.checked_policy("virtual")):
+    with pytest.raises(ZeroDivisionError), served.isolated(served.checked_policy("virtual")):
         raise ZeroDivisionError
     assert served.policy is before
 
@@ -417,14 +417,14 @@ def test_untouched_gives_the_policy_back_under_the_lock(serve) -> None:
     within, leave = threading.Event(), threading.Event()
 
     def compute() -> None:
-        with served.untouched(policy):
+        with served.isolated(policy):
             within.set()
             leave.wait(30)
 
     worker = threading.Thread(target=compute)
     worker.start()
     assert within.wait(30)
-    with served._live.lock:  # as a step holds it
+    with served._shared.lock:  # as a step holds it
         leave.set()
         worker.join(0.3)
         assert served.policy.mode == "virtual"
@@ -435,7 +435,7 @@ def test_untouched_gives_the_policy_back_under_the_lock(serve) -> None:
 def test_a_change_of_mode_loses_no_other_one(serve) -> None:
     """The second is made of the policy that the first put in force."""
     served, _ = serve(slots=3)
-    with served._live.lock:
+    with served._shared.lock:
         worker = threading.Thread(target=lambda: served.set_mode("exact", ramp=0.5))
         worker.start()
         worker.join(0.3)  # it waits for the lock, and has read nothing yet

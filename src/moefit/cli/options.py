@@ -158,6 +158,7 @@ class MemoryOptions:
     def settings(self) -> dict[str, Any]:
         """The same for `LoadSettings` and `moefit.load`."""
         given = {one.name: getattr(self, one.name) for one in fields(self)}
+        given["dense_precision"] = given.pop("rest")
         return {**given, "dtype": self.dtype and self.dtype.torch}
 
 

@@ -24,13 +24,15 @@ def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel
     device, budget = served.model.device, served.budget
     held = held_bytes(device)
     total = held + _available_bytes(device) if budget.total is None else budget.total
-    taken = total if settings.precision == AUTO_PRECISION else budget.with_slots(budget.slots())
+    taken = (
+        total if settings.precision == AUTO_PRECISION else budget.total_for_slots(budget.slots())
+    )
     alike = replace(
         settings,
         memory=held + total - taken,
         mode="exact",
         precision=NATIVE_PRECISION,
-        rest=NATIVE_PRECISION,
+        dense_precision=NATIVE_PRECISION,
     )
     try:
         return load_model(served.folder, alike)
@@ -66,7 +68,7 @@ def fix_residents(
         served.model(input_ids=calibration_ids_T[None].to(served.model.device), use_cache=False)
     order = _orders(served, kind, seed)
     chosen = {
-        name: sorted(order[name][: experts.slot_table.number])
+        name: sorted(order[name][: experts.slot_table.num_slots])
         for name, experts in served.blocks.items()
     }
     served.set_residents(chosen)

@@ -117,7 +117,7 @@ def _window(
 ) -> None:
     """Add a window to the sums; at no time are logits of more than one pass over it in memory."""
     targets_T = ids_L[prompt + 1 :]
-    with served.untouched(served.policy):
+    with served.isolated(served.policy):
         sums.wide += _loss(_wide(served, ids_L, prompt), targets_T)
     full_TV = _full(against, ids_L, prompt)
     sums.full += _loss(full_TV, targets_T)
@@ -136,7 +136,7 @@ def _window(
 
 def _full(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     """Exact, and leaving residents, scores and counters as they are: nobody shall learn from it."""
-    with served.untouched(replace(served.policy, mode="exact", prefill="exact")):
+    with served.isolated(replace(served.policy, mode="exact", prefill="exact")):
         return _wide(served, ids_L.to(served.model.device), prompt).to(ids_L.device)
 
 

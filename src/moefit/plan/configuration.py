@@ -50,7 +50,7 @@ class Configuration:
         """Keyword arguments of `LoadSettings` that make this so."""
         return {
             "placement": self.placement,
-            "rest": self.rest,
+            "dense_precision": self.rest,
             "mode": self.mode,
             "manager": self.manager,
         }

@@ -74,7 +74,7 @@ class MeasuredModel:
 def fill(served: ServedModel) -> None:
     """Load experts until every slot is taken, the first ones of each block."""
     residents: Mapping[str, range] = {
-        name: range(one.slot_table.number) for name, one in served.blocks.items()
+        name: range(one.slot_table.num_slots) for name, one in served.blocks.items()
     }
     served.set_residents(residents)
 
@@ -274,7 +274,7 @@ class Measurements:
             context=self._of.windows_BT.shape[1],
             dtype=self._of.subject.dtype,
             placement=configuration.placement,
-            rest=configuration.rest,
+            dense_precision=configuration.rest,
         )
         budget = memory_budget(self._of.skeleton, settings, self._of.packed)
         if self._process is None:

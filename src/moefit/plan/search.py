@@ -368,7 +368,7 @@ class SlotBudget:
             context=context or self._context,
             dtype=self._skeleton.dtype,
             placement=configuration.placement,
-            rest=configuration.rest,
+            dense_precision=configuration.rest,
             sequences=sequences or self._given.sequences,
             prompt_logits=self._given.prompt_logits,
         )

@@ -186,8 +186,8 @@ class LoadSettings:
     eviction: which resident makes room in the exact and bounded modes (`serve/cache/eviction.py`).
     dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
     (`quant/format.py`); native is the checkpoint's own, and auto gives each expert the one that
-    it deserves within the budget. rest: the same for the weights that are no experts, but routers
-    and vectors; they are in memory as they are while they are being encoded.
+    it deserves within the budget. dense_precision: the same for dense
+    weights, except routers and vectors; they are in memory as they are while being encoded.
     placement: slots and formats block by block, instead of equal shares in one precision.
     refetch: with precision auto in the exact mode, the share of a token's router weight from which
     on an expert is computed from a better copy (see `Policy`); room for copies is reserved.
@@ -205,7 +205,7 @@ class LoadSettings:
     context: int = 2048
     eviction: str = DEFAULT_POLICY
     precision: str = NATIVE_PRECISION
-    rest: str = NATIVE_PRECISION
+    dense_precision: str = NATIVE_PRECISION
     dtype: torch.dtype | None = None
     readers: int = 4
     half_life_tokens: float = 24.0
@@ -236,7 +236,7 @@ class LoadSettings:
                 "model's generation_config.json) nor 'none' (take nothing but special tokens)"
             )
         self.formats()  # these refuse names that do not exist
-        self.rest_format()
+        self.dense_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
         for name in ("context", "readers", "sequences"):
@@ -270,9 +270,9 @@ class LoadSettings:
                 "give one of the two"
             )
 
-    def rest_format(self) -> GroupedFormat | None:
+    def dense_format(self) -> GroupedFormat | None:
         """Of the weights that are no experts; None if they stay as they are."""
-        format = parse_format(self.rest)
+        format = parse_format(self.dense_precision)
         return format if isinstance(format, GroupedFormat) else None
 
     def format(self, block: MoeBlock) -> Format:

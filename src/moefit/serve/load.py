@@ -37,7 +37,7 @@ from moefit.serve.layer.router_probe import attach_hooks, follow_rules
 from moefit.serve.memory.budget import MemoryBudget, format_bytes
 from moefit.serve.memory.estimate import (
     PlacementBudget,
-    heed_system,
+    check_system_memory,
     held_bytes,
     memory_budget,
     weight_bytes,
@@ -73,7 +73,7 @@ def load_model(
     packed = open_packed(skeleton, _formats_to_encode(settings))
     budget = memory_budget(skeleton, settings, packed)
     budget.slots()  # refuses a budget below the floor
-    heed_system(budget, device)
+    check_system_memory(budget, device)
     _refuse_encoding(skeleton, settings, budget)
     with ExitStack() as undo:
         parts = _parts(skeleton, packed, budget, settings, undo, progress)
@@ -83,7 +83,7 @@ def load_model(
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(
-                Upgrades(parts.blocks, ladders, parts.live.transfer, device),
+                Upgrades(parts.blocks, ladders, parts.shared.transfer, device),
                 partial(progress, "experts"),
             )
         undo.pop_all()
@@ -133,20 +133,20 @@ def _parts(
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks_by_name, packed)
     undo.callback(store.close)
     engine = CudaCopies(device) if device.type == "cuda" else CpuCopies()
-    tier = None if budget.host is None else HostCache(store, engine, limit=budget.host)
-    if tier is not None:
-        undo.callback(tier.close)
-    transfer = Transfer(tier or store, readers=settings.readers, engine=engine)
+    host_cache = None if budget.host is None else HostCache(store, engine, limit=budget.host)
+    if host_cache is not None:
+        undo.callback(host_cache.close)
+    transfer = Transfer(host_cache or store, readers=settings.readers, engine=engine)
     undo.callback(transfer.close)
-    live = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
+    shared = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
     if settings.refetch is not None:
         better = better_formats(skeleton.blocks, packed)
-        live.copies = BetterCopies(skeleton.blocks, better, transfer, live.counters, device)
-    blocks = {block.name: _served_block(block, live, settings) for block in skeleton.blocks}
+        shared.copies = BetterCopies(skeleton.blocks, better, transfer, shared.counters, device)
+    blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
     model = load_dense_weights(skeleton, blocks, device)
-    if (rest := settings.rest_format()) is not None:
+    if (rest := settings.dense_format()) is not None:
         quantize_dense_weights(model, rest, skeleton.blocks, partial(progress, "other weights"))
     return_freed_memory()
     return ServedParts(
@@ -157,8 +157,8 @@ def _parts(
         budget=budget,
         blocks=blocks,
         store=store,
-        tier=tier,
-        live=live,
+        host_cache=host_cache,
+        shared=shared,
         placement_budget=PlacementBudget(
             folder, settings, budget.process, budget.tokenizer, packed
         ),
@@ -174,28 +174,28 @@ def _make_slots(parts: ServedParts, device: torch.device, placement: Placement |
         else:
             grow(experts, count, device)
     spares = allocate_spares(parts.blocks.values(), device, placed=placement is not None)
-    parts.live.spares.update(spares)
+    parts.shared.spares.update(spares)
 
 
 def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
     """Raise BudgetTooSmallError if the other weights don't fit as they are, to be encoded."""
-    if settings.rest_format() is None or budget.total is None:
+    if settings.dense_format() is None or budget.total is None:
         return
     native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
     needed = budget.process + budget.tokenizer + native
     if needed > budget.total:
         raise BudgetTooSmallError(
             f"a budget of {format_bytes(budget.total)} does not hold the {format_bytes(native)} "
-            f"of weights that are no experts while they are being encoded as {settings.rest}; give "
-            f"at least {needed} bytes"
+            f"of dense weights while they are being encoded as {settings.dense_precision}; give at "
+            f"least {needed} bytes"
         )
 
 
-def _served_block(block: MoeBlock, live: SharedState, settings: LoadSettings) -> VirtualExperts:
+def _served_block(block: MoeBlock, shared: SharedState, settings: LoadSettings) -> VirtualExperts:
     eviction = POLICIES[settings.eviction]()
     experts = VirtualExperts(
         block,
-        live,
+        shared,
         SlotTable(block.num_experts, 0, eviction),
         {},
         eviction,

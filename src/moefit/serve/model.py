@@ -20,7 +20,7 @@ from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
-from moefit.serve.memory.estimate import heed_system
+from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.report import BlockView, ServedParts, report_of, view_of
 
@@ -35,7 +35,7 @@ class ServedModel:
         self._parts = parts
         self.folder, self.model, self._tokenizer = parts.folder, parts.model, parts.tokenizer
         self.blocks, self._budget = parts.blocks, parts.budget
-        self._store, self._tier, self._live = parts.store, parts.tier, parts.live
+        self._store, self._host_cache, self._shared = parts.store, parts.host_cache, parts.shared
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
         guard(self.model, self.blocks)
@@ -70,12 +70,12 @@ class ServedModel:
     @property
     def policy(self) -> Policy:
         """What happens on a miss, in force."""
-        return self._live.policy
+        return self._shared.policy
 
     @property
     def loads_failing(self) -> bool:
         """Whether experts cannot be read now; unlike `report()`, waits for no step."""
-        return self._live.transfer.failures.failing
+        return self._shared.transfer.failures.failing
 
     def _context(self) -> int | None:
         """The most tokens that a step may hold; without a budget there is no limit."""
@@ -97,13 +97,13 @@ class ServedModel:
         or OSError where the system has no such memory; everything is then as it was.
         """
         total = None if memory is None else parse_bytes(memory)
-        with self._live.lock:  # also while it is reckoned from the one in force
+        with self._shared.lock:  # also while it is reckoned from the one in force
             return self._set_total(total)
 
     def _set_total(self, total: int | None) -> MemoryBudget:
         budget = self._budget.with_total(total)
         counts = budget.slots()
-        heed_system(budget, self.model.device)
+        check_system_memory(budget, self.model.device)
         if self._budget.planned is not None and budget.planned is None:
             alike = {
                 name: BlockPlacement(slots=count, formats=(experts.format.name,))
@@ -145,10 +145,10 @@ class ServedModel:
         total = None if memory is None else parse_bytes(memory)
         budget = self.placement_budget.budget(placement, total)
         budget.slots()  # refuses what does not fit
-        with self._live.lock:
+        with self._shared.lock:
             policy = self.checked_policy(mode, **settings)
             self._take(placement, budget, policy, placed=True)
-            self._live.manager = manager or self._live.manager
+            self._shared.manager = manager or self._shared.manager
         return budget
 
     def _take(
@@ -157,9 +157,9 @@ class ServedModel:
         """Give blocks these slots, and begin to fill them; placed as of `allocate_spares`."""
         with self._still():
             try:
-                spares = self._live.spares
+                spares = self._shared.spares
                 apply_placement(self.blocks, spares, placement, self.model.device, placed=placed)
-                self._budget, self._live.policy = budget, policy
+                self._budget, self._shared.policy = budget, policy
             finally:
                 for experts in self.blocks.values():
                     experts.fill()
@@ -167,11 +167,11 @@ class ServedModel:
     @contextmanager
     def _still(self) -> Iterator[None]:
         """No step and no swap is under way within; what was to be loaded is, in the end."""
-        with self._live.lock:
-            self._live.transfer.settle()  # slots may go that work in a GPU's queue still reads
+        with self._shared.lock:
+            self._shared.transfer.settle()  # slots may go that work in a GPU's queue still reads
             unfilled = [experts for experts in self.blocks.values() if experts.swaps]
             for experts in unfilled:
-                experts.swaps.give_up()
+                experts.swaps.cancel()
             try:
                 self._settle()
                 yield
@@ -188,15 +188,15 @@ class ServedModel:
 
         progress hears how many experts of how many have come.
         """
-        with self._live.lock:
-            self._upgrades, self._live.each_step = upgrades, upgrades.step
+        with self._shared.lock:
+            self._upgrades, self._shared.on_step = upgrades, upgrades.step
             upgrades.set_capacity(self._budget.remaining_bytes())
-            if all(one.slot_table.number == one.num_experts for one in self.blocks.values()):
+            if all(one.slot_table.num_slots == one.num_experts for one in self.blocks.values()):
                 upgrades.fill(progress)
 
     def settle_precision(self) -> None:
         """Carry changes of precision out now that would else follow in the background."""
-        with self._live.lock:
+        with self._shared.lock:
             if self._upgrades:
                 self._upgrades.settle()
 
@@ -208,16 +208,16 @@ class ServedModel:
         Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
         routing rule is not known, so that nothing but exact is possible.
         """
-        with self._live.lock:  # also while it is made of the one in force, or changes are lost
+        with self._shared.lock:  # also while it is made of the one in force, or changes are lost
             policy = self.checked_policy(mode, **settings)
             if policy.residency == "fixed":
                 self._settle()
-            self._live.policy = policy
+            self._shared.policy = policy
         return policy
 
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
         """The policy that `set_mode` would put in force; changes nothing. Raises what it does."""
-        policy = self._live.policy.changed(mode, **settings)
+        policy = self._shared.policy.changed(mode, **settings)
         self._check_refetch(mode, settings.get("refetch"))
         unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
@@ -236,7 +236,7 @@ class ServedModel:
                 f"refetch={share!r} belongs to mode exact, and the mode is {mode!r}; give one of "
                 "the two"
             )
-        if self._live.copies is None:
+        if self._shared.copies is None:
             raise ConfigError(
                 f"refetch={share!r} needs slots for better copies, and none were reserved when the "
                 "model was loaded; load it with precision auto and refetch"
@@ -244,8 +244,8 @@ class ServedModel:
 
     def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
         """Hold just these experts, by block name, as far as there are slots."""
-        with self._live.lock:
-            self._live.transfer.settle()
+        with self._shared.lock:
+            self._shared.transfer.settle()
             for name, experts in residents.items():
                 self.blocks[name].hold(experts)
 
@@ -258,66 +258,66 @@ class ServedModel:
 
         What its numbers are is in `report_of`.
         """
-        with self._live.lock:
+        with self._shared.lock:
             return report_of(self._parts, self._budget)
 
     def views(self) -> list[BlockView]:
         """Every block as it is now, for people to look at."""
-        with self._live.lock:
+        with self._shared.lock:
             return [view_of(name, experts) for name, experts in self.blocks.items()]
 
     def reset(self) -> None:
         """Count from zero; loads and bytes read go on."""
-        with self._live.lock:
-            self._live.counters.__init__()
+        with self._shared.lock:
+            self._shared.counters.__init__()
 
     @contextmanager
-    def untouched(self, policy: Policy) -> Iterator[None]:
+    def isolated(self, policy: Policy) -> Iterator[None]:
         """Compute under `policy` within the block, and leave no trace of it.
 
         Residents, importance, counters and the policy are afterwards what they were before.
         """
-        with self._live.lock:
+        with self._shared.lock:
             self._settle()
-            before, counters = self.policy, replace(self._live.counters)
-            self._live.policy = replace(policy, residency="fixed")
+            before, counters = self.policy, replace(self._shared.counters)
+            self._shared.policy = replace(policy, residency="fixed")
         try:
             yield
         finally:
-            with self._live.lock:
-                self._live.policy = before
+            with self._shared.lock:
+                self._shared.policy = before
                 for name in counters.__slots__:
-                    setattr(self._live.counters, name, getattr(counters, name))
+                    setattr(self._shared.counters, name, getattr(counters, name))
 
     def check(self) -> None:
         """Raise AssertionError if tables, slots or bytes don't agree."""
-        with self._live.lock:
-            held = self._live.spare_bytes
+        with self._shared.lock:
+            held = self._shared.spare_bytes
             for experts in self.blocks.values():
                 experts.slot_table.check()
                 experts.swaps.check()
-                assert experts.slot_table.number == len(experts.slots), experts.block.name
+                assert experts.slot_table.num_slots == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
-            if self._live.copies is not None:
-                self._live.copies.check()
-                held += self._live.copies.nbytes
+            if self._shared.copies is not None:
+                self._shared.copies.check()
+                held += self._shared.copies.nbytes
             total = self._budget.total
             room = None if total is None else total - self._budget.fixed + self._budget.staging
             assert room is None or held <= room, f"{held} bytes held, {room} may be"
-            if self._tier is not None:
-                self._tier.check()
+            if self._host_cache is not None:
+                self._host_cache.check()
             if self._upgrades:
                 self._upgrades.check()
 
     def close(self) -> None:
         """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""
-        with self._live.lock:
+        with self._shared.lock:
             for hook in self._hooks:
                 hook.remove()
             self._undo_attention()
-        self._live.transfer.close()
-        if self._tier is not None:
-            self._tier.close()
+        self._shared.transfer.close()
+        if self._host_cache is not None:
+            self._host_cache.close()
         self._store.close()
 
     def _settle(self) -> None:

@@ -51,7 +51,7 @@ def view_of(name: str, experts: VirtualExperts) -> BlockView:
     return BlockView(
         name=name,
         experts=experts.num_experts,
-        slots=slot_table.number,
+        slots=slot_table.num_slots,
         resident=tuple(resident),
         formats=tuple(formats),
         importance=tuple(round(score / largest, 4) for score in scores),
@@ -60,7 +60,7 @@ def view_of(name: str, experts: VirtualExperts) -> BlockView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedParts:
-    """budget: the ledger to begin with. tokenizer: or why there is none. tier: on a GPU."""
+    """budget: the ledger to begin with. tokenizer: or why there is none. host_cache: on a GPU."""
 
     folder: Path
     model: PreTrainedModel
@@ -69,8 +69,8 @@ class ServedParts:
     budget: MemoryBudget
     blocks: Mapping[str, VirtualExperts]
     store: ExpertStore
-    tier: HostCache | None
-    live: SharedState
+    host_cache: HostCache | None
+    shared: SharedState
     placement_budget: PlacementBudget
     hooks: tuple[RemovableHandle, ...]
 
@@ -84,18 +84,18 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
     background; `loads_failing` says whether reading fails now (`LoadFailures`). `host_...` are
     there on a GPU (`HostCache.report`).
     """
-    blocks, live, device = parts.blocks, parts.live, parts.model.device
+    blocks, shared, device = parts.blocks, parts.shared, parts.model.device
     return {
-        "mode": live.policy.mode,
-        "prefill": live.policy.prefill,
-        "refetch": live.policy.refetch,
+        "mode": shared.policy.mode,
+        "prefill": shared.policy.prefill,
+        "refetch": shared.policy.refetch,
         "budget": budget.as_dict(),
         "slot_bytes": sum(s.nbytes for one in blocks.values() for s in one.slots.values()),
-        "spare_bytes": live.spare_bytes,
-        "scratch_bytes": 0 if live.copies is None else live.copies.nbytes,
+        "spare_bytes": shared.spare_bytes,
+        "scratch_bytes": 0 if shared.copies is None else shared.copies.nbytes,
         "process_bytes": held_bytes(device),
         "peak_process_bytes": peak_held_bytes(device),
-        "slots": {name: one.slot_table.number for name, one in blocks.items()},
+        "slots": {name: one.slot_table.num_slots for name, one in blocks.items()},
         "experts": {name: one.num_experts for name, one in blocks.items()},
         "formats": {name: _formats_of(one) for name, one in blocks.items()},
         "resident": {name: sorted(one.slot_table.residents) for name, one in blocks.items()},
@@ -105,11 +105,11 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "packed_ignored": list(parts.store.packed.ignored),
         "calibrated_on": parts.store.packed.texts,
         "bytes_read": parts.store.bytes_read,
-        "loads": live.transfer.loads,
-        "load_seconds": live.transfer.load_seconds,
-        **live.transfer.failures.as_dict(),
-        **(parts.tier.report() if parts.tier else {}),
-        **live.counters.as_dict(),
+        "loads": shared.transfer.loads,
+        "load_seconds": shared.transfer.load_seconds,
+        **shared.transfer.failures.as_dict(),
+        **(parts.host_cache.report() if parts.host_cache else {}),
+        **shared.counters.as_dict(),
     }
 
 

@@ -37,7 +37,7 @@ class LivePlan:
     def __init__(self, engine: Engine, plan: Plan, make: Callable[[int], Plan]):
         self._engine, self._make = engine, make
         self.plan: Plan | None = plan
-        low, high = engine.served.placement_budget.ends
+        low, high = engine.served.placement_budget.bounds
         self.ends = low + SLACK, high + SLACK
         self._rule, self._rest = plan.rule, plan.configuration.rest
         self._planning = Lock()

@@ -153,7 +153,7 @@ def test_mode_and_manager_change_with_it_and_swaps_go_on() -> None:
         )
         commit(served)
         assert (served.policy.mode, served.policy.prefill) == ("virtual", "virtual")
-        assert served._live.manager.every == 2
+        assert served._shared.manager.every == 2
         for seed in range(12):
             logits(served.model, tokens(1, 12, seed=seed))
             commit(served)

@@ -92,9 +92,9 @@ class Table(RuleBasedStateMachine):
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data(), expert=experts)
-    def give(self, data, expert: int) -> None:
+    def set_owner(self, data, expert: int) -> None:
         slot = data.draw(st.sampled_from(sorted(self.slots)))
-        self.table.give(expert, slot)
+        self.table.set_owner(expert, slot)
         self.own = {e: own for e, own in self.own.items() if own != slot} | {expert: slot}
 
     @invariant()
@@ -106,7 +106,7 @@ class Table(RuleBasedStateMachine):
         assert sorted(self.table.filling) == sorted(self.filling.values())
         assert {e: self.table.slot(e) for e in self.residents} == self.residents
         assert self.own == {e: s for s in self.slots if (e := self.table.owner(s)) is not None}
-        assert self.table.number == len(self.slots) and self.table.empty == len(self.empty)
+        assert self.table.num_slots == len(self.slots) and self.table.empty == len(self.empty)
 
 
 Table.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

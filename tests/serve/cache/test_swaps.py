@@ -33,7 +33,7 @@ class Bench:
         self.block, self.module = mixtral_block()
         self.store = MemoryStore(self.block, self.module)
         self.transfer = Transfer(self.store, readers=1)
-        self.live = SharedState(
+        self.shared = SharedState(
             policy=Policy(),
             manager=VirtualExpertManager(max_swaps=2, margin=0.1),
             transfer=self.transfer,
@@ -43,9 +43,9 @@ class Bench:
         self.slots = {index: new_slot() for index in range(slots)}
         some = [new_slot() for _ in range(spares)]
         self.kind = NATIVE.name, new_slot().nbytes
-        self.live.spares[self.kind] = some
+        self.shared.spares[self.kind] = some
         self.held = slots + spares
-        self.swaps = Swaps(self.block.name, self.live, self.slot_table, self.slots)
+        self.swaps = Swaps(self.block.name, self.shared, self.slot_table, self.slots)
         for expert in residents:
             slot = self.slot_table.reserve(expert)
             assert slot is not None
@@ -69,8 +69,8 @@ class Bench:
         """Tables agree, no slot was lost or won, and every resident is whole."""
         self.slot_table.check()
         self.swaps.check()
-        assert self.slot_table.number == len(self.slots)
-        assert len(self.slots) + len(self.live.spares[self.kind]) == self.held
+        assert self.slot_table.num_slots == len(self.slots)
+        assert len(self.slots) + len(self.shared.spares[self.kind]) == self.held
         for expert in self.residents:
             slot = self.slots[self.slot_table.slot(expert)]
             for short, value in parts_of(self.module, self.block, expert).items():
@@ -104,14 +104,14 @@ def test_a_swap_is_seen_when_it_is_published_and_whole(make) -> None:
     bench.store.gate.clear()
     assert bench.begin(0, 5) == 2 and len(bench.swaps) == 2
     bench.swaps.publish()
-    assert bench.residents == {1, 4} and bench.live.spare_bytes == 0
+    assert bench.residents == {1, 4} and bench.shared.spare_bytes == 0
     bench.check()
     bench.store.gate.set()
     bench.wait()
     assert bench.residents == {1, 4}
     bench.swaps.publish()
     assert bench.residents == {0, 5} and not bench.swaps
-    assert bench.live.counters.swaps == 2
+    assert bench.shared.counters.swaps == 2
     bench.check()
 
 
@@ -145,7 +145,7 @@ def test_who_is_leaving_does_not_leave_twice_nor_come_back_meanwhile(make) -> No
 def test_filling_evicts_nobody(make) -> None:
     bench = make(4, residents=[1])
     bench.swaps.fill(wanting(0, 5, 6, 7), bench.kind)
-    assert len(bench.swaps) == 3 and bench.live.spare_bytes == 2 * new_slot().nbytes
+    assert len(bench.swaps) == 3 and bench.shared.spare_bytes == 2 * new_slot().nbytes
     bench.swaps.settle()
     assert bench.residents == {0, 1, 5, 6}
     assert bench.begin(7, fill=True) == 0
@@ -166,9 +166,9 @@ def test_what_is_given_up_before_it_is_read_leaves_no_trace(make) -> None:
     bench.swaps.fill(wanting(0, 1, 2, 3, 4, 5), bench.kind)
     while sum(pending.done.running() for pending in bench.swaps._pending) < 2:  # two threads read
         time.sleep(0.001)
-    bench.swaps.give_up([0, 4])
+    bench.swaps.cancel([0, 4])
     assert len(bench.swaps) == 5, "0 is being read already"
-    bench.swaps.give_up()
+    bench.swaps.cancel()
     assert len(bench.swaps) == 2 and bench.slot_table.empty == 4
     bench.check()
     bench.store.gate.set()
@@ -194,8 +194,8 @@ def test_a_failed_swap_gives_its_spare_back_and_leaves_the_residents(make) -> No
     bench.store.broken = {0}
     bench.begin(0, 5)
     bench.swaps.settle()
-    assert bench.residents == {1, 5} and len(bench.live.spares[bench.kind]) == 2
-    assert bench.live.counters.swaps == 1
+    assert bench.residents == {1, 5} and len(bench.shared.spares[bench.kind]) == 2
+    assert bench.shared.counters.swaps == 1
     bench.check()
 
 
@@ -237,7 +237,7 @@ class Life(OverStorage):
 
     @rule(experts=st.none() | st.sets(st.integers(0, NUM_EXPERTS - 1)))
     def give_up(self, experts: set[int] | None) -> None:
-        self.bench.swaps.give_up(experts)
+        self.bench.swaps.cancel(experts)
 
     @rule()
     def publish(self) -> None:

@@ -33,7 +33,7 @@ def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) ->
     model = tiny(family, **SIZES, tie_word_embeddings=tied)
     folder = saved(model, tmp_path)
     ids = torch.randint(1, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
-    with moefit.load(folder, rest="int8") as served, torch.inference_mode():
+    with moefit.load(folder, dense_precision="int8") as served, torch.inference_mode():
         kinds = {type(module) for module in served.model.modules()}
         assert {GroupedLinear, GroupedEmbedding} <= kinds
         prompt = served.model(ids).logits
@@ -46,7 +46,10 @@ def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) ->
 
 def test_the_ledger_counts_what_is_there(tmp_path) -> None:
     folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
-    with moefit.load(folder, rest="int4") as served:
+    with (
+        pytest.warns(DeprecationWarning, match="dense_precision"),
+        moefit.load(folder, rest="int4") as served,
+    ):
         held = {id(t): t.nbytes for t in (*served.model.parameters(), *served.model.buffers())}
         assert sum(held.values()) == pytest.approx(served.budget.weights, rel=0.02)
         with moefit.load(folder) as native:
@@ -82,7 +85,7 @@ def test_what_is_decoded_at_once_is_bounded(monkeypatch) -> None:
 
 def test_generates(tmp_path) -> None:
     folder = saved(tiny("Olmoe", dtype=torch.bfloat16, **SIZES), tmp_path)
-    with moefit.load(folder, rest="int8", precision="int8") as served:
+    with moefit.load(folder, dense_precision="int8", precision="int8") as served:
         made = served.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
         assert made.shape == (1, 8)
 
@@ -93,4 +96,4 @@ def test_native_weights_must_fit_while_they_are_encoded(tmp_path, monkeypatch) -
     monkeypatch.setattr("moefit.serve.memory.estimate.weight_bytes", lambda *_: 8 << 30)
     monkeypatch.setattr("moefit.serve.memory.estimate.saved_bytes", lambda *_: (8 << 30) - 1)
     with pytest.raises(BudgetTooSmallError, match="while they are being encoded as int4"):
-        moefit.load(folder, rest="int4", memory="6GiB")
+        moefit.load(folder, dense_precision="int4", memory="6GiB")

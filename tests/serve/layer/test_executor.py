@@ -180,7 +180,7 @@ def test_a_failed_read_leaves_the_table_whole_and_the_next_call_works(
         bench(x_TD, routing)
     bench.slot_table.check()
     assert not bench.slot_table.filling and not set(bench.slot_table.residents) & broken
-    assert bench.slot_table.number == slots
+    assert bench.slot_table.num_slots == slots
     bench.store.broken = set()
     torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
 

@@ -37,7 +37,7 @@ class Bench:
         block, module = mixtral_block()
         self.store = MemoryStore(block, module)
         self.transfer = Transfer(self.store, readers=2)
-        self.live = SharedState(
+        self.shared = SharedState(
             policy=Policy(**policy),
             manager=VirtualExpertManager(every=1, max_swaps=2, margin=0.1),
             transfer=self.transfer,
@@ -45,7 +45,7 @@ class Bench:
         eviction = LeastRecentlyUsed()
         self.experts = VirtualExperts(
             block,
-            self.live,
+            self.shared,
             SlotTable(NUM_EXPERTS, slots, eviction),
             {index: new_slot() for index in range(slots)},
             eviction,
@@ -53,7 +53,7 @@ class Bench:
         )
         self.experts.scoring = RULE
         spares = [new_slot() for _ in range(2)]
-        self.live.spares[spares[0].format.name, spares[0].nbytes] = spares
+        self.shared.spares[spares[0].format.name, spares[0].nbytes] = spares
         self.held = slots + 2
 
     @property
@@ -81,8 +81,8 @@ class Bench:
         self.experts.slot_table.check()
         self.experts.swaps.check()
         slots = self.experts.slots
-        assert self.experts.slot_table.number == len(slots)
-        assert len(slots) + sum(map(len, self.live.spares.values())) == self.held
+        assert self.experts.slot_table.num_slots == len(slots)
+        assert len(slots) + sum(map(len, self.shared.spares.values())) == self.held
         block, module = mixtral_block()
         for expert in self.residents:
             slot = slots[self.experts.slot_table.slot(expert)]
@@ -142,7 +142,7 @@ def test_exact_is_the_reference_at_any_number_of_slots(make, slots: int) -> None
         y_TD, x_TD, routing = bench.step(torch.randn(1 + 4 * (seed % 2), NUM_EXPERTS), seed=seed)
         torch.testing.assert_close(y_TD, reference(x_TD, routing))
         bench.check()
-    assert bench.live.counters.substituted_mass == 0
+    assert bench.shared.counters.substituted_mass == 0
 
 
 def test_virtual_answers_with_residents_alone(make) -> None:
@@ -154,7 +154,7 @@ def test_virtual_answers_with_residents_alone(make) -> None:
     assert routing.ids_TK.tolist() == [[0, 4]]
     torch.testing.assert_close(y_TD, reference(x_TD, restricted(logits_TE, {1, 4, 6})))
     weights_K = routing.weights_TK[0]
-    assert bench.live.counters.substituted_mass == pytest.approx(float(weights_K[0]), rel=1e-5)
+    assert bench.shared.counters.substituted_mass == pytest.approx(float(weights_K[0]), rel=1e-5)
     bench.wait()
     assert bench.store.reads[reads:] == [0], "the router's choice counts, absent or not"
     bench.check()
@@ -175,7 +175,7 @@ def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
     y_TD, x_TD, routing = bench.step(preferring(0, 5))
     assert bench.residents == {0, 5}
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
-    assert bench.live.counters.swaps == 2
+    assert bench.shared.counters.swaps == 2
     bench.check()
 
 
@@ -353,7 +353,7 @@ class Life(OverStorage):
         bound=st.sampled_from([0.0, 0.3, 1.0]),
     )
     def change(self, **policy: Any) -> None:
-        self.bench.live.policy = Policy(**policy)
+        self.bench.shared.policy = Policy(**policy)
 
     @rule(
         tokens=st.sampled_from([1, 1, 1, 3, 9]), seed=st.integers(0, 99), prefilling=st.booleans()
@@ -361,7 +361,7 @@ class Life(OverStorage):
     def step(self, tokens: int, seed: int, prefilling: bool) -> None:
         generator = torch.Generator().manual_seed(seed)
         logits_TE = 2 * torch.randn(tokens, NUM_EXPERTS, generator=generator)
-        policy, experts = self.bench.live.policy, self.bench.experts
+        policy, experts = self.bench.shared.policy, self.bench.experts
         mode = policy.prefill if prefilling else policy.mode
         if not self.bench.store.gate.is_set():
             threading.Timer(0.01, self.bench.store.gate.set).start()
@@ -382,7 +382,7 @@ class Life(OverStorage):
         self.bench.store.gate.set()
         experts = self.bench.experts
         experts.swaps.settle()
-        change = slots - experts.slot_table.number
+        change = slots - experts.slot_table.num_slots
         for index in experts.slot_table.shrink(max(0, -change)):
             del experts.slots[index]
         for index in experts.slot_table.grow(max(0, change)):

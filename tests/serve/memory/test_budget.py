@@ -93,7 +93,7 @@ def test_slots_never_exceed_the_total(budget: MemoryBudget, more: int) -> None:
     budget = budget.with_total(budget.min_bytes + more)
     counts = budget.slots()
     assert budget.total is not None
-    assert budget.with_slots(counts) <= budget.total
+    assert budget.total_for_slots(counts) <= budget.total
     for count, block in zip(counts, budget.blocks, strict=True):
         assert block.min_slots <= count <= block.num_experts
 
@@ -108,7 +108,7 @@ def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
     assert counts[0] - counts[-1] <= 1
     if counts != tuple(block.num_experts for block in budget.blocks):
         assert budget.total is not None
-        left = budget.total - budget.with_slots(counts)
+        left = budget.total - budget.total_for_slots(counts)
         assert left < budget.blocks[0].slot_bytes
 
 
@@ -123,7 +123,7 @@ def test_more_memory_is_never_fewer_slots(budget: MemoryBudget, some: int, more:
 def test_at_the_floor_each_block_has_its_fewest(budget: MemoryBudget) -> None:
     counts = budget.with_total(budget.min_bytes).slots()
     assert counts == tuple(block.min_slots for block in budget.blocks)
-    assert budget.with_slots(counts) == budget.min_bytes
+    assert budget.total_for_slots(counts) == budget.min_bytes
 
 
 @given(ledgers(), st.integers(1, 10**9))
@@ -153,7 +153,7 @@ def test_everything_is_the_least_total_with_all_resident(budget: MemoryBudget, m
     everyone = tuple(block.num_experts for block in budget.blocks)
     assert budget.slots() == everyone
     assert budget.with_total(budget.all_resident_bytes + more).slots() == everyone
-    assert budget.with_slots(everyone) == budget.all_resident_bytes
+    assert budget.total_for_slots(everyone) == budget.all_resident_bytes
     if budget.all_resident_bytes > budget.min_bytes:
         assert budget.with_total(budget.all_resident_bytes - 1).slots() != everyone
 
@@ -201,5 +201,5 @@ def test_a_plan_that_does_not_fit_is_forgotten_and_the_floor_that_was_shown_is_o
         assert after == replace(planned, total=total) and after.slots() == counts
         return
     assert after.planned is None and after.min_bytes == planned.min_bytes <= total
-    assert after.with_slots(after.slots()) <= total
+    assert after.total_for_slots(after.slots()) <= total
     assert after.fixed == planned.fixed + plan.spares

@@ -76,7 +76,9 @@ def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetTooSmallError, match="at least"):
         record_block_inputs(skeleton, calibration(memory=1 << 20), tmp_path / "none")
     budget = memory_budget(build_skeleton(folder), LoadSettings(context=16))
-    least = budget.with_slots([1] * len(budget.blocks)) + (64 << 20)  # the process grows meanwhile
+    least = budget.total_for_slots([1] * len(budget.blocks)) + (
+        64 << 20
+    )  # the process grows meanwhile
     small = record_block_inputs(
         build_skeleton(folder), calibration(memory=least), tmp_path / "small"
     )

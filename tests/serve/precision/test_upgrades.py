@@ -84,7 +84,7 @@ def test_what_a_budget_buys_is_known_beforehand(folder) -> None:
 
 def test_loading_says_how_many_experts_have_come(folder) -> None:
     heard: list[tuple[str, int, int]] = []
-    how = {"precision": "auto", "memory": "4GiB", "rest": "int8", "context": 64}
+    how = {"precision": "auto", "memory": "4GiB", "dense_precision": "int8", "context": 64}
     with moefit.load(folder, progress=lambda *one: heard.append(one), **how):
         experts = [one for one in heard if one[0] == "experts"]
         assert experts == sorted(experts) and experts[-1] == ("experts", 16, 16)

@@ -75,7 +75,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     tab.script("document.getElementById('try-prompt').value = arguments[0]", PROMPT)
     tab.write("try-tokens", "1500")
     tab.click("try-run")
-    room = sum(one.slot_table.number for one in engine.served.blocks.values())
+    room = sum(one.slot_table.num_slots for one in engine.served.blocks.values())
     tab.until(lambda: tab.text("map-count") == str(room))
     picture, ledger = tab.map_picture(), tab.text("parts")
     bar = tab.script("return document.querySelector('.part.slots').style.width")

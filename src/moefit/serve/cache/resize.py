@@ -42,7 +42,7 @@ def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Colle
     Raises OSError if there is no memory; blocks then have as many as before.
     """
     changes = {
-        name: count - experts.slot_table.number
+        name: count - experts.slot_table.num_slots
         for (name, experts), count in zip(blocks.items(), counts, strict=True)
     }
     for name, change in changes.items():
@@ -80,7 +80,7 @@ def allocate_spares(
     """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
     spares: Spares = {}
     for experts in blocks:
-        if experts.slot_table.number == experts.num_experts and placed:
+        if experts.slot_table.num_slots == experts.num_experts and placed:
             continue
         if experts.spares_key not in spares:
             specs = experts.block.layout.specs
@@ -110,7 +110,7 @@ def apply_placement(
     except BaseException:
         spares.clear()
         for experts in blocks.values():
-            shrink(experts, experts.slot_table.number)
+            shrink(experts, experts.slot_table.num_slots)
         for name, experts in blocks.items():
             before[name].restore(experts, device)
         for key, number, format, specs in kinds:
@@ -147,7 +147,7 @@ def _release_slots(experts: VirtualExperts, one: BlockPlacement) -> None:
         if experts.slots[slot_table.slot(expert)].format != one.format_of(expert):
             slot_table.evict(expert)
     shrink(experts, slot_table.empty)
-    shrink(experts, max(0, slot_table.number - one.slots))
+    shrink(experts, max(0, slot_table.num_slots - one.slots))
     experts.format = one.largest(experts.block)
 
 
@@ -155,11 +155,11 @@ def _add_missing_slots(experts: VirtualExperts, one: BlockPlacement, device: tor
     """Add the slots of a placement that are missing, empty."""
     slot_table = experts.slot_table
     if not one.by_expert:
-        grow(experts, one.slots - slot_table.number, device)
+        grow(experts, one.slots - slot_table.num_slots, device)
         return
     for expert in range(experts.num_experts):
         if expert in slot_table.residents:
-            slot_table.give(expert, slot_table.slot(expert))
+            slot_table.set_owner(expert, slot_table.slot(expert))
         else:
             _add_slot(experts, one.format_of(expert), expert, device)
 
@@ -172,7 +172,7 @@ def _add_slot(
     (index,) = experts.slot_table.grow(1)
     experts.slots[index] = slot
     if owner is not None:
-        experts.slot_table.give(owner, index)
+        experts.slot_table.set_owner(owner, index)
 
 
 def return_freed_memory() -> None:

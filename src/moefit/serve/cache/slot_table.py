@@ -12,7 +12,7 @@ from moefit.serve.cache.eviction import EvictionPolicy
 
 
 class SlotTable:
-    """The slot table of one block. `number` counts slots; their indices may have gaps."""
+    """The slot table of one block. `num_slots` counts slots; their indices may have gaps."""
 
     def __init__(self, num_experts: int, slots: int, policy: EvictionPolicy):
         self.num_experts = num_experts
@@ -29,7 +29,7 @@ class SlotTable:
         return self._slot_of.keys()
 
     @property
-    def number(self) -> int:
+    def num_slots(self) -> int:
         """Slots in all."""
         return len(self._slot_of) + len(self._filling) + len(self._empty)
 
@@ -86,7 +86,7 @@ class SlotTable:
         self._empty.append(slot)
         return slot
 
-    def give(self, expert: int, slot: int) -> None:
+    def set_owner(self, expert: int, slot: int) -> None:
         """Make the slot the expert's own, and no other's: it goes there whenever that is empty."""
         assert slot in {*self._slot_of.values(), *self._filling, *self._empty}, slot
         self._own = {one: its for one, its in self._own.items() if its != slot} | {expert: slot}

@@ -36,7 +36,7 @@ class SharedState:
     lock: RLock = field(default_factory=RLock)
     spares: Spares = field(default_factory=dict)
     copies: BetterCopies | None = None  # None: no room is reserved for any
-    each_step: Callable[[], None] | None = None  # at the first block's step borders
+    on_step: Callable[[], None] | None = None  # at the first block's step borders
 
     @property
     def spare_bytes(self) -> int:
@@ -61,10 +61,10 @@ class Swaps:
     """
 
     def __init__(
-        self, block: str, live: SharedState, slot_table: SlotTable, slots: dict[int, Slot]
+        self, block: str, shared: SharedState, slot_table: SlotTable, slots: dict[int, Slot]
     ):
-        self._block, self._live = block, live
-        self._residency, self._slots = slot_table, slots
+        self._block, self._shared = block, shared
+        self._slot_table, self._slots = slot_table, slots
         self._pending: list[_PendingSwap] = []
 
     def __len__(self) -> int:
@@ -77,13 +77,13 @@ class Swaps:
         kind: of the spare slots (see `Spares`), as many as which may go at once.
         fill: only into slots that are empty; nobody leaves.
         """
-        spares = self._live.spares.get(kind, [])
+        spares = self._shared.spares.get(kind, [])
         begun = 0
         for swap in self._planned(scores):
             if swap.evict is not None:
                 if fill or not spares:
                     break
-                (index,) = self._residency.grow(1)
+                (index,) = self._slot_table.grow(1)
                 self._slots[index] = spares.pop()
             self._start(swap)
             begun += 1
@@ -91,11 +91,11 @@ class Swaps:
 
     def fill(self, scores: Sequence[float], kind: tuple[str, int]) -> None:
         """Begin to load the best absent experts into all empty slots; arguments as of `begin`."""
-        while self._residency.empty and len(self._residency.residents) + len(self) < len(scores):
+        while self._slot_table.empty and len(self._slot_table.residents) + len(self) < len(scores):
             if not self.begin(scores, kind, fill=True):
                 return
 
-    def give_up(self, experts: Collection[int] | None = None) -> None:
+    def cancel(self, experts: Collection[int] | None = None) -> None:
         """Drop swaps that bring these experts, all if None, as far as reading has not begun."""
         for pending in self._pending:
             if experts is None or pending.swap.load in experts:
@@ -119,27 +119,29 @@ class Swaps:
     def check(self) -> None:
         """Raise AssertionError if a swap's expert is not being loaded, or its slot is missing."""
         coming = [pending.swap.load for pending in self._pending]
-        assert sorted(coming) == sorted(self._residency.filling), "filling, but by no swap"
+        assert sorted(coming) == sorted(self._slot_table.filling), "filling, but by no swap"
         assert all(pending.slot in self._slots for pending in self._pending), "no such slot"
         leaving = self._leaving()
         assert len(set(leaving)) == len(leaving), f"an expert leaves twice: {leaving}"
 
     def _planned(self, scores: Sequence[float]) -> Sequence[Swap]:
         leaving = self._leaving()
-        return self._live.manager.plan(
-            [expert for expert in self._residency.residents if expert not in leaving],
+        return self._shared.manager.plan(
+            [expert for expert in self._slot_table.residents if expert not in leaving],
             scores,
-            empty=self._residency.empty,
-            filling=[*self._residency.filling, *leaving],
+            empty=self._slot_table.empty,
+            filling=[*self._slot_table.filling, *leaving],
         )
 
     def _leaving(self) -> list[int]:
         return [one.swap.evict for one in self._pending if one.swap.evict is not None]
 
     def _start(self, swap: Swap) -> None:
-        slot = self._residency.reserve(swap.load, protected=self._residency.residents)
+        slot = self._slot_table.reserve(swap.load, protected=self._slot_table.residents)
         assert slot is not None, "there is an empty one"
-        done = self._live.transfer.load(self._block, swap.load, self._slots[slot], background=True)
+        done = self._shared.transfer.load(
+            self._block, swap.load, self._slots[slot], background=True
+        )
         self._pending.append(_PendingSwap(swap, slot, done))
 
     def _end(self, pending: _PendingSwap) -> None:
@@ -150,18 +152,18 @@ class Swaps:
         self._pending.remove(pending)
         if failed:
             # Nobody waits for this expert; the next plan may try again. What is resident stays.
-            self._residency.abandon(pending.slot)
+            self._slot_table.abandon(pending.slot)
         else:
-            self._residency.publish(pending.slot)
-            self._live.counters.swaps += 1
-            if (old := pending.swap.evict) is not None and old in self._residency.residents:
-                self._residency.evict(old)
+            self._slot_table.publish(pending.slot)
+            self._shared.counters.swaps += 1
+            if (old := pending.swap.evict) is not None and old in self._slot_table.residents:
+                self._slot_table.evict(old)
         if pending.swap.evict is not None:
             self._return_spare()
 
     def _return_spare(self) -> None:
         """One slot goes back to the spares: an empty one, else that of the least important."""
-        for index in self._residency.shrink(1):
+        for index in self._slot_table.shrink(1):
             slot = self._slots.pop(index)
             kind = slot.format.name, slot.nbytes
-            self._live.spares.setdefault(kind, []).append(slot)
+            self._shared.spares.setdefault(kind, []).append(slot)

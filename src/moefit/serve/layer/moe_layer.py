@@ -44,7 +44,7 @@ class VirtualExperts(nn.Module):
     def __init__(
         self,
         block: MoeBlock,
-        live: SharedState,
+        shared: SharedState,
         slot_table: SlotTable,
         slots: dict[int, Slot],
         eviction: EvictionPolicy,
@@ -53,7 +53,7 @@ class VirtualExperts(nn.Module):
         super().__init__()
         self.format: Format = NATIVE  # of slots to come
         self.first = False  # of the model's blocks
-        self.block, self.live, self.slot_table, self.slots = block, live, slot_table, slots
+        self.block, self.shared, self.slot_table, self.slots = block, shared, slot_table, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
         self.output_energy = ExpertImportanceEstimator(self.num_experts, half_life_tokens=LONG)
@@ -64,8 +64,8 @@ class VirtualExperts(nn.Module):
         self.logits_TE: Tensor | None = None  # the router's hook leaves them here
         self.prefilling = False  # and the block's hook this
         self.recorder: Callable[[Routing], None] | None = None
-        self._invoke = ExpertInvoker(block, slot_table, slots, live.transfer, live.counters)
-        self.swaps = Swaps(block.name, live, slot_table, slots)
+        self._invoke = ExpertInvoker(block, slot_table, slots, shared.transfer, shared.counters)
+        self.swaps = Swaps(block.name, shared, slot_table, slots)
         self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
         self._steps = 0
 
@@ -76,7 +76,7 @@ class VirtualExperts(nn.Module):
         if self.recorder is not None:
             self.recorder(chosen)
             return torch.zeros_like(x)
-        with self.live.lock:
+        with self.shared.lock:
             return self._step(x_TD, chosen).view_as(x)
 
     def fill(self) -> None:
@@ -84,12 +84,12 @@ class VirtualExperts(nn.Module):
         self.swaps.fill(self.importance.scores(), self.spares_key)
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
-        policy = self.live.policy
-        if self.first and self.live.each_step and policy.residency == "manager":
-            self.live.each_step()
+        policy = self.shared.policy
+        if self.first and self.shared.on_step and policy.residency == "manager":
+            self.shared.on_step()
         mode = self._mode(policy)
         needed = self._in_use(chosen) if mode != "virtual" else ()
-        self.swaps.give_up(needed)  # the invoker reads at once what the background has not begun
+        self.swaps.cancel(needed)  # the invoker reads at once what the background has not begun
         self.swaps.publish(wait_for=needed)
         if self.swaps and not self.slot_table.residents and not self.slot_table.empty:
             self.swaps.wait_for_first()  # every slot is being filled
@@ -108,7 +108,7 @@ class VirtualExperts(nn.Module):
         if (
             policy.residency == "manager"
             and mode == "virtual"
-            and self.live.manager.due(self._steps)
+            and self.shared.manager.due(self._steps)
         ):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
@@ -125,8 +125,8 @@ class VirtualExperts(nn.Module):
         """Which experts are computed from better copies; None if none may be."""
         if policy.refetch is None or policy.mode != "exact" or self.prefilling:
             return None
-        assert self.live.copies is not None, "set_mode() refuses it then"
-        return self.live.copies.wanted(self.block.name, routing, policy.refetch, self._format_now)
+        assert self.shared.copies is not None, "set_mode() refuses it then"
+        return self.shared.copies.wanted(self.block.name, routing, policy.refetch, self._format_now)
 
     def _format_now(self, expert: int) -> Format:
         """Of the slot that an expert is in, or would come into."""
@@ -159,7 +159,7 @@ class VirtualExperts(nn.Module):
             for expert in experts:
                 slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
                 assert slot is not None, "there is an empty one"
-                load = self.live.transfer.load(self.block.name, expert, self.slots[slot])
+                load = self.shared.transfer.load(self.block.name, expert, self.slots[slot])
                 coming.append((slot, load))
             while coming:
                 wait_for_load(coming[0][1])
@@ -177,7 +177,7 @@ class VirtualExperts(nn.Module):
         slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
         assert slot is not None, "there is an empty one"
         try:
-            wait_for_load(self.live.transfer.load(self.block.name, expert, self.slots[slot]))
+            wait_for_load(self.shared.transfer.load(self.block.name, expert, self.slots[slot]))
         except BaseException:
             self.slot_table.abandon(slot)
             raise
@@ -225,10 +225,10 @@ class VirtualExperts(nn.Module):
         if policy.keep_mass:
             routing = mass_kept(chosen, routing)
         if routing is not chosen:
-            self.live.counters.substituted += substituted_mass(chosen, routing)
+            self.shared.counters.substituted += substituted_mass(chosen, routing)
             asked, answering = (set(one.ids_TK.unique().tolist()) for one in (chosen, routing))
-            self.live.counters.substitutions += len(asked - answering)
-        self.live.counters.routed += 1
+            self.shared.counters.substitutions += len(asked - answering)
+        self.shared.counters.routed += 1
         return routing
 
     def _restore(self, before: set[int]) -> None:

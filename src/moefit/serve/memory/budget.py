@@ -207,7 +207,7 @@ class MemoryBudget:
             open_blocks = [i for i in open_blocks if counts[i] < self.blocks[i].num_experts]
         return tuple(counts)
 
-    def with_slots(self, counts: Sequence[int]) -> int:
+    def total_for_slots(self, counts: Sequence[int]) -> int:
         """The total that these slots take."""
         if self.planned is not None and tuple(counts) == self.planned.counts:
             return self.fixed + self.planned.nbytes
@@ -222,7 +222,7 @@ class MemoryBudget:
         counts = self.slots()
         all_here = all(n == one.num_experts for n, one in zip(counts, self.blocks, strict=True))
         total = self.max_bytes if self.total is None else self.total
-        return total - self.with_slots(counts) if all_here else 0
+        return total - self.total_for_slots(counts) if all_here else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -80,7 +80,7 @@ def peak_held_bytes(device: torch.device) -> int:
     return peak_process_bytes() if device.type == "cpu" else torch.cuda.max_memory_reserved(device)
 
 
-def heed_system(budget: MemoryBudget, device: torch.device) -> None:
+def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
     """Compare what a budget lets the process take with what the system lets it have.
 
     A process that outgrows its control group is killed without a word, so that this is said while
@@ -291,7 +291,10 @@ def initial_formats(
     """What slots will hold at first; under precision auto, before experts differ by their use."""
     counts, format = budget.slots(), settings.format(skeleton.blocks[0])
     pairs = list(zip(skeleton.blocks, counts, strict=True))
-    formats, nbytes = Counter({format.name: sum(counts)}), budget.with_slots(counts) - budget.fixed
+    formats, nbytes = (
+        Counter({format.name: sum(counts)}),
+        budget.total_for_slots(counts) - budget.fixed,
+    )
     if settings.precision == AUTO_PRECISION and all(n == block.num_experts for block, n in pairs):
         ladders = by_expert({block.name: ladders_of(block, packed) for block in skeleton.blocks})
         chosen = first_choices(ladders, budget.remaining_bytes()).values()
@@ -325,7 +328,7 @@ def memory_budget(
     on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     packed = packed or open_packed(skeleton, settings.formats())
     weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
-    if (rest := settings.rest_format()) is not None:
+    if (rest := settings.dense_format()) is not None:
         weights -= saved_bytes(skeleton.model, rest, skeleton.blocks, skeleton.dtype.itemsize)
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     budget = MemoryBudget(
@@ -441,7 +444,7 @@ def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
     expert = rest = 0
     if any(isinstance(format, GroupedFormat) for format in settings.formats()):
         expert = max(block.expert_bytes for block in skeleton.blocks)
-    if settings.rest_format() is not None:
+    if settings.dense_format() is not None:
         rest = decoded_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
     return max(expert, rest)
 
@@ -470,7 +473,7 @@ class PlacementBudget:
         return self._here(memory_budget(self._skeleton(), settings, self.packed))
 
     @cached_property
-    def ends(self) -> tuple[int, int]:
+    def bounds(self) -> tuple[int, int]:
         """The least and the most that any placement takes."""
         skeleton = self._skeleton()
         each = {block.name: block.num_experts for block in skeleton.blocks}

@@ -148,7 +148,7 @@ class BetterCopies:
     def check(self) -> None:
         """Raise AssertionError if table, slots and reads don't agree."""
         self._table.check()
-        assert self._table.number == len(self._buffers), self._table.number
+        assert self._table.num_slots == len(self._buffers), self._table.num_slots
         first = self._first
         for key, load in self._loads.items():
             assert key in self._table.filling, f"{key} is being read into slot {load.slot}"
