@@ -38,9 +38,6 @@ def saved(tmp_path_factory):
     return str(folder)
 
 
-IN_AUTO = ("--precision", "auto", "--memory", "9GiB")
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -186,20 +183,6 @@ def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkey
     assert after.stdout == told.stdout
 
 
-def test_experts_that_matter_are_read_again_from_what_was_packed(saved, text, packed_cache):
-    run("pack", saved, "--formats", "int8,int2")
-    asked = (*IN_AUTO, "--refetch", "0.2")
-    told = run("generate", saved, "some", "--max-new-tokens", "4", *asked).stderr
-    assert "mode exact, better copies from 20% of a token's weight on" in " ".join(told.split())
-    scores = run("eval", saved, "--text", text, "--context", "32", *asked, "--json").stdout
-    assert json.loads(scores)["mode"] == "exact"
-    staging, alone = (
-        json.loads(run("describe", saved, *how, "--json").stdout)["staging"]
-        for how in (asked, IN_AUTO)
-    )
-    assert staging > alone
-
-
 def test_export(saved, tmp_path):
     run("export", saved, str(tmp_path / "olmoe"), "--experts-per-token", "2")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
@@ -279,15 +262,6 @@ def test_version():
         (["generate", "MODEL", "some", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
         (["bench", "MODEL", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
         (["describe", "MODEL", "--host-memory", "1GiB"], "on a CPU the slots themselves"),
-        (["generate", "MODEL", "some", "--refetch", "0"], "above 0, 1 at most"),
-        (["generate", "MODEL", "some", "--refetch", "0.3"], "precision 'native' all have the same"),
-        (
-            ["eval", "MODEL", *IN_AUTO, "--refetch", "0.3", "--mode", "virtual"],
-            "belongs to mode exact",
-        ),
-        (["bench", "MODEL", *IN_AUTO, "--refetch", "0.3"], "moefit pack MODEL --formats"),
-        (["serve", "MODEL", *IN_AUTO, "--refetch", "1.5", "--port", "0"], "above 0, 1 at most"),
-        (["generate", "MODEL", "some", "--refetch", "0.3", "--plan", "p"], "a plan decides this"),
         (["eval", "MODEL", "--rule", "best"], "is not an inference rule"),
         (["generate", "MODEL", ""], "the prompt is empty"),
         (["export", "MODEL", "OUT", "-k", "6"], "6"),

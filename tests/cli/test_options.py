@@ -38,8 +38,7 @@ def test_nothing_given_is_what_the_commands_default_says() -> None:
     assert not MemoryOptions(context=64).wanted and not MISS_OPTIONS.wanted
     assert MISS_OPTIONS.settings() == {"mode": "exact"}
     assert MissOptions(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
-    assert MissOptions(refetch=0.3).settings() == {"mode": "exact", "refetch": 0.3}
-    assert MissOptions(refetch=0.3).wanted and MissOptions(bound=0.2).wanted
+    assert MissOptions(bound=0.2).wanted
 
 
 def test_each_field_is_an_option() -> None:

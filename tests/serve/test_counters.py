@@ -13,7 +13,6 @@ def test_rates_by_hand() -> None:
     assert counters.hit_rate == 0.75
     assert counters.substituted_mass == pytest.approx(0.25)
     assert counters.as_dict() == {
-        "hits": 3, "fetches": 1, "substitutions": 0, "refetches": 0,
-        "refetch_bytes": 0, "swaps": 7, "wait_seconds": 0.25,
+        "hits": 3, "fetches": 1, "substitutions": 0, "swaps": 7, "wait_seconds": 0.25,
         "substituted": 0.5, "routed": 2, "hit_rate": 0.75, "substituted_mass": 0.25,
     }  # fmt: skip

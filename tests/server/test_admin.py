@@ -61,7 +61,7 @@ def test_the_picture(running, served) -> None:
     assert memory["requests"] == {"running": 0, "waiting": 0}
     assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
     assert memory["latency"]["ttft_p50"] is None
-    assert memory["counters"]["hits"] > 0 == memory["counters"]["refetches"]
+    assert memory["counters"]["hits"] > 0
     report = served.report()
     for block in memory["blocks"]:
         assert block["resident"] == report["resident"][block["name"]]
@@ -192,8 +192,6 @@ def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
     assert found["moefit:expert_requests_total fetch"] == report["fetches"]
     assert found["moefit:expert_requests_total substitute"] == report["substitutions"]
     assert found["moefit:expert_bytes_loaded_total storage"] == report["bytes_read"] > 0
-    assert found["moefit:expert_refetches_total"] == report["refetches"] == 0
-    assert found["moefit:expert_refetch_bytes_total"] == report["refetch_bytes"] == 0
     assert found["moefit:expert_swaps_total importance"] == report["swaps"]
     assert found["moefit:expert_load_seconds_count"] == report["loads"] > 0
     assert found["moefit:expert_load_seconds_sum"] == report["load_seconds"] > 0

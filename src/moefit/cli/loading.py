@@ -74,7 +74,7 @@ def load_planned(
         name: None if value == NATIVE_PRECISION else value
         for name, value in (("precision", room.precision), ("rest", room.rest))
     }
-    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound", "refetch")}
+    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound")}
     forbid_with_plan(**decided, dtype=room.dtype, **encoded)
     with console.status("planning"):
         plan = planned.plan_for(model, room, settings.get("sequences"), settings.get("helpers", 0))
@@ -235,12 +235,8 @@ def _summary(served: ServedModel, precision: str) -> str:
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{_again(report['refetch'])}{lying}{kernels}"
+        f"mode {report['mode']}{lying}{kernels}"
     )
-
-
-def _again(share: float | None) -> str:
-    return "" if share is None else f", better copies from {share:.0%} of a token's weight on"
 
 
 def _precision(report: dict[str, Any]) -> str:

@@ -33,7 +33,6 @@ from moefit.cli.options import (
     GenerationConfig,
     MemoryOptions,
     MissOptions,
-    Refetch,
     expand_options,
 )
 from moefit.cli.planned import NO_PLAN, PlanOptions
@@ -208,7 +207,6 @@ def describe(
         str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
     ],
     room: MemoryOptions = MEMORY_OPTIONS,
-    refetch: Refetch = None,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
     ] = None,
@@ -216,7 +214,7 @@ def describe(
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
-    settings = LoadSettings(**room.settings(), **shared, refetch=refetch)
+    settings = LoadSettings(**room.settings(), **shared)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
     if plain and _is_ours(model):

@@ -97,15 +97,6 @@ class ModeName(StrEnum):
     virtual = "virtual"
 
 
-Refetch = Annotated[
-    float | None,
-    typer.Option(
-        help="exact, --precision auto: decoding computes experts with this share of a token's "
-        "router weight, such as 0.3, from the best packed format"
-    ),
-]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryOptions:
     """The memory that a model is given, and how it lies in it."""
@@ -184,12 +175,10 @@ class MissOptions:
         ),
     ] = None
 
-    refetch: Refetch = None
-
     @property
     def wanted(self) -> bool:
         """Whether anything was given."""
-        return not (self.mode is self.prefill is self.bound is self.refetch is None)
+        return not (self.mode is self.prefill is self.bound is None)
 
     def refuse_vain(self) -> None:
         """Raise ConfigError for a bound that nothing goes by."""
@@ -203,8 +192,7 @@ class MissOptions:
         """The same for `moefit.load`."""
         prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
         bound = {} if self.bound is None else {"bound": self.bound}
-        refetch = {} if self.refetch is None else {"refetch": self.refetch}
-        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill, **refetch}
+        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
 
 
 class Following(StrEnum):

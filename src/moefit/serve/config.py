@@ -36,9 +36,6 @@ class Policy:
       behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
     - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
       family normalises its weights, that is so anyway.
-    - exact: an expert with at least the share `refetch` of a token's router weight is computed from
-      a better copy where its slot's format is worse; None is never. Steps of one token a sequence
-      alone do so, for in longer ones every expert has such a token.
     - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
       is fetched then goes when the step ends.
     """
@@ -50,7 +47,6 @@ class Policy:
     protected: int = 1
     residency: Update = "manager"
     keep_mass: bool = True
-    refetch: float | None = None
 
     def changed(self, mode: Mode, **settings: Any) -> "Policy":
         """This policy in another mode, with any other of its settings changed.
@@ -80,7 +76,6 @@ class Policy:
             raise ConfigError(f"ramp={self.ramp!r}, but it is 0 to 1")
         if type(self.protected) is not int or self.protected < 0:
             raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
-        check_refetch(self.refetch)
 
     def bound_at(self, depth: float) -> float:
         """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
@@ -89,16 +84,6 @@ class Policy:
         0.375
         """
         return min(1.0, self.bound * (1 + self.ramp * (2 * depth - 1)))
-
-
-def check_refetch(share: object) -> None:
-    """Raise ConfigError for what is no share of a token's router weight; None is fine."""
-    if share is None or (_is_number(share) and not isinstance(share, bool) and 0 < share <= 1):
-        return
-    raise ConfigError(
-        f"refetch={share!r}, but it is the share of a token's router weight from which on an "
-        "expert is read again in a better format: above 0, 1 at most; leave it out for never"
-    )
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -189,8 +174,6 @@ class LoadSettings:
     it deserves within the budget. dense_precision: the same for dense
     weights, except routers and vectors; they are in memory as they are while being encoded.
     placement: slots and formats block by block, instead of equal shares in one precision.
-    refetch: with precision auto in the exact mode, the share of a token's router weight from which
-    on an expert is computed from a better copy (see `Policy`); room for copies is reserved.
     sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
     logits in a step, where they are asked for. helpers: bytes of other processes that serve
     together with this one, which count against the budget too.
@@ -214,7 +197,6 @@ class LoadSettings:
     sequences: int = 1
     prompt_logits: int = 0
     helpers: int = 0
-    refetch: float | None = None
     generation_config: str = AUTO_GENERATION
 
     def check(self) -> None:
@@ -229,7 +211,6 @@ class LoadSettings:
                 f"a placement gives every block its formats, and so does precision "
                 f"{self.precision!r}; give one of the two"
             )
-        self._check_refetch()
         if self.generation_config not in (AUTO_GENERATION, NO_GENERATION):
             raise ConfigError(
                 f"generation_config={self.generation_config!r} is neither 'auto' (follow the "
@@ -252,22 +233,6 @@ class LoadSettings:
         if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
-            )
-
-    def _check_refetch(self) -> None:
-        check_refetch(self.refetch)
-        if self.refetch is None:
-            return
-        if self.precision != AUTO_PRECISION:
-            raise ConfigError(
-                f"refetch={self.refetch!r} reads experts again in a better format than their "
-                f"slots', and with precision {self.precision!r} all have the same; give precision "
-                "auto, or leave refetch out"
-            )
-        if self.mode != "exact":
-            raise ConfigError(
-                f"refetch={self.refetch!r} belongs to mode exact, and the mode is {self.mode!r}; "
-                "give one of the two"
             )
 
     def dense_format(self) -> GroupedFormat | None:

@@ -46,7 +46,6 @@ from moefit.serve.memory.tokenizer_size import TABLES
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
-from moefit.serve.precision.refetch import BetterCopies, better_formats
 from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.report import ServedParts
 
@@ -78,7 +77,7 @@ def load_model(
     with ExitStack() as undo:
         parts = _parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
-        served.set_mode(settings.mode, refetch=settings.refetch, **policy)
+        served.set_mode(settings.mode, **policy)
         _make_slots(parts, device, settings.placement)
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
@@ -139,9 +138,6 @@ def _parts(
     transfer = Transfer(host_cache or store, readers=settings.readers, engine=engine)
     undo.callback(transfer.close)
     shared = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
-    if settings.refetch is not None:
-        better = better_formats(skeleton.blocks, packed)
-        shared.copies = BetterCopies(skeleton.blocks, better, transfer, shared.counters, device)
     blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
         experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0

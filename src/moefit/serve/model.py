@@ -203,8 +203,7 @@ class ServedModel:
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode, and any other setting of `Policy`, from the next step on.
 
-        `prefill` follows the mode unless given (`Policy.changed`). A `refetch` that is in force
-        rests in other modes than exact; its slots stay reserved, also when it is set to None.
+        `prefill` follows the mode unless given (`Policy.changed`).
         Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
         routing rule is not known, so that nothing but exact is possible.
         """
@@ -218,7 +217,6 @@ class ServedModel:
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
         """The policy that `set_mode` would put in force; changes nothing. Raises what it does."""
         policy = self._shared.policy.changed(mode, **settings)
-        self._check_refetch(mode, settings.get("refetch"))
         unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
             raise UnsupportedModelError(
@@ -227,20 +225,6 @@ class ServedModel:
                 f"blocks ({unknown[0]}); mode exact works"
             )
         return policy
-
-    def _check_refetch(self, mode: Mode, share: float | None) -> None:
-        if share is None:
-            return
-        if mode != "exact":
-            raise ConfigError(
-                f"refetch={share!r} belongs to mode exact, and the mode is {mode!r}; give one of "
-                "the two"
-            )
-        if self._shared.copies is None:
-            raise ConfigError(
-                f"refetch={share!r} needs slots for better copies, and none were reserved when the "
-                "model was loaded; load it with precision auto and refetch"
-            )
 
     def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
         """Hold just these experts, by block name, as far as there are slots."""
@@ -298,9 +282,6 @@ class ServedModel:
                 experts.swaps.check()
                 assert experts.slot_table.num_slots == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
-            if self._shared.copies is not None:
-                self._shared.copies.check()
-                held += self._shared.copies.nbytes
             total = self._budget.total
             room = None if total is None else total - self._budget.fixed + self._budget.staging
             assert room is None or held <= room, f"{held} bytes held, {room} may be"

@@ -88,11 +88,9 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
     return {
         "mode": shared.policy.mode,
         "prefill": shared.policy.prefill,
-        "refetch": shared.policy.refetch,
         "budget": budget.as_dict(),
         "slot_bytes": sum(s.nbytes for one in blocks.values() for s in one.slots.values()),
         "spare_bytes": shared.spare_bytes,
-        "scratch_bytes": 0 if shared.copies is None else shared.copies.nbytes,
         "process_bytes": held_bytes(device),
         "peak_process_bytes": peak_held_bytes(device),
         "slots": {name: one.slot_table.num_slots for name, one in blocks.items()},

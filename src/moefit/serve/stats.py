@@ -12,15 +12,12 @@ from typing import Any
 class Counters:
     """Sums over all blocks. Masses are shares of router weight, one entry per block and step.
 
-    substitutions: experts that a step asked for and others answered for. refetches: better copies
-    of experts that were read, and `refetch_bytes` theirs; such an access is a hit or a fetch too.
+    substitutions: experts that a step asked for and others answered for.
     """
 
     hits: int = 0
     fetches: int = 0
     substitutions: int = 0
-    refetches: int = 0
-    refetch_bytes: int = 0
     swaps: int = 0
     wait_seconds: float = 0.0
     substituted: float = 0.0

@@ -20,8 +20,6 @@ _COUNTED = (
     "hits",
     "fetches",
     "substitutions",
-    "refetches",
-    "refetch_bytes",
     "hit_rate",
     "substituted_mass",
     "bytes_read",

@@ -278,12 +278,6 @@ class ModelCollector:
         )  # fmt: skip
         read = {"storage": report["bytes_read"]}
         yield self._by("expert_bytes_loaded", "Bytes of experts read", "tier", read)
-        yield self._counter(
-            "expert_refetches", "Better copies of experts that were read", report["refetches"]
-        )
-        yield self._counter(
-            "expert_refetch_bytes", "Bytes of these copies", report["refetch_bytes"]
-        )
         if "host_hits" in report:
             hits = report["host_hits"]
             yield self._counter("expert_host_hits", "Experts found in host memory", hits)

@@ -15,7 +15,6 @@ from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.config import Policy
 from moefit.serve.io.loads import Transfer
-from moefit.serve.precision.refetch import BetterCopies
 from moefit.serve.stats import Counters
 
 Spares = dict[tuple[str, int], list[Slot]]
@@ -35,7 +34,6 @@ class SharedState:
     counters: Counters = field(default_factory=Counters)
     lock: RLock = field(default_factory=RLock)
     spares: Spares = field(default_factory=dict)
-    copies: BetterCopies | None = None  # None: no room is reserved for any
     on_step: Callable[[], None] | None = None  # at the first block's step borders
 
     @property

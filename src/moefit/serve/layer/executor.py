@@ -22,7 +22,6 @@ from moefit.quant.format import NativeFormat, expert_output
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer
-from moefit.serve.precision.refetch import RefetchPlan
 from moefit.serve.stats import Counters
 
 
@@ -117,17 +116,12 @@ class ExpertInvoker:
         self._block, self._residency, self._slots = block, slot_table, slots
         self._transfer, self._counters = transfer, counters
         self._fused: FusedExperts | None = None
-        self._again: RefetchPlan | None = None  # of the step under way
         self._device: torch.device | None = None  # that `_fused` is for
         self.collect_stats = False
         self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
 
-    def __call__(self, x_TD: Tensor, routing: Routing, again: RefetchPlan | None = None) -> Tensor:
-        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read.
-
-        again: experts that are computed from better copies, whatever is in their slots.
-        """
-        self._again = again
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
         fused = self._fused_on(x_TD.device)
         if fused and fused.use_kernels(self._slots.values()):
             step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
@@ -207,23 +201,6 @@ class ExpertInvoker:
         return expert_output(self._block.layout, slot.tensors, x_RD)
 
     def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
-        """Experts with what they are computed from, better copies one by one behind the others.
-
-        These are being read meanwhile.
-        """
-        if (again := self._again) is None or not again.experts:
-            yield from self._own(needed, together=together)
-            return
-        here = sum(one in self._residency.residents or again.holds(one) for one in again.experts)
-        self._counters.hits += here
-        self._counters.fetches += len(again.experts) - here
-        copies = again.begin()
-        own = [expert for expert in needed if expert not in again.experts]
-        yield from self._own(own, together=together)
-        for ready in copies:
-            yield [ready]
-
-    def _own(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
         """Experts with their slots, residents first, if `together` all of them at once.
 
         A slot is good until the next batch is asked for. Loads begin as early as slots allow: an

@@ -33,7 +33,6 @@ from moefit.serve.layer.rerouting import (
     substituted,
     substituted_mass,
 )
-from moefit.serve.precision.refetch import RefetchPlan
 
 LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
 
@@ -98,7 +97,7 @@ class VirtualExperts(nn.Module):
         routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
         before = set(self.slot_table.residents)
         try:
-            y_TD = self._invoke(x_TD, routing, self._again(policy, routing))
+            y_TD = self._invoke(x_TD, routing)
         finally:
             if policy.residency == "fixed":
                 self._restore(before)
@@ -120,19 +119,6 @@ class VirtualExperts(nn.Module):
             return "exact"
         fetches = mode == "virtual" and self.slot_table.empty and policy.residency != "fixed"
         return "exact" if fetches or not self.slot_table.residents else mode
-
-    def _again(self, policy: Policy, routing: Routing) -> RefetchPlan | None:
-        """Which experts are computed from better copies; None if none may be."""
-        if policy.refetch is None or policy.mode != "exact" or self.prefilling:
-            return None
-        assert self.shared.copies is not None, "set_mode() refuses it then"
-        return self.shared.copies.wanted(self.block.name, routing, policy.refetch, self._format_now)
-
-    def _format_now(self, expert: int) -> Format:
-        """Of the slot that an expert is in, or would come into."""
-        if expert in self.slot_table.residents:
-            return self.slots[self.slot_table.slot(expert)].format
-        return self.format
 
     def _in_use(self, chosen: Routing) -> Collection[int]:
         return set(chosen.ids_TK.unique().tolist()) if self.swaps else ()

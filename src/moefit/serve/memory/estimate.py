@@ -52,7 +52,6 @@ from moefit.serve.memory.tokenizer_size import TokenizerSize, tokenizer_size
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, by_expert, ladders_of
 from moefit.serve.precision.allocate import initial_choices as first_choices
-from moefit.serve.precision.refetch import SCRATCH_SLOTS, better_formats, largest_copy
 from moefit.serve.precision.upgrades import MAX_PENDING
 
 # Pages of libraries and of the allocator that only computing touches. Measured by hand: the first
@@ -347,8 +346,7 @@ def memory_budget(
         staging=SPARES * sum(swapped)
         + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
         + _decoding_bytes(skeleton, settings)
-        + upgrades
-        + _scratch_bytes(skeleton, settings, packed, device),
+        + upgrades,
         host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
         blocks=tuple(
             BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, min_slots=1)
@@ -362,16 +360,6 @@ def memory_budget(
         else (),
     )
     return budget.without_slack()
-
-
-def _scratch_bytes(
-    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore, device: torch.device
-) -> int:
-    """Slots for better copies of experts. Raises ConfigError if there are none to be had."""
-    if settings.refetch is None:
-        return 0
-    formats = better_formats(skeleton.blocks, packed)
-    return SCRATCH_SLOTS * slot_bytes(largest_copy(skeleton.blocks, formats), device)
 
 
 def _format_totals(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], ...]:
