@@ -28,7 +28,7 @@ from subject import Subject, as_text, summarised
 
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.stepwise import score_steps
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 
 Settings = dict[str, Any]
 

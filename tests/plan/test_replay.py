@@ -12,7 +12,7 @@ from moefit.plan.trace import (
     substitutes,
 )
 from moefit.serve.cache.eviction import LeastFrequentlyUsed, simulate
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 
 SLOTS = st.integers(1, EXPERTS)
 SEEDS = st.integers(0, 50)

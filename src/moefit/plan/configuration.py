@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.config import BlockPlacement, Mode, Placement
 
 

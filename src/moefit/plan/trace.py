@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moefit.plan.experiments import policies, slot_counts
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.cache.manager import VirtualExpertManager
-from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.scores import ExpertImportanceEstimator, VirtualExpertManager
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.config import Mode, Policy
 from moefit.serve.layer.moe_layer import VirtualExperts

@@ -16,7 +16,7 @@ from moefit.errors import ConfigError
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.hf.generation_config import AUTO as AUTO_GENERATION
 from moefit.serve.hf.generation_config import NONE as NO_GENERATION
 from moefit.serve.precision.allocate import AUTO_FORMATS

@@ -13,8 +13,8 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
-from moefit.serve.cache.manager import VirtualExpertManager
 from moefit.serve.cache.resize import apply_placement, resize
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.config import BlockPlacement, Mode, Placement, Policy
 from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard

@@ -72,30 +72,30 @@ def holds(slot: Slot, expert: int) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("precision", "places"), [("native", 1), ("native", 100), ("int4", 3)])
+@pytest.mark.parametrize(("precision", "capacity"), [("native", 1), ("native", 100), ("int4", 3)])
 def test_slots_get_the_same_bytes_as_from_the_store_alone(
-    tmp_path: Path, family: str, precision: str, places: int
+    tmp_path: Path, family: str, precision: str, capacity: int
 ) -> None:
     format = FORMATS[precision]
     skeleton = build_skeleton(saved(tiny(family), tmp_path))
     blocks = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
-    limit = places * max(format.nbytes(block.layout.specs) for block in skeleton.blocks)
-    tier = HostCache(store, CpuCopies(), limit=limit)
+    limit = capacity * max(format.nbytes(block.layout.specs) for block in skeleton.blocks)
+    cache = HostCache(store, CpuCopies(), limit=limit)
     wanted = [(block.name, expert) for block in skeleton.blocks for expert in range(8)] * 2
     random.Random(0).shuffle(wanted)
     for block, expert in wanted:
         alone, through = (allocate_slot(format, blocks[block].layout.specs, CPU) for _ in range(2))
         store.read(block, expert, alone)
-        tier.read(block, expert, through)
+        cache.read(block, expert, through)
         assert torch.equal(alone.buffer_B, through.buffer_B)
-        tier.check()
-        assert tier.report()["host_bytes"] <= limit
-    report = tier.report()
+        cache.check()
+        assert cache.report()["host_bytes"] <= limit
+    report = cache.report()
     assert report["host_hits"] + report["host_reads"] == len(wanted)
-    if places == 100:
+    if capacity == 100:
         assert report["host_reads"] == len(wanted) / 2
-    tier.close()
+    cache.close()
     store.close()
 
 
@@ -110,50 +110,50 @@ def test_one_expert_in_two_formats_is_two_things(engine) -> None:
     specs = mixtral_block()[0].layout.specs
     native, packed = (allocate_slot(FORMATS[name], specs, CPU) for name in ("native", "int4"))
     assert packed.nbytes < native.nbytes
-    tier = HostCache(Namer(), engine, limit=native.nbytes + packed.nbytes)
+    cache = HostCache(Namer(), engine, limit=native.nbytes + packed.nbytes)
     for expert in (3, 3, 4, 3):
         for slot, value in ((native, 100 + expert), (packed, expert)):
-            tier.read(BLOCK, expert, slot)
+            cache.read(BLOCK, expert, slot)
             assert bool((slot.buffer_B == value).all())
-            tier.check()
-            assert tier.report()["host_bytes"] <= native.nbytes + packed.nbytes
+            cache.check()
+            assert cache.report()["host_bytes"] <= native.nbytes + packed.nbytes
 
 
 def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> None:
-    tier, slot = HostCache(store, engine, limit=3 * SIZE), new_slot()
+    cache, slot = HostCache(store, engine, limit=3 * SIZE), new_slot()
     for expert in (0, 1, 2, 0, 1, 2):
-        tier.read(BLOCK, expert, slot)
+        cache.read(BLOCK, expert, slot)
         assert holds(slot, expert)
     assert store.reads == [0, 1, 2]
-    tier.read(BLOCK, 3, slot)
-    tier.read(BLOCK, 1, slot)
-    tier.read(BLOCK, 0, slot)
+    cache.read(BLOCK, 3, slot)
+    cache.read(BLOCK, 1, slot)
+    cache.read(BLOCK, 0, slot)
     assert store.reads == [0, 1, 2, 3, 0]
 
 
 def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
-    tier = HostCache(store, engine, limit=3 * SIZE + SIZE // 2)
-    assert engine.sizes == [] and tier.report()["host_bytes"] == 0
+    cache = HostCache(store, engine, limit=3 * SIZE + SIZE // 2)
+    assert engine.sizes == [] and cache.report()["host_bytes"] == 0
     for expert in range(8):
-        tier.read(BLOCK, expert, new_slot())
-        assert tier.report()["host_bytes"] == min(expert + 1, 3) * SIZE
+        cache.read(BLOCK, expert, new_slot())
+        assert cache.report()["host_bytes"] == min(expert + 1, 3) * SIZE
     assert engine.sizes == [SIZE] * 3, "a buffer is taken over, not pinned anew"
-    tier.close()
-    assert tier.report()["host_bytes"] == 0
+    cache.close()
+    assert cache.report()["host_bytes"] == 0
 
 
 def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store, engine) -> None:
-    tier, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
-    tier.read(BLOCK, 4, slot)
+    cache, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
+    cache.read(BLOCK, 4, slot)
     store.broken = {5}
     for _ in range(3):
         with pytest.raises(OSError, match="storage is gone"):
-            tier.read(BLOCK, 5, slot)
-        tier.check()
-    tier.read(BLOCK, 4, slot)
+            cache.read(BLOCK, 5, slot)
+        cache.check()
+    cache.read(BLOCK, 4, slot)
     assert holds(slot, 4) and store.reads == [4, 5, 5, 5]
     store.broken = set()
-    tier.read(BLOCK, 5, slot)
+    cache.read(BLOCK, 5, slot)
     assert holds(slot, 5) and engine.sizes == [SIZE] * 2
 
 
@@ -162,12 +162,12 @@ def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
     with reading_through(Disk()) as disk:
         skeleton = build_skeleton(tmp_path)
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, {})
-    tier, slot = HostCache(store, CpuCopies(), limit=SIZE), new_slot()
+    cache, slot = HostCache(store, CpuCopies(), limit=SIZE), new_slot()
     disk.failures = 10**6
     with pytest.raises(CheckpointError, match="cannot be read after 3"):
-        tier.read(BLOCK, 2, slot)
+        cache.read(BLOCK, 2, slot)
     disk.failures = 0
-    tier.read(BLOCK, 2, slot)
+    cache.read(BLOCK, 2, slot)
     alone = new_slot()
     store.read(BLOCK, 2, alone)
     assert torch.equal(alone.buffer_B, slot.buffer_B)
@@ -175,17 +175,17 @@ def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_had_is_an_error_and_the_next_read_works(store, engine) -> None:
-    tier, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
-    tier.read(BLOCK, 0, slot)
+    cache, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
+    cache.read(BLOCK, 0, slot)
     scarce, engine.buffer = engine.buffer, raiser(OSError(12, "Cannot allocate memory"))
     with pytest.raises(OSError, match="Cannot allocate"):
-        tier.read(BLOCK, 1, slot)
-    tier.check()
-    tier.read(BLOCK, 0, slot)
+        cache.read(BLOCK, 1, slot)
+    cache.check()
+    cache.read(BLOCK, 0, slot)
     engine.buffer = scarce
-    tier.read(BLOCK, 1, slot)
+    cache.read(BLOCK, 1, slot)
     assert holds(slot, 1) and store.reads == [0, 1]
-    tier.check()
+    cache.check()
 
 
 def raiser(error: BaseException):
@@ -196,56 +196,56 @@ def raiser(error: BaseException):
 
 
 def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
-    tier, slots = HostCache(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
+    cache, slots = HostCache(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
     store.gate.clear()
     with ThreadPoolExecutor(4) as pool:
-        reads = [pool.submit(tier.read, BLOCK, 6, slot) for slot in slots]
+        reads = [pool.submit(cache.read, BLOCK, 6, slot) for slot in slots]
         time.sleep(0.1)
         assert not any(read.done() for read in reads)
-        tier.check()
+        cache.check()
         store.gate.set()
         for read in reads:
             read.result(30)
     assert store.reads == [6] and all(holds(slot, 6) for slot in slots)
-    assert (tier.report()["host_hits"], tier.report()["host_reads"]) == (3, 1)
+    assert (cache.report()["host_hits"], cache.report()["host_reads"]) == (3, 1)
 
 
 def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
-    tier, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
+    cache, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
     store.broken, store.error = {6}, OSError("once")
     store.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        reads = [pool.submit(tier.read, BLOCK, 6, slot) for slot in slots]
+        reads = [pool.submit(cache.read, BLOCK, 6, slot) for slot in slots]
         time.sleep(0.1)
         store.gate.set()
         for read in reads:
             with pytest.raises(OSError, match="once"):
                 read.result(30)
     assert store.reads == [6, 6, 6]
-    tier.check()
+    cache.check()
 
 
 def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
-    tier, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
+    cache, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
     engine.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(tier.read, BLOCK, 1, slots[0])
+        first = pool.submit(cache.read, BLOCK, 1, slots[0])
         assert engine.copying.acquire(timeout=30)
-        second = pool.submit(tier.read, BLOCK, 2, slots[1])
+        second = pool.submit(cache.read, BLOCK, 2, slots[1])
         time.sleep(0.1)
         assert store.reads == [1], "the other one waits for the buffer"
-        tier.check()
+        cache.check()
         engine.gate.set()
         first.result(30)
         second.result(30)
     assert holds(slots[0], 1) and holds(slots[1], 2)
 
 
-@pytest.mark.parametrize("places", [1, 2, 5])
-def test_many_readers_over_few_buffers_get_what_they_asked_for(store, engine, places: int) -> None:
-    tier = HostCache(store, engine, limit=places * SIZE)
-    transfer = Transfer(tier, readers=4, engine=engine)
-    chance = random.Random(places)
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+def test_many_readers_over_few_buffers_get_their_experts(store, engine, capacity: int) -> None:
+    cache = HostCache(store, engine, limit=capacity * SIZE)
+    transfer = Transfer(cache, readers=4, engine=engine)
+    chance = random.Random(capacity)
     for _ in range(30):
         wanted = [chance.randrange(8) for _ in range(8)]
         store.broken = {chance.randrange(8)}
@@ -256,7 +256,7 @@ def test_many_readers_over_few_buffers_get_what_they_asked_for(store, engine, pl
         ]
         for expert, slot, load in zip(wanted, slots, loads, strict=True):
             assert load.exception(30) is not None or holds(slot, expert)
-            assert tier.report()["host_bytes"] <= places * SIZE
-        tier.check()
+            assert cache.report()["host_bytes"] <= capacity * SIZE
+        cache.check()
     transfer.close()
-    assert sum(engine.sizes) <= places * SIZE
+    assert sum(engine.sizes) <= capacity * SIZE

@@ -15,7 +15,7 @@ from tiny_served import Disk, logits, reading_through, saved, settled, tiny, tok
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.cache import resize
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.slot import Slot
 from moefit.serve.config import BlockPlacement, Placement
 from moefit.serve.io.reader import ExpertStore

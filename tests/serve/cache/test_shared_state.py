@@ -2,7 +2,7 @@ import torch
 from tiny_served import MemoryStore, mixtral_block
 
 from moefit.quant.format import NATIVE
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.slot import allocate_slot
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import Policy

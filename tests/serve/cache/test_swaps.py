@@ -12,7 +12,7 @@ from tiny_served import MemoryStore, OverStorage, mixtral_block, parts_of
 
 from moefit.quant.format import NATIVE
 from moefit.serve.cache.eviction import LeastRecentlyUsed
-from moefit.serve.cache.manager import VirtualExpertManager
+from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.cache.swaps import SharedState, Swaps

@@ -16,8 +16,7 @@ from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
 from moefit.quant.format import NativeFormat
 from moefit.serve.cache.eviction import LeastRecentlyUsed
-from moefit.serve.cache.manager import VirtualExpertManager
-from moefit.serve.cache.scores import ExpertImportanceEstimator
+from moefit.serve.cache.scores import ExpertImportanceEstimator, VirtualExpertManager
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.cache.swaps import SharedState

@@ -1,153 +1,168 @@
-"""A bounded cache of experts in pinned host memory, between the files and a GPU's slots.
+"""Cache experts in pinned host memory, between the checkpoint's files and a GPU's slots.
 
-`HostTable` decides which expert is in which buffer, without tensors; `HostCache` reads and copies.
-A buffer that is being copied from is never reused, and a half-read expert is never found.
+`HostTable` decides which expert is in which buffer, without tensors; `HostCache` allocates the
+buffers, reads and copies. A buffer in use is never reused, and an expert is found only once it has
+been read completely.
 """
 
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
-from math import inf, log2
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from moefit.serve.cache.scores import DecayedCounter
 from moefit.serve.cache.slot import Slot
 from moefit.serve.io.device_copy import CopyEngine
 
 Key = Hashable
-HALF_LIFE = 4.0  # of a request, in requests for each expert that is held
+HALF_LIFE = 4.0  # requests per held expert after which a request counts half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """Leave to use a place until it is released; several may share a whole one.
+    """Permission to use a buffer until it is released; complete buffers may have several leases.
 
-    `fresh`: the place has no content yet, and the holder must `complete` or `abandon` it.
-    `dropped`: places that are no more; their memory must go before that of this one is taken.
+    Args:
+        key: The expert.
+        buffer: Index of the buffer.
+        fresh: The buffer has no content yet, and the holder must `complete` or `abandon` it.
+        dropped: Buffers to free before this one is allocated.
     """
 
     key: Key
-    place: int
+    buffer: int
     fresh: bool
     dropped: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class _Entry:
-    place: int
+    buffer: int
     nbytes: int
     leases: int = 1
-    whole: bool = False
+    complete: bool = False
 
 
 class HostTable:
-    """At most `limit` bytes of experts. `hits` counts what was there, `reads` what was filled."""
+    """Assign experts to host buffers of at most `limit` bytes together. Not thread-safe.
+
+    Args:
+        limit: Bytes of all buffers.
+
+    Attributes:
+        hits: Requests that found their expert in a buffer.
+        reads: Buffers that were filled.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.hits = self.reads = 0
         self._entries: dict[Key, _Entry] = {}
         self._next = 0
-        self._now = 0.0  # half-lives since the beginning
-        self._asked: dict[Key, float] = {}  # log2 of the decayed count, undecayed to the beginning
+        self._requests = DecayedCounter[Key](HALF_LIFE)
 
     @property
-    def held(self) -> int:
-        """Bytes of all places."""
+    def held_bytes(self) -> int:
+        """Bytes of all buffers."""
         return sum(entry.nbytes for entry in self._entries.values())
 
     @property
-    def places(self) -> dict[int, int]:
-        """Bytes by place."""
-        return {entry.place: entry.nbytes for entry in self._entries.values()}
+    def buffers(self) -> dict[int, int]:
+        """Bytes by buffer."""
+        return {entry.buffer: entry.nbytes for entry in self._entries.values()}
 
     def lease(self, key: Key, nbytes: int) -> Lease | None:
-        """The place of this expert, or a fresh one for it.
+        """Lease the buffer of an expert, or a fresh buffer for it.
 
-        None: not now, because another reader is filling it, or all that could make room is in use.
-        Worth asking again after any `complete`, `abandon` or `release`.
+        Returns:
+            The lease; None if another reader is filling the expert's buffer, or too many buffers
+            are in use. Retry after any `complete`, `abandon` or `release`.
         """
         assert nbytes <= self.limit, f"{nbytes} bytes never fit into {self.limit}"
         entry = self._entries.get(key)
         if entry is None:
             return self._fresh(key, nbytes)
-        if not entry.whole:
+        if not entry.complete:
             return None
         entry.leases += 1
         self.hits += 1
         self._count(key)
-        return Lease(key=key, place=entry.place, fresh=False)
+        return Lease(key=key, buffer=entry.buffer, fresh=False)
 
     def _fresh(self, key: Key, nbytes: int) -> Lease | None:
-        room, leaving = self.limit - self.held, list[Key]()
-        for other in self._idle() if room < nbytes else ():
-            leaving.append(other)
-            room += self._entries[other].nbytes
-            if room >= nbytes:
+        free, evicted = self.limit - self.held_bytes, list[Key]()
+        for other in self._idle() if free < nbytes else ():
+            evicted.append(other)
+            free += self._entries[other].nbytes
+            if free >= nbytes:
                 break
-        if room < nbytes:
+        if free < nbytes:
             return None
-        gone = [self._entries.pop(other) for other in leaving]
-        # Memory that fits is taken over as it is: pinning takes longer than copying.
-        place = next((entry.place for entry in gone if entry.nbytes == nbytes), self._next)
-        if place == self._next:
+        dropped = [self._entries.pop(other) for other in evicted]
+        # Reuse a buffer of the right size: pinning new memory takes longer than copying.
+        buffer = next((entry.buffer for entry in dropped if entry.nbytes == nbytes), self._next)
+        if buffer == self._next:
             self._next += 1
-        self._entries[key] = _Entry(place, nbytes)
+        self._entries[key] = _Entry(buffer, nbytes)
         self._count(key)
-        dropped = tuple(entry.place for entry in gone if entry.place != place)
-        return Lease(key=key, place=place, fresh=True, dropped=dropped)
+        to_free = tuple(entry.buffer for entry in dropped if entry.buffer != buffer)
+        return Lease(key=key, buffer=buffer, fresh=True, dropped=to_free)
 
     def _idle(self) -> list[Key]:
-        """What could make room, the least asked for first."""
+        """Return entries without a lease, the least requested first."""
         idle = [key for key, entry in self._entries.items() if not entry.leases]
-        return sorted(idle, key=lambda key: self._asked.get(key, -inf))
+        return sorted(idle, key=lambda key: self._requests.scaled.get(key, 0.0))
 
     def _count(self, key: Key) -> None:
-        """One request. Sums of powers of two, in logarithms: nothing decays, nothing overflows."""
-        self._now += 1 / (HALF_LIFE * len(self._entries))
-        before = self._asked.get(key, -inf)
-        self._asked[key] = self._now + log2(1 + 2.0 ** (before - self._now))
+        """Count one request; time passes by one request per held expert."""
+        self._requests.add({key: 1.0}, 1 / len(self._entries))
 
     def complete(self, lease: Lease) -> None:
-        """A fresh place holds its expert; others may share the lease from now on."""
-        self._entries[lease.key].whole = True
+        """Mark a fresh buffer as filled, so that others can lease it."""
+        self._entries[lease.key].complete = True
         self.reads += 1
 
     def abandon(self, lease: Lease) -> None:
-        """A fresh place could not be filled. It holds nobody, and is the first to be taken over."""
+        """Give back a fresh buffer that could not be filled; it is the first to be reused."""
         entry = self._entries.pop(lease.key)
-        assert not entry.whole
+        assert not entry.complete
         entry.leases = 0
-        self._entries[object()] = entry
+        self._entries[object()] = entry  # a key without requests
 
     def release(self, lease: Lease) -> None:
-        """The holder of a lease on a whole place no longer needs it."""
+        """End a lease of a complete buffer."""
         self._entries[lease.key].leases -= 1
 
     def check(self) -> None:
-        """Raise AssertionError if the bound, a place or a lease is not as it should be."""
-        assert self.held <= self.limit, f"{self.held} bytes held, {self.limit} may be"
-        places = [entry.place for entry in self._entries.values()]
-        assert len(set(places)) == len(places), f"a place holds two experts: {places}"
+        """Raise AssertionError if the limit is exceeded or entries are inconsistent."""
+        assert self.held_bytes <= self.limit, f"{self.held_bytes} bytes held, limit {self.limit}"
+        buffers = [entry.buffer for entry in self._entries.values()]
+        assert len(set(buffers)) == len(buffers), f"a buffer holds two experts: {buffers}"
         for key, entry in self._entries.items():
-            assert 0 <= entry.place < self._next, (key, entry)
-            assert entry.leases >= 0 and (entry.whole or entry.leases <= 1), (key, entry)
+            assert 0 <= entry.buffer < self._next, (key, entry)
+            assert entry.leases >= 0 and (entry.complete or entry.leases <= 1), (key, entry)
 
 
 class ExpertReader(Protocol):
-    """Whatever fills slots: the store, or a tier in front of it."""
+    """Fills slots with experts: the store of checkpoint files, or a cache in front of it."""
 
     def read(self, block: str, expert: int, into: Slot) -> None:
-        """Fill a slot. If it raises, the slot's content is undefined."""
+        """Fill a slot. If this raises, the slot's content is undefined."""
         ...
 
 
 class HostCache:
-    """Fills slots from at most `limit` bytes of host memory, and that from `store`.
+    """Fill slots from a cache in host memory, and the cache from `store`. Thread-safe.
 
-    A reader that finds every buffer in use waits for one, so with room for fewer experts than there
-    are readers, reads queue.
+    A reader that finds every buffer in use waits for one, so reads queue if fewer experts fit into
+    the cache than there are readers.
+
+    Args:
+        store: Reads experts into host memory.
+        engine: Copies from host memory to the device of the slots.
+        limit: Bytes of host memory; at least the largest expert.
     """
 
     def __init__(self, store: ExpertReader, engine: CopyEngine, *, limit: int):
@@ -157,12 +172,12 @@ class HostCache:
         self._changed = threading.Condition()
 
     def read(self, block: str, expert: int, into: Slot) -> None:
-        """Fill a slot, of any device that the engine copies to. Raises what the store raises."""
+        """Fill a slot on the engine's device. Raises what the store raises."""
         lease = self._lease((block, expert, into.format.name), into.nbytes)
         if lease.fresh:
             self._fill(lease, block, expert, into)
         try:
-            self._engine.copy(self._buffers[lease.place], into.buffer_B)
+            self._engine.copy(self._buffers[lease.buffer], into.buffer_B)
         finally:
             with self._changed:
                 self._table.release(lease)
@@ -172,31 +187,31 @@ class HostCache:
         with self._changed:
             while (lease := self._table.lease(key, nbytes)) is None:
                 self._changed.wait()
-            for place in lease.dropped:
-                self._buffers.pop(place, None)  # absent if there was no memory for it
+            for buffer in lease.dropped:
+                self._buffers.pop(buffer, None)  # absent if its allocation failed
             return lease
 
     def _fill(self, lease: Lease, block: str, expert: int, like: Slot) -> None:
-        end = self._table.abandon
+        finish = self._table.abandon
         try:
-            self._store.read(block, expert, like.over(self._buffer(lease.place, like.nbytes)))
-            end = self._table.complete
+            self._store.read(block, expert, like.over(self._buffer(lease.buffer, like.nbytes)))
+            finish = self._table.complete
         finally:
             with self._changed:
-                end(lease)
+                finish(lease)
                 self._changed.notify_all()
 
-    def _buffer(self, place: int, size: int) -> Tensor:
-        if place not in self._buffers:
-            buffer_B = self._engine.buffer(size)  # may take milliseconds, so not under the lock
+    def _buffer(self, index: int, size: int) -> Tensor:
+        if index not in self._buffers:
+            buffer_B = self._engine.buffer(size)  # takes milliseconds, hence outside the lock
             with self._changed:
-                self._buffers[place] = buffer_B
-        return self._buffers[place]
+                self._buffers[index] = buffer_B
+        return self._buffers[index]
 
     def report(self) -> dict[str, Any]:
-        """Bytes held and allowed; experts that were there, and that came from storage.
+        """Return bytes in use and allowed, hits, and reads from storage, for JSON.
 
-        `host_pinned` False on a GPU: the system refused to pin memory, and copies are slow.
+        `host_pinned` is False on a GPU if the system refused to pin memory; copies are slow then.
         """
         with self._changed:
             return {
@@ -208,14 +223,14 @@ class HostCache:
             }
 
     def check(self) -> None:
-        """Raise AssertionError if buffers and table don't agree. Holds at any moment."""
+        """Raise AssertionError if buffers and table disagree. May be called at any time."""
         with self._changed:
             self._table.check()
-            places = self._table.places
-            for place, buffer_B in self._buffers.items():
-                assert places.get(place) == buffer_B.nbytes, (place, buffer_B.nbytes, places)
+            sizes = self._table.buffers
+            for index, buffer_B in self._buffers.items():
+                assert sizes.get(index) == buffer_B.nbytes, (index, buffer_B.nbytes, sizes)
 
     def close(self) -> None:
-        """Give all memory back. No read may be under way; none can follow."""
+        """Free all memory. No read may be in progress or follow."""
         with self._changed:
             self._buffers.clear()

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import RLock
 
-from moefit.serve.cache.manager import Swap, VirtualExpertManager
+from moefit.serve.cache.scores import Swap, VirtualExpertManager
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.config import Policy
