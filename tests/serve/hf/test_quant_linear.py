@@ -1,4 +1,4 @@
-"""The weights that are no experts, encoded."""
+"""Dense weights in grouped integers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
 
 
-def twin(model, bits: int):
+def dequantized(model, bits: int):
     """The same model, its linear layers and embeddings through the format and back."""
     routers = ("gate", "router")
     for name, module in model.named_modules():
@@ -38,13 +38,13 @@ def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) ->
         assert {GroupedLinear, GroupedEmbedding} <= kinds
         prompt = served.model(ids).logits
         one = served.model(ids[:1, :1]).logits
-        expected = twin(model, 8)
+        expected = dequantized(model, 8)
         scale = float(expected(ids).logits.abs().max())
         torch.testing.assert_close(prompt, expected(ids).logits, rtol=0, atol=2e-3 * scale)
         torch.testing.assert_close(one, expected(ids[:1, :1]).logits, rtol=0, atol=2e-3 * scale)
 
 
-def test_the_ledger_counts_what_is_there(tmp_path) -> None:
+def test_estimate_matches_bytes_of_dense_weights(tmp_path) -> None:
     folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
     with (
         pytest.warns(DeprecationWarning, match="dense_precision"),
@@ -57,13 +57,13 @@ def test_the_ledger_counts_what_is_there(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 64, 198, 199, 500])
-def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> None:
+def test_large_matrix_is_decoded_in_parts(rows_at_once: int, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = encode(torch.randn(199, 100, generator=generator), 4)
     layer = GroupedLinear(matrix, torch.randn(199, generator=generator), torch.float32)
     x_BTI = torch.randn(2, 20, 100, generator=generator)
     whole_BTO = layer(x_BTI)
-    monkeypatch.setattr(quant_linear, "_DECODED", rows_at_once * 100 * 4)
+    monkeypatch.setattr(quant_linear, "_MAX_DECODED_BYTES", rows_at_once * 100 * 4)
     seen = []
     monkeypatch.setattr(
         quant_linear, "decoded", lambda part, dtype: seen.append(part.rows) or part.dense(dtype)
@@ -74,12 +74,12 @@ def test_a_large_matrix_is_decoded_by_parts(rows_at_once: int, monkeypatch) -> N
     assert sum(seen) == 199
 
 
-def test_what_is_decoded_at_once_is_bounded(monkeypatch) -> None:
+def test_decoded_bytes_are_bounded(monkeypatch) -> None:
     model = tiny("Mixtral", **SIZES)
-    whole = max(m.weight.numel() for m in quant_linear.encodable(model, ()).values()
+    whole = max(m.weight.numel() for m in quant_linear.quantizable_modules(model, ()).values()
                 if isinstance(m, torch.nn.Linear))  # fmt: skip
     assert decoded_bytes(model, (), 4) == 4 * whole
-    monkeypatch.setattr(quant_linear, "_DECODED", 5000)
+    monkeypatch.setattr(quant_linear, "_MAX_DECODED_BYTES", 5000)
     assert decoded_bytes(model, (), 4) <= 5000
 
 

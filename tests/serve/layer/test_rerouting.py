@@ -11,9 +11,9 @@ from torch import Tensor
 from moefit.moe.routing import Routing
 from moefit.serve.layer.rerouting import (
     ScoredRouting,
-    masked,
-    mass_kept,
-    substituted,
+    mask_absent,
+    rescale_weights,
+    substitute_absent,
     substituted_mass,
 )
 
@@ -93,34 +93,36 @@ def assert_same(routing: Routing, expected: list[Weights]) -> None:
 
 @unhurried
 @given(cases)
-def test_masked_is_the_best_residents_token_by_token(case: Case) -> None:
+def test_mask_absent_matches_the_slow_router(case: Case) -> None:
     expected = []
     for one, chosen in zip(case.slow, case.chosen, strict=True):
         values = one.preference()
         if all(values[e] == -math.inf for e in case.residents):  # every kept group is absent
             values = one.scores()
         expected.append(one.weights(one.best(len(chosen), case.residents, values)))
-    routing = masked(case.scored, case.resident_E)
+    routing = mask_absent(case.scored, case.resident_E)
     assert_same(routing, expected)
     for ours, chosen in zip(by_expert(routing), case.chosen, strict=True):
         assert set(ours) <= case.residents
-        assert bool(ours) == bool(chosen), "no token is left without an expert"
+        assert bool(ours) == bool(chosen), "a token is left without an expert"
 
 
 @unhurried
 @given(cases)
-def test_with_all_resident_nothing_changes(case: Case) -> None:
+def test_nothing_changes_with_all_experts_resident(case: Case) -> None:
     everyone_E = torch.ones(NUM_EXPERTS, dtype=torch.bool)
     expected = [
         one.weights(one.best(len(chosen), set(range(NUM_EXPERTS)), one.preference()))
         for one, chosen in zip(case.slow, case.chosen, strict=True)
     ]
-    assert_same(masked(case.scored, everyone_E), expected)
-    assert substituted(case.scored, everyone_E, bound=1.0, protected=0) is case.scored.routing
+    assert_same(mask_absent(case.scored, everyone_E), expected)
+    assert substitute_absent(case.scored, everyone_E, bound=1.0, protected=0) is case.scored.routing
 
 
-def given_up(one: Slow, chosen: list[int], case: Case, bound: float, protected: int) -> list[int]:
-    """The chosen experts that may go; no answer where rounding decides."""
+def replaced_experts(
+    one: Slow, chosen: list[int], case: Case, bound: float, protected: int
+) -> list[int]:
+    """Return the chosen experts that are replaced; skip cases that depend on rounding."""
     weights = one.weights(chosen)
     total = sum(weights.values())
     heavy = sorted(chosen, key=lambda e: -weights[e])[:protected]
@@ -137,18 +139,18 @@ def given_up(one: Slow, chosen: list[int], case: Case, bound: float, protected: 
 
 @unhurried
 @given(cases, st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]), st.integers(0, 5))
-def test_substituted_replaces_the_light_absentees_token_by_token(
+def test_substitute_absent_matches_the_slow_router(
     case: Case, bound: float, protected: int
 ) -> None:
     expected: list[Weights] = []
     for t, (one, chosen) in enumerate(zip(case.slow, case.chosen, strict=True)):
-        lost = given_up(one, chosen, case, bound, protected)
+        lost = replaced_experts(one, chosen, case, bound, protected)
         free = one.best(len(chosen), case.residents - set(chosen), one.preference())
         ids = [e for e in case.scored.routing.ids_TK[t].tolist() if e < NUM_EXPERTS]
         gone = [e for e in ids if e in lost]
         substitutes = dict(zip(gone, free, strict=False))
         expected.append(one.weights([substitutes.get(e, e) for e in ids]))
-    routing = substituted(case.scored, case.resident_E, bound=bound, protected=protected)
+    routing = substitute_absent(case.scored, case.resident_E, bound=bound, protected=protected)
     assert_same(routing, expected)
     for after, chosen, one in zip(by_expert(routing), case.chosen, case.slow, strict=True):
         assert len(after) == len(chosen)
@@ -160,8 +162,8 @@ def test_substituted_replaces_the_light_absentees_token_by_token(
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> None:
-    """Two values and sixteen tokens: a token's experts must not depend on who stands beside it."""
+def test_ties_do_not_depend_on_the_batch(name: str) -> None:
+    """Two values and sixteen tokens: a token's experts must not depend on the others."""
     case = make_case(name, tokens=16, k=3, residents={1, 2, 4, 7}, seed=3, padding=0.0)
     coarse_TE = case.scored.logits_TE.sign().to(torch.bfloat16)
     ids_TK = case.scored.routing.ids_TK
@@ -174,8 +176,8 @@ def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> No
             routing=Routing(ids_TK[rows], case.scored.routing.weights_TK[rows]),
         )
         return [
-            masked(scored, case.resident_E),
-            substituted(scored, case.resident_E, bound=0.6, protected=1),
+            mask_absent(scored, case.resident_E),
+            substitute_absent(scored, case.resident_E, bound=0.6, protected=1),
         ]
 
     together, again = routed(slice(None)), routed(slice(None))
@@ -187,7 +189,7 @@ def test_ties_of_coarse_logits_are_decided_alike_in_any_company(name: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_keep_the_dtype_that_the_family_gave(dtype: torch.dtype) -> None:
+def test_weights_keep_the_routers_dtype(dtype: torch.dtype) -> None:
     case = make_case("softmax", tokens=3, k=2, residents={0, 1, 2}, seed=0, padding=0.0)
     routing = case.scored.routing
     low = ScoredRouting(
@@ -197,17 +199,17 @@ def test_weights_keep_the_dtype_that_the_family_gave(dtype: torch.dtype) -> None
         routing=Routing(routing.ids_TK, routing.weights_TK.to(dtype)),
     )
     for after in (
-        masked(low, case.resident_E),
-        substituted(low, case.resident_E, bound=1.0, protected=0),
-        mass_kept(low.routing, masked(low, case.resident_E)),
+        mask_absent(low, case.resident_E),
+        substitute_absent(low, case.resident_E, bound=1.0, protected=0),
+        rescale_weights(low.routing, mask_absent(low, case.resident_E)),
     ):
         assert after.weights_TK.dtype == dtype
 
 
 @unhurried
 @given(cases)
-def test_substituted_mass_is_the_share_whose_expert_left(case: Case) -> None:
-    before, after = case.scored.routing, masked(case.scored, case.resident_E)
+def test_substituted_mass_is_the_share_of_replaced_experts(case: Case) -> None:
+    before, after = case.scored.routing, mask_absent(case.scored, case.resident_E)
     lost = total = 0.0
     for old, new in zip(by_expert(before), by_expert(after), strict=True):
         lost += sum(weight for expert, weight in old.items() if expert not in new)
@@ -218,8 +220,8 @@ def test_substituted_mass_is_the_share_whose_expert_left(case: Case) -> None:
 
 @unhurried
 @given(cases)
-def test_mass_kept_gives_each_token_the_weight_it_had(case: Case) -> None:
-    after = masked(case.scored, case.resident_E)
-    scaled = mass_kept(case.scored.routing, after)
+def test_rescale_weights_keeps_each_tokens_total_weight(case: Case) -> None:
+    after = mask_absent(case.scored, case.resident_E)
+    scaled = rescale_weights(case.scored.routing, after)
     assert torch.equal(scaled.ids_TK, after.ids_TK)
     torch.testing.assert_close(scaled.weights_TK.sum(-1), case.scored.routing.weights_TK.sum(-1))

@@ -1,4 +1,4 @@
-"""What blocks are given on a text: recorded as the model computes it, once, and never half."""
+"""Recording block inputs on a calibration text."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed import calibrate as module
 from moefit.serve.packed.calibrate import (
-    OTHERS,
-    WORTH,
+    MAX_OTHER_TOKENS,
+    OTHER_TOKENS_WEIGHT,
     BlockInputs,
     CalibrationText,
     record_block_inputs,
@@ -36,14 +36,14 @@ def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     found: list[tuple[Tensor, Tensor]] = []
 
-    def hear(experts: Any, arguments: tuple[Tensor, ...]) -> None:
+    def record(experts: Any, arguments: tuple[Tensor, ...]) -> None:
         x_TD, ids_TK, weights_TK = (one.flatten(0, -2) for one in arguments)
         weight_TE = torch.zeros(len(x_TD), 8).scatter_add(1, ids_TK, weights_TK)
         found.append((x_TD.detach(), weight_TE.detach()))
 
     for name, part in model.named_modules():
         if name.endswith(".experts"):
-            part.register_forward_pre_hook(hear)
+            part.register_forward_pre_hook(record)
     with torch.no_grad():
         for window_T in ids_BT:
             model(window_T[None])
@@ -55,22 +55,22 @@ def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
-def test_what_is_recorded_is_what_transformers_gives_experts(tmp_path: Path, family: str) -> None:
+def test_recorded_inputs_equal_transformers(tmp_path: Path, family: str) -> None:
     folder = saved(tiny(family), tmp_path / "model")
     what = calibration()
-    heard: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     kept = record_block_inputs(
-        build_skeleton(folder), what, tmp_path / "kept", lambda *done: heard.append(done)
+        build_skeleton(folder), what, tmp_path / "kept", lambda *done: reported.append(done)
     )
     for index, (x_TD, weight_TE) in enumerate(own_inputs(folder, what.windows_BT)):
         block = kept.block(index)
         assert block is not None
         assert torch.allclose(block.x_TD, x_TD, atol=1e-4)
         assert torch.allclose(block.weight_TE, weight_TE, atol=1e-4)
-    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert reported == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
+def test_recording_does_not_depend_on_the_budget(folder: Path, tmp_path: Path) -> None:
     """One slot a block: experts come and go while the text is read."""
     skeleton = build_skeleton(folder)
     with pytest.raises(BudgetTooSmallError, match="at least"):
@@ -78,7 +78,7 @@ def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     budget = memory_budget(build_skeleton(folder), LoadSettings(context=16))
     least = budget.total_for_slots([1] * len(budget.blocks)) + (
         64 << 20
-    )  # the process grows meanwhile
+    )  # for growth of the process
     small = record_block_inputs(
         build_skeleton(folder), calibration(memory=least), tmp_path / "small"
     )
@@ -89,7 +89,9 @@ def test_under_a_budget_it_is_the_same(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(one.x_TD, other.x_TD)
 
 
-def test_it_is_recorded_once_for_a_text(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_recording_of_the_same_text_is_reused(
+    folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
     with monkeypatch.context() as patched:
         patched.setattr(module, "load_model", lambda *_: pytest.fail("read again"))
@@ -103,16 +105,14 @@ def test_it_is_recorded_once_for_a_text(folder: Path, tmp_path: Path, monkeypatc
     assert other is not None and len(other.x_TD) == 5 * 16
 
 
-def test_a_recording_that_was_cut_off_is_not_used(
-    folder: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    def cut_off(done: int, total: int) -> None:
+def test_interrupted_recording_is_discarded(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupt(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     kept = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
-        record_block_inputs(build_skeleton(folder), calibration(), kept, cut_off)
+        record_block_inputs(build_skeleton(folder), calibration(), kept, interrupt)
     assert any(kept.iterdir())
     block = record_block_inputs(build_skeleton(folder), calibration(), kept).block(0)
     assert block is not None and len(block.x_TD) == 3 * 16
@@ -120,25 +120,25 @@ def test_a_recording_that_was_cut_off_is_not_used(
     assert record_block_inputs(build_skeleton(folder), calibration(), kept).block(1) is not None
 
 
-def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
+def test_inputs_that_are_not_finite_raise(tmp_path: Path) -> None:
     model = tiny("Mixtral")
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
     folder = saved(model, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"layers.1.*not finite.*another dtype than torch.fl"):
+    with pytest.raises(CheckpointError, match=r"layers.1.*not finite.*in torch.float32"):
         record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
 
 
-def test_a_disk_without_room_is_refused(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_full_disk_raises(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
-    with pytest.raises(CheckpointError, match=r"takes 1\d.* KiB in .* where 5.00 KiB are free"):
+    with pytest.raises(CheckpointError, match=r"takes 1\d.* KiB in .* but only 5.00 KiB are free"):
         record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
 
 
-def test_models_that_continue_no_text_are_refused(tmp_path: Path) -> None:
+def test_encoder_decoders_raise(tmp_path: Path) -> None:
     model = SwitchTransformersForConditionalGeneration(switch_config()).eval()
     skeleton = build_skeleton(saved(model, tmp_path / "switch"))
-    with pytest.raises(UnsupportedModelError, match="only decoders can be calibrated so far"):
+    with pytest.raises(UnsupportedModelError, match="only decoders can be calibrated"):
         record_block_inputs(skeleton, calibration(), tmp_path / "kept")
 
 
@@ -147,37 +147,37 @@ def inputs(weights: list[list[float]]) -> BlockInputs:
     return BlockInputs(torch.arange(float(len(weights)))[:, None], weight_TE)
 
 
-def test_an_expert_is_judged_by_its_own_tokens_first() -> None:
+def test_rows_begin_with_the_experts_own_tokens() -> None:
     x_ND, count_N = inputs([[0.5, 0], [1.0, 0], [0, 1], [0, 1], [0, 1]]).rows(0)
     assert x_ND[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert count_N[:2].tolist() == [0.25, 1.0]
-    each = 0.625 * WORTH / 3
+    each = 0.625 * OTHER_TOKENS_WEIGHT / 3
     assert count_N[2:].tolist() == pytest.approx([each] * 3)
 
 
-def test_one_that_answers_for_none_is_judged_by_others() -> None:
+def test_rows_of_an_unused_expert_are_other_tokens() -> None:
     x_ND, count_N = inputs([[1.0, 0], [1.0, 0], [1.0, 0]]).rows(1)
     assert x_ND[:, 0].tolist() == [0, 1, 2]
-    assert count_N.tolist() == pytest.approx([WORTH / 3] * 3)
+    assert count_N.tolist() == pytest.approx([OTHER_TOKENS_WEIGHT / 3] * 3)
 
 
-def test_one_that_answers_for_all_has_no_others() -> None:
+def test_expert_used_by_all_tokens_has_no_other_rows() -> None:
     x_ND, count_N = inputs([[1.0, 0], [2.0, 0]]).rows(0)
     assert (x_ND[:, 0].tolist(), count_N.tolist()) == ([0, 1], [1.0, 4.0])
 
 
-def test_others_are_few_and_from_everywhere() -> None:
+def test_other_rows_are_limited_and_evenly_spaced() -> None:
     weight_TE = torch.zeros(10_000, 2)
     weight_TE[:, 0] = 1
     x_ND, count_N = BlockInputs(torch.arange(10_000.0)[:, None], weight_TE).rows(1)
-    assert len(x_ND) == OTHERS
+    assert len(x_ND) == MAX_OTHER_TOKENS
     assert (int(x_ND[0]), int(x_ND[-1])) == (0, 9999)
-    assert float(count_N.sum()) == pytest.approx(WORTH)
+    assert float(count_N.sum()) == pytest.approx(OTHER_TOKENS_WEIGHT)
 
 
 @pytest.mark.parametrize("name", ["inputs-000", "weights-001", "calibration.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"digest": "one", "blocks": 3}', b"\0" * 64])
-def test_damaged_recordings_are_made_again(
+def test_damaged_recording_is_replaced(
     folder: Path, tmp_path: Path, name: str, content: bytes
 ) -> None:
     kept = tmp_path / "kept"

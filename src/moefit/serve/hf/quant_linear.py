@@ -1,10 +1,10 @@
-"""The weights that are no experts, encoded too: attention, shared experts, embeddings, head.
+"""Quantise dense weights: attention, shared experts, embeddings and the output head.
 
-Owns modules that compute from grouped integers, and what may be replaced by them: linear layers and
-embeddings of torch's own classes, but no router, whose choices decide everything behind them. One
-visible call replaces modules, one after the other, and says what it replaced.
+`quantize_dense_weights` replaces a model's `nn.Linear` and `nn.Embedding` modules by modules that
+compute from grouped integers. Routers keep their precision, because an error in a router changes
+which experts are chosen. Byte counts for the budget estimate are computed from shapes alone.
 
-Shapes: T tokens, I input units, O output units, V vocabulary.
+Shapes: T tokens, D model width, I input features, O output features, R rows of a matrix.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -29,48 +29,46 @@ from moefit.quant.grouped_int import (
 )
 from moefit.serve.cache.slot import host_bytes
 
-_SMALLEST = GROUP * GROUP  # weights; below, there is nothing to be saved
-_DECODED = (
-    16 << 20
-)  # bytes that a step of many tokens decodes at once; a vocabulary's rows are many
+_MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
+_MAX_DECODED_BYTES = 16 << 20  # decoded at a time; the output head has as many rows as tokens
 
 
 class GroupedLinear(nn.Module):
-    """y = x W^T + b, with W in grouped integers."""
+    """Linear layer y = x W^T + b with W in grouped integers."""
 
     def __init__(self, matrix: GroupedMatrix, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features, self.dtype = matrix.cols, matrix.rows, dtype
         self._bits = matrix.bits
-        self._argument: KernelMatrix | None = None
+        self._kernel_matrix: KernelMatrix | None = None
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     @property
     def matrix(self) -> GroupedMatrix:
-        """W."""
+        """Return W."""
         return GroupedMatrix(
             self._bits, self.in_features, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., I] -> [.., O]."""
+        """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
         compiled = backend(x.device)
         if compiled and x_TI.shape[0] <= compiled.few:
-            if self._argument is None:
-                self._argument = KernelMatrix(self.matrix)
-            y_TO = compiled.linear(x_TI, self._argument, x.dtype)
+            if self._kernel_matrix is None:
+                self._kernel_matrix = KernelMatrix(self.matrix)
+            y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype)
         else:
-            y_TO = self._by_parts(x_TI)
+            y_TO = self._decode_and_multiply(x_TI)
         if isinstance(self.bias, Tensor):
             y_TO = y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
 
-    def _by_parts(self, x_TI: Tensor) -> Tensor:
-        """By torch's own products, so many output units at a time as may be decoded at once."""
-        rows = rows_decoded(self.in_features, x_TI.element_size())
+    def _decode_and_multiply(self, x_TI: Tensor) -> Tensor:
+        """Compute with torch's matrix products, decoding a limited number of rows at a time."""
+        rows = max_decoded_rows(self.in_features, x_TI.element_size())
         if rows >= self.out_features:
             return F.linear(x_TI, decoded(self.matrix, x_TI.dtype))
         y_TO = x_TI.new_empty(len(x_TI), self.out_features)
@@ -79,13 +77,13 @@ class GroupedLinear(nn.Module):
         return y_TO
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moved or converted: the kernels' argument is of memory that is no longer used."""
-        self._argument = None
+        # Moving or converting the buffers invalidates the pointers that the kernels use.
+        self._kernel_matrix = None
         return super()._apply(fn, recurse)
 
 
 class GroupedEmbedding(nn.Module):
-    """Rows of a matrix of grouped integers, decoded as they are asked for."""
+    """Embedding with its table in grouped integers; rows are decoded at each lookup."""
 
     def __init__(self, matrix: GroupedMatrix, padding_idx: int | None, dtype: torch.dtype):
         super().__init__()
@@ -95,7 +93,7 @@ class GroupedEmbedding(nn.Module):
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[..] -> [.., D]."""
+        """Map ids [...] to embeddings [..., D]."""
         ids_T = ids.flatten()
         matrix = GroupedMatrix(
             self._bits, self.embedding_dim, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
@@ -103,8 +101,11 @@ class GroupedEmbedding(nn.Module):
         return decoded(matrix.take(ids_T), self.dtype).view(*ids.shape, self.embedding_dim)
 
 
-def encodable(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
-    """What would be encoded, by name; tied modules each under their own."""
+def quantizable_modules(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
+    """Return the modules that `quantize_dense_weights` replaces, by name.
+
+    Modules with tied weights are listed under each of their names.
+    """
     experts = tuple(f"{block.name}." for block in blocks)
     routers = tuple(f"{name}." for name in _routers(model, blocks))
     return {
@@ -112,18 +113,22 @@ def encodable(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Mo
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, nn.Embedding)
         and not f"{name}.".startswith((*experts, *routers))
-        and module.get_parameter("weight").numel() >= _SMALLEST
+        and module.get_parameter("weight").numel() >= _MIN_WEIGHTS
     }
 
 
 def _routers(model: nn.Module, blocks: Collection[MoeBlock]) -> list[str]:
-    """Modules beside a block's experts with something for each expert."""
+    """Return the names of modules that have a parameter with one row per expert."""
     return [
         f"{block.parent}.{name}"
         for block in blocks
         for name, module in model.get_submodule(block.parent).named_modules()
         if name
-        and any(len(p) == block.num_experts for p in module.parameters(recurse=False) if p.dim())
+        and any(
+            len(parameter) == block.num_experts
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim()
+        )
     ]
 
 
@@ -133,25 +138,34 @@ def quantize_dense_weights(
     blocks: Collection[MoeBlock],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
-    """Replace linear layers and embeddings by encoded ones, in place; returns their names.
+    """Replace linear layers and embeddings by quantised ones, in place.
 
-    Modules with one weight (tied embeddings) share its codes. Beside the model, one encoded matrix
-    and some rows as float32 are in memory at a time. progress hears how many matrices are done.
+    Modules that share a weight (tied embeddings) share its codes. Each original weight is freed
+    after it is encoded, so the peak is the model, one encoded matrix and a few rows in float32.
+
+    Args:
+        model: The model, with its dense weights loaded.
+        format: The format to encode in.
+        blocks: The model's MoE blocks; their experts and routers are not replaced.
+        progress: Callback with the number of matrices done and in total.
+
+    Returns:
+        The names of the replaced modules.
     """
-    found = encodable(model, blocks)
-    weights = _by_weight(found)
+    modules = quantizable_modules(model, blocks)
+    weights = _group_by_weight(modules)
     for done, (weight, names) in enumerate(weights.items(), start=1):
-        matrix = _room_for(weight, format.bits)
+        matrix = _allocate(weight, format.bits)
         encode_into(matrix, weight.detach(), format.encoder)
         for name in names:
-            model.set_submodule(name, _encoded(found[name], matrix, weight.dtype))
+            model.set_submodule(name, _quantized_module(modules[name], matrix, weight.dtype))
         weight.data = weight.new_empty(0)
         progress(done, len(weights))
-    return tuple(found)
+    return tuple(modules)
 
 
-def _room_for(weight: Tensor, bits: int) -> GroupedMatrix:
-    """On a CPU as slots lie: huge pages save address translation."""
+def _allocate(weight: Tensor, bits: int) -> GroupedMatrix:
+    """Return an empty matrix for a weight; on a CPU in huge pages, as slots are."""
     rows, cols = weight.shape
     codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
     if weight.device.type != "cpu" or not codes:
@@ -161,37 +175,45 @@ def _room_for(weight: Tensor, bits: int) -> GroupedMatrix:
     return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
 
 
-def _by_weight(found: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:
-    """The modules' weights, each once, with the names of those that have it."""
+def _group_by_weight(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:
+    """Return each distinct weight with the names of the modules that use it."""
     names: dict[nn.Parameter, list[str]] = {}
-    for name, module in found.items():
+    for name, module in modules.items():
         names.setdefault(module.get_parameter("weight"), []).append(name)
     return names
 
 
-def _encoded(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn.Module:
+def _quantized_module(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, nn.Embedding):
         return GroupedEmbedding(matrix, module.padding_idx, dtype)
     assert isinstance(module, nn.Linear)
     return GroupedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
 
 
-def rows_decoded(cols: int, itemsize: int) -> int:
-    """Of a matrix, how many rows a step of many tokens decodes at once.
+def max_decoded_rows(cols: int, itemsize: int) -> int:
+    """Return how many rows of a matrix are decoded at a time for a step of many tokens.
 
-    >>> rows_decoded(2048, 2)
+    >>> max_decoded_rows(2048, 2)
     4096
     """
-    return max(SLAB, _DECODED // (cols * itemsize) // SLAB * SLAB)
+    return max(SLAB, _MAX_DECODED_BYTES // (cols * itemsize) // SLAB * SLAB)
 
 
 def decoded_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int) -> int:
-    """The most of a matrix that a step of many tokens decodes at once."""
+    """Return the peak bytes of decoded rows in a step of many tokens.
+
+    Args:
+        model: A model, possibly on the meta device.
+        blocks: Its MoE blocks.
+        itemsize: Bytes per decoded weight.
+    """
     shapes = [
-        one.weight.shape for one in encodable(model, blocks).values() if isinstance(one, nn.Linear)
+        one.weight.shape
+        for one in quantizable_modules(model, blocks).values()
+        if isinstance(one, nn.Linear)
     ]
     return max(
-        (min(rows, rows_decoded(cols, itemsize)) * cols * itemsize for rows, cols in shapes),
+        (min(rows, max_decoded_rows(cols, itemsize)) * cols * itemsize for rows, cols in shapes),
         default=0,
     )
 
@@ -199,10 +221,17 @@ def decoded_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int)
 def saved_bytes(
     model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock], itemsize: int
 ) -> int:
-    """Bytes that encoding takes off the weights, before anything is loaded."""
+    """Return the bytes that quantising the dense weights saves.
+
+    Args:
+        model: A model, possibly on the meta device.
+        format: The format to encode in.
+        blocks: Its MoE blocks.
+        itemsize: Bytes per weight before encoding.
+    """
     return sum(
         weight.numel() * itemsize
         - codes_bytes(len(weight), weight.shape[1], format.bits)
         - meta_bytes(len(weight), weight.shape[1], format.bits)
-        for weight in _by_weight(encodable(model, blocks))
+        for weight in _group_by_weight(quantizable_modules(model, blocks))
     )

@@ -28,9 +28,9 @@ from moefit.serve.io.loads import wait_for_load
 from moefit.serve.layer.executor import ExpertInvoker
 from moefit.serve.layer.rerouting import (
     ScoredRouting,
-    masked,
-    mass_kept,
-    substituted,
+    mask_absent,
+    rescale_weights,
+    substitute_absent,
     substituted_mass,
 )
 
@@ -204,12 +204,12 @@ class VirtualExperts(nn.Module):
         resident_E = torch.zeros(self.num_experts, dtype=torch.bool, device=chosen.ids_TK.device)
         resident_E[list(self.slot_table.residents)] = True
         if mode == "virtual":
-            routing = masked(scored, resident_E)
+            routing = mask_absent(scored, resident_E)
         else:
             bound = policy.bound_at(self.depth)
-            routing = substituted(scored, resident_E, bound=bound, protected=policy.protected)
+            routing = substitute_absent(scored, resident_E, bound=bound, protected=policy.protected)
         if policy.keep_mass:
-            routing = mass_kept(chosen, routing)
+            routing = rescale_weights(chosen, routing)
         if routing is not chosen:
             self.shared.counters.substituted += substituted_mass(chosen, routing)
             asked, answering = (set(one.ids_TK.unique().tolist()) for one in (chosen, routing))

@@ -1,11 +1,9 @@
-"""What a model's MoE blocks are given on a calibration text: read once, kept in files for packing.
+"""Record the inputs of every MoE block on a calibration text.
 
-Owns the pass over the text, by the model as it is served (exactly, within a budget, so that it need
-not fit in memory), the files, one a block, and from them the rows by which an expert is judged: all
-tokens that it answers for, each counting as its router weight's square, which is what its errors
-count in the block's output; and beside them a few of the block's other tokens, which in sum count
-as little as some dozens of its own, so that one that answers for few or none is not judged by
-those alone. Files of a pass that was cut off are not used.
+`record_block_inputs` runs the text through the served model in exact mode, under a memory budget,
+and writes the inputs and router weights of each block to two files. An interrupted run leaves no
+metadata file, so its data is discarded. `BlockInputs.rows` selects the rows that one expert is
+calibrated on.
 
 Shapes: B windows, T tokens, D model width, E experts, N rows of one expert.
 """
@@ -30,18 +28,21 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.load import load_model
 from moefit.serve.memory.budget import format_bytes
 
-OTHERS = 512  # of a block's other tokens, at most
-WORTH = 64  # how many of an expert's own tokens they count as, in sum
-_FACTS = "calibration.json"
-_MAX_FACTS = 8 << 20  # bytes
+MAX_OTHER_TOKENS = 512  # tokens of a block that an expert was not chosen for
+OTHER_TOKENS_WEIGHT = 64  # total weight of these, in units of one token of the expert's own
+_METADATA = "calibration.json"
+_MAX_METADATA_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationText:
-    """A text to calibrate on: windows [B, context] of token ids. `text` is its name for people.
+    """A tokenized text for calibration.
 
-    digest: what tells one calibration from another. memory: for the pass over the text; None is as
-    much as that takes.
+    Args:
+        text: Name of the text, for display.
+        digest: Identifies the text and its tokenization.
+        windows_BT: Token ids, one row per window.
+        memory: Budget in bytes for running the model over the text; None for no limit.
     """
 
     text: str
@@ -51,45 +52,55 @@ class CalibrationText:
 
 
 class RecordedInputs:
-    """The blocks' inputs, in files of one folder."""
+    """Recorded inputs of all blocks, stored in files of one folder."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any]):
-        self._folder, self._facts = folder, facts
+    def __init__(self, folder: Path, metadata: dict[str, Any]):
+        self._folder, self._metadata = folder, metadata
 
     def block(self, index: int) -> "BlockInputs | None":
-        """Of the block with this number; None if the text does not reach it."""
-        facts = self._facts["blocks"][index]
-        tokens, width, experts = facts["tokens"], facts["width"], facts["experts"]
+        """Return the inputs of block number `index`; None if no token reached the block."""
+        metadata = self._metadata["blocks"][index]
+        tokens, width, experts = metadata["tokens"], metadata["width"], metadata["experts"]
         if not tokens:
             return None
         x_TD = torch.from_file(
-            str(self._folder / f"inputs-{index:03d}"),
+            str(_inputs_file(self._folder, index)),
             size=tokens * width,
-            dtype=getattr(torch, facts["dtype"]),
+            dtype=getattr(torch, metadata["dtype"]),
         )
         weight_TE = torch.from_file(
-            str(self._folder / f"weights-{index:03d}"), size=tokens * experts, dtype=torch.float32
+            str(_weights_file(self._folder, index)), size=tokens * experts, dtype=torch.float32
         )
         return BlockInputs(x_TD.view(tokens, width), weight_TE.view(tokens, experts))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
-    """One block's tokens, and the router weight with which each expert answers for them, or 0."""
+    """Inputs of one block, and the router weight of each expert per token (0 if not chosen)."""
 
     x_TD: Tensor
     weight_TE: Tensor
 
     def rows(self, expert: int) -> tuple[Tensor, Tensor]:
-        """By which an expert is judged: x_ND, and what each counts, N."""
+        """Return the rows that an expert is calibrated on, and the weight of each row.
+
+        Rows are all tokens that the router sent to the expert, weighted by the square of the router
+        weight, which is how the expert's error enters the block's output. Up to `MAX_OTHER_TOKENS`
+        other tokens of the block are added with a small total weight, so that an expert with few or
+        no tokens of its own is not fitted to those alone.
+
+        Returns:
+            x_ND and weight_N.
+        """
         square_T = self.weight_TE[:, expert].square()
         own_N, other_N = square_T.nonzero()[:, 0], (square_T == 0).nonzero()[:, 0]
-        if len(other_N) > OTHERS:
-            other_N = other_N[torch.linspace(0, len(other_N) - 1, OTHERS).long()]
-        counts_N = square_T[own_N]
-        each = (counts_N.mean() if len(own_N) else torch.tensor(1.0)) * WORTH / max(1, len(other_N))
-        others_N = each.expand(len(other_N))
-        return self.x_TD[torch.cat([own_N, other_N])], torch.cat([counts_N, others_N])
+        if len(other_N) > MAX_OTHER_TOKENS:
+            other_N = other_N[torch.linspace(0, len(other_N) - 1, MAX_OTHER_TOKENS).long()]
+        own_weight_N = square_T[own_N]
+        mean_weight = own_weight_N.mean() if len(own_N) else torch.tensor(1.0)
+        other_weight = mean_weight * OTHER_TOKENS_WEIGHT / max(1, len(other_N))
+        other_weight_N = other_weight.expand(len(other_N))
+        return self.x_TD[torch.cat([own_N, other_N])], torch.cat([own_weight_N, other_weight_N])
 
 
 def record_block_inputs(
@@ -98,62 +109,79 @@ def record_block_inputs(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RecordedInputs:
-    """The blocks' inputs on the text: from `folder` if they are there, else recorded there now.
+    """Record the inputs of all blocks on a text, or reuse the recording in `folder`.
 
-    progress hears how many windows of how many are done. Raises UnsupportedModelError for models
-    that continue no text; CheckpointError if there is no room in `folder`, or if a block's inputs
-    are not finite; what `load` does.
+    Args:
+        skeleton: The model to calibrate.
+        calibration: The text and the memory budget.
+        folder: Where the recording is stored. A recording of another text is replaced.
+        progress: Callback with the number of windows done and in total.
+
+    Returns:
+        The recorded inputs.
+
+    Raises:
+        UnsupportedModelError: The model is an encoder-decoder.
+        CheckpointError: The disk has too little free space, or a block's inputs are not finite.
+        MoefitError: The model cannot be loaded; see `load_model`.
     """
-    facts = _read_facts(folder)
-    blocks = len(skeleton.blocks)
-    if facts is not None and (facts["digest"], len(facts["blocks"])) == (
-        calibration.digest,
-        blocks,
-    ):
-        return RecordedInputs(folder, facts)
+    metadata = _read_metadata(folder)
+    recorded = None if metadata is None else (metadata["digest"], len(metadata["blocks"]))
+    if metadata is not None and recorded == (calibration.digest, len(skeleton.blocks)):
+        return RecordedInputs(folder, metadata)
     if skeleton.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__} continues no text by itself; only decoders can be "
-            "calibrated so far; packing without a text works"
+            f"{type(skeleton.model).__name__} is an encoder-decoder, and only decoders can be "
+            "calibrated; pack without --text instead"
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _check_disk_space(skeleton, calibration, folder)
-    facts = _record(skeleton, calibration, folder, progress)
-    building = folder / f".{_FACTS}"
-    building.write_text(json.dumps(facts))
-    building.rename(folder / _FACTS)
-    return RecordedInputs(folder, facts)
+    metadata = _record(skeleton, calibration, folder, progress)
+    partial_file = folder / f".{_METADATA}"
+    partial_file.write_text(json.dumps(metadata))
+    partial_file.rename(folder / _METADATA)
+    return RecordedInputs(folder, metadata)
 
 
-def _read_facts(folder: Path) -> dict[str, Any] | None:
-    """What a finished pass wrote; None if there is none, or its files are not as it says."""
+def _inputs_file(folder: Path, index: int) -> Path:
+    return folder / f"inputs-{index:03d}"
+
+
+def _weights_file(folder: Path, index: int) -> Path:
+    return folder / f"weights-{index:03d}"
+
+
+def _read_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a finished recording; None if missing, damaged or inconsistent."""
     try:
-        facts = read_json(folder / _FACTS, limit=_MAX_FACTS)
-        sound = all(
-            _has(folder / f"inputs-{index:03d}", block, "width", getattr(torch, block["dtype"]))
-            and _has(folder / f"weights-{index:03d}", block, "experts", torch.float32)
-            for index, block in enumerate(facts["blocks"])
+        metadata = read_json(folder / _METADATA, limit=_MAX_METADATA_BYTES)
+        consistent = all(
+            _has_size(_inputs_file(folder, index), block, "width", getattr(torch, block["dtype"]))
+            and _has_size(_weights_file(folder, index), block, "experts", torch.float32)
+            for index, block in enumerate(metadata["blocks"])
         )
-        return facts if sound and isinstance(facts["digest"], str) else None
+        return metadata if consistent and isinstance(metadata["digest"], str) else None
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
 
 
-def _has(file: Path, block: dict[str, Any], columns: str, dtype: torch.dtype) -> bool:
-    """Whether the file holds a block's tokens with so many numbers of this dtype each."""
+def _has_size(file: Path, block: dict[str, Any], columns: str, dtype: torch.dtype) -> bool:
+    """Return whether the file's size matches the block's metadata."""
     return file.stat().st_size == block["tokens"] * block[columns] * dtype.itemsize
 
 
 def _check_disk_space(skeleton: Skeleton, calibration: CalibrationText, folder: Path) -> None:
     width = skeleton.model.config.get_text_config(decoder=True).hidden_size
-    each = sum(width * skeleton.dtype.itemsize + 4 * one.num_experts for one in skeleton.blocks)
-    needed, free = calibration.windows_BT.numel() * each, shutil.disk_usage(folder).free
+    per_token = sum(
+        width * skeleton.dtype.itemsize + 4 * block.num_experts for block in skeleton.blocks
+    )
+    needed, free = calibration.windows_BT.numel() * per_token, shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"calibrating takes {format_bytes(needed)} in {folder} until packing ends, where "
-            f"{format_bytes(free)} are free; make room, give fewer tokens, or set XDG_CACHE_HOME "
-            "to a folder on a larger disk"
+            f"calibration takes {format_bytes(needed)} in {folder} until packing ends, but only "
+            f"{format_bytes(free)} are free; free some space, give fewer tokens, or set "
+            "XDG_CACHE_HOME to a folder on a larger disk"
         )
 
 
@@ -163,6 +191,7 @@ def _record(
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
+    """Run the text through the model, write the files and return their metadata."""
     windows_BT = calibration.windows_BT
     settings = LoadSettings(
         memory=calibration.memory, context=windows_BT.shape[1], dtype=skeleton.dtype
@@ -175,25 +204,25 @@ def _record(
         ]
         progress(0, len(windows_BT))
         with torch.inference_mode():
-            for number, window_T in enumerate(windows_BT):
+            for done, window_T in enumerate(windows_BT, start=1):
                 served.model.base_model(input_ids=window_T[None], use_cache=False)
-                progress(number + 1, len(windows_BT))
+                progress(done, len(windows_BT))
         return {
             "digest": calibration.digest,
             "text": calibration.text,
-            "blocks": [one.facts for one in recorders],
+            "blocks": [recorder.metadata for recorder in recorders],
         }
 
 
 class _Recorder:
-    """Writes what one block is given, as it comes."""
+    """Append the inputs and router weights of one block to its files at each forward pass."""
 
     def __init__(self, experts: VirtualExperts, folder: Path, index: int):
         self._experts = experts
         self._tokens, self._width, self._dtype = 0, 0, "float32"
-        self._inputs: BinaryIO = (folder / f"inputs-{index:03d}").open("wb")
-        self._weights: BinaryIO = (folder / f"weights-{index:03d}").open("wb")
-        self._hook = experts.register_forward_pre_hook(self._hear)
+        self._inputs: BinaryIO = _inputs_file(folder, index).open("wb")
+        self._weights: BinaryIO = _weights_file(folder, index).open("wb")
+        self._hook = experts.register_forward_pre_hook(self._append)
 
     def __enter__(self) -> "_Recorder":
         return self
@@ -204,7 +233,7 @@ class _Recorder:
         self._weights.close()
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {
             "tokens": self._tokens,
             "width": self._width,
@@ -212,16 +241,15 @@ class _Recorder:
             "experts": self._experts.num_experts,
         }
 
-    def _hear(self, _module: Any, arguments: tuple[Tensor, ...]) -> None:
+    def _append(self, _module: Any, arguments: tuple[Tensor, ...]) -> None:
         block, x_TD = self._experts.block, arguments[0].reshape(-1, arguments[0].shape[-1])
         if not bool(x_TD.isfinite().all()):
             raise CheckpointError(
-                f"on this text {block.name} is given numbers that are not finite, by which nothing "
-                f"can be calibrated; calibrate in another dtype than {x_TD.dtype} (--dtype), or "
-                "pack without a text"
+                f"the inputs of {block.name} are not finite on this text in {x_TD.dtype}, so it "
+                "cannot be used for calibration; give another --dtype, or pack without --text"
             )
         routing = block.layout.routing(len(x_TD), *arguments[1:])
-        weight_TE = torch.zeros(len(x_TD), block.num_experts + 1)
+        weight_TE = torch.zeros(len(x_TD), block.num_experts + 1)  # the last column is padding
         weight_TE.scatter_add_(1, routing.ids_TK.cpu(), routing.weights_TK.float().cpu())
         self._inputs.write(bytes_of(x_TD.contiguous().cpu()))
         self._weights.write(bytes_of(weight_TE[:, :-1].contiguous()))
