@@ -247,11 +247,11 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypa
         usual = [ask(engine, prompt, greedy(6)).wait().tokens for prompt in prompts([5, 8])]
         step = engine._runner.step
 
-        def breaks(works: Any) -> torch.Tensor:
-            logits_NV = step(works).clone()
-            ends = [sum(work.wants for work in works[: n + 1]) for n in range(len(works))]
-            for work, end in zip(works, ends, strict=True):
-                if work.past == 7 and work.wants:  # the third token of the shorter one
+        def breaks(inputs: Any) -> torch.Tensor:
+            logits_NV = step(inputs).clone()
+            ends = [sum(one.num_logits for one in inputs[: n + 1]) for n in range(len(inputs))]
+            for one, end in zip(inputs, ends, strict=True):
+                if one.past == 7 and one.num_logits:  # the third token of the shorter one
                     logits_NV[end - 1] = torch.nan
             return logits_NV
 
@@ -260,7 +260,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypa
             bad, good = (ask(engine, prompt, greedy(6)) for prompt in prompts([5, 20]))
             go.set()
             assert (bad.end.reason, bad.tokens) == ("error", usual[0][:3])
-            assert "no finite numbers" in bad.end.message
+            assert "not finite" in bad.end.message
             assert good.end.reason == "length"
         monkeypatch.undo()
         assert ask(engine, prompts([5])[0], greedy(6)).wait().tokens == usual[0]
@@ -308,8 +308,8 @@ def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
         tokenizer: Any = Illiterate(unknown)
-        language = TextDecoding(tokenizer=tokenizer, ends=frozenset())
-        engine._abilities = replace(engine._abilities, language=language)
+        decoding = TextDecoding(tokenizer=tokenizer, ends=frozenset())
+        engine._limits = replace(engine._limits, decoding=decoding)
         with paused(engine) as go:
             bad, good = (ask(engine, prompt, greedy(8)) for prompt in prompts([5, 8]))
             go.set()

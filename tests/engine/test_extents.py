@@ -12,20 +12,20 @@ PLACES = 40
 def test_the_first_hole_that_is_large_enough() -> None:
     extents = Extents(20)
     for name in "abc":
-        assert extents.take(name, 5) == ()
-    extents.give_back("a")
-    assert extents.take("small", 3) == ()
-    assert extents.take("large", 5) == ()
+        assert extents.allocate(name, 5) == ()
+    extents.release("a")
+    assert extents.allocate("small", 3) == ()
+    assert extents.allocate("large", 5) == ()
     assert (extents.start("small"), extents.start("large")) == (0, 15)
 
 
 def test_holes_are_closed_up_when_none_is_large_enough() -> None:
     extents = Extents(20)
     for name in "abcd":
-        extents.take(name, 5)
-    extents.give_back("a")
-    extents.give_back("c")
-    assert extents.take("large", 10) == (
+        extents.allocate(name, 5)
+    extents.release("a")
+    extents.release("c")
+    assert extents.allocate("large", 10) == (
         Move(name="b", source=5, target=0),
         Move(name="d", source=15, target=5),
     )
@@ -48,7 +48,7 @@ class Places(RuleBasedStateMachine):
         size = data.draw(st.integers(1, self.extents.free))
         name = f"r{self.count}"
         self.count += 1
-        for move in self.extents.take(name, size):
+        for move in self.extents.allocate(name, size):
             held = self.row[move.source : move.source + self.sizes[move.name]]
             assert move.target < move.source
             self.row[move.target : move.target + len(held)] = held
@@ -60,7 +60,7 @@ class Places(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.sizes)))
-        self.extents.give_back(name)
+        self.extents.release(name)
         del self.sizes[name]
 
     @invariant()

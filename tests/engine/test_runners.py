@@ -100,10 +100,10 @@ def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dt
         runner = choose_runner(served, 40)
         assert isinstance(runner, SeparateRunner)
         runner.open("one", 40)
-        work = RunnerInput(request="one", tokens=[5] * prompt, past=0, wants=1)
+        one = RunnerInput(request="one", tokens=[5] * prompt, past=0, num_logits=1)
         for past in range(prompt, prompt + answer):
-            runner.step([work])
-            work = RunnerInput(request="one", tokens=[5], past=past, wants=1)
+            runner.step([one])
+            one = RunnerInput(request="one", tokens=[5], past=past, num_logits=1)
         encoded = held_bytes(runner._encoded)
         assert encoded >= prompt * served.model.config.d_model * dtype.itemsize
         assert encoded + held_bytes(runner._caches) <= served.budget.kv_cache
@@ -115,7 +115,7 @@ def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
     with engine_of(saved(tiny("DeepseekV3"), tmp_path)) as engine:
         runner = engine._runner
         assert isinstance(runner, VarlenRunner)
-        assert runner.cache.gathers, "its keys lie elsewhere in every step"
+        assert runner.cache.gather, "its keys lie elsewhere in every step"
         before = set(runner._storages)
         for heard in [ask(engine, prompt, greedy(12)) for prompt in prompts()]:
             heard.wait()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler, shared
+from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler, split_evenly
 from moefit.errors import QueueFullError
 
 
@@ -19,9 +19,9 @@ def step(scheduler: Scheduler) -> tuple[ScheduledTokens, ...]:
     scheduler.admit()
     pieces = scheduler.plan()
     for piece in pieces:
-        scheduler.done(piece)
+        scheduler.advance(piece)
         if piece.last:
-            scheduler.grow(piece.request)
+            scheduler.append_token(piece.request)
     scheduler.check()
     return pieces
 
@@ -32,7 +32,7 @@ def told(pieces: tuple[ScheduledTokens, ...]) -> dict[str, tuple[int, int, bool]
 
 def test_a_prompt_is_read_in_chunks_and_then_continued() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("a", prompt=23, answer=4)
+    scheduler.submit("a", prompt=23, max_new_tokens=4)
     assert told(step(scheduler)) == {"a": (0, 10, False)}
     assert told(step(scheduler)) == {"a": (10, 20, False)}
     assert told(step(scheduler)) == {"a": (20, 23, True)}
@@ -42,9 +42,9 @@ def test_a_prompt_is_read_in_chunks_and_then_continued() -> None:
 
 def test_decoding_goes_on_beside_a_long_prompt_which_goes_on_too() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("short", prompt=2, answer=20)
+    scheduler.submit("short", prompt=2, max_new_tokens=20)
     step(scheduler)
-    scheduler.submit("long", prompt=25, answer=1)
+    scheduler.submit("long", prompt=25, max_new_tokens=1)
     for number in range(3):
         pieces = told(step(scheduler))
         assert pieces["short"] == (2 + number, 3 + number, True)
@@ -53,15 +53,15 @@ def test_decoding_goes_on_beside_a_long_prompt_which_goes_on_too() -> None:
 
 def test_prompts_share_a_step() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("long", prompt=40, answer=1)
-    scheduler.submit("short", prompt=3, answer=1)
+    scheduler.submit("long", prompt=40, max_new_tokens=1)
+    scheduler.submit("short", prompt=3, max_new_tokens=1)
     assert told(step(scheduler)) == {"long": (0, 7, False), "short": (0, 3, True)}
 
 
 def test_whole_prompts_come_one_at_a_time() -> None:
     scheduler = Scheduler(limits(whole_prompts=True))
-    scheduler.submit("a", prompt=40, answer=2)
-    scheduler.submit("b", prompt=30, answer=2)
+    scheduler.submit("a", prompt=40, max_new_tokens=2)
+    scheduler.submit("b", prompt=30, max_new_tokens=2)
     assert told(step(scheduler)) == {"a": (0, 40, True)}
     assert told(step(scheduler)) == {"a": (40, 41, True), "b": (0, 30, True)}
 
@@ -69,8 +69,8 @@ def test_whole_prompts_come_one_at_a_time() -> None:
 def test_those_with_smaller_pieces_share_one_limit() -> None:
     scheduler = Scheduler(limits(tokens=100, max_concurrency=4, prefill_chunk=12))
     for name in ("a", "b"):
-        scheduler.submit(name, prompt=4, answer=1, piece=3)
-    scheduler.submit("other", prompt=20, answer=1)
+        scheduler.submit(name, prompt=4, max_new_tokens=1, max_chunk=3)
+    scheduler.submit("other", prompt=20, max_new_tokens=1)
     scheduler.admit()
     assert told(step(scheduler)) == {"a": (0, 3, False), "other": (0, 9, False)}
     assert told(step(scheduler))["a"] == (3, 4, True)
@@ -79,16 +79,16 @@ def test_those_with_smaller_pieces_share_one_limit() -> None:
 
 def test_a_request_may_have_smaller_pieces() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("a", prompt=20, answer=1, piece=3)
-    scheduler.submit("b", prompt=20, answer=1)
+    scheduler.submit("a", prompt=20, max_new_tokens=1, max_chunk=3)
+    scheduler.submit("b", prompt=20, max_new_tokens=1)
     assert told(step(scheduler)) == {"a": (0, 3, False), "b": (0, 7, False)}
 
 
 def test_who_does_not_fit_waits_and_is_not_overtaken() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("first", prompt=50, answer=10)
-    scheduler.submit("large", prompt=40, answer=1)
-    scheduler.submit("small", prompt=1, answer=1)
+    scheduler.submit("first", prompt=50, max_new_tokens=10)
+    scheduler.submit("large", prompt=40, max_new_tokens=1)
+    scheduler.submit("small", prompt=1, max_new_tokens=1)
     assert scheduler.admit() == ("first",)
     assert scheduler.waiting == ("large", "small")
     assert scheduler.remove("first")
@@ -97,23 +97,23 @@ def test_who_does_not_fit_waits_and_is_not_overtaken() -> None:
 
 def test_a_full_queue() -> None:
     scheduler = Scheduler(limits(max_waiting=1))
-    scheduler.submit("a", prompt=1, answer=1)
+    scheduler.submit("a", prompt=1, max_new_tokens=1)
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
-        scheduler.submit("b", prompt=1, answer=1)
+        scheduler.submit("b", prompt=1, max_new_tokens=1)
     scheduler.admit()
-    scheduler.submit("b", prompt=1, answer=1)
+    scheduler.submit("b", prompt=1, max_new_tokens=1)
 
 
 def test_one_is_forgotten_once() -> None:
     scheduler = Scheduler(limits())
-    scheduler.submit("a", prompt=1, answer=1)
+    scheduler.submit("a", prompt=1, max_new_tokens=1)
     assert scheduler.remove("a")
     assert not scheduler.remove("a")
 
 
 @given(st.integers(0, 200), st.lists(st.integers(1, 50), max_size=8))
 def test_shares_are_fair(total: int, wants: list[int]) -> None:
-    shares = shared(total, wants)
+    shares = split_evenly(total, wants)
     assert sum(shares) == min(total, sum(wants))
     assert all(0 <= share <= want for share, want in zip(shares, wants, strict=True))
     hungry = [share for share, want in zip(shares, wants, strict=True) if share < want]
@@ -133,18 +133,24 @@ class Serving(RuleBasedStateMachine):
         self.order: list[str] = []
         self.count = 0
 
-    @rule(prompt=st.integers(1, 30), answer=st.integers(1, 20), piece=st.none() | st.integers(1, 5))
-    def submit(self, prompt: int, answer: int, piece: int | None) -> None:
-        if prompt + answer > self.scheduler.limits.tokens:
+    @rule(
+        prompt=st.integers(1, 30),
+        max_new_tokens=st.integers(1, 20),
+        max_chunk=st.none() | st.integers(1, 5),
+    )
+    def submit(self, prompt: int, max_new_tokens: int, max_chunk: int | None) -> None:
+        if prompt + max_new_tokens > self.scheduler.limits.tokens:
             return
         name = f"r{self.count}"
         self.count += 1
         try:
-            self.scheduler.submit(name, prompt=prompt, answer=answer, piece=piece)
+            self.scheduler.submit(
+                name, prompt=prompt, max_new_tokens=max_new_tokens, max_chunk=max_chunk
+            )
         except QueueFullError:
             assert len(self.scheduler.waiting) == self.scheduler.limits.max_waiting
             return
-        self.left[name], self.read[name] = answer, 0
+        self.left[name], self.read[name] = max_new_tokens, 0
         self.order.append(name)
 
     @precondition(lambda self: self.left)
@@ -169,11 +175,11 @@ class Serving(RuleBasedStateMachine):
             assert sum(p.stop - p.start for p in reading) <= self.scheduler.limits.prefill_chunk
         for piece in pieces:
             assert piece.start == self.read[piece.request] < piece.stop
-            self.scheduler.done(piece)
+            self.scheduler.advance(piece)
             self.read[piece.request] = piece.stop
             if piece.last:
                 self.left[piece.request] -= 1
-                self.scheduler.grow(piece.request)
+                self.scheduler.append_token(piece.request)
                 if not self.left[piece.request]:
                     self.scheduler.remove(piece.request)
                     del self.left[piece.request], self.read[piece.request]

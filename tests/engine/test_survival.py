@@ -65,8 +65,8 @@ class Panicking:
 
 
 def speak(engine: Any, tokenizer: Any) -> None:
-    language = TextDecoding(tokenizer=tokenizer, ends=frozenset(), continues=False)
-    engine._abilities = replace(engine._abilities, language=language)
+    decoding = TextDecoding(tokenizer=tokenizer, ends=frozenset(), decoder_only=False)
+    engine._limits = replace(engine._limits, decoding=decoding)
 
 
 def test_a_decoder_that_panics_fails_its_own_request_alone(olmoe) -> None:
@@ -99,7 +99,7 @@ def test_a_text_whose_end_panics_ends_all_the_same(olmoe) -> None:
 def test_a_step_that_panics_takes_only_its_own_requests(olmoe, monkeypatch, kind) -> None:
     with engine_of(olmoe, slots=None) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(engine._runner, "step", lambda works: (_ for _ in ()).throw(kind("no")))
+            patch.setattr(engine._runner, "step", lambda inputs: (_ for _ in ()).throw(kind("no")))
             assert ask(engine, PROMPT, greedy(3)).end.reason == "error"
         assert ask(engine, PROMPT, greedy(3)).end.reason == "length"
 
@@ -143,7 +143,7 @@ def test_a_change_that_panics_is_raised_where_it_was_asked_for(olmoe) -> None:
 def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, caplog) -> None:
     """The last resort: what handles failures fails too."""
     with engine_of(olmoe, slots=None) as engine:
-        monkeypatch.setattr(engine, "_turn", panics)
+        monkeypatch.setattr(engine, "_iterate", panics)
         monkeypatch.setattr("moefit.engine.engine._LOG.exception", panics)
         with caplog.at_level(logging.CRITICAL):
             heard = ask(engine, PROMPT, greedy(3))
@@ -160,7 +160,7 @@ def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, c
 def test_a_step_that_never_ends_does_not_keep_closing_from_ending(olmoe, monkeypatch) -> None:
     go = Flag()
     with engine_of(olmoe, slots=None) as engine:
-        monkeypatch.setattr(engine._runner, "step", lambda works: go.wait(30))
+        monkeypatch.setattr(engine._runner, "step", lambda inputs: go.wait(30))
         heard = ask(engine, PROMPT, greedy(3))
         soon(lambda: engine.stats().running == 1)
         assert not engine.close(timeout=0.1)
@@ -232,10 +232,10 @@ from moefit.cli.app import app
 def fail(*_, **__):
     raise SystemError("gave up")
 def turn(self):
-    self._commands.carry_out()
-    if self._answers:
+    self._commands.run_all()
+    if self._requests:
         {turn}
-engine.Engine._turn = turn
+engine.Engine._iterate = turn
 cli.LEAVING = 3.0
 app(["serve", "--port", "0", "--drain-seconds", "1"])
 """
@@ -269,7 +269,7 @@ def test_sigterm_ends_a_server_whose_step_never_does() -> None:
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
-        assert process.returncode == 1 and "not all work ended within 3 s" in said
+        assert process.returncode == 1 and "not all one ended within 3 s" in said
         assert "given up" in answer.result(5)
 
 

@@ -52,10 +52,10 @@ class Texts:
         self.heads, self.groups = heads, groups
         self.keys, self.values = torch.randn(2, 3, groups, 20, WIDTH)
         self.cache = VarlenCache(KvPool(PLACES))
-        self.cache.gathers = gathers
+        self.cache.gather = gathers
         self.past = [0, 0, 0]
         for number in range(3):
-            self.cache.pool.take(str(number), 20)
+            self.cache.pool.allocate(str(number), 20)
 
     def step(self, new: dict[int, int], *, window: int | None = None, **how):
         """Pairs of what packed attention gives and what it should, by request."""
@@ -124,8 +124,8 @@ def test_keys_go_on_where_they_are_moved() -> None:
     texts = Texts()
     for new in STEPS[:3]:
         texts.step(new)
-    texts.cache.pool.give_back("0")
-    texts.cache.pool.take("new", 22)  # 20 at the front and 4 behind: the others move together
+    texts.cache.pool.release("0")
+    texts.cache.pool.allocate("new", 22)  # 20 at the front and 4 behind: the others move together
     assert texts.cache.pool.extents.start("1") == 0
     texts.cache.pool.check()
     texts.step({1: 1, 2: 1})

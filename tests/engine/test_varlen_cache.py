@@ -11,9 +11,9 @@ CPU = torch.device("cpu")
 def cache_of(*requests: int, gathers: bool = False) -> VarlenCache:
     """A cache over a pool in which requests of these lengths have their places."""
     cache = VarlenCache(KvPool(PLACES))
-    cache.gathers = gathers
+    cache.gather = gathers
     for number, length in enumerate(requests):
-        cache.pool.take(str(number), length)
+        cache.pool.allocate(str(number), length)
     return cache
 
 

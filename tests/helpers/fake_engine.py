@@ -44,7 +44,7 @@ class FakeEngine:
         self._names = (f"request-{n}" for n in count())
         self._going: dict[str, tuple[Iterator[Event], Listener]] = {}
         self._changed = threading.Condition()
-        self._refusing = self._closing = False
+        self._draining = self._closing = False
         self._thread: threading.Thread | None = None
         self.full = False
         self.failure: str | None = None
@@ -55,7 +55,7 @@ class FakeEngine:
 
     def close(self, timeout: float | None = None) -> bool:
         with self._changed:
-            self._closing = self._refusing = True
+            self._closing = self._draining = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -66,7 +66,7 @@ class FakeEngine:
 
     def drain(self, timeout: float) -> bool:
         with self._changed:
-            self._refusing = True
+            self._draining = True
             return self._changed.wait_for(lambda: not self._going, timeout)
 
     def submit(
@@ -78,7 +78,7 @@ class FakeEngine:
         if self.full:
             raise QueueFullError("1,024 requests wait")
         with self._changed:
-            if self._refusing:
+            if self._draining:
                 raise RefusedError("shutting down")
             name = next(self._names)
             self.submitted.append((tuple(prompt_ids), sampling))

@@ -1,1 +1,1 @@
-"""Many requests on one served model: continuous batching inside the memory budget."""
+"""Continuous batching: run many requests through one model inside the memory budget."""

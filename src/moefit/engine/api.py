@@ -1,7 +1,7 @@
-"""What callers of the engine use: sampling parameters, events, settings and statistics.
+"""Public types of the engine: sampling parameters, events, settings and statistics.
 
-Plain records without tensors. A request is submitted with `Sampling` and a listener, which receives
-a `Prompt` event, `Token` events and one `Finished`.
+Plain dataclasses without tensors. A request is submitted with `SamplingParams` and a listener,
+which receives one `PromptEvent`, any number of `TokenEvent`s and one `FinishedEvent`.
 """
 
 from collections import deque
@@ -12,15 +12,23 @@ from typing import Literal
 
 from moefit.errors import ConfigError
 
-_RECENT = 5.0  # seconds that the pace looks back
+_RECENT = 5.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What an engine is doing, and has done.
+    """Current load and totals of an engine.
 
-    kv_tokens: of the context; kv_tokens_used: reserved by requests that run. Totals count from the
-    engine's beginning; tokens_per_second is of answers, over the last few seconds.
+    Attributes:
+        running: Requests being processed.
+        waiting: Requests in the queue.
+        kv_tokens_used: Tokens of KV cache reserved by running requests.
+        kv_tokens: Tokens that the KV cache holds.
+        prompt_tokens_total: Prompt tokens processed since the engine was created.
+        generation_tokens_total: Tokens generated since the engine was created.
+        tokens_per_second: Generation throughput over the last five seconds.
+        steps: Forward passes since the engine was created.
+        runner: "packed" (variable-length batches) or "separate" (one request at a time).
     """
 
     running: int
@@ -35,7 +43,11 @@ class EngineStats:
 
 
 class TokenRate:
-    """How many tokens have been made, in all and a second. `clock` counts seconds."""
+    """Count generated tokens, in total and per second over the last five seconds.
+
+    Args:
+        clock: Function that returns the time in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = monotonic):
         self.total = 0
@@ -43,13 +55,13 @@ class TokenRate:
         self._recent: deque[tuple[float, int]] = deque()
 
     def add(self, tokens: int) -> None:
-        """So many more have been made just now."""
+        """Count tokens generated now."""
         self.total += tokens
         self._recent.append((self._clock(), tokens))
         self._forget()
 
     def per_second(self) -> float:
-        """Tokens a second over the last few seconds; 0 if none was made in them."""
+        """Return tokens per second over the last five seconds; 0 if there were none."""
         self._forget()
         if not self._recent:
             return 0.0
@@ -65,9 +77,12 @@ class TokenRate:
 class EngineSettings:
     """How requests share the model.
 
-    max_concurrency: requests that run at once. max_model_len: prompt and answer of one request;
-    None is the model's own, as far as the context's tokens go. prefill_chunk: tokens of prompts in
-    one step, so that decoding goes on between. max_waiting: requests that may wait for a place.
+    Attributes:
+        max_concurrency: Requests processed at the same time.
+        max_model_len: Tokens of prompt and completion per request. None uses the model's own limit,
+            bounded by the KV cache.
+        prefill_chunk: Prompt tokens per step, so that decoding continues between chunks.
+        max_waiting: Requests that may wait in the queue.
     """
 
     max_concurrency: int = 16
@@ -76,13 +91,13 @@ class EngineSettings:
     max_waiting: int = 1024
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
+        """Raise ConfigError if a value is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "max_model_len":
                 continue
             if type(value) is not int or value < 1:
-                raise ConfigError(f"{field.name}={value!r}, but it is a whole number, 1 or more")
+                raise ConfigError(f"{field.name}={value!r}: must be a whole number, 1 or more")
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -90,19 +105,27 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
+    """Sampling parameters of one request.
 
-    temperature 0 is greedy, and so are top_p 0 and top_k 1. top_k 0, top_p 1 and min_p 0 keep all
-    tokens; min_p drops those whose share is below it times the largest. seed None: another each
-    time.
-    repetition_penalty: divides the positive logits of tokens that the prompt or the answer has, and
-    multiplies their negative ones; 1 changes nothing. presence_penalty, frequency_penalty: are
-    subtracted for tokens of the answer, once and for each time. logit_bias: (token, what is added
-    to its logit).
-    stop: texts that end the answer and are not part of it; stop_ids: tokens that do (the model's
-    end-of-sequence tokens are added by the engine unless ignore_eos).
-    logprobs: how many of the most probable tokens are told with each token; None tells none and
-    0 the chosen one's alone. prompt_logprobs: the same for the prompt's tokens but the first.
+    Attributes:
+        max_tokens: Tokens to generate at most.
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Sample from the smallest set of tokens whose probabilities add up to this; 0 is
+            greedy, 1 keeps all.
+        top_k: Sample from this many most probable tokens; 0 keeps all, 1 is greedy.
+        min_p: Drop tokens below this fraction of the largest probability; 0 keeps all.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in
+            the prompt or completion; 1 changes nothing.
+        presence_penalty: Subtracted once from the logit of each token in the completion.
+        frequency_penalty: Subtracted for every occurrence of a token in the completion.
+        logit_bias: Pairs of token id and value added to its logit.
+        seed: Seed of the random generator; None uses a different one each time.
+        stop: Texts that end the completion and are not part of it.
+        stop_ids: Token ids that end the completion, besides the model's end-of-sequence tokens.
+        ignore_eos: Do not stop at end-of-sequence tokens.
+        logprobs: Number of most probable tokens to return with each generated token; 0 returns the
+            chosen token's log-probability only, None returns nothing.
+        prompt_logprobs: The same for each prompt token except the first.
     """
 
     max_tokens: int
@@ -124,9 +147,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A token's log-probability, of the model itself (before temperature and penalties).
+    """Log-probability of a token under the model, before temperature and penalties.
 
-    top: the most probable tokens with theirs, falling.
+    Attributes:
+        token: Token id.
+        logprob: Its log-probability, in nats.
+        top: Most probable tokens and their log-probabilities, in descending order.
     """
 
     token: int
@@ -136,9 +162,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptEvent:
-    """The prompt has been read; logprobs of its tokens, None for the first, if asked for.
+    """The prompt has been processed.
 
-    waited: seconds from the request's coming until it had a place.
+    Attributes:
+        waited: Seconds the request spent in the queue.
+        logprobs: Log-probabilities of the prompt tokens if requested; None for the first token.
     """
 
     waited: float = 0.0
@@ -147,8 +175,13 @@ class PromptEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """One more token of the answer, and the text that is certain with it: whole characters, no
-    part of which may yet turn out to belong to a stop text. Often empty.
+    """A generated token.
+
+    Attributes:
+        token: Token id.
+        text: Text that became final with this token: complete characters that cannot belong to a
+            stop text. Often empty.
+        logprob: Log-probability of the token if requested.
     """
 
     token: int
@@ -158,7 +191,15 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedEvent:
-    """The last event of every request; text: what was held back and now is certain."""
+    """The last event of a request.
+
+    Attributes:
+        reason: Why the request ended.
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens generated.
+        text: Remaining text that was held back until now.
+        message: Error message if `reason` is "error".
+    """
 
     reason: FinishReason
     prompt_tokens: int
@@ -169,4 +210,4 @@ class FinishedEvent:
 
 Event = PromptEvent | TokenEvent | FinishedEvent
 Listener = Callable[[Event], None]
-"""Called in the engine's thread, in order; must not block. After `Finished` nothing comes."""
+"""Called in the engine's thread, in order; must not block. `FinishedEvent` is the last call."""

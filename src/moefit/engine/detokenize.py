@@ -1,30 +1,32 @@
-"""From the tokens of an answer to text that can be sent, as it comes.
+"""Convert tokens to text incrementally.
 
-Owns what is certain of a text whose last tokens may be half a character or the beginning of a stop
-text. Knows nothing of requests or steps. (tokenizers' `DecodeStream` is not used: it gives up when
-bytes are no UTF-8, which a model may well produce, and knows only one kind of tokenizer.)
+Emits only text that is final: the last tokens may be part of a character or of a stop text.
+tokenizers' `DecodeStream` is not used because it fails on invalid UTF-8, which models can generate,
+and supports only one kind of tokenizer.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"  # what decoders write for bytes that are no character
-_PARTIAL = 3  # the most bytes that a character may lack its last one after
-_PATIENCE = 16  # tokens to wait for text that goes on from what was given
+_REPLACEMENT = "\ufffd"  # decoders write it for invalid UTF-8
+_MAX_PARTIAL = 3  # bytes of an incomplete UTF-8 character at most
+_MAX_PENDING = 16  # tokens to wait for a complete character
 
 
 class IncrementalDetokenizer:
-    """The text of one answer, token by token; special tokens have none.
+    """Detokenize one completion token by token; special tokens have no text.
 
-    tokenizer: the model's. stop: texts that end the answer; the one that is complete first does,
-    and nothing of it is given. A stop text that contains a special token's text, as "<|im_end|>",
-    is looked for among all tokens; every other one among the text that is given. after: tokens that
-    the answer goes on from, whose text is not given; with some tokenizers a first word has a
-    leading space only so.
+    The concatenated results of `push` and `finish` equal `tokenizer.decode` of all tokens up to the
+    stop text, without an incomplete last character. Invalid UTF-8 becomes U+FFFD.
 
-    All that `push` and `finish` give is `tokenizer.decode` of all tokens up to the stop text,
-    without a last character that is incomplete. Where tokens are no UTF-8 it has U+FFFD for them.
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Texts that end the completion and are not emitted; the one that is complete first
+            counts. A stop text that contains a special token's text, such as "<|im_end|>", is
+            matched against all tokens, any other against the emitted text.
+        after: Tokens before the completion, whose text is not emitted. Some tokenizers give the
+            first word a leading space only with them.
     """
 
     def __init__(
@@ -36,84 +38,84 @@ class IncrementalDetokenizer:
     ):
         self._tokenizer = tokenizer
         self._special = special_texts(tokenizer)
-        self._stops = _Stops(stop, self._special.values())
-        self._window = [token for token in after[-_PATIENCE:] if token not in self._special]
-        self._clean = len(self._window)  # up to here the window's text has been given, whole
-        self._given = self._decode(self._window)
+        self._matcher = _StopMatcher(stop, self._special.values())
+        self._window = [token for token in after[-_MAX_PENDING:] if token not in self._special]
+        self._complete = len(self._window)  # tokens of the window whose text was emitted completely
+        self._emitted = self._decode(self._window)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop text is complete."""
-        return self._stops.stopped
+        return self._matcher.stopped
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token; often empty, and always after a stop text."""
+        """Return the text that becomes final; often empty, and always after a stop text."""
         if self.stopped:
             return ""
         if token in self._special:
-            return self._stops.hide(self._special[token], self._rest)
+            return self._matcher.hide(self._special[token], self._pending_text)
         self._window.append(token)
-        return self._stops.show(self._take())
+        return self._matcher.show(self._next_text())
 
     def end(self, token: int) -> str:
-        """As `push` for a token that ends the answer: none but a special one is read."""
+        """Like `push`, for a token that ends the completion: only special tokens are read."""
         return self.push(token) if token in self._special else ""
 
     def finish(self) -> str:
-        """What was held back, when no token comes any more."""
+        """Return the text held back, after the last token."""
         if self.stopped:
             return ""
-        rest = self._rest()
-        self._given += rest
-        released = self._stops.show(rest)
-        return released if self.stopped else released + self._stops.take()
+        rest = self._pending_text()
+        self._emitted += rest
+        released = self._matcher.show(rest)
+        return released if self.stopped else released + self._matcher.take()
 
-    def _rest(self) -> str:
-        """The text of tokens that has not been given, without an incomplete last character."""
-        text, given = self._decode(self._window), self._given
+    def _pending_text(self) -> str:
+        """Return the text not emitted yet, without an incomplete last character."""
+        text, given = self._decode(self._window), self._emitted
         if not text.startswith(given):
-            text, given = self._decode(self._window[self._clean :]), ""
+            text, given = self._decode(self._window[self._complete :]), ""
         return _without_partial(text[len(given) :])
 
-    def _take(self) -> str:
-        """New whole characters of the window.
+    def _next_text(self) -> str:
+        """Return new complete characters of the window.
 
-        The window begins where characters do, one stretch before what is new, since some decoders
-        treat the beginning of a text in a way of their own.
+        The window begins at a character boundary, one stretch before the new text, because some
+        decoders treat the beginning of a text differently.
         """
         text = self._decode(self._window)
-        if not text.startswith(self._given):
-            # A decoder of single bytes that takes back a character while the next is incomplete.
-            if len(self._window) - self._clean <= _PATIENCE:
+        if not text.startswith(self._emitted):
+            # A byte-level decoder that withdraws a character while the next is incomplete.
+            if len(self._window) - self._complete <= _MAX_PENDING:
                 return ""
-            self._window, self._clean, self._given = self._window[self._clean :], 0, ""
+            self._window, self._complete, self._emitted = self._window[self._complete :], 0, ""
             text = self._decode(self._window)
-        new = text[len(self._given) :]
+        new = text[len(self._emitted) :]
         certain = _without_partial(new)
-        self._given += certain
-        if certain == new and (new or len(self._window) - self._clean > _PATIENCE):
-            self._window = self._window[self._clean :]
-            self._clean, self._given = len(self._window), self._decode(self._window)
+        self._emitted += certain
+        if certain == new and (new or len(self._window) - self._complete > _MAX_PENDING):
+            self._window = self._window[self._complete :]
+            self._complete, self._emitted = len(self._window), self._decode(self._window)
         return certain
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        assert isinstance(text, str), "one sequence has one text"
+        assert isinstance(text, str)
         return text
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Tokens that `decode` leaves out when it skips special ones, and what they say."""
+    """Return the texts of the tokens that `decode` skips as special."""
     added = tokenizer.added_tokens_decoder.items()
     return {token: added.content for token, added in added if added.special}
 
 
-class _Stops:
-    """Looks for stop texts, and holds back what may be the beginning of one.
+class _StopMatcher:
+    """Search for stop texts, holding back text that may be the beginning of one.
 
-    What special tokens say is hidden: it is never given, and counts only for stop texts that
+    The text of special tokens is hidden: it is never emitted and only matches stop texts that
     contain a special token's text.
     """
 
@@ -121,19 +123,21 @@ class _Stops:
         stops = [text for text in stop if text]
         self._hidden = [text for text in stops if any(one and one in text for one in special)]
         self._shown = [text for text in stops if text not in self._hidden]
-        self._text, self._marks = "", ""  # what is held; "s" for each character that is shown
+        self._text, self._marks = "", ""  # text held back; "s" marks shown, "h" hidden
         self.stopped = False
 
     def show(self, new: str) -> str:
-        """What of the held and these new characters cannot belong to a stop text."""
+        """Append text and return what cannot belong to a stop text."""
         self._text, self._marks = self._text + new, self._marks + "s" * len(new)
         return self._release()
 
     def hide(self, new: str, pending: Callable[[], str]) -> str:
-        """As `show`, for a special token's text.
+        """Append a special token's text and return what cannot belong to a stop text.
 
-        pending: gives the text of tokens before it that is not certain yet. It comes later, unless
-        the answer ends here.
+        Args:
+            new: The special token's text.
+            pending: Returns the text of earlier tokens that is not final. It is emitted later
+                unless a stop text is complete here.
         """
         if not self._hidden:
             return ""
@@ -144,7 +148,7 @@ class _Stops:
         return self._release()
 
     def take(self) -> str:
-        """What was held back, of which no stop text came."""
+        """Return the text held back, which belongs to no stop text."""
         return self._cut(len(self._text))
 
     def _release(self) -> str:
@@ -159,35 +163,35 @@ class _Stops:
             for stop in self._shown
             if stop in shown
         ]
-        if complete:  # the one that ends first, and of these the longest
+        if complete:  # the one that ends first, the longest of these
             self.stopped = True
             return self._cut(min(complete)[1])
-        begun = [len(self._text) - _begun(self._text, stop) for stop in self._hidden]
+        keep_from = [len(self._text) - _overlap(self._text, stop) for stop in self._hidden]
         places = [*at, len(self._text)]
-        begun += [places[len(shown) - _begun(shown, stop)] for stop in self._shown]
-        return self._cut(min(begun, default=len(self._text)))
+        keep_from += [places[len(shown) - _overlap(shown, stop)] for stop in self._shown]
+        return self._cut(min(keep_from, default=len(self._text)))
 
     def _cut(self, place: int) -> str:
-        """Give what is shown before a place, and hold the rest."""
+        """Return the visible text before a position and hold back the remainder."""
         text = zip(self._text[:place], self._marks[:place], strict=True)
         self._text, self._marks = self._text[place:], self._marks[place:]
         return "".join(character for character, mark in text if mark == "s")
 
 
 def _without_partial(text: str) -> str:
-    """Without U+FFFD at the end that may be the beginning of a character.
+    """Remove U+FFFD at the end that may be the beginning of a character.
 
-    >>> _without_partial("a" + 5 * _BROKEN) == "a" + 2 * _BROKEN
+    >>> _without_partial("a" + 5 * _REPLACEMENT) == "a" + 2 * _REPLACEMENT
     True
     """
-    broken = len(text) - len(text.rstrip(_BROKEN))
-    return text[: len(text) - min(broken, _PARTIAL)]
+    broken = len(text) - len(text.rstrip(_REPLACEMENT))
+    return text[: len(text) - min(broken, _MAX_PARTIAL)]
 
 
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`.
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` are a prefix of `stop`.
 
-    >>> _begun("one\\n", "\\n\\n")
+    >>> _overlap("one\\n", "\\n\\n")
     1
     """
     longest = min(len(text), len(stop) - 1)

@@ -1,8 +1,8 @@
 """Serve many requests with one model, one step at a time.
 
-Owns the thread that steps: it admits requests, runs the model over the tokens that the scheduler
-selected, samples, and sends events to listeners. Changes from other threads are queued and run
-between two steps.
+`Engine` runs a thread that admits requests, runs the model over the tokens selected by the
+scheduler, samples, and sends events to listeners. Changes requested by other threads are queued and
+applied between two steps.
 """
 
 import logging
@@ -24,9 +24,9 @@ from moefit.engine.api import (
     SamplingParams,
     TokenRate,
 )
-from moefit.engine.request_state import RequestState, limits_of
+from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import choose_runner
-from moefit.engine.sampler import NO_NUMBERS, Choice, sample
+from moefit.engine.sampler import NOT_FINITE, Choice, sample
 from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
 from moefit.errors import RefusedError
 from moefit.serve.config import Mode, Policy
@@ -37,52 +37,59 @@ T = TypeVar("T")
 
 
 class CommandQueue:
-    """Asked for from any thread, carried out by one."""
+    """A queue of functions that any thread submits and one thread runs."""
 
     def __init__(self):
         self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return the number of queued functions."""
         return len(self._waiting)
 
-    def ask(self, command: Callable[[], T]) -> Future[T]:
-        """Put it behind the others; the result is what it returns or raises."""
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Queue a function and return a future for its result or exception."""
         future: Future[T] = Future()
         self._waiting.append((command, future))
         return future
 
-    def carry_out(self) -> None:
-        """Do all that wait, those too that are asked for meanwhile."""
+    def run_all(self) -> None:
+        """Run all queued functions, including those queued in the meantime."""
         while self._waiting:
             command, future = self._waiting.popleft()
             try:
                 future.set_result(command())
-            except BaseException as error:  # noqa: BLE001 - whoever asked hears it
+            except BaseException as error:  # noqa: BLE001 - raised by future.result()
                 future.set_exception(error)
 
-    def refuse(self, error: Exception) -> None:
-        """Do none of them: everyone who waits gets this error."""
+    def fail_all(self, error: Exception) -> None:
+        """Set an exception on the futures of all queued functions, without running them."""
         while self._waiting:
             self._waiting.popleft()[1].set_exception(error)
 
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_CONTEXT = 2048  # tokens, where nobody has reckoned with a number of them
-_FAILED = "the engine has failed and must be started again; the log says why"
-PROMPT_LOGITS = 16 << 20  # bytes of prompts' logits in one step, where they are asked for
+_DEFAULT_CONTEXT = 2048  # tokens, if the budget does not set it
+_FAILED_MESSAGE = "the engine has failed; restart the process (see the log for the error)"
+PROMPT_LOGITS_BYTES = 16 << 20  # prompt logits of one step, if requested
 
 
 class Engine:
-    """Thread-safe. While it is started, the model is its own: nobody else computes with it."""
+    """Continuous-batching engine for one model. Thread-safe.
+
+    While the engine runs, no other code may compute with the model.
+
+    Args:
+        served: Model to serve, loaded with `moefit.load`.
+        settings: Limits on concurrency, request length and prompt chunks; the defaults if None.
+    """
 
     def __init__(self, served: ServedModel, settings: EngineSettings | None = None):
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
-        context = served.budget.context or self.settings.max_model_len or _CONTEXT
-        self._abilities = limits_of(served, self.settings.max_model_len, context)
-        self.max_model_len = self._abilities.max_model_len
+        context = served.budget.context or self.settings.max_model_len or _DEFAULT_CONTEXT
+        self._limits = model_limits(served, self.settings.max_model_len, context)
+        self.max_model_len = self._limits.max_model_len
         self._runner = choose_runner(served, context)
         self._scheduler = Scheduler(
             Limits(
@@ -93,113 +100,142 @@ class Engine:
                 whole_prompts=self._runner.whole_prompts,
             )
         )
-        self._answers: dict[str, RequestState] = {}
+        self._requests: dict[str, RequestState] = {}
         self._cancelled: set[str] = set()
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
-        self._changed = Condition()  # guards all of this
+        self._changed = Condition()  # guards all attributes above and below
         self._thread: Thread | None = None
-        self._refusing = self._closing = False
+        self._draining = self._closing = False
         self._failure: str | None = None
         self._steps = self._prompt_tokens = 0
-        self._pace = TokenRate()
+        self._rate = TokenRate()
 
     def start(self) -> None:
-        """Begin to step. Raises RefusedError if the engine has been closed."""
+        """Start the engine's thread.
+
+        Raises:
+            RefusedError: If the engine has been closed.
+        """
         with self._changed:
             if self._closing:
-                raise RefusedError("the engine has been closed; make another")
+                raise RefusedError("the engine is closed; create a new one")
             if self._thread is None:
-                self._thread = Thread(target=self._live, name="moefit-engine", daemon=True)
+                self._thread = Thread(target=self._thread_main, name="moefit-engine", daemon=True)
                 self._thread.start()
 
     @property
     def failure(self) -> str | None:
-        """Why the engine's thread ended although nobody closed the engine; None while it runs.
+        """Error message if the engine's thread ended unexpectedly; None otherwise.
 
-        An engine that has failed refuses every request; only a new process serves again.
+        After a failure the engine rejects every request until the process is restarted.
         """
         return self._failure
 
     def close(self, timeout: float | None = None) -> bool:
-        """Stop after the step under way; every request that is left hears that it is cancelled.
+        """Stop after the current step and cancel all remaining requests.
 
         Args:
-            timeout: Seconds to wait for that step; None waits for as long as it takes.
+            timeout: Seconds to wait for the current step; None waits until it ends.
 
         Returns:
-            Whether the engine's thread has ended. If not, the model is still being computed with,
-            and only the end of the process stops that.
+            Whether the engine's thread has ended. If False, the model is still computing and only
+                ending the process stops it.
         """
         with self._changed:
-            self._refusing = self._closing = True
+            self._draining = self._closing = True
             self._changed.notify_all()
         thread = self._thread
         if thread not in (None, current_thread()):
             thread.join(timeout)
-        self._end_all("cancelled")
-        self._commands.refuse(RefusedError("the engine was closed"))
+        self._finish_all("cancelled")
+        self._commands.fail_all(RefusedError("the engine was closed"))
         return thread in (None, current_thread()) or not thread.is_alive()
 
     def drain(self, timeout: float) -> bool:
-        """Take no more requests, and wait for those that are there; False if some are left."""
+        """Reject new requests and wait until the current ones have finished.
+
+        Args:
+            timeout: Seconds to wait.
+
+        Returns:
+            Whether all requests have finished.
+        """
         with self._changed:
-            self._refusing = True
-            return self._changed.wait_for(lambda: not self._answers, timeout)
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._requests, timeout)
 
     def submit(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, listener: Listener
     ) -> str:
-        """Ask for an answer; the listener hears of it. Returns the request's name.
+        """Queue a request and return its id.
 
-        Raises RequestTooLargeError for one that can never be held, QueueFullError, RefusedError
-        while closing, ConfigError for values that cannot be.
+        Args:
+            prompt_ids: Token ids of the prompt.
+            sampling: Sampling parameters.
+            listener: Called in the engine's thread with each event of the request.
+
+        Returns:
+            The request id, as `cancel` takes it.
+
+        Raises:
+            RequestTooLargeError: If prompt and completion exceed `max_model_len`.
+            QueueFullError: If too many requests are waiting.
+            RefusedError: If the engine is shutting down or has failed.
+            ConfigError: If a parameter or token id is invalid.
         """
-        self._abilities.check(prompt_ids, sampling)
+        self._limits.check(prompt_ids, sampling)
         with self._changed:
-            self._refuse_failed()
-            if self._refusing:
-                raise RefusedError("the server is shutting down and takes no more requests")
+            self._check_alive()
+            if self._draining:
+                raise RefusedError("the server is shutting down and accepts no more requests")
             name = next(self._names)
-            answer = RequestState(name, prompt_ids, sampling, listener, self._forget)
-            answer.set_decoding(self._abilities.language)
-            piece = None if sampling.prompt_logprobs is None else self._rows_at_once()
+            state = RequestState(name, prompt_ids, sampling, listener, self._remove)
+            state.set_decoding(self._limits.decoding)
+            max_chunk = None if sampling.prompt_logprobs is None else self._prompt_logits_rows()
             self._scheduler.submit(
-                name, prompt=len(prompt_ids), answer=sampling.max_tokens, piece=piece
+                name,
+                prompt=len(prompt_ids),
+                max_new_tokens=sampling.max_tokens,
+                max_chunk=max_chunk,
             )
-            self._answers[name] = answer
+            self._requests[name] = state
             self._changed.notify_all()
         return name
 
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step. One that is not there any more is left alone."""
+        """Cancel a request before the next step; unknown ids are ignored."""
         with self._changed:
-            if request_id in self._answers:
+            if request_id in self._requests:
                 self._cancelled.add(request_id)
                 self._changed.notify_all()
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
-        """As `ServedModel.set_memory`, between two steps."""
+        """Call `ServedModel.set_memory` between two steps."""
         return self.between_steps(lambda: self.served.set_memory(memory))
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
-        """As `ServedModel.set_mode`, between two steps."""
+        """Call `ServedModel.set_mode` between two steps."""
         return self.between_steps(lambda: self.served.set_mode(mode, **settings))
 
     def between_steps(self, change: Callable[[], T]) -> T:
-        """Do it when no step is under way, and return, or raise, what it does.
+        """Run a function between two steps and return its result.
 
-        Raises RefusedError if the engine is closed, or has failed, before its turn comes.
+        Args:
+            change: Function to run; its exceptions propagate to the caller.
+
+        Raises:
+            RefusedError: If the engine is closed or fails before the function runs.
         """
         with self._changed:
-            self._refuse_failed()
+            self._check_alive()
             direct = self._thread in (None, current_thread()) or self._closing
-            future = None if direct else self._commands.ask(change)
+            future = None if direct else self._commands.submit(change)
             self._changed.notify_all()
         return change() if future is None else future.result()
 
     def stats(self) -> EngineStats:
-        """What is going on."""
+        """Return current load and totals."""
         with self._changed:
             return EngineStats(
                 running=len(self._scheduler.running),
@@ -207,167 +243,169 @@ class Engine:
                 kv_tokens_used=self._scheduler.reserved,
                 kv_tokens=self._scheduler.limits.tokens,
                 prompt_tokens_total=self._prompt_tokens,
-                generation_tokens_total=self._pace.total,
-                tokens_per_second=self._pace.per_second(),
+                generation_tokens_total=self._rate.total,
+                tokens_per_second=self._rate.per_second(),
                 steps=self._steps,
                 runner=self._runner.name,
             )
 
     def check(self) -> None:
-        """Raise AssertionError if the scheduler's requests are not the engine's."""
+        """Raise AssertionError if scheduler and engine hold different requests."""
         with self._changed:
             self._scheduler.check()
             known = {*self._scheduler.running, *self._scheduler.waiting}
-            assert known == self._answers.keys(), known ^ self._answers.keys()
+            assert known == self._requests.keys(), known ^ self._requests.keys()
 
-    def _rows_at_once(self) -> int:
-        """Tokens of prompts whose logits may be held together."""
-        return PROMPT_LOGITS // (self._abilities.vocabulary * self.served.model.dtype.itemsize)
+    def _prompt_logits_rows(self) -> int:
+        """Return how many prompt tokens may have their logits in memory at once."""
+        return PROMPT_LOGITS_BYTES // (self._limits.vocabulary * self.served.model.dtype.itemsize)
 
-    def _live(self) -> None:
-        """Run the engine's thread. However it ends, nobody is left waiting for it."""
+    def _thread_main(self) -> None:
+        """Run the engine's thread; if it ends by an error, finish all requests with that error."""
         try:
             self._run()
-        except BaseException as error:  # noqa: BLE001 - such as no memory to handle an error with
-            self._fail(_public_error(error))
+        except BaseException as error:  # noqa: BLE001 - such as out of memory while handling an error
+            self._fail(_error_text(error))
             _LOG.critical("the engine's thread ended", exc_info=error)
 
     def _fail(self, message: str) -> None:
         with self._changed:
-            self._failure, self._refusing = message, True
+            self._failure, self._draining = message, True
             self._changed.notify_all()
-        self._end_all("error", message)
-        self._commands.refuse(RefusedError(_FAILED))
+        self._finish_all("error", message)
+        self._commands.fail_all(RefusedError(_FAILED_MESSAGE))
 
-    def _refuse_failed(self) -> None:
+    def _check_alive(self) -> None:
         if self._failure is not None:
-            raise RefusedError(_FAILED)
+            raise RefusedError(_FAILED_MESSAGE)
 
     def _run(self) -> None:
         """Step until the engine is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(self._due)
+                self._changed.wait_for(self._has_work)
                 if self._closing:
                     return
             try:
-                self._turn()
-            except BaseException as error:  # noqa: BLE001 - a panic in a library is no Exception
+                self._iterate()
+            except BaseException as error:  # noqa: BLE001 - a panic in a Rust library is not an Exception
                 _LOG.exception("the engine failed between steps")
-                self._end_all("error", _public_error(error))
+                self._finish_all("error", _error_text(error))
 
-    def _due(self) -> bool:
-        return bool(self._closing or self._commands or self._cancelled or self._answers)
+    def _has_work(self) -> bool:
+        return bool(self._closing or self._commands or self._cancelled or self._requests)
 
-    def _turn(self) -> None:
-        """What was asked for since the last step, and the next step."""
-        self._commands.carry_out()
+    def _iterate(self) -> None:
+        """Run queued commands, finish cancelled requests, admit waiting ones, then run one step."""
+        self._commands.run_all()
         with self._changed:
             cancelled, self._cancelled = self._cancelled, set()
         for name in cancelled:
-            self._end(name, "cancelled")
+            self._finish(name, "cancelled")
         with self._changed:
             for name in self._scheduler.admit():
-                self._open(self._answers[name])
-            pieces = self._scheduler.plan()
-        if pieces:
-            self._step(pieces)
+                self._begin(self._requests[name])
+            scheduled = self._scheduler.plan()
+        if scheduled:
+            self._step(scheduled)
 
-    def _open(self, answer: RequestState) -> None:
-        """Make room for a request that has got its place."""
-        answer.begin()
-        tokens = len(answer.prompt) + answer.sampling.max_tokens
-        self._alone(answer, lambda: self._runner.open(answer.name, tokens))
+    def _begin(self, state: RequestState) -> None:
+        """Reserve KV cache for an admitted request."""
+        state.mark_admitted()
+        tokens = len(state.prompt) + state.sampling.max_tokens
+        self._isolated(state, lambda: self._runner.open(state.name, tokens))
 
-    def _step(self, pieces: Sequence[ScheduledTokens]) -> None:
-        """Through the model with these; what goes wrong there is theirs alone."""
-        answers = [self._answers[piece.request] for piece in pieces]
-        works = [answer.work(piece) for answer, piece in zip(answers, pieces, strict=True)]
+    def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
+        """Run one forward pass and sample; an error finishes the requests of this step only."""
+        states = [self._requests[chunk.request] for chunk in scheduled]
+        inputs = [state.runner_input(chunk) for state, chunk in zip(states, scheduled, strict=True)]
         try:
             with torch.inference_mode():
-                logits_NV = self._runner.step(works)
-                self._take(pieces, answers, logits_NV.split([work.wants for work in works]))
-        except BaseException as error:  # noqa: BLE001 - whatever a model's code or a file does
-            _LOG.exception("a step of %d requests failed", len(pieces))
-            for piece in pieces:
-                self._end(piece.request, "error", _public_error(error))
+                logits_NV = self._runner.step(inputs)
+                self._process_logits(
+                    scheduled, states, logits_NV.split([one.num_logits for one in inputs])
+                )
+        except BaseException as error:  # noqa: BLE001 - any error in a model's code or files
+            _LOG.exception("a step of %d requests failed", len(scheduled))
+            for chunk in scheduled:
+                self._finish(chunk.request, "error", _error_text(error))
 
-    def _take(
+    def _process_logits(
         self,
-        pieces: Sequence[ScheduledTokens],
-        answers: Sequence[RequestState],
+        scheduled: Sequence[ScheduledTokens],
+        states: Sequence[RequestState],
         rows: Sequence[Tensor],
     ) -> None:
-        """What the step gave: prompts read, and the next token of each whose text is at its end."""
-        self._count_read(pieces, answers)
-        going: list[tuple[RequestState, Tensor]] = []
-        for piece, answer, rows_NV in zip(pieces, answers, rows, strict=True):
-            if piece.start < len(answer.prompt):
-                self._alone(answer, lambda: answer.read(piece, rows_NV))  # noqa: B023 - called here
-            if piece.last and not answer.finished:
-                going.append((answer, rows_NV[-1:]))
-        if not going:
+        """Report prompt progress and append sampled tokens to requests without further input."""
+        self._record_progress(scheduled, states)
+        sampled: list[tuple[RequestState, Tensor]] = []
+        for chunk, state, rows_NV in zip(scheduled, states, rows, strict=True):
+            if chunk.start < len(state.prompt):
+                self._isolated(state, lambda: state.on_prompt_chunk(chunk, rows_NV))  # noqa: B023 - called here
+            if chunk.last and not state.finished:
+                sampled.append((state, rows_NV[-1:]))
+        if not sampled:
             return
-        logits_NV = torch.cat([row for _, row in going]) if len(going) > 1 else going[0][1]
-        chosen = sample(logits_NV, [answer.chooser for answer, _ in going])
+        logits_NV = torch.cat([row for _, row in sampled]) if len(sampled) > 1 else sampled[0][1]
+        chosen = sample(logits_NV, [state.sampler for state, _ in sampled])
         with self._changed:
-            self._pace.add(len(going))
-            for answer, _ in going:
-                self._scheduler.grow(answer.name)
-        for (answer, _), choice in zip(going, chosen, strict=True):
-            self._alone(answer, lambda: _goes_on(answer, choice))  # noqa: B023 - called here
+            self._rate.add(len(sampled))
+            for state, _ in sampled:
+                self._scheduler.append_token(state.name)
+        for (state, _), choice in zip(sampled, chosen, strict=True):
+            self._isolated(state, lambda: _append_token(state, choice))  # noqa: B023 - called here
 
-    def _alone(self, answer: RequestState, act: Callable[[], None]) -> None:
-        """Do what concerns one answer; its failure is no other's."""
+    def _isolated(self, state: RequestState, act: Callable[[], None]) -> None:
+        """Run a function for one request; an error finishes that request only."""
         try:
             act()
-        except BaseException as error:  # noqa: BLE001 - a tokenizer that panics, for example
-            _LOG.exception("request %s failed", answer.name)
-            answer.finish("error", _public_error(error))
+        except BaseException as error:  # noqa: BLE001 - such as a panic in a tokenizer
+            _LOG.exception("request %s failed", state.name)
+            state.finish("error", _error_text(error))
 
-    def _count_read(
-        self, pieces: Sequence[ScheduledTokens], answers: Sequence[RequestState]
+    def _record_progress(
+        self, scheduled: Sequence[ScheduledTokens], states: Sequence[RequestState]
     ) -> None:
         with self._changed:
             self._steps += 1
-            for piece, answer in zip(pieces, answers, strict=True):
-                self._scheduler.done(piece)
-                read = min(piece.stop, len(answer.prompt)) - piece.start
+            for chunk, state in zip(scheduled, states, strict=True):
+                self._scheduler.advance(chunk)
+                read = min(chunk.stop, len(state.prompt)) - chunk.start
                 self._prompt_tokens += max(0, read)
 
-    def _end_all(self, reason: FinishReason, message: str = "") -> None:
-        for name in list(self._answers):
-            self._end(name, reason, message)
+    def _finish_all(self, reason: FinishReason, message: str = "") -> None:
+        for name in list(self._requests):
+            self._finish(name, reason, message)
 
-    def _end(self, name: str, reason: FinishReason, message: str = "") -> None:
-        """A request's last event, if it has not had it, and its places free."""
-        if (answer := self._answers.get(name)) is not None:
-            answer.finish(reason, message)
+    def _finish(self, name: str, reason: FinishReason, message: str = "") -> None:
+        """Send a request's last event, if it is still open, and free its KV cache."""
+        if (state := self._requests.get(name)) is not None:
+            state.finish(reason, message)
 
-    def _forget(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
         with self._changed:
-            if self._answers.pop(name, None) is None:
+            if self._requests.pop(name, None) is None:
                 return
             running = name in self._scheduler.running
             self._scheduler.remove(name)
             self._changed.notify_all()
             if running:
-                self._free(name)
+                self._release(name)
 
-    def _free(self, name: str) -> None:
-        """Give a request's places back. What fails there must not keep its last event back."""
+    def _release(self, name: str) -> None:
+        """Free a request's KV cache; an error must not prevent its last event."""
         try:
             self._runner.close(name)
-        except BaseException:  # noqa: BLE001 - whatever a runner does
-            _LOG.exception("the places of request %s could not be given back", name)
+        except BaseException:  # noqa: BLE001 - any error in a runner
+            _LOG.exception("the KV cache of request %s could not be freed", name)
 
 
-def _goes_on(answer: RequestState, choice: Choice | None) -> None:
+def _append_token(state: RequestState, choice: Choice | None) -> None:
     if choice is None:
-        answer.finish("error", NO_NUMBERS)
+        state.finish("error", NOT_FINITE)
     else:
-        answer.add(*choice)
+        state.append(*choice)
 
 
-def _public_error(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

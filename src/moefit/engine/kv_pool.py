@@ -1,7 +1,9 @@
 """Keys and values of all running requests in one preallocated pool.
 
-`Extents` decides where each request's tokens lie, as contiguous ranges without gaps, in plain
-Python; `KvPool` holds the tensors and carries out the moves.
+`Extents` assigns each request a contiguous range of the pool, in plain Python; `KvPool` holds the
+tensors and moves their contents.
+
+Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """The places from `source` on become those from `target` on, which may overlap them."""
+    """Copy a request's range from `source` to `target`; the two may overlap."""
 
     name: str
     source: int
@@ -20,48 +22,53 @@ class Move:
 
 
 class Extents:
-    """Stretches of `places` places, by name."""
+    """Assign contiguous ranges of `places` places to names."""
 
     def __init__(self, places: int):
         self.places = places
-        self._starts: dict[str, int] = {}  # in order of place
+        self._starts: dict[str, int] = {}  # sorted by first place
         self._sizes: dict[str, int] = {}
 
     @property
     def free(self) -> int:
-        """Places that nobody has."""
+        """Number of unassigned places."""
         return self.places - sum(self._sizes.values())
 
     def start(self, name: str) -> int:
-        """Its first place."""
+        """Return the first place of a range."""
         return self._starts[name]
 
     def size(self, name: str) -> int:
-        """How many places it has."""
+        """Return the number of places of a range."""
         return self._sizes[name]
 
-    def take(self, name: str, size: int) -> tuple[Move, ...]:
-        """Give `name` so many places; before they are used, the moves must be made, in order.
+    def allocate(self, name: str, size: int) -> tuple[Move, ...]:
+        """Assign `size` places to a name.
 
-        `size` is at most `free`.
+        Args:
+            name: Owner of the range.
+            size: Number of places, at most `free`.
+
+        Returns:
+            Moves to carry out, in order, before the range is used.
         """
         assert name not in self._sizes, name
         assert 0 < size <= self.free, f"{size} of {self.free} free places"
         moves: tuple[Move, ...] = ()
-        if (start := self._hole(size)) is None:
-            moves = self._closed_up()
+        if (start := self._find_gap(size)) is None:
+            moves = self._compact()
             start = self.places - self.free
         self._starts[name], self._sizes[name] = start, size
         self._starts = dict(sorted(self._starts.items(), key=lambda item: item[1]))
         return moves
 
-    def give_back(self, name: str) -> None:
-        """Its places, if it has any, are free again."""
+    def release(self, name: str) -> None:
+        """Free a name's range, if it has one."""
         self._starts.pop(name, None)
         self._sizes.pop(name, None)
 
     def check(self) -> None:
-        """Raise AssertionError if two share a place, or one lies outside."""
+        """Raise AssertionError if ranges overlap or exceed the pool."""
         assert self._starts.keys() == self._sizes.keys()
         end = 0
         for name, start in self._starts.items():
@@ -69,7 +76,7 @@ class Extents:
             end = start + self._sizes[name]
         assert end <= self.places
 
-    def _hole(self, size: int) -> int | None:
+    def _find_gap(self, size: int) -> int | None:
         end = 0
         for name, start in self._starts.items():
             if start - end >= size:
@@ -77,8 +84,8 @@ class Extents:
             end = start + self._sizes[name]
         return end if self.places - end >= size else None
 
-    def _closed_up(self) -> tuple[Move, ...]:
-        """Let all stretches lie side by side from the first place on."""
+    def _compact(self) -> tuple[Move, ...]:
+        """Move all ranges to the front, without gaps between them."""
         moves, end = [], 0
         for name, start in self._starts.items():
             if start != end:
@@ -88,11 +95,11 @@ class Extents:
         return tuple(moves)
 
 
-_AT_ONCE = 256  # tokens that closing up copies at a time, beside the pool
+_MOVE_TOKENS = 256  # tokens copied at a time, to bound the extra memory
 
 
 class KvPool:
-    """As many places as tokens may be held; what lies there is layer by layer [G, P, C]."""
+    """KV cache of `places` tokens: keys and values [G, P, C] of each layer."""
 
     def __init__(self, places: int):
         self.extents = Extents(places)
@@ -100,50 +107,53 @@ class KvPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers; nothing before the first step."""
+        """Size of all layers in bytes; 0 before the first step."""
         return sum(one.nbytes for pair in self._layers.values() for one in pair)
 
-    def take(self, name: str, size: int) -> None:
-        """Give a request its places; others may be moved together to make room."""
-        for move in self.extents.take(name, size):
+    def allocate(self, name: str, size: int) -> None:
+        """Reserve places for a request; moves other requests if the free space is fragmented."""
+        for move in self.extents.allocate(name, size):
             self._move(move)
 
-    def give_back(self, name: str) -> None:
-        """A request's places are free again."""
-        self.extents.give_back(name)
+    def release(self, name: str) -> None:
+        """Free a request's places."""
+        self.extents.release(name)
 
     def layer(self, index: int, key_1GRC: Tensor, value_1GRC: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [G, P, C]; the first time they are made, like the given ones.
+        """Return keys and values [G, P, C] of a layer, creating them on first use.
 
-        What is not written yet is zero.
+        Args:
+            index: Layer index.
+            key_1GRC: New keys, which determine shape, dtype and device.
+            value_1GRC: New values, likewise.
         """
         if (pair := self._layers.get(index)) is None:
-            pair = self._made(key_1GRC), self._made(value_1GRC)
+            pair = self._allocated(key_1GRC), self._allocated(value_1GRC)
             self._layers[index] = pair
         return pair
 
     def storages(self) -> frozenset[int]:
-        """Where the layers' keys and values begin in memory, to know a view of them again."""
+        """Return the addresses of all storages, to recognise views of them."""
         return frozenset(
             one.untyped_storage().data_ptr() for pair in self._layers.values() for one in pair
         )
 
     def check(self) -> None:
-        """Raise AssertionError if requests share places or layers differ in them."""
+        """Raise AssertionError if ranges overlap or layers differ in size."""
         self.extents.check()
         for pair in self._layers.values():
             assert all(one.shape[1] == self.extents.places for one in pair)
 
-    def _made(self, like: Tensor) -> Tensor:
-        with torch.inference_mode(False):  # else it could be written to in that mode only
+    def _allocated(self, like: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
             shape = like.shape[1], self.extents.places, like.shape[3]
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def _move(self, move: Move) -> None:
-        """Towards the front, a part at a time, so that what overlaps is read before it is lost."""
+        """Copy towards the front in chunks, reading overlapping parts before overwriting them."""
         size, shift = self.extents.size(move.name), move.source - move.target
         for pair in self._layers.values():
             for one in pair:
-                for begin in range(move.target, move.target + size, _AT_ONCE):
-                    end = min(begin + _AT_ONCE, move.target + size)
+                for begin in range(move.target, move.target + size, _MOVE_TOKENS):
+                    end = min(begin + _MOVE_TOKENS, move.target + size)
                     one[:, begin:end] = one[:, begin + shift : end + shift].clone()

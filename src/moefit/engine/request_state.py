@@ -1,7 +1,7 @@
-"""The state of one running request, and the limits that requests are checked against.
+"""State of one running request, and the limits that requests are checked against.
 
-`RequestState` holds the tokens and text so far and tells the listener about them. `ModelLimits`
-says how long requests may be and which token ids and texts the model accepts.
+`RequestState` holds the tokens and text generated so far and sends events to the listener.
+`ModelLimits` holds the longest request and the token ids and parameters that the model supports.
 """
 
 import logging
@@ -36,21 +36,34 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDecoding:
-    """What an answer is read with. tokenizer None: it is tokens alone.
+    """How tokens become text.
 
-    ends: the tokens that end a text. continues: the answer goes on from the prompt's text; if not,
-    it goes on from the token `start`. suppressed: tokens that no answer may have.
+    Attributes:
+        tokenizer: The model's tokenizer; None returns tokens without text.
+        eos_ids: Token ids that end a completion.
+        decoder_only: Whether the completion continues the prompt. If False, it begins after
+            `start`.
+        start: First token of an encoder-decoder model's output.
+        suppressed: Token sequences that are never generated.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
-    ends: frozenset[int]
-    continues: bool = True
+    eos_ids: frozenset[int]
+    decoder_only: bool = True
     start: int | None = None
     suppressed: Suppressed = NOT_SUPPRESSED
 
 
 class RequestState:
-    """Prompt and answer of one request. ended: called with its name, before the last event."""
+    """Prompt, completion and sampler of one request.
+
+    Args:
+        name: Request id.
+        prompt: Prompt token ids.
+        sampling: Sampling parameters.
+        listener: Receives the events.
+        ended: Called with `name` just before the last event.
+    """
 
     def __init__(
         self,
@@ -61,72 +74,74 @@ class RequestState:
         ended: Callable[[str], None],
     ):
         self.name, self.sampling = name, sampling
-        self.prompt, self.chooser = tuple(prompt), Sampler(sampling)
+        self.prompt, self.sampler = tuple(prompt), Sampler(sampling)
         self._listener, self._ended, self._tokens = listener, ended, list(prompt)
         self._text: IncrementalDetokenizer | None = None
-        self._ends: frozenset[int] = frozenset()
+        self._stop_ids: frozenset[int] = frozenset()
         self._logprobs: list[TokenLogprob | None] = [None]
-        self._came, self._waited = monotonic(), 0.0
+        self._arrival, self._queue_seconds = monotonic(), 0.0
         self.finished = False
 
     @property
     def num_generated(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of generated tokens."""
         return len(self._tokens) - len(self.prompt)
 
-    def set_decoding(self, language: TextDecoding) -> None:
-        """Turn tokens into text this way."""
-        if language.tokenizer is not None:
-            after = self.prompt if language.continues else ()
-            self._text = IncrementalDetokenizer(language.tokenizer, self.sampling.stop, after=after)
-        ends = frozenset() if self.sampling.ignore_eos else language.ends
-        self._ends = ends | self.sampling.stop_ids
-        begin = () if language.start is None else (language.start,)
-        context = self.prompt if language.continues else begin
-        self.chooser = Sampler(self.sampling, context=context, suppressed=language.suppressed)
+    def set_decoding(self, decoding: TextDecoding) -> None:
+        """Set tokenizer, end tokens and suppressed tokens."""
+        if decoding.tokenizer is not None:
+            after = self.prompt if decoding.decoder_only else ()
+            self._text = IncrementalDetokenizer(decoding.tokenizer, self.sampling.stop, after=after)
+        eos_ids = frozenset() if self.sampling.ignore_eos else decoding.eos_ids
+        self._stop_ids = eos_ids | self.sampling.stop_ids
+        start = () if decoding.start is None else (decoding.start,)
+        context = self.prompt if decoding.decoder_only else start
+        self.sampler = Sampler(self.sampling, context=context, suppressed=decoding.suppressed)
 
-    def begin(self) -> None:
-        """It has a place from now on."""
-        self._waited = monotonic() - self._came
+    def mark_admitted(self) -> None:
+        """Record the time at which the request was admitted."""
+        self._queue_seconds = monotonic() - self._arrival
 
-    def work(self, piece: ScheduledTokens) -> RunnerInput:
-        """A piece's tokens, and which logits it needs."""
-        tokens = self._tokens[piece.start : piece.stop]
-        reading = self.sampling.prompt_logprobs is not None and piece.start < len(self.prompt)
-        wants = len(tokens) if reading else int(piece.last)
-        return RunnerInput(request=self.name, tokens=tokens, past=piece.start, wants=wants)
+    def runner_input(self, chunk: ScheduledTokens) -> RunnerInput:
+        """Return a chunk's tokens and the number of logits it needs."""
+        tokens = self._tokens[chunk.start : chunk.stop]
+        needs_all = self.sampling.prompt_logprobs is not None and chunk.start < len(self.prompt)
+        num_logits = len(tokens) if needs_all else int(chunk.last)
+        return RunnerInput(
+            request=self.name, tokens=tokens, past=chunk.start, num_logits=num_logits
+        )
 
-    def read(self, piece: ScheduledTokens, logits_NV: Tensor) -> None:
-        """That piece of the prompt has been read, with these logits of what was asked for."""
+    def on_prompt_chunk(self, chunk: ScheduledTokens, logits_NV: Tensor) -> None:
+        """Process the logits of a prompt chunk; sends `PromptEvent` after the last one."""
         if (top := self.sampling.prompt_logprobs) is not None:
-            following = self.prompt[piece.start + 1 : piece.stop + 1]
+            following = self.prompt[chunk.start + 1 : chunk.stop + 1]
             self._logprobs += logprobs_of(logits_NV[: len(following)], following, top)
-        if piece.stop == len(self.prompt):
-            told = None if self.sampling.prompt_logprobs is None else tuple(self._logprobs)
-            self._notify(PromptEvent(logprobs=told, waited=self._waited))
+        if chunk.stop == len(self.prompt):
+            logprobs = None if self.sampling.prompt_logprobs is None else tuple(self._logprobs)
+            self._notify(PromptEvent(logprobs=logprobs, waited=self._queue_seconds))
             self._logprobs = []
             if self.sampling.max_tokens == 0:
                 self.finish("length")
 
-    def add(self, token: int, logprob: TokenLogprob | None) -> None:
-        """The answer has one more token; may end with it."""
+    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a generated token and send it; finishes the request if it is the last one."""
         self._tokens.append(token)
-        ends = token in self._ends
+        is_eos = token in self._stop_ids
         text = ""
         if self._text is not None:
-            text = self._text.end(token) if ends else self._text.push(token)
+            text = self._text.end(token) if is_eos else self._text.push(token)
         self._notify(TokenEvent(token=token, text=text, logprob=logprob))
-        if ends or (self._text is not None and self._text.stopped):
+        if is_eos or (self._text is not None and self._text.stopped):
             self.finish("stop")
         elif self.num_generated >= self.sampling.max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason, message: str = "") -> None:
-        """The last event; after it nothing more is told."""
+        """Send the last event; later calls do nothing."""
         if self.finished:
             return
         self.finished = True
-        text, reason, message = self._rest(reason, message)
+        text, reason, message = self._flush(reason, message)
         self._ended(self.name)
         self._notify(
             FinishedEvent(
@@ -138,41 +153,51 @@ class RequestState:
             )
         )
 
-    def _rest(self, reason: FinishReason, message: str) -> tuple[str, FinishReason, str]:
-        """What was held back, and how the answer ends with it. An end comes in any case."""
+    def _flush(self, reason: FinishReason, message: str) -> tuple[str, FinishReason, str]:
+        """Return the remaining text with the final reason and message. Never raises."""
         if self._text is None:
             return "", reason, message
         try:
             text = self._text.finish()
-        except BaseException as error:  # noqa: BLE001 - whatever a tokenizer's code does
+        except BaseException as error:  # noqa: BLE001 - any error in a tokenizer
             if reason == "error":
                 return "", reason, message
             _LOG.exception("the text of request %s failed", self.name)
             return "", "error", f"{type(error).__name__}: {error}"
         if self._text.stopped and reason == "length":
-            reason = "stop"  # what was held back completed a stop text
+            reason = "stop"  # the text held back completes a stop text
         return text, reason, message
 
     def _notify(self, event: Event) -> None:
         try:
             self._listener(event)
-        except BaseException:  # noqa: BLE001 - whatever a listener does, others are served
+        except BaseException:  # noqa: BLE001 - a listener's error must not affect other requests
             _LOG.exception("the listener of request %s failed", self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """model: its class. max_model_len: tokens of one request, prompt and answer. vocabulary: tokens
-    that there are.
+    """What a model accepts.
+
+    Attributes:
+        model: Class name, for error messages.
+        max_model_len: Tokens of prompt and completion per request.
+        vocabulary: Number of token ids.
+        decoding: How tokens become text.
     """
 
     model: str
     max_model_len: int
     vocabulary: int
-    language: TextDecoding
+    decoding: TextDecoding
 
     def check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """Raise ConfigError for what cannot be, RequestTooLargeError for what is too long."""
+        """Validate a request.
+
+        Raises:
+            ConfigError: If a parameter or token id is invalid.
+            RequestTooLargeError: If prompt and completion exceed `max_model_len`.
+        """
         check_sampling(sampling)
         if not prompt_ids:
             raise ConfigError("the prompt has no tokens; give at least one")
@@ -185,67 +210,73 @@ class ModelLimits:
                 f"logit_bias for token {wrong[0]}, which does not exist; the model's are 0 to "
                 f"{self.vocabulary - 1}"
             )
-        if sampling.stop and self.language.tokenizer is None:
-            raise ConfigError("stop texts need a tokenizer, and the model's folder has none")
-        if sampling.prompt_logprobs is not None and not self.language.continues:
+        if sampling.stop and self.decoding.tokenizer is None:
+            raise ConfigError("stop texts need a tokenizer, but the model's folder has none")
+        if sampling.prompt_logprobs is not None and not self.decoding.decoder_only:
             raise ConfigError(
-                f"{self.model} encodes its prompt and gives no log-probabilities of it; leave "
-                "prompt_logprobs (echo) out"
+                f"{self.model} is an encoder-decoder model without log-probabilities of its "
+                "prompt; omit prompt_logprobs (echo)"
             )
         wanted = len(prompt_ids) + sampling.max_tokens
         if wanted > self.max_model_len:
-            room = self.max_model_len - len(prompt_ids)
-            fewer = f"max_tokens={room} or less, or " if room > 0 else ""
+            available = self.max_model_len - len(prompt_ids)
+            fewer = f"max_tokens={available} or less, or " if available > 0 else ""
             raise RequestTooLargeError(
                 f"a prompt of {len(prompt_ids):,} tokens and an answer of up to "
                 f"{sampling.max_tokens:,} are {wanted:,}, but one request holds at most "
-                f"{self.max_model_len:,}; give {fewer}a shorter prompt"
+                f"{self.max_model_len:,}; use {fewer}a shorter prompt"
             )
 
 
-def limits_of(served: ServedModel, wanted: int | None, context: int) -> ModelLimits:
-    """What this model can be asked. wanted: the tokens of one request, of `context` in all.
+def model_limits(served: ServedModel, wanted: int | None, context: int) -> ModelLimits:
+    """Return the limits of a model.
 
-    Raises UnsupportedModelError for a model that does not go on token by token, ConfigError for a
-    length that it has not.
+    Args:
+        served: Loaded model.
+        wanted: Requested `max_model_len`, or None.
+        context: Tokens that the KV cache holds.
+
+    Raises:
+        UnsupportedModelError: If the model does not generate token by token.
+        ConfigError: If `wanted` exceeds what model and KV cache hold.
     """
     model: Any = served.model
     if getattr(type(model), "generate", None) is not vars(GenerationMixin)["generate"]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not generate text token by token, as requests ask for; "
-            "compute with the model itself (moefit.load)"
+            f"{type(model).__name__} does not generate text token by token, which requests need; "
+            "call the model itself (moefit.load)"
         )
     text = model.config.get_text_config(decoder=True)
     return ModelLimits(
         model=type(model).__name__,
-        max_model_len=_longest(text, wanted, context),
+        max_model_len=_max_model_len(text, wanted, context),
         vocabulary=text.vocab_size,
-        language=_text_decoding(served),
+        decoding=_text_decoding(served),
     )
 
 
-def _longest(text_config: Any, wanted: int | None, context: int) -> int:
+def _max_model_len(text_config: Any, wanted: int | None, context: int) -> int:
     own = getattr(text_config, "max_position_embeddings", None)
     most = min(context, own) if isinstance(own, int) and own > 0 else context
     if wanted is not None and wanted > most:
         raise ConfigError(
-            f"max_model_len={wanted:,}, but the model and the memory that was reserved hold "
-            f"{most:,} tokens; load with a larger context, or give {most:,} or less"
+            f"max_model_len={wanted:,}, but model and KV cache hold {most:,} tokens; load with a "
+            f"larger context, or use {most:,} or less"
         )
     return wanted or most
 
 
 def _text_decoding(served: ServedModel) -> TextDecoding:
     model: Any = served.model
-    ends = model.generation_config.eos_token_id
+    eos_ids = model.generation_config.eos_token_id
     try:
         tokenizer = served.tokenizer
     except ConfigError:
         tokenizer = None
     return TextDecoding(
         tokenizer=tokenizer,
-        ends=frozenset([ends] if isinstance(ends, int) else ends or ()),
-        continues=not model.config.is_encoder_decoder,
+        eos_ids=frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids or ()),
+        decoder_only=not model.config.is_encoder_decoder,
         start=served.generation.start,
         suppressed=served.generation.suppressed,
     )

@@ -1,9 +1,10 @@
-"""Which runner a model can have, found by trying.
+"""Choose the runner of a model by comparing logits.
 
-Owns the comparison: two texts together, in parts and then token by token, against the model's own
-pass over each of them. Experts are silent meanwhile, so nothing is read, moved or counted; they
-take tokens one by one and don't know of packing. What so short a text can't show is asked of the
-configuration: positions that mean something else in a longer text, rules that look at the batch.
+Runs two token sequences together, in chunks and then token by token, and compares the logits with
+the model's own forward pass over each. Experts return zeros meanwhile, so that nothing is read,
+moved or counted; they process tokens independently of batching. What short sequences cannot show is
+read from the configuration: position embeddings that change with length, and routing rules that
+depend on the batch.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -30,11 +31,20 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 def choose_runner(served: ServedModel, places: int) -> Runner:
-    """The packed runner if it gives the model's own logits, else the separate one."""
+    """Return the fastest runner that reproduces the model's logits.
+
+    Args:
+        served: Loaded model.
+        places: Tokens that the KV pool holds.
+
+    Returns:
+        A `VarlenRunner` if its logits equal the model's own up to rounding, otherwise a
+            `SeparateRunner`.
+    """
     model = served.model
     texts = _texts(model, places)
-    with torch.inference_mode(), _without_experts(served):
-        if (reason := _unpackable(model.config)) is None:
+    with torch.inference_mode(), _zero_experts(served):
+        if (reason := _varlen_obstacle(model.config)) is None:
             register_varlen_attention()
             runner = VarlenRunner(model, places)
             reason = _difference(runner, texts)
@@ -43,8 +53,8 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
                 reason = _difference(runner, texts)
             if reason is None:
                 return runner
-        _LOG.info("%s: requests are computed one by one: %s", type(model).__name__, reason)
-        whole = bool(model.config.is_encoder_decoder) or _looks_at_the_batch(model.config)
+        _LOG.info("%s: requests are computed one at a time: %s", type(model).__name__, reason)
+        whole = bool(model.config.is_encoder_decoder) or _routes_by_batch(model.config)
         if not whole:
             whole = _difference(SeparateRunner(model, whole_prompts=False), texts) is not None
         return SeparateRunner(model, whole_prompts=whole)
@@ -55,29 +65,29 @@ def _texts(model: PreTrainedModel, places: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     scale = min(1.0, places / (sum(_LENGTHS) + 2 * _DECODED))
     lengths = [max(1, int((length + _DECODED) * scale)) for length in _LENGTHS]
-    low = min(3, vocabulary - 1)  # the first few are often padding and the like
+    low = min(3, vocabulary - 1)  # the first ids are often padding and other special tokens
     return [torch.randint(low, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-def _unpackable(config: Any) -> str | None:
-    """Why a model can't be packed, as far as its configuration tells."""
+def _varlen_obstacle(config: Any) -> str | None:
+    """Return why the configuration rules out variable-length batches, or None."""
     if config.is_encoder_decoder:
         return "it has an encoder"
-    if _looks_at_the_batch(config):
-        return "its rule counts experts over all tokens of a step"
+    if _routes_by_batch(config):
+        return "its routing rule counts experts over all tokens of a batch"
     rope = _rope_types(config.get_text_config(decoder=True).to_dict().get("rope_parameters"))
     if changing := rope & {"dynamic", "longrope"}:
-        return f"its positions ({', '.join(changing)}) depend on the longest text of a step"
+        return f"its position embeddings ({', '.join(changing)}) depend on the longest sequence"
     return None
 
 
-def _looks_at_the_batch(config: Any) -> bool:
+def _routes_by_batch(config: Any) -> bool:
     rule = config.inference_rule if isinstance(config, DsMoeConfig) else "dense"
     return Rule.parse(rule).kind == "threshold_top_k"
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """Of all layers, which may each have their own."""
+    """Return the RoPE types of all layers, which may differ."""
     if not isinstance(parameters, dict):
         return set()
     found = {str(parameters["rope_type"])} if "rope_type" in parameters else set[str]()
@@ -85,8 +95,8 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 @contextmanager
-def _without_experts(served: ServedModel) -> Iterator[None]:
-    """Let all experts give zeros, and see nothing."""
+def _zero_experts(served: ServedModel) -> Iterator[None]:
+    """Let all experts return zeros within the block."""
     for experts in served.blocks.values():
         experts.recorder = lambda _routing: None
     try:
@@ -97,63 +107,69 @@ def _without_experts(served: ServedModel) -> Iterator[None]:
 
 
 def _difference(runner: Runner, texts: Sequence[Sequence[int]]) -> str | None:
-    """Why a runner's logits are not the model's own; None if they are, up to rounding."""
+    """Return how a runner's logits differ from the model's own; None if equal up to rounding."""
     device = runner.model.device
     try:
-        made = _in_parts(runner, texts)
-    except Exception as error:  # noqa: BLE001 - whatever a family's code says to it
+        outputs = _run_in_chunks(runner, texts)
+    except Exception as error:  # noqa: BLE001 - any error in a family's code
         return f"{type(error).__name__}: {error}"
-    for text, phases in zip(texts, made, strict=True):
+    for text, phases in zip(texts, outputs, strict=True):
         own_TV = runner.model(input_ids=torch.tensor([text], device=device)).logits[0]
         for end, rows in phases:
-            far = _distance(rows, own_TV[end - len(rows) : end])
-            if far > _TOLERANCE.get(rows.dtype, 1e-3):
-                return f"logits of token {end} differ by {far:.1e} of the largest"
+            error = _relative_error(rows, own_TV[end - len(rows) : end])
+            if error > _TOLERANCE.get(rows.dtype, 1e-3):
+                return f"logits of token {end} differ by {error:.1e} of the largest"
     return None
 
 
-def _in_parts(runner: Runner, texts: Sequence[Sequence[int]]) -> list[list[tuple[int, Tensor]]]:
-    """Each text's logits, behind how many tokens: of its prompt, read in parts beside the others',
-    and of tokens decoded. The second text begins a step later, so that one decodes while another
-    reads.
+def _run_in_chunks(
+    runner: Runner, texts: Sequence[Sequence[int]]
+) -> list[list[tuple[int, Tensor]]]:
+    """Return each sequence's logits as pairs of end position and rows.
+
+    Prompts are computed in chunks beside each other, then decoded. The second sequence begins one
+    step later, so that one decodes while the other is in prefill.
     """
     plans = [[(0, 0, 0)] * number + _cuts(len(text)) for number, text in enumerate(texts)]
-    made: list[list[tuple[int, Tensor]]] = [[] for _ in texts]
+    outputs: list[list[tuple[int, Tensor]]] = [[] for _ in texts]
     for number, text in enumerate(texts):
         runner.open(str(number), len(text))
     try:
         for step in range(max(map(len, plans))):
             parts = [(n, plan[step]) for n, plan in enumerate(plans) if step < len(plan)]
-            works = [
+            inputs = [
                 (
                     n,
                     RunnerInput(
-                        request=str(n), tokens=texts[n][begin:end], past=begin, wants=wants
+                        request=str(n),
+                        tokens=texts[n][begin:end],
+                        past=begin,
+                        num_logits=num_logits,
                     ),
                 )
-                for n, (begin, end, wants) in parts
+                for n, (begin, end, num_logits) in parts
                 if end
             ]
-            logits_NV = runner.step([work for _, work in works])
-            rows = logits_NV.split([work.wants for _, work in works])
-            for (number, work), logits in zip(works, rows, strict=True):
-                made[number].append((work.past + len(work.tokens), logits.clone()))
+            logits_NV = runner.step([one for _, one in inputs])
+            rows = logits_NV.split([one.num_logits for _, one in inputs])
+            for (number, one), logits in zip(inputs, rows, strict=True):
+                outputs[number].append((one.past + len(one.tokens), logits.clone()))
     finally:
         for number in range(len(texts)):
             runner.close(str(number))
-    return made
+    return outputs
 
 
 def _cuts(length: int) -> list[tuple[int, int, int]]:
-    """A prompt in three parts, then one token at a time: from, to, of how many logits."""
+    """Return (start, stop, number of logits): a prompt in three chunks, then single tokens."""
     prompt = max(1, length - _DECODED)
     thirds = {prompt * part // 3 for part in range(4)}
     at = sorted(thirds | set(range(prompt, length + 1)))
     return [(a, b, 1 if a else b) for a, b in pairwise(at)]
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value; infinite if not a number."""
+def _relative_error(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference relative to the largest value; infinity for NaN."""
     largest = other.float().abs().max().clamp_min(1e-9)
-    far = float((one.float() - other.float()).abs().max() / largest)
-    return far if far == far else float("inf")
+    error = float((one.float() - other.float()).abs().max() / largest)
+    return error if error == error else float("inf")

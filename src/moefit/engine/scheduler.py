@@ -1,9 +1,9 @@
-"""Which requests run, and which of their tokens go into the next step.
+"""Select which requests run and which of their tokens are computed in the next step.
 
-Owns the order of service: first come, first served into a bounded number of places and of tokens;
-in every step one token of each request that is decoding, and a bounded number of prompt tokens,
-shared evenly among those still reading. So decoding never waits for a long prompt, and every
-prompt goes on in every step. Pure: knows nothing of tensors, texts or threads.
+Requests are admitted in order of arrival while sequences and KV cache tokens are available. Each
+step contains one token of every decoding request and a bounded number of prompt tokens, divided
+evenly among the requests in prefill. Long prompts therefore do not delay decoding, and all prompts
+progress in every step. No tensors, text or threads.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,15 @@ from moefit.errors import QueueFullError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What all requests share. tokens: of all that run, prompts and answers, at their longest.
+    """Limits shared by all requests.
 
-    whole_prompts: a prompt is read in one step (an encoder, or a family that can't go on reading),
-    one prompt a step.
+    Attributes:
+        tokens: KV cache tokens, for prompts and completions at their maximum length.
+        max_concurrency: Requests that run at the same time.
+        prefill_chunk: Prompt tokens per step.
+        max_waiting: Requests in the queue.
+        whole_prompts: Process each prompt in one step and one prompt per step, for encoders and
+            families whose prefill cannot be split.
     """
 
     tokens: int
@@ -29,9 +34,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledTokens:
-    """Tokens `start` to `stop` of a request's text are read in a step.
+    """Tokens `start` to `stop` of a request, to be computed in a step.
 
-    last: they are the last that are known, so that the step gives the next one.
+    Attributes:
+        request: Request id.
+        start: First token.
+        stop: End of the range, exclusive.
+        last: Whether no known tokens follow, so that the step's logits give the next token.
     """
 
     request: str
@@ -42,158 +51,164 @@ class ScheduledTokens:
 
 @dataclass(slots=True)
 class _Request:
-    """`read` tokens of `known` have been through the model; the first `prompt` were given."""
+    """Progress of a request: `computed` of `num_tokens` tokens."""
 
     name: str
     prompt: int
-    most: int  # tokens, prompt and answer
-    piece: int | None  # tokens that one step may read of its prompt and all others that have one
-    known: int
-    read: int = 0
+    max_len: int  # prompt and completion, in tokens
+    max_chunk: int | None  # prompt tokens per step, shared by all requests with this limit
+    num_tokens: int
+    computed: int = 0
 
     @property
-    def reading(self) -> bool:
-        return self.read < self.prompt
+    def prefilling(self) -> bool:
+        return self.computed < self.prompt
 
 
 class Scheduler:
-    """Waiting and running requests."""
+    """Queue of waiting requests and set of running requests."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self._waiting: dict[str, _Request] = {}
         self._running: dict[str, _Request] = {}
-        self.reserved = 0  # tokens, of those that run
+        self.reserved = 0  # tokens of running requests
 
     @property
     def running(self) -> tuple[str, ...]:
-        """The requests that have a place, in the order in which they got it."""
+        """Ids of running requests, in the order of admission."""
         return tuple(self._running)
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """The requests that wait for a place, in the order in which they came."""
+        """Ids of waiting requests, in the order of arrival."""
         return tuple(self._waiting)
 
-    def submit(self, name: str, *, prompt: int, answer: int, piece: int | None = None) -> None:
-        """Let a request of so many tokens wait. piece: the most of its prompt in one
-        step, and of the prompts of all that have such a limit together.
+    def submit(
+        self, name: str, *, prompt: int, max_new_tokens: int, max_chunk: int | None = None
+    ) -> None:
+        """Queue a request. The caller checks that it fits into the limits.
 
-        Raises QueueFullError. That it fits in at all is the caller's to see to.
+        Args:
+            name: Request id.
+            prompt: Prompt tokens.
+            max_new_tokens: Tokens to generate at most.
+            max_chunk: Limit on prompt tokens per step, shared by all requests that have one.
+
+        Raises:
+            QueueFullError: If too many requests are waiting.
         """
         assert prompt > 0, "a prompt has tokens"
-        assert prompt + answer <= self.limits.tokens, "it would wait for ever"
+        assert prompt + max_new_tokens <= self.limits.tokens, "the request could never run"
         assert name not in self._waiting and name not in self._running, name
         if len(self._waiting) >= self.limits.max_waiting:
             raise QueueFullError(
-                f"{len(self._waiting):,} requests are waiting, as many as may; try again later, or "
+                f"{len(self._waiting):,} requests are waiting, the maximum; try again later, or "
                 "start with a larger max_waiting"
             )
-        piece = None if piece is None else max(1, piece)
-        self._waiting[name] = _Request(name, prompt, prompt + answer, piece, prompt)
+        max_chunk = None if max_chunk is None else max(1, max_chunk)
+        self._waiting[name] = _Request(name, prompt, prompt + max_new_tokens, max_chunk, prompt)
 
     def admit(self) -> tuple[str, ...]:
-        """Give places to those that have waited longest, as far as places and tokens go."""
+        """Start the longest waiting requests while there is capacity, and return their ids."""
         admitted: list[str] = []
         for name, request in list(self._waiting.items()):
             full = len(self._running) >= self.limits.max_concurrency
-            if full or self.reserved + request.most > self.limits.tokens:
-                break  # who came later does not overtake
+            if full or self.reserved + request.max_len > self.limits.tokens:
+                break  # keep the order of arrival
             self._running[name] = self._waiting.pop(name)
-            self.reserved += request.most
+            self.reserved += request.max_len
             admitted.append(name)
         return tuple(admitted)
 
     def plan(self) -> tuple[ScheduledTokens, ...]:
-        """The next step, decoding first; changes nothing."""
-        pieces = [
+        """Return the tokens of the next step, decoding requests first. Changes no state."""
+        scheduled = [
             _scheduled_tokens(request, 1)
             for request in self._running.values()
-            if not request.reading
+            if not request.prefilling
         ]
-        reading = [request for request in self._running.values() if request.reading]
+        prefilling = [request for request in self._running.values() if request.prefilling]
         if self.limits.whole_prompts:
             return (
-                *pieces,
-                *(_scheduled_tokens(request, request.prompt) for request in reading[:1]),
+                *scheduled,
+                *(_scheduled_tokens(request, request.prompt) for request in prefilling[:1]),
             )
-        shares = shared(self.limits.prefill_chunk, _wanted(reading))
-        pieces += [
+        shares = split_evenly(self.limits.prefill_chunk, _prompt_shares(prefilling))
+        scheduled += [
             _scheduled_tokens(request, share)
-            for request, share in zip(reading, shares, strict=True)
+            for request, share in zip(prefilling, shares, strict=True)
             if share
         ]
-        return tuple(pieces)
+        return tuple(scheduled)
 
-    def done(self, piece: ScheduledTokens) -> None:
-        """That piece has been through the model."""
-        request = self._running[piece.request]
-        assert request.read == piece.start, "pieces are read in order"
-        request.read = piece.stop
+    def advance(self, chunk: ScheduledTokens) -> None:
+        """Record that these tokens have been computed."""
+        request = self._running[chunk.request]
+        assert request.computed == chunk.start, "chunks are computed in order"
+        request.computed = chunk.stop
 
-    def grow(self, name: str) -> None:
-        """The request's text has one more token, which has been through no step yet."""
-        self._running[name].known += 1
+    def append_token(self, name: str) -> None:
+        """Record a generated token, which the next step will compute."""
+        self._running[name].num_tokens += 1
 
     def remove(self, name: str) -> bool:
-        """Forget a request, whatever its state; False if there is none such."""
+        """Remove a waiting or running request; return False if there is none of this name."""
         if (request := self._running.pop(name, None)) is not None:
-            self.reserved -= request.most
+            self.reserved -= request.max_len
             return True
         return self._waiting.pop(name, None) is not None
 
     def check(self) -> None:
-        """Raise AssertionError if the limits or a request's counts don't hold."""
+        """Raise AssertionError if a limit is exceeded or a request's counts are inconsistent."""
         limits = self.limits
         assert len(self._running) <= limits.max_concurrency
         assert len(self._waiting) <= limits.max_waiting
         assert not self._running.keys() & self._waiting.keys()
-        assert self.reserved == sum(request.most for request in self._running.values())
+        assert self.reserved == sum(request.max_len for request in self._running.values())
         assert self.reserved <= limits.tokens
         for request in self._running.values():
-            assert 0 <= request.read <= request.known <= request.most, request
-            assert request.known >= request.prompt, request
-            assert request.reading or request.known - request.read <= 1, request
+            assert 0 <= request.computed <= request.num_tokens <= request.max_len, request
+            assert request.num_tokens >= request.prompt, request
+            assert request.prefilling or request.num_tokens - request.computed <= 1, request
         for request in self._waiting.values():
-            assert request.read == 0 and request.known == request.prompt, request
+            assert request.computed == 0 and request.num_tokens == request.prompt, request
 
 
-def _wanted(reading: Sequence[_Request]) -> list[int]:
-    """Prompt tokens that each may read in a step; those with a limit have one together."""
+def _prompt_shares(prefilling: Sequence[_Request]) -> list[int]:
+    """Return how many prompt tokens each request may process in a step."""
     wanted, used = [], 0
-    for request in reading:
-        want = request.prompt - request.read
-        if request.piece is not None:
-            want = min(want, max(0, request.piece - used))
+    for request in prefilling:
+        want = request.prompt - request.computed
+        if request.max_chunk is not None:
+            want = min(want, max(0, request.max_chunk - used))
             used += want
         wanted.append(want)
     return wanted
 
 
 def _scheduled_tokens(request: _Request, tokens: int) -> ScheduledTokens:
-    stop = min(request.known, request.read + tokens)
+    stop = min(request.num_tokens, request.computed + tokens)
     return ScheduledTokens(
-        request=request.name, start=request.read, stop=stop, last=stop == request.known
+        request=request.name, start=request.computed, stop=stop, last=stop == request.num_tokens
     )
 
 
-def shared(total: int, wants: Sequence[int]) -> list[int]:
-    """`total` divided evenly among those who want so much; none gets more than it wants.
+def split_evenly(total: int, limits: Sequence[int]) -> list[int]:
+    """Divide `total` evenly, giving each entry at most its limit; the first get the remainder.
 
-    What can't be divided goes to the first.
-
-    >>> shared(10, [2, 9, 9])
+    >>> split_evenly(10, [2, 9, 9])
     [2, 4, 4]
-    >>> shared(3, [5, 5])
+    >>> split_evenly(3, [5, 5])
     [2, 1]
     """
-    shares = [0] * len(wants)
-    left, hungry = total, list(range(len(wants)))
-    while left and hungry:
-        each = max(1, left // len(hungry))
-        for index in hungry:
-            given = min(each, wants[index] - shares[index], left)
+    shares = [0] * len(limits)
+    left, unsatisfied = total, list(range(len(limits)))
+    while left and unsatisfied:
+        each = max(1, left // len(unsatisfied))
+        for index in unsatisfied:
+            given = min(each, limits[index] - shares[index], left)
             shares[index] += given
             left -= given
-        hungry = [index for index in hungry if shares[index] < wants[index]]
+        unsatisfied = [index for index in unsatisfied if shares[index] < limits[index]]
     return shares
