@@ -21,7 +21,7 @@ from moefit.cli import app
 from moefit.cli.loading import load_served
 from moefit.cli.options import MISS_OPTIONS, MemoryOptions
 from moefit.cli.planned import PlanOptions, PlanProcess, forbid_with_plan, target_of
-from moefit.engine.engine import PROMPT_LOGITS
+from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError, ConfigError, DataError
 from moefit.plan.plan_file import Target, read_plan
 from moefit.plan.profile import folder_for, write_profile
@@ -159,7 +159,7 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     done = run(*order.arguments(file))
     assert done.exit_code == 0, done.output
     plan = read_plan(file)
-    assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS)
+    assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS_BYTES)
     assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
     assert (plan.target, plan.configuration.rest) == (order.target, "int8")
     floor = json.loads(done.stdout)["floor"]
@@ -183,13 +183,13 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
             MISS_OPTIONS,
             PlanOptions(plan=file),
             sequences=10_000_000,
-            prompt_logits=PROMPT_LOGITS,
+            prompt_logits=PROMPT_LOGITS_BYTES,
         )
 
 
 @pytest.mark.slow
 def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
-    settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS}
+    settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS_BYTES}
     target = PlanOptions(min_speed=0.001)
     with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
         load_served(

@@ -132,7 +132,7 @@ def test_a_request_that_can_never_be_held(engine):
     with pytest.raises(RequestTooLargeError, match=r"7 tokens .*122 are 129.*128; .*=121 or less"):
         engine.submit(PROMPT, greedy(122), Heard())
     assert ask(engine, PROMPT, greedy(121)).wait().end.completion_tokens == 121
-    with pytest.raises(RequestTooLargeError, match=r"at most 128; give a shorter prompt$"):
+    with pytest.raises(RequestTooLargeError, match=r"at most 128; use a shorter prompt$"):
         engine.submit([1] * 200, greedy(1), Heard())
 
 
@@ -308,7 +308,7 @@ def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
         tokenizer: Any = Illiterate(unknown)
-        decoding = TextDecoding(tokenizer=tokenizer, ends=frozenset())
+        decoding = TextDecoding(tokenizer=tokenizer, eos_ids=frozenset())
         engine._limits = replace(engine._limits, decoding=decoding)
         with paused(engine) as go:
             bad, good = (ask(engine, prompt, greedy(8)) for prompt in prompts([5, 8]))

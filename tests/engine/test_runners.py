@@ -151,7 +151,7 @@ def test_the_budget_counts_all_requests_of_a_step(tmp_path):
 
 def test_an_encoder_has_no_logprobs_of_its_prompt(tmp_path):
     with engine_of(saved(switch(), tmp_path)) as engine:
-        with pytest.raises(ConfigError, match="encodes its prompt"):
+        with pytest.raises(ConfigError, match="encoder-decoder model"):
             ask(engine, [5, 6], greedy(2, prompt_logprobs=0))
         heard = ask(engine, [5, 6], greedy(2, logprobs=1)).wait()
         assert heard.end.completion_tokens == 2

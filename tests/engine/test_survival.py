@@ -65,7 +65,7 @@ class Panicking:
 
 
 def speak(engine: Any, tokenizer: Any) -> None:
-    decoding = TextDecoding(tokenizer=tokenizer, ends=frozenset(), decoder_only=False)
+    decoding = TextDecoding(tokenizer=tokenizer, eos_ids=frozenset(), decoder_only=False)
     engine._limits = replace(engine._limits, decoding=decoding)
 
 
@@ -150,9 +150,9 @@ def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, c
             assert heard.end.reason == "error" and "gave up" in heard.end.message
             engine._thread.join(10)
         assert engine.failure is not None and "the engine's thread ended" in caplog.text
-        with pytest.raises(RefusedError, match="must be started again"):
+        with pytest.raises(RefusedError, match="restart the process"):
             engine.submit(PROMPT, greedy(3), lambda event: None)
-        with pytest.raises(RefusedError, match="must be started again"):
+        with pytest.raises(RefusedError, match="restart the process"):
             engine.set_memory(None)
         assert engine.drain(1) and engine.close()
 

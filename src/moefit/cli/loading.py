@@ -22,7 +22,7 @@ from moefit.cli.app import console, say
 from moefit.cli.options import MemoryOptions, MissOptions
 from moefit.cli.plan_tables import in_a_line
 from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, say_packing
-from moefit.engine.engine import PROMPT_LOGITS
+from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.loading import ARCHITECTURES
 from moefit.evaluate.speed import Bandwidth, Speed
@@ -163,7 +163,7 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
         return {}
     return {
         "sequences": requests,
-        "prompt_logits": PROMPT_LOGITS,
+        "prompt_logits": PROMPT_LOGITS_BYTES,
         "helpers": RENDER_RESIDENT,
     }
 

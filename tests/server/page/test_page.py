@@ -195,7 +195,7 @@ def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
         tab.until(lambda: tab.script(LABELS))
         assert tab.script("return document.documentElement.scrollWidth") <= width
         labels = tab.script(LABELS)
-        assert labels[0].startswith("floor ") and labels[1].startswith("all native "), labels
+        assert labels[0].startswith("min ") and labels[1].startswith("all native "), labels
     tab.size(1280)
     tab.until(lambda: [one.split()[0] for one in tab.script(LABELS)[2:]] == ["int4", "int8"])
     assert tab.text("budget-note").endswith("for every expert at native precision")
@@ -238,7 +238,7 @@ def test_a_mode_and_its_bound_are_set(page):
     assert model.changes == [{"mode": "bounded", "bound": 0.2}]
     assert not tab.by_id("undo").is_displayed()
     tab.click("dial-box")
-    assert "Prompts are read in mode exact" in tab.text("dial-note")
+    assert "Prompts are processed in exact mode" in tab.text("dial-note")
 
 
 def test_a_server_that_goes_away_is_waited_for(page):
@@ -258,7 +258,7 @@ def test_what_is_wrong_is_shown_until_it_is_not(page):
     assert not tab.by_id("problems").is_displayed()
     model.problems = ["experts cannot be read"]
     tab.until(lambda: tab.state() == "degraded")
-    assert tab.text("problems").startswith("experts cannot be read. So far 8 reads failed, 7 of")
+    assert tab.text("problems").startswith("experts cannot be read. 8 reads failed so far, 7 of")
     model.problems = []
     tab.until(lambda: tab.state() == "live")
     assert not tab.by_id("problems").is_displayed()
@@ -290,7 +290,7 @@ def test_an_answer_is_text_whatever_it_says(page):
     assert (
         tab.script("return document.querySelectorAll('#try-answer b, #try-answer i').length") == 0
     )
-    assert tab.text("try-state").startswith("15 tokens, the first after ")
+    assert tab.text("try-state").startswith("15 tokens, first token after ")
     assert tab.text("try-pace").endswith(" tokens/s")
 
 

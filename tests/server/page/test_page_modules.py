@@ -102,11 +102,11 @@ def test_only_what_differs_is_asked_for(modules):
 
 
 @pytest.mark.parametrize("total", [None, 383 * MIB, 500 * MIB])
-def test_the_ledgers_parts_fill_the_budget_and_follow_each_other(modules, total):
+def test_the_breakdowns_parts_fill_the_budget_and_follow_each_other(modules, total):
     model = Pretender()
     model.total = total
     memory = model.memory()
-    view = modules.module("ledger", "m.ledger(v[0])", memory)
+    view = modules.module("breakdown", "m.breakdown(v[0])", memory)
     assert sum(part["bytes"] for part in view["parts"]) == view["total"]
     edges = [0.0] + [part["to"] for part in view["parts"]]
     assert [part["from"] for part in view["parts"]] == edges[:-1]
@@ -115,12 +115,12 @@ def test_the_ledgers_parts_fill_the_budget_and_follow_each_other(modules, total)
     assert view["marks"]["most"] * view["axis"] == pytest.approx(memory["most"])
 
 
-def test_a_plan_is_told_with_what_it_costs(modules):
+def test_a_plan_is_shown_with_its_predicted_cost(modules):
     plan = {"words": "12 int4, exact", "loss": 0.0123, "margin": 0.004, "tokens_per_second": 11.26}
-    said = modules.module("ledger", "v.map(m.planned)", plan, {**plan, "loss": -0.002}, None)
+    said = modules.module("breakdown", "v.map(m.planned)", plan, {**plan, "loss": -0.002}, None)
     assert said == [
-        "Planned: 12 int4, exact. Predicted: perplexity +1.2%, give or take 0.4%; 11.3 tokens/s.",
-        "Planned: 12 int4, exact. Predicted: perplexity -0.2%, give or take 0.4%; 11.3 tokens/s.",
+        "Plan: 12 int4, exact. Predicted: perplexity +1.2% (±0.4%), 11.3 tokens/s.",
+        "Plan: 12 int4, exact. Predicted: perplexity -0.2% (±0.4%), 11.3 tokens/s.",
         "",
     ]
 

@@ -1,11 +1,10 @@
-// The server, as this page asks it. Owns the key; knows nothing of what is shown.
+// HTTP client of the server's API. Stores the API key.
 
 import { EventReader } from "./events.js";
 
 const KEY = "moefit-api-key";
 
-/** The server answered, but not with what was asked for; the message is its own. In a stream
-    there is no status. */
+/** An error response with the server's message. Errors within a stream have no status. */
 export class ApiError extends Error {
   constructor(message, status) {
     super(message);
@@ -30,9 +29,9 @@ export class Client {
     return this.#json("v1/memory", this.#post(change));
   }
 
-  /** The stream's events as objects, until it ends or `signal` aborts. Raises ApiError. */
+  /** Yield the events of a stream until it ends or `signal` aborts. Throws ApiError. */
   async *complete(request, signal) {
-    const response = await this.#ask("v1/completions", { ...this.#post(request), signal });
+    const response = await this.#fetch("v1/completions", { ...this.#post(request), signal });
     const events = new EventReader();
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (;;) {
@@ -56,23 +55,23 @@ export class Client {
   }
 
   async #json(path, options) {
-    return (await this.#ask(path, options)).json();
+    return (await this.#fetch(path, options)).json();
   }
 
-  async #ask(path, options) {
+  async #fetch(path, options) {
     const headers = { ...options.headers };
     if (this.key) headers.Authorization = `Bearer ${this.key}`;
     const response = await fetch(path, { ...options, headers });
-    if (!response.ok) throw new ApiError(await words(response), response.status);
+    if (!response.ok) throw new ApiError(await errorMessage(response), response.status);
     return response;
   }
 }
 
-async function words(response) {
+async function errorMessage(response) {
   const text = await response.text();
   try {
     return JSON.parse(text).error.message;
   } catch {
-    return `the server answered ${response.status} ${response.statusText}`;
+    return `the server returned ${response.status} ${response.statusText}`;
   }
 }

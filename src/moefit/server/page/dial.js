@@ -1,36 +1,36 @@
-// The dial between floor and all that can be used, and what of it waits to be applied. Pure.
+// Budget dial between the minimum and the largest useful budget, and pending changes. Pure functions.
 
 export const STEPS = 1000;
 
-/** Bytes at a position of the slider, 0 to STEPS; the ends are exact. */
+/** Bytes at a slider position, 0 to STEPS; the ends are exact. */
 export function bytesAt(position, range) {
   return Math.round(range.floor + ((range.top - range.floor) * position) / STEPS);
 }
 
-/** The nearest position of these bytes. */
+/** Nearest slider position of a size. */
 export function positionOf(bytes, range) {
   const span = range.top - range.floor;
   if (span <= 0) return STEPS;
   return Math.min(STEPS, Math.max(0, Math.round(((bytes - range.floor) / span) * STEPS)));
 }
 
-/** What sizes on this dial should be told apart by, in bytes: a two-hundredth of its way. */
+/** Smallest difference in bytes that sizes on this dial show: 1/200 of the range. */
 export function grain(range) {
   return (range.top - range.floor) / 200;
 }
 
 /**
- * Where the slider ends: where no more memory is of use. A budget in force beyond it is at its end,
- * so that a large one leaves room on the dial for those that matter.
+ * Range of the slider, up to the largest useful budget. A larger budget is shown at the end, so
+ * that it does not compress the useful range.
  *
- * `full` holds every expert; where they may differ in format, in the smallest, and `top` in the best.
+ * `full` holds all experts, in the smallest format if there are several; `top` in the best.
  */
 export function rangeOf(memory) {
   const { floor, everything, most } = memory;
   return { floor, full: everything, top: Math.max(floor, most) };
 }
 
-/** The best format in which these bytes hold every expert; null if in none, or if there is one only. */
+/** Best format in which all experts fit into these bytes; null if none, or if there is only one. */
 export function finest(bytes, everythingIn) {
   const held = Object.entries(everythingIn).filter(([, size]) => size <= bytes);
   return held.length ? held[held.length - 1][0] : null;
@@ -38,7 +38,7 @@ export function finest(bytes, everythingIn) {
 
 const NAMED = ["int4", "int8"];
 
-/** Ticks where every expert fits in a format, away from the ends; those with a name are the usual. */
+/** Ticks at which all experts fit in a format, away from the ends; common formats have labels. */
 export function formatTicks(everythingIn, range) {
   const away = (range.top - range.floor) * 0.05;
   return Object.entries(everythingIn)
@@ -46,7 +46,7 @@ export function formatTicks(everythingIn, range) {
     .map(([name, bytes]) => ({ bytes, name: NAMED.includes(name) ? name : "" }));
 }
 
-/** Round sizes for ticks, strictly between the ends and away from them; at most `most`. */
+/** Round sizes for ticks between the ends and away from them; at most `most`. */
 export function ticks(range, most = 6) {
   const span = range.top - range.floor;
   if (span <= 0) return [];
@@ -58,7 +58,7 @@ export function ticks(range, most = 6) {
   return sizes;
 }
 
-/** Bytes of what was typed (4.7GiB, 512 MB, 1048576), or null. The server has the last word. */
+/** Parse a size (4.7GiB, 512 MB, 1048576), or return null. The server validates it again. */
 export function parseBytes(text) {
   const match = /^\s*(\d*\.?\d+)\s*(?:([kmgt])(i?)b?|b)?\s*$/i.exec(text);
   if (!match) return null;
@@ -67,7 +67,7 @@ export function parseBytes(text) {
   return size > 0 ? size : null;
 }
 
-/** About how many experts a budget holds: slots grow evenly from one a layer to all. */
+/** Estimate how many experts a budget holds: linear from one per layer to all. */
 export function expertsAt(bytes, range, grid) {
   const span = range.full - range.floor;
   const share = span <= 0 ? 1 : Math.min(1, Math.max(0, (bytes - range.floor) / span));
@@ -75,9 +75,9 @@ export function expertsAt(bytes, range, grid) {
 }
 
 /**
- * What to ask the server for: only what differs from what is in force, or null if nothing does.
+ * Body of the change request: only what differs from the settings in force, or null.
  *
- * The text is sent as it was typed, so that the server judges it, unless it came from the slider.
+ * Typed text is sent unchanged, so that the server validates it; slider values are bytes.
  */
 export function change(wanted, inForce) {
   const body = {};

@@ -1,5 +1,5 @@
-// The budget dial on the page. What is being set is the user's until it is applied or undone; what
-// is in force is the server's and goes on being shown.
+// View of the budget dial. User input is kept until it is applied or undone; the settings in force
+// come from the server and stay visible.
 
 import { byId, element, say } from "./dom.js";
 import { STEPS, bytesAt, change, expertsAt, finest, formatTicks, grain, parseBytes, positionOf, rangeOf, ticks } from "./dial.js";
@@ -18,7 +18,7 @@ export class DialView {
   #wanted = {};
   #busy = false;
 
-  /** apply(change) gives a promise of the new /v1/memory. */
+  /** apply(change) returns a promise of the new /v1/memory. */
   constructor(apply) {
     this.#apply = apply;
     this.#range.max = String(STEPS);
@@ -44,7 +44,7 @@ export class DialView {
     });
   }
 
-  /** Show what is in force; what is being set stays as it is. */
+  /** Show the settings in force; user input stays unchanged. */
   show(memory, map) {
     const ends = rangeOf(memory);
     const moved = ends.floor !== this.#ends?.floor || ends.top !== this.#ends?.top;
@@ -65,17 +65,17 @@ export class DialView {
 
   #want(part) {
     Object.assign(this.#wanted, part);
-    this.#answer("");
+    this.#showResult("");
     this.#refresh();
   }
 
   #undo() {
     this.#settle();
-    this.#answer("");
+    this.#showResult("");
     this.#refresh();
   }
 
-  /** Nothing is being set any more. */
+  /** Discard user input. */
   #settle() {
     this.#wanted = {};
     this.#bound.value = this.#inForce.bound;
@@ -94,7 +94,7 @@ export class DialView {
       this.#bound.value = this.#inForce.bound;
     }
     if (size !== null) this.#range.value = String(positionOf(size, this.#ends));
-    this.#range.setAttribute("aria-valuetext", this.#inWords(size));
+    this.#range.setAttribute("aria-valuetext", this.#describe(size));
     for (const radio of this.#form.elements.mode) radio.checked = radio.value === mode;
     byId("bound-field").hidden = mode !== "bounded";
     byId("apply").disabled = this.#busy || !pending;
@@ -104,8 +104,8 @@ export class DialView {
     say("dial-note", this.#note(pending, size, mode));
   }
 
-  #inWords(size) {
-    if (size === null) return "not a size";
+  #describe(size) {
+    if (size === null) return "invalid size";
     return `${this.#text(size)}, ${this.#experts(size)}`;
   }
 
@@ -119,15 +119,15 @@ export class DialView {
 
   #note(pending, size, mode) {
     if (!pending) return `${MODES[mode] ?? ""}${this.#prefill()}`;
-    if (size === null) return "Write a size, such as 4.7GiB or 512MB.";
-    const elsewhere = `In force: ${this.#text(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
-    if (size < this.#ends.floor) return `Below the floor of ${this.#text(this.#ends.floor)}. ${elsewhere}`;
-    return `Not applied yet: ${this.#experts(size)}, ${mode}. ${elsewhere}`;
+    if (size === null) return "Enter a size, such as 4.7GiB or 512MB.";
+    const current = `Current: ${this.#text(this.#inForce.bytes)}, ${this.#inForce.mode}.`;
+    if (size < this.#ends.floor) return `Below the minimum budget of ${this.#text(this.#ends.floor)}. ${current}`;
+    return `Not applied yet: ${this.#experts(size)}, ${mode}. ${current}`;
   }
 
   #prefill() {
     const { mode, prefill } = this.#inForce;
-    return prefill === mode ? "" : ` Prompts are read in mode ${prefill}.`;
+    return prefill === mode ? "" : ` Prompts are processed in ${prefill} mode.`;
   }
 
   #groove(size) {
@@ -148,7 +148,7 @@ export class DialView {
     const box = byId("ticks");
     const best = Object.keys(this.#formats).pop();
     const all = best ? `all ${best}` : "all";
-    const made = [tick("first", 0, `floor ${this.#text(floor)}`), tick("last", 1, `${all} ${this.#text(top)}`)];
+    const made = [tick("first", 0, `min ${this.#text(floor)}`), tick("last", 1, `${all} ${this.#text(top)}`)];
     const between = this.#ticks().map(({ bytes, text }) => tick("", (bytes - floor) / (top - floor), text));
     box.replaceChildren(...made, ...between);
     const [left, right] = [made[0].offsetWidth + 8, box.clientWidth - made[1].offsetWidth - 8];
@@ -161,7 +161,7 @@ export class DialView {
     }
   }
 
-  /** Where every expert fits in a format, or, where they have only one, round sizes. */
+  /** Sizes at which all experts fit in a format, or round sizes if there is only one format. */
   #ticks() {
     const formats = formatTicks(this.#formats, this.#ends);
     if (formats.length) {
@@ -174,23 +174,23 @@ export class DialView {
     const body = change(this.#wanted, this.#inForce);
     if (!body) return;
     this.#busy = true;
-    this.#answer("Changing …");
+    this.#showResult("Applying …");
     this.#refresh();
     try {
       const memory = await this.#apply(body);
       this.#settle();
       const slots = memory.blocks.reduce((sum, block) => sum + block.slots, 0);
       const size = this.#text(memory.budget.total ?? memory.most);
-      this.#answer(`In force: ${size}, ${memory.mode}; room for ${formatCount(slots)} of ${formatCount(this.#map.experts)} experts.`);
+      this.#showResult(`Applied: ${size}, ${memory.mode}; slots for ${formatCount(slots)} of ${formatCount(this.#map.experts)} experts.`);
     } catch (error) {
-      this.#answer(error.message, true);
+      this.#showResult(error.message, true);
     } finally {
       this.#busy = false;
       this.#refresh();
     }
   }
 
-  #answer(text, wrong = false) {
+  #showResult(text, wrong = false) {
     byId("dial-answer").classList.toggle("wrong", wrong);
     byId("dial-answer").setAttribute("role", wrong ? "alert" : "status");
     say("dial-answer", text);
@@ -205,7 +205,7 @@ function tick(kind, share, text) {
 }
 
 const MODES = {
-  exact: "exact: an expert that is missing is fetched; the output is the model's own.",
-  bounded: "bounded: another expert may answer where little router weight is lost by it.",
-  virtual: "virtual: experts in memory answer; nothing waits for storage.",
+  exact: "exact: missing experts are fetched; the output is the model's own.",
+  bounded: "bounded: a resident expert may replace a missing one if little router weight is lost.",
+  virtual: "virtual: only experts in memory are used; nothing waits for storage.",
 };

@@ -1,9 +1,9 @@
-// Server-sent events from a stream of text. Pure.
+// Parser of server-sent events. Pure functions.
 
 export class EventReader {
   #rest = "";
 
-  /** The data of every event that is whole by now; pieces may end anywhere. */
+  /** Return the data of all events complete so far; chunks may end anywhere. */
   push(text) {
     const events = (this.#rest + text).replace(/\r\n/g, "\n").split("\n\n");
     this.#rest = events.pop();

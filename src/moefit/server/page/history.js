@@ -1,4 +1,4 @@
-// The last values of a few series, and the lines they draw. Pure.
+// Recent values of a series and their sparkline. Pure functions.
 
 export class History {
   constructor(length = 90) {
@@ -6,24 +6,24 @@ export class History {
     this.values = [];
   }
 
-  /** One more value; null where there is none. */
+  /** Append a value, or null for a gap. */
   push(value) {
     this.values.push(value ?? null);
     if (this.values.length > this.length) this.values.shift();
   }
 
-  /** The line in a box, newest at the right edge; gaps where there were no values. */
+  /** SVG path of the line, newest value at the right edge, with gaps for null. */
   path(width, height) {
     return this.#runs(width, height).map((run) => `M${run.join("L")}`).join("");
   }
 
-  /** What is under the line. */
+  /** SVG path of the area under the line. */
   area(width, height) {
     return this.#runs(width, height)
       .map((run) => `M${run[0].split(" ")[0]} ${height}L${run.join("L")}V${height}Z`).join("");
   }
 
-  /** Stretches without gaps, as points; zero is the bottom, the largest value the top. */
+  /** Points of each run without gaps, scaled from zero to the largest value. */
   #runs(width, height) {
     const top = Math.max(...this.values.filter((value) => value !== null), 0) || 1;
     const step = width / (this.length - 1);
@@ -43,7 +43,7 @@ export class History {
   }
 }
 
-/** What happened between two readings of the counters: hit rate, bytes a second; null if nothing. */
+/** Hit rate and bytes per second between two readings of the counters; null without data. */
 export function between(before, now, seconds) {
   if (!before || seconds <= 0) return { hitRate: null, bytesRead: null };
   const hits = now.hits - before.hits;

@@ -1,9 +1,9 @@
-// The page: one client, one poller, five views.
+// Entry point: connects one client and one poller to five views.
 
 import { ApiError, Client } from "./client.js";
 import { byId, say } from "./dom.js";
 import { DialView } from "./dial_view.js";
-import { LedgerView } from "./ledger_view.js";
+import { BreakdownView } from "./breakdown_view.js";
 import { MapView } from "./map_view.js";
 import { formatCount } from "./numbers.js";
 import { PaceView } from "./pace_view.js";
@@ -13,7 +13,7 @@ import { grid } from "./residency.js";
 
 const client = new Client();
 const map = new MapView();
-const ledger = new LedgerView();
+const breakdown = new BreakdownView();
 const pace = new PaceView();
 const prompt = new PromptView(client);
 const dial = new DialView(async (change) => {
@@ -21,9 +21,9 @@ const dial = new DialView(async (change) => {
   show(memory);
   return memory;
 });
-const poller = new Poller({ read: (signal) => client.memory(signal), heard, failed });
+const poller = new Poller({ read: (signal) => client.memory(signal), onValue, onError });
 
-function heard(memory) {
+function onValue(memory) {
   const problems = memory.problems ?? [];
   if (problems.length) state("degraded", "degraded");
   else state("live", "live");
@@ -43,34 +43,34 @@ function show(memory) {
   say("running", formatCount(memory.requests.running));
   say("waiting", formatCount(memory.requests.waiting));
   map.show(cells);
-  ledger.show(memory);
+  breakdown.show(memory);
   dial.show(memory, cells);
   prompt.show(memory.model);
 }
 
-/** What the server says is wrong; how many reads failed belongs to it. */
+/** Show the server's problems and the number of failed reads. */
 function showProblems({ problems = [], counters }) {
   byId("problems").hidden = !problems.length;
   if (!problems.length) return;
   const { demand = 0, background = 0 } = counters.load_failures ?? {};
-  const reads = `${formatCount(demand + background)} reads failed, ${formatCount(background)} of them in the background`;
-  say("problems", `${problems.join(". ")}. So far ${reads}.`);
+  const reads = `${formatCount(demand + background)} reads failed so far, ${formatCount(background)} of them in the background`;
+  say("problems", `${problems.join(". ")}. ${reads}.`);
 }
 
-function failed(error, nextTry) {
+function onError(error, nextTry) {
   if (error.status === 401) {
     askForKey(error);
     return;
   }
   state("reconnecting", "reconnecting");
-  const what = error instanceof ApiError ? error.message : "the server does not answer";
-  say("trouble", `What you see is the last that was heard: ${what}. Next try in ${Math.round(nextTry / 1000)} s.`);
+  const what = error instanceof ApiError ? error.message : "the server is not responding";
+  say("trouble", `Showing the last known state: ${what}. Retrying in ${Math.round(nextTry / 1000)} s.`);
   byId("trouble").hidden = false;
 }
 
 function askForKey(error) {
   poller.stop();
-  state("locked", "needs a key");
+  state("locked", "API key required");
   const first = byId("key-form").hidden;
   byId("key-form").hidden = false;
   byId("trouble").hidden = true;
@@ -87,7 +87,7 @@ byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = byId("key-input").value.trim();
   if (!/^[\x21-\x7e]+$/.test(key)) {
-    say("key-note", "A key is plain letters, digits and signs, without spaces.");
+    say("key-note", "A key consists of ASCII letters, digits and punctuation, without spaces.");
     return;
   }
   client.key = key;

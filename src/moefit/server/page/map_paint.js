@@ -1,24 +1,24 @@
-// Painting the residency map on a canvas: sizes, colours, one cell. Knows nothing of events.
+// Paint the residency map on a canvas: layout, colours and cells.
 //
-// In memory: a square, as full as its format has bits. In storage: a dot. Darker (in the dark:
-// brighter) is more important, on either.
+// Experts in memory are squares, filled in proportion to the bits of their format; experts in
+// storage are dots. Darker (in dark mode: brighter) is more important.
 
 import { level } from "./residency.js";
 
 const LEVELS = 24;
 export const TOP = 18;
 
-/** Sizes in CSS pixels for so many rows and columns in a box of this width; `dots` to a pixel. */
+/** Cell sizes in CSS pixels for a grid in a box of this width; `dots` is the device pixel ratio. */
 export function geometry(rows, columns, width, dots = 1) {
-  const roomy = Math.floor((width / Math.max(1, columns)) * dots) / dots;
-  const x = Math.max(4, Math.min(44, roomy));
+  const fitting = Math.floor((width / Math.max(1, columns)) * dots) / dots;
+  const x = Math.max(4, Math.min(44, fitting));
   const tall = Math.floor(520 / Math.max(1, rows));
   const y = Math.max(8, Math.min(Math.max(10, Math.round(x * 1.5)), 30, tall));
   const gap = Math.min(x, y) >= 14 ? 4 : Math.min(x, y) >= 9 ? 2 : 1;
   return { x, y, gap, width: x * columns, height: TOP + y * rows };
 }
 
-/** The page's colours as ramps that are looked up by importance. */
+/** Colours from CSS variables, with ramps indexed by importance. */
 export function palette(style) {
   const colour = (name) => style.getPropertyValue(name).trim();
   return {
@@ -44,7 +44,7 @@ function shadeOf(colours, cell) {
   return colours[Math.round(Math.sqrt(Math.min(1, Math.max(0, cell.shade))) * (LEVELS - 1))];
 }
 
-/** Expert numbers over the columns, as many as have room; or what the order is instead. */
+/** Paint column numbers, as many as fit, or the name of the sort order. */
 export function paintAxis(context, size, columns, paint, order = "") {
   const step = [1, 2, 4, 8, 16, 32, 64].find((one) => one * size.x >= 28) ?? 128;
   context.fillStyle = paint.text;
@@ -62,7 +62,7 @@ export function paintAxis(context, size, columns, paint, order = "") {
   }
 }
 
-/** One cell; `moved` is how far, 0 to 1, it has come from its last state. */
+/** Paint one cell; `moved` is the progress of its transition, 0 to 1. */
 export function paintCell(context, size, paint, place, cell, { mixed, moved }) {
   const left = place.column * size.x + size.gap / 2;
   const top = TOP + place.row * size.y + size.gap / 2;
@@ -122,7 +122,7 @@ function paintDot(context, paint, box, cell, swell) {
   context.fill();
 }
 
-/** The ring around the cell that is read out. */
+/** Paint the outline of the selected cell. */
 export function paintCursor(context, size, paint, place) {
   context.strokeStyle = paint.cursor;
   context.lineWidth = 2;

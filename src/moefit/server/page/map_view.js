@@ -1,4 +1,4 @@
-// The residency map on the page: what is pointed at, keys, and changes that are seen happening.
+// View of the residency map: pointer and keyboard selection, and animated changes.
 
 import { byId, element, say } from "./dom.js";
 import { formatCount } from "./numbers.js";
@@ -6,7 +6,7 @@ import { NATIVE, describe, level, summary } from "./residency.js";
 import { TOP, geometry, paintAxis, paintCell, paintCursor, palette } from "./map_paint.js";
 
 const MOVE_MS = 380;
-const HINT = "Point at an expert, or move with the arrow keys, to read it out.";
+const HINT = "Point at an expert or use the arrow keys for details.";
 
 export class MapView {
   #canvas = byId("map-canvas");
@@ -36,14 +36,14 @@ export class MapView {
     say("map-readout", HINT);
   }
 
-  /** Show this grid from now on. */
+  /** Show a grid. */
   show(map) {
     this.#noteMoves(map);
     const laidOut = this.#map?.columns === map.columns && this.#map.rows.length === map.rows.length;
     this.#map = map;
     say("map-count", formatCount(map.resident));
-    const room = map.slots > map.resident ? `, room for ${formatCount(map.slots)}` : "";
-    say("map-of", `of ${formatCount(map.experts)}${room}`);
+    const slots = map.slots > map.resident ? `, ${formatCount(map.slots)} slots` : "";
+    say("map-of", `of ${formatCount(map.experts)}${slots}`);
     say("map-summary", summary(map));
     this.#legend();
     if (laidOut) this.#repaint();
@@ -178,7 +178,7 @@ export class MapView {
     const items = [
       [shades("square"), "in memory"],
       [shades("dot"), "in storage"],
-      ["", "fuller colour: more important in its layer"],
+      ["", "stronger colour: more important within its layer"],
     ];
     for (const [format, count] of this.#map.mixed ? this.#map.formats : []) {
       const swatch = element("i", "square format", element("i"));

@@ -1,8 +1,8 @@
-// Numbers as people read them. Pure.
+// Number formatting. Pure functions.
 
 const UNITS = ["B", "KiB", "MiB", "GiB"];
 
-/** Three significant digits with a binary unit, as the command line prints them: 4.70 GiB. */
+/** Format a size with three significant digits and a binary unit, like the command line: 4.70 GiB. */
 export function formatBytes(size) {
   let power = 0;
   while (Math.abs(size) >= 1024 && power < UNITS.length - 1) {
@@ -16,7 +16,7 @@ function decimals(size) {
   return Math.abs(size) < 10 ? 2 : Math.abs(size) < 100 ? 1 : 0;
 }
 
-/** As formatBytes, with the decimals that tell sizes apart which differ by `step`. */
+/** Like formatBytes, with enough decimals to distinguish sizes that differ by `step`. */
 export function formatFine(size, step) {
   const power = Math.min(UNITS.length - 1, Math.max(0, Math.floor(Math.log2(Math.max(1, size)) / 10)));
   const scaled = size / 1024 ** power;
@@ -24,18 +24,18 @@ export function formatFine(size, step) {
   return `${scaled.toFixed(power ? Math.min(3, Math.max(decimals(scaled), needed)) : 0)} ${UNITS[power]}`;
 }
 
-/** A whole number with commas between thousands; a dash for none. */
+/** Format a whole number with thousands separators; a dash for null. */
 export function formatCount(value) {
   if (value == null) return "–";
   return String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, ",");
 }
 
-/** A rate with as many decimals as it deserves; a dash for none. */
+/** Format a rate with one decimal below 100; a dash for null. */
 export function formatRate(value) {
   return value == null ? "–" : value >= 100 ? formatCount(value) : value.toFixed(1);
 }
 
-/** Seconds as ms below one second; a dash for none. */
+/** Format seconds, as ms below one second; a dash for null. */
 export function formatSeconds(value) {
   if (value == null) return "–";
   if (value >= 1) return `${value.toFixed(value < 10 ? 2 : 1)} s`;
@@ -43,7 +43,7 @@ export function formatSeconds(value) {
   return `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
 }
 
-/** A share as per cent; a dash for none. Only all is 100% and only nothing 0%. */
+/** Format a fraction in percent; a dash for null. Only 1 is 100% and only 0 is 0%. */
 export function formatShare(value) {
   if (value == null) return "–";
   const percent = value * 100;

@@ -1,4 +1,4 @@
-// Speed, latency and hits on the page: figures, each with its recent past.
+// View of throughput, latency and hit rate: figures with sparklines.
 
 import { byId, element, say } from "./dom.js";
 import { History, between } from "./history.js";
@@ -7,9 +7,9 @@ import { formatBytes, formatRate, formatSeconds, formatShare } from "./numbers.j
 const SVG = "http://www.w3.org/2000/svg";
 const TILES = [
   ["rate", "Tokens per second"],
-  ["ttft", "First token"],
-  ["itl", "Between tokens"],
-  ["hits", "Found in memory"],
+  ["ttft", "Time to first token"],
+  ["itl", "Time between tokens"],
+  ["hits", "Expert hit rate"],
   ["read", "Read from storage"],
 ];
 
@@ -21,7 +21,7 @@ export class PaceView {
     for (const [key, label] of TILES) this.#build(key, label);
   }
 
-  /** Show what GET /v1/memory said at this time, in ms. */
+  /** Show a response of GET /v1/memory received at `now`, in ms. */
   show(memory, now) {
     const { latency, counters } = memory;
     const seconds = this.#before ? (now - this.#before.now) / 1000 : 0;
@@ -32,12 +32,12 @@ export class PaceView {
     this.#set("itl", latency.itl_p50, formatSeconds(latency.itl_p50), tail(latency.itl_p99));
     this.#set("hits", hitRate, formatShare(hitRate), this.#lost(counters));
     this.#set("read", bytesRead, bytesRead === null ? "–" : `${formatBytes(bytesRead)}/s`,
-      `${formatBytes(counters.bytes_read)} so far`);
+      `${formatBytes(counters.bytes_read)} in total`);
   }
 
   #lost(counters) {
     const lost = counters.substituted_mass;
-    return lost > 0 ? `${formatShare(lost)} of weight substituted` : "";
+    return lost > 0 ? `${formatShare(lost)} of router weight substituted` : "";
   }
 
   #build(key, label) {

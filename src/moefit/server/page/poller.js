@@ -1,60 +1,60 @@
-// Ask again and again: every second, slower while it fails, not while nobody looks.
+// Poll every second, with backoff while requests fail, paused while the page is hidden.
 
 const EVERY = 1000;
-const PATIENCE = 8000;
+const TIMEOUT = 8000;
 
-/** How long to wait after so many failures in a row, in ms. */
+/** Milliseconds to wait after this many consecutive failures. */
 export function pause(failures) {
   return failures ? Math.min(15000, 1000 * 2 ** (failures - 1)) : EVERY;
 }
 
 export class Poller {
   #read;
-  #heard;
-  #failed;
+  #onValue;
+  #onError;
   #failures = 0;
   #timer = null;
-  #asking = null;
+  #request = null;
 
-  /** read(signal) gives a promise; heard(value) and failed(error, nextTryInMs) are told. */
-  constructor({ read, heard, failed }) {
+  /** read(signal) returns a promise; its result goes to onValue(value) or onError(error, retryMs). */
+  constructor({ read, onValue, onError }) {
     this.#read = read;
-    this.#heard = heard;
-    this.#failed = failed;
+    this.#onValue = onValue;
+    this.#onError = onError;
     document.addEventListener("visibilitychange", () => (document.hidden ? this.stop() : this.now()));
   }
 
-  /** Ask at once, and go on from there. */
+  /** Poll immediately and restart the schedule. */
   now() {
     this.stop();
     this.#failures = 0;
-    this.#ask();
+    this.#poll();
   }
 
   stop() {
     clearTimeout(this.#timer);
-    this.#asking?.abort();
-    this.#asking = null;
+    this.#request?.abort();
+    this.#request = null;
   }
 
-  async #ask() {
-    const asking = new AbortController();
-    this.#asking = asking;
-    const late = setTimeout(() => asking.abort(new Error("no answer")), PATIENCE);
+  async #poll() {
+    const request = new AbortController();
+    this.#request = request;
+    const late = setTimeout(() => request.abort(new Error("no response")), TIMEOUT);
     try {
-      const value = await this.#read(asking.signal);
-      if (this.#asking !== asking) return;
+      const value = await this.#read(request.signal);
+      if (this.#request !== request) return;
       this.#failures = 0;
-      this.#heard(value);
+      this.#onValue(value);
     } catch (error) {
-      if (this.#asking !== asking) return;
+      if (this.#request !== request) return;
       this.#failures += 1;
-      this.#failed(error, pause(this.#failures));
+      this.#onError(error, pause(this.#failures));
     } finally {
       clearTimeout(late);
     }
-    if (this.#asking === asking) {
-      this.#timer = setTimeout(() => this.#ask(), pause(this.#failures));
+    if (this.#request === request) {
+      this.#timer = setTimeout(() => this.#poll(), pause(this.#failures));
     }
   }
 }

@@ -1,4 +1,4 @@
-// The box to try a prompt: one completion at a time, as it comes.
+// Prompt form: streams one completion at a time.
 
 import { ApiError } from "./client.js";
 import { byId, say } from "./dom.js";
@@ -22,7 +22,7 @@ export class PromptView {
     });
   }
 
-  /** The name to ask for. */
+  /** Set the model name of requests. */
   show(model) {
     this.#model = model;
   }
@@ -35,9 +35,9 @@ export class PromptView {
     this.#begin();
     try {
       const reason = await this.#stream(running.signal, pace);
-      say("try-state", `${pace.words()}${REASONS[reason] ?? " The server ended it early."}`);
+      say("try-state", `${pace.summary()}${REASONS[reason] ?? " The server ended the stream early."}`);
     } catch (error) {
-      if (running.signal.aborted) say("try-state", `${pace.words()} Stopped.`);
+      if (running.signal.aborted) say("try-state", `${pace.summary()} Stopped.`);
       else this.#fail(error);
     } finally {
       this.#running = null;
@@ -51,7 +51,7 @@ export class PromptView {
       const choice = event.choices[0];
       reason = choice?.finish_reason ?? reason;
       if (choice?.text) this.#write(choice.text);
-      pace.heard(choice, event.usage);
+      pace.add(choice, event.usage);
       say("try-pace", pace.rate());
     }
     return reason;
@@ -85,12 +85,12 @@ export class PromptView {
     const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
     box.append(text);
     if (atEnd) box.scrollTop = box.scrollHeight;
-    say("try-state", "Writing …");
+    say("try-state", "Generating …");
   }
 
   #fail(error) {
     byId("try-state").classList.add("wrong");
-    say("try-state", error instanceof ApiError ? error.message : `The connection broke: ${error.message}`);
+    say("try-state", error instanceof ApiError ? error.message : `Connection lost: ${error.message}`);
   }
 
   #buttons(running) {
@@ -100,16 +100,16 @@ export class PromptView {
   }
 }
 
-const REASONS = { length: " Max tokens reached.", stop: " The model ended it." };
+const REASONS = { length: " Max tokens reached.", stop: " Finished." };
 
-/** Tokens and their times. An event counts as one token until the server says how many there were. */
+/** Token timing. Each event counts as one token until the server reports the usage. */
 class Pace {
   #start = performance.now();
   #first = null;
   #last = null;
   #tokens = 0;
 
-  heard(choice, usage) {
+  add(choice, usage) {
     if (choice?.text) {
       this.#last = performance.now();
       this.#first ??= this.#last;
@@ -123,8 +123,8 @@ class Pace {
     return this.#tokens > 1 && seconds > 0 ? `${formatRate((this.#tokens - 1) / seconds)} tokens/s` : "";
   }
 
-  words() {
+  summary() {
     if (this.#first === null) return `${formatCount(this.#tokens)} tokens.`;
-    return `${formatCount(this.#tokens)} tokens, the first after ${formatSeconds((this.#first - this.#start) / 1000)}.`;
+    return `${formatCount(this.#tokens)} tokens, first token after ${formatSeconds((this.#first - this.#start) / 1000)}.`;
   }
 }

@@ -1,13 +1,13 @@
-// Which experts are where, as rows of cells. Pure.
+// Residency of experts as rows of cells. Pure functions.
 
-/** The format that is the checkpoint's own precision. */
+/** Format of the checkpoint's own precision. */
 export const NATIVE = "native";
 
 /**
- * Blocks of GET /v1/memory as a grid.
+ * Convert the blocks of GET /v1/memory to a grid.
  *
- * A cell's `shade` is its importance beside the most important of its layer, 0 to 1; `rank` counts
- * from 1. `mixed`: residents differ in format.
+ * A cell's `shade` is its importance relative to the largest in its layer, 0 to 1; `rank` counts
+ * from 1. `mixed`: resident experts differ in format.
  */
 export function grid(blocks) {
   const labels = shortNames(blocks.map((block) => block.name));
@@ -50,31 +50,31 @@ function sum(items, value) {
   return items.reduce((total, item) => total + value(item), 0);
 }
 
-/** Layer numbers from module names; with what tells them apart where numbers repeat. */
+/** Layer numbers from module names, with a prefix where numbers repeat. */
 export function shortNames(names) {
   const short = names.map((name) => /\d+/.exec(name)?.[0] ?? name);
   if (new Set(short).size === short.length) return short;
   const parts = names.map((name) => (/(?:en|de)coder/.exec(name) ?? name.split("."))[0]);
-  const told = parts.map((part, index) => `${part.slice(0, 3)} ${short[index]}`);
-  return new Set(told).size === told.length ? told : names.map((_, index) => String(index));
+  const prefixed = parts.map((part, index) => `${part.slice(0, 3)} ${short[index]}`);
+  return new Set(prefixed).size === prefixed.length ? prefixed : names.map((_, index) => String(index));
 }
 
-/** How full a slot of this format is drawn, 0 to 1: the checkpoint's own is full. */
+/** Fill level of a cell in this format, 0 to 1; the checkpoint's own format is full. */
 export function level(format) {
   const bits = /^int(\d+)/.exec(format ?? "");
   return bits ? Math.min(1, 0.04 + 0.095 * Number(bits[1])) : 1;
 }
 
-/** The map in a sentence. */
+/** Describe the map in a sentence. */
 export function summary(map) {
   const full = map.rows.filter((one) => one.resident === one.cells.length).length;
-  const inReach = sum(map.rows, (one) => (one.cells[one.order[0]]?.resident ? 1 : 0));
+  const covered = sum(map.rows, (one) => (one.cells[one.order[0]]?.resident ? 1 : 0));
   return `${map.resident} of ${map.experts} experts are in memory, in ${map.rows.length} layers of ` +
-    `up to ${map.columns}; ${full} layers are whole. The most important expert is in memory in ` +
-    `${inReach} of ${map.rows.length} layers.`;
+    `up to ${map.columns}; ${full} layers are complete. The most important expert is in memory in ` +
+    `${covered} of ${map.rows.length} layers.`;
 }
 
-/** One cell in words. */
+/** Describe one cell. */
 export function describe(one, cell) {
   const where = cell.resident
     ? `in memory${cell.format && cell.format !== NATIVE ? ` as ${cell.format}` : ""}`

@@ -1,31 +1,31 @@
-// The ledger on the page: the bar, its marks, and the bytes of each part.
+// View of the memory breakdown: the bar, its marks, and the size of each part.
 
 import { byId, element, say } from "./dom.js";
-import { ledger, planned, sentence } from "./ledger.js";
+import { breakdown, planned, sentence } from "./breakdown.js";
 import { grain, rangeOf } from "./dial.js";
 import { formatBytes, formatCount, formatFine } from "./numbers.js";
 
-export class LedgerView {
+export class BreakdownView {
   #bar = byId("bar");
   #list = byId("parts");
   #rows = new Map();
 
-  /** Show what GET /v1/memory said. */
+  /** Show a response of GET /v1/memory. */
   show(memory) {
-    const view = ledger(memory);
+    const view = breakdown(memory);
     if (!this.#rows.size) this.#build(view);
     for (const part of view.parts) this.#part(part, memory);
     this.#mark("floor", view.marks.floor, formatBytes(view.floor));
     this.#mark("held", view.marks.held, `${formatBytes(view.held)}, peak ${formatBytes(view.peak)}`);
     const [from, to] = [view.marks.floor * 100, view.marks.most * 100];
     byId("funnel").setAttribute("points", `${from},0 ${to},0 100,100 0,100`);
-    byId("ledger").setAttribute("aria-label", sentence(view, formatBytes));
+    byId("breakdown").setAttribute("aria-label", sentence(view, formatBytes));
     say("plan", planned(memory.plan));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
     const best = Object.keys(memory.everything_in).pop();
     const every = best ? `every expert at ${best} precision` : "every expert";
     say("budget-note", view.limited
-      ? `of ${formatFine(view.most, grain(rangeOf(memory)))} for ${every}` : `no limit: ${every} is in memory`);
+      ? `of ${formatFine(view.most, grain(rangeOf(memory)))} for ${every}` : `no limit, ${every} in memory`);
   }
 
   #build(view) {
@@ -34,8 +34,8 @@ export class LedgerView {
       this.#bar.append(segment);
       this.#rows.set(part.key, { segment, value: this.#row(part.key, part.label) });
     }
-    this.#rows.set("floor", { value: this.#row("floor", "Floor") });
-    this.#rows.set("held", { value: this.#row("held", "Process now") });
+    this.#rows.set("floor", { value: this.#row("floor", "Minimum budget") });
+    this.#rows.set("held", { value: this.#row("held", "Process") });
   }
 
   #row(key, label) {

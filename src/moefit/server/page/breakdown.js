@@ -1,9 +1,9 @@
-// The memory ledger as segments of one bar. Pure.
+// The memory breakdown as segments of one bar. Pure functions.
 
 export const PARTS = [
   ["process", "Interpreter and libraries"],
   ["tokenizer", "Tokenizer"],
-  ["weights", "Weights beside experts"],
+  ["weights", "Dense weights"],
   ["kv_cache", "KV cache"],
   ["workspace", "Workspace"],
   ["staging", "Staging"],
@@ -12,12 +12,12 @@ export const PARTS = [
 ];
 
 /**
- * What GET /v1/memory says, along one axis from 0 to the largest of its figures, in bytes.
+ * Lay out GET /v1/memory along one axis from 0 to the largest size, in bytes.
  *
- * Without a limit the budget is the most that is of use. `parts` lie one behind the other; their
- * `from` and `to` and the marks are shares of the axis.
+ * Without a limit, the budget is the largest useful one. `parts` are adjacent; their `from` and
+ * `to` and the marks are fractions of the axis.
  */
-export function ledger(memory) {
+export function breakdown(memory) {
   const { budget, floor, most, process_bytes: held, slot_bytes: slots } = memory;
   const limited = budget.total != null;
   const total = limited ? budget.total : most;
@@ -37,18 +37,18 @@ export function ledger(memory) {
   };
 }
 
-/** The ledger in a sentence, for people who do not see the bar. */
+/** Describe the breakdown in a sentence, for screen readers. */
 export function sentence(view, formatBytes) {
   const parts = view.parts.map((part) => `${part.label} ${formatBytes(part.bytes)}`).join(", ");
-  return `Budget ${formatBytes(view.total)}: ${parts}. The process holds ${formatBytes(view.held)}; ` +
-    `the floor is ${formatBytes(view.floor)}.`;
+  return `Budget ${formatBytes(view.total)}: ${parts}. The process uses ${formatBytes(view.held)}; ` +
+    `the minimum budget is ${formatBytes(view.floor)}.`;
 }
 
-/** What was planned, and what it was said to cost; nothing where nothing is planned. */
+/** Describe the plan and its predicted cost; empty without a plan. */
 export function planned(plan) {
   if (!plan) return "";
   const percent = (share) => `${(100 * share).toFixed(1)}%`;
   const sign = plan.loss < 0 ? "" : "+";
-  return `Planned: ${plan.words}. Predicted: perplexity ${sign}${percent(plan.loss)}, give or take ` +
-    `${percent(plan.margin)}; ${plan.tokens_per_second.toFixed(1)} tokens/s.`;
+  return `Plan: ${plan.words}. Predicted: perplexity ${sign}${percent(plan.loss)} ` +
+    `(±${percent(plan.margin)}), ${plan.tokens_per_second.toFixed(1)} tokens/s.`;
 }
