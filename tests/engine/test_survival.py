@@ -269,7 +269,7 @@ def test_sigterm_ends_a_server_whose_step_never_does() -> None:
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
-        assert process.returncode == 1 and "not all one ended within 3 s" in said
+        assert process.returncode == 1 and "not all work ended within 3 s" in said
         assert "given up" in answer.result(5)
 
 

@@ -318,7 +318,7 @@ def test_a_stream_that_ends_before_its_end_is_not_taken_for_whole(page):
     tab, model = page
     model.ends_after = 2
     tab.click("try-run")
-    tab.until(lambda: "ended it early" in tab.text("try-state"))
+    tab.until(lambda: "ended the stream early" in tab.text("try-state"))
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_only(tab, served):

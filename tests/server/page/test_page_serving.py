@@ -83,7 +83,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     tab.by_id("dial-range").send_keys(Keys.HOME)
     assert "about 8 of 128 experts" in tab.text("dial-note")
     tab.click("apply")
-    tab.until(lambda: "room for 8 of 128 experts" in tab.text("dial-answer"))
+    tab.until(lambda: "slots for 8 of 128 experts" in tab.text("dial-answer"))
     assert engine.served.budget.total == engine.served.budget.min_bytes
     tab.until(lambda: tab.text("map-count") == "8")
     tab.until(lambda: tab.map_picture() != picture)
