@@ -15,7 +15,7 @@ measured here.
    for all, formats at random or by how often experts are used or by what they add (`auto`); and
    with experts as they are, only some of them: uniform slots with swaps (SwapMoE), and fixed ones,
    the most frequent or at random. Plans are made twice: with nothing fetched, as the rules are, and
-   with fetching allowed.
+   with fetching allowed. SwapMoE's own planner (`swapmoe_planner.py`), with pymoo installed.
 3. `times`: seconds that profile and plan took.
 
 Speeds are of this machine while nothing else runs.
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import record
+import swapmoe_planner
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -59,7 +60,7 @@ from moefit.plan.reference import (
     measure_wide,
     windows_of,
 )
-from moefit.plan.search import placement_bytes
+from moefit.plan.search import Models, placement_bytes, policy_choices
 from moefit.quant.format import parse_format
 from moefit.serve.config import BlockPlacement
 from moefit.serve.hf.skeleton import build_skeleton
@@ -249,11 +250,24 @@ class Study:
         if still := self.planner.front_of_slots(room, fetching=False):
             best = min(still, key=lambda one: one.loss)
             yield Rule(name="planned", configuration=best.configuration)
+        yield from self._swapmoe(room)
         front = self.planner.front_of_slots(room)
         good = [one for one in front if one.loss <= DEFAULT_LOSS]
         if good:
             free = min(good, key=lambda one: one.seconds)
             yield Rule(name="planned, fetching allowed", configuration=free.configuration)
+
+    def _swapmoe(self, room: int) -> Iterator[Rule]:
+        """SwapMoE's own planner: slots, formats and update interval in virtual mode."""
+        known = all(one.rule_known for one in self.planner.features.blocks.values())
+        policies = [one for one in policy_choices(known_rules=known) if one.mode == "virtual"]
+        if not (policies and swapmoe_planner.available()):
+            return
+        quality = self.planner.quality
+        models = Models(quality, self.planner.latency, policies)
+        if front := swapmoe_planner.search(models, {"native": room}, quality.loss):
+            best = min(front, key=lambda one: one.loss)
+            yield Rule(name="SwapMoE's planner", configuration=best.configuration)
 
     def _few(self, room: int) -> Iterator[Rule]:
         """Uniform slots of experts as they are; where int2 for all does not fit, of int2 too."""
@@ -355,7 +369,7 @@ def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         simple = [
             one
             for one in here
-            if not one["rule"].startswith("planned") and "auto" not in one["rule"]
+            if not one["rule"].startswith(("planned", "SwapMoE")) and "auto" not in one["rule"]
         ]
         found[f"{share:.0%}"] = {
             what: _removed(ours, simple, what) for what in ("loss", "divergence")

@@ -17,7 +17,7 @@ from moefit.serve.hf.skeleton import build_skeleton
 @cache
 def planner() -> Planner:
     skeleton = build_skeleton(saved(planned_model(), Path(mkdtemp())))
-    return Planner(skeleton, profile(), context=64, search=False)
+    return Planner(skeleton, profile(), context=64)
 
 
 def test_programs_get_plain_values() -> None:

@@ -1,12 +1,10 @@
 from functools import cache
 from itertools import product
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, SENSITIVITY, profile, shapes
 
-from moefit.plan import genetic
 from moefit.plan.fitting import features_of
 from moefit.plan.latency import fit_latency
 from moefit.plan.quality import fit_quality
@@ -76,22 +74,6 @@ def test_what_is_proposed_fits(share: float) -> None:
         placed = point.configuration.placement
         assert point.nbytes == sum(placement_bytes(placed[n], s) for n, s in shapes().items())
         assert point.nbytes <= limit
-
-
-@pytest.mark.skipif(not genetic.available(), reason="pymoo is optional")
-def test_the_genetic_search_stays_in_the_room_and_adds_to_the_front() -> None:
-    room = {"native": WHOLE // 5}
-    first = pareto(allocated(models(), room))
-    more = genetic.nsga2_search(models(), room, first)
-    both = pareto([*first, *more])
-    assert more and all(one.nbytes <= WHOLE // 5 for one in more)
-    assert min(p.loss for p in both) <= min(p.loss for p in first)
-    assert min(p.seconds for p in both) <= min(p.seconds for p in first)
-    assert genetic.nsga2_search(models(), room, first) == more  # the same seed, the same search
-
-
-def test_without_anything_to_begin_with_there_is_nothing_to_evolve() -> None:
-    assert genetic.nsga2_search(models(), {"native": 1}, []) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))

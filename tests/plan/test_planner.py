@@ -32,7 +32,7 @@ def folder() -> Path:
 
 @cache
 def planner() -> Planner:
-    return Planner(build_skeleton(folder()), profile(noise=0.05), context=CONTEXT, search=False)
+    return Planner(build_skeleton(folder()), profile(noise=0.05), context=CONTEXT)
 
 
 def budgets(count: int = 5) -> list[int]:
@@ -75,7 +75,7 @@ def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None
 
 def server_planner(circumstances: PlanConstraints) -> Planner:
     return Planner(
-        build_skeleton(folder()), profile(noise=0.05), context=CONTEXT, search=False,
+        build_skeleton(folder()), profile(noise=0.05), context=CONTEXT,
         circumstances=circumstances,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
         "memory": planner().slot_budgets.all_resident_bytes,
     }
     done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
-    tight = Planner(planner()._skeleton, done, context=CONTEXT, search=False)
+    tight = Planner(planner()._skeleton, done, context=CONTEXT)
     floor = planner().slot_budgets.min_bytes
     warm, cold = planner().front(floor)[0], tight.front(tight.slot_budgets.min_bytes)[0]
     assert cold.seconds > warm.seconds
@@ -187,7 +187,7 @@ def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
     done = profile(noise=0.05)
     machine = {**done.facts.machine, "cpu": "Z80"}
     done = replace(done, facts=replace(done.facts, machine=machine))
-    warned = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False).warnings()
+    warned = Planner(build_skeleton(folder()), done, context=CONTEXT).warnings()
     assert "cpu was Z80" in warned[0]
     assert not any("another machine" in one for one in planner().warnings())
 
@@ -198,7 +198,7 @@ def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool
     for number, (name, one) in enumerate(done.those("steps/").items()):
         longer = 10 ** (number % 3) if busy else 1
         done = done.with_item(f"steps/{name}", {**one, "seconds": one["seconds"] * longer})
-    planner = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False)
+    planner = Planner(build_skeleton(folder()), done, context=CONTEXT)
     said = [one for one in planner.warnings() if "not to be relied on" in one]
     assert len(said) == busy
     if busy:
@@ -216,7 +216,7 @@ def test_modes_that_are_expensive_are_warned_of_with_what_was_measured() -> None
     for name, one in done.those("steps/").items():
         dear = 0.3 if "virtual" in name else 1e-3 if "bounded" in name else one["divergence"]
         done = done.with_item(f"steps/{name}", {**one, "divergence": dear})
-    warned = Planner(build_skeleton(folder()), done, context=CONTEXT, search=False).warnings()
+    warned = Planner(build_skeleton(folder()), done, context=CONTEXT).warnings()
     assert len(warned) == 1
     assert "virtual is expensive" in warned[0] and "35.0%" in warned[0]
 

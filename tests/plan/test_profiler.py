@@ -48,7 +48,7 @@ def test_everything_is_measured_and_sound(profile: Profile) -> None:
 
 @pytest.mark.slow
 def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, model: Path) -> None:
-    planner = Planner(build_skeleton(model), profile, context=64, search=False)
+    planner = Planner(build_skeleton(model), profile, context=64)
     plan, front = planner.plan(planner.slot_budgets.all_resident_bytes)
     assert front and plan.predicted.loss < 0.05
     with moefit.load(model, **{**plan.settings(), "memory": None}) as served, torch.no_grad():

@@ -14,7 +14,6 @@ from rich.table import Table
 from moefit.cli.app import say
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
-from moefit.plan import genetic
 from moefit.plan.fitting import HeldOutError
 from moefit.plan.plan_file import Plan, Target
 from moefit.plan.planner import Planner
@@ -155,7 +154,6 @@ def plan_dict(
         "everything": planner.slot_budgets.all_resident_bytes,
         "sequences": planner.sequences(plan) if plan else {},
         "warnings": planner.warnings(),
-        "searched_by": planner.searched_by,
         "quality_models": [asdict(one) for one in planner.quality.comparison],
         "latency_models": [asdict(one) for one in planner.latency.comparison],
     }
@@ -199,7 +197,5 @@ def print_plan(
         say(f"warning: {warning}")
     out.print(held_table(planner.quality.comparison, "quality models on samples not fitted to"))
     out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
-    if not genetic.available():
-        say("note: the genetic search needs pymoo (pip install 'moefit[plan]'); allocator only")
     facts = planner.profile.facts
     say(f"profile: {facts.tokens:,} tokens of {facts.text}")

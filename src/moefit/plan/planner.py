@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moefit.errors import BudgetTooSmallError
-from moefit.plan import genetic
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import FORMATS
 from moefit.plan.fitting import Features, HeldOutError, features_of
@@ -101,7 +100,6 @@ class Planner:
         *,
         context: int = 2048,
         device: str = "cpu",
-        search: bool = True,
         circumstances: PlanConstraints = NO_CONSTRAINTS,
     ):
         self.profile, self.context = profile, context
@@ -121,20 +119,13 @@ class Planner:
         self._policies = policy_choices(known_rules=known)
         self._models = Models(self.quality, self.latency, self._policies)
         self._cold_models: Models | None = None
-        self._search = search
         self._plain = [
             self._models.judged(one, placed_bytes(one, self.features.shapes), "one format for all")
             for rest in circumstances.rests
             for one in self.slot_budgets.simple(rest)
         ]
 
-    @property
-    def searched_by(self) -> str:
-        """Which searches run."""
-        both = self._search and genetic.available()
-        return "allocator and genetic search" if both else "allocator"
-
-    def front(self, memory: int, *, search: bool | None = None) -> list[Point]:
+    def front(self, memory: int) -> list[Point]:
         """What is worth having within a budget: none is better in both loss and speed.
 
         Raises BudgetTooSmallError below the floor.
@@ -148,11 +139,7 @@ class Planner:
         slot_budgets, models = self.slot_budgets.of(memory), self._models_beside(memory)
         plain = [models.judged(one.configuration, one.nbytes, one.found_by) for one in self._plain]
         proposed = [point for some in slot_budgets for point in allocated(models, some)]
-        points = self.slot_budgets.fitting([*plain, *proposed], memory)
-        if self._search if search is None else search:
-            more = genetic.nsga2_search(models, slot_budgets[0], pareto(points))
-            points += self.slot_budgets.fitting(more, memory)
-        return pareto(points)
+        return pareto(self.slot_budgets.fitting([*plain, *proposed], memory))
 
     def front_of_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
         """The same, if only the slots' bytes are bounded; empty if nothing fits.
@@ -160,11 +147,7 @@ class Planner:
         fetching False: only what waits for no expert, but at most for one in twenty tokens.
         """
         room = {self._given.rests[0]: nbytes}
-        points = self._of_kind(allocated(self._models, room), fetching=fetching)
-        if self._search:
-            more = genetic.nsga2_search(self._models, room, pareto(points))
-            points += self._of_kind(more, fetching=fetching)
-        return pareto(points)
+        return pareto(self._of_kind(allocated(self._models, room), fetching=fetching))
 
     def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
         if fetching:
@@ -240,7 +223,7 @@ class Planner:
         for number in range(count):
             share = number / max(1, count - 1)
             memory = round(fixed + (low - fixed) * ((high - fixed) / (low - fixed)) ** share)
-            known = pareto([*known, *self.front(max(low, memory), search=False)])
+            known = pareto([*known, *self.front(max(low, memory))])
             yield memory, known
 
     def smallest_budget(self, target: Target) -> int | None:
@@ -294,5 +277,5 @@ class Planner:
         return ledgers[1].workspace - ledgers[0].workspace
 
     def _satisfies(self, memory: int, target: Target) -> bool:
-        front = self.front(memory, search=False)
+        front = self.front(memory)
         return any(self._chooser.satisfies(one, target) for one in front)

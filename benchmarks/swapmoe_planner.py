@@ -1,0 +1,129 @@
+"""SwapMoE's own planner, the baseline of `planner.py`: a genetic search over configurations.
+
+NSGA-II of pymoo crosses and mutates configurations whose genes are one option per block, the
+policy and the format of the dense weights. pymoo is optional (`pip install 'moefit[rivals]'`).
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from moefit.plan.configuration import Configuration
+from moefit.plan.search import Models, Point, pareto
+
+_POPULATION, _GENERATIONS = 48, 25
+
+
+def available() -> bool:
+    """Return whether pymoo is installed."""
+    return find_spec("pymoo") is not None
+
+
+def search(
+    models: Models,
+    slot_budgets: Mapping[str, int],
+    loss: Callable[[Configuration], float],
+) -> list[Point]:
+    """Return the Pareto front that the genetic search finds; empty if nothing fits.
+
+    Args:
+        models: The options of each block, and the latency model.
+        slot_budgets: Bytes available for slots, by format of the dense weights.
+        loss: Predicts the relative increase in perplexity of a configuration.
+    """
+    nsga2: Any = import_module("pymoo.algorithms.moo.nsga2")
+    mutation: Any = import_module("pymoo.core.mutation")
+    problem: Any = import_module("pymoo.core.problem")
+    crossover: Any = import_module("pymoo.operators.crossover.ux")
+    optimize: Any = import_module("pymoo.optimize")
+    encoding = _Encoding(models, slot_budgets, loss)
+
+    class Problem(problem.ElementwiseProblem):
+        def __init__(self) -> None:
+            super().__init__(
+                n_var=len(encoding.upper),
+                n_obj=2,
+                n_ieq_constr=1,
+                xl=0,
+                xu=encoding.upper,
+                vtype=int,
+            )
+
+        def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
+            out["F"], out["G"] = encoding.costs(x)
+
+    class RandomReset(mutation.Mutation):
+        def _do(self, _: Any, x_NV: np.ndarray, *, random_state: Any, **__: Any) -> np.ndarray:
+            return encoding.mutate(x_NV, random_state)
+
+    operators: dict[str, Any] = {  # pymoo annotates these with the classes of its defaults only
+        "sampling": encoding.population(),
+        "crossover": crossover.UniformCrossover(),
+        "mutation": RandomReset(),
+    }
+    algorithm = nsga2.NSGA2(pop_size=_POPULATION, eliminate_duplicates=True, **operators)
+    result = optimize.minimize(Problem(), algorithm, ("n_gen", _GENERATIONS), seed=0, verbose=False)
+    if result.X is None:
+        return []
+    return pareto([encoding.point(x) for x in np.atleast_2d(result.X)])
+
+
+class _Encoding:
+    """Genes: the index of each block's option, of the policy and of the dense weights' format."""
+
+    def __init__(
+        self,
+        models: Models,
+        slot_budgets: Mapping[str, int],
+        loss: Callable[[Configuration], float],
+    ):
+        self._models, self._slot_budgets, self._loss = models, slot_budgets, loss
+        self._dense_formats = list(slot_budgets)
+        self._names = list(models.fields[0].options)
+        self._bytes = {
+            name: np.array([option.nbytes for option in models.fields[0].options[name]])
+            for name in self._names
+        }
+        sizes = [len(self._bytes[name]) for name in self._names]
+        self.upper = np.array([*sizes, len(models.fields), len(self._dense_formats)]) - 1
+
+    def costs(self, x: np.ndarray) -> tuple[list[float], list[float]]:
+        """Return loss and seconds, and the excess over the slot budget as a share of it."""
+        budget = self._slot_budgets[self._dense_formats[x[-1]]]
+        nbytes = self._nbytes(x)
+        if nbytes > budget:
+            return [1e3, 1e3], [nbytes / max(budget, 1) - 1]
+        point = self.point(x)
+        return [point.loss, point.seconds], [-1.0]
+
+    def point(self, x: np.ndarray) -> Point:
+        """Decode genes."""
+        field = self._models.fields[x[-2]]
+        chosen = {
+            name: field.options[name][gene] for name, gene in zip(self._names, x[:-2], strict=True)
+        }
+        configuration = field.configuration(chosen, self._dense_formats[x[-1]])
+        return Point(
+            configuration=configuration,
+            loss=self._loss(configuration),
+            seconds=self._models.latency.seconds(configuration),
+            nbytes=self._nbytes(x),
+            found_by="genetic search",
+        )
+
+    def _nbytes(self, x: np.ndarray) -> int:
+        genes = zip(self._names, x[:-2], strict=True)
+        return int(sum(self._bytes[name][gene] for name, gene in genes))
+
+    def population(self) -> np.ndarray:
+        """Draw the first generation."""
+        shape = (_POPULATION, len(self.upper))
+        return np.random.default_rng(0).integers(0, self.upper + 1, size=shape)
+
+    def mutate(self, x_NV: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Draw 1.5 genes of each row anew, on average."""
+        change_NV = generator.random(x_NV.shape) < 1.5 / len(self.upper)
+        return np.where(change_NV, generator.integers(0, self.upper + 1, size=x_NV.shape), x_NV)
