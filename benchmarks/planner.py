@@ -51,6 +51,7 @@ from moefit.plan.measure import MeasuredModel, fill
 from moefit.plan.plan_file import DEFAULT_LOSS
 from moefit.plan.planner import Planner
 from moefit.plan.profiler import Profiler
+from moefit.plan.quality import quality_samples
 from moefit.plan.reference import (
     Reference,
     Sample,
@@ -158,7 +159,13 @@ class Study:
             "rules": rules,
             "removed": removed(rules),
             "times": self.times,
-            "quality_models": [asdict(one) for one in self.planner.quality.comparison],
+            "quality_models": [
+                asdict(one)
+                for one in (
+                    *self.planner.quality.comparison,
+                    swapmoe_planner.network_error(self.profile, self.planner.features),
+                )
+            ],
             "latency_models": [asdict(one) for one in self.planner.latency.comparison],
             "warnings": self.planner.warnings(),
         }
@@ -263,9 +270,10 @@ class Study:
         policies = [one for one in policy_choices(known_rules=known) if one.mode == "virtual"]
         if not (policies and swapmoe_planner.available()):
             return
-        quality = self.planner.quality
-        models = Models(quality, self.planner.latency, policies)
-        if front := swapmoe_planner.search(models, {"native": room}, quality.loss):
+        samples = quality_samples(self.profile)
+        network = swapmoe_planner.fit_network(samples, self.planner.features)
+        models = Models(self.planner.quality, self.planner.latency, policies)
+        if front := swapmoe_planner.search(models, {"native": room}, network.loss):
             best = min(front, key=lambda one: one.loss)
             yield Rule(name="SwapMoE's planner", configuration=best.configuration)
 

@@ -1,17 +1,26 @@
-"""SwapMoE's own planner, the baseline of `planner.py`: a genetic search over configurations.
+"""SwapMoE's own planner, the baseline of `planner.py`: a small network and a genetic search.
 
-NSGA-II of pymoo crosses and mutates configurations whose genes are one option per block, the
-policy and the format of the dense weights. pymoo is optional (`pip install 'moefit[rivals]'`).
+The network predicts quality from configurations that were measured. NSGA-II of pymoo crosses and
+mutates configurations whose genes are one option per block, the policy and the format of the dense
+weights. pymoo is optional (`pip install 'moefit[rivals]'`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moefit.plan.configuration import Configuration
+from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error
+from moefit.plan.profile import Profile
+from moefit.plan.quality import FLOOR, quality_samples
+from moefit.plan.reference import Sample
 from moefit.plan.search import Models, Point, pareto
 
 _POPULATION, _GENERATIONS = 48, 25
@@ -127,3 +136,73 @@ class _Encoding:
         """Draw 1.5 genes of each row anew, on average."""
         change_NV = generator.random(x_NV.shape) < 1.5 / len(self.upper)
         return np.where(change_NV, generator.integers(0, self.upper + 1, size=x_NV.shape), x_NV)
+
+
+_WIDTH, _STEPS, _DECAY = 16, 400, 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkModel:
+    """A two-layer network from logarithms of errors and moved router weight to log KL."""
+
+    features: Features
+    network: nn.Module
+    mean_F: np.ndarray
+    deviation_F: np.ndarray
+
+    def divergence(self, configuration: Configuration) -> float:
+        """Predict KL(full || configuration) in nats per token."""
+        x_F = (_inputs(configuration, self.features) - self.mean_F) / self.deviation_F
+        with torch.inference_mode():
+            y = float(self.network(torch.from_numpy(x_F).float()))
+        return max(0.0, float(np.exp(min(y, 3.0))) - FLOOR)  # beyond 20 nats nothing differs
+
+    def loss(self, configuration: Configuration) -> float:
+        """Predict the relative increase in perplexity."""
+        return float(np.expm1(self.divergence(configuration)))
+
+
+def fit_network(samples: Sequence[Sample], features: Features) -> NetworkModel:
+    """Train on log(KL + `FLOOR`), all samples at each step."""
+    x_NF = np.array([_inputs(sample.configuration, features) for sample in samples])
+    y_N = np.log(np.maximum([sample.divergence for sample in samples], 0.0) + FLOOR)
+    mean_F, deviation_F = x_NF.mean(0), x_NF.std(0) + 1e-6
+    network = _trained(
+        torch.from_numpy((x_NF - mean_F) / deviation_F).float(), torch.from_numpy(y_N).float()
+    )
+    return NetworkModel(features=features, network=network, mean_F=mean_F, deviation_F=deviation_F)
+
+
+def network_error(profile: Profile, features: Features) -> HeldOutError:
+    """Return the network's error on samples that it was not fitted to."""
+
+    def fit(samples: Sequence[Sample]) -> Callable[[Sample], float]:
+        model = fit_network(samples, features)
+        return lambda sample: model.divergence(sample.configuration)
+
+    samples = quality_samples(profile)
+    measured = [sample.divergence for sample in samples]
+    return held_out_error("two-layer network", held_out(fit, samples), measured, floor=FLOOR)
+
+
+def _inputs(configuration: Configuration, features: Features) -> np.ndarray:
+    noises = np.array(features.noises(configuration))
+    moved = np.array(features.moved(configuration))
+    mode = [float(configuration.mode == one) for one in ("bounded", "virtual")]
+    return np.array(
+        [*np.log(noises + 1e-5), *moved, moved.mean(), *mode, float(configuration.rest != "native")]
+    )
+
+
+def _trained(x_NF: Tensor, y_N: Tensor) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(x_NF.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
+    with torch.no_grad():
+        network[2].bias.fill_(float(y_N.mean()))  # pyright: ignore
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=_DECAY)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        F.mse_loss(network(x_NF).view(-1), y_N).backward()
+        optimizer.step()
+    return network.eval()

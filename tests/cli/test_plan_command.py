@@ -61,7 +61,7 @@ def test_plan_prints_everything_as_json_and_saves_what_it_chose(profiled: Path) 
     said = json.loads(done.stdout)
     assert said["plan"] == read_plan(file).as_dict()
     assert len(said["budgets"]) == 3 and said["floor"] < said["everything"]
-    assert {one["model"] for one in said["quality_models"]} >= {"network of two layers"}
+    assert {one["model"] for one in said["quality_models"]} >= {"additive, error^1"}
     assert picture.stat().st_size > 1000
 
 

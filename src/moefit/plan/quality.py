@@ -1,17 +1,15 @@
 """Predict the quality of a configuration: KL divergence per token and loss of perplexity.
 
-An additive model over blocks with fitted sensitivities, SwapMoE's two-layer network as the
-baseline, and the choice between them by cross-validation.
+A model that is additive over blocks, with fitted sensitivities; its form is chosen by
+cross-validation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import DENSE_FORMATS, groups
@@ -226,155 +224,91 @@ def _scale(samples: Sequence[Sample], model: AdditiveModel) -> float:
     return float(np.clip((kl @ nats + pull) / (kl @ kl + pull), 0.5, 2.0))
 
 
-_WIDTH, _STEPS, _DECAY = 16, 400, 1e-2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkModel:
-    """KL of a configuration, by a network that sees logarithms of errors and moved weight."""
-
-    features: Features
-    network: nn.Module
-    mean_F: np.ndarray
-    deviation_F: np.ndarray
-    name: str = "network of two layers"
-
-    def divergence(self, configuration: Configuration) -> float:
-        """KL(full || this), nats a token."""
-        x_F = (_features(configuration, self.features) - self.mean_F) / self.deviation_F
-        with torch.inference_mode():
-            y = float(self.network(torch.from_numpy(x_F).float()))
-        return max(0.0, float(np.exp(min(y, 3.0))) - FLOOR)  # nobody asks beyond 20 nats
-
-
-def fit_network(samples: Sequence[Sample], features: Features) -> NetworkModel:
-    """Train on log(KL + floor), the whole of the samples at each step."""
-    x_NF = np.array([_features(one.configuration, features) for one in samples])
-    y_N = np.log(np.maximum([one.divergence for one in samples], 0.0) + FLOOR)
-    mean_F, deviation_F = x_NF.mean(0), x_NF.std(0) + 1e-6
-    network = _trained(
-        torch.from_numpy((x_NF - mean_F) / deviation_F).float(), torch.from_numpy(y_N).float()
-    )
-    return NetworkModel(features=features, network=network, mean_F=mean_F, deviation_F=deviation_F)
-
-
-def _features(configuration: Configuration, features: Features) -> np.ndarray:
-    noises = np.array(features.noises(configuration))
-    moved = np.array(features.moved(configuration))
-    mode = [float(configuration.mode == one) for one in ("bounded", "virtual")]
-    return np.array(
-        [*np.log(noises + 1e-5), *moved, moved.mean(), *mode, float(configuration.rest != "native")]
-    )
-
-
-def _trained(x_NF: Tensor, y_N: Tensor) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(x_NF.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
-    with torch.no_grad():
-        network[2].bias.fill_(float(y_N.mean()))  # pyright: ignore
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=_DECAY)
-    for _ in range(_STEPS):
-        optimizer.zero_grad()
-        F.mse_loss(network(x_NF).view(-1), y_N).backward()
-        optimizer.step()
-    return network.eval()
-
-
-Model = AdditiveModel | NetworkModel
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityModel:
-    """The best additive model for allocating, and the best of all for judging.
+    """The additive model that predicts best.
 
-    margin: by how much the loss of perplexity may be more than predicted; half of the held-out
-    samples were nearer.
+    Attributes:
+        additive: The model, fitted to all samples.
+        margin: Median absolute error of held-out predictions, in nats per token.
+        comparison: Held-out errors of all candidates.
     """
 
     additive: AdditiveModel
-    judge: Model
     margin: float
     comparison: tuple[HeldOutError, ...]
 
     @property
     def name(self) -> str:
-        """The judge's."""
-        return self.judge.name
+        """Name of the chosen candidate."""
+        return self.additive.name
 
     def loss(self, configuration: Configuration) -> float:
-        """Perplexity over that of the full model, less one."""
-        if isinstance(self.judge, AdditiveModel):
-            return float(np.expm1(self.judge.nats(configuration)))
-        return float(np.expm1(self.judge.divergence(configuration)))
+        """Return the relative increase in perplexity over the full model."""
+        return float(np.expm1(self.additive.nats(configuration)))
 
 
 def compare_quality(profile: Profile, features: Features) -> dict[str, Any]:
-    """All candidates, judged by samples that they were not fitted to; plain values for the profile.
+    """Compare all candidates by cross-validation.
 
-    Takes a while, so it is done once, when everything is measured.
+    This is slow, so a profile stores the result once all its samples are measured.
+
+    Returns:
+        Plain values for JSON.
     """
     samples = quality_samples(profile)
     fits = candidates(features)
     predicted = {name: held_out(_divergence(fit), samples) for name, fit in fits.items()}
-    measured = [one.divergence for one in samples]
+    measured = [sample.divergence for sample in samples]
     comparison = [
         held_out_error(name, some, measured, floor=FLOOR) for name, some in predicted.items()
     ]
-    best = min(comparison, key=lambda one: one.mean).model
-    additive = min(comparison[:-1], key=lambda one: one.mean).model  # the last is the network
+    best = min(comparison, key=lambda error: error.mean).model
     errors = np.abs(np.array(predicted[best]) - np.array(measured))
     return {
-        "judge": best,
-        "additive": additive,
+        "additive": best,
         "margin": float(np.median(errors)),
-        "comparison": [asdict(one) for one in comparison],
+        "comparison": [asdict(error) for error in comparison],
     }
 
 
 def fit_quality(profile: Profile, features: Features) -> QualityModel:
-    """Those that `compare_quality` chose, fitted to all samples."""
+    """Fit the candidate that `compare_quality` chose to all samples."""
     found = profile.items["models"]["quality"]
-    fits, samples = candidates(features), quality_samples(profile)
-    additive = fits[found["additive"]](samples)
-    assert isinstance(additive, AdditiveModel)
-    same = found["judge"] == found["additive"]
+    fits = candidates(features)
+    if found.get("judge", found["additive"]) not in fits:
+        # Profiles written before may name a network, whose margin is not the additive model's.
+        found = compare_quality(profile, features)
     return QualityModel(
-        additive=additive,
-        judge=additive if same else fits[found["judge"]](samples),
+        additive=fits[found["additive"]](quality_samples(profile)),
         margin=found["margin"],
-        comparison=tuple(HeldOutError(**one) for one in found["comparison"]),
+        comparison=tuple(HeldOutError(**error) for error in found["comparison"]),
     )
 
 
-def candidates(features: Features) -> dict[str, Callable[[Sequence[Sample]], Model]]:
-    """By name; the last is the network."""
-    fits: dict[str, Callable[[Sequence[Sample]], Model]] = {
-        additive_name(power, curved=curved): _additive(features, power, curved=curved)
+_Fit = Callable[[Sequence[Sample]], AdditiveModel]
+
+
+def candidates(features: Features) -> dict[str, _Fit]:
+    """Return functions that fit a model to samples, by the model's name."""
+    return {
+        additive_name(power, curved=curved): partial(
+            fit_additive, features=features, power=power, curved=curved
+        )
         for power in POWERS
         for curved in (False, True)
     }
-    fits["network of two layers"] = lambda some: fit_network(some, features)
-    return fits
 
 
-def _additive(
-    features: Features, power: float | None, *, curved: bool
-) -> Callable[[Sequence[Sample]], Model]:
-    return lambda some: fit_additive(some, features, power=power, curved=curved)
-
-
-def _divergence(
-    fit: Callable[[Sequence[Sample]], Model],
-) -> Callable[[Sequence[Sample]], Callable[[Sample], float]]:
-    def fitted(some: Sequence[Sample]) -> Callable[[Sample], float]:
-        model = fit(some)
-        return lambda one: model.divergence(one.configuration)
+def _divergence(fit: _Fit) -> Callable[[Sequence[Sample]], Callable[[Sample], float]]:
+    def fitted(samples: Sequence[Sample]) -> Callable[[Sample], float]:
+        model = fit(samples)
+        return lambda sample: model.divergence(sample.configuration)
 
     return fitted
 
 
 def quality_samples(profile: Profile) -> list[Sample]:
-    """All that was measured, window by window and step by step."""
+    """Return all samples of quality: whole windows and step by step."""
     values = [*profile.those("quality/").values(), *profile.those("steps/").values()]
     return [sample_from(one) for one in values]
