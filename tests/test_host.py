@@ -198,8 +198,8 @@ def test_a_model_that_cannot_fit_is_refused(limited) -> None:
 
 @pytest.mark.parametrize(
     ("total", "most", "free", "swap"),
-    [(6, 8, 5, 0), (8, 6, 5, 4), (64, 16, 16, 0)],
-    ids=["others hold some", "it may swap", "more than is of use"],
+    [(6, 8, 5, 0), (8, 6, 5, 4)],
+    ids=["others hold some", "it may swap"],
 )
 def test_what_may_not_fit_is_a_warning(
     limited, caplog, total: int, most: int, free: int, swap: int
@@ -207,6 +207,16 @@ def test_what_may_not_fit_is_a_warning(
     limited(most * GIB, free * GIB, swap * GIB)
     check_system_memory(ledger(total * GIB), CPU)
     assert "may be killed" in caplog.text
+
+
+def test_a_budget_of_more_than_there_is_says_what_is_taken_of_it(limited, caplog) -> None:
+    limited(16 * GIB, 16 * GIB)
+    check_system_memory(ledger(64 * GIB), CPU)
+    assert "the budget of 64.0 GiB is more than the limit" in caplog.text
+    assert "at most 10.0 GiB of it" in caplog.text and "killed" not in caplog.text
+    caplog.clear()
+    check_system_memory(ledger(12 * GIB), CPU)
+    assert not caplog.text
 
 
 def test_what_fits_is_passed_over_in_silence(limited, caplog) -> None:

@@ -107,3 +107,12 @@ def test_generation_goes_on(folder: Path) -> None:
     torch.manual_seed(0)
     found = CliRunner().invoke(app, ["generate", str(folder), "x", "--max-new-tokens", "2"])
     assert found.exit_code == 0, found.exception
+
+
+def test_one_file_of_a_model_is_not_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match="one file of a model; give the folder") as said:
+            locate(str(tmp_path / name))
+        assert str(said.value).endswith(f"{str(tmp_path)!r}")

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import moefit
 from moefit import cli
 from moefit.cli import app
-from moefit.errors import MoefitError
+from moefit.cli.app import error_of
+from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.quant.cpu_kernels import status
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.train.data.tokenizer import train_bpe
@@ -93,6 +94,41 @@ def test_generate_obeys_rule_and_seed(saved):
     assert run(*sampled, "--seed", "1").stdout != run(*sampled, "--seed", "2").stdout
     greedy = ("generate", saved, "some", "--max-new-tokens", "8")
     assert run(*greedy, "--rule", "dense").stdout == run(*greedy, "--rule", "top_k:5").stdout
+
+
+def test_generate_draws_as_asked(saved):
+    greedy = run("generate", saved, "some", "--max-new-tokens", "8").stdout
+    for way in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "0"), ("--temperature", "0")):
+        assert run("generate", saved, "some", "--max-new-tokens", "8", *way).stdout == greedy, way
+    for way in (("--top-p", "1"), ("--top-k", "0"), ("--min-p", "0"), ("--temperature", "1")):
+        drawn = {
+            run(
+                "generate", saved, "some", "--max-new-tokens", "8", "--seed", str(seed), *way
+            ).stdout
+            for seed in range(3)
+        }
+        assert len(drawn) > 1, way
+    penalty = ("--repetition-penalty", "100")
+    assert run("generate", saved, "some", "--max-new-tokens", "8", *penalty).stdout != greedy
+
+
+def test_with_json_an_error_is_json_too(tmp_path):
+    script = "import sys; sys.argv[0] = 'moefit'; from moefit.cli.app import main; main()"
+    script = f"import moefit.cli; {script}"
+    command = [sys.executable, "-c", script, "describe", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "error: CheckpointError: " in done.stderr
+    told = json.loads(done.stdout)["error"]
+    assert told["type"] == "CheckpointError" and str(tmp_path) in told["message"]
+    error = error_of(done.stdout)
+    assert type(error) is CheckpointError and str(error) == told["message"]
+
+
+@pytest.mark.parametrize("kind", ["ConfigError", "printable", "SystemExit", 3, None])
+def test_errors_of_another_kind_are_of_the_nearest(kind):
+    error = error_of(json.dumps({"error": {"type": str(kind), "message": "why"}}))
+    assert type(error) is ConfigError and str(error) == "why"
+    assert error_of("") is error_of("{}") is error_of('{"error": 1}') is error_of("[]") is None
 
 
 def test_serving_says_what_computes(saved):

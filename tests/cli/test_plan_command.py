@@ -22,7 +22,7 @@ from moefit.cli.loading import load_served
 from moefit.cli.options import MISS_OPTIONS, MemoryOptions
 from moefit.cli.planned import PlanOptions, PlanProcess, forbid_with_plan, target_of
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
-from moefit.errors import BudgetTooSmallError, ConfigError, DataError
+from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, DataError
 from moefit.plan.plan_file import Target, read_plan
 from moefit.plan.profile import folder_for, write_profile
 from moefit.serve.hf.skeleton import build_skeleton
@@ -167,6 +167,17 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
     bare = replace(order, concurrency=None, dtype=None, rest=None, target=Target())
     assert not {"--rest", "--dtype", "--max-loss", "--max-concurrency"} & set(bare.arguments(file))
+
+
+def test_an_order_that_fails_raises_the_same_error(tmp_path: Path) -> None:
+    order = PlanProcess(
+        model=str(tmp_path / "nowhere"), memory="4GiB", context=64, device="cpu", process=1 << 30,
+        target=Target(),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"^there is no folder .*nowhere"):
+        order.carry_out()
+    with pytest.raises(ConfigError, match=r"(?s)^planning ended with exit code 2: .*--context"):
+        replace(order, context="x").carry_out()  # pyright: ignore[reportArgumentType]
 
 
 def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) -> None:

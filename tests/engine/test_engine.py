@@ -1,5 +1,6 @@
 """Many requests through one model: what each hears, and who waits for whom."""
 
+import time
 from dataclasses import replace
 from threading import Thread
 from time import sleep
@@ -11,7 +12,7 @@ from engines import Heard, ask, engine_of, generated, greedy, paused, prompts, r
 from tiny_served import Disk, reading_through, saved, tiny
 
 from moefit.engine.api import EngineSettings, FinishedEvent, PromptEvent, SamplingParams, TokenEvent
-from moefit.engine.engine import Engine
+from moefit.engine.engine import FAILED_SECONDS, FAILED_STEPS, Engine
 from moefit.engine.request_state import TextDecoding
 from moefit.errors import (
     BudgetTooSmallError,
@@ -240,6 +241,22 @@ def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
         assert engine.stats().running == 0
         disk.failures = 0
         assert ask(engine, PROMPT, greedy(6)).wait().tokens == usual
+
+
+def test_steps_that_fail_one_after_the_other_are_known(olmoe, monkeypatch):
+    with reading_through(Disk()) as disk, engine_of(olmoe, slots=1) as engine:
+        disk.failures = 1000
+        for number in range(FAILED_STEPS):
+            assert not engine.steps_fail, number
+            assert ask(engine, PROMPT, greedy(2)).wait().end.reason == "error"
+        assert engine.steps_fail
+        with monkeypatch.context() as patch:
+            later = time.monotonic() + FAILED_SECONDS
+            patch.setattr("moefit.engine.engine.monotonic", lambda: later)
+            assert not engine.steps_fail, "another may be tried"
+        disk.failures = 0
+        assert ask(engine, PROMPT, greedy(2)).wait().end.reason == "length"
+        assert not engine.steps_fail
 
 
 def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypatch):

@@ -48,6 +48,7 @@ class FakeEngine:
         self._thread: threading.Thread | None = None
         self.full = False
         self.failure: str | None = None
+        self.steps_fail = False
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -161,8 +161,22 @@ def test_the_default_warmup_follows_the_steps(steps: int, warmup: int) -> None:
     assert (given.optimizer.warmup_steps, given.optimizer.lr) == (warmup, 3e-4)
 
 
+def test_steps_may_be_written_as_a_float() -> None:
+    config = read_config(None, ["steps=2e1"])
+    assert (config.steps, config.optimizer.warmup_steps) == (20, 2)
+
+
+def test_one_source_need_not_be_a_list() -> None:
+    data = read_config(None, ["data.sources=book.txt", "data.held_out=other.txt"]).data
+    assert (data.sources, data.held_out) == (("book.txt",), ("other.txt",))
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        read_config(None, ["data.sources=3"])
+
+
 def test_a_warmup_that_is_given_stays_and_is_refused_where_it_contradicts() -> None:
     assert read_config(None, ["steps=20", "optimizer.warmup_steps=19"]).optimizer.warmup_steps == 19
     for overrides in (["steps=20", "optimizer.warmup_steps=100"], ["optimizer.warmup_steps=1000"]):
-        with pytest.raises(ConfigError, match=r"warmup_steps=.* leaves nothing"):
+        with pytest.raises(
+            ConfigError, match=r"^configuration: optimizer.warmup_steps=.* leaves nothing"
+        ):
             read_config(None, overrides)

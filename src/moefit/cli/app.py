@@ -17,7 +17,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 import moefit
-from moefit.errors import MoefitError
+from moefit import errors
+from moefit.errors import ConfigError, MoefitError
 from moefit.evaluate.loading import REFERENCE
 
 # How many compiled products torch's two caches keep on a CPU; in 16 bits every length of text has
@@ -67,7 +68,10 @@ def print_json(value: Any) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake is one line on standard error and exit code 2."""
+    """Entry point: a user's mistake is one line on standard error and exit code 2.
+
+    With `--json` it is an object on standard output too, for programs: see `error_of`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't UTF-8 gets "?"
             stream.reconfigure(errors="replace")
@@ -80,5 +84,26 @@ def main() -> NoReturn:
     except MoefitError as error:
         console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         say(str(error))
+        if "--json" in sys.argv:
+            print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         sys.exit(2)
     sys.exit(0)
+
+
+def error_of(output: str) -> MoefitError | None:
+    """Return the error that a command with `--json` ended with.
+
+    Args:
+        output: What the command wrote to standard output.
+
+    Returns:
+        An error of the same class, or None if the output does not end with one.
+    """
+    try:
+        told = json.loads(output)["error"]
+        kind, message = getattr(errors, told["type"], None), told["message"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    if isinstance(kind, type) and issubclass(kind, MoefitError):
+        return kind(message)
+    return ConfigError(message)

@@ -12,10 +12,12 @@ from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
     MEMORY_OPTIONS,
     MISS_OPTIONS,
+    SAMPLING_OPTIONS,
     Following,
     GenerationConfig,
     MemoryOptions,
     MissOptions,
+    SamplingOptions,
     expand_options,
 )
 from moefit.cli.planned import NO_PLAN, PlanOptions
@@ -50,6 +52,7 @@ def chat(
         float | None,
         typer.Option(min=0, max=1, help="the server's, or the model's and else 1, if none"),
     ] = None,
+    drawn: SamplingOptions = SAMPLING_OPTIONS,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
     generation_config: GenerationConfig = Following.auto,
     room: MemoryOptions = MEMORY_OPTIONS,
@@ -57,7 +60,9 @@ def chat(
     planned: PlanOptions = NO_PLAN,
 ) -> None:
     """Answers go to standard output as they come."""
-    manner = ChatOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    manner = ChatOptions(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, **drawn.given()
+    )
     if url is not None:
         followed = generation_config is Following.auto
         if model is not None or room.wanted or misses.wanted or planned.wanted or not followed:

@@ -30,7 +30,7 @@ from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
 from moefit.quant.backend import backend_status
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
-from moefit.serve.hf.generation_config import GenerationDefaults
+from moefit.serve.hf.generation_config import HUB_CODE, GenerationDefaults
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.load import Progress
@@ -131,10 +131,11 @@ def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> No
         )
     if generation.suppressed:
         say("note: the model's generation_config.json suppresses tokens, and none of them is made")
-    if generation.unfollowed and engine:
+    unfollowed = [name for name in generation.unfollowed if engine or name in HUB_CODE]
+    if unfollowed:
         say(
             f"note: not followed from the model's generation_config.json: "
-            f"{', '.join(generation.unfollowed)}; answers may differ from those of transformers"
+            f"{', '.join(unfollowed)}; answers may differ from those of transformers"
         )
 
 

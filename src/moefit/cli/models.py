@@ -29,10 +29,12 @@ from moefit.cli.loading import (
 from moefit.cli.options import (
     MEMORY_OPTIONS,
     MISS_OPTIONS,
+    SAMPLING_OPTIONS,
     Following,
     GenerationConfig,
     MemoryOptions,
     MissOptions,
+    SamplingOptions,
     expand_options,
 )
 from moefit.cli.planned import NO_PLAN, PlanOptions
@@ -138,6 +140,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="the model's and else 1 if none")
     ] = None,
+    drawn: SamplingOptions = SAMPLING_OPTIONS,
     seed: Annotated[int, typer.Option()] = 0,
     generation_config: GenerationConfig = Following.auto,
     room: MemoryOptions = MEMORY_OPTIONS,
@@ -145,7 +148,7 @@ def generate(
     planned: PlanOptions = NO_PLAN,
 ) -> None:
     """Writes the continuation to standard output as it comes."""
-    sampling = {**_sampling(temperature, top_p), "max_new_tokens": max_new_tokens}
+    sampling = {**_sampling(temperature, top_p, drawn), "max_new_tokens": max_new_tokens}
     following = generation_config.value
     torch.manual_seed(seed)
     folder = folder_of(model)
@@ -166,14 +169,21 @@ def generate(
         _stream(loaded, tokenizer, prompt, sampling)
 
 
-def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """What was asked for, as transformers' `generate` takes it; else the model's own, or greedy."""
-    given = {} if top_p is None else {"top_p": top_p}
+def _sampling(
+    temperature: float | None, top_p: float | None, drawn: SamplingOptions
+) -> dict[str, Any]:
+    """Return what was asked for, as transformers' `generate` takes it.
+
+    What says how to draw a token asks for drawing; else it is the model's own way, or greedy.
+    """
+    given = drawn.given()
     if temperature == 0 or top_p == 0:
-        return {"do_sample": False}
-    if temperature is None:
-        return given
-    return {"do_sample": True, "temperature": temperature, **given}
+        penalty = given.get("repetition_penalty")
+        return {"do_sample": False} | ({} if penalty is None else {"repetition_penalty": penalty})
+    asked = {"temperature": temperature, "top_p": top_p}
+    given |= {name: value for name, value in asked.items() if value is not None}
+    draws = given.keys() - {"repetition_penalty"}
+    return {"do_sample": True, **given} if draws else given
 
 
 def _stream(
@@ -182,15 +192,18 @@ def _stream(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty; give at least one character")
-    model.generate(
+    shown = {"skip_special_tokens": True}
+    streamer = TextStreamer(tokenizer, skip_prompt=not _continues(model), **shown)
+    beams = (model.generation_config.num_beams or 1) > 1  # which are known at the end only
+    found = model.generate(
         **inputs,
         logits_processor=LogitsProcessorList([FiniteLogits()]),
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(
-            tokenizer, skip_prompt=not _continues(model), skip_special_tokens=True
-        ),
+        streamer=None if beams else streamer,
         **sampling,
     )
+    if beams:
+        print(tokenizer.decode(found[0], **shown))
 
 
 def _continues(model: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit.cli.app import Device, Dtype
+from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
@@ -210,7 +211,37 @@ GenerationConfig = Annotated[
     ),
 ]
 
-MEMORY_OPTIONS, MISS_OPTIONS = MemoryOptions(), MissOptions()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Which tokens may be drawn, beside --temperature and --top-p."""
+
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="draw from so many tokens, 0: from all; the default's if none"),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="least share of the likeliest token's; the default's if none"
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            min=REPETITION[0],
+            max=REPETITION[1],
+            help="of tokens that are there already, 1: none; the default's if none",
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by the names that transformers and the server know too."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+MEMORY_OPTIONS, MISS_OPTIONS, SAMPLING_OPTIONS = MemoryOptions(), MissOptions(), SamplingOptions()
 """The defaults."""
 
 

@@ -4,7 +4,6 @@ Where a plan must be made first, `moefit plan` runs in a process of its own, so 
 not count against the budget.
 """
 
-import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from moefit import errors
 from moefit.api import folder_of
-from moefit.cli.app import say
+from moefit.cli.app import error_of, say
 from moefit.cli.options import MemoryOptions
 from moefit.device import planned_device
-from moefit.errors import ConfigError, MoefitError
+from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import held_bytes
@@ -78,17 +76,10 @@ class PlanProcess:
                 check=False,
             )
             if done.returncode:
-                raise _error_message(done.stderr, done.returncode)
+                raise error_of(done.stdout) or ConfigError(
+                    f"planning ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+                )
             return read_plan(file)
-
-
-def _error_message(stderr: str, code: int) -> MoefitError:
-    """The error that the process ended with, of the same kind."""
-    found = re.search(r"^error: (\w+): (.*)", stderr, re.MULTILINE | re.DOTALL)
-    if found is None:
-        return ConfigError(f"planning ended with exit code {code}: {stderr.strip()[-300:]}")
-    kind = getattr(errors, found[1], ConfigError)
-    return kind(" ".join(found[2].split()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

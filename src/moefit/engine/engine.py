@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
 from threading import Condition, Thread, current_thread
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +72,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 2048  # tokens, if the budget does not set it
 _FAILED_MESSAGE = "the engine has failed; restart the process (see the log for the error)"
+FAILED_STEPS = 3  # in a row, until the engine counts as failing
+FAILED_SECONDS = 60.0  # after the last failed step until requests may be tried again
 PROMPT_LOGITS_BYTES = 16 << 20  # prompt logits of one step, if requested
 
 
@@ -108,6 +111,7 @@ class Engine:
         self._thread: Thread | None = None
         self._draining = self._closing = False
         self._failure: str | None = None
+        self._failed_steps = (0, 0.0)  # in a row, and when the last one was
         self._steps = self._prompt_tokens = 0
         self._rate = TokenRate()
 
@@ -131,6 +135,16 @@ class Engine:
         After a failure the engine rejects every request until the process is restarted.
         """
         return self._failure
+
+    @property
+    def steps_fail(self) -> bool:
+        """Whether the last steps failed, several in a row, and the last of them lately.
+
+        Only another step can tell whether they still would, so after a while without one it is
+        False again: whoever sends requests by this must be able to try.
+        """
+        count, failed_at = self._failed_steps
+        return count >= FAILED_STEPS and monotonic() - failed_at < FAILED_SECONDS
 
     def close(self, timeout: float | None = None) -> bool:
         """Stop after the current step and cancel all remaining requests.
@@ -325,7 +339,9 @@ class Engine:
                 self._process_logits(
                     scheduled, states, logits_NV.split([one.num_logits for one in inputs])
                 )
+            self._failed_steps = (0, 0.0)
         except BaseException as error:  # noqa: BLE001 - any error in a model's code or files
+            self._failed_steps = (self._failed_steps[0] + 1, monotonic())
             _LOG.exception("a step of %d requests failed", len(scheduled))
             for chunk in scheduled:
                 self._finish(chunk.request, "error", _error_text(error))

@@ -63,6 +63,10 @@ def locate(model: str) -> Path:
             f"there is no folder {model!r}; give a model folder, a training run's folder, or "
             f"{REFERENCE!r} for the model that ships with moefit"
         )
+    if path.suffix in (".safetensors", ".json") and (path.parent / "config.json").is_file():
+        raise CheckpointError(
+            f"{model!r} is one file of a model; give the folder that it is in, {str(path.parent)!r}"
+        )
     if (found := other_weights(path)) is not None:
         raise CheckpointError(f"{model!r} is no model folder (it has no config.json): {found}")
     raise CheckpointError(

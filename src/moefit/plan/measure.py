@@ -39,7 +39,7 @@ from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.load import load_model
-from moefit.serve.memory.budget import MemoryBudget, format_bytes
+from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
@@ -160,8 +160,8 @@ class Measurements:
         budget = self._ledger(fewest, None)
         if memory < budget.min_bytes:
             raise BudgetTooSmallError(
-                f"{format_bytes(memory)} is too little to measure this model in; give at least "
-                f"{budget.min_bytes} bytes ({format_bytes(budget.min_bytes)}), or a shorter "
+                f"{format_bytes(memory)} is too little to measure this model in; give "
+                f"{at_least(budget.min_bytes)}, or a shorter "
                 "--context"
             )
 

@@ -31,7 +31,7 @@ from moefit.plan.search import (
     policy_choices,
 )
 from moefit.serve.hf.skeleton import Skeleton
-from moefit.serve.memory.budget import format_bytes
+from moefit.serve.memory.budget import at_least, format_bytes
 
 _UNSURE = 0.3  # twice what predictions of speed are off by where nothing else runs
 
@@ -133,7 +133,7 @@ class Planner:
         if memory < (floor := self.slot_budgets.min_bytes):
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(memory)} is below the least that this model can be "
-                f"planned in, {format_bytes(floor)}; give at least {floor} bytes, or a shorter "
+                f"planned in, {format_bytes(floor)}; give {at_least(floor)}, or a shorter "
                 "context"
             )
         slot_budgets, models = self.slot_budgets.of(memory), self._models_beside(memory)

@@ -34,7 +34,7 @@ from moefit.serve.io.loads import Transfer
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_probe import attach_hooks, follow_rules
-from moefit.serve.memory.budget import MemoryBudget, format_bytes
+from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
 from moefit.serve.memory.estimate import (
     PlacementBudget,
     check_system_memory,
@@ -182,8 +182,8 @@ def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryB
     if needed > budget.total:
         raise BudgetTooSmallError(
             f"a budget of {format_bytes(budget.total)} does not hold the {format_bytes(native)} "
-            f"of dense weights while they are being encoded as {settings.dense_precision}; give at "
-            f"least {needed} bytes"
+            f"of dense weights while they are being encoded as {settings.dense_precision}; give "
+            f"{at_least(needed)}"
         )
 
 

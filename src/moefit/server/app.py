@@ -9,7 +9,6 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
 import moefit
@@ -92,8 +91,8 @@ def create_app(service: Service) -> FastAPI:
     app.openapi_schema = _without_422(app.openapi())
     settings = service.settings
     app.add_middleware(WithoutPanics)
-    app.add_middleware(BodyLimitMiddleware, bodies=BodyBudget(settings.bodies_bytes))
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.body_bytes)
+    bodies = BodyBudget(settings.bodies_bytes)
+    app.add_middleware(BodyLimitMiddleware, bodies=bodies, largest=settings.body_bytes)
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.origins:
         app.add_middleware(

@@ -105,10 +105,12 @@ def router(service: Service) -> APIRouter:
         """Say whether requests are served.
 
         200 with status `ok`, or `degraded` and the problems while experts cannot be read: requests
-        are taken, but answers may suffer. 503 while the server is shutting down, or if its engine
-        has failed: nothing can be served.
+        are taken, but answers may suffer. 503 while nothing can be served: the server is shutting
+        down, its engine has failed, or requests fail one after the other because experts cannot be
+        read. The last ends by itself a minute after such a request, so that others can try.
         """
         service.check_open()
+        service.check_storage()
         if problems := service.problems():
             return HealthResponse(status="degraded", problems=problems)
         return HealthResponse()

@@ -43,12 +43,17 @@ class BodyBudget:
 class BodyLimitMiddleware:
     """Counts a body as it comes, not by what its head says, until its request is answered.
 
-    One that would be too much is refused, and what there is of it given back: who only says that
-    much will come takes nobody's place.
+    One that would be too much, alone or with all others, is refused, and what there is of it given
+    back: who only says that much will come takes nobody's place.
+
+    Args:
+        app: What answers requests.
+        bodies: Counts the bodies of all requests.
+        largest: Bytes that one body may have.
     """
 
-    def __init__(self, app: ASGIApp, bodies: BodyBudget):
-        self._app, self._bodies = app, bodies
+    def __init__(self, app: ASGIApp, bodies: BodyBudget, largest: int):
+        self._app, self._bodies, self._largest = app, bodies, largest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As every ASGI application."""
@@ -58,6 +63,8 @@ class BodyLimitMiddleware:
             nonlocal held
             message = await receive()
             size = len(message.get("body", b""))
+            if held + size > self._largest:
+                raise _too_large(self._largest)
             if not self._bodies.take(size):
                 raise _too_many(self._bodies.most)
             held += size
@@ -67,6 +74,10 @@ class BodyLimitMiddleware:
             await self._app(scope, counted, send)
         finally:
             self._bodies.give_back(held)
+
+
+def _too_large(largest: int) -> APIError:
+    return APIError(413, f"a body may have {largest:,} bytes", code="body_too_large")
 
 
 def _too_many(most: int) -> APIError:
@@ -216,9 +227,7 @@ def check_request(
         return APIError(401, "give the server's key: Authorization: Bearer KEY", code="wrong_key")
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length[:20]) > settings.body_bytes:
-        return APIError(
-            413, f"a body may have {settings.body_bytes:,} bytes", code="body_too_large"
-        )
+        return _too_large(settings.body_bytes)
     return None
 
 

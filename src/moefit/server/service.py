@@ -163,6 +163,11 @@ class Service:
             "chose, or fail; the server's log says why"
         ]
 
+    def check_storage(self) -> None:
+        """Refuse if requests fail because experts cannot be read, one after the other."""
+        if self.engine.steps_fail and (problems := self.problems()):
+            raise APIError(503, f"requests fail: {problems[0]}", code="storage_failed")
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
         if name is not None and name != self.settings.name:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moefit.errors import ConfigError, in_brief
 from moefit.moe.routing import Rule
@@ -38,6 +46,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _several(given: Any) -> Any:
+    """Return a list of one for one text: `data.sources=book.txt` names one file."""
+    return [given] if isinstance(given, str) else given
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_several)]
+"""Files, folders or data sets; one alone need not be a list."""
+
+
 class DataConfig(_Strict):
     """Where the text comes from and how it becomes tokens.
 
@@ -49,8 +66,8 @@ class DataConfig(_Strict):
     leaves one side empty (a single file, a few novels), the end of every document is instead.
     """
 
-    sources: tuple[str, ...] = (STDLIB,)
-    held_out: tuple[str, ...] = ()
+    sources: Sources = (STDLIB,)
+    held_out: Sources = ()
     """Sources to evaluate on; when empty, `held_out_fraction` of the documents is held out."""
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5)
     text_key: str = "text"
@@ -195,6 +212,8 @@ class TrainConfig(_Strict):
             return tree
         given = cast("dict[str, Any]", tree)
         steps, optimizer = given.get("steps"), given.get("optimizer", {})
+        if isinstance(steps, float) and steps.is_integer():  # 2e3, which is taken as well
+            steps = int(steps)
         if not isinstance(steps, int):  # the default's own warm-up fits it, others are refused
             return given
         warmup = {"warmup_steps": min(WARMUP_STEPS, max(0, steps) // 10)}
@@ -343,7 +362,7 @@ def _explain(item: Any) -> str:
         given = (
             "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
         )
-        return f"{where}: {item['msg']}{given}"
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}{given}"
     *parents, leaf = item["loc"]
     known = list(_group(parents).model_fields)
     nearest = difflib.get_close_matches(str(leaf), known, n=1)

@@ -352,3 +352,35 @@ def test_requests_over_http_take_the_files_defaults(served, monkeypatch) -> None
     )
     assert first == second == (0.3, 0.8, 20, 0.05, 1.1)
     assert neutral == (1, 1, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"dola_layers": "high"},
+        {"constraints": [1], "force_words_ids": [[3]], "num_beams": 1},
+        {"penalty_alpha": 0.5, "top_k": 4},
+        {"num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"return_dict_in_generate": True, "output_scores": True, "token_healing": True},
+    ],
+)
+def test_what_needs_code_from_the_hub_or_gives_more_than_a_text_is_left_out(
+    written, generation: dict[str, Any]
+) -> None:
+    answer = usual(written)
+    with moefit.load(written(generation)) as served:
+        assert ours(served) == answer
+
+
+def test_generate_writes_what_beams_find(tmp_path: Path) -> None:
+    folder = shutil.copytree(reference_path(), tmp_path / "reference")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"num_beams": 2, "dola_layers": "low"})
+    )
+    asked = ["generate", str(folder), "def main(", "--max-new-tokens", "6"]
+    for more in ([], ["--mode", "exact"]):
+        done = CliRunner().invoke(app, [*asked, *more])
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("def main(") and done.stdout.strip() != "def main("
+        assert "not followed from the model's generation_config.json: dola_layers" in done.stderr

@@ -7,7 +7,7 @@ from tiny_served import MemoryStore, mixtral_block, parts_of
 
 from moefit.quant.format import NativeFormat
 from moefit.serve.cache.slot import Slot, allocate_slot
-from moefit.serve.io.loads import FAILING, SAY_EVERY, LoadFailures, Transfer
+from moefit.serve.io.loads import FAILING, SAY_EVERY, LoadFailures, Transfer, end_all
 
 
 @pytest.fixture
@@ -154,3 +154,26 @@ def test_a_load_that_fails_is_noted(transfer, store, background: bool) -> None:
     failures = transfer.failures
     assert (failures.demand, failures.background) == ((0, 1) if background else (1, 0))
     assert failures.failing and transfer.loads == 0
+
+
+@pytest.mark.parametrize("panic", [OSError("gone"), SystemExit(3), GeneratorExit()])
+def test_loads_that_are_given_up_all_end(panic: BaseException) -> None:
+    ended = []
+
+    def fail() -> None:
+        ended.append("failed")
+        raise panic
+
+    end_all([fail, lambda: ended.append("well"), fail])
+    assert ended == ["failed", "well", "failed"]
+
+
+def test_an_interrupt_while_loads_are_given_up_is_raised_when_all_have_ended() -> None:
+    ended = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        end_all([interrupt, lambda: ended.append("well")])
+    assert ended == ["well"]

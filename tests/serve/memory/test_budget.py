@@ -143,8 +143,8 @@ def test_the_error_says_where_the_floor_comes_from() -> None:
     assert str(caught.value) == (
         "a budget of 2.93 KiB is below this model's floor of 3.42 KiB (1000 B interpreter and "
         "libraries, 0 B tokenizer, 300 B weights that are no experts, 100 B KV cache, 60 B "
-        "workspace, 40 B staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, or "
-        "a shorter context"
+        "workspace, 40 B staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, "
+        "such as 4KiB, or a shorter context"
     )
 
 

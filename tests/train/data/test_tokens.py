@@ -144,19 +144,24 @@ def test_the_default_cache_folder(monkeypatch) -> None:
 def test_a_corpus_shorter_than_a_sequence(data: DataConfig, tmp_path: Path) -> None:
     prepared = prepare(data, seq_len=16)
     held_out = prepared.held_out.tokens
-    assert prepare(data, seq_len=held_out - 1).held_out.tokens == held_out
+    assert prepared.train.tokens > held_out + 1
+    assert prepare(data, seq_len=held_out + 1).held_out.tokens == held_out  # one shorter window
     said = (
-        f"held-out text has {held_out} tokens, but a sequence of seq_len={held_out} takes "
-        f"{held_out + 1}; .*larger data.held_out_fraction or a seq_len of at most {held_out - 1}"
+        f"text to train on has {prepared.train.tokens} tokens, but a sequence of "
+        f"seq_len={prepared.train.tokens} takes {prepared.train.tokens + 1}; give more text or a "
+        f"seq_len of at most {prepared.train.tokens - 1}"
     )
     with pytest.raises(DataError, match=said):
-        prepare(data, seq_len=held_out)
+        prepare(data, seq_len=prepared.train.tokens)
     (tmp_path / "short.txt").write_text("ab")
     short = data.model_copy(
         update={"sources": (str(tmp_path / "short.txt"),), "held_out": data.sources}
     )
-    with pytest.raises(DataError, match=r"the train text has 2 tokens, .* a seq_len of at most 1"):
+    with pytest.raises(DataError, match=r"to train on has 2 tokens, .*; give more text$"):
         prepare(short, seq_len=4)
+    none = data.model_copy(update={"held_out": (str(tmp_path / "short.txt"),)})
+    (tmp_path / "short.txt").write_text("a")
+    assert prepare(none, seq_len=4).held_out.tokens == 2  # with the end of the document
 
 
 def test_where_files_cannot_be_kept(data: DataConfig, tmp_path: Path, monkeypatch) -> None:

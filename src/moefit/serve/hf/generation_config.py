@@ -20,10 +20,18 @@ FILE = "generation_config.json"
 AUTO, NONE = "auto", "none"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# Ways to be fast that need layers or caches that a served model has not.
+# Ways to be fast that need layers or caches that a served model has not, and several answers or
+# more than tokens where one text is wanted.
 _NOT_FOR_GENERATE = (
     "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type",
     "cache_implementation", "cache_config", "max_cache_len", "compile_config",
+    "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits",
+    "output_attentions", "output_hidden_states",
+)  # fmt: skip
+# What transformers does only with code from the Hub, which is never run.
+HUB_CODE = (
+    "dola_layers", "constraints", "force_words_ids", "num_beam_groups", "diversity_penalty",
+    "penalty_alpha",
 )  # fmt: skip
 # What changes answers and the engine does not do, with the values that change nothing.
 _NOT_FOR_ENGINE: Mapping[str, tuple[Any, ...]] = {
@@ -33,7 +41,8 @@ _NOT_FOR_ENGINE: Mapping[str, tuple[Any, ...]] = {
     "encoder_no_repeat_ngram_size": (0,), "forced_bos_token_id": (), "forced_eos_token_id": (),
     "min_length": (0,), "min_new_tokens": (0,), "sequence_bias": ([], {}),
     "exponential_decay_length_penalty": (), "guidance_scale": (1,), "watermarking_config": (),
-    "stop_strings": ([], ""), "token_healing": (False,),
+    "stop_strings": ([], ""), "token_healing": (False,), "dola_layers": (), "constraints": ([],),
+    "force_words_ids": ([],),
 }  # fmt: skip
 
 
@@ -82,7 +91,7 @@ class GenerationDefaults:
     temperature to repetition_penalty: of generation_config.json, None where it has none;
     temperature 0 stands for its `do_sample: false`. start: the token with which an encoder-decoder
     model's answer begins. unfollowed: settings that change answers, and that the engine does not
-    do.
+    do; `generate` does none of `HUB_CODE` among them.
     """
 
     temperature: float | None = None
@@ -126,6 +135,9 @@ def use_generation_config(
     made = _made(given, own, folder)
     unfollowed = tuple(name for name in _NOT_FOR_ENGINE if _matters(made, name))
     made.stop_strings = None  # `generate` would ask for a tokenizer each time
+    made.token_healing = False  # and here too
+    for name in HUB_CODE:
+        setattr(made, name, None)
     stated = (folder / "tokenizer_config.json").is_file()  # else it is a guess of transformers'
     _complete(made, model.config, tokenizer if stated else None)
     model.generation_config = made

@@ -6,7 +6,7 @@ that nobody waits for have threads of their own, so that they do not delay a ste
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -154,6 +154,30 @@ def wait_for_load(load: Future[float]) -> None:
         while not load.done():
             with suppress(KeyboardInterrupt):  # one is on its way up already
                 wait([load])
+
+
+def end_all(ends: Iterable[Callable[[], None]]) -> None:
+    """End loads that nobody needs any more, whatever one of them raises.
+
+    Each must be waited for, or its slot stays half-filled. What failed was counted and logged where
+    it was read.
+
+    Args:
+        ends: For each load, what waits for it.
+
+    Raises:
+        KeyboardInterrupt: There was an interrupt meanwhile; all loads have ended.
+    """
+    interrupted: KeyboardInterrupt | None = None
+    for end in ends:
+        try:
+            end()
+        except KeyboardInterrupt as error:
+            interrupted = error
+        except BaseException:  # noqa: BLE001 - such as a panic in a library
+            continue
+    if interrupted is not None:
+        raise interrupted
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp
 from moefit.quant.format import NativeFormat, expert_output
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
-from moefit.serve.io.loads import PendingLoad, Transfer
+from moefit.serve.io.loads import PendingLoad, Transfer, end_all
 from moefit.serve.stats import Counters
 
 
@@ -223,9 +223,7 @@ class ExpertInvoker:
                         loads.pop(expert).commit(self._residency, self._counters)
                 yield [(expert, self._slots[self._residency.slot(expert)]) for expert in batch]
         finally:  # empty unless something went wrong: no slot stays half-filled
-            for load in loads.values():
-                with suppress(Exception):
-                    load.commit(self._residency, self._counters)
+            end_all(partial(one.commit, self._residency, self._counters) for one in loads.values())
 
     def _begin(
         self, waiting: deque[int], loads: dict[int, PendingLoad], protected: set[int]

@@ -49,6 +49,18 @@ def format_bytes(size: float) -> str:
     return f"{size:.{_decimals(size)}f} GiB"
 
 
+def at_least(size: int) -> str:
+    """Return a least size exactly, and rounded up as people give it.
+
+    >>> at_least(625232664)
+    'at least 625232664 bytes, such as 597MiB'
+    """
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"at least {size} bytes, such as {-(-size // unit)}{name}"
+    return f"at least {size} bytes"
+
+
 def _decimals(size: float) -> int:
     return 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
 
@@ -68,7 +80,8 @@ def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
     if limit < largest:
         raise ConfigError(
             f"host memory of {format_bytes(limit)} has no room for an expert, and every expert "
-            f"goes through it; give at least {largest} bytes, or none for a buffer a reader"
+            f"goes through it; give {at_least(largest)}, or none for a buffer "
+            "a reader"
         )
     return limit
 
@@ -243,7 +256,7 @@ class MemoryBudget:
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(self.total)} does not hold the plan, which takes "
                 f"{format_bytes(planned.nbytes)} for experts and {format_bytes(self.fixed)} for "
-                f"all else; give at least {needed} bytes, or plan anew for this budget"
+                f"all else; give {at_least(needed)}, or plan anew for this budget"
             )
         return planned.counts
 
@@ -258,12 +271,12 @@ class MemoryBudget:
         if self.process + self.reading == self.min_bytes:
             return (
                 f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
-                f"{format_bytes(self.reading)} while the tokenizer is being read); give at least "
-                f"{self.min_bytes} bytes"
+                f"{format_bytes(self.reading)} while the tokenizer is being read); give "
+                f"{at_least(self.min_bytes)}"
             )
         return (
             f"{below} ({parts}, {format_bytes(slots)} for the fewest experts); "
-            f"give at least {self.min_bytes} bytes, or a shorter context"
+            f"give {at_least(self.min_bytes)}, or a shorter context"
         )
 
 

@@ -44,6 +44,7 @@ from moefit.serve.memory.budget import (
     BlockNeeds,
     MemoryBudget,
     PlannedSlots,
+    at_least,
     format_bytes,
     host_limit,
     parse_bytes,
@@ -105,9 +106,8 @@ def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
     if surely and budget.min_bytes - FIRST_USE > most:
         raise BudgetTooSmallError(
             f"{where} is {format_bytes(most)}, and this model needs at least "
-            f"{format_bytes(budget.min_bytes)}; raise it to {budget.min_bytes} bytes, or give a "
-            "shorter "
-            "context"
+            f"{format_bytes(budget.min_bytes)}; raise it to {at_least(budget.min_bytes)}, or give "
+            "a shorter context"
         )
     if surely:
         asked = "without a budget" if budget.total is None else "in this budget"
@@ -116,7 +116,12 @@ def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
             f"{format_bytes(most)}; give a budget (--memory) of "
             f"{max(budget.min_bytes, min(most, free))} bytes or less, or raise the limit"
         )
-    if taken > free or (budget.total is not None and budget.total > most):
+    if taken <= free and budget.total is not None and budget.total > most:
+        _LOG.warning(
+            "warning: the budget of %s is more than %s, %s; the model takes at most %s of it",
+            *(format_bytes(budget.total), where, format_bytes(most), format_bytes(taken)),
+        )
+    if taken > free:
         _LOG.warning(
             "warning: the model may take %s, but %s is %s, of which %s are free; if others need "
             "theirs, this process may be killed",

@@ -181,8 +181,8 @@ class _PrepareJob:
 def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None) -> PreparedData:
     """Tokenise the corpus of `data`, or find that this was done before.
 
-    Raises DataError if either side is shorter than one sequence of `seq_len` tokens and the
-    token that follows it.
+    Raises DataError if the text to train on is shorter than one sequence of `seq_len` tokens and
+    the token that follows it, or the held-out text shorter than two tokens.
     """
     report = progress or _silent
     # First, so that a wrong tokenizer is heard of before a large corpus is read.
@@ -327,16 +327,20 @@ def _unwritable(folder: Path, error: OSError) -> DataError:
 
 
 def _check_length(prepared: PreparedData, seq_len: int) -> None:
-    shortest = min(prepared.train.tokens, prepared.held_out.tokens)
-    if shortest > seq_len:
-        return
-    side = "train" if prepared.train.tokens == shortest else "held-out"
-    more = "more text" if side == "train" else "more text, a larger data.held_out_fraction"
-    largest = f"a seq_len of at most {shortest - 1}" if shortest > 1 else "files for data.held_out"
-    raise DataError(
-        f"the {side} text has {shortest} tokens, but a sequence of seq_len={seq_len} takes "
-        f"{seq_len + 1}; give {more} or {largest}"
-    )
+    """Held-out text may be shorter than a sequence: it is read in one shorter window then."""
+    found, needed = prepared.train.tokens, seq_len + 1
+    if found < needed:
+        largest = f" or a seq_len of at most {found - 1}" if found > 2 else ""
+        raise DataError(
+            f"the text to train on has {found} tokens, but a sequence of seq_len={seq_len} takes "
+            f"{needed}; give more text{largest}"
+        )
+    if prepared.held_out.tokens < 2:
+        raise DataError(
+            f"the held-out text has {prepared.held_out.tokens} tokens, and there is nothing to "
+            "predict in fewer than 2; give more text, a larger data.held_out_fraction, or files "
+            "for data.held_out"
+        )
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
