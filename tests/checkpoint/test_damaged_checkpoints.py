@@ -257,6 +257,11 @@ def test_kimi_k2_is_deepseek_v3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert type(served.model) is type(model)
         ids_BT = tokens(2, 9)
         torch.testing.assert_close(logits(served.model, ids_BT), logits(model, ids_BT))
+    config = (folder / "tokenizer_config.json").read_text()
+    written = train_bpe(["some text"], 300)
+    written.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(config)
+    assert read_tokenizer(folder)("some text").input_ids == written("some text").input_ids
     assert not (folder / "ran").exists()
 
 

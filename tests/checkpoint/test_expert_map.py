@@ -1,6 +1,7 @@
 """Every byte of a checkpoint is an expert's or the rest's, found in the headers alone."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
     assert again == skeleton.map
 
 
+def test_layers_behind_the_last_are_refused_unless_they_predict_further_tokens(
+    tmp_path: Path,
+) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"config\.json leaves out, model\.layers\.1\."):
+        build_skeleton(folder)
+    file.write_text(json.dumps(values | {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}))
+    assert "model.layers.1" in build_skeleton(folder).left_out()
+
+
+def test_biases_that_are_left_out_are_refused(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    save_file(load_file(folder / SINGLE) | {name: torch.ones(32)}, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=rf"1 weights .* leaves out, {name}"):
+        build_skeleton(folder)
+
+
 @pytest.mark.parametrize("layer", ["model.layers.2", "mtp.layers.0"])
 def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
@@ -101,6 +123,8 @@ def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> No
         for name, tensor in tensors.items()
         if name.startswith("model.layers.1.")
     }
+    if not layer.startswith("mtp"):
+        more[f"{layer}.eh_proj.weight"] = torch.ones(4, 8)
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
     after = build_skeleton(folder)
     assert after.map.rest == before.map.rest

@@ -34,6 +34,16 @@ def test_measured_apart_it_takes_nothing_from_this_process(folder: Path) -> None
     assert grown(bandwidth_apart, folder) < 64 * MIB
 
 
+def test_no_more_memory_is_taken_than_half_of_what_is_free(monkeypatch) -> None:
+    monkeypatch.setattr(speed, "_cache_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr(speed, "available_bytes", lambda: 200 * MIB)
+    assert speed._timed_bytes() == 100 * MIB
+    monkeypatch.setattr(speed, "available_bytes", lambda: 0)
+    assert speed._timed_bytes() == 16 * MIB
+    monkeypatch.setattr(speed, "available_bytes", lambda: 1 << 40)
+    assert speed._timed_bytes() == 4096 * MIB
+
+
 def test_caches_count_once_for_all_that_share_them(tmp_path: Path, monkeypatch) -> None:
     """Four processors in two parts of 400 MiB, as servers have that hold a matrix of 384 MiB."""
     for cpu in range(4):

@@ -33,6 +33,9 @@ from moefit.checkpoint.sources import ByteRange, Conversion, ExpertSource
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
 
+# What only layers that predict further tokens (MTP) have: DeepSeek-V3's and GLM's names.
+_PREDICTS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+
 
 def positions(
     converter: WeightConverter, target: str, lengths: Mapping[str, int], config: Any
@@ -132,6 +135,7 @@ def map_checkpoint(
         for block in blocks
     }
     names.refuse_other_shapes(checkpoint, rest)
+    names.refuse_left_out(checkpoint, left_out, model.config.get_text_config(decoder=True))
     return CheckpointMap(experts=experts, rest=tuple(rest), left_out=tuple(left_out))
 
 
@@ -210,6 +214,39 @@ class _Names:
                 f"{'; '.join(differing[:3])}; give the config.json that belongs to them"
             )
 
+    def refuse_left_out(self, checkpoint: Checkpoint, left_out: Sequence[str], config: Any) -> None:
+        """Raise CheckpointError if config.json leaves out a part without which answers change.
+
+        That is a layer behind the last one that the model has, unless it predicts further tokens
+        (MTP), and the bias of a weight that is loaded.
+        """
+        loaded = checkpoint.spans.keys() - set(left_out)
+        layers = _layers(loaded)
+        below = {suffix for _, _, suffix in layers}
+        last = {before: max(n for one, n, _ in layers if one == before) for before, _, _ in layers}
+        further = getattr(config, "num_nextn_predict_layers", None) or 0
+        found = [(name, _layer(name)) for name in left_out if not self._ignores(name)]
+        predicting = {layer[:2] for name, layer in found if layer and _PREDICTS.search(name)}
+        missed = [
+            name
+            for name, layer in found
+            if layer
+            and layer[2] in below
+            and layer[:2] not in predicting
+            and layer[1] > last.get(layer[0], layer[1]) + further
+        ]
+        missed += [
+            name
+            for name, _ in found
+            if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in loaded
+        ]
+        if missed:
+            raise CheckpointError(
+                f"the checkpoint has {len(missed)} weights that its config.json leaves out, "
+                f"{', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}, and the model would "
+                "answer otherwise without them; give the config.json that belongs to it"
+            )
+
     def scales(self, unused: Iterable[str]) -> Iterator[str]:
         """Those of the unused tensors that belong to a quantised weight of this model."""
         modules = {name.rpartition(".")[0] for name in self.expected}
@@ -223,6 +260,20 @@ class _Names:
 
     def _ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def _layer(name: str) -> tuple[str, int, str] | None:
+    """What stands before a layer's number in a name, the number, and what comes behind it.
+
+    >>> _layer("model.layers.3.mlp.experts.7.w1.weight")
+    ('model.layers', 3, 'mlp.experts.7.w1.weight')
+    """
+    found = re.match(r"(.*?)\.(\d{1,9})\.(.+)$", name)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def _layers(names: Iterable[str]) -> set[tuple[str, int, str]]:
+    return {layer for name in names if (layer := _layer(name)) is not None}
 
 
 def _collect(

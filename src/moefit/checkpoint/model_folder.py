@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 
@@ -148,7 +148,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     refuse_without_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _tokenizer(folder)
         size = len(tokenizer)
     except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
         raise CheckpointError(
@@ -161,6 +161,15 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "again from where the model was made"
         )
     return tokenizer
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """As transformers reads it; of one with code of its own what tokenizer.json says, if that is
+    there, as transformers asks for the code where it does not know the model's family either."""
+    own_code = "auto_map" in _json(folder / "tokenizer_config.json")
+    if own_code and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_json(path: Path, *, limit: int) -> dict[str, Any]:

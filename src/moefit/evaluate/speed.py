@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from moefit.errors import ConfigError
+from moefit.host import available_bytes
 from moefit.serve.model import ServedModel
 
 _READ = 256 << 20  # bytes of a file, to time storage by
 _LEAST, _MOST = 384 << 20, 4 << 30  # bytes of memory, to time it by
+_FEWEST = 16 << 20  # where next to nothing is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,7 @@ def bandwidth_apart(folder: Path) -> Bandwidth:
 
 def _memory_bandwidth() -> float:
     """A matrix times a vector; on one thread a sum reads a third less."""
-    nbytes = min(max(_LEAST, 2 * _cache_bytes(Path("/sys/devices/system/cpu"))), _MOST)
-    data_RC = torch.ones(nbytes >> 15, 1 << 13)
+    data_RC = torch.ones(_timed_bytes() >> 15, 1 << 13)
     ones_C = torch.ones(1 << 13)
     best = 0.0
     for _ in range(5):
@@ -77,6 +78,13 @@ def _memory_bandwidth() -> float:
         data_RC.mv(ones_C)
         best = max(best, data_RC.nbytes / (time.perf_counter() - began))
     return best
+
+
+def _timed_bytes() -> int:
+    """More than the caches hold, but at most half of what the machine and its control groups have
+    free: a smaller matrix gives too high a figure, a larger one gets a process killed."""
+    wanted = max(_LEAST, 2 * _cache_bytes(Path("/sys/devices/system/cpu")))
+    return max(_FEWEST, min(wanted, _MOST, available_bytes() // 2))
 
 
 def _cache_bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ import transformers
 from engines import ask, greedy, running
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from serving_http import client_of, fake_service
 from tiny_served import VOCABULARY, saved, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -202,6 +203,29 @@ def test_what_is_not_followed_is_named(written) -> None:
             "no_repeat_ngram_size", "min_new_tokens", "forced_eos_token_id", "num_beams",
             "stop_strings",
         }  # fmt: skip
+
+
+def test_logits_that_are_no_numbers_are_refused_whatever_the_file_says(written) -> None:
+    folder = written({"remove_invalid_values": True})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with moefit.load(folder) as served, pytest.raises(CheckpointError, match="no finite numbers"):
+        ours(served)
+
+
+@pytest.mark.parametrize("start", [-1, 10**6, [None, None]])
+def test_the_start_of_an_answer_is_a_token(tmp_path, start) -> None:
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2, num_heads=4,
+        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    change(folder / "config.json", decoder_start_token_id=start)
+    with pytest.raises(CheckpointError, match="begins with a token from 0 to"):
+        moefit.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ _NOT_FOR_GENERATE = (
     "cache_implementation", "cache_config", "max_cache_len", "compile_config",
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits",
     "output_attentions", "output_hidden_states",
+    "remove_invalid_values",  # makes tokens of logits that are no numbers
 )  # fmt: skip
 # What transformers does only with code from the Hub, which is never run.
 HUB_CODE = (
@@ -140,10 +141,11 @@ def use_generation_config(
         setattr(made, name, None)
     stated = (folder / "tokenizer_config.json").is_file()  # else it is a guess of transformers'
     _complete(made, model.config, tokenizer if stated else None)
+    start = _start(made, model.config, folder) if model.config.is_encoder_decoder else None
     model.generation_config = made
     return GenerationDefaults(
         **(_sampling(given) if own else {}),
-        start=made.decoder_start_token_id if model.config.is_encoder_decoder else None,
+        start=start,
         suppressed=_suppressed(made, model.config.get_text_config(decoder=True).vocab_size),
         unfollowed=unfollowed,
     )
@@ -198,6 +200,20 @@ def _complete(made: GenerationConfig, config: Any, tokenizer: Any) -> None:
     end = getattr(tokenizer, "eos_token_id", None)
     if not named and isinstance(end, int):
         made.eos_token_id = sorted({*_ids(made.eos_token_id), end})
+
+
+def _start(made: GenerationConfig, config: Any, folder: Path) -> int:
+    """The token with which an answer of an encoder-decoder model begins, as transformers has it."""
+    start = made.decoder_start_token_id
+    start = made.bos_token_id if start is None else start
+    size = config.get_text_config(decoder=True).vocab_size
+    if type(start) is not int or not 0 <= start < size:
+        raise CheckpointError(
+            f"decoder_start_token_id in {folder / FILE} or config.json is {start!r}, but an answer "
+            f"of this model begins with a token from 0 to {size - 1}; correct it, or copy the "
+            "file again from where the model is from"
+        )
+    return start
 
 
 def _ids(given: Any) -> list[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 # Words that a tokenizer remembers the tokens of (10,000 of them), tokens whose text a server
 # remembers (`server/tokenizer.py`), and modules of transformers that only tokenizers need.
 TABLES = 8 << 20
+_MODULES = 6 << 20  # code that only reading a tokenizer needs
 _CHUNK = 1 << 20
 _ENTRY = re.compile(rb'":\s*\d')  # "token": 17
 _PIECE = re.compile(rb'\[\s*"((?:[^"\\]|\\.)*)",\s*-?\d')  # ["token", -7.25]
@@ -58,13 +59,13 @@ def tokenizer_size(folder: Path) -> TokenizerSize:
     if files[0].name == _FILES[0]:  # transformers looks at no other then
         del files[1:]
     nbytes, entries = sum(file.stat().st_size for file in files), sum(map(_entries, files))
-    copies = 0 if _is_generic(folder) else 140 * entries + 5 * nbytes // 2
+    copies = 0 if _is_generic(folder) else 170 * entries + 11 * nbytes // 4
     if any(_is_unigram(file) for file in files):
         pieces = _PIECE.findall(files[0].read_bytes())
-        held = 430 * len(pieces) + 360 * inner_nodes(pieces) + copies
+        held = _MODULES + 430 * len(pieces) + 360 * inner_nodes(pieces) + copies
         return TokenizerSize(held=TABLES + held, reading=TABLES + held + 290 * len(pieces))
-    held = 230 * entries + 2 * nbytes + copies
-    reading = max(held, 1060 * entries + 5 * nbytes)
+    held = _MODULES + 250 * entries + 2 * nbytes + copies
+    reading = max(held, _MODULES + 1100 * entries + 5 * nbytes)
     return TokenizerSize(held=TABLES + held, reading=TABLES + reading)
 
 
