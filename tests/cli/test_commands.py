@@ -18,7 +18,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import moefit
-from moefit import cli
+from moefit import demo
 from moefit.cli import app
 from moefit.cli.app import error_of
 from moefit.errors import CheckpointError, ConfigError, MoefitError
@@ -267,7 +267,7 @@ def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
 
 def test_a_demo_that_is_stopped_exits_as_the_shell_expects(monkeypatch):
     figures = {"training": {"stopped_by": "SIGINT"}}
-    monkeypatch.setattr(cli.train.demonstration, "run", lambda *args, **options: figures)
+    monkeypatch.setattr(demo, "run", lambda *args, **options: figures)
     assert run("demo").exit_code == 130
     figures["training"]["stopped_by"] = None
     assert run("demo").exit_code == 0

@@ -1,17 +1,5 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. Each command's module is imported when it is run."""
 
-from moefit.cli import budget, chat, evaluate, models, pack, plan, serve, train
 from moefit.cli.app import app, main
 
-__all__ = [
-    "app",
-    "budget",
-    "chat",
-    "evaluate",
-    "main",
-    "models",
-    "pack",
-    "plan",
-    "serve",
-    "train",
-]
+__all__ = ["app", "main"]

@@ -1,6 +1,7 @@
-"""The command line's frame: the application, what its commands share, and its end.
+"""The application `moefit`: its table of commands, what they share, and the entry point.
 
-A command's own file parses, calls and prints; nothing else does.
+The module of a command is imported when the command is run, so that `moefit --help` and
+`moefit --version` import neither torch nor transformers.
 """
 
 import io
@@ -8,28 +9,91 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
+from typer.core import TyperCommand, TyperGroup
 
 import moefit
 from moefit import errors
 from moefit.errors import ConfigError, MoefitError
-from moefit.evaluate.loading import REFERENCE
 
-# How many compiled products torch's two caches keep on a CPU; in 16 bits every length of text has
-# its own, and a thousand of each, which is what they would keep, are hundreds of MiB.
+if TYPE_CHECKING:
+    import torch
+
+# How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
+# own; the default of a thousand each takes hundreds of MiB.
 PROGRAM_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+ADVANCED = "Advanced"
+"""The help panel of options that few users need."""
+COMMANDS = {
+    "serve": ("serve", "Serve a model over HTTP: OpenAI's API, a status page, metrics."),
+    "generate": ("models", "Continue a prompt, streaming."),
+    "chat": ("chat", "Chat with a model, on a server (--url) or loaded in this process."),
+    "bench": ("models", "Measure prefill and decoding speed, and what limits them."),
+    "eval": ("evaluate", "Measure perplexity and cost, by inference rule or in a memory budget."),
+    "describe": ("models", "Show a model's parameters and memory estimate without loading it."),
+    "pack": ("pack", "Encode a model's experts once, so that serving need not."),
+    "profile": ("plan", "Measure a model on this machine, for `moefit plan`."),
+    "plan": ("plan", "Predict what a memory budget costs, and choose a configuration."),
+    "budget": ("budget", "Show or change the memory budget of a running server."),
+    "train": ("train", "Train a model: CONFIG.yaml, then settings such as optimizer.lr=3e-4."),
+    "export": ("train", "Write a checkpoint for transformers, vLLM and llama.cpp (OLMoE)."),
+    "demo": ("train", "Train a small DS-MoE for a minute, then evaluate and serve a shipped one."),
+}
+"""Module in `moefit.cli` and help text of each command, in the order of `moefit --help`."""
+
+
+class LazyGroup(TyperGroup):
+    """The commands in `COMMANDS`, each imported when it is run."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        registered = self.commands
+        self.commands = {
+            name: registered.get(name) or TyperCommand(name, help=help)
+            for name, (_, help) in COMMANDS.items()
+        }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the module of the command in `args` first."""
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = _imported(args[0])
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train mixture-of-experts models, and serve them inside a memory budget.",
+)
 console = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help=f"model folder, training run, or '{REFERENCE}'")]
+Model = Annotated[str, typer.Argument(help="model folder, training run, or 'reference'")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=ADVANCED)]
+
+
+def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that registers a function as the command `name` of `COMMANDS`."""
+    return app.command(name=name, help=COMMANDS[name][1], **settings)
+
+
+def _imported(name: str) -> Any:
+    """Import the module of a command, and return the command."""
+    import_module(f"moefit.cli.{COMMANDS[name][0]}")
+    if "transformers" in sys.modules:
+        logging = import_module("transformers.utils.logging")
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    group = typer.main.get_group(app)
+    return group.commands[name]
 
 
 class Dtype(StrEnum):
@@ -40,13 +104,17 @@ class Dtype(StrEnum):
     float16 = "float16"
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> "torch.dtype":
         """The torch dtype of that name."""
-        return getattr(torch, self.value)
+        return getattr(import_module("torch"), self.value)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", is_eager=True)] = False) -> None:
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
     if version:
         print(moefit.__version__)
         raise typer.Exit
@@ -77,8 +145,6 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")
     for cache in PROGRAM_CACHES:
         os.environ.setdefault(cache, "128")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
         app()
     except MoefitError as error:

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import Json, app, print_json
+from moefit.cli.app import COMMANDS, Json, app, print_json
 from moefit.cli.options import ModeName
 from moefit.serve.memory.budget import PARTS, format_bytes
 from moefit.server.client import Client
@@ -16,7 +16,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Option(help="of the server", envvar="MOEFIT_URL")]
 ApiKey = Annotated[str | None, typer.Option(help="the server's key", envvar="MOEFIT_API_KEY")]
 
-budget = typer.Typer(no_args_is_help=True, help="The memory budget of a running server.")
+budget = typer.Typer(no_args_is_help=True, help=COMMANDS["budget"][1])
 app.add_typer(budget, name="budget")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moefit.cli.app import app, say
+from moefit.cli.app import command, say
 from moefit.cli.budget import ApiKey
 from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
@@ -30,7 +30,7 @@ HELP = "/new begins anew, /quit (or ctrl-D) ends; ctrl-C stops an answer"
 _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
 
 
-@app.command(help="Talk with a model: on a server (--url), or loaded here.")
+@command("chat")
 @expand_options
 def chat(
     model: Annotated[

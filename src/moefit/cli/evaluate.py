@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moefit.api import folder_of
-from moefit.cli.app import Json, Model, app, console, print_json
+from moefit.cli.app import Json, Model, command, console, print_json
 from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
 from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, expand_options
 from moefit.cli.planned import NO_PLAN, PlanOptions
@@ -40,7 +40,7 @@ class BaselineName(StrEnum):
     random = "random"
 
 
-@app.command(name="eval", help="Perplexity and cost of a model: by inference rule, or in a budget.")
+@command("eval")
 @expand_options
 def evaluate(
     model: Model = REFERENCE,

@@ -20,8 +20,7 @@ from rich.table import Table
 from moefit.api import folder_of, load
 from moefit.cli.app import console, say
 from moefit.cli.options import MemoryOptions, MissOptions
-from moefit.cli.plan_tables import in_a_line
-from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, say_packing
+from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, in_a_line, say_packing
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.loading import ARCHITECTURES

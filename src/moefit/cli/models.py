@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import Json, Model, app, console, print_json
+from moefit.cli.app import Json, Model, command, console, print_json
 from moefit.cli.loading import (
     is_served,
     ledger_table,
@@ -125,7 +125,7 @@ def _format_bytes(count: int) -> str:
     return f"{count} B"
 
 
-@app.command(help="Continue a prompt, streaming; with --memory or --mode inside a budget.")
+@command("generate")
 @expand_options
 def generate(
     model: Model,
@@ -211,9 +211,7 @@ def _continues(model: Any) -> bool:
     return not model.config.is_encoder_decoder
 
 
-@app.command(
-    help="Parameters, bytes and FLOPs of a model; with --memory or --precision the ledger."
-)
+@command("describe")
 @expand_options
 def describe(
     model: Annotated[
@@ -302,7 +300,7 @@ def _is_ours(model: str) -> bool:
     return family == "dsmoe"
 
 
-@app.command(help="Speed of a model in a budget: prefill, decoding, and what bounds them.")
+@command("bench")
 @expand_options
 def bench(
     model: Model,

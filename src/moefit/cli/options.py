@@ -21,7 +21,7 @@ from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
 from moefit.serve.precision.allocate import AUTO_FORMATS
-from moefit.train.config import load_yaml
+from moefit.yaml_text import load_yaml
 
 
 def read_options(path: Path, known: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say
+from moefit.cli.app import Dtype, Json, Model, command, console, print_json, say
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.passage import text_of_file
 from moefit.plan.reference import digest_of, windows_of
@@ -30,7 +30,7 @@ from moefit.serve.packed.calibrate import CalibrationText
 _DEFAULT = "int8,int4"
 
 
-@app.command(name="pack", help="Write a model's experts once in the formats they are served in.")
+@command("pack")
 def pack_model(
     model: Model,
     formats: Annotated[

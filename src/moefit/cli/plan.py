@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import Device, Dtype, Json, Model, app, console, print_json, say
+from moefit.cli.app import Device, Dtype, Json, Model, command, console, print_json, say
 from moefit.cli.loading import shared_steps
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
@@ -31,7 +31,7 @@ from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import parse_bytes
 
 
-@app.command(name="profile", help="Measure a model on this machine once, to plan by it.")
+@command("profile")
 def profile_model(
     model: Model,
     text: Annotated[
@@ -98,7 +98,7 @@ def _bar() -> Iterator[Progress]:
 RestName = StrEnum("RestName", list(DENSE_FORMATS))
 
 
-@app.command(name="plan", help="What a memory budget costs and gains, before you pay it.")
+@command("plan")
 def plan_model(
     model: Model,
     memory: Annotated[

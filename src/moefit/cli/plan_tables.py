@@ -5,13 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
 from moefit.cli.app import say
+from moefit.cli.planned import in_a_line
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
 from moefit.plan.fitting import HeldOutError
@@ -36,15 +34,6 @@ def plan_table(plan: Plan, title: str) -> Table:
         formats = " + ".join(f"{count} {format}" for format, count in sorted(counts.items()))
         table.add_row(name, str(one.slots), formats if one.by_expert else one.formats[0])
     return table
-
-
-def in_a_line(plan: Plan) -> str:
-    """What is predicted."""
-    one = plan.predicted
-    return (
-        f"{plan.configuration.in_words()}: perplexity {one.loss:+.2%} (give or take "
-        f"{one.margin:.2%}), {one.speed:.2f} tokens/s, {format_bytes(one.expert_bytes)} of experts"
-    )
 
 
 def front_table(fronts: Fronts, title: str) -> Table:
@@ -91,6 +80,8 @@ def held_table(rows: Iterable[HeldOutError], title: str) -> Table:
 
 def check_picture(path: Path, budgets: int) -> None:
     """Raise ConfigError for a picture that could not be drawn, before long work."""
+    from matplotlib.backend_bases import FigureCanvasBase  # slow to import
+
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise ConfigError(
@@ -107,6 +98,9 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
 
     Raises ConfigError if the file cannot be written.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, speeds = figure.subplots(1, 2)
     dots = [(memory / 2**20, one) for memory, points in fronts.items() for one in points]

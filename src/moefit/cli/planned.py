@@ -21,6 +21,7 @@ from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import held_bytes
 
 
@@ -172,6 +173,15 @@ def forbid_with_plan(**given: Any) -> None:
             f"{', '.join(odd)}: a plan decides this; leave it out, or --plan, --max-loss and "
             "--min-speed"
         )
+
+
+def in_a_line(plan: Plan) -> str:
+    """Return what a plan predicts, in one line."""
+    one = plan.predicted
+    return (
+        f"{plan.configuration.in_words()}: perplexity {one.loss:+.2%} (give or take "
+        f"{one.margin:.2%}), {one.speed:.2f} tokens/s, {format_bytes(one.expert_bytes)} of experts"
+    )
 
 
 def say_packing(plan: Plan, model: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import app, say, stopped
+from moefit.cli.app import command, say, stopped
 from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (
     MEMORY_OPTIONS,
@@ -36,10 +36,7 @@ from moefit.signals import stop_on_signal
 LEAVING = 30.0  # seconds that closing everything may take, once answers have been waited for
 
 
-@app.command(
-    help="Serve a model over HTTP: OpenAI's API, a page with the budget dial, metrics.",
-    context_settings={"auto_envvar_prefix": "MOEFIT"},
-)
+@command("serve", context_settings={"auto_envvar_prefix": "MOEFIT"})
 @expand_options
 def serve(
     model: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moefit import demo as demonstration
-from moefit.cli.app import Dtype, Json, Model, app, console, print_json, say, stopped
+from moefit.cli.app import Dtype, Json, Model, command, console, print_json, say, stopped
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.loading import load_full_model
@@ -16,7 +16,7 @@ from moefit.train.display import display
 from moefit.train.loop import train as run_training
 
 
-@app.command(help="Train a model densely: CONFIG.yaml, then settings such as optimizer.lr=3e-4.")
+@command("train")
 def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...")
@@ -49,7 +49,7 @@ def train(
     say(f"next: moefit eval {config.out}")
 
 
-@app.command(help="Write a checkpoint that plain transformers, vLLM and llama.cpp load (OLMoE).")
+@command("export")
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write")],
@@ -71,7 +71,7 @@ def export(
     say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
 
 
-@app.command(help="Train a small DS-MoE for a minute, then measure and serve the shipped one.")
+@command("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
         "runs/demo"

@@ -32,7 +32,6 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
-from moefit.train import checkpoint
 
 REFERENCE = "reference"
 ARCHITECTURES = ("dsmoe", "olmoe")
@@ -55,6 +54,8 @@ def locate(model: str) -> Path:
     if (path / "config.json").is_file():
         return path
     refuse_adapter(path)
+    from moefit.train import checkpoint  # a process that serves a model folder needs none of it
+
     found = checkpoint.checkpoints(path)
     if found:
         return found[-1]
@@ -86,8 +87,7 @@ def load_full_model(
     """
     place = parse_device(device)
     path = locate(model)
-    if (path / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(path)
+    _verify(path)
     check_family(path)
     refuse_adapter(path)
     refuse_stored(path)
@@ -96,6 +96,14 @@ def load_full_model(
         loaded.set_experts_implementation("eager")
     loaded.to(place)  # pyright: ignore[reportArgumentType]
     return loaded.eval(), tokenizer
+
+
+def _verify(path: Path) -> None:
+    """Compare a training run's checkpoint with its checksums; other folders have none."""
+    from moefit.train import checkpoint
+
+    if (path / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(path)
 
 
 def config_of(model: str) -> DsMoeConfig:

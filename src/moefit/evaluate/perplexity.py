@@ -23,7 +23,6 @@ from moefit.errors import DataError
 from moefit.evaluate.subject import EvaluatedModel, evaluated_model
 from moefit.moe.routing import Rule, active_experts
 from moefit.serve.hf.guards import refuse_no_numbers
-from moefit.train.data.batches import windows
 
 Progress = Callable[[str, int, int], None]
 """Hears a rule, and how many tokens of how many are done."""
@@ -81,6 +80,8 @@ class Text:
             yield found[-1][None]
 
     def _windows(self) -> Iterator[np.ndarray]:
+        from moefit.train.data.batches import windows  # serving imports this module, not that one
+
         return windows(self.ids_T.numpy(), self.context, self.max_tokens)
 
 

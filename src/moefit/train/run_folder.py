@@ -16,7 +16,8 @@ import yaml
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import try_lock
 from moefit.train.checkpoint import checkpoints
-from moefit.train.config import TrainConfig, load_yaml, make_config
+from moefit.train.config import TrainConfig, make_config
+from moefit.yaml_text import load_yaml
 
 CONFIG, LOCK = "config.yaml", ".lock"
 

@@ -1,0 +1,69 @@
+"""What the command line imports: nothing heavy for help, nothing of training for serving."""
+
+import subprocess
+import sys
+
+import pytest
+
+import moefit
+from moefit.cli.app import COMMANDS
+
+HEAVY = ("torch", "transformers", "numpy", "matplotlib")
+
+
+def run(code: str) -> str:
+    """Run Python code in a process of its own, and return its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    return done.stdout
+
+
+def loaded_after(statement: str, names: tuple[str, ...]) -> list[str]:
+    """Return those of `names` that are imported once `statement` has run."""
+    code = f"{statement}\nimport sys\nprint(*[n for n in {names!r} if n in sys.modules])"
+    return run(code).splitlines()[-1].split()
+
+
+def command(*arguments: str) -> str:
+    """Return the statement that runs `moefit ARGUMENTS` and goes on."""
+    return (
+        f"import sys; sys.argv = ['moefit', *{arguments!r}]\n"
+        "from moefit.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code"
+    )
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    assert loaded_after(command(option), HEAVY) == []
+
+
+def test_help_lists_every_command_and_version_is_the_packages() -> None:
+    shown = run(command("--help"))
+    assert all(name in shown for name in COMMANDS)
+    assert run(command("--version")).strip() == moefit.__version__
+
+
+def test_serving_imports_neither_training_nor_matplotlib() -> None:
+    serving = "import moefit.cli.serve, moefit.cli.models, moefit.cli.chat, moefit.api"
+    assert loaded_after(serving, ("moefit.train", "matplotlib", "torch")) == ["torch"]
+
+
+def test_loading_a_model_imports_neither_training_nor_matplotlib() -> None:
+    served = "import moefit; moefit.load('reference', context=64).close()"
+    assert loaded_after(served, ("moefit.train", "matplotlib")) == []
+
+
+def test_every_command_is_found_by_its_name() -> None:
+    code = (
+        "from moefit.cli.app import COMMANDS, app\nfrom typer.testing import CliRunner\n"
+        "for name in COMMANDS:\n"
+        "    done = CliRunner().invoke(app, [name, '--help'])\n"
+        "    assert done.exit_code == 0, (name, done.output)\n"
+        "    assert COMMANDS[name][1].split()[0] in done.output, name\n"
+        "done = CliRunner().invoke(app, ['genrate'])\n"
+        "assert done.exit_code == 2 and 'generate' in done.output\n"
+    )
+    run(code)
