@@ -325,10 +325,10 @@ def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, c
 
 def test_a_dead_disk_by_which_every_request_fails_is_no_health(running, served, monkeypatch):
     client, _, service = running
-    monkeypatch.setattr(served._live.transfer, "failures", LoadFailures())
+    monkeypatch.setattr(served._shared.transfer, "failures", LoadFailures())
     monkeypatch.setattr(service.engine, "steps_fail", True)
     assert client.get("/health").json() == {"status": "ok"}, "other failures are the requests' own"
-    served._live.transfer.failures.failed("block", 0, OSError("gone"), background=False)
+    served._shared.transfer.failures.failed("block", 0, OSError("gone"), background=False)
     said = error_of(client.get("/health"), 503)
     assert said["code"] == "storage_failed" and "cannot be read" in said["message"]
     monkeypatch.setattr(service.engine, "steps_fail", False)
