@@ -134,7 +134,7 @@ class Expert:
         slot = allocate_slot(parse_format(name), self._layout.specs, torch.device("cpu"))
         weights: Weights = slot.tensors
         encode, _ = self._timed(lambda: expert.encode(weights))
-        judge, loss = self._timed(lambda: expert.relative_error(weights))
+        judge, loss = self._timed(lambda: expert.relative_error(slot.format, weights))
         return {"encode": encode, "judge": judge, "loss": loss}
 
     def _timed(self, act: Callable[[], Any]) -> tuple[float, Any]:

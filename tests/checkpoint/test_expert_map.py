@@ -12,7 +12,7 @@ from tiny_served import FAMILIES, Disk, reading_through, saved, tiny
 
 from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint
 from moefit.checkpoint.safetensors import SINGLE, Span
-from moefit.checkpoint.sources import ByteRange, Conversion
+from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion, ExpertSource
 from moefit.errors import CheckpointError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
@@ -23,8 +23,12 @@ def map_of(folder: Path, dtype: torch.dtype | None = None) -> CheckpointMap:
     return build_skeleton(folder, dtype).map
 
 
-def parts_of(found: CheckpointMap) -> list[ByteRange | Conversion]:
-    return [part for one in found.experts.values() for source in one for part in source.parts]
+def parts_of(found: CheckpointMap) -> list[ExpertSource]:
+    parts: list[ExpertSource] = []
+    for source in (source for sources in found.experts.values() for source in sources):
+        assert isinstance(source, CompositeSource)
+        parts.extend(source.parts)
+    return parts
 
 
 def ranges(spans: list[Span]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from moefit.checkpoint.safetensors import SINGLE, Checkpoint
-from moefit.checkpoint.sources import ByteRange, Conversion, ExpertSource
+from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion
 from moefit.errors import UnsupportedModelError
 from moefit.moe.families import TensorSpec
 
@@ -62,5 +62,5 @@ def test_another_shape_than_the_models_is_refused(checkpoint: Checkpoint) -> Non
 
 def test_an_experts_bytes_are_those_of_all_its_parts(checkpoint: Checkpoint) -> None:
     piece = ByteRange(tensor="gate", start=0, span=checkpoint.spans["gate"])
-    assert ExpertSource((piece,)).nbytes == 24
-    assert ExpertSource((piece, stacked(checkpoint))).nbytes == 24 + 48
+    assert CompositeSource((piece,)).nbytes == 24
+    assert CompositeSource((piece, stacked(checkpoint))).nbytes == 24 + 48

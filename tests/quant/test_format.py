@@ -18,8 +18,6 @@ from moefit.quant.format import (
     FORMATS,
     NATIVE,
     GroupedFormat,
-    dense_tensors,
-    encoding_bytes,
     expert_output,
     matrix_shape,
     parse_format,
@@ -83,8 +81,8 @@ def test_what_is_written_is_what_the_encoder_makes(specs, name: str) -> None:
     format = FORMATS[name]
     assert isinstance(format, GroupedFormat)
     slot, native = allocate_slot(format, specs, CPU), random_tensors(specs)
-    format.write(slot.tensors, native, specs)
-    read = dense_tensors(specs, slot.tensors, torch.float32)
+    format.encode(slot.tensors, native, specs)
+    read = format.decode(slot.tensors, specs, torch.float32)
     for short, spec in specs.items():
         if len(spec.shape) == 1:
             assert torch.equal(read[short], native[short]), "vectors stay as they are"
@@ -141,7 +139,7 @@ def test_the_output_is_the_familys_over_decoded_tensors(
     format, specs = FORMATS[name], block.layout.specs
     slot, native = allocate_slot(format, specs, CPU), parts_of(module, block, 3)
     with torch.inference_mode():
-        format.write(slot.tensors, native, specs)
+        format.encode(slot.tensors, native, specs)
         decoded = {}
         for short, tensor in native.items():
             weight = slot.tensors[short]
@@ -154,7 +152,7 @@ def test_the_output_is_the_familys_over_decoded_tensors(
                 assert torch.equal(weight, tensor)
                 decoded[short] = tensor
         x_RD = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
-        y_RD = expert_output(block.layout, slot.tensors, x_RD)
+        y_RD = expert_output(block.layout, format, slot.tensors, x_RD)
         assert torch.equal(y_RD, block.layout.output(decoded, x_RD))
 
 
@@ -168,9 +166,9 @@ def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, mon
     for rows in (1, 7, 8, 9, 13):
         with torch.inference_mode():
             monkeypatch.setattr("moefit.quant.format.round_rows", lambda rows: rows)
-            wanted_RD = expert_output(block.layout, native, x_RD[:rows])
+            wanted_RD = expert_output(block.layout, NATIVE, native, x_RD[:rows])
             monkeypatch.undo()
-            made_RD = expert_output(block.layout, native, x_RD[:rows])
+            made_RD = expert_output(block.layout, NATIVE, native, x_RD[:rows])
         assert made_RD.shape == wanted_RD.shape == (rows, 80)
         off = (made_RD.float() - wanted_RD.float()).abs().max()
         # Torch may sum another number of rows otherwise, and then it rounds otherwise.
@@ -187,13 +185,13 @@ def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> N
     place = "output 3 for input 2" if specs[short].inputs_first else "output 2 for input 3"
     format = FORMATS[name]
     with pytest.raises(CheckpointError, match=f"{short}: the weight of {place} is inf"):
-        format.write(allocate_slot(format, specs, CPU).tensors, native, specs)
+        format.encode(allocate_slot(format, specs, CPU).tensors, native, specs)
 
 
 def test_encoding_is_counted_for_formats_that_encode() -> None:
     specs = {"w": TensorSpec((64, 1000), torch.bfloat16), "b": TensorSpec((64,), torch.float32)}
-    assert encoding_bytes(NATIVE, specs) == 0
-    assert encoding_bytes(FORMATS["int4"], specs) > 64 * 1000 * 2 + 256
+    assert NATIVE.encoding_bytes(specs) == 0
+    assert FORMATS["int4"].encoding_bytes(specs) > 64 * 1000 * 2 + 256
 
 
 # Names
@@ -236,6 +234,6 @@ def test_slots_on_an_accelerator(name: str) -> None:
     dense = []
     for device in (CPU, torch.device("cuda")):
         slot = allocate_slot(format, specs, device)
-        format.write(slot.tensors, native, specs)
-        dense.append(dense_tensors(specs, slot.tensors, torch.bfloat16)["w"])
+        format.encode(slot.tensors, native, specs)
+        dense.append(format.decode(slot.tensors, specs, torch.bfloat16)["w"])
     assert dense[1].device.type == "cuda" and torch.equal(dense[0], dense[1].cpu())

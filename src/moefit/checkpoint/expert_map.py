@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 
 from moefit.checkpoint.quantisation import refuse_integers, refuse_scales, sign_of
 from moefit.checkpoint.safetensors import Checkpoint, Span
-from moefit.checkpoint.sources import ByteRange, Conversion, ExpertSource
+from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion, ExpertSource
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
 
@@ -322,7 +322,7 @@ def _source(
     sound: set[Any],
 ) -> ExpertSource:
     """One expert's source. `sound` holds what recipes that were found sound are alike in."""
-    parts: list[ByteRange | Conversion] = []
+    parts: list[ExpertSource] = []
     for short, spec in block.layout.specs.items():
         below, row = block.layout.parameter(short, expert)
         target = f"{block.name}.{below}"
@@ -347,11 +347,11 @@ def _source(
             sources=tuple(sources.items()),
             config=model.config,
         )
-        if (likeness := (recipe.likeness, block.name)) not in sound:
-            recipe.refuse_other_shape()
+        if (likeness := (recipe.shape_key, block.name)) not in sound:
+            recipe.check_shape()
             sound.add(likeness)
         parts.append(recipe)
-    return ExpertSource(tuple(parts))
+    return CompositeSource(tuple(parts))
 
 
 def _of_expert(

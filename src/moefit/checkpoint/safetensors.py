@@ -179,9 +179,15 @@ class Checkpoint:
         """The tensor in memory of its own."""
         data = torch.empty(span.nbytes, dtype=torch.uint8)
         if span.nbytes:
-            array: Any = data.numpy()
-            self.read_into(span, memoryview(array))
+            self.read_into(span, bytes_of(data))
         return data.view(span.dtype).view(span.shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as writable bytes."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class LazyTensor:

@@ -1,35 +1,108 @@
-"""What makes up one expert: bytes of a checkpoint's files, as they are or to be converted.
+"""Read one expert's tensors from a checkpoint.
 
-Owns the two ways in which a tensor of an expert comes about: byte ranges that can be read straight
-into place (`Piece`), and transformers' own operations over the expert's own tensors (`Recipe`).
-Knows nothing of how these are found (`expert_map.py`), nor of where they are read to.
+`ExpertSource` is the interface. `ByteRange` reads bytes straight into place, `Conversion` applies
+transformers' own operations to checkpoint tensors, and `CompositeSource` joins the parts of one
+expert. `expert_map.py` finds the sources of a model.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from moefit.checkpoint.safetensors import Checkpoint, Span
+from moefit.checkpoint.safetensors import Checkpoint, Span, bytes_of
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
-from moefit.moe.families import TensorSpec
+from moefit.moe.families import Tensors, TensorSpec
+
+
+class ExpertSource(Protocol):
+    """Where the tensors of one expert, or some of them, come from."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Byte ranges of the checkpoint's files that are read."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read from the checkpoint's files."""
+        ...
+
+    @property
+    def staging_bytes(self) -> int:
+        """Upper bound on the bytes held in memory while reading, besides the target tensors."""
+        ...
+
+    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Fill the expert's tensors in host memory, given by short name, in the model's dtypes.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read or converted. The tensors' content is
+                then undefined.
+            UnsupportedModelError: Conversion results in a shape that the model does not use.
+        """
+        ...
+
+    def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Yield the values in one or more tensors of any shape; raise as `read_into` does."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteRange:
-    """Bytes of a file that belong, as they are, at `start` of one of the expert's tensors."""
+    """Bytes of a file that are copied unchanged into one of the expert's tensors.
+
+    Attributes:
+        tensor: Short name of the tensor.
+        start: Offset in the tensor, in bytes.
+        span: The bytes in the file.
+    """
 
     tensor: str
     start: int
     span: Span
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The single span."""
+        return (self.span,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the span."""
+        return self.span.nbytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """0: bytes are read straight into place."""
+        return 0
+
+    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Read the span into its part of the tensor."""
+        part = bytes_of(tensors[self.tensor])[self.start : self.start + self.nbytes]
+        checkpoint.read_into(self.span, part)
+
+    def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Yield the span as one tensor."""
+        yield checkpoint.tensor(self.span)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """One of the expert's tensors as transformers' operations make it from checkpoint tensors."""
+    """One of the expert's tensors, made from checkpoint tensors by transformers' operations.
+
+    Attributes:
+        tensor: Short name of the tensor.
+        target: Full name of the model's parameter.
+        spec: Shape and dtype of the tensor.
+        converter: The operations; None if the only source is used as it is.
+        sources: Pairs of source pattern and the spans that match it.
+        config: The model's configuration, which some operations read.
+    """
 
     tensor: str
     target: str
@@ -38,20 +111,44 @@ class Conversion:
     sources: tuple[tuple[str, tuple[Span, ...]], ...]
     config: Any
 
-    def materialize(self, checkpoint: Checkpoint) -> Tensor:
-        """The tensor, in the model's dtype; its sources are in memory only meanwhile.
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Spans of all source tensors."""
+        return tuple(span for _, spans in self.sources for span in spans)
 
-        Raises CheckpointError if it cannot be read, UnsupportedModelError if what transformers
-        makes of it is not what the model computes with.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(span.nbytes for span in self.spans)
+
+    @property
+    def staging_bytes(self) -> int:
+        """The source tensors, and as many bytes again for the operations' results."""
+        return 2 * self.nbytes
+
+    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Copy the converted tensor into place."""
+        tensors[self.tensor].copy_(self.materialize(checkpoint))
+
+    def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Yield the converted tensor."""
+        yield self.materialize(checkpoint)
+
+    def materialize(self, checkpoint: Checkpoint) -> Tensor:
+        """Return the converted tensor in the model's dtype.
+
+        Raises:
+            CheckpointError: A source tensor cannot be read or converted.
+            UnsupportedModelError: The result's shape is not the one that the model uses.
         """
-        return self._made(
+        return self._convert_checked(
             {key: [checkpoint.tensor(s) for s in spans] for key, spans in self.sources}
         )
 
-    def refuse_other_shape(self) -> None:
-        """Raise as `materialize` does for what the sources' shapes lead to; read nothing."""
+    def check_shape(self) -> None:
+        """Raise as `materialize` does if the source shapes lead to an error; read nothing."""
         with torch.device("meta"):
-            self._made(
+            self._convert_checked(
                 {
                     key: [torch.empty(span.shape, dtype=span.dtype) for span in spans]
                     for key, spans in self.sources
@@ -59,80 +156,90 @@ class Conversion:
             )
 
     @property
-    def likeness(self) -> tuple[Any, ...]:
-        """Equal for recipes whose sources differ in nothing but their bytes."""
+    def shape_key(self) -> tuple[Any, ...]:
+        """A key that is equal for conversions with the same operations, shapes and dtypes."""
         shapes = tuple(
             (key, tuple((span.shape, span.dtype) for span in spans)) for key, spans in self.sources
         )
         return self.tensor, self.spec, id(self.converter), shapes
 
-    def _made(self, loaded: dict[str, list[Tensor]]) -> Tensor:
+    def _convert_checked(self, loaded: dict[str, list[Tensor]]) -> Tensor:
         try:
-            made = self._converted(loaded) if self.converter else next(iter(loaded.values()))[0]
+            value = self._convert(loaded) if self.converter else next(iter(loaded.values()))[0]
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CheckpointError(
-                f"{self.target} cannot be made of the checkpoint's {self._described()}: "
-                f"{in_brief(error)}; copy or download it again"
+                f"{self.target} cannot be made from the checkpoint's {self._source_names()}: "
+                f"{in_brief(error)}; copy or download the checkpoint again"
             ) from error
-        if made.shape == (1, *self.spec.shape):
-            made = made[0]
-        if tuple(made.shape) != self.spec.shape:
+        if value.shape == (1, *self.spec.shape):
+            value = value[0]
+        if tuple(value.shape) != self.spec.shape:
             raise UnsupportedModelError(
-                f"{self.target}: one expert of the checkpoint ({self._described()}) becomes "
-                f"{list(made.shape)}, but the model computes with {list(self.spec.shape)}; either "
+                f"{self.target}: one expert of the checkpoint ({self._source_names()}) becomes "
+                f"{list(value.shape)}, but the model computes with {list(self.spec.shape)}; either "
                 "config.json is not the one that belongs to the weights, or this family's layout "
                 "cannot be read expert by expert"
             )
-        return made.to(self.spec.dtype)
+        return value.to(self.spec.dtype)
 
-    def _described(self) -> str:
+    def _source_names(self) -> str:
         spans = self.spans
         more = f" and {len(spans) - 3} more" if len(spans) > 3 else ""
         return ", ".join(f"{span.name} {list(span.shape)}" for span in spans[:3]) + more
 
-    def _converted(self, loaded: dict[str, list[Tensor]]) -> Tensor:
+    def _convert(self, loaded: dict[str, list[Tensor]]) -> Tensor:
         converter = deepcopy(cast(WeightConverter, self.converter))
         for pattern, tensors in loaded.items():
             converter.collected_tensors[pattern] = cast(Any, tensors)
-        made = converter.convert(
+        converted = converter.convert(
             self.target, model=_OneExpert(self.spec), config=self.config, loading_info=None
         )
-        if self.target not in made:
-            raise UnsupportedModelError(f"{self.target}: transformers makes {sorted(made)} of it")
-        value = made[self.target]
+        if self.target not in converted:
+            raise UnsupportedModelError(
+                f"{self.target}: transformers' conversion returned {sorted(converted)} instead"
+            )
+        value = converted[self.target]
         return value[0] if isinstance(value, list) else value
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """All that is read for it."""
-        return tuple(span for _, spans in self.sources for span in spans)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        return sum(span.nbytes for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertSource:
-    """All that makes up one expert."""
+class CompositeSource:
+    """A source made of several, which together fill all of an expert's tensors."""
 
-    parts: tuple[ByteRange | Conversion, ...]
+    parts: tuple[ExpertSource, ...]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Spans of all parts, in order."""
+        return tuple(span for part in self.parts for span in part.spans)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        return sum(
-            part.span.nbytes if isinstance(part, ByteRange) else part.nbytes for part in self.parts
-        )
+        """Sum over the parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Sum over the parts."""
+        return sum(part.staging_bytes for part in self.parts)
+
+    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Read one part after the other."""
+        for part in self.parts:
+            part.read_into(checkpoint, tensors)
+
+    def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Yield the values of one part after the other."""
+        for part in self.parts:
+            yield from part.values(checkpoint)
 
 
 class _OneExpert:
-    """Stands for the model where an operation asks for a parameter's shape."""
+    """Stand-in for the model in operations that look up a parameter's shape."""
 
     def __init__(self, spec: TensorSpec):
         self._spec = spec
 
     def get_parameter(self, name: str) -> Tensor:
-        """A stack of one expert, on the meta device."""
+        """Return a stack of one expert on the meta device."""
         return torch.empty((1, *self._spec.shape), dtype=self._spec.dtype, device="meta")

@@ -30,7 +30,6 @@ from moefit.plan.profile import (
     write_profile,
 )
 from moefit.plan.reference import digest_of
-from moefit.quant.error_model import expected_error
 from moefit.quant.format import FORMATS as ALL_FORMATS
 from moefit.quant.format import NATIVE, parse_format, weights_in
 from moefit.serve.hf.skeleton import build_skeleton
@@ -145,7 +144,7 @@ class Profiler:
                 errors[name] = (
                     list(self._packed.relative_errors(block.name, format))
                     if format != NATIVE and self._packed.has(block.name, format)
-                    else [expected_error(format)] * block.num_experts
+                    else [format.expected_error] * block.num_experts
                 )
             yield BlockFacts(
                 name=block.name,

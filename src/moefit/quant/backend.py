@@ -20,10 +20,10 @@ from moefit.quant.grouped_int import GroupedMatrix
 class Backend(Protocol):
     """Computation from formats, without decoding to memory."""
 
-    few: int
-    """Tokens of one matrix; with more, decoding once and multiplying in torch is faster."""
-    few_native: int
-    """The same where nothing need be decoded."""
+    max_grouped_rows: int
+    """Rows of input per matrix above which decoding once and multiplying in torch is faster."""
+    max_native_rows: int
+    """The same limit for weights that need no decoding."""
 
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32

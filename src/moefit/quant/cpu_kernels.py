@@ -83,8 +83,8 @@ class KernelMlp:
 class Kernels:
     """The library, used at one level of instructions."""
 
-    few = 16  # tokens; with more, decoding once and multiplying in torch is faster
-    few_native = 4  # the same where nothing need be decoded
+    max_grouped_rows = 16
+    max_native_rows = 4
 
     def __init__(self, library: ctypes.CDLL, level: Level):
         self._library, self.level = library, level

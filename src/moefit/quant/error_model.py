@@ -1,20 +1,18 @@
-"""What a format loses of an expert, as a share of the sum of its squared weights.
+"""Errors of encoded weights, measured and expected.
 
-Owns the figures that the choice of precision starts from where nobody has measured the expert
-itself: those of normally distributed weights, which trained experts come close to. A test measures
-them.
+An error is the sum of squared differences as a fraction of the sum of squared weights. `GAUSSIAN`
+holds the values for normally distributed weights, which trained experts are close to; a test
+measures them. They are used wherever the error of the expert itself has not been measured.
 
-Shapes: R rows (output units), C columns, I weights of some rows.
+Shapes: R rows (output units), C columns (input units), I weights of some rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from moefit.moe.families import Tensors, TensorSpec
 from moefit.quant.backend import decoded
-from moefit.quant.format import Format, Weights
 from moefit.quant.grouped_int import GroupedMatrix
 
 GAUSSIAN: Mapping[str, float] = {
@@ -26,36 +24,36 @@ GAUSSIAN: Mapping[str, float] = {
     "int8": 3.45e-5,
     "native": 0.0,
 }
-"""Relative squared errors of `fitted` encoding, groups of 64."""
-_ROWS_AT_ONCE = 256  # few enough to stay in the processor's cache
+"""By format name, with the `fitted` encoder and groups of 64."""
+_CHUNK_ROWS = 256  # small enough for the processor's cache
 
 
-def relative_error(weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> float:
-    """The encoded matrices' squared error over their sum of squares; 0 if nothing is encoded."""
+def relative_error(matrices: Iterable[tuple[GroupedMatrix, Tensor]]) -> float:
+    """Return the squared error of encoded matrices, divided by the sum of squared weights.
+
+    Args:
+        matrices: Pairs of an encoded matrix and its original weights [R, C].
+
+    Returns:
+        |W - W^|^2 / |W|^2 over all matrices together; 0 if there are none.
+    """
     error = square = 0.0
-    for short, matrix in weights.items():
-        if isinstance(matrix, GroupedMatrix):
-            own_RC = native[short].T if specs[short].inputs_first else native[short]
-            for first in range(0, matrix.rows, _ROWS_AT_ONCE):
-                part_RC = own_RC[first : first + _ROWS_AT_ONCE].float()
-                square += _squares(part_RC)
-                error += _squares(_decoded(matrix, first).sub_(part_RC))
+    for matrix, weight_RC in matrices:
+        for first in range(0, matrix.rows, _CHUNK_ROWS):
+            chunk_RC = weight_RC[first : first + _CHUNK_ROWS].float()
+            square += _sum_of_squares(chunk_RC)
+            error += _sum_of_squares(_decode_chunk(matrix, first).sub_(chunk_RC))
     return error / square if square else 0.0
 
 
-def _squares(part_RC: Tensor) -> float:
-    part_I = part_RC.flatten()
-    return float(part_I @ part_I)
+def _sum_of_squares(chunk_RC: Tensor) -> float:
+    chunk_I = chunk_RC.flatten()
+    return float(chunk_I @ chunk_I)
 
 
-def _decoded(matrix: GroupedMatrix, first: int) -> Tensor:
-    last = first + _ROWS_AT_ONCE
+def _decode_chunk(matrix: GroupedMatrix, first: int) -> Tensor:
+    last = first + _CHUNK_ROWS
     rows = GroupedMatrix(
         matrix.bits, matrix.cols, matrix.codes_RB[first:last], matrix.meta_RMG[first:last]
     )
     return decoded(rows, torch.float32)
-
-
-def expected_error(format: Format) -> float:
-    """The figure for a format, measured or not."""
-    return GAUSSIAN[format.name.removesuffix("-nearest")]

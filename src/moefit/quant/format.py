@@ -1,8 +1,11 @@
-"""The formats in which an expert can lie in memory: its own dtype, or grouped integers.
+"""Formats in which an expert is held in memory: the model's own dtype, or grouped integers.
 
-Owns which of an expert's tensors are encoded, where each part lies in a slot's bytes, and the plain
-computation from each format. Matrices are encoded with rows as output units; vectors (biases) stay
-as they are. Knows nothing of slots, files or which expert is where.
+`Format` is the interface that the rest of the package uses. A format defines which tensors are
+encoded, where each lies in a slot's buffer, how they are encoded and decoded, how large the error
+is, and when kernels are used. Matrices are encoded with rows as output units; other tensors, such
+as biases, are copied unchanged.
+
+Shapes: R rows (output units, or routed rows of x and y), C columns, D model width, B bytes.
 """
 
 import mmap
@@ -19,9 +22,10 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import Layout, Tensors, TensorSpec
-from moefit.quant.backend import decoded
+from moefit.quant.backend import Backend, decoded
 from moefit.quant.cpu_kernels import Weight
 from moefit.quant.encode import Encoder, encode_into
+from moefit.quant.error_model import GAUSSIAN, relative_error
 from moefit.quant.grouped_int import (
     PLANES,
     ROWS_AT_ONCE,
@@ -32,98 +36,214 @@ from moefit.quant.grouped_int import (
     meta_per_group,
 )
 
-_ALIGNMENT = 64  # bytes; a cache line, and what vector instructions like
+_ALIGNMENT = 64  # bytes: a cache line, and the width of the widest vector instructions
+Specs = Mapping[str, TensorSpec]
+"""Shape and dtype of an expert's tensors by short name."""
 Weights = Mapping[str, Weight]
-"""One expert's tensors by short name, some of them encoded."""
+"""One expert's tensors by short name; some may be encoded."""
 
 
 class Format(Protocol):
-    """How an expert's matrices lie in a slot. Slots of one block may differ in it."""
+    """How one expert's tensors are stored in a slot. Slots of one block may differ in format."""
 
     @property
     def name(self) -> str:
-        """As in `--precision`."""
+        """Name as given to `--precision`."""
         ...
 
-    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
-        """Bytes that a slot of this format takes, in whole pages."""
+    @property
+    def is_encoded(self) -> bool:
+        """Whether experts are encoded, instead of being stored in the model's dtype."""
         ...
 
-    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
-        """The slot's tensors: views into the bytes of its buffer."""
+    @property
+    def encoder(self) -> str:
+        """Name of the encoder; empty if nothing is encoded."""
         ...
 
-    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
-        """Fill bound tensors from an expert's own.
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether recorded inputs can change how an expert is encoded."""
+        ...
 
-        Raises CheckpointError for weights that the format cannot hold.
+    @property
+    def expected_error(self) -> float:
+        """Relative squared error of the weights if they are normally distributed."""
+        ...
+
+    @property
+    def dense_format(self) -> "GroupedFormat | None":
+        """The format of dense weights in this precision; None if they are not encoded."""
+        ...
+
+    def nbytes(self, specs: Specs) -> int:
+        """Return the size of a slot of this format in bytes, a multiple of the page size."""
+        ...
+
+    def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
+        """Return the expert's tensors as views into a slot's buffer."""
+        ...
+
+    def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
+        """Fill bound tensors from an expert's tensors in the model's dtype.
+
+        Raises:
+            CheckpointError: The format cannot represent a weight.
         """
+        ...
+
+    def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
+        """Return the tensors that the family's code computes with; encoded ones in `dtype`."""
+        ...
+
+    def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
+        """Return |W - W^|^2 / |W|^2 over the encoded matrices; 0 if nothing is encoded."""
+        ...
+
+    def encoding_bytes(self, specs: Specs) -> int:
+        """Return an upper bound on the bytes that encoding an expert needs besides its slot."""
+        ...
+
+    def decoding_bytes(self, specs: Specs) -> int:
+        """Return the bytes that a decoded expert occupies besides its slot."""
+        ...
+
+    def prefers_kernels(self, dtype: torch.dtype) -> bool:
+        """Return whether kernels are faster than torch for experts with weights of this dtype."""
+        ...
+
+    def max_kernel_rows(self, kernels: Backend) -> int:
+        """Return the most rows for one expert up to which kernels are faster than torch."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class NativeFormat:
-    """The checkpoint's own dtype, each tensor on a cache line."""
+    """The model's own dtype, each tensor aligned to a cache line."""
 
     @property
     def name(self) -> str:
         """`native`."""
         return "native"
 
-    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
-        """The tensors' bytes and what aligning them wastes."""
-        return _pages(sum(_aligned(spec.nbytes) for spec in specs.values()))
+    @property
+    def is_encoded(self) -> bool:
+        """False."""
+        return False
 
-    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
-        """One view per tensor."""
-        cut = _Cut(buffer_B)
-        return {
-            short: cut.take(spec.nbytes).view(spec.dtype).view(spec.shape)
-            for short, spec in specs.items()
-        }
+    @property
+    def encoder(self) -> str:
+        """Empty."""
+        return ""
 
-    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
-        """A copy."""
+    @property
+    def uses_calibration(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def expected_error(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def dense_format(self) -> None:
+        """None: dense weights are not encoded."""
+        return None
+
+    def nbytes(self, specs: Specs) -> int:
+        """Return the size of the aligned tensors."""
+        return _round_to_pages(sum(_align(spec.nbytes) for spec in specs.values()))
+
+    def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
+        """Return one view per tensor."""
+        cut = _BufferCutter(buffer_B)
+        return {short: cut.take_tensor(spec) for short, spec in specs.items()}
+
+    def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
+        """Copy the tensors."""
         for short, tensor in native.items():
             target = weights[short]
             assert isinstance(target, Tensor)
             target.copy_(tensor)
 
+    def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
+        """Return the bound tensors themselves."""
+        return {short: weight for short, weight in weights.items() if isinstance(weight, Tensor)}
+
+    def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
+        """Return 0."""
+        return 0.0
+
+    def encoding_bytes(self, specs: Specs) -> int:
+        """Return 0."""
+        return 0
+
+    def decoding_bytes(self, specs: Specs) -> int:
+        """Return 0."""
+        return 0
+
+    def prefers_kernels(self, dtype: torch.dtype) -> bool:
+        """Return whether weights have 16 bits; float32 products are torch's own strength."""
+        return dtype in (torch.bfloat16, torch.float16)
+
+    def max_kernel_rows(self, kernels: Backend) -> int:
+        """Return the backend's limit for weights that need no decoding."""
+        return kernels.max_native_rows
+
 
 @dataclass(frozen=True, slots=True)
 class GroupedFormat:
-    """Matrices as integers of `bits` with a scale and a minimum for every 64 of a row."""
+    """Matrices as integers of `bits` bits, with a scale and a minimum per 64 weights of a row."""
 
     bits: int
     encoder: Encoder = "fitted"
 
     @property
     def name(self) -> str:
-        """`int4`, or `int4-nearest` where the encoder is not the default."""
+        """`int4`, or `int4-nearest` if the encoder is not the default."""
         return f"int{self.bits}" if self.encoder == "fitted" else f"int{self.bits}-{self.encoder}"
 
-    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
-        """Codes, scales and minima of the matrices, and the other tensors as they are."""
-        return _pages(sum(self._tensor_bytes(spec) for spec in specs.values()))
+    @property
+    def is_encoded(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether the encoder minimises an error; rounding to nearest does not."""
+        return self.encoder != "nearest"
+
+    @property
+    def expected_error(self) -> float:
+        """The value of `GAUSSIAN`, whichever the encoder."""
+        return GAUSSIAN[f"int{self.bits}"]
+
+    @property
+    def dense_format(self) -> "GroupedFormat":
+        """This format."""
+        return self
+
+    def nbytes(self, specs: Specs) -> int:
+        """Return the size of codes, scales and minima of the matrices, and of other tensors."""
+        return _round_to_pages(sum(self._tensor_bytes(spec) for spec in specs.values()))
 
     def _tensor_bytes(self, spec: TensorSpec) -> int:
         if not is_matrix(spec):
-            return _aligned(spec.nbytes)
+            return _align(spec.nbytes)
         rows, cols = matrix_shape(spec)
         sizes = codes_bytes(rows, cols, self.bits), meta_bytes(rows, cols, self.bits)
-        return sum(map(_aligned, sizes))
+        return sum(map(_align, sizes))
 
-    def bind(self, buffer_B: Tensor, specs: Mapping[str, TensorSpec]) -> Weights:
-        """A `GroupedMatrix` per matrix, a view per other tensor."""
-        cut = _Cut(buffer_B)
+    def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
+        """Return a `GroupedMatrix` per matrix and a view per other tensor."""
+        cut = _BufferCutter(buffer_B)
         return {
-            short: self._matrix(cut, spec)
-            if is_matrix(spec)
-            else cut.take(spec.nbytes).view(spec.dtype).view(spec.shape)
+            short: self._take_matrix(cut, spec) if is_matrix(spec) else cut.take_tensor(spec)
             for short, spec in specs.items()
         }
 
-    def _matrix(self, cut: "_Cut", spec: TensorSpec) -> GroupedMatrix:
+    def _take_matrix(self, cut: "_BufferCutter", spec: TensorSpec) -> GroupedMatrix:
         rows, cols = matrix_shape(spec)
         codes_B = cut.take(codes_bytes(rows, cols, self.bits))
         meta_B = cut.take(meta_bytes(rows, cols, self.bits))
@@ -132,18 +252,53 @@ class GroupedFormat:
             self.bits, cols, codes_B.view(rows, -1), meta_B.view(torch.float16).view(meta_shape)
         )
 
-    def write(self, weights: Weights, native: Tensors, specs: Mapping[str, TensorSpec]) -> None:
-        """Encode the matrices, copy the rest."""
+    def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
+        """Encode the matrices and copy the other tensors."""
         for short, tensor in native.items():
             target = weights[short]
             if isinstance(target, Tensor):
                 target.copy_(tensor)
                 continue
-            weight_RC = tensor.T if specs[short].inputs_first else tensor
             try:
-                encode_into(target, weight_RC, self.encoder)
+                encode_into(target, _output_rows(tensor, specs[short]), self.encoder)
             except CheckpointError as error:
                 raise CheckpointError(f"{short}: {error}") from error
+
+    def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
+        """Return the decoded matrices and the other tensors themselves."""
+        return {
+            short: weight
+            if isinstance(weight, Tensor)
+            else _output_rows(decoded(weight, dtype), specs[short])
+            for short, weight in weights.items()
+        }
+
+    def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
+        """Return the error over all matrices together."""
+        return relative_error(
+            (matrix, _output_rows(native[short], specs[short]))
+            for short, matrix in weights.items()
+            if isinstance(matrix, GroupedMatrix)
+        )
+
+    def encoding_bytes(self, specs: Specs) -> int:
+        """Return the size of the expert in the model's dtype, and of some rows in float32."""
+        widest = max(
+            (matrix_shape(spec)[1] for spec in specs.values() if is_matrix(spec)), default=0
+        )
+        return self.decoding_bytes(specs) + ROWS_AT_ONCE * widest * 4 * 8
+
+    def decoding_bytes(self, specs: Specs) -> int:
+        """Return the size of the expert in the model's dtype."""
+        return sum(spec.nbytes for spec in specs.values())
+
+    def prefers_kernels(self, dtype: torch.dtype) -> bool:
+        """Return True: torch would have to decode whole matrices."""
+        return True
+
+    def max_kernel_rows(self, kernels: Backend) -> int:
+        """Return the backend's limit for grouped integers."""
+        return kernels.max_grouped_rows
 
 
 NATIVE = NativeFormat()
@@ -155,16 +310,20 @@ FORMATS: Mapping[str, Format] = {
 
 
 def parse_format(name: str) -> Format:
-    """The format of this name. Raises ConfigError for another, naming the nearest."""
+    """Return the format with this name.
+
+    Raises:
+        ConfigError: There is no such format; the message names the nearest.
+    """
     if name in FORMATS:
         return FORMATS[name]
     known = ", ".join(one for one in FORMATS if not one.endswith("nearest"))
     raise ConfigError(
-        f"precision {name!r} does not exist; there are {known}; nearest: {_like(name)}"
+        f"precision {name!r} does not exist; there are {known}; nearest: {_nearest_name(name)}"
     )
 
 
-def _like(name: str) -> str:
+def _nearest_name(name: str) -> str:
     digits = re.search(r"[0-9]{1,3}", name)
     if not digits:
         return next(iter(get_close_matches(name, FORMATS, n=1)), "int8")
@@ -172,21 +331,21 @@ def _like(name: str) -> str:
     return "native" if bits > 12 else f"int{min(PLANES, key=lambda width: abs(width - bits))}"
 
 
-def expert_output(layout: Layout, weights: Weights, x_RD: Tensor) -> Tensor:
-    """One expert's unweighted output y_RD, the plain way: decoded, then as the family computes.
+def expert_output(layout: Layout, format: Format, weights: Weights, x_RD: Tensor) -> Tensor:
+    """Return one expert's unweighted output y_RD, computed in torch from decoded weights.
 
-    On a CPU, 16-bit rows are filled up to one of few numbers: oneDNN compiles a program for every
-    shape and keeps a thousand of them, which took hundreds of MiB
+    On a CPU, 16-bit inputs are padded to one of few row counts: oneDNN compiles a program for every
+    shape and caches a thousand of them, which took hundreds of MiB
     (tests/serve/memory/test_peak_memory.py).
     """
     rows = len(x_RD)
     if x_RD.device.type == "cpu" and x_RD.dtype.itemsize == 2:
         x_RD = F.pad(x_RD, (0, 0, 0, round_rows(rows) - rows))
-    return layout.output(dense_tensors(layout.specs, weights, x_RD.dtype), x_RD)[:rows]
+    return layout.output(format.decode(weights, layout.specs, x_RD.dtype), x_RD)[:rows]
 
 
 def round_rows(rows: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ...: two in each doubling.
+    """Round up to 8, 12, 16, 24, 32, 48, ...: two sizes in each doubling.
 
     >>> [round_rows(rows) for rows in (1, 8, 9, 13, 49, 65)]
     [8, 8, 12, 16, 64, 96]
@@ -199,61 +358,45 @@ def round_rows(rows: int) -> int:
     return size
 
 
-def dense_tensors(specs: Mapping[str, TensorSpec], weights: Weights, dtype: torch.dtype) -> Tensors:
-    """An expert's tensors as the family computes with them; those encoded are decoded."""
-    return {
-        short: weight if isinstance(weight, Tensor) else _decoded(weight, specs[short], dtype)
-        for short, weight in weights.items()
-    }
-
-
-def _decoded(matrix: GroupedMatrix, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    weight_RC = decoded(matrix, dtype)
-    return weight_RC.T if spec.inputs_first else weight_RC
-
-
 def is_matrix(spec: TensorSpec) -> bool:
-    """Whether a tensor is one that grouped formats encode."""
+    """Return whether encoded formats encode this tensor, rather than copying it."""
     return len(spec.shape) == 2 and spec.dtype.is_floating_point
 
 
 def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
-    """Output units, input units."""
+    """Return the number of output units and of input units."""
     rows, cols = spec.shape
     return (cols, rows) if spec.inputs_first else (rows, cols)
 
 
-def encoding_bytes(format: Format, specs: Mapping[str, TensorSpec]) -> int:
-    """The most that encoding or decoding one expert holds beside its slot.
-
-    That is itself in its own dtype, and some rows as float32.
-    """
-    if isinstance(format, NativeFormat):
-        return 0
-    widest = max((matrix_shape(spec)[1] for spec in specs.values() if is_matrix(spec)), default=0)
-    return sum(spec.nbytes for spec in specs.values()) + ROWS_AT_ONCE * widest * 4 * 8
-
-
-def weights_in(specs: Mapping[str, TensorSpec]) -> int:
-    """Numbers in an expert's matrices."""
+def weights_in(specs: Specs) -> int:
+    """Return the number of weights in an expert's matrices."""
     return sum(prod(spec.shape) for spec in specs.values() if is_matrix(spec))
 
 
-class _Cut:
-    """Parts of a buffer, one after the other, each on a cache line."""
+def _output_rows(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """Transpose between the family's orientation and rows of output units, in either direction."""
+    return weight.T if spec.inputs_first else weight
+
+
+class _BufferCutter:
+    """Cuts a buffer into consecutive parts, each aligned to a cache line."""
 
     def __init__(self, buffer_B: Tensor):
-        self._buffer_B, self._at = buffer_B, 0
+        self._buffer_B, self._offset = buffer_B, 0
 
     def take(self, size: int) -> Tensor:
-        part_B = self._buffer_B[self._at : self._at + size]
-        self._at += _aligned(size)
+        part_B = self._buffer_B[self._offset : self._offset + size]
+        self._offset += _align(size)
         return part_B
 
+    def take_tensor(self, spec: TensorSpec) -> Tensor:
+        return self.take(spec.nbytes).view(spec.dtype).view(spec.shape)
 
-def _aligned(size: int, to: int = _ALIGNMENT) -> int:
+
+def _align(size: int, to: int = _ALIGNMENT) -> int:
     return -(-size // to) * to
 
 
-def _pages(size: int) -> int:
-    return _aligned(size, mmap.PAGESIZE)
+def _round_to_pages(size: int) -> int:
+    return _align(size, mmap.PAGESIZE)

@@ -17,7 +17,7 @@ from moefit.errors import CheckpointError
 from moefit.moe.families import Layout, Tensors
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.encode import LARGEST, check_finite, encode, encode_into
-from moefit.quant.format import Weights, dense_tensors
+from moefit.quant.format import Format, Weights
 from moefit.quant.grouped_int import GROUP, GroupedMatrix, groups_of, pack, to_slabs
 from moefit.quant.moments import SecondMoments, moments_of
 
@@ -223,10 +223,10 @@ class CalibratedExpert:
             except CheckpointError as error:
                 raise CheckpointError(f"{short}: {error}") from error
 
-    def relative_error(self, weights: Weights) -> float:
+    def relative_error(self, format: Format, weights: Weights) -> float:
         """|y - y^|^2 / |y|^2 over the rows; 0 for an expert that gives nothing."""
         with torch.inference_mode():
-            tensors = _in_float(dense_tensors(self._layout.specs, weights, torch.float32))
+            tensors = _in_float(format.decode(weights, self._layout.specs, torch.float32))
             off_ND = self._layout.output(tensors, self._x_ND).sub_(self._y_ND)
         square = float(self._y_ND.square().sum(-1) @ self._count_N)
         return float(off_ND.square().sum(-1) @ self._count_N) / square if square else 0.0

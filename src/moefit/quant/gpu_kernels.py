@@ -44,7 +44,9 @@ class TritonKernels:
     """The kernels of one process; on which GPU they run, tensors say."""
 
     level = "triton"
-    few = few_native = 1 << 30  # any number of tokens: decoding would go through memory
+    max_grouped_rows = max_native_rows = (
+        1 << 30
+    )  # any number of tokens: decoding would go through memory
 
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32

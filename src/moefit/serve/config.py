@@ -237,8 +237,7 @@ class LoadSettings:
 
     def dense_format(self) -> GroupedFormat | None:
         """Of the weights that are no experts; None if they stay as they are."""
-        format = parse_format(self.dense_precision)
-        return format if isinstance(format, GroupedFormat) else None
+        return parse_format(self.dense_precision).dense_format
 
     def format(self, block: MoeBlock) -> Format:
         """Of a block's slots; where they differ the largest, and of `auto` where they begin."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moefit.quant.format import NATIVE, Format, NativeFormat
+from moefit.quant.format import NATIVE, Format
 from moefit.serve.cache.host_cache import HostCache
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.hf.generation_config import GenerationDefaults
@@ -114,7 +114,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
 def _encoded_format(experts: VirtualExperts) -> Format:
     """A format of the block's slots that is not the checkpoint's own, if there is one."""
     formats = [slot.format for slot in experts.slots.values()] or [experts.format]
-    return next((one for one in formats if not isinstance(one, NativeFormat)), NATIVE)
+    return next((one for one in formats if one.is_encoded), NATIVE)
 
 
 def _formats_of(experts: VirtualExperts) -> dict[str, int]:

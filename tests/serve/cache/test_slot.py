@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_served import mixtral_block, parts_of
 
+from moefit.checkpoint.safetensors import bytes_of
 from moefit.host import process_bytes
 from moefit.moe.families import TensorSpec
 from moefit.quant.format import NativeFormat, expert_output
-from moefit.serve.cache.slot import Slot, allocate_slot, bytes_of
+from moefit.serve.cache.slot import Slot, allocate_slot
 
 CPU = torch.device("cpu")
 specs = st.dictionaries(
@@ -103,7 +104,7 @@ def test_the_format_computes_as_the_familys_experts_do() -> None:
     with torch.no_grad():
         ids_T1, weights_T1 = torch.full((5, 1), 2), torch.ones(5, 1)
         expected = module(x_RD, ids_T1, weights_T1)
-    y_RD = expert_output(block.layout, slot.tensors, x_RD)
+    y_RD = expert_output(block.layout, slot.format, slot.tensors, x_RD)
     torch.testing.assert_close(y_RD, expected)
 
 

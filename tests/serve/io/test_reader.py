@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_served import FAMILIES, Disk, parts_of, reading_through, saved, tiny
 
 from moefit.checkpoint.safetensors import SINGLE
-from moefit.checkpoint.sources import ByteRange, Conversion
+from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion, ExpertSource
 from moefit.errors import CheckpointError, MoefitError
 from moefit.quant.format import NativeFormat
 from moefit.serve.cache.slot import Slot, allocate_slot
@@ -21,6 +21,11 @@ def open_store(folder: Path, dtype: torch.dtype | None = None) -> tuple[ExpertSt
     skeleton = build_skeleton(folder, dtype)
     blocks = {block.name: block for block in skeleton.blocks}
     return ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks), skeleton
+
+
+def consists_of(source: ExpertSource, kind: type) -> bool:
+    assert isinstance(source, CompositeSource)
+    return all(isinstance(part, kind) for part in source.parts)
 
 
 def dirty_slot(specs: Any) -> Slot:
@@ -49,13 +54,8 @@ def assert_reads_as_the_model_has_it(folder: Path, model: Any, dtype: torch.dtyp
 def test_every_expert_reads_as_the_model_has_it(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     store, skeleton = assert_reads_as_the_model_has_it(saved(model, tmp_path), model)
-    parts = [
-        part
-        for sources in skeleton.map.experts.values()
-        for source in sources
-        for part in source.parts
-    ]
-    assert all(isinstance(part, ByteRange) for part in parts), "straight into the slot"
+    sources = [source for sources in skeleton.map.experts.values() for source in sources]
+    assert all(consists_of(source, ByteRange) for source in sources), "straight into the slot"
     assert store.staging_bytes == 0
     assert store.bytes_read == sum(block.expert_bytes * 8 for block in skeleton.blocks)
 
@@ -75,7 +75,7 @@ def test_experts_of_another_dtype_are_converted_one_by_one(tmp_path: Path, famil
         saved(model, tmp_path), model, torch.bfloat16
     )
     sources = [source for sources in skeleton.map.experts.values() for source in sources]
-    assert all(isinstance(part, Conversion) for source in sources for part in source.parts)
+    assert all(consists_of(source, Conversion) for source in sources)
     assert store.staging_bytes == 2 * max(source.nbytes for source in sources)
     assert store.bytes_read == sum(source.nbytes for source in sources)
 

@@ -22,7 +22,7 @@ from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
 from moefit.quant import cpu_kernels as kernels_module
 from moefit.quant.cpu_kernels import LEVELS, SWITCH, Kernels
-from moefit.quant.format import FORMATS, Format, GroupedFormat, dense_tensors
+from moefit.quant.format import FORMATS, Format, GroupedFormat
 from moefit.serve.cache.eviction import LeastRecentlyUsed
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.cache.slot_table import SlotTable
@@ -74,7 +74,7 @@ class ModelStore:
     def read(self, block: str, expert: int, into: Slot) -> None:
         with torch.inference_mode():
             native = parts_of(self.module, self.block, expert)
-            into.format.write(into.tensors, native, self.block.layout.specs)
+            into.format.encode(into.tensors, native, self.block.layout.specs)
 
 
 def block_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[MoeBlock, Any]:
@@ -96,7 +96,7 @@ class Bench:
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
         specs = self.block.layout.specs
         for expert, slot in self.slots.items():
-            dense = dense_tensors(specs, slot.tensors, torch.float32)
+            dense = slot.format.decode(slot.tensors, specs, torch.float32)
             y_each_TD = self.block.layout.output(
                 {k: v.double() for k, v in dense.items()}, x_TD.double()
             )
@@ -150,7 +150,7 @@ def test_a_block_of_such_slots(make, computing, family: str, formats) -> None:
     """One token and many: below and above the number from which experts are decoded."""
     made = make(*block_of(family), formats)
     with torch.inference_mode():
-        for count in (1, 5, 3 * Kernels.few):
+        for count in (1, 5, 3 * Kernels.max_grouped_rows):
             x_TD, routing = case(count, 3)
             assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
 
@@ -186,8 +186,11 @@ def test_padding_and_duplicates(count, k, padding, twice, seed: int) -> None:
 @pytest.mark.parametrize("over", [0, 1])
 def test_one_expert_with_as_many_rows_as_are_few_and_one_more(make, computing, over: int) -> None:
     made = make(*block_of("Mixtral"), MIXED)
-    x_TD, _ = case(Kernels.few + over, 1)
-    routing = Routing(torch.full((Kernels.few + over, 1), 1), torch.ones(Kernels.few + over, 1))
+    x_TD, _ = case(Kernels.max_grouped_rows + over, 1)
+    routing = Routing(
+        torch.full((Kernels.max_grouped_rows + over, 1), 1),
+        torch.ones(Kernels.max_grouped_rows + over, 1),
+    )
     with torch.inference_mode():
         assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
 
@@ -238,8 +241,8 @@ def decoded_twin(model: Any, format: Format) -> Any:
         module, specs = model.get_submodule(block.name), block.layout.specs
         for expert in range(block.num_experts):
             native, slot = parts_of(module, block, expert), allocate_slot(format, specs, CPU)
-            format.write(slot.tensors, native, specs)
-            for short, value in dense_tensors(specs, slot.tensors, torch.float32).items():
+            format.encode(slot.tensors, native, specs)
+            for short, value in format.decode(slot.tensors, specs, torch.float32).items():
                 native[short].copy_(value)
     return model
 

@@ -122,7 +122,8 @@ def expected_slots(skeleton: Skeleton, what: CalibrationText, folder: Path, form
             native, (x_ND, count_N) = store.native(block.name, expert), inputs.rows(expert)
             CalibratedExpert(block.layout, native, x_ND, count_N).encode(slot.tensors)
             off_ND = (
-                expert_output(block.layout, slot.tensors, x_ND) - block.layout.output(native, x_ND)
+                expert_output(block.layout, format, slot.tensors, x_ND)
+                - block.layout.output(native, x_ND)
             ).square()
             own_ND = block.layout.output(native, x_ND).square()
             yield (

@@ -15,8 +15,7 @@ from tiny_served import FAMILIES, logits, mixtral_block, saved, tiny, tokens
 
 from moefit.checkpoint.safetensors import SINGLE, read_header
 from moefit.errors import CheckpointError
-from moefit.quant.error_model import relative_error
-from moefit.quant.format import NATIVE, Format, encoding_bytes, parse_format
+from moefit.quant.format import NATIVE, Format, parse_format
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
@@ -133,8 +132,8 @@ def test_of_zeros_nothing_is_lost() -> None:
     specs = mixtral_block()[0].layout.specs
     slot = allocate_slot(INT4, specs, CPU)
     native = {s: torch.zeros(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
-    INT4.write(slot.tensors, native, specs)
-    assert relative_error(slot.tensors, native, specs) == 0
+    INT4.encode(slot.tensors, native, specs)
+    assert INT4.relative_error(slot.tensors, native, specs) == 0
 
 
 def test_serving_uses_it_and_says_so(folder: Path) -> None:
@@ -165,7 +164,7 @@ def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) 
     specs = skeleton.blocks[0].layout.specs
     slots = SPARES * INT4.nbytes(specs) + skeleton.blocks[0].expert_bytes  # and one decoded
     before = memory_budget(skeleton, settings)
-    assert before.staging == slots + 6 * encoding_bytes(INT4, specs)
+    assert before.staging == slots + 6 * INT4.encoding_bytes(specs)
     pack(skeleton, [INT4])
     assert memory_budget(skeleton, settings).staging == slots
     path_of(skeleton, INT4, 0).unlink()

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_served import saved, tiny
 
-from moefit.quant.error_model import expected_error
 from moefit.quant.format import parse_format
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.packed.build import pack
@@ -36,7 +35,7 @@ def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -
         format = parse_format(step.format)
         assert (step.nbytes, step.error) == (
             format.nbytes(block.layout.specs),
-            expected_error(format),
+            format.expected_error,
         )
     assert {step.format for step in ladders[0]} <= set(AUTO_FORMATS)
     assert ladders[0][-1].format == "native" and ladders[0][-1].error == 0

@@ -11,7 +11,7 @@ from tiny_served import VOCABULARY, saved, tiny
 import moefit
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import TensorSpec
-from moefit.quant.error_model import GAUSSIAN, relative_error
+from moefit.quant.error_model import GAUSSIAN
 from moefit.quant.format import FORMATS
 from moefit.serve.cache.slot import allocate_slot
 from moefit.serve.config import LoadSettings
@@ -236,5 +236,6 @@ def test_normal_weights_lose_what_the_table_says(name: str, seed: int) -> None:
     specs = {"w": TensorSpec((48, 256), torch.float32)}
     slot = allocate_slot(FORMATS[name], specs, torch.device("cpu"))
     native = {"w": torch.randn(48, 256, generator=torch.Generator().manual_seed(seed))}
-    slot.format.write(slot.tensors, native, specs)
-    assert relative_error(slot.tensors, native, specs) == pytest.approx(GAUSSIAN[name], rel=0.1)
+    slot.format.encode(slot.tensors, native, specs)
+    error = slot.format.relative_error(slot.tensors, native, specs)
+    assert error == pytest.approx(GAUSSIAN[name], rel=0.1)

@@ -8,7 +8,6 @@ where.
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +62,3 @@ def _mapping(size: int) -> mmap.mmap:
     if size >= _HUGE:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable, as bytes."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(array)

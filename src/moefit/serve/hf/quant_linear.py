@@ -56,7 +56,7 @@ class GroupedLinear(nn.Module):
         """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
         compiled = backend(x.device)
-        if compiled and x_TI.shape[0] <= compiled.few:
+        if compiled and x_TI.shape[0] <= compiled.max_grouped_rows:
             if self._kernel_matrix is None:
                 self._kernel_matrix = KernelMatrix(self.matrix)
             y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype)

@@ -18,7 +18,7 @@ from moefit.moe.families import Layout, MoeBlock
 from moefit.moe.routing import Routing
 from moefit.quant.backend import Backend, backend
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp
-from moefit.quant.format import NativeFormat, expert_output
+from moefit.quant.format import expert_output
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer, end_all
@@ -35,12 +35,8 @@ class FusedExperts:
 
     def use_kernels(self, slots: Collection[Slot]) -> bool:
         """Whether a step over these slots is to go this way."""
-        return any(map(self._quicker, slots))
-
-    def _quicker(self, slot: Slot) -> bool:
-        if not isinstance(slot.format, NativeFormat):
-            return True
-        return self._layout.specs[self._shape.w_in].dtype in (torch.bfloat16, torch.float16)
+        dtype = self._layout.specs[self._shape.w_in].dtype
+        return any(slot.format.prefers_kernels(dtype) for slot in slots)
 
     def one_token(self, x_1D: Tensor, placed: Mapping[int, Slot], y_KD: Tensor) -> None:
         """Each expert's output into its row of y_KD, float32; given as row and slot."""
@@ -56,20 +52,19 @@ class FusedExperts:
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
     ) -> None:
         """Fill y_RD for experts given as slot and rows of the flattened choice."""
-        few = [(slot, rows_R) for slot, rows_R in batch if len(rows_R) <= self._few(slot)]
+        few: list[tuple[Slot, Tensor]] = []
+        for slot, rows_R in batch:
+            if len(rows_R) <= slot.format.max_kernel_rows(self._kernels):
+                few.append((slot, rows_R))
+                continue
+            made_RD = expert_output(
+                self._layout, slot.format, slot.tensors, x_TD[rows_R // num_choices]
+            )
+            y_RD[rows_R] = made_RD.to(y_RD.dtype)
         if few:
             tokens = [rows_R // num_choices for _, rows_R in few]
             made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
             y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
-        for slot, rows_R in batch:
-            if len(rows_R) > self._few(slot):
-                x_RD = x_TD[rows_R // num_choices]
-                made_RD = expert_output(self._layout, slot.tensors, x_RD)
-                y_RD[rows_R] = made_RD.to(y_RD.dtype)
-
-    def _few(self, slot: Slot) -> int:
-        native = isinstance(slot.format, NativeFormat)
-        return self._kernels.few_native if native else self._kernels.few
 
     def _mlp(self, slot: Slot) -> KernelMlp:
         if (known := self._mlps.get(slot)) is not None:
@@ -198,7 +193,7 @@ class ExpertInvoker:
         return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
-        return expert_output(self._block.layout, slot.tensors, x_RD)
+        return expert_output(self._block.layout, slot.format, slot.tensors, x_RD)
 
     def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
         """Experts with their slots, residents first, if `together` all of them at once.

@@ -27,7 +27,7 @@ from moefit.host import (
     tightest_limit,
     total_bytes,
 )
-from moefit.quant.format import FORMATS, NATIVE, GroupedFormat, encoding_bytes, weights_in
+from moefit.quant.format import FORMATS, NATIVE, weights_in
 from moefit.serve.config import (
     AUTO_PRECISION,
     NATIVE_PRECISION,
@@ -426,7 +426,7 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
     ]
     unpacked = {block.name: block for block, _ in missing}
     experts = {name: skeleton.map.experts[name] for name in unpacked}
-    encoding = (encoding_bytes(format, block.layout.specs) for block, format in missing)
+    encoding = (format.encoding_bytes(block.layout.specs) for block, format in missing)
     return ExpertStore(skeleton.checkpoint, experts, unpacked).staging_bytes + max(
         encoding, default=0
     )
@@ -434,9 +434,10 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
 
 def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
     """What a step of many tokens decodes at a time: an expert, or a matrix of the other weights."""
-    expert = rest = 0
-    if any(isinstance(format, GroupedFormat) for format in settings.formats()):
-        expert = max(block.expert_bytes for block in skeleton.blocks)
+    formats, rest = settings.formats(), 0
+    expert = max(
+        format.decoding_bytes(block.layout.specs) for block in skeleton.blocks for format in formats
+    )
     if settings.dense_format() is not None:
         rest = decoded_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
     return max(expert, rest)

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from moefit.checkpoint.safetensors import SpanReader
+from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import alone_in
 from moefit.moe.families import MoeBlock, Tensors, TensorSpec
-from moefit.quant.error_model import relative_error
-from moefit.quant.format import FORMATS, Format, GroupedFormat, NativeFormat, is_matrix
+from moefit.quant.format import FORMATS, Format, is_matrix
 from moefit.quant.gptq import CalibratedExpert
-from moefit.serve.cache.slot import Slot, allocate_slot, bytes_of
+from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.memory.budget import format_bytes
@@ -90,15 +89,16 @@ def pack(
     and the next call goes on.
     """
     for format in formats:
-        if isinstance(format, NativeFormat):
+        if not format.is_encoded:
             raise ConfigError(
                 "native experts are read from the checkpoint's own files; name formats to pack, "
                 "such as int8 or int4"
             )
-        if calibration and isinstance(format, GroupedFormat) and format.encoder == "nearest":
+        if calibration and not format.uses_calibration:
             raise ConfigError(
-                f"{format.name} rounds to nearest, whatever the text; give int{format.bits} to "
-                f"have it calibrated, or pack {format.name} without a text"
+                f"{format.name} rounds to nearest, whatever the text; give "
+                f"{format.name.removesuffix('-nearest')} to have it calibrated, or pack "
+                f"{format.name} without a text"
             )
     place = PackedLocation(skeleton)
     with locked(place.folder):
@@ -247,14 +247,14 @@ class _PackJob:
         if inputs is None:
             for slot in slots:
                 self._store.encode(block.name, expert, native, slot)
-            return [relative_error(slot.tensors, native, specs) for slot in slots]
+            return [slot.format.relative_error(slot.tensors, native, specs) for slot in slots]
         try:
             calibrated = CalibratedExpert(block.layout, native, *inputs.rows(expert))
             for slot in slots:
                 calibrated.encode(slot.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"expert {expert} of {block.name}: {error}") from error
-        return [calibrated.relative_error(slot.tensors) for slot in slots]
+        return [calibrated.relative_error(slot.format, slot.tensors) for slot in slots]
 
     def _writer(self, slot: Slot, index: int, num_experts: int) -> PackedWriter:
         path = self._place.path(slot.format, index)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.safetensors import bytes_of
 from moefit.errors import CheckpointError, UnsupportedModelError
-from moefit.serve.cache.slot import bytes_of
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts

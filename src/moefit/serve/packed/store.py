@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from moefit.checkpoint.safetensors import Span, SpanReader
-from moefit.checkpoint.sources import ByteRange, ExpertSource
+from moefit.checkpoint.safetensors import SpanReader, bytes_of
+from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
 from moefit.folders import cache_root
-from moefit.quant.format import Format, GroupedFormat, NativeFormat
-from moefit.serve.cache.slot import Slot, bytes_of
+from moefit.quant.format import Format
+from moefit.serve.cache.slot import Slot
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed
 
@@ -84,7 +84,7 @@ class PackedStore:
 
 def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
     """What is packed of this checkpoint, in this dtype, in these formats; it may be nothing."""
-    wanted = [format for format in formats if not isinstance(format, NativeFormat)]
+    wanted = [format for format in formats if format.is_encoded]
     if not wanted:
         return PackedStore({})
     place = PackedLocation(skeleton)
@@ -122,7 +122,7 @@ class PackedLocation:
         return PackedMetadata(
             fingerprint=self.fingerprint,
             format=format.name,
-            encoder=format.encoder if isinstance(format, GroupedFormat) else "",
+            encoder=format.encoder,
             dtype=self._dtype,
             block=self._skeleton.blocks[index].name,
             source=self.source,
@@ -197,10 +197,7 @@ def fingerprint(skeleton: Skeleton) -> str:
 
 def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:
     """From the middle of one of the expert's tensors; they take turns."""
-    spans: list[Span] = []
-    for part in source.parts:
-        spans.extend([part.span] if isinstance(part, ByteRange) else part.spans)
-    span = spans[turn % len(spans)]
+    span = source.spans[turn % len(source.spans)]
     size = min(_SAMPLE_BYTES, span.nbytes)
     data = bytearray(size)
     middle = span.offset + (span.nbytes - size) // 2

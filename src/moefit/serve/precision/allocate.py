@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from moefit.moe.families import MoeBlock
-from moefit.quant.error_model import expected_error
-from moefit.quant.format import FORMATS, Format, NativeFormat
+from moefit.quant.format import FORMATS, Format
 from moefit.serve.packed.store import PackedStore
 
 Key = TypeVar("Key", bound=Hashable)
@@ -135,10 +134,8 @@ def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
     or with none, and is else what is to be expected of any.
     """
     specs = block.layout.specs
-    errors = {name: [expected_error(format)] * block.num_experts for name, format in _formats()}
-    encoded = [
-        (name, format) for name, format in _formats() if not isinstance(format, NativeFormat)
-    ]
+    errors = {name: [format.expected_error] * block.num_experts for name, format in _formats()}
+    encoded = [(name, format) for name, format in _formats() if format.is_encoded]
     if all(packed.has(block.name, format) for _, format in encoded) and (
         len({packed.calibration(block.name, format) for _, format in encoded}) == 1
     ):

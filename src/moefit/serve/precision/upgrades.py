@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moefit.quant.error_model import expected_error
 from moefit.quant.format import FORMATS
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.io.loads import Transfer, wait_for_load
@@ -166,7 +165,7 @@ class Upgrades:
         for choice in self._ladders[key]:
             if choice.format == slot.format.name:
                 return choice
-        error = expected_error(slot.format)
+        error = slot.format.expected_error
         return FormatChoice(format=slot.format.name, nbytes=slot.nbytes, error=error)
 
     def _slot(self, key: ExpertKey) -> Slot:
