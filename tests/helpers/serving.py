@@ -81,7 +81,7 @@ def assert_same_but_for_rounding(
     for name, parameter in served.model.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
     calls = calls_of(model, served, inputs)
-    assert {name for name, *_ in calls} == {n for n, one in served.blocks.items() if one.used}
+    assert {name for name, *_ in calls} == {n for n, one in served.blocks.items() if one.reachable}
     for name, given, named, theirs in calls:
         ours = served.model.get_submodule(name)(*given, **named)
         ours, theirs = (one if isinstance(one, Tensor) else one[0] for one in (ours, theirs))

@@ -160,7 +160,7 @@ def test_routing_rule(saved):
     """Known where it is expected, and the same as the family's own router as far as can be seen."""
     with load_model(saved.folder, LoadSettings(context=64)) as served:
         # Blocks of a vision part don't run on text; they may stay unknown.
-        used = [experts for experts in served.blocks.values() if experts.used]
+        used = [experts for experts in served.blocks.values() if experts.reachable]
         known = all(experts.scoring is not None for experts in used)
         assert len(used) == len(served.blocks) or saved.family in WITH_VISION_EXPERTS
         assert known == (saved.family not in RULE_UNKNOWN)

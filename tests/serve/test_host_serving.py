@@ -80,7 +80,7 @@ def test_with_room_for_all_experts_each_is_read_once(folders, monkeypatch) -> No
             generated(served)
         report = served.report()
         used = [
-            one.block.expert_bytes * sum(count > 0 for count in one.uses[: one.num_experts])
+            one.block.expert_bytes * sum(count > 0 for count in one.use_counts[: one.num_experts])
             for one in served.blocks.values()
         ]
         assert report["bytes_read"] == sum(used)

@@ -202,7 +202,7 @@ def test_an_unknown_mode_or_setting_changes_nothing(serve, settings, says: str) 
 def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
     served, _ = serve(family)
     for experts in served.blocks.values():
-        experts.hold(range(8))
+        experts.set_residents(range(8))
     expected = logits(model_of(family), tokens(2, 9))
     for mode in ("virtual", "bounded"):
         served.set_mode(mode, prefill=mode)

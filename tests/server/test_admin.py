@@ -298,7 +298,9 @@ def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, c
     monkeypatch.setattr(served._shared.transfer, "failures", failures)
     prompt = served.tokenizer("class A:\n" * 9, return_tensors="pt", return_token_type_ids=False)
     for experts in served.blocks.values():
-        experts.hold(range(experts.slot_table.num_slots))  # an empty slot would be filled on demand
+        experts.set_residents(
+            range(experts.slot_table.num_slots)
+        )  # an empty slot would be filled on demand
     with monkeypatch.context() as patch:
         patch.setattr(type(served._store), "read", _no_disk)
         for _ in range(20):

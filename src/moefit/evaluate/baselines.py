@@ -87,7 +87,7 @@ def _orders(served: ServedModel, kind: Baseline, seed: int) -> dict[str, list[in
     scores = {
         name: served.norms(name)
         if kind == "norm"
-        else one.uses[: one.num_experts]
+        else one.use_counts[: one.num_experts]
         if kind == "frequency"
         else one.importance.scores()
         for name, one in served.blocks.items()

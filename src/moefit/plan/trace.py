@@ -249,7 +249,7 @@ def _routes(steps: Sequence[Step], experts: VirtualExperts) -> Routes:
         mass_E=_shares(mass),
         output_energy_E=_shares(experts.output_energy.scores()),
         experts=sum(len(step.chosen) for step in steps) / max(1, len(steps)),
-        rule_known=experts.scoring is not None or not experts.used,
+        rule_known=experts.scoring is not None or not experts.reachable,
     )
 
 

@@ -140,7 +140,7 @@ def _parts(
     shared = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
     blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
     for number, experts in enumerate(blocks.values()):
-        experts.depth, experts.first = (number + 0.5) / len(blocks), number == 0
+        experts.depth, experts.is_first = (number + 0.5) / len(blocks), number == 0
     model = load_dense_weights(skeleton, blocks, device)
     if (rest := settings.dense_format()) is not None:
         quantize_dense_weights(model, rest, skeleton.blocks, partial(progress, "other weights"))

@@ -217,7 +217,9 @@ class ServedModel:
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
         """The policy that `set_mode` would put in force; changes nothing. Raises what it does."""
         policy = self._shared.policy.changed(mode, **settings)
-        unknown = [name for name, one in self.blocks.items() if one.scoring is None and one.used]
+        unknown = [
+            name for name, one in self.blocks.items() if one.scoring is None and one.reachable
+        ]
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
             raise UnsupportedModelError(
                 f"mode {mode} changes routing, but how {type(self.model).__name__}'s router makes "
@@ -231,7 +233,7 @@ class ServedModel:
         with self._shared.lock:
             self._shared.transfer.settle()
             for name, experts in residents.items():
-                self.blocks[name].hold(experts)
+                self.blocks[name].set_residents(experts)
 
     def norms(self, block: str) -> list[float]:
         """The norm of each of a block's experts; reads them all once."""

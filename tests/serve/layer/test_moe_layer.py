@@ -146,7 +146,7 @@ def test_exact_is_the_reference_at_any_number_of_slots(make, slots: int) -> None
 
 def test_virtual_answers_with_residents_alone(make) -> None:
     bench = make(3, mode="virtual")
-    bench.experts.hold([1, 4, 6])
+    bench.experts.set_residents([1, 4, 6])
     reads = len(bench.store.reads)
     logits_TE = preferring(0, 4, 6)
     y_TD, x_TD, routing = bench.step(logits_TE)
@@ -161,7 +161,7 @@ def test_virtual_answers_with_residents_alone(make) -> None:
 
 def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
     bench = make(2, mode="virtual")
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     bench.store.gate.clear()
     for _ in range(5):
         y_TD, x_TD, _ = bench.step(preferring(0, 5))
@@ -180,7 +180,7 @@ def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
 
 def test_virtual_fetches_while_slots_are_empty(make) -> None:
     bench = make(4, mode="virtual")
-    bench.experts.hold([1])
+    bench.experts.set_residents([1])
     y_TD, x_TD, routing = bench.step(preferring(2, 7))
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
     assert {2, 7} <= bench.residents
@@ -189,22 +189,22 @@ def test_virtual_fetches_while_slots_are_empty(make) -> None:
 
 def test_prefill_follows_its_own_mode(make) -> None:
     bench = make(2, mode="virtual", prefill="exact")
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     logits_TE = preferring(0, 5, tokens=3)
     y_TD, x_TD, routing = bench.step(logits_TE, prefilling=True)
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     y_TD, x_TD, _ = bench.step(logits_TE, prefilling=False)
     torch.testing.assert_close(y_TD, reference(x_TD, restricted(logits_TE, {1, 4})))
 
 
 def test_bounded_fetches_what_is_heavy_and_replaces_what_is_light(make) -> None:
     bench = make(3, mode="bounded", bound=0.3, protected=0)
-    bench.experts.hold([1, 4, 6])
+    bench.experts.set_residents([1, 4, 6])
     even_TE = preferring(0, 4, 6)
     bench.step(even_TE)
     assert 0 in bench.residents, "more than half of the weight is not given up"
-    bench.experts.hold([1, 4, 6])
+    bench.experts.set_residents([1, 4, 6])
     steep_TE = preferring(4, 0, 6)
     steep_TE[0, 4] = 6.0
     y_TD, x_TD, _ = bench.step(steep_TE)
@@ -216,7 +216,7 @@ def test_bounded_fetches_what_is_heavy_and_replaces_what_is_light(make) -> None:
 @pytest.mark.parametrize("mode", ["exact", "bounded", "virtual"])
 def test_a_fixed_set_stays_whatever_is_asked_for(make, mode: str) -> None:
     bench = make(3, mode=mode, residency="fixed")
-    bench.experts.hold([1, 4, 6])
+    bench.experts.set_residents([1, 4, 6])
     scores = bench.experts.importance.scores()
     first = [bench.step(torch.randn(2, NUM_EXPERTS, generator=g), seed=1)[0]
              for g in [torch.Generator().manual_seed(seed) for seed in range(5)]]  # fmt: skip
@@ -243,7 +243,7 @@ def test_with_every_slot_waiting_for_others_a_step_waits_for_one(make) -> None:
 
 def test_a_failed_swap_leaves_the_residents_and_is_tried_again(make) -> None:
     bench = make(2, mode="virtual")
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     bench.store.broken = {0, 5}
     for _ in range(4):
         y_TD, x_TD, _ = bench.step(preferring(0, 5))
@@ -262,7 +262,7 @@ def test_a_failed_swap_leaves_the_residents_and_is_tried_again(make) -> None:
 def test_a_failed_fetch_reaches_the_caller_and_the_next_step_works(make) -> None:
     for policy in ({"mode": "exact"}, {"mode": "exact", "residency": "fixed"}):
         bench = make(2, **policy)
-        bench.experts.hold([1, 4])
+        bench.experts.set_residents([1, 4])
         bench.store.broken = {0}
         with pytest.raises(OSError, match="storage is gone"):
             bench.step(preferring(0, 5))
@@ -275,7 +275,7 @@ def test_a_failed_fetch_reaches_the_caller_and_the_next_step_works(make) -> None
 
 def test_a_failed_restore_loses_no_slot(make) -> None:
     bench = make(2, mode="exact", residency="fixed")
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     bench.store.broken = {1, 4}
     with pytest.raises(OSError, match="storage is gone"):
         bench.step(preferring(0, 5))
@@ -285,7 +285,7 @@ def test_a_failed_restore_loses_no_slot(make) -> None:
 
 def test_a_fixed_set_survives_a_failed_fetch(make) -> None:
     bench = make(2, mode="exact", residency="fixed")
-    bench.experts.hold([1, 4])
+    bench.experts.set_residents([1, 4])
     bench.store.broken = {5}
     with pytest.raises(OSError, match="storage is gone"):
         bench.step(preferring(0, 5))
@@ -296,7 +296,7 @@ def test_a_fixed_set_survives_a_failed_fetch(make) -> None:
 def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
     """A swap's victim may be evicted by an exact prefill before the swap is published."""
     bench = make(1, mode="virtual", prefill="exact")
-    bench.experts.hold([1])
+    bench.experts.set_residents([1])
     bench.store.gate.clear()
     bench.step(preferring(0))
     assert len(bench.experts.swaps) == 1
@@ -316,14 +316,14 @@ def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
 def test_observed_is_the_routers_own_choice_weighed_by_the_tokens_norm(make) -> None:
     for tokens in (1, 3):
         bench = make(2, mode="virtual")
-        bench.experts.hold([1, 4])
+        bench.experts.set_residents([1, 4])
         _, x_TD, routing = bench.step(preferring(0, 5, tokens=tokens))
         scores = bench.experts.importance.scores()
         for rank, expert in enumerate((0, 5)):
             expected = float((x_TD.norm(dim=-1) * routing.weights_TK[:, rank]).sum())
             assert scores[expert] == pytest.approx(expected, rel=1e-5)
         assert sum(score > 0 for score in scores) == 2
-        assert bench.experts.uses == [tokens * (e in (0, 5)) for e in range(NUM_EXPERTS + 1)]
+        assert bench.experts.use_counts == [tokens * (e in (0, 5)) for e in range(NUM_EXPERTS + 1)]
 
 
 def test_an_expert_chosen_twice_by_a_token_counts_both_weights(make) -> None:

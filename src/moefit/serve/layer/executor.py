@@ -1,7 +1,8 @@
 """Compute one MoE block from its slots: SwapMoE's Expert Invoker.
 
-Computes resident experts while missing ones are being read, and sums each token's outputs in the
-order of its choice. `FusedExperts` runs many experts in one kernel call, from slots of any format.
+Resident experts are computed while missing ones are being read. Each token's outputs are summed in
+the order of the router's choice, whatever order they were computed in. `FusedExperts` computes many
+experts in one kernel call, from slots of any format.
 
 Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
@@ -26,49 +27,65 @@ from moefit.serve.stats import Counters
 
 
 class FusedExperts:
-    """The kernels' side of one block."""
+    """Kernel calls for the experts of one block.
 
-    def __init__(self, layout: Layout, compiled: Backend):
+    Args:
+        layout: The layout of the block's experts, which must be an MLP.
+        kernels: The kernels of the device that the slots are on.
+    """
+
+    def __init__(self, layout: Layout, kernels: Backend):
         assert layout.mlp is not None
-        self._layout, self._shape, self._kernels = layout, layout.mlp, compiled
+        self._layout, self._shape, self._kernels = layout, layout.mlp, kernels
         self._mlps: WeakKeyDictionary[Slot, KernelMlp] = WeakKeyDictionary()
 
     def use_kernels(self, slots: Collection[Slot]) -> bool:
-        """Whether a step over these slots is to go this way."""
+        """Return whether kernels are faster than torch for a step over these slots."""
         dtype = self._layout.specs[self._shape.w_in].dtype
         return any(slot.format.prefers_kernels(dtype) for slot in slots)
 
-    def one_token(self, x_1D: Tensor, placed: Mapping[int, Slot], y_KD: Tensor) -> None:
-        """Each expert's output into its row of y_KD, float32; given as row and slot."""
-        self._kernels.one_token(x_1D, [self._mlp(one) for one in placed.values()], [*placed], y_KD)
+    def one_token(self, x_1D: Tensor, slot_of_row: Mapping[int, Slot], y_KD: Tensor) -> None:
+        """Write each expert's output for one token into its row of y_KD (float32)."""
+        mlps = [self._mlp(slot) for slot in slot_of_row.values()]
+        self._kernels.one_token(x_1D, mlps, [*slot_of_row], y_KD)
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Each token's y_TD, and if asked for what each output adds, as squares."""
+        """Return y_TD, and with `energy` each row's |weight * output|^2 as energy_R."""
         return self._kernels.weighted_sum(y_RD, weights_TK, dtype, energy=energy)
 
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
     ) -> None:
-        """Fill y_RD for experts given as slot and rows of the flattened choice."""
-        few: list[tuple[Slot, Tensor]] = []
+        """Write the outputs of several experts into y_RD.
+
+        Experts with few rows are computed by kernels in one call; with many rows, decoding the
+        matrices once and multiplying in torch is faster.
+
+        Args:
+            x_TD: Inputs.
+            batch: Each expert's slot and its rows of the flattened choice.
+            num_choices: K, the number of experts per token.
+            y_RD: Output, one row per choice.
+        """
+        small: list[tuple[Slot, Tensor]] = []
         for slot, rows_R in batch:
             if len(rows_R) <= slot.format.max_kernel_rows(self._kernels):
-                few.append((slot, rows_R))
+                small.append((slot, rows_R))
                 continue
-            made_RD = expert_output(
-                self._layout, slot.format, slot.tensors, x_TD[rows_R // num_choices]
-            )
-            y_RD[rows_R] = made_RD.to(y_RD.dtype)
-        if few:
-            tokens = [rows_R // num_choices for _, rows_R in few]
-            made_RD = self._kernels.experts(x_TD, [self._mlp(slot) for slot, _ in few], tokens)
-            y_RD[torch.cat([rows_R for _, rows_R in few])] = made_RD.to(y_RD.dtype)
+            x_RD = x_TD[rows_R // num_choices]
+            output_RD = expert_output(self._layout, slot.format, slot.tensors, x_RD)
+            y_RD[rows_R] = output_RD.to(y_RD.dtype)
+        if small:
+            tokens = [rows_R // num_choices for _, rows_R in small]
+            mlps = [self._mlp(slot) for slot, _ in small]
+            output_RD = self._kernels.experts(x_TD, mlps, tokens)
+            y_RD[torch.cat([rows_R for _, rows_R in small])] = output_RD.to(y_RD.dtype)
 
     def _mlp(self, slot: Slot) -> KernelMlp:
-        if (known := self._mlps.get(slot)) is not None:
-            return known
+        if (cached := self._mlps.get(slot)) is not None:
+            return cached
         shape = self._shape
         self._mlps[slot] = KernelMlp(
             w_in=slot.tensors[shape.w_in],
@@ -80,24 +97,33 @@ class FusedExperts:
 
 
 def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
-    """The kernels' side of a block; None if there are no kernels, or none for such experts."""
-    compiled, shape = backend(device), layout.mlp
-    if compiled is None or shape is None:
+    """Return the fused experts of a layout; None if no kernels support it on this device."""
+    kernels, shape = backend(device), layout.mlp
+    if kernels is None or shape is None:
         return None
     matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
-    known = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
-    return FusedExperts(layout, compiled) if known else None
+    supported = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
+    return FusedExperts(layout, kernels) if supported else None
 
 
-_Ready = tuple[int, Slot]
-"""An expert and the slot that it is in."""
+_ReadyExpert = tuple[int, Slot]
+"""An expert and the slot that holds it."""
 
 
 class ExpertInvoker:
-    """Computes y_TD = sum over a token's experts of weight * expert(x), from slots.
+    """Compute y_TD = sum over a token's experts of weight * expert(x), from slots.
 
-    `slots` is the block's own, by slot index; it is read at every step, so it may grow and shrink
-    between steps.
+    Args:
+        block: The MoE block.
+        slot_table: Which expert is in which slot.
+        slots: The block's slots by index. They are looked up at every step, so slots may be added
+            and removed between steps.
+        transfer: Loads missing experts.
+        counters: Counts hits and fetches.
+
+    Attributes:
+        collect_stats: Whether steps set `output_energy_R`.
+        output_energy_R: |weight * output|^2 of each choice of the last step.
     """
 
     def __init__(
@@ -108,31 +134,42 @@ class ExpertInvoker:
         transfer: Transfer,
         counters: Counters,
     ):
-        self._block, self._residency, self._slots = block, slot_table, slots
+        self._block, self._slot_table, self._slots = block, slot_table, slots
         self._transfer, self._counters = transfer, counters
         self._fused: FusedExperts | None = None
-        self._device: torch.device | None = None  # that `_fused` is for
+        self._device: torch.device | None = None  # the device of `_fused`
         self.collect_stats = False
-        self.energy_R: Tensor | None = None  # |weight * output|^2 by choice, while listening
+        self.output_energy_R: Tensor | None = None
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """[T, D] -> [T, D]. Raises CheckpointError if an expert cannot be read."""
+        """Compute the block's output.
+
+        Args:
+            x_TD: Inputs.
+            routing: Experts and weights of each token.
+
+        Returns:
+            y_TD in the dtype of `x_TD`.
+
+        Raises:
+            CheckpointError: An expert cannot be read.
+        """
         fused = self._fused_on(x_TD.device)
         if fused and fused.use_kernels(self._slots.values()):
-            step = self._kernel_token if x_TD.shape[0] == 1 else self._kernel_step
-            return step(fused, x_TD, routing)
+            compute = self._fused_token if x_TD.shape[0] == 1 else self._fused_tokens
+            return compute(fused, x_TD, routing)
         if x_TD.shape[0] == 1:
             return self._one_token(x_TD, routing)
         rows = _rows_by_expert(routing, self._block.num_experts)
         token_R = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(
             routing.ids_TK.shape[1]
         )
-        padded = sum(len(one) for one in rows.values()) < len(token_R)
-        y_RD = x_TD.new_zeros if padded else x_TD.new_empty
-        y_RD = y_RD((len(token_R), x_TD.shape[1]))
+        has_padding = sum(map(len, rows.values())) < len(token_R)
+        allocate = x_TD.new_zeros if has_padding else x_TD.new_empty
+        y_RD = allocate((len(token_R), x_TD.shape[1]))
         for [(expert, slot)] in self._batches(list(rows), together=False):
-            at_R = rows[expert]
-            y_RD[at_R] = self._output(slot, x_TD[token_R[at_R]]).to(y_RD.dtype)
+            rows_R = rows[expert]
+            y_RD[rows_R] = self._output(slot, x_TD[token_R[rows_R]]).to(y_RD.dtype)
         return self._weighted_sum(y_RD, routing).to(x_TD.dtype)
 
     def _fused_on(self, device: torch.device) -> FusedExperts | None:
@@ -140,100 +177,106 @@ class ExpertInvoker:
             self._device, self._fused = device, fused_experts(self._block.layout, device)
         return self._fused
 
-    def _kernel_step(self, fused: FusedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Residents in one call, those that had to be read as they come."""
+    def _fused_tokens(self, fused: FusedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Compute residents in one kernel call, and missing experts as they are read."""
         rows = _rows_by_expert(routing, self._block.num_experts)
         y_RD = x_TD.new_zeros(routing.ids_TK.numel(), x_TD.shape[1])
         for batch in self._batches(list(rows), together=True):
-            work = [(slot, rows[expert]) for expert, slot in batch]
-            fused.outputs(x_TD, work, routing.ids_TK.shape[1], y_RD)
+            slots_and_rows = [(slot, rows[expert]) for expert, slot in batch]
+            fused.outputs(x_TD, slots_and_rows, routing.ids_TK.shape[1], y_RD)
         return self._fused_sum(fused, x_TD, y_RD, routing)
 
-    def _kernel_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
-        """Decoding: no grouping; all experts that are there in one call."""
+    def _fused_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
+        """Compute one token: no grouping by expert, all residents in one kernel call."""
         ids = routing.ids_TK[0].tolist()
-        row: dict[int, int] = {}
-        for number, expert in enumerate(ids):
+        row_of: dict[int, int] = {}
+        for row, expert in enumerate(ids):
             if expert < self._block.num_experts:
-                row.setdefault(expert, number)
-        new = x_1D.new_empty if len(row) == len(ids) else x_1D.new_zeros
-        y_KD = new((len(ids), x_1D.shape[1]), dtype=torch.float32)
-        for batch in self._batches(list(row), together=True):
-            fused.one_token(x_1D, {row[expert]: slot for expert, slot in batch}, y_KD)
-        for number, expert in enumerate(ids):
-            if row.get(expert, number) != number:  # chosen twice
-                y_KD[number] = y_KD[row[expert]]
+                row_of.setdefault(expert, row)
+        allocate = x_1D.new_empty if len(row_of) == len(ids) else x_1D.new_zeros
+        y_KD = allocate((len(ids), x_1D.shape[1]), dtype=torch.float32)
+        for batch in self._batches(list(row_of), together=True):
+            fused.one_token(x_1D, {row_of[expert]: slot for expert, slot in batch}, y_KD)
+        for row, expert in enumerate(ids):
+            if row_of.get(expert, row) != row:  # chosen twice
+                y_KD[row] = y_KD[row_of[expert]]
         return self._fused_sum(fused, x_1D, y_KD, routing)
 
     def _fused_sum(
         self, fused: FusedExperts, x_TD: Tensor, y_RD: Tensor, routing: Routing
     ) -> Tensor:
-        weights_TK, collect_stats = routing.weights_TK, self.collect_stats
-        y_TD, energy_R = fused.weighted_sum(y_RD, weights_TK, x_TD.dtype, energy=collect_stats)
-        if collect_stats:
-            self.energy_R = energy_R
+        y_TD, energy_R = fused.weighted_sum(
+            y_RD, routing.weights_TK, x_TD.dtype, energy=self.collect_stats
+        )
+        if self.collect_stats:
+            self.output_energy_R = energy_R
         return y_TD
 
     def _one_token(self, x_1D: Tensor, routing: Routing) -> Tensor:
-        """Decoding: no grouping, no scatter."""
+        """Compute one token without kernels: no grouping by expert, no scatter."""
         ids = routing.ids_TK[0].tolist()
         needed = list(dict.fromkeys(e for e in ids if e < self._block.num_experts))
         outputs = {
             expert: self._output(slot, x_1D)
             for [(expert, slot)] in self._batches(needed, together=False)
         }
-        nothing_1D = torch.zeros_like(x_1D)
-        y_KD = torch.cat([outputs.get(expert, nothing_1D) for expert in ids])
+        zeros_1D = torch.zeros_like(x_1D)  # for padding
+        y_KD = torch.cat([outputs.get(expert, zeros_1D) for expert in ids])
         return self._weighted_sum(y_KD, routing).to(x_1D.dtype)
 
     def _weighted_sum(self, y_RD: Tensor, routing: Routing) -> Tensor:
         weighted_RD = y_RD * routing.weights_TK.reshape(-1, 1)
         if self.collect_stats:
-            self.energy_R = weighted_RD.float().square().sum(-1)
+            self.output_energy_R = weighted_RD.float().square().sum(-1)
         return weighted_RD.view(*routing.ids_TK.shape, y_RD.shape[1]).sum(1)
 
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
         return expert_output(self._block.layout, slot.format, slot.tensors, x_RD)
 
-    def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_Ready]]:
-        """Experts with their slots, residents first, if `together` all of them at once.
+    def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_ReadyExpert]]:
+        """Yield batches of experts with their slots, residents first.
 
-        A slot is good until the next batch is asked for. Loads begin as early as slots allow: an
-        empty one, or one whose expert this step no longer needs.
+        A slot is valid until the next batch is requested. Loads start as early as slots allow: into
+        an empty slot, or one whose expert this step has already computed or does not need.
+
+        Args:
+            needed: The experts of this step.
+            together: Yield all residents as one batch instead of one by one.
         """
-        residents = self._residency.residents
-        left = deque(sorted(needed, key=lambda expert: expert not in residents))
-        waiting = deque(expert for expert in left if expert not in residents)
-        here = len(left) - len(waiting)
-        self._counters.fetches += len(waiting)
-        self._counters.hits += here
+        residents = self._slot_table.residents
+        remaining = deque(sorted(needed, key=lambda expert: expert not in residents))
+        to_load = deque(expert for expert in remaining if expert not in residents)
+        num_resident = len(remaining) - len(to_load)
+        self._counters.fetches += len(to_load)
+        self._counters.hits += num_resident
         loads: dict[int, PendingLoad] = {}
         try:
-            while left:
-                self._begin(waiting, loads, protected=set(left))
-                batch = [left.popleft() for _ in range(max(1, here) if together else 1)]
-                here = 0
+            while remaining:
+                self._start_loads(to_load, loads, protected=set(remaining))
+                size = max(1, num_resident) if together else 1
+                batch = [remaining.popleft() for _ in range(size)]
+                num_resident = 0
                 for expert in batch:
                     if expert in loads:
-                        loads.pop(expert).commit(self._residency, self._counters)
-                yield [(expert, self._slots[self._residency.slot(expert)]) for expert in batch]
-        finally:  # empty unless something went wrong: no slot stays half-filled
-            end_all(partial(one.commit, self._residency, self._counters) for one in loads.values())
+                        loads.pop(expert).commit(self._slot_table, self._counters)
+                yield [(expert, self._slots[self._slot_table.slot(expert)]) for expert in batch]
+        finally:  # after an error, no slot may stay reserved
+            end_all(partial(one.commit, self._slot_table, self._counters) for one in loads.values())
 
-    def _begin(
-        self, waiting: deque[int], loads: dict[int, PendingLoad], protected: set[int]
+    def _start_loads(
+        self, to_load: deque[int], loads: dict[int, PendingLoad], protected: set[int]
     ) -> None:
-        while waiting and len(loads) < 2 * self._transfer.readers:
-            slot = self._residency.reserve(waiting[0], protected)
+        while to_load and len(loads) < 2 * self._transfer.readers:
+            slot = self._slot_table.reserve(to_load[0], protected)
             if slot is None:
                 return
-            expert = waiting.popleft()
+            expert = to_load.popleft()
             done = self._transfer.load(self._block.name, expert, self._slots[slot])
             loads[expert] = PendingLoad(slot, done)
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:
-    """Per expert in use, its rows of the flattened choice, in order."""
+    """Return each chosen expert's rows of the flattened choice, in ascending order."""
     ids_R = routing.ids_TK.flatten()
     counts = torch.bincount(ids_R, minlength=num_experts + 1).tolist()
     groups = ids_R.argsort(stable=True).split(counts)

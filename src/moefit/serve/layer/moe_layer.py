@@ -1,10 +1,10 @@
-"""A block's experts module, served: it takes the place of the family's own.
+"""The served experts module of one MoE block; replaces the family's own module.
 
-Owns what happens in one call: the family's choice is observed, in the bounded and virtual modes
-changed towards what is resident, and computed by the invoker. Also when swaps begin and when they
-are published: at step borders. Knows nothing of budgets or files.
+`VirtualExperts` takes and returns what the family's experts module does. In each step it observes
+the router's choice, reroutes it to resident experts in the bounded and virtual modes, and computes
+it with the `ExpertInvoker`. It starts and publishes swaps at step borders.
 
-Shapes: T tokens, D model width, E experts, K chosen per token.
+Shapes: T tokens, D model width, E experts, K chosen per token, R = T * K rows.
 """
 
 from collections import deque
@@ -34,11 +34,24 @@ from moefit.serve.layer.rerouting import (
     substituted_mass,
 )
 
-LONG = 1024.0  # tokens after which what an expert's precision is chosen by counts half
+SENSITIVITY_HALF_LIFE = 1024.0  # tokens; half-life of the scores that precision is chosen by
 
 
 class VirtualExperts(nn.Module):
-    """One block's experts over slots. `scoring` None: only the exact mode is possible."""
+    """The experts of one MoE block, computed from slots.
+
+    Attributes:
+        format: Format of newly allocated slots.
+        scoring: The router's scoring rule; None if unknown, then only exact mode is possible.
+        bias_E: Bias that the router adds to the scores for its choice, if any.
+        depth: Position among the model's blocks, 0 to 1.
+        is_first: Whether this is the model's first block, where `SharedState.on_step` runs.
+        reachable: False for a block that text never reaches, such as one of a vision tower.
+        logits_TE: The router's logits of this step, set by the router's hook.
+        prefilling: Whether the step has more than one token per sequence, set by a hook.
+        recorder: If set, `forward` passes the routing to it and returns zeros.
+        use_counts: Tokens per expert by the router's choice; the last entry is padding.
+    """
 
     def __init__(
         self,
@@ -50,26 +63,28 @@ class VirtualExperts(nn.Module):
         importance: ExpertImportanceEstimator,
     ):
         super().__init__()
-        self.format: Format = NATIVE  # of slots to come
-        self.first = False  # of the model's blocks
+        self.format: Format = NATIVE
+        self.is_first = False
         self.block, self.shared, self.slot_table, self.slots = block, shared, slot_table, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
-        self.output_energy = ExpertImportanceEstimator(self.num_experts, half_life_tokens=LONG)
+        self.output_energy = ExpertImportanceEstimator(
+            self.num_experts, half_life_tokens=SENSITIVITY_HALF_LIFE
+        )
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
-        self.depth = 0.5  # among the model's blocks, from 0 to 1
-        self.used = True  # the probe says otherwise of a block that text does not reach
-        self.logits_TE: Tensor | None = None  # the router's hook leaves them here
-        self.prefilling = False  # and the block's hook this
+        self.depth = 0.5
+        self.reachable = True
+        self.logits_TE: Tensor | None = None
+        self.prefilling = False
         self.recorder: Callable[[Routing], None] | None = None
         self._invoke = ExpertInvoker(block, slot_table, slots, shared.transfer, shared.counters)
         self.swaps = Swaps(block.name, shared, slot_table, slots)
-        self.uses = [0] * (self.num_experts + 1)  # tokens by router's choice; the last is padding
+        self.use_counts = [0] * (self.num_experts + 1)
         self._steps = 0
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
-        """What the family's own experts module takes and gives."""
+        """Compute the experts; arguments and result are those of the family's own module."""
         x_TD = x.reshape(-1, x.shape[-1])
         chosen = self.block.layout.routing(len(x_TD), *arguments)
         if self.recorder is not None:
@@ -79,30 +94,30 @@ class VirtualExperts(nn.Module):
             return self._step(x_TD, chosen).view_as(x)
 
     def fill(self) -> None:
-        """Begin to load the most important absent experts into empty slots."""
+        """Start loading the most important absent experts into empty slots."""
         self.swaps.fill(self.importance.scores(), self.spares_key)
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.shared.policy
-        if self.first and self.shared.on_step and policy.residency == "manager":
+        if self.is_first and self.shared.on_step and policy.residency == "manager":
             self.shared.on_step()
-        mode = self._mode(policy)
-        needed = self._in_use(chosen) if mode != "virtual" else ()
-        self.swaps.cancel(needed)  # the invoker reads at once what the background has not begun
+        mode = self._step_mode(policy)
+        needed = self._chosen_experts(chosen) if self.swaps and mode != "virtual" else ()
+        self.swaps.cancel(needed)  # the invoker loads these itself
         self.swaps.publish(wait_for=needed)
         if self.swaps and not self.slot_table.residents and not self.slot_table.empty:
             self.swaps.wait_for_first()  # every slot is being filled
         if policy.residency == "manager":
             self._observe(x_TD, chosen)
-        routing = chosen if mode == "exact" else self._rerouted(mode, policy, chosen)
-        before = set(self.slot_table.residents)
+        routing = chosen if mode == "exact" else self._reroute(mode, policy, chosen)
+        residents = set(self.slot_table.residents)
         try:
             y_TD = self._invoke(x_TD, routing)
         finally:
             if policy.residency == "fixed":
-                self._restore(before)
-        if policy.residency == "manager" and self._invoke.energy_R is not None:
-            self._observe_outputs(routing, self._invoke.energy_R)
+                self._restore(residents)
+        if policy.residency == "manager" and self._invoke.output_energy_R is not None:
+            self._observe_outputs(routing, self._invoke.output_energy_R)
         self._steps += 1
         if (
             policy.residency == "manager"
@@ -112,19 +127,20 @@ class VirtualExperts(nn.Module):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
 
-    def _mode(self, policy: Policy) -> Mode:
-        """The mode of this step; while slots are empty, virtual fetches as exact does."""
+    def _step_mode(self, policy: Policy) -> Mode:
+        """Return the mode of this step; virtual is exact while there are empty slots to fill."""
         mode = policy.prefill if self.prefilling else policy.mode
-        if self.scoring is None:  # of a tower that text does not reach; set_mode refuses others
+        if self.scoring is None:  # only unreachable blocks; set_mode raises for others
             return "exact"
         fetches = mode == "virtual" and self.slot_table.empty and policy.residency != "fixed"
         return "exact" if fetches or not self.slot_table.residents else mode
 
-    def _in_use(self, chosen: Routing) -> Collection[int]:
-        return set(chosen.ids_TK.unique().tolist()) if self.swaps else ()
+    @staticmethod
+    def _chosen_experts(routing: Routing) -> set[int]:
+        return set(routing.ids_TK.unique().tolist())
 
-    def hold(self, experts: Collection[int]) -> None:
-        """Make these the residents, as far as there are slots; others leave."""
+    def set_residents(self, experts: Collection[int]) -> None:
+        """Evict all other experts and load these, as far as there are slots."""
         self.swaps.settle()
         for expert in set(self.slot_table.residents) - set(experts):
             self.slot_table.evict(expert)
@@ -132,69 +148,62 @@ class VirtualExperts(nn.Module):
         self.load_all(absent[: self.slot_table.empty])
 
     def load_all(self, experts: Collection[int]) -> None:
-        """Load absent experts into empty slots and wait for them; the readers share the work.
+        """Load absent experts into empty slots, in parallel, and wait for them.
 
         Args:
-            experts: No more of them than there are empty slots.
+            experts: At most as many as there are empty slots.
 
         Raises:
-            CheckpointError: One cannot be read. Those that were read by then are resident.
+            CheckpointError: An expert cannot be read. Experts loaded before it stay resident.
         """
-        coming: deque[tuple[int, Future[float]]] = deque()
+        pending: deque[tuple[int, Future[float]]] = deque()
         try:
             for expert in experts:
                 slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
-                assert slot is not None, "there is an empty one"
+                assert slot is not None, "no empty slot"
                 load = self.shared.transfer.load(self.block.name, expert, self.slots[slot])
-                coming.append((slot, load))
-            while coming:
-                wait_for_load(coming[0][1])
-                self.slot_table.publish(coming.popleft()[0])
+                pending.append((slot, load))
+            while pending:
+                wait_for_load(pending[0][1])
+                self.slot_table.publish(pending.popleft()[0])
         except BaseException:
-            for _, load in coming:  # those that have not begun, first
+            for _, load in pending:  # before waiting, so that none starts meanwhile
                 load.cancel()
-            for slot, load in coming:
+            for slot, load in pending:
                 wait([load])
                 self.slot_table.abandon(slot)
             raise
 
-    def load_now(self, expert: int) -> None:
-        """Bring an absent expert into an empty slot, and wait for it."""
-        slot = self.slot_table.reserve(expert, protected=self.slot_table.residents)
-        assert slot is not None, "there is an empty one"
-        try:
-            wait_for_load(self.shared.transfer.load(self.block.name, expert, self.slots[slot]))
-        except BaseException:
-            self.slot_table.abandon(slot)
-            raise
-        self.slot_table.publish(slot)
-
     def _observe(self, x_TD: Tensor, chosen: Routing) -> None:
+        """Update importance, eviction and use counts with the router's choice."""
         weights = _weight_by_expert(x_TD, chosen, self.num_experts)
-        for expert in chosen.ids_TK.flatten().tolist() if len(x_TD) == 1 else ():
-            self.uses[expert] += 1
-        if len(x_TD) > 1:
-            more = torch.bincount(chosen.ids_TK.flatten(), minlength=self.num_experts + 1).tolist()
-            self.uses = [a + b for a, b in zip(self.uses, more, strict=True)]
-        # Time counts per sequence, and a block sees only tokens; a batch of one is the usual case.
+        ids_R = chosen.ids_TK.flatten()
+        if len(x_TD) == 1:  # faster than a bincount
+            for expert in ids_R.tolist():
+                self.use_counts[expert] += 1
+        else:
+            counts = torch.bincount(ids_R, minlength=self.num_experts + 1).tolist()
+            self.use_counts = [a + b for a, b in zip(self.use_counts, counts, strict=True)]
+        # Scores decay per token of a sequence. How many sequences the rows belong to is not known
+        # here; decoding counts as one token, which is exact for one token per sequence.
         tokens = len(x_TD) if self.prefilling else 1
         self.importance.observe(weights, tokens)
         self.eviction.observe(weights, tokens)
 
     def enable_stats(self) -> None:
-        """Keep count of how much each expert adds to the output from now on (`output_energy`)."""
+        """Start to accumulate each expert's contribution to the output in `output_energy`."""
         self._invoke.collect_stats = True
 
-    def _observe_outputs(self, routing: Routing, energy_R: Tensor) -> None:
-        sums_E1 = torch.zeros(self.num_experts + 1)
-        sums_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), energy_R.cpu())
-        tokens = len(routing.ids_TK)
-        sums = dict(enumerate(sums_E1[: self.num_experts].tolist()))
-        self.output_energy.observe(sums, tokens if self.prefilling else 1)
+    def _observe_outputs(self, routing: Routing, output_energy_R: Tensor) -> None:
+        energy_E1 = torch.zeros(self.num_experts + 1)  # the last entry is padding
+        energy_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), output_energy_R.cpu())
+        energy = dict(enumerate(energy_E1[: self.num_experts].tolist()))
+        self.output_energy.observe(energy, len(routing.ids_TK) if self.prefilling else 1)
 
-    def _rerouted(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
-        assert self.scoring is not None, "set_policy() refuses other modes then"
-        assert self.logits_TE is not None, "the router's hook has run"
+    def _reroute(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
+        """Return the routing of the bounded or virtual mode, and count what it substitutes."""
+        assert self.scoring is not None, "only exact mode without a scoring rule"
+        assert self.logits_TE is not None, "the router's hook has not run"
         scored = ScoredRouting(
             rule=self.scoring,
             logits_TE=self.logits_TE.reshape(-1, self.num_experts),
@@ -212,43 +221,42 @@ class VirtualExperts(nn.Module):
             routing = rescale_weights(chosen, routing)
         if routing is not chosen:
             self.shared.counters.substituted += substituted_mass(chosen, routing)
-            asked, answering = (set(one.ids_TK.unique().tolist()) for one in (chosen, routing))
-            self.shared.counters.substitutions += len(asked - answering)
+            replaced = self._chosen_experts(chosen) - self._chosen_experts(routing)
+            self.shared.counters.substitutions += len(replaced)
         self.shared.counters.routed += 1
         return routing
 
-    def _restore(self, before: set[int]) -> None:
-        """The resident set as it was before the step."""
-        for expert in set(self.slot_table.residents) - before:
+    def _restore(self, residents: set[int]) -> None:
+        """Undo the step's changes of the resident set."""
+        for expert in set(self.slot_table.residents) - residents:
             self.slot_table.evict(expert)
-        for expert in sorted(before - set(self.slot_table.residents)):
-            self.load_now(expert)
+        self.load_all(sorted(residents - set(self.slot_table.residents)))
 
     @property
     def spares_key(self) -> tuple[str, int]:
-        """Which spares are for its swaps."""
+        """Return the key of the spare slots for this block's swaps (format name, slot bytes)."""
         return self.format.name, self.block_slot_bytes
 
     @property
     def block_slot_bytes(self) -> int:
-        """Bytes of a slot of this block as it is new."""
+        """Return the bytes of a newly allocated slot of this block."""
         return self.format.nbytes(self.block.layout.specs)
 
 
 def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[int, float]:
-    """Per chosen expert, the sum over tokens of |x| * weight."""
-    ids, weights_TK = chosen.ids_TK, chosen.weights_TK
+    """Return the sum over tokens of |x| * |router weight| for each chosen expert."""
+    ids_TK, weights_TK = chosen.ids_TK, chosen.weights_TK
     if len(x_TD) == 1:
         weights: dict[int, float] = {}
         norm = float(x_TD.norm(dtype=torch.float32))
-        for expert, weight in zip(ids[0].tolist(), weights_TK[0].tolist(), strict=True):
+        for expert, weight in zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True):
             if expert < num_experts:
                 weights[expert] = weights.get(expert, 0.0) + norm * abs(weight)
         return weights
     norms_T1 = x_TD.float().norm(dim=-1, keepdim=True)
     weighted_TK = weights_TK.float().abs() * norms_T1
-    sums_E1 = torch.zeros(num_experts + 1, device=ids.device)
-    sums_E1.scatter_add_(0, ids.flatten(), weighted_TK.flatten())
+    sums_E1 = torch.zeros(num_experts + 1, device=ids_TK.device)
+    sums_E1.scatter_add_(0, ids_TK.flatten(), weighted_TK.flatten())
     sums = sums_E1[:num_experts].tolist()
-    used = set(ids.unique().tolist())
-    return {expert: sums[expert] for expert in used if expert < num_experts}
+    chosen_experts = set(ids_TK.unique().tolist())
+    return {expert: sums[expert] for expert in chosen_experts if expert < num_experts}

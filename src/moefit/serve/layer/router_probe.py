@@ -1,8 +1,8 @@
-"""Find each block's router and its rule, once, after loading.
+"""Find each block's router and its scoring rule, once, after loading.
 
-One forward pass over random tokens with the experts switched off shows which module gives the
-logits and by which rule they become weights; hooks then hand the logits to the served experts.
-Models of our own architecture state their rule, and `use_rule` changes it.
+One forward pass over random tokens with the experts disabled shows which module outputs the logits
+and which rule turns them into weights. Hooks then pass the logits of each step to the served
+experts. DS-MoE models state their inference rule themselves; `use_rule` changes it.
 
 Shapes: T tokens, E experts.
 """
@@ -29,46 +29,62 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 def follow_rules(
     model: nn.Module, served: Mapping[str, VirtualExperts]
 ) -> tuple[RemovableHandle, ...]:
-    """Hook the DS-MoE blocks of a model, which may have none; returns the hooks."""
+    """Keep `VirtualExperts.scoring` in step with the inference rule of DS-MoE blocks.
+
+    Returns:
+        The hooks; none for other architectures.
+    """
     return tuple(
-        parent.register_forward_pre_hook(_follower(experts))
+        parent.register_forward_pre_hook(_rule_hook(experts))
         for experts in served.values()
         if isinstance(parent := model.get_submodule(experts.block.parent), DsMoeBlock)
     )
 
 
 def check_rule(model: nn.Module, rule: Rule) -> DsMoeForCausalLM:
-    """The model, if it can be given that rule. Raises ConfigError for one that cannot."""
+    """Return the model if `rule` can be used with it.
+
+    Raises:
+        ConfigError: The model is no DS-MoE, or the rule needs more experts than it has.
+    """
     if not isinstance(model, DsMoeForCausalLM):
         raise ConfigError(
             f"only DS-MoE models can be given an inference rule; {rule} was given for a "
-            f"{type(model).__name__}, which works without"
+            f"{type(model).__name__}: leave it out"
         )
     rule.check(model.config.num_experts)
     return model
 
 
 def use_rule(model: nn.Module, rule: Rule) -> None:
-    """Infer by this rule from now on. Raises ConfigError for a model that has no choice of them."""
+    """Set the model's inference rule.
+
+    Raises:
+        ConfigError: See `check_rule`.
+    """
     check_rule(model, rule).set_inference_rule(rule)
 
 
-def _follower(experts: VirtualExperts) -> Any:
-    def follow(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _rule_hook(experts: VirtualExperts) -> Any:
+    def update_scoring(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
         rule: Rule = inputs[1]
         chosen = "normalised" if rule.renormalize else "kept"
         if experts.scoring is not None and experts.scoring.chosen != chosen:
             experts.scoring = replace(experts.scoring, chosen=chosen)
 
-    return follow
+    return update_scoring
 
 
-_SHAPE = (4, 16)  # with fewer tokens, rules that differ rarely (group scores) agree by chance
+# Sequences and tokens. With fewer, rules that rarely differ (group scores) may agree by chance.
+_PROBE_SHAPE = (4, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """An output with one number per token and expert: of which module, where in its output."""
+    """A module's output with one number per token and expert.
+
+    index: Position in the module's output tuple; None if the output is a tensor.
+    """
 
     module: nn.Module
     index: int | None
@@ -84,20 +100,28 @@ class _Recording:
 def attach_hooks(
     model: PreTrainedModel, served: Mapping[str, VirtualExperts]
 ) -> tuple[RemovableHandle, ...]:
-    """Find every block's routing rule and hook its router; returns the hooks.
+    """Find every block's scoring rule and hook its router.
 
-    A block whose rule is not found keeps `scoring` None: it can be served exactly.
+    A block whose rule is not found keeps `scoring` None and can only be served in exact mode.
 
-    Raises CheckpointError if the model cannot compute as its configuration says.
+    Args:
+        model: The model with its dense weights loaded.
+        served: The served experts by block name.
+
+    Returns:
+        The hooks, to be removed when the model is closed.
+
+    Raises:
+        CheckpointError: The forward pass fails, so the config does not fit the weights.
     """
     try:
         recordings = _record(model, served)
     except (MoefitError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a family's code meets numbers that no shape of a weight shows
+    except Exception as error:  # config values that no weight's shape depends on
         raise CheckpointError(
-            f"{type(model).__name__} cannot compute as its config.json says: {in_brief(error)}; "
-            "give the config.json that belongs to the weights"
+            f"{type(model).__name__} fails with the values in its config.json: {in_brief(error)}; "
+            "use the config.json that belongs to the weights"
         ) from error
     known = _known_forms(model.config)
     hooks: list[RemovableHandle] = []
@@ -106,41 +130,43 @@ def attach_hooks(
         hooks.append(parent.register_forward_pre_hook(_length_hook(experts), with_kwargs=True))
         recording = recordings[name]
         vectors = _per_expert_vectors(parent, experts.num_experts)
-        experts.used = recording.routing is not None
+        experts.reachable = recording.routing is not None
         found = _identify(recording, vectors, known)
         if found is None:
             continue
-        seen, rule = found
+        output, rule = found
         experts.scoring = rule.rule
         experts.bias_E = None if rule.bias is None else vectors[rule.bias]
-        hooks.append(seen.module.register_forward_hook(_logits_hook(experts, seen.index)))
+        hooks.append(output.module.register_forward_hook(_logits_hook(experts, output.index)))
     return tuple(hooks)
 
 
 def _identify(
     recording: _Recording, vectors: Sequence[Tensor], known: KnownForms
 ) -> tuple[_Output, IdentifiedRule] | None:
+    """Return the first recorded output that a known rule turns into the recorded routing."""
     if recording.routing is None:
         return None
     num_tokens = len(recording.routing.ids_TK)
-    for seen in recording.outputs:
-        if seen.value.numel() != num_tokens * seen.value.shape[-1]:
+    for output in recording.outputs:
+        if output.value.numel() != num_tokens * output.value.shape[-1]:
             continue
         example = RouterExample(
-            logits_TE=seen.value.reshape(num_tokens, -1),
+            logits_TE=output.value.reshape(num_tokens, -1),
             routing=recording.routing,
             vectors=tuple(vectors),
         )
         if found := identify(example, known):
-            return seen, found
+            return output, found
     return None
 
 
 @torch.inference_mode()
 def _record(model: PreTrainedModel, served: Mapping[str, VirtualExperts]) -> dict[str, _Recording]:
+    """Run the model on random tokens and record every block's routing and candidate outputs."""
     recordings = {name: _Recording() for name in served}
     with _record_outputs(model, served, recordings):
-        # Without the head: logits of all tokens would be the largest tensor of the whole load.
+        # Without the output head, whose logits would be the largest tensor of the whole load.
         inputs = _random_input(model)
         model.base_model(**inputs, use_cache=False)
         for experts in served.values():
@@ -176,40 +202,41 @@ def _record_outputs(
 
 
 def _output_hook(recording: _Recording, num_experts: int) -> Any:
-    def hear(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if recording.routing is not None:  # the experts have run, so this is not their router
+            return
         values = list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
         for index, value in values:
             if (
                 isinstance(value, Tensor)
                 and value.shape[-1:] == (num_experts,)
                 and value.is_floating_point()
-                and recording.routing is None  # what comes behind the experts is no router
             ):
                 recording.outputs.append(_Output(module, index, value.detach().clone()))
 
-    return hear
+    return record
 
 
 def _logits_hook(experts: VirtualExperts, index: int | None) -> Any:
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def store_logits(_module: nn.Module, _inputs: Any, output: Any) -> None:
         experts.logits_TE = output if index is None else output[index]
 
-    return keep
+    return store_logits
 
 
 def _length_hook(experts: VirtualExperts) -> Any:
-    """A block that is given more than one token of a sequence is prefilling."""
+    """Return a hook that sets `prefilling` if there is more than one token per sequence."""
 
-    def look(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def set_prefilling(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
         hidden = next((v for v in tensors if v.is_floating_point() and v.dim() in (2, 3)), None)
         experts.prefilling = hidden is not None and hidden.shape[-2] > 1
 
-    return look
+    return set_prefilling
 
 
 def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
-    """Buffers and parameters [E] of the block: a bias or a factor may be among them."""
+    """Return buffers and parameters of shape [E], biases first."""
     found = defaultdict(list)
     for name, tensor in (*parent.named_buffers(), *parent.named_parameters()):
         if tensor.numel() == num_experts and "experts." not in name:
@@ -218,7 +245,7 @@ def _per_expert_vectors(parent: nn.Module, num_experts: int) -> list[Tensor]:
 
 
 def _known_forms(config: Any) -> KnownForms:
-    """What the configuration says of groups and of SparseMixer's noise."""
+    """Return group limits and SparseMixer's tolerance from the model's config."""
     text = config.get_text_config(decoder=True)
     jitter = getattr(text, "router_jitter_noise", None)
     tolerances = (2 * float(jitter),) if isinstance(jitter, float) else ()
@@ -232,7 +259,7 @@ def _known_forms(config: Any) -> KnownForms:
 def _random_input(model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = cast(Any, model.config.get_text_config(decoder=True)).vocab_size
-    ids = torch.randint(3, max(4, vocabulary), _SHAPE, generator=generator).to(model.device)
+    ids = torch.randint(3, max(4, vocabulary), _PROBE_SHAPE, generator=generator).to(model.device)
     if model.config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids}
     return {"input_ids": ids}
