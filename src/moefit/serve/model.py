@@ -114,7 +114,9 @@ class ServedModel:
         with self._still():
             try:
                 if self._upgrades:
-                    self._upgrades.set_capacity(min(budget.remaining_bytes(), self._upgrades.room))
+                    self._upgrades.set_capacity(
+                        min(budget.remaining_bytes(), self._upgrades.capacity)
+                    )
                 for name in resize(self.blocks, counts, self.model.device):
                     self.blocks[name].fill()
                 self._budget = budget

@@ -57,7 +57,7 @@ def test_bytes_go_to_the_sensitive() -> None:
     steps = ladder(
         [FormatChoice(format="a", nbytes=1, error=4), FormatChoice(format="b", nbytes=2, error=0)]
     )
-    chosen = allocate({"cold": steps, "hot": steps}, {"cold": 1.0, "hot": 2.0}, room=3)
+    chosen = allocate({"cold": steps, "hot": steps}, {"cold": 1.0, "hot": 2.0}, nbytes=3)
     assert {key: one.format for key, one in chosen.items()} == {"cold": "a", "hot": "b"}
 
 

@@ -1,7 +1,7 @@
-"""Choose a format for each expert so that the total error is least within a number of bytes.
+"""Choose a format for each expert that minimises the total error within a number of bytes.
 
-`ladder` keeps the formats worth having for one expert, smallest first; `allocate` spends the bytes
-where they reduce the error most. Decisions only: `upgrades.py` carries them out.
+`ladder` keeps the formats of one expert that are worth their bytes, smallest first; `allocate`
+spends bytes where they reduce the error most. Pure functions; `upgrades.py` carries them out.
 """
 
 import heapq
@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatChoice:
-    """One format that an expert may have."""
+    """A format for an expert, with its size and its (relative) error."""
 
     format: str
     nbytes: int
@@ -26,18 +26,20 @@ class FormatChoice:
 
 
 Ladder = Sequence[FormatChoice]
-"""Choices from the smallest to the largest, each with less error than those before."""
+"""Choices in order of size, each with less error than the one before."""
 
 
 def ladder(choices: Sequence[FormatChoice]) -> tuple[FormatChoice, ...]:
-    """The choices worth having: each step down in error costs more bytes per error than the last.
+    """Return the choices on the lower convex hull of error against bytes.
 
-    That is the lower convex hull of error against bytes, along which the greedy way of
-    `allocate` is the Lagrangian optimum of the knapsack.
+    Along the hull each step saves less error per byte than the one before, so the greedy algorithm
+    of `allocate` gives the Lagrangian optimum of the knapsack problem.
 
-    >>> ladder([Choice(format="a", nbytes=1, error=9), Choice(format="b", nbytes=2, error=8),
-    ...         Choice(format="c", nbytes=3, error=1)])[-1].format
-    'c'
+    >>> steps = ladder([FormatChoice(format="a", nbytes=1, error=9),
+    ...                 FormatChoice(format="b", nbytes=2, error=8),
+    ...                 FormatChoice(format="c", nbytes=3, error=1)])
+    >>> [choice.format for choice in steps]
+    ['a', 'c']
     """
     hull: list[FormatChoice] = []
     for choice in sorted(choices, key=lambda one: (one.nbytes, one.error)):
@@ -50,20 +52,29 @@ def ladder(choices: Sequence[FormatChoice]) -> tuple[FormatChoice, ...]:
 
 
 def _gain(low: FormatChoice, high: FormatChoice) -> float:
-    """Error taken away per byte."""
+    """Return the error saved per byte."""
     return (low.error - high.error) / (high.nbytes - low.nbytes)
 
 
 def allocate(
-    ladders: Mapping[Key, Ladder], sensitivity: Mapping[Key, float], room: int
+    ladders: Mapping[Key, Ladder], sensitivity: Mapping[Key, float], nbytes: int
 ) -> dict[Key, FormatChoice]:
-    """The choices of least error in sum that take at most `room` bytes.
+    """Choose formats with the least total error in at most `nbytes` bytes.
 
-    Everyone gets its smallest choice, whatever `room` is. Then the step that takes away most error
-    per byte is taken, as long as one fits; this is within one step of the optimum.
+    Each key starts with its smallest choice, even if these exceed `nbytes`. Then the step that
+    saves the most error per byte is taken as long as one fits, which is within one step of the
+    optimum.
+
+    Args:
+        ladders: The choices of each key, as returned by `ladder`.
+        sensitivity: Factor of each key's error in the total.
+        nbytes: Bytes for all keys together.
+
+    Returns:
+        The choice of each key.
     """
     chosen = dict.fromkeys(ladders, 0)
-    room -= sum(steps[0].nbytes for steps in ladders.values())
+    free = nbytes - sum(steps[0].nbytes for steps in ladders.values())
     order = {key: number for number, key in enumerate(ladders)}
     heap: list[tuple[float, int, Key]] = []
 
@@ -78,24 +89,24 @@ def allocate(
     while heap:
         _, _, key = heapq.heappop(heap)
         steps, at = ladders[key], chosen[key]
-        more = steps[at + 1].nbytes - steps[at].nbytes
-        if more > room:
+        growth = steps[at + 1].nbytes - steps[at].nbytes
+        if growth > free:
             continue
-        room -= more
+        free -= growth
         chosen[key] += 1
         push(key)
     return {key: ladders[key][at] for key, at in chosen.items()}
 
 
 def weighted_error(choices: Mapping[Key, FormatChoice], sensitivity: Mapping[Key, float]) -> float:
-    """The error that is left, in sum."""
+    """Return the sum of sensitivity * error."""
     return sum(sensitivity[key] * choice.error for key, choice in choices.items())
 
 
 def smoothed(scores: Sequence[float], prior: float) -> list[float]:
-    """Sensitivities from observed scores; each has at least the share `prior` of their mean.
+    """Return the scores plus `prior` times their mean.
 
-    An expert that has not been seen for a while may be asked for at the next token.
+    Keeps the sensitivity of experts above zero that were not used lately: they may be used again.
 
     >>> smoothed([0.0, 2.0], 0.5)
     [0.5, 2.5]
@@ -105,21 +116,25 @@ def smoothed(scores: Sequence[float], prior: float) -> list[float]:
 
 
 ExpertKey = tuple[str, int]
-"""Block name and expert."""
+"""Block name and expert number."""
 AUTO_FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8", "native")
 
 
 def initial_choices(
-    ladders: Mapping[ExpertKey, Ladder], room: int
+    ladders: Mapping[ExpertKey, Ladder], extra_bytes: int
 ) -> dict[ExpertKey, FormatChoice]:
-    """What experts have before anything is known of their use; `room`: bytes beyond the smallest
-    formats'."""
+    """Choose formats before any token was seen, with equal sensitivity for all experts.
+
+    Args:
+        ladders: The choices of each expert.
+        extra_bytes: Bytes to spend beyond those of the smallest formats.
+    """
     smallest = sum(ladder[0].nbytes for ladder in ladders.values())
-    return allocate(ladders, dict.fromkeys(ladders, 1.0), smallest + room)
+    return allocate(ladders, dict.fromkeys(ladders, 1.0), smallest + extra_bytes)
 
 
 def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[ExpertKey, Ladder]:
-    """Ladders of blocks as those of experts."""
+    """Return the ladders of blocks, keyed by expert."""
     return {
         (name, expert): steps
         for name, of_block in ladders.items()
@@ -128,10 +143,10 @@ def by_expert(ladders: Mapping[str, Sequence[Ladder]]) -> dict[ExpertKey, Ladder
 
 
 def ladders_of(block: MoeBlock, packed: PackedStore) -> tuple[Ladder, ...]:
-    """The formats that each expert of a block may have, with what each loses.
+    """Return each expert's ladder over `AUTO_FORMATS`.
 
-    That was measured of each expert where all of the formats are packed, with the same calibration
-    or with none, and is else what is to be expected of any.
+    Errors are those measured when packing if all formats are packed with the same calibration (or
+    all without), so that they can be compared; else the expected error of each format.
     """
     specs = block.layout.specs
     errors = {name: [format.expected_error] * block.num_experts for name, format in _formats()}

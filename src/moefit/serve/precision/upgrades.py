@@ -1,10 +1,9 @@
-"""Every expert at the precision it deserves, while the model runs: `--precision auto`.
+"""Change the formats of resident experts while the model runs: `--precision auto`.
 
-Owns carrying out what `allocate.py` decides. All slots begin in the smallest format; what the
-budget leaves over buys larger ones, one expert after the other: a slot of the new format is filled
-beside the old one and takes its place at a step border, whole. Nothing goes up before others have
-gone down far enough, so that the bytes held never exceed the budget; slots that are being filled
-lie in the ledger's staging. Whoever calls holds the lock of a step.
+All slots start in the smallest format, and bytes that the budget leaves buy larger formats, as
+`allocate.py` decides. An expert is loaded in its new format into a new slot, which replaces the old
+one at a step border. Upgrades wait until downgrades have freed enough bytes, so the budget holds at
+all times; the slots being filled are part of the estimate's staging. Callers hold the step lock.
 """
 
 from collections import deque
@@ -29,10 +28,10 @@ from moefit.serve.precision.allocate import (
     weighted_error,
 )
 
-PRIOR = 0.05  # of the mean sensitivity, for experts that no token has used lately
-EVERY = 32  # steps between two looks at the whole
-GAIN = 0.02  # least share of the error that a change of plan must take away
-MAX_PENDING = 2  # slots on their way
+PRIOR = 0.05  # share of the mean sensitivity that is added to each expert's
+PLAN_INTERVAL = 32  # steps
+MIN_GAIN = 0.02  # share of the total error that a new plan must save
+MAX_PENDING = 2  # loads at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,16 @@ class _PendingUpgrade:
 
 
 class Upgrades:
-    """Formats of all resident experts, and the bytes that they take beyond the smallest format's.
+    """Manages the formats of all resident experts.
 
-    `room` is how many such bytes there may be; `set_capacity` changes it.
+    Args:
+        blocks: The served blocks by name.
+        ladders: Each block's ladders, one per expert.
+        transfer: Loads experts.
+        device: The device of the slots.
+
+    Attributes:
+        capacity: Bytes that slots may take beyond the smallest format; see `set_capacity`.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class Upgrades:
     ):
         self._blocks, self._transfer, self._device = blocks, transfer, device
         self._ladders = by_expert(ladders)
-        self.room = 0
+        self.capacity = 0
         for experts in blocks.values():
             experts.enable_stats()
         self._plan: list[tuple[ExpertKey, FormatChoice]] = []
@@ -66,56 +72,60 @@ class Upgrades:
         self._steps = 0
 
     def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Load every expert into slots that are still empty, at formats that treat all alike.
+        """Load every expert into the empty slots, in the formats of `initial_choices`.
 
-        progress hears how many of how many have come.
+        Args:
+            progress: Callback with the number of experts loaded and in total.
         """
-        wanted = initial_choices(self._ladders, self.room)
-        coming: deque[tuple[str, int, Future[float]]] = deque()
-        for number, (name, expert) in enumerate(wanted):
+        choices = initial_choices(self._ladders, self.capacity)
+        pending: deque[tuple[str, int, Future[float]]] = deque()
+        for number, (name, expert) in enumerate(choices):
             slot_table, slots = self._blocks[name].slot_table, self._blocks[name].slots
             index = slot_table.reserve(expert)
-            assert index is not None, "there is an empty slot for each"
-            slots[index] = self._allocate(name, wanted[name, expert])
-            coming.append((name, index, self._transfer.load(name, expert, slots[index])))
-            if len(coming) > 2 * self._transfer.readers:
-                self._arrive(*coming.popleft())
-                progress(number + 1 - len(coming), len(wanted))
-        while coming:
-            self._arrive(*coming.popleft())
-            progress(len(wanted) - len(coming), len(wanted))
+            assert index is not None, "no empty slot"
+            slots[index] = self._allocate(name, choices[name, expert])
+            pending.append((name, index, self._transfer.load(name, expert, slots[index])))
+            if len(pending) > 2 * self._transfer.readers:
+                self._commit(*pending.popleft())
+                progress(number + 1 - len(pending), len(choices))
+        while pending:
+            self._commit(*pending.popleft())
+            progress(len(choices) - len(pending), len(choices))
 
-    def _arrive(self, name: str, index: int, done: Future[float]) -> None:
+    def _commit(self, name: str, index: int, done: Future[float]) -> None:
         wait_for_load(done)
         self._blocks[name].slot_table.publish(index)
 
     def step(self) -> None:
-        """A step border: publish what has come, and now and then plan anew, in the background."""
+        """Publish finished loads, and every `PLAN_INTERVAL` steps make a new plan.
+
+        Called at each step border. Loads run in the background.
+        """
         self._publish(wait=False)
         self._steps += 1
-        if self._steps % EVERY == 0 and not self._plan:
-            self._plan = self._changes()
+        if self._steps % PLAN_INTERVAL == 0 and not self._plan:
+            self._plan = self._make_plan()
         if self._plan:
-            self._begin()
+            self._start_loads()
 
-    def set_capacity(self, room: int) -> None:
-        """Take at most this many bytes from now on: what must shrink has shrunk on return."""
+    def set_capacity(self, capacity: int) -> None:
+        """Set the bytes beyond the smallest format, and downgrade experts until they fit."""
         self._publish(wait=True)
-        self.room, self._plan = room, []
-        if self.extra_bytes > room:
+        self.capacity, self._plan = capacity, []
+        if self.extra_bytes > capacity:
             self._shrink()
-        self._plan = self._changes()
+        self._plan = self._make_plan()
 
     def settle(self) -> None:
-        """Carry the plan out to its end."""
+        """Make a new plan, carry it out completely and wait for it."""
         self._publish(wait=True)
-        self._plan = self._changes()
-        while self._begin():
+        self._plan = self._make_plan()
+        while self._start_loads():
             self._publish(wait=True)
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that resident experts take beyond the smallest format's."""
+        """Return the bytes that slots take beyond the smallest format."""
         return sum(
             slot.nbytes - self._smallest(name)
             for name, experts in self._blocks.items()
@@ -123,9 +133,9 @@ class Upgrades:
         )
 
     def check(self) -> None:
-        """Raise AssertionError if more bytes are taken than there may be."""
+        """Raise AssertionError if slots and pending loads take more than `capacity`."""
         held = self.extra_bytes + self._reserved()
-        assert held <= self.room, f"{held} bytes beyond the smallest formats, {self.room} may be"
+        assert held <= self.capacity, f"{held} extra bytes, {self.capacity} allowed"
 
     def _smallest(self, block: str) -> int:
         return self._ladders[block, 0][0].nbytes
@@ -137,20 +147,22 @@ class Upgrades:
             for expert in sorted(experts.slot_table.residents)
         ]
 
-    def _changes(self) -> list[tuple[ExpertKey, FormatChoice]]:
-        """What leads to the best formats, going down first; nothing if little is to be gained."""
+    def _make_plan(self) -> list[tuple[ExpertKey, FormatChoice]]:
+        """Return changes that lead to the best formats, largest first; none if they save little."""
         keys = self._residents()
         sensitivity = self._sensitivity()
         ladders = {key: self._ladders[key] for key in keys}
         smallest = sum(self._smallest(name) for name, _ in keys)
-        wanted = allocate(ladders, sensitivity, smallest + self.room)
-        now = {key: self._now(key) for key in keys}
-        before, after = weighted_error(now, sensitivity), weighted_error(wanted, sensitivity)
-        if before - after <= GAIN * before and self.extra_bytes <= self.room:
+        wanted = allocate(ladders, sensitivity, smallest + self.capacity)
+        current = {key: self._current_choice(key) for key in keys}
+        error, new_error = weighted_error(current, sensitivity), weighted_error(wanted, sensitivity)
+        if error - new_error <= MIN_GAIN * error and self.extra_bytes <= self.capacity:
             return []
-        changes = [(key, wanted[key]) for key in keys if wanted[key] != now[key]]
-        gain = {key: sensitivity[key] * (now[key].error - choice.error) for key, choice in changes}
-        return sorted(changes, key=lambda one: -abs(gain[one[0]]))
+        changes = [(key, wanted[key]) for key in keys if wanted[key] != current[key]]
+        gain = {
+            key: sensitivity[key] * (current[key].error - choice.error) for key, choice in changes
+        }
+        return sorted(changes, key=lambda change: -abs(gain[change[0]]))
 
     def _sensitivity(self) -> dict[ExpertKey, float]:
         return {
@@ -159,8 +171,8 @@ class Upgrades:
             for expert, value in enumerate(smoothed(experts.output_energy.scores(), PRIOR))
         }
 
-    def _now(self, key: ExpertKey) -> FormatChoice:
-        """What the expert has; a slot that it got by chance may have a format off its ladder."""
+    def _current_choice(self, key: ExpertKey) -> FormatChoice:
+        """Return the expert's current format, which may be one that its ladder leaves out."""
         slot = self._slot(key)
         for choice in self._ladders[key]:
             if choice.format == slot.format.name:
@@ -172,35 +184,38 @@ class Upgrades:
         experts = self._blocks[key[0]]
         return experts.slots[experts.slot_table.slot(key[1])]
 
-    def _begin(self) -> int:
-        """Start what the plan has and fits now; returns how many are on their way.
+    def _start_loads(self) -> int:
+        """Start the changes of the plan that fit now.
 
-        The way down makes room for the way up, so both go side by side.
+        Downgrades free bytes for upgrades, so the plan is rescanned at every step.
+
+        Returns:
+            The number of pending loads.
         """
         for key, choice in list(self._plan):
             if len(self._pending) >= MAX_PENDING:
                 break
-            if not self._resident(key):
+            if not self._is_resident(key):
                 self._plan.remove((key, choice))
                 continue
             growth = choice.nbytes - self._slot(key).nbytes
-            if growth > 0 and growth > self.room - self.extra_bytes - self._reserved():
+            if growth > 0 and growth > self.capacity - self.extra_bytes - self._reserved():
                 continue
             self._plan.remove((key, choice))
             self._pending.append(self._load(key, choice))
         if not self._pending:
-            self._plan = []  # nothing of it fits; the next look may find other ways
+            self._plan = []  # nothing fits; wait for the next plan
         return len(self._pending)
 
     def _reserved(self) -> int:
-        """Bytes by which loads under way will grow their slots."""
+        """Return the bytes by which pending loads will grow their slots."""
         return sum(
-            max(0, one.choice.nbytes - self._slot(one.key).nbytes)
-            for one in self._pending
-            if self._resident(one.key)
+            max(0, load.choice.nbytes - self._slot(load.key).nbytes)
+            for load in self._pending
+            if self._is_resident(load.key)
         )
 
-    def _resident(self, key: ExpertKey) -> bool:
+    def _is_resident(self, key: ExpertKey) -> bool:
         return key[1] in self._blocks[key[0]].slot_table.residents
 
     def _allocate(self, name: str, choice: FormatChoice) -> Slot:
@@ -223,18 +238,18 @@ class Upgrades:
 
     def _replace(self, pending: _PendingUpgrade) -> None:
         name, expert = pending.key
-        if self._resident(pending.key):
+        if self._is_resident(pending.key):
             experts = self._blocks[name]
             experts.slots[experts.slot_table.slot(expert)] = pending.slot
 
     def _shrink(self) -> None:
-        """Go down until the room is kept, waiting for each; slots without an expert first."""
+        """Downgrade until the capacity holds, empty slots first; waits for each load."""
         for name, experts in self._blocks.items():
             for index in experts.slot_table.empty_slots:
                 if experts.slots[index].nbytes > self._smallest(name):
                     experts.slots[index] = self._allocate(name, self._ladders[name, 0][0])
-        for key, choice in self._changes():
-            if self.extra_bytes <= self.room:
+        for key, choice in self._make_plan():
+            if self.extra_bytes <= self.capacity:
                 return
             if choice.nbytes < self._slot(key).nbytes:
                 pending = self._load(key, choice)
