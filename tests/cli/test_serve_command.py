@@ -199,7 +199,7 @@ def test_the_budget_from_a_shell(served) -> None:
         everything = RUNNER.invoke(app, ["budget", "set", "all", *key, "--json"])
         assert json.loads(everything.stdout)["budget"]["total"] is None
         stranger = RUNNER.invoke(app, ["budget", "get"], env={"MOEFIT_URL": url})
-        assert "give the server's key" in str(stranger.exception)
+        assert "send the server's API key" in str(stranger.exception)
 
 
 def test_a_chat_with_a_server_that_continues_text(served, monkeypatch) -> None:
@@ -222,7 +222,7 @@ class Parrot:
     def __init__(self) -> None:
         self.heard: list[list[dict[str, str]]] = []
 
-    def answer(self, turns: Any, manner: Any) -> Iterator[str]:
+    def answer(self, turns: Any, options: Any) -> Iterator[str]:
         self.heard.append(list(turns))
         last = turns[-1]["content"]
         yield f"{last}-"

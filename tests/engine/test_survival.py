@@ -199,15 +199,15 @@ def test_a_tokenizer_that_panics_is_a_failure_in_openais_shape(served, monkeypat
         client_of(service, raise_server_exceptions=False) as client,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(service.words, "ids", panics)
+            patch.setattr(service.tokenizer, "ids", panics)
             error = error_of(client.post(path, json={"prompt": "a"}), 500)
-            assert "its log says why" in error["message"]
+            assert "the server's log" in error["message"]
         assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
 
 
 def test_a_stream_whose_words_panic_ends_with_an_error_event(served, monkeypatch) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
-        monkeypatch.setattr(service.words, "name", panics)
+        monkeypatch.setattr(service.tokenizer, "name", panics)
         asked = {"prompt": "a", "max_tokens": 3, "logprobs": 1, "stream": True}
         last = events(client.post("/v1/completions", json=asked))[-1]
         assert last["error"]["type"] == "server_error"
@@ -217,7 +217,7 @@ def test_a_failed_measurement_keeps_no_event_back(served, monkeypatch) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         monkeypatch.setattr(service.telemetry, "finished", panics)
         heard: list[Any] = []
-        listener = service.telemetry.listen(heard.append)
+        listener = service.telemetry.wrap_listener(heard.append)
         with pytest.raises(Panic):
             listener(FinishedEvent(reason="stop", prompt_tokens=1, completion_tokens=0))
         assert len(heard) == 1

@@ -11,7 +11,13 @@ from serving_http import client_of, error_of, fake_service
 
 from moefit.serve.model import ServedModel
 from moefit.server import errors as refusal
-from moefit.server.middleware import host_fits, host_name, is_loopback, key_fits, origin_fits
+from moefit.server.middleware import (
+    host_name,
+    is_allowed_host,
+    is_allowed_origin,
+    is_loopback,
+    is_valid_key,
+)
 
 KEY = "sehr-geheim-é"
 
@@ -30,28 +36,28 @@ def open_to_all(served: ServedModel) -> Iterator[TestClient]:
 
 @given(st.text())
 def test_only_the_key_is_the_key(given_key: str) -> None:
-    assert key_fits(KEY, f"Bearer {given_key}") == (given_key.strip() == KEY)
-    assert not key_fits(KEY, given_key or None)
+    assert is_valid_key(KEY, f"Bearer {given_key}") == (given_key.strip() == KEY)
+    assert not is_valid_key(KEY, given_key or None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9", "[::1]"])
 def test_loopback(host: str) -> None:
     assert is_loopback(host)
     for name in ("localhost", "127.0.0.1:8000", "[::1]:80", "LocalHost:1"):
-        assert host_fits(host, name)
+        assert is_allowed_host(host, name)
     for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", None, "["):
-        assert not host_fits(host, name)
+        assert not is_allowed_host(host, name)
 
 
 def test_an_address_for_others_takes_every_name() -> None:
     assert not is_loopback("0.0.0.0")
-    assert host_fits("0.0.0.0", "box.example:8000")
+    assert is_allowed_host("0.0.0.0", "box.example:8000")
 
 
 @given(st.text(max_size=30))
 def test_any_header_is_read_without_failing(header: str) -> None:
     host_name(header)
-    origin_fits(header, header, ())
+    is_allowed_origin(header, header, ())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_any_header_is_read_without_failing(header: str) -> None:
     ],
 )
 def test_origins(origin: str | None, allowed: bool) -> None:
-    assert origin_fits(origin, "localhost:8000", ["https://friend.example"]) == allowed
+    assert is_allowed_origin(origin, "localhost:8000", ["https://friend.example"]) == allowed
 
 
 PLACES = [
@@ -184,10 +190,10 @@ def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
 ) -> None:
     """Each would take a kilobyte: a body of 4 MiB, gigabytes."""
     counts: list[int] = []
-    told = refusal.from_validation_errors
+    told = refusal.validation_error
     monkeypatch.setattr(
         refusal,
-        "from_validation_errors",
+        "validation_error",
         lambda errors, body: counts.append(len(errors)) or told(errors, body),
     )
     with fake_service(served) as (service, _), client_of(service) as client:
@@ -209,7 +215,7 @@ def test_other_paths_and_methods(open_to_all) -> None:
     assert error_of(response, 405)["code"] == "wrong_method"
     assert response.headers["allow"] == "POST"
     response = open_to_all.delete("/v1/memory")
-    assert "not for DELETE, but for GET, POST" in error_of(response, 405)["message"]
+    assert "does not support DELETE; use GET, POST" in error_of(response, 405)["message"]
     assert response.headers["allow"] == "GET, POST"
     assert open_to_all.post("/page/index.html").headers["allow"] == "GET, HEAD"
     error_of(open_to_all.get("/docs"), 404)
@@ -221,13 +227,13 @@ def test_other_paths_and_methods(open_to_all) -> None:
     ("path", "words"),
     [
         ("/v1/responses", "does not have /v1/responses: OpenAI's Responses API.*chat/completions"),
-        ("/v1/embeddings", "no embeddings"),
+        ("/v1/embeddings", "without embeddings"),
         ("/v1/messages", "Anthropic's"),
-        ("/v1/audio/speech", "no sound"),
-        ("/v1/assistants", "has /v1/chat/completions, /v1/completions, /v1/models"),
-        ("/chat/completions", "is /v1/chat/completions meant"),
-        ("/v1/v1/completions", "is /v1/completions meant"),
-        ("/elsewhere", "nothing at /elsewhere"),
+        ("/v1/audio/speech", "speech synthesis is not supported"),
+        ("/v1/assistants", "endpoints: /v1/chat/completions, /v1/completions, /v1/models"),
+        ("/chat/completions", "did you mean /v1/chat/completions"),
+        ("/v1/v1/completions", "did you mean /v1/completions"),
+        ("/elsewhere", "there is no /elsewhere"),
     ],
 )
 def test_what_is_not_there_is_said_with_the_nearest_that_is(open_to_all, path, words) -> None:

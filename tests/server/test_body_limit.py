@@ -34,16 +34,16 @@ class Counted(RuleBasedStateMachine):
         self.bodies, self.taken = BodyBudget(100), []
 
     @rule(size=st.integers(0, 60))
-    def take(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         fits = sum(self.taken) + size <= 100
-        assert self.bodies.take(size) == fits
+        assert self.bodies.reserve(size) == fits
         if fits:
             self.taken.append(size)
 
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         if self.taken:
-            self.bodies.give_back(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
+            self.bodies.release(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
 
     @invariant()
     def same(self) -> None:
@@ -62,7 +62,7 @@ def served() -> Iterator[ServedModel]:
 
 def test_what_was_never_held_is_not_given_back() -> None:
     with pytest.raises(AssertionError):
-        BodyBudget(10).give_back(1)
+        BodyBudget(10).release(1)
 
 
 def test_one_body_fits_beside_others() -> None:

@@ -150,7 +150,7 @@ def test_what_is_no_text_is_refused_by_its_name(running, kind: str, words: str) 
     asked = {"messages": [*HELLO, {"role": "user", "content": parts}]}
     error = error_of(client.post(URL, json=asked), 400)
     assert error["param"] == "messages[1].content[1]"
-    assert f"messages[1].content[1]: parts of type {words} are not possible" in error["message"]
+    assert f"messages[1].content[1]: parts of type {words} are not supported" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -224,12 +224,12 @@ def test_top_p_zero_is_greedy(running) -> None:
         ({"logit_bias": {"5": 10**400}}, "logit_bias", "token 5"),
         ({"logit_bias": {"5": None}}, "logit_bias", "token 5"),
         ({"logit_bias": {"5": True}}, "logit_bias", "token 5"),
-        ({"logit_bias": {"five": 1}}, "logit_bias", "'five' is no token's number"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "'five' is not a token id"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
-        ({"logit_bias": {"9999999": 1}}, "logit_bias", "there is no token 9999999"),
+        ({"logit_bias": {"9999999": 1}}, "logit_bias", "token 9999999 does not exist"),
         ({"logit_bias": {str(n): "x" for n in range(100_000)}}, "logit_bias", "token 0"),
         ({"logit_bias": [5]}, "logit_bias", "dictionary"),
-        ({"stop_token_ids": [9999999]}, "stop_token_ids", "there is no token 9999999"),
+        ({"stop_token_ids": [9999999]}, "stop_token_ids", "token 9999999 does not exist"),
         ({"min_tokens": 3}, "min_tokens", "unsupported"),
         ({"use_beam_search": True}, "use_beam_search", "unsupported"),
         ({"length_penalty": True}, "length_penalty", "unsupported"),
@@ -286,8 +286,8 @@ def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
     [
         ("application/x-www-form-urlencoded", b'{"prompt": "a"}', "Content-Type: application/json"),
         ("text/plain", b'{"prompt": "a"}', "Content-Type: application/json"),
-        ("application/json", b"", "there is no body"),
-        ("application/json", b'"text"', "not as documented"),
+        ("application/json", b"", "the body is missing"),
+        ("application/json", b'"text"', "the body is invalid"),
     ],
 )
 def test_a_body_of_another_kind_says_which_is_wanted(running, kind, body, says) -> None:
@@ -368,7 +368,7 @@ def test_an_error_of_ours_within_a_stream_is_told_in_it(running, monkeypatch) ->
             raise KeyError(token)
         return "one"
 
-    monkeypatch.setattr(service.words, "name", name)
+    monkeypatch.setattr(service.tokenizer, "name", name)
     asked = {"prompt": "a", "logprobs": 0, "stream": True}
     *frames, last = events(client.post(URL, json=asked))
     assert [one["choices"][0]["logprobs"]["tokens"] for one in frames] == [["one"]]

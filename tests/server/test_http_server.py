@@ -318,10 +318,10 @@ def test_addresses_that_cannot_be_had() -> None:
 def test_a_partner_over_the_network(served) -> None:
     with site(served) as here:
         partner = RemoteChat(Client(here.url + "/v1/"))
-        assert (partner.name, partner.chats) == ("reference", False)
-        manner = ChatOptions(max_tokens=5, temperature=0.0, seed=3)
+        assert (partner.name, partner.supports_chat) == ("reference", False)
+        options = ChatOptions(max_tokens=5, temperature=0.0, seed=3)
         turns = [{"role": "user", "content": "import"}]
-        whole = "".join(partner.answer(turns, manner))
+        whole = "".join(partner.answer(turns, options))
         answer = Client(here.url).post(
             "/v1/completions", {"prompt": "import", "max_tokens": 5, "seed": 3}
         )
@@ -335,7 +335,7 @@ def test_a_partner_over_the_network(served) -> None:
 def test_no_server_is_told() -> None:
     with bind("127.0.0.1", 0) as bound, pytest.raises(ServerError, match="moefit serve"):
         Client(url_of(bound, "127.0.0.1")).get("/health")
-    with pytest.raises(ConfigError, match="no address"):
+    with pytest.raises(ConfigError, match="not a server address"):
         Client("localhost:8000")
 
 

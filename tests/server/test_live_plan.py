@@ -104,7 +104,7 @@ def test_what_cannot_be_promised_changes_nothing_and_says_how_it_can_be_had(plan
     before = client.get(URL).json()
     make.fail = ConfigError("a loss of at most 3% cannot be promised")
     error = error_of(client.post(URL, json={"bytes": "5GiB"}), 400)
-    assert "cannot be promised; a mode beside the budget" in error["message"]
+    assert "cannot be promised; give a mode with the budget" in error["message"]
     after = client.get(URL).json()
     for name in ("budget", "plan", "mode", "slot_bytes"):
         assert after[name] == before[name]

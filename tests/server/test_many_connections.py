@@ -17,8 +17,8 @@ with moefit.load("reference") as served, fake_service(served, connections=2) as 
     running = Running(service, bound)
     running.start()
     address = bound.getsockname()
-    from moefit.server.run import connections_for
-    print(connections_for(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    from moefit.server.run import available_connections
+    print(available_connections(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     held = [socket.create_connection(address, timeout=9) for _ in range(150)]
     print("closed" if held[-1].recv(1) == b"" else "kept")
     for one in held:

@@ -81,7 +81,7 @@ def written(template: str, talk: list[dict[str, Any]], **bounds: Any) -> str:
 @pytest.mark.parametrize("talk", TALKS)
 def test_the_text_is_that_of_transformers(tokenizer, template: str, talk) -> None:
     tokenizer.chat_template = template
-    words = RequestTokenizer(tokenizer, size=4096, most=1000)
+    words = RequestTokenizer(tokenizer, size=4096, max_tokens=1000)
     for values in ({}, {"enable_thinking": False, "bos_token": "^"}):
         expected = tokenizer.apply_chat_template(
             talk, add_generation_prompt=True, tokenize=False, **values
@@ -133,7 +133,7 @@ def test_what_a_template_leaves_out_is_an_error(template: str, index: int) -> No
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "s"},
     ]
-    with pytest.raises(ConfigError, match=rf"messages\[{index}\]\.content.*leaves out"):
+    with pytest.raises(ConfigError, match=rf"messages\[{index}\]\.content.*drops the"):
         written(template, talk)
 
 
@@ -163,7 +163,7 @@ _MEMORY = "192 MiB|did not end within"  # whichever comes first on a busy machin
 WHY = {
     "loop": "did not end within 1 seconds", "number": "did not end within 1 seconds",
     "long": _MEMORY, "doubled": _MEMORY, "field": _MEMORY, "deep": "recursion",
-    "broken": "has a mistake", "raises": "refuses these messages: never",
+    "broken": "is invalid", "raises": "rejects these messages: never",
     "missing": "'dict object' has no attribute 'tool'",
 }  # fmt: skip
 

@@ -60,7 +60,7 @@ def chat(
     planned: PlanOptions = NO_PLAN,
 ) -> None:
     """Answers go to standard output as they come."""
-    manner = ChatOptions(
+    options = ChatOptions(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, **drawn.given()
     )
     if url is not None:
@@ -69,7 +69,7 @@ def chat(
             raise ConfigError(
                 "the server at --url has its model, memory and defaults; give one or the other"
             )
-        _talk(RemoteChat(Client(url, api_key)), manner, system)
+        _talk(RemoteChat(Client(url, api_key)), options, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
@@ -79,13 +79,13 @@ def chat(
         engine = Engine(served)
         engine.start()
         try:
-            _talk(LocalChat(model, engine), manner, system)
+            _talk(LocalChat(model, engine), options, system)
         finally:
             engine.close()
 
 
-def _talk(partner: ChatBackend, manner: ChatOptions, system: str | None) -> None:
-    if not partner.chats:
+def _talk(partner: ChatBackend, options: ChatOptions, system: str | None) -> None:
+    if not partner.supports_chat:
         if system is not None:
             raise ConfigError(f"{partner.name} has no chat template, so --system has no place")
         say(f"{partner.name} does not know conversations: it continues the text that you give")
@@ -99,7 +99,7 @@ def _talk(partner: ChatBackend, manner: ChatOptions, system: str | None) -> None
             say(f"{line.split()[0]} is no command: {HELP}")
         elif line:
             turns.append({"role": "user", "content": line})
-            turns = _answer(partner, turns, manner)
+            turns = _answer(partner, turns, options)
 
 
 def _ask() -> str | None:
@@ -115,11 +115,11 @@ def _ask() -> str | None:
     return None if line.strip() == "/quit" else line
 
 
-def _answer(partner: ChatBackend, turns: list[ChatTurn], manner: ChatOptions) -> list[ChatTurn]:
+def _answer(partner: ChatBackend, turns: list[ChatTurn], options: ChatOptions) -> list[ChatTurn]:
     """Print the answer; the conversation with it, or without the last turn if it failed."""
     told = ""
     try:
-        with closing(partner.answer(turns, manner)) as pieces:
+        with closing(partner.answer(turns, options)) as pieces:
             for piece in pieces:
                 told += piece
                 print(piece.translate(_SHOWN), end="", flush=True)

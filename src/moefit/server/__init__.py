@@ -1,1 +1,1 @@
-"""An endpoint people can use: OpenAI's HTTP API, an operator's side, metrics and a page."""
+"""OpenAI-compatible HTTP server, with administration endpoints, metrics and a web page."""

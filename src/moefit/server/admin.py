@@ -1,6 +1,6 @@
-"""GET and POST /v1/memory: what is in memory, and the budget and mode that it is kept in.
+"""GET and POST /v1/memory: state of the memory, and changes of budget and mode.
 
-Owns the picture that the page and `moefit budget` show, and changing it while requests run.
+Builds the state that the page and `moefit budget` show, and changes it while requests run.
 """
 
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from moefit.server.errors import APIError
 from moefit.server.openai_schema import MemoryRequest
 from moefit.server.service import Service
 
-_COUNTED = (
+_COUNTERS = (
     "hits",
     "fetches",
     "substitutions",
@@ -32,7 +32,7 @@ _COUNTED = (
 
 
 class BlockState(BaseModel):
-    """A MoE block's experts; see `BlockView`."""
+    """Experts of one MoE block; see `BlockView`."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -45,14 +45,14 @@ class BlockState(BaseModel):
 
 
 class Requests(BaseModel):
-    """How many requests there are now."""
+    """Current numbers of requests."""
 
     running: int
     waiting: int
 
 
 class Latency(BaseModel):
-    """Seconds of the last minutes: to the first token, and between tokens; null if none."""
+    """Percentiles over the last minutes, in seconds: time to first token, inter-token latency."""
 
     ttft_p50: float | None
     ttft_p99: float | None
@@ -61,7 +61,7 @@ class Latency(BaseModel):
 
 
 class PlanSummary(BaseModel):
-    """The plan in force: what it says, and its loss of perplexity, give or take `margin`."""
+    """The plan in force, and its predicted increase of perplexity, within `margin`."""
 
     words: str
     loss: float
@@ -70,12 +70,16 @@ class PlanSummary(BaseModel):
 
 
 class MemoryState(BaseModel):
-    """What is in memory. Bytes; `kv_tokens` are those that the KV cache is reserved for.
+    """State of the memory. Sizes are in bytes.
 
-    floor, everything, most: budgets that hold the fewest experts, all of them, and all of them in
-    the best format; everything_in: all of them in a format, where experts differ in it. plan: null
-    where nothing was planned, or what was planned has been changed since. problems: what is wrong,
-    as `/health` says it; empty if nothing is.
+    Attributes:
+        floor: Smallest budget, with the fewest experts in memory.
+        everything: Budget that holds all experts.
+        most: Budget that holds all experts in the best format.
+        everything_in: Budget that holds all experts, by format, where formats differ.
+        kv_tokens: Tokens that the KV cache holds.
+        plan: The plan in force; null if there is none or settings were changed since.
+        problems: Problems as `/health` reports them.
     """
 
     model: str
@@ -103,22 +107,22 @@ class MemoryState(BaseModel):
 
 
 def memory_state(service: Service) -> MemoryState:
-    """The picture now."""
+    """Return the current state."""
     engine = service.engine
     report, stats = engine.served.report(), engine.stats()
-    budget, counters = report["budget"], {name: report[name] for name in _COUNTED}
+    budget, counters = report["budget"], {name: report[name] for name in _COUNTERS}
     counters["budget_changes"] = dict(service.telemetry.changes)
     live = service.live_plan
-    ends = {name: budget[name] for name in ("floor", "everything", "most")}
+    limits = {name: budget[name] for name in ("floor", "everything", "most")}
     if live:
-        ends = dict(zip(ends, (*live.ends, live.ends[1]), strict=True))
+        limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
     same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
     return MemoryState(
         model=service.settings.name,
         bound=engine.served.policy.bound,
         budget=budget,
         everything_in=engine.served.budget.all_resident_bytes_in(),
-        plan=_predicted(live.plan) if live and live.plan else None,
+        plan=_plan_summary(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
         blocks=[BlockState.model_validate(view) for view in engine.served.views()],
@@ -127,12 +131,12 @@ def memory_state(service: Service) -> MemoryState:
         latency=Latency(**service.telemetry.latency()),
         counters=counters,
         problems=service.problems(),
-        **ends,
+        **limits,
         **{name: report[name] for name in same},
     )
 
 
-def _predicted(plan: Plan) -> PlanSummary:
+def _plan_summary(plan: Plan) -> PlanSummary:
     one = plan.predicted
     return PlanSummary(
         words=plan.configuration.in_words(),
@@ -143,14 +147,19 @@ def _predicted(plan: Plan) -> PlanSummary:
 
 
 def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
-    """Carry a change out, all of it or nothing; waits until it is in force."""
+    """Apply a change completely or not at all, and return the new state.
+
+    Raises:
+        APIError: If the change is empty or memory cannot be allocated.
+        MoefitError: If the change is rejected.
+    """
     given = body.model_fields_set
     if not given:
-        raise APIError(400, "nothing to change; give bytes, mode, prefill or bound")
+        raise APIError(400, "nothing to change; set bytes, mode, prefill or bound")
     live = service.live_plan
     try:
         if live is not None and given == {"bytes"}:
-            live.change(None if body.bytes is None else parse_bytes(body.bytes))
+            live.set_budget(None if body.bytes is None else parse_bytes(body.bytes))
         else:
             service.engine.between_steps(lambda: _change(service, body))
     except MoefitError:
@@ -159,20 +168,20 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
     except OSError as error:
         service.telemetry.changed("failed")
         raise APIError(
-            503, "the system has no such memory now; everything is as it was", code="no_memory"
+            503, "the system cannot provide this memory now; nothing was changed", code="no_memory"
         ) from error
     service.telemetry.changed("ok")
     return memory_state(service)
 
 
 def _change(service: Service, body: MemoryRequest) -> None:
-    _set(service.engine.served, body)
+    _apply(service.engine.served, body)
     if service.live_plan is not None:
-        service.live_plan.leave()
+        service.live_plan.clear()
 
 
-def _set(served: ServedModel, body: MemoryRequest) -> None:
-    """First what is easily undone: the mode; then the budget, which undoes itself if it fails."""
+def _apply(served: ServedModel, body: MemoryRequest) -> None:
+    """Set the mode first, which is easy to revert; a failing budget change reverts itself."""
     before, given = served.policy, body.model_fields_set
     if given - {"bytes"}:
         policy = body.model_dump(include={"prefill", "bound"}, exclude_none=True)
@@ -188,21 +197,20 @@ def _set(served: ServedModel, body: MemoryRequest) -> None:
 
 
 def router(service: Service) -> APIRouter:
-    """The endpoints."""
+    """Return the router with GET and POST /v1/memory."""
     routes = APIRouter()
 
     @routes.get("/v1/memory")
     async def get_memory() -> MemoryState:
-        """Which experts are in memory, and in which budget."""
-        return await service.operate(memory_state, service)
+        """Return which experts are in memory, and the budget."""
+        return await service.run_admin(memory_state, service)
 
     @routes.post("/v1/memory")
     async def set_memory(body: Annotated[MemoryRequest, Body()]) -> MemoryState:
-        """Change budget and mode while requests run; answers when the change is in force.
+        """Change budget and mode while requests run; responds when the change is in force.
 
-        A server that was planned for its budget plans for the new one, if that is all that is
-        asked for.
+        A server started with a plan replans if only the budget changes.
         """
-        return await service.operate(apply_change, service, body)
+        return await service.run_admin(apply_change, service, body)
 
     return routes

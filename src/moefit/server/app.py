@@ -1,7 +1,7 @@
-"""The ASGI application: all endpoints and the static page, behind the access checks.
+"""ASGI application: all endpoints and the static page, behind the access checks.
 
-The page's files are read once at start and found by name alone, so that no request reaches the
-file system.
+The page's files are read once at start and looked up by name, so that no request reaches the file
+system.
 """
 
 from importlib.resources import files
@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import moefit
 from moefit.server import admin, chat, completions, info
-from moefit.server.errors import ERROR_RESPONSES, APIError, WithoutPanics, install_handlers
+from moefit.server.errors import ERROR_RESPONSES, APIError, PanicMiddleware, install_handlers
 from moefit.server.middleware import AccessMiddleware, BodyBudget, BodyLimitMiddleware
 from moefit.server.service import Service
 
@@ -30,7 +30,7 @@ _TYPES = {
 
 
 def page_files(folder: Traversable) -> dict[str, bytes]:
-    """What the page is made of, by name; kinds that are not known here are left out."""
+    """Return the page's files by name; unknown file types are ignored."""
     if not folder.is_dir():
         return {}
     known = (one for one in folder.iterdir() if one.name.rpartition(".")[2] in _TYPES)
@@ -38,34 +38,34 @@ def page_files(folder: Traversable) -> dict[str, bytes]:
 
 
 def static_router(folder: Traversable | None = None) -> APIRouter:
-    """GET / and GET /page/NAME; no part of the API's document."""
+    """Return the router with GET / and GET /page/NAME, which are not part of the API schema."""
     routes = APIRouter(include_in_schema=False)
     found = page_files(folder or files("moefit.server").joinpath("page"))
 
-    def give(name: str) -> Response:
+    def file_response(name: str) -> Response:
         if name not in found:
-            raise APIError(404, "there is no such page")
+            raise APIError(404, "page not found")
         kind = _TYPES[name.rpartition(".")[2]]
         return Response(found[name], media_type=kind, headers={"Cache-Control": "no-cache"})
 
     @routes.api_route("/", methods=["GET", "HEAD"])
     async def index() -> Response:
-        return give("index.html")
+        return file_response("index.html")
 
     @routes.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str) -> Response:
-        return give(name)
+        return file_response(name)
 
     return routes
 
 
-_ABOUT = """OpenAI's API for one mixture-of-experts model, served inside a memory budget.
+_DESCRIPTION = """OpenAI's API for one mixture-of-experts model, served inside a memory budget.
 
-Parameters that are not documented here are refused, not ignored."""
+Undocumented parameters are rejected, not ignored."""
 
 
-def _without_422(document: dict[str, Any]) -> dict[str, Any]:
-    """The document without FastAPI's own answer to invalid requests, which is 400 here."""
+def _remove_422(document: dict[str, Any]) -> dict[str, Any]:
+    """Remove FastAPI's response for invalid requests, which return 400 here."""
     for operation in (one for path in document["paths"].values() for one in path.values()):
         operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
@@ -74,12 +74,12 @@ def _without_422(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service; has no state but the service's."""
+    """Return the ASGI application of a service."""
     app = FastAPI(
         title="moefit",
         version=moefit.__version__,
-        description=_ABOUT,
-        docs_url=None,  # these two pages would load scripts from elsewhere
+        description=_DESCRIPTION,
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
         responses=ERROR_RESPONSES,
@@ -88,17 +88,17 @@ def create_app(service: Service) -> FastAPI:
     for part in (completions, chat, info, admin):
         app.include_router(part.router(service))
     app.include_router(static_router())
-    app.openapi_schema = _without_422(app.openapi())
+    app.openapi_schema = _remove_422(app.openapi())
     settings = service.settings
-    app.add_middleware(WithoutPanics)
+    app.add_middleware(PanicMiddleware)
     bodies = BodyBudget(settings.bodies_bytes)
-    app.add_middleware(BodyLimitMiddleware, bodies=bodies, largest=settings.body_bytes)
+    app.add_middleware(BodyLimitMiddleware, bodies=bodies, max_body_size=settings.body_bytes)
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # clients have headers of their own, as `x-stainless-os`
+            allow_headers=["*"],  # clients send custom headers such as `x-stainless-os`
         )
     return app

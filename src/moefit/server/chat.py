@@ -1,6 +1,7 @@
-"""POST /v1/chat/completions: a conversation is answered, by the chat template of the model.
+"""POST /v1/chat/completions: generate the next message of a conversation.
 
-Owns the shape of the answers. Tools and other formats than text are refused by `asked`.
+Renders the conversation with the model's chat template and builds the responses. Tools and response
+formats other than text are rejected by `openai_schema`.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -24,18 +25,18 @@ from moefit.server.openai_schema import (
     TokenizeRequest,
     TopLogprob,
 )
-from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, numbered
-from moefit.server.streaming import STREAM, EngineEvents, TokenCounts, respond
+from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, sampling_per_choice
+from moefit.server.streaming import STREAM, EngineEvents, UsageCounter, respond
 from moefit.server.tokenizer import RequestTokenizer
 
-_TAKEN = {
+_RESERVED_KWARGS = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize", "return_assistant_tokens_mask",
 }  # fmt: skip
 
 
-def as_template_wants(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as chat templates know them; `developer` is today's word for `system`."""
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages in the form that chat templates expect; `developer` becomes `system`."""
     plain = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
@@ -47,141 +48,155 @@ def as_template_wants(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def conversation_ids(
-    words: RequestTokenizer, body: ChatCompletionRequest | TokenizeRequest
+    tokenizer: RequestTokenizer, body: ChatCompletionRequest | TokenizeRequest
 ) -> list[int]:
-    """Return a conversation's tokens. Raises APIError where the model knows none."""
+    """Return the token ids of a conversation.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        body: Request with messages and `chat_template_kwargs`.
+
+    Raises:
+        APIError: If the model has no chat template or a reserved variable is given.
+    """
     values = body.chat_template_kwargs or {}
-    if taken := sorted(values.keys() & _TAKEN):
+    if reserved := sorted(values.keys() & _RESERVED_KWARGS):
         raise APIError(
             400,
-            f"chat_template_kwargs.{taken[0]}: the server gives this to the template itself; "
-            "kwargs are for its other variables, such as enable_thinking",
-            param=f"chat_template_kwargs.{taken[0]}",
+            f"chat_template_kwargs.{reserved[0]}: reserved; the server sets it. "
+            "Use chat_template_kwargs for other variables, such as enable_thinking",
+            param=f"chat_template_kwargs.{reserved[0]}",
         )
-    if not words.has_template:
+    if not tokenizer.has_template:
         raise APIError(
             400,
-            "this model has no chat template, so it does not know conversations; it continues "
-            "text: use /v1/completions",
+            "this model has no chat template and only continues text; use /v1/completions",
             param="messages",
             code="no_chat_template",
         )
-    written = words.conversation(as_template_wants(body.messages or ()), values)
-    return words.ids(written, special=False)
+    text = tokenizer.conversation(template_messages(body.messages or ()), values)
+    return tokenizer.ids(text, special=False)
 
 
 class ChatBuilder:
-    """One request to /v1/chat/completions."""
+    """Build engine requests and responses for one request to /v1/chat/completions."""
 
     def __init__(self, service: Service, body: ChatCompletionRequest):
-        self._service, self._asked = service, body
+        self._service, self._body = service, body
         self._id, self._n = new_id("chatcmpl"), body.n or 1
-        self._tally = TokenCounts(self._n)
+        self._usage = UsageCounter(self._n)
 
     def check(self) -> None:
-        """Refuse what is not done."""
-        body = self._asked
+        """Raise APIError if the request is not supported or the server cannot accept it."""
+        body = self._body
         self._service.check_open()
         self._service.check_model(body.model)
         self._service.check_choices(body, 1)
         if body.top_logprobs and not body.logprobs:
-            raise APIError(400, "top_logprobs is for logprobs=true alone", param="top_logprobs")
+            raise APIError(400, "top_logprobs requires logprobs=true", param="top_logprobs")
         if None not in (both := {body.max_tokens, body.max_completion_tokens}) and len(both) > 1:
             raise APIError(
-                400, "max_tokens and max_completion_tokens say different things",
+                400, "max_tokens and max_completion_tokens differ; give one of them",
                 param="max_tokens",
             )  # fmt: skip
 
     def engine_requests(self) -> list[EngineRequest]:
-        """What is asked of the engine; takes as long as reading the conversation does."""
-        body, service = self._asked, self._service
-        ids = conversation_ids(service.words, body)
+        """Return one engine request per choice. Renders and tokenizes, which may be slow."""
+        body, service = self._body, self._service
+        ids = conversation_ids(service.tokenizer, body)
         if not ids:
-            raise APIError(400, "the conversation has no tokens", param="messages")
-        room = max(1, service.engine.max_model_len - len(ids))
-        most = body.max_completion_tokens or body.max_tokens
+            raise APIError(
+                400, "the conversation is empty; give at least one token", param="messages"
+            )
+        available = max(1, service.engine.max_model_len - len(ids))
+        max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = service.sampling(
             body,
-            most or min(room, service.settings.chat_tokens),
+            max_tokens or min(available, service.settings.chat_tokens),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
         engine_requests = [
-            EngineRequest(prompt=ids, sampling=one) for one in numbered(sampling, self._n)
+            EngineRequest(prompt=ids, sampling=one)
+            for one in sampling_per_choice(sampling, self._n)
         ]
         service.check_logprobs(engine_requests)
         return engine_requests
 
     async def full_response(self, engine_events: EngineEvents) -> ChatCompletionResponse:
-        """All answers, once they have ended."""
-        heard: list[list[Event]] = [[] for _ in range(self._n)]
+        """Return the response with all choices, after all have finished."""
+        events_by_choice: list[list[Event]] = [[] for _ in range(self._n)]
         async for number, event in engine_events:
-            heard[number].append(event)
+            events_by_choice[number].append(event)
             if isinstance(event, FinishedEvent):
-                self._tally.add(number, event)
+                self._usage.add(number, event)
         return ChatCompletionResponse(
             **self._head(),
-            choices=[self._choice(number, events) for number, events in enumerate(heard)],
-            usage=self._tally.usage(),
+            choices=[
+                self._choice(number, events) for number, events in enumerate(events_by_choice)
+            ],
+            usage=self._usage.usage(),
         )
 
     def _choice(self, index: int, events: Sequence[Event]) -> ChatChoice:
         last = events[-1]
         assert isinstance(last, FinishedEvent)
-        assert last.reason in ("stop", "length"), "other ends are errors"
+        assert last.reason in ("stop", "length"), "other finish reasons raise errors"
         tokens = [one for one in events if isinstance(one, TokenEvent)]
         text = "".join(one.text for one in tokens) + last.text
-        told = self._told([one.logprob for one in tokens if one.logprob is not None])
+        logprobs = self._logprobs([one.logprob for one in tokens if one.logprob is not None])
         return ChatChoice(
             index=index,
             message=ChatMessage(content=text),
-            logprobs=told if self._asked.logprobs else None,
+            logprobs=logprobs if self._body.logprobs else None,
             finish_reason=last.reason,
         )
 
     async def chunks(self, engine_events: EngineEvents) -> AsyncIterator[ChatCompletionChunk]:
-        """Answers as they come, and at the end, if asked for, the usage."""
+        """Yield response chunks as they are generated, then the usage if requested."""
         for number in range(self._n):
             yield self._chunk(number, Delta(role="assistant", content=""))
         async for number, event in engine_events:
-            if isinstance(event, TokenEvent) and (event.text or self._asked.logprobs):
-                told = self._told([event.logprob]) if event.logprob is not None else None
-                yield self._chunk(number, Delta(content=event.text), told)
+            if isinstance(event, TokenEvent) and (event.text or self._body.logprobs):
+                logprobs = self._logprobs([event.logprob]) if event.logprob is not None else None
+                yield self._chunk(number, Delta(content=event.text), logprobs)
             elif isinstance(event, FinishedEvent):
-                self._tally.add(number, event)
+                self._usage.add(number, event)
                 if event.text:
                     yield self._chunk(number, Delta(content=event.text))
                 yield self._end(number, event)
         if self.streams_usage:
-            yield ChatCompletionChunk(**self._head(), choices=[], usage=self._tally.usage())
+            yield ChatCompletionChunk(**self._head(), choices=[], usage=self._usage.usage())
 
     def _end(self, number: int, event: FinishedEvent) -> ChatCompletionChunk:
-        assert event.reason in ("stop", "length"), "other ends are errors"
+        assert event.reason in ("stop", "length"), "other finish reasons raise errors"
         choice = DeltaChoice(index=number, delta=Delta(), logprobs=None, finish_reason=event.reason)
         return ChatCompletionChunk(**self._head(), choices=[choice])
 
     @property
     def streams_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        options = self._asked.stream_options
+        options = self._body.stream_options
         return bool(options and options.include_usage)
 
     def _chunk(
-        self, number: int, delta: Delta, told: ChatLogprobs | None = None
+        self, number: int, delta: Delta, logprobs: ChatLogprobs | None = None
     ) -> ChatCompletionChunk:
-        choice = DeltaChoice(index=number, delta=delta, logprobs=told, finish_reason=None)
+        choice = DeltaChoice(index=number, delta=delta, logprobs=logprobs, finish_reason=None)
         return ChatCompletionChunk(**self._head(), choices=[choice])
 
-    def _told(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
-        words = self._service.words
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+        tokenizer = self._service.tokenizer
         return ChatLogprobs(
             content=[
                 ChatLogprob(
-                    token=words.name(one.token),
+                    token=tokenizer.name(one.token),
                     logprob=one.logprob,
-                    bytes=list(words.raw(one.token)),
+                    bytes=list(tokenizer.raw(one.token)),
                     top_logprobs=[
                         TopLogprob(
-                            token=words.name(token), logprob=logprob, bytes=list(words.raw(token))
+                            token=tokenizer.name(token),
+                            logprob=logprob,
+                            bytes=list(tokenizer.raw(token)),
                         )
                         for token, logprob in one.top
                     ],
@@ -200,15 +215,15 @@ class ChatBuilder:
 
 
 def router(service: Service) -> APIRouter:
-    """The endpoint."""
+    """Return the router with POST /v1/chat/completions."""
     routes = APIRouter()
-    answers: dict[int | str, dict[str, Any]] = {
+    responses: dict[int | str, dict[str, Any]] = {
         200: {"model": ChatCompletionResponse, "content": {STREAM: {}}}
     }
 
-    @routes.post("/v1/chat/completions", responses=answers, response_model=None)
+    @routes.post("/v1/chat/completions", responses=responses, response_model=None)
     async def chat(body: Annotated[ChatCompletionRequest, Body()], request: Request) -> Response:
-        """Answer a conversation. With `stream`, server-sent events."""
+        """Generate the next message of a conversation. `stream` returns server-sent events."""
         return await respond(service, ChatBuilder(service, body), request, stream=bool(body.stream))
 
     return routes

@@ -1,4 +1,4 @@
-"""Client side of the HTTP API, and a common interface to chat with a server or a local model.
+"""Client of the HTTP API, and a common interface to chat with a server or a local model.
 
 `Client` sends JSON and reads server-sent events with the standard library. `RemoteChat` and
 `LocalChat` implement `ChatBackend` for `moefit chat`.
@@ -24,7 +24,7 @@ from moefit.server.tokenizer import RequestTokenizer
 
 
 class ServerError(ConfigError):
-    """The server did not do it, or there is none; `code` is its word for why."""
+    """The server returned an error or is not reachable; `code` is the error's code, if any."""
 
     def __init__(self, message: str, code: str | None = None):
         super().__init__(message)
@@ -32,30 +32,39 @@ class ServerError(ConfigError):
 
 
 class Client:
-    """A server at `url`, such as http://127.0.0.1:8000; a /v1 at its end may be there or not.
+    """Client of a server.
 
-    key: sent as a bearer token. timeout: seconds without a byte. Raises ConfigError for what is no
-    address.
+    Args:
+        url: Address such as http://127.0.0.1:8000, with or without /v1.
+        key: API key, sent as a bearer token.
+        timeout: Seconds to wait for data.
+
+    Raises:
+        ConfigError: If `url` is not a valid address.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 300.0):
         if (host := _host(url)) is None:
-            raise ConfigError(f"{url!r} is no address of a server, such as http://127.0.0.1:8000")
+            raise ConfigError(f"{url!r} is not a server address such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._timeout = key, timeout
-        # A proxy, if one is configured, cannot reach this machine's own loopback.
+        # A configured proxy cannot reach this machine's loopback interface.
         self._opener = build_opener(*([ProxyHandler({})] if is_loopback(host) else []))
 
     def get(self, path: str) -> Any:
-        """What is there. Raises ServerError."""
+        """Return the JSON at a path. Raises ServerError."""
         return self._read(path, None)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """What the server makes of it. Raises ServerError."""
+        """Send JSON and return the response. Raises ServerError."""
         return self._read(path, body)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed answer. Raises ServerError; closing it ends the answer."""
+        """Yield the events of a streamed response. Closing the iterator cancels the request.
+
+        Raises:
+            ServerError: If the server returns an error or the connection breaks.
+        """
         with closing(self._open(path, {**body, "stream": True})) as response:
             try:
                 yield from _events(response)
@@ -70,7 +79,7 @@ class Client:
                 return json.load(response)
             except ValueError as error:
                 raise ServerError(
-                    f"{self.url}{path} answers, but not in JSON: it is another kind of server"
+                    f"{self.url}{path} did not return JSON; is it an OpenAI-compatible server?"
                 ) from error
             except (HTTPException, OSError) as error:
                 raise ServerError(f"the connection to {self.url} broke: {error}") from error
@@ -95,11 +104,11 @@ class Client:
 
 
 def _host(url: str) -> str | None:
-    """The host of a server's address; None if it is no such address."""
+    """Return the host of a server's address; None if the address is invalid."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.port != 0
-    except ValueError:  # brackets that do not close, a port that is no number
+    except ValueError:  # an unclosed bracket, a port that is not a number
         return None
     return parts.hostname if known else None
 
@@ -120,18 +129,18 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
 def _error_message(url: str, error: HTTPError) -> ServerError:
     try:
         said = json.loads(error.read())["error"]
-        return ServerError(f"{url} says: {said['message']}", said.get("code"))
+        return ServerError(f"{url}: {said['message']}", said.get("code"))
     except (ValueError, LookupError, TypeError, OSError):
         return ServerError(f"{url} answered {error.code} {error.reason}")
 
 
 ChatTurn = dict[str, str]
-TEMPERATURE = 0.7  # of a model here whose checkpoint names none
+TEMPERATURE = 0.7  # for local models without a default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
-    """How to answer; see `SamplingParams`. None: as who answers does it."""
+    """Options of a response; None leaves the choice to the backend. See `SamplingParams`."""
 
     max_tokens: int
     temperature: float | None = None
@@ -143,23 +152,27 @@ class ChatOptions:
 
 
 class ChatBackend(Protocol):
-    """`chats`: it knows conversations; else it continues text."""
+    """A model to chat with. `supports_chat`: it has a chat template; if not, it continues text."""
 
     name: str
-    chats: bool
+    supports_chat: bool
 
-    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
-        """The answer to a conversation, or what follows the last turn's text.
+    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+        """Yield the text of the next message, or the continuation of the last message.
 
-        Closing the iterator ends the answer.
+        Closing the iterator cancels the request.
         """
         ...
 
 
 class RemoteChat:
-    """A server with OpenAI's API; ours says whether its model chats, others are believed to.
+    """Chat with a server that has OpenAI's API.
 
-    Raises ServerError if it does not answer, ConfigError if it serves nothing.
+    moefit's servers report whether the model supports chat; other servers are assumed to.
+
+    Raises:
+        ServerError: If the server does not respond.
+        ConfigError: If it serves no model.
     """
 
     def __init__(self, client: Client):
@@ -167,13 +180,13 @@ class RemoteChat:
         models = client.get("/v1/models")["data"]
         if not models:
             raise ConfigError(f"{client.url} serves no model")
-        self.name, self.chats = models[0]["id"], models[0].get("chat", True)
+        self.name, self.supports_chat = models[0]["id"], models[0].get("chat", True)
 
-    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
-        """See `Partner`."""
-        given = {name: value for name, value in asdict(manner).items() if value is not None}
+    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+        """Yield the text of the next message; see `ChatBackend`."""
+        given = {name: value for name, value in asdict(options).items() if value is not None}
         body: dict[str, Any] = {"model": self.name, **given}
-        if self.chats:
+        if self.supports_chat:
             body["messages"] = list(turns)
             for event in self._client.stream("/v1/chat/completions", body):
                 for choice in event["choices"]:
@@ -186,20 +199,25 @@ class RemoteChat:
 
 
 class LocalChat:
-    """A model in this process."""
+    """Chat with a model in this process."""
 
     def __init__(self, name: str, engine: Engine):
         self.name, self._engine = name, engine
         text = engine.served.model.config.get_text_config(decoder=True)
-        self._words = RequestTokenizer(
-            engine.served.tokenizer, size=text.vocab_size, most=engine.max_model_len
+        self._tokenizer = RequestTokenizer(
+            engine.served.tokenizer, size=text.vocab_size, max_tokens=engine.max_model_len
         )
-        self.chats = self._words.has_template
+        self.supports_chat = self._tokenizer.has_template
 
-    def answer(self, turns: Sequence[ChatTurn], manner: ChatOptions) -> Generator[str, None, None]:
-        """See `Partner`. Raises ConfigError, RequestTooLargeError."""
+    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+        """Yield the text of the next message; see `ChatBackend`.
+
+        Raises:
+            RequestTooLargeError: If the conversation is too long.
+            ConfigError: If the request is invalid or the model fails.
+        """
         events: SimpleQueue[Event] = SimpleQueue()
-        sampling = sampling_of(manner, self._engine.served.generation)
+        sampling = to_sampling_params(options, self._engine.served.generation)
         request = self._engine.submit(self._ids(turns), sampling, events.put)
         try:
             while True:
@@ -209,18 +227,18 @@ class LocalChat:
                 yield event.text
                 if isinstance(event, FinishedEvent):
                     if event.message:
-                        raise ConfigError(f"the model failed at this: {event.message}")
+                        raise ConfigError(f"the model failed on this request: {event.message}")
                     return
         finally:
             self._engine.cancel(request)
 
     def _ids(self, turns: Sequence[ChatTurn]) -> list[int]:
-        if not self.chats:
-            return self._words.ids(turns[-1]["content"])
-        return self._words.ids(self._words.conversation(turns), special=False)
+        if not self.supports_chat:
+            return self._tokenizer.ids(turns[-1]["content"])
+        return self._tokenizer.ids(self._tokenizer.conversation(turns), special=False)
 
 
-def sampling_of(manner: ChatOptions, default: GenerationDefaults) -> SamplingParams:
-    """The manner as a request; what it leaves open is as generation_config.json has it."""
-    given = {name: value for name, value in asdict(manner).items() if value is not None}
+def to_sampling_params(options: ChatOptions, default: GenerationDefaults) -> SamplingParams:
+    """Return sampling parameters; missing options come from generation_config.json."""
+    given = {name: value for name, value in asdict(options).items() if value is not None}
     return SamplingParams(**{"temperature": TEMPERATURE, **default.sampling(), **given})

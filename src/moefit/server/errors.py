@@ -1,6 +1,7 @@
-"""Saying no in OpenAI's words: `{"error": {"message", "type", "param", "code"}}`.
+"""Convert errors to responses in OpenAI's format.
 
-Owns how each error becomes a status and that shape; no answer shows a traceback or a path of ours.
+The body is `{"error": {"message", "type", "param", "code"}}`. Responses never contain tracebacks or
+local paths.
 """
 
 import logging
@@ -29,26 +30,26 @@ from moefit.errors import (
 )
 
 _LOG = logging.getLogger(__name__)
-_KINDS = {
+_ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
 }
 _ENDPOINTS = ("/chat/completions", "/completions", "/models")
-_TALK = "ask POST /v1/chat/completions instead"
-_NO_VECTORS = "it serves models that write text, and gives no embeddings or scores"
-_ELSEWHERE = {
-    "/responses": f"OpenAI's Responses API is not part of it; {_TALK}",
-    "/messages": f"Anthropic's Messages API is not part of it; {_TALK}",
-    "/embeddings": _NO_VECTORS,
-    "/rerank": _NO_VECTORS,
-    "/score": _NO_VECTORS,
-    "/moderations": "it moderates nothing",
-    "/images/generations": "it makes no images",
-    "/audio/speech": "it makes no sound",
-    "/audio/transcriptions": "it hears no sound",
+_CHAT_HINT = "use POST /v1/chat/completions instead"
+_NO_EMBEDDINGS = "it serves text generation only, without embeddings or scores"
+_UNSUPPORTED_ENDPOINTS = {
+    "/responses": f"OpenAI's Responses API is not supported; {_CHAT_HINT}",
+    "/messages": f"Anthropic's Messages API is not supported; {_CHAT_HINT}",
+    "/embeddings": _NO_EMBEDDINGS,
+    "/rerank": _NO_EMBEDDINGS,
+    "/score": _NO_EMBEDDINGS,
+    "/moderations": "moderation is not supported",
+    "/images/generations": "image generation is not supported",
+    "/audio/speech": "speech synthesis is not supported",
+    "/audio/transcriptions": "transcription is not supported",
 }
-"""What clients ask other servers for, and what is said of it here."""
+"""Endpoints of other servers, with a hint for each."""
 _STATUS_OF: Mapping[type[MoefitError], tuple[int, str]] = {
     RequestTooLargeError: (400, "context_length_exceeded"),
     BudgetTooSmallError: (400, "budget_too_small"),
@@ -60,7 +61,7 @@ _STATUS_OF: Mapping[type[MoefitError], tuple[int, str]] = {
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong; `param` names the parameter and `code` the kind, where there is one."""
+    """Error message with OpenAI's type, and the parameter and code where applicable."""
 
     message: str
     type: str
@@ -69,7 +70,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's error."""
+    """Body of an error response."""
 
     error: ErrorDetail
 
@@ -81,7 +82,14 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class APIError(HTTPException):
-    """A request that is not done; `detail` says why, and what would be."""
+    """An error response; `detail` is its message.
+
+    Args:
+        status: HTTP status.
+        message: What was given, why it is rejected, and what works.
+        param: Name of the parameter.
+        code: Machine-readable code.
+    """
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -91,15 +99,12 @@ class APIError(HTTPException):
 
 
 class PanicError(RuntimeError):
-    """A library failed with what is no `Exception`, as a panic in Rust is."""
+    """A library raised an error that is not an `Exception`, such as a panic in Rust."""
 
 
 @contextmanager
-def without_panics() -> Iterator[None]:
-    """Raise what is no `Exception` as a PanicError, for which everybody is prepared.
-
-    Cancellation and the end of a generator pass: these are no failures.
-    """
+def convert_panics() -> Iterator[None]:
+    """Convert errors that are not `Exception`s to PanicError, except cancellation."""
     try:
         yield
     except (Exception, CancelledError, GeneratorExit):
@@ -108,10 +113,10 @@ def without_panics() -> Iterator[None]:
         raise PanicError(f"{type(error).__name__}: {error}") from error
 
 
-class WithoutPanics:
-    """Middleware by which a panic in any endpoint is answered as every other failure is.
+class PanicMiddleware:
+    """Middleware that converts panics in endpoints to ordinary errors.
 
-    Frameworks handle `Exception` alone, and asyncio ends the event loop at a SystemExit.
+    Frameworks handle `Exception` only, and asyncio stops the event loop at a SystemExit.
     """
 
     def __init__(self, app: ASGIApp):
@@ -119,66 +124,66 @@ class WithoutPanics:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        with without_panics():
+        with convert_panics():
             await self._app(scope, receive, send)
 
 
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The JSON of an error; what of a request comes back in it is short and can be written."""
+    """Return the JSON of an error, with message and parameter shortened and valid UTF-8."""
     message, param = _printable(message, 2000), None if param is None else _printable(param, 200)
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _printable(text: str, most: int) -> str:
-    """Text that is UTF-8, although JSON may have brought in half characters."""
+    """Return text as valid UTF-8, without unpaired surrogates, and shortened."""
     whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return whole if len(whole) <= most else f"{whole[:most]}..."
 
 
-def body_from(refused: HTTPException) -> dict[str, Any]:
-    """The JSON of an error, ours or the framework's."""
-    param, code = getattr(refused, "param", None), getattr(refused, "code", None)
-    return error_body(refused.status_code, str(refused.detail), param, code)
+def error_json(error: HTTPException) -> dict[str, Any]:
+    """Return the JSON of an HTTP exception."""
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return error_body(error.status_code, str(error.detail), param, code)
 
 
-def error_response(refused: HTTPException) -> JSONResponse:
-    """The response for an error, ours or the framework's."""
-    headers = dict(refused.headers or {})
-    if refused.status_code == 401:
+def error_response(error: HTTPException) -> JSONResponse:
+    """Return the response for an HTTP exception."""
+    headers = dict(error.headers or {})
+    if error.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if refused.status_code == 429:
+    if error.status_code == 429:
         headers["Retry-After"] = "1"
-    return JSONResponse(body_from(refused), refused.status_code, headers)
+    return JSONResponse(error_json(error), error.status_code, headers)
 
 
-def from_moefit_error(error: MoefitError) -> APIError:
-    """The refusal that an error of the model's side is."""
+def api_error_of(error: MoefitError) -> APIError:
+    """Return the response for an error of moefit."""
     kind = next((one for one in type(error).__mro__ if one in _STATUS_OF), None)
     status, code = (500, None) if kind is None else _STATUS_OF[kind]
     return APIError(status, str(error), code=code)
 
 
-def from_validation_errors(errors: Sequence[Mapping[str, Any]], body: Any = None) -> APIError:
-    """Return what pydantic found, in a sentence; never the values themselves.
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> APIError:
+    """Return the response for pydantic's errors, without the values themselves.
 
     Args:
-        errors: what it found.
-        body: what it was found in, which tells a field's name from that of a union's member.
+        errors: Errors as pydantic reports them.
+        body: The request body, which distinguishes field names from names of union members.
     """
     first = errors[0]
     if first["type"] == "json_invalid":
         why = f"the body is not JSON: {first['ctx']['error']}"
         return APIError(400, why, code="invalid_json")
     if not first["loc"][1:]:
-        return APIError(400, _of_body(first), code="invalid_body")
-    places = [_place(one, body) for one in errors if one["loc"][1] == first["loc"][1]]
-    # Each member of a union has errors of its own: the one that went furthest is meant.
+        return APIError(400, _body_message(first), code="invalid_body")
+    places = [_field_path(one, body) for one in errors if one["loc"][1] == first["loc"][1]]
+    # Each member of a union reports its own errors; the longest path is the intended one.
     place = max(places, key=lambda one: (len(one), [n for n in one if isinstance(n, int)]))
-    same = [one for one in errors if _place(one, body) == place]
-    name = _written(place)
+    same = [one for one in errors if _field_path(one, body) == place]
+    name = _path_text(place)
     if (why := _unsupported(same[0])) is not None:
         message = f"unsupported parameter {name!r}: {why}"
         return APIError(400, message, param=name, code="unsupported_parameter")
@@ -187,8 +192,8 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]], body: Any = None
     return APIError(400, f"{name}: {'; or '.join(words)}", param=name, code=code)
 
 
-def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
-    """Return the fields and indices that lead to an error, without the names of unions' members."""
+def _field_path(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
+    """Return the fields and indices that lead to an error, without names of union members."""
     steps, place = list(error["loc"][1:]), []
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
@@ -196,85 +201,86 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
             body = body.get(step)
         elif isinstance(body, list) and isinstance(step, int) and step < len(body):
             body = body[step]
-        elif number:  # the first is a field in any case
+        elif number:  # the first step is always a field
             continue
         place.append(step)
     return (*place, *error.get("ctx", {}).get("within", ()))
 
 
-def _written(place: Sequence[int | str]) -> str:
-    """Return a place as a program would write it.
+def _path_text(place: Sequence[int | str]) -> str:
+    """Return a path in Python notation.
 
-    >>> _written(["messages", 2, "content"])
+    >>> _path_text(["messages", 2, "content"])
     'messages[2].content'
     """
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in place]
     return "".join(steps).removeprefix(".")
 
 
-def _of_body(error: Mapping[str, Any]) -> str:
-    """What is wrong with all of a body."""
+def _body_message(error: Mapping[str, Any]) -> str:
+    """Return the message for an error of the whole body."""
     if error["type"] == "missing":
-        return "there is no body; send JSON, with Content-Type: application/json"
-    if isinstance(error.get("input"), bytes):  # has not been read as JSON
-        return "the body is not said to be JSON; send it with Content-Type: application/json"
-    return f"the body is not as documented: {error['msg']}"
+        return "the body is missing; send JSON with Content-Type: application/json"
+    if isinstance(error.get("input"), bytes):  # not parsed as JSON
+        return "the Content-Type is not JSON; send the body with Content-Type: application/json"
+    return f"the body is invalid: {error['msg']}"
 
 
 def _unsupported(error: Mapping[str, Any]) -> str | None:
-    """Why a parameter is none of ours, if it is none; some may be there, with nothing in them."""
+    """Return why a parameter is not supported; None if it is."""
     if error["type"] == "extra_forbidden":
-        return "this server does not know it, and ignores nothing"
+        return "unknown to this server, which ignores no parameters"
     empty = error["type"] in ("too_long", "string_too_long") and error["ctx"]["max_length"] == 0
     if empty or error["type"] == "none_required":
-        return "this server does not do it; leave it out"
+        return "not supported by this server; omit it"
     return None
 
 
-def from_exception(error: Exception) -> HTTPException:
-    """The refusal that an error is; what is no fault of the client's is logged instead of told."""
+def http_error_of(error: Exception) -> HTTPException:
+    """Return the response for any error; unexpected errors are logged, not sent."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
-        return from_validation_errors(error.errors(), error.body)
+        return validation_error(error.errors(), error.body)
     if isinstance(error, MoefitError):
-        refused = from_moefit_error(error)
-        if refused.status_code < 500 or refused.code is not None:
-            return refused  # others, such as a checkpoint's, name its files
+        response = api_error_of(error)
+        if response.status_code < 500 or response.code is not None:
+            return response  # others, such as CheckpointError, contain local paths
     _LOG.error("a request failed: %s: %s", type(error).__name__, error)
-    return APIError(500, "the server failed at this request; its log says why")
+    return APIError(500, "internal server error; see the server's log")
 
 
-def _of_framework(request: Request, error: HTTPException) -> HTTPException:
-    """Return what is said of an address or a method that is not there."""
+def _routing_error(request: Request, error: HTTPException) -> HTTPException:
+    """Return the response for an unknown path or method."""
     path = request.url.path
     if error.status_code == 404:
-        return APIError(404, _not_there(path), code="unknown_url")
+        return APIError(404, _unknown_path_message(path), code="unknown_url")
     if error.status_code != 405:
         return error
-    methods = _allowed(request)
-    said = APIError(
-        405, f"{path} is not for {request.method}, but for {methods}", code="wrong_method"
+    methods = _allowed_methods(request)
+    response = APIError(
+        405, f"{path} does not support {request.method}; use {methods}", code="wrong_method"
     )
-    said.headers = {"Allow": methods}
-    return said
+    response.headers = {"Allow": methods}
+    return response
 
 
-def _not_there(path: str) -> str:
-    """Return what is nearest to an address that is not there."""
+def _unknown_path_message(path: str) -> str:
+    """Return a message that names the nearest known path."""
     name = path.removeprefix("/v1").removeprefix("/v1").rstrip("/")
     if name in _ENDPOINTS:
-        return f"there is no {path}; is /v1{name} meant? A client's base URL ends with /v1, once"
-    if name in _ELSEWHERE:
-        return f"this server does not have {path}: {_ELSEWHERE[name]}"
+        hint = f"did you mean /v1{name}? A client's base URL must end with a single /v1"
+        return f"there is no {path}; {hint}"
+    if name in _UNSUPPORTED_ENDPOINTS:
+        return f"this server does not have {path}: {_UNSUPPORTED_ENDPOINTS[name]}"
     if path.startswith("/v1/"):
         known = ", ".join(f"/v1{one}" for one in _ENDPOINTS)
-        return f"this server does not have {path}; of OpenAI's API it has {known}"
-    return f"there is nothing at {path}; /openapi.json lists what there is"
+        return f"this server does not have {path}; supported OpenAI endpoints: {known}"
+    return f"there is no {path}; see /openapi.json for all endpoints"
 
 
-def _allowed(request: Request) -> str:
-    """Return the methods that an address is there for, whichever routes they have."""
+def _allowed_methods(request: Request) -> str:
+    """Return the methods of a path, over all routes."""
     routes = request.app.router.routes
     methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
     found = [
@@ -288,12 +294,12 @@ def _allowed(request: Request) -> str:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Let the application answer every error in this shape."""
+    """Register handlers that return every error in OpenAI's format."""
 
-    async def refuse(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, HTTPException) and not isinstance(error, APIError):
-            error = _of_framework(request, error)
-        return error_response(from_exception(error))
+            error = _routing_error(request, error)
+        return error_response(http_error_of(error))
 
     for kind in (HTTPException, RequestValidationError, MoefitError, Exception):
-        app.add_exception_handler(kind, refuse)
+        app.add_exception_handler(kind, handle)

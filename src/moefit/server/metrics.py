@@ -1,7 +1,7 @@
-"""Metrics: latencies of requests, and GET /metrics for Prometheus.
+"""Metrics: request latencies, and GET /metrics for Prometheus.
 
-`Telemetry` measures time to first token and time between tokens as events pass; `ModelCollector`
-reads the counters of engine and model when Prometheus asks. `Window` keeps recent values for
+`Telemetry` measures time to first token and inter-token latency from events; `ModelCollector` reads
+the counters of engine and model when Prometheus scrapes. `Window` keeps recent values for
 percentiles.
 """
 
@@ -25,7 +25,7 @@ from moefit.engine.api import Event, FinishedEvent, Listener, PromptEvent
 
 
 class Window:
-    """Values with their times, at most `most` of them and none older than `seconds`.
+    """Recent values, at most `most` of them and none older than `seconds`.
 
     >>> window = Window(seconds=10)
     >>> for at in range(5):
@@ -39,11 +39,11 @@ class Window:
         self._values: deque[tuple[float, float]] = deque(maxlen=most)
 
     def add(self, value: float, *, at: float) -> None:
-        """One more value; times do not fall."""
+        """Add a value at a time; times must not decrease."""
         self._values.append((at, value))
 
     def percentiles(self, *shares: float, at: float) -> tuple[float | None, ...]:
-        """Per share the least value that so many are not above (nearest rank); None of nothing."""
+        """Return nearest-rank percentiles, one per fraction; None without values."""
         while self._values and self._values[0][0] < at - self._seconds:
             self._values.popleft()
         values = sorted(value for _, value in self._values)
@@ -59,7 +59,11 @@ _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120
 
 
 class Telemetry:
-    """Instruments of one server, for the model of that name. Thread-safe."""
+    """Metrics of one server. Thread-safe.
+
+    Args:
+        model: Value of the label `model_name`.
+    """
 
     def __init__(self, model: str):
         self.model, self.registry = model, CollectorRegistry()
@@ -67,33 +71,27 @@ class Telemetry:
         self._first, self._between = Window(), Window()
         self.changes: Tally[str] = Tally()
         self._finished = Counter(
-            f"{PREFIX}request_success", "Requests that ended, by reason",
+            f"{PREFIX}request_success", "Finished requests by reason",
             ["model_name", "finished_reason"], registry=self.registry,
         )  # fmt: skip
         self._changes = Counter(
-            f"{PREFIX}budget_changes", "Changes of budget or mode that were asked for",
+            f"{PREFIX}budget_changes", "Requested changes of budget or mode by result",
             ["model_name", "result"], registry=self.registry,
         )  # fmt: skip
         self._time_to_first = self._histogram(
-            "time_to_first_token_seconds", "From request to first token", _SLOW
+            "time_to_first_token_seconds", "Time to first token", _SLOW
         )
         self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "From token to token", _FAST
+            "inter_token_latency_seconds", "Time between tokens", _FAST
         )
         self._whole = self._histogram(
-            "e2e_request_latency_seconds", "From request to its end", _SLOW
+            "e2e_request_latency_seconds", "End-to-end request latency", _SLOW
         )
-        self._queued = self._histogram(
-            "request_queue_time_seconds", "From request to its place among those that run", _SLOW
-        )
-        self._reading = self._histogram(
-            "request_prefill_time_seconds", "From its place to its prompt read", _SLOW
-        )
-        self._decoding = self._histogram(
-            "request_decode_time_seconds", "From first to last token", _SLOW
-        )
+        self._queued = self._histogram("request_queue_time_seconds", "Time in the queue", _SLOW)
+        self._reading = self._histogram("request_prefill_time_seconds", "Time in prefill", _SLOW)
+        self._decoding = self._histogram("request_decode_time_seconds", "Time in decode", _SLOW)
         self._running = self._histogram(
-            "request_inference_time_seconds", "From its place to its end", _SLOW
+            "request_inference_time_seconds", "Time from admission to end", _SLOW
         )
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
@@ -102,26 +100,26 @@ class Telemetry:
         )
         return named.labels(self.model)
 
-    def listen(self, listener: Listener) -> Listener:
-        """A listener that measures one request, which begins now, and passes events on."""
+    def wrap_listener(self, listener: Listener) -> Listener:
+        """Return a listener that measures a request, beginning now, and passes its events on."""
         timing = _Timing(self)
 
-        def heard(event: Event) -> None:
+        def on_event(event: Event) -> None:
             try:
-                timing.hear(event, monotonic())
-            finally:  # whatever fails in measuring, the request gets its event
+                timing.on_event(event, monotonic())
+            finally:  # a failing measurement must not drop the event
                 listener(event)
 
-        return heard
+        return on_event
 
     def changed(self, result: Change) -> None:
-        """A change of budget or mode was asked for, and went so."""
+        """Count a change of budget or mode."""
         with self._lock:
             self.changes[result] += 1
         self._changes.labels(self.model, result).inc()
 
     def latency(self) -> dict[str, float | None]:
-        """Seconds of the last minutes: to the first token, and between tokens."""
+        """Return p50 and p99 of time to first token and inter-token latency, in seconds."""
         now = monotonic()
         with self._lock:
             ttft = self._first.percentiles(0.5, 0.99, at=now)
@@ -129,18 +127,18 @@ class Telemetry:
         return {"ttft_p50": ttft[0], "ttft_p99": ttft[1], "itl_p50": itl[0], "itl_p99": itl[1]}
 
     def prompt_read(self, waited: float, seconds: float) -> None:
-        """A prompt was read: how long it waited for its place, and what reading took then."""
+        """Record queue time and prefill time of a prompt, in seconds."""
         self._queued.observe(waited)
         self._reading.observe(seconds)
 
     def first_token(self, seconds: float, now: float) -> None:
-        """The first token came."""
+        """Record the time to first token, in seconds."""
         self._time_to_first.observe(seconds)
         with self._lock:
             self._first.add(seconds, at=now)
 
     def next_token(self, seconds: float, now: float) -> None:
-        """Another token came."""
+        """Record an inter-token latency, in seconds."""
         self._inter_token.observe(seconds)
         with self._lock:
             self._between.add(seconds, at=now)
@@ -148,8 +146,14 @@ class Telemetry:
     def finished(
         self, reason: str, seconds: float, *, running: float | None, decoding: float | None
     ) -> None:
-        """A request ended, so long after it came, after its place and, if it has tokens, the time
-        from the first of them to the last."""
+        """Record the end of a request.
+
+        Args:
+            reason: Finish reason.
+            seconds: Time since the request was received.
+            running: Time since it was admitted, or None.
+            decoding: Time from first to last token, or None.
+        """
         self._finished.labels(self.model, reason).inc()
         self._whole.observe(seconds)
         if running is not None:
@@ -159,7 +163,7 @@ class Telemetry:
 
 
 class _Timing:
-    """The clock of one request, in the engine's thread."""
+    """Timestamps of one request, recorded in the engine's thread."""
 
     def __init__(self, telemetry: Telemetry):
         self._telemetry, self._began = telemetry, monotonic()
@@ -167,7 +171,7 @@ class _Timing:
         self._first: float | None = None
         self._last = self._began
 
-    def hear(self, event: Event, now: float) -> None:
+    def on_event(self, event: Event, now: float) -> None:
         telemetry = self._telemetry
         if isinstance(event, PromptEvent):
             self._placed = min(now, self._began + event.waited)
@@ -191,7 +195,7 @@ _LABELS = ["model_name"]
 
 
 class Stats(Protocol):
-    """What an engine tells of itself; see `EngineStats`."""
+    """Engine statistics that are exported; see `EngineStats`."""
 
     @property
     def running(self) -> int: ...  # noqa: D102
@@ -208,7 +212,7 @@ class Stats(Protocol):
 
 
 class ModelCollector:
-    """Reads `stats()` of the engine and `report()` of the model."""
+    """Prometheus collector over the engine's `stats()` and the model's `report()`."""
 
     def __init__(
         self, model: str, stats: Callable[[], Stats], report: Callable[[], dict[str, Any]]
@@ -216,11 +220,11 @@ class ModelCollector:
         self._model, self._stats, self._report = model, stats, report
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering reads nothing."""
+        """Return no descriptions, so that registering reads no values."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """All values, read once."""
+        """Yield all metrics, read at one time."""
         yield from self._of_engine(self._stats())
         report = self._report()
         yield from self._of_experts(report)
@@ -248,54 +252,52 @@ class ModelCollector:
         return family
 
     def _of_engine(self, stats: Stats) -> Iterator[Metric]:
-        yield self._gauge("num_requests_running", "Requests that run", stats.running)
-        yield self._gauge("num_requests_waiting", "Requests that wait", stats.waiting)
+        yield self._gauge("num_requests_running", "Running requests", stats.running)
+        yield self._gauge("num_requests_waiting", "Waiting requests", stats.waiting)
         used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", used)
-        yield self._counter("prompt_tokens", "Prompt tokens read", stats.prompt_tokens_total)
-        yield self._counter("generation_tokens", "Tokens made", stats.generation_tokens_total)
+        yield self._gauge("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1", used)
+        yield self._counter("prompt_tokens", "Prompt tokens processed", stats.prompt_tokens_total)
+        yield self._counter("generation_tokens", "Tokens generated", stats.generation_tokens_total)
 
     def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
         budget = report["budget"]
         total = budget["most"] if budget["total"] is None else budget["total"]
         for name, meaning, value in (
-            ("expert_budget_bytes", "Bytes that the process may hold", total),
-            ("expert_floor_bytes", "The least budget", budget["floor"]),
-            ("expert_resident_bytes", "Bytes of slots, filled or not", report["slot_bytes"]),
-            ("process_bytes", "Bytes that the process holds", report["process_bytes"]),
-            ("peak_process_bytes", "The most it ever held", report["peak_process_bytes"]),
+            ("expert_budget_bytes", "Memory budget of the process", total),
+            ("expert_floor_bytes", "Minimum budget", budget["floor"]),
+            ("expert_resident_bytes", "Bytes of all slots", report["slot_bytes"]),
+            ("process_bytes", "Memory of the process", report["process_bytes"]),
+            ("peak_process_bytes", "Peak memory of the process", report["peak_process_bytes"]),
         ):
             yield self._gauge(name, meaning, value)
         outcomes = {"hit": "hits", "fetch": "fetches", "substitute": "substitutions"}
         yield self._by(
-            "expert_requests", "Experts that a step asked for, by what happened", "outcome",
+            "expert_requests", "Expert requests by outcome", "outcome",
             {outcome: report[name] for outcome, name in outcomes.items()},
         )  # fmt: skip
         yield self._summary(
             "expert_substituted_mass",
-            "Share of router weight that went to another expert, by block and step",
+            "Fraction of router weight substituted, per block and step",
             count=report["routed"], total=report["substituted"],
         )  # fmt: skip
         read = {"storage": report["bytes_read"]}
-        yield self._by("expert_bytes_loaded", "Bytes of experts read", "tier", read)
+        yield self._by("expert_bytes_loaded", "Bytes of experts read by tier", "tier", read)
         if "host_hits" in report:
             hits = report["host_hits"]
             yield self._counter("expert_host_hits", "Experts found in host memory", hits)
-        yield self._by(
-            "expert_swaps", "Experts exchanged", "reason", {"importance": report["swaps"]}
-        )
+        yield self._by("expert_swaps", "Expert swaps", "reason", {"importance": report["swaps"]})
         yield self._summary(
-            "expert_load_seconds", "Time to bring an expert in",
+            "expert_load_seconds", "Time to load an expert",
             count=report["loads"], total=report["load_seconds"],
         )  # fmt: skip
         yield self._by(
-            "expert_load_failures", "Reads of experts that failed, by who waited", "reason",
+            "expert_load_failures", "Failed expert reads by reason", "reason",
             report["load_failures"],
         )  # fmt: skip
         failing = report["loads_failing"]
         yield self._gauge("expert_loads_failing", "1 while experts cannot be read, else 0", failing)
         yield self._counter(
-            "expert_wait_seconds", "Time that steps waited for experts", report["wait_seconds"]
+            "expert_wait_seconds", "Time steps spent waiting for experts", report["wait_seconds"]
         )
 
     def _of_blocks(self, report: dict[str, Any]) -> Iterator[Metric]:

@@ -1,7 +1,7 @@
-"""ASGI middleware and its settings: who may send requests, and how large bodies may be.
+"""Server settings, and ASGI middleware for access and body limits.
 
-Checks host, origin and API key before anything is read, and bounds the bytes of all request bodies
-that are held at a time.
+Checks host, origin and API key before reading a body, and bounds the total size of request bodies
+in memory.
 """
 
 import hmac
@@ -18,42 +18,42 @@ from moefit.server.errors import APIError, error_response
 
 
 class BodyBudget:
-    """Bytes held, at most `most`."""
+    """Bytes of request bodies in memory, at most `most`."""
 
     def __init__(self, most: int):
         self.most, self.held = most, 0
 
-    def take(self, size: int) -> bool:
-        """Hold so many more, unless they are too many."""
+    def reserve(self, size: int) -> bool:
+        """Reserve bytes; return False if they exceed the limit."""
         if self.held + size > self.most:
             return False
         self.held += size
         return True
 
-    def give_back(self, size: int) -> None:
-        """They are held no more."""
+    def release(self, size: int) -> None:
+        """Release reserved bytes."""
         self.held -= size
         self.check()
 
     def check(self) -> None:
-        """Raise AssertionError if the count can't be."""
+        """Raise AssertionError if the count is out of range."""
         assert 0 <= self.held <= self.most, (self.held, self.most)
 
 
 class BodyLimitMiddleware:
-    """Counts a body as it comes, not by what its head says, until its request is answered.
+    """Count the bytes of a body as they are received, until its request has been answered.
 
-    One that would be too much, alone or with all others, is refused, and what there is of it given
-    back: who only says that much will come takes nobody's place.
+    Content-Length is not trusted for this, so that announcing a large body reserves nothing. A body
+    that exceeds a limit is rejected and its bytes released.
 
     Args:
-        app: What answers requests.
-        bodies: Counts the bodies of all requests.
-        largest: Bytes that one body may have.
+        app: Application to wrap.
+        bodies: Budget of all request bodies.
+        max_body_size: Size of one body at most, in bytes.
     """
 
-    def __init__(self, app: ASGIApp, bodies: BodyBudget, largest: int):
-        self._app, self._bodies, self._largest = app, bodies, largest
+    def __init__(self, app: ASGIApp, bodies: BodyBudget, max_body_size: int):
+        self._app, self._bodies, self._max_body_size = app, bodies, max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As every ASGI application."""
@@ -63,9 +63,9 @@ class BodyLimitMiddleware:
             nonlocal held
             message = await receive()
             size = len(message.get("body", b""))
-            if held + size > self._largest:
-                raise _too_large(self._largest)
-            if not self._bodies.take(size):
+            if held + size > self._max_body_size:
+                raise _too_large(self._max_body_size)
+            if not self._bodies.reserve(size):
                 raise _too_many(self._bodies.most)
             held += size
             return message
@@ -73,18 +73,17 @@ class BodyLimitMiddleware:
         try:
             await self._app(scope, counted, send)
         finally:
-            self._bodies.give_back(held)
+            self._bodies.release(held)
 
 
-def _too_large(largest: int) -> APIError:
-    return APIError(413, f"a body may have {largest:,} bytes", code="body_too_large")
+def _too_large(limit: int) -> APIError:
+    return APIError(413, f"the body exceeds {limit:,} bytes", code="body_too_large")
 
 
 def _too_many(most: int) -> APIError:
     return APIError(
         429,
-        f"the bodies of all requests that are being answered may have {most:,} bytes together, and "
-        "with this one they have more; try again later",
+        f"the bodies of all running requests exceed {most:,} bytes with this one; try again later",
         code="too_many_bodies",
     )
 
@@ -94,16 +93,24 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What `moefit serve` takes beside the model's and the engine's settings.
+    """Settings of the HTTP server.
 
-    name: the model's name in requests and answers. origins: web pages of other origins that may
-    ask. answers: the most that one request may ask for, n times its prompts; logprobs: likewise of
-    log-probabilities, each of which takes some 150 bytes until it is sent. chat_tokens: the most
-    tokens of a chat answer whose request does not say. body_bytes: of one body; bodies_bytes: of
-    all together whose requests are not answered yet. connections: the most at a time.
-    wait_seconds: how long the head or the body of a request is waited for, and for a client that
-    does not read its answer, up to twice that.
-    idle_seconds: how long a connection is kept between requests.
+    Attributes:
+        name: Model name in requests and responses.
+        host: Address to listen on.
+        port: Port to listen on; 0 selects a free one.
+        api_key: Key that clients must send, if any.
+        origins: Origins of other web pages that may send requests.
+        answers: Choices per request at most: n times the number of prompts.
+        logprobs: Log-probabilities per request at most; each takes some 150 bytes until it is sent.
+        chat_tokens: Default max_tokens of chat completions.
+        body_bytes: Size of one request body at most.
+        bodies_bytes: Size of all bodies of unfinished requests at most.
+        connections: Simultaneous connections at most.
+        wait_seconds: Time to wait for the head or body of a request, or for a client that does not
+            read; up to twice as long for the latter.
+        idle_seconds: How long to keep a connection between requests.
+        drain_seconds: How long to wait for running requests at shutdown.
     """
 
     name: str
@@ -122,23 +129,23 @@ class ServerSettings:
     drain_seconds: float = 30.0
 
     def check(self) -> None:
-        """Raise ConfigError for a key that is none, or that headers do not carry alike."""
+        """Raise ConfigError if the API key is empty or cannot be sent in a header."""
         key = self.api_key
         if key == "":
             raise ConfigError(
-                "the key (--api-key) is empty, and everybody would be let in; give one, such as "
-                "what `openssl rand -hex 16` prints, or leave the option out"
+                "the key (--api-key) is empty and would admit everyone; give one, such as the "
+                "output of `openssl rand -hex 16`, or omit the option"
             )
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ConfigError(
                 "the key (--api-key, MOEFIT_API_KEY) has spaces, control characters or letters "
-                "beyond ASCII, which clients send in different ways; give another, such as what "
-                "`openssl rand -hex 16` prints"
+                "beyond ASCII, which clients encode differently; give another, such as the "
+                "output of `openssl rand -hex 16`"
             )
 
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-_HEADERS = {
+_SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -146,20 +153,20 @@ _HEADERS = {
 }
 
 
-def is_open(path: str) -> bool:
-    """Whether a path needs no key: the page, which has no secrets, and whether we are well."""
+def is_public(path: str) -> bool:
+    """Return whether a path needs no key: the page, which contains no secrets, and /health."""
     return path in ("/", "/health") or path.startswith("/page/")
 
 
-def key_fits(key: str, authorization: str | None) -> bool:
-    """Whether the header carries this key; takes as long for a wrong one, however wrong."""
+def is_valid_key(key: str, authorization: str | None) -> bool:
+    """Return whether the Authorization header has this key, in constant time."""
     scheme, _, given = (authorization or "").partition(" ")
     same = hmac.compare_digest(given.strip().encode(), key.encode())
     return scheme.lower() == "bearer" and same
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to `host`."""
+    """Return whether `host` is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -167,7 +174,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str | None) -> str:
-    """The name in a Host header, without its port.
+    """Return the name in a Host header, without its port.
 
     >>> host_name("[::1]:8000"), host_name("localhost:8000")
     ('::1', 'localhost')
@@ -178,22 +185,22 @@ def host_name(header: str | None) -> str:
         return ""
 
 
-def host_fits(bound: str, header: str | None) -> bool:
-    """Whether a request for that host is for us.
+def is_allowed_host(bound: str, header: str | None) -> bool:
+    """Return whether the Host header is acceptable.
 
-    Bound to loopback, names that a web page made to point here (DNS rebinding) are refused.
+    A server bound to loopback rejects names that a web page has pointed to it (DNS rebinding).
     """
     if not is_loopback(bound):
         return True
     return host_name(header) in {*_LOCAL_NAMES, bound.strip("[]").lower()}
 
 
-def origin_fits(origin: str | None, host: str | None, allowed: Collection[str]) -> bool:
-    """Whether the web page that asks, if one does, is ours or one that may.
+def is_allowed_origin(origin: str | None, host: str | None, allowed: Collection[str]) -> bool:
+    """Return whether the Origin header is absent, the server's own or in `allowed`.
 
-    >>> origin_fits("http://localhost:8000", "localhost:8000", ())
+    >>> is_allowed_origin("http://localhost:8000", "localhost:8000", ())
     True
-    >>> origin_fits("https://example.org", "localhost:8000", ())
+    >>> is_allowed_origin("https://example.org", "localhost:8000", ())
     False
     """
     if origin is None or origin in allowed or "*" in allowed:
@@ -207,24 +214,30 @@ def origin_fits(origin: str | None, host: str | None, allowed: Collection[str]) 
 def check_request(
     method: str, path: str, headers: Headers, settings: ServerSettings
 ) -> APIError | None:
-    """Why a request is refused before anything of it is read, if it is."""
+    """Return the error for a request that must be rejected before its body is read, or None."""
     host, origin = headers.get("host"), headers.get("origin")
-    if not host_fits(settings.host, host):
+    if not is_allowed_host(settings.host, host):
         return APIError(
             403,
-            f"this server listens on {settings.host} and is not the host that was asked for; ask "
-            "for localhost, or start it with --host",
+            f"this server listens on {settings.host} and does not serve the requested host; use "
+            "localhost, or start it with --host",
             code="wrong_host",
         )
-    if method not in ("GET", "HEAD") and not origin_fits(origin, host, settings.origins):
+    if method not in ("GET", "HEAD") and not is_allowed_origin(origin, host, settings.origins):
         return APIError(
             403,
-            "web pages of another origin may not ask this server; allow one with --cors-origin",
+            "web pages of other origins may not use this server; allow one with --cors-origin",
             code="wrong_origin",
         )
     key = settings.api_key
-    if key is not None and not is_open(path) and not key_fits(key, headers.get("authorization")):
-        return APIError(401, "give the server's key: Authorization: Bearer KEY", code="wrong_key")
+    if (
+        key is not None
+        and not is_public(path)
+        and not is_valid_key(key, headers.get("authorization"))
+    ):
+        return APIError(
+            401, "send the server's API key: Authorization: Bearer KEY", code="wrong_key"
+        )
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length[:20]) > settings.body_bytes:
         return _too_large(settings.body_bytes)
@@ -232,13 +245,13 @@ def check_request(
 
 
 class AccessMiddleware:
-    """Stands before the application; lets through what may be asked."""
+    """Reject requests that `check_request` does not allow, and add security headers."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings):
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As every ASGI application."""
+        """Handle one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -246,7 +259,7 @@ class AccessMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 

@@ -1,7 +1,7 @@
 """Request and response bodies of the HTTP API, in OpenAI's format.
 
-Request models are strict: an unknown parameter is an error, and one that is known but not supported
-is refused by name. Response models contain every field that OpenAI's clients read.
+Request models are strict: an unknown parameter is an error, and a known but unsupported one is
+rejected by name. Response models contain every field that OpenAI's clients read.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from moefit.engine.sampler import MAX_BIAS, REPETITION
 
 T = TypeVar("T")
-_MAX_REPORTED = 8  # unknown fields of one object
+_MAX_REPORTED = 8  # unknown fields per object
 
 Items = Annotated[list[T], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -32,30 +32,30 @@ Unsupported = Annotated[Items[str], Field(max_length=0)]
 
 
 def _biases(given: Any) -> Any:
-    """Refuse the first bias that cannot be; an error for each would take too much."""
+    """Reject the first invalid bias; an error for each would take too much memory."""
     if not isinstance(given, dict):
-        return given  # the type says what is wrong
+        return given  # rejected by the type
     for token, bias in given.items():
         name = str(token)[:40]
         if not (name.isascii() and name.isdigit() and int(name) < 2**31):
-            raise PydanticCustomError("token", "'{name}' is no token's number", {"name": name})
-        if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:  # nor is NaN
+            raise PydanticCustomError("token", "'{name}' is not a token id", {"name": name})
+        if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:  # also rejects NaN
             raise PydanticCustomError(
                 "bias",
-                "the bias of token {name} is no number from {low} to {high}",
+                "the bias of token {name} must be a number from {low} to {high}",
                 {"name": name, "low": f"{-MAX_BIAS:g}", "high": f"{MAX_BIAS:g}"},
             )
     return given
 
 
 Biases = Annotated[dict[str, float], BeforeValidator(_biases)]
-"""What is added to tokens' logits, by a token's number."""
+"""Values added to logits, by token id."""
 
 
 class StrictModel(BaseModel):
-    """An unknown field is an error, and so is a number in quotes; one that is null is nothing.
+    """Base of request models: unknown fields and numbers in quotes are errors; null means absent.
 
-    NEUTRAL: values of fields that are not done here which ask for nothing but what is done.
+    NEUTRAL maps unsupported fields to the values that request no change of behaviour.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -64,7 +64,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, given: Any) -> Any:
-        """The same without unknown fields that ask for nothing, and a few of the others."""
+        """Remove unknown fields without effect, and all but a few of the others."""
         if not isinstance(given, dict) or given.keys() <= cls.model_fields.keys():
             return given
         known = {name: given[name] for name in cls.model_fields if name in given}
@@ -75,24 +75,24 @@ class StrictModel(BaseModel):
 
     @classmethod
     def _asks_nothing(cls, given: Mapping[str, Any], name: str) -> bool:
-        """Whether an unknown field is null or neutral; 1 and true differ, 1 and 1.0 do not."""
+        """Return whether an unknown field is null or neutral; 1 equals 1.0 but not true."""
         value, neutral = given[name], cls.NEUTRAL.get(name)
         alike = isinstance(value, bool) == isinstance(neutral, bool)
         return value is None or (neutral is not None and alike and value == neutral)
 
 
 class StreamOptions(StrictModel):
-    """What a stream tells beside the answer."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class GenerationRequest(StrictModel):
-    """What completions and chats have in common.
+    """Parameters common to completions and chat completions.
 
     `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. `store`,
-    `metadata`, `service_tier` and `user` are taken, and change nothing here.
+    `metadata`, `service_tier` and `user` are accepted and have no effect.
     """
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {
@@ -143,14 +143,14 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(StrictModel):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(StrictModel):
-    """A piece of an assistant's message that says no."""
+    """A refusal in an assistant's message."""
 
     type: Literal["refusal"]
     refusal: str
@@ -162,12 +162,12 @@ def _kind_of_part(part: Any) -> str:
 
 
 def _no_media(part: Any) -> Any:
-    """Refuse by its name what the model can't read."""
+    """Reject media that the model cannot read, naming the type."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in _MEDIA:
         raise PydanticCustomError(
             "media",
-            "parts of type {kind} ({what}) are not possible, for the model is served as text; give "
+            "parts of type {kind} ({what}) are not supported by this text model; use "
             "parts of type text",
             {"kind": kind, "what": _MEDIA[kind]},
         )
@@ -196,7 +196,7 @@ Content = Annotated[
 
 
 class Message(StrictModel):
-    """One turn of a conversation. What clients give back of an earlier answer may be in it."""
+    """A message of a conversation. Fields of earlier responses may be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
@@ -230,12 +230,12 @@ class Message(StrictModel):
 
     @property
     def thoughts(self) -> str | None:
-        """What the assistant thought before it answered."""
+        """The assistant's reasoning before its answer."""
         return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
 class TextFormat(StrictModel):
-    """The one format of answers there is."""
+    """The only supported response format."""
 
     type: Literal["text"]
 
@@ -272,7 +272,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class TokenizeRequest(StrictModel):
-    """POST /tokenize: a text, or a conversation as the chat template writes it."""
+    """POST /tokenize: a text or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
@@ -289,7 +289,7 @@ class DetokenizeRequest(StrictModel):
 
 
 class MemoryRequest(StrictModel):
-    """POST /v1/memory; what is not given stays. bytes None: all that the model takes."""
+    """POST /v1/memory; missing fields stay unchanged. bytes null: as much as the model needs."""
 
     bytes: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=64)] | None = None
     mode: Literal["exact", "bounded", "virtual"] | None = None
@@ -299,12 +299,12 @@ class MemoryRequest(StrictModel):
 
 Finish = Literal["stop", "length"]
 MIN_LOGPROB = -9999.0
-"""The log-probability of what cannot be, as OpenAI and vLLM write it: JSON has no infinity."""
+"""Replaces minus infinity, which JSON lacks, as in OpenAI's API and vLLM."""
 LogProbability = Annotated[float, AfterValidator(lambda value: max(value, MIN_LOGPROB))]
 
 
 class Usage(BaseModel):
-    """Tokens of a request; a prompt counts once, whatever n."""
+    """Token counts of a request; a prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -312,7 +312,7 @@ class Usage(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """Of a completion, token by token; the prompt's first token has none."""
+    """Log-probabilities of a completion, by token; null for the prompt's first token."""
 
     tokens: list[str]
     token_logprobs: list[LogProbability | None]
@@ -321,7 +321,7 @@ class Logprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One answer, or a piece of one."""
+    """A completion, or a chunk of one."""
 
     index: int
     text: str
@@ -330,7 +330,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """A completion, whole, or a piece of a stream."""
+    """Completions, or a chunk of a stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -342,7 +342,7 @@ class CompletionResponse(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that might have been."""
+    """A token with its log-probability."""
 
     token: str
     logprob: LogProbability
@@ -350,20 +350,20 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token of a chat answer."""
+    """A token of a chat completion."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of a chat answer, token by token."""
+    """Log-probabilities of a chat completion, by token."""
 
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class ChatMessage(BaseModel):
-    """The answer to a conversation."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -371,7 +371,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """A chat completion."""
 
     index: int
     message: ChatMessage
@@ -380,7 +380,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletionResponse(BaseModel):
-    """Answers to a conversation."""
+    """Chat completions."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -392,14 +392,14 @@ class ChatCompletionResponse(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new of an answer."""
+    """New content of a message."""
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
     content: str | None = Field(default=None, exclude_if=lambda content: content is None)
 
 
 class DeltaChoice(BaseModel):
-    """A piece of one answer."""
+    """A chunk of a chat completion."""
 
     index: int
     delta: Delta
@@ -408,7 +408,7 @@ class DeltaChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """A piece of a stream."""
+    """A chunk of a stream."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -420,7 +420,7 @@ class ChatCompletionChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served; `max_model_len` and `chat` are no fields of OpenAI's."""
+    """The served model; `max_model_len` and `chat` are additions to OpenAI's fields."""
 
     id: str
     object: Literal["model"] = "model"
@@ -431,14 +431,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models that are served: one."""
+    """List of served models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class TokenizeResponse(BaseModel):
-    """A text's tokens."""
+    """Tokens of a text."""
 
     tokens: list[int]
     count: int
@@ -446,13 +446,13 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
-    """Tokens' text."""
+    """Text of tokens."""
 
     prompt: str
 
 
 class TokenizerInfo(BaseModel):
-    """Of the tokenizer, as lm-evaluation-harness and vLLM's clients ask for it."""
+    """Tokenizer properties, as lm-evaluation-harness and vLLM's clients request them."""
 
     tokenizer_class: str
     bos_token: str | None
@@ -465,13 +465,13 @@ class TokenizerInfo(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """That requests are taken; problems: what is wrong, if it is degraded."""
+    """Status of the server; problems if it is degraded."""
 
     status: Literal["ok", "degraded"] = "ok"
     problems: list[str] | None = None
 
 
 class VersionResponse(BaseModel):
-    """Of this program."""
+    """Version of moefit."""
 
     version: str

@@ -1,7 +1,7 @@
 """Run the application over HTTP until a signal stops it.
 
-Owns the socket, uvicorn's thread and draining at the end. `TimedConnection` closes connections of
-clients that send or read too slowly.
+Opens the socket, runs uvicorn in a thread and drains requests at the end. `TimedConnection` closes
+connections whose clients send or read too slowly.
 """
 
 import asyncio
@@ -30,25 +30,27 @@ from moefit.server.app import create_app
 from moefit.server.errors import APIError, error_response
 from moefit.server.service import Service
 
-_ANSWERED = 128  # connections beyond the most, which hear why they are not served
-_PACE = 1024  # bytes a second that who is behind with reading must take
-_CLOSED = 7  # TCP_CLOSE, the state of a connection whose other end has refused what was sent
-_KNOCKS = 0.25  # seconds between two looks whether a client that sends no more still receives
+_REJECTED_CONNECTIONS = 128  # excess connections that get a 503 response
+_MIN_READ_RATE = 1024  # bytes per second that a slow client must read
+_TCP_CLOSE = 7  # TCP state after the peer has reset the connection
+_PROBE_SECONDS = 0.25  # seconds between checks of a half-closed connection
 _INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
-_PIECES = 16_384  # of a body, however small
-_PIECE = 64  # bytes that pieces beyond these must have on average
-_AT_ONCE = 256  # pieces until other connections have their turn
-_UNWANTED = 8 << 20  # bytes that are still read of a body after its answer
-_LINGER = 5.0  # seconds for which they are
+_MAX_SMALL_PIECES = 16_384  # pieces per body without a minimum size
+_MIN_PIECE_BYTES = 64  # average size of further pieces
+_EVENTS_PER_TURN = 256  # events before other connections get their turn
+_DISCARD_BYTES = 8 << 20  # bytes of a body read after its response
+_LINGER_SECONDS = 5.0  # seconds to read them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
-    """What was awaited at a time.
+    """State of a connection at one time.
 
-    awaited: what of a request has not come yet, after which one; None while one is answered.
-    pauses, unsent: how often writing has had to stop, and, where it has stopped now or nothing
-    more will be written, the bytes that the client has not taken yet.
+    Attributes:
+        awaited: Part of a request that has not been received yet, and the request before it; None
+            while a response is in progress.
+        pauses: How often writing was paused.
+        unsent: Bytes not yet received by the client, if writing is paused or the connection closes.
     """
 
     awaited: tuple[object, str] | None
@@ -56,18 +58,18 @@ class _Snapshot:
     unsent: int
 
 
-def _full(most: int) -> ASGIApp:
-    """Answers on a connection that is one too many."""
-    why = f"all {most:,} connections are taken; try again later"
+def _reject_connection(most: int) -> ASGIApp:
+    """Return an application that responds 503 on excess connections."""
+    why = f"all {most:,} connections are in use; try again later"
     response = error_response(APIError(503, why, code="too_many_connections"))
     response.headers["Connection"] = "close"
     return response
 
 
 class _Parser(h11.Connection):
-    """Gives events until a turn is over, and refuses bodies of too many small pieces.
+    """h11 connection that limits events per turn and rejects bodies in too many small pieces.
 
-    Each piece, a chunk or what one packet brought, costs some 20 microseconds, whatever its size.
+    Each piece, a chunk or the content of one packet, takes some 20 microseconds regardless of size.
     """
 
     def __init__(self, most: int | None):
@@ -76,8 +78,8 @@ class _Parser(h11.Connection):
         self.too_many, self.last = False, None
 
     def next_event(self) -> Any:
-        """Return the next event, or NEED_DATA where the turn is over."""
-        if self.turn >= _AT_ONCE:
+        """Return the next event, or NEED_DATA at the end of a turn."""
+        if self.turn >= _EVENTS_PER_TURN:
             return h11.NEED_DATA
         self.last = event = super().next_event()
         if isinstance(event, h11.Request):
@@ -85,22 +87,21 @@ class _Parser(h11.Connection):
         elif isinstance(event, h11.Data):
             self.turn, self.chunks = self.turn + 1, self.chunks + 1
             self.size += len(event.data)
-            if self.chunks > _PIECES + self.size // _PIECE:
+            if self.chunks > _MAX_SMALL_PIECES + self.size // _MIN_PIECE_BYTES:
                 self.too_many = True
                 raise h11.RemoteProtocolError("a body of too many small pieces")
         return event
 
 
-class _Lingering:
-    """A transport that, when it is closed, first reads what the client is still sending.
+class _LingeringTransport:
+    """Transport that reads what the client is still sending before it closes.
 
-    Closing with bytes unread makes the system reset the connection, and the client may lose the
-    answer that says why.
+    Closing a socket with unread bytes resets the connection, and the client may lose the response.
     """
 
     def __init__(self, transport: asyncio.Transport, protocol: "TimedConnection"):
         self._transport, self._protocol = transport, protocol
-        self.left: int | None = None  # bytes to be read yet, once it lingers
+        self.left: int | None = None  # bytes still to be read while lingering
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -110,18 +111,18 @@ class _Lingering:
         return self.left is not None or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close, at once if the client has sent its request."""
+        """Close, immediately if the client has sent its whole request."""
         unsent = self._protocol.conn.their_state in (h11.SEND_BODY, h11.ERROR)
         if self.is_closing() or not unsent or not self._transport.can_write_eof():
             self._transport.close()
             return
-        self.left = _UNWANTED
+        self.left = _DISCARD_BYTES
         self._transport.write_eof()
         self._transport.resume_reading()
-        self._protocol.loop.call_later(_LINGER, self._transport.close)
+        self._protocol.loop.call_later(_LINGER_SECONDS, self._transport.close)
 
-    def unwanted(self, data: bytes) -> bool:
-        """Return whether what has come is not to be read; closes after too much of it."""
+    def discard(self, data: bytes) -> bool:
+        """Return whether to discard received data; close after too much of it."""
         if self.left is None:
             return False
         self.left -= len(data)
@@ -131,80 +132,81 @@ class _Lingering:
 
 
 class TimedConnection(H11Protocol):
-    """HTTP/1.1 between whose ends something must move.
+    """HTTP/1.1 connection that is closed when it makes no progress.
 
-    Every `seconds` it is looked whether the same part of a request is still awaited as at the look
-    before: then the connection is closed. While a client does not read, writing stops as soon as
-    the buffers are full; if it has then not taken `_PACE` bytes a second by the next look, the
-    connection is cut, which cancels what is being answered. A body is read a turn at a time, and
-    after an answer that did not wait for it only so much of it is read. Class attributes,
-    since uvicorn makes the instances.
+    Progress is checked every `seconds`. The connection is closed if it still awaits the same part
+    of a request, and aborted, cancelling its response, if the client reads less than
+    `_MIN_READ_RATE` bytes per second while the buffers are full. Bodies are read one turn at a
+    time; after an early response, only a limited part of the body is read. Settings are class
+    attributes because uvicorn creates the instances.
     """
 
     seconds: float
-    most: int  # connections; some above are answered 503, and others are not kept
+    most: int  # connections; some excess ones get a 503, others are closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """A client is here."""
+        """Begin to serve a client."""
         super().connection_made(transport)
         self.conn = _Parser(self.config.h11_max_incomplete_event_size)
-        self._lingering = _Lingering(transport, self)
+        self._lingering = _LingeringTransport(transport, self)
         self.transport = self._lingering  # pyright: ignore[reportAttributeAccessIssue]
         self._held = False
         if len(self.connections) > self.most:
-            self.app = _full(self.most)
-        if len(self.connections) > self.most + _ANSWERED:
+            self.app = _reject_connection(self.most)
+        if len(self.connections) > self.most + _REJECTED_CONNECTIONS:
             transport.close()
         self._pauses, self._sends_no_more = 0, False
-        self._timer = self.loop.call_later(self.seconds, self._look, self._now())
+        self._timer = self.loop.call_later(self.seconds, self._check_progress, self._snapshot())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """Stop the timer when the client has disconnected."""
         self._timer.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return whether to keep the connection, for the client sends no more.
+        """Return whether to keep the connection open although the client sends no more.
 
-        It may have closed its sending half alone, and wait for its answer. One that is gone
-        altogether looks the same until something is sent: so an interim response is, which clients
-        of HTTP/1.1 pass over, and which the system of one that is gone refuses.
+        The client may have closed only its sending half and still wait for the response. A client
+        that has disconnected completely looks the same until data is sent, so send an interim
+        response: HTTP/1.1 clients skip it, and a closed socket rejects it.
         """
         if self.cycle is None or self.cycle.response_complete or self.transport.is_closing():
             return False
-        if self.cycle.more_body and not self._held:  # what is held may be the rest of the body
+        if (
+            self.cycle.more_body and not self._held
+        ):  # pending events may contain the end of the body
             return False
         self._sends_no_more = True
         if not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self.transport.write(_INTERIM)
-        self.loop.call_later(_KNOCKS, self._knock)
+        self.loop.call_later(_PROBE_SECONDS, self._probe)
         return True
 
-    def _knock(self) -> None:
-        """Cut the connection of a client that is gone altogether, which cancels its requests."""
+    def _probe(self) -> None:
+        """Abort the connection of a disconnected client, which cancels its requests."""
         if self.transport.is_closing():
             return
-        if _state(self.transport) == _CLOSED:
+        if _tcp_state(self.transport) == _TCP_CLOSE:
             self.transport.abort()
             return
-        self.loop.call_later(_KNOCKS, self._knock)
+        self.loop.call_later(_PROBE_SECONDS, self._probe)
 
     def data_received(self, data: bytes) -> None:
-        """Something has come."""
-        if not self._lingering.unwanted(data):
+        """Parse received data, unless the connection is lingering."""
+        if not self._lingering.discard(data):
             super().data_received(data)
 
     def handle_events(self) -> None:
-        """Handle what has come, a turn of it; the rest after other connections have had theirs."""
+        """Handle one turn of events; continue after other connections have had their turn."""
         if self.transport.is_closing():
             return
         self.conn.turn = 0
         super().handle_events()
         unwanted = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
-        if unwanted and self.conn.size > _UNWANTED:
+        if unwanted and self.conn.size > _DISCARD_BYTES:
             self.transport.abort()
             return
-        if self.conn.turn >= _AT_ONCE:
+        if self.conn.turn >= _EVENTS_PER_TURN:
             self._held = True
             self.flow.pause_reading()
             self.loop.call_soon(self.handle_events)
@@ -215,14 +217,14 @@ class TimedConnection(H11Protocol):
                 self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """A response has been sent."""
+        """Close after the response if the client sends no more."""
         super().on_response_complete()
         last = self._sends_no_more and (self.cycle is None or self.cycle.response_complete)
         if last and not self.transport.is_closing():
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or comes in too many pieces, unless an answer has begun."""
+        """Reject invalid HTTP, or a body in too many pieces, unless a response has begun."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
@@ -230,8 +232,8 @@ class TimedConnection(H11Protocol):
         if self.conn.too_many:
             code = "too_many_pieces"
             msg = (
-                f"the body comes in too many small pieces: after {_PIECES:,} they must have "
-                f"{_PIECE} bytes on average; send it in larger ones"
+                f"the body has too many small pieces: after {_MAX_SMALL_PIECES:,} they must "
+                f"average {_MIN_PIECE_BYTES} bytes; send larger ones"
             )
         response = error_response(APIError(400, msg, code=code))
         headers = [*response.raw_headers, (b"connection", b"close")]
@@ -241,20 +243,20 @@ class TimedConnection(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:  # whoever waits for the rest of the body
+        if self.cycle is not None:  # wake the endpoint that awaits the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as we write."""
+        """Count pauses caused by a client that reads slowly."""
         self._pauses += 1
         super().pause_writing()
 
-    def _now(self) -> _Snapshot:
+    def _snapshot(self) -> _Snapshot:
         held = self.flow.write_paused or self.transport.is_closing()
         ours = self.transport.get_write_buffer_size() if held else 0
-        unsent = ours + _queued(self.transport) if ours else 0
+        unsent = ours + _kernel_send_queue(self.transport) if ours else 0
         return _Snapshot(awaited=self._awaited(), pauses=self._pauses, unsent=unsent)
 
     def _awaited(self) -> tuple[object, str] | None:
@@ -262,21 +264,21 @@ class TimedConnection(H11Protocol):
             return self.cycle, "head"
         return (self.cycle, "body") if self.cycle.more_body else None
 
-    def _look(self, before: _Snapshot) -> None:
-        now = self._now()
-        if _is_stuck(before, now, least=_PACE * self.seconds):
-            self.transport.abort()  # to close would wait until all is read
+    def _check_progress(self, before: _Snapshot) -> None:
+        now = self._snapshot()
+        if _is_stuck(before, now, min_bytes=_MIN_READ_RATE * self.seconds):
+            self.transport.abort()  # close() would wait until everything is read
             return
         if now.awaited is not None and now.awaited == before.awaited and not now.unsent:
             self.transport.close()
-        self._timer = self.loop.call_later(self.seconds, self._look, now)
+        self._timer = self.loop.call_later(self.seconds, self._check_progress, now)
 
 
-def _queued(transport: asyncio.Transport) -> int:
-    """Bytes that the system has taken from us and the client's has not; 0 where it does not say.
+def _kernel_send_queue(transport: asyncio.Transport) -> int:
+    """Return the bytes in the kernel's send queue; 0 if unknown.
 
-    Without these a client would seem to read nothing until a third of them is gone: so long does
-    the system take no more from us.
+    Without them, a client would seem to read nothing until a third of the queue is free, because
+    the kernel accepts no more before that.
     """
     connection = transport.get_extra_info("socket")
     if connection is None or connection.fileno() < 0:
@@ -286,8 +288,8 @@ def _queued(transport: asyncio.Transport) -> int:
     return 0
 
 
-def _state(transport: asyncio.Transport) -> int:
-    """Return the state of a TCP connection; 0 where the system does not say."""
+def _tcp_state(transport: asyncio.Transport) -> int:
+    """Return the state of a TCP connection; 0 if unknown."""
     connection = transport.get_extra_info("socket")
     if connection is None or connection.fileno() < 0:
         return 0
@@ -296,34 +298,42 @@ def _state(transport: asyncio.Transport) -> int:
     return 0
 
 
-def _is_stuck(before: _Snapshot, now: _Snapshot, *, least: float) -> bool:
-    """Whether the client has left unread all along what it should have read."""
+def _is_stuck(before: _Snapshot, now: _Snapshot, *, min_bytes: float) -> bool:
+    """Return whether the client read less than `min_bytes` between two snapshots."""
     same = bool(before.unsent and now.unsent) and before.pauses == now.pauses
-    return same and before.unsent - now.unsent < least
+    return same and before.unsent - now.unsent < min_bytes
 
 
-_HEAD_BYTES = 64 << 10
-_LOOK_EVERY = 0.1
-_OTHER_FILES = 256  # that are open beside connections, or may be: a model's shards
+_MAX_HEAD_BYTES = 64 << 10
+_POLL_SECONDS = 0.1
+_RESERVED_FILES = 256  # files other than connections, such as a model's shards
 
 
-def connections_for(wanted: int) -> int:
-    """As many connections as this process may have files for; its limit is raised if it can be.
+def available_connections(wanted: int) -> int:
+    """Return how many of `wanted` connections the file limit allows, raising the limit if possible.
 
-    Without files none could be answered, and no expert read.
+    Without free file descriptors, no connection could be accepted and no expert read.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
-        most = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted + _RESERVED_FILES:
+        most = wanted + _RESERVED_FILES
         soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return wanted
-    return max(1, min(wanted, soft - _OTHER_FILES))
+    return max(1, min(wanted, soft - _RESERVED_FILES))
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of ours on that address; nobody can connect yet. Raises ConfigError."""
+    """Return a socket bound to an address, not listening yet.
+
+    Args:
+        host: Host name or IP address.
+        port: Port; 0 selects a free one.
+
+    Raises:
+        ConfigError: If the address is not available.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -338,21 +348,21 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {why}; give another --port (0 takes a free one) "
-            "or --host"
+            f"cannot listen on {host} port {port}: {why}; use another --port (0 selects a free "
+            "one) or --host"
         ) from error
     return bound
 
 
 def url_of(bound: socket.socket, host: str) -> str:
-    """Where people find the server."""
+    """Return the URL of the server."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{bound.getsockname()[1]}"
 
 
 def _config(service: Service) -> uvicorn.Config:
     settings = service.settings
-    most = connections_for(settings.connections)
+    most = available_connections(settings.connections)
     protocol = type("Timed", (TimedConnection,), {"seconds": settings.wait_seconds, "most": most})
     return uvicorn.Config(
         create_app(service),
@@ -364,40 +374,48 @@ def _config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         lifespan="off",
-        h11_max_incomplete_event_size=_HEAD_BYTES,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=5,
     )
 
 
 class Deadline:
-    """Ends the process by force if closing takes longer than it may.
+    """Exit the process if closing takes too long.
 
-    A step that never ends, a read from a dead disk or a template that loops keeps its thread, and
-    the interpreter waits for threads; nobody can stop them from within.
+    A step that never ends, a read from a failed disk or a template in a loop blocks its thread;
+    Python waits for threads and cannot stop them.
+
+    Args:
+        seconds: Time limit.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._timer = threading.Timer(seconds, self._leave)
+        self._timer = threading.Timer(seconds, self._exit)
         self._timer.daemon = True
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start the timer."""
         self._timer.start()
 
     def cancel(self) -> None:
-        """Everything has been closed."""
+        """Stop the timer, after everything has been closed."""
         self._timer.cancel()
 
-    def _leave(self) -> None:
-        sys.stderr.write(f"not all work ended within {self.seconds:g} s; leaving it\n")
+    def _exit(self) -> None:
+        sys.stderr.write(f"not all work ended within {self.seconds:g} s; exiting anyway\n")
         sys.stderr.flush()
         os._exit(1)
 
 
 class HttpServer:
-    """A server in a thread of its own, so that the main thread is free for signals."""
+    """HTTP server in its own thread, so that the main thread can handle signals.
+
+    Args:
+        service: What to serve.
+        bound: Socket from `bind`.
+    """
 
     def __init__(self, service: Service, bound: socket.socket):
         self._service, self._bound = service, bound
@@ -405,37 +423,41 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="moefit-http", daemon=True)
 
     def start(self) -> None:
-        """Listen; returns when clients can connect. Raises ConfigError."""
+        """Start the thread and return when clients can connect.
+
+        Raises:
+            ConfigError: If uvicorn cannot start.
+        """
         self._thread.start()
         while self._thread.is_alive() and not self._server.started:
             sleep(0.01)
         if not self._server.started:
-            raise ConfigError("the server could not start; its log says why")
+            raise ConfigError("the server could not start; see its log")
 
     @property
     def alive(self) -> bool:
-        """Whether it still serves."""
+        """Whether the server is running."""
         return self._thread.is_alive()
 
     @property
     def connections(self) -> int:
-        """How many clients are connected."""
+        """Number of connected clients."""
         return len(self._server.server_state.connections)
 
     def wait(self, stop: Callable[[], bool]) -> None:
-        """Return when `stop` says so, or the server has ended."""
+        """Return when `stop` returns True or the server has ended."""
         while self.alive and not stop():
-            sleep(_LOOK_EVERY)
+            sleep(_POLL_SECONDS)
 
     def drain(self) -> bool:
-        """Finish what runs, refusing what comes; whether all ended in time."""
+        """Finish current requests, reject new ones, and return whether all finished in time."""
         service = self._service
         service.draining = True
         return service.engine.drain(service.settings.drain_seconds)
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Close the connections and end."""
-        self._service.words.close()  # else conversations being written would hold it up
+        """Close the connections and the service."""
+        self._service.tokenizer.close()  # or templates being rendered would delay this
         self._server.should_exit, self._server.force_exit = True, at_once
         if self._thread.ident is not None:
             self._thread.join(timeout=1 if at_once else 10)
@@ -443,5 +465,5 @@ class HttpServer:
         self._service.close()
 
     def _run(self) -> None:
-        with suppress(SystemExit):  # uvicorn's way of saying that it could not start
+        with suppress(SystemExit):  # raised by uvicorn if it cannot start
             self._server.run(sockets=[self._bound])

@@ -1,7 +1,7 @@
-"""What all endpoints share: engine, tokenizer, metrics, limits of a request, and the live plan.
+"""State shared by all endpoints: engine, tokenizer, metrics, request limits and the live plan.
 
-`Service` checks what one request may ask for and turns it into `Sampling`. `LivePlan` makes a new
-plan when the budget of a server with a plan changes, and applies it between two steps.
+`Service` validates requests and converts them to `SamplingParams`. `LivePlan` replans when the
+budget of a server with a plan changes, and applies the new plan between two steps.
 """
 
 import asyncio
@@ -25,56 +25,67 @@ from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
 
-_WITHOUT = "a mode beside the budget (--mode exact) sets it without a plan"
+_WITHOUT_PLAN = "give a mode with the budget (--mode exact) to set it without a plan"
 
 
 class LivePlan:
-    """`make` gives a plan for a budget in bytes; `plan` None: what was planned has been changed.
+    """The plan in force, and a function that plans for another budget.
 
-    ends: the least budget that can be planned for, and the one that holds everything.
+    Args:
+        engine: Engine whose model is served by the plan.
+        plan: Current plan.
+        make: Returns a plan for a budget in bytes.
+
+    Attributes:
+        plan: Current plan; None after a change that was not planned.
+        limits: Smallest budget that can be planned for, and the one that holds everything.
     """
 
     def __init__(self, engine: Engine, plan: Plan, make: Callable[[int], Plan]):
         self._engine, self._make = engine, make
         self.plan: Plan | None = plan
         low, high = engine.served.placement_budget.bounds
-        self.ends = low + SLACK, high + SLACK
+        self.limits = low + SLACK, high + SLACK
         self._rule, self._rest = plan.rule, plan.configuration.rest
         self._planning = Lock()
 
-    def change(self, memory: int | None) -> None:
-        """Plan for this budget and serve so; None is all that the model takes.
+    def set_budget(self, memory: int | None) -> None:
+        """Plan for a budget and apply the plan.
 
-        Raises what planning does, and APIError while another change is being planned; everything is
-        then as it was.
+        Args:
+            memory: Budget in bytes; None uses as much as the model needs.
+
+        Raises:
+            APIError: If another change is being planned.
+            ConfigError: If planning fails. The current plan stays in force.
         """
         if not self._planning.acquire(blocking=False):
             raise APIError(
-                409, "another budget is being planned; ask again when it is in force", code="busy"
+                409, "another budget is being planned; try again when it is in force", code="busy"
             )
         try:
-            self._change(memory)
+            self._replan(memory)
         finally:
             self._planning.release()
 
-    def leave(self) -> None:
-        """Somebody has set something else than was planned; called between the same two steps."""
+    def clear(self) -> None:
+        """Discard the plan, after a change without planning. Call between two steps."""
         self.plan = None
 
-    def _change(self, memory: int | None) -> None:
+    def _replan(self, memory: int | None) -> None:
         try:
-            plan = self._make(self.ends[1] if memory is None else memory)
+            plan = self._make(self.limits[1] if memory is None else memory)
         except ConfigError as error:
-            raise ConfigError(f"{error}; {_WITHOUT}") from error
+            raise ConfigError(f"{error}; {_WITHOUT_PLAN}") from error
         chosen = plan.configuration
         if (plan.rule, chosen.rest) != (self._rule, self._rest):
             raise ConfigError(
-                f"the newest profile is of the model under the rule {plan.rule}, and it is served "
-                f"under {self._rule}; run moefit profile with that --rule again, or {_WITHOUT}"
+                f"the newest profile uses the routing rule {plan.rule}, but the server uses "
+                f"{self._rule}; run moefit profile with that --rule again, or {_WITHOUT_PLAN}"
             )
-        self._engine.between_steps(lambda: self._serve(replace(plan, memory=memory)))
+        self._engine.between_steps(lambda: self._apply(replace(plan, memory=memory)))
 
-    def _serve(self, plan: Plan) -> None:
+    def _apply(self, plan: Plan) -> None:
         chosen = plan.configuration
         self._engine.served.set_placement(
             chosen.placement,
@@ -92,13 +103,17 @@ FINGERPRINT = f"moefit-{moefit.__version__}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One answer that is wanted."""
+    """Prompt and sampling parameters of one choice."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
 
     def max_logprobs(self, longest: int) -> int:
-        """Log-probabilities that may have to be kept until it ends, after `longest` tokens."""
+        """Return how many log-probabilities may be stored until the request ends.
+
+        Args:
+            longest: Tokens of prompt and completion at most.
+        """
         body, most = self.sampling, min(self.sampling.max_tokens, longest)
         answer = 0 if body.logprobs is None else most * (1 + body.logprobs)
         prompt = 0
@@ -108,7 +123,17 @@ class EngineRequest:
 
 
 class Service:
-    """One model behind one address. `draining`: what runs is finished, nothing new is taken."""
+    """One model behind one address.
+
+    Attributes:
+        engine: The engine.
+        settings: Server settings.
+        tokenizer: Tokenizer of requests.
+        decoder_only: Whether completions continue the prompt.
+        telemetry: Metrics.
+        draining: Whether to finish current requests and reject new ones.
+        live_plan: The plan, if the server was started with one.
+    """
 
     def __init__(self, engine: Engine, settings: ServerSettings):
         self.engine, self.settings, self.created = engine, settings, int(time())
@@ -118,49 +143,51 @@ class Service:
             tokenizer = engine.served.tokenizer
         except ConfigError:
             tokenizer = None
-        self.continues = not model.config.is_encoder_decoder
-        self.words = RequestTokenizer(tokenizer, size=text.vocab_size, most=engine.max_model_len)
+        self.decoder_only = not model.config.is_encoder_decoder
+        self.tokenizer = RequestTokenizer(
+            tokenizer, size=text.vocab_size, max_tokens=engine.max_model_len
+        )
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
             ModelCollector(settings.name, engine.stats, engine.served.report)
         )
         self.draining = False
-        self.live_plan: LivePlan | None = None  # of a server that was planned for its budget
-        # Few threads: each has a heap of its own, and all of it is in the budget.
+        self.live_plan: LivePlan | None = None  # if the server was started with a plan
+        # Few threads: each has its own heap, which counts towards the budget.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
-        self._operators = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
+        self._admin_threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Do what takes long without holding others up."""
+        """Run a slow function without blocking the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, work, *arguments)
 
-    async def operate(self, work: Callable[..., T], *arguments: object) -> T:
-        """As `aside`, for what an operator asks for: no request's text can hold it up."""
+    async def run_admin(self, work: Callable[..., T], *arguments: object) -> T:
+        """Like `run_in_thread`, on threads that requests cannot block."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._operators, work, *arguments)
+        return await loop.run_in_executor(self._admin_threads, work, *arguments)
 
     def close(self, *, wait: bool = False) -> None:
-        """Stop the threads, and the process that renders conversations.
+        """Stop the threads and the template process.
 
         Args:
-            wait: Return only when what the threads are doing has ended.
+            wait: Return only after running functions have ended.
         """
-        self.words.close()
-        for threads in (self._threads, self._operators):
+        self.tokenizer.close()
+        for threads in (self._threads, self._admin_threads):
             threads.shutdown(wait=wait, cancel_futures=True)
 
     def now(self) -> int:
-        """The time as answers have it."""
+        """Return the current time in seconds, for responses."""
         return int(time())
 
     def problems(self) -> list[str]:
-        """Return what is wrong although requests are served, in sentences."""
+        """Return problems that do not prevent serving, as sentences."""
         if not self.engine.served.loads_failing:
             return []
         return [
-            "experts cannot be read from storage: answers may use other experts than the router "
-            "chose, or fail; the server's log says why"
+            "experts cannot be read from storage: responses may use other experts than the router "
+            "chose, or fail; see the server's log"
         ]
 
     def check_storage(self) -> None:
@@ -169,49 +196,53 @@ class Service:
             raise APIError(503, f"requests fail: {problems[0]}", code="storage_failed")
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model's name."""
+        """Raise APIError if a request names another model."""
         if name is not None and name != self.settings.name:
             raise APIError(
                 404,
-                f"there is no model of that name here; there is {self.settings.name!r}",
+                f"this model is not served; use {self.settings.name!r}",
                 param="model",
                 code="model_not_found",
             )
 
     def check_open(self) -> None:
-        """Refuse while the server is shutting down."""
+        """Raise APIError if the engine has failed or the server is shutting down."""
         if self.engine.failure is not None:
             raise APIError(
                 503,
-                "the engine has failed and the server must be started again; its log says why",
+                "the engine has failed; restart the server (see its log for the error)",
                 code="engine_failed",
             )
         if self.draining:
             raise APIError(503, "the server is shutting down", code="shutting_down")
 
     def check_choices(self, body: GenerationRequest, prompts: int) -> int:
-        """n, if n answers to each prompt are no more than may be."""
+        """Return n, the number of choices per prompt.
+
+        Raises:
+            APIError: If the request has too many choices, or stream_options without stream.
+        """
         n = body.n or 1
         if n * prompts > self.settings.answers:
             raise APIError(
                 400,
-                f"n={n} times the prompts, {prompts}, are {n * prompts} answers, but one request "
-                f"may ask for {self.settings.answers}",
+                f"n={n} times {prompts} prompts is {n * prompts} choices, but one request "
+                f"may have at most {self.settings.answers}",
                 param="n",
                 code="too_many_answers",
             )
         if body.stream_options and body.stream_options.include_usage and not body.stream:
-            raise APIError(400, "stream_options is for stream=true alone", param="stream_options")
+            raise APIError(400, "stream_options requires stream=true", param="stream_options")
         return n
 
     def check_logprobs(self, engine_requests: Sequence[EngineRequest]) -> None:
-        """Refuse more log-probabilities in one answer than there is memory meant for."""
-        told = sum(item.max_logprobs(self.engine.max_model_len) for item in engine_requests)
-        if told > self.settings.logprobs:
+        """Raise APIError if a request may need too many log-probabilities."""
+        total = sum(item.max_logprobs(self.engine.max_model_len) for item in engine_requests)
+        if total > self.settings.logprobs:
             raise APIError(
                 400,
-                f"up to {told:,} log-probabilities are asked for, but one request may ask for "
-                f"{self.settings.logprobs:,}: answers times tokens times logprobs; ask for fewer",
+                f"up to {total:,} log-probabilities are requested, but one request may have at "
+                f"most {self.settings.logprobs:,} (choices times tokens times logprobs)",
                 param="logprobs",
                 code="too_many_logprobs",
             )
@@ -224,15 +255,15 @@ class Service:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """How the answer is to be chosen.
+        """Return the sampling parameters of a request.
 
-        What is not given is as the model's generation_config.json has it, else as OpenAI has it.
+        Missing values come from the model's generation_config.json, then from OpenAI's defaults.
         """
         default = self.engine.served.generation
         self._check_tokens(body.stop_token_ids or (), "stop_token_ids")
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         if not all(map(is_unicode, stop)):
-            raise APIError(400, "a stop text has half a character in it", param="stop")
+            raise APIError(400, "a stop text contains an unpaired surrogate", param="stop")
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=_first(body.temperature, default.temperature, 1.0),
@@ -252,26 +283,26 @@ class Service:
         )
 
     def _check_tokens(self, ids: Iterable[int], field: str) -> None:
-        """Refuse a token that the model does not have, by the name of the field it stands in."""
+        """Raise APIError, naming the field, if a token id is outside the vocabulary."""
         try:
-            self.words.check_ids(list(ids))
+            self.tokenizer.check_ids(list(ids))
         except ConfigError as error:
             raise APIError(400, f"{field}: {error}", param=field, code="invalid_value") from error
 
     def _biases(self, body: GenerationRequest) -> tuple[tuple[int, float], ...]:
-        """What is added to tokens' logits. Raises APIError for a token that does not exist."""
+        """Return the logit biases by token id. Raises APIError for an invalid token id."""
         biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         self._check_tokens(biases, "logit_bias")
         return tuple((token, bias) for token, bias in biases.items() if bias)
 
 
 def _first(*values: float | None) -> float:
-    """The first that is given."""
+    """Return the first value that is not None."""
     return next(value for value in values if value is not None)
 
 
-def numbered(sampling: SamplingParams, n: int) -> Sequence[SamplingParams]:
-    """The sampling of each of n answers; with a seed, they have seeds of their own."""
+def sampling_per_choice(sampling: SamplingParams, n: int) -> Sequence[SamplingParams]:
+    """Return sampling parameters for each of n choices, with consecutive seeds if one is given."""
     if sampling.seed is None:
         return [sampling] * n
     return [replace(sampling, seed=_wrapped(sampling.seed + number)) for number in range(n)]
@@ -282,7 +313,7 @@ def _wrapped(seed: int) -> int:
 
 
 def new_id(kind: str) -> str:
-    """A name for a response.
+    """Return a unique id for a response.
 
     >>> new_id("cmpl")[:5]
     'cmpl-'

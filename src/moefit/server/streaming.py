@@ -1,7 +1,7 @@
 """Send the engine's events as an HTTP response: one JSON body, or server-sent events.
 
-`EngineEvents` brings the events of one HTTP request from the engine's thread to the event loop, and
-cancels when the client has gone. `TokenCounts` sums up tokens for `usage`.
+`EngineEvents` passes the events of one HTTP request from the engine's thread to the event loop, and
+cancels when the client disconnects. `UsageCounter` counts tokens for `usage`.
 """
 
 import asyncio
@@ -17,17 +17,17 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moefit.engine.api import Event, FinishedEvent
-from moefit.server.errors import APIError, body_from, from_exception, without_panics
+from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
 from moefit.server.openai_schema import Usage
 from moefit.server.service import EngineRequest, Service
 
 
 class ClientGoneError(Exception):
-    """Nobody is there any more to be answered."""
+    """The client has disconnected."""
 
 
 class EngineEvents:
-    """Answers on their way. Iterate for (number, event) until all have finished; then `close`."""
+    """Events of one HTTP request. Iterate for (choice, event) to the end, then `close`."""
 
     def __init__(self, service: Service, request: Request):
         self._service, self._request = service, request
@@ -36,47 +36,47 @@ class EngineEvents:
         self._open: dict[int, str] = {}
         self._watch: asyncio.Task[None] | None = None
 
-    async def begin(self, engine_requests: Sequence[EngineRequest]) -> None:
-        """Ask the engine for all answers, or, if one can't be had, for none."""
-        listen = self._service.telemetry.listen
+    async def submit(self, engine_requests: Sequence[EngineRequest]) -> None:
+        """Submit all requests to the engine; if one is rejected, cancel the others."""
+        wrap = self._service.telemetry.wrap_listener
         try:
             for number, item in enumerate(engine_requests):
                 self._open[number] = self._service.engine.submit(
-                    item.prompt, item.sampling, listen(partial(self._hear, number))
+                    item.prompt, item.sampling, wrap(partial(self._on_event, number))
                 )
         except BaseException:
             self.close()
             raise
-        self._watch = asyncio.create_task(self._until_gone())
+        self._watch = asyncio.create_task(self._watch_disconnect())
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
-            heard = await self._events.get()
-            if heard is None:
+            item = await self._events.get()
+            if item is None:
                 raise ClientGoneError
-            number, event = heard
+            number, event = item
             if isinstance(event, FinishedEvent):
                 del self._open[number]
-                raise_failure(event)
-            yield heard
+                raise_if_failed(event)
+            yield item
 
     def close(self) -> None:
-        """Cancel what has not finished."""
+        """Cancel unfinished requests."""
         if self._watch is not None:
             self._watch.cancel()
         for name in self._open.values():
             self._service.engine.cancel(name)
         self._open.clear()
 
-    def _hear(self, number: int, event: Event) -> None:
-        """Called in the engine's thread."""
+    def _on_event(self, number: int, event: Event) -> None:
+        """Pass an event to the event loop. Runs in the engine's thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-        except RuntimeError:  # the loop has ended, and everybody has gone
+        except RuntimeError:  # the event loop is closed
             return
 
-    async def _until_gone(self) -> None:
-        """Wait for the client to go; if it can't be watched any more, it counts as gone."""
+    async def _watch_disconnect(self) -> None:
+        """Wait until the client disconnects; an error while waiting counts as a disconnect."""
         try:
             while (await self._request.receive())["type"] != "http.disconnect":
                 pass
@@ -84,44 +84,44 @@ class EngineEvents:
             self._events.put_nowait(None)
 
 
-def raise_failure(event: FinishedEvent) -> None:
-    """Raise APIError for an answer that did not come to its end.
+def raise_if_failed(event: FinishedEvent) -> None:
+    """Raise APIError if a request failed or was cancelled.
 
-    What failed may name our files, and stays in the log.
+    The error itself may contain local paths and is only logged.
     """
     if event.reason == "error":
-        raise APIError(
-            500, "the model failed at this request; the server's log says why", code="failed"
-        )
+        raise APIError(500, "the model failed on this request; see the server's log", code="failed")
     if event.reason == "cancelled":
         why = event.message or "the server is shutting down"
-        raise APIError(503, f"the answer was given up: {why}", code="cancelled")
+        raise APIError(503, f"the request was cancelled: {why}", code="cancelled")
 
 
-class TokenCounts:
-    """Counts as answers end; of the `n` to a prompt, the prompt's tokens count once."""
+class UsageCounter:
+    """Count tokens of finished choices; a prompt counts once for its `n` choices."""
 
     def __init__(self, n: int):
-        self._n, self._prompt, self._made = n, 0, 0
+        self._n, self._prompt, self._completion = n, 0, 0
 
     def add(self, number: int, event: FinishedEvent) -> None:
-        """Answer `number` has ended."""
-        self._made += event.completion_tokens
+        """Count a finished choice."""
+        self._completion += event.completion_tokens
         if number % self._n == 0:
             self._prompt += event.prompt_tokens
 
     def usage(self) -> Usage:
-        """All that have ended."""
-        total = self._prompt + self._made
-        return Usage(prompt_tokens=self._prompt, completion_tokens=self._made, total_tokens=total)
+        """Return the usage of all finished choices."""
+        total = self._prompt + self._completion
+        return Usage(
+            prompt_tokens=self._prompt, completion_tokens=self._completion, total_tokens=total
+        )
 
 
 STREAM = "text/event-stream"
-CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that has gone
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 
 
 class ResponseBuilder(Protocol):
-    """One request: what it asks of the engine, and what it makes of the replies."""
+    """Builds engine requests and responses for one HTTP request."""
 
     @property
     def streams_usage(self) -> bool:
@@ -129,33 +129,45 @@ class ResponseBuilder(Protocol):
         ...
 
     def check(self) -> None:
-        """Refuse what is not done."""
+        """Raise APIError if the request is not supported."""
         ...
 
     def engine_requests(self) -> Sequence[EngineRequest]:
-        """What is asked of the engine; may take long."""
+        """Return one engine request per choice; may be slow."""
         ...
 
     async def full_response(self, engine_events: EngineEvents) -> BaseModel:
-        """All answers at once."""
+        """Return the complete response."""
         ...
 
     def chunks(self, engine_events: EngineEvents) -> AsyncIterator[BaseModel]:
-        """Answers as they come."""
+        """Yield response chunks as they are generated."""
         ...
 
 
 async def respond(
-    service: Service, job: ResponseBuilder, request: Request, *, stream: bool
+    service: Service, builder: ResponseBuilder, request: Request, *, stream: bool
 ) -> Response:
-    """Carry a job out."""
-    job.check()
+    """Run a request and return its response.
+
+    Args:
+        service: The service.
+        builder: Builds engine requests and responses.
+        request: HTTP request, watched for a disconnect.
+        stream: Whether to return server-sent events.
+
+    Raises:
+        APIError: If the request is rejected.
+    """
+    builder.check()
     engine_events = EngineEvents(service, request)
-    await engine_events.begin(await service.run_in_thread(job.engine_requests))
+    await engine_events.submit(await service.run_in_thread(builder.engine_requests))
     if stream:
-        return EventStream(job.chunks(engine_events), engine_events, usage=job.streams_usage)
+        return EventStream(
+            builder.chunks(engine_events), engine_events, usage=builder.streams_usage
+        )
     try:
-        return JSONResponse((await job.full_response(engine_events)).model_dump())
+        return JSONResponse((await builder.full_response(engine_events)).model_dump())
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
@@ -163,31 +175,31 @@ async def respond(
 
 
 class EventStream(StreamingResponse):
-    """Sends pieces as they come, and closes `replies` when it ends, however it does."""
+    """Server-sent events, which cancel the engine's requests when the stream ends."""
 
     def __init__(
         self, pieces: AsyncIterator[BaseModel], engine_events: EngineEvents, *, usage: bool
     ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_frames(pieces, usage=usage), media_type=STREAM, headers=headers)
-        self._replies = engine_events
+        self._engine_events = engine_events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As every response."""
+        """Send the response."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._replies.close()
+            self._engine_events.close()
 
 
 async def _frames(pieces: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIterator[str]:
     hidden = None if usage else {"usage"}
     try:
-        with without_panics():
+        with convert_panics():
             async for piece in pieces:
                 yield f"data: {piece.model_dump_json(exclude=hidden)}\n\n"
     except ClientGoneError:
         return
-    except Exception as error:  # noqa: BLE001 - the answer has begun, so its end says what went wrong
-        yield f"data: {json.dumps(body_from(from_exception(error)))}\n\n"
+    except Exception as error:  # noqa: BLE001 - sent as the stream's last event
+        yield f"data: {json.dumps(error_json(http_error_of(error)))}\n\n"
     yield "data: [DONE]\n\n"

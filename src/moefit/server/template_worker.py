@@ -1,9 +1,9 @@
-"""The process that renders a model's chat template, which comes with the checkpoint.
+"""Process that renders a model's chat template, which comes with the checkpoint.
 
-Run by its path in a bare interpreter (see `templates`), so it imports nothing but the standard
-library and Jinja. Owns what a template sees, which is what transformers' `apply_chat_template`
-shows it, and which form of `content` it reads. Frames on stdin and stdout are JSON behind eight
-bytes of length.
+Runs by path in an isolated interpreter (see `tokenizer.py`), so it imports only the standard
+library and Jinja. Provides the environment of transformers' `apply_chat_template` and finds the
+form of `content` that the template expects. Frames on stdin and stdout are JSON after an eight-byte
+length.
 """
 
 import json
@@ -24,9 +24,12 @@ import jinja2.utils
 Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_READ = ("user", "system")  # roles whose text no prompt may lack; templates may shorten answers
-_SURE = 24  # characters that a prompt does not have by chance
-# Roles whose content is given as a list of parts; those of the first form that works are kept.
+_REQUIRED_ROLES = (
+    "user",
+    "system",
+)  # roles whose text must be in the prompt; templates may shorten others
+_MIN_UNIQUE = 24  # length at which a text cannot occur by chance
+# Roles whose content is passed as a list of parts; the first form that works is used.
 FORMS = (
     frozenset(),
     frozenset({"system", "user", "assistant"}),
@@ -36,7 +39,7 @@ FORMS = (
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what the assistant says; here its body is all that counts."""
+    """`{% generation %}`, which marks the assistant's text; only its body is rendered here."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -61,7 +64,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` that keeps no name with an underscore before it."""
+    """`namespace(...)` without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, given = args[0], args[1:]  # so that a name may be `self`
@@ -101,7 +104,7 @@ def _tojson(
 
 
 def environment() -> jinja2.Environment:
-    """Return what transformers compiles chat templates in."""
+    """Return the Jinja environment in which transformers compiles chat templates."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -114,25 +117,25 @@ def environment() -> jinja2.Environment:
 
 
 class ChatTemplate:
-    """One model's template."""
+    """A compiled chat template."""
 
     def __init__(self, source: str):
         self._template = environment().from_string(source)
         self._form: frozenset[str] = FORMS[0]
 
     def render(self, messages: Sequence[Message], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return {"text": ...}, or why there is none: {"refused": ...}, {"lost": index}."""
+        """Return {"text": ...}, or the reason for failing: {"refused": ...} or {"lost": index}."""
         failures: dict[frozenset[str], dict[str, Any]] = {}
         refusal: dict[str, Any] | None = None
         for form in sorted(FORMS, key=lambda one: one != self._form):
             try:
-                text = self._once(messages, form, values)
+                text = self._render_form(messages, form, values)
             except MemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever the template's code does
-                if type(error) is jinja2.TemplateError:  # what the template itself says
-                    refusal = refusal or {"refused": _told(error)}
-                failures[form] = {"refused": _told(error)}
+            except Exception as error:  # noqa: BLE001 - any error in the template
+                if type(error) is jinja2.TemplateError:  # raised by the template itself
+                    refusal = refusal or {"refused": _error_text(error)}
+                failures[form] = {"refused": _error_text(error)}
                 continue
             missing = self._missing(text, messages, form, values)
             if missing is None:
@@ -141,10 +144,10 @@ class ChatTemplate:
             failures[form] = {"lost": missing}
         return refusal or failures[FORMS[0]]
 
-    def _once(
+    def _render_form(
         self, messages: Sequence[Message], form: frozenset[str], values: Mapping[str, Any]
     ) -> str:
-        shaped = [_shaped(message, form) for message in messages]
+        shaped = [_in_form(message, form) for message in messages]
         return self._template.render(
             **{**values, "messages": shaped, "tools": None, "documents": None}
         )
@@ -156,25 +159,25 @@ class ChatTemplate:
         form: frozenset[str],
         values: Mapping[str, Any],
     ) -> int | None:
-        """Return which message's text a prompt lacks, if it lacks one's.
+        """Return the index of a message whose text is missing from the prompt, or None.
 
-        What can't be told by looking is tried with numbers in the place of texts.
+        Texts that a search cannot confirm are replaced by numbers and rendered again.
         """
-        if mangled(text, messages):
+        if is_mangled(text, messages):
             return next(n for n, one in enumerate(messages) if one["role"] in form)
-        doubtful = doubts(text, messages)
-        if not doubtful:
+        uncertain = uncertain_messages(text, messages)
+        if not uncertain:
             return None
-        marks = {index: str(7_304_911_000_000_000 + 7919 * index) for index in doubtful}
+        marks = {index: str(7_304_911_000_000_000 + 7919 * index) for index in uncertain}
         tried = [
             {**one, "content": marks[index]} if index in marks else one
             for index, one in enumerate(messages)
         ]
         try:
-            marked = self._once(tried, form, values)
+            marked = self._render_form(tried, form, values)
         except MemoryError:
             raise
-        except Exception:  # noqa: BLE001 - it wants a text of some shape, and has read it
+        except Exception:  # noqa: BLE001 - the template parses the text, so it has read it
             return None
         return next((index for index, mark in marks.items() if mark not in marked), None)
 
@@ -185,8 +188,8 @@ def texts(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _shaped(message: Message, form: frozenset[str]) -> Message:
-    """Return the message as `apply_chat_template` gives it to a template, in that form."""
+def _in_form(message: Message, form: frozenset[str]) -> Message:
+    """Return a message as `apply_chat_template` passes it to a template, with content in `form`."""
     parts = texts(message)
     content: Any = "".join(parts)
     if message["role"] in form:
@@ -199,55 +202,55 @@ def _shaped(message: Message, form: frozenset[str]) -> Message:
     return {"thinking": reasoning, **shaped, "reasoning_content": reasoning}
 
 
-def mangled(text: str, messages: Sequence[Message]) -> bool:
-    """Return whether a list of parts was written out as a list."""
+def is_mangled(text: str, messages: Sequence[Message]) -> bool:
+    """Return whether the template printed a list of parts as a list."""
     for sign in ("'type': 'text'", '"type": "text"'):
-        said = sum(part.count(sign) for message in messages for part in texts(message))
-        if text.count(sign) > said:
+        expected = sum(part.count(sign) for message in messages for part in texts(message))
+        if text.count(sign) > expected:
             return True
     return False
 
 
-def doubts(text: str, messages: Sequence[Message]) -> list[int]:
-    """Return which messages' texts are not surely in the prompt: not found, or very short."""
+def uncertain_messages(text: str, messages: Sequence[Message]) -> list[int]:
+    """Return the indices of messages whose text was not found in the prompt or is very short."""
     found, at = [], 0
     for index, message in enumerate(messages):
-        for part in texts(message) if message["role"] in _READ else ():
-            said = part.strip()
-            place = text.find(said, at)
-            if place >= 0 and (len(said) >= _SURE or not said):
-                at = place + len(said)
+        for part in texts(message) if message["role"] in _REQUIRED_ROLES else ():
+            expected = part.strip()
+            place = text.find(expected, at)
+            if place >= 0 and (len(expected) >= _MIN_UNIQUE or not expected):
+                at = place + len(expected)
             else:
                 found.append(index)
                 break
     return found
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
     return f"{kind}{error}"[:1000]
 
 
 def read_frame(stream: BinaryIO) -> Any:
-    """Return the next frame, or None at the end."""
+    """Return the next frame, or None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
         return None
-    return parsed(stream.read(int.from_bytes(head)))
+    return parse_frame(stream.read(int.from_bytes(head)))
 
 
-def parsed(body: bytes) -> Any:
-    """Return what a frame's body says."""
+def parse_frame(body: bytes) -> Any:
+    """Return the value of a frame's body."""
     return json.loads(body.decode("utf-8", "surrogatepass"))
 
 
 def frame(value: Any) -> bytes:
-    """Return a value as a frame."""
+    """Return a value encoded as a frame."""
     body = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return len(body).to_bytes(8) + body
 
 
-def _bound(memory: int) -> None:
+def _limit_resources(memory: int) -> None:
     for kind, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CORE, 0),
@@ -256,13 +259,13 @@ def _bound(memory: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def answers(asked: Iterator[Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """Answer a template's source with {}, and each conversation after it.
+def responses(requests: Iterator[Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield {} for a template's source, then the result for each conversation.
 
-    A rendering that takes longer than `seconds` ends the process by SIGALRM, whatever it is doing.
+    A rendering that takes longer than `seconds` ends the process by SIGALRM.
     """
     template: ChatTemplate | None = None
-    for one in asked:
+    for one in requests:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             if template is None:
@@ -274,22 +277,22 @@ def answers(asked: Iterator[Any], seconds: float) -> Iterator[dict[str, Any]]:
                     answer = {"long": len(answer["text"])}
         except MemoryError:
             answer = {"memory": True}
-        except Exception as error:  # noqa: BLE001 - a template that can't be compiled
-            answer = {"refused": _told(error)}
+        except Exception as error:  # noqa: BLE001 - a template that does not compile
+            answer = {"refused": _error_text(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         yield answer
 
 
 def main(memory: int, seconds: float) -> None:
-    """Serve one template until stdin ends."""
+    """Render one template until stdin ends."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _bound(memory)
+    _limit_resources(memory)
     given = iter(lambda: read_frame(sys.stdin.buffer), None)
-    for answer in answers(given, seconds):
+    for answer in responses(given, seconds):
         sys.stdout.buffer.write(frame(answer))
         sys.stdout.buffer.flush()
         if "memory" in answer:
-            return  # what is left of it may be in any state
+            return  # the process may be in any state
 
 
 if __name__ == "__main__":

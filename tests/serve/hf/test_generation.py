@@ -346,13 +346,15 @@ def test_chat_stops_and_chooses_as_the_file_says(reference) -> None:
 def test_a_partner_here_asks_for_what_the_file_says(written) -> None:
     with moefit.load(written({"temperature": 0.4, "top_k": 9, "min_p": 0.2})) as served:
         default = served.generation
-    for manner, expected in (
+    for options, expected in (
         (ChatOptions(max_tokens=5), (0.4, 1.0, 9, 0.2)),
         (ChatOptions(max_tokens=5, temperature=0.9, top_p=0.5), (0.9, 0.5, 9, 0.2)),
     ):
-        got = talk.sampling_of(manner, default)
+        got = talk.to_sampling_params(options, default)
         assert (got.temperature, got.top_p, got.top_k, got.min_p) == expected
-    assert talk.sampling_of(ChatOptions(max_tokens=5), GenerationDefaults()).temperature == 0.7
+    assert (
+        talk.to_sampling_params(ChatOptions(max_tokens=5), GenerationDefaults()).temperature == 0.7
+    )
 
 
 def test_requests_over_http_take_the_files_defaults(served, monkeypatch) -> None:
