@@ -72,8 +72,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 2048  # tokens, if the budget does not set it
 _FAILED_MESSAGE = "the engine has failed; restart the process (see the log for the error)"
-FAILED_STEPS = 3  # in a row, until the engine counts as failing
-FAILED_SECONDS = 60.0  # after the last failed step until requests may be tried again
+FAILED_STEPS = 3  # consecutive failed steps after which `steps_fail` is True
+FAILED_SECONDS = 60.0  # after the last failed step, until requests may try again
 PROMPT_LOGITS_BYTES = 16 << 20  # prompt logits of one step, if requested
 
 
@@ -111,7 +111,7 @@ class Engine:
         self._thread: Thread | None = None
         self._draining = self._closing = False
         self._failure: str | None = None
-        self._failed_steps = (0, 0.0)  # in a row, and when the last one was
+        self._failed_steps = (0, 0.0)  # consecutive failures, time of the last one
         self._steps = self._prompt_tokens = 0
         self._rate = TokenRate()
 
@@ -138,10 +138,10 @@ class Engine:
 
     @property
     def steps_fail(self) -> bool:
-        """Whether the last steps failed, several in a row, and the last of them lately.
+        """Whether several steps in a row have failed, the last one recently.
 
-        Only another step can tell whether they still would, so after a while without one it is
-        False again: whoever sends requests by this must be able to try.
+        Returns to False after `FAILED_SECONDS` without a step, because only another step can show
+        whether the error persists, and clients that rely on this must be able to try again.
         """
         count, failed_at = self._failed_steps
         return count >= FAILED_STEPS and monotonic() - failed_at < FAILED_SECONDS

@@ -56,7 +56,7 @@ class BodyLimitMiddleware:
         self._app, self._bodies, self._max_body_size = app, bodies, max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As every ASGI application."""
+        """Handle one request."""
         held = 0
 
         async def counted() -> Message:

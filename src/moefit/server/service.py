@@ -191,7 +191,7 @@ class Service:
         ]
 
     def check_storage(self) -> None:
-        """Refuse if requests fail because experts cannot be read, one after the other."""
+        """Raise APIError if several requests in a row failed because experts cannot be read."""
         if self.engine.steps_fail and (problems := self.problems()):
             raise APIError(503, f"requests fail: {problems[0]}", code="storage_failed")
 
