@@ -215,14 +215,14 @@ def test_a_chat_with_a_server_that_continues_text(served, monkeypatch) -> None:
 
 
 class Parrot:
-    """Says what it has heard; what it says to "stop" is interrupted, "fail" is an error."""
+    """Repeat the last message; "stop" raises KeyboardInterrupt and "fail" an error."""
 
-    name, chats = "parrot", True
+    name, supports_chat = "parrot", True
 
     def __init__(self) -> None:
         self.heard: list[list[dict[str, str]]] = []
 
-    def answer(self, turns: Any, options: Any) -> Iterator[str]:
+    def generate(self, turns: Any, options: Any) -> Iterator[str]:
         self.heard.append(list(turns))
         last = turns[-1]["content"]
         yield f"{last}-"

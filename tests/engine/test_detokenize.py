@@ -1,4 +1,4 @@
-"""Text that is given token by token, against decoding all tokens at once."""
+"""Incremental detokenization against decoding all tokens at once."""
 
 import random
 from functools import cache
@@ -18,13 +18,13 @@ WORLD = f"def f(x): return 'naïve {SMILEY} 漢字 {FAMILY} Ωmega' # ­­\n\n"
 
 @cache
 def reference() -> PreTrainedTokenizerBase:
-    """Byte-level BPE: characters outside its training text are several tokens."""
+    """Byte-level BPE: characters outside its training text take several tokens."""
     return AutoTokenizer.from_pretrained(reference_path())
 
 
 @cache
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """As Llama 2's: words begin with a mark, unknown characters are bytes."""
+    """A tokenizer like Llama 2's: words begin with a marker, unknown characters are bytes."""
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"<0x{b:02X}>": b + 2 for b in range(256)}
     for piece in ("▁", "a", "b", "▁a", "▁b", "▁ab", "."):
         vocabulary[piece] = len(vocabulary)
@@ -52,7 +52,7 @@ def streamed(stream: IncrementalDetokenizer, tokens: list[int]) -> list[str]:
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """The twin: look at every beginning of the text for one that ends in a stop text."""
+    """Reference: search every prefix of the text for one that ends in a stop text."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -126,7 +126,7 @@ def test_special_tokens_have_no_text() -> None:
 
 @cache
 def turns() -> PreTrainedTokenizerBase:
-    """With tokens for turns, one special and one that is text."""
+    """A tokenizer with two turn markers, one special and one ordinary."""
     tokenizer = AutoTokenizer.from_pretrained(reference_path())
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.add_tokens(["<tool>"])

@@ -1,4 +1,4 @@
-"""Many requests through one model: what each hears, and who waits for whom."""
+"""Many requests through one engine: events, order of service, cancellation and errors."""
 
 import time
 from dataclasses import replace
@@ -32,7 +32,7 @@ def olmoe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(olmoe):
-    """One that tests share which leave nothing behind."""
+    """An engine shared by tests that leave no state behind."""
     with engine_of(olmoe, prefill_chunk=6, max_concurrency=3, max_waiting=4) as one:
         yield one
 
@@ -309,7 +309,7 @@ def test_what_is_done_between_steps_is_done_once_none_is_under_way(olmoe):
 
 
 class Illiterate:
-    """A tokenizer that can't read one token, as some can't read those above their vocabulary."""
+    """A tokenizer that fails on one token, as some do above their vocabulary."""
 
     def __init__(self, unknown: int):
         self.unknown, self.added_tokens_decoder = unknown, {}

@@ -1,4 +1,4 @@
-"""Places for requests: no two share one, and there is room as long as the sum says so."""
+"""Ranges of the KV pool never overlap, and fit whenever enough places are free."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ def test_holes_are_closed_up_when_none_is_large_enough() -> None:
 
 
 class Places(RuleBasedStateMachine):
-    """What each request wrote stays its own, wherever it is moved."""
+    """Each request's data survives every move."""
 
     def __init__(self) -> None:
         super().__init__()

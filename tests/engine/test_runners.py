@@ -1,4 +1,4 @@
-"""Every family answers through the engine as it does by itself, packed where it can be."""
+"""Every family gives the same tokens through the engine as by itself."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
 
 
 def held_tensors(value):
-    """All tensors within what a model gave."""
+    """Return all tensors contained in a model's output."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -84,7 +84,7 @@ def held_tensors(value):
 
 
 def held_bytes(value) -> int:
-    """Of the memory behind all tensors, views of the same once."""
+    """Return the bytes of all storages, counting shared ones once."""
     storages = [one.untyped_storage() for one in held_tensors(value)]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
@@ -175,7 +175,7 @@ def test_stop_texts_need_a_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module")
 def engine():
-    """The shipped model with its tokenizer. In float32: its own bfloat16 has ties for best."""
+    """The shipped model in float32; its own bfloat16 has ties for the best token."""
     loaded = load_by_name("reference", context=512, dtype=torch.float32)
     with loaded as served, running(served) as engine:
         yield engine
@@ -203,7 +203,7 @@ def test_a_stop_text(engine):
 
 
 def test_a_seed_in_a_crowd(engine):
-    """In float32. In bfloat16 torch may sum otherwise for more rows, and another token wins."""
+    """In float32: in bfloat16, batching may change rounding and thereby a token."""
     sampling = SamplingParams(max_tokens=12, seed=4, top_p=0.9)
     alone = ask(engine, ids(engine), sampling).wait().tokens
     with paused(engine) as go:
@@ -221,7 +221,7 @@ def test_a_seed_in_a_crowd(engine):
     ("dtype", "most", "mean"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.5, 0.1)]
 )
 def test_log_probabilities_in_a_crowd_differ_by_rounding_alone(dtype, most, mean):
-    """The bounds are in nats; between neighbouring positions of the prompt there are 2."""
+    """Bounds are in nats; neighbouring prompt positions differ by 2."""
     with load_by_name("reference", context=512, dtype=dtype) as served, running(served) as engine:
         prompt = ids(engine, STORY)
         alone = logprobs(ask(engine, prompt, greedy(1, prompt_logprobs=0)))

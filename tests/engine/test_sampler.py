@@ -1,4 +1,4 @@
-"""Which token comes next."""
+"""Sampling, penalties and log-probabilities."""
 
 from collections import Counter
 from math import log
@@ -195,7 +195,7 @@ def test_values_that_cannot_be(change, message) -> None:
 def twin(
     logits_V: torch.Tensor, before: list[int], answer: list[int], how: SamplingParams
 ) -> list[float]:
-    """Slow and obvious: the scores from which the next token is chosen, before temperature."""
+    """Reference: scores before temperature, computed by a plain loop."""
     scores, biases = [float(value) for value in logits_V], dict(how.logit_bias)
     for token in range(len(scores)):
         scores[token] += biases.get(token, 0.0)
@@ -227,7 +227,7 @@ changes = st.fixed_dictionaries(
     crowd=st.lists(changes, min_size=1, max_size=4),
 )
 def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
-    """Against the twin, step by step, and as each would have it alone."""
+    """Against the reference, step by step, batched and alone."""
     all_how = [SamplingParams(max_tokens=6, temperature=0.0, **one) for one in crowd]
     samplers = [Sampler(how, context=before) for how in all_how]
     alone = [Sampler(how, context=before) for how in all_how]
@@ -265,7 +265,7 @@ def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
 def test_what_may_be_drawn_is_what_transformers_leaves(
     seed, context, penalty, biases, always, first, sequences, top_k, top_p, min_p
 ) -> None:
-    """Whatever is combined, with transformers' processors in transformers' order."""
+    """Any combination equals transformers' processors in transformers' order."""
     processors = transformers.LogitsProcessorList()
     if biases:
         pairs = {(token,): bias for token, bias in biases.items()}

@@ -1,4 +1,4 @@
-"""Who is served when: no tensors, any order of events."""
+"""Order of service under any sequence of events, without tensors."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ def limits(**changes) -> Limits:
 
 
 def step(scheduler: Scheduler) -> tuple[ScheduledTokens, ...]:
-    """A step in which every request whose text is at its end gets one more token."""
+    """Run a step in which every fully computed request gets one more token."""
     scheduler.admit()
     pieces = scheduler.plan()
     for piece in pieces:
@@ -121,7 +121,7 @@ def test_shares_are_fair(total: int, wants: list[int]) -> None:
 
 
 class Serving(RuleBasedStateMachine):
-    """Requests come, run, end and are cancelled in any order."""
+    """Requests are submitted, run, end and are cancelled in any order."""
 
     @initialize(whole=st.booleans(), tokens=st.integers(10, 60), places=st.integers(1, 4))
     def begin(self, whole: bool, tokens: int, places: int) -> None:
@@ -193,7 +193,7 @@ class Serving(RuleBasedStateMachine):
             self.scheduler.check()
 
     def teardown(self) -> None:
-        """Everybody is served in the end."""
+        """Check that every request finishes eventually."""
         for _ in range(2000):
             if not self.left:
                 return

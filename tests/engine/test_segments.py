@@ -11,7 +11,7 @@ windows = st.none() | st.integers(1, 12)
 
 
 def sees(segment: Segment, query: int, window: int | None) -> set[int]:
-    """The twin: keys of the request, from its first, that one of its new tokens sees."""
+    """Reference: keys of the request that one of its new tokens attends to."""
     at = segment.past + query
     return {key for key in range(at + 1) if window is None or key > at - window}
 

@@ -1,4 +1,4 @@
-"""What is no `Exception`, such as a panic in a Rust library, ends its own request alone."""
+"""Errors that are not `Exception`s, such as panics in Rust, fail only their own request."""
 
 import logging
 import signal
@@ -34,7 +34,7 @@ PROMPT = prompts([5])[0]
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException, which is no Exception."""
+    """Like pyo3's PanicException, not an Exception."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_change_that_panics_is_raised_where_it_was_asked_for(olmoe) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, caplog) -> None:
-    """The last resort: what handles failures fails too."""
+    """The error handling itself fails."""
     with engine_of(olmoe, slots=None) as engine:
         monkeypatch.setattr(engine, "_iterate", panics)
         monkeypatch.setattr("moefit.engine.engine._LOG.exception", panics)
@@ -243,7 +243,7 @@ app(["serve", "--port", "0", "--drain-seconds", "1"])
 
 @contextmanager
 def serving(turn: str) -> Iterator[tuple[subprocess.Popen[str], Future[str]]]:
-    """A server in a process of its own, and the answer to a request that it has."""
+    """Start a server in its own process and submit one request."""
     words = [sys.executable, "-c", SERVE.replace("{turn}", turn)]
     with (
         subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process,

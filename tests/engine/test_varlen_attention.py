@@ -1,4 +1,4 @@
-"""Attention of several requests at once against the obvious loop over queries and keys."""
+"""Variable-length attention against plain loops over queries and keys."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def one_by_one(query_HTC, key_GLC, value_GLC, *, past, window, scaling, softcap, sinks):
-    """Each head's each query, each key that it may see."""
+    """Reference: each query of each head against the keys that it may attend to."""
     heads, new, _ = query_HTC.shape
     out = torch.zeros(heads, new, value_GLC.shape[-1])
     for head in range(heads):
@@ -45,7 +45,7 @@ def one_by_one(query_HTC, key_GLC, value_GLC, *, past, window, scaling, softcap,
 
 
 class Texts:
-    """Three requests whose keys are random, fed to a cache in steps."""
+    """Three requests with random keys, passed to a cache in steps."""
 
     def __init__(self, *, heads: int = 4, groups: int = 2, gathers: bool = False):
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ class Texts:
             self.cache.pool.allocate(str(number), 20)
 
     def step(self, new: dict[int, int], *, window: int | None = None, **how):
-        """Pairs of what packed attention gives and what it should, by request."""
+        """Return pairs of actual and expected output, by request."""
         extents = self.cache.pool.extents
         segments = [
             Segment(start=extents.start(str(n)), past=self.past[n], new=count)

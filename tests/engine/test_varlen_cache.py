@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 def cache_of(*requests: int, gathers: bool = False) -> VarlenCache:
-    """A cache over a pool in which requests of these lengths have their places."""
+    """Return a cache over a pool with requests of these lengths."""
     cache = VarlenCache(KvPool(PLACES))
     cache.gather = gathers
     for number, length in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Who may ask."""
+"""Access control: hosts, origins, keys and error bodies."""
 
 import re
 from collections.abc import Iterator
@@ -188,7 +188,7 @@ def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
 def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
     served, monkeypatch, path: str, body: object
 ) -> None:
-    """Each would take a kilobyte: a body of 4 MiB, gigabytes."""
+    """A list would take 1 KiB per mistake, gigabytes for a body of 4 MiB."""
     counts: list[int] = []
     told = refusal.validation_error
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""GET and POST /v1/memory, /metrics and what the server says of itself."""
+"""GET and POST /v1/memory, /metrics and informational endpoints."""
 
 import time
 from collections.abc import Iterator
@@ -137,7 +137,7 @@ def test_a_system_without_memory_is_told_and_counted(running, served, monkeypatc
 def test_either_half_that_fails_leaves_the_other_undone(
     running, served, monkeypatch, asked
 ) -> None:
-    """The first fails at its budget; the second at its mode, as of a family without a rule."""
+    """The first request fails at its budget; the second at its mode, in a family without a rule."""
     client, engine, _ = running
     client.post(URL, json={"mode": "virtual", "prefill": "exact", "bound": 0.4})
     before, policy = client.get(URL).json(), served.policy
@@ -245,7 +245,7 @@ def test_tokens_there_and_back(running, served) -> None:
 
 
 def test_the_tokenizer_as_evaluations_ask_for_it(running, served) -> None:
-    """As lm-evaluation-harness does with tokenizer_backend=remote."""
+    """Requests as lm-evaluation-harness sends them with tokenizer_backend=remote."""
     client, _, _ = running
     info = client.get("/tokenizer_info").json()
     assert info["eos_token"] == served.tokenizer.eos_token
@@ -289,7 +289,7 @@ def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> No
 
 
 def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, caplog) -> None:
-    """Swaps fail in the background and nobody waits for them: it is said all the same."""
+    """Background swaps fail while no request waits for them; the failure is still reported."""
     client, _, service = running
     half = (served.budget.min_bytes + served.budget.all_resident_bytes) // 2
     served.set_memory(half)

@@ -1,4 +1,4 @@
-"""How much of all bodies is held together."""
+"""Limit on the total size of request bodies in memory."""
 
 import select
 import socket
@@ -27,7 +27,7 @@ HEAD = (
 
 
 class Counted(RuleBasedStateMachine):
-    """Beside a list of what was taken."""
+    """The budget against a list of reserved sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ def test_one_body_fits_beside_others() -> None:
 
 
 def _begun(here: Site, body: bytes) -> socket.socket:
-    """A request for 40,000 bytes of which some have been sent."""
+    """Send part of a request with a body of 40,000 bytes."""
     connection = here.connect()
     connection.sendall(HEAD + body)
     return connection
 
 
 def _refused(here: Site) -> ServerError | None:
-    """Of a body of 20,000 bytes; None if it is answered."""
+    """Return the error for a body of 20,000 bytes; None if it succeeds."""
     try:
         Client(here.url).post("/tokenize", {"prompt": "a " * 10_000})
     except ServerError as error:
@@ -116,7 +116,7 @@ def test_a_body_is_held_until_its_answer_has_ended(served) -> None:
 
 
 def test_refused_bodies_are_given_back(served) -> None:
-    """Whatever goes wrong with a request, nothing of it stays counted."""
+    """However a request fails, none of its bytes remain reserved."""
     with site(served, bodies_bytes=50_000, body_bytes=45_000) as here:
         for path, prompt in (("/nowhere", "a"), ("/v1/completions", 1), ("/tokenize", 2)):
             for _ in range(3):
@@ -146,7 +146,7 @@ def _chunks(body: bytes, size: int) -> bytes:
 
 
 def _read(connection: socket.socket) -> bytes:
-    """All that the server says until it closes, or nothing more comes."""
+    """Return everything the server sends until it closes or stops sending."""
     connection.settimeout(20)
     said = b""
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, for a model that knows conversations and for one that does not."""
+"""POST /v1/chat/completions, with and without a chat template."""
 
 from collections.abc import Iterator
 

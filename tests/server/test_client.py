@@ -1,4 +1,4 @@
-"""What a client makes of addresses and answers that are none of ours."""
+"""Client errors: invalid addresses and responses of other servers."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ from moefit.server.client import Client, ServerError
 
 
 class Elsewhere(BaseHTTPRequestHandler):
-    """A server that answers everything, but not in JSON."""
+    """A server that responds to everything, but not in JSON."""
 
     def do_GET(self) -> None:
         self._say(b"<html>welcome</html>")

@@ -1,4 +1,4 @@
-"""POST /v1/completions, over an engine whose tokens are known."""
+"""POST /v1/completions, with a fake engine whose tokens are known."""
 
 from collections.abc import Iterator
 
@@ -291,7 +291,7 @@ def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
     ],
 )
 def test_a_body_of_another_kind_says_which_is_wanted(running, kind, body, says) -> None:
-    """The first is what curl says with -d alone."""
+    """The first case is what curl sends with -d only."""
     client, _, _ = running
     response = client.post(URL, content=body, headers={"Content-Type": kind})
     assert says in error_of(response, 400)["message"]

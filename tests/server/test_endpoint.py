@@ -1,4 +1,4 @@
-"""The whole way: HTTP, engine and the reference model, against the model itself."""
+"""End to end: HTTP, engine and the reference model, against the model itself."""
 
 import threading
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def client(served: ServedModel) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def expected(served: ServedModel) -> dict[str, str]:
-    """What the model itself writes, greedily, one prompt at a time."""
+    """Return the model's own greedy completions, one prompt at a time."""
     texts = {}
     for prompt in PROMPTS:
         given = served.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -79,7 +79,7 @@ def test_echoed_log_probabilities_are_the_models_own(served, client) -> None:
 
 @contextmanager
 def logits_changed(served: ServedModel, ids: list[int], value: float) -> Iterator[None]:
-    """Let the model say this of some tokens, as heads that mask a part of the vocabulary do."""
+    """Replace the logits of some tokens, as heads that mask part of the vocabulary do."""
     at = torch.tensor(ids)
     hook = served.model.get_output_embeddings().register_forward_hook(
         lambda _head, _input, logits: logits.index_fill(-1, at, value)

@@ -1,4 +1,4 @@
-"""The server on a real socket: clients that hang up, dawdle or flood, and its own end."""
+"""The server on a real socket: clients that disconnect, stall or flood, and shutdown."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ from moefit.server.service import Service
 
 
 class Site:
-    """A server that runs, and ways to reach it."""
+    """A running server, and ways to connect to it."""
 
     def __init__(
         self, running: HttpServer, service: Service, engine: FakeEngine, bound: socket.socket
@@ -32,7 +32,7 @@ class Site:
         self.url = url_of(bound, "127.0.0.1")
 
     def connect(self, *, ahead: int | None = None) -> socket.socket:
-        """ahead: bytes that the client's system may take in before they are read."""
+        """Connect a client; `ahead` limits the bytes that its kernel buffers."""
         connection = socket.socket()
         connection.settimeout(20)
         if ahead is not None:
@@ -41,7 +41,7 @@ class Site:
         return connection
 
     def ask(self, *, ahead: int | None = None, **asked: Any) -> socket.socket:
-        """A connection on which a completion has been asked for."""
+        """Open a connection and request a completion."""
         body = json.dumps({"prompt": "a", "ignore_eos": True, **asked}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
@@ -66,7 +66,7 @@ def site(served: ServedModel, *, pause: float = 0.01, **settings: Any) -> Iterat
 
 
 def soon(what: Callable[[], bool]) -> None:
-    """Wait until it holds, not for ever."""
+    """Wait until a condition holds, with a time limit."""
     for _ in range(2000):
         if what():
             return
@@ -168,7 +168,7 @@ def test_who_does_not_read_an_answer_that_is_complete_is_cut_off(served) -> None
 
 
 def test_who_reads_slowly_gets_everything(served) -> None:
-    """More than the system takes in at once, for longer than any one write of it may wait."""
+    """The response exceeds the kernel's buffers and takes longer than any single write may wait."""
     with site(served, pause=0.0, wait_seconds=1) as here:
         slow = here.ask(ahead=1 << 16, **LONG, max_tokens=250)
         said = slow.recv(1 << 14)
@@ -321,12 +321,12 @@ def test_a_partner_over_the_network(served) -> None:
         assert (partner.name, partner.supports_chat) == ("reference", False)
         options = ChatOptions(max_tokens=5, temperature=0.0, seed=3)
         turns = [{"role": "user", "content": "import"}]
-        whole = "".join(partner.answer(turns, options))
+        whole = "".join(partner.generate(turns, options))
         answer = Client(here.url).post(
             "/v1/completions", {"prompt": "import", "max_tokens": 5, "seed": 3}
         )
         assert whole == answer["choices"][0]["text"]
-        pieces = partner.answer(turns, ChatOptions(max_tokens=400, temperature=0.0))
+        pieces = partner.generate(turns, ChatOptions(max_tokens=400, temperature=0.0))
         next(pieces)
         pieces.close()
         soon(lambda: len(here.engine.cancelled) == 1)

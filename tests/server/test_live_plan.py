@@ -1,4 +1,4 @@
-"""A server that was planned plans again for another budget, or leaves everything as it is."""
+"""A server with a plan replans for another budget, or leaves everything unchanged."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ def folder() -> Path:
 
 
 class Maker:
-    """Plans as the command does, in this process, for one of the served one's size."""
+    """Plan as the command does, in this process, for a model of the served size."""
 
     def __init__(self, process: int):
         self.asked: list[int] = []

@@ -1,4 +1,4 @@
-"""More connections than there are files for."""
+"""More connections than file descriptors."""
 
 import subprocess
 import sys

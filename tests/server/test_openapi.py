@@ -1,4 +1,4 @@
-"""The document of the API is true: whatever it allows to be sent is answered as it says."""
+"""The OpenAPI document is accurate: requests that it allows get the responses it describes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Tokens as requests and answers have them."""
+"""Tokens in requests and responses."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -66,7 +66,7 @@ def test_without_a_tokenizer_there_are_token_ids() -> None:
 
 
 def replacing(times: int, part: str = "normalizer") -> PreTrainedTokenizerFast:
-    """A tokenizer that doubles each letter so many times."""
+    """Return a tokenizer that doubles each letter this many times."""
     tokenizer = Tokenizer(models.BPE({"a": 0}, []))
     if part == "normalizer":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * times)

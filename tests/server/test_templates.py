@@ -1,4 +1,4 @@
-"""Chat templates in a process of their own: the text of transformers, and no harm."""
+"""Chat templates in a separate process: equal to transformers, and harmless."""
 
 import threading
 from collections.abc import Iterator
@@ -104,7 +104,7 @@ def in_parts(talk: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ],
 )
 def test_both_forms_of_request_work_with_both_forms_of_template(template, expected) -> None:
-    """The texts are such as a template writes by itself, so that to find them shows nothing."""
+    """The texts also occur in the templates themselves, so that finding them proves nothing."""
     talk = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "user"},

@@ -1,4 +1,4 @@
-"""Percentiles of the last minutes."""
+"""Percentiles over the last minutes."""
 
 from hypothesis import given
 from hypothesis import strategies as st

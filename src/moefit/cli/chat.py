@@ -119,7 +119,7 @@ def _answer(partner: ChatBackend, turns: list[ChatTurn], options: ChatOptions) -
     """Print the answer; the conversation with it, or without the last turn if it failed."""
     told = ""
     try:
-        with closing(partner.answer(turns, options)) as pieces:
+        with closing(partner.generate(turns, options)) as pieces:
             for piece in pieces:
                 told += piece
                 print(piece.translate(_SHOWN), end="", flush=True)

@@ -98,7 +98,7 @@ class Client:
         except (URLError, HTTPException, OSError, ValueError) as error:
             why = getattr(error, "reason", error)
             raise ServerError(
-                f"no server answers at {self.url}: {why}; start one with `moefit serve`, or give "
+                f"no server responds at {self.url}: {why}; start one with `moefit serve`, or give "
                 "--url"
             ) from error
 
@@ -128,10 +128,10 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
 
 def _error_message(url: str, error: HTTPError) -> ServerError:
     try:
-        said = json.loads(error.read())["error"]
-        return ServerError(f"{url}: {said['message']}", said.get("code"))
+        body = json.loads(error.read())["error"]
+        return ServerError(f"{url}: {body['message']}", body.get("code"))
     except (ValueError, LookupError, TypeError, OSError):
-        return ServerError(f"{url} answered {error.code} {error.reason}")
+        return ServerError(f"{url} returned {error.code} {error.reason}")
 
 
 ChatTurn = dict[str, str]
@@ -157,7 +157,9 @@ class ChatBackend(Protocol):
     name: str
     supports_chat: bool
 
-    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+    def generate(
+        self, turns: Sequence[ChatTurn], options: ChatOptions
+    ) -> Generator[str, None, None]:
         """Yield the text of the next message, or the continuation of the last message.
 
         Closing the iterator cancels the request.
@@ -182,7 +184,9 @@ class RemoteChat:
             raise ConfigError(f"{client.url} serves no model")
         self.name, self.supports_chat = models[0]["id"], models[0].get("chat", True)
 
-    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+    def generate(
+        self, turns: Sequence[ChatTurn], options: ChatOptions
+    ) -> Generator[str, None, None]:
         """Yield the text of the next message; see `ChatBackend`."""
         given = {name: value for name, value in asdict(options).items() if value is not None}
         body: dict[str, Any] = {"model": self.name, **given}
@@ -209,7 +213,9 @@ class LocalChat:
         )
         self.supports_chat = self._tokenizer.has_template
 
-    def answer(self, turns: Sequence[ChatTurn], options: ChatOptions) -> Generator[str, None, None]:
+    def generate(
+        self, turns: Sequence[ChatTurn], options: ChatOptions
+    ) -> Generator[str, None, None]:
         """Yield the text of the next message; see `ChatBackend`.
 
         Raises:

@@ -116,12 +116,12 @@ class MergedChoice:
         self._logprobs: Logprobs | None = None
         self._last: CompletionChoice | None = None
 
-    def add(self, piece: CompletionChoice) -> None:
+    def add(self, chunk: CompletionChoice) -> None:
         """Append a chunk."""
-        self._last = piece
-        if piece.text:
-            self._texts.append(piece.text)
-        if (more := piece.logprobs) is None:
+        self._last = chunk
+        if chunk.text:
+            self._texts.append(chunk.text)
+        if (more := chunk.logprobs) is None:
             return
         if (logprobs := self._logprobs) is None:
             self._logprobs = more
@@ -208,11 +208,11 @@ class CompletionBuilder:
     async def chunks(self, engine_events: EngineEvents) -> AsyncIterator[CompletionResponse]:
         """Yield response chunks as they are generated, then the usage if requested."""
         async for number, event in engine_events:
-            piece = self._writers[number].write(event)
+            chunk = self._writers[number].write(event)
             if isinstance(event, FinishedEvent):
                 self._usage.add(number, event)
-            if piece.text or piece.logprobs or piece.finish_reason:
-                yield self._frame([piece])
+            if chunk.text or chunk.logprobs or chunk.finish_reason:
+                yield self._frame([chunk])
         if self.streams_usage:
             yield self._frame([]).model_copy(update={"usage": self._usage.usage()})
 

@@ -172,9 +172,7 @@ class TimedConnection(H11Protocol):
         """
         if self.cycle is None or self.cycle.response_complete or self.transport.is_closing():
             return False
-        if (
-            self.cycle.more_body and not self._held
-        ):  # pending events may contain the end of the body
+        if self.cycle.more_body and not self._held:  # held events may end the body
             return False
         self._sends_no_more = True
         if not self.cycle.response_started and self.scope["http_version"] == "1.1":

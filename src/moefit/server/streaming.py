@@ -178,10 +178,10 @@ class EventStream(StreamingResponse):
     """Server-sent events, which cancel the engine's requests when the stream ends."""
 
     def __init__(
-        self, pieces: AsyncIterator[BaseModel], engine_events: EngineEvents, *, usage: bool
+        self, chunks: AsyncIterator[BaseModel], engine_events: EngineEvents, *, usage: bool
     ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_frames(pieces, usage=usage), media_type=STREAM, headers=headers)
+        super().__init__(_frames(chunks, usage=usage), media_type=STREAM, headers=headers)
         self._engine_events = engine_events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,12 +192,12 @@ class EventStream(StreamingResponse):
             self._engine_events.close()
 
 
-async def _frames(pieces: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIterator[str]:
+async def _frames(chunks: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIterator[str]:
     hidden = None if usage else {"usage"}
     try:
         with convert_panics():
-            async for piece in pieces:
-                yield f"data: {piece.model_dump_json(exclude=hidden)}\n\n"
+            async for chunk in chunks:
+                yield f"data: {chunk.model_dump_json(exclude=hidden)}\n\n"
     except ClientGoneError:
         return
     except Exception as error:  # noqa: BLE001 - sent as the stream's last event

@@ -24,10 +24,8 @@ import jinja2.utils
 Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_REQUIRED_ROLES = (
-    "user",
-    "system",
-)  # roles whose text must be in the prompt; templates may shorten others
+_REQUIRED_ROLES = ("user", "system")
+"""Roles whose text must be in the prompt; templates may shorten others."""
 _MIN_UNIQUE = 24  # length at which a text cannot occur by chance
 # Roles whose content is passed as a list of parts; the first form that works is used.
 FORMS = (

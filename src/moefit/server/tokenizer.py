@@ -368,9 +368,8 @@ class RequestTokenizer:
     def _text_and_bytes(self, token: int) -> tuple[str, bytes]:
         if self.backend is None or token >= self.size:
             return f"token_id:{token}", b""
-        once = self.text(
-            [token], special=True
-        )  # decode it twice, because a first word may lose its space
+        # Decode the token twice, because some decoders drop the first word's leading space.
+        once = self.text([token], special=True)
         text = self.text([token, token], special=True)[len(once) :]
         if _REPLACEMENT not in text:
             return text, text.encode()

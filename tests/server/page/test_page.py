@@ -1,4 +1,4 @@
-"""The live page in a real browser, before a server of any shape that may also fail."""
+"""The page in a real browser, against a simulated server of any shape that may fail."""
 
 import re
 
@@ -27,7 +27,7 @@ def served(tab, address):
 
 @pytest.fixture
 def page(tab, served):
-    """A page before the usual stand-in."""
+    """A page connected to the default simulated server."""
     model, url = served()
     tab.open(url)
     return tab, model

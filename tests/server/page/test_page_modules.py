@@ -1,4 +1,4 @@
-"""What the live page decides: its modules, asked in the browser that they run in."""
+"""Pure functions of the page's modules, run in the browser."""
 
 import pytest
 from browser import Browser
@@ -9,7 +9,7 @@ from moefit.serve.memory.budget import format_bytes, parse_bytes
 
 @pytest.fixture(scope="module")
 def modules(tab: Browser, address):
-    """The page's modules, without a look at the page."""
+    """The page's modules, without rendering the page."""
     handle, url = address
     handle["model"] = Pretender()
     tab.driver.get(url)

@@ -1,4 +1,4 @@
-"""The live page before the real server: the dial is turned while the shipped model serves."""
+"""The page against the real server, while the shipped model runs requests."""
 
 import json
 import urllib.request
@@ -46,7 +46,7 @@ def url(engine):
 
 @pytest.fixture
 def page(tab, engine, url):
-    """A page before a model half of whose experts have room; afterwards it must have behaved."""
+    """A page of a model with half of its experts in memory; checks the console afterwards."""
     ledger = engine.served.budget
     engine.set_memory((ledger.min_bytes + ledger.all_resident_bytes) // 2)
     engine.set_mode("exact")
@@ -66,7 +66,7 @@ def ask(url, path, body):
 
 
 def answer(tab) -> str:
-    """What the model wrote; the prompt stands before it."""
+    """Return the generated text, without the prompt."""
     return tab.text("try-answer").removeprefix(PROMPT)
 
 

@@ -1,4 +1,4 @@
-"""The page's files, by name alone."""
+"""The page's files are served by name only."""
 
 from pathlib import Path
 
