@@ -44,7 +44,7 @@ class Maker:
         self.changes: dict[str, Any] = {}
         given = PlanConstraints(process=process, rests=("native",))
         self.planner = Planner(
-            build_skeleton(folder()), profile(), context=CONTEXT, search=False, circumstances=given
+            build_skeleton(folder()), profile(), context=CONTEXT, circumstances=given
         )
 
     def __call__(self, memory: int) -> Plan:
