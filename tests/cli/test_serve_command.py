@@ -195,7 +195,7 @@ def test_the_budget_from_a_shell(served) -> None:
         assert table.exit_code == 0
         assert "reference, mode bounded" in table.stdout and "3.00 GiB" in table.stdout
         refused = RUNNER.invoke(app, ["budget", "set", "5MiB", *key])
-        assert "floor" in str(refused.exception)
+        assert "minimum" in str(refused.exception)
         everything = RUNNER.invoke(app, ["budget", "set", "all", *key, "--json"])
         assert json.loads(everything.stdout)["budget"]["total"] is None
         stranger = RUNNER.invoke(app, ["budget", "get"], env={"MOEFIT_URL": url})

@@ -21,7 +21,7 @@ from tiny_models import tiny_config, tiny_model, tokens
 import moefit
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.moe.routing import Rule
-from moefit.serve.memory.estimate import workspace_bytes
+from moefit.serve.memory.activations import workspace_bytes
 
 EXPERTS = 5
 RULES = ["dense", "top_k:1", "top_k:2", "threshold:0.9", "threshold_top_k:0.9"]

@@ -29,7 +29,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from moefit.errors import UnsupportedModelError
 from moefit.moe.layouts import NllbLayout, SwitchLayout
-from moefit.serve.memory.estimate import kv_bytes_per_token, workspace_bytes
+from moefit.serve.memory.activations import kv_bytes_per_token, workspace_bytes
 
 VOCABULARY, EXPERTS = 61, 5
 

@@ -131,7 +131,7 @@ def floor_of(folder: Path, **settings: Any) -> MemoryBudget:
     return memory_budget(build_skeleton(folder, settings.get("dtype")), LoadSettings(**settings))
 
 
-def test_below_the_floor_the_error_names_it_and_nothing_was_read(folder: Path) -> None:
+def test_a_budget_below_the_minimum_is_refused_before_reading(folder: Path) -> None:
     with reading_through(Disk()) as disk, pytest.raises(BudgetTooSmallError) as caught:
         load_model(folder, LoadSettings(memory="10MiB"))
     assert disk.calls == 0
@@ -198,7 +198,7 @@ def test_host_memory_is_a_buffer_a_reader_unless_given(folder: Path) -> None:
         2 + BACKGROUND_READERS
     )
     assert floor_of(folder, device="cuda", host_memory="1MiB").host == MIB
-    with pytest.raises(ConfigError, match=f"no room for an expert.* give at least {slot} bytes"):
+    with pytest.raises(ConfigError, match=f"cannot hold an expert.* give at least {slot} bytes"):
         floor_of(folder, device="cuda", host_memory=slot - 1)
     assert floor_of(folder, device="cuda", host_memory=slot).host == slot
     with pytest.raises(ConfigError, match="is not a size"):

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_http import client_of, error_of, fake_service
 
 import moefit
-from moefit.serve.io.loads import FAILING, LoadFailures
 from moefit.serve.model import ServedModel
+from moefit.serve.stats import RECOVERY, LoadFailures
 from moefit.server import tokenizer
 from moefit.server.service import Service
 from moefit.server.tokenizer import Renderer
@@ -317,7 +317,7 @@ def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, c
     background = picture["counters"]["load_failures"]["background"]
     assert found["moefit:expert_load_failures_total background"] == background > 0
     assert found["moefit:expert_loads_failing"] == 1
-    failures._clock = lambda: time.monotonic() + FAILING  # a minute later
+    failures._clock = lambda: time.monotonic() + RECOVERY  # a minute later
     served.set_memory("4GiB")  # reads what is missing
     served._settle()
     assert client.get("/health").json() == {"status": "ok"}

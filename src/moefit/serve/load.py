@@ -42,7 +42,7 @@ from moefit.serve.memory.estimate import (
     memory_budget,
     weight_bytes,
 )
-from moefit.serve.memory.tokenizer_size import TABLES
+from moefit.serve.memory.tokenizer_size import TOKENIZER_CACHES
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
@@ -108,7 +108,7 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
     if device.type != "cpu" or not budget.tokenizer:
         return budget
     grown = held_bytes(device) + helpers - (budget.process - budget.slack)
-    budget = replace(budget, reading=0, tokenizer=max(0, grown) + TABLES).without_slack()
+    budget = replace(budget, reading=0, tokenizer=max(0, grown) + TOKENIZER_CACHES).without_slack()
     budget.slots()
     return budget
 

@@ -7,7 +7,7 @@ from tiny_served import MemoryStore, mixtral_block, parts_of
 
 from moefit.quant.format import NativeFormat
 from moefit.serve.cache.slot import Slot, allocate_slot
-from moefit.serve.io.loads import FAILING, SAY_EVERY, LoadFailures, Transfer, end_all
+from moefit.serve.io.loads import Transfer, end_all
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_readers_is_how_many_load_at_once(transfer, store) -> None:
     assert len(mine) == transfer.readers == 2
 
 
-def test_a_load_that_is_waited_for_does_not_queue_behind_the_background(transfer, store) -> None:
+def test_demand_loads_do_not_queue_behind_background_loads(transfer, store) -> None:
     store.gate.clear()
     slots = [new_slot() for _ in range(7)]
     late = [
@@ -67,7 +67,7 @@ def test_a_load_that_is_waited_for_does_not_queue_behind_the_background(transfer
     ]
     urgent = transfer.load("model.layers.0.mlp.experts", 6, slots[6])
     assert poll(urgent.running)
-    assert late[-1].cancel(), "these do queue"
+    assert late[-1].cancel(), "background loads queue"
     store.gate.set()
     urgent.result(30)
     assert holds(slots[6], 6)
@@ -84,7 +84,7 @@ def poll(condition) -> bool:
 @pytest.mark.parametrize(
     "error", [OSError("gone"), MemoryError("full"), SystemExit(3), KeyboardInterrupt("ctrl")]
 )
-def test_whatever_a_read_raises_reaches_the_waiter_and_kills_no_reader(
+def test_errors_of_reads_reach_the_caller_and_end_no_thread(
     transfer, store, error: BaseException
 ) -> None:
     store.broken, store.error = {0, 1, 2, 3}, error
@@ -97,7 +97,7 @@ def test_whatever_a_read_raises_reaches_the_waiter_and_kills_no_reader(
     assert holds(slot, 5)
 
 
-def test_closing_lets_what_began_end_and_drops_the_rest(transfer, store) -> None:
+def test_close_finishes_running_loads_and_cancels_the_others(transfer, store) -> None:
     store.gate.clear()
     slots = [new_slot() for _ in range(5)]
     loads = [transfer.load("model.layers.0.mlp.experts", e, slots[e]) for e in range(5)]
@@ -112,41 +112,8 @@ def test_closing_lets_what_began_end_and_drops_the_rest(transfer, store) -> None
     transfer.close()
 
 
-def test_failed_reads_are_counted_and_logged_but_not_each(caplog) -> None:
-    now = [0.0]
-    failures = LoadFailures(lambda: now[0])
-    assert not failures.failing
-    for _ in range(40):
-        failures.failed("layers.3", 7, OSError("the disk is gone"), background=True)
-    failures.failed("layers.3", 7, OSError("the disk is gone"), background=False)
-    assert (failures.background, failures.demand, len(caplog.records)) == (40, 1, 1)
-    assert "expert 7 of layers.3" in caplog.text and "the disk is gone" in caplog.text
-    now[0] = SAY_EVERY
-    failures.failed("layers.3", 8, OSError("the disk is gone"), background=True)
-    assert len(caplog.records) == 2 and "40 more reads failed" in caplog.text
-    assert failures.as_dict() == {
-        "load_failures": {"demand": 1, "background": 41},
-        "loads_failing": True,
-    }
-
-
-def test_reading_is_sound_again_once_reads_work_and_none_has_failed_for_a_minute() -> None:
-    now = [0.0]
-    failures = LoadFailures(lambda: now[0])
-    failures.failed("layers.3", 7, OSError(), background=True)
-    now[0] = 10 * FAILING
-    assert failures.failing, "nothing has been read since"
-    failures.worked()
-    assert not failures.failing
-    failures.failed("layers.3", 7, OSError(), background=True)
-    failures.worked()
-    assert failures.failing, "one expert is still damaged"
-    now[0] += FAILING
-    assert not failures.failing
-
-
 @pytest.mark.parametrize("background", [False, True])
-def test_a_load_that_fails_is_noted(transfer, store, background: bool) -> None:
+def test_failed_loads_are_counted(transfer, store, background: bool) -> None:
     store.broken = {2}
     name = "model.layers.0.mlp.experts"
     with pytest.raises(OSError, match="storage is gone"):

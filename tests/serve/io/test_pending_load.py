@@ -17,7 +17,7 @@ def reserved() -> tuple[SlotTable, int, Future[float]]:
     return table, slot, Future()
 
 
-def test_what_was_read_is_there_and_the_waiting_counted() -> None:
+def test_commit_makes_the_expert_resident_and_counts_the_wait() -> None:
     table, slot, done = reserved()
     done.set_result(0.0)
     counters = Counters()
@@ -26,7 +26,7 @@ def test_what_was_read_is_there_and_the_waiting_counted() -> None:
     table.check()
 
 
-def test_what_could_not_be_read_leaves_an_empty_slot() -> None:
+def test_a_failed_load_leaves_an_empty_slot() -> None:
     table, slot, done = reserved()
     done.set_exception(OSError("gone"))
     counters = Counters()

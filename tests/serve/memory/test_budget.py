@@ -127,9 +127,7 @@ def test_at_the_floor_each_block_has_its_fewest(budget: MemoryBudget) -> None:
 
 
 @given(ledgers(), st.integers(1, 10**9))
-def test_below_the_floor_the_error_names_a_total_that_works(
-    budget: MemoryBudget, less: int
-) -> None:
+def test_errors_below_the_minimum_name_a_total_that_works(budget: MemoryBudget, less: int) -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
         budget.with_total(budget.min_bytes - less).slots()
     (named,) = [int(w) for w in str(caught.value).split("at least ")[1].split()[:1]]
@@ -137,25 +135,25 @@ def test_below_the_floor_the_error_names_a_total_that_works(
     budget.with_total(named).slots()
 
 
-def test_the_error_says_where_the_floor_comes_from() -> None:
+def test_the_error_lists_the_parts_of_the_minimum() -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
         ledger(total=3000).slots()
     assert str(caught.value) == (
-        "a budget of 2.93 KiB is below this model's floor of 3.42 KiB (1000 B interpreter and "
-        "libraries, 0 B tokenizer, 300 B weights that are no experts, 100 B KV cache, 60 B "
-        "workspace, 40 B staging, 1.95 KiB for the fewest experts); give at least 3500 bytes, "
-        "such as 4KiB, or a shorter context"
+        "a budget of 2.93 KiB is below this model's minimum of 3.42 KiB (1000 B interpreter and "
+        "libraries, 0 B tokenizer, 300 B dense weights, 100 B KV cache, 60 B workspace, 40 B "
+        "staging, 1.95 KiB for one slot per block); give at least 3500 bytes, such as 4KiB, or a "
+        "shorter context"
     )
 
 
 @given(ledgers(), st.integers(0, 10**6))
-def test_everything_is_the_least_total_with_all_resident(budget: MemoryBudget, more: int) -> None:
-    everyone = tuple(block.num_experts for block in budget.blocks)
-    assert budget.slots() == everyone
-    assert budget.with_total(budget.all_resident_bytes + more).slots() == everyone
-    assert budget.total_for_slots(everyone) == budget.all_resident_bytes
+def test_all_resident_bytes_is_the_smallest_such_total(budget: MemoryBudget, more: int) -> None:
+    all_experts = tuple(block.num_experts for block in budget.blocks)
+    assert budget.slots() == all_experts
+    assert budget.with_total(budget.all_resident_bytes + more).slots() == all_experts
+    assert budget.total_for_slots(all_experts) == budget.all_resident_bytes
     if budget.all_resident_bytes > budget.min_bytes:
-        assert budget.with_total(budget.all_resident_bytes - 1).slots() != everyone
+        assert budget.with_total(budget.all_resident_bytes - 1).slots() != all_experts
 
 
 def test_the_parts_add_up_and_go_to_json() -> None:
@@ -175,10 +173,10 @@ def test_without_host_memory_there_is_a_buffer_a_reader(nothing) -> None:
     assert host_limit(nothing, largest=1000, readers=6) == 6000
 
 
-def test_host_memory_holds_an_expert_at_least() -> None:
+def test_host_memory_holds_at_least_one_expert() -> None:
     assert host_limit("1000", largest=1000, readers=6) == 1000
     with pytest.raises(
-        ConfigError, match=r"host memory of 999 B has no room.* at least 1000 bytes"
+        ConfigError, match=r"host memory of 999 B cannot hold an expert.* at least 1000 bytes"
     ):
         host_limit(999, largest=1000, readers=6)
     for text in (-1, "much", "", "0GiB", True):

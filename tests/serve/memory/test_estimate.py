@@ -12,15 +12,13 @@ from moefit.checkpoint.safetensors import SINGLE, Checkpoint
 from moefit.host import peak_process_bytes, process_bytes
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.activations import FIRST_USE, kv_bytes_per_token, workspace_bytes
 from moefit.serve.memory.estimate import (
-    FIRST_USE,
     held_bytes,
-    kv_bytes_per_token,
     memory_budget,
     peak_held_bytes,
     slot_bytes,
     weight_bytes,
-    workspace_bytes,
 )
 
 MIB = 1 << 20

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_served import saved, tiny
 
-from moefit.serve.memory.estimate import FIRST_USE
+from moefit.serve.memory.activations import FIRST_USE
 
 MIB = 1 << 20
 CONTEXT = 192

@@ -107,7 +107,7 @@ def test_below_the_floor_the_servers_words_are_shown(page, engine):
     tab, before = page, engine.served.budget.total
     tab.write("dial-box", "64 MiB" + Keys.ENTER)
     tab.until(lambda: "wrong" in tab.by_id("dial-answer").get_attribute("class"))
-    assert "below this model's floor" in tab.text("dial-answer")
+    assert "below this model's minimum" in tab.text("dial-answer")
     assert f"give at least {engine.served.budget.min_bytes} bytes" in tab.text("dial-answer")
     assert engine.served.budget.total == before
     tab.click("undo")

@@ -1,8 +1,8 @@
-"""Slots of a model's blocks: adding them, taking them away, another placement while it is served.
+"""Add and remove slots of a served model's blocks, and apply another placement.
 
-Owns the order of it: what has to go goes first, from all blocks, so that the bytes held never
-exceed the larger of what was and what shall be. New slots are empty, and whoever calls fills them;
-it holds the lock of a step, and no swap is under way.
+Slots to be removed are freed first, in all blocks, so that the bytes held never exceed the larger
+of the old and the new size. New slots are empty. Callers fill them, hold the lock of `SharedState`,
+and have no swap in progress.
 """
 
 import ctypes
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moefit.moe.families import TensorSpec
 from moefit.quant.format import Format
-from moefit.serve.cache.slot import Slot, allocate_slot
+from moefit.serve.cache.slot import allocate_slot
 from moefit.serve.cache.swaps import Spares
 from moefit.serve.config import BlockPlacement, Placement
 from moefit.serve.layer.moe_layer import VirtualExperts
@@ -24,22 +23,31 @@ Blocks = Mapping[str, VirtualExperts]
 
 
 def grow(experts: VirtualExperts, slots: int, device: torch.device) -> None:
-    """Add empty slots to a block: all of them, or none if there is no memory."""
+    """Add empty slots to a block. Raises OSError if there is no memory; none is added then."""
     specs = experts.block.layout.specs
     new = [allocate_slot(experts.format, specs, device) for _ in range(slots)]
     experts.slots.update(zip(experts.slot_table.grow(slots), new, strict=True))
 
 
 def shrink(experts: VirtualExperts, slots: int) -> None:
-    """Take slots away, empty ones first, then those of the eviction policy's victims."""
+    """Remove slots, empty ones first, then those of the experts that the policy selects."""
     for index in experts.slot_table.shrink(slots):
         del experts.slots[index]
 
 
 def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Collection[str]:
-    """Give blocks so many slots each; the names of those that have new ones.
+    """Change the number of slots per block.
 
-    Raises OSError if there is no memory; blocks then have as many as before.
+    Args:
+        blocks: By name.
+        counts: New numbers of slots, in the order of `blocks`.
+        device: Where slots are allocated.
+
+    Returns:
+        Names of the blocks with new, empty slots.
+
+    Raises:
+        OSError: There is no memory; blocks then have as many slots as before.
     """
     changes = {
         name: count - experts.slot_table.num_slots
@@ -56,7 +64,7 @@ def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Colle
                 grow(blocks[name], change, device)
                 grown.append(name)
     except BaseException:
-        for name in grown:  # empty still, and empty ones go first
+        for name in grown:  # the new slots are still empty, and empty ones are removed first
             shrink(blocks[name], changes[name])
         for name, change in changes.items():
             if change < 0:
@@ -68,7 +76,7 @@ def resize(blocks: Blocks, counts: Sequence[int], device: torch.device) -> Colle
 def load_all_experts(
     experts: VirtualExperts, placement: BlockPlacement, device: torch.device
 ) -> None:
-    """Give each of a block's experts a slot of its own format, and load it there."""
+    """Allocate a slot for each expert of a block, in the expert's format, and load all of them."""
     for expert in range(experts.num_experts):
         _add_slot(experts, placement.format_of(expert), expert, device)
     experts.load_all(range(experts.num_experts))
@@ -77,28 +85,46 @@ def load_all_experts(
 def allocate_spares(
     blocks: Iterable[VirtualExperts], device: torch.device, *, placed: bool
 ) -> Spares:
-    """For swaps; where a placement seats all experts of a block, none of them is ever swapped."""
+    """Allocate spare slots for swaps.
+
+    Args:
+        blocks: All blocks of the model.
+        device: Where slots are allocated.
+        placed: Whether a placement is in force; blocks in which it makes all experts resident then
+            get no spares, because their experts are never swapped.
+    """
     spares: Spares = {}
     for experts in blocks:
         if experts.slot_table.num_slots == experts.num_experts and placed:
             continue
         if experts.spares_key not in spares:
             specs = experts.block.layout.specs
-            some = [allocate_slot(experts.format, specs, device) for _ in range(SPARES)]
-            spares[experts.spares_key] = some
+            slots = [allocate_slot(experts.format, specs, device) for _ in range(SPARES)]
+            spares[experts.spares_key] = slots
     return spares
 
 
 def apply_placement(
     blocks: Blocks, spares: Spares, placement: Placement, device: torch.device, *, placed: bool
 ) -> None:
-    """Give blocks the slots of this placement; experts stay where their format is the wanted one.
+    """Change the slots of all blocks to those of a placement.
 
-    placed: as of `allocate_spares`.
-    Raises OSError if there is no memory; blocks then have the slots that they had, though empty.
+    Experts whose format does not change stay resident; other slots are empty afterwards.
+
+    Args:
+        blocks: By name.
+        spares: Replaced in place.
+        placement: Slots and formats by block name.
+        device: Where slots are allocated.
+        placed: As for `allocate_spares`.
+
+    Raises:
+        OSError: There is no memory; blocks then have their previous slots, but empty.
     """
     before = {name: _SavedSlots.of(experts) for name, experts in blocks.items()}
-    kinds = [(key, len(some), *_slot_kind(some)) for key, some in spares.items() if some]
+    spares_before = [
+        (key, len(slots), slots[0].format, slots[0].specs) for key, slots in spares.items() if slots
+    ]
     spares.clear()
     for name, experts in blocks.items():
         _release_slots(experts, placement[name])
@@ -113,18 +139,14 @@ def apply_placement(
             shrink(experts, experts.slot_table.num_slots)
         for name, experts in blocks.items():
             before[name].restore(experts, device)
-        for key, number, format, specs in kinds:
-            spares[key] = [allocate_slot(format, specs, device) for _ in range(number)]
+        for key, count, format, specs in spares_before:
+            spares[key] = [allocate_slot(format, specs, device) for _ in range(count)]
         raise
-
-
-def _slot_kind(slots: Sequence[Slot]) -> tuple[Format, Mapping[str, TensorSpec]]:
-    return slots[0].format, slots[0].specs
 
 
 @dataclass(frozen=True, slots=True)
 class _SavedSlots:
-    """A block's slots: whose own each is, and its format."""
+    """Owner and format of each of a block's slots, to restore them."""
 
     format: Format
     slots: Sequence[tuple[int | None, Format]]
@@ -132,7 +154,9 @@ class _SavedSlots:
     @classmethod
     def of(cls, experts: VirtualExperts) -> "_SavedSlots":
         owner = experts.slot_table.owner
-        return cls(experts.format, [(owner(at), slot.format) for at, slot in experts.slots.items()])
+        return cls(
+            experts.format, [(owner(index), slot.format) for index, slot in experts.slots.items()]
+        )
 
     def restore(self, experts: VirtualExperts, device: torch.device) -> None:
         experts.format = self.format
@@ -140,34 +164,36 @@ class _SavedSlots:
             _add_slot(experts, format, owner, device)
 
 
-def _release_slots(experts: VirtualExperts, one: BlockPlacement) -> None:
-    """Take away every slot that a placement has no use for; what stays holds an expert."""
+def _release_slots(experts: VirtualExperts, placement: BlockPlacement) -> None:
+    """Remove the slots that a block's placement does not use; those that remain hold an expert."""
     slot_table = experts.slot_table
     for expert in list(slot_table.residents):
-        if experts.slots[slot_table.slot(expert)].format != one.format_of(expert):
+        if experts.slots[slot_table.slot(expert)].format != placement.format_of(expert):
             slot_table.evict(expert)
     shrink(experts, slot_table.empty)
-    shrink(experts, max(0, slot_table.num_slots - one.slots))
-    experts.format = one.largest(experts.block)
+    shrink(experts, max(0, slot_table.num_slots - placement.slots))
+    experts.format = placement.largest(experts.block)
 
 
-def _add_missing_slots(experts: VirtualExperts, one: BlockPlacement, device: torch.device) -> None:
-    """Add the slots of a placement that are missing, empty."""
+def _add_missing_slots(
+    experts: VirtualExperts, placement: BlockPlacement, device: torch.device
+) -> None:
+    """Add the missing slots of a block's placement."""
     slot_table = experts.slot_table
-    if not one.by_expert:
-        grow(experts, one.slots - slot_table.num_slots, device)
+    if not placement.by_expert:
+        grow(experts, placement.slots - slot_table.num_slots, device)
         return
     for expert in range(experts.num_experts):
         if expert in slot_table.residents:
             slot_table.set_owner(expert, slot_table.slot(expert))
         else:
-            _add_slot(experts, one.format_of(expert), expert, device)
+            _add_slot(experts, placement.format_of(expert), expert, device)
 
 
 def _add_slot(
     experts: VirtualExperts, format: Format, owner: int | None, device: torch.device
 ) -> None:
-    """One empty slot more."""
+    """Add one empty slot."""
     slot = allocate_slot(format, experts.block.layout.specs, device)
     (index,) = experts.slot_table.grow(1)
     experts.slots[index] = slot
@@ -176,11 +202,12 @@ def _add_slot(
 
 
 def return_freed_memory() -> None:
-    """Slots are mappings and gone at once; what else was freed may still lie in the C heap.
+    """Return freed memory of the C heap and of torch's GPU cache to the system.
 
-    Weights that were encoded do, for one: the heap keeps blocks of a few MiB for itself.
+    Slots are mappings and return at once, but the heap retains other freed blocks of a few MiB,
+    such as weights after they were encoded.
     """
-    with suppress(OSError, AttributeError):  # another C library: nothing to ask it for
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

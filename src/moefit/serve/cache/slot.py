@@ -1,8 +1,7 @@
-"""The memory of slots: one expert's tensors in one buffer that can be given back at once.
+"""Allocate slots: the memory of one expert's tensors in one buffer.
 
-Owns buffers. A slot on the CPU is an anonymous mapping of its own, because memory that was freed to
-the C library's heap need not return to the operating system. Knows nothing of which expert is
-where.
+A CPU slot is an anonymous mapping of its own, because memory freed to the C library's heap need not
+return to the operating system.
 """
 
 import mmap
@@ -15,14 +14,18 @@ from torch import Tensor
 from moefit.moe.families import TensorSpec
 from moefit.quant.format import Format, Weights
 
-_HUGE = 2 << 20  # from this size on, huge pages save address translation
+_HUGE = 2 << 20  # bytes; from here on huge pages reduce address translation
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Slot:
-    """One expert's memory. It is given back when the last reference to the slot is gone.
+    """Memory for one expert, freed with the last reference to the slot.
 
-    `tensors` are views into `buffer_B`, so that one copy of bytes moves a whole expert.
+    Args:
+        format: How the expert's matrices are stored.
+        specs: Shapes and dtypes of the expert's tensors, by name.
+        buffer_B: All bytes; one copy of this buffer moves the whole expert.
+        tensors: Views into `buffer_B`.
     """
 
     format: Format
@@ -32,17 +35,17 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of the buffer."""
         return self.buffer_B.nbytes
 
     def over(self, buffer_B: Tensor) -> "Slot":
-        """A slot of the same layout in other memory, of as many bytes."""
+        """Return a slot of the same format over another buffer of the same size."""
         assert buffer_B.nbytes == self.nbytes, (buffer_B.nbytes, self.nbytes)
         return Slot(self.format, self.specs, buffer_B, self.format.bind(buffer_B, self.specs))
 
 
 def allocate_slot(format: Format, specs: Mapping[str, TensorSpec], device: torch.device) -> Slot:
-    """A slot whose content is undefined."""
+    """Return a slot with undefined content. Raises OSError if there is no memory."""
     size = format.nbytes(specs)
     if device.type == "cpu":
         buffer_B = host_bytes(size)
@@ -52,12 +55,12 @@ def allocate_slot(format: Format, specs: Mapping[str, TensorSpec], device: torch
 
 
 def host_bytes(size: int) -> Tensor:
-    """Host memory of its own, zeros, that goes back to the system with the last reference."""
+    """Return zeroed host memory in a mapping of its own, unmapped with the last reference."""
     return torch.frombuffer(_mapping(size), dtype=torch.uint8)
 
 
 def _mapping(size: int) -> mmap.mmap:
-    # Private: a shared mapping gets no huge pages, and takes thrice as long to fill.
+    # Private, because a shared mapping gets no huge pages and takes three times as long to fill.
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE:
         mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -1,9 +1,8 @@
-"""Which experts of one MoE block are in memory, slot by slot.
+"""Track which experts of one MoE block are in which slots.
 
-Owns the bookkeeping: every slot is empty, being filled, or holds one expert, and no expert is in
-two slots. A slot may be one expert's own, being of that expert's format. Who goes is asked of an
-eviction policy. Pure: knows nothing of tensors, files or threads; whoever uses it from several
-threads holds a lock.
+Every slot is empty, being filled, or holds one expert, and no expert is in two slots. Where experts
+differ in format, each may own the slot of its format. An eviction policy selects the expert to
+evict. Pure Python and not thread-safe: callers hold a lock.
 """
 
 from collections.abc import Collection
@@ -12,7 +11,13 @@ from moefit.serve.cache.eviction import EvictionPolicy
 
 
 class SlotTable:
-    """The slot table of one block. `num_slots` counts slots; their indices may have gaps."""
+    """The slot table of one block. Slot indices may have gaps after `shrink`.
+
+    Args:
+        num_experts: Experts of the block.
+        slots: Number of slots to begin with, all empty.
+        policy: Selects the expert to evict.
+    """
 
     def __init__(self, num_experts: int, slots: int, policy: EvictionPolicy):
         self.num_experts = num_experts
@@ -21,7 +26,7 @@ class SlotTable:
         self._filling: dict[int, int] = {}  # slot -> expert
         self._empty: list[int] = list(range(slots))[::-1]
         self._next = slots
-        self._own: dict[int, int] = {}  # expert -> the slot that is its own
+        self._own: dict[int, int] = {}  # expert -> slot
 
     @property
     def residents(self) -> Collection[int]:
@@ -30,33 +35,38 @@ class SlotTable:
 
     @property
     def num_slots(self) -> int:
-        """Slots in all."""
+        """Number of all slots."""
         return len(self._slot_of) + len(self._filling) + len(self._empty)
 
     @property
     def empty(self) -> int:
-        """Slots that hold nothing and wait for nothing."""
+        """Number of empty slots, those being filled excluded."""
         return len(self._empty)
 
     @property
     def empty_slots(self) -> Collection[int]:
-        """Their indices."""
+        """Indices of the empty slots."""
         return tuple(self._empty)
 
     @property
     def filling(self) -> Collection[int]:
-        """Experts on their way."""
+        """Experts that are being loaded."""
         return self._filling.values()
 
     def slot(self, expert: int) -> int:
-        """The slot of a resident expert."""
+        """Return the slot of a resident expert."""
         return self._slot_of[expert]
 
     def reserve(self, expert: int, protected: Collection[int] = ()) -> int | None:
-        """A slot for an expert that is to be loaded; None if all are protected or being filled.
+        """Reserve a slot for an expert to be loaded, evicting another one if no slot is empty.
 
-        Takes an empty slot, its own if that is one, else that of the policy's victim, which is no
-        resident from now on.
+        Args:
+            expert: Neither resident nor being loaded.
+            protected: Residents that must not be evicted.
+
+        Returns:
+            The slot, preferably the one that the expert owns; None if every slot is protected or
+            being filled.
         """
         assert expert not in self._slot_of and expert not in self._filling.values(), expert
         if not self._empty:
@@ -72,53 +82,54 @@ class SlotTable:
         return slot
 
     def publish(self, slot: int) -> None:
-        """The slot's expert is whole and may be used."""
+        """Make the expert of a reserved slot resident, once it is loaded completely."""
         self._slot_of[self._filling.pop(slot)] = slot
 
     def abandon(self, slot: int) -> None:
-        """The slot's load failed; the slot is empty again."""
+        """Empty a reserved slot whose load failed."""
         del self._filling[slot]
         self._empty.append(slot)
 
     def evict(self, expert: int) -> int:
-        """Empty the slot of an expert; returns the slot."""
+        """Evict a resident expert; return its slot, now empty."""
         slot = self._slot_of.pop(expert)
         self._empty.append(slot)
         return slot
 
     def set_owner(self, expert: int, slot: int) -> None:
-        """Make the slot the expert's own, and no other's: it goes there whenever that is empty."""
+        """Make an expert the only owner of a slot; `reserve` then prefers that slot for it."""
         assert slot in {*self._slot_of.values(), *self._filling, *self._empty}, slot
-        self._own = {one: its for one, its in self._own.items() if its != slot} | {expert: slot}
+        self._own = {one: own for one, own in self._own.items() if own != slot} | {expert: slot}
 
     def owner(self, slot: int) -> int | None:
-        """The expert whose own the slot is."""
+        """Return the expert that owns a slot, if there is one."""
         return next((expert for expert, own in self._own.items() if own == slot), None)
 
     def grow(self, slots: int) -> list[int]:
-        """Add empty slots; returns their indices."""
+        """Add empty slots; return their indices."""
         new = list(range(self._next, self._next + slots))
         self._next += slots
         self._empty.extend(reversed(new))
         return new
 
     def shrink(self, slots: int) -> list[int]:
-        """Give up slots, empty ones first, then those of the policy's victims; returns them.
+        """Remove slots, empty ones first, then those of the experts that the policy selects.
 
-        Slots that are being filled stay, so fewer may go than asked for.
+        Returns:
+            Indices of the removed slots: fewer than requested where slots are being filled.
         """
-        gone: list[int] = []
+        removed: list[int] = []
         for _ in range(slots):
             if not self._empty:
                 if not self._slot_of:
                     break
                 self.evict(self._policy.victim(self._slot_of.keys(), ()))
-            gone.append(self._empty.pop())
-        self._own = {expert: slot for expert, slot in self._own.items() if slot not in gone}
-        return gone
+            removed.append(self._empty.pop())
+        self._own = {expert: slot for expert, slot in self._own.items() if slot not in removed}
+        return removed
 
     def check(self) -> None:
-        """Raise AssertionError if a slot is twice in use or an expert twice in memory."""
+        """Raise AssertionError if a slot is used twice or an expert is in two slots."""
         slots = [*self._slot_of.values(), *self._filling, *self._empty]
         assert len(set(slots)) == len(slots), f"a slot is in two states: {slots}"
         experts = [*self._slot_of, *self._filling.values()]
@@ -126,4 +137,4 @@ class SlotTable:
         assert all(0 <= expert < self.num_experts for expert in experts), experts
         assert all(0 <= slot < self._next for slot in slots), slots
         own = list(self._own.values())
-        assert len(set(own)) == len(own) and set(own) <= set(slots), f"not an expert's own: {own}"
+        assert len(set(own)) == len(own) and set(own) <= set(slots), f"wrong owners: {self._own}"

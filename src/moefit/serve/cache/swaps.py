@@ -1,8 +1,8 @@
-"""Swaps of one block: experts that are loaded in the background and published at a step border.
+"""Swap experts of one block in the background.
 
-A swap takes a spare slot, its expert is read while the model runs, and at a step border the expert
-becomes resident and the slot of the one that leaves becomes a spare. `SharedState` holds what all
-blocks of a model share: policy, manager, transfer, counters, spare slots and the lock of a step.
+A swap takes a spare slot and reads its expert while the model runs. At a later step border the
+expert becomes resident, and the slot of the evicted expert becomes a spare. `SharedState` is the
+state that all blocks of a model share.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,14 +18,21 @@ from moefit.serve.io.loads import Transfer
 from moefit.serve.stats import Counters
 
 Spares = dict[tuple[str, int], list[Slot]]
-"""Slots for swaps, by format and size: experts of all blocks with such slots take turns."""
+"""Spare slots by (format name, bytes), shared by all blocks with such slots."""
 
 
 @dataclass(slots=True)
 class SharedState:
-    """Changed between steps, under `lock`; the objects behind the names stay, but for two.
+    """State shared by all blocks of a model; change it only while holding `lock`.
 
-    `policy` and `manager` are replaced as a whole, so they are asked for at every step.
+    Args:
+        policy: How misses are handled; replaced as a whole, so read it anew in each step.
+        manager: Plans swaps in the virtual mode; replaced likewise.
+        transfer: Loads experts into slots.
+        counters: Statistics for `report()`.
+        lock: Held during each step of a block and each change.
+        spares: Slots for swaps.
+        on_step: Called before each step of the model's first block.
     """
 
     policy: Policy
@@ -34,17 +41,17 @@ class SharedState:
     counters: Counters = field(default_factory=Counters)
     lock: RLock = field(default_factory=RLock)
     spares: Spares = field(default_factory=dict)
-    on_step: Callable[[], None] | None = None  # at the first block's step borders
+    on_step: Callable[[], None] | None = None
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of all spare slots that no swap has taken."""
+        """Bytes of the spare slots that no swap uses."""
         return sum(slot.nbytes for spares in self.spares.values() for slot in spares)
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingSwap:
-    """A swap whose expert is on its way into slot `slot`."""
+    """A swap whose expert is being loaded into slot `slot`."""
 
     swap: Swap
     slot: int
@@ -52,10 +59,13 @@ class _PendingSwap:
 
 
 class Swaps:
-    """Those of block `block`, whose slot table and slots these are; whoever calls holds the lock.
+    """The swaps of one block. Callers hold the lock of `SharedState`.
 
-    `residency` and `slots` are the block's own: a swap adds one of the spare slots to both, and
-    takes one out of both when it ends.
+    Args:
+        block: Name of the block.
+        shared: State of the model.
+        slot_table: The block's; a swap adds a spare slot and removes one when it ends.
+        slots: The block's, by index; changed together with `slot_table`.
     """
 
     def __init__(
@@ -66,17 +76,22 @@ class Swaps:
         self._pending: list[_PendingSwap] = []
 
     def __len__(self) -> int:
-        """How many are under way."""
+        """Number of swaps in progress."""
         return len(self._pending)
 
     def begin(self, scores: Sequence[float], kind: tuple[str, int], *, fill: bool = False) -> int:
-        """Start what the manager plans by these scores, one an expert; returns how many began.
+        """Start the swaps that the manager plans.
 
-        kind: of the spare slots (see `Spares`), as many as which may go at once.
-        fill: only into slots that are empty; nobody leaves.
+        Args:
+            scores: By expert.
+            kind: Key into `Spares`; each eviction needs one spare slot.
+            fill: Load into empty slots only, without evictions.
+
+        Returns:
+            How many swaps were started.
         """
         spares = self._shared.spares.get(kind, [])
-        begun = 0
+        started = 0
         for swap in self._planned(scores):
             if swap.evict is not None:
                 if fill or not spares:
@@ -84,72 +99,72 @@ class Swaps:
                 (index,) = self._slot_table.grow(1)
                 self._slots[index] = spares.pop()
             self._start(swap)
-            begun += 1
-        return begun
+            started += 1
+        return started
 
     def fill(self, scores: Sequence[float], kind: tuple[str, int]) -> None:
-        """Begin to load the best absent experts into all empty slots; arguments as of `begin`."""
+        """Start loading the best absent experts into all empty slots; arguments as for `begin`."""
         while self._slot_table.empty and len(self._slot_table.residents) + len(self) < len(scores):
             if not self.begin(scores, kind, fill=True):
                 return
 
     def cancel(self, experts: Collection[int] | None = None) -> None:
-        """Drop swaps that bring these experts, all if None, as far as reading has not begun."""
+        """Cancel swaps that load these experts (None: all), unless reading has started."""
         for pending in self._pending:
             if experts is None or pending.swap.load in experts:
                 pending.done.cancel()
         self.publish()
 
     def settle(self) -> None:
-        """Wait for all that is under way, and publish it."""
+        """Wait for all swaps in progress, and publish them."""
         self.publish(wait_for=[pending.swap.load for pending in self._pending])
 
     def wait_for_first(self) -> None:
-        """Wait for the swap that has been under way for longest, and publish it."""
+        """Wait for the oldest swap in progress, and publish it."""
         self.publish(wait_for=[self._pending[0].swap.load])
 
     def publish(self, *, wait_for: Collection[int] = ()) -> None:
-        """Make finished swaps visible, and wait for those that bring one of these experts."""
+        """Publish finished swaps, after waiting for those that load one of the given experts."""
         for pending in list(self._pending):
             if pending.swap.load in wait_for or pending.done.done():
                 self._end(pending)
 
     def check(self) -> None:
-        """Raise AssertionError if a swap's expert is not being loaded, or its slot is missing."""
-        coming = [pending.swap.load for pending in self._pending]
-        assert sorted(coming) == sorted(self._slot_table.filling), "filling, but by no swap"
-        assert all(pending.slot in self._slots for pending in self._pending), "no such slot"
-        leaving = self._leaving()
-        assert len(set(leaving)) == len(leaving), f"an expert leaves twice: {leaving}"
+        """Raise AssertionError if swaps and slot table disagree."""
+        loading = [pending.swap.load for pending in self._pending]
+        assert sorted(loading) == sorted(self._slot_table.filling), "a slot is filled by no swap"
+        assert all(pending.slot in self._slots for pending in self._pending), "a slot is missing"
+        evicting = self._evicting()
+        assert len(set(evicting)) == len(evicting), f"an expert is evicted twice: {evicting}"
 
     def _planned(self, scores: Sequence[float]) -> Sequence[Swap]:
-        leaving = self._leaving()
+        evicting = self._evicting()
         return self._shared.manager.plan(
-            [expert for expert in self._slot_table.residents if expert not in leaving],
+            [expert for expert in self._slot_table.residents if expert not in evicting],
             scores,
             empty=self._slot_table.empty,
-            filling=[*self._slot_table.filling, *leaving],
+            filling=[*self._slot_table.filling, *evicting],
         )
 
-    def _leaving(self) -> list[int]:
+    def _evicting(self) -> list[int]:
         return [one.swap.evict for one in self._pending if one.swap.evict is not None]
 
     def _start(self, swap: Swap) -> None:
         slot = self._slot_table.reserve(swap.load, protected=self._slot_table.residents)
-        assert slot is not None, "there is an empty one"
+        assert slot is not None, "no slot is empty"
         done = self._shared.transfer.load(
             self._block, swap.load, self._slots[slot], background=True
         )
         self._pending.append(_PendingSwap(swap, slot, done))
 
     def _end(self, pending: _PendingSwap) -> None:
-        """Wait for a swap, and publish it; one that was cancelled has failed."""
+        """Wait for a swap, and publish it unless it failed or was cancelled."""
         failed = pending.done.cancelled() or (
-            pending.done.exception() is not None  # may wait, and be interrupted
+            pending.done.exception() is not None  # waits; may be interrupted
         )
         self._pending.remove(pending)
         if failed:
-            # Nobody waits for this expert; the next plan may try again. What is resident stays.
+            # No step needs this expert, so this is no error; a later plan may retry.
             self._slot_table.abandon(pending.slot)
         else:
             self._slot_table.publish(pending.slot)
@@ -160,7 +175,7 @@ class Swaps:
             self._return_spare()
 
     def _return_spare(self) -> None:
-        """One slot goes back to the spares: an empty one, else that of the least important."""
+        """Move one slot to the spares: an empty one, else that of the expert the policy selects."""
         for index in self._slot_table.shrink(1):
             slot = self._slots.pop(index)
             kind = slot.format.name, slot.nbytes

@@ -1,12 +1,11 @@
-"""Copying an expert's bytes from host memory into a slot, in order with the computation.
+"""Copy an expert's bytes from host memory into a slot, in order with the computation.
 
-Owns what differs between devices: host memory that a device can copy from, the stream of a copying
-thread, and who waits for whom. Knows nothing of experts, files or tables.
+A `CopyEngine` hides what differs between devices: host memory that a device can copy from, streams
+of the copying threads, and synchronization.
 
-On a GPU the computation runs behind the program. A slot that the program has given up may still be
-read by work in the queue, so a copy waits, on the device, for what was queued when its load was
-asked for; and the copying thread waits for its copy, so that whoever computes once the load is done
-finds the slot whole without a word between streams.
+On a GPU the computation runs asynchronously, and queued kernels may still read the slot of an
+evicted expert. So a copy waits, on the device, for all work queued when its load was requested. The
+copying thread in turn waits for the copy, so a completed load needs no further synchronization.
 """
 
 import threading
@@ -24,70 +23,71 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 
 
 class CopyEngine(Protocol):
-    """One device's way of copying. Thread-safe. `pinned`: whether all buffers so far are."""
+    """Copies to one device. Thread-safe. `pinned`: whether all buffers so far are pinned."""
 
     pinned: bool
 
     def buffer(self, size: int) -> Tensor:
-        """Host memory to copy from; it goes back to the system with the last reference."""
+        """Return host memory to copy from, unmapped with the last reference."""
         ...
 
     def ordered(self) -> AbstractContextManager[None]:
-        """Made by who computes, entered by who copies: copies in it touch no slot before the
-        computation that was asked for until now is done with it.
+        """Return a context for copies that wait for the computation requested so far.
+
+        Call this on the computing thread, and enter the context on the copying thread.
         """
         ...
 
     def copy(self, source_B: Tensor, target_B: Tensor) -> None:
-        """Returns when the target is whole and the source may be overwritten."""
+        """Copy, and return when the target is complete and the source may be overwritten."""
         ...
 
     def settle(self) -> None:
-        """Wait until the device has done all that it was asked for."""
+        """Wait until the device has completed all requested work."""
         ...
 
 
 class CpuCopies:
-    """Slots are host memory, and nothing runs behind the program."""
+    """Copies within host memory, where computation is synchronous."""
 
     pinned = False
 
     def buffer(self, size: int) -> Tensor:
-        """Memory as a slot's own."""
+        """Return host memory as for a slot."""
         return host_bytes(size)
 
     def ordered(self) -> AbstractContextManager[None]:
-        """What was asked for is done."""
+        """Return an empty context: the computation is already complete."""
         return nullcontext()
 
     def copy(self, source_B: Tensor, target_B: Tensor) -> None:
-        """A plain copy."""
-        with torch.inference_mode():  # the slot may have been made in it
+        """Copy on the calling thread."""
+        with torch.inference_mode():  # the slot may have been allocated in it
             target_B.copy_(source_B)
 
     def settle(self) -> None:
-        """Nothing is under way."""
+        """Return at once: nothing runs asynchronously."""
 
 
 class CudaCopies:
-    """A side stream for each copying thread, from pinned memory.
+    """Copies from pinned host memory to a GPU, on one stream per copying thread.
 
-    `pinned` turns False, for good, when the system refuses to pin a buffer; copies from such a one
-    are right, but slow, and hold the thread.
+    `pinned` becomes False when the system refuses to pin a buffer. Copies from such a buffer are
+    correct, but slow, and block the thread.
     """
 
     def __init__(self, device: torch.device):
-        # Threads begin on device 0, whichever is current where the model was loaded.
+        # New threads start on device 0, even if another device was current while loading.
         number = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", number)
         self._own = threading.local()
         self.pinned = True
 
     def buffer(self, size: int) -> Tensor:
-        """Pinned where it lies.
+        """Return host memory that is pinned in place.
 
-        torch's own pinned allocator rounds sizes up to powers of two and keeps what is freed; both
-        would break a bound in bytes.
+        torch's pinned allocator rounds sizes up to powers of two and caches freed memory; either
+        would exceed a limit in bytes.
         """
         buffer_B = host_bytes(size)
         address = buffer_B.data_ptr()
@@ -100,7 +100,7 @@ class CudaCopies:
         return buffer_B
 
     def ordered(self) -> AbstractContextManager[None]:
-        """Copies in it wait for the work that is in the caller's stream now."""
+        """Return a context whose copies wait for the work now in the caller's stream."""
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self._device))
         return self._behind(computed)
@@ -111,16 +111,16 @@ class CudaCopies:
         yield
 
     def copy(self, source_B: Tensor, target_B: Tensor) -> None:
-        """One transfer on the thread's stream, waited for."""
+        """Copy on the thread's stream, and wait for it."""
         stream = self._stream()
         with torch.inference_mode(), torch.cuda.stream(stream):
             target_B.copy_(source_B, non_blocking=True)
-            done = torch.cuda.Event(blocking=True)  # spinning would take a core from computing
+            done = torch.cuda.Event(blocking=True)  # no busy waiting
             done.record(stream)
         done.synchronize()
 
     def settle(self) -> None:
-        """All streams of the device."""
+        """Wait for all streams of the device."""
         torch.cuda.synchronize(self._device)
 
     def _stream(self) -> torch.cuda.Stream:
@@ -134,5 +134,5 @@ def _unpin(address: int) -> None:
 
 
 def _runtime() -> Any:
-    """The CUDA runtime's functions; a build of torch without CUDA has none."""
+    """Return the CUDA runtime's functions; a build of torch without CUDA has none."""
     return torch.cuda.cudart()

@@ -1,9 +1,8 @@
-"""All experts at rest, on disk, in the checkpoint's own files.
+"""Read experts from storage into slots in host memory.
 
-Owns reading one expert into one slot in host memory: byte ranges straight into place where the
-checkpoint's layout allows, through transformers' own conversion where it does not. Where the slot's
-format is another than the checkpoint's, from the packed store if that has it, else encoded on the
-way. Thread-safe. Knows nothing of when or why an expert is read, nor of devices.
+Byte ranges are read directly into the slot where the checkpoint's layout allows it; other layouts
+go through transformers' own conversion. If the slot's format is not the checkpoint's, the expert
+comes from the packed store if that has it, and is encoded while reading otherwise.
 """
 
 import threading
@@ -23,7 +22,14 @@ from moefit.serve.packed.store import PackedStore
 
 
 class ExpertStore:
-    """Experts by block name and number."""
+    """All experts of a checkpoint, by block name and number. Thread-safe.
+
+    Args:
+        checkpoint: The model's files.
+        experts: By block name, where each expert's bytes are.
+        blocks: The MoE blocks by name.
+        packed: Experts in other formats, already encoded.
+    """
 
     def __init__(
         self,
@@ -39,23 +45,27 @@ class ExpertStore:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from storage since the store was made."""
+        """Bytes read from storage so far."""
         return self._bytes_read
 
     @property
     def staging_bytes(self) -> int:
-        """Upper bound on the bytes that reading one expert holds besides its slot."""
+        """Upper bound on the bytes besides the slot while one expert is read."""
         sources = (source for sources in self._experts.values() for source in sources)
         return max((source.staging_bytes for source in sources), default=0)
 
     def close(self) -> None:
-        """Close the checkpoint's files and the packed ones."""
+        """Close the files of the checkpoint and of the packed store."""
         self._checkpoint.close()
         self.packed.close()
 
     def source(self, formats: Mapping[str, Format]) -> str:
-        """Where blocks get experts of these formats from, in words."""
-        encoded = {b: f for b, f in formats.items() if f.is_encoded}
+        """Return where experts come from, as text for reports.
+
+        Args:
+            formats: By block name, the format of its slots.
+        """
+        encoded = {block: format for block, format in formats.items() if format.is_encoded}
         if not encoded:
             return "checkpoint"
         packed = sum(self.packed.has(block, format) for block, format in encoded.items())
@@ -64,25 +74,33 @@ class ExpertStore:
         return f"packed, but encoded while reading in {len(encoded) - packed} of {len(encoded)}"
 
     def files(self, block: str, format: Format) -> set[Path]:
-        """The files that a block's experts of this format are read from."""
+        """Return the files from which a block's experts of this format are read."""
         if format.is_encoded and self.packed.has(block, format):
             return {self.packed.path(block, format)}
         return {span.path for source in self._experts[block] for span in source.spans}
 
     def read(self, block: str, expert: int, into: Slot) -> None:
-        """Fill a slot in host memory. Raises CheckpointError; its content is then undefined."""
-        with torch.inference_mode():  # the slot's tensors may have been made in it
+        """Fill a slot in host memory.
+
+        Raises:
+            CheckpointError: The expert cannot be read; the slot's content is then undefined.
+        """
+        with torch.inference_mode():  # the slot may have been allocated in it
             self._read(block, expert, into)
 
     def native(self, block: str, expert: int) -> Tensors:
-        """An expert in the model's own dtypes, in memory of its own. Raises CheckpointError."""
+        """Return an expert in the model's dtypes, in new tensors. Raises CheckpointError."""
         specs = self._blocks[block].layout.specs
-        tensors = {s: torch.empty(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
         self._experts[block][expert].read_into(self._checkpoint, tensors)
         return tensors
 
     def encode(self, block: str, expert: int, native: Tensors, into: Slot) -> None:
-        """Fill a slot from an expert as `native` gives it. Raises CheckpointError, naming it."""
+        """Encode an expert that `native` returned into a slot.
+
+        Raises:
+            CheckpointError: It cannot be encoded; the message names the expert.
+        """
         try:
             into.format.encode(into.tensors, native, self._blocks[block].layout.specs)
         except CheckpointError as error:
@@ -101,7 +119,7 @@ class ExpertStore:
             self._bytes_read += count
 
     def norms(self, block: str) -> list[float]:
-        """The Frobenius norm of each expert's tensors taken as one vector (SwapMoE's |E_i|).
+        """Return the Frobenius norm of each expert over all its tensors (SwapMoE's |E_i|).
 
         Reads every expert of the block once.
         """

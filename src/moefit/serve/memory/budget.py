@@ -1,7 +1,6 @@
-"""The one ledger: every byte that the process may hold on the model's device, by part.
+"""Memory budgets: the bytes of a served model by part, and the slots that fit beside them.
 
-Owns sizes as people write them, what each part needs, and how many slots the rest buys. Pure: it
-can be printed before anything is loaded. Knows nothing of tensors or of how slots are used.
+Pure Python, so that a budget can be printed before anything is loaded.
 """
 
 import re
@@ -20,9 +19,10 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes from `4.7GiB`, `512MB`, `3g`, `1048576` or an int.
+    """Return the bytes of a size such as `4.7GiB`, `512MB`, `3g`, `1048576` or an int.
 
-    Raises ConfigError for anything else, for zero and for negative sizes.
+    Raises:
+        ConfigError: The text is not a size, or the size is not positive.
 
     >>> parse_bytes("1.5KiB")
     1536
@@ -37,7 +37,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Three significant digits with a binary unit.
+    """Return a size with three significant digits and a binary unit.
 
     >>> format_bytes(5046586573)
     '4.70 GiB'
@@ -50,7 +50,7 @@ def format_bytes(size: float) -> str:
 
 
 def at_least(size: int) -> str:
-    """Return a least size exactly, and rounded up as people give it.
+    """Return a minimum size as text: exactly, and rounded up.
 
     >>> at_least(625232664)
     'at least 625232664 bytes, such as 597MiB'
@@ -66,9 +66,15 @@ def _decimals(size: float) -> int:
 
 
 def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
-    """Bytes of host memory for experts on their way to a GPU; `largest` is the largest expert's.
+    """Return the limit of the host cache of experts in front of a GPU.
 
-    None or 0: no more than a buffer for each reader. Raises ConfigError below one expert.
+    Args:
+        wanted: A size; None or 0 means one buffer per reader.
+        largest: Bytes of the largest expert.
+        readers: Number of threads that read experts.
+
+    Raises:
+        ConfigError: The size is smaller than the largest expert.
 
     >>> host_limit("1KiB", largest=1000, readers=6)
     1024
@@ -79,16 +85,22 @@ def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
     limit = parse_bytes(wanted)
     if limit < largest:
         raise ConfigError(
-            f"host memory of {format_bytes(limit)} has no room for an expert, and every expert "
-            f"goes through it; give {at_least(largest)}, or none for a buffer "
-            "a reader"
+            f"host memory of {format_bytes(limit)} cannot hold an expert, and every expert passes "
+            f"through it; give {at_least(largest)}, or none for one buffer per reader"
         )
     return limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNeeds:
-    """What one MoE block asks of the ledger: its experts, their size, and the fewest slots."""
+    """Sizes of one MoE block.
+
+    Args:
+        name: Of the block.
+        num_experts: Its routed experts.
+        slot_bytes: Bytes of a slot.
+        min_slots: The smallest number of slots with which the block runs.
+    """
 
     name: str
     num_experts: int
@@ -97,15 +109,19 @@ class BlockNeeds:
 
     @property
     def min_bytes(self) -> int:
-        """Bytes of the fewest slots."""
+        """Bytes of `min_slots` slots."""
         return self.min_slots * self.slot_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSlots:
-    """Slots per block that a planner has chosen, and the bytes that they take together.
+    """Slots of a placement.
 
-    spares: bytes by which staging grows without it, for then any block's experts may be swapped.
+    Args:
+        counts: Slots per block.
+        nbytes: Bytes of all slots.
+        spares: Bytes of spare slots that are needed only without the placement, because then the
+            experts of any block may be swapped.
     """
 
     counts: tuple[int, ...]
@@ -115,18 +131,25 @@ class PlannedSlots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
-    """Bytes by part. `total` None means: as much as everything resident takes.
+    """Bytes by part, of the memory of the model's device.
 
-    `process` is what interpreter and libraries hold when loading begins; `weights` all that is no
-    expert; `staging` buffers between storage and slots. `context` is how many tokens cache and
-    workspace are reckoned for, over all sequences; None if nobody reckoned. `host` is no part of
-    it: the bound of experts in host memory where the budget is a GPU's, else None. `planned` takes
-    the place of equal shares in any total that it fits. `format_totals`: where experts differ in
-    format, bytes of all of them in each that they may have, the best last; slots are reckoned in
-    the first. `tokenizer` is what it holds once it is loaded, with what serving remembers of its
-    tokens; `reading` what reading it takes at its peak, before anything else is loaded. `slack`:
-    bytes of `process` that only provide for a process that is larger than the one that was
-    measured, since no two runs of a command are of the same size to the page.
+    Args:
+        total: The budget; None means as much as it takes for all experts to be resident.
+        process: Interpreter and libraries when loading starts, including `slack`.
+        weights: Dense weights.
+        kv_cache: For `context` tokens.
+        workspace: Activations of a forward pass over `context` tokens.
+        staging: Buffers between storage and slots, and spare slots.
+        blocks: The MoE blocks.
+        context: Tokens of all sequences together; None if no estimate was made.
+        host: Limit of the host cache, which is not part of a GPU's budget; None on a CPU.
+        planned: Slots of a placement, instead of equal shares, for totals in which they fit.
+        format_totals: Where experts may differ in format, the bytes of all experts by format,
+            smallest first. Slots are counted in the first format.
+        tokenizer: The loaded tokenizer, with caches of its tokens.
+        reading: Peak while the tokenizer is read, which happens before anything else is loaded.
+        slack: Part of `process` that only allows for a larger process than the measured one, since
+            process sizes differ between runs.
     """
 
     total: int | None
@@ -151,47 +174,52 @@ class MemoryBudget:
 
     @property
     def min_bytes(self) -> int:
-        """The least total that the model can run in, without the plan if there is one."""
+        """The minimum budget: the smallest total in which the model runs, placement aside."""
         spares = 0 if self.planned is None else self.planned.spares
         slots = sum(block.min_bytes for block in self.blocks)
         return max(self.fixed + spares + slots, self.process + self.reading)
 
     @property
     def all_resident_bytes(self) -> int:
-        """The total at which all experts are resident, where they differ in the first format."""
+        """The total at which all experts are resident, in the first format."""
         slots = sum(block.num_experts * block.slot_bytes for block in self.blocks)
         return max(self.fixed + slots, self.min_bytes)
 
     @property
     def max_bytes(self) -> int:
-        """The total beyond which nothing is gained: all experts in the best of their formats."""
+        """The largest useful total: all experts resident in the best format."""
         return max([self.all_resident_bytes, *self.all_resident_bytes_in().values()])
 
     def all_resident_bytes_in(self) -> dict[str, int]:
-        """By format, the total at which all experts are resident in it, where they may differ."""
+        """Return by format the total at which all experts are resident in it."""
         return {name: self.fixed + nbytes for name, nbytes in self.format_totals}
 
     def with_total(self, total: int | None) -> "MemoryBudget":
-        """The same parts under another total; a plan that does not fit it is forgotten."""
+        """Return the same parts with another total, without the placement if it does not fit."""
         plan = self.planned
         if plan is None or total is None or self.fixed + plan.nbytes <= total:
             return replace(self, total=total)
         return replace(self, total=total, planned=None, staging=self.staging + plan.spares)
 
     def without_slack(self) -> "MemoryBudget":
-        """Return the same parts with as much less slack as the total is short of."""
+        """Return the same parts with less slack, if that makes the minimum fit in the total."""
         needed = self.min_bytes
         if self.planned is not None:
             needed = max(self.fixed + self.planned.nbytes, self.process + self.reading)
-        short = 0 if self.total is None else needed - self.total
-        if not 0 < short <= self.slack:
+        excess = 0 if self.total is None else needed - self.total
+        if not 0 < excess <= self.slack:
             return self
-        return replace(self, process=self.process - short, slack=self.slack - short)
+        return replace(self, process=self.process - excess, slack=self.slack - excess)
 
     def slots(self) -> tuple[int, ...]:
-        """Slots per block: equal shares, what is left over one by one from the first block on.
+        """Return the number of slots per block.
 
-        Raises BudgetTooSmallError, naming the floor, or what planned slots need.
+        Without a placement, blocks get equal numbers, and what remains goes one slot each to the
+        first blocks.
+
+        Raises:
+            BudgetTooSmallError: The total is below the minimum budget, or below what the placement
+                needs; the message names that size.
         """
         if self.planned is not None:
             return self._planned_slots(self.planned)
@@ -221,24 +249,26 @@ class MemoryBudget:
         return tuple(counts)
 
     def total_for_slots(self, counts: Sequence[int]) -> int:
-        """The total that these slots take."""
+        """Return the total with these numbers of slots per block."""
         if self.planned is not None and tuple(counts) == self.planned.counts:
             return self.fixed + self.planned.nbytes
         pairs = zip(self.blocks, counts, strict=True)
         return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
 
     def remaining_bytes(self) -> int:
-        """What is left for better formats once all experts have a slot; before that, nothing is.
+        """Return the bytes left for better formats; zero unless all experts have slots.
 
-        Without a total it is what the best formats take.
+        Without a total these are the bytes that the best formats take.
         """
         counts = self.slots()
-        all_here = all(n == one.num_experts for n, one in zip(counts, self.blocks, strict=True))
+        all_resident = all(
+            count == block.num_experts for count, block in zip(counts, self.blocks, strict=True)
+        )
         total = self.max_bytes if self.total is None else self.total
-        return total - self.total_for_slots(counts) if all_here else 0
+        return total - self.total_for_slots(counts) if all_resident else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         parts = {name: getattr(self, name) for name in PARTS}
         return {
             "total": self.total,
@@ -254,9 +284,9 @@ class MemoryBudget:
         needed = max(self.fixed + planned.nbytes, self.process + self.reading)
         if self.total is not None and needed > self.total:
             raise BudgetTooSmallError(
-                f"a budget of {format_bytes(self.total)} does not hold the plan, which takes "
+                f"a budget of {format_bytes(self.total)} is too small for the plan, which takes "
                 f"{format_bytes(planned.nbytes)} for experts and {format_bytes(self.fixed)} for "
-                f"all else; give {at_least(needed)}, or plan anew for this budget"
+                f"everything else; give {at_least(needed)}, or plan again for this budget"
             )
         return planned.counts
 
@@ -265,17 +295,17 @@ class MemoryBudget:
         slots = sum(block.min_bytes for block in self.blocks)
         assert self.total is not None
         below = (
-            f"a budget of {format_bytes(self.total)} is below this model's floor of "
+            f"a budget of {format_bytes(self.total)} is below this model's minimum of "
             f"{format_bytes(self.min_bytes)}"
         )
         if self.process + self.reading == self.min_bytes:
             return (
                 f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
-                f"{format_bytes(self.reading)} while the tokenizer is being read); give "
+                f"{format_bytes(self.reading)} while the tokenizer is read); give "
                 f"{at_least(self.min_bytes)}"
             )
         return (
-            f"{below} ({parts}, {format_bytes(slots)} for the fewest experts); "
+            f"{below} ({parts}, {format_bytes(slots)} for one slot per block); "
             f"give {at_least(self.min_bytes)}, or a shorter context"
         )
 
@@ -283,7 +313,7 @@ class MemoryBudget:
 PARTS = {
     "process": "interpreter and libraries",
     "tokenizer": "tokenizer",
-    "weights": "weights that are no experts",
+    "weights": "dense weights",
     "kv_cache": "KV cache",
     "workspace": "workspace",
     "staging": "staging",

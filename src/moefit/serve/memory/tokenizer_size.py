@@ -1,9 +1,8 @@
-"""What a model's tokenizer takes of memory, from its files and before it is loaded.
+"""Estimate the memory of a tokenizer from its files, before it is loaded.
 
-Owns the estimate for each kind of tokenizer, and what is read of the files for it. The constants
-were measured with tokenizers of 32,000, 151,000 and 256,000 tokens, short and long ones, loaded by
-transformers 5.23 (tests/serve/memory/test_tokenizer_size.py holds them to the operating system's
-figures). Knows nothing of models or budgets.
+The constants were measured with tokenizers of 32,000, 151,000 and 256,000 tokens, short and long
+ones, loaded by transformers 5.23 (tests/serve/memory/test_tokenizer_size.py compares the estimates
+with the operating system's figures).
 """
 
 import json
@@ -12,15 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Words that a tokenizer remembers the tokens of (10,000 of them), tokens whose text a server
-# remembers (`server/tokenizer.py`), and modules of transformers that only tokenizers need.
-TABLES = 8 << 20
+# A tokenizer's cache of 10,000 words, a server's cache of tokens' texts (`server/tokenizer.py`),
+# and modules of transformers that only tokenizers need.
+TOKENIZER_CACHES = 8 << 20
 _MODULES = 6 << 20  # code that only reading a tokenizer needs
 _CHUNK = 1 << 20
 _ENTRY = re.compile(rb'":\s*\d')  # "token": 17
 _PIECE = re.compile(rb'\[\s*"((?:[^"\\]|\\.)*)",\s*-?\d')  # ["token", -7.25]
 _UNIGRAM = re.compile(rb'"type":\s*"Unigram"')
-# Files that transformers makes tokenizers of; the first one alone where it is there.
+# Files from which transformers builds tokenizers; only the first is used where it exists.
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
           "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model")  # fmt: skip
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -28,11 +27,11 @@ _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSize:
-    """Bytes that a tokenizer takes.
+    """Memory of a tokenizer in bytes.
 
     Args:
-        held: What the process holds of it once it is loaded, with what serving remembers of tokens.
-        reading: What it takes beyond the process while it is being read, at the peak.
+        held: Once it is loaded, with serving's caches of tokens.
+        reading: Peak while it is read.
     """
 
     held: int
@@ -40,15 +39,14 @@ class TokenizerSize:
 
 
 def tokenizer_size(folder: Path) -> TokenizerSize:
-    """Return what the tokenizer in a model's folder takes.
+    """Return the memory that the tokenizer of a model takes.
 
-    A vocabulary is in memory as maps in both directions; merges as a map of pairs; the pieces of a
-    Unigram model also as a tree with a node for every beginning of a piece, which takes far more
-    than all else. While a tokenizer is read its file is there once as text, once parsed, and its
-    vocabulary in Python and in Rust.
+    A vocabulary is stored as maps in both directions, merges as a map of pairs, and the pieces of a
+    Unigram model also as a prefix tree, which takes far more than the rest. While a tokenizer is
+    read, its file exists as text and parsed, and its vocabulary both in Python and in Rust.
 
     Args:
-        folder: Of the model. Nothing is loaded; files are scanned for what they have.
+        folder: Of the model. Files are scanned, not loaded.
 
     Returns:
         The sizes; both are zero for a folder without a tokenizer.
@@ -56,21 +54,22 @@ def tokenizer_size(folder: Path) -> TokenizerSize:
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     if not files:
         return TokenizerSize(0, 0)
-    if files[0].name == _FILES[0]:  # transformers looks at no other then
+    if files[0].name == _FILES[0]:  # transformers ignores the others then
         del files[1:]
     nbytes, entries = sum(file.stat().st_size for file in files), sum(map(_entries, files))
     copies = 0 if _is_generic(folder) else 170 * entries + 11 * nbytes // 4
     if any(_is_unigram(file) for file in files):
         pieces = _PIECE.findall(files[0].read_bytes())
         held = _MODULES + 430 * len(pieces) + 360 * inner_nodes(pieces) + copies
-        return TokenizerSize(held=TABLES + held, reading=TABLES + held + 290 * len(pieces))
+        held += TOKENIZER_CACHES
+        return TokenizerSize(held=held, reading=held + 290 * len(pieces))
     held = _MODULES + 250 * entries + 2 * nbytes + copies
     reading = max(held, _MODULES + 1100 * entries + 5 * nbytes)
-    return TokenizerSize(held=TABLES + held, reading=TABLES + reading)
+    return TokenizerSize(held=TOKENIZER_CACHES + held, reading=TOKENIZER_CACHES + reading)
 
 
 def _is_generic(folder: Path) -> bool:
-    """Whether no class of transformers' keeps the vocabulary in Python beside the library's."""
+    """Return whether transformers stores no second copy of the vocabulary in Python."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -79,7 +78,7 @@ def _is_generic(folder: Path) -> bool:
 
 
 def inner_nodes(words: list[bytes]) -> int:
-    """Return how many nodes with children the tree of these words' bytes has.
+    """Return the number of nodes with children in the prefix tree of these words' bytes.
 
     >>> inner_nodes([b"ab", b"ac", b"abcd"])
     4
@@ -87,17 +86,17 @@ def inner_nodes(words: list[bytes]) -> int:
     nodes = leaves = 0
     before = b""
     for word in sorted(words):
-        shared = _shared(before, word)
+        shared = _common_prefix(before, word)
         nodes += len(word) - shared
         leaves += shared < len(before)
         before = word
     return nodes - leaves - bool(before) + 1
 
 
-def _shared(one: bytes, other: bytes) -> int:
-    """How many bytes two words begin with alike."""
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """Return the length of the common prefix of two words."""
     shortest = min(len(one), len(other))
-    return next((at for at in range(shortest) if one[at] != other[at]), shortest)
+    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
 def _is_unigram(file: Path) -> bool:
@@ -105,16 +104,16 @@ def _is_unigram(file: Path) -> bool:
 
 
 def _entries(file: Path) -> int:
-    """How many tokens a file has, or a few more."""
+    """Return the number of tokens in a file, or slightly more."""
     if file.suffix == ".json":
         return sum(len(_ENTRY.findall(chunk)) for chunk in _chunks(file))
     if file.suffix == ".txt":
         return 0 if file.name == "merges.txt" else sum(c.count(b"\n") for c in _chunks(file))
-    return file.stat().st_size // 12  # a piece of SentencePiece's takes that or more
+    return file.stat().st_size // 12  # a SentencePiece piece takes at least 12 bytes
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
-    """A file in parts, of which each but the first begins with the end of the one before."""
+    """Yield a file in chunks; each but the first begins with the end of the previous one."""
     end = b""
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
