@@ -72,7 +72,7 @@ def test_the_ledger_counts_the_placements_bytes_and_refuses_less() -> None:
         assert planned is not None
         assert served.report()["slot_bytes"] == planned.nbytes
         needed = served.budget.fixed + planned.nbytes
-    with pytest.raises(BudgetTooSmallError, match=r"plan anew"):
+    with pytest.raises(BudgetTooSmallError, match=r"plan again"):
         moefit.load(folder(), placement=SEATED, memory=needed // 2, context=64)
 
 

@@ -37,5 +37,5 @@ def test_what_cannot_be_is_refused(one: BlockPlacement, says: str) -> None:
 
 
 def test_another_models_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="plan anew"):
+    with pytest.raises(ConfigError, match="plan again"):
         check_placement({"elsewhere": EVERY}, BLOCKS)

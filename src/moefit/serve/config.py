@@ -137,7 +137,7 @@ def check_placement(placement: Placement, blocks: Sequence[MoeBlock]) -> None:
         odd = sorted(set(placement).symmetric_difference(known))
         raise ConfigError(
             f"a placement of {len(placement)} blocks does not fit a model with {len(known)} of "
-            f"them; they differ in {', '.join(odd[:3])}; plan anew for this model"
+            f"them; they differ in {', '.join(odd[:3])}; plan again for this model"
         )
     for block in blocks:
         _check_block(placement[block.name], block)

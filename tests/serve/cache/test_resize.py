@@ -125,7 +125,7 @@ def test_a_read_that_fails_costs_no_more_than_that_read() -> None:
 def test_what_does_not_fit_or_cannot_be_changes_nothing() -> None:
     with load(SEATED, memory="4GiB") as served:
         before, budget = state(served), served.budget
-        with pytest.raises(BudgetTooSmallError, match="plan anew"):
+        with pytest.raises(BudgetTooSmallError, match="plan again"):
             served.set_placement(NATIVE, memory=served.placement_budget.budget(NATIVE, None).fixed)
         with pytest.raises(ConfigError, match="differ in"):
             served.set_placement({FIRST: of(8, "native")}, memory="4GiB")
