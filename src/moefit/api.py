@@ -1,7 +1,7 @@
-"""What a program calls: `moefit.load`.
+"""The Python entry point: `moefit.load`.
 
-Owns the meaning of MODEL for serving: what `evaluate/loading.py` knows, and names on the Hugging
-Face Hub. Knows nothing of how a model is served.
+Resolves a model given as a folder, a training run, `reference` or a name on the Hugging Face Hub,
+and loads it with `serve/load.py`.
 """
 
 import re
@@ -35,42 +35,54 @@ def load(
 ) -> ServedModel:
     """Serve a Hugging Face MoE model inside a memory budget.
 
-    model: a folder, a training run of moefit, a name on the Hub, or `reference`.
-    memory: every byte that the process may hold on the device, such as "4.7GiB"; None is all that
-    it takes.
-    mode: what happens when an expert is not resident: `exact` (it is fetched), `bounded` (another
-    one answers if little router weight is lost), `virtual` (residents alone answer; SwapMoE).
-    progress: hears what is being loaded, and how many of how many are done.
-    settings: fields of `LoadSettings` and of `Policy`; `host_memory="8GiB"` bounds the experts that
-    wait in host memory for a GPU.
+    Args:
+        model: A folder, a training run of moefit, a name on the Hub, or `reference`.
+        memory: Budget for every byte of the process on the device, such as "4.7GiB"; None means as
+            much as it takes.
+        mode: How steps handle experts that are not resident: `exact` loads them, `bounded`
+            substitutes others if little router weight is lost, `virtual` uses residents only
+            (SwapMoE).
+        device: `cpu`, `cuda` or `cuda:N`.
+        progress: Called with what is being loaded, how many of it are done, and how many there are.
+        settings: Fields of `LoadSettings` and `Policy`, such as `precision="int4"`.
 
-    Gives an object with `model` and `tokenizer` (it also unpacks into the two), `generate`,
-    `set_memory`, `set_mode`, `report` and `close`.
+    Returns:
+        A `ServedModel` with `model` and `tokenizer` (it also unpacks into these two), `generate`,
+        `set_memory`, `set_mode`, `report` and `close`.
 
-    Raises BudgetTooSmallError, naming the floor; CheckpointError, UnsupportedModelError and
-    ConfigError as in `moefit.serve.load.load_model`.
+    Raises:
+        BudgetTooSmallError: The budget is below the minimum, which the message names.
+        CheckpointError: The checkpoint is missing or damaged.
+        UnsupportedModelError: The model cannot be served, or not in this mode.
+        ConfigError: A setting is unknown or invalid.
     """
     if "rest" in settings:
         warnings.warn("rest is now called dense_precision", DeprecationWarning, stacklevel=2)
         settings.setdefault("dense_precision", settings.pop("rest"))
-    known = {field.name for field in fields(LoadSettings)}
-    changes = {field.name for field in fields(Policy)}
-    if unknown := sorted(set(settings) - known - changes):
+    load_fields = {field.name for field in fields(LoadSettings)}
+    policy_fields = {field.name for field in fields(Policy)}
+    if unknown := sorted(set(settings) - load_fields - policy_fields):
         raise ConfigError(
-            f"{', '.join(unknown)}: no such setting; there are {', '.join(sorted(known | changes))}"
+            f"unknown setting {', '.join(unknown)}; "
+            f"use {', '.join(sorted(load_fields | policy_fields))}"
         )
-    loading = {name: value for name, value in settings.items() if name in known}
-    policy = {name: value for name, value in settings.items() if name not in known}
+    loading = {name: value for name, value in settings.items() if name in load_fields}
+    policy = {name: value for name, value in settings.items() if name not in load_fields}
     chosen = LoadSettings(memory=memory, mode=mode, device=device, **loading)
     return load_folder(folder_of(model), chosen, progress=progress, **policy)
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder with the model's files, downloaded from the Hub if need be.
+    """Return the folder with a model's files, downloaded from the Hub if necessary.
 
-    What cannot be served is refused before its weights are downloaded.
-    Raises CheckpointError if there is none, here or there; UnsupportedModelError for a model that
-    cannot be served, on the Hub.
+    Models that cannot be served are refused before their weights are downloaded.
+
+    Args:
+        model: As for `load`.
+
+    Raises:
+        CheckpointError: There is no such model, neither here nor on the Hub.
+        UnsupportedModelError: The model on the Hub cannot be served.
     """
     name = str(model)
     if Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
@@ -79,6 +91,6 @@ def folder_of(model: str | Path) -> Path:
         return download(name, refuse_unservable)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"there is no folder {name!r}, and it cannot be had from the Hugging Face Hub: "
+            f"there is no folder {name!r}, and downloading it from the Hugging Face Hub failed: "
             f"{str(error).splitlines()[0]}"
         ) from error

@@ -50,7 +50,7 @@ def test_other_settings_stay_as_they_are() -> None:
 
 
 def test_a_setting_that_does_not_exist_is_named_beside_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"bounds.*unknown setting; there are mode, prefill"):
+    with pytest.raises(ConfigError, match=r"unknown setting.*bounds.*use mode, prefill"):
         Policy().changed("bounded", bounds=0.2)
     with pytest.raises(ConfigError, match="bound=2"):
         Policy().changed("bounded", bound=2)

@@ -185,7 +185,7 @@ def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fail
         ({"mode": "virtual", "prefill": "none"}, "prefill='none' is not one of"),
         ({"mode": "bounded", "bound": 2}, "bound=2"),
         ({"mode": "bounded", "ramp": 1.5}, "ramp=1.5"),
-        ({"mode": "bounded", "bounds": 0.2}, "bounds.*unknown setting; there are mode, prefill"),
+        ({"mode": "bounded", "bounds": 0.2}, "unknown setting.*bounds.*use mode, prefill"),
         ({"mode": "exact", "residency": "no"}, "residency='no'"),
     ],
 )

@@ -1,8 +1,8 @@
 """Configuration of a served model: load settings, the policy for misses, and placements.
 
-`LoadSettings` is what `moefit.load` takes, `Policy` says what happens when an expert is not
-resident, and a `Placement` gives slots and formats block by block, as the planner writes them.
-All are frozen and check themselves.
+`LoadSettings` are the arguments of `moefit.load`, `Policy` says how steps handle experts that are
+not resident, and a `Placement` sets slots and formats per block, as the planner writes them. All
+are frozen; `check` validates them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,20 @@ Update = Literal["manager", "fixed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What happens when an expert is not resident. One for all blocks, changed as a whole.
+    """How steps handle experts that are not resident. One policy for all blocks.
 
-    - `mode` for steps of one token a sequence, `prefill` for longer ones.
-    - bounded: at most `bound` of a token's router weight is substituted, never its `protected`
-      best experts.
-    - `ramp` spreads the bound over the depth, for what goes wrong early goes on through all blocks
-      behind: 0 is `bound` everywhere, 1 from nothing in front to twice as much at the end.
-    - `keep_mass` scales a token's changed weights to the sum of the router's own choice; where a
-      family normalises its weights, that is so anyway.
-    - `residency` fixed keeps the resident set as it is, so that evaluation can be repeated: what
-      is fetched then goes when the step ends.
+    Args:
+        mode: For steps of one token per sequence. `exact` loads missing experts, `bounded`
+            substitutes residents within `bound`, `virtual` uses residents only.
+        prefill: The mode for longer steps.
+        bound: In bounded mode, the largest share of a token's router weight to substitute.
+        ramp: How the bound grows with depth, since errors in early blocks propagate through all
+            later ones: 0 is `bound` in every block, 1 grows from zero to twice the bound.
+        protected: In bounded mode, how many of a token's best experts are never substituted.
+        residency: `fixed` retains the resident set, so that evaluation is repeatable; experts that
+            were fetched are evicted after the step.
+        keep_mass: Scale changed weights of a token to the sum of the router's own choice. Without
+            effect for families that normalize weights.
     """
 
     mode: Mode = "exact"
@@ -49,22 +52,26 @@ class Policy:
     keep_mass: bool = True
 
     def changed(self, mode: Mode, **settings: Any) -> "Policy":
-        """This policy in another mode, with any other of its settings changed.
+        """Return this policy in another mode, with other settings changed.
 
-        `prefill` follows the mode unless given: virtual prefills virtually, the others exactly.
-        Raises ConfigError for an unknown setting or value.
+        Args:
+            mode: The new mode.
+            settings: Other fields. `prefill` is by default virtual in virtual mode, else exact.
+
+        Raises:
+            ConfigError: A setting or value is unknown.
         """
         settings.setdefault("prefill", "virtual" if mode == "virtual" else "exact")
         try:
             policy = replace(self, mode=mode, **settings)
         except TypeError as error:
             known = ", ".join(Policy.__slots__)
-            raise ConfigError(f"{sorted(settings)}: unknown setting; there are {known}") from error
+            raise ConfigError(f"unknown setting in {sorted(settings)}; use {known}") from error
         policy.check()
         return policy
 
     def check(self) -> None:
-        """Raise ConfigError for a value that does not exist or cannot be."""
+        """Raise ConfigError for an invalid value."""
         choices = {"mode": Mode, "prefill": Mode, "residency": Update}
         for name, kind in choices.items():
             if (value := getattr(self, name)) not in get_args(kind):
@@ -78,7 +85,7 @@ class Policy:
             raise ConfigError(f"protected={self.protected!r}, but it counts experts, 0 or more")
 
     def bound_at(self, depth: float) -> float:
-        """The bound of a block at `depth`, 0 to 1; over all blocks its mean is `bound`.
+        """Return the bound of a block at relative depth 0 to 1; the mean over blocks is `bound`.
 
         >>> Policy(bound=0.25, ramp=1.0).bound_at(0.75)
         0.375
@@ -92,9 +99,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlacement:
-    """One block: its slots, and one format for all of them, or one for each expert.
+    """Slots and formats of one block.
 
-    Formats by expert need a slot for each expert, which then stays where it is.
+    Args:
+        slots: Number of slots.
+        formats: One format name for all slots, or one per expert; the latter requires a slot for
+            every expert, and makes all of them resident.
     """
 
     slots: int
@@ -102,23 +112,23 @@ class BlockPlacement:
 
     @property
     def by_expert(self) -> bool:
-        """Whether every expert has its own slot, of its own format."""
+        """Whether every expert has a slot of its own format."""
         return len(self.formats) > 1
 
     def format_of(self, expert: int) -> Format:
-        """The format that an expert lies in when it is in memory."""
+        """Return the format of an expert while it is resident."""
         return parse_format(self.formats[expert if self.by_expert else 0])
 
     def distinct(self) -> tuple[Format, ...]:
-        """Its formats, each once."""
+        """Return the different formats."""
         return tuple(parse_format(name) for name in dict.fromkeys(self.formats))
 
     def largest(self, block: MoeBlock) -> Format:
-        """The format whose slots are the largest."""
+        """Return the format with the largest slots."""
         return max(self.distinct(), key=lambda format: format.nbytes(block.layout.specs))
 
     def nbytes(self, block: MoeBlock) -> int:
-        """Bytes of its slots."""
+        """Return the bytes of all slots."""
         specs = block.layout.specs
         if not self.by_expert:
             return self.slots * self.distinct()[0].nbytes(specs)
@@ -127,11 +137,11 @@ class BlockPlacement:
 
 
 Placement = Mapping[str, BlockPlacement]
-"""By block name."""
+"""Placement of each block, by name."""
 
 
 def check_placement(placement: Placement, blocks: Sequence[MoeBlock]) -> None:
-    """Raise ConfigError if it is not one of these blocks, or cannot be."""
+    """Raise ConfigError if a placement does not fit these blocks."""
     if set(placement) != {block.name for block in blocks}:
         known = [block.name for block in blocks]
         odd = sorted(set(placement).symmetric_difference(known))
@@ -143,19 +153,19 @@ def check_placement(placement: Placement, blocks: Sequence[MoeBlock]) -> None:
         _check_block(placement[block.name], block)
 
 
-def _check_block(one: BlockPlacement, block: MoeBlock) -> None:
-    if type(one.slots) is not int or not 1 <= one.slots <= block.num_experts:
+def _check_block(placed: BlockPlacement, block: MoeBlock) -> None:
+    if type(placed.slots) is not int or not 1 <= placed.slots <= block.num_experts:
         raise ConfigError(
-            f"{block.name} is given {one.slots!r} slots, but it has {block.num_experts} experts: "
-            f"give 1 to {block.num_experts}"
+            f"{block.name} is assigned {placed.slots!r} slots, but it has {block.num_experts} "
+            f"experts; give 1 to {block.num_experts}"
         )
-    one.distinct()  # refuse what does not exist
-    wanted = 1 if one.slots < block.num_experts else block.num_experts
-    if len(one.formats) not in (1, wanted):
+    placed.distinct()  # raises for unknown formats
+    wanted = 1 if placed.slots < block.num_experts else block.num_experts
+    if len(placed.formats) not in (1, wanted):
         raise ConfigError(
-            f"{block.name} is given {len(one.formats)} formats for {one.slots} slots and "
-            f"{block.num_experts} experts; give one format, or one for each expert where every "
-            "expert has a slot"
+            f"{block.name} is assigned {len(placed.formats)} formats for {placed.slots} slots and "
+            f"{block.num_experts} experts; give one format, or one per expert where every expert "
+            "has a slot"
         )
 
 
@@ -164,21 +174,29 @@ AUTO_PRECISION, NATIVE_PRECISION = "auto", NATIVE.name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """How to serve. `context` is how many tokens the KV cache is reserved for, over all sequences.
+    """How a model is loaded and served.
 
-    host_memory: on a GPU, the most that experts may take of host memory on their way from storage
-    to slots, where they then can be found again; None is a buffer a reader.
-    eviction: which resident makes room in the exact and bounded modes (`serve/cache/eviction.py`).
-    dtype None: the checkpoint's own. precision: the format of experts in memory, such as int4
-    (`quant/format.py`); native is the checkpoint's own, and auto gives each expert the one that
-    it deserves within the budget. dense_precision: the same for dense
-    weights, except routers and vectors; they are in memory as they are while being encoded.
-    placement: slots and formats block by block, instead of equal shares in one precision.
-    sequences: how many a step may give logits of; prompt_logits: the most bytes of a prompt's own
-    logits in a step, where they are asked for. helpers: bytes of other processes that serve
-    together with this one, which count against the budget too.
-    generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes nothing
-    but special tokens from it.
+    Args:
+        memory: Budget as a size; None means as much as it takes.
+        host_memory: On a GPU, size of the host cache of experts; None is one buffer per reader.
+        mode: How steps handle missing experts (see `Policy`).
+        device: `cpu`, `cuda` or `cuda:N`.
+        context: Tokens that the KV cache is reserved for, over all sequences.
+        eviction: Policy of exact and bounded modes (`serve/cache/eviction.py`).
+        precision: Format of experts (`quant/format.py`). `native` is the checkpoint's own, `auto`
+            selects one per expert within the budget.
+        dense_precision: Format of dense weights except routers and vectors; they are held
+            unencoded while being encoded.
+        dtype: Of unencoded weights; None is the checkpoint's own.
+        readers: Threads that read experts.
+        half_life_tokens: Of expert importance.
+        manager: Plans swaps in virtual mode.
+        placement: Slots and formats per block, instead of equal shares in one precision.
+        sequences: How many sequences a step may return logits for.
+        prompt_logits: Largest size in bytes of a step's prompt logits, where requested.
+        helpers: Bytes of other processes that count against the same budget.
+        generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes
+            only special tokens from it.
     """
 
     memory: str | int | None = None
@@ -200,15 +218,15 @@ class LoadSettings:
     generation_config: str = AUTO_GENERATION
 
     def check(self) -> None:
-        """Raise ConfigError for a value that does not exist or cannot be."""
+        """Raise ConfigError for an invalid value."""
         if self.precision == AUTO_PRECISION and self.memory is None:
             raise ConfigError(
-                "precision auto divides a memory budget among experts, and memory is not given; "
+                "precision auto divides a memory budget among experts, but memory is not given; "
                 "give memory, or a precision such as int4"
             )
         if self.placement is not None and self.precision != "native":
             raise ConfigError(
-                f"a placement gives every block its formats, and so does precision "
+                f"a placement sets the formats of every block, and so does precision "
                 f"{self.precision!r}; give one of the two"
             )
         if self.generation_config not in (AUTO_GENERATION, NO_GENERATION):
@@ -216,7 +234,7 @@ class LoadSettings:
                 f"generation_config={self.generation_config!r} is neither 'auto' (follow the "
                 "model's generation_config.json) nor 'none' (take nothing but special tokens)"
             )
-        self.formats()  # these refuse names that do not exist
+        self.formats()  # raises for unknown names
         self.dense_format()
         if self.eviction not in POLICIES:
             raise ConfigError(f"eviction {self.eviction!r} is not one of {', '.join(POLICIES)}")
@@ -236,20 +254,20 @@ class LoadSettings:
             )
 
     def dense_format(self) -> GroupedFormat | None:
-        """Of the weights that are no experts; None if they stay as they are."""
+        """Return the format of dense weights; None if they are not encoded."""
         return parse_format(self.dense_precision).dense_format
 
     def format(self, block: MoeBlock) -> Format:
-        """Of a block's slots; where they differ the largest, and of `auto` where they begin."""
+        """Return the format of a block's slots: a placement's largest, or auto's smallest."""
         if self.placement is not None:
             return self.placement[block.name].largest(block)
         return parse_format(AUTO_FORMATS[0] if self.precision == AUTO_PRECISION else self.precision)
 
     def formats(self, block: str | None = None) -> list[Format]:
-        """All that a slot may come to have; of one block, or of any."""
+        """Return all formats that slots of a block may get; of all blocks if None."""
         if self.placement is not None:
-            some = self.placement.values() if block is None else [self.placement[block]]
-            names = {format.name: None for one in some for format in one.distinct()}
+            placed = self.placement.values() if block is None else [self.placement[block]]
+            names = {format.name: None for one in placed for format in one.distinct()}
             return [parse_format(name) for name in names]
         names = AUTO_FORMATS if self.precision == AUTO_PRECISION else (self.precision,)
         return [parse_format(name) for name in names]

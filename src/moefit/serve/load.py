@@ -1,7 +1,7 @@
-"""From a folder and a budget to a served model: the one visible call.
+"""Load a model from a folder inside a memory budget.
 
-Owns the order of things, which is what keeps the peak under the budget: ledger from headers,
-refusal if it can't be, other weights, slots, routers, and experts only as they are asked for.
+The order of steps bounds the peak of memory: estimate from headers, check against the budget and
+the system, tokenizer, dense weights, slots, and experts only when they are needed.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.report import ServedParts
 
 Progress = Callable[[str, int, int], None]
-"""Hears what is being loaded, and how many of how many are done."""
+"""Called with what is being loaded, how many of it are done, and how many there are."""
 
 
 def load_model(
@@ -60,22 +60,33 @@ def load_model(
     progress: Progress = lambda what, done, total: None,
     **policy: Any,
 ) -> ServedModel:
-    """Load a model inside a budget. Keyword arguments are settings of `Policy`.
+    """Load a model inside a memory budget.
 
-    Raises BudgetTooSmallError, naming the floor; CheckpointError for a missing or damaged
-    checkpoint; UnsupportedModelError for a model without servable experts, or a mode that it can't
-    be served in; ConfigError for settings that don't exist, or a budget that the system has not.
+    Args:
+        folder: With the model's checkpoint.
+        settings: How to load it.
+        progress: Called as loading advances.
+        policy: Fields of `Policy`.
+
+    Returns:
+        The served model; close it after use.
+
+    Raises:
+        BudgetTooSmallError: The budget is below the minimum, which the message names.
+        CheckpointError: The checkpoint is missing or damaged.
+        UnsupportedModelError: The model has no experts that can be served, or not in this mode.
+        ConfigError: A setting is invalid, or the budget exceeds the system's memory.
     """
     device = parse_device(settings.device)
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype)
     packed = open_packed(skeleton, _formats_to_encode(settings))
     budget = memory_budget(skeleton, settings, packed)
-    budget.slots()  # refuses a budget below the floor
+    budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
-    _refuse_encoding(skeleton, settings, budget)
+    _check_encoding_peak(skeleton, settings, budget)
     with ExitStack() as undo:
-        parts = _parts(skeleton, packed, budget, settings, undo, progress)
+        parts = _load_parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
         _make_slots(parts, device, settings.placement)
@@ -90,19 +101,20 @@ def load_model(
 
 
 def _formats_to_encode(settings: LoadSettings) -> list[Format]:
-    """Formats that experts may be read in; a placement may be changed for another later on."""
+    """Return the formats that experts may get; with a placement, those of any later one too."""
     if settings.placement is None:
         return settings.formats()
     return [parse_format(name) for name in AUTO_FORMATS]
 
 
 def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) -> MemoryBudget:
-    """The budget once the tokenizer has been read, which nothing but the process is there beside.
+    """Return the budget after the tokenizer has been read, before anything else is loaded.
 
-    What was only needed while it was being read is given back, so that it can be used for weights
-    and slots. From now on the tokenizer counts with what the process grew by, no longer with the
-    estimate.
-    Raises BudgetTooSmallError if there is no room for the rest then.
+    The growth of the process replaces the estimate of the tokenizer, and memory needed only while
+    reading it becomes available for weights and slots.
+
+    Raises:
+        BudgetTooSmallError: The minimum no longer fits.
     """
     return_freed_memory()
     if device.type != "cpu" or not budget.tokenizer:
@@ -113,7 +125,7 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
     return budget
 
 
-def _parts(
+def _load_parts(
     skeleton: Skeleton,
     packed: PackedStore,
     budget: MemoryBudget,
@@ -121,13 +133,13 @@ def _parts(
     undo: ExitStack,
     progress: Progress,
 ) -> ServedParts:
-    """Everything but slots; `undo` closes what was opened."""
+    """Load everything except slots and experts; `undo` closes what was opened."""
     device, folder = parse_device(settings.device), skeleton.checkpoint.folder
     tokenizer = _tokenizer(folder)
     budget = _with_tokenizer(budget, device, settings.helpers)
     known = None if isinstance(tokenizer, str) else tokenizer
-    following = settings.generation_config  # read before gigabytes are: it may be damaged
-    generation = use_generation_config(skeleton.model, folder, known, following)
+    # Before gigabytes are read, since the file may be damaged.
+    generation = use_generation_config(skeleton.model, folder, known, settings.generation_config)
     blocks_by_name = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks_by_name, packed)
     undo.callback(store.close)
@@ -139,11 +151,11 @@ def _parts(
     undo.callback(transfer.close)
     shared = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
     blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
-    for number, experts in enumerate(blocks.values()):
-        experts.depth, experts.is_first = (number + 0.5) / len(blocks), number == 0
+    for index, experts in enumerate(blocks.values()):
+        experts.depth, experts.is_first = (index + 0.5) / len(blocks), index == 0
     model = load_dense_weights(skeleton, blocks, device)
-    if (rest := settings.dense_format()) is not None:
-        quantize_dense_weights(model, rest, skeleton.blocks, partial(progress, "other weights"))
+    if (dense := settings.dense_format()) is not None:
+        quantize_dense_weights(model, dense, skeleton.blocks, partial(progress, "dense weights"))
     return_freed_memory()
     return ServedParts(
         folder=folder,
@@ -164,24 +176,24 @@ def _parts(
 
 def _make_slots(parts: ServedParts, device: torch.device, placement: Placement | None) -> None:
     for experts, count in zip(parts.blocks.values(), parts.budget.slots(), strict=True):
-        seats = None if placement is None else placement[experts.block.name]
-        if seats is not None and seats.by_expert:
-            load_all_experts(experts, seats, device)
+        placed = None if placement is None else placement[experts.block.name]
+        if placed is not None and placed.by_expert:
+            load_all_experts(experts, placed, device)
         else:
             grow(experts, count, device)
     spares = allocate_spares(parts.blocks.values(), device, placed=placement is not None)
     parts.shared.spares.update(spares)
 
 
-def _refuse_encoding(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
-    """Raise BudgetTooSmallError if the other weights don't fit as they are, to be encoded."""
+def _check_encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
+    """Raise BudgetTooSmallError if dense weights do not fit before they are encoded."""
     if settings.dense_format() is None or budget.total is None:
         return
     native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
     needed = budget.process + budget.tokenizer + native
     if needed > budget.total:
         raise BudgetTooSmallError(
-            f"a budget of {format_bytes(budget.total)} does not hold the {format_bytes(native)} "
+            f"a budget of {format_bytes(budget.total)} cannot hold the {format_bytes(native)} "
             f"of dense weights while they are being encoded as {settings.dense_precision}; give "
             f"{at_least(needed)}"
         )
@@ -202,7 +214,7 @@ def _served_block(block: MoeBlock, shared: SharedState, settings: LoadSettings) 
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | str:
-    """What reads and writes text, or why there is none; only asking for it is an error then."""
+    """Return the tokenizer, or the message of the error to raise once it is requested."""
     try:
         return read_tokenizer(folder)
     except CheckpointError as error:

@@ -1,8 +1,7 @@
-"""The parts of a served model, and reports on them as plain values.
+"""Reports on a served model as plain values, and the parts that loading puts together.
 
-`ServedParts` is the record of what loading has put together. `report_of` gives bytes by part,
-residents and counters for JSON; `view_of` describes one block's experts for the residency map.
-Callers hold the lock of a step.
+`report_of` returns bytes by part, residents and statistics for JSON; `view_of` describes one block
+for the residency map. Callers hold the lock of `SharedState`.
 """
 
 from collections import Counter
@@ -26,10 +25,16 @@ from moefit.serve.memory.estimate import PlacementBudget, held_bytes, peak_held_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockView:
-    """resident: ids of experts in memory. formats: of every expert, None for those that are not.
+    """State of one block for display.
 
-    importance: of every expert, to four digits, 1 for the most important one; all 0 before
-    anything was computed.
+    Args:
+        name: Of the block.
+        experts: Number of experts.
+        slots: Number of slots.
+        resident: Ids of resident experts.
+        formats: By expert; None for absent ones.
+        importance: By expert, relative to the most important one, rounded to four digits; zeros
+            before the first step.
     """
 
     name: str
@@ -41,7 +46,7 @@ class BlockView:
 
 
 def view_of(name: str, experts: VirtualExperts) -> BlockView:
-    """The block as it is now."""
+    """Return the present state of a block."""
     slot_table, scores = experts.slot_table, experts.importance.scores()
     largest = max(scores, default=0.0) or 1.0
     resident = sorted(slot_table.residents)
@@ -60,7 +65,21 @@ def view_of(name: str, experts: VirtualExperts) -> BlockView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedParts:
-    """budget: the ledger to begin with. tokenizer: or why there is none. host_cache: on a GPU."""
+    """What loading has put together.
+
+    Args:
+        folder: Of the model.
+        model: The Hugging Face model, with served experts.
+        tokenizer: Or the message of the error to raise when it is requested.
+        generation: Defaults of generation.
+        budget: The estimate after loading.
+        blocks: Served experts by block name.
+        store: Reads experts from storage.
+        host_cache: In front of the store on a GPU; None on a CPU.
+        shared: State of all blocks.
+        placement_budget: Estimates other placements.
+        hooks: To remove on close.
+    """
 
     folder: Path
     model: PreTrainedModel
@@ -76,13 +95,16 @@ class ServedParts:
 
 
 def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
-    """Bytes by part, residents by block, and what happened since loading or `reset`.
+    """Return bytes by part, residents by block and statistics since loading or `reset`, for JSON.
 
-    budget: the ledger in force. `process_bytes` and its peak are the process's on the model's
-    device: resident set, or GPU memory that torch has reserved. `loads` took `load_seconds`
-    together, many side by side. `load_failures` counts reads that failed, on demand and in the
-    background; `loads_failing` says whether reading fails now (`LoadFailures`). `host_...` are
-    there on a GPU (`HostCache.report`).
+    `process_bytes` and its peak are the resident set of the process, or on a GPU the memory that
+    torch has reserved. `load_seconds` is the sum over concurrent `loads`. `load_failures` counts
+    failed reads, on demand and in the background; `loads_failing` tells whether reading fails now.
+    Keys `host_...` exist on a GPU only (`HostCache.report`).
+
+    Args:
+        parts: Of the model.
+        budget: In force.
     """
     blocks, shared, device = parts.blocks, parts.shared, parts.model.device
     return {
@@ -112,11 +134,11 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
 
 
 def _encoded_format(experts: VirtualExperts) -> Format:
-    """A format of the block's slots that is not the checkpoint's own, if there is one."""
+    """Return an encoded format among the block's slots; native if there is none."""
     formats = [slot.format for slot in experts.slots.values()] or [experts.format]
     return next((one for one in formats if one.is_encoded), NATIVE)
 
 
 def _formats_of(experts: VirtualExperts) -> dict[str, int]:
-    """How many slots have which format."""
+    """Return the number of slots by format."""
     return dict(Counter(slot.format.name for slot in experts.slots.values()))

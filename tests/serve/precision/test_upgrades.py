@@ -89,7 +89,7 @@ def test_loading_says_how_many_experts_have_come(folder) -> None:
         experts = [one for one in heard if one[0] == "experts"]
         assert experts == sorted(experts) and experts[-1] == ("experts", 16, 16)
         assert 1 < len(set(experts)) == len(experts)
-        rest = [one for one in heard if one[0] == "other weights"]
+        rest = [one for one in heard if one[0] == "dense weights"]
         assert [done for _, done, _ in rest] == list(range(1, rest[-1][2] + 1))
 
 
