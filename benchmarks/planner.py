@@ -47,7 +47,7 @@ from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.plan.configuration import Configuration, uniform
 from moefit.plan.experiments import FORMATS, Shapes, by_output_energy
 from moefit.plan.fitting import rank_correlation
-from moefit.plan.measure import MeasuredModel, fill
+from moefit.plan.measure import MeasuredModel, fill_slots
 from moefit.plan.plan_file import DEFAULT_LOSS
 from moefit.plan.planner import Planner
 from moefit.plan.profiler import Profiler
@@ -58,7 +58,7 @@ from moefit.plan.reference import (
     Steps,
     make_reference,
     measure_steps,
-    measure_wide,
+    measure_windows,
     windows_of,
 )
 from moefit.plan.search import Models, placement_bytes, policy_choices
@@ -143,7 +143,7 @@ class Study:
         self.shapes: Shapes = self.profile.facts.shapes
         # Stays loaded, for the machine's pace is what it makes of this one.
         self.full = self.subject.load(self._native(), context=2 * arguments.context)
-        fill(self.full)
+        fill_slots(self.full)
         self.reference: Reference = make_reference(self.full, held_BT)
 
     def results(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Study:
                     name: [generator.random() ** 2 for _ in range(shape.num_experts)]
                     for name, shape in self.shapes.items()
                 }
-                yield replace(by_output_energy(self.shapes, uneven, bits), rest=rest)
+                yield replace(by_output_energy(self.shapes, uneven, bits), dense_precision=rest)
                 continue
             slots = {
                 name: shape.num_experts
@@ -205,7 +205,7 @@ class Study:
                     name: BlockPlacement(slots=slots[name], formats=(formats[name],))
                     for name in self.shapes
                 },
-                rest=rest,
+                dense_precision=rest,
                 mode=mode,
                 bound=generator.choice((0.1, 0.3, 0.5)) if mode == "bounded" else 0.0,
                 every=generator.choice((1, 8)) if mode == "virtual" else 1,
@@ -217,7 +217,7 @@ class Study:
         full_seconds = (before + self._full_seconds()) / 2
         predicted = self.planner.latency.seconds(configuration)
         return {
-            "configuration": configuration.in_words(),
+            "configuration": configuration.describe(),
             "predicted_loss": self.planner.quality.loss(configuration),
             "predicted_speed": 1 / predicted,
             **measured,
@@ -254,11 +254,11 @@ class Study:
                 },
             }.items():
                 yield Rule(name=name, configuration=by_output_energy(self.shapes, shares, bits))
-        if still := self.planner.front_of_slots(room, fetching=False):
+        if still := self.planner.front_for_slots(room, fetching=False):
             best = min(still, key=lambda one: one.loss)
             yield Rule(name="planned", configuration=best.configuration)
         yield from self._swapmoe(room)
-        front = self.planner.front_of_slots(room)
+        front = self.planner.front_for_slots(room)
         good = [one for one in front if one.loss <= DEFAULT_LOSS]
         if good:
             free = min(good, key=lambda one: one.seconds)
@@ -300,7 +300,7 @@ class Study:
     def _measured_rule(self, rule: Rule) -> dict[str, Any]:
         return {
             "rule": rule.name,
-            "configuration": rule.configuration.in_words(),
+            "configuration": rule.configuration.describe(),
             "predicted_loss": None if rule.fixed else self.planner.quality.loss(rule.configuration),
             **self._measured(rule, timed=rule.name.startswith("planned")),
         }
@@ -310,7 +310,7 @@ class Study:
         configuration = rule.configuration
         exact = configuration.mode == "exact"
         with self.subject.load(configuration, context=2 * self.arguments.context) as served:
-            quality = measure_wide(served, configuration, self.reference) if exact else None
+            quality = measure_windows(served, configuration, self.reference) if exact else None
             steps = None
             if timed or not exact:
                 self._settle(served, rule)
@@ -334,7 +334,7 @@ class Study:
             ids_T = self.calibration_BT[:4].flatten()
             fix_residents(served, rule.fixed, calibration_ids_T=ids_T)  # pyright: ignore
         else:
-            fill(served)
+            fill_slots(served)
 
     def _steps(self) -> Steps:
         windows = max(1, self.arguments.steps // 96)

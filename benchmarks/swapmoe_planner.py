@@ -91,13 +91,13 @@ class _Encoding:
     ):
         self._models, self._slot_budgets, self._loss = models, slot_budgets, loss
         self._dense_formats = list(slot_budgets)
-        self._names = list(models.fields[0].options)
+        self._names = list(models.by_policy[0].options)
         self._bytes = {
-            name: np.array([option.nbytes for option in models.fields[0].options[name]])
+            name: np.array([option.nbytes for option in models.by_policy[0].options[name]])
             for name in self._names
         }
         sizes = [len(self._bytes[name]) for name in self._names]
-        self.upper = np.array([*sizes, len(models.fields), len(self._dense_formats)]) - 1
+        self.upper = np.array([*sizes, len(models.by_policy), len(self._dense_formats)]) - 1
 
     def costs(self, x: np.ndarray) -> tuple[list[float], list[float]]:
         """Return loss and seconds, and the excess over the slot budget as a share of it."""
@@ -110,7 +110,7 @@ class _Encoding:
 
     def point(self, x: np.ndarray) -> Point:
         """Decode genes."""
-        field = self._models.fields[x[-2]]
+        field = self._models.by_policy[x[-2]]
         chosen = {
             name: field.options[name][gene] for name, gene in zip(self._names, x[:-2], strict=True)
         }
@@ -190,7 +190,13 @@ def _inputs(configuration: Configuration, features: Features) -> np.ndarray:
     moved = np.array(features.moved(configuration))
     mode = [float(configuration.mode == one) for one in ("bounded", "virtual")]
     return np.array(
-        [*np.log(noises + 1e-5), *moved, moved.mean(), *mode, float(configuration.rest != "native")]
+        [
+            *np.log(noises + 1e-5),
+            *moved,
+            moved.mean(),
+            *mode,
+            float(configuration.dense_precision != "native"),
+        ]
     )
 
 

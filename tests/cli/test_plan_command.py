@@ -77,12 +77,12 @@ def test_plan_prints_tables_for_people(profiled: Path) -> None:
     [
         (("--save", "x.json"), ConfigError, "--memory"),
         (("--max-loss", "3"), ConfigError, "give 3% if"),
-        (("--min-speed", "1e9"), ConfigError, "cannot be promised"),
+        (("--min-speed", "1e9"), ConfigError, "no plan for"),
         (("--picture", "x.png"), ConfigError, "--budgets is 0"),
         (("--picture", "x.docx", "--budgets", "2"), ConfigError, "ends in .png"),
         (("--picture", "nowhere/x.png", "--budgets", "2"), ConfigError, "there is no folder"),
         (("--memory", "4GiB", "--max-loss", "much"), ConfigError, "such as 3%"),
-        (("--memory", "4GiB", "--min-speed", "1e9"), ConfigError, "cannot be promised"),
+        (("--memory", "4GiB", "--min-speed", "1e9"), ConfigError, "no plan for"),
         (("--memory", "1MiB"), Exception, "give at least"),
         (("--profile", "nowhere.json"), ConfigError, "no profile"),
     ],
@@ -110,7 +110,7 @@ def test_without_a_budget_the_smallest_that_keeps_the_promise_is_planned_for(
     less = str(plan.memory - (plan.memory - said["floor"]) // 8 - (16 << 20))
     if int(less) > said["floor"]:
         refused = run("plan", str(folder()), "--max-loss", "4%", "--memory", less, *few)
-        assert "cannot be promised" in str(refused.exception)
+        assert "no plan for" in str(refused.exception)
 
 
 def test_a_text_too_short_to_profile_on_is_refused(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     plan = read_plan(file)
     assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS_BYTES)
     assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
-    assert (plan.target, plan.configuration.rest) == (order.target, "int8")
+    assert (plan.target, plan.configuration.dense_precision) == (order.target, "int8")
     floor = json.loads(done.stdout)["floor"]
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
@@ -233,7 +233,7 @@ def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -
         str(folder()), MemoryOptions(memory="4GiB", context=64)
     )
     assert plan.predicted.loss <= 0.03
-    with pytest.raises(ConfigError, match="cannot be promised"):
+    with pytest.raises(ConfigError, match="no plan for"):
         PlanOptions(min_speed=1e9).plan_for(str(folder()), MemoryOptions(memory="4GiB", context=64))
 
 

@@ -153,7 +153,7 @@ def law_of_loss(configuration: Configuration, known: Features) -> float:
     """KL: slightly curved in the sum of blocks' errors, and a price of moved weight."""
     noises = dict(zip(SENSITIVITY, known.noises(configuration), strict=True))
     total = sum(SENSITIVITY[name] * noise for name, noise in noises.items())
-    total += 4e-4 * (configuration.rest != "native")
+    total += 4e-4 * (configuration.dense_precision != "native")
     moved = sum(known.moved(configuration)) / len(SENSITIVITY)
     price = {"exact": 0.0, "bounded": 0.4 * moved**1.1, "virtual": 2.5 * moved**1.4}
     return total + total**2 + price[configuration.mode]

@@ -20,7 +20,7 @@ BLOCKS = st.builds(
 def configurations(draw: st.DrawFn) -> Configuration:
     return Configuration(
         placement=draw(st.dictionaries(st.text(max_size=5), BLOCKS, max_size=4)),
-        rest=draw(NAMES),
+        dense_precision=draw(NAMES),
         mode=draw(st.sampled_from(["exact", "bounded", "virtual"])),
         bound=draw(st.floats(0, 1)),
         every=draw(st.integers(1, 99)),
@@ -42,10 +42,13 @@ def test_parameters_of_other_modes_make_no_difference() -> None:
     ("one", "words"),
     [
         (uniform({"a": 4, "b": 4}, "int4"), "8 int4, exact"),
-        (uniform({"a": 4}, "int8", {"a": 2}, rest="int8"), "2 int8, exact, rest int8"),
+        (
+            uniform({"a": 4}, "int8", {"a": 2}, dense_precision="int8"),
+            "2 int8, exact, dense weights int8",
+        ),
         (uniform({"a": 4}, "int8", mode="bounded", bound=0.3), "4 int8, bounded 0.3"),
         (uniform({"a": 4}, "int8", mode="virtual", every=8), "4 int8, virtual, update every 8"),
     ],
 )
 def test_it_says_what_it_is(one: Configuration, words: str) -> None:
-    assert one.in_words() == words
+    assert one.describe() == words

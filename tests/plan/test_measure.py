@@ -12,7 +12,7 @@ import moefit.plan.measure
 from moefit.errors import BudgetTooSmallError
 from moefit.plan.configuration import uniform
 from moefit.plan.experiments import BlockShape
-from moefit.plan.measure import MeasuredModel, Measurements, _with_fewer
+from moefit.plan.measure import MeasuredModel, Measurements, _with_fewer_slots
 from moefit.plan.profile import Profile
 from moefit.plan.profiler import Profiler
 from moefit.plan.reference import Reference, read_reference
@@ -78,9 +78,9 @@ def test_fewer_slots_are_an_equal_share_and_one_at_least() -> None:
     shape = BlockShape(num_experts=8, weights=1, slot_bytes={"native": 100, "int4": 30}, errors={})
     shapes = {"a": shape, "b": shape}
     full = uniform(dict.fromkeys(shapes, 8), "native")
-    assert [one.slots for one in _with_fewer(full, 1000, shapes).placement.values()] == [5, 5]
-    assert [one.slots for one in _with_fewer(full, 10, shapes).placement.values()] == [1, 1]
-    assert _with_fewer(full, 10**6, shapes).placement == full.placement
+    assert [one.slots for one in _with_fewer_slots(full, 1000, shapes).placement.values()] == [5, 5]
+    assert [one.slots for one in _with_fewer_slots(full, 10, shapes).placement.values()] == [1, 1]
+    assert _with_fewer_slots(full, 10**6, shapes).placement == full.placement
 
 
 def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> None:

@@ -32,7 +32,7 @@ def experts() -> dict[str, int]:
 
 
 def configurations() -> list[Configuration]:
-    """Native, a block in few bits, half of the experts absent, formats by expert, rest int8."""
+    """Native, a block in few bits, half of the experts absent, formats by expert, dense int8."""
     all_of = experts()
     native = uniform(all_of, "native")
     first, count = next(iter(all_of.items()))
@@ -45,8 +45,8 @@ def configurations() -> list[Configuration]:
         uniform(all_of, "int4", {name: max(1, count // 2) for name in all_of}),
         replace(native, placement=by_expert),
         native,
-        uniform(all_of, "native", rest="int8"),
-        uniform(all_of, "int3", rest="int8"),
+        uniform(all_of, "native", dense_precision="int8"),
+        uniform(all_of, "int3", dense_precision="int8"),
     ]
 
 
@@ -68,7 +68,7 @@ def test_outputs_are_those_of_a_model_loaded_so(kept: ModelCache) -> None:
         got = logits(served)
         served.check()
         with subject().load(configuration, context=CONTEXT) as fresh:
-            assert torch.equal(got, logits(fresh)), configuration.in_words()
+            assert torch.equal(got, logits(fresh)), configuration.describe()
 
 
 def test_it_is_loaded_anew_only_for_other_weights_in_another_format(kept: ModelCache) -> None:

@@ -3,7 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.plan.fitting import held_out, held_out_error, nonnegative, rank_correlation
+from moefit.plan.fitting import (
+    held_out,
+    held_out_error,
+    nonnegative_least_squares,
+    rank_correlation,
+)
 
 NUMBERS = st.integers(-300, 300)
 
@@ -31,7 +36,7 @@ def test_it_is_the_least_squares_solution_that_is_not_negative(seed: int) -> Non
     generator = np.random.default_rng(seed)
     x_NF, y_N = generator.normal(size=(9, 4)), generator.normal(size=9)
     prior_F = generator.random(4)
-    found = nonnegative(x_NF, y_N, prior_F=prior_F, strength=0.1)
+    found = nonnegative_least_squares(x_NF, y_N, prior_F=prior_F, strength=0.1)
     slow = by_descent(x_NF, y_N, prior_F, 0.1)
     assert (found >= 0).all()
     assert loss(x_NF, y_N, prior_F, 0.1, found) <= loss(x_NF, y_N, prior_F, 0.1, slow) + 1e-6
@@ -39,7 +44,7 @@ def test_it_is_the_least_squares_solution_that_is_not_negative(seed: int) -> Non
 
 def test_without_samples_there_is_the_prior() -> None:
     prior_F = np.array([0.5, 2.0])
-    found = nonnegative(np.zeros((0, 2)), np.zeros(0), prior_F=prior_F, strength=1.0)
+    found = nonnegative_least_squares(np.zeros((0, 2)), np.zeros(0), prior_F=prior_F, strength=1.0)
     assert found == pytest.approx(prior_F)
 
 

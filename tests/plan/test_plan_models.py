@@ -78,7 +78,7 @@ def test_blocks_and_what_is_fixed_sum_to_a_token() -> None:
                 one.placement.items(), known.misses(one), known.swaps(one), strict=True
             )
         ]
-        assert model.fixed(one.rest) + sum(parts) == pytest.approx(model.seconds(one))
+        assert model.fixed(one.dense_precision) + sum(parts) == pytest.approx(model.seconds(one))
 
 
 def test_cold_files_make_fetching_slower_and_nothing_else() -> None:

@@ -9,13 +9,13 @@ from moefit.plan.fitting import features_of
 from moefit.plan.latency import fit_latency
 from moefit.plan.quality import fit_quality
 from moefit.plan.search import (
-    Field,
     Models,
     Point,
     PolicyChoice,
-    allocated,
-    chosen_within,
-    mixtures_of,
+    PolicyOptions,
+    allocate_options,
+    allocator_points,
+    mixed_placements,
     pareto,
     placement_bytes,
     policy_choices,
@@ -32,10 +32,10 @@ def models() -> Models:
 
 
 @cache
-def small() -> Field:
+def small() -> PolicyOptions:
     """The exact mode with few options, so that all can be tried."""
-    field = models().fields[0]
-    return Field(
+    field = models().by_policy[0]
+    return PolicyOptions(
         policy=field.policy,
         options={name: list(some)[::7] for name, some in field.options.items()},
     )
@@ -52,7 +52,7 @@ def test_the_allocator_is_within_a_step_of_the_best_there_is(share: float, rate:
     all_ways = [
         some for some in product(*small().options.values()) if sum(o.nbytes for o in some) <= room
     ]
-    found = chosen_within(small(), rate, room)
+    found = allocate_options(small(), rate, room)
     if found is None:
         assert not all_ways
         return
@@ -69,8 +69,8 @@ def test_the_allocator_is_within_a_step_of_the_best_there_is(share: float, rate:
 @given(st.floats(0.02, 1.1))
 def test_what_is_proposed_fits(share: float) -> None:
     room = int(share * WHOLE)
-    for point in allocated(models(), {"native": room, "int8": room // 2}):
-        limit = room if point.configuration.rest == "native" else room // 2
+    for point in allocator_points(models(), {"native": room, "int8": room // 2}):
+        limit = room if point.configuration.dense_precision == "native" else room // 2
         placed = point.configuration.placement
         assert point.nbytes == sum(placement_bytes(placed[n], s) for n, s in shapes().items())
         assert point.nbytes <= limit
@@ -78,7 +78,7 @@ def test_what_is_proposed_fits(share: float) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))
 def test_no_point_of_a_front_is_beaten(pairs: list[tuple[int, int]]) -> None:
-    configuration = models().fields[0].configuration({}, "native")
+    configuration = models().by_policy[0].configuration({}, "native")
     points = [
         Point(configuration=configuration, loss=loss, seconds=seconds, nbytes=0)
         for loss, seconds in pairs
@@ -98,7 +98,7 @@ def test_mixtures_give_loud_experts_more_bits() -> None:
             output_energy.index(max(output_energy)),
             output_energy.index(min(output_energy)),
         )
-        for one in mixtures_of(name, known, 1.0):
+        for one in mixed_placements(name, known, 1.0):
             assert one.slots == len(one.formats) == EXPERTS
             sizes = shapes()[name].slot_bytes
             assert sizes[one.formats[loudest]] >= sizes[one.formats[quietest]]

@@ -13,9 +13,9 @@ from tiny_served import saved, tokens
 import moefit
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.plan.configuration import uniform
-from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other, write_plan
+from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.search import PlanConstraints, Point, needed
+from moefit.plan.search import PlanConstraints, Point, total_bytes
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import memory_budget
@@ -43,14 +43,16 @@ def budgets(count: int = 5) -> list[int]:
 def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
     for memory in budgets():
         for point in planner().front(memory):
-            assert needed(planner().slot_budgets.ledger(point.configuration)) <= memory
+            assert total_bytes(planner().slot_budgets.estimate(point.configuration)) <= memory
 
 
 @pytest.mark.parametrize("rest", ["native", "int8"])
 def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None:
     """Reckoned as `load` does it, of a process of another size than this one."""
     process = 3 << 30
-    served = PlanConstraints(sequences=16, prompt_logits=1 << 20, process=process, rests=(rest,))
+    served = PlanConstraints(
+        sequences=16, prompt_logits=1 << 20, process=process, dense_formats=(rest,)
+    )
     planner = server_planner(served)
     skeleton = build_skeleton(folder())
     for memory in (
@@ -73,17 +75,17 @@ def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None
         planner.plan(planner.slot_budgets.min_bytes - 1)
 
 
-def server_planner(circumstances: PlanConstraints) -> Planner:
+def server_planner(constraints: PlanConstraints) -> Planner:
     return Planner(
         build_skeleton(folder()), profile(noise=0.05), context=CONTEXT,
-        circumstances=circumstances,
+        constraints=constraints,
     )  # fmt: skip
 
 
 def test_what_cannot_be_changed_any_more_is_kept() -> None:
-    planner = server_planner(PlanConstraints(rests=("int8",)))
+    planner = server_planner(PlanConstraints(dense_formats=("int8",)))
     memory = planner.slot_budgets.all_resident_bytes
-    assert {one.configuration.rest for one in planner.front(memory)} == {"int8"}
+    assert {one.configuration.dense_precision for one in planner.front(memory)} == {"int8"}
 
 
 def test_sequences_are_reckoned_with_their_logits() -> None:
@@ -96,13 +98,15 @@ def test_sequences_are_reckoned_with_their_logits() -> None:
     assert fits == one.sequences(plan, (16, 64)) and fits[16] > 0
     per_token = many._per_token(plan.configuration)
     row = planned_model().config.vocab_size * (4 + 2)
-    taken = needed(many.slot_budgets.ledger(plan.configuration)) - CONTEXT * per_token - 64 * row
+    taken = (
+        total_bytes(many.slot_budgets.estimate(plan.configuration)) - CONTEXT * per_token - 64 * row
+    )
     assert taken + fits[16] * (16 * per_token + row) <= memory
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
 
 
 def test_more_memory_never_costs() -> None:
-    found = dict(planner().over_budgets(6))
+    found = dict(planner().fronts_by_budget(6))
     assert list(found) == sorted(found)
     fronts = list(found.values())
     losses = [min(one.loss for one in front) for front in fronts]
@@ -113,7 +117,7 @@ def test_more_memory_never_costs() -> None:
 def test_without_fetching_there_is_nothing_to_wait_for() -> None:
     known = planner().features
     room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
-    still = planner().front_of_slots(room, fetching=False)
+    still = planner().front_for_slots(room, fetching=False)
     exact = [one.configuration for one in still if one.configuration.mode != "virtual"]
     assert exact and all(sum(known.misses(one)) < 0.05 for one in exact)
     best = min(one.loss for one in still)
@@ -147,11 +151,11 @@ def test_promises_are_kept_by_what_is_predicted() -> None:
 @pytest.mark.parametrize("target", [Target(max_loss=0.0), Target(min_speed=1e6)])
 def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(target: Target) -> None:
     memory = planner().slot_budgets.min_bytes
-    with pytest.raises(ConfigError, match="cannot be promised") as refused:
+    with pytest.raises(ConfigError, match="satisfies") as refused:
         planner().plan(memory, target)
     loss, speed = (
         float(re.search(pattern, str(refused.value))[1])  # pyright: ignore
-        for pattern in (r"loses ([0-9.]+)%", r"makes ([0-9.]+) tokens/s")
+        for pattern in (r"has a loss of ([0-9.]+)%", r"makes ([0-9.]+) tokens/s")
     )
     planner().plan(memory, Target(max_loss=loss / 100 + 1e-4))
     planner().plan(memory, Target(min_speed=speed - 0.01))
@@ -162,7 +166,7 @@ def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(target: Targ
     [Target(max_loss=-0.1), Target(max_loss=float("nan")), Target(min_speed=0.0)],
 )
 def test_absurd_promises_are_refused(target: Target) -> None:
-    with pytest.raises(ConfigError, match="but it is"):
+    with pytest.raises(ConfigError, match="but it must be"):
         planner().plan(budgets()[1], target)
 
 
@@ -179,7 +183,7 @@ def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
         assert size is not None
         assert planner().plan(size, Target(max_loss=loss))[0].predicted.loss <= loss
     assert planner().smallest_budget(Target(min_speed=1e9)) is None
-    with pytest.raises(ConfigError, match="but it is"):
+    with pytest.raises(ConfigError, match="but it must be"):
         planner().smallest_budget(Target(max_loss=-1.0))
 
 
@@ -199,7 +203,7 @@ def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool
         longer = 10 ** (number % 3) if busy else 1
         done = done.with_item(f"steps/{name}", {**one, "seconds": one["seconds"] * longer})
     planner = Planner(build_skeleton(folder()), done, context=CONTEXT)
-    said = [one for one in planner.warnings() if "not to be relied on" in one]
+    said = [one for one in planner.warnings() if "are unreliable" in one]
     assert len(said) == busy
     if busy:
         assert "moefit profile --again" in said[0]
@@ -277,8 +281,8 @@ def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:
 def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
     skeleton = build_skeleton(folder())
     with pytest.raises(ConfigError, match="another checkpoint"):
-        refuse_other(some_plan(), skeleton, tmp_path / "plan.json")
-    refuse_other(replace(some_plan(), fingerprint=fingerprint(skeleton)), skeleton, tmp_path)
+        check_checkpoint(some_plan(), skeleton, tmp_path / "plan.json")
+    check_checkpoint(replace(some_plan(), fingerprint=fingerprint(skeleton)), skeleton, tmp_path)
 
 
 def test_points_say_their_speed() -> None:

@@ -51,5 +51,5 @@ def test_the_margin_counts_but_what_loses_nothing_needs_none() -> None:
 
 
 def test_what_cannot_be_is_answered_with_what_can() -> None:
-    with pytest.raises(ConfigError, match=r"loses 4\.00% at 1\.00 .* makes 9\.99 tokens/s"):
+    with pytest.raises(ConfigError, match=r"a loss of 4\.00% at 1\.00 .* makes 9\.99 tokens/s"):
         CHOOSER.choose([point(0.2, 0.1001), point(0.03, 0.999)], Target(max_loss=0.01), 1)

@@ -42,9 +42,9 @@ class Maker:
         self.began, self.open = Event(), Event()
         self.open.set()
         self.changes: dict[str, Any] = {}
-        given = PlanConstraints(process=process, rests=("native",))
+        given = PlanConstraints(process=process, dense_formats=("native",))
         self.planner = Planner(
-            build_skeleton(folder()), profile(), context=CONTEXT, circumstances=given
+            build_skeleton(folder()), profile(), context=CONTEXT, constraints=given
         )
 
     def __call__(self, memory: int) -> Plan:
@@ -79,7 +79,7 @@ def test_another_budget_is_planned_for(planned) -> None:
         after = client.post(URL, json={"bytes": memory}).json()
         plan = service.live_plan.plan
         assert make.asked[-1] == memory == after["budget"]["total"] == plan.memory
-        assert after["plan"]["words"] == plan.configuration.in_words()
+        assert after["plan"]["words"] == plan.configuration.describe()
         assert {b["name"]: b["slots"] for b in after["blocks"]} == {
             name: one.slots for name, one in plan.configuration.placement.items()
         }

@@ -148,14 +148,14 @@ def plan_model(
         check_picture(picture, budgets)
     skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
     known = find_profile(skeleton, model=model, path=profile)
-    circumstances = PlanConstraints(
+    constraints = PlanConstraints(
         process=process_bytes,
-        rests=DENSE_FORMATS if rest is None else (rest.value,),
+        dense_formats=DENSE_FORMATS if rest is None else (rest.value,),
         **shared_steps(max_concurrency),
     )
-    planner = Planner(skeleton, known, context=context, device=device, circumstances=circumstances)
+    planner = Planner(skeleton, known, context=context, device=device, constraints=constraints)
     plan, front = _planned(planner, memory, target)
-    fronts = dict(planner.over_budgets(budgets)) if budgets else {}
+    fronts = dict(planner.fronts_by_budget(budgets)) if budgets else {}
     if save is not None and plan is not None:
         write_plan(plan, save)
     if picture is not None:
@@ -168,7 +168,7 @@ def plan_model(
 
 
 def _refuse_vain(memory: str | None, target: Target, save: Path | None) -> None:
-    if memory is None and save is not None and not target.wanted:
+    if memory is None and save is not None and not target.is_set:
         raise ConfigError(
             "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
             "for the smallest budget that keeps it"
@@ -181,7 +181,7 @@ def _planned(
     """The plan for the budget, else for the smallest that keeps the promise; and its front."""
     if memory is not None:
         return planner.plan(parse_bytes(memory), target)
-    if not target.wanted:
+    if not target.is_set:
         return None, []
     # Where nothing keeps the promise, planning for everything says what is nearest.
     return planner.plan(

@@ -47,7 +47,7 @@ def front_table(fronts: Fronts, title: str) -> Table:
                 "" if number else format_bytes(memory),
                 f"{one.loss:+.2%}",
                 f"{one.speed:.2f}",
-                one.configuration.in_words(),
+                one.configuration.describe(),
             )
     return table
 

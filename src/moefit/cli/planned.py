@@ -19,7 +19,7 @@ from moefit.cli.app import error_of, say
 from moefit.cli.options import MemoryOptions
 from moefit.device import planned_device
 from moefit.errors import ConfigError
-from moefit.plan.plan_file import Plan, Target, read_plan, refuse_other
+from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import held_bytes
@@ -118,7 +118,7 @@ class PlanOptions:
                     "--plan says all; --max-loss and --min-speed make a plan: give one of the two"
                 )
             plan = read_plan(self.plan)
-            refuse_other(plan, build_skeleton(folder_of(model)), self.plan)
+            check_checkpoint(plan, build_skeleton(folder_of(model)), self.plan)
             if room.context != plan.context:
                 say(f"note: the plan reserves {plan.context:,} tokens at once, whatever --context")
             return plan
@@ -179,7 +179,7 @@ def in_a_line(plan: Plan) -> str:
     """Return what a plan predicts, in one line."""
     one = plan.predicted
     return (
-        f"{plan.configuration.in_words()}: perplexity {one.loss:+.2%} (give or take "
+        f"{plan.configuration.describe()}: perplexity {one.loss:+.2%} (give or take "
         f"{one.margin:.2%}), {one.speed:.2f} tokens/s, {format_bytes(one.expert_bytes)} of experts"
     )
 

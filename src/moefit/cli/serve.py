@@ -181,7 +181,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         target=plan.target,
         concurrency=engine.settings.max_concurrency,
         dtype=plan.dtype,
-        rest=plan.configuration.rest,
+        rest=plan.configuration.dense_precision,
     )
     return lambda memory: replace(order, memory=memory).carry_out()
 

@@ -1,8 +1,4 @@
-"""One way to serve a model: seats and formats block by block, the mode and its parameters.
-
-Owns the record, its form in JSON, and what it says in a line. Knows nothing of how good or fast
-it is.
-"""
+"""One way to serve a model: slots and formats of each block, and the mode with its parameters."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,26 +11,30 @@ from moefit.serve.config import BlockPlacement, Mode, Placement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """What a planner chooses: SwapMoE's slots per layer and update frequency, and more.
+    """What the planner chooses.
 
-    rest: format of the weights that are no experts. bound is of the bounded mode, every (block
-    steps between two updates of the residents) of the virtual one; both have no effect elsewhere.
+    Attributes:
+        placement: Slots and formats of each block.
+        dense_precision: Format of all weights except the experts'.
+        mode: What happens when an expert is not resident.
+        bound: Maximum share of router weight that may be substituted; bounded mode only.
+        every: Block steps between two updates of the resident experts; virtual mode only.
     """
 
     placement: Placement
-    rest: str = "native"
+    dense_precision: str = "native"
     mode: Mode = "exact"
     bound: float = 0.0
     every: int = 1
 
     @property
     def slots(self) -> int:
-        """Of all blocks."""
+        """Number of slots in all blocks."""
         return sum(one.slots for one in self.placement.values())
 
     @property
     def policy(self) -> tuple[Mode, float, int]:
-        """What the moved router weight and the misses depend on, beside slots."""
+        """Mode, bound and interval; values without effect in the mode are normalized."""
         return (
             self.mode,
             self.bound if self.mode == "bounded" else 0.0,
@@ -43,44 +43,46 @@ class Configuration:
 
     @property
     def manager(self) -> VirtualExpertManager:
-        """Of the virtual mode."""
+        """The manager of the virtual mode."""
         return VirtualExpertManager(every=self.every)
 
     def load_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `LoadSettings` that make this so."""
+        """Return the keyword arguments of `LoadSettings`."""
         return {
             "placement": self.placement,
-            "dense_precision": self.rest,
+            "dense_precision": self.dense_precision,
             "mode": self.mode,
             "manager": self.manager,
         }
 
     def policy_settings(self) -> dict[str, Any]:
-        """And of `Policy`."""
+        """Return the keyword arguments of `Policy`."""
         bound = {"bound": self.bound} if self.mode == "bounded" else {}
         return {"prefill": "exact", **bound}
 
-    def in_words(self) -> str:
-        """Formats with how many experts have them, slots where some are absent, the mode."""
+    def describe(self) -> str:
+        """Return a one-line summary: slots by format, the mode, the dense weights' format."""
         formats: Counter[str] = Counter()
         for one in self.placement.values():
             formats.update(one.formats if one.by_expert else {one.formats[0]: one.slots})
-        seats = " + ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-        rest = "" if self.rest == "native" else f", rest {self.rest}"
+        slots = " + ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+        dense = (
+            "" if self.dense_precision == "native" else f", dense weights {self.dense_precision}"
+        )
         mode = {
             "exact": "exact",
             "bounded": f"bounded {self.bound:g}",
             "virtual": f"virtual, update every {self.every}",
         }[self.mode]
-        return f"{seats}, {mode}{rest}"
+        return f"{slots}, {mode}{dense}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "mode": self.mode,
             "bound": self.bound,
             "every": self.every,
-            "rest": self.rest,
+            "rest": self.dense_precision,
             "blocks": {
                 name: {"slots": one.slots, "formats": list(one.formats)}
                 for name, one in self.placement.items()
@@ -89,13 +91,19 @@ class Configuration:
 
 
 def configuration_from(values: Mapping[str, Any]) -> Configuration:
-    """From `as_dict`. Raises KeyError, TypeError or ValueError for anything else."""
+    """Return the configuration that `as_dict` was called on.
+
+    Raises:
+        KeyError: A value is missing.
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range.
+    """
     return Configuration(
         placement={
             str(name): BlockPlacement(slots=one["slots"], formats=tuple(one["formats"]))
             for name, one in dict(values["blocks"]).items()
         },
-        rest=values["rest"],
+        dense_precision=values["rest"],
         mode=values["mode"],
         bound=values["bound"],
         every=values["every"],
@@ -105,7 +113,14 @@ def configuration_from(values: Mapping[str, Any]) -> Configuration:
 def uniform(
     experts: Mapping[str, int], format: str, slots: Mapping[str, int] | None = None, **more: Any
 ) -> Configuration:
-    """The same format for all; experts: how many each block has, slots: all if not given."""
+    """Return a configuration with one format for all experts.
+
+    Args:
+        experts: Number of experts by block.
+        format: The format.
+        slots: Number of slots by block; None for one per expert.
+        more: Further fields of `Configuration`.
+    """
     counts = slots or experts
     placement = {name: BlockPlacement(slots=counts[name], formats=(format,)) for name in experts}
     return Configuration(placement=placement, **more)

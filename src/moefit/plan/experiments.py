@@ -1,7 +1,7 @@
-"""Which configurations a profile measures, and their names.
+"""Choose the configurations that a profile measures.
 
-Owns the choice: one block at a time, all in one format, mixtures at random, formats by loudness,
-and for each mode a few shares of slots. Pure, and the same for the same model.
+Each has a name: one block at a time, one format for all, random mixtures, formats by output energy,
+and a few shares of slots in each mode. The choice is deterministic.
 """
 
 import random
@@ -18,7 +18,7 @@ DENSE_FORMATS = ("native", "int8")
 BOUNDS = (0.1, 0.3, 0.5)
 EVERY = (1, 8)
 PROBED = ("int2", "int3")
-_MOST_GROUPS = 8  # a minute each or so, of a model that fills a machine
+_MAX_GROUPS = 8  # each takes about a minute for a model that fills the machine
 _CURVE_POINTS = 8
 _MIXED = 8
 _BITS = (3.0, 3.6, 4.5)
@@ -26,7 +26,14 @@ _BITS = (3.0, 3.6, 4.5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """What experiments need of a block."""
+    """The properties of a block that experiments depend on.
+
+    Attributes:
+        num_experts: Number of experts.
+        weights: Number of weights in one expert.
+        slot_bytes: Bytes of a slot, by format.
+        errors: Relative squared error of each expert's weights, by format.
+    """
 
     num_experts: int
     weights: int
@@ -38,7 +45,7 @@ Shapes = Mapping[str, BlockShape]
 
 
 def quality_names(shapes: Shapes) -> list[str]:
-    """Those that are run window by window."""
+    """Return the names of the configurations that are measured over whole windows."""
     return [
         *(f"uniform/{name}" for name in FORMATS[1:]),
         *(f"rest/{name}" for name in DENSE_FORMATS[1:]),
@@ -49,9 +56,9 @@ def quality_names(shapes: Shapes) -> list[str]:
 
 
 def groups(shapes: Shapes) -> list[list[str]]:
-    """Blocks that are probed together: each alone, unless they are many; then neighbours."""
+    """Return the blocks that are probed together: each alone, or neighbours if there are many."""
     names = list(shapes)
-    count = min(len(names), _MOST_GROUPS)
+    count = min(len(names), _MAX_GROUPS)
     ends = [round(number * len(names) / count) for number in range(count + 1)]
     return [names[a:b] for a, b in pairwise(ends)]
 
@@ -59,13 +66,19 @@ def groups(shapes: Shapes) -> list[list[str]]:
 def quality_configuration(
     name: str, shapes: Shapes, output_energy: Mapping[str, Sequence[float]]
 ) -> Configuration:
-    """The configuration of this name. loudness: each expert's share of what its block adds."""
+    """Return the configuration of a name from `quality_names`.
+
+    Args:
+        name: The name.
+        shapes: The blocks.
+        output_energy: Each expert's share of its block's output energy, by block.
+    """
     kind, _, what = name.partition("/")
     experts = {block: shape.num_experts for block, shape in shapes.items()}
     if kind == "uniform":
         return uniform(experts, what)
     if kind == "rest":
-        return uniform(experts, "native", rest=what)
+        return uniform(experts, "native", dense_precision=what)
     if kind == "loudness":
         return by_output_energy(shapes, output_energy, float(what))
     if kind == "block":
@@ -83,7 +96,13 @@ def quality_configuration(
 def by_output_energy(
     shapes: Shapes, output_energy: Mapping[str, Sequence[float]], bits: float
 ) -> Configuration:
-    """Formats by expert that take so many bits a weight, given by loudness as `auto` does."""
+    """Allocate formats by expert according to output energy, as `--precision auto` does.
+
+    Args:
+        shapes: The blocks.
+        output_energy: Each expert's share of its block's output energy, by block.
+        bits: Mean bits per weight.
+    """
     ladders = {
         (name, expert): ladder(
             [
@@ -95,8 +114,8 @@ def by_output_energy(
         for expert in range(shape.num_experts)
     }
     sensitivity = {(name, expert): output_energy[name][expert] + 1e-6 for name, expert in ladders}
-    room = sum(bits / 8 * shape.weights * shape.num_experts for shape in shapes.values())
-    chosen = allocate(ladders, sensitivity, round(room))
+    max_bytes = sum(bits / 8 * shape.weights * shape.num_experts for shape in shapes.values())
+    chosen = allocate(ladders, sensitivity, round(max_bytes))
     placement = {
         name: BlockPlacement(
             slots=shape.num_experts,
@@ -114,16 +133,16 @@ class _Stepwise:
     mode: Mode = "exact"
     bound: float = 0.0
     every: int = 1
-    rest: str = "native"
+    dense_precision: str = "native"
 
 
 _STEPWISE = (
     _Stepwise(format="native", share=1),
     _Stepwise(format="int4", share=1),
-    _Stepwise(format="int2", share=1, rest="int8"),
+    _Stepwise(format="int2", share=1, dense_precision="int8"),
     _Stepwise(format="int8", share=0.6),
     _Stepwise(format="int4", share=0.4),
-    _Stepwise(format="int3", share=0.25, rest="int8"),
+    _Stepwise(format="int3", share=0.25, dense_precision="int8"),
     _Stepwise(format="int8", share=0.6, mode="bounded", bound=0.1),
     _Stepwise(format="int8", share=0.4, mode="bounded", bound=0.3),
     _Stepwise(format="int4", share=0.25, mode="bounded", bound=0.3),
@@ -135,17 +154,22 @@ _STEPWISE = (
 
 
 def stepwise_names() -> list[str]:
-    """Those that are decoded token by token."""
+    """Return the names of the configurations that are decoded token by token."""
     return [
         f"{number}-{one.mode}-{one.format}-{one.share:g}" for number, one in enumerate(_STEPWISE)
     ]
 
 
 def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -> Configuration:
-    """The configuration of this name; where experts are absent, blocks differ in how many.
+    """Return the configuration of a name from `stepwise_names`.
 
-    packed: formats that experts need not be encoded in on the way; where experts are fetched over
-    and over, another format gives way to the checkpoint's own.
+    Where not all experts are resident, the number of slots varies between blocks.
+
+    Args:
+        name: The name.
+        shapes: The blocks.
+        packed: Formats that the experts are packed in. Configurations that fetch use the
+            checkpoint's own format in place of others, because encoding at each fetch is slow.
     """
     number = int(name.partition("-")[0])
     one, generator = _STEPWISE[number], random.Random(number)
@@ -161,7 +185,13 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
     experts = {block: shape.num_experts for block, shape in shapes.items()}
     format = one.format if one.share == 1 or one.format in packed else "native"
     return uniform(
-        experts, format, slots, mode=one.mode, bound=one.bound, every=one.every, rest=one.rest
+        experts,
+        format,
+        slots,
+        mode=one.mode,
+        bound=one.bound,
+        every=one.every,
+        dense_precision=one.dense_precision,
     )
 
 
@@ -174,7 +204,7 @@ def _all_resident(
 
 
 def policies() -> list[str]:
-    """What curves of misses and moved weight are made for: mode, and bound or update interval."""
+    """Return the policies that curves are computed for: mode, and bound or update interval."""
     return [
         "exact",
         *(f"bounded:{bound:g}" for bound in BOUNDS),
@@ -183,7 +213,7 @@ def policies() -> list[str]:
 
 
 def slot_counts(num_experts: int) -> list[int]:
-    """At which curves have points; with all experts there is nothing to know."""
+    """Return the slot counts that curves have points for, fewer than all experts."""
     count = min(num_experts - 1, _CURVE_POINTS)
     evenly = (round(number * num_experts / (count + 1)) for number in range(1, count + 1))
     return sorted({1, *(max(1, slots) for slots in evenly)})

@@ -1,8 +1,9 @@
-"""Inputs and tools of the models that are fitted to a profile.
+"""Features and tools of the models that are fitted to a profile.
 
-`Knowledge` turns a configuration into features per block: precision error, misses, substituted
-weight. `nonnegative` is least squares with non-negative coefficients, and `held_out` tells what a
-fit is worth on cases that it has not seen.
+`Features` computes the precision error, misses and substituted router weight of each block in a
+configuration. `nonnegative_least_squares` fits, and `held_out` cross-validates.
+
+Shapes: N samples, F coefficients, E experts, L blocks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,14 @@ from moefit.serve.config import BlockPlacement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFeatures:
-    """One block: each expert's share of router weight and of output, experts a token, curves.
+    """Measured properties of one block.
 
-    rule_known: whether its router's rule is, so that routes may be changed.
+    Attributes:
+        mass_E: Each expert's share of router weight.
+        output_energy_E: Each expert's share of the output energy.
+        experts: Experts that a token uses on average.
+        curves: Misses, swaps and substituted weight by policy and slots.
+        rule_known: Whether the router's scoring rule is known, which substitution needs.
     """
 
     mass_E: Sequence[float]
@@ -34,13 +40,19 @@ class BlockFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """All blocks of a profile, in order."""
+    """Computes features of configurations; blocks are in the order of the model."""
 
     shapes: Shapes
     blocks: Mapping[str, BlockFeatures]
 
     def noise(self, name: str, placement: BlockPlacement, power: float = 1.0) -> float:
-        """Squared error that a block's formats add, as a share of its output; errors to a power."""
+        """Return the squared error of a block's output, relative to its energy.
+
+        Args:
+            name: The block.
+            placement: Its formats.
+            power: Exponent of each expert's error.
+        """
         shape, known = self.shapes[name], self.blocks[name]
         if not placement.by_expert:
             errors = shape.errors[placement.formats[0]]
@@ -58,7 +70,7 @@ class Features:
     def noises(
         self, configuration: Configuration, powers: Mapping[str, float] | None = None
     ) -> list[float]:
-        """Of all blocks, L; powers by block, one if not given."""
+        """Return `noise` of all blocks, L; powers are by block, and 1 if not given."""
         placement = configuration.placement
         return [
             self.noise(name, placement[name], powers[name] if powers else 1.0)
@@ -66,7 +78,7 @@ class Features:
         ]
 
     def misses(self, configuration: Configuration) -> list[float]:
-        """Experts that a token waits for in each block, L."""
+        """Return the experts that a token waits for in each block, L."""
         key = policy_key(*configuration.policy)
         return [
             interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).misses
@@ -74,7 +86,7 @@ class Features:
         ]
 
     def swaps(self, configuration: Configuration) -> list[float]:
-        """Experts that come in the background, a token, L."""
+        """Return the experts loaded in the background per token, L."""
         key = policy_key(*configuration.policy)
         return [
             interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).swaps
@@ -82,7 +94,7 @@ class Features:
         ]
 
     def moved(self, configuration: Configuration) -> list[float]:
-        """Share of a token's router weight that goes elsewhere in each block, L."""
+        """Return the share of a token's router weight that is substituted in each block, L."""
         key = policy_key(*configuration.policy)
         return [
             interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).moved
@@ -91,7 +103,7 @@ class Features:
 
 
 def features_of(profile: Profile) -> Features:
-    """From a profile's items."""
+    """Return the features of a profile."""
     shapes = profile.facts.shapes
     blocks = {
         name: BlockFeatures(
@@ -109,13 +121,23 @@ def features_of(profile: Profile) -> Features:
 Case = TypeVar("Case")
 
 
-def nonnegative(
+def nonnegative_least_squares(
     x_NF: np.ndarray, y_N: np.ndarray, *, prior_F: np.ndarray, strength: float
 ) -> np.ndarray:
-    """Coefficients c >= 0 that minimise |x c - y|^2 + strength * |(c - prior) / prior|^2.
+    """Minimize |x c - y|^2 + strength * |(c - prior) / prior|^2 over coefficients c >= 0.
 
-    Lawson and Hanson's active set method on the normal equations. A prior of zero pulls as one of
-    the mean prior does.
+    Uses the active set method of Lawson and Hanson (Solving Least Squares Problems, 1974) on the
+    normal equations.
+
+    Args:
+        x_NF: Inputs.
+        y_N: Outputs.
+        prior_F: Prior of the coefficients. The deviation from a prior of zero is measured relative
+            to the mean prior.
+        strength: Weight of the prior.
+
+    Returns:
+        The coefficients, F.
     """
     scale_F = np.where(prior_F > 0, prior_F, prior_F.mean() or 1.0)
     pull_F = strength / scale_F**2
@@ -128,14 +150,14 @@ def nonnegative(
         if gradient_F.max(initial=-np.inf) <= 1e-10 * np.abs(right_F).max(initial=0.0):
             break
         free_F[int(gradient_F.argmax())] = True
-        c_F = _backed_off(gram_FF, right_F, c_F, free_F)
+        c_F = _solve_active_set(gram_FF, right_F, c_F, free_F)
     return c_F
 
 
-def _backed_off(
+def _solve_active_set(
     gram_FF: np.ndarray, right_F: np.ndarray, c_F: np.ndarray, free_F: np.ndarray
 ) -> np.ndarray:
-    """The solution over free coefficients; those that would be negative are freed no longer."""
+    """Solve for the free coefficients; fix those at zero that would become negative."""
     while True:
         new_F = np.zeros_like(c_F)
         new_F[free_F] = np.linalg.solve(gram_FF[np.ix_(free_F, free_F)], right_F[free_F])
@@ -151,19 +173,28 @@ def _backed_off(
 def held_out(
     fit: Callable[[Sequence[Case]], Callable[[Case], float]], cases: Sequence[Case], folds: int = 5
 ) -> list[float]:
-    """A prediction for each case by a fit that has not seen it."""
+    """Predict each case by cross-validation.
+
+    Args:
+        fit: Fits a model to cases and returns its prediction function.
+        cases: All cases.
+        folds: Number of parts that the cases are divided into.
+
+    Returns:
+        For each case the prediction of a model that was fitted to the other parts.
+    """
     predictions = [0.0] * len(cases)
     folds = min(folds, len(cases))
     for fold in range(folds):
-        rest = [case for number, case in enumerate(cases) if number % folds != fold]
-        predict = fit(rest)
+        others = [case for number, case in enumerate(cases) if number % folds != fold]
+        predict = fit(others)
         for number in range(fold, len(cases), folds):
             predictions[number] = predict(cases[number])
     return predictions
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: 1 if both order alike, 0 if one says nothing of the other.
+    """Return Spearman's rank correlation; 0 if either sequence is constant.
 
     >>> round(rank_correlation([1, 2, 3], [10, 30, 20]), 3)
     0.5
@@ -175,7 +206,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Places in order; equals share the mean of theirs."""
+    """Return ranks; equal values get the mean of their ranks."""
     array = np.asarray(values, dtype=float)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
@@ -184,9 +215,15 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutError:
-    """What a model's predictions of cases that it had not seen were worth: relative errors.
+    """Relative errors of a model's predictions in cross-validation.
 
-    In the mean an error counts as one at most.
+    Attributes:
+        model: Name of the model.
+        cases: Number of predictions.
+        mean: Mean error, where an error counts as at most 1.
+        median: Median error.
+        worst: Largest error.
+        correlation: Rank correlation of predicted and measured values.
     """
 
     model: str
@@ -200,7 +237,7 @@ class HeldOutError:
 def held_out_error(
     model: str, predicted: Sequence[float], measured: Sequence[float], *, floor: float = 0.0
 ) -> HeldOutError:
-    """Errors as shares of what was measured, but of no less than `floor`."""
+    """Summarize errors relative to the measured values, or to `floor` where those are smaller."""
     errors = [abs(p - m) / max(abs(m), floor) for p, m in zip(predicted, measured, strict=True)]
     return HeldOutError(
         model=model,

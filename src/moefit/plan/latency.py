@@ -1,8 +1,9 @@
-"""How long a token takes, from times of parts: everything else, experts' computation, misses.
+"""Predict the decoding time per token of a configuration.
 
-Owns the parts of a configuration, and the few coefficients that fit their sum to measured runs:
-what the parts leave out per token, how much of a load hides behind computation, and what changing
-routes costs a block. Two candidates are compared by what they say of runs they have not seen.
+The prediction is a weighted sum of measured parts: dense weights, experts' computation, loads and
+rerouting. The coefficients are fitted to measured runs: a constant per token, the share of a load
+that computation does not hide, and the cost of rerouting. Cross-validation decides between fitted
+and fixed coefficients.
 
 Shapes: N runs, F parts.
 """
@@ -13,7 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moefit.plan.configuration import Configuration
-from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error, nonnegative
+from moefit.plan.fitting import (
+    Features,
+    HeldOutError,
+    held_out,
+    held_out_error,
+    nonnegative_least_squares,
+)
 from moefit.plan.profile import Profile
 from moefit.plan.reference import Sample, sample_from
 from moefit.plan.timing import FormatTimes
@@ -29,14 +36,20 @@ _PRIORS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
-    """What a profile measured of parts. Seconds; load by format, warm or cold as it will be."""
+    """Measured times of parts, in seconds.
 
-    rest: Mapping[str, float]
+    Attributes:
+        dense: Everything except experts, per token, by format of the dense weights.
+        block: The experts of one block, per token, by format.
+        load: Loading one expert, by format, from the page cache or from storage.
+    """
+
+    dense: Mapping[str, float]
     block: Mapping[str, float]
     load: Mapping[str, float]
 
     def computed(self, name: str, placement: BlockPlacement, features: Features) -> float:
-        """Of one block's experts; where formats differ, by how much each is used."""
+        """Return the time of one block's experts, weighted by use where formats differ."""
         if not placement.by_expert:
             return self.block[placement.formats[0]]
         mass_E = features.blocks[name].mass_E
@@ -46,12 +59,17 @@ class PartTimes:
         )
 
     def loaded(self, placement: BlockPlacement) -> float:
-        """To fetch one expert; blocks with formats by expert fetch none."""
+        """Return the time to load one expert; blocks with formats by expert are fully resident."""
         return self.load[placement.formats[0]]
 
 
 def part_times(profile: Profile, *, cold: bool) -> PartTimes:
-    """cold: files are not in the page cache, so that each load comes from storage."""
+    """Return the times of a profile.
+
+    Args:
+        profile: A finished profile.
+        cold: Whether loads come from storage instead of the page cache.
+    """
     formats = {name: FormatTimes(**one) for name, one in profile.those("format/").items()}
     native = formats["native"]
     per_byte = (native.cold if cold else native.warm) / native.nbytes
@@ -59,10 +77,10 @@ def part_times(profile: Profile, *, cold: bool) -> PartTimes:
     def load(one: FormatTimes) -> float:
         if one.packed:
             return one.cold if cold else one.warm
-        return per_byte * one.nbytes  # once it is packed
+        return per_byte * one.nbytes  # predicts the time once it is packed
 
     return PartTimes(
-        rest={name: one["seconds"] for name, one in profile.those("rest/").items()},
+        dense={name: one["seconds"] for name, one in profile.those("rest/").items()},
         block={name: one.block["1"] for name, one in formats.items()},
         load={name: load(one) for name, one in formats.items()},
     )
@@ -70,7 +88,15 @@ def part_times(profile: Profile, *, cold: bool) -> PartTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyModel:
-    """Seconds a token of a configuration."""
+    """Predicts the time per token.
+
+    Attributes:
+        name: Name of the candidate.
+        times: Measured times of parts.
+        features: Computes misses and swaps.
+        coefficients: Factors of `PARTS`.
+        comparison: Held-out errors of all candidates.
+    """
 
     name: str
     times: PartTimes
@@ -79,19 +105,27 @@ class LatencyModel:
     comparison: tuple[HeldOutError, ...]
 
     def seconds(self, configuration: Configuration) -> float:
-        """Of decoding one token."""
+        """Return the seconds to decode one token."""
         parts = parts_of(configuration, self.times, self.features)
         return float(np.dot(parts, self.coefficients))
 
-    def fixed(self, rest: str) -> float:
-        """What a token takes beside its blocks."""
+    def fixed(self, dense_precision: str) -> float:
+        """Return the seconds per token outside the blocks' experts."""
         constant, computed = self.coefficients[:2]
-        return constant + computed * self.times.rest[rest]
+        return constant + computed * self.times.dense[dense_precision]
 
     def block(
         self, name: str, placement: BlockPlacement, policy: str, misses: float, swaps: float
     ) -> float:
-        """What one block adds; the sum over blocks and `fixed` is `seconds`."""
+        """Return one block's part of `seconds`, which is `fixed` plus the sum over blocks.
+
+        Args:
+            name: The block.
+            placement: Its slots and formats.
+            policy: Name of the policy's curves.
+            misses: Experts that a token waits for.
+            swaps: Experts loaded in the background per token.
+        """
         _, computed, fetched, rerouted, swapped = self.coefficients
         load = self.times.loaded(placement)
         return (
@@ -102,20 +136,20 @@ class LatencyModel:
         )
 
 
-_REROUTING = 3e-4  # seconds a block, the prior of what rerouting one token costs
+_REROUTING = 3e-4  # seconds per block to reroute one token, before its coefficient
 
 
 def parts_of(
     configuration: Configuration, times: PartTimes, features: Features
 ) -> tuple[float, ...]:
-    """Seconds of each of `PARTS`, before coefficients."""
+    """Return the seconds of each of `PARTS`, before coefficients."""
     placement = configuration.placement
     load = [times.loaded(one) for one in placement.values()]
     misses, swaps = features.misses(configuration), features.swaps(configuration)
     computed = sum(times.computed(name, one, features) for name, one in placement.items())
     return (
         1.0,
-        times.rest[configuration.rest] + computed,
+        times.dense[configuration.dense_precision] + computed,
         float(np.dot(misses, load)),
         0.0 if configuration.mode == "exact" else _REROUTING * len(placement),
         float(np.dot(swaps, load)),
@@ -123,7 +157,13 @@ def parts_of(
 
 
 def fit_latency(profile: Profile, features: Features, *, cold: bool = False) -> LatencyModel:
-    """The candidate that predicts best what it has not seen; runs are measured warm."""
+    """Fit the candidate with the smallest held-out error to all runs, which are measured warm.
+
+    Args:
+        profile: A finished profile.
+        features: Computes misses and swaps.
+        cold: Whether the model predicts loads from storage instead of the page cache.
+    """
     warm = part_times(profile, cold=False)
     runs = [sample_from(one) for one in profile.those("steps/").values()]
     fits = {
@@ -145,11 +185,13 @@ _Fit = Callable[[Sequence[Sample]], np.ndarray]
 
 
 def _fitted(runs: Sequence[Sample], times: PartTimes, features: Features) -> np.ndarray:
-    """Least squares of relative errors."""
+    """Minimize squared relative errors."""
     x_NF = np.array([parts_of(one.configuration, times, features) for one in runs])
     y_N = np.array([one.seconds or 0.0 for one in runs])
     prior_F = np.array(_PRIORS["parts fitted"])
-    return nonnegative(x_NF / y_N[:, None], np.ones_like(y_N), prior_F=prior_F, strength=_STRENGTH)
+    return nonnegative_least_squares(
+        x_NF / y_N[:, None], np.ones_like(y_N), prior_F=prior_F, strength=_STRENGTH
+    )
 
 
 def _compared(

@@ -1,7 +1,7 @@
 """Measure the items of a profile.
 
-Loads the model in the configuration of each experiment, reusing the loaded model where it can, and
-measures divergence, speed, times of parts and routes.
+Loads the model in the configuration of each experiment, reusing the loaded model where possible,
+and measures divergence, speed, times of parts and routes.
 """
 
 from collections import Counter
@@ -28,10 +28,10 @@ from moefit.plan.reference import (
     Steps,
     make_reference,
     measure_steps,
-    measure_wide,
+    measure_windows,
     read_reference,
 )
-from moefit.plan.timing import time_format, time_rest
+from moefit.plan.timing import time_dense_weights, time_format
 from moefit.plan.trace import make_curves, record_routes
 from moefit.quant.format import parse_format
 from moefit.serve.config import BlockPlacement, LoadSettings
@@ -47,7 +47,14 @@ from moefit.serve.packed.store import PackedStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredModel:
-    """What is planned for. dtype None: the checkpoint's own; rule None: the model's own."""
+    """The model that is profiled.
+
+    Attributes:
+        folder: The model's folder.
+        dtype: Data type to load it in; None for the checkpoint's own.
+        rule: Inference rule of a DS-MoE; None for the model's own.
+        device: Where it runs.
+    """
 
     folder: Path
     dtype: torch.dtype | None = None
@@ -57,7 +64,16 @@ class MeasuredModel:
     def load(
         self, configuration: Configuration, *, context: int, memory: int | None = None
     ) -> ServedModel:
-        """The model, so served. Raises what `moefit.serve.load.load_model` does."""
+        """Load the model in a configuration.
+
+        Args:
+            configuration: How it is served.
+            context: Tokens that the KV cache is reserved for.
+            memory: The budget in bytes; None for no limit.
+
+        Raises:
+            MoefitError: As `moefit.serve.load.load_model` does.
+        """
         settings = LoadSettings(
             memory=memory,
             device=self.device,
@@ -71,8 +87,8 @@ class MeasuredModel:
         return served
 
 
-def fill(served: ServedModel) -> None:
-    """Load experts until every slot is taken, the first ones of each block."""
+def fill_slots(served: ServedModel) -> None:
+    """Load the first experts of each block until all slots are full."""
     residents: Mapping[str, range] = {
         name: range(one.slot_table.num_slots) for name, one in served.blocks.items()
     }
@@ -80,21 +96,25 @@ def fill(served: ServedModel) -> None:
 
 
 class ModelCache:
-    """One exactly served model, kept from one configuration to the next.
+    """Keeps a loaded model in exact mode from one configuration to the next.
 
-    Where only placements differ, what they have in common is then read once: of a model that fills
-    a machine, reading takes as long as measuring.
+    Where only placements differ, the weights that they share are read once. Reading a model that
+    fills the machine takes as long as measuring it.
     """
 
-    def __init__(self, subject: MeasuredModel, *, context: int):
-        self._subject, self._context = subject, context
+    def __init__(self, model: MeasuredModel, *, context: int):
+        self._model, self._context = model, context
         self._served: ServedModel | None = None
-        self._rest = ""
+        self._dense_precision = ""
 
     def served(self, configuration: Configuration) -> ServedModel:
-        """The model, so served until the next is asked for. Raises what `Subject.load` does."""
+        """Return the model in a configuration; it changes with the next call.
+
+        Raises:
+            MoefitError: As `MeasuredModel.load` does.
+        """
         assert configuration.mode == "exact", configuration.mode
-        if self._served is not None and self._rest == configuration.rest:
+        if self._served is not None and self._dense_precision == configuration.dense_precision:
             try:
                 self._served.set_placement(
                     configuration.placement, memory=None, **configuration.policy_settings()
@@ -104,30 +124,36 @@ class ModelCache:
                 raise
             return self._served
         self.close()
-        self._served = self._subject.load(configuration, context=self._context)
-        self._rest = configuration.rest
+        self._served = self._model.load(configuration, context=self._context)
+        self._dense_precision = configuration.dense_precision
         return self._served
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Close the model and release its memory."""
         if self._served is not None:
             self._served.close()
             self._served = None
 
 
-_REPLAYED = 1024  # tokens whose routes are replayed
-_SHARE = 0.75  # of the memory that is free, where no budget is given
+_REPLAYED_TOKENS = 1024
+_DEFAULT_SHARE = 0.75  # of available memory, without a budget
 _PROMPT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementContext:
-    """A model, and the windows of a text that it is measured on.
+    """A model and the text that it is measured on.
 
-    sidecar: the file that the full model's output on them is kept in.
+    Attributes:
+        model: The model.
+        skeleton: The same model without weights.
+        packed: Its packed experts.
+        windows_BT: Windows of the text.
+        shapes: Its blocks.
+        sidecar: File for the full model's output on the windows.
     """
 
-    subject: MeasuredModel
+    model: MeasuredModel
     skeleton: Skeleton
     packed: PackedStore
     windows_BT: Tensor
@@ -136,74 +162,91 @@ class MeasurementContext:
 
 
 class Measurements:
-    """Of one model, in `memory` bytes; None: in most of what is free.
+    """Measures the items of one model's profile.
 
-    Raises BudgetTooSmallError if not even a slot a block fits, which measuring needs.
+    Args:
+        context: The model and the text.
+        memory: Bytes to measure in; None for most of the available memory.
+
+    Raises:
+        BudgetTooSmallError: Less than one slot per block fits.
     """
 
-    def __init__(self, of: MeasurementContext, memory: int | None):
-        self._of = of
-        self._process: int | None = None  # bytes, before anything was loaded
+    def __init__(self, context: MeasurementContext, memory: int | None):
+        self._context = context
+        self._process: int | None = None  # bytes before a model was loaded
         if memory is not None:
-            self._refuse_less(memory)
-        self._room = memory or max(1, int(_SHARE * available_bytes()))
+            self._check_min_memory(memory)
+        self._max_bytes = memory or max(1, int(_DEFAULT_SHARE * available_bytes()))
         self._reference: Reference | None = None
-        self._kept = ModelCache(of.subject, context=of.windows_BT.shape[1])
+        self._cache = ModelCache(context.model, context=context.windows_BT.shape[1])
 
     def close(self) -> None:
-        """Give back what is kept in memory from one item to the next."""
-        self._kept.close()
+        """Close the cached model."""
+        self._cache.close()
 
-    def _refuse_less(self, memory: int) -> None:
-        """Raise BudgetTooSmallError if not even a slot a block fits, which measuring needs."""
-        fewest = uniform(dict.fromkeys(self._of.shapes, 1), "native")
-        budget = self._ledger(fewest, None)
+    def _check_min_memory(self, memory: int) -> None:
+        """Raise BudgetTooSmallError if less than one slot per block fits."""
+        smallest = uniform(dict.fromkeys(self._context.shapes, 1), "native")
+        budget = self._estimate(smallest, None)
         if memory < budget.min_bytes:
             raise BudgetTooSmallError(
-                f"{format_bytes(memory)} is too little to measure this model in; give "
+                f"{format_bytes(memory)} is too little memory to measure this model; give "
                 f"{at_least(budget.min_bytes)}, or a shorter "
                 "--context"
             )
 
     def measure(self, name: str, profile: Profile) -> Any:
-        """The item of this name; profile: with those that were measured before it.
+        """Measure an item.
 
-        Raises what loading the model does.
+        Args:
+            name: The item, one of `profiler.item_names`.
+            profile: The profile with all items before this one.
+
+        Returns:
+            Plain values for JSON.
+
+        Raises:
+            MoefitError: As loading the model does.
         """
         kind, _, what = name.partition("/")
         if kind != "quality":
-            self.close()  # nothing else may be in memory, nor move, while times are taken
+            self.close()  # another model in memory would disturb the times
         if kind == "bandwidth":
-            found = measure_bandwidth(self._of.subject.folder)
+            found = measure_bandwidth(self._context.model.folder)
             return {"storage": found.storage, "memory": found.memory}
         if kind == "routes":
             return self._routes()
         if kind == "format":
             return self._format(what)
         if kind == "rest":
-            return self._rest(what)
+            return self._dense_weights(what)
         if kind == "models":
             return {"quality": compare_quality(profile, features_of(profile))}
         if kind == "quality":
             output_energy = {name: one["loudness"] for name, one in profile.items["routes"].items()}
-            configuration = experiments.quality_configuration(what, self._of.shapes, output_energy)
+            configuration = experiments.quality_configuration(
+                what, self._context.shapes, output_energy
+            )
             return self._quality(configuration)
         packed = {name for name in experiments.FORMATS if self._is_packed(name)}
-        configuration = experiments.stepwise_configuration(what, self._of.shapes, packed)
+        configuration = experiments.stepwise_configuration(what, self._context.shapes, packed)
         if not all(one["rule_known"] for one in profile.items["routes"].values()):
-            configuration = replace(configuration, mode="exact")  # no other is possible
+            configuration = replace(configuration, mode="exact")  # substitution is impossible
         return self._stepwise(configuration)
 
     def _is_packed(self, format: str) -> bool:
-        return all(self._of.packed.has(name, parse_format(format)) for name in self._of.shapes)
+        return all(
+            self._context.packed.has(name, parse_format(format)) for name in self._context.shapes
+        )
 
     def _routes(self) -> dict[str, Any]:
-        """Mass, loudness, curves; the reference is made along the way if it was not."""
+        """Measure shares and curves of experts; create the reference if it does not exist."""
         with self._load(self._uniform("native")) as served:
             self._ensure_reference(served)
-            count = max(1, _REPLAYED // (self._of.windows_BT.shape[1] - 1))
-            routes = record_routes(served, self._of.windows_BT[:count, :-1])
-        names = list(self._of.shapes)
+            count = max(1, _REPLAYED_TOKENS // (self._context.windows_BT.shape[1] - 1))
+            routes = record_routes(served, self._context.windows_BT[:count, :-1])
+        names = list(self._context.shapes)
         return {
             name: {
                 "mass": list(one.mass_E),
@@ -211,7 +254,9 @@ class Measurements:
                 "experts": one.experts,
                 "rule_known": one.rule_known,
                 "curves": make_curves(
-                    one, self._of.shapes[name].num_experts, (names.index(name) + 0.5) / len(names)
+                    one,
+                    self._context.shapes[name].num_experts,
+                    (names.index(name) + 0.5) / len(names),
                 ),
             }
             for name, one in routes.items()
@@ -219,27 +264,27 @@ class Measurements:
 
     def _format(self, format: str) -> dict[str, Any]:
         store = ExpertStore(
-            self._of.skeleton.checkpoint,
-            self._of.skeleton.map.experts,
-            {block.name: block for block in self._of.skeleton.blocks},
-            self._of.packed,
+            self._context.skeleton.checkpoint,
+            self._context.skeleton.map.experts,
+            {block.name: block for block in self._context.skeleton.blocks},
+            self._context.packed,
         )
         with self._load(self._uniform(format)) as served:
             return time_format(served, store, self._reference_of(served)).as_dict()
 
-    def _rest(self, format: str) -> dict[str, float]:
-        fewest = dict.fromkeys(self._of.shapes, 1)
-        with self._load(self._uniform("native", slots=fewest, rest=format)) as served:
-            reckoned = served.budget
+    def _dense_weights(self, format: str) -> dict[str, float]:
+        one_slot = dict.fromkeys(self._context.shapes, 1)
+        configuration = self._uniform("native", slots=one_slot, dense_precision=format)
+        with self._load(configuration) as served:
             return {
-                "seconds": time_rest(served, self._reference_of(served)),
-                "weights": reckoned.weights,
+                "seconds": time_dense_weights(served, self._reference_of(served)),
+                "weights": served.budget.weights,
             }
 
     def _quality(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
-        served = self._kept.served(configuration)
-        return measure_wide(served, configuration, self._reference_of(served)).as_dict()
+        served = self._cache.served(configuration)
+        return measure_windows(served, configuration, self._reference_of(served)).as_dict()
 
     def _stepwise(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
@@ -247,70 +292,74 @@ class Measurements:
         with self._load(configuration) as served:
             if reference is None:
                 reference = self._reference_of(served)
-            fill(served)
-            length = self._of.windows_BT.shape[1] - 1 - _PROMPT
-            each = min(64, length)
-            steps = Steps(windows=2, prompt=_PROMPT, tokens=each)
+            fill_slots(served)
+            length = self._context.windows_BT.shape[1] - 1 - _PROMPT
+            steps = Steps(windows=2, prompt=_PROMPT, tokens=min(64, length))
             return measure_steps(served, configuration, reference, steps).as_dict()
 
     def _load(self, configuration: Configuration) -> ServedModel:
-        return self._of.subject.load(configuration, context=self._of.windows_BT.shape[1])
+        return self._context.model.load(configuration, context=self._context.windows_BT.shape[1])
 
     def _uniform(self, format: str, **more: Any) -> Configuration:
-        experts = {name: shape.num_experts for name, shape in self._of.shapes.items()}
+        experts = {name: shape.num_experts for name, shape in self._context.shapes.items()}
         return self._clamped(uniform(experts, format, **more))
 
     def _clamped(self, configuration: Configuration) -> Configuration:
-        """With as many slots as there is memory for while profiling: exactly as good, if slower."""
-        budget = self._ledger(configuration, self._room)
-        if budget.planned is None or budget.fixed + budget.planned.nbytes <= self._room:
+        """Reduce slots to the available memory, which changes speed but not quality."""
+        budget = self._estimate(configuration, self._max_bytes)
+        if budget.planned is None or budget.fixed + budget.planned.nbytes <= self._max_bytes:
             return configuration
-        return _with_fewer(configuration, self._room - budget.fixed, self._of.shapes)
+        return _with_fewer_slots(
+            configuration, self._max_bytes - budget.fixed, self._context.shapes
+        )
 
-    def _ledger(self, configuration: Configuration, memory: int | None) -> MemoryBudget:
-        """Beside a process as it was at first: a kept model is no part of what another needs."""
+    def _estimate(self, configuration: Configuration, memory: int | None) -> MemoryBudget:
+        """Estimate memory with the process's first size, which excludes a cached model."""
         settings = LoadSettings(
             memory=memory,
-            context=self._of.windows_BT.shape[1],
-            dtype=self._of.subject.dtype,
+            context=self._context.windows_BT.shape[1],
+            dtype=self._context.model.dtype,
             placement=configuration.placement,
-            dense_precision=configuration.rest,
+            dense_precision=configuration.dense_precision,
         )
-        budget = memory_budget(self._of.skeleton, settings, self._of.packed)
+        budget = memory_budget(self._context.skeleton, settings, self._context.packed)
         if self._process is None:
             self._process = budget.process
         return replace(budget, process=self._process)
 
     def _ensure_reference(self, served: ServedModel) -> None:
         if self._reference_or_none() is None:
-            made = make_reference(served, self._of.windows_BT)
-            self._of.sidecar.parent.mkdir(parents=True, exist_ok=True)
-            made.save(self._of.sidecar)
+            made = make_reference(served, self._context.windows_BT)
+            self._context.sidecar.parent.mkdir(parents=True, exist_ok=True)
+            made.save(self._context.sidecar)
             self._reference = made
 
     def _reference_or_none(self) -> Reference | None:
         if self._reference is None:
-            self._reference = read_reference(self._of.sidecar)
+            self._reference = read_reference(self._context.sidecar)
         return self._reference
 
     def _reference_of(self, served: ServedModel) -> Reference:
-        """The full model's output; if its file has gone, it is made again."""
+        """Return the full model's output; create it again if its file is missing."""
         if (found := self._reference_or_none()) is None:
             with self._load(self._uniform("native")) as full:
                 self._ensure_reference(full)
             found = self._reference_or_none()
-        assert found is not None, "it has just been made"
+        assert found is not None, "created above"
         return found
 
 
-def _with_fewer(configuration: Configuration, room: int, shapes: Shapes) -> Configuration:
-    """As many slots in each block as its equal share of `room` holds, one at least.
+def _with_fewer_slots(
+    configuration: Configuration, max_bytes: int, shapes: Shapes
+) -> Configuration:
+    """Limit each block to the slots that an equal share of `max_bytes` holds, at least one.
 
-    Formats by expert need all seats; where they don't fit, the block has its commonest format.
+    A block with formats by expert must be fully resident; if that does not fit, it gets its most
+    common format.
     """
     placement: dict[str, BlockPlacement] = {}
     for name, one in configuration.placement.items():
         format = Counter(one.formats).most_common(1)[0][0]
-        share = room // len(shapes) // shapes[name].slot_bytes[format]
+        share = max_bytes // len(shapes) // shapes[name].slot_bytes[format]
         placement[name] = BlockPlacement(slots=max(1, min(one.slots, share)), formats=(format,))
     return replace(configuration, placement=placement)

@@ -1,7 +1,8 @@
-"""A plan: the chosen configuration, what it was made for, and what was predicted.
+"""Plans: a configuration chosen for a memory budget, and the file that stores it.
 
-`Target` is what a plan must satisfy beside its budget (a maximum loss, a minimum speed), and
-`PlanChooser` picks the point of a front that satisfies it. A plan file loads a model by itself.
+`Target` states what a plan must satisfy besides its budget: a maximum loss or a minimum speed.
+`PlanChooser` picks the point of a Pareto front that satisfies a target. A plan file contains all
+settings that loading the model needs.
 """
 
 import math
@@ -20,107 +21,135 @@ from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.packed.store import fingerprint
 
-DEFAULT_LOSS = 0.02  # what is promised where nobody asks for anything
+DEFAULT_LOSS = 0.02  # maximum relative increase in perplexity of a plan without a target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """At most this loss of perplexity, or at least this many tokens a second; both None: neither.
+    """What a plan must satisfy.
 
-    Without either, the fastest whose loss is at most `DEFAULT_LOSS` is wanted, or else the best.
+    Without a maximum loss or a minimum speed, a plan is the fastest whose loss is at most
+    `DEFAULT_LOSS`, or the one of least loss if there is none.
+
+    Attributes:
+        max_loss: Maximum relative increase in perplexity over the full model, 0.03 for 3%.
+        min_speed: Minimum decoding speed in tokens per second.
     """
 
     max_loss: float | None = None
     min_speed: float | None = None
 
     @property
-    def wanted(self) -> bool:
-        """Whether anything is asked for."""
-        return not (self.max_loss is self.min_speed is None)
+    def is_set(self) -> bool:
+        """Whether there is a maximum loss or a minimum speed."""
+        return self.max_loss is not None or self.min_speed is not None
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be promised."""
+        """Raise ConfigError for a value out of range."""
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
-            raise ConfigError(f"max-loss {self.max_loss!r}, but it is a share, such as 3% or 0.03")
+            raise ConfigError(
+                f"max-loss is {self.max_loss!r}, but it must be a share of 0 or more, such as 3% "
+                "or 0.03"
+            )
         if self.min_speed is not None and not 0 < self.min_speed < math.inf:
-            raise ConfigError(f"min-speed {self.min_speed!r}, but it is tokens a second, above 0")
+            raise ConfigError(
+                f"min-speed is {self.min_speed!r}, but it must be a number of tokens/s above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanChooser:
-    """margin: what a predicted loss may be short by; tolerance: a share of time, likewise."""
+    """Choose a point of a Pareto front.
+
+    Attributes:
+        margin: Median error of predicted losses.
+        tolerance: Points whose times differ by less than this share count as equally fast.
+    """
 
     margin: float
     tolerance: float
 
     def choose(self, front: Sequence[Point], target: Target, memory: int) -> Point:
-        """The point of a front that keeps the promise best.
+        """Return the best point that satisfies a target.
 
-        Raises ConfigError if none does, with the nearest that can be promised.
+        Args:
+            front: Candidates within the budget; at least one.
+            target: What the point must satisfy.
+            memory: The budget in bytes, for the error message.
+
+        Raises:
+            ConfigError: No point satisfies the target. The message names the nearest ones.
         """
         target.check()
-        if not (good := [one for one in front if self.satisfies(one, target)]):
-            raise ConfigError(self._nearest(front, target, memory))
+        if not (good := [point for point in front if self.satisfies(point, target)]):
+            raise ConfigError(self._unsatisfied(front, target, memory))
         if target.min_speed is not None:
-            return min(good, key=lambda one: (one.loss, one.seconds))
+            return min(good, key=lambda point: (point.loss, point.seconds))
         if target.max_loss is None:
-            good = [one for one in front if one.loss <= DEFAULT_LOSS]
-        return self._best_of_fastest(good) if good else min(front, key=lambda one: one.loss)
+            good = [point for point in front if point.loss <= DEFAULT_LOSS]
+        return self._best_of_fastest(good) if good else min(front, key=lambda point: point.loss)
 
     def satisfies(self, point: Point, target: Target) -> bool:
-        """Whether this point may be promised to be so good and so fast."""
-        return (target.max_loss is None or self._at_most(point) <= target.max_loss) and (
+        """Return whether a point satisfies a target, its loss with the margin added."""
+        return (target.max_loss is None or self._loss_bound(point) <= target.max_loss) and (
             target.min_speed is None or point.speed >= target.min_speed
         )
 
     def _best_of_fastest(self, points: Sequence[Point]) -> Point:
-        """The best of those that predictions can't tell from the fastest."""
-        fastest = min(one.seconds for one in points)
-        near = [one for one in points if one.seconds <= fastest * (1 + self.tolerance)]
-        return min(near, key=lambda one: (one.loss, one.seconds))
+        """Return the point of least loss among those within `tolerance` of the fastest."""
+        fastest = min(point.seconds for point in points)
+        near = [point for point in points if point.seconds <= fastest * (1 + self.tolerance)]
+        return min(near, key=lambda point: (point.loss, point.seconds))
 
-    def _at_most(self, point: Point) -> float:
-        """The loss that can be promised; nothing is added where nothing is lost."""
+    def _loss_bound(self, point: Point) -> float:
+        """Return the loss with the margin added, which is at most the loss itself."""
         return point.loss + min(self.margin, max(0.0, point.loss))
 
-    def _nearest(self, front: Sequence[Point], target: Target, memory: int) -> str:
+    def _unsatisfied(self, front: Sequence[Point], target: Target, memory: int) -> str:
         best, fastest = min(front, key=lambda p: p.loss), min(front, key=lambda p: p.seconds)
-        given: list[str] = []
+        limits: list[str] = []
         if target.max_loss is not None:
-            given.append(f"a loss of at most {target.max_loss:.2%}")
+            limits.append(f"a loss of at most {target.max_loss:.2%}")
         if target.min_speed is not None:
-            given.append(f"at least {target.min_speed:g} tokens/s")
-        loss = math.ceil(1e4 * self._at_most(best)) / 1e4  # what is said can be asked for
+            limits.append(f"at least {target.min_speed:g} tokens/s")
+        # Rounded so that the values in the message are themselves satisfiable targets.
+        loss = math.ceil(1e4 * self._loss_bound(best)) / 1e4
         return (
-            f"{' and '.join(given)} cannot be promised in {format_bytes(memory)}; there, the best "
-            f"loses {loss:.2%} at {_down(best.speed):.2f} tokens/s, and the fastest makes "
-            f"{_down(fastest.speed):.2f} tokens/s at a loss of {fastest.loss:.2%}"
+            f"no plan for {format_bytes(memory)} satisfies {' and '.join(limits)}; the most "
+            f"accurate has a loss of {loss:.2%} at {_round_down(best.speed):.2f} tokens/s, and the "
+            f"fastest makes {_round_down(fastest.speed):.2f} tokens/s at a loss of "
+            f"{fastest.loss:.2%}"
         )
 
 
-def _down(speed: float) -> float:
+def _round_down(speed: float) -> float:
     return math.floor(100 * speed) / 100
 
 
 VERSION = 1
-_AGAIN = "make it again with moefit plan ... --save FILE"
+_AGAIN = "create it again with moefit plan ... --save FILE"
 _PLAN = RecordKind(
     name="plan",
     version=VERSION,
     version_at=("version",),
     make=_AGAIN,
     again=_AGAIN,
-    elsewhere="name a file in a folder that can be written to",
+    elsewhere="name a file in a folder that is writable",
     indent=1,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Loss of perplexity against the full model, tokens a second of one sequence, and why.
+    """What the models predict for a plan.
 
-    margin: half of the held-out predictions of loss were nearer than this. misses and moved are
-    means per token and block.
+    Attributes:
+        loss: Relative increase in perplexity over the full model.
+        margin: Median error of predicted losses on held-out samples.
+        speed: Decoding speed of one sequence, in tokens per second.
+        expert_bytes: Bytes of all slots.
+        misses: Experts that a token waits for, per block.
+        moved: Share of a token's router weight that other experts get, per block.
     """
 
     loss: float
@@ -133,10 +162,20 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """memory: the budget in bytes that it was made for; None if everything is in memory.
+    """A configuration, what it was chosen for and what is predicted of it.
 
-    sequences, prompt_logits: what it leaves room for, as of `LoadSettings`. promise: what it was
-    chosen to keep.
+    Attributes:
+        configuration: How the model is served.
+        memory: The memory budget in bytes; None if all experts are in memory.
+        context: Tokens that the KV cache is reserved for.
+        fingerprint: Identifies the checkpoint.
+        dtype: Name of the torch dtype that the model is loaded in.
+        rule: Inference rule of a DS-MoE; None for the model's own.
+        source: Folder of the checkpoint when the model was profiled.
+        predicted: Loss and speed.
+        sequences: Concurrent sequences whose logits fit, as in `LoadSettings`.
+        prompt_logits: Bytes reserved for the logits of prompts, as in `LoadSettings`.
+        target: What the plan was chosen to satisfy.
     """
 
     configuration: Configuration
@@ -152,7 +191,7 @@ class Plan:
     target: Target = field(default_factory=Target)
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `moefit.load` that load the model by this plan."""
+        """Return the keyword arguments of `moefit.load` that load the model as planned."""
         return {
             "memory": self.memory,
             "context": self.context,
@@ -164,7 +203,7 @@ class Plan:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "version": VERSION,
             "source": self.source,
@@ -182,16 +221,24 @@ class Plan:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """As JSON. Raises ConfigError if the file cannot be written."""
+    """Write a plan as JSON.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     _PLAN.write(plan.as_dict(), path)
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises ConfigError for a file that is no plan of this version."""
-    return _PLAN.read(path, _plan)
+    """Read a plan.
+
+    Raises:
+        ConfigError: The file is missing, damaged, or not a plan of this version.
+    """
+    return _PLAN.read(path, _plan_from)
 
 
-def _plan(values: Mapping[str, Any]) -> Plan:
+def _plan_from(values: Mapping[str, Any]) -> Plan:
     if values["dtype"] not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {values['dtype']!r}")
     return Plan(
@@ -203,16 +250,16 @@ def _plan(values: Mapping[str, Any]) -> Plan:
         rule=values["rule"],
         source=values["source"],
         predicted=Prediction(**values["predicted"]),
-        sequences=values.get("sequences", 1),  # not in plans of moefit before servers planned
+        sequences=values.get("sequences", 1),  # absent in plans written before servers used them
         prompt_logits=values.get("prompt_logits", 0),
         target=Target(**values.get("promise", {})),
     )
 
 
-def refuse_other(plan: Plan, skeleton: Skeleton, path: Path) -> None:
-    """Raise ConfigError if the plan was made for another checkpoint."""
+def check_checkpoint(plan: Plan, skeleton: Skeleton, path: Path) -> None:
+    """Raise ConfigError if a plan was made for another checkpoint than `skeleton`'s."""
     if plan.fingerprint != fingerprint(skeleton):
         raise ConfigError(
             f"{path} is a plan for another checkpoint ({plan.source}), not for "
-            f"{skeleton.checkpoint.folder}; {_AGAIN} on this one"
+            f"{skeleton.checkpoint.folder}; {_AGAIN} for this one"
         )

@@ -1,7 +1,7 @@
-"""From a profile to plans: the plan for a budget, the front over budgets, the smallest budget.
+"""Plan how to serve a profiled model within a memory budget.
 
-Fits the models, searches the configurations and checks them against serving's own memory estimate.
-`caveats` warns where the profile supports a plan poorly.
+Fits the models of quality and latency, searches the configurations and checks them against
+serving's own memory estimate. `caveats` returns warnings where the profile supports a plan poorly.
 """
 
 import math
@@ -24,32 +24,40 @@ from moefit.plan.search import (
     PlanConstraints,
     Point,
     SlotBudget,
-    allocated,
-    needed,
+    allocator_points,
     pareto,
     placed_bytes,
     policy_choices,
+    total_bytes,
 )
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import at_least, format_bytes
 
-_UNSURE = 0.3  # twice what predictions of speed are off by where nothing else runs
+_MAX_SPEED_ERROR = 0.3  # twice the usual median error on an idle machine
 
 
 def caveats(profile: Profile, experts: float, device: str, speed: HeldOutError) -> list[str]:
-    """Remarks, each a line. experts: that a token uses, in the mean over blocks. speed: what its
-    predictions are worth.
+    """Return warnings, one line each.
+
+    Args:
+        profile: The profile that a plan is based on.
+        experts: Experts that a token uses, averaged over blocks.
+        device: The device that is planned for.
+        speed: Held-out error of the latency model.
     """
     samples = quality_samples(profile)
-    dear = [
-        _dear(mode, some, profile, experts)
+    expensive = [
+        _expensive_mode(mode, some, profile, experts)
         for mode in ("bounded", "virtual")
         if (some := [one for one in samples if one.configuration.mode == mode])
     ]
-    return [one for one in (_foreign(profile, device), _unsure(speed), *dear) if one is not None]
+    messages = (_other_machine(profile, device), _unreliable_speed(speed), *expensive)
+    return [one for one in messages if one is not None]
 
 
-def _dear(mode: str, samples: list[Sample], profile: Profile, experts: float) -> str | None:
+def _expensive_mode(
+    mode: str, samples: list[Sample], profile: Profile, experts: float
+) -> str | None:
     mild = min(samples, key=lambda one: one.divergence)
     loss = math.expm1(mild.divergence)
     if loss <= DEFAULT_LOSS:
@@ -57,22 +65,22 @@ def _dear(mode: str, samples: list[Sample], profile: Profile, experts: float) ->
     share = mild.configuration.slots / sum(profile.experts.values())
     return (
         f"mode {mode} is expensive for this model: even with {share:.0%} of the experts in memory "
-        f"it was measured to lose {loss:.1%} of perplexity, moving {mild.moved:.1%} of router "
-        f"weight; it uses {experts:.1f} experts a token and block"
+        f"its measured loss of perplexity is {loss:.1%}, with {mild.moved:.1%} of router weight "
+        f"substituted; a token uses {experts:.1f} experts per block"
     )
 
 
-def _unsure(speed: HeldOutError) -> str | None:
-    if speed.median <= _UNSURE:
+def _unreliable_speed(speed: HeldOutError) -> str | None:
+    if speed.median <= _MAX_SPEED_ERROR:
         return None
     return (
-        f"speeds are not to be relied on: half of those that were measured differ by more than "
-        f"{speed.median:.0%} from what the others predict, as where a machine is busy with other "
-        "things; moefit profile --again on an idle one measures times anew"
+        f"predicted speeds are unreliable: half of the measured ones differ by more than "
+        f"{speed.median:.0%} from their prediction, as happens when other programs run during the "
+        "measurement; run moefit profile --again while the machine is idle"
     )
 
 
-def _foreign(profile: Profile, device: str) -> str | None:
+def _other_machine(profile: Profile, device: str) -> str | None:
     then, now = profile.facts.machine, machine(device)
     differing = [
         f"{name} was {then.get(name)}, is {value}"
@@ -83,15 +91,23 @@ def _foreign(profile: Profile, device: str) -> str | None:
         return None
     return (
         f"the profile was measured on another machine ({'; '.join(differing)}), so speeds will "
-        "differ; moefit profile on this one measures them"
+        "differ; run moefit profile on this one to measure them"
     )
 
 
-_STILL = 0.05  # experts a token that are waited for, where none shall be
+_MAX_WAITS = 0.05  # experts that a token may wait for on average without counting as fetching
 
 
 class Planner:
-    """One model with its profile. context: tokens that the KV cache is reserved for."""
+    """Plans for one model.
+
+    Args:
+        skeleton: The model without weights.
+        profile: Its finished profile.
+        context: Tokens that the KV cache is reserved for.
+        device: Where the model will be served.
+        constraints: What else the budget must hold, and what must not change.
+    """
 
     def __init__(
         self,
@@ -100,17 +116,17 @@ class Planner:
         *,
         context: int = 2048,
         device: str = "cpu",
-        circumstances: PlanConstraints = NO_CONSTRAINTS,
+        constraints: PlanConstraints = NO_CONSTRAINTS,
     ):
         self.profile, self.context = profile, context
-        self._skeleton, self._given, self._device = skeleton, circumstances, device
-        # First of all, for it takes this process for the one that will serve.
+        self._skeleton, self._constraints, self._device = skeleton, constraints, device
+        # First, because it may measure this process before the models below take memory.
         self.slot_budgets = SlotBudget(
             skeleton,
             profile.experts,
             context=context,
             device=device,
-            circumstances=circumstances,
+            constraints=constraints,
         )
         self.features: Features = features_of(profile)
         self.quality: QualityModel = fit_quality(profile, self.features)
@@ -119,48 +135,59 @@ class Planner:
         self._policies = policy_choices(known_rules=known)
         self._models = Models(self.quality, self.latency, self._policies)
         self._cold_models: Models | None = None
-        self._plain = [
-            self._models.judged(one, placed_bytes(one, self.features.shapes), "one format for all")
-            for rest in circumstances.rests
-            for one in self.slot_budgets.simple(rest)
+        self._uniform = [
+            self._models.predict(one, placed_bytes(one, self.features.shapes), "one format for all")
+            for name in constraints.dense_formats
+            for one in self.slot_budgets.uniform_configurations(name)
         ]
 
     def front(self, memory: int) -> list[Point]:
-        """What is worth having within a budget: none is better in both loss and speed.
+        """Return the Pareto front of loss and time within a budget.
 
-        Raises BudgetTooSmallError below the floor.
+        Args:
+            memory: The budget in bytes.
+
+        Raises:
+            BudgetTooSmallError: No configuration fits.
         """
-        if memory < (floor := self.slot_budgets.min_bytes):
+        if memory < (min_bytes := self.slot_budgets.min_bytes):
             raise BudgetTooSmallError(
-                f"a budget of {format_bytes(memory)} is below the least that this model can be "
-                f"planned in, {format_bytes(floor)}; give {at_least(floor)}, or a shorter "
-                "context"
+                f"a budget of {format_bytes(memory)} is below the minimum for this model, "
+                f"{format_bytes(min_bytes)}; give {at_least(min_bytes)}, or a shorter context"
             )
-        slot_budgets, models = self.slot_budgets.of(memory), self._models_beside(memory)
-        plain = [models.judged(one.configuration, one.nbytes, one.found_by) for one in self._plain]
-        proposed = [point for some in slot_budgets for point in allocated(models, some)]
+        slot_budgets = self.slot_budgets.by_dense_format(memory)
+        models = self._models_for(memory)
+        plain = [
+            models.predict(one.configuration, one.nbytes, one.found_by) for one in self._uniform
+        ]
+        proposed = [point for some in slot_budgets for point in allocator_points(models, some)]
         return pareto(self.slot_budgets.fitting([*plain, *proposed], memory))
 
-    def front_of_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
-        """The same, if only the slots' bytes are bounded; empty if nothing fits.
+    def front_for_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
+        """Return the Pareto front of configurations whose slots take at most `nbytes`.
 
-        fetching False: only what waits for no expert, but at most for one in twenty tokens.
+        Args:
+            nbytes: Bytes of all slots.
+            fetching: Whether configurations may be included that wait for experts, other than for
+                one expert in twenty tokens.
+
+        Returns:
+            The front; empty if nothing fits.
         """
-        room = {self._given.rests[0]: nbytes}
-        return pareto(self._of_kind(allocated(self._models, room), fetching=fetching))
+        budgets = {self._constraints.dense_formats[0]: nbytes}
+        points = allocator_points(self._models, budgets)
+        return pareto(points if fetching else self._without_waits(points))
 
-    def _of_kind(self, points: Sequence[Point], *, fetching: bool) -> list[Point]:
-        if fetching:
-            return list(points)
-        misses = self.features.misses  # the virtual mode's are those of its first tokens
+    def _without_waits(self, points: Sequence[Point]) -> list[Point]:
+        misses = self.features.misses  # in virtual mode only while slots are empty
         return [
             one
             for one in points
-            if one.configuration.mode == "virtual" or sum(misses(one.configuration)) < _STILL
+            if one.configuration.mode == "virtual" or sum(misses(one.configuration)) < _MAX_WAITS
         ]
 
-    def _models_beside(self, memory: int) -> Models:
-        """Where the page cache beside a budget cannot hold the experts' files, loads are cold."""
+    def _models_for(self, memory: int) -> Models:
+        """Return the models; loads are cold if the page cache cannot hold the files."""
         shapes = self.features.shapes.values()
         files = sum(one.slot_bytes[FORMATS[0]] * one.num_experts for one in shapes)
         if files <= self.profile.facts.machine["memory"] - memory:
@@ -171,14 +198,23 @@ class Planner:
         return self._cold_models
 
     def plan(self, memory: int, target: Target | None = None) -> tuple[Plan, list[Point]]:
-        """The plan for a budget, and the front that it was chosen from.
+        """Plan for a budget.
 
-        Raises ConfigError if the promise can't be kept, with the nearest that can be.
+        Args:
+            memory: The budget in bytes.
+            target: What the plan must satisfy.
+
+        Returns:
+            The plan, and the front that it was chosen from.
+
+        Raises:
+            BudgetTooSmallError: No configuration fits.
+            ConfigError: None satisfies the target. The message names the nearest ones.
         """
         front = self.front(memory)
         target = target or Target()
         point = self._chooser.choose(front, target, memory)
-        return self.plan_of(point, memory, target), front
+        return self.make_plan(point, memory, target), front
 
     @property
     def _chooser(self) -> PlanChooser:
@@ -187,8 +223,8 @@ class Planner:
             margin=self.quality.margin, tolerance=min(0.1, max(0.02, known[self.latency.name]))
         )
 
-    def plan_of(self, point: Point, memory: int | None, target: Target | None = None) -> Plan:
-        """A point as a plan, chosen to keep a promise."""
+    def make_plan(self, point: Point, memory: int | None, target: Target | None = None) -> Plan:
+        """Return the plan for a point of a front; `memory` and `target` are recorded in it."""
         facts = self.profile.facts
         configuration = point.configuration
         return Plan(
@@ -199,8 +235,8 @@ class Planner:
             dtype=facts.dtype,
             rule=facts.rule,
             source=facts.source,
-            sequences=self._given.sequences,
-            prompt_logits=self._given.prompt_logits,
+            sequences=self._constraints.sequences,
+            prompt_logits=self._constraints.prompt_logits,
             target=target or Target(),
             predicted=Prediction(
                 loss=point.loss,
@@ -212,10 +248,11 @@ class Planner:
             ),
         )
 
-    def over_budgets(self, count: int = 10) -> Iterator[tuple[int, list[Point]]]:
-        """Budgets from the floor to everything, evenly in ratio of slots' bytes, and fronts.
+    def fronts_by_budget(self, count: int = 10) -> Iterator[tuple[int, list[Point]]]:
+        """Yield budgets, from the smallest to all experts resident, with their fronts.
 
-        What fits a smaller budget fits a larger one, so no front is behind the one before.
+        Budgets are spaced by equal ratios of slot bytes. Each front includes the points of smaller
+        budgets.
         """
         low, high = self.slot_budgets.min_bytes, self.slot_budgets.all_resident_bytes
         fixed = self.slot_budgets.fixed
@@ -227,9 +264,13 @@ class Planner:
             yield memory, known
 
     def smallest_budget(self, target: Target) -> int | None:
-        """The least budget that a plan can keep the promise in, within half a percent; None: none.
+        """Return the smallest budget with a plan that satisfies a target, to within 0.5%.
 
-        Raises ConfigError for what cannot be promised anywhere.
+        Returns:
+            Bytes, or None if no budget is large enough.
+
+        Raises:
+            ConfigError: A value of the target is out of range.
         """
         target.check()
         low, high = self.slot_budgets.min_bytes, self.slot_budgets.all_resident_bytes
@@ -243,12 +284,12 @@ class Planner:
         return high
 
     def sequences(self, plan: Plan, lengths: Sequence[int] = (512, 2048, 8192)) -> dict[int, int]:
-        """How many sequences of each length fit beside the plan's experts."""
+        """Return how many sequences of each length fit, by length in tokens."""
         if plan.memory is None:
             return {}
         token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
-        now = needed(self.slot_budgets.ledger(plan.configuration))
-        taken = now - self.context * token - self._given.sequences * row
+        now = total_bytes(self.slot_budgets.estimate(plan.configuration))
+        taken = now - self.context * token - self._constraints.sequences * row
         longest = getattr(
             self._skeleton.model.config.get_text_config(decoder=True),
             "max_position_embeddings",
@@ -261,20 +302,20 @@ class Planner:
         }
 
     def warnings(self) -> list[str]:
-        """What whoever plans should know beforehand; see `caveats`."""
+        """Return warnings about the profile; see `caveats`."""
         experts = float(np.mean([one.experts for one in self.features.blocks.values()]))
         speed = next(one for one in self.latency.comparison if one.model == self.latency.name)
         return caveats(self.profile, experts, self._device, speed)
 
     def _per_token(self, configuration: Configuration) -> int:
-        some = self.slot_budgets.ledger(configuration, context=64)
-        more = self.slot_budgets.ledger(configuration, context=128)
-        return (more.kv_cache + more.workspace - some.kv_cache - some.workspace) // 64
+        low = self.slot_budgets.estimate(configuration, context=64)
+        high = self.slot_budgets.estimate(configuration, context=128)
+        return (high.kv_cache + high.workspace - low.kv_cache - low.workspace) // 64
 
     def _per_sequence(self, configuration: Configuration) -> int:
-        """Its logits."""
-        ledgers = [self.slot_budgets.ledger(configuration, sequences=number) for number in (1, 2)]
-        return ledgers[1].workspace - ledgers[0].workspace
+        """Return the bytes of one more sequence's logits."""
+        budgets = [self.slot_budgets.estimate(configuration, sequences=number) for number in (1, 2)]
+        return budgets[1].workspace - budgets[0].workspace
 
     def _satisfies(self, memory: int, target: Target) -> bool:
         front = self.front(memory)

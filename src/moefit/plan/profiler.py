@@ -66,7 +66,7 @@ class Profiler:
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
         measured = MeasurementContext(
-            subject=subject,
+            model=subject,
             skeleton=self._skeleton,
             packed=self._packed,
             windows_BT=windows_BT,

@@ -13,25 +13,41 @@ import numpy as np
 
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import DENSE_FORMATS, groups
-from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error, nonnegative
+from moefit.plan.fitting import (
+    Features,
+    HeldOutError,
+    held_out,
+    held_out_error,
+    nonnegative_least_squares,
+)
 from moefit.plan.profile import Profile
 from moefit.plan.reference import Sample, sample_from
 from moefit.serve.config import BlockPlacement
 
-FLOOR = 0.005  # nats; errors are weighed relative to what was measured, but to no less than this
+FLOOR = 0.005  # nats; errors are relative to the measured value, but at least to this
 POWERS = (1.0, 1.25, None)
 _STRENGTH = 0.02
-_EXPONENTS = {"bounded": 1.0, "virtual": 1.5}  # what is assumed where samples are few
-_PRICES = {"bounded": 0.3, "virtual": 2.0}  # nats at all weight moved
-_EXPONENT_PULL = 0.3
+# Priors of substitution cost: the exponent, its weight, and nats when all weight is substituted.
+_EXPONENTS = {"bounded": 1.0, "virtual": 1.5}
+_EXPONENT_WEIGHT = 0.3
+_COSTS = {"bounded": 0.3, "virtual": 2.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdditiveModel:
-    """S = sum over blocks of sensitivity * error^power, KL = S + curvature * S^2 + moved weight's.
+    """KL = S + curvature * S^2 + cost * substituted^exponent.
 
-    moved: per mode (price, exponent) of the mean share of router weight that is moved. scales: by
-    what to multiply KL of precision and of moved weight to have the loss on text.
+    S is the sum of sensitivity * error^power over blocks, plus the dense weights' term.
+
+    Attributes:
+        name: Name of this form of the model.
+        features: Computes errors and substituted weight.
+        powers: Exponent of the errors, by block.
+        curvature: Factor of S^2.
+        sensitivity: Factor of a block's error, by block.
+        dense: Term of the dense weights, by their format, in nats.
+        moved: (cost, exponent) of the mean share of substituted router weight, by mode.
+        scales: Increase in loss per KL due to precision, and per KL due to substitution.
     """
 
     name: str
@@ -39,88 +55,100 @@ class AdditiveModel:
     powers: Mapping[str, float]
     curvature: float
     sensitivity: Mapping[str, float]
-    rest: Mapping[str, float]
+    dense: Mapping[str, float]
     moved: Mapping[str, tuple[float, float]]
     scales: tuple[float, float]
 
     def power_of(self, name: str) -> float:
-        """To which a block's errors are raised."""
+        """Return the exponent of a block's errors."""
         return self.powers[name]
 
     def precision(self, configuration: Configuration) -> float:
-        """KL because of formats."""
+        """Return the KL due to formats, in nats per token."""
         noises = self.features.noises(configuration, self.powers)
         pairs = zip(self.sensitivity.values(), noises, strict=True)
-        total = sum(s * q for s, q in pairs) + self.rest[configuration.rest]
+        total = sum(s * q for s, q in pairs) + self.dense[configuration.dense_precision]
         return total + self.curvature * total**2
 
     def substitution(self, configuration: Configuration) -> float:
-        """KL because of moved router weight."""
+        """Return the KL due to substituted router weight, in nats per token."""
         if configuration.mode == "exact":
             return 0.0
-        price, exponent = self.moved[configuration.mode]
-        return price * float(np.mean(self.features.moved(configuration))) ** exponent
+        cost, exponent = self.moved[configuration.mode]
+        return cost * float(np.mean(self.features.moved(configuration))) ** exponent
 
     def divergence(self, configuration: Configuration) -> float:
-        """KL(full || this), nats a token."""
+        """Return KL(full || configuration) in nats per token."""
         return self.precision(configuration) + self.substitution(configuration)
 
     def nats(self, configuration: Configuration) -> float:
-        """What the loss on text grows by."""
+        """Return the increase of the loss on text, in nats per token."""
         a, b = self.scales
         return a * self.precision(configuration) + b * self.substitution(configuration)
 
     def block(self, name: str, placement: BlockPlacement, mode: str, moved: float) -> float:
-        """What one block adds to `nats`, as if it were additive altogether: for an allocator."""
+        """Return one block's part of `nats` in a linear approximation, for the allocation.
+
+        Args:
+            name: The block.
+            placement: Its slots and formats.
+            mode: What happens when an expert is not resident.
+            moved: Share of router weight that is substituted.
+        """
         a, b = self.scales
         added = a * self.sensitivity[name] * self.features.noise(name, placement, self.powers[name])
         if mode == "exact":
             return added
-        price, _ = self.moved[mode]
-        return added + b * price * moved / len(self.sensitivity)
+        cost, _ = self.moved[mode]
+        return added + b * cost * moved / len(self.sensitivity)
 
 
 def fit_additive(
     samples: Sequence[Sample], features: Features, *, power: float | None, curved: bool
 ) -> AdditiveModel:
-    """Sensitivities and curvature from exact samples, then prices of moved weight, then scales.
+    """Fit sensitivities and curvature to exact samples, then substitution costs, then scales.
 
-    power None: each block's own, from the samples in which it alone is encoded.
+    Args:
+        samples: Measured configurations.
+        features: Computes errors and substituted weight.
+        power: Exponent of errors; None to fit one per block, to samples that quantize it alone.
+        curved: Whether to fit a curvature.
     """
     exact = [one for one in samples if one.configuration.mode == "exact"]
+    non_exact = [one for one in samples if one.configuration.mode != "exact"]
     powers = {
-        name: _own_power(exact, features, name) if power is None else power
+        name: _fit_power(exact, features, name) if power is None else power
         for name in features.shapes
     }
-    sensitivity, rest, curvature = _sensitivities(exact, features, powers, curved=curved)
+    sensitivity, dense, curvature = _fit_sensitivities(exact, features, powers, curved=curved)
     model = AdditiveModel(
         name=additive_name(power, curved=curved),
         features=features,
         powers=powers,
         curvature=curvature,
         sensitivity=sensitivity,
-        rest=rest,
+        dense=dense,
         moved={},
         scales=(1.0, 1.0),
     )
-    moved = {mode: _price(samples, model, mode) for mode in _EXPONENTS}
+    moved = {mode: _fit_substitution(samples, model, mode) for mode in _EXPONENTS}
     model = _with(model, moved=moved)
-    return _with(model, scales=(_scale(exact, model), _scale(_moving(samples), model)))
+    return _with(model, scales=(_scale(exact, model), _scale(non_exact, model)))
 
 
 def additive_name(power: float | None, *, curved: bool) -> str:
-    """As in the comparison."""
-    raised = "own powers" if power is None else f"error^{power:g}"
-    return f"additive, {raised}{', curved' if curved else ''}"
+    """Return the name of a candidate."""
+    exponent = "own powers" if power is None else f"error^{power:g}"
+    return f"additive, {exponent}{', curved' if curved else ''}"
 
 
-def _own_power(samples: Sequence[Sample], features: Features, name: str) -> float:
-    """The slope of log KL over log error where no block but this is encoded."""
+def _fit_power(samples: Sequence[Sample], features: Features, name: str) -> float:
+    """Fit the slope of log KL over log error to samples that quantize this block alone."""
     points: dict[str, tuple[float, float]] = {}
     for one in samples:
         placement = one.configuration.placement
-        encoded = [other for other, some in placement.items() if some.formats != ("native",)]
-        if name in encoded and len(encoded) <= _together(features) and one.divergence > 0:
+        quantized = [other for other, some in placement.items() if some.formats != ("native",)]
+        if name in quantized and len(quantized) <= _largest_group(features) and one.divergence > 0:
             noise = features.noise(name, placement[name])
             points[placement[name].formats[0]] = (np.log(noise), np.log(one.divergence))
     if len(points) < 2:
@@ -129,8 +157,8 @@ def _own_power(samples: Sequence[Sample], features: Features, name: str) -> floa
     return float(np.clip((y1 - y0) / (x1 - x0), 1.0, 2.0)) if x1 > x0 else 1.0
 
 
-def _together(features: Features) -> int:
-    """How many blocks the largest group of a probe has."""
+def _largest_group(features: Features) -> int:
+    """Return the number of blocks that are probed together at most."""
     return max(len(one) for one in groups(features.shapes))
 
 
@@ -139,44 +167,40 @@ def _with(model: AdditiveModel, **changes: object) -> AdditiveModel:
     return AdditiveModel(**{**values, **changes})
 
 
-def _moving(samples: Sequence[Sample]) -> list[Sample]:
-    return [one for one in samples if one.configuration.mode != "exact"]
-
-
-def _sensitivities(
+def _fit_sensitivities(
     samples: Sequence[Sample], features: Features, powers: Mapping[str, float], *, curved: bool
 ) -> tuple[dict[str, float], dict[str, float], float]:
-    """Curvature by trial: given it, S of each sample is known, and linear in sensitivities."""
+    """Fit sensitivities for each of several curvatures, keep the best."""
     names, encoded = list(features.shapes), DENSE_FORMATS[1:]
     x_NF = np.array(
         [
             [
                 *features.noises(one.configuration, powers),
-                *(float(one.configuration.rest == name) for name in encoded),
+                *(float(one.configuration.dense_precision == name) for name in encoded),
             ]
             for one in samples
         ]
     )
     y_N = np.array([max(one.divergence, 0.0) for one in samples])
     trials = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0) if curved else (0.0,)
-    found = [(_weighed(x_NF, y_N, c, len(names)), c) for c in trials]
+    found = [(_fit_weighted(x_NF, y_N, c, len(names)), c) for c in trials]
     (_, best), curvature = min(found, key=lambda one: one[0][0])
     sensitivity = dict(zip(names, best[: len(names)].tolist(), strict=True))
-    rest = {DENSE_FORMATS[0]: 0.0, **dict(zip(encoded, best[len(names) :].tolist(), strict=True))}
-    return sensitivity, rest, curvature
+    dense = {DENSE_FORMATS[0]: 0.0, **dict(zip(encoded, best[len(names) :].tolist(), strict=True))}
+    return sensitivity, dense, curvature
 
 
-def _weighed(
+def _fit_weighted(
     x_NF: np.ndarray, y_N: np.ndarray, curvature: float, blocks: int
 ) -> tuple[float, np.ndarray]:
-    """Mean squared weighed error, and the coefficients."""
+    """Return the mean squared relative error, and the coefficients."""
     inner_N = y_N if not curvature else (np.sqrt(1 + 4 * curvature * y_N) - 1) / (2 * curvature)
     weight_N = 1 / np.maximum(y_N, FLOOR)
     total = x_NF[:, :blocks].sum()
     mean = inner_N.sum() / total if total else 1.0
-    prior_F = _alone(x_NF, inner_N, max(float(mean), 1e-9))
+    prior_F = _single_feature_estimates(x_NF, inner_N, max(float(mean), 1e-9))
     prior_F[blocks:] = 1e-3
-    c_F = nonnegative(
+    c_F = nonnegative_least_squares(
         x_NF * weight_N[:, None], inner_N * weight_N, prior_F=prior_F, strength=_STRENGTH
     )
     inner = x_NF @ c_F
@@ -184,9 +208,9 @@ def _weighed(
     return float((errors**2).mean()), c_F
 
 
-def _alone(x_NF: np.ndarray, y_N: np.ndarray, otherwise: float) -> np.ndarray:
-    """What samples say in which one feature alone is not zero: the geometric mean of y / x."""
-    prior_F = np.full(x_NF.shape[1], otherwise)
+def _single_feature_estimates(x_NF: np.ndarray, y_N: np.ndarray, default: float) -> np.ndarray:
+    """Return the geometric mean of y / x over samples where only this feature is not zero."""
+    prior_F = np.full(x_NF.shape[1], default)
     single_N = (x_NF > 0).sum(1) == 1
     for f in range(x_NF.shape[1]):
         here_N = single_N & (x_NF[:, f] > 0) & (y_N > 0)
@@ -195,8 +219,10 @@ def _alone(x_NF: np.ndarray, y_N: np.ndarray, otherwise: float) -> np.ndarray:
     return prior_F
 
 
-def _price(samples: Sequence[Sample], model: AdditiveModel, mode: str) -> tuple[float, float]:
-    """KL = price * moved^exponent: a straight line in logarithms, pulled to what is assumed."""
+def _fit_substitution(
+    samples: Sequence[Sample], model: AdditiveModel, mode: str
+) -> tuple[float, float]:
+    """Fit KL = cost * moved^exponent, a line in logarithms, with a prior on the exponent."""
     points: list[tuple[float, float]] = []
     for one in samples:
         if one.configuration.mode == mode:
@@ -206,18 +232,18 @@ def _price(samples: Sequence[Sample], model: AdditiveModel, mode: str) -> tuple[
                 points.append((np.log(moved), np.log(max(left, 1e-4))))
     exponent = _EXPONENTS[mode]
     if not points:
-        return _PRICES[mode], exponent
+        return _COSTS[mode], exponent
     x_N, y_N = np.array(points).T
     around = x_N - x_N.mean()
-    slope = (around @ (y_N - y_N.mean()) + _EXPONENT_PULL * exponent) / (
-        around @ around + _EXPONENT_PULL
+    slope = (around @ (y_N - y_N.mean()) + _EXPONENT_WEIGHT * exponent) / (
+        around @ around + _EXPONENT_WEIGHT
     )
     slope = float(np.clip(slope, 0.5, 3.0))
     return float(np.exp(y_N.mean() - slope * x_N.mean())), slope
 
 
 def _scale(samples: Sequence[Sample], model: AdditiveModel) -> float:
-    """Loss on text per KL: one, unless samples say otherwise."""
+    """Fit the increase of the loss on text per KL, with a prior of one."""
     kl = np.array([one.divergence for one in samples])
     nats = np.array([one.loss - one.full_loss for one in samples])
     pull = 0.25 * float((kl**2).sum()) + 1e-6

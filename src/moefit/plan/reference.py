@@ -128,7 +128,7 @@ def _left(logp_TN: Tensor) -> Tensor:
     return (1 - logp_TN.exp().sum(-1)).clamp_min(1e-9)
 
 
-FEWEST_WINDOWS = 4
+MIN_WINDOWS = 4
 
 
 def windows_of(text: Text) -> Tensor:
@@ -143,11 +143,11 @@ def windows_of(text: Text) -> Tensor:
         if len(text.ids_T) > 1
         else []
     )
-    if len(whole) < FEWEST_WINDOWS:
+    if len(whole) < MIN_WINDOWS:
         raise DataError(
             f"a text of {len(text.ids_T):,} tokens gives {len(whole)} windows of {text.context} "
             f"tokens, too few to calibrate on; give a text (and --tokens) of at least "
-            f"{FEWEST_WINDOWS * text.context + 1:,} tokens, or a shorter --context"
+            f"{MIN_WINDOWS * text.context + 1:,} tokens, or a shorter --context"
         )
     return torch.stack(whole)
 
@@ -187,7 +187,9 @@ def sample_from(values: Mapping[str, Any]) -> Sample:
     return Sample(**{**values, "configuration": configuration_from(values["configuration"])})
 
 
-def measure_wide(served: ServedModel, configuration: Configuration, reference: Reference) -> Sample:
+def measure_windows(
+    served: ServedModel, configuration: Configuration, reference: Reference
+) -> Sample:
     """Over all windows of the reference."""
     kl = loss = full = 0.0
     tokens = 0

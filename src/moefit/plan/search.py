@@ -1,8 +1,8 @@
 """Search for the best configurations within a number of bytes.
 
-The options of each block (formats, slots, policies) with their bytes, predicted loss and time; the
-bytes that a memory budget leaves for slots; and the allocation that trades them off, which gives a
-Pareto front.
+Lists the options of each block (formats, slots, policies) with their bytes, predicted loss and
+time, computes the bytes that a memory budget leaves for slots, and allocates them. The result is a
+Pareto front of loss and time.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -28,12 +28,12 @@ from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.estimate import held_bytes, memory_budget
 from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
 
-_MIXTURES = 14  # of formats by expert, between the smallest format for all and the largest
+_MIXTURES = 14  # sizes of placements with formats by expert that are tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyChoice:
-    """A mode with its parameter."""
+    """A serving mode with its parameter."""
 
     mode: Mode
     bound: float = 0.0
@@ -41,12 +41,16 @@ class PolicyChoice:
 
     @property
     def key(self) -> str:
-        """As curves name it."""
+        """Name of the policy's curves."""
         return policy_key(self.mode, self.bound, self.every)
 
 
 def policy_choices(*, known_rules: bool = True) -> list[PolicyChoice]:
-    """All that curves were made for; only exact where routers' rules are not known."""
+    """Return the policies that profiles have curves for.
+
+    Args:
+        known_rules: Whether the routers' scoring rules are known; without, only exact is possible.
+    """
     found: list[PolicyChoice] = []
     for name in policies():
         mode, _, value = name.partition(":")
@@ -61,7 +65,14 @@ def policy_choices(*, known_rules: bool = True) -> list[PolicyChoice]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way for one block: bytes of its slots, nats and seconds that it adds to a token."""
+    """One way to serve one block.
+
+    Attributes:
+        placement: Slots and formats.
+        nbytes: Bytes of the slots.
+        nats: Predicted increase of the loss per token.
+        seconds: Predicted time per token.
+    """
 
     placement: BlockPlacement
     nbytes: int
@@ -69,14 +80,14 @@ class Option:
     seconds: float
 
 
-def options_of(
+def block_options(
     name: str,
     policy: PolicyChoice,
     mixtures: Mapping[str, list[BlockPlacement]],
     quality: AdditiveModel,
     latency: LatencyModel,
 ) -> list[Option]:
-    """Of one block under one policy."""
+    """Return the options of one block under one policy."""
     features = quality.features
     shape, curves = features.shapes[name], features.blocks[name].curves
     counts = [*slot_counts(shape.num_experts), shape.num_experts]
@@ -100,21 +111,29 @@ def options_of(
 
 
 def placement_bytes(placement: BlockPlacement, shape: BlockShape) -> int:
-    """Bytes of a block's slots."""
+    """Return the bytes of one block's slots."""
     if not placement.by_expert:
         return placement.slots * shape.slot_bytes[placement.formats[0]]
     return sum(shape.slot_bytes[format] for format in placement.formats)
 
 
 def placed_bytes(configuration: Configuration, shapes: Shapes) -> int:
-    """Bytes of all slots."""
+    """Return the bytes of all slots."""
     return sum(
         placement_bytes(configuration.placement[name], shape) for name, shape in shapes.items()
     )
 
 
-def mixtures_of(name: str, features: Features, power: float) -> list[BlockPlacement]:
-    """Formats by expert, everyone seated, for a few sums of bytes; loud experts have more bits."""
+def mixed_placements(name: str, features: Features, power: float) -> list[BlockPlacement]:
+    """Return placements of a fully resident block with formats by expert, of several sizes.
+
+    Experts whose output has more energy get more bits.
+
+    Args:
+        name: The block.
+        features: Errors and output energy of its experts.
+        power: Exponent of the errors.
+    """
     shape, output_energy_E = features.shapes[name], features.blocks[name].output_energy_E
     ladders = {
         expert: ladder(
@@ -141,12 +160,21 @@ def mixtures_of(name: str, features: Features, power: float) -> list[BlockPlacem
     return list(found.values())
 
 
+# Nats per second that the allocation minimizes loss + rate * time for, over the typical rate.
 _RATES = (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A configuration and what is predicted of it: loss of perplexity, seconds a token, bytes."""
+    """A configuration and what is predicted of it.
+
+    Attributes:
+        configuration: How the model is served.
+        loss: Relative increase in perplexity over the full model.
+        seconds: Decoding time per token.
+        nbytes: Bytes of all slots.
+        found_by: Name of the search that proposed it.
+    """
 
     configuration: Configuration
     loss: float
@@ -156,22 +184,22 @@ class Point:
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return 1 / self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
+class PolicyOptions:
     """All options of all blocks under one policy."""
 
     policy: PolicyChoice
     options: Mapping[str, Sequence[Option]]
 
-    def configuration(self, chosen: Mapping[str, Option], rest: str) -> Configuration:
-        """With these options."""
+    def configuration(self, chosen: Mapping[str, Option], dense_precision: str) -> Configuration:
+        """Return the configuration with the chosen option of each block."""
         return Configuration(
             placement={name: one.placement for name, one in chosen.items()},
-            rest=rest,
+            dense_precision=dense_precision,
             mode=self.policy.mode,
             bound=self.policy.bound,
             every=self.policy.every,
@@ -179,7 +207,12 @@ class Field:
 
 
 class Models:
-    """Both models, and what follows from them alone: the fields of options."""
+    """The quality and latency models, and the options of all blocks under each policy.
+
+    Attributes:
+        by_policy: Options under each policy.
+        fully_resident: Those options under the first policy that keep all experts in memory.
+    """
 
     def __init__(
         self, quality: QualityModel, latency: LatencyModel, policies: Iterable[PolicyChoice]
@@ -188,22 +221,23 @@ class Models:
         additive = quality.additive
         features = additive.features
         mixtures = {
-            name: mixtures_of(name, features, additive.power_of(name)) for name in features.shapes
+            name: mixed_placements(name, features, additive.power_of(name))
+            for name in features.shapes
         }
-        self.fields = [
-            Field(
+        self.by_policy = [
+            PolicyOptions(
                 policy=policy,
                 options={
-                    name: options_of(name, policy, mixtures, additive, latency)
+                    name: block_options(name, policy, mixtures, additive, latency)
                     for name in features.shapes
                 },
             )
             for policy in policies
         ]
-        self.fully_resident = _fully_resident(self.fields[0], features.shapes)
+        self.fully_resident = _fully_resident(self.by_policy[0], features.shapes)
 
-    def judged(self, configuration: Configuration, nbytes: int, found_by: str) -> Point:
-        """By the models proper."""
+    def predict(self, configuration: Configuration, nbytes: int, found_by: str) -> Point:
+        """Predict loss and time of a configuration whose slots take `nbytes`."""
         return Point(
             configuration=configuration,
             loss=self.quality.loss(configuration),
@@ -213,42 +247,58 @@ class Models:
         )
 
 
-def allocated(models: Models, slot_budgets: Mapping[str, int]) -> list[Point]:
-    """The allocator's proposals; rooms: bytes that slots may take, by rest format."""
+def allocator_points(models: Models, slot_budgets: Mapping[str, int]) -> list[Point]:
+    """Return the configurations that the allocation proposes.
+
+    Args:
+        models: Options and their predictions.
+        slot_budgets: Bytes available for slots, by format of the dense weights.
+    """
     scale = _typical_rate(models)
     found: list[Point] = []
-    for rest, room in slot_budgets.items():
-        for field in (models.fully_resident, *models.fields):
+    for dense_precision, max_bytes in slot_budgets.items():
+        for options in (models.fully_resident, *models.by_policy):
             for rate in _RATES:
-                chosen = chosen_within(field, rate * scale, room)
+                chosen = allocate_options(options, rate * scale, max_bytes)
                 if chosen is not None:
-                    nbytes = sum(one.nbytes for one in chosen.values())
-                    configuration = field.configuration(chosen, rest)
-                    found.append(models.judged(configuration, nbytes, "allocator"))
+                    nbytes = sum(option.nbytes for option in chosen.values())
+                    configuration = options.configuration(chosen, dense_precision)
+                    found.append(models.predict(configuration, nbytes, "allocator"))
     return found
 
 
-def _fully_resident(field: Field, shapes: Shapes) -> Field:
-    """With a slot for every expert: nothing is ever fetched, so that quality need not pay time."""
-    return Field(
-        policy=field.policy,
+def _fully_resident(policy_options: PolicyOptions, shapes: Shapes) -> PolicyOptions:
+    """Keep the options with a slot for every expert, which never fetch."""
+    return PolicyOptions(
+        policy=policy_options.policy,
         options={
             name: [one for one in some if one.placement.slots == shapes[name].num_experts]
-            for name, some in field.options.items()
+            for name, some in policy_options.options.items()
         },
     )
 
 
 def _typical_rate(models: Models) -> float:
-    """Nats that are worth as much as a second, as orders of magnitude go."""
-    exact = models.fields[0]
+    """Return the order of magnitude of nats per second over all options."""
+    exact = models.by_policy[0]
     nats = sum(max(one.nats for one in some) for some in exact.options.values())
     seconds = sum(max(one.seconds for one in some) for some in exact.options.values())
     return nats / max(seconds, 1e-9)
 
 
-def chosen_within(field: Field, rate: float, room: int) -> dict[str, Option] | None:
-    """One option a block, of least nats + rate * seconds in sum; None if nothing fits."""
+def allocate_options(
+    policy_options: PolicyOptions, rate: float, max_bytes: int
+) -> dict[str, Option] | None:
+    """Choose one option per block that minimizes the sum of nats + rate * seconds.
+
+    Args:
+        policy_options: The options of each block.
+        rate: Nats that a second per token is worth.
+        max_bytes: Bytes that all slots may take together.
+
+    Returns:
+        The option of each block, or None if even the smallest ones do not fit.
+    """
     ladders = {
         name: ladder(
             [
@@ -258,16 +308,16 @@ def chosen_within(field: Field, rate: float, room: int) -> dict[str, Option] | N
                 for number, one in enumerate(options)
             ]
         )
-        for name, options in field.options.items()
+        for name, options in policy_options.options.items()
     }
-    if sum(steps[0].nbytes for steps in ladders.values()) > room:
+    if sum(steps[0].nbytes for steps in ladders.values()) > max_bytes:
         return None
-    chosen = allocate(ladders, dict.fromkeys(ladders, 1.0), room)
-    return {name: field.options[name][int(one.format)] for name, one in chosen.items()}
+    chosen = allocate(ladders, dict.fromkeys(ladders, 1.0), max_bytes)
+    return {name: policy_options.options[name][int(one.format)] for name, one in chosen.items()}
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both loss and time, the fastest first."""
+    """Return the points that no other beats in both loss and time, fastest first."""
     best: list[Point] = []
     for one in sorted(points, key=lambda point: (point.seconds, point.loss)):
         if not best or one.loss < best[-1].loss - 1e-9:
@@ -275,30 +325,42 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-SLACK = 8 << 20  # bytes that loading in another process may differ by
+SLACK = 8 << 20  # bytes by which a budget may differ when another process loads the model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConstraints:
-    """What a plan must leave room for, and what it can't change, beside context and device.
+    """What a plan must leave memory for, and what it must not change.
 
-    sequences, prompt_logits, helpers: as of `LoadSettings`. process: bytes of the one that
-    will serve, with its libraries and helpers; None is this one as it is now. rests: what the other
-    weights may be encoded in.
+    Attributes:
+        sequences: As in `LoadSettings`.
+        prompt_logits: As in `LoadSettings`, in bytes.
+        helpers: As in `LoadSettings`, in bytes.
+        process: Bytes of the process that will serve, with libraries and helpers; None for this
+            process as it is now.
+        dense_formats: Formats that the dense weights may have.
     """
 
     sequences: int = 1
     prompt_logits: int = 0
     helpers: int = 0
     process: int | None = None
-    rests: Sequence[str] = DENSE_FORMATS
+    dense_formats: Sequence[str] = DENSE_FORMATS
 
 
 NO_CONSTRAINTS = PlanConstraints()
 
 
 class SlotBudget:
-    """Of one model with so many experts by block."""
+    """The bytes that a memory budget leaves for the slots of one model.
+
+    Args:
+        skeleton: The model without weights.
+        experts: Number of experts by block.
+        context: Tokens that the KV cache is reserved for.
+        device: Where the model is served.
+        constraints: What else the budget must hold.
+    """
 
     def __init__(
         self,
@@ -307,96 +369,107 @@ class SlotBudget:
         *,
         context: int,
         device: str,
-        circumstances: PlanConstraints = NO_CONSTRAINTS,
+        constraints: PlanConstraints = NO_CONSTRAINTS,
     ):
         self._skeleton, self._experts = skeleton, experts
-        self._context, self._device, self._given = context, device, circumstances
-        process = circumstances.process
+        self._context, self._device, self._constraints = context, device, constraints
+        process = constraints.process
         if process is None:
-            process = held_bytes(planned_device(device)) + circumstances.helpers
+            process = held_bytes(planned_device(device)) + constraints.helpers
         self._process = process
-        self._simple = {
-            rest: [self.ledger(one) for one in self.simple(rest)] for rest in circumstances.rests
+        self._uniform = {
+            name: [self.estimate(one) for one in self.uniform_configurations(name)]
+            for name in constraints.dense_formats
         }
 
     @property
     def min_bytes(self) -> int:
-        """The least budget that any configuration fits in."""
-        return min(needed(one) for some in self._simple.values() for one in some) + SLACK
+        """The smallest budget that any configuration fits in."""
+        return min(total_bytes(one) for some in self._uniform.values() for one in some) + SLACK
 
     @property
     def all_resident_bytes(self) -> int:
-        """The budget that holds all experts as they are in the checkpoint."""
-        whole = uniform(self._experts, FORMATS[0], rest=self._given.rests[0])
-        return needed(self.ledger(whole)) + SLACK
+        """The budget that holds all experts in the checkpoint's own format."""
+        dense = self._constraints.dense_formats[0]
+        configuration = uniform(self._experts, FORMATS[0], dense_precision=dense)
+        return total_bytes(self.estimate(configuration)) + SLACK
 
     @property
     def fixed(self) -> int:
-        """The least that all but slots takes."""
-        return min(one.fixed for some in self._simple.values() for one in some)
+        """The smallest number of bytes of everything except slots."""
+        return min(one.fixed for some in self._uniform.values() for one in some)
 
     def fitting(self, points: Sequence[Point], memory: int) -> list[Point]:
-        """Those whose ledger, reckoned as loading does, is within the budget."""
+        """Return the points whose estimate, computed as for loading, is within the budget."""
         known: dict[Hashable, int] = {}
         kept: list[Point] = []
         for point in points:
             key = self._staging_key(point.configuration)
             if key not in known:
-                known[key] = self.ledger(point.configuration).fixed
+                known[key] = self.estimate(point.configuration).fixed
             if known[key] + point.nbytes + SLACK <= memory:
                 kept.append(point)
         return kept
 
     def _staging_key(self, configuration: Configuration) -> Hashable:
-        """What fixed bytes depend on: formats by block, and which blocks have fewer seats."""
+        """Return what fixed bytes depend on: formats, and which blocks are not fully resident."""
         experts = self._experts
         blocks = tuple(
             (name, one.slots < experts[name], *sorted(set(one.formats)))
             for name, one in configuration.placement.items()
         )
-        return configuration.rest, blocks
+        return configuration.dense_precision, blocks
 
-    def ledger(
+    def estimate(
         self,
         configuration: Configuration,
         context: int | None = None,
         sequences: int | None = None,
     ) -> MemoryBudget:
-        """As loading would reckon it; context and sequences None: the planned ones."""
+        """Estimate the memory of a configuration as loading does.
+
+        Args:
+            configuration: How the model is served.
+            context: Tokens of the KV cache; None for the planned context.
+            sequences: Concurrent sequences; None for the planned number.
+        """
         settings = LoadSettings(
             device=self._device,
             context=context or self._context,
             dtype=self._skeleton.dtype,
             placement=configuration.placement,
-            dense_precision=configuration.rest,
-            sequences=sequences or self._given.sequences,
-            prompt_logits=self._given.prompt_logits,
+            dense_precision=configuration.dense_precision,
+            sequences=sequences or self._constraints.sequences,
+            prompt_logits=self._constraints.prompt_logits,
         )
         return replace(memory_budget(self._skeleton, settings), process=self._process)
 
-    def simple(self, rest: str) -> list[Configuration]:
-        """The same format for all, with one slot a block and with all; one is the smallest."""
+    def uniform_configurations(self, dense_precision: str) -> list[Configuration]:
+        """Return configurations with one format, with one slot per block and fully resident.
+
+        The smallest configuration is among them.
+        """
         experts = self._experts
         return [
-            uniform(experts, format, slots, rest=rest)
+            uniform(experts, format, slots, dense_precision=dense_precision)
             for format in FORMATS
             for slots in (dict.fromkeys(experts, 1), experts)
         ]
 
-    def of(self, memory: int) -> list[dict[str, int]]:
-        """Bytes for slots by rest format: if nothing is staged beside them, and if most is.
+    def by_dense_format(self, memory: int) -> list[dict[str, int]]:
+        """Return the bytes for slots, by format of the dense weights: most, then fewest.
 
-        What is staged follows from the formats chosen, so both are tried, and what then does not
-        fit is left out.
+        Staging memory depends on the formats that are chosen later, so both extremes are tried and
+        `fitting` drops what exceeds the budget.
         """
-        fixed = {rest: sorted(one.fixed for one in some) for rest, some in self._simple.items()}
+        fixed = {name: sorted(one.fixed for one in some) for name, some in self._uniform.items()}
         return [
-            {rest: memory - some[which] - SLACK for rest, some in fixed.items()}
-            for which in (0, -1)
+            {name: memory - some[index] - SLACK for name, some in fixed.items()}
+            for index in (0, -1)
         ]
 
 
-def needed(budget: MemoryBudget) -> int:
-    """Bytes in all of a ledger with planned slots."""
+def total_bytes(budget: MemoryBudget) -> int:
+    """Return all bytes of an estimate with planned slots."""
     assert budget.planned is not None
     return budget.fixed + budget.planned.nbytes

@@ -112,7 +112,7 @@ def forget(files: Iterable[Path]) -> None:
 
 
 @torch.inference_mode()
-def time_rest(served: ServedModel, reference: Reference) -> float:
+def time_dense_weights(served: ServedModel, reference: Reference) -> float:
     """Seconds that decoding one token takes without experts: attention, routers, head."""
     for experts in served.blocks.values():
         experts.recorder = lambda _: None

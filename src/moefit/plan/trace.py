@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
+class ReplayResult:
     """Means per token: experts that had to be read while it waited, swaps, router weight moved."""
 
     misses: float
@@ -93,14 +93,14 @@ class _Block:
         return len(swaps)
 
 
-def replay_exact(steps: Sequence[Step], num_experts: int, slots: int) -> Replayed:
+def replay_exact(steps: Sequence[Step], num_experts: int, slots: int) -> ReplayResult:
     """Everything that is chosen is fetched."""
     return replay_bounded(steps, num_experts, slots, bound=-1.0)
 
 
 def replay_bounded(
     steps: Sequence[Step], num_experts: int, slots: int, *, bound: float, protected: int = 1
-) -> Replayed:
+) -> ReplayResult:
     """At most `bound` of a token's weight moves to residents; what else is absent is fetched."""
     block, sums = _Block(num_experts, slots), _Sums()
     for step in steps:
@@ -120,7 +120,7 @@ def replay_bounded(
 
 def replay_virtual(
     steps: Sequence[Step], num_experts: int, slots: int, manager: VirtualExpertManager
-) -> Replayed:
+) -> ReplayResult:
     """Residents alone answer; while slots are empty, what is chosen is fetched."""
     block, sums = _Block(num_experts, slots), _Sums()
     for number, step in enumerate(steps, start=1):
@@ -168,9 +168,11 @@ def substitutes(step: Step, residents: Collection[int], count: int) -> list[int]
     return sorted(free, key=lambda e: (-step.scores[e], e))[:count]
 
 
-def _means(sums: _Sums, steps: int) -> Replayed:
+def _means(sums: _Sums, steps: int) -> ReplayResult:
     count = max(1, steps)
-    return Replayed(misses=sums.misses / count, swaps=sums.swaps / count, moved=sums.moved / count)
+    return ReplayResult(
+        misses=sums.misses / count, swaps=sums.swaps / count, moved=sums.moved / count
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +260,7 @@ def _shares(values: Sequence[float]) -> list[float]:
     return [value / total if total else 1 / len(values) for value in values]
 
 
-Curves = Mapping[str, Mapping[int, Replayed]]
+Curves = Mapping[str, Mapping[int, ReplayResult]]
 """By policy, then slots."""
 
 
@@ -278,11 +280,11 @@ def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dic
     }
 
 
-def _point(one: Replayed) -> list[float]:
+def _point(one: ReplayResult) -> list[float]:
     return [one.misses, one.swaps, one.moved]
 
 
-def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: float) -> Replayed:
+def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: float) -> ReplayResult:
     mode, _, value = policy.partition(":")
     if mode == "exact":
         return replay_exact(routes.steps, experts, slots)
@@ -295,11 +297,11 @@ def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: floa
 
 def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
     """From `make_curves`; with all experts resident nothing is missed or moved."""
-    nothing = Replayed(misses=0.0, swaps=0.0, moved=0.0)
+    nothing = ReplayResult(misses=0.0, swaps=0.0, moved=0.0)
     return {
         policy: {
             **{
-                int(slots): Replayed(misses=point[0], swaps=point[1], moved=point[2])
+                int(slots): ReplayResult(misses=point[0], swaps=point[1], moved=point[2])
                 for slots, point in sorted(points.items(), key=lambda one: int(one[0]))
             },
             num_experts: nothing,
@@ -308,7 +310,7 @@ def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
     }
 
 
-def interpolated(curves: Curves, policy: str, slots: int) -> Replayed:
+def interpolated(curves: Curves, policy: str, slots: int) -> ReplayResult:
     """Between two points of a curve in a straight line."""
     points = curves[policy]
     if slots in points:
@@ -317,7 +319,7 @@ def interpolated(curves: Curves, policy: str, slots: int) -> Replayed:
     above = min(known for known in points if known > slots)
     share = (slots - below) / (above - below)
     low, high = points[below], points[above]
-    return Replayed(
+    return ReplayResult(
         misses=low.misses + share * (high.misses - low.misses),
         swaps=low.swaps + share * (high.swaps - low.swaps),
         moved=low.moved + share * (high.moved - low.moved),

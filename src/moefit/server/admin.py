@@ -139,7 +139,7 @@ def memory_state(service: Service) -> MemoryState:
 def _plan_summary(plan: Plan) -> PlanSummary:
     one = plan.predicted
     return PlanSummary(
-        words=plan.configuration.in_words(),
+        words=plan.configuration.describe(),
         loss=one.loss,
         margin=one.margin,
         tokens_per_second=one.speed,

@@ -46,7 +46,7 @@ class LivePlan:
         self.plan: Plan | None = plan
         low, high = engine.served.placement_budget.bounds
         self.limits = low + SLACK, high + SLACK
-        self._rule, self._rest = plan.rule, plan.configuration.rest
+        self._rule, self._rest = plan.rule, plan.configuration.dense_precision
         self._planning = Lock()
 
     def set_budget(self, memory: int | None) -> None:
@@ -78,7 +78,7 @@ class LivePlan:
         except ConfigError as error:
             raise ConfigError(f"{error}; {_WITHOUT_PLAN}") from error
         chosen = plan.configuration
-        if (plan.rule, chosen.rest) != (self._rule, self._rest):
+        if (plan.rule, chosen.dense_precision) != (self._rule, self._rest):
             raise ConfigError(
                 f"the newest profile uses the routing rule {plan.rule}, but the server uses "
                 f"{self._rule}; run moefit profile with that --rule again, or {_WITHOUT_PLAN}"
