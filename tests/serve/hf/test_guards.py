@@ -62,7 +62,7 @@ def test_conversions_are_refused_and_change_nothing(
 ) -> None:
     with load_model(folder, LoadSettings()) as served:
         before = served.model(tokens(1, 5)).logits
-        with pytest.raises(UnsupportedModelError, match=r"cannot become .*moefit.load\("):
+        with pytest.raises(UnsupportedModelError, match=r"cannot be converted .*moefit.load\("):
             CONVERSIONS[conversion](served.model.get_submodule(part))
         assert torch.equal(served.model(tokens(1, 5)).logits, before)
 
@@ -95,7 +95,7 @@ def test_generation_ends_with_an_error(folder: Path, value: float, sampling: dic
         served.generate(tokens(1, 4), max_new_tokens=2, **sampling)
         spoil(folder, "experts", value)
         for generate in (served.generate, served.model.generate):
-            with pytest.raises(CheckpointError, match=r"no finite numbers.*copy or download"):
+            with pytest.raises(CheckpointError, match=r"logits are not finite.*copy or download"):
                 generate(tokens(1, 4), max_new_tokens=8, **sampling)
 
 
@@ -107,7 +107,7 @@ def test_the_command_line_prints_no_tokens_of_no_numbers(tmp_path: Path, more: t
     spoil(folder, "experts")
     found = CliRunner().invoke(app, ["generate", str(folder), "a = 1", *more])
     assert isinstance(found.exception, CheckpointError), found.output
-    assert "no finite numbers" in str(found.exception)
+    assert "logits are not finite" in str(found.exception)
 
 
 @pytest.mark.parametrize("mode", ["exact", "virtual", "bounded"])
@@ -145,7 +145,7 @@ def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
             lambda: list(wide(served, windows_BT)),
         ]
         for scorer in scorers:
-            with pytest.raises(CheckpointError, match="no finite numbers"):
+            with pytest.raises(CheckpointError, match="logits are not finite"):
                 scorer()
 
 

@@ -136,7 +136,9 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(
         return own(descriptor, data[:3000], offset)  # and never all at once
 
     monkeypatch.setattr(file.os, "pwrite", pwrite)
-    with pytest.raises(CheckpointError, match=r"no room: .* for a block, .* free; finished files"):
+    with pytest.raises(
+        CheckpointError, match=r"no space: a block takes .* are free; finished files"
+    ):
         packed(folder)
     assert files_in(packed_cache) == {}
     left = 10**6
@@ -232,7 +234,7 @@ def test_the_command(folder: Path, packed_cache: Path) -> None:
     [
         (["--formats", "int9"], "'int9' does not exist; .* nearest: int8"),
         (["--formats", "int4,"], "'' does not exist"),
-        (["--formats", "int4,native"], "native experts are read from the checkpoint's own"),
+        (["--formats", "int4,native"], "native experts are read from the checkpoint itself"),
         (["--check", "--force"], "give one of them"),
         (["--check"], "nothing of .* is packed in"),
     ],

@@ -286,7 +286,7 @@ def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, s
     header["__metadata__"] |= change
     text = json.dumps(header).encode().ljust(length)
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(CheckpointError, match="its header says does not have its checksum"):
+    with pytest.raises(CheckpointError, match="its header does not match its checksum"):
         read_packed(path)
     assert "pack it again" in open_packed(skeleton, [INT4]).ignored[0]
     assert pack(skeleton, [INT4]).files == 1

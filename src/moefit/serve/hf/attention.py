@@ -1,8 +1,8 @@
-"""Attention of a served model on a CPU: the compiled kernels where they know how, else torch.
+"""CPU attention of a served model: compiled kernels where they apply, else torch.
 
-Owns the attention function that transformers calls by the name `moefit_cpu`. It computes what
-transformers' `sdpa` does. For one new token torch's own kernel reads keys and values at a tenth of
-the memory's speed; ours at most of it. Knows nothing of budgets or experts.
+Registers the attention function `moefit_cpu` with transformers; it computes what `sdpa` does. For
+one new token, torch's kernel reads keys and values at a tenth of the memory bandwidth; ours at most
+of it.
 
 Shapes: B sequences, T new tokens, H query heads, G KV heads, L keys, C head width.
 """
@@ -23,7 +23,13 @@ from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_att
 from moefit.quant.cpu_kernels import kernels
 
 NAME = "moefit_cpu"
-_HARMLESS = {"position_ids", "cache_position", "sliding_window", "output_attentions", "use_cache"}
+_IGNORED_ARGUMENTS = {
+    "position_ids",
+    "cache_position",
+    "sliding_window",
+    "output_attentions",
+    "use_cache",
+}
 
 
 def cpu_attention(  # noqa: PLR0913 - transformers' signature
@@ -40,8 +46,16 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     """Return attention as transformers' `sdpa` does.
 
     Args:
-        query: [B, H, T, C]. key, value: [B, G, L, C].
-        attention_mask: None for all keys (T = 1) or causal attention (T = L); else torch computes.
+        module: The attention module.
+        query: [B, H, T, C].
+        key: [B, G, L, C].
+        value: [B, G, L, C].
+        attention_mask: None for all keys (T = 1) or causal attention (T = L). With a mask, torch
+            is used.
+        dropout: As in `sdpa`; kernels are only used if 0.
+        scaling: Factor of the scores; None for 1 / sqrt(C).
+        is_causal: None for the module's own setting.
+        others: Further arguments of transformers; kernels are only used if they have no effect.
 
     Returns:
         [B, T, H, C] in the queries' dtype, and None.
@@ -49,7 +63,9 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     new, length = query.shape[2], key.shape[2]
     plain = attention_mask is None and not dropout and (new == 1 or (causal and new == length))
-    extra = any(value is not None for name, value in others.items() if name not in _HARMLESS)
+    extra = any(
+        value is not None for name, value in others.items() if name not in _IGNORED_ARGUMENTS
+    )
     if plain and not extra and not (torch.is_grad_enabled() and query.requires_grad):
         out = _by_kernels(query, key, value, scaling)
         if out is not None:
@@ -68,7 +84,7 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
 
 
 def _by_kernels(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
-    """All tokens as segments of their sequences; None if the kernels do not know such tensors."""
+    """Compute attention with kernels; return None if they do not support the tensors."""
     compiled = kernels()
     batch, _, new, _ = query.shape
     segments = [
@@ -83,14 +99,17 @@ def _by_kernels(query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 
 
 def use_kernels(model: PreTrainedModel) -> Callable[[], None]:
-    """Let a model's attention on a CPU be computed by the kernels; return what undoes it.
+    """Use the kernels for a model's attention on a CPU.
 
-    A model stays as it is if it computes attention another way than `sdpa`, if no kernels were
-    compiled, or if its family's code looks at the name of its attention to decide what to compute.
+    The model is unchanged if its attention is not `sdpa`, if there are no compiled kernels, or if
+    its family's code depends on the name of the attention implementation.
+
+    Returns:
+        A function that undoes the change.
     """
     before = model.config._attn_implementation
     on_cpu = model.device.type == "cpu"
-    if before != "sdpa" or not on_cpu or kernels() is None or _looks_at_the_name(model):
+    if before != "sdpa" or not on_cpu or kernels() is None or _depends_on_name(model):
         return lambda: None
     AttentionInterface.register(NAME, cpu_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -105,7 +124,7 @@ def use_kernels(model: PreTrainedModel) -> Callable[[], None]:
 _COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")
 
 
-def _looks_at_the_name(model: PreTrainedModel) -> bool:
+def _depends_on_name(model: PreTrainedModel) -> bool:
     files = {type(module).__module__ for module in model.modules()}
     own = [sys.modules[name] for name in files if "modeling_" in name]
     return any(_COMPARED.search(inspect.getsource(module)) for module in own)

@@ -1,8 +1,8 @@
-"""What a served model refuses to do, since its experts are not among its parameters.
+"""Disable operations that would break a served model, whose experts are not parameters.
 
-transformers' model does not know that its experts lie in slots: it would convert or move the rest
-alone, save a checkpoint without experts, and turn logits that are no numbers into tokens. Each
-guard is set on the one instance that is served, never on a class. Knows nothing of slots.
+transformers would convert or move the dense weights alone, save a checkpoint without experts, and
+sample tokens from logits that are not finite. `guard` overrides these methods on the served
+instance, never on a class.
 """
 
 from collections.abc import Callable, Collection
@@ -17,49 +17,49 @@ from moefit.errors import CheckpointError, UnsupportedModelError
 
 
 class FiniteLogits(LogitsProcessor):
-    """Ends a generation whose logits are no finite numbers; changes none.
+    """Raise an error for logits that are not finite; return all others unchanged.
 
     Raises:
         CheckpointError: The largest logit of a sequence is NaN or infinite.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores` as they are."""
+        """Return `scores` unchanged."""
         refuse_no_numbers(scores)
         return scores
 
 
 def refuse_no_numbers(logits: Tensor) -> None:
-    """Refuse logits [.., V] of which no token can be chosen.
+    """Raise an error if no token can be sampled from some logits.
 
     Args:
-        logits: Of any number of tokens. Minus infinity is a token that cannot be, and fine.
+        logits: Logits [..., V]. Minus infinity is allowed: it excludes a token.
 
     Raises:
         CheckpointError: The largest logit of a token is NaN or infinite.
     """
     if not logits.amax(-1).isfinite().all():  # the largest is NaN if any of them is
         raise CheckpointError(
-            "the model's logits are no finite numbers, so that no token can be chosen: its "
+            "the model's logits are not finite, so no token can be sampled: its "
             "weights are damaged (copy or download the checkpoint again), or too large for this "
             "dtype (--dtype float32 or bfloat16)"
         )
 
 
 def guard(model: PreTrainedModel, experts: Collection[str]) -> None:
-    """Let a served model refuse what would break it; all else is as it was.
+    """Override conversion, saving and generation of a served model.
 
     Args:
-        model: Whose experts are served.
-        experts: Names of the modules that serve them.
+        model: The served model.
+        experts: Names of its served experts modules.
     """
-    around = {""} | {
+    parents = {""} | {
         ".".join(parts[:number])
         for name in experts
         for parts in [name.split(".")]
         for number in range(1, len(parts) + 1)
     }
-    for name in around:
+    for name in parents:
         module = model.get_submodule(name)
         cast(Any, module)._apply = _no_conversion(module)
     cast(Any, model).save_pretrained = _no_saving
@@ -67,17 +67,17 @@ def guard(model: PreTrainedModel, experts: Collection[str]) -> None:
 
 
 def _no_conversion(module: nn.Module) -> Callable[..., nn.Module]:
-    """`nn.Module._apply` for conversions that change nothing; all others raise."""
+    """Return an `nn.Module._apply` that raises an error for conversions that change anything."""
 
     def apply(change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         del recurse
         for example in _examples(module):
             changed = change(example)
-            if changed is example or _alike(changed, example):
+            if changed is example or _same_kind(changed, example):
                 continue
             raise UnsupportedModelError(
-                f"a served model cannot become {_words(changed)}: its experts are in slots of "
-                f"{_words(example)}, which transformers does not convert; load it anew with "
+                f"a served model cannot be converted to {_describe(changed)}: its experts are in "
+                f"slots of {_describe(example)}, which are not converted; load it again with "
                 "moefit.load(..., dtype=..., device=...)"
             )
         return module
@@ -86,23 +86,23 @@ def _no_conversion(module: nn.Module) -> Callable[..., nn.Module]:
 
 
 def _examples(module: nn.Module) -> list[Tensor]:
-    """An empty tensor of every dtype and device that the module has."""
+    """Return an empty tensor of each dtype and device that the module has."""
     kinds = {(one.dtype, one.device) for one in (*module.parameters(), *module.buffers())}
     return [torch.empty(0, dtype=dtype, device=device) for dtype, device in sorted(kinds, key=str)]
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _same_kind(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device
 
 
-def _words(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def _no_saving(*_: object, **__: object) -> NoReturn:
     raise UnsupportedModelError(
         "a served model cannot be saved: its experts are not among its parameters, and the "
-        "checkpoint would be without them. Copy the folder that it was loaded from, or write "
+        "checkpoint would lack them. Copy the folder that it was loaded from, or write "
         "quantised experts with moefit pack"
     )
 

@@ -1,7 +1,7 @@
 """A KV cache with reserved capacity, and the limit on the tokens that it may hold.
 
-transformers' growing cache concatenates at every step; `ReservedLayer` writes in place instead.
-`limit_context` refuses input beyond the tokens that the memory estimate reserved.
+transformers' `DynamicLayer` concatenates at every step; `ReservedLayer` writes in place instead.
+`limit_context` raises an error for input beyond the tokens that the memory estimate reserves.
 
 Shapes: B sequences, H KV heads, N tokens, D head width.
 """
@@ -19,10 +19,10 @@ from moefit.errors import ConfigError
 
 @runtime_checkable
 class TokenHolder(Protocol):
-    """A cache that several sequences of different lengths share, and that can count."""
+    """A cache shared by sequences of different lengths."""
 
     def tokens_held(self) -> int:
-        """Tokens of all sequences, those of the step that is about to be made included."""
+        """Return the tokens of all sequences, including those of the coming step."""
         ...
 
 
@@ -30,27 +30,34 @@ _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_em
 
 
 def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> RemovableHandle:
-    """Refuse steps whose sequences would hold more than `limit()` tokens together; None: no limit.
+    """Make the model raise ConfigError for steps that would hold too many tokens.
 
-    The step raises ConfigError. Tokens of all sequences count, those in the cache too.
+    Args:
+        model: The model.
+        limit: Returns the maximum number of tokens over all sequences, including the cached ones;
+            None for no limit.
+
+    Returns:
+        The hook.
     """
 
     def check(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        most = limit()
-        if most is None:
+        maximum = limit()
+        if maximum is None:
             return
-        wanted = _held(inputs, named)
-        if wanted > most:
+        needed = _tokens_after_step(inputs, named)
+        if needed > maximum:
             raise ConfigError(
-                f"this step would hold {wanted:,} tokens, but the memory budget reserves for "
-                f"{most:,}; load with context={wanted} or more, or give shorter or fewer sequences"
+                f"this step would hold {needed:,} tokens, but the memory budget reserves for "
+                f"{maximum:,}; load with context={needed} or more, or give shorter or fewer "
+                "sequences"
             )
 
     return model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def _held(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Tokens of the longer side of the step, its past included, over all sequences."""
+def _tokens_after_step(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Return the tokens of all sequences after a step, of the encoder or decoder if longer."""
     if isinstance(shared := named.get("past_key_values"), TokenHolder):
         return shared.tokens_held()
     given = [*inputs[:1], *(named.get(name) for name in _TOKENS)]
@@ -64,15 +71,18 @@ def _held(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     return sequences * (int(past) + new)
 
 
-_MORE = 4  # a buffer is longer than it must be by a quarter
-_LEAST = 32  # or by so many tokens
+# Extra capacity of a new buffer: a quarter, or this many tokens if that is more.
+_EXTRA_DIVISOR = 4
+_MIN_EXTRA_TOKENS = 32
 
 
 class ReservedLayer(DynamicLayer):
-    """One layer's keys and values, views of the beginning of longer buffers.
+    """Keys and values of one layer, stored as views of the start of longer buffers.
 
-    limit: how many tokens all sequences together may have; None: any number. Buffers are never
-    longer than that for the sake of what may come.
+    Args:
+        limit: Returns the maximum number of tokens over all sequences; None for no limit. Buffers
+            get no extra capacity beyond it.
+        old: The layer to replace; its state is taken over.
     """
 
     def __init__(self, limit: Callable[[], int | None], old: DynamicLayer):
@@ -85,18 +95,22 @@ class ReservedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """[B, H, new, D] each; gives all of [B, H, N, D], good until the next call."""
+        """Append keys and values [B, H, new, D].
+
+        Returns:
+            All keys and values [B, H, N, D], valid until the next call.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, name: str, past_BHND: Tensor | None, new_BHND: Tensor) -> Tensor:
+    def _append(self, name: str, past_BHND: Tensor | None, new_BHND: Tensor) -> Tensor:
         past = 0 if past_BHND is None or not past_BHND.numel() else past_BHND.shape[-2]
         total = past + new_BHND.shape[-2]
         buffer = self._buffers.get(name)
-        if buffer is None or not _begins(buffer, past_BHND, new_BHND, total):
+        if buffer is None or not _can_append(buffer, past_BHND, new_BHND, total):
             buffer = new_BHND.new_empty(
                 *new_BHND.shape[:-2], self._capacity(total, len(new_BHND)), new_BHND.shape[-1]
             )
@@ -108,19 +122,20 @@ class ReservedLayer(DynamicLayer):
         return buffer[..., :total, :]
 
     def _capacity(self, total: int, sequences: int) -> int:
-        wished, most = total + max(_LEAST, total // _MORE), self._limit()
-        return wished if most is None else max(total, min(wished, most // sequences))
+        wanted = total + max(_MIN_EXTRA_TOKENS, total // _EXTRA_DIVISOR)
+        maximum = self._limit()
+        return wanted if maximum is None else max(total, min(wanted, maximum // sequences))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all keys and values."""
         self._buffers.clear()
         super().reset()
 
 
-def _begins(buffer: Tensor, past_BHND: Tensor | None, new_BHND: Tensor, total: int) -> bool:
-    """Whether the past still lies where the buffer begins, and the new fits behind it.
+def _can_append(buffer: Tensor, past_BHND: Tensor | None, new_BHND: Tensor, total: int) -> bool:
+    """Return whether the past is still a view of the buffer's start and the new tokens fit.
 
-    Sequences may have been selected, repeated or put in another order since: then it does not.
+    It is not after sequences were selected, repeated or reordered.
     """
     if total > buffer.shape[-2] or new_BHND.dtype != buffer.dtype:
         return False
@@ -134,13 +149,19 @@ def _begins(buffer: Tensor, past_BHND: Tensor | None, new_BHND: Tensor, total: i
 
 
 def reserve_caches(model: nn.Module, limit: Callable[[], int | None]) -> RemovableHandle:
-    """Let the layers of every cache that this model is given grow in place.
+    """Replace the layers of every cache passed to the model by `ReservedLayer`.
 
-    Only those that are exactly `DynamicLayer`: others keep less than all of the past, or other
-    things.
+    Only layers that are exactly `DynamicLayer` are replaced; subclasses store other states.
+
+    Args:
+        model: The model.
+        limit: See `ReservedLayer`.
+
+    Returns:
+        The hook.
     """
 
-    def most() -> int | None:  # a plain function: a copy of a cache must not copy its limit's owner
+    def current_limit() -> int | None:  # a function, so that copying a cache does not copy `limit`
         return limit()
 
     def convert(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -149,7 +170,7 @@ def reserve_caches(model: nn.Module, limit: Callable[[], int | None]) -> Removab
             cache = cache.self_attention_cache
         if isinstance(cache, Cache) and not torch.is_grad_enabled():
             cache.layers[:] = [
-                ReservedLayer(most, layer) if type(layer) is DynamicLayer else layer
+                ReservedLayer(current_limit, layer) if type(layer) is DynamicLayer else layer
                 for layer in cache.layers
             ]
 

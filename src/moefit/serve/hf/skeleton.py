@@ -1,8 +1,7 @@
-"""A model without its experts: built on the meta device, its other weights read by name.
+"""Build a transformers model without its experts, and load its dense weights.
 
-Owns the way from a folder to a module tree whose experts never were in memory. transformers does
-the naming and converting; it sees a checkpoint from which the experts are absent, and a model that
-doesn't have them. Knows nothing of slots or budgets.
+The model is built on the meta device, and expert parameters are never materialised. transformers
+itself converts and renames the dense weights: it is given a checkpoint and a model without experts.
 """
 
 import re
@@ -35,13 +34,21 @@ from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, i
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 
-_MANY = 2048  # layers or experts; more take long to build
-_MAX_INDEX = 256 << 20  # bytes; the largest models have some 10 MB
+_MAX_COUNT = 2048  # layers or experts; models with more take long to build
+_MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device, where its experts are, and where their bytes are."""
+    """A model on the meta device and where to find its weights.
+
+    Attributes:
+        model: The model on the meta device.
+        blocks: Its MoE blocks.
+        map: Where each expert's bytes are, and which tensors are dense weights.
+        checkpoint: The checkpoint's files.
+        dtype: The dtype to compute in.
+    """
 
     model: PreTrainedModel
     blocks: tuple[MoeBlock, ...]
@@ -50,10 +57,10 @@ class Skeleton:
     dtype: torch.dtype
 
     def left_out(self) -> dict[str, tuple[int, int]]:
-        """Return what the checkpoint has and the model does not load.
+        """Return the tensors of the checkpoint that the model does not load.
 
         Returns:
-            By group, such as `mtp` or `model.layers.46`, the number of tensors and their bytes.
+            The number of tensors and their bytes by group, such as `mtp` or `model.layers.46`.
         """
         groups: dict[str, tuple[int, int]] = {}
         for name in self.map.left_out:
@@ -64,7 +71,7 @@ class Skeleton:
 
 
 def _group(name: str) -> str:
-    """What a tensor that is left out belongs to: a layer of the model, else its first part.
+    """Return the layer that a tensor belongs to, else the first component of its name.
 
     >>> _group("model.layers.46.mlp.gate.weight"), _group("mtp.layers.0.fc.weight")
     ('model.layers.46', 'mtp')
@@ -74,10 +81,15 @@ def _group(name: str) -> str:
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
-    """Read configuration and headers; allocate nothing. `dtype` None is the checkpoint's own.
+    """Read a model's configuration and headers; no weights are read or allocated.
 
-    Raises CheckpointError for a folder that is no whole checkpoint, UnsupportedModelError for a
-    model without experts that can be served, or quantised.
+    Args:
+        folder: Folder of the checkpoint.
+        dtype: The dtype to compute in; None for the checkpoint's own.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or damaged.
+        UnsupportedModelError: The model has no experts that can be served, or is quantised.
     """
     refuse_adapter(folder)
     refuse_declared(folder)
@@ -86,19 +98,21 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     checkpoint = Checkpoint(folder)
     refuse_absurd_counts(values, checkpoint)
     config = config_from(values, folder)
-    chosen = dtype or _own_dtype(config, checkpoint)
-    with _blaming_config(folder):
-        model = _on_meta(config, chosen)
+    compute_dtype = dtype or _own_dtype(config, checkpoint)
+    with _config_errors(folder):
+        model = _on_meta(config, compute_dtype)
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
-    return Skeleton(model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, chosen)
+    return Skeleton(
+        model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, compute_dtype
+    )
 
 
 def refuse_unservable(folder: Path) -> None:
-    """Refuse what can be known to be unservable without weights, before they are downloaded.
+    """Raise an error if a model cannot be served, without its weights (before a download).
 
     Args:
-        folder: A model's configuration, and the index of its shards if it has several.
+        folder: Folder with config.json, and the index of shards if there are several.
 
     Raises:
         CheckpointError: The configuration is missing or damaged.
@@ -108,36 +122,45 @@ def refuse_unservable(folder: Path) -> None:
     refuse_declared(folder)
     register()
     config = config_from(read_config(folder), folder)
-    if not _plausible(config):
-        return  # compared with the files' headers before it is built, as far as it comes
-    with _blaming_config(folder):
+    if not _is_quick_to_build(config):
+        return  # checked against the headers of the weights before it is built
+    with _config_errors(folder):
         model = _on_meta(config, torch.float32)
         find_blocks(model)
-    refuse_parts(model, folder, _indexed(folder))
+    refuse_parts(model, folder, _index_names(folder))
 
 
-def _plausible(config: Any) -> bool:
-    """Whether building the model takes seconds at most."""
+def _is_quick_to_build(config: Any) -> bool:
+    """Return whether the model can be built in seconds."""
     text = config.get_text_config()
     names = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
     counts = [getattr(text, name, None) for name in (*names, "n_routed_experts")]
-    return all(count <= _MANY for count in counts if isinstance(count, int | float))
+    return all(count <= _MAX_COUNT for count in counts if isinstance(count, int | float))
 
 
-def _indexed(folder: Path) -> list[str]:
-    """The tensors that the index of shards names; none without one, or where it is damaged."""
+def _index_names(folder: Path) -> list[str]:
+    """Return the tensor names of the index of shards; empty if it is missing or damaged."""
     try:
-        return list(read_json(folder / INDEX, limit=_MAX_INDEX)["weight_map"])
+        return list(read_json(folder / INDEX, limit=_MAX_INDEX_BYTES)["weight_map"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return []  # whoever reads the shards says what is wrong with it
+        return []  # reading the shards raises an error with the reason
 
 
 def load_dense_weights(
     skeleton: Skeleton, experts: Mapping[str, nn.Module], device: torch.device
 ) -> PreTrainedModel:
-    """Put these modules in place of the experts, and load all other weights onto `device`.
+    """Replace the experts by served ones and load all other weights.
 
-    Raises CheckpointError if the model needs weights that the checkpoint lacks.
+    Args:
+        skeleton: The model.
+        experts: The served experts modules by block name.
+        device: The device to load onto.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: Weights are missing or have another shape.
     """
     model = skeleton.model
     conversions = get_model_conversion_mapping(model)
@@ -146,24 +169,24 @@ def load_dense_weights(
         for name, module in _shared_modules(model, block).items():
             served.add_module(name, module)
         model.set_submodule(block.name, block.around(served))
-        _leave_uninitialised(model.get_submodule(block.parent))
-    _forget_tied_experts(model)
+        _skip_initialisation(model.get_submodule(block.parent))
+    _untie_experts(model)
     lazy = {
         name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
         for name in skeleton.map.rest
     }
     plan = LoadStateDictConfig(
         device_map={"": device},
-        ignore_mismatched_sizes=True,  # refused below, by name
+        ignore_mismatched_sizes=True,  # raised below, with names
         dtype=skeleton.dtype,
         dtype_plan=model._get_dtype_plan(skeleton.dtype),
         weight_mapping=cast(Any, conversions),
     )
     loader = type(model)
-    found, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
-    found = loader._finalize_model_loading(model, plan, found)
-    if found.missing_keys or found.mismatched_keys or found.conversion_errors:
-        names = [*found.missing_keys, *map(str, found.mismatched_keys), *found.conversion_errors]
+    info, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
+    info = loader._finalize_model_loading(model, plan, info)
+    if info.missing_keys or info.mismatched_keys or info.conversion_errors:
+        names = [*info.missing_keys, *map(str, info.mismatched_keys), *info.conversion_errors]
         raise CheckpointError(
             f"the checkpoint lacks {len(names)} weights that {loader.__name__} needs, or has them "
             f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
@@ -171,15 +194,17 @@ def load_dense_weights(
     return model.eval()
 
 
-def _forget_tied_experts(model: PreTrainedModel) -> None:
-    """Two blocks with the same experts each read them; the parameters to be tied are gone."""
-    there = set(model.state_dict())
+def _untie_experts(model: PreTrainedModel) -> None:
+    """Untie experts that two blocks share: each block loads them, and the parameters are gone."""
+    existing = set(model.state_dict())
     tied = model.all_tied_weights_keys.items()
-    model.all_tied_weights_keys = {to: by for to, by in tied if to in there and by in there}
+    model.all_tied_weights_keys = {
+        target: source for target, source in tied if target in existing and source in existing
+    }
 
 
 def _shared_modules(model: PreTrainedModel, block: MoeBlock) -> dict[str, nn.Module]:
-    """What all experts of a block share, such as a norm behind each of them: it stays loaded."""
+    """Return submodules that all experts of a block share, such as a norm; these stay loaded."""
     if block.shell is not None:
         return {}
     layout = block.layout
@@ -192,10 +217,11 @@ def _shared_modules(model: PreTrainedModel, block: MoeBlock) -> dict[str, nn.Mod
     return {name: module for name, module in children if name not in own}
 
 
-def _leave_uninitialised(parent: nn.Module) -> None:
-    """Keep transformers from filling a block with random numbers before its weights are loaded.
+def _skip_initialisation(parent: nn.Module) -> None:
+    """Prevent transformers from initialising a block with random numbers before loading.
 
-    Some families' way to do so reaches into the experts. Buffers that no checkpoint has do need it.
+    The initialisation of some families accesses the experts' parameters. Blocks with buffers that
+    are not in the checkpoint do need it.
     """
     if not any(module._non_persistent_buffers_set for module in parent.modules()):
         cast(Any, parent)._is_hf_initialized = True
@@ -207,21 +233,21 @@ def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _blaming_config(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever a family's code does with numbers it does not expect."""
+def _config_errors(folder: Path) -> Iterator[None]:
+    """Turn exceptions of a family's code into a CheckpointError about config.json."""
     try:
         yield
     except MoefitError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{folder / CONFIG} describes no model that can be built: {in_brief(error)}; give the "
-            "config.json that belongs to the weights"
+            f"{folder / CONFIG} describes a model that cannot be built: {in_brief(error)}; "
+            "use the config.json that belongs to the weights"
         ) from error
 
 
 def _model_class(config: Any) -> type[PreTrainedModel]:
-    """The class that the checkpoint names, else the one for text of its family."""
+    """Return the class in `architectures`, else the family's class for text generation."""
     for name in config.architectures or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -235,7 +261,8 @@ def _model_class(config: Any) -> type[PreTrainedModel]:
         return cast(type[PreTrainedModel], auto._model_mapping[type(config)])
     except KeyError as error:
         raise UnsupportedModelError(
-            f"transformers has no language model for {type(config).__name__}"
+            f"transformers has no language model for {type(config).__name__}; give a text "
+            "generation model"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Build a packed store, and verify it.
+"""Build and verify a packed store.
 
-Reads every expert once from the checkpoint, encodes it into each format and writes one file per
-block and format. Files are built beside their place and renamed. `check_packed` compares every
-expert with its checksum.
+`pack` reads every expert once from the checkpoint, encodes it in each format and writes one file
+per block and format. Files are written under a temporary name and renamed when complete.
+`check_packed` compares every packed expert with its checksum.
 """
 
 import shutil
@@ -43,15 +43,24 @@ from moefit.serve.packed.store import PackedLocation
 
 _RECORDING = ".calibration"
 Progress = Callable[[int, int], None]
-"""Hears how many bytes of the checkpoint's experts are done, and of how many."""
+"""Callback with the bytes (or windows) done and in total."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PackResult:
-    """What was done. Errors: |W - W^|^2 / |W|^2 of each format, the mean over all experts.
+    """What `pack` did.
 
-    With a calibration |y - y^|^2 / |y|^2 of experts' outputs y instead; `text` is its name.
-    `replaced` of `files` were there, but encoded without this calibration.
+    Attributes:
+        folder: The folder of the packed files.
+        text: Name of the calibration text; empty without calibration.
+        files: Files written.
+        skipped: Files that existed already.
+        replaced: Files among `files` that existed, but with another calibration.
+        bytes_read: Bytes of experts read from the checkpoint.
+        bytes_written: Bytes of the files written.
+        seconds: Duration.
+        relative_errors: Mean error over all experts by format: |W - W^|^2 / |W|^2 of weights, or
+            with calibration |y - y^|^2 / |y|^2 of outputs.
     """
 
     folder: Path
@@ -65,7 +74,7 @@ class PackResult:
     relative_errors: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return JSON-serialisable values."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
@@ -78,21 +87,31 @@ def pack(
     progress: Progress | None = None,
     calibrating: Progress | None = None,
 ) -> PackResult:
-    """Pack every expert of a model in these formats; what is there already is skipped.
+    """Pack every expert of a model in the given formats; existing files are skipped.
 
-    calibration: encode experts by what they are given on its text; files that are there but were
-    made without it are made again. With None, what is there counts, however it was calibrated.
-    calibrating hears how many windows of the text are done, and of how many.
-    force: make again what is there. Raises ConfigError for formats that need no packing or if
-    another process is at it; CheckpointError for weights that cannot be read or encoded, named, and
-    for files that cannot be written; what `record_block_inputs` does. Finished files then stay,
-    and the next call goes on.
+    Args:
+        skeleton: The model.
+        formats: Formats to pack, other than native.
+        calibration: Encode experts to minimise the error of their outputs on this text. Files
+            packed without it, or with another text, are replaced. If None, existing files are kept
+            whatever they were calibrated on.
+        force: Replace existing files.
+        progress: Callback for packing, in bytes of the checkpoint's experts.
+        calibrating: Callback for the calibration run, in windows of the text.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: A format cannot be packed or calibrated, or another process is packing.
+        CheckpointError: Weights cannot be read or encoded, or files cannot be written. Finished
+            files are kept, and the next call continues from there.
     """
     for format in formats:
         if not format.is_encoded:
             raise ConfigError(
-                "native experts are read from the checkpoint's own files; name formats to pack, "
-                "such as int8 or int4"
+                "native experts are read from the checkpoint itself and need no packing; give "
+                "formats such as int8 or int4"
             )
         if calibration and not format.uses_calibration:
             raise ConfigError(
@@ -100,118 +119,120 @@ def pack(
                 f"{format.name.removesuffix('-nearest')} to have it calibrated, or pack "
                 f"{format.name} without a text"
             )
-    place = PackedLocation(skeleton)
-    with locked(place.folder):
-        _sweep(place.folder)
-        job = _PackJob(skeleton, place, formats, calibration, force=force)
-        job.check_room()
+    location = PackedLocation(skeleton)
+    with locked(location.folder):
+        _remove_incomplete(location.folder)
+        job = _PackJob(skeleton, location, formats, calibration, force=force)
+        job.check_disk_space()
         try:
-            job.record(calibrating or _no_progress)
-            made = job.run(progress or _no_progress)
+            job.record_inputs(calibrating or _no_progress)
+            result = job.run(progress or _no_progress)
         finally:
             job.close()
         if calibration:
-            shutil.rmtree(place.folder / _RECORDING, ignore_errors=True)
-        return made
+            shutil.rmtree(location.folder / _RECORDING, ignore_errors=True)
+        return result
 
 
 def _no_progress(done: int, total: int) -> None:
-    """Hears nothing."""
+    """Ignore progress."""
 
 
 class _PackJob:
-    """One run: which files are to be made."""
+    """One call of `pack`; decides which files to write."""
 
     def __init__(
         self,
         skeleton: Skeleton,
-        place: PackedLocation,
+        location: PackedLocation,
         formats: Sequence[Format],
         calibration: CalibrationText | None,
         *,
         force: bool,
     ):
-        self._skeleton, self._place, self._calibration = skeleton, place, calibration
+        self._skeleton, self._location, self._calibration = skeleton, location, calibration
         self._recorded: RecordedInputs | None = None
         self._replaced = 0
         blocks = {block.name: block for block in skeleton.blocks}
         self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
         self._formats = list({format.name: format for format in formats}.values())
         self._todo = {
-            index: [f for f in self._formats if force or not self._is_there(f, index)]
+            index: [f for f in self._formats if force or not self._exists(f, index)]
             for index in range(len(skeleton.blocks))
         }
 
     def close(self) -> None:
         self._store.close()
 
-    def _is_there(self, format: Format, index: int) -> bool:
+    def _exists(self, format: Format, index: int) -> bool:
         try:
-            facts = self._place.open(format, index).facts
+            metadata = self._location.open(format, index).metadata
         except (CheckpointError, OSError):
             return False
-        same = self._calibration is None or facts.calibration == self._calibration.digest
+        same = self._calibration is None or metadata.calibration == self._calibration.digest
         self._replaced += not same
         return same
 
-    def check_room(self) -> None:
-        """Raise CheckpointError if the disk has no room for what is to be made."""
+    def check_disk_space(self) -> None:
+        """Raise CheckpointError if the files would not fit on the disk."""
         sizes = [self._size(f, index) for index, some in self._todo.items() for f in some]
-        free = shutil.disk_usage(self._place.folder).free
+        free = shutil.disk_usage(self._location.folder).free
         if sum(sizes) > free:
             raise CheckpointError(
                 f"packing takes {format_bytes(sum(sizes))} ({len(sizes)} files) in "
-                f"{self._place.folder}, where {format_bytes(free)} are free; {_MAKE_ROOM}"
+                f"{self._location.folder}, but only {format_bytes(free)} are free; {_FREE_SPACE}"
             )
 
-    def record(self, calibrating: Progress) -> None:
-        """Run the calibration text, if there is one and anything to be made."""
+    def record_inputs(self, calibrating: Progress) -> None:
+        """Record the inputs of experts on the calibration text, if any file is to be written."""
         if self._calibration is not None and any(self._todo.values()):
-            folder = self._place.folder / _RECORDING
+            folder = self._location.folder / _RECORDING
             self._recorded = record_block_inputs(
                 self._skeleton, self._calibration, folder, calibrating
             )
 
-    def _facts(self, format: Format, index: int) -> PackedMetadata:
-        facts = self._place.facts(format, index)
+    def _metadata(self, format: Format, index: int) -> PackedMetadata:
+        metadata = self._location.metadata(format, index)
         if self._calibration is None:
-            return facts
-        return replace(facts, calibration=self._calibration.digest, text=self._calibration.text)
+            return metadata
+        return replace(metadata, calibration=self._calibration.digest, text=self._calibration.text)
 
     def _size(self, format: Format, index: int) -> int:
         block = self._skeleton.blocks[index]
-        facts = self._facts(format, index)
-        return file_bytes(facts, block.num_experts, format.nbytes(block.layout.specs))
+        metadata = self._metadata(format, index)
+        return file_bytes(metadata, block.num_experts, format.nbytes(block.layout.specs))
 
     def run(self, progress: Progress) -> PackResult:
         began, done = perf_counter(), 0
         total = sum(self._native_bytes(index) for index, some in self._todo.items() if some)
-        made = PackResult(folder=self._place.folder, replaced=self._replaced)
-        made.text = self._calibration.text if self._calibration else ""
+        result = PackResult(folder=self._location.folder, replaced=self._replaced)
+        result.text = self._calibration.text if self._calibration else ""
         progress(0, total)
         for index, formats in self._todo.items():
-            made.skipped += len(self._formats) - len(formats)
+            result.skipped += len(self._formats) - len(formats)
             if not formats:
                 continue
 
-            def tell(more: int) -> None:
+            def report(nbytes: int) -> None:
                 nonlocal done
-                done += more
+                done += nbytes
                 progress(done, total)
 
-            self._make(index, formats, tell)
-            made.files += len(formats)
-            made.bytes_written += sum(self._size(format, index) for format in formats)
-        made.bytes_read, made.seconds = done, perf_counter() - began
-        made.relative_errors = {format.name: self._mean_error(format) for format in self._formats}
-        return made
+            self._pack_block(index, formats, report)
+            result.files += len(formats)
+            result.bytes_written += sum(self._size(format, index) for format in formats)
+        result.bytes_read, result.seconds = done, perf_counter() - began
+        result.relative_errors = {format.name: self._mean_error(format) for format in self._formats}
+        return result
 
     def _native_bytes(self, index: int) -> int:
         sources = self._skeleton.map.experts[self._skeleton.blocks[index].name]
         return sum(source.nbytes for source in sources)
 
-    def _make(self, index: int, formats: Sequence[Format], tell: Callable[[int], None]) -> None:
-        """One block's files, side by side, so that each expert is read once."""
+    def _pack_block(
+        self, index: int, formats: Sequence[Format], report: Callable[[int], None]
+    ) -> None:
+        """Write one block's files of all formats together, so that each expert is read once."""
         block = self._skeleton.blocks[index]
         specs = block.layout.specs
         slots = [allocate_slot(format, specs, torch.device("cpu")) for format in formats]
@@ -225,14 +246,14 @@ class _PackJob:
                 for expert, source in enumerate(self._skeleton.map.experts[block.name]):
                     native = self._store.native(block.name, expert)
                     _check_finite(native, specs, block.name, expert)
-                    losses = self._encode(block, expert, native, slots, inputs)
-                    for slot, writer, loss in zip(slots, writers, losses, strict=True):
-                        writer.write(bytes_of(slot.buffer_B), loss)
-                    tell(source.nbytes)
+                    errors = self._encode(block, expert, native, slots, inputs)
+                    for slot, writer, error in zip(slots, writers, errors, strict=True):
+                        writer.write(bytes_of(slot.buffer_B), error)
+                    report(source.nbytes)
                 for writer in writers:
                     writer.commit()
         except OSError as error:
-            raise self._unwritable(error, index, formats) from error
+            raise self._write_error(error, index, formats) from error
 
     def _encode(
         self,
@@ -242,7 +263,7 @@ class _PackJob:
         slots: Sequence[Slot],
         inputs: BlockInputs | None,
     ) -> list[float]:
-        """Fill slots with an expert; what each format loses of it."""
+        """Encode an expert into the slots; return its relative error in each format."""
         specs = block.layout.specs
         if inputs is None:
             for slot in slots:
@@ -257,61 +278,71 @@ class _PackJob:
         return [calibrated.relative_error(slot.format, slot.tensors) for slot in slots]
 
     def _writer(self, slot: Slot, index: int, num_experts: int) -> PackedWriter:
-        path = self._place.path(slot.format, index)
+        path = self._location.path(slot.format, index)
         path.parent.mkdir(exist_ok=True)
-        return PackedWriter(path, self._facts(slot.format, index), num_experts, slot.nbytes)
+        return PackedWriter(path, self._metadata(slot.format, index), num_experts, slot.nbytes)
 
     def _mean_error(self, format: Format) -> float:
-        files = [self._place.open(format, index) for index in self._todo]
-        losses = [loss for file in files for loss in file.relative_errors]
-        return sum(losses) / len(losses)
+        files = [self._location.open(format, index) for index in self._todo]
+        errors = [error for file in files for error in file.relative_errors]
+        return sum(errors) / len(errors)
 
-    def _unwritable(self, error: OSError, index: int, formats: Sequence[Format]) -> CheckpointError:
-        folder = self._place.folder
+    def _write_error(
+        self, error: OSError, index: int, formats: Sequence[Format]
+    ) -> CheckpointError:
+        folder = self._location.folder
         reason = error.strerror or str(error)
         if error.errno in NO_DISK_SPACE:
             needed = sum(self._size(format, index) for format in formats)
-            free = shutil.disk_usage(folder).free  # what was unfinished is gone by now
-            reason = f"no room: {format_bytes(needed)} for a block, {format_bytes(free)} free"
+            free = shutil.disk_usage(folder).free  # incomplete files are removed by now
+            reason = (
+                f"no space: a block takes {format_bytes(needed)}, {format_bytes(free)} are free"
+            )
         return CheckpointError(
-            f"cannot write packed experts into {folder}: {reason}; finished files stay and the "
-            f"same command goes on from there; {_MAKE_ROOM}"
+            f"cannot write packed experts into {folder}: {reason}; finished files are kept, and "
+            f"the same command continues from there; {_FREE_SPACE}"
         )
 
 
-_MAKE_ROOM = "make room, name fewer formats, or set XDG_CACHE_HOME to a folder on a larger disk"
+_FREE_SPACE = (
+    "free some space, give fewer formats, or set XDG_CACHE_HOME to a folder on a larger disk"
+)
 
 
 def _check_finite(
     native: Tensors, specs: Mapping[str, TensorSpec], block: str, expert: int
 ) -> None:
-    """Of what no format encodes; matrices are refused where they are encoded."""
+    """Raise CheckpointError if biases are not finite; matrices are checked when encoded."""
     for short, spec in specs.items():
         if not is_matrix(spec) and not bool(native[short].isfinite().all()):
             raise CheckpointError(
                 f"expert {expert} of {block}: {short} has weights that are not finite; copy or "
-                "download the checkpoint again, or train it anew"
+                "download the checkpoint again"
             )
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
-    """Make the folder and be the only process that packs into it."""
+    """Create the folder and hold its lock.
+
+    Raises:
+        ConfigError: Another process is packing into it.
+    """
     busy = (
         f"another process is packing this model into {folder}; wait for it to end, then run the "
-        "same command again: what is finished is skipped"
+        "same command again: finished files are skipped"
     )
     return alone_in(folder, busy=busy)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what earlier processes were killed over."""
+def _remove_incomplete(folder: Path) -> None:
+    """Remove incomplete files of processes that were killed."""
     for leftover in folder.glob(f"*/.*{WRITING}"):
         leftover.unlink(missing_ok=True)
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckResult:
-    """What was found. `problems` names damaged experts, unsound files and missing ones."""
+    """What `check_packed` found; `problems` lists damaged experts, invalid and missing files."""
 
     folder: Path
     formats: list[str] = field(default_factory=list)
@@ -321,54 +352,60 @@ class CheckResult:
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return JSON-serialisable values."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
 def check_packed(
     skeleton: Skeleton, formats: Sequence[Format] | None = None, progress: Progress | None = None
 ) -> CheckResult:
-    """Check what is packed of a checkpoint in these formats; in all that are there if None.
+    """Verify the packed files of a checkpoint.
 
-    Raises CheckpointError if nothing is there at all.
+    Args:
+        skeleton: The model.
+        formats: Formats to check; None for all that are packed.
+        progress: Callback with the bytes checked and in total.
+
+    Raises:
+        CheckpointError: Nothing is packed.
     """
-    place = PackedLocation(skeleton)
-    there = [format for format in FORMATS.values() if (place.folder / format.name).is_dir()]
-    if not there:
+    location = PackedLocation(skeleton)
+    existing = [format for format in FORMATS.values() if (location.folder / format.name).is_dir()]
+    if not existing:
         raise CheckpointError(
-            f"nothing of {place.source} is packed in {place.folder}; `moefit pack` does that"
+            f"nothing of {location.source} is packed in {location.folder}; run `moefit pack` first"
         )
-    chosen = there if formats is None else formats
-    found = CheckResult(folder=place.folder, formats=[format.name for format in chosen])
+    chosen = existing if formats is None else formats
+    result = CheckResult(folder=location.folder, formats=[format.name for format in chosen])
     files: list[PackedFile] = []
     for format in chosen:
         for index, block in enumerate(skeleton.blocks):
-            if not place.path(format, index).is_file():
-                found.problems.append(f"{block.name} is not packed in {format.name}")
+            if not location.path(format, index).is_file():
+                result.problems.append(f"{block.name} is not packed in {format.name}")
                 continue
             try:
-                files.append(place.open(format, index))
+                files.append(location.open(format, index))
             except CheckpointError as error:
-                found.problems.append(str(error))
+                result.problems.append(str(error))
     total = sum(span.nbytes for file in files for span in file.spans)
     with closing(SpanReader()) as reader:
         for file in files:
-            _check_file(file, reader, found)
+            _check_file(file, reader, result)
             if progress is not None:
-                progress(found.bytes_read, total)
-    return found
+                progress(result.bytes_read, total)
+    return result
 
 
-def _check_file(file: PackedFile, reader: SpanReader, found: CheckResult) -> None:
-    found.files += 1
+def _check_file(file: PackedFile, reader: SpanReader, result: CheckResult) -> None:
+    result.files += 1
     for expert, span in enumerate(file.spans):
         data = bytes_of(torch.empty(span.nbytes, dtype=torch.uint8))
-        found.experts += 1
-        found.bytes_read += span.nbytes
+        result.experts += 1
+        result.bytes_read += span.nbytes
         try:
             reader.read_into(span, data)
         except CheckpointError as error:
-            found.problems.append(str(error))
+            result.problems.append(str(error))
             continue
         if damage := file.damage(expert, data):
-            found.problems.append(damage)
+            result.problems.append(damage)

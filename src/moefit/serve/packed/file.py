@@ -1,10 +1,9 @@
-"""A file of one MoE block's experts in one format: bytes that go into slots as they are.
+"""Packed file: the experts of one MoE block in one format, as the bytes of slots.
 
-Owns the layout: a safetensors file whose header is padded with spaces to whole pages, then one
-uint8 tensor per expert, exactly a slot's bytes; in the header's remarks a checksum and the measured
-error of each expert, what the file was made of, and a checksum of all these remarks. Also how it
-comes to be: written beside its place, synced, renamed into it, so that a file with the right name
-is whole. Knows nothing of models.
+A safetensors file whose header is padded with spaces to whole pages, followed by one uint8 tensor
+per expert with exactly the bytes of a slot. The header's metadata has a checksum and the measured
+error of each expert, what the file was made from, and a checksum of the metadata itself. Files are
+written under a temporary name, synced and renamed, so a file with its final name is complete.
 """
 
 import errno
@@ -22,18 +21,25 @@ from typing import Any, Self
 from moefit.checkpoint.safetensors import Span, read_header
 from moefit.errors import CheckpointError
 
-LAYOUT = 3  # raise it when the same expert would become other bytes of a slot, or the header other
-WRITING = ".writing"  # ending of what is not whole
+LAYOUT = 3  # increase when the bytes of a slot or the header change
+WRITING = ".writing"  # suffix of incomplete files
 _KIND = "experts packed by moefit"
 NO_DISK_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedMetadata:
-    """What a file is of. `fingerprint` is the checkpoint's, `source` where that lay.
+    """What a packed file was made from.
 
-    `calibration` tells the text apart that experts were encoded by, and `text` names it for people;
-    both are empty if there was none.
+    Attributes:
+        fingerprint: Identifies the checkpoint.
+        format: Name of the format.
+        encoder: Name of the format's encoder.
+        dtype: Dtype of the checkpoint's weights.
+        block: Name of the MoE block.
+        source: Folder of the checkpoint.
+        calibration: Digest of the calibration text; empty without calibration.
+        text: Name of the calibration text, for display; empty without calibration.
     """
 
     fingerprint: str
@@ -48,155 +54,169 @@ class PackedMetadata:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedFile:
-    """One file's header: an expert's number is its place in each tuple."""
+    """The header of a packed file; tuples are indexed by expert."""
 
     path: Path
-    facts: PackedMetadata
+    metadata: PackedMetadata
     spans: tuple[Span, ...]
     checksums: tuple[int, ...]
     relative_errors: tuple[float, ...]
 
     def damage(self, expert: int, data: memoryview) -> str | None:
-        """What is wrong with these bytes of an expert; None if they are what was written."""
+        """Return an error message if `data` does not match the expert's checksum, else None."""
         if zlib.crc32(data) == self.checksums[expert]:
             return None
         return (
-            f"{self.path} is damaged: expert {expert} of {self.facts.block} does not have its "
-            f"checksum; pack {self.facts.format} again with `moefit pack --force`, or remove the "
-            "file and its experts are encoded while they are read"
+            f"{self.path} is damaged: expert {expert} of {self.metadata.block} does not match "
+            f"its checksum; pack {self.metadata.format} again with `moefit pack --force`, or "
+            "remove the file: its experts are then encoded from the checkpoint when they are read"
         )
 
 
 def read_packed(path: Path) -> PackedFile:
-    """Read a file's header.
+    """Read the header of a packed file.
 
-    Raises CheckpointError if it is damaged, cut short, or of another layout than ours.
+    Raises:
+        CheckpointError: The file is damaged, truncated, or has another layout.
     """
-    remarks, spans = read_header(path)
+    header, spans = read_header(path)
     try:
-        if remarks.get("kind") != _KIND:
+        if header.get("kind") != _KIND:
             raise ValueError("it was not written by `moefit pack`")
-        if int(remarks["layout"]) == LAYOUT:
-            if remarks["remarks_checksum"] != _checksum(remarks):
-                raise ValueError("what its header says does not have its checksum")
-            return _parsed(path, remarks, spans)
+        if int(header["layout"]) == LAYOUT:
+            if header["remarks_checksum"] != _checksum(header):
+                raise ValueError("its header does not match its checksum")
+            return _parse(path, header, spans)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no sound packed file: {error}; pack it again with `moefit pack --force`"
+            f"{path} is not a valid packed file: {error}; pack it again with `moefit pack --force`"
         ) from error
     raise CheckpointError(
-        f"{path} has layout {remarks['layout']}, but this moefit reads and writes layout {LAYOUT}; "
+        f"{path} has layout {header['layout']}, but this moefit reads and writes layout {LAYOUT}; "
         "pack it again with `moefit pack`"
     )
 
 
-def _parsed(path: Path, remarks: Any, spans: list[Span]) -> PackedFile:
-    checksums = tuple(int(word, 16) for word in remarks["checksums"].split())
-    losses = tuple(float(word) for word in remarks["relative_errors"].split())
+def _parse(path: Path, header: Any, spans: list[Span]) -> PackedFile:
+    checksums = tuple(int(value, 16) for value in header["checksums"].split())
+    errors = tuple(float(value) for value in header["relative_errors"].split())
     spans = sorted(spans, key=lambda span: span.offset)
-    if not len(spans) == len(checksums) == len(losses):
-        raise ValueError(f"{len(spans)} experts, {len(checksums)} checksums, {len(losses)} errors")
-    facts = PackedMetadata(
-        **{f.name: str(remarks[f.name]) for f in fields(PackedMetadata) if f.name in remarks}
+    if not len(spans) == len(checksums) == len(errors):
+        raise ValueError(f"{len(spans)} experts, {len(checksums)} checksums, {len(errors)} errors")
+    metadata = PackedMetadata(
+        **{f.name: str(header[f.name]) for f in fields(PackedMetadata) if f.name in header}
     )
     return PackedFile(
-        path=path, facts=facts, spans=tuple(spans), checksums=checksums, relative_errors=losses
+        path=path,
+        metadata=metadata,
+        spans=tuple(spans),
+        checksums=checksums,
+        relative_errors=errors,
     )
 
 
-def file_bytes(facts: PackedMetadata, num_experts: int, block_bytes: int) -> int:
-    """The size of a whole file."""
-    return _start(facts, num_experts, block_bytes) + num_experts * block_bytes
+def file_bytes(metadata: PackedMetadata, num_experts: int, block_bytes: int) -> int:
+    """Return the size of a packed file in bytes."""
+    return _data_offset(metadata, num_experts, block_bytes) + num_experts * block_bytes
 
 
 class PackedWriter:
-    """Writes one file, expert after expert; use it in a `with`, and `commit` at its end.
+    """Write a packed file, one expert after another.
 
-    Raises OSError. What was not committed is removed.
+    Use as a context manager and call `commit` at the end; without it, the file is removed.
+
+    Args:
+        path: The final name of the file.
+        metadata: What the file is made from.
+        num_experts: Number of experts of the block.
+        block_bytes: Bytes of one expert, a multiple of the page size.
+
+    Raises:
+        OSError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, facts: PackedMetadata, num_experts: int, block_bytes: int):
+    def __init__(self, path: Path, metadata: PackedMetadata, num_experts: int, block_bytes: int):
         assert block_bytes % mmap.PAGESIZE == 0, block_bytes
-        self._path, self._facts, self._block_bytes = path, facts, block_bytes
+        self._path, self._metadata, self._block_bytes = path, metadata, block_bytes
         self._num_experts = num_experts
-        self._building = path.with_name(f".{path.name}{WRITING}")
+        self._partial_path = path.with_name(f".{path.name}{WRITING}")
         self._checksums: list[int] = []
-        self._losses: list[float] = []
-        self._start = _start(facts, num_experts, block_bytes)
+        self._errors: list[float] = []
+        self._data_start = _data_offset(metadata, num_experts, block_bytes)
 
     def __enter__(self) -> Self:
-        # A new file and never an old one's: another process may have that open still.
-        self._building.unlink(missing_ok=True)
-        self._descriptor = os.open(self._building, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        # A new file: another process may still have an old one open.
+        self._partial_path.unlink(missing_ok=True)
+        self._descriptor = os.open(self._partial_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
-        self._building.unlink(missing_ok=True)
+        self._partial_path.unlink(missing_ok=True)
 
     def write(self, data: memoryview, relative_error: float) -> None:
-        """The next expert."""
+        """Append the next expert and its relative error."""
         assert len(data) == self._block_bytes, (len(data), self._block_bytes)
-        self._put(data, self._start + len(self._checksums) * self._block_bytes)
+        self._write_at(data, self._data_start + len(self._checksums) * self._block_bytes)
         self._checksums.append(zlib.crc32(data))
-        self._losses.append(relative_error)
+        self._errors.append(relative_error)
 
     def commit(self) -> None:
-        """Give the file its name: from now on it is whole, and trusted."""
+        """Write the header, sync and rename the file to its final name."""
         assert len(self._checksums) == self._num_experts, len(self._checksums)
-        header = _header(self._facts, self._block_bytes, self._checksums, self._losses)
-        assert len(header) == self._start
-        self._put(memoryview(header), 0)
+        header = _header(self._metadata, self._block_bytes, self._checksums, self._errors)
+        assert len(header) == self._data_start
+        self._write_at(memoryview(header), 0)
         os.fsync(self._descriptor)
-        # Nobody needs it in memory just now, and the cache may hold what somebody does.
+        # The data is not needed in the page cache, which may hold experts that are in use.
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._building.rename(self._path)
+        self._partial_path.rename(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _put(self, data: memoryview, offset: int) -> None:
+    def _write_at(self, data: memoryview, offset: int) -> None:
         while data:
             count = os.pwrite(self._descriptor, data, offset)
             data, offset = data[count:], offset + count
 
 
-def _start(facts: PackedMetadata, num_experts: int, block_bytes: int) -> int:
-    """Where the first expert begins."""
-    return len(_header(facts, block_bytes, [0] * num_experts, [0.0] * num_experts))
+def _data_offset(metadata: PackedMetadata, num_experts: int, block_bytes: int) -> int:
+    """Return the offset of the first expert."""
+    return len(_header(metadata, block_bytes, [0] * num_experts, [0.0] * num_experts))
 
 
 def _header(
-    facts: PackedMetadata, block_bytes: int, checksums: list[int], losses: list[float]
+    metadata: PackedMetadata, block_bytes: int, checksums: list[int], errors: list[float]
 ) -> bytes:
-    """Its length does not depend on the values of checksums and errors."""
-    remarks = {
+    """Return the header; its length does not depend on the checksums and errors."""
+    header = {
         "kind": _KIND,
         "layout": str(LAYOUT),
-        **asdict(facts),
+        **asdict(metadata),
         "checksums": " ".join(f"{one:08x}" for one in checksums),
-        "relative_errors": " ".join(f"{one if one > 1e-30 else 0:.6e}" for one in losses),
+        "relative_errors": " ".join(f"{one if one > 1e-30 else 0:.6e}" for one in errors),
     }
-    remarks["remarks_checksum"] = _checksum(remarks)
+    header["remarks_checksum"] = _checksum(header)
     tensors = {
-        f"{facts.block}.{expert}": {
+        f"{metadata.block}.{expert}": {
             "dtype": "U8",
             "shape": [block_bytes],
             "data_offsets": [expert * block_bytes, (expert + 1) * block_bytes],
         }
         for expert in range(len(checksums))
     }
-    text = json.dumps({"__metadata__": remarks, **tensors}).encode()
+    text = json.dumps({"__metadata__": header, **tensors}).encode()
     pages = -(-(8 + len(text)) // mmap.PAGESIZE)
     length = pages * mmap.PAGESIZE - 8
     return struct.pack("<Q", length) + text.ljust(length)
 
 
-def _checksum(remarks: Mapping[str, Any]) -> str:
-    """Of the header's remarks but this one."""
-    covered = sorted((name, text) for name, text in remarks.items() if name != "remarks_checksum")
+def _checksum(header: Mapping[str, Any]) -> str:
+    """Return the checksum of the header's entries, except that of the checksum itself."""
+    covered = sorted((name, text) for name, text in header.items() if name != "remarks_checksum")
     return f"{zlib.crc32(json.dumps(covered).encode()):08x}"

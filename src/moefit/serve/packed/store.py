@@ -1,8 +1,8 @@
-"""The packed store: experts at rest in the formats of slots, made once by `moefit pack`.
+"""Packed store: a checkpoint's experts in the formats of slots, written once by `moefit pack`.
 
-Owns where a checkpoint's packed files are, which of them can be trusted, and the way of an expert's
-bytes from such a file into a slot: one positional read, and its checksum. A file that is not of
-this checkpoint is not used, and why is kept to be said. Knows nothing of how files are made.
+Finds the packed files of a checkpoint, checks that they were made from it, and reads experts into
+slots with one positional read each, verified by a checksum. Files that do not match are ignored,
+and `PackedStore.ignored` says why.
 """
 
 import hashlib
@@ -22,13 +22,15 @@ from moefit.serve.cache.slot import Slot
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed
 
-_SAMPLED_EXPERTS, _SAMPLE_BYTES = 16, 4096  # of each block, of each such expert
+_SAMPLED_EXPERTS = 16  # per block, for the fingerprint
+_SAMPLE_BYTES = 4096  # per sampled expert
 
 
 class PackedStore:
-    """Experts by block name, number and format. Thread-safe.
+    """Packed experts by block name, expert number and format. Thread-safe.
 
-    `ignored` says of each file that is there but not used why it is not.
+    Attributes:
+        ignored: For each file that exists but is not used, the reason.
     """
 
     def __init__(self, files: Mapping[tuple[str, str], PackedFile], ignored: tuple[str, ...] = ()):
@@ -36,18 +38,26 @@ class PackedStore:
         self._reader = SpanReader()
 
     def has(self, block: str, format: Format) -> bool:
-        """Whether a block's experts are packed in this format."""
+        """Return whether a block's experts are packed in a format."""
         return (block, format.name) in self._files
 
     def path(self, block: str, format: Format) -> Path:
-        """The file of a block that is packed in this format."""
+        """Return the packed file of a block in a format."""
         return self._files[block, format.name].path
 
     def read(self, block: str, expert: int, into: Slot) -> int:
-        """Fill a slot, whose format is there; the bytes that were read.
+        """Read an expert into a slot.
 
-        Raises CheckpointError for a damaged or unreadable expert; the slot's content is then
-        undefined.
+        Args:
+            block: Name of the block.
+            expert: Number of the expert.
+            into: The slot; its format must be packed.
+
+        Returns:
+            The number of bytes read.
+
+        Raises:
+            CheckpointError: The expert is damaged or unreadable. The slot's content is undefined.
         """
         file = self._files[block, into.format.name]
         span = replace(file.spans[expert], name=f"expert {expert} of {block}")
@@ -62,20 +72,23 @@ class PackedStore:
         return span.nbytes
 
     def relative_errors(self, block: str, format: Format) -> tuple[float, ...]:
-        """Of each expert |W - W^|^2 / |W|^2 over its matrices, measured when it was packed.
+        """Return the error of each expert, as measured when it was packed.
 
-        Of calibrated ones |y - y^|^2 / |y|^2 over outputs y on the calibration's text.
+        Without calibration that is |W - W^|^2 / |W|^2 over the expert's matrices W, with
+        calibration |y - y^|^2 / |y|^2 over its outputs y on the calibration text.
         """
         return self._files[block, format.name].relative_errors
 
     def calibration(self, block: str, format: Format) -> str:
-        """What tells the calibration apart that a block was packed with; empty if none was."""
-        return self._files[block, format.name].facts.calibration
+        """Return the digest of a block's calibration text; empty without calibration."""
+        return self._files[block, format.name].metadata.calibration
 
     @property
     def texts(self) -> list[str]:
-        """Names of the texts by which what is packed was calibrated."""
-        return sorted({file.facts.text for file in self._files.values() if file.facts.calibration})
+        """Return the names of the calibration texts."""
+        return sorted(
+            {file.metadata.text for file in self._files.values() if file.metadata.calibration}
+        )
 
     def close(self) -> None:
         """Close all files."""
@@ -83,27 +96,38 @@ class PackedStore:
 
 
 def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
-    """What is packed of this checkpoint, in this dtype, in these formats; it may be nothing."""
+    """Return the packed store of a checkpoint, which may be empty.
+
+    Args:
+        skeleton: The model; its dtype must be the one that was packed.
+        formats: Formats to look for.
+    """
     wanted = [format for format in formats if format.is_encoded]
     if not wanted:
         return PackedStore({})
-    place = PackedLocation(skeleton)
+    location = PackedLocation(skeleton)
     files: dict[tuple[str, str], PackedFile] = {}
     ignored: list[str] = []
     for format in wanted:
         for index, block in enumerate(skeleton.blocks):
             try:
-                if place.path(format, index).is_file():
-                    files[block.name, format.name] = place.open(format, index)
-            except (CheckpointError, OSError) as error:  # such as a folder that may not be read
+                if location.path(format, index).is_file():
+                    files[block.name, format.name] = location.open(format, index)
+            except (CheckpointError, OSError) as error:  # OSError: no permission, for example
                 ignored.append(str(error))
     if not files and not ignored:
-        ignored = outdated(place)
+        ignored = outdated(location)
     return PackedStore(files, tuple(ignored))
 
 
 class PackedLocation:
-    """Where the packed files of one checkpoint in one dtype are, and what they must say."""
+    """The folder of a checkpoint's packed files, and the metadata they must have.
+
+    Attributes:
+        fingerprint: See `fingerprint`.
+        source: The checkpoint's folder.
+        folder: The folder of the packed files.
+    """
 
     def __init__(self, skeleton: Skeleton):
         self._skeleton = skeleton
@@ -114,11 +138,11 @@ class PackedLocation:
         self._dtype = dtype
 
     def path(self, format: Format, index: int) -> Path:
-        """The file of the block with this number."""
+        """Return the path of the packed file of block number `index`."""
         return self.folder / format.name / f"block-{index:03d}.safetensors"
 
-    def facts(self, format: Format, index: int) -> PackedMetadata:
-        """What that file says of itself."""
+    def metadata(self, format: Format, index: int) -> PackedMetadata:
+        """Return the metadata that the file of block number `index` must have."""
         return PackedMetadata(
             fingerprint=self.fingerprint,
             format=format.name,
@@ -129,20 +153,24 @@ class PackedLocation:
         )
 
     def open(self, format: Format, index: int) -> PackedFile:
-        """The file's header. Raises CheckpointError if it is unsound or of something else."""
-        file, expected = read_packed(self.path(format, index)), self.facts(format, index)
-        if file.facts.fingerprint != expected.fingerprint:
+        """Return the header of the file of block number `index`.
+
+        Raises:
+            CheckpointError: The file is damaged, or was made from something else.
+        """
+        file, expected = read_packed(self.path(format, index)), self.metadata(format, index)
+        if file.metadata.fingerprint != expected.fingerprint:
             raise CheckpointError(
-                f"{file.path} was packed from another checkpoint ({file.facts.source}), not from "
-                f"{expected.source}; it is not used, `moefit pack` replaces it"
+                f"{file.path} was packed from another checkpoint ({file.metadata.source}), not "
+                f"from {expected.source}; it is not used, `moefit pack` replaces it"
             )
         block = self._skeleton.blocks[index]
         sizes = [format.nbytes(block.layout.specs)] * block.num_experts
-        same = replace(file.facts, source=expected.source, calibration="", text="") == expected
+        same = replace(file.metadata, source=expected.source, calibration="", text="") == expected
         if not same or [span.nbytes for span in file.spans] != sizes:
             raise CheckpointError(
-                f"{file.path} holds {len(file.spans)} experts of {file.facts.block} in "
-                f"{file.facts.format} ({file.facts.encoder}) from {file.facts.dtype}, not "
+                f"{file.path} holds {len(file.spans)} experts of {file.metadata.block} in "
+                f"{file.metadata.format} ({file.metadata.encoder}) from {file.metadata.dtype}, not "
                 f"{len(sizes)} of {block.name} in {expected.format} ({expected.encoder}) from "
                 f"{expected.dtype}, of {sizes[0]:,} bytes each; it is not used, `moefit pack` "
                 "replaces it"
@@ -151,35 +179,34 @@ class PackedLocation:
 
 
 def packed_root() -> Path:
-    """Where all packed stores are."""
+    """Return the folder of all packed stores."""
     return cache_root() / "packed"
 
 
-def outdated(place: PackedLocation) -> list[str]:
-    """Of packed stores that were made of this folder's checkpoint before it changed: a remark."""
-    remarks: list[str] = []
+def outdated(location: PackedLocation) -> list[str]:
+    """Return a message for each packed store of an earlier checkpoint in the same folder."""
+    messages: list[str] = []
     for folder in sorted(packed_root().glob("*-*")):
         first = next(folder.glob("*/block-*.safetensors"), None)
-        if folder == place.folder or first is None:
+        if folder == location.folder or first is None:
             continue
         with suppress(CheckpointError, OSError):
-            facts = read_packed(first).facts
-            if facts.source == place.source and facts.fingerprint != place.fingerprint:
-                remarks.append(
-                    f"{folder} was packed from another checkpoint, which {place.source} held then; "
-                    "it is not used and can be removed"
+            metadata = read_packed(first).metadata
+            if metadata.source == location.source and metadata.fingerprint != location.fingerprint:
+                messages.append(
+                    f"{folder} was packed from another checkpoint, which was in "
+                    f"{location.source} then; it is not used and can be removed"
                 )
-    return remarks
+    return messages
 
 
 def fingerprint(skeleton: Skeleton) -> str:
-    """What tells one checkpoint from another without reading it.
+    """Return a hash that identifies a checkpoint without reading all of it.
 
-    A hash over config.json, every tensor's name, type, shape and place (which is what the headers
-    hold), the files' sizes, and 4 KiB of up to 16 experts of each block. So another model, another
-    conversion and further training are told apart, wherever the folder lies and however old it is;
-    a change of a few weights, or of the tensors that are no experts, is not: run `moefit pack
-    --force` after such a change.
+    The hash covers config.json, each tensor's name, dtype, shape and position (from the headers),
+    the sizes of the files, and 4 KiB of up to 16 experts per block. It distinguishes other models,
+    conversions and further training, and does not depend on the folder's path or time stamps. It
+    misses changes of a few weights or of dense weights alone; run `moefit pack --force` then.
     """
     checkpoint = skeleton.checkpoint
     digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
@@ -196,7 +223,7 @@ def fingerprint(skeleton: Skeleton) -> str:
 
 
 def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:
-    """From the middle of one of the expert's tensors; they take turns."""
+    """Return bytes from the middle of tensor number `turn` modulo the expert's tensors."""
     span = source.spans[turn % len(source.spans)]
     size = min(_SAMPLE_BYTES, span.nbytes)
     data = bytearray(size)
