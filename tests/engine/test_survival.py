@@ -270,7 +270,7 @@ def test_sigterm_ends_a_server_whose_step_never_does() -> None:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 1 and "not all work ended within 3 s" in said
-        assert "given up" in answer.result(5)
+        assert "was cancelled" in answer.result(5)
 
 
 def test_a_server_whose_engine_fails_for_good_answers_and_ends() -> None:
