@@ -198,7 +198,7 @@ def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
         assert labels[0].startswith("min ") and labels[1].startswith("all native "), labels
     tab.size(1280)
     tab.until(lambda: [one.split()[0] for one in tab.script(LABELS)[2:]] == ["int4", "int8"])
-    assert tab.text("budget-note").endswith("for every expert at native precision")
+    assert tab.text("budget-note").endswith("for all experts at native precision")
     slider = tab.by_id("dial-range")
     slider.send_keys(Keys.END)
     assert "all 32 experts at native precision" in tab.text("dial-note")

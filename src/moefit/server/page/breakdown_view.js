@@ -23,7 +23,7 @@ export class BreakdownView {
     say("plan", planned(memory.plan));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
     const best = Object.keys(memory.everything_in).pop();
-    const every = best ? `every expert at ${best} precision` : "every expert";
+    const every = best ? `all experts at ${best} precision` : "all experts";
     say("budget-note", view.limited
       ? `of ${formatFine(view.most, grain(rangeOf(memory)))} for ${every}` : `no limit, ${every} in memory`);
   }
