@@ -216,7 +216,7 @@ def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, serv
     model, url = served()
     model.total = 20 * model.all_resident_bytes
     tab.open(url)
-    every = tab.text("budget-note").removeprefix("of ").removesuffix(" for every expert")
+    every = tab.text("budget-note").removeprefix("of ").removesuffix(" for all experts")
     tab.until(lambda: tab.script(LABELS))
     assert tab.script(LABELS)[1] == f"all {every}"
     slider = tab.by_id("dial-range")
