@@ -41,7 +41,9 @@ def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family:
     pieces = [part for part in parts_of(skeleton.map) if isinstance(part, ByteRange)]
     assert pieces == parts_of(skeleton.map), "all can be read straight into place"
     spans = skeleton.checkpoint.spans
-    found = ranges([piece.span for piece in pieces] + [spans[name] for name in skeleton.map.rest])
+    found = ranges(
+        [piece.span for piece in pieces] + [spans[name] for name in skeleton.map.dense_weights]
+    )
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(found))
     assert found[0][0] == ranges([*spans.values()])[0][0]
     assert sum(end - start for start, end in found) == sum(one.nbytes for one in spans.values())
@@ -131,9 +133,9 @@ def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> No
         more[f"{layer}.eh_proj.weight"] = torch.ones(4, 8)
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
     after = build_skeleton(folder)
-    assert after.map.rest == before.map.rest
+    assert after.map.dense_weights == before.map.dense_weights
     assert after.map.experts.keys() == before.map.experts.keys()
-    assert set(after.map.left_out) == more.keys() and not before.map.left_out
+    assert set(after.map.unused) == more.keys() and not before.map.unused
     group = "mtp" if layer.startswith("mtp") else layer
     assert after.left_out() == {group: (len(more), sum(one.nbytes for one in more.values()))}
     assert (

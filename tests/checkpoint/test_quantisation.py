@@ -139,7 +139,7 @@ def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
         "logit_scale": torch.ones(()),
     }
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
-    assert set(build_skeleton(folder).map.left_out) == more.keys()
+    assert set(build_skeleton(folder).map.unused) == more.keys()
 
 
 def test_names_of_ordinary_weights_are_no_signs() -> None:

@@ -218,7 +218,7 @@ def test_weights_that_cannot_be_encoded_are_named(value: float) -> None:
 def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_RC, x_NC = torch.randn(6, 150), correlated(300, 150)
     whole = compensated(weight_RC, 3, x_NC)
-    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 64)
+    monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 64)
     made = compensated(weight_RC, 3, x_NC)
     for first in (0, 64, 128):
         part_RI, x_NI = weight_RC[:, first : first + 64], x_NC[:, first : first + 64]

@@ -141,7 +141,7 @@ def test_any_float_in_any_order_is_read(level: Level, dtype: torch.dtype) -> Non
 def test_a_wide_matrix_is_filled_part_by_part(
     level: Level, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 128)
+    monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 128)
     weight_RC, moments = weights(40, 300), known(inputs(400, 300))
     assert [one.cols for one in moments] == [128, 128, 44]
     plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))

@@ -81,7 +81,7 @@ def test_inputs_count_by_their_weight() -> None:
 
 
 def test_the_widest_matrices_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefit.quant.moments.TOGETHER", 64)
+    monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 64)
     x_NC = torch.randn(30, 150)
     parts = moments_of(x_NC, torch.ones(30))
     assert [one.cols for one in parts] == [64, 64, 22]

@@ -1,8 +1,7 @@
-"""A checkpoint's config.json: read within bounds, compared with the headers, given to transformers.
+"""Read and validate a checkpoint's config.json, and convert it for transformers.
 
-Owns what of that file is followed and what is not. Its author is a stranger: the file chooses no
-code and no kernels, and its numbers are compared with what the safetensors files hold before
-anything is built by them. Knows nothing of what is done with the model.
+The file is untrusted: keys that select code or kernels are dropped, and its numbers are compared
+with the headers of the safetensors files before a model is built from them.
 """
 
 import re
@@ -22,12 +21,12 @@ from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, i
 CONFIG = "config.json"
 _MAX_BYTES = 8 << 20  # real ones have a few KiB, with a table of labels a few hundred
 _MAX_DEPTH = 32  # real ones have four levels
-# Names of another family's architecture. Kimi K2 is DeepSeek-V3 with other numbers, and its own
-# code says no more (architectures: DeepseekV3ForCausalLM).
+# Families with the architecture of another one. Kimi K2 is DeepSeek-V3 with other sizes
+# (architectures: DeepseekV3ForCausalLM).
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
-# Which code and which kernels compute is the user's choice, not the file's: some names load
-# kernels from the Hub.
-_NOT_FOLLOWED = (
+# Keys that select code or kernels, which only the user may choose: some values load kernels from
+# the Hub.
+_DROPPED_KEYS = (
     "auto_map",
     "custom_pipelines",
     "attn_implementation",
@@ -44,12 +43,13 @@ _DTYPES = ("dtype", "torch_dtype")
 _FLOATS = ("Infinity", "-Infinity", "NaN")  # as transformers writes {"__float__": "Infinity"}
 _LAYERS = re.compile(r"(layers|depths?|blocks|codebooks)$|^(n|num)_layer$")
 _EXPERTS = re.compile(r"experts(_[a-z]+)?$")
-_ROOM = 256  # a small checkpoint's unused sections may have defaults larger than the file's numbers
-_LARGER, _MORE_BYTES = 16, 256 << 20  # a model may be so much larger than its (quantised) files
+_MIN_COUNT = 256  # unused sections of a small checkpoint may have larger defaults
+# A model may exceed its (quantised) files by this factor and these bytes.
+_MAX_RATIO, _MAX_EXTRA_BYTES = 16, 256 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the values of a checkpoint's config.json, without those that are not followed.
+    """Return the values of a checkpoint's config.json, without keys that select code or kernels.
 
     Args:
         folder: The checkpoint.
@@ -84,11 +84,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_from(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
-    """Return transformers' configuration of what `read_config` returned.
+    """Return transformers' configuration for the values of `read_config`.
 
     Raises:
-        CheckpointError: transformers does not know the family, or refuses the values.
-        ConfigError: The values of a model of ours contradict each other.
+        CheckpointError: transformers does not know the family, or rejects the values.
+        ConfigError: The values of a DS-MoE model contradict each other.
     """
     family = _family(values)
     try:
@@ -109,7 +109,7 @@ def config_from(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
 
 
 def _refuse_impossible_choice(config: Any) -> None:
-    """No weight's shape shows how many experts a token has."""
+    """Check the number of experts per token, which cannot be derived from any weight's shape."""
     chosen = getattr(config, "num_experts_per_tok", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts", "zero_expert_num")
     there = [number for name in names if type(number := getattr(config, name, None)) is int]
@@ -131,14 +131,14 @@ def _refuse_no_window(config: Any) -> None:
 
 
 def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for fewer layers or experts than none, or more than the files can hold.
+    """Raise CheckpointError for negative counts of layers or experts, or more than files can hold.
 
-    A configuration with a million layers takes minutes and gigabytes to build even without
-    memory for its weights, so the headers are asked before anything is built.
+    A model with a million layers takes minutes and gigabytes to build even without memory for its
+    weights, so this is checked against the headers first.
     """
     tensors = len(checkpoint.spans)
     largest = max((max(span.shape, default=0) for span in checkpoint.spans.values()), default=0)
-    layers, experts = max(_ROOM, tensors), max(_ROOM, tensors, largest)
+    layers, experts = max(_MIN_COUNT, tensors), max(_MIN_COUNT, tensors, largest)
     for where, value in _walk(values):
         key = where.rpartition(".")[2]
         most = layers if _LAYERS.search(key) else experts if _EXPERTS.search(key) else None
@@ -153,15 +153,14 @@ def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None
 def refuse_other_size(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the model (on the meta device) is far larger than the files.
 
-    Loading would allocate the weights that the files lack, or have in another shape, before it
-    finds out.
+    Loading would allocate missing weights, and weights of another shape, before reporting them.
     """
-    described = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
-    there = sum(span.nbytes for span in checkpoint.spans.values())
-    if described > _LARGER * there + _MORE_BYTES:
+    model_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    stored = sum(span.nbytes for span in checkpoint.spans.values())
+    if model_bytes > _MAX_RATIO * stored + _MAX_EXTRA_BYTES:
         raise CheckpointError(
-            f"{checkpoint.folder / CONFIG} describes {described:,} bytes of weights, but the "
-            f"checkpoint's files hold {there:,}; give the config.json that belongs to them"
+            f"{checkpoint.folder / CONFIG} describes {model_bytes:,} bytes of weights, but the "
+            f"checkpoint's files hold {stored:,}; give the config.json that belongs to them"
         )
 
 
@@ -170,7 +169,7 @@ def _family(values: dict[str, Any]) -> str:
 
 
 def _walk(values: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every value that is no container, or an empty one, with the keys that lead to it."""
+    """Yield each value that is not a non-empty container, with the keys that lead to it."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"its values are nested more than {_MAX_DEPTH} levels deep")
     if isinstance(values, dict | list) and not values:
@@ -186,7 +185,7 @@ def _walk(values: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, A
 
 
 def _refuse_control_characters(where: str, value: Any) -> None:
-    """Names from this file come into messages of ours and of transformers."""
+    """Reject control characters, because names from this file appear in messages."""
     if printable(where) != where or "\n" in where:
         raise ValueError(f"the key {where!r} has control characters")
     if isinstance(value, str) and "\x1b" in value:
@@ -194,7 +193,7 @@ def _refuse_control_characters(where: str, value: Any) -> None:
 
 
 def _refuse_no_token(where: str, value: Any) -> None:
-    """-1 stands for none in some families."""
+    """Accept ids from 0, null, and -1, which some families use for none."""
     if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
         raise ValueError(f"{where} is {value!r}, but a token's id is a whole number, or null")
 
@@ -211,11 +210,11 @@ def _refuse_unknown_dtype(where: str, value: Any) -> None:
 
 
 def _followed(values: Any) -> Any:
-    """A copy without what is not followed, and with the names and numbers that are meant."""
+    """Return a copy without dropped keys, with families and special floats replaced."""
     if isinstance(values, dict):
         if len(values) == 1 and str(values.get("__float__")) in _FLOATS:
             return float(values["__float__"])
-        kept = {key: _followed(one) for key, one in values.items() if key not in _NOT_FOLLOWED}
+        kept = {key: _followed(one) for key, one in values.items() if key not in _DROPPED_KEYS}
         family = kept.get("model_type")
         if isinstance(family, str) and family in _SAME_AS:
             kept["model_type"] = _SAME_AS[family]

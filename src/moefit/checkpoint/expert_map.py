@@ -1,9 +1,9 @@
-"""Find where each expert's bytes are in a checkpoint.
+"""Find the source of each expert in a checkpoint.
 
-Inverts transformers' weight-conversion mapping over the headers of the files: for each expert, the
-byte ranges that make up its tensors, or the conversion that produces them. Some checkpoints store
-lists of tensors from which one rule makes several parameters; `positions` says which entry of such
-a list belongs to which parameter. Reads no weights.
+Inverts transformers' weight-conversion mapping over the headers of the files: the result for each
+expert is the byte ranges that make up its tensors, or the conversions that produce them. Some
+checkpoints store lists of tensors from which one rule makes several parameters; `positions` returns
+which entries of such a list belong to which parameter. No weights are read.
 """
 
 import re
@@ -40,15 +40,22 @@ _PREDICTS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 def positions(
     converter: WeightConverter, target: str, lengths: Mapping[str, int], config: Any
 ) -> dict[str, list[int]]:
-    """Per full parameter name, the positions of its experts in each of the lists, in order.
+    """Return, per full parameter name, the positions of its experts in each source list.
 
-    Raises CheckpointError for lists of different lengths, UnsupportedModelError if the rule does
-    more than divide, stack and concatenate.
+    Args:
+        converter: A rule that makes several parameters from lists of tensors.
+        target: Full name of one of the parameters.
+        lengths: Length of the list for each source pattern.
+        config: The model's configuration, which some operations read.
+
+    Raises:
+        CheckpointError: The lists differ in length.
+        UnsupportedModelError: The rule does more than divide, stack and concatenate.
     """
     if set(lengths) != set(converter.source_patterns) or len(set(lengths.values())) > 1:
         raise CheckpointError(
-            f"{target} is made of {', '.join(converter.source_patterns)}, as many of each, but the "
-            f"checkpoint has {dict(lengths)}; copy or download it again"
+            f"{target} is made from equally many of {', '.join(converter.source_patterns)}, but "
+            f"the checkpoint has {dict(lengths)}; copy or download it again"
         )
     rule = deepcopy(converter)
     step = max(lengths.values())
@@ -66,7 +73,7 @@ def positions(
 
 
 def stacking(converter: WeightConverter, target: str) -> WeightConverter:
-    """The rule for one of the parameters: stack its part of each list, concatenate the stacks."""
+    """Return a rule for one parameter: stack its part of each list, concatenate the stacks."""
     concatenate = [Concatenate(dim=1)] if len(converter.source_patterns) > 1 else []
     return WeightConverter(
         source_patterns=list(converter.source_patterns),
@@ -85,14 +92,14 @@ def _rows(labels: Tensor, patterns: int, step: int, name: str) -> list[int]:
 
 def _refusal(name: str) -> str:
     return (
-        f"{name}: transformers makes it of a list that other parameters are made of too, and not "
-        "by dividing it; its experts cannot be read one by one"
+        f"{name}: transformers makes several parameters from one list, but not by dividing it; its "
+        "experts cannot be read one by one"
     )
 
 
 @dataclass(slots=True)
 class _Collected:
-    """What the checkpoint has for one parameter of the model."""
+    """The checkpoint tensors for one parameter of the model."""
 
     converter: WeightConverter | None = None
     spans: dict[str, list[Span]] = field(default_factory=lambda: defaultdict(list))
@@ -100,43 +107,50 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMap:
-    """Where a model's weights are in its checkpoint.
+    """Location of a model's weights in its checkpoint.
 
-    experts: Per block, the source of each expert.
-    rest: Names of the other tensors that the model loads.
-    left_out: Names of tensors that it has no use for, such as those of layers that predict further
-        tokens (MTP).
+    Attributes:
+        experts: The source of each expert, by block name.
+        dense_weights: Names of the other tensors that the model loads.
+        unused: Names of tensors that the model does not load, such as those of multi-token
+            prediction layers (MTP).
     """
 
     experts: Mapping[str, tuple[ExpertSource, ...]]
-    rest: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    dense_weights: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
 
 def map_checkpoint(
     model: PreTrainedModel, checkpoint: Checkpoint, blocks: Sequence[MoeBlock]
 ) -> CheckpointMap:
-    """Find every expert of a model, which still has its own experts modules (on meta).
+    """Find the sources of all experts of a model.
 
-    Raises CheckpointError if the checkpoint lacks an expert or has it in another shape;
-    UnsupportedModelError if a rule does more to a list than divide and stack it, or if the
-    checkpoint is quantised.
+    Args:
+        model: On the meta device, with its own experts modules.
+        checkpoint: Its checkpoint.
+        blocks: Its MoE blocks.
+
+    Raises:
+        CheckpointError: The checkpoint lacks an expert, or has it in another shape.
+        UnsupportedModelError: A rule does more to a list than divide and stack it, or the
+            checkpoint is quantised.
     """
     owners = {name: block for block in blocks for name in _parameter_names(block)}
     names = _Names.of(model)
-    collected, rest, left_out = _collect(names, checkpoint, owners)
-    refuse_scales(checkpoint.folder, names.scales(left_out))
-    divided = dict(_divided(collected, model.config))
-    sound: set[Any] = set()
+    collected, dense_weights, unused = _collect(names, checkpoint, owners)
+    refuse_scales(checkpoint.folder, names.scales(unused))
+    divided = dict(_divide(collected, model.config))
+    checked: set[Any] = set()
     experts = {
         block.name: tuple(
-            _source(block, expert, divided, model, sound) for expert in range(block.num_experts)
+            _source(block, expert, divided, model, checked) for expert in range(block.num_experts)
         )
         for block in blocks
     }
-    names.refuse_other_shapes(checkpoint, rest)
-    names.refuse_left_out(checkpoint, left_out, model.config.get_text_config(decoder=True))
-    return CheckpointMap(experts=experts, rest=tuple(rest), left_out=tuple(left_out))
+    names.refuse_other_shapes(checkpoint, dense_weights)
+    names.refuse_unused(checkpoint, unused, model.config.get_text_config(decoder=True))
+    return CheckpointMap(experts=experts, dense_weights=tuple(dense_weights), unused=tuple(unused))
 
 
 def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -> None:
@@ -170,7 +184,7 @@ def _parameter_names(block: MoeBlock) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Which parameter each tensor of a checkpoint is for, as transformers' loader pairs names."""
+    """Map names of checkpoint tensors to parameters as transformers' loader does."""
 
     renamings: list[WeightRenaming]
     converters: list[WeightConverter]
@@ -190,7 +204,7 @@ class _Names:
         )
 
     def target(self, name: str) -> tuple[str, str | None]:
-        """The parameter's name, and the pattern of the rule that makes it."""
+        """Return the parameter's name, and the source pattern of the rule that makes it, if any."""
         expected = cast(dict[str, Tensor], self.expected)
         found = rename_source_key(name, self.renamings, self.converters, self.prefix, expected)
         if found[0] not in expected and name in expected:
@@ -198,9 +212,9 @@ class _Names:
         return found
 
     def refuse_other_shapes(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-        """Raise CheckpointError if tensors are loaded as they are, but the model has other shapes.
+        """Raise CheckpointError if tensors without a rule have other shapes than the model.
 
-        transformers would first allocate the model's, which may be of any size.
+        transformers would first allocate the model's tensors, which may have any size.
         """
         differing: list[str] = []
         for name in names:
@@ -210,52 +224,52 @@ class _Names:
                 differing.append(f"{name} is {list(shape)}, not {list(wanted)}")
         if differing:
             raise CheckpointError(
-                f"{len(differing)} weights are not as config.json says, in another shape: "
+                f"{len(differing)} weights have another shape than config.json says: "
                 f"{'; '.join(differing[:3])}; give the config.json that belongs to them"
             )
 
-    def refuse_left_out(self, checkpoint: Checkpoint, left_out: Sequence[str], config: Any) -> None:
-        """Raise CheckpointError if config.json leaves out a part without which answers change.
+    def refuse_unused(self, checkpoint: Checkpoint, unused: Sequence[str], config: Any) -> None:
+        """Raise CheckpointError if config.json omits weights that change the model's outputs.
 
-        That is a layer behind the last one that the model has, unless it predicts further tokens
-        (MTP), and the bias of a weight that is loaded.
+        These are layers after the model's last one, unless they are for multi-token prediction
+        (MTP), and biases of weights that are loaded.
         """
-        loaded = checkpoint.spans.keys() - set(left_out)
+        loaded = checkpoint.spans.keys() - set(unused)
         layers = _layers(loaded)
-        below = {suffix for _, _, suffix in layers}
+        suffixes = {suffix for _, _, suffix in layers}
         last = {before: max(n for one, n, _ in layers if one == before) for before, _, _ in layers}
-        further = getattr(config, "num_nextn_predict_layers", None) or 0
-        found = [(name, _layer(name)) for name in left_out if not self._ignores(name)]
-        predicting = {layer[:2] for name, layer in found if layer and _PREDICTS.search(name)}
-        missed = [
+        num_mtp_layers = getattr(config, "num_nextn_predict_layers", None) or 0
+        found = [(name, _layer(name)) for name in unused if not self._ignores(name)]
+        mtp_layers = {layer[:2] for name, layer in found if layer and _PREDICTS.search(name)}
+        missing = [
             name
             for name, layer in found
             if layer
-            and layer[2] in below
-            and layer[:2] not in predicting
-            and layer[1] > last.get(layer[0], layer[1]) + further
+            and layer[2] in suffixes
+            and layer[:2] not in mtp_layers
+            and layer[1] > last.get(layer[0], layer[1]) + num_mtp_layers
         ]
-        missed += [
+        missing += [
             name
             for name, _ in found
             if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in loaded
         ]
-        if missed:
+        if missing:
             raise CheckpointError(
-                f"the checkpoint has {len(missed)} weights that its config.json leaves out, "
-                f"{', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}, and the model would "
-                "answer otherwise without them; give the config.json that belongs to it"
+                f"the checkpoint has {len(missing)} weights that its config.json leaves out, "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, and the model "
+                "would answer otherwise without them; give the config.json that belongs to it"
             )
 
     def scales(self, unused: Iterable[str]) -> Iterator[str]:
-        """Those of the unused tensors that belong to a quantised weight of this model."""
+        """Yield the unused tensors that belong to a quantised weight of this model."""
         modules = {name.rpartition(".")[0] for name in self.expected}
         for name in unused:
             if (sign := sign_of(name)) is None or self._ignores(name):
                 continue
             weights = (sign[0], f"{sign[0]}.weight")
-            beside = self.target(name)[0].rpartition(".")[0] in modules
-            if beside or any(self.target(one)[0] in self.expected for one in weights):
+            in_module = self.target(name)[0].rpartition(".")[0] in modules
+            if in_module or any(self.target(one)[0] in self.expected for one in weights):
                 yield name
 
     def _ignores(self, name: str) -> bool:
@@ -263,7 +277,7 @@ class _Names:
 
 
 def _layer(name: str) -> tuple[str, int, str] | None:
-    """What stands before a layer's number in a name, the number, and what comes behind it.
+    """Split a tensor's name into the part before a layer's number, the number, and the rest.
 
     >>> _layer("model.layers.3.mlp.experts.7.w1.weight")
     ('model.layers', 3, 'mlp.experts.7.w1.weight')
@@ -279,30 +293,30 @@ def _layers(names: Iterable[str]) -> set[tuple[str, int, str]]:
 def _collect(
     names: _Names, checkpoint: Checkpoint, owners: Mapping[str, MoeBlock]
 ) -> tuple[dict[str, _Collected], list[str], list[str]]:
-    """What there is for each expert's parameter, then the other tensors: loaded, and left out."""
+    """Return the tensors of each expert parameter, and names of dense and of unused tensors."""
     by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
     collected: dict[str, _Collected] = {}
-    rest: list[str] = []
-    left_out: list[str] = []
+    dense_weights: list[str] = []
+    unused: list[str] = []
     for name in sorted(checkpoint.spans, key=dot_natural_key):
         target, pattern = names.target(name)
         if target not in names.expected:
-            left_out.append(name)
+            unused.append(name)
             continue
         if names.expected[target].is_floating_point():
             refuse_integers(checkpoint.spans[name], target)
         if target not in owners:
-            rest.append(name)
+            dense_weights.append(name)
             continue
         entry = collected.setdefault(target, _Collected())
         if pattern is not None:
             entry.converter = by_pattern[pattern]
         entry.spans[pattern or name].append(checkpoint.spans[name])
-    return collected, rest, left_out
+    return collected, dense_weights, unused
 
 
-def _divided(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[str, _Collected]]:
-    """One entry per parameter where a rule makes several of one list."""
+def _divide(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[str, _Collected]]:
+    """Yield one entry per parameter where a rule makes several from one list."""
     for target, entry in collected.items():
         rule = entry.converter
         if rule is None or len(rule.target_patterns) == 1:
@@ -319,27 +333,27 @@ def _source(
     expert: int,
     collected: Mapping[str, _Collected],
     model: PreTrainedModel,
-    sound: set[Any],
+    checked: set[Any],
 ) -> ExpertSource:
-    """One expert's source. `sound` holds what recipes that were found sound are alike in."""
+    """Return one expert's source; `checked` holds keys of conversions whose shapes are valid."""
     parts: list[ExpertSource] = []
     for short, spec in block.layout.specs.items():
         below, row = block.layout.parameter(short, expert)
         target = f"{block.name}.{below}"
-        if target not in collected:  # another block's experts may serve this one too
+        if target not in collected:  # tied to the experts of another block
             target = model.all_tied_weights_keys.get(target, target)
         if target not in collected:
             raise CheckpointError(
-                f"the checkpoint has nothing for {target} of {type(model).__name__}; it is not "
-                "complete, or of another model than its config.json says"
+                f"the checkpoint has no tensor for {target} of {type(model).__name__}; it is "
+                "incomplete, or of another model than its config.json says"
             )
         entry = collected[target]
         sources = _of_expert(entry, row, block.num_experts, target)
-        pieces = _pieces(short, spec, entry.converter, sources, stacked=row is not None)
-        if pieces:
-            parts.extend(pieces)
+        ranges = _byte_ranges(short, spec, entry.converter, sources, stacked=row is not None)
+        if ranges:
+            parts.extend(ranges)
             continue
-        recipe = Conversion(
+        conversion = Conversion(
             tensor=short,
             target=target,
             spec=spec,
@@ -347,22 +361,22 @@ def _source(
             sources=tuple(sources.items()),
             config=model.config,
         )
-        if (likeness := (recipe.shape_key, block.name)) not in sound:
-            recipe.check_shape()
-            sound.add(likeness)
-        parts.append(recipe)
+        if (key := (conversion.shape_key, block.name)) not in checked:
+            conversion.check_shape()
+            checked.add(key)
+        parts.append(conversion)
     return CompositeSource(tuple(parts))
 
 
 def _of_expert(
     entry: _Collected, row: int | None, num_experts: int, target: str
 ) -> dict[str, tuple[Span, ...]]:
-    """The sources of one expert: a list's own entry, or a row of one stacked tensor."""
+    """Return the spans of one expert: an entry of a list, or a row of a stacked tensor."""
     if row is None:
         return {pattern: tuple(spans) for pattern, spans in entry.spans.items()}
     sources: dict[str, tuple[Span, ...]] = {}
     for pattern, spans in entry.spans.items():
-        if len(spans) == num_experts and (num_experts > 1 or _lists(entry.converter)):
+        if len(spans) == num_experts and (num_experts > 1 or _stacks_list(entry.converter)):
             sources[pattern] = (spans[row],)
         elif len(spans) == 1 and spans[0].shape[:1] == (num_experts,):
             one = spans[0].row(row)
@@ -375,7 +389,7 @@ def _of_expert(
     return sources
 
 
-def _lists(converter: WeightConverter | None) -> bool:
+def _stacks_list(converter: WeightConverter | None) -> bool:
     return converter is not None and isinstance(converter.operations[0], MergeModulelist)
 
 
@@ -390,7 +404,7 @@ def _as_stack_of_one(span: Span) -> Span:
     )
 
 
-def _pieces(
+def _byte_ranges(
     short: str,
     spec: TensorSpec,
     converter: WeightConverter | None,
@@ -398,7 +412,7 @@ def _pieces(
     *,
     stacked: bool,
 ) -> list[ByteRange]:
-    """The tensor as byte ranges, if it is nothing else; empty if it needs a recipe."""
+    """Return the tensor as byte ranges; empty if it needs a conversion."""
     if converter is None:
         spans = [span for group in sources.values() for span in group]
     elif stacked and _only_stacks(converter):
@@ -413,15 +427,15 @@ def _pieces(
         return []
     if sum(span.nbytes for span in spans) != spec.nbytes:
         return []
-    pieces, start = [], 0
+    ranges, start = [], 0
     for span in spans:
-        pieces.append(ByteRange(tensor=short, start=start, span=span))
+        ranges.append(ByteRange(tensor=short, start=start, span=span))
         start += span.nbytes
-    return pieces
+    return ranges
 
 
 def _only_stacks(converter: WeightConverter) -> bool:
-    """Experts stacked along the first axis, parts of an expert along its own first."""
+    """Return whether a rule stacks experts, and parts of an expert, along the first axis only."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:
             return len(converter.source_patterns) == 1

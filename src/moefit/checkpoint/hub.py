@@ -1,8 +1,7 @@
-"""A model from the Hugging Face Hub: its small files first, then the weights it is made of.
+"""Download a model from the Hugging Face Hub: small files first, then its weights.
 
-Owns which files of a repository are fetched, and in which order, so that what cannot be served is
-refused before gigabytes have come. What cannot be served is for the caller to say. Fetching,
-caching and going on after an interruption are huggingface_hub's.
+The caller checks the small files, so that an unsupported model is rejected before gigabytes are
+downloaded. huggingface_hub downloads, caches and resumes.
 """
 
 import json
@@ -19,8 +18,8 @@ from moefit.errors import CheckpointError
 
 # Configuration, tokenizer and templates.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-# Other forms of the same model (gpt-oss's original/, Mistral's consolidated files) and what
-# training leaves behind. Templates in a folder of their own are small, and the tokenizer's.
+# Other forms of the same model (gpt-oss's original/, Mistral's consolidated files) and files of
+# training. Templates in a subfolder belong to the tokenizer and are small.
 _NEVER = (
     "*/*.json",
     "*/*.model",
@@ -42,12 +41,13 @@ def download(
         name: The repository, such as "Qwen/Qwen3-30B-A3B".
         refuse: Called with the folder before any weights are in it; raises for a model that
             cannot be served.
-        endpoint: Another address than the Hub's own.
-        where: More arguments of `huggingface_hub.snapshot_download`, such as `cache_dir`.
+        endpoint: Address of another Hub.
+        where: Further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir`.
 
     Raises:
-        CheckpointError: The repository has no weights that can be read; and what `refuse` raises.
-        OSError: It cannot be had.
+        CheckpointError: The repository has no weights that can be read.
+        OSError: The download failed.
+        Exception: Whatever `refuse` raises.
     """
     where = {"endpoint": endpoint, **where}
     folder = Path(
@@ -57,7 +57,7 @@ def download(
         raise _no_model(name, endpoint)
     refuse(folder)
     weights = _shards(folder) if (folder / INDEX).is_file() else [SINGLE]
-    # The commit that the small files are of, so that all are of one.
+    # Use the commit of the small files for all files.
     fetched = Path(
         snapshot_download(
             name, revision=folder.name, allow_patterns=[_literal(one) for one in weights], **where
@@ -74,7 +74,7 @@ def download(
 
 
 def _shards(folder: Path) -> Sequence[str]:
-    """The files that the index names; whether they are the model's is seen when they are read."""
+    """Return the files that the index names."""
     try:
         found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted(set(found))
@@ -92,12 +92,12 @@ def _shards(folder: Path) -> Sequence[str]:
 
 
 def _literal(file: str) -> str:
-    """A pattern that only this file matches."""
+    """Return a pattern that matches only this file."""
     return re.sub(r"([\[*?])", r"[\1]", file)
 
 
 def _no_model(name: str, endpoint: str | None) -> CheckpointError:
-    """What is there in place of safetensors."""
+    """Return an error that describes the repository's files."""
     files = HfApi(endpoint=endpoint).list_repo_files(name)
     what = named_weights([one for one in files if "/" not in one], f"{name} on the Hub")
     return CheckpointError(

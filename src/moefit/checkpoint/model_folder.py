@@ -1,8 +1,6 @@
-"""What people have in a model's folder beside, or in place of, safetensors: named, or refused.
+"""Check a model's folder: adapters, weights in unsupported formats, tokenizer and JSON files.
 
-Owns the words for weights of other kinds (GGUF, pickles, adapters), each with the nearest thing
-that works, and reading a tokenizer, which is there, or missing, or damaged. Knows nothing of what
-is done with a model.
+Errors for weights in other formats (GGUF, pickles, adapters) name the nearest thing that works.
 """
 
 import json
@@ -15,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 
 ADAPTER = "adapter_config.json"
-LFS = b"version https://git-lfs"  # how a Git LFS pointer begins, which stands for a file
+LFS = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
 LFS_POINTER = "it is a Git LFS pointer in place of the file; run `git lfs pull` in its folder"
 _MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
-# Files that hold a vocabulary, by name or by ending; any one of them makes a tokenizer.
+# Files with a vocabulary, by name or suffix; any one of them is enough for a tokenizer.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -35,13 +33,13 @@ _CONVERT = (
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a model's folder with an adapter in it, which would be passed over.
+    """Raise if a model's folder has an adapter, which would otherwise be ignored.
 
     Args:
         folder: The model's folder.
 
     Raises:
-        UnsupportedModelError: There is an adapter beside, or in place of, the model.
+        UnsupportedModelError: There is an adapter with or without a model.
     """
     if not (folder / ADAPTER).is_file():
         return
@@ -57,25 +55,25 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def other_weights(path: Path) -> str | None:
-    """Return what the weights at a path are, if they are none that can be read.
+    """Describe weights that cannot be read.
 
     Args:
         path: A file, or a folder without a safetensors checkpoint.
 
     Returns:
-        A sentence for an error: what they are, and the nearest thing that works. None if nothing
-        there is known.
+        A sentence for an error: what they are, and the nearest thing that works. None if no file
+        is recognised.
     """
     names = [path.name] if path.is_file() else _names(path)
     return named_weights(names, str(path))
 
 
 def named_weights(names: Iterable[str], where: str) -> str | None:
-    """Return the same as `other_weights` for files of these names.
+    """Describe weights that cannot be read, given file names; see `other_weights`.
 
     Args:
-        names: Of all files that there are.
-        where: What has them, for the message.
+        names: Names of all files.
+        where: Folder or repository, for the message.
     """
     files = sorted(names)
     for endings, meaning in _KINDS:
@@ -115,13 +113,13 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def refuse_without_tokenizer(folder: Path) -> None:
-    """Refuse a folder without a vocabulary, or with a Git LFS pointer in place of one; cheap.
+    """Raise if a folder has no vocabulary, or a Git LFS pointer instead; reads no vocabulary.
 
     Args:
         folder: The model's folder.
 
     Raises:
-        CheckpointError: No text can be read for this model.
+        CheckpointError: The tokenizer cannot be loaded.
     """
     for name in (*_vocabularies(folder), "tokenizer_config.json"):
         if _is_pointer(folder / name):
@@ -138,7 +136,7 @@ def refuse_without_tokenizer(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model's folder; no code that comes with it is run.
+    """Load the tokenizer of a model's folder without running code from the folder.
 
     Args:
         folder: The model's folder.
@@ -164,8 +162,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """As transformers reads it; of one with code of its own what tokenizer.json says, if that is
-    there, as transformers asks for the code where it does not know the model's family either."""
+    """Load with transformers; if the tokenizer has custom code, from tokenizer.json where present.
+
+    transformers would require the custom code for a family that it does not know either.
+    """
     own_code = "auto_map" in _json(folder / "tokenizer_config.json")
     if own_code and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -217,7 +217,7 @@ def _is_pointer(file: Path) -> bool:
         with file.open("rb") as opened:
             return opened.read(len(LFS)) == LFS
     except OSError:
-        return False  # a missing file is no pointer; one that cannot be read says so when it is
+        return False  # not a pointer; errors are reported when the file is read
 
 
 def _base_of(folder: Path) -> str:
@@ -228,4 +228,4 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return read_json(file, limit=_MAX_JSON)
     except (OSError, ValueError, RecursionError):
-        return {}  # only words of a message come of it
+        return {}  # used for the text of a message only

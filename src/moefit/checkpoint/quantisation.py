@@ -1,8 +1,8 @@
-"""Whether a checkpoint is quantised, and how: read from its configuration and its tensors' names.
+"""Detect quantised checkpoints from configuration files and tensor names.
 
-Quantised weights are integers or 8-bit floats whose scales lie in tensors of their own. Converted
-to a model's dtype without these, they give a model that loads and answers nonsense, so such
-checkpoints are refused. Reads configuration files and names, never weights.
+Quantised weights are integers or 8-bit floats whose scales are stored in separate tensors.
+Converted to a model's dtype without the scales, they would give a model that loads but computes
+nonsense, so such checkpoints are rejected. No weights are read.
 """
 
 import re
@@ -15,7 +15,7 @@ from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, Span
 from moefit.errors import UnsupportedModelError
 
 _MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
-_DEPTH = 3  # configurations lie in one another: a thinker's text_config is the third
+_DEPTH = 3  # nesting of configurations: a thinker's text_config is the third level
 _BY_DEQUANTISING = (
     "load it once in transformers with {config}(dequantize=True), save it with save_pretrained, "
     "and give that folder"
@@ -25,7 +25,7 @@ _METHODS = {
     "mxfp4": ("MXFP4, 4-bit floats in blocks", _BY_DEQUANTISING.format(config="Mxfp4Config")),
 }
 _ORIGINAL = "give the model that it was made from, in bfloat16 or float16"
-# Names of tensors that belong to a quantised weight, most telling first.
+# Names of tensors that belong to a quantised weight, most specific first.
 _SIGNS = tuple(
     (re.compile(pattern), meaning)
     for pattern, meaning in (
@@ -46,18 +46,18 @@ _SIGNS = tuple(
         (r"[._]\w*scale\w*$", "weights that are to be multiplied by scales"),
     )
 )
-# Scales of a quantised KV cache, which whoever does not quantise the cache has no use for.
+# Scales of a quantised KV cache; without quantisation of the cache they are not needed.
 _OF_CACHE = re.compile(r"[._](([kqv]|kv|prob|kv_cache)_scale|[kv]_proj\.output_scale)$")
 
 
 def refuse_declared(folder: Path) -> None:
-    """Refuse a folder whose configuration files say that the weights are quantised.
+    """Raise if a folder's configuration files declare quantised weights.
 
-    They say so at the top of config.json, in one of the configurations within it, or in modelopt's
+    The declaration is at the top level of config.json, in a nested configuration, or in modelopt's
     hf_quant_config.json.
 
     Args:
-        folder: The model's folder. Files that are missing or damaged are left to who needs them.
+        folder: The model's folder. Missing or damaged files are ignored here.
 
     Raises:
         UnsupportedModelError: The weights are quantised.
@@ -71,11 +71,11 @@ def refuse_declared(folder: Path) -> None:
 
 
 def refuse_integers(source: Span, parameter: str) -> None:
-    """Refuse a tensor that can only be a floating-point parameter's quantised form.
+    """Raise if a tensor's dtype shows that it is a quantised weight.
 
     Args:
-        source: Where the tensor lies.
-        parameter: The name of the model's floating-point parameter that it is for.
+        source: Location of the tensor.
+        parameter: Name of the model's floating-point parameter that it would fill.
 
     Raises:
         UnsupportedModelError: It has integers or floats of 8 bits or less.
@@ -91,10 +91,10 @@ def refuse_integers(source: Span, parameter: str) -> None:
 
 
 def refuse_stored(folder: Path) -> None:
-    """Refuse a folder that is quantised, where all of a model's parameters are floating-point.
+    """Raise if a folder is quantised, for a model with only floating-point parameters.
 
     Args:
-        folder: The model's folder. One without safetensors is judged by its configuration alone.
+        folder: The model's folder. Without safetensors, only its configuration is checked.
 
     Raises:
         UnsupportedModelError: The weights are quantised.
@@ -110,13 +110,13 @@ def refuse_stored(folder: Path) -> None:
 
 
 def sign_of(name: str) -> tuple[str, str] | None:
-    """Return the weight's name that a scale or another part of a quantised weight belongs to.
+    """Split the name of a scale, or another part of a quantised weight.
 
     Args:
         name: A tensor's name in the checkpoint.
 
     Returns:
-        The part of the name before what marks it, and that mark; None for any other tensor.
+        The name of the weight, and the suffix that identifies the part; None for other tensors.
 
     >>> sign_of("model.layers.0.mlp.experts.0.up_proj.weight_scale_inv")
     ('model.layers.0.mlp.experts.0.up_proj', '.weight_scale_inv')
@@ -132,11 +132,11 @@ def sign_of(name: str) -> tuple[str, str] | None:
 
 
 def refuse_scales(folder: Path, names: Iterable[str]) -> None:
-    """Refuse tensors that `sign_of` knows and that the model has no place for.
+    """Raise if there are tensors of quantised weights that the model has no parameter for.
 
     Args:
         folder: The model's folder.
-        names: Their names in the checkpoint; none at all is fine.
+        names: Names for which `sign_of` returns a result; may be empty.
 
     Raises:
         UnsupportedModelError: There is one; the message says which quantisation uses such names.
@@ -159,7 +159,7 @@ def _refusal(what: str, remedy: str = _ORIGINAL) -> UnsupportedModelError:
 
 
 def _declared(folder: Path) -> tuple[str, str] | None:
-    """The file and key that declare a quantisation, and its method."""
+    """Return the file and key that declare a quantisation, and its method."""
     for where, found in _quantisations(_json(folder / "config.json"), ""):
         return f"config.json ({where})", str(found.get("quant_method") or _algorithm(found))
     modelopt = _json(folder / "hf_quant_config.json").get("quantization")
@@ -189,4 +189,4 @@ def _json(file: Path) -> Mapping[str, Any]:
     try:
         return read_json(file, limit=_MAX_JSON)
     except (OSError, ValueError, RecursionError):
-        return {}  # whoever needs the file says what is wrong with it
+        return {}  # reported where the file is needed

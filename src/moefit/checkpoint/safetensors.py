@@ -1,8 +1,8 @@
-"""A checkpoint's tensors by name, as byte ranges of its files; read on demand.
+"""Read safetensors checkpoints: parse and validate headers, and read tensors on demand.
 
-Owns the safetensors header (https://github.com/huggingface/safetensors, "Format"), what can be
-wrong with a file, and positional reads into memory that the caller owns. Maps nothing: a mapped
-file's pages would count as this process's memory. Knows nothing of experts or models.
+The format is that of https://github.com/huggingface/safetensors. Tensors are read with positional
+reads into memory of the caller. Files are not memory-mapped, because mapped pages count as memory
+of this process.
 """
 
 import json
@@ -42,7 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Known to the format, but with no use for them here; a checkpoint with these is not damaged.
+# Dtypes of the format that cannot be read; a checkpoint that has them is not damaged.
 UNREADABLE = {
     "F4": "4-bit floats, two to a byte",
     "F6_E2M3": "6-bit floats",
@@ -50,27 +50,27 @@ UNREADABLE = {
     "F8_E4M3FNUZ": "8-bit floats without negative zero",
     "F8_E5M2FNUZ": "8-bit floats without negative zero",
 }
-_MAX_HEADER = 64 << 20  # bytes; the largest models have some 10 MB in all their files together
-_MAX_TENSORS = 1_000_000  # of a whole checkpoint; the largest models have some 250,000
+_MAX_HEADER = 64 << 20  # bytes; the largest models have about 10 MB in all files together
+_MAX_TENSORS = 1_000_000  # of a whole checkpoint; the largest models have about 250,000
 _MAX_DIMS = 16
-_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB less a page in one call
+_MAX_READ = 1 << 30  # bytes per call; Linux reads at most 2 GiB minus a page
 _ATTEMPTS = 3
-_DAMAGE = (
+_PARSE_ERRORS = (
     OSError,
     ValueError,
     KeyError,
     TypeError,
     AttributeError,
-    RecursionError,  # JSON nested without end
+    RecursionError,  # deeply nested JSON
     struct.error,
 )
 Read = Callable[[int, memoryview, int], int]
-"""As `os.preadv` with one buffer: file descriptor, where to, offset in the file; bytes read."""
+"""Like `os.preadv` with one buffer: (file descriptor, buffer, offset) -> number of bytes read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Where one tensor lies: `nbytes` from `offset` in `path`, row after row."""
+    """Location of one tensor in a file: `nbytes` bytes from `offset`, in row-major order."""
 
     name: str
     path: Path
@@ -80,7 +80,7 @@ class Span:
     shape: tuple[int, ...]
 
     def row(self, index: int) -> "Span":
-        """The part [index] of the first axis, itself contiguous."""
+        """Return the span of row `index` of the first axis."""
         size = self.nbytes // self.shape[0]
         return Span(
             name=f"{self.name}[{index}]",
@@ -93,12 +93,12 @@ class Span:
 
 
 def pread(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """One positional read, straight into the buffer."""
+    """Read into the buffer from an offset; return the number of bytes read."""
     return os.preadv(descriptor, [buffer], offset)
 
 
 class SpanReader:
-    """Reads spans; opens each file once and keeps it open. Thread-safe."""
+    """Read spans of files, each of which is opened once and kept open. Thread-safe."""
 
     def __init__(self, read: Read = pread):
         self._read = read
@@ -112,10 +112,14 @@ class SpanReader:
                 os.close(self._descriptors.popitem()[1])
 
     def read_into(self, span: Span, buffer: memoryview) -> None:
-        """Fill `buffer`, of exactly span.nbytes, from the file; the page cache is let go of.
+        """Read a span, and drop its pages from the page cache.
 
-        A failed read is tried again twice. Raises CheckpointError, and the buffer's content is
-        then undefined.
+        Args:
+            span: What to read. A failed read is retried twice.
+            buffer: Destination of exactly `span.nbytes` bytes.
+
+        Raises:
+            CheckpointError: Reading failed. The buffer's content is then undefined.
         """
         assert len(buffer) == span.nbytes, (len(buffer), span)
         for attempt in range(1, _ATTEMPTS + 1):
@@ -134,12 +138,12 @@ class SpanReader:
     def _fill(self, descriptor: int, buffer: memoryview, span: Span) -> None:
         done = 0
         while done < span.nbytes:
-            part = buffer[done : done + _READ_AT_ONCE]
+            part = buffer[done : done + _MAX_READ]
             count = self._read(descriptor, part, span.offset + done)
             if count == 0:
                 raise OSError(f"the file ends at byte {span.offset + done}")
             done += count
-        # What was read is in our own memory now; a second copy in the page cache helps nobody.
+        # The data is in our own memory now; the copy in the page cache is not needed.
         os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _descriptor(self, path: Path) -> int:
@@ -151,9 +155,14 @@ class SpanReader:
 
 
 class Checkpoint:
-    """An opened folder of safetensors files. Thread-safe; close it, or use it in a `with`.
+    """An open folder of safetensors files. Thread-safe; also a context manager.
 
-    Raises CheckpointError if the folder has no safetensors, or a shard is missing or damaged.
+    Attributes:
+        folder: The folder.
+        spans: Location of each tensor by name.
+
+    Raises:
+        CheckpointError: The folder has no safetensors, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: Path, *, read: Read = pread):
@@ -172,11 +181,11 @@ class Checkpoint:
         self._reader.close()
 
     def read_into(self, span: Span, buffer: memoryview) -> None:
-        """As `SpanReader.read_into`."""
+        """Read a span; see `SpanReader.read_into`."""
         self._reader.read_into(span, buffer)
 
     def tensor(self, span: Span) -> Tensor:
-        """The tensor in memory of its own."""
+        """Read a span into a new tensor."""
         data = torch.empty(span.nbytes, dtype=torch.uint8)
         if span.nbytes:
             self.read_into(span, bytes_of(data))
@@ -191,7 +200,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class LazyTensor:
-    """A span that reads itself when indexed with `...`: what transformers' loader expects."""
+    """A tensor that is read when indexed, with the interface that transformers' loader uses."""
 
     def __init__(self, checkpoint: Checkpoint, span: Span):
         self._checkpoint, self._span = checkpoint, span
@@ -200,11 +209,11 @@ class LazyTensor:
         return self._checkpoint.tensor(self._span)[key]
 
     def get_shape(self) -> list[int]:
-        """As safetensors' slices have it."""
+        """Return the shape, as safetensors' slices do."""
         return list(self._span.shape)
 
     def get_dtype(self) -> str:
-        """The format's name of the dtype."""
+        """Return the dtype's name in the safetensors format."""
         return next(name for name, dtype in DTYPES.items() if dtype == self._span.dtype)
 
 
@@ -246,15 +255,15 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map: dict[str, str] = read_json(index, limit=4 * _MAX_HEADER)["weight_map"]
         for shard in weight_map.values():
             _refuse_outside(shard)
-    except _DAMAGE as error:
+    except _PARSE_ERRORS as error:
         raise CheckpointError(f"{index} cannot be read: {in_brief(error)}") from error
     return weight_map
 
 
 def _refuse_outside(shard: Any) -> None:
-    """Raise unless it is a file's name below the checkpoint's folder.
+    """Raise unless a shard's path is inside the checkpoint's folder.
 
-    The file itself may be a symbolic link that leads elsewhere: the Hub's cache is made of these.
+    The file may be a symbolic link to a place outside: the Hub's cache consists of these.
     """
     if not isinstance(shard, str):
         raise TypeError(f"weight_map has {shard!r} where a file's name belongs")
@@ -264,10 +273,11 @@ def _refuse_outside(shard: Any) -> None:
 
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
-    """A safetensors file's own remarks, and where its tensors are.
+    """Return a safetensors file's metadata and the location of its tensors.
 
-    Raises CheckpointError for a file that is damaged or cut short, UnsupportedModelError for one
-    with tensors of a dtype that cannot be read.
+    Raises:
+        CheckpointError: The file is damaged or truncated.
+        UnsupportedModelError: A tensor has a dtype that cannot be read.
     """
     try:
         size = path.stat().st_size
@@ -280,13 +290,13 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
                 raise ValueError(f"its header would have {length:,} bytes")
             file.seek(8)
             header: dict[str, Any] = json.loads(file.read(length))
-        remarks: dict[str, Any] = header.pop("__metadata__", None) or {}
-        if not isinstance(remarks, dict):
+        metadata: dict[str, Any] = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
             raise TypeError("its __metadata__ is no object")
         if len(header) > _MAX_TENSORS:
             raise ValueError(f"it has {len(header):,} tensors, which no known model has")
         spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
-    except _DAMAGE as error:
+    except _PARSE_ERRORS as error:
         raise CheckpointError(
             f"{path} is damaged: {in_brief(error)}; copy or download it again"
         ) from error
@@ -296,7 +306,7 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
             f"{path} is cut short: {size:,} bytes, but its tensors end at {end:,}; "
             "copy or download it again"
         )
-    return remarks, spans
+    return metadata, spans
 
 
 def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:

@@ -29,7 +29,7 @@ class ExpertWeights:
     gated: bool
 
     def activate(self, h_I: Tensor) -> Tensor:
-        """act(h), or act(gate) * up for gated experts; [.., I] -> [.., F]."""
+        """Return act(h), or act(gate) * up for gated experts; [..., I] -> [..., F]."""
         if not self.gated:
             return self.activation(h_I)
         gate_F, up_F = h_I.chunk(2, dim=-1)
@@ -37,10 +37,10 @@ class ExpertWeights:
 
 
 def expert_weights(module: Any) -> ExpertWeights:
-    """The weights of a module that transformers' `use_experts_implementation` decorates.
+    """Return the weights of a module decorated with transformers' `use_experts_implementation`.
 
-    Its attribute names are that interface's; matrices that are transposed or interleaved, or
-    come with biases, aren't looked for here (`dsmoe/dense_experts.py` refuses them).
+    Transposed or interleaved matrices and biases are not supported here;
+    `dsmoe/dense_experts.py` rejects them.
     """
     return ExpertWeights(
         w_in_EID=module.gate_up_proj if module.has_gate else module.up_proj,
@@ -51,12 +51,19 @@ def expert_weights(module: Any) -> ExpertWeights:
 
 
 def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights) -> Tensor:
-    """All experts as one MLP of width E * F, y_TD.
+    """Compute all experts as one MLP of width E * F.
 
     The score of an expert multiplies its hidden units between activation and down projection,
-    which equals summing score * output because the down projection is linear and without bias
-    (IBM/dolomite-engine's DenseMoE, see DS-MoE section 3.2). No per-expert output ever exists.
-    scores_TE None means all ones: a plain MLP.
+    which equals summing score * output because the down projection is linear and has no bias
+    (DenseMoE of IBM/dolomite-engine, DS-MoE section 3.2). Outputs per expert are never stored.
+
+    Args:
+        x_TD: Inputs.
+        scores_TE: Weights of the experts; None for all ones, a plain MLP.
+        weights: The experts' matrices.
+
+    Returns:
+        Outputs [T, D].
     """
     num_experts, rows, width = weights.w_in_EID.shape
     h_TEI = F.linear(x_TD, weights.w_in_EID.view(num_experts * rows, width))
@@ -68,19 +75,19 @@ def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights)
 
 
 def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Only the chosen experts, each over all of its tokens at once, y_TD.
+    """Compute only the selected experts, each over all of its tokens at once; return [T, D].
 
-    Weighted outputs are added up in float32, whatever the dtype of x_TD.
+    Weighted outputs are summed in float32 for inputs of any dtype.
     """
     num_experts = weights.w_in_EID.shape[0]
     ids_R = routing.ids_TK.flatten()
     counts_E = torch.bincount(ids_R, minlength=num_experts + 1)[:num_experts].tolist()
-    routed = sum(counts_E)  # padding ids sort behind all experts and are cut off
+    routed = sum(counts_E)  # padding ids are sorted to the end and dropped
     order_R = ids_R.argsort(stable=True)[:routed]
     token_R = order_R // routing.ids_TK.shape[1]
     weight_R1 = routing.weights_TK.flatten()[order_R].unsqueeze(1).float()
-    # One gather, one unbind, one scatter: as many backward passes over whole tensors, not E times
-    # as many as indexing each expert's rows and weights would take.
+    # One gather, one unbind and one scatter need one backward pass over whole tensors each;
+    # indexing rows and weights per expert would need E times as many.
     parts = zip(
         x_TD[token_R].split(counts_E),
         weights.w_in_EID.unbind(),
@@ -99,14 +106,14 @@ def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> T
 
 
 def scattered_scores(routing: Routing, num_experts: int) -> Tensor:
-    """A routing as scores_TE, zero where an expert was not chosen; differentiable in weights."""
+    """Return the weights of a routing as [T, E], 0 for experts not selected; differentiable."""
     num_tokens = routing.ids_TK.shape[0]
     scores_TE1 = routing.weights_TK.new_zeros(num_tokens, num_experts + 1)
     return scores_TE1.scatter_add(1, routing.ids_TK, routing.weights_TK)[:, :num_experts]
 
 
 def reference_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """y[t] = sum over k of weight[t, k] * expert[id[t, k]](x[t]); the id E is skipped."""
+    """Return y[t] = sum over k of weight[t, k] * expert[id[t, k]](x[t]); skip the id E."""
     num_experts = weights.w_in_EID.shape[0]
     rows = []
     for x_D, ids_K, weights_K in zip(x_TD, routing.ids_TK, routing.weights_TK, strict=True):

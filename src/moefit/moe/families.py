@@ -1,8 +1,7 @@
-"""What a family's MoE block is to all others: a name, and a layout of experts.
+"""Describe a MoE block independently of its model family.
 
-Owns that contract: how an expert's tensors are called, shaped and addressed, what it computes, and
-what a block passes to its experts. Knows nothing of which families there are (`layouts.py`), nor of
-where experts' bytes are kept.
+A `Layout` defines the names, shapes and parameters of an expert's tensors, what an expert computes,
+and what a block passes to its experts. `layouts.py` implements it for each family.
 
 Shapes: T tokens, D model width, E experts, K chosen per token, R rows of one expert.
 """
@@ -24,7 +23,10 @@ Tensors = Mapping[str, Tensor]
 class TensorSpec:
     """Shape and dtype of one expert's part of a parameter.
 
-    `inputs_first`: a matrix whose rows are input units, so that it computes x @ W.
+    Attributes:
+        shape: Shape of the part.
+        dtype: Dtype of the model's parameter.
+        inputs_first: Whether rows of a matrix are input units, so that it computes x @ W.
     """
 
     shape: tuple[int, ...]
@@ -33,13 +35,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpShape:
-    """down(act(gate) * up), gate and up in one matrix, gate first; or, not gated, down(act(in))."""
+    """An MLP of two matrices: down(act(gate) * up) with gate above up, or down(act(in))."""
 
     w_in: str
     w_out: str
@@ -48,23 +50,23 @@ class MlpShape:
 
 
 class Layout(Protocol):
-    """How a family keeps, addresses and computes its experts. One instance per block."""
+    """How a family stores, addresses and computes its experts. One instance per block."""
 
     num_experts: int
     specs: Mapping[str, TensorSpec]
     mlp: MlpShape | None
-    """What an expert is, if two matrices and a known activation are all of it."""
+    """The expert as an MLP, if it consists of two matrices and a known activation; else None."""
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
-        """The parameter's name below the experts module, and the row in it, None for all of it."""
+        """Return the parameter's name in the experts module, and the row (None: all of it)."""
         ...
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """One expert's unweighted output y_RD."""
+        """Return one expert's unweighted output [R, D]."""
         ...
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """What the block passed behind the tokens, as a `Routing`."""
+        """Return what the block passes to its experts after the tokens, as a `Routing`."""
         ...
 
 
@@ -72,9 +74,12 @@ class Layout(Protocol):
 class MoeBlock:
     """One router with its experts in one layer.
 
-    `name` is the dotted name of the module that is replaced and whose parameters the experts are.
-    That is the experts' own module; where a family has none, it is the whole block, and `shell`
-    makes of served experts what takes its place, router included.
+    Attributes:
+        name: Dotted name of the module that is replaced and holds the experts' parameters: the
+            experts module, or the whole block if a family has no experts module.
+        layout: How the experts are stored and computed.
+        shell: For a family without experts module, builds the replacement of the block, including
+            its router, around an experts module.
     """
 
     name: str
@@ -83,11 +88,11 @@ class MoeBlock:
 
     @property
     def parent(self) -> str:
-        """The module that holds router and experts."""
+        """Name of the module that contains router and experts."""
         return self.name if self.shell else self.name.rpartition(".")[0]
 
     def around(self, experts: nn.Module) -> nn.Module:
-        """What stands at `name` when these experts serve the block."""
+        """Return the module to put at `name` so that the block uses these experts."""
         return self.shell(experts) if self.shell else experts
 
     @property

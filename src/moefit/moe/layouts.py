@@ -31,13 +31,17 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "identity": lambda x: x,
 }
-_EXAMPLE = torch.stack(  # gates and ups of both signs and all sizes together, beyond any clamp
+_EXAMPLE = torch.stack(  # gates and ups of both signs and all sizes, beyond any clamp
     [torch.linspace(-12, 12, 192), torch.linspace(-12, 12, 192) ** 3]
 )[:, torch.arange(192) * 37 % 192]
 
 
 def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str | None:
-    """The name of a function of [R, F], or of [R, 2F] as act(gate) * up; None if it is no such.
+    """Return the name of an activation function, or None if it is not a known one.
+
+    Args:
+        function: Function of [R, F], or of [R, 2F] as act(gate) * up if `gated`.
+        gated: Whether the input has gates and ups.
 
     >>> activation_name(F.silu, gated=False)
     'silu'
@@ -45,37 +49,45 @@ def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str
     try:
         with torch.inference_mode(), torch.device("cpu"):
             found = function(_EXAMPLE)
-    except Exception:  # noqa: BLE001 - one that needs other input is no well-known one
+    except Exception:  # noqa: BLE001 - known functions accept the example
         return None
     gate, up = _EXAMPLE.chunk(2, dim=-1) if gated else (_EXAMPLE, torch.ones_like(_EXAMPLE))
     for name, known in ACTIVATIONS.items():
         value = known(gate)
-        slack = (1e-5 * value.abs() + 1e-6) * up.abs()  # another way of writing it
+        slack = (
+            1e-5 * value.abs() + 1e-6
+        ) * up.abs()  # for other implementations of the same function
         if found.shape == value.shape and bool(((found - value * up).abs() <= slack).all()):
             return name
     return None
 
 
 class ServedJetMoe(nn.Module):
-    """`experts(x_TD, ids_TK, weights_TK) -> y_TD` between a block's router and its bias."""
+    """JetMoE's block with its experts replaced by `experts(x_TD, ids_TK, weights_TK) -> y_TD`."""
 
     def __init__(self, block: JetMoeMoE, experts: nn.Module):
         super().__init__()
         self.router, self.bias, self.experts = block.router, block.bias, experts
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Map [B, T, D] to [B, T, D]."""
         x_TD = x_BTD.flatten(0, 1)
-        *_, logits_TE = self.router(x_TD)  # the rest is the same choice, sorted by expert
-        chosen_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=-1)
-        y_TD = self.experts(x_TD, ids_TK, chosen_TK.softmax(-1).type_as(x_TD))
+        *_, logits_TE = self.router(
+            x_TD
+        )  # the other outputs are the same selection, sorted by expert
+        logits_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=-1)
+        y_TD = self.experts(x_TD, ids_TK, logits_TK.softmax(-1).type_as(x_TD))
         return y_TD.view_as(x_BTD) + self.bias
 
 
 def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
-    """All MoE blocks in the order of the model's modules; the model may be on the meta device.
+    """Return all MoE blocks of a model in the order of its modules.
 
-    Raises UnsupportedModelError if there is none.
+    Args:
+        model: May be on the meta device.
+
+    Raises:
+        UnsupportedModelError: There is none.
     """
     found = tuple(_blocks(model))
     if not found:
@@ -96,21 +108,21 @@ def _blocks(model: nn.Module) -> Iterator[MoeBlock]:
         elif isinstance(module, JetMoeMoE):
             shell = partial(ServedJetMoe, module)
             yield MoeBlock(name=name, layout=JetMoeLayout(module), shell=shell)
-        elif _behind_interface(module):
+        elif _uses_experts_interface(module):
             yield MoeBlock(name=name, layout=StackedLayout(module))
 
 
-def _behind_interface(module: nn.Module) -> bool:
-    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-    return all(hasattr(module, mark) for mark in marks) and hasattr(module, "down_proj")
+def _uses_experts_interface(module: nn.Module) -> bool:
+    attributes = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    return all(hasattr(module, name) for name in attributes) and hasattr(module, "down_proj")
 
 
 class StackedLayout:
-    """Stacked parameters [E, ...] behind transformers' experts interface.
+    """Stacked parameters [E, ...] of transformers' experts interface.
 
-    The computation follows the interface's own flags (transformers `integrations/moe.py`): gate
-    and up in one matrix or up alone, biases, transposed matrices, the class's own gate function,
-    a norm behind each expert.
+    The computation follows the interface's flags (transformers `integrations/moe.py`): gate and up
+    in one matrix or up alone, biases, transposed matrices, the class's own gate function, and a
+    norm of each expert's output.
     """
 
     def __init__(self, experts: nn.Module):
@@ -138,11 +150,11 @@ class StackedLayout:
         return MlpShape(w_in=self._input, w_out="down_proj", activation=activation, gated=gated)
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
-        """A row of the stack."""
+        """Return the stacked parameter and the expert's row."""
         return short, expert
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """down(gate(in(x))), normed where the family does."""
+        """Return down(gate(in(x))), normalised if the family does so."""
         h_RI = self._linear(tensors, self._input, x_RD)
         activate = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
         h_RF = activate(h_RI)
@@ -150,7 +162,7 @@ class StackedLayout:
         return self._experts.post_expert_norm(y_RD) if self._has_norm else y_RD
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """(ids_TK, weights_TK) as they come."""
+        """Return the block's (ids_TK, weights_TK)."""
         ids_TK, weights_TK = arguments
         return Routing(ids_TK.reshape(num_tokens, -1), weights_TK.reshape(num_tokens, -1))
 
@@ -167,10 +179,10 @@ class StackedLayout:
 
 
 class JetMoeLayout:
-    """JetMoE's MLP: `input_linear` (gate and up) and `output_linear`, stacked, in the block itself.
+    """JetMoE's MLP: stacked `input_linear` (gate and up) and `output_linear` of the block itself.
 
-    Its attention experts (MoA) are not among the served: their two matrices are used before and
-    behind the attention, so they stay with the other weights.
+    Its attention experts (MoA) are not served from slots: their matrices are used before and after
+    attention, so they belong to the dense weights.
     """
 
     def __init__(self, block: nn.Module):
@@ -192,16 +204,16 @@ class JetMoeLayout:
             )
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
-        """A row of the stack."""
+        """Return the stacked parameter and the expert's row."""
         return short, expert
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """output(act(gate) * up)."""
+        """Return output(act(gate) * up)."""
         gate_RF, up_RF = F.linear(x_RD, tensors["input_linear.weight"]).chunk(2, dim=-1)
         return F.linear(self._activation(gate_RF) * up_RF, tensors["output_linear.weight"])
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """(ids_TK, weights_TK) as `ServedJetMoe` gives them."""
+        """Return the (ids_TK, weights_TK) of `ServedJetMoe`."""
         ids_TK, weights_TK = arguments
         return Routing(ids_TK.view(num_tokens, -1), weights_TK.view(num_tokens, -1))
 
@@ -230,15 +242,15 @@ class SwitchLayout:
         return MlpShape(w_in="wi.weight", w_out="wo.weight", activation=activation, gated=False)
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
-        """All of a parameter of the expert's own module."""
+        """Return a parameter of the expert's own module."""
         return f"expert_{expert}.{short}", None
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
-        """The family's own expert module, called with these tensors."""
+        """Call the family's own expert module with these tensors."""
         return functional_call(self._template, dict(tensors), (x_RD,))
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """From the mask; a token beyond an expert's capacity has the padding id E."""
+        """Convert the mask; a token beyond an expert's capacity gets the padding id E."""
         mask_T1E, weights_T1 = arguments
         mask_TE = mask_T1E.reshape(num_tokens, self.num_experts)
         ids_T = mask_TE.argmax(-1).masked_fill(~mask_TE.any(-1), self.num_experts)
@@ -248,11 +260,10 @@ class SwitchLayout:
 class NllbLayout(SwitchLayout):
     """NLLB-MoE: the block passes the first choice's mask [T, E] and both choices' weights [T, E].
 
-    transformers 5 computes with this what its own experts module makes of it: the mask's zeros
-    and ones are taken for expert ids (`one_hot(router_mask)`), so that expert 1 answers for every
-    first choice and expert 0 for every second, and no other expert ever does. "The model's own
-    output" is that, and so it is what is served (tests/serve/test_encoder_decoder_serving.py holds
-    it to transformers', and fails on the day that transformers changes it).
+    transformers 5 interprets the mask's zeros and ones as expert ids (`one_hot(router_mask)`), so
+    that expert 1 computes every first choice, expert 0 every second, and no other expert is used.
+    This is reproduced here, because results must equal those of transformers;
+    tests/serve/test_encoder_decoder_serving.py compares them and fails if transformers changes it.
     """
 
     def __init__(self, experts: nn.ModuleDict):
@@ -261,7 +272,7 @@ class NllbLayout(SwitchLayout):
         self._kept = 1 - dropout if dropout > 0 else 1.0
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """The two columns with weight; a choice that was dropped is padding."""
+        """Return the two columns with weight; a dropped choice is padding."""
         mask_TE, weights_TE = (one.reshape(num_tokens, self.num_experts) for one in arguments)
         weights_TK, column_TK = weights_TE.topk(min(2, self.num_experts), dim=-1)
         ids_TK = mask_TE.long().gather(-1, column_TK)

@@ -1,8 +1,7 @@
-"""Which experts a token uses, and with what weight.
+"""Select the experts of each token and their weights by the inference rules of DS-MoE.
 
-Owns the inference rules of DS-MoE (arXiv 2404.05567, section 3.2) and what they make of router
-scores. Takes scores [T, E] that sum to one over the experts; gives a `Routing`. Knows nothing of
-experts' weights, layers or losses.
+The rules are those of arXiv 2404.05567, section 3.2. Input are router scores [T, E] that sum to one
+over the experts; output is a `Routing`.
 
 Shapes: T tokens, E experts, K chosen per token.
 """
@@ -21,7 +20,7 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Chosen experts and their weights; an id equal to E is padding and carries weight zero."""
+    """Selected experts and their weights [T, K]. The id E is padding and has weight 0."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -29,16 +28,16 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How many of a token's experts are active at inference.
+    """How many experts per token are active at inference.
 
-    - `dense`: all of them.
-    - `threshold`: those with E * S > epsilon; always at least the best one.
-    - `top_k`: the k best.
-    - `threshold_top_k`: the k best, where k is the batch's mean count under `threshold`, rounded
-      half up and at least 1.
+    - `dense`: all experts.
+    - `threshold`: experts with E * S > epsilon for their score S, and always the best one.
+    - `top_k`: the k experts with the highest scores.
+    - `threshold_top_k`: as `top_k`, with k the mean number of experts that `threshold` selects in
+      the batch, rounded half up and at least 1.
 
-    Weights stay the scores themselves, as in the paper, unless `renormalize` is set; then the
-    chosen ones are divided by their sum.
+    Weights are the scores themselves, as in the paper. With `renormalize` the selected scores are
+    divided by their sum.
 
     >>> Rule.parse("top_k:4")
     Rule(kind='top_k', k=4, epsilon=None, renormalize=False)
@@ -53,13 +52,14 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `dense`, `top_k:K`, `threshold:EPS` or `threshold_top_k:EPS`, [`:renormalize`].
+        """Parse `dense`, `top_k:K`, `threshold:EPS` or `threshold_top_k:EPS`, and `:renormalize`.
 
-        Raises ConfigError if the text is none of these.
+        Raises:
+            ConfigError: The text is none of these.
         """
-        kind, *rest = text.split(":")
-        renormalize = rest[-1:] == ["renormalize"]
-        values = rest[:-1] if renormalize else rest
+        kind, *fields = text.split(":")
+        renormalize = fields[-1:] == ["renormalize"]
+        values = fields[:-1] if renormalize else fields
         if kind not in get_args(RuleKind) or len(values) != (kind != "dense"):
             raise ConfigError(_unknown_rule(text))
         try:
@@ -76,7 +76,7 @@ class Rule:
         return ":".join([*parts, "renormalize"] if self.renormalize else parts)
 
     def check(self, num_experts: int) -> None:
-        """Raise ConfigError if this rule asks for more experts than there are."""
+        """Raise ConfigError if the rule selects more experts than there are."""
         if self.k is not None and self.k > num_experts:
             raise ConfigError(
                 f"rule {self} asks for {self.k} experts per token, but there are {num_experts}; "
@@ -94,14 +94,17 @@ def _unknown_rule(text: str) -> str:
     return (
         f"{text!r} is not an inference rule; write dense, top_k:K, threshold:EPS or "
         "threshold_top_k:EPS with K and EPS above zero, for example top_k:4 or threshold:0.48, "
-        "and :renormalize behind it if the chosen weights shall sum to one"
+        "and append :renormalize to make the selected weights sum to one"
     )
 
 
 def active_experts(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Tensor:
-    """Which experts each token uses under `rule`, as a boolean mask_TE.
+    """Return a boolean mask [T, E] of the experts that each token uses.
 
-    real_T: False where a token is padding; such tokens don't count in threshold_top_k's mean.
+    Args:
+        scores_TE: Router scores.
+        rule: The inference rule.
+        real_T: False for padding tokens, which `threshold_top_k` leaves out of its mean.
     """
     if rule.kind == "dense":
         return torch.ones_like(scores_TE, dtype=torch.bool)
@@ -114,12 +117,12 @@ def active_experts(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) 
 def _above_threshold(scores_TE: Tensor, rule: Rule) -> Tensor:
     assert rule.epsilon is not None
     mask_TE = scores_TE * scores_TE.shape[-1] > rule.epsilon
-    # An epsilon of 1 or more may pass nobody; a token without experts would lose its MLP.
+    # With an epsilon of 1 or more, no expert may pass; a token without experts would skip its MLP.
     return mask_TE.scatter(-1, scores_TE.argmax(-1, keepdim=True), True)
 
 
 def _top_k(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> Routing:
-    """Every token's k best, k being the rule's own or the batch's mean count."""
+    """Select k experts per token, with the rule's k or the mean number of `threshold`."""
     k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
     rule.check(scores_TE.shape[-1])
     weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
@@ -135,16 +138,17 @@ def _mean_count(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> int:
 
 
 def masked_scores(scores_TE: Tensor, mask_TE: Tensor, *, renormalize: bool) -> Tensor:
-    """The scores of the active experts, zero elsewhere; summing to one if `renormalize`."""
-    kept_TE = scores_TE * mask_TE
-    return kept_TE / kept_TE.sum(-1, keepdim=True) if renormalize else kept_TE
+    """Return the scores [T, E] of active experts, 0 elsewhere; sums are 1 if `renormalize`."""
+    active_TE = scores_TE * mask_TE
+    return active_TE / active_TE.sum(-1, keepdim=True) if renormalize else active_TE
 
 
 def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routing:
-    """Choose experts by `rule`.
+    """Select experts by `rule`.
 
-    K is the largest number of active experts of any token; tokens with fewer are filled up with
-    the padding id E. Under `dense` the ids are 0..E-1 in order.
+    Returns:
+        Ids and weights [T, K], where K is the largest number of active experts of any token; tokens
+        with fewer are padded with the id E. For `dense` the ids are 0..E-1 in order.
     """
     num_tokens, num_experts = scores_TE.shape
     if rule.kind == "dense":
@@ -161,16 +165,16 @@ def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routin
 
 
 def masked_route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routing:
-    """The choice of `route`, told as weights of all experts, zero for those that are not chosen.
+    """Return the selection of `route` as weights of all experts, 0 for those not selected.
 
-    No shape depends on the scores; ids are 0..E-1 in order.
+    Shapes do not depend on the scores; ids are 0..E-1 in order.
     """
-    everyone = route(scores_TE, Rule(kind="dense"), real_T)
+    dense = route(scores_TE, Rule(kind="dense"), real_T)
     if rule.kind == "dense":
-        return everyone
+        return dense
     mask_TE = active_experts(scores_TE, rule, real_T)
-    kept_TE = masked_scores(scores_TE, mask_TE, renormalize=rule.renormalize)
-    return Routing(everyone.ids_TK, kept_TE)
+    active_TE = masked_scores(scores_TE, mask_TE, renormalize=rule.renormalize)
+    return Routing(dense.ids_TK, active_TE)
 
 
 def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
@@ -183,17 +187,17 @@ def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
 
 
 def default_rules(num_experts: int) -> tuple[Rule, ...]:
-    """A ladder for comparing: all experts, then fewer and fewer, then the adaptive rules.
+    """Return rules to compare: all experts, then fewer and fewer, then the adaptive rules.
 
     >>> [str(rule) for rule in default_rules(16)][:4]
     ['dense', 'top_k:8', 'top_k:4', 'top_k:2']
     """
     if num_experts == 1:
         return (Rule(kind="dense"),)
-    ladder = sorted({max(1, num_experts // part) for part in (2, 4, 8, 16)}, reverse=True)
+    counts = sorted({max(1, num_experts // part) for part in (2, 4, 8, 16)}, reverse=True)
     return (
         Rule(kind="dense"),
-        *(Rule(kind="top_k", k=k) for k in ladder if k < num_experts),
+        *(Rule(kind="top_k", k=k) for k in counts if k < num_experts),
         Rule(kind="threshold", epsilon=0.48),
         Rule(kind="threshold_top_k", epsilon=0.48),
     )

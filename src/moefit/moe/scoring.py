@@ -1,8 +1,8 @@
-"""Reproduce a router's choice from its logits, and find by example which rule a router follows.
+"""Select experts from router logits, and identify the rule that a given router uses.
 
-A `ScoringRule` turns logits into chosen experts and weights, so that the choice can be repeated
-over a subset of the experts. `identify` tries the known rules on one recorded example of logits,
-chosen experts and weights. Nothing is looked up by family name.
+A `ScoringRule` maps logits to selected experts and weights, so that the selection can be repeated
+over a subset of the experts. `identify` tries all known rules on recorded logits, selected experts
+and weights; it does not depend on the name of the model family.
 
 Shapes: T tokens, E experts, K chosen per token.
 """
@@ -25,7 +25,13 @@ GroupScore = Literal["max", "top_2"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Group-limited choice (DeepSeek-V2, V3): only the best `kept` of `number` groups compete."""
+    """Group-limited selection, as in DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437).
+
+    Attributes:
+        number: Number of groups of equal size.
+        kept: Number of groups with the highest score, to which the selection is limited.
+        score: Score of a group: the largest score in it, or the sum of the two largest.
+    """
 
     number: int
     kept: int
@@ -34,15 +40,22 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringRule:
-    """From logits to weights.
+    """How a router maps logits to selected experts and their weights.
 
-    - `score` maps logits to scores.
-    - The choice is made by these, or `by_logits`; a per-expert bias may be added for it alone.
-    - `chosen` says what becomes of the K scores: kept, divided by their sum, a softmax over their
-      logits, or SparseMixer's (arXiv 2310.00811): each one's softmax among what no earlier choice
-      took and what is within `tolerance` of the best of that.
-    - `scale` multiplies the weights (routed scaling factor), and so does `factor_E`, if any.
-    - `rounded`: scores are rounded to the logits' dtype, so that in bfloat16 many tie.
+    Attributes:
+        score: Function from logits to scores.
+        chosen: Function from the K selected scores to weights: the scores themselves, the scores
+            divided by their sum, a softmax over their logits, or SparseMixer (arXiv 2310.00811):
+            the softmax of each selected logit over the experts that were not selected before and
+            whose logit is within `tolerance` of the largest of these.
+        scale: Factor of all weights (`routed_scaling_factor`).
+        biased: Whether a per-expert bias is added for the selection, but not for the weights.
+        by_logits: Whether experts are selected by logits instead of scores.
+        groups: Groups that limit the selection, if any.
+        tolerance: Relative distance in SparseMixer.
+        factor_E: Per-expert factors of the weights, if any.
+        rounded: Whether scores are rounded to the dtype of the logits; in bfloat16 many are then
+            equal.
     """
 
     score: Score
@@ -56,7 +69,7 @@ class ScoringRule:
     rounded: bool = False
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Scores in float32, whatever the dtype of the logits."""
+        """Return float32 scores [T, E] of logits of any dtype."""
         scores_TE = self._scores(logits_TE.float())
         return scores_TE.to(logits_TE.dtype).float() if self.rounded else scores_TE
 
@@ -72,32 +85,38 @@ class ScoringRule:
                 return logits_TE
 
     def preference(self, logits_TE: Tensor, bias_E: Tensor | None) -> Tensor:
-        """What the choice is made by: scores, biased and with lost groups at minus infinity."""
-        preferred_TE = logits_TE.float() if self.by_logits else self.scores(logits_TE)
+        """Return the values [T, E] whose largest are selected; -inf for experts of other groups.
+
+        Args:
+            logits_TE: Router logits.
+            bias_E: Added to the scores if the rule is `biased`.
+        """
+        selection_TE = logits_TE.float() if self.by_logits else self.scores(logits_TE)
         if self.biased and bias_E is not None:
-            preferred_TE = preferred_TE + bias_E.float()
+            selection_TE = selection_TE + bias_E.float()
         if self.groups is not None:
-            lost_TE = ~_in_kept_groups(preferred_TE, self.groups)
-            preferred_TE = preferred_TE.masked_fill(lost_TE, -torch.inf)
-        return preferred_TE
+            in_groups_TE = _in_kept_groups(selection_TE, self.groups)
+            selection_TE = selection_TE.masked_fill(~in_groups_TE, -torch.inf)
+        return selection_TE
 
     def weights(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """The weights of chosen experts; the padding id E has weight zero."""
+        """Return the weights [T, K] of selected experts; the padding id E has weight 0."""
         num_experts = logits_TE.shape[-1]
-        real_TK = ids_TK < num_experts
-        safe_TK = ids_TK.clamp(max=num_experts - 1)
+        is_expert_TK = ids_TK < num_experts
+        index_TK = ids_TK.clamp(max=num_experts - 1)
         if self.chosen == "sparsemixer":
-            precise_TE = logits_TE if self.rounded else logits_TE.float()
-            weights_TK = _sparsemixed(precise_TE, safe_TK, self.tolerance).float() * real_TK
+            value_TE = logits_TE if self.rounded else logits_TE.float()
+            weights_TK = _sparsemixer_weights(value_TE, index_TK, self.tolerance).float()
+            weights_TK = weights_TK * is_expert_TK
         elif self.chosen == "softmax":
-            logits_TK = logits_TE.float().gather(-1, safe_TK).masked_fill(~real_TK, -torch.inf)
-            weights_TK = logits_TK.softmax(-1)
+            logits_TK = logits_TE.float().gather(-1, index_TK)
+            weights_TK = logits_TK.masked_fill(~is_expert_TK, -torch.inf).softmax(-1)
         else:
-            weights_TK = self.scores(logits_TE).gather(-1, safe_TK) * real_TK
+            weights_TK = self.scores(logits_TE).gather(-1, index_TK) * is_expert_TK
             if self.chosen == "normalised":
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
         if self.factor_E is not None:
-            weights_TK = weights_TK * self.factor_E.float()[safe_TK]
+            weights_TK = weights_TK * self.factor_E.float()[index_TK]
         return torch.nan_to_num(weights_TK * self.scale)
 
     def route(
@@ -107,35 +126,43 @@ class ScoringRule:
         bias_E: Tensor | None = None,
         allowed_E: Tensor | None = None,
     ) -> Routing:
-        """As many experts for each token as `like` has, the best of the `allowed_E` if given.
+        """Select as many experts for each token as a given routing has.
 
-        Fewer allowed than wanted is padded with E.
+        Disallowed experts are masked before the selection and before weights are computed ("masked
+        gating", SwapMoE section 3), so that a rule that normalises does so over the experts that
+        remain. A softmax over all experts is not recomputed over fewer, so that weights keep the
+        scale of training. SparseMixer is: it compares logits with the largest that remains.
 
-        Restricting happens before the choice and before weights are made ("masked gating",
-        SwapMoE section 3), so that a rule that normalises does so over the experts left. A softmax
-        over all experts is not taken again over fewer: weights keep the scale that the model was
-        trained with. SparseMixer's is: it compares with the best that can still be had.
+        Args:
+            logits_TE: Router logits.
+            like: The routing whose number of experts per token is used.
+            bias_E: Added to the scores if the rule is `biased`.
+            allowed_E: Experts that may be selected; all if None.
+
+        Returns:
+            Expert ids and weights [T, K]. If fewer experts are allowed than `like` has, the others
+            are the padding id E.
         """
-        preferred_TE = self.preference(logits_TE, bias_E)
+        selection_TE = self.preference(logits_TE, bias_E)
         if allowed_E is not None:
-            preferred_TE = preferred_TE.masked_fill(~allowed_E, -torch.inf)
-            if self.groups is not None:  # all kept groups may be absent: any expert then
-                everywhere_TE = self.scores(logits_TE).masked_fill(~allowed_E, -torch.inf)
-                lost_T1 = preferred_TE.isneginf().all(-1, keepdim=True)
-                preferred_TE = torch.where(lost_T1, everywhere_TE, preferred_TE)
+            selection_TE = selection_TE.masked_fill(~allowed_E, -torch.inf)
+            if self.groups is not None:  # if no allowed expert is in the groups, ignore groups
+                ungrouped_TE = self.scores(logits_TE).masked_fill(~allowed_E, -torch.inf)
+                none_left_T1 = selection_TE.isneginf().all(-1, keepdim=True)
+                selection_TE = torch.where(none_left_T1, ungrouped_TE, selection_TE)
         num_experts, k = logits_TE.shape[-1], like.ids_TK.shape[-1]
-        best_TK, ids_TK = preferred_TE.topk(min(k, num_experts), dim=-1)
+        best_TK, ids_TK = selection_TE.topk(min(k, num_experts), dim=-1)
         count_T1 = (like.ids_TK < num_experts).sum(-1, keepdim=True)
-        beyond_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
-        ids_TK = ids_TK.masked_fill(beyond_TK | best_TK.isneginf(), num_experts)
+        padding_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) >= count_T1
+        ids_TK = ids_TK.masked_fill(padding_TK | best_TK.isneginf(), num_experts)
         if allowed_E is not None and self.chosen == "sparsemixer":
             logits_TE = logits_TE.masked_fill(~allowed_E, -torch.inf)
         return Routing(ids_TK, self.weights(logits_TE, ids_TK))
 
 
-def _in_kept_groups(preferred_TE: Tensor, groups: Groups) -> Tensor:
-    num_tokens, num_experts = preferred_TE.shape
-    grouped_TGE = preferred_TE.view(num_tokens, groups.number, -1)
+def _in_kept_groups(selection_TE: Tensor, groups: Groups) -> Tensor:
+    num_tokens, num_experts = selection_TE.shape
+    grouped_TGE = selection_TE.view(num_tokens, groups.number, -1)
     if groups.score == "max":
         score_TG = grouped_TGE.amax(-1)
     else:
@@ -145,22 +172,26 @@ def _in_kept_groups(preferred_TE: Tensor, groups: Groups) -> Tensor:
     return mask_TG.unsqueeze(-1).expand_as(grouped_TGE).reshape(num_tokens, num_experts)
 
 
-def _sparsemixed(logits_TE: Tensor, ids_TK: Tensor, tolerance: float) -> Tensor:
-    left_TE, weights = logits_TE, []
+def _sparsemixer_weights(logits_TE: Tensor, ids_TK: Tensor, tolerance: float) -> Tensor:
+    remaining_TE, weights = logits_TE, []
     for ids_T1 in ids_TK.split(1, dim=-1):
-        best_T1 = left_TE.amax(-1, keepdim=True)
+        best_T1 = remaining_TE.amax(-1, keepdim=True)
         distance_TE = (best_T1 - logits_TE) / torch.maximum(logits_TE.abs(), best_T1)
-        near_TE = left_TE.masked_fill(distance_TE > tolerance, -torch.inf)
+        near_TE = remaining_TE.masked_fill(distance_TE > tolerance, -torch.inf)
         weights.append(near_TE.softmax(-1).gather(-1, ids_T1))
-        left_TE = left_TE.scatter(-1, ids_T1, -torch.inf)
+        remaining_TE = remaining_TE.scatter(-1, ids_T1, -torch.inf)
     return torch.cat(weights, dim=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterExample:
-    """What a family's router did: its logits, its choice, and per-expert vectors that may matter.
+    """Recorded inputs and outputs of a router.
 
-    A vector may be a bias of the choice or a factor of the weights.
+    Attributes:
+        logits_TE: Router logits.
+        routing: Selected experts and weights.
+        vectors: Per-expert vectors [E] of the router, each of which may be a bias of the selection
+            or a factor of the weights.
     """
 
     logits_TE: Tensor
@@ -170,7 +201,7 @@ class RouterExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownForms:
-    """What a configuration says of its router: forms that are possible, not that they are used."""
+    """Groups and SparseMixer tolerances that a configuration mentions; the router may use none."""
 
     groups: tuple[Groups, ...] = ()
     tolerances: tuple[float, ...] = ()
@@ -178,16 +209,16 @@ class KnownForms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdentifiedRule:
-    """A rule, and which of the example's vectors is its bias (None: none)."""
+    """A rule, and the index of the example's vector that is its bias, if any."""
 
     rule: ScoringRule
     bias: int | None
 
 
 def identify(example: RouterExample, known: KnownForms = KnownForms()) -> IdentifiedRule | None:
-    """The simplest rule that chooses and weighs as the example does; None if no known rule does."""
+    """Return the simplest rule that reproduces the example, or None if no known rule does."""
     for rule, bias in _candidates(example, known):
-        if (matching := _matching(rule, example, bias)) is not None:
+        if (matching := _match(rule, example, bias)) is not None:
             return IdentifiedRule(rule=matching, bias=bias)
     return None
 
@@ -203,12 +234,12 @@ def _candidates(
 
 def _forms(example: RouterExample, known: KnownForms) -> Iterator[tuple[ScoringRule, int | None]]:
     scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus", "given")
-    weighings: tuple[Weighting, ...] = ("kept", "normalised", "softmax")
+    weightings: tuple[Weighting, ...] = ("kept", "normalised", "softmax")
     vectors = (None, *range(len(example.vectors)))
-    forms = product(vectors, vectors, (*known.groups, None), (False, True), scores, weighings)
+    forms = product(vectors, vectors, (*known.groups, None), (False, True), scores, weightings)
     for factor, bias, groups, by_logits, score, chosen in forms:
         if (by_logits and bias is None) or (factor is not None and factor == bias):
-            continue  # as without; or one vector for two purposes
+            continue  # the same rule as without, or one vector used twice
         rule = ScoringRule(
             score=score,
             chosen=chosen,
@@ -222,36 +253,37 @@ def _forms(example: RouterExample, known: KnownForms) -> Iterator[tuple[ScoringR
         yield ScoringRule(score="given", chosen="sparsemixer", tolerance=tolerance), None
 
 
-def _matching(rule: ScoringRule, example: RouterExample, bias: int | None) -> ScoringRule | None:
-    """The rule with the scale that the example's weights show; None if it doesn't do the same."""
+def _match(rule: ScoringRule, example: RouterExample, bias: int | None) -> ScoringRule | None:
+    """Return the rule with the example's scale if it reproduces the example, else None."""
     bias_E = None if bias is None else example.vectors[bias]
-    found = rule.route(example.logits_TE, example.routing, bias_E)
-    decided_T = _decided(rule, rule.preference(example.logits_TE, bias_E), example.routing)
-    theirs = _dense(example.routing, example)[decided_T]
-    ours = _dense(found, example)[decided_T]
-    if len(ours) < len(decided_T) / 2 or not torch.equal(theirs != 0, ours != 0):
+    routing = rule.route(example.logits_TE, example.routing, bias_E)
+    untied_T = _untied(rule, rule.preference(example.logits_TE, bias_E), example.routing)
+    expected = _dense(example.routing, example)[untied_T]
+    found = _dense(routing, example)[untied_T]
+    if len(found) < len(untied_T) / 2 or not torch.equal(expected != 0, found != 0):
         return None
-    scale = float(theirs.sum() / ours.sum().clamp_min(1e-20))
+    scale = float(expected.sum() / found.sum().clamp_min(1e-20))
     low = example.routing.weights_TK.dtype in (torch.bfloat16, torch.float16)
     tolerance = 2e-2 if low else 1e-4
     if abs(scale - 1) < tolerance / 10:
         scale = 1.0
-    if not torch.allclose(ours * scale, theirs, rtol=tolerance, atol=tolerance * 1e-2):
+    if not torch.allclose(found * scale, expected, rtol=tolerance, atol=tolerance * 1e-2):
         return None
     return replace(rule, scale=scale)
 
 
-def _decided(rule: ScoringRule, preferred_TE: Tensor, routing: Routing) -> Tensor:
-    """Which tokens' choice is no matter of a tie, which everyone breaks differently."""
+def _untied(rule: ScoringRule, selection_TE: Tensor, routing: Routing) -> Tensor:
+    """Return a mask [T] of tokens without ties, which implementations break differently."""
     k = routing.ids_TK.shape[-1]
-    best_TK = preferred_TE.topk(min(k + 1, preferred_TE.shape[-1]), dim=-1).values.cpu()
-    ahead_TK = best_TK[:, :-1] > best_TK[:, 1:]
-    matters = slice(None) if rule.chosen == "sparsemixer" else slice(k - 1, k)  # is order weighed?
-    return ahead_TK[:, matters].all(-1)
+    best_TK = selection_TE.topk(min(k + 1, selection_TE.shape[-1]), dim=-1).values.cpu()
+    distinct_TK = best_TK[:, :-1] > best_TK[:, 1:]
+    # The weights of SparseMixer depend on the order of all K, those of other rules on the set.
+    relevant = slice(None) if rule.chosen == "sparsemixer" else slice(k - 1, k)
+    return distinct_TK[:, relevant].all(-1)
 
 
 def _dense(routing: Routing, example: RouterExample) -> Tensor:
-    """Weights by expert [T, E]."""
+    """Return the weights of all experts [T, E]."""
     num_tokens, num_experts = example.logits_TE.shape
     weights_TE1 = torch.zeros(num_tokens, num_experts + 1)
     ids_TK = routing.ids_TK.cpu().clamp(max=num_experts)

@@ -1,8 +1,8 @@
-"""Attention on CPUs by the compiled kernels, over keys and values as they lie in a cache.
+"""Compute attention on CPUs with the compiled kernels, directly on keys and values of a cache.
 
-Owns the border to `csrc/attention.cpp` and what it can compute. Every output is summed in an order
-that depends only on the positions of its own request, so neither neighbours, nor the cutting of a
-prompt, nor the number of threads changes a bit of it. Knows nothing of models or caches.
+Calls `csrc/attention.cpp`. Every output is summed in an order that depends only on the positions of
+its own request, so results are bit-identical for any batch, any chunking of the prompt and any
+number of threads.
 
 Shapes: N segments, T query tokens, H query heads, G KV heads, C key width, Z value width, L keys.
 """
@@ -43,9 +43,13 @@ class _Segment(Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySegment:
-    """One request's share of a step: its keys and values, [G, L, C] and [G, L, Z].
+    """One request's part of a batch.
 
-    past: keys before the first new one; new: query tokens, the last of the L keys.
+    Attributes:
+        keys_GLC: Keys, of which past + new are used.
+        values_GLZ: Values.
+        past: Number of keys before the first query token.
+        new: Number of query tokens; their keys follow the past ones.
     """
 
     keys_GLC: Tensor
@@ -56,11 +60,13 @@ class KeySegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
-    """What a family's attention does beside softmax(q k / sqrt(C)) v.
+    """Differences of a family's attention from softmax(q k / sqrt(C)) v.
 
-    scale: of the scores; None is 1 / sqrt(C). window: keys that a query sees, its own included;
-    None is all. softcap: scores become softcap * tanh(score / softcap). sinks_H: a score per head
-    that takes part in the softmax and has no value.
+    Attributes:
+        scale: Factor of the scores; None for 1 / sqrt(C).
+        window: Number of keys that a query attends to, including its own; None for all.
+        softcap: If given, scores become softcap * tanh(score / softcap).
+        sinks_H: If given, a score per head that is part of the softmax but has no value.
     """
 
     scale: float | None = None
@@ -70,18 +76,18 @@ class AttentionOptions:
 
 
 def can_attend(query_THC: Tensor, segment: KeySegment) -> bool:
-    """Return whether the kernels compute attention over such tensors."""
+    """Return whether the kernels support these tensors' device, dtype and shapes."""
     tensors = query_THC, segment.keys_GLC, segment.values_GLZ
     return (
         all(one.device.type == "cpu" and one.dtype in NATIVE_DTYPES for one in tensors)
         and len({one.dtype for one in tensors}) == 1
         and all(one.shape[-1] % LANES == 0 and one.stride(-1) == 1 for one in tensors)
         and query_THC.shape[1] % segment.keys_GLC.shape[0] == 0
-        and query_THC.shape[1] // segment.keys_GLC.shape[0] <= MOST_SHARING
+        and query_THC.shape[1] // segment.keys_GLC.shape[0] <= MAX_GROUP_HEADS
     )
 
 
-MOST_SHARING = 32  # query heads of one KV head: ROWS of csrc/attention.h
+MAX_GROUP_HEADS = 32  # query heads of one KV head: ROWS of csrc/attention.h
 
 
 def attend(
@@ -93,10 +99,10 @@ def attend(
     """Return the causal attention of each segment's queries over its own keys.
 
     Args:
-        kernels: the compiled library at one level.
-        query_THC: queries of all segments, one segment's behind the other's.
-        segments: as many as there are, T new tokens in all; equal strides; `can_attend` holds.
-        options: what the family's attention does beside.
+        kernels: The compiled library.
+        query_THC: Queries of all segments, one segment after the other.
+        segments: Requests with T query tokens in total and equal strides; `can_attend` must hold.
+        options: Variant of attention.
 
     Returns:
         Outputs [T, H, Z] in the queries' dtype.
@@ -106,7 +112,7 @@ def attend(
     groups, _, value_width = first.values_GLZ.shape
     assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
     sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
-    how = _Attention(
+    struct = _Attention(
         heads, groups, width, value_width, NATIVE_DTYPES[query_THC.dtype],
         *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
         options.window or 0, width**-0.5 if options.scale is None else options.scale,
@@ -120,12 +126,12 @@ def attend(
         array[number] = _Segment(keys.data_ptr(), values.data_ptr(), one.past, one.new, row)
         row += one.new
     out_THZ = query_THC.new_empty(tokens, heads, value_width)
-    kernels.attention(how, array, query_THC, out_THZ)
+    kernels.attention(struct, array, query_THC, out_THZ)
     return out_THZ
 
 
 def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOptions) -> Tensor:
-    """Return what `attend` computes for one segment, with all scores written out, in float64."""
+    """Return the attention of one segment in float64; the reference for `attend`."""
     heads, groups = query_THC.shape[1], segment.keys_GLC.shape[0]
     seen = segment.past + segment.new
     keys_HLC, values_HLZ = (

@@ -1,7 +1,7 @@
-"""Which kernels compute on a device: compiled ones on a CPU, Triton's on a GPU, or none.
+"""Select the kernels of a device: compiled ones on a CPU, Triton on a GPU, or none.
 
-Owns that choice alone. Triton is no dependency: CUDA builds of torch bring it, and where it is
-missing everything runs in torch. It is imported when a GPU is first computed on.
+Triton is not a dependency: CUDA builds of torch include it, and without it everything runs in
+torch. It is imported when a GPU is first used.
 """
 
 import os
@@ -18,7 +18,7 @@ from moefit.quant.grouped_int import GroupedMatrix
 
 
 class Backend(Protocol):
-    """Computation from formats, without decoding to memory."""
+    """Kernels that compute from encoded weights without decoding them to memory."""
 
     max_grouped_rows: int
     """Rows of input per matrix above which decoding once and multiplying in torch is faster."""
@@ -28,45 +28,46 @@ class Backend(Protocol):
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """x W^T, [T, O] in `dtype`."""
+        """Return x W^T, [T, O] in `dtype`."""
         ...
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-        """The weights [O, I]."""
+        """Return the weights [O, I]."""
         ...
 
     def experts(
         self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
-        """Each expert over the tokens given for it, unweighted: float32 y_RD, expert by expert."""
+        """Compute each expert for its tokens; return unweighted float32 y_RD, expert by expert."""
         ...
 
     def one_token(
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
-        """Each expert's output, unweighted, into its row of y_KD, float32."""
+        """Write each expert's unweighted output to its row of float32 y_KD."""
         ...
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """As `plain_weighted_sum`."""
+        """Return the weighted sum of outputs; see `plain_weighted_sum`."""
         ...
 
 
 def backend(device: torch.device) -> Backend | None:
-    """The kernels for this device; None where torch computes alone.
+    """Return the kernels of a device, or None if only torch is used.
 
-    Raises ConfigError if the environment variable MOEFIT_KERNELS has a value that does not exist.
+    Raises:
+        ConfigError: The environment variable MOEFIT_KERNELS has an unknown value.
     """
     if device.type == "cpu":
         return kernels()
-    kernels()  # it alone knows which values there are
+    kernels()  # checks the environment variable
     return _triton() if device.type == "cuda" and os.environ.get(SWITCH) != "torch" else None
 
 
 def backend_status(device: torch.device) -> str:
-    """What computes from formats on this device, or torch and why."""
+    """Return the name of the kernels that a device uses, or `torch` and the reason."""
     if device.type == "cpu":
         return status()
     if backend(device):
@@ -79,7 +80,7 @@ def backend_status(device: torch.device) -> str:
 
 
 def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-    """The weights [O, I], by kernels where there are some."""
+    """Return the weights [O, I], decoded by kernels if available."""
     found = backend(matrix.codes_RB.device)
     return found.decode(matrix, dtype) if found else matrix.dense(dtype)
 

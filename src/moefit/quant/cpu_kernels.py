@@ -26,9 +26,16 @@ from moefit.quant.moments import SecondMoments
 def plain_weighted_sum(
     y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y_TD in `dtype`, of outputs y_RD.
+    """Sum each token's expert outputs with their weights.
 
-    energy: also |weight * output|^2 of each row, float32 [R].
+    Args:
+        y_RD: Outputs, K rows per token.
+        weights_TK: Weights.
+        dtype: Dtype of the result.
+        energy: Whether to also return |weight * output|^2 of each row.
+
+    Returns:
+        y_TD, and float32 [R] or None.
     """
     weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
     energy_R = weighted_RD.float().square().sum(-1) if energy else None
@@ -41,8 +48,8 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx512", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 6  # of the border, as csrc/experts.cpp has it
-SWITCH = "MOEFIT_KERNELS"  # environment: a level, or `torch` for none
+VERSION = 6  # of the C interface; equal to that in csrc/experts.cpp
+SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
 Weight = Tensor | GroupedMatrix
@@ -63,7 +70,7 @@ class _Expert(Structure):
 
 
 class KernelMatrix:
-    """A weight as kernels take it, looked up once. Keeps the weight's memory."""
+    """A weight with its C struct, built once. Keeps the weight's memory alive."""
 
     def __init__(self, weight: Weight):
         self.weight = weight
@@ -72,7 +79,7 @@ class KernelMatrix:
 
 
 class KernelMlp:
-    """An expert's two matrices and what is between them: down(act(gate) * up), or down(act(in))."""
+    """An expert's two matrices and activation: down(act(gate) * up), or down(act(in))."""
 
     def __init__(self, *, w_in: Weight, w_out: Weight, activation: str, gated: bool):
         self.w_in, self.w_out = w_in, w_out
@@ -81,7 +88,7 @@ class KernelMlp:
 
 
 class Kernels:
-    """The library, used at one level of instructions."""
+    """The compiled library at one instruction set level; see `Backend`."""
 
     max_grouped_rows = 16
     max_native_rows = 4
@@ -126,7 +133,7 @@ class Kernels:
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """x W^T, [T, O] in `dtype`."""
+        """Return x W^T, [T, O] in `dtype`."""
         weight = weight if isinstance(weight, KernelMatrix) else KernelMatrix(weight)
         assert x_TI.shape[1] == weight.cols
         x_TI = _contiguous(x_TI if x_TI.dtype == dtype else x_TI.float())
@@ -138,7 +145,7 @@ class Kernels:
         return y_TO.to(dtype)
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-        """The weights [O, I]."""
+        """Return the weights [O, I]."""
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
         if dtype in (torch.float32, torch.bfloat16):
             self._decode(matrix, out_OI)
@@ -160,10 +167,17 @@ class Kernels:
         fitted: bool,
         moments_C: Tensor | None = None,
     ) -> int | None:
-        """Fill `target` from float weights; moments_C weigh the columns' errors, on a CPU.
+        """Encode weights on a CPU into `target`.
 
-        The place in the flattened matrix of a weight that no format holds, if there is one; what
-        was written is then void.
+        Args:
+            weight_RC: Weights.
+            target: Matrix to fill.
+            fitted: Whether to minimise the squared error instead of rounding to nearest.
+            moments_C: Mean squares of the inputs, which weight the columns' errors.
+
+        Returns:
+            Index in the flattened matrix of a weight that is not finite or beyond float16; the
+            content of `target` is then undefined. None if there is no such weight.
         """
         known = weight_RC.dtype in NATIVE_DTYPES
         weight_RC = (weight_RC if known else weight_RC.float()).contiguous()
@@ -185,10 +199,14 @@ class Kernels:
         known: SecondMoments,
         sweeps: int,
     ) -> None:
-        """Fill `target` from column `first` on, as many as are known: what `_ColumnSpan` there
-        gives.
+        """Encode columns from `first` on with GPTQ, as `gptq._ColumnSpan` does in torch.
 
-        Weights are finite and on a CPU; equal to the plain way but for float32's rounding.
+        Args:
+            weight_RC: Finite weights on a CPU.
+            target: Matrix to fill.
+            first: First column, a multiple of 64.
+            known: Second moments of the columns, which also give their number.
+            sweeps: Passes of improvement over all groups.
         """
         known_dtype = weight_RC.dtype in NATIVE_DTYPES
         weight_RC = (weight_RC if known_dtype else weight_RC.float()).contiguous()
@@ -204,15 +222,15 @@ class Kernels:
     def experts(
         self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
-        """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
+        """Compute each expert for its tokens; return unweighted float32 y_RD, expert by expert.
 
-        Float32, but with bfloat16 tokens hidden units are rounded where torch would round them.
+        For bfloat16 tokens, hidden units are rounded where torch would round them.
         """
         array, first = (_Expert * len(mlps))(), 0
-        for number, (mlp, mine) in enumerate(zip(mlps, tokens, strict=True)):
+        for number, (mlp, its_tokens) in enumerate(zip(mlps, tokens, strict=True)):
             array[number] = mlp.argument
-            array[number].first, array[number].rows = first, len(mine)
-            first += len(mine)
+            array[number].first, array[number].rows = first, len(its_tokens)
+            first += len(its_tokens)
         y_RD = torch.empty(first, x_TD.shape[1])
         if not first:
             return y_RD
@@ -222,7 +240,7 @@ class Kernels:
     def one_token(
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
-        """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
+        """Write each expert's unweighted output for one token to its row of float32 y_KD."""
         array = (_Expert * len(mlps))()
         for number, (mlp, row) in enumerate(zip(mlps, rows, strict=True)):
             array[number] = mlp.argument
@@ -237,7 +255,7 @@ class Kernels:
         x_TD: Tensor,
         y_RD: Tensor,
     ) -> None:
-        """token_R None: all rows are of the only token."""
+        """Compute all experts; `token_R` is None if there is only one token."""
         assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
         x_TD = _contiguous(x_TD)
         one, w_out = mlps[0], mlps[0].argument.w_out
@@ -251,18 +269,18 @@ class Kernels:
         )  # fmt: skip
 
     def attention(
-        self, how: Structure, segments: Array[Any], query_THC: Tensor, out_THZ: Tensor
+        self, struct: Structure, segments: Array[Any], query_THC: Tensor, out_THZ: Tensor
     ) -> None:
-        """Fill out_THZ; `formats.attention.attend` says with what."""
+        """Compute attention into out_THZ; called by `quant.attention.attend`."""
         self._library.moefit_attention(
-            self._level, byref(how), segments, len(segments), query_THC.data_ptr(),
+            self._level, byref(struct), segments, len(segments), query_THC.data_ptr(),
             out_THZ.data_ptr(),
         )  # fmt: skip
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """What `plain_weighted_sum` gives, to the bit but for energies."""
+        """Return the result of `plain_weighted_sum`; only energies differ by rounding."""
         if any(one not in _KINDS for one in (dtype, weights_TK.dtype, y_RD.dtype)):
             return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
         rows, width = y_RD.shape
@@ -280,10 +298,14 @@ class Kernels:
 
 @cache
 def kernels(level: str | None = None) -> Kernels | None:
-    """The compiled kernels at `level`, or at the best that this processor has; None without.
+    """Return the compiled kernels, or None if there are none or `torch` is selected.
 
-    The environment variable MOEFIT_KERNELS holds a level, or `torch` for none; ConfigError is
-    raised for anything else.
+    Args:
+        level: Highest instruction set level to use; by default that of the environment variable
+            MOEFIT_KERNELS, or the best of this processor.
+
+    Raises:
+        ConfigError: The level is unknown.
     """
     wanted = level or os.environ.get(SWITCH) or LEVELS[-1]
     if wanted not in (*LEVELS, "torch"):
@@ -296,7 +318,7 @@ def kernels(level: str | None = None) -> Kernels | None:
 
 
 def status() -> str:
-    """What computes from formats: a level, or torch and why."""
+    """Return the level in use, or `torch` and the reason."""
     if compiled := kernels():
         return compiled.level
     return f"torch: {SWITCH}=torch" if _library() else "torch: not compiled"
@@ -314,7 +336,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _version(library: ctypes.CDLL) -> int:
-    """What the library was built from; one left over from earlier sources has none, or another."""
+    """Return the version of the library's interface; 0 for a library of old sources without one."""
     if not hasattr(library, "moefit_version"):
         return 0
     library.moefit_version.restype = c_int64
@@ -322,10 +344,10 @@ def _version(library: ctypes.CDLL) -> int:
 
 
 def join_tokens(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
-    """The token of each routed row, int64 [R], one expert after the other."""
-    if all(isinstance(mine, Tensor) for mine in tokens):
-        return torch.cat([mine for mine in tokens if isinstance(mine, Tensor)])
-    return torch.tensor([int(token) for mine in tokens for token in mine])
+    """Return the token index of each routed row, int64 [R], expert by expert."""
+    if all(isinstance(part, Tensor) for part in tokens):
+        return torch.cat([part for part in tokens if isinstance(part, Tensor)])
+    return torch.tensor([int(token) for part in tokens for token in part])
 
 
 def _contiguous(x_TI: Tensor) -> Tensor:
@@ -333,7 +355,7 @@ def _contiguous(x_TI: Tensor) -> Tensor:
 
 
 def _padded(x_TI: Tensor) -> Tensor:
-    """Float32 tokens with zeros to whole groups."""
+    """Return float32 inputs, padded with zeros to whole groups."""
     missing = -x_TI.shape[1] % GROUP
     x_TI = x_TI.float().contiguous()
     return F.pad(x_TI, (0, missing)) if missing else x_TI

@@ -27,14 +27,14 @@ _PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__,
 def expert_inputs(
     layout: Layout, tensors: Tensors, x_ND: Tensor
 ) -> tuple[Mapping[str, Tensor], Tensor]:
-    """The inputs [N, C] of each matrix by short name, and the expert's output [N, D]."""
-    with _InputRecorder(tensors) as heard:
+    """Compute an expert, and return the inputs [N, C] of each matrix and the output [N, D]."""
+    with _InputRecorder(tensors) as recorder:
         y_ND = layout.output(tensors, x_ND)
-    return heard.inputs, y_ND
+    return recorder.inputs, y_ND
 
 
 class _InputRecorder(TorchFunctionMode):
-    """Keeps the left side of products whose right side is one of `tensors`."""
+    """Record the left operand of products whose right operand is one of `tensors`."""
 
     def __init__(self, tensors: Tensors):
         super().__init__()
@@ -65,7 +65,17 @@ def encode_gptq(
     *,
     sweeps: int = SWEEPS,
 ) -> None:
-    """Fill `target`. Raises CheckpointError as `encode` does."""
+    """Encode into an existing matrix with GPTQ, then improve codes, scales and minima.
+
+    Args:
+        target: The matrix to fill.
+        weight_RC: Weights.
+        moments: Second moments of consecutive columns, C in all.
+        sweeps: Passes of improvement over all groups; formats with 8 bits need none.
+
+    Raises:
+        CheckpointError: A weight is NaN, infinite or beyond float16.
+    """
     check_finite(weight_RC)
     assert sum(known.cols for known in moments) == weight_RC.shape[1]
     compiled = kernels()
@@ -84,7 +94,11 @@ def encode_gptq(
 
 
 class _ColumnSpan:
-    """Columns that make up for each other: weight = scale * code + least, group by group."""
+    """Columns whose errors compensate each other: weight = scale * code + minimum, by group.
+
+    The torch reference of the kernel `compensate`; `pull_IR` is H (W - W^), the gradient of the
+    outputs' squared error up to a factor of -2.
+    """
 
     def __init__(self, weight_RC: Tensor, known: SecondMoments, bits: int):
         rows, self._cols = weight_RC.shape
@@ -93,44 +107,44 @@ class _ColumnSpan:
         self._lowest, self._highest = (1, 255) if bits == 8 else (0, 2**bits - 1)
         groups = groups_of(self._cols)
         self._code_PR, self._off_PR = torch.zeros(2, groups * GROUP, rows)
-        self._scale_GR, self._least_GR = torch.empty(2, groups, rows)
+        self._scale_GR, self._min_GR = torch.empty(2, groups, rows)
 
     def _groups(self) -> Iterator[tuple[int, slice]]:
-        """Their columns."""
+        """Yield each group and its columns."""
         for group, first in enumerate(range(0, self._cols, GROUP)):
             yield group, slice(first, min(first + GROUP, self._cols))
 
     def round(self) -> None:
-        """Once over all columns, from the first to the last."""
+        """Round all columns once, from first to last, and correct the columns that follow."""
         error_PR = torch.zeros_like(self._off_PR)  # over the factor's diagonal
         for group, here in self._groups():
             factor_CI = self._known.factor_GPI[group, :, : here.stop - here.start]
-            made_up_IR = factor_CI[: here.start].T @ error_PR[: here.start]
-            rest_IR = (self._weight_CR[here] - made_up_IR).clamp_(-LARGEST, LARGEST)
+            correction_IR = factor_CI[: here.start].T @ error_PR[: here.start]
+            target_IR = (self._weight_CR[here] - correction_IR).clamp_(-LARGEST, LARGEST)
             count_I = self._known.count_P[here]
-            fitted = encode(rest_IR.T.contiguous(), self._bits, moments_C=count_I)
+            fitted = encode(target_IR.T.contiguous(), self._bits, moments_C=count_I)
             _, meta_RM1 = fitted.by_row()
             self._scale_GR[group] = meta_RM1[:, 0, 0]
-            self._least_GR[group] = (
+            self._min_GR[group] = (
                 -128 * self._scale_GR[group] if self._bits == 8 else meta_RM1[:, 1, 0]
             )
-            error_PR[here] = self._round_group(group, here, rest_IR, factor_CI[here])
-            scale_R, least_R = self._scale_GR[group], self._least_GR[group]
-            self._off_PR[here] = self._weight_CR[here] - (self._code_PR[here] * scale_R + least_R)
+            error_PR[here] = self._round_group(group, here, target_IR, factor_CI[here])
+            scale_R, min_R = self._scale_GR[group], self._min_GR[group]
+            self._off_PR[here] = self._weight_CR[here] - (self._code_PR[here] * scale_R + min_R)
 
-    def _round_group(self, group: int, here: slice, rest_IR: Tensor, factor_II: Tensor) -> Tensor:
-        """Each column's error over its diagonal; `rest_IR` is used up."""
-        scale_R, least_R = self._scale_GR[group], self._least_GR[group]
-        divisor_R, error_IR = _divisor(scale_R), torch.empty_like(rest_IR)
-        for i, rest_R in enumerate(rest_IR):
-            code_R = ((rest_R - least_R) / divisor_R).round_().clamp_(self._lowest, self._highest)
+    def _round_group(self, group: int, here: slice, target_IR: Tensor, factor_II: Tensor) -> Tensor:
+        """Round one group; return each column's error divided by the diagonal of the factor."""
+        scale_R, min_R = self._scale_GR[group], self._min_GR[group]
+        divisor_R, error_IR = _divisor(scale_R), torch.empty_like(target_IR)
+        for i, target_R in enumerate(target_IR):
+            code_R = ((target_R - min_R) / divisor_R).round_().clamp_(self._lowest, self._highest)
             self._code_PR[here.start + i] = code_R
-            error_IR[i] = (rest_R - code_R * scale_R - least_R) / factor_II[i, i]
-            rest_IR[i + 1 :].addr_(factor_II[i, i + 1 :], error_IR[i], alpha=-1)
+            error_IR[i] = (target_R - code_R * scale_R - min_R) / factor_II[i, i]
+            target_IR[i + 1 :].addr_(factor_II[i, i + 1 :], error_IR[i], alpha=-1)
         return error_IR
 
     def sweep(self, times: int) -> None:
-        """Over all groups: the best scale and minimum for the codes, then the best codes."""
+        """Improve each group: the best scale and minimum for its codes, then the best codes."""
         for _ in range(times):
             for group, here in self._groups():
                 moments_PI = self._known.moments_GPI[group, :, : here.stop - here.start]
@@ -139,28 +153,28 @@ class _ColumnSpan:
                 self._recode(group, here, pull_IR, moments_PI[here])
 
     def _regrid(self, group: int, here: slice, pull_IR: Tensor, moments_II: Tensor) -> None:
-        """`pull_IR`, what the outputs want of each weight, H (W - W^), is kept up to date."""
+        """Fit scale and minimum of a group to its codes; update `pull_IR`."""
         code_IR = self._code_PR[here]
-        told_IR = moments_II @ code_IR
-        a_R, b_R, c = (code_IR * told_IR).sum(0), told_IR.sum(0), moments_II.sum()
+        moment_code_IR = moments_II @ code_IR
+        a_R, b_R, c = (code_IR * moment_code_IR).sum(0), moment_code_IR.sum(0), moments_II.sum()
         u_R, v_R = (code_IR * pull_IR).sum(0), pull_IR.sum(0)
         det_R = a_R * c - b_R.square()
-        sound_R = det_R > 1e-4 * a_R * c  # codes that are all alike leave scale and minimum open
-        det_R = det_R.where(sound_R, 1.0)
+        valid_R = det_R > 1e-4 * a_R * c  # equal codes do not determine scale and minimum
+        det_R = det_R.where(valid_R, 1.0)
         scale_R = _half_row(self._scale_GR[group] + (c * u_R - b_R * v_R) / det_R)
-        least_R = _half_row(self._least_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
-        s_R, t_R = scale_R - self._scale_GR[group], least_R - self._least_GR[group]
+        min_R = _half_row(self._min_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
+        s_R, t_R = scale_R - self._scale_GR[group], min_R - self._min_GR[group]
         gain_R = 2 * (s_R * u_R + t_R * v_R)
         gain_R -= s_R.square() * a_R + 2 * s_R * t_R * b_R + t_R.square() * c
-        better_R = sound_R & (gain_R > 0) & (scale_R > 0)
+        better_R = valid_R & (gain_R > 0) & (scale_R > 0)
         self._scale_GR[group] = scale_R.where(better_R, self._scale_GR[group])
-        self._least_GR[group] = least_R.where(better_R, self._least_GR[group])
+        self._min_GR[group] = min_R.where(better_R, self._min_GR[group])
         moved_IR = (code_IR * s_R + t_R) * better_R
         self._off_PR[here] -= moved_IR
         pull_IR -= moments_II @ moved_IR
 
     def _recode(self, group: int, here: slice, pull_IR: Tensor, moments_II: Tensor) -> None:
-        """As `_regrid`, code by code; `pull_IR` is used up."""
+        """Choose the best code of each column in turn; `pull_IR` is overwritten."""
         scale_R, off_IR = self._scale_GR[group], self._off_PR[here]
         divisor_R = _divisor(scale_R)
         for i, code_R in enumerate(self._code_PR[here]):
@@ -172,7 +186,7 @@ class _ColumnSpan:
             pull_IR[i + 1 :].addr_(moments_II[i, i + 1 :], moved_R, alpha=-1)
 
     def write(self, target: GroupedMatrix, first: int) -> None:
-        """Into the matrix's groups from this one on, row after row."""
+        """Write to the matrix's groups from `first` on, in row-major order."""
         groups = len(self._scale_GR)
         # Padding repeats the last code.
         missing = groups * GROUP - self._cols
@@ -183,7 +197,7 @@ class _ColumnSpan:
         target.codes_RB[:, start : start + bytes_RB.shape[1]] = bytes_RB
         target.meta_RMG[:, 0, first : first + groups] = self._scale_GR.T
         if target.bits < 8:
-            target.meta_RMG[:, 1, first : first + groups] = self._least_GR.T
+            target.meta_RMG[:, 1, first : first + groups] = self._min_GR.T
 
 
 def _half_row(value_R: Tensor) -> Tensor:
@@ -191,12 +205,19 @@ def _half_row(value_R: Tensor) -> Tensor:
 
 
 def _divisor(scale_R: Tensor) -> Tensor:
-    """A group of equal weights has scale 0; its codes don't matter."""
+    """Replace scale 0, of a group of equal weights whose codes have no effect, by 1."""
     return scale_R.where(scale_R.abs() > 0, 1.0)
 
 
 class CalibratedExpert:
-    """An expert's own tensors, and the rows by which it is judged: x_ND, what each counts."""
+    """An expert's tensors with recorded inputs, used to encode it and to measure its error.
+
+    Args:
+        layout: The family's layout.
+        native: The expert's tensors in the model's dtype.
+        x_ND: Recorded inputs.
+        count_N: Weight of each input in the error.
+    """
 
     def __init__(self, layout: Layout, native: Tensors, x_ND: Tensor, count_N: Tensor):
         self._layout, self._native = layout, native
@@ -208,7 +229,11 @@ class CalibratedExpert:
             }
 
     def encode(self, weights: Weights) -> None:
-        """Fill bound tensors. Raises CheckpointError for weights that no format can hold."""
+        """Encode into bound tensors of any grouped format.
+
+        Raises:
+            CheckpointError: A weight is NaN, infinite or beyond float16.
+        """
         for short, tensor in self._native.items():
             target = weights[short]
             if isinstance(target, Tensor):
@@ -224,7 +249,7 @@ class CalibratedExpert:
                 raise CheckpointError(f"{short}: {error}") from error
 
     def relative_error(self, format: Format, weights: Weights) -> float:
-        """|y - y^|^2 / |y|^2 over the rows; 0 for an expert that gives nothing."""
+        """Return |y - y^|^2 / |y|^2 of the outputs over all rows; 0 if all outputs are 0."""
         with torch.inference_mode():
             tensors = _in_float(format.decode(weights, self._layout.specs, torch.float32))
             off_ND = self._layout.output(tensors, self._x_ND).sub_(self._y_ND)

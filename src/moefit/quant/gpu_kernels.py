@@ -1,8 +1,8 @@
-"""The Triton kernels called: the same border as `cpu_kernels.py`, for tensors on a GPU.
+"""Call the Triton kernels: the counterpart of `cpu_kernels.py` for tensors on a GPU.
 
-Owns how work is cut into launches: a linear layer is one, the experts of a block are two, whatever
-their formats, told apart by a table of addresses. Importing this needs Triton, so only `backend.py`
-does, when a GPU is used. In Triton's interpreter (TRITON_INTERPRET=1) it works on the CPU.
+A linear layer is one launch; the experts of a block are two, for any mixture of formats, which a
+table of addresses describes. Importing this module requires Triton, so only `backend.py` does, when
+a GPU is used. In Triton's interpreter (TRITON_INTERPRET=1) it runs on the CPU.
 
 Shapes: T tokens, D model width, F expert width, I input units, O output units, R routed rows.
 """
@@ -32,26 +32,25 @@ from moefit.quant.triton_kernels import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tokens in a tile, and output units beside them. Tensor cores take 16 or more, one token none.
+# Tokens in a tile: output units in it. Tensor cores need 16 tokens or more; one token uses none.
 _TILES = {1: 16, 16: 32, 64: 64}
-_SHARE = 8  # every how many tokens may come to one expert; by all tokens, not by those that came,
-# so that an expert's outputs do not depend on which others are computed in the same call
+_SHARE = 8  # One in so many tokens is expected per expert. Tiles are chosen by the number of all
+# tokens, so that an expert's outputs do not depend on which others are in the same call.
 _OPTIONS = {"enable_fp_fusion": True}
-_GROUPS = 4  # that a program with one token reads at a time: whole cache lines at 4 bits
+_GROUPS = 4  # read at a time by a program with one token: whole cache lines at 4 bits
 
 
 class TritonKernels:
-    """The kernels of one process; on which GPU they run, tensors say."""
+    """Triton kernels, run on the GPU of their inputs; see `Backend`."""
 
     level = "triton"
-    max_grouped_rows = max_native_rows = (
-        1 << 30
-    )  # any number of tokens: decoding would go through memory
+    # No limit: decoding separately would write the weights to memory.
+    max_grouped_rows = max_native_rows = 1 << 30
 
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """x W^T, [T, O] in `dtype`."""
+        """Return x W^T, [T, O] in `dtype`."""
         weight = weight.weight if isinstance(weight, KernelMatrix) else weight
         x_TI = _contiguous(x_TI)
         (rows, cols), tokens = _shape(weight), len(x_TI)
@@ -69,7 +68,7 @@ class TritonKernels:
         return y_TO.to(dtype)
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
-        """The weights [O, I]."""
+        """Return the weights [O, I]."""
         codes_RB, meta_RMG, bits = matrix.codes_RB, matrix.meta_RMG, matrix.bits
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=codes_RB.device)
         if out_OI.numel():
@@ -84,9 +83,9 @@ class TritonKernels:
     def experts(
         self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
-        """Each expert over the tokens given for it, unweighted: y_RD, one expert after the other.
+        """Compute each expert for its tokens; return unweighted float32 y_RD, expert by expert.
 
-        Float32, but hidden units are rounded to the tokens' dtype where torch would round them.
+        Hidden units are rounded to the tokens' dtype where torch would round them.
         """
         x_TD = _contiguous(x_TD)
         assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
@@ -97,7 +96,9 @@ class TritonKernels:
         tile = 1 if len(x_TD) == 1 else _tile(max(16, len(x_TD) // _SHARE), x_TD.dtype)
         table = _table(mlps, counts, tile)
         native = {kind for row in table for kind in (row[2], row[5])} & {*NATIVE_DTYPES.values()}
-        assert native <= {NATIVE_DTYPES[x_TD.dtype]}, "torch's own products want the same"
+        assert native <= {NATIVE_DTYPES[x_TD.dtype]}, (
+            "native weights must have the tokens' dtype, as in torch"
+        )
         tiles, token_R = (
             _on(torch.tensor(table), x_TD.device),
             _on(join_tokens(tokens), x_TD.device),
@@ -120,19 +121,19 @@ class TritonKernels:
     def one_token(
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
-        """Each expert's output, as `experts` has it, into its row of y_KD, float32."""
+        """Write each expert's unweighted output for one token to its row of float32 y_KD."""
         made_ND = self.experts(x_1D, mlps, [(0,)] * len(mlps))
         y_KD[_on(torch.tensor(rows), y_KD.device)] = made_ND
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`plain_weighted_sum`."""
+        """Return the weighted sum of outputs; see `plain_weighted_sum`."""
         return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
 
 
 def _table(mlps: Sequence[KernelMlp], counts: Sequence[int], tile: int) -> list[tuple[int, ...]]:
-    """A row per tile: both matrices (codes, scales, kind), first routed row, number of rows."""
+    """Return a row per tile: both matrices (codes, scales, kind), first routed row, row count."""
     table, begin = [], 0
     for mlp, count in zip(mlps, counts, strict=True):
         into, out = mlp.argument.w_in, mlp.argument.w_out
@@ -147,13 +148,13 @@ def _kind(kinds: set[int]) -> int:
 
 
 def _tile(tokens: int, dtype: torch.dtype) -> int:
-    """The smallest that holds so many, or the largest. Tensor cores multiply no float32."""
+    """Return the smallest tile for this many tokens, or the largest; float32 has small tiles."""
     largest = 16 if dtype == torch.float32 else max(_TILES)
     return min(largest, next((tile for tile in _TILES if tokens <= tile), largest))
 
 
 def _on(host: Tensor, device: torch.device) -> Tensor:
-    """There, by a copy that nobody waits for if it was not."""
+    """Return the tensor on a device, copied asynchronously if it is not there yet."""
     if host.device == device or device.type != "cuda":
         return host
     return host.pin_memory().to(device, non_blocking=True)
@@ -171,7 +172,7 @@ def _shape(weight: Weight) -> tuple[int, int]:
 
 
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
-    """Codes, scales and kind; a plain matrix is its own codes and has no scales."""
+    """Return codes, scales and kind; a native matrix is passed as both codes and scales."""
     if isinstance(weight, GroupedMatrix):
         return weight.codes_RB, weight.meta_RMG, weight.bits
     return weight, weight, NATIVE_DTYPES[weight.dtype]

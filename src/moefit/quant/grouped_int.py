@@ -19,7 +19,7 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
 def pack(codes_NG: Tensor, bits: int) -> Tensor:
-    """Codes [N, 64], uint8, as [N, bits * 8] bytes."""
+    """Pack uint8 codes [N, 64] into bit planes [N, bits * 8]."""
     planes, below = [], 0
     for width in PLANES[bits]:
         field_NG = (codes_NG >> below) & ((1 << width) - 1)
@@ -29,7 +29,7 @@ def pack(codes_NG: Tensor, bits: int) -> Tensor:
 
 
 def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`."""
+    """Unpack bit planes [N, bits * 8] into codes [N, 64]; the inverse of `pack`."""
     codes_NG = bytes_NB.new_zeros(len(bytes_NB), GROUP)
     start, below = 0, 0
     for width in PLANES[bits]:
@@ -41,10 +41,10 @@ def unpack(bytes_NB: Tensor, bits: int) -> Tensor:
 
 
 def _pack_fields(field_NG: Tensor, width: int) -> Tensor:
-    shares = field_NG.view(len(field_NG), 8 // width, width * 8).unbind(1)
-    packed_NB = torch.zeros_like(shares[0])
-    for place, share_NB in enumerate(shares):
-        packed_NB |= share_NB << place * width
+    parts = field_NG.view(len(field_NG), 8 // width, width * 8).unbind(1)
+    packed_NB = torch.zeros_like(parts[0])
+    for index, part_NB in enumerate(parts):
+        packed_NB |= part_NB << index * width
     return packed_NB
 
 
@@ -53,16 +53,21 @@ def _unpack_fields(plane_NB: Tensor, width: int) -> Tensor:
     return torch.cat([(plane_NB >> shift) & ((1 << width) - 1) for shift in shifts], dim=1)
 
 
-SLAB = 16  # rows that lie side by side
-ROWS_AT_ONCE = 256  # so that what encoding and decoding hold beside a matrix stays small
+SLAB = 16  # rows that are interleaved
+ROWS_AT_ONCE = 256  # limits the memory that encoding and decoding need besides the matrix
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedMatrix:
-    """weight = scale * code + minimum; with 8 bits, weight = scale * (code - 128).
+    """A matrix with weight = scale * code + minimum; with 8 bits, weight = scale * (code - 128).
 
-    codes_RB: uint8 [R, G * bits * 8]. meta_RMG: float16 [R, 2, G], scales and then minima;
-    [R, 1, G] with 8 bits. Both in slabs: only slices of whole slabs mean what their shapes say.
+    Codes and metadata are interleaved in slabs of 16 rows, so only slices of whole slabs are valid.
+
+    Attributes:
+        bits: Bits per code.
+        cols: C.
+        codes_RB: Codes in bit planes, uint8 [R, G * bits * 8].
+        meta_RMG: Scales and then minima, float16 [R, 2, G]; only scales, [R, 1, G], with 8 bits.
     """
 
     bits: int
@@ -72,14 +77,14 @@ class GroupedMatrix:
 
     @classmethod
     def empty(cls, rows: int, cols: int, bits: int) -> Self:
-        """One to be filled."""
+        """Return a matrix with uninitialised memory."""
         codes_RB = torch.empty(rows, groups_of(cols) * bits * GROUP // 8, dtype=torch.uint8)
         meta_shape = rows, meta_per_group(bits), groups_of(cols)
         return cls(bits, cols, codes_RB, torch.empty(meta_shape, dtype=torch.float16))
 
     @classmethod
     def from_rows(cls, bits: int, cols: int, codes_RB: Tensor, meta_RMG: Tensor) -> Self:
-        """Take rows that lie one after the other; their bytes are put into slabs in place."""
+        """Return a matrix of consecutive rows, which are interleaved into slabs in place."""
         to_slabs(codes_RB, meta_RMG)
         return cls(bits, cols, codes_RB, meta_RMG)
 
@@ -89,16 +94,16 @@ class GroupedMatrix:
         return len(self.codes_RB)
 
     def by_row(self, ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return copies of codes and scales, row after row: of all rows, or of these."""
+        """Return copies of codes and metadata in row-major order, of all rows or of `ids_T`."""
         if ids_T is None:
             ids_T = torch.arange(self.rows, device=self.codes_RB.device)
         codes_RW, (groups, meta) = self.codes_RB.view(torch.int32), self._meta_shape()
         codes_TW = _rows_of_slabs(codes_RW, ids_T)
         meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, groups * meta), ids_T)
-        behind_T = ids_T >= self.rows // SLAB * SLAB
+        tail_T = ids_T >= self.rows // SLAB * SLAB
         meta_TMG = meta_TH.view(len(ids_T), groups, meta).transpose(1, 2).contiguous()
-        codes_TW[behind_T] = codes_RW[ids_T[behind_T]]
-        meta_TMG[behind_T] = self.meta_RMG[ids_T[behind_T]]
+        codes_TW[tail_T] = codes_RW[ids_T[tail_T]]
+        meta_TMG[tail_T] = self.meta_RMG[ids_T[tail_T]]
         return codes_TW.view(torch.uint8), meta_TMG
 
     def _meta_shape(self) -> tuple[int, int]:
@@ -109,14 +114,14 @@ class GroupedMatrix:
         return GroupedMatrix.from_rows(self.bits, self.cols, *self.by_row(ids_T))
 
     def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[GroupedMatrix]":
-        """Views of so many rows each, a multiple of 16."""
+        """Yield views of `rows` rows each, a multiple of 16."""
         assert rows % SLAB == 0
         parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
         for codes_RB, meta_RMG in zip(*parts, strict=True):
             yield GroupedMatrix(self.bits, self.cols, codes_RB, meta_RMG)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [R, C]: the plain way, which every kernel is compared with."""
+        """Return the weights [R, C], decoded in torch; the reference for every kernel."""
         weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
         for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
             target_RC.copy_(part._dense())
@@ -128,26 +133,26 @@ class GroupedMatrix:
         codes = unpack(codes_RB.reshape(self.rows * groups, self.bits * 8), self.bits)
         code_RGI = codes.view(self.rows, groups, GROUP).float()
         scale_RG1 = meta_RMG[:, 0, :, None].float()
-        least_RG1 = -128 * scale_RG1 if self.bits == 8 else meta_RMG[:, 1, :, None].float()
-        value_RGI = code_RGI * scale_RG1 + least_RG1
+        min_RG1 = -128 * scale_RG1 if self.bits == 8 else meta_RMG[:, 1, :, None].float()
+        value_RGI = code_RGI * scale_RG1 + min_RG1
         return value_RGI.flatten(1)[:, : self.cols]
 
 
 def to_slabs(codes_RB: Tensor, meta_RMG: Tensor) -> None:
-    """Put rows that lie one after the other into slabs, in place."""
+    """Interleave consecutive rows into slabs of 16, in place; rows after the last slab remain."""
     whole = len(codes_RB) // SLAB * SLAB
     if not whole:
         return
-    words = codes_RB[:whole].view(torch.int32)
-    before = words.clone().view(-1, SLAB, words.shape[1])
-    words.copy_(before.transpose(1, 2).reshape(words.shape))
+    codes_RW = codes_RB[:whole].view(torch.int32)
+    before = codes_RW.clone().view(-1, SLAB, codes_RW.shape[1])
+    codes_RW.copy_(before.transpose(1, 2).reshape(codes_RW.shape))
     meta = meta_RMG[:whole]
     before = meta.clone().view(-1, SLAB, *meta.shape[1:])
     meta.copy_(before.permute(0, 3, 2, 1).reshape(meta.shape))
 
 
 def _rows_of_slabs(units_RU: Tensor, ids_T: Tensor) -> Tensor:
-    """Rows of U units out of slabs, [T, U]; of rows behind the slabs, anything."""
+    """Return rows of U units from slabs, [T, U]; rows after the last slab are undefined."""
     rows, width = units_RU.shape
     whole = rows // SLAB * SLAB
     if not whole:
@@ -158,27 +163,27 @@ def _rows_of_slabs(units_RU: Tensor, ids_T: Tensor) -> Tensor:
 
 
 def groups_of(cols: int) -> int:
-    """G."""
+    """Return the number of groups per row."""
     return -(-cols // GROUP)
 
 
 def meta_per_group(bits: int) -> int:
-    """Numbers of 16 bits beside each group's codes."""
+    """Return the number of float16 values per group: a scale and, below 8 bits, a minimum."""
     return 1 if bits == 8 else 2
 
 
 def codes_bytes(rows: int, cols: int, bits: int) -> int:
-    """Bytes of the codes of a matrix."""
+    """Return the bytes of a matrix's codes."""
     return rows * groups_of(cols) * bits * GROUP // 8
 
 
 def meta_bytes(rows: int, cols: int, bits: int) -> int:
-    """Bytes of the scales and minima of a matrix."""
+    """Return the bytes of a matrix's scales and minima."""
     return rows * groups_of(cols) * meta_per_group(bits) * 2
 
 
 def bits_per_weight(bits: int) -> float:
-    """What a weight takes, scales included.
+    """Return the bits per weight, including scales and minima.
 
     >>> bits_per_weight(4), bits_per_weight(8)
     (4.5, 8.25)

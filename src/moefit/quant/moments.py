@@ -1,12 +1,12 @@
-"""What is known of the inputs of a matrix: their second moments, and what follows for its columns.
+"""Second moments of a matrix's inputs, factored for GPTQ.
 
-Owns H = E[x x^T], damped, and U, upper triangular, with U^T U = H^-1. When the columns up to i are
-fixed, row i of U over its diagonal says how column i's error is best made up for by the rest, and
-what is left of it then counts 1 / U_ii^2 (GPTQ, Frantar et al., arXiv 2210.17323, its formulas 2
-and 3). Knows nothing of codes.
+Computes H = E[x x^T], damped, and the upper triangular U with U^T U = H^-1. When columns up to i are
+fixed, row i of U divided by its diagonal is the best correction of the following columns for an
+error in column i, and the remaining error has weight 1 / U_ii^2 (GPTQ, Frantar et al., arXiv
+2210.17323, equations 2 and 3).
 
 Shapes: C columns (input units), N observed inputs; P columns in whole groups, G groups, I = 64
-columns of one group. A panel [P, I] has the columns of one group, those of the next behind them.
+columns of one group. A panel [P, I] has the columns of one group; panels are consecutive.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,21 @@ from torch.nn import functional as F
 
 from moefit.quant.grouped_int import GROUP, groups_of
 
-DAMPING = 0.05  # of the mean moment: inputs not seen look different, and H must have a factor
-TOGETHER = 4096  # columns that make up for each other; wider matrices would need memory and hours
-_BAND = 512  # columns of H that are made at once
+DAMPING = 0.05  # of the mean moment, for inputs that were not observed; keeps H invertible
+MAX_COLUMNS = 4096  # that compensate each other; more would need too much memory and time
+_BAND = 512  # columns of H that are computed at once
 _SMALL = 128  # columns that are inverted at once
 
 
 @dataclass(frozen=True, slots=True)
 class SecondMoments:
-    """Of so many columns that make up for each other. Where there is no column, all is zero.
+    """Second moments of columns that compensate each other. Padding columns are zero.
 
-    moments_GPI: H by panels. factor_GPI: U by panels. count_P: what is left of a column's error
-    counts so much, beside the mean of its group.
+    Attributes:
+        cols: Number of columns.
+        moments_GPI: H in panels.
+        factor_GPI: U in panels.
+        count_P: Weight of the remaining error of each column, relative to the mean of its group.
     """
 
     cols: int
@@ -40,21 +43,21 @@ class SecondMoments:
 
     @classmethod
     def of(cls, x_NC: Tensor) -> Self:
-        """No inputs at all are as good as white ones; so are inputs that are beyond float32."""
+        """Compute from inputs; use the identity for no inputs, and for values beyond float32."""
         moments_CC = _products(x_NC)
         mean = float(moments_CC.diagonal().mean())
         if not 0 < mean < torch.inf:
-            white_CC = torch.eye(len(moments_CC), device=x_NC.device)
-            return cls._made(white_CC, white_CC)
+            identity_CC = torch.eye(len(moments_CC), device=x_NC.device)
+            return cls._from_root(identity_CC, identity_CC)
         moments_CC /= mean
         moments_CC.diagonal().add_(DAMPING)
-        # H = V V^T, from the last column on: that is the factor of all columns the other way round.
+        # H = V V^T with V upper triangular: the Cholesky factor of H with columns reversed.
         lower_CC = torch.linalg.cholesky(moments_CC.flip(0, 1).double())
-        return cls._made(moments_CC, lower_CC.flip(0, 1))
+        return cls._from_root(moments_CC, lower_CC.flip(0, 1))
 
     @classmethod
-    def _made(cls, moments_CC: Tensor, root_CC: Tensor) -> Self:
-        """Of H = V V^T; then U is V^-1, and V is so well-conditioned that float32 will do."""
+    def _from_root(cls, moments_CC: Tensor, root_CC: Tensor) -> Self:
+        """Compute from H = V V^T; U = V^-1, and V is well-conditioned enough for float32."""
         cols = len(root_CC)
         count_GI = _padded(root_CC.diagonal().double().square()[None], 1).view(-1, GROUP)
         size_G1 = (cols - GROUP * torch.arange(len(count_GI))).clamp_max(GROUP)[:, None]
@@ -64,34 +67,34 @@ class SecondMoments:
 
 
 def moments_of(x_NC: Tensor, count_N: Tensor) -> Sequence[SecondMoments]:
-    """Of a matrix's inputs, each of which counts so much; one for every `TOGETHER` columns."""
+    """Return moments of inputs with weights `count_N`, one for every `MAX_COLUMNS` columns."""
     root_N1 = count_N.float().sqrt()[:, None]
-    return [SecondMoments.of(x_NI.float() * root_N1) for x_NI in x_NC.split(TOGETHER, dim=1)]
+    return [SecondMoments.of(x_NI.float() * root_N1) for x_NI in x_NC.split(MAX_COLUMNS, dim=1)]
 
 
 def _products(x_NC: Tensor) -> Tensor:
-    """x^T x, which is symmetric, so that half of it need not be multiplied."""
+    """Return x^T x, computing only half of the symmetric matrix."""
     cols = x_NC.shape[1]
-    made_CC = torch.empty(cols, cols, device=x_NC.device)
+    result_CC = torch.empty(cols, cols, device=x_NC.device)
     for first in range(0, cols, _BAND):
         band_BC = x_NC[:, first : first + _BAND].T @ x_NC[:, first:]
-        made_CC[first : first + _BAND, first:] = band_BC
-        made_CC[first:, first : first + _BAND] = band_BC.T
-    return made_CC
+        result_CC[first : first + _BAND, first:] = band_BC
+        result_CC[first:, first : first + _BAND] = band_BC.T
+    return result_CC
 
 
 def _inverse(upper_CC: Tensor) -> Tensor:
-    """Of an upper triangular matrix, by halves, so that most of it is products."""
+    """Invert an upper triangular matrix by halves, so that most of the work is products."""
     cols = len(upper_CC)
     if cols <= _SMALL:
-        white_CC = torch.eye(cols, device=upper_CC.device)
-        return torch.linalg.solve_triangular(upper_CC, white_CC, upper=True)
+        identity_CC = torch.eye(cols, device=upper_CC.device)
+        return torch.linalg.solve_triangular(upper_CC, identity_CC, upper=True)
     half = cols // 2
-    made_CC = torch.zeros_like(upper_CC)
-    made_CC[:half, :half] = first_CC = _inverse(upper_CC[:half, :half])
-    made_CC[half:, half:] = last_CC = _inverse(upper_CC[half:, half:])
-    made_CC[:half, half:] = first_CC @ upper_CC[:half, half:] @ -last_CC
-    return made_CC
+    result_CC = torch.zeros_like(upper_CC)
+    result_CC[:half, :half] = first_CC = _inverse(upper_CC[:half, :half])
+    result_CC[half:, half:] = last_CC = _inverse(upper_CC[half:, half:])
+    result_CC[:half, half:] = first_CC @ upper_CC[:half, half:] @ -last_CC
+    return result_CC
 
 
 def _panels(square_CC: Tensor) -> Tensor:
@@ -100,6 +103,6 @@ def _panels(square_CC: Tensor) -> Tensor:
 
 
 def _padded(value: Tensor, dimensions: int) -> Tensor:
-    """With zeros to whole groups."""
+    """Pad with zeros to whole groups."""
     missing = groups_of(value.shape[-1]) * GROUP - value.shape[-1]
     return F.pad(value, (0, missing) * dimensions)

@@ -1,11 +1,10 @@
-"""Kernels for GPUs, in Triton: products with matrices as they lie in slots, decoded in registers.
+"""Triton kernels: products with encoded matrices, which are decoded in registers.
 
-Owns what a program of each launch computes; how weights come apart is `triton_planes.py`'s. One
-token: weights are decoded and multiplied in float32, and summed once at the end. More: weights are
-decoded to the tokens' dtype and go from registers to the tensor cores, group by group. Rounding to
-bfloat16 takes less from a weight than its format did, but with 8 bits nearly as much; so there
-codes are multiplied, which bfloat16 holds exactly, and each group's sum is scaled. Importing this
-needs Triton. Knows nothing of torch.
+`triton_planes.py` unpacks the weights. For one token, weights are decoded and multiplied in float32
+and summed once at the end. For more tokens, weights are decoded to the tokens' dtype and passed to
+the tensor cores group by group. The error of rounding to bfloat16 is smaller than that of the
+format, except with 8 bits, where it is similar; so there the codes, which bfloat16 represents
+exactly, are multiplied, and each group's sum is scaled. Importing this module requires Triton.
 
 Shapes: T tokens, N output units, G groups, I the 64 weights of a group, C columns, F expert width.
 """
@@ -18,8 +17,12 @@ import triton.language as tl
 
 from moefit.quant.triton_planes import GROUP, INTERPRETED, group, rounded, weights
 
-FLOAT32, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(16)  # kinds of no bits
-MIXED = tl.constexpr(-1)  # kind: each tile's own; of those of no bits, only the tokens' dtype
+FLOAT32, BFLOAT16, FLOAT16 = (
+    tl.constexpr(0),
+    tl.constexpr(1),
+    tl.constexpr(16),
+)  # kinds of native matrices
+MIXED = tl.constexpr(-1)  # kind: differs by tile; native matrices must have the tokens' dtype
 FIELDS = tl.constexpr(8)  # of a tile: codes, meta, kind of both matrices; first routed row, rows
 
 
@@ -28,7 +31,7 @@ def linear_kernel(
     x, codes, meta, y, tokens, rows, cols,
     KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """y_NT = x_TC W^T, float32. A program: some rows, some tokens."""
+    """Compute y_NT = x_TC W^T in float32; one program per tile of rows and tokens."""
     n_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t_T = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     y_NT = _product(
@@ -42,9 +45,9 @@ def hidden_kernel(
     x, token_R, tiles, h, inner, cols, KIND: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """h_RF = act(gate) * up, or act(in), of routed rows; rounded where torch rounds.
+    """Compute h_RF = act(gate) * up, or act(in), of routed rows; round where torch rounds.
 
-    A program: one tile, that is some rows of one expert, and some hidden units.
+    One program computes some hidden units of one tile, which is some rows of one expert.
     """
     tile = tiles + tl.program_id(0) * FIELDS
     n_N = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -73,7 +76,7 @@ def down_kernel(
     h, tiles, y, rows, cols,
     KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """y_RD = h_RF W^T of each routed row's own expert, float32."""
+    """Compute y_RD = h_RF W^T with each routed row's expert, in float32."""
     tile = tiles + tl.program_id(0) * FIELDS
     n_N = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t_T = tl.arange(0, TOKENS)
@@ -89,7 +92,7 @@ def down_kernel(
 def decode_kernel(
     codes, meta, out, rows, cols, KIND: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """The weights [N, C], in the dtype of `out`."""
+    """Decode the weights [N, C] into the dtype of `out`."""
     n_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g_G = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     weight_NGI = weights(codes, meta, n_N, n_N < rows, g_G, tl.cdiv(cols, GROUP), rows, KIND)
@@ -116,7 +119,7 @@ def _any_product(
     x, row_T, is_T, codes, meta, kind, n_N, is_N, cols, rows, KIND: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """`_product` with matrices given as addresses, of the kind that is known now or found here."""
+    """`_product` with matrices given as addresses, of a constant or a per-tile kind."""
     if KIND != MIXED:
         y_NT = _at(x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS)
     else:
@@ -170,7 +173,7 @@ def _product(
     x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """W x_TC^T for some rows of W and of x, [ROWS, TOKENS] float32. Rows outside give nothing."""
+    """Return W x_TC^T for a tile of rows and tokens, [ROWS, TOKENS] float32; 0 outside."""
     if TOKENS == 1:
         y_NT = _one_token(
             x + tl.sum(row_T) * cols, codes, meta, n_N, is_N, cols, rows, KIND, ROWS, GROUPS
@@ -222,7 +225,7 @@ def _one_token(
 
 @triton.jit
 def _dot(w_NI, x_IT, sum_NT):
-    """W x + sum, float32. Two dtypes meet in float32; the interpreter knows no bfloat16 there."""
+    """Return W x + sum in float32; different dtypes, and the interpreter, use float32 inputs."""
     if INTERPRETED or x_IT.dtype != w_NI.dtype:
         x_IT, w_NI = x_IT.to(tl.float32), w_NI.to(tl.float32)
     return tl.dot(w_NI, x_IT, sum_NT, input_precision="ieee")
@@ -230,7 +233,7 @@ def _dot(w_NI, x_IT, sum_NT):
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
-    """`moe/layouts.py`; not a number stays none."""
+    """Apply an activation of `moe/layouts.py`; NaN is preserved."""
     if ACTIVATION == "silu":
         x = x / (1 + tl.exp(-x))
     elif ACTIVATION == "gelu":

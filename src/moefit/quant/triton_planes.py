@@ -1,7 +1,7 @@
-"""Bit planes taken apart in a GPU's registers: `grouped_int.py` and `grouped_int.py` in Triton.
+"""Unpack grouped integers in a GPU's registers: the Triton counterpart of `grouped_int.py`.
 
-Owns where a weight's bits, its scale and its minimum are, and how numbers are rounded. Needs
-Triton; knows nothing of products.
+Computes the addresses of codes, scales and minima, and rounds numbers. Importing this module
+requires Triton.
 
 Shapes: N output units, G groups, I the 64 weights of a group.
 """
@@ -18,36 +18,34 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def weights(codes, meta, n_N, is_N, g_G, groups, rows, BITS: tl.constexpr):
-    """Float32 weights of some groups of some rows, [N, G, I], zeros outside."""
+    """Return float32 weights of some groups of some rows, [N, G, I], zeros outside."""
     is_NG = is_N[:, None] & (g_G < groups)[None, :]
     i_I = tl.arange(0, GROUP)[None, None, :]
     n_N11, g_1G1 = n_N[:, None, None], g_G[None, :, None]
     code_NGI = _codes(codes, n_N11, g_1G1, i_I, is_NG[:, :, None], groups, rows, BITS)
-    scale_NG, least_NG = _scale_and_least(
-        meta, n_N[:, None], g_G[None, :], is_NG, groups, rows, BITS
-    )
+    scale_NG, least_NG = _scale_and_min(meta, n_N[:, None], g_G[None, :], is_NG, groups, rows, BITS)
     return code_NGI.to(tl.float32) * scale_NG[:, :, None] + least_NG[:, :, None]
 
 
 @triton.jit
 def group(codes, meta, n_N, is_N, g, groups, rows, BITS: tl.constexpr):
-    """One group of some rows: codes [N, I], scales and minima [N], zeros outside."""
+    """Return one group of some rows: codes [N, I], scales and minima [N], zeros outside."""
     i_I = tl.arange(0, GROUP)[None, :]
     code_NI = _codes(codes, n_N[:, None], g, i_I, is_N[:, None], groups, rows, BITS)
-    scale_N, least_N = _scale_and_least(meta, n_N, g, is_N, groups, rows, BITS)
+    scale_N, least_N = _scale_and_min(meta, n_N, g, is_N, groups, rows, BITS)
     return code_NI.to(tl.float32), scale_N, least_N
 
 
 @triton.jit
 def _place(n, unit, number, rows):
-    """Where unit `unit` of row n is, of `number`: slabs hold 16 rows unit by unit."""
+    """Return the offset of unit `unit` of row n, with `number` units per row; slabs interleave."""
     n = n.to(tl.int64)
     in_slab = n // SLAB * SLAB * number + unit * SLAB + n % SLAB
     return tl.where(n < rows // SLAB * SLAB, in_slab, n * number + unit)
 
 
 @triton.jit
-def _scale_and_least(meta, n, g, here, groups, rows, BITS: tl.constexpr):
+def _scale_and_min(meta, n, g, here, groups, rows, BITS: tl.constexpr):
     if BITS == 8:
         scale = tl.load(meta + _place(n, g, groups, rows), mask=here, other=0).to(tl.float32)
         least = -128 * scale
@@ -63,7 +61,7 @@ def _scale_and_least(meta, n, g, here, groups, rows, BITS: tl.constexpr):
 
 @triton.jit
 def _codes(codes, n, g, i, here, groups, rows, BITS: tl.constexpr):
-    """Codes of weights i of group g of row n; low bits lie in the first plane."""
+    """Return codes of weights i of group g of row n; low bits are in the first plane."""
     if BITS == 8:
         code = _byte(codes, n, g, i, here, groups, rows, BITS)
     elif BITS == 2 or BITS == 4:
@@ -84,21 +82,21 @@ def _codes(codes, n, g, i, here, groups, rows, BITS: tl.constexpr):
 def _field(
     codes, n, g, first, i, here, groups, rows, WIDTH: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """The bits of weights i in the plane that begins at byte `first` of a group."""
+    """Return the bits of weights i in the plane that starts at byte `first` of a group."""
     byte, shift = first + i % (8 * WIDTH), i // (8 * WIDTH) * WIDTH
     return (_byte(codes, n, g, byte, here, groups, rows, BITS) >> shift) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
 def _byte(codes, n, g, byte, here, groups, rows, BITS: tl.constexpr):
-    """A byte of a group's codes; units of a slab are words of 4."""
+    """Return a byte of a group's codes; the units of a slab are words of 4 bytes."""
     word = _place(n, g * (2 * BITS) + byte // 4, groups * (2 * BITS), rows)
     return tl.load(codes + word * 4 + byte % 4, mask=here, other=0).to(tl.int32)
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """Float32 in another dtype, to nearest even. The interpreter would cut bfloat16 off."""
+    """Round float32 to nearest even in another dtype; the interpreter would truncate bfloat16."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         word = x.to(tl.int32, bitcast=True)
         word += 0x7FFF + ((word >> 16) & 1)

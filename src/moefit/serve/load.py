@@ -189,7 +189,7 @@ def _check_encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: Mem
     """Raise BudgetTooSmallError if dense weights do not fit before they are encoded."""
     if settings.dense_format() is None or budget.total is None:
         return
-    native = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    native = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
     needed = budget.process + budget.tokenizer + native
     if needed > budget.total:
         raise BudgetTooSmallError(

@@ -56,7 +56,7 @@ def test_weights_are_all_parameters_that_are_no_experts(
         for name, tensor in model.state_dict().items()
         if not any(name.startswith(block.name + ".") for block in skeleton.blocks)
     )
-    assert weight_bytes(skeleton.checkpoint, skeleton.map.rest, dtype) == expected
+    assert weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, dtype) == expected
 
 
 def test_an_integer_keeps_its_width(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Skeleton:
             The number of tensors and their bytes by group, such as `mtp` or `model.layers.46`.
         """
         groups: dict[str, tuple[int, int]] = {}
-        for name in self.map.left_out:
+        for name in self.map.unused:
             group = _group(name)
             number, size = groups.get(group, (0, 0))
             groups[group] = number + 1, size + self.checkpoint.spans[name].nbytes
@@ -173,7 +173,7 @@ def load_dense_weights(
     _untie_experts(model)
     lazy = {
         name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
-        for name in skeleton.map.rest
+        for name in skeleton.map.dense_weights
     }
     plan = LoadStateDictConfig(
         device_map={"": device},

@@ -240,7 +240,7 @@ def memory_budget(
         upgrades = MAX_PENDING * slot_bytes(largest, device)
     on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     packed = packed or open_packed(skeleton, settings.formats())
-    weights = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    weights = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
     if (dense := settings.dense_format()) is not None:
         weights -= saved_bytes(skeleton.model, dense, skeleton.blocks, skeleton.dtype.itemsize)
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
