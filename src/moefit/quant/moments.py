@@ -1,6 +1,6 @@
 """Second moments of a matrix's inputs, factored for GPTQ.
 
-Computes H = E[x x^T], damped, and the upper triangular U with U^T U = H^-1. When columns up to i are
+Computes H = E[x x^T], damped, and the upper triangular U with U^T U = H^-1. With columns up to i
 fixed, row i of U divided by its diagonal is the best correction of the following columns for an
 error in column i, and the remaining error has weight 1 / U_ii^2 (GPTQ, Frantar et al., arXiv
 2210.17323, equations 2 and 3).

@@ -1,4 +1,4 @@
-// What Python calls: attention of all queries of a step.
+// C interface: attention of all queries of a batch.
 #include "attention.h"
 
 #include <algorithm>
@@ -12,18 +12,18 @@
 
 namespace {
 
-// Rounded as a processor would, infinities and NaN included.
+// Rounds as the hardware conversion does, including infinities and NaN.
 uint16_t half_of(float x) {
     if (x != x) return 0x7e00;
     return std::fabs(x) < 65520 ? to_half(x) : x < 0 ? 0xfc00 : 0x7c00;
 }
 
-// Some queries of one request that share a KV head.
+// A tile: some queries of one request that share a KV head.
 struct Tile {
     const Segment *segment;
     int64_t group, first, tokens;  // query tokens first to first + tokens - 1 of the segment
 
-    // Keys that any of them sees.
+    // The range of keys that any of the queries attends to.
     int64_t begin(const Attention &a) const {
         return a.window ? std::max<int64_t>(0, segment->past + first + 1 - a.window) : 0;
     }
@@ -31,7 +31,7 @@ struct Tile {
     int64_t spans(const Attention &a) const { return (end() - 1) / SPAN - begin(a) / SPAN + 1; }
 };
 
-// A tile's queries, and what they have seen of their keys.
+// A tile's queries and their running softmax over keys.
 class Work {
 public:
     Work(const Attention &a) : query_(ROWS * a.width), value_(ROWS * a.value_width), joined_(ROWS * a.value_width) {
@@ -56,7 +56,7 @@ public:
         std::fill(joined_.begin(), joined_.end(), 0.0f);
     }
 
-    // The keys of the tile that lie in span number `span`, alone.
+    // Process the tile's keys in one span.
     const Seen &see(const Level &level, const Attention &a, const Tile &tile, int64_t span) {
         int64_t size = a.kind == F32 ? 4 : 2;
         int64_t first = std::max(span * SPAN, tile.begin(a) / PART * PART), last = std::min((span + 1) * SPAN, tile.end());
@@ -68,7 +68,7 @@ public:
         return span_;
     }
 
-    // What was seen of a span joins what was seen of those before it.
+    // Merge the running softmax of a span into that of the preceding spans.
     void join(const Attention &a, const float *largest, const float *sum, const float *value) {
         for (int64_t r = 0; r < rows_.number; r++) {
             if (largest[r] == -INFINITY) continue;
@@ -81,7 +81,7 @@ public:
         }
     }
 
-    // Into the rows of out, [tokens, heads, value_width].
+    // Write the result to the rows of out, [tokens, heads, value_width].
     void finish(const Level &level, const Attention &a, const Tile &tile, void *out) {
         int64_t share = a.heads / a.groups;
         for (int64_t r = 0; r < rows_.number; r++) {
@@ -112,7 +112,7 @@ std::vector<Tile> tiles_of(const Attention &a, const Segment *segments, int64_t 
     return tiles;
 }
 
-// One thread a tile.
+// One thread per tile.
 void by_tiles(const Level &level, const Attention &a, const std::vector<Tile> &tiles, const void *query, void *out) {
 #pragma omp parallel
     {
@@ -130,7 +130,7 @@ void by_tiles(const Level &level, const Attention &a, const std::vector<Tile> &t
     }
 }
 
-// One thread a span of a tile, where tiles are few.
+// One thread per span of a tile, if there are few tiles.
 void by_spans(const Level &level, const Attention &a, const std::vector<Tile> &tiles, const void *query, void *out) {
     struct Item {
         const Tile *tile;
@@ -166,7 +166,7 @@ void by_spans(const Level &level, const Attention &a, const std::vector<Tile> &t
     }
 }
 
-constexpr size_t FEW = 8;  // tiles: more keep all threads busy
+constexpr size_t FEW = 8;  // tiles; with more, all threads are busy
 
 }  // namespace
 

@@ -1,38 +1,39 @@
-// Attention over keys and values of several requests as they lie in their cache.
+// Attention over keys and values of several requests, read directly from their cache.
 //
-// An output is summed in an order that depends on the request's positions alone: keys in spans of SPAN
-// places from the request's first, spans one after the other. So neither threads nor neighbours nor the
-// cutting of a prompt changes a bit of it. engine/packed.py has the plain form that tests compare with.
+// An output is summed in an order that depends only on positions in its request: keys in spans of SPAN
+// positions from the request's first, spans one after the other. So results are bit-identical for any
+// number of threads, any batch and any chunking of a prompt. quant/attention.py has the reference that
+// tests compare with.
 #pragma once
 #include <cstdint>
 
-constexpr int64_t SPAN = 512;  // keys that are summed up before they join the others
-constexpr int64_t PART = 64;   // keys whose scores are held at once
-constexpr int64_t ROWS = 32;   // queries of one KV head that go over the keys together
+constexpr int64_t SPAN = 512;  // keys that are summed before they are merged with the others
+constexpr int64_t PART = 64;   // keys whose scores are stored at once
+constexpr int64_t ROWS = 32;   // queries of one KV head that are processed together
 
-// Strides are counted in elements. Widths are multiples of 16.
+// Strides are in elements. Widths are multiples of 16.
 struct Attention {
     int64_t heads, groups, width, value_width, kind;
     int64_t query_token, query_head, key_group, key_token, value_group, value_token;
-    int64_t window;         // keys that a query sees, its own included; 0: all before it
+    int64_t window;         // keys that a query attends to, including its own; 0: all preceding ones
     float scale, softcap;   // softcap 0: none
-    const float *sinks;     // null, or a score per query head that has no value
+    const float *sinks;     // null, or a score per query head without a value
 };
 
-// `fresh` queries of one request, rows `row` on; the first stands behind `past` keys.
+// `fresh` queries of one request in rows from `row` on; the first follows `past` keys.
 struct Segment {
     const void *keys, *values;
     int64_t past, fresh, row;
 };
 
-// Queries of one KV head, and where each stands among the keys.
+// Queries of one KV head, and the position of each.
 struct QueryRows {
     int64_t number;
     const float *query;  // [number, width]
     int64_t position[ROWS], head[ROWS];
 };
 
-// What a row has seen so far: the largest score, the sum of exponentials and of values weighted by them.
+// A row's running softmax: the largest score, the sum of exponentials and the sum of weighted values.
 struct Seen {
     float largest[ROWS], sum[ROWS];
     float *value;  // [ROWS, value_width]

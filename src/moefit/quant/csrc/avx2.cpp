@@ -49,7 +49,7 @@ struct IntegerHalves {
     __m256i low, high;
 };
 
-// Of codes of at most 6 bits a sum of two products fits in 16 bits; of 8 bits it does as signed numbers.
+// With codes of at most 6 bits a sum of two products fits in 16 bits; with 8 bits, if they are signed.
 template <int64_t KIND>
 static inline __attribute__((always_inline)) __m256i eight_sums(__m256i sum, __m256i codes, __m256i x) {
     __m256i pairs;

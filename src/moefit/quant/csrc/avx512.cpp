@@ -1,5 +1,5 @@
-// Processors with AVX-512 and its integer products (VNNI), which sum 64 products of bytes at a time: codes
-// stay small integers up to the product, and a group's scale multiplies its sum.
+// Kernels for AVX-512 with VNNI, which sums 64 products of bytes at a time: codes are multiplied as small
+// integers, and a group's scale multiplies the sum.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -54,7 +54,7 @@ static inline __m512i group_codes(const uint8_t *at) {
     return pairs<0>(at);
 }
 
-// 16 weights of a native matrix from `at` on, zero behind `left`.
+// 16 weights of a native matrix from `at` on, zero past `left`.
 template <int64_t KIND>
 static inline __m512 sixteen(const Matrix &m, int64_t at, int64_t left) {
     __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
@@ -64,7 +64,7 @@ static inline __m512 sixteen(const Matrix &m, int64_t at, int64_t left) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// ROWS rows at once, for as many independent sums; each x is then loaded once for all of them.
+// ROWS rows at once give as many independent sums, and each x is loaded once for all of them.
 template <int64_t KIND, int ROWS, int T>
 static inline void dot_native(const Matrix &m, int64_t row, const Input *x, float *const *y) {
     __m512 sum[ROWS][T];
@@ -104,7 +104,7 @@ static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input
     else dot<F16>(m, first, last, x, tokens, y);
 }
 
-// A group of a row of grouped integers that lies by itself.
+// A group of a row of grouped integers that is not in a slab.
 template <int64_t KIND>
 static inline void grouped_weights(const uint8_t *codes, const uint8_t *meta, int64_t groups, int64_t g, float *out) {
     uint16_t half[2] = {};

@@ -1,8 +1,8 @@
-// What Python calls to encode a matrix by the second moments of its inputs; formats/compensated.py says what
-// is computed and why, and is what tests compare with.
+// C interface: encode a matrix by the second moments of its inputs (GPTQ). quant/gptq.py documents the
+// method and is the reference that tests compare with.
 //
-// Rows know nothing of each other. So many of them go side by side, one in each lane, through all columns and
-// all sweeps, in one thread's memory: results don't depend on the number of threads, and nobody waits.
+// Rows are independent. LANES of them are processed in parallel, one per lane, through all columns and all
+// sweeps by one thread: results do not depend on the number of threads, and there is no synchronisation.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,13 +18,13 @@ namespace {
 
 struct Job {
     const Matrix *from;    // of floats
-    int64_t first, cols;   // which columns of it make up for each other; first is a multiple of 64
+    int64_t first, cols;   // its columns that compensate each other; first is a multiple of 64
     const float *factor;    // [G, P, 64], a panel of columns for each group, with zeros for columns that
-    const float *moments;  // are not there: P is cols in whole groups
+    const float *moments;  // do not exist: P is cols in whole groups
     const float *counts;   // [P]
     int64_t bits, sweeps;
     uint8_t *codes, *meta;  // of the whole matrix
-    const uint32_t *split_factor, *split_moments;  // both once more for tiles, or null
+    const uint32_t *split_factor, *split_moments;  // both in the layout of tiles, or null
 
     int64_t groups() const { return groups_of(cols); }
     int64_t padded() const { return groups() * GROUP; }
@@ -44,17 +44,17 @@ private:
     T *at_;
 };
 
-// What is known of LANES rows, in one thread: lanes lie side by side, columns behind each other.
+// State of LANES rows in one thread: lanes are contiguous, columns consecutive.
 struct Rows {
     explicit Rows(const Job &job)
         : off(job.padded() * LANES), code(job.padded() * LANES), scale(job.groups() * LANES),
           least(job.groups() * LANES), pairs(job.split_moments ? job.padded() * LANES : 0) {}
 
-    Many<float> off;   // each weight less what its code gives, nothing where there is no column; while columns
-                       // are rounded, what later ones make up for, over the factor's diagonal
-    Many<float> code;  // 0 there
+    Many<float> off;   // each weight minus its decoded value, 0 for padding columns; while columns
+                       // are rounded, the error that later ones compensate, over the factor's diagonal
+    Many<float> code;  // 0 for padding columns
     Many<float> scale, least;
-    Many<uint32_t> pairs;  // `off`, as tiles have it
+    Many<uint32_t> pairs;  // `off` in the layout of tiles
 };
 
 typedef float Tile[GROUP * LANES];
@@ -90,7 +90,7 @@ TARGET_END
 extern "C" {
 
 // Encodes columns first to first + cols - 1 of a matrix of finite floats. moments, factor, counts: as in
-// formats/moments.py. Codes and meta are those of the whole matrix.
+// quant/moments.py. Codes and meta are those of the whole matrix.
 void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t cols, const float *factor,
                        const float *moments, const float *counts, int64_t bits, int64_t sweeps, uint8_t *codes,
                        uint8_t *meta) {

@@ -1,7 +1,7 @@
-// What Python calls to encode a matrix: rows of weights to codes, scales and minima.
+// C interface: encode rows of weights as codes, scales and minima.
 //
-// Each row is encoded by one thread, for itself, so results don't depend on the number of threads; nor on
-// the instructions: products and sums are not fused here.
+// Each row is encoded by one thread, and products and sums are not fused, so results depend neither on the
+// number of threads nor on the instruction set.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -23,7 +23,7 @@ struct Job {
     const Matrix *from;  // of floats
     int64_t bits;
     uint8_t *codes, *meta;
-    const float *moments;  // a number for each column, in whole groups; or none
+    const float *moments;  // weights of the columns' errors, in whole groups; or null
     bool fitted;
 };
 
@@ -31,7 +31,7 @@ struct Job {
 
 namespace {
 
-// 16 rows that lie one after the other, as a slab.
+// Interleave 16 consecutive rows into a slab.
 void to_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
     int64_t size = code_bytes(m), more = meta_bytes(m);
     std::vector<uint8_t> from_codes(codes + row * size, codes + (row + SLAB) * size);
@@ -43,7 +43,7 @@ void to_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
 
 }  // namespace
 
-// Lambdas too, for they take registers.
+// Also for lambdas, which use registers.
 #define INLINED __attribute__((always_inline))
 
 #define WIDTH 4
@@ -81,8 +81,8 @@ const GroupCoder &group_coder(int64_t level) {
 
 extern "C" {
 
-// Encodes rows of floats; moments: what errors of each column count, or null. Returns the place of a weight
-// that cannot be encoded, the first of the first row that has one, or -1; what was written is then void.
+// Encodes rows of floats; moments: weights of the columns' errors, or null. Returns the index of a weight
+// that cannot be encoded, the first of the first row that has one, or -1; the output is then undefined.
 int64_t moefit_encode(int64_t level, const Matrix *from, int64_t bits, int64_t fitted, const float *moments,
                       uint8_t *codes, uint8_t *meta) {
     Job job = {from, bits, codes, meta, moments, fitted != 0};

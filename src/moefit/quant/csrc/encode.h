@@ -1,15 +1,15 @@
-// What encode.cpp does for one group of a row, for those who find codes in another way.
+// Operations of encode.cpp on one group of a row, for other encoders.
 #pragma once
 #include <cstdint>
 
 #include "matrix.h"
 
 struct GroupCoder {
-    // A row's weights from column `first` on, as floats; behind the row's end its last one is repeated.
+    // A row's weights from column `first` on, as floats; past the row's end its last one is repeated.
     void (*read)(const Matrix &, int64_t row, int64_t first, float *w);
-    // Scales and minima of so many groups [number, 64], where errors of each column count so much: `fitted`'s.
+    // Scales and minima of so many groups [number, 64], with weights of the columns' errors, as of `fitted`.
     void (*search)(int64_t bits, const float *w, const float *counts, int64_t number, float *scale, float *least);
-    // 64 codes, a byte each, as a format has them.
+    // 64 codes, a byte each, in bit planes.
     void (*pack)(int64_t bits, const uint8_t *code, uint8_t *out);
 };
 

@@ -1,8 +1,8 @@
-// What Python calls: a linear layer, the experts of one MoE block, and a matrix decoded.
+// C interface: a linear layer, the experts of one MoE block, decoding, and the weighted sum of outputs.
 //
-// Work is cut by output rows, and each output is summed by one thread in one order, so results don't
-// depend on the number of threads. OpenMP's symbols are left to whoever has loaded a runtime (torch
-// has): a second pool of threads would wait for the same processors.
+// Work is divided by output rows, and each output is summed by one thread in a fixed order, so results do
+// not depend on the number of threads. OpenMP's symbols are resolved by the runtime that torch has loaded:
+// a second thread pool would compete for the same processors.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,7 +39,7 @@ float rounded(float x) {
     return x;
 }
 
-// Gate (or input) and up as hidden units; in a bfloat16 model rounded where torch would round.
+// Hidden units from gate (or input) and up; rounded where torch would round in a bfloat16 model.
 void hidden_units(float *h, const float *up, int64_t number, int64_t activation, bool bfloat16) {
     for (int64_t f = 0; f < number; f++) {
         float a = bfloat16 ? rounded(activate(rounded(h[f]), activation)) : activate(h[f], activation);
@@ -48,17 +48,17 @@ void hidden_units(float *h, const float *up, int64_t number, int64_t activation,
     }
 }
 
-// Activations in both forms that kernels take, `cols` floats each.
+// Activations in both forms that kernels use, `cols` floats each.
 class Inputs {
 public:
     Inputs(const Level &level, int64_t number, int64_t cols)
         : level_(level), cols_(cols), groups_(groups_of(cols)), high_(number * groups_ * GROUP),
           low_(number * groups_ * GROUP), scale_(number * groups_), sum_(number * groups_), inputs_(number) {}
 
-    // May be one behind the last: an expert without rows.
+    // May be one past the last, for an expert without rows.
     const Input *operator[](int64_t i) const { return inputs_.data() + i; }
 
-    // Of floats that are padded with zeros to whole groups, and stay.
+    // From floats padded with zeros to whole groups, which must stay valid.
     void set(int64_t i, const float *x) {
         int64_t at = i * groups_;
         inputs_[i] = {x, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]};
@@ -66,7 +66,7 @@ public:
             level_.integers(x + g * GROUP, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]);
     }
 
-    // Of token i of x, as it comes; `floats` has room for all tokens.
+    // From token i of x; `floats` has room for all tokens.
     void set(int64_t i, const void *x, int64_t kind, std::vector<float> &floats) {
         float *mine = &floats[i * groups_ * GROUP];
         level_.widen((const char *)x + i * cols_ * (kind == BF16 ? 2 : 4), kind, cols_, mine, groups_ * GROUP);
@@ -98,19 +98,19 @@ struct Expert {
     int64_t first, rows;
 };
 
-// Raised whenever a signature or a structure here changes (formats/kernels.py has its twin): a library
-// left over from before is then not used.
+// Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
+// a library of older sources is then not used.
 int64_t moefit_version() { return 6; }
 
 #if defined(__x86_64__)
-// Whether float16 is converted by an instruction; asked by hand, since older compilers do not know its name.
+// Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
 static bool half_floats_here() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
-// The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 with tiles besides.
+// The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 also with AMX.
 int64_t moefit_best_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -149,8 +149,8 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     }
 }
 
-// Every routed row through its expert, unweighted: y_RD, as many rows as are routed; those of no expert
-// stay as they were.
+// Every routed row through its expert, unweighted: y_RD, as many rows as are routed; rows of no
+// expert are not written.
 //
 // x_TD: float32 or, then hidden units are rounded, bfloat16 (kind). token_R: the token of each routed row;
 // null, the first. h_RQ: scratch, where Q is in whole groups and at least the rows of `in`.
@@ -186,7 +186,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < number; n++)
             for (int64_t r = experts[n].first; r < experts[n].first + experts[n].rows; r++) {
-                // The padding lies where the up projection was, which is used up now.
+                // The padding overwrites the up projection, which is no longer needed.
                 std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
                 hidden.set(r, h[r]);
             }
@@ -199,7 +199,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     }
 }
 
-// Each token's outputs added up, in order: y_TD = sum of weight * y over K, rounded wherever torch would.
+// Sum of each token's outputs, in order: y_TD = sum of weight * y over K, rounded wherever torch would.
 //
 // kind: of the tokens, thus of y_TD; y_RD, T * K rows of y_kind, counts as rounded to it. All are float32 or
 // bfloat16; where tokens and weights are bfloat16, products are. energy_R: null, or each weighted output's

@@ -1,4 +1,4 @@
-// float16, by integers: the same values whatever the processor has.
+// float16 in integer arithmetic: the same values on every processor.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,13 +7,13 @@
 
 constexpr float LARGEST = 65504;  // of float16
 
-// A float's place among float16's values, nearest, ties to even; what is beyond is the largest.
+// The bits of the nearest float16, ties to even; larger values become the largest.
 static inline uint16_t to_half(float x) {
     x = std::min(std::max(x, -LARGEST), LARGEST);
     uint32_t word;
     std::memcpy(&word, &x, 4);
     uint32_t sign = (word >> 16) & 0x8000, size = word & 0x7fffffff;
-    if (size < 0x38800000) {  // below float16's normal numbers: in whole steps of 2^-24
+    if (size < 0x38800000) {  // below float16's normal numbers: multiples of 2^-24
         float steps = std::nearbyint(std::fabs(x) * 0x1p24f);
         return uint16_t(sign | uint32_t(steps));
     }
@@ -32,7 +32,7 @@ static inline float from_half(uint16_t bits) {
 
 static inline float as_half(float x) { return from_half(to_half(x)); }
 
-// Where float16 has few digits left, rounded up, so that codes reach all weights.
+// Round subnormal values up, so that codes still cover all weights.
 static inline float scale_as_half(float scale) {
     return scale < 0x1p-14f ? std::ceil(scale / 0x1p-24f) * 0x1p-24f : as_half(scale);
 }

@@ -1,4 +1,4 @@
-// From a matrix's kind to the function made for it.
+// Dispatch on a matrix's kind.
 #pragma once
 #define FOR_KIND(kind, call)                                                                       \
     switch (kind) {                                                                                \

@@ -1,11 +1,10 @@
-// A weight matrix as it lies in a slot, what it is multiplied with, and the operations that every
-// instruction set gives.
+// Weight matrices as they are stored in slots, inputs, and the operations of each instruction set level.
 //
 // Rows are output units. A row of a grouped format is G = ceil(cols / 64) groups of 64 weights. A group
 // takes bits * 8 bytes of `codes`; `meta` has the row's G scales as halves, then, below 8 bits, its G
-// minima. 16 rows are a slab, and lie in it word by word of 4 bytes (codes), and for each group scale by
-// scale, then minimum by minimum. Rows behind the last slab lie one after the other. formats/planes.py and
-// formats/matrix.py say the same in tensors, and are what tests compare with.
+// minima. 16 rows form a slab, in which codes are interleaved by words of 4 bytes, and metadata by group: 16
+// scales, then 16 minima. Rows after the last slab are consecutive. quant/grouped_int.py implements the same
+// layout in torch and is the reference that tests compare with.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -22,19 +21,19 @@ struct Matrix {
 };
 
 // One token's activations, padded with zeros to whole groups. For integer products also as 15-bit
-// integers 128 * high + low with a scale a group: fine enough that the weights' own rounding is all
-// that is seen.
+// integers 128 * high + low with a scale per group; their error is negligible beside the weights'
+// own rounding.
 struct Input {
     const float *x;
     const int8_t *high, *low;
     const float *scale;  // of the group's integers
-    const float *sum;    // of the group, of what the integers mean
+    const float *sum;    // of the group's values as the integers represent them
 };
 
 constexpr int64_t GROUP = 64;
-constexpr int64_t SLAB = 16;   // rows that lie side by side
-constexpr int64_t TOKENS = 8;  // as many share one pass over the weights
-constexpr float SMALLEST = 1e-30f;  // of a group's largest activations: its reciprocal must be a float
+constexpr int64_t SLAB = 16;   // rows that are interleaved
+constexpr int64_t TOKENS = 8;  // share one pass over the weights
+constexpr float SMALLEST = 1e-30f;  // largest activation of a group below which it is 0: the reciprocal must be finite
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
 
@@ -42,7 +41,7 @@ inline uint16_t to_bfloat16(float x) {
     uint32_t word;
     std::memcpy(&word, &x, 4);
     uint32_t nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
-    return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could carry over
+    return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could overflow
 }
 
 // Bytes of a row of a grouped format.
@@ -50,7 +49,7 @@ inline int64_t code_bytes(const Matrix &m) { return groups_of(m.cols) * m.kind *
 inline int64_t meta_bytes(const Matrix &m) { return groups_of(m.cols) * (m.kind == INT8 ? 2 : 4); }
 inline int64_t rows_in_slabs(const Matrix &m) { return m.rows / SLAB * SLAB; }
 
-// One row's codes and meta, wherever they lie, one after the other.
+// Copy one row's codes and meta to consecutive memory.
 inline void copy_row(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
     int64_t size = code_bytes(m), more = meta_bytes(m);
     if (row >= rows_in_slabs(m)) {
@@ -66,7 +65,7 @@ inline void copy_row(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta
             std::memcpy(meta + 2 * (part * groups + g), from_meta + 2 * SLAB * (g * parts + part), 2);
 }
 
-// The inverse, for one row of a slab.
+// Write one row to a slab; the inverse of `copy_row`.
 inline void put_row(int64_t lane, int64_t groups, int64_t size, int64_t more, const uint8_t *codes,
                     const uint8_t *meta, uint8_t *slab_codes, uint8_t *slab_meta) {
     int64_t parts = more / 2 / groups;
@@ -77,7 +76,7 @@ inline void put_row(int64_t lane, int64_t groups, int64_t size, int64_t more, co
             std::memcpy(slab_meta + 2 * (SLAB * (g * parts + part) + lane), meta + 2 * (part * groups + g), 2);
 }
 
-// Rows from `row` to the last, which lie behind the slabs, as a slab whose other rows stay as they are.
+// Write the rows after the last slab, from `row` on, to a slab whose other rows are not changed.
 inline void fill_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
     int64_t size = code_bytes(m), more = meta_bytes(m);
     for (int64_t r = row; r < m.rows; r++)
@@ -89,13 +88,13 @@ struct Level {
     void (*dot)(const Matrix &, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y);
     // One row's weights as float, padding included.
     void (*decode)(const Matrix &, int64_t row, float *out);
-    // Floats as bfloat16.
+    // Round floats to bfloat16.
     void (*narrow)(const float *, int64_t number, uint16_t *out);
-    // Float32 or bfloat16 as floats, padded with zeros to `width`.
+    // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
-    // A group of activations as `Input` has them.
+    // Convert a group of activations to the integers of `Input`.
     void (*integers)(const float *x, int8_t *high, int8_t *low, float *scale, float *sum);
-    // Keys first to last - 1, which lie in one span, join what these rows have seen (attention.h).
+    // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
     void (*attend)(const Attention &, const void *keys, const void *values, int64_t first, int64_t last,
                    const QueryRows &, Seen &);
 };

@@ -1,4 +1,4 @@
-// Any processor.
+// Kernels for any processor.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

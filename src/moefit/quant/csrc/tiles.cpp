@@ -15,7 +15,7 @@
 
 namespace {
 
-// What the system wants to be asked before tiles may be used (Linux, arch/x86/include/uapi/asm/prctl.h).
+// Permission that Linux requires before tiles may be used (arch/x86/include/uapi/asm/prctl.h).
 constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
 
 struct alignas(64) Configuration {
@@ -24,7 +24,7 @@ struct alignas(64) Configuration {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-const Configuration CONFIGURATION;  // no local: the compiler does not see that all of it is read
+const Configuration CONFIGURATION;  // not local: the compiler would not see that all of it is read
 
 }  // namespace
 

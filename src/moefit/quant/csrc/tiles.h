@@ -1,23 +1,23 @@
-// Products by the processor's tiles (AMX), of numbers that are two bfloat16 each, high and low: 16 bits of them,
-// as good as float32 where sums are long. The product of two low parts is left out, being smaller than that.
+// Products with AMX tiles of numbers split into two bfloat16, high and low, with 16 bits of precision together,
+// which equals float32 for long sums. The product of two low parts is omitted because it is smaller.
 #pragma once
 #include <cstdint>
 
 #include "matrix.h"
 
-constexpr int64_t LANES = 128;  // rows of a matrix that go side by side: a panel is fetched once for all of them
+constexpr int64_t LANES = 128;  // rows of a matrix that are processed together: a panel is loaded once for all of them
 constexpr int64_t DEEP = 32;    // columns that one product of tiles sums over
 constexpr int64_t WIDE = 32;    // lanes, and columns of a panel, whose products are summed at once
 constexpr int64_t TILE = 256;   // words: 16 rows of 16
 
-// Whether processor, system and compiler have them; asks the system for them, for this process.
+// Whether processor, system and compiler support tiles; requests them for this process.
 bool tiles_here();
 
-// This thread's tiles are ours, from the one to the other.
+// Configure and release the tiles of this thread.
 void tiles_begin();
 void tiles_end();
 
-// Both factors lie in the order in which they are read: for each WIDE of their m or lanes, for each DEEP k, two
+// Both factors are stored in the order in which they are read: for each WIDE of their m or lanes, for each DEEP k, two
 // tiles of high parts and two of low ones. Words hold the bfloat16 of an even k below that of the next.
 inline int64_t place_of_pair(int64_t padded, int64_t pair, int64_t lane) {
     int64_t square = lane / WIDE * (padded / DEEP) + pair / 16;
@@ -25,7 +25,7 @@ inline int64_t place_of_pair(int64_t padded, int64_t pair, int64_t lane) {
 }
 constexpr int64_t LOW = 2 * TILE;  // words from a high part to its low one
 
-// A panel [number, 64], of columns k behind each other; `split` takes as many words.
+// A panel [number, 64], of consecutive columns k; `split` has as many words.
 void split_panel(const float *panel, int64_t number, uint32_t *split);
 
 // out[m][lane] += sum over the first `number` k of panel[k][m] * x[k][lane], of `padded` k that x has.
