@@ -86,7 +86,7 @@ def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / SINGLE)
     left = {name: value for name, value in tensors.items() if "layers.1.block_sparse" not in name}
     save_file(left, tmp_path / SINGLE, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"has nothing for .*layers.1"):
+    with pytest.raises(CheckpointError, match=r"has no tensor for .*layers.1"):
         map_of(tmp_path)
 
 

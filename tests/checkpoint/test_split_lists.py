@@ -50,7 +50,7 @@ def test_a_rule_that_does_more_is_refused(dim):
 
 @pytest.mark.parametrize("lengths", [{GATE: 4, UP: 3}, {GATE: 4}])
 def test_an_incomplete_checkpoint_is_named_so(lengths):
-    with pytest.raises(CheckpointError, match="as many of each"):
+    with pytest.raises(CheckpointError, match="equally many of"):
         positions(rule(ErnieFuseAndSplitTextVisionExperts()), TARGET, lengths, config=None)
 
 
