@@ -181,7 +181,7 @@ def test_a_servers_requests_may_be_longer_together_than_one_can_be(saved):
 
 
 def test_describe_auto_says_what_the_budget_buys(saved):
-    asked = ("describe", saved, "--precision", "auto", "--rest", "int8")
+    asked = ("describe", saved, "--precision", "auto", "--dense-precision", "int8")
     ledger = json.loads(run(*asked, "--memory", "9GiB", "--json").stdout)
     assert (ledger["precision"], ledger["rest"]) == ("auto", "int8")
     assert ledger["formats"] == {"native": sum(ledger["slots"].values())}

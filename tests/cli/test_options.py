@@ -1,10 +1,15 @@
 """Records of options: what a command that takes one is given."""
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import typer
+from typer.main import get_command_from_info
 from typer.testing import CliRunner
 
 from moefit.cli import app as cli
+from moefit.cli.app import ADVANCED, COMMANDS
 from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, ModeName, expand_options
 from moefit.errors import ConfigError
 from moefit.serve.config import Policy
@@ -88,4 +93,31 @@ def test_an_options_own_limits_hold() -> None:
     refused = CliRunner().invoke(app, ["--bound", "2"])
     assert refused.exit_code == 2 and "--bound" in refused.output
     help = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    assert "--prefill" in help and f"{Policy().bound} if none" in help
+    assert "--prefill" in help and f"{Policy().bound} if not" in help
+
+
+def shown(group: Any, name: str) -> list[Any]:
+    """The options of a command that stand outside the panel "Advanced", with --help."""
+    made = next(one for one in group.registered_commands if one.name == name)
+    options = [
+        one
+        for one in get_command_from_info(
+            made, pretty_exceptions_short=False, rich_markup_mode="rich"
+        ).params
+        if one.param_type_name == "option" and not one.hidden
+    ]
+    assert all(one.help for one in options), name
+    return ["--help", *(one for one in options if one.rich_help_panel != ADVANCED)]
+
+
+def test_help_shows_at_most_ten_options_and_the_others_under_advanced() -> None:
+    for name, (module, _) in COMMANDS.items():
+        loaded = import_module(f"moefit.cli.{module}")
+        if name == "budget":
+            assert len(shown(loaded.budget, "set")) <= 10
+        else:
+            assert len(shown(cli, name)) <= 10, name
+    served = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    main, advanced = served.split("Advanced")
+    assert "--memory" in main and "--exact" in main and "--dense-precision" not in main
+    assert "--dense-precision" in advanced and "--rest" not in served

@@ -166,7 +166,9 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
     bare = replace(order, concurrency=None, dtype=None, rest=None, target=Target())
-    assert not {"--rest", "--dtype", "--max-loss", "--max-concurrency"} & set(bare.arguments(file))
+    assert not {"--dense-precision", "--dtype", "--max-loss", "--max-concurrency"} & set(
+        bare.arguments(file)
+    )
 
 
 def test_an_order_that_fails_raises_the_same_error(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_option_has_a_variable(given) -> None:
     environment = {
         "MOEFIT_MEMORY": "3GiB", "MOEFIT_HOST_MEMORY": "1GiB", "MOEFIT_MODE": "bounded",
         "MOEFIT_PREFILL": "bounded", "MOEFIT_BOUND": "0.2", "MOEFIT_PRECISION": "int4",
-        "MOEFIT_REST": "int8", "MOEFIT_CONTEXT": "99", "MOEFIT_DEVICE": "cuda",
+        "MOEFIT_DENSE_PRECISION": "int8", "MOEFIT_CONTEXT": "99", "MOEFIT_DEVICE": "cuda",
         "MOEFIT_SERVED_MODEL_NAME": "me", "MOEFIT_MAX_MODEL_LEN": "50", "MOEFIT_MAX_WAITING": "5",
         "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
@@ -79,7 +79,7 @@ def test_every_option_has_a_variable(given) -> None:
     assert following == "none"
     assert (room.memory, room.host_memory, misses.mode) == ("3GiB", "1GiB", "bounded")
     assert (misses.prefill, misses.bound, room.precision) == ("bounded", 0.2, "int4")
-    assert (room.rest, room.context, room.device) == ("int8", 99, "cuda")
+    assert (room.dense, room.context, room.device) == ("int8", 99, "cuda")
     assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
     assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))

@@ -7,33 +7,34 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import COMMANDS, Json, app, print_json
+from moefit.cli.app import ADVANCED, COMMANDS, Json, app, print_json
 from moefit.cli.options import ModeName
 from moefit.serve.memory.budget import PARTS, format_bytes
 from moefit.server.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option(help="of the server", envvar="MOEFIT_URL")]
-ApiKey = Annotated[str | None, typer.Option(help="the server's key", envvar="MOEFIT_API_KEY")]
+Url = Annotated[str, typer.Option(help="URL of the server", envvar="MOEFIT_URL")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="API key of the server", envvar="MOEFIT_API_KEY", rich_help_panel=ADVANCED),
+]
 
 budget = typer.Typer(no_args_is_help=True, help=COMMANDS["budget"][1])
 app.add_typer(budget, name="budget")
 
 
-@budget.command(name="get", help="Where the bytes are, and what has happened.")
+@budget.command(name="get", help="Show the memory estimate, its parts, and counters.")
 def get_budget(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Ask the server for its ledger."""
+    """Print the server's memory estimate."""
     _show(Client(url, api_key).get("/v1/memory"), as_json=as_json)
 
 
-@budget.command(name="set", help="Serve inside another budget from now on, while requests run.")
+@budget.command(name="set", help="Change the budget while requests run.")
 def set_budget(
-    memory: Annotated[
-        str, typer.Argument(help="such as 3GiB; 'all' for as much as the model takes")
-    ],
-    mode: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
-    prefill: Annotated[ModeName | None, typer.Option(help="as of serve")] = None,
-    bound: Annotated[float | None, typer.Option(min=0, max=1, help="as of serve")] = None,
+    memory: Annotated[str, typer.Argument(help="budget, such as 3GiB, or 'all': no limit")],
+    mode: Annotated[ModeName | None, typer.Option(help="as for serve")] = None,
+    prefill: Annotated[ModeName | None, typer.Option(help="as for serve")] = None,
+    bound: Annotated[float | None, typer.Option(min=0, max=1, help="as for serve")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moefit.cli.app import command, say
+from moefit.cli.app import ADVANCED, command, say
 from moefit.cli.budget import ApiKey
 from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
@@ -33,27 +33,36 @@ _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: N
 @command("chat")
 @expand_options
 def chat(
-    model: Annotated[
-        str | None, typer.Argument(help="as for serve; with --url the server's is taken")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="as for serve; not with --url")] = None,
     url: Annotated[
-        str | None, typer.Option(help="of a server with OpenAI's API", envvar="MOEFIT_URL")
+        str | None, typer.Option(help="URL of a server with OpenAI's API", envvar="MOEFIT_URL")
     ] = None,
     api_key: ApiKey = None,
-    system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of one answer")] = 256,
+    system: Annotated[
+        str | None, typer.Option(help="system message", rich_help_panel=ADVANCED)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of one answer")] = 256,
     temperature: Annotated[
         float | None,
         typer.Option(
-            min=0, max=2, help="0 is greedy; the server's, or the model's and else 0.7, if none"
+            min=0,
+            max=2,
+            help="0 is greedy; if not given, the server's, or the model's and else 0.7",
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="the server's, or the model's and else 1, if none"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="if not given, the server's, or the model's and else 1",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
     drawn: SamplingOptions = SAMPLING_OPTIONS,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of sampling", rich_help_panel=ADVANCED)
+    ] = None,
     generation_config: GenerationConfig = Following.auto,
     room: MemoryOptions = MEMORY_OPTIONS,
     misses: MissOptions = MISS_OPTIONS,

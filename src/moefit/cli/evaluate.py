@@ -1,7 +1,7 @@
 """The command that says what a model is worth: eval."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moefit.api import folder_of
-from moefit.cli.app import Json, Model, command, console, print_json
+from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
 from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
 from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, expand_options
 from moefit.cli.planned import NO_PLAN, PlanOptions
+from moefit.cli.precision import resolve_precision
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
 from moefit.evaluate.loading import REFERENCE, load_full_model
@@ -53,16 +54,21 @@ def evaluate(
         typer.Option(help="dense, top_k:K, threshold:EPS, threshold_top_k:EPS; may be repeated"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="predict about this many, spread over the text")
+        int | None, typer.Option(min=2, help="number of tokens to predict, spread over the text")
     ] = None,
     room: MemoryOptions = _WINDOW,
     misses: MissOptions = MISS_OPTIONS,
     planned: PlanOptions = NO_PLAN,
     baseline: Annotated[
-        BaselineName | None, typer.Option(help="a fixed resident set instead of a mode")
+        BaselineName | None,
+        typer.Option(help="fixed resident set to compare with", rich_help_panel=ADVANCED),
     ] = None,
     residency: Annotated[
-        str, typer.Option(help="fixed: the resident set stays as it is, so that runs repeat")
+        str,
+        typer.Option(
+            help="fixed: keep the resident set as it is, so that runs repeat",
+            rich_help_panel=ADVANCED,
+        ),
     ] = "manager",
     as_json: Json = False,
 ) -> None:
@@ -76,6 +82,10 @@ def evaluate(
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)
         return
+    if baseline is None:
+        room = resolve_precision(model, room, misses, planned, prompt_logits=WHOLE_WINDOWS)
+    else:  # compares resident sets of the checkpoint's own experts
+        room = replace(room, precision=room.experts)
     only = _only(rules)
     with ExitStack() as stack:
         served = stack.enter_context(
@@ -141,7 +151,7 @@ def _reference(served: ServedModel, room: MemoryOptions, planned: PlanOptions) -
         twin = native_reference(served, LoadSettings(**room.settings()))
     if twin is not None:
         return _Reference(twin, NATIVE_PRECISION, "all experts in native precision")
-    precision = "the plan's formats" if planned.wanted else room.precision
+    precision = "the plan's formats" if planned.wanted else room.experts
     words = f"itself, all experts in {precision} (no room beside it for native precision)"
     return _Reference(None, precision, words)
 

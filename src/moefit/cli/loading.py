@@ -21,6 +21,7 @@ from moefit.api import folder_of, load
 from moefit.cli.app import console, say
 from moefit.cli.options import MemoryOptions, MissOptions
 from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, in_a_line, say_packing
+from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.loading import ARCHITECTURES
@@ -54,6 +55,7 @@ def load_served(
     """Load and say what it takes; `settings` as of `moefit.load`."""
     if planned.wanted:
         return load_planned(model, room, misses, planned, **settings)[0]
+    room = resolve_precision(model, room, misses, **settings)
     if "sequences" not in settings:  # a server keeps the bound for when its mode is turned
         misses.refuse_vain()
     with loading() as progress:
@@ -71,10 +73,10 @@ def load_planned(
     """
     encoded = {
         name: None if value == NATIVE_PRECISION else value
-        for name, value in (("precision", room.precision), ("rest", room.rest))
+        for name, value in (("precision", room.experts), ("dense-precision", room.dense))
     }
     decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound")}
-    forbid_with_plan(**decided, dtype=room.dtype, **encoded)
+    forbid_with_plan(**decided, dtype=room.dtype, exact=room.exact or None, **encoded)
     with console.status("planning"):
         plan = planned.plan_for(model, room, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
@@ -106,7 +108,7 @@ def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
 
 def _remark(served: ServedModel, model: str, room: MemoryOptions) -> None:
     """Say what it takes, and what would make it faster."""
-    say(_summary(served, room.precision))
+    say(_summary(served, room.experts))
     for remark in served.report()["packed_ignored"][:3]:
         say(f"note: {remark}")
     if "encoded" in served.report()["experts_from"]:

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import Json, Model, command, console, print_json
+from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
 from moefit.cli.loading import (
     is_served,
     ledger_table,
@@ -38,6 +38,7 @@ from moefit.cli.options import (
     expand_options,
 )
 from moefit.cli.planned import NO_PLAN, PlanOptions
+from moefit.cli.precision import resolve_precision
 from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
@@ -131,17 +132,22 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     rule: Annotated[
-        str | None, typer.Option(help="inference rule; the model's own if none")
+        str | None,
+        typer.Option(help="inference rule; the model's own if not given", rich_help_panel=ADVANCED),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 128,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; the model's and else greedy if none")
+        float | None,
+        typer.Option(min=0, help="0 is greedy; if not given, the model's and else greedy"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="the model's and else 1 if none")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="if not given, the model's and else 1", rich_help_panel=ADVANCED
+        ),
     ] = None,
     drawn: SamplingOptions = SAMPLING_OPTIONS,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
     generation_config: GenerationConfig = Following.auto,
     room: MemoryOptions = MEMORY_OPTIONS,
     misses: MissOptions = MISS_OPTIONS,
@@ -219,12 +225,15 @@ def describe(
     ],
     room: MemoryOptions = MEMORY_OPTIONS,
     max_concurrency: Annotated[
-        int | None, typer.Option(min=1, help="as a server of so many requests at once takes it")
+        int | None,
+        typer.Option(min=1, help="estimate for a server that runs this many requests at once"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
+    if model not in preset_names():
+        room = resolve_precision(model, room, **shared)
     settings = LoadSettings(**room.settings(), **shared)
     settings.check()
     plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
@@ -248,8 +257,8 @@ def describe(
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {
-            "precision": room.precision,
-            "rest": room.rest,
+            "precision": room.experts,
+            "rest": room.dense,
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()
@@ -281,10 +290,10 @@ def _left_out(skeleton: Skeleton) -> str:
 def _described(skeleton: Skeleton, room: MemoryOptions) -> str:
     """Class, dtype, and what is in another format."""
     parts = [type(skeleton.model).__name__, str(skeleton.dtype).removeprefix("torch.")]
-    if room.precision != NATIVE_PRECISION:
-        parts.append(f"experts in {room.precision}")
-    if room.rest != NATIVE_PRECISION:
-        parts.append(f"other weights in {room.rest}")
+    if room.experts != NATIVE_PRECISION:
+        parts.append(f"experts in {room.experts}")
+    if room.dense != NATIVE_PRECISION:
+        parts.append(f"other weights in {room.dense}")
     return ", ".join(parts)
 
 
@@ -307,10 +316,18 @@ def bench(
     room: MemoryOptions = MEMORY_OPTIONS,
     misses: MissOptions = MISS_OPTIONS,
     planned: PlanOptions = NO_PLAN,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    eviction: Annotated[str, typer.Option(help=f"one of {', '.join(POLICIES)}")] = DEFAULT_POLICY,
-    seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="length of the prompt")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 64,
+    eviction: Annotated[
+        str,
+        typer.Option(
+            help=f"which expert leaves memory first: {', '.join(POLICIES)}",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = DEFAULT_POLICY,
+    seed: Annotated[
+        int, typer.Option(help="seed of the random prompt", rich_help_panel=ADVANCED)
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefit.cli.app import Device, Dtype
+from moefit.cli.app import ADVANCED, Device, Dtype, say
 from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
@@ -98,81 +98,131 @@ class ModeName(StrEnum):
     virtual = "virtual"
 
 
+def warn_renamed(value: Any) -> Any:
+    """Say that `--rest` has another name now, if it is given."""
+    if value is not None:
+        say("warning: --rest is now called --dense-precision, and the old name will be removed")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryOptions:
-    """The memory that a model is given, and how it lies in it."""
+    """The memory budget, and the precision that weights are held in.
+
+    precision, dense_precision: None is not given. rest: the old name of dense_precision.
+    """
 
     memory: Annotated[
         str | None,
         typer.Option(
-            help="serve inside this budget, such as 4.7GiB: every byte of the process on the device"
+            help="memory budget, such as 4.7GiB: every byte of the process on the device. "
+            "Alone it chooses the best precision in which all experts fit"
         ),
     ] = None
-    host_memory: Annotated[
-        str | None,
+    exact: Annotated[
+        bool,
         typer.Option(
-            help="on a GPU: the most host memory that experts may take between disk and it"
+            "--exact",
+            help="compute with the checkpoint's own weights, even if experts have to be fetched",
         ),
-    ] = None
+    ] = False
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="format of experts in memory: "
             + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
-            + ", or auto: each expert the one that it deserves within --memory"
+            + ", or auto, which divides --memory among experts"
         ),
-    ] = NATIVE_PRECISION
-    rest: Annotated[
-        str, typer.Option(help="the same for the weights that are no experts; not auto")
-    ] = NATIVE_PRECISION
+    ] = None
     context: Annotated[
-        int,
-        typer.Option(min=1, help="tokens at once; in a budget the KV cache is reserved for them"),
+        int, typer.Option(min=1, help="tokens that the KV cache holds, over all sequences")
     ] = 2048
-    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="on a GPU, most host memory for experts between storage and the GPU",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    dense_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="format of all weights but experts, as --precision but not auto",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    rest: Annotated[str | None, typer.Option("--rest", hidden=True, callback=warn_renamed)] = None
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
+    ] = None
     device: Device = "cpu"
+
+    @property
+    def experts(self) -> str:
+        """Format of the experts: the checkpoint's own unless another is given."""
+        return self.precision or NATIVE_PRECISION
+
+    @property
+    def dense(self) -> str:
+        """Format of the other weights: the checkpoint's own unless another is given."""
+        return self.dense_precision or self.rest or NATIVE_PRECISION
 
     @property
     def is_native(self) -> bool:
         """Whether nothing is encoded."""
-        return self.precision == self.rest == NATIVE_PRECISION
+        return self.experts == self.dense == NATIVE_PRECISION
 
     @property
     def wanted(self) -> bool:
-        """Whether anything asks for a budget or a format."""
-        return not (self.memory is self.host_memory is None and self.is_native)
+        """Whether a budget, a format or exactness is given, so that the model is served."""
+        limits = self.memory is self.host_memory is None
+        return self.exact or not (limits and self.is_native)
 
     @property
     def to_pack(self) -> str:
-        """What `moefit pack --formats` would have to make."""
-        return ",".join(AUTO_FORMATS[:-1]) if self.precision == AUTO_PRECISION else self.precision
+        """The argument of `moefit pack --formats` that makes encoding unnecessary."""
+        return ",".join(AUTO_FORMATS[:-1]) if self.experts == AUTO_PRECISION else self.experts
 
     def settings(self) -> dict[str, Any]:
-        """The same for `LoadSettings` and `moefit.load`."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        given["dense_precision"] = given.pop("rest")
-        return {**given, "dtype": self.dtype and self.dtype.torch}
+        """Return keyword arguments of `LoadSettings` and `moefit.load`."""
+        return {
+            "memory": self.memory,
+            "host_memory": self.host_memory,
+            "precision": self.experts,
+            "dense_precision": self.dense,
+            "context": self.context,
+            "dtype": self.dtype and self.dtype.torch,
+            "device": self.device,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MissOptions:
-    """What happens when an expert has no room."""
+    """What happens when an expert is not in memory."""
 
     mode: Annotated[
         ModeName | None,
         typer.Option(
-            help="exact: fetch what is missing; bounded: substitute a little; virtual: SwapMoE",
+            help="for experts that are not in memory. exact: fetch; bounded: substitute up to "
+            "--bound; virtual: substitute always (SwapMoE)",
         ),
     ] = None
     prefill: Annotated[
-        ModeName | None, typer.Option(help="mode of prompts; exact, but virtual where the mode is")
+        ModeName | None,
+        typer.Option(
+            help="mode for prompts: exact if not given, virtual where the mode is virtual",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
     bound: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help=f"bounded: share of router weight that may go elsewhere, {Policy().bound} if none",
+            help="mode bounded: share of a token's router weight that may go to other experts, "
+            f"{Policy().bound} if not given",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
 
@@ -182,7 +232,7 @@ class MissOptions:
         return not (self.mode is self.prefill is self.bound is None)
 
     def refuse_vain(self) -> None:
-        """Raise ConfigError for a bound that nothing goes by."""
+        """Raise ConfigError for a bound that no mode uses."""
         if self.bound is not None and ModeName.bounded not in (self.mode, self.prefill):
             raise ConfigError(
                 f"--bound {self.bound:g} is for the mode bounded, and the mode is "
@@ -190,7 +240,7 @@ class MissOptions:
             )
 
     def settings(self) -> dict[str, Any]:
-        """The same for `moefit.load`."""
+        """Return keyword arguments of `moefit.load`."""
         prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
         bound = {} if self.bound is None else {"bound": self.bound}
         return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
@@ -206,24 +256,30 @@ class Following(StrEnum):
 GenerationConfig = Annotated[
     Following,
     typer.Option(
-        help="auto: the model's generation_config.json says how tokens are chosen where nothing "
-        "else does; none: nothing but end tokens is taken from it"
+        help="auto: defaults of sampling come from the model's generation_config.json; none: "
+        "only its end tokens are used",
+        rich_help_panel=ADVANCED,
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """Which tokens may be drawn, beside --temperature and --top-p."""
+    """Sampling, beside --temperature and --top-p."""
 
     top_k: Annotated[
         int | None,
-        typer.Option(min=0, help="draw from so many tokens, 0: from all; the default's if none"),
+        typer.Option(
+            min=0, help="sample from this many tokens; 0 is all of them", rich_help_panel=ADVANCED
+        ),
     ] = None
     min_p: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="least share of the likeliest token's; the default's if none"
+            min=0,
+            max=1,
+            help="least probability, as a share of the most likely token's",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
     repetition_penalty: Annotated[
@@ -231,7 +287,8 @@ class SamplingOptions:
         typer.Option(
             min=REPETITION[0],
             max=REPETITION[1],
-            help="of tokens that are there already, 1: none; the default's if none",
+            help="penalty on tokens that occurred already; 1 is none",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
 

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import Dtype, Json, Model, command, console, print_json, say
+from moefit.cli.app import ADVANCED, Dtype, Json, Model, command, console, print_json, say
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.passage import text_of_file
 from moefit.plan.reference import digest_of, windows_of
@@ -36,22 +36,33 @@ def pack_model(
     formats: Annotated[
         str | None,
         typer.Option(
-            help=f"of {', '.join(name for name in FORMATS if name != 'native')}, with commas; "
-            f"{_DEFAULT} if not given, with --check all that are there"
+            help="formats, separated by commas: "
+            f"{', '.join(name for name in FORMATS if name != 'native')}; "
+            f"{_DEFAULT} if not given, with --check all that are packed"
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
+    ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text like that to be served, by which experts are encoded better"),
+        typer.Option(help="UTF-8 text to calibrate on (GPTQ); use one like that to be served"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="with --text: of it, spread over it")] = 16384,
-    context: Annotated[int, typer.Option(min=32, help="with --text: tokens of each window")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="with --text: how many of its tokens to use")
+    ] = 16384,
+    context: Annotated[
+        int, typer.Option(min=32, help="with --text: window length in tokens")
+    ] = 256,
     memory: Annotated[
-        str | None, typer.Option(help="with --text: for reading it; all that it takes if not given")
+        str | None,
+        typer.Option(help="with --text: memory budget while calibrating; no limit if not given"),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="verify what is packed")] = False,
-    force: Annotated[bool, typer.Option("--force", help="make again what is there")] = False,
+    check: Annotated[bool, typer.Option("--check", help="verify packed files")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="encode again what is packed already")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Resumes where it stopped: finished files are skipped."""

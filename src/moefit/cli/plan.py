@@ -13,8 +13,9 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import Device, Dtype, Json, Model, command, console, print_json, say
+from moefit.cli.app import ADVANCED, Device, Dtype, Json, Model, command, console, print_json, say
 from moefit.cli.loading import shared_steps
+from moefit.cli.options import warn_renamed
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
@@ -36,20 +37,24 @@ def profile_model(
     model: Model,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text like that to be served; else the held-out standard library"),
+        typer.Option(help="UTF-8 text to measure on; the held-out standard library if not given"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="of the text, spread over it")] = 2048,
-    context: Annotated[int, typer.Option(min=32, help="tokens of each window")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="how many tokens of the text to use")] = 2048,
+    context: Annotated[int, typer.Option(min=32, help="window length in tokens")] = 256,
     rule: Annotated[
-        str | None, typer.Option(help="inference rule of a DS-MoE; the model's own if none")
+        str | None, typer.Option(help="inference rule of a DS-MoE; the model's own if not given")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="for measuring; three quarters of what is free if not given")
+        str | None,
+        typer.Option(help="memory for measuring; three quarters of what is free if not given"),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
+    ] = None,
     device: Device = "cpu",
     again: Annotated[
-        bool, typer.Option("--again", help="measure times anew, as of a machine that was busy")
+        bool, typer.Option("--again", help="repeat timings, for example if the machine was busy")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -104,40 +109,66 @@ def plan_model(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="the budget, such as 4.7GiB: every byte of the process on the device; if none, "
-            "the smallest that keeps --max-loss and --min-speed"
+            help="memory budget, such as 4.7GiB: every byte of the process on the device. If not "
+            "given, the smallest that satisfies --max-loss and --min-speed"
         ),
     ] = None,
     max_loss: Annotated[
-        str | None, typer.Option(help="the fastest that loses at most this, such as 3%")
+        str | None,
+        typer.Option(
+            help="most increase of perplexity, such as 3%; the fastest within it is chosen"
+        ),
     ] = None,
     min_speed: Annotated[
-        float | None, typer.Option(help="the best that makes at least so many tokens/s")
+        float | None, typer.Option(help="least tokens/s; the most accurate above it is chosen")
     ] = None,
-    context: Annotated[
-        int, typer.Option(min=1, help="tokens at once; the KV cache is reserved for them")
-    ] = 2048,
+    context: Annotated[int, typer.Option(min=1, help="tokens that the KV cache holds")] = 2048,
     max_concurrency: Annotated[
         int | None,
-        typer.Option(min=1, help="for a server: requests at once, whose logits take room too"),
+        typer.Option(
+            min=1,
+            help="plan for a server that runs this many requests at once",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    dense_precision: Annotated[
+        RestName | None,
+        typer.Option(
+            help="format of all weights but experts; the planner chooses if not given",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
     rest: Annotated[
-        RestName | None,
-        typer.Option(help="format of weights that are no experts; the planner's choice if none"),
+        RestName | None, typer.Option("--rest", hidden=True, callback=warn_renamed)
     ] = None,
     process_bytes: Annotated[
         int | None,
-        typer.Option(min=0, hidden=True, help="of the process that will serve; this one's if none"),
+        typer.Option(
+            min=0,
+            hidden=True,
+            help="memory of the process that will serve; this process's if not given",
+        ),
     ] = None,
     budgets: Annotated[
-        int, typer.Option(min=0, help="how many budgets the front is shown for")
+        int,
+        typer.Option(min=0, help="number of other budgets to show", rich_help_panel=ADVANCED),
     ] = 8,
     profile: Annotated[
-        Path | None, typer.Option(help="of this file instead of the newest of the model's")
+        Path | None,
+        typer.Option(
+            help="profile to use; the model's newest if not given", rich_help_panel=ADVANCED
+        ),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="write the plan, for --plan")] = None,
-    picture: Annotated[Path | None, typer.Option(help="write the front as a picture")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="the checkpoint's own if not given")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="write the plan to this file, for --plan")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="write a chart to this .png or .svg file")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -148,9 +179,10 @@ def plan_model(
         check_picture(picture, budgets)
     skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
     known = find_profile(skeleton, model=model, path=profile)
+    dense = dense_precision or rest
     constraints = PlanConstraints(
         process=process_bytes,
-        dense_formats=DENSE_FORMATS if rest is None else (rest.value,),
+        dense_formats=DENSE_FORMATS if dense is None else (dense.value,),
         **shared_steps(max_concurrency),
     )
     planner = Planner(skeleton, known, context=context, device=device, constraints=constraints)

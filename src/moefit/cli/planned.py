@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from moefit.api import folder_of
-from moefit.cli.app import error_of, say
+from moefit.cli.app import ADVANCED, error_of, say
 from moefit.cli.options import MemoryOptions
 from moefit.device import planned_device
 from moefit.errors import ConfigError
@@ -54,7 +54,7 @@ class PlanProcess:
             "min-speed": self.target.min_speed,
             "max-concurrency": self.concurrency,
             "dtype": self.dtype,
-            "rest": self.rest,
+            "dense-precision": self.rest,
             "budgets": 0,
             "save": save,
         }
@@ -88,15 +88,24 @@ class PlanOptions:
     """A plan to serve by, or a promise to plan for."""
 
     plan: Annotated[
-        Path | None, typer.Option(help="serve as a plan of moefit plan --save says")
+        Path | None,
+        typer.Option(
+            help="serve by a plan that moefit plan --save wrote", rich_help_panel=ADVANCED
+        ),
     ] = None
     max_loss: Annotated[
         str | None,
-        typer.Option(help="plan for --memory: the fastest that loses at most this, such as 3%"),
+        typer.Option(
+            help="plan for --memory: the fastest that loses at most this in perplexity, such as 3%",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
     min_speed: Annotated[
         float | None,
-        typer.Option(help="plan for --memory: the best that makes at least so many tokens/s"),
+        typer.Option(
+            help="plan for --memory: the most accurate with at least this many tokens/s",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
 
     @property

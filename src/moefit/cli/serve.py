@@ -10,7 +10,7 @@ import typer
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import command, say, stopped
+from moefit.cli.app import ADVANCED, command, say, stopped
 from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (
     MEMORY_OPTIONS,
@@ -54,31 +54,60 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(help="what clients must give; as a variable, ps does not show it"),
+        typer.Option(
+            help="key that clients must send; prefer the variable, which ps does not show"
+        ),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="the model's name in requests; that of MODEL if none")
+        str | None,
+        typer.Option(
+            help="the model's name in the API; MODEL if not given", rich_help_panel=ADVANCED
+        ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="tokens of one request, prompt and answer")
+        int | None,
+        typer.Option(
+            min=1, help="most tokens of one request, prompt and output", rich_help_panel=ADVANCED
+        ),
     ] = None,
-    max_concurrency: Annotated[int, typer.Option(min=1, help="requests that run at once")] = 16,
-    max_waiting: Annotated[int, typer.Option(min=1, help="requests that may wait")] = 1024,
+    max_concurrency: Annotated[
+        int, typer.Option(min=1, help="requests that run at once", rich_help_panel=ADVANCED)
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="requests that may wait", rich_help_panel=ADVANCED)
+    ] = 1024,
     prefill_chunk: Annotated[
-        int, typer.Option(min=1, help="prompt tokens in one step, so that answers go on between")
+        int,
+        typer.Option(
+            min=1,
+            help="most prompt tokens in one step; running requests go on between",
+            rich_help_panel=ADVANCED,
+        ),
     ] = 128,
     generation_config: GenerationConfig = Following.auto,
     chat_tokens: Annotated[
-        int, typer.Option(min=1, help="most tokens of a chat answer, if the request does not say")
+        int,
+        typer.Option(
+            min=1, help="max_tokens of chat requests that give none", rich_help_panel=ADVANCED
+        ),
     ] = 512,
-    max_connections: Annotated[int, typer.Option(min=1, help="connections at a time")] = 1024,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="most connections at once", rich_help_panel=ADVANCED)
+    ] = 1024,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="web pages of this origin may ask too; may be repeated"),
+        typer.Option(
+            help="allow web pages of this origin (CORS); may be repeated", rich_help_panel=ADVANCED
+        ),
     ] = None,
     drain_seconds: Annotated[
         float,
-        typer.Option(min=0, max=86400, help="on SIGTERM, how long answers may take to end"),
+        typer.Option(
+            min=0,
+            max=86400,
+            help="on SIGTERM, seconds that running requests may take to end",
+            rich_help_panel=ADVANCED,
+        ),
     ] = 30.0,
 ) -> None:
     """Loopback only, unless --host says otherwise."""

@@ -31,7 +31,7 @@ def moefit(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def least(folder: Path) -> dict[str, int]:
-    done = moefit("describe", folder, "--memory", "100GiB", "--context", 64, "--json")
+    done = moefit("describe", folder, "--memory", "100GiB", "--exact", "--context", 64, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["minimum"]["generate"] == said["floor"]
@@ -50,15 +50,15 @@ def test_what_describe_prints_is_accepted_and_kept(
     folder: Path, least: dict[str, int], command: str, more: list[object]
 ) -> None:
     size = least[command]
-    done = moefit(command, folder, *more, "--memory", size, "--context", 64)
+    done = moefit(command, folder, *more, "--exact", "--memory", size, "--context", 64)
     assert done.returncode == 0, done.stderr
-    below = moefit(command, folder, *more, "--memory", size - 40 * MIB, "--context", 64)
+    below = moefit(command, folder, *more, "--exact", "--memory", size - 40 * MIB, "--context", 64)
     assert below.returncode == 2
     assert "BudgetTooSmallError" in below.stderr
 
 
 def test_what_describe_prints_for_a_server_starts_one(folder: Path, least: dict[str, int]) -> None:
-    arguments = ["--memory", str(least["serve"]), "--context", "64", "--port", "0"]
+    arguments = ["--exact", "--memory", str(least["serve"]), "--context", "64", "--port", "0"]
     server = subprocess.Popen(
         [sys.executable, "-m", "moefit", "serve", str(folder), *arguments],
         stderr=subprocess.PIPE, text=True, env=os.environ,

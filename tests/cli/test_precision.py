@@ -1,0 +1,179 @@
+"""`--memory` alone: which precision a model is served in, and what the commands say of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from moefit.cli import app
+from moefit.cli.options import MemoryOptions, MissOptions, ModeName
+from moefit.cli.planned import NO_PLAN
+from moefit.cli.precision import Candidate, choose_precision, known_cost, resolve_precision
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.train.data.tokenizer import train_bpe
+
+
+def candidate(precision: str, resident: int, least: int, dense: str = "native") -> Candidate:
+    return Candidate(
+        precision=precision, dense_precision=dense, resident_bytes=resident, min_bytes=least
+    )
+
+
+LADDER = (
+    candidate("native", 100, 20),
+    candidate("auto", 40, 25),
+    candidate("auto", 30, 15, "int8"),
+)
+
+
+@pytest.mark.parametrize(
+    ("memory", "chosen"),
+    [
+        (1000, LADDER[0]),
+        (100, LADDER[0]),
+        (99, LADDER[1]),
+        (40, LADDER[1]),
+        (39, LADDER[2]),  # dense weights are encoded where nothing else holds all experts
+        (30, LADDER[2]),
+        (29, LADDER[1]),  # experts are fetched
+        (24, LADDER[2]),
+        (15, LADDER[2]),
+        (14, LADDER[2]),  # runs nowhere: the error names what it takes at least
+    ],
+)
+def test_the_best_that_fits(memory: int, chosen: Candidate) -> None:
+    assert choose_precision(memory, LADDER) == chosen
+
+
+def test_the_checkpoints_own_format_is_fetched_where_nothing_else_runs() -> None:
+    ladder = (candidate("native", 100, 20), candidate("auto", 90, 30))
+    assert choose_precision(25, ladder) == ladder[0]
+
+
+CANDIDATES = st.lists(
+    st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
+        lambda sizes: candidate("auto", max(sizes), min(sizes))
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(st.integers(0, 120), CANDIDATES)
+def test_what_can_run_runs_and_nothing_is_fetched_without_need(
+    memory: int, candidates: list[Candidate]
+) -> None:
+    chosen = choose_precision(memory, iter(candidates))
+    if any(one.resident_bytes <= memory for one in candidates):
+        assert chosen.resident_bytes <= memory
+    if any(one.min_bytes <= memory for one in candidates):
+        assert chosen.min_bytes <= memory
+    else:
+        assert chosen.min_bytes == min(one.min_bytes for one in candidates)
+
+
+@given(st.integers(0, 120), st.integers(0, 120), CANDIDATES)
+def test_more_memory_never_turns_residents_into_fetched_experts(
+    one: int, other: int, candidates: list[Candidate]
+) -> None:
+    less, more = sorted((one, other))
+    if choose_precision(less, candidates).resident_bytes <= less:
+        assert choose_precision(more, candidates).resident_bytes <= more
+
+
+@pytest.mark.parametrize(
+    ("bits", "says"), [(8.5, "-0.0% to +0.1%"), (6, "at 5.3 bits"), (2.5, "below 3 bits")]
+)
+def test_costs_are_those_that_were_measured(bits: float, says: str) -> None:
+    assert says in known_cost(bits) and "not measured" in known_cost(bits)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose experts take more than buffers and staging do."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe(["some text to learn from"], 300)
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 64}
+    made = tiny_model(
+        vocab_size=300, num_attention_experts=1, eos_token_id=tokenizer.eos_token_id, **shape
+    )
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def resolved(model: str, memory: int | str) -> MemoryOptions:
+    return resolve_precision(model, MemoryOptions(memory=str(memory), context=32))
+
+
+def described(model: str, *more: str) -> dict:
+    done = CliRunner().invoke(app, ["describe", model, "--context", "32", "--json", *more])
+    assert done.exit_code == 0, done.exception
+    return json.loads(done.stdout)
+
+
+def test_all_commands_choose_alike_and_explicit_options_win(model: str, capfd) -> None:
+    assert resolved(model, "9GiB").precision == "native"
+    said = capfd.readouterr().err
+    assert "the checkpoint's own: all" in said and "no loss" in said
+    tight = between(model)
+    assert resolved(model, tight).precision == "auto"
+    said = " ".join(capfd.readouterr().err.split())
+    assert "precision: auto: all" in said and "not measured on this model" in said
+    assert "encoding takes about" in said and "an estimate" in said and "--exact gives" in said
+    assert described(model, "--memory", tight)["precision"] == "auto"
+    assert described(model, "--memory", tight, "--exact")["precision"] == "native"
+    assert described(model, "--memory", tight, "--precision", "int8")["precision"] == "int8"
+    options = MemoryOptions(memory=tight, context=32)
+    virtual = MissOptions(mode=ModeName.virtual)
+    assert resolve_precision(model, options, virtual).experts == "native"
+    assert resolve_precision(model, MemoryOptions(context=32)).experts == "native"
+
+
+def between(model: str) -> str:
+    """A budget for all experts in the smallest format, but not in the checkpoint's own."""
+    whole = described(model, "--memory", "9GiB", "--exact")["everything"]
+    return str(
+        (described(model, "--memory", "9GiB", "--precision", "auto")["everything"] + whole) // 2
+    )
+
+
+def test_generate_serves_what_was_chosen(model: str) -> None:
+    asked = ["generate", model, "some", "--max-new-tokens", "2", "--context", "32"]
+    own = CliRunner().invoke(app, [*asked, "--mode", "exact"])
+    chosen = CliRunner().invoke(app, [*asked, "--memory", between(model)])
+    assert chosen.exit_code == 0 and "precision: auto" in chosen.stderr
+    exact = CliRunner().invoke(app, [*asked, "--memory", between(model), "--exact"])
+    assert exact.exit_code == 0, exact.exception
+    assert "precision:" not in exact.stderr and exact.stdout == own.stdout
+
+
+def test_what_fits_nowhere_is_refused_with_the_least_that_does(model: str) -> None:
+    done = CliRunner().invoke(app, ["describe", model, "--memory", "5MiB"])
+    assert isinstance(done.exception, BudgetTooSmallError)
+
+
+@pytest.mark.parametrize(
+    ("options", "misses", "says"),
+    [
+        (MemoryOptions(exact=True, precision="int4"), None, "--precision changes"),
+        (MemoryOptions(exact=True, dense_precision="int8"), None, "--dense-precision changes"),
+        (MemoryOptions(exact=True), MissOptions(mode=ModeName.virtual), "--mode changes"),
+        (MemoryOptions(exact=True), MissOptions(prefill=ModeName.virtual), "--prefill changes"),
+    ],
+)
+def test_exact_with_what_is_not(options, misses, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve_precision("nowhere", options, misses, NO_PLAN)
+
+
+def test_the_old_name_of_dense_precision_works_and_warns_once(model: str, tmp_path: Path) -> None:
+    old = CliRunner().invoke(app, ["describe", model, "--rest", "int8", "--json"])
+    new = CliRunner().invoke(app, ["describe", model, "--dense-precision", "int8", "--json"])
+    assert json.loads(old.stdout)["rest"] == json.loads(new.stdout)["rest"] == "int8"
+    assert old.stderr.count("--rest is now called --dense-precision") == 1
+    assert "--rest" not in new.stderr
