@@ -17,6 +17,7 @@ from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
 from moefit.cli.loading import (
+    import_serving_commands,
     is_served,
     ledger_table,
     load_served,
@@ -232,6 +233,7 @@ def describe(
 ) -> None:
     """Allocates no weights, so the device need not be here."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
+    import_serving_commands()
     if model not in preset_names():
         room = resolve_precision(model, room, **shared)
     settings = LoadSettings(**room.settings(), **shared)

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.cli.app import ADVANCED, Device, Dtype, Json, Model, command, console, print_json, say
-from moefit.cli.loading import shared_steps
+from moefit.cli.loading import import_serving_commands, shared_steps
 from moefit.cli.options import warn_renamed
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
@@ -177,6 +177,8 @@ def plan_model(
     _refuse_vain(memory, target, save)
     if picture is not None:
         check_picture(picture, budgets)
+    if process_bytes is None:
+        import_serving_commands()
     skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
     known = find_profile(skeleton, model=model, path=profile)
     dense = dense_precision or rest

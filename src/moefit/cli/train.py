@@ -53,8 +53,12 @@ def train(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    experts_per_token: Annotated[int, typer.Option("--experts-per-token", "-k", min=1)],
-    dtype: Annotated[Dtype | None, typer.Option(help="the model's own if not given")] = None,
+    experts_per_token: Annotated[
+        int, typer.Option("--experts-per-token", "-k", min=1, help="experts that each token uses")
+    ],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="dtype of the checkpoint; the model's own if not given")
+    ] = None,
 ) -> None:
     """Verified: the written checkpoint's logits equal ours at top_k:K."""
     loaded, tokenizer = load_full_model(model)
@@ -76,7 +80,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
         "runs/demo"
     ),
-    seconds: Annotated[int, typer.Option(min=5, help="how long to train")] = 60,
+    seconds: Annotated[int, typer.Option(min=5, help="training time in seconds")] = 60,
     as_json: Json = False,
 ) -> None:
     """Everything that it prints was measured there and then."""
