@@ -1,8 +1,8 @@
-"""How a checkpoint wants its text generated: generation_config.json.
+"""Generation settings of a checkpoint, from generation_config.json.
 
-Owns reading the file, what of it transformers' `generate` gets, and what of it requests to the
-engine get. Without the file config.json stands for it, as in transformers, but not for sampling.
-Knows nothing of requests.
+`use_generation_config` sets what transformers' `generate` follows and returns the defaults that the
+engine applies to requests. Without the file, settings in config.json are used, as transformers
+does, but not those for sampling.
 """
 
 import json
@@ -20,21 +20,21 @@ FILE = "generation_config.json"
 AUTO, NONE = "auto", "none"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# Ways to be fast that need layers or caches that a served model has not, and several answers or
-# more than tokens where one text is wanted.
+# Accelerations that need layers or caches that a served model does not have, and settings that
+# return several sequences or more than tokens.
 _NOT_FOR_GENERATE = (
     "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type",
     "cache_implementation", "cache_config", "max_cache_len", "compile_config",
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits",
     "output_attentions", "output_hidden_states",
-    "remove_invalid_values",  # makes tokens of logits that are no numbers
+    "remove_invalid_values",  # samples from logits that are not finite
 )  # fmt: skip
-# What transformers does only with code from the Hub, which is never run.
+# Settings that transformers implements with code from the Hub, which moefit never runs.
 HUB_CODE = (
     "dola_layers", "constraints", "force_words_ids", "num_beam_groups", "diversity_penalty",
     "penalty_alpha",
 )  # fmt: skip
-# What changes answers and the engine does not do, with the values that change nothing.
+# Settings that the engine does not implement, with the values that have no effect.
 _NOT_FOR_ENGINE: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "diversity_penalty": (0,),
     "typical_p": (1,), "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
@@ -49,10 +49,13 @@ _NOT_FOR_ENGINE: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suppressed:
-    """Tokens that an answer may not have.
+    """Tokens that must not be generated.
 
-    always: anywhere. first: as its first token. sequences: two tokens or more that may not follow
-    each other, prompt included.
+    Attributes:
+        always: Tokens suppressed at every position.
+        first: Tokens suppressed as the first generated token.
+        sequences: Sequences of two or more tokens that must not occur, also across the prompt's
+            end.
     """
 
     always: frozenset[int] = frozenset()
@@ -64,15 +67,15 @@ class Suppressed:
 
     @property
     def longest(self) -> int:
-        """How many tokens before the next one decide about it."""
+        """Return the number of previous tokens that `now` needs."""
         return max((len(sequence) - 1 for sequence in self.sequences), default=0)
 
     def now(self, before: Sequence[int], *, first: bool) -> set[int]:
-        """The tokens that may not come next.
+        """Return the tokens that must not be generated next.
 
         Args:
-            before: The last tokens of prompt and answer, `longest` of them or more.
-            first: Whether the answer has no token yet.
+            before: The last tokens of prompt and output, at least `longest`.
+            first: Whether no token has been generated yet.
 
         >>> sorted(Suppressed(sequences=((1, 2, 3), (9, 4))).now([1, 2], first=True))
         [3]
@@ -87,12 +90,19 @@ NOT_SUPPRESSED = Suppressed()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """What applies where a request says nothing, and what applies to every request.
+    """Generation settings of a checkpoint that the engine applies to requests.
 
-    temperature to repetition_penalty: of generation_config.json, None where it has none;
-    temperature 0 stands for its `do_sample: false`. start: the token with which an encoder-decoder
-    model's answer begins. unfollowed: settings that change answers, and that the engine does not
-    do; `generate` does none of `HUB_CODE` among them.
+    Attributes:
+        temperature: Default of requests, as the four below; None if the file has none. 0 if the
+            file has `do_sample: false`.
+        top_p: See `temperature`.
+        top_k: See `temperature`.
+        min_p: See `temperature`.
+        repetition_penalty: See `temperature`.
+        start: The decoder's start token of an encoder-decoder model.
+        suppressed: Tokens that are suppressed in every request.
+        unfollowed: Names of settings that change the output but are not implemented by the engine.
+            `generate` implements them, except `HUB_CODE`.
     """
 
     temperature: float | None = None
@@ -105,9 +115,9 @@ class GenerationDefaults:
     unfollowed: tuple[str, ...] = ()
 
     def sampling(self) -> dict[str, float | int]:
-        """The settings of sampling that the file has."""
-        given = {name: getattr(self, name) for name in SAMPLING}
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the sampling settings that the file has."""
+        settings = {name: getattr(self, name) for name in SAMPLING}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def use_generation_config(
@@ -116,50 +126,52 @@ def use_generation_config(
     tokenizer: PreTrainedTokenizerBase | None,
     follow: str = AUTO,
 ) -> GenerationDefaults:
-    """Give a model the generation configuration of its checkpoint.
+    """Set a model's `generation_config` from its checkpoint.
 
     Args:
-        model: Its `generation_config` is replaced.
-        folder: Of the checkpoint.
-        tokenizer: Its end-of-text token ends answers too if generation_config.json names none.
-        follow: `auto`, or `none` to take nothing but special tokens from the checkpoint.
+        model: The model; its `generation_config` is replaced.
+        folder: Folder of the checkpoint.
+        tokenizer: Its end-of-text token is an end token too if generation_config.json has none.
+        follow: `auto`, or `none` to use only the checkpoint's special tokens.
 
     Returns:
-        What requests to the engine follow.
+        The defaults for requests to the engine.
 
     Raises:
-        CheckpointError: generation_config.json cannot be read, or has a value that cannot be.
+        CheckpointError: generation_config.json is damaged or has an invalid value.
     """
     if not model.can_generate():
         return GenerationDefaults()
-    given, own = _given(folder, follow)
-    made = _made(given, own, folder)
-    unfollowed = tuple(name for name in _NOT_FOR_ENGINE if _matters(made, name))
-    made.stop_strings = None  # `generate` would ask for a tokenizer each time
-    made.token_healing = False  # and here too
+    settings, own = _read_settings(folder, follow)
+    generation = _generation_config(settings, own, folder)
+    unfollowed = tuple(name for name in _NOT_FOR_ENGINE if _has_effect(generation, name))
+    generation.stop_strings = None  # these two need a tokenizer at each call
+    generation.token_healing = False
     for name in HUB_CODE:
-        setattr(made, name, None)
-    stated = (folder / "tokenizer_config.json").is_file()  # else it is a guess of transformers'
-    _complete(made, model.config, tokenizer if stated else None)
-    start = _start(made, model.config, folder) if model.config.is_encoder_decoder else None
-    model.generation_config = made
+        setattr(generation, name, None)
+    has_tokenizer_config = (folder / "tokenizer_config.json").is_file()  # else transformers guesses
+    _add_special_tokens(generation, model.config, tokenizer if has_tokenizer_config else None)
+    start = (
+        _start_token(generation, model.config, folder) if model.config.is_encoder_decoder else None
+    )
+    model.generation_config = generation
     return GenerationDefaults(
-        **(_sampling(given) if own else {}),
+        **(_sampling(settings) if own else {}),
         start=start,
-        suppressed=_suppressed(made, model.config.get_text_config(decoder=True).vocab_size),
+        suppressed=_suppressed(generation, model.config.get_text_config(decoder=True).vocab_size),
         unfollowed=unfollowed,
     )
 
 
-def _given(folder: Path, follow: str) -> tuple[dict[str, Any], bool]:
-    """What the checkpoint says, and whether generation_config.json says it."""
+def _read_settings(folder: Path, follow: str) -> tuple[dict[str, Any], bool]:
+    """Return the checkpoint's settings, and whether they are from generation_config.json."""
     own = (folder / FILE).is_file()
     file = folder / (FILE if own else "config.json")
-    given = {name: value for name, value in _read(file).items() if name not in _NOT_FOR_GENERATE}
+    settings = {name: value for name, value in _read(file).items() if name not in _NOT_FOR_GENERATE}
     if follow == NONE:
-        given = {name: given[name] for name in _TOKENS if name in given}
-    _check(file, given, _KINDS if own else _KINDS.keys() - {*SAMPLING, "do_sample"})
-    return given, own
+        settings = {name: settings[name] for name in _TOKENS if name in settings}
+    _check(file, settings, _KINDS if own else _KINDS.keys() - {*SAMPLING, "do_sample"})
+    return settings, own
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -172,40 +184,40 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _made(given: dict[str, Any], own: bool, folder: Path) -> GenerationConfig:
-    """What transformers' `generate` follows."""
+def _generation_config(settings: dict[str, Any], own: bool, folder: Path) -> GenerationConfig:
+    """Return the configuration for transformers' `generate`."""
     make = GenerationConfig.from_dict if own else GenerationConfig.from_model_config
     try:
-        made = make(given)
-    except Exception as error:  # it validates in many ways
+        generation = make(settings)
+    except Exception as error:  # validation raises many types
         file = folder / (FILE if own else "config.json")
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    for name in _NOT_FOR_GENERATE:  # these may have come from what is nested in config.json
-        setattr(made, name, None)
-    if made.temperature == 0:  # transformers refuses it where it is to sample
-        made.temperature, made.do_sample = None, False
-    if made.top_k == -1:
-        made.top_k = 0
-    return made
+    for name in _NOT_FOR_GENERATE:  # from_model_config also reads nested configs
+        setattr(generation, name, None)
+    if generation.temperature == 0:  # invalid for transformers together with do_sample
+        generation.temperature, generation.do_sample = None, False
+    if generation.top_k == -1:
+        generation.top_k = 0
+    return generation
 
 
-def _complete(made: GenerationConfig, config: Any, tokenizer: Any) -> None:
-    """Fill in tokens that generation_config.json leaves out, or answers would never end."""
+def _add_special_tokens(generation: GenerationConfig, config: Any, tokenizer: Any) -> None:
+    """Add special tokens that generation_config.json omits, such as the end token."""
     text = config.get_text_config(decoder=True)
-    named = bool(_ids(made.eos_token_id))
+    named = bool(_ids(generation.eos_token_id))
     for name in _TOKENS:
-        if getattr(made, name) in (None, []):
+        if getattr(generation, name) in (None, []):
             own = getattr(text, name, None)
-            setattr(made, name, getattr(config, name, None) if own is None else own)
+            setattr(generation, name, getattr(config, name, None) if own is None else own)
     end = getattr(tokenizer, "eos_token_id", None)
     if not named and isinstance(end, int):
-        made.eos_token_id = sorted({*_ids(made.eos_token_id), end})
+        generation.eos_token_id = sorted({*_ids(generation.eos_token_id), end})
 
 
-def _start(made: GenerationConfig, config: Any, folder: Path) -> int:
-    """The token with which an answer of an encoder-decoder model begins, as transformers has it."""
-    start = made.decoder_start_token_id
-    start = made.bos_token_id if start is None else start
+def _start_token(generation: GenerationConfig, config: Any, folder: Path) -> int:
+    """Return the decoder's start token, chosen as in transformers."""
+    start = generation.decoder_start_token_id
+    start = generation.bos_token_id if start is None else start
     size = config.get_text_config(decoder=True).vocab_size
     if type(start) is not int or not 0 <= start < size:
         raise CheckpointError(
@@ -216,42 +228,49 @@ def _start(made: GenerationConfig, config: Any, folder: Path) -> int:
     return start
 
 
-def _ids(given: Any) -> list[int]:
-    """Tokens of a setting that is one, several or none.
+def _ids(value: Any) -> list[int]:
+    """Return the tokens of a setting that is one token, a list or None.
 
     >>> _ids(5), _ids([5, 6]), _ids(None)
     ([5], [5, 6], [])
     """
-    return [given] if isinstance(given, int) else list(given or ())
+    return [value] if isinstance(value, int) else list(value or ())
 
 
-def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `GenerationDefaults` from generation_config.json."""
-    found = {name: given[name] for name in SAMPLING if given.get(name) is not None}
-    if given.get("do_sample") is False:
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling fields of `GenerationDefaults`."""
+    found = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    if settings.get("do_sample") is False:
         found["temperature"] = 0.0
     if "top_k" in found:
         found["top_k"] = max(0, found["top_k"])
     return found
 
 
-def _suppressed(made: GenerationConfig, size: int) -> Suppressed:
-    """Tokens that exist, and may not be; ends are never among single bad words, as in transformers.
+def _suppressed(generation: GenerationConfig, size: int) -> Suppressed:
+    """Return the suppressed tokens within the vocabulary.
 
-    size: of the vocabulary.
+    End tokens are not suppressed by `bad_words_ids`, as in transformers.
+
+    Args:
+        generation: The generation configuration.
+        size: Size of the vocabulary.
     """
-    bad = [tuple(one) for one in made.bad_words_ids or () if all(token < size for token in one)]
-    alone = {one[0] for one in bad if len(one) == 1} - set(_ids(made.eos_token_id))
+    bad = [
+        tuple(one) for one in generation.bad_words_ids or () if all(token < size for token in one)
+    ]
+    alone = {one[0] for one in bad if len(one) == 1} - set(_ids(generation.eos_token_id))
     return Suppressed(
-        always=frozenset(token for token in _ids(made.suppress_tokens) if token < size) | alone,
-        first=frozenset(token for token in _ids(made.begin_suppress_tokens) if token < size),
+        always=frozenset(token for token in _ids(generation.suppress_tokens) if token < size)
+        | alone,
+        first=frozenset(token for token in _ids(generation.begin_suppress_tokens) if token < size),
         sequences=tuple(one for one in bad if len(one) > 1),
     )
 
 
-def _matters(made: GenerationConfig, name: str) -> bool:
-    """Whether the setting changes answers."""
-    value = getattr(made, name, None)
+def _has_effect(generation: GenerationConfig, name: str) -> bool:
+    """Return whether a setting has an effect."""
+    value = getattr(generation, name, None)
     return value is not None and value not in _NOT_FOR_ENGINE[name]
 
 
@@ -267,7 +286,7 @@ def _tokens(value: Any) -> bool:
     return isinstance(value, list) and all(map(_whole, value))
 
 
-def _words(value: Any) -> bool:
+def _token_lists(value: Any) -> bool:
     return isinstance(value, list) and all(_tokens(one) and one and min(one) >= 0 for one in value)
 
 
@@ -284,15 +303,15 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "decoder_start_token_id": (_whole, "a token"),
     "suppress_tokens": (_tokens, "a list of tokens"),
     "begin_suppress_tokens": (_tokens, "a list of tokens"),
-    "bad_words_ids": (_words, "a list of lists of tokens"),
+    "bad_words_ids": (_token_lists, "a list of lists of tokens"),
 }
 
 
-def _check(file: Path, given: Mapping[str, Any], names: Collection[str]) -> None:
-    """Raise CheckpointError for a value of another kind than it has to be."""
+def _check(file: Path, settings: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raise CheckpointError for a value of the wrong kind."""
     for name in names:
         fits, wanted = _KINDS[name]
-        if (value := given.get(name)) is not None and not fits(value):
+        if (value := settings.get(name)) is not None and not fits(value):
             raise _damaged(file, f"{name} is {repr(value)[:80]}, but it is {wanted}")
 
 
