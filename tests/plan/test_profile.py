@@ -146,7 +146,7 @@ def test_measuring_again_goes_on_where_it_was_stopped() -> None:
 def test_an_unfinished_profile_says_how_to_go_on() -> None:
     with pytest.raises(_Killed):
         profiler().run(stop_after(1))
-    with pytest.raises(ConfigError, match=r"1 of .* goes on"):
+    with pytest.raises(ConfigError, match=r"1 of .* continues"):
         find_profile(skeleton(), model="m")
 
 

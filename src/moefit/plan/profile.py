@@ -1,7 +1,6 @@
-"""A profile: what has been measured of one model on one machine, item by item, in a file.
+"""Profiles: the measurements of one model on one machine, in a file.
 
-`RecordKind` writes versioned JSON records atomically and explains files that it cannot read; plans
-use it too.
+`RecordKind` reads and writes versioned JSON files for profiles and plans.
 """
 
 import hashlib
@@ -27,10 +26,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordKind:
-    """One kind of record. version_at: the keys that lead to its version; indent: for people.
+    """A kind of versioned JSON file.
 
-    make, again, elsewhere: what to do where there is no such file, where it is of no use, and
-    where it cannot be written.
+    Attributes:
+        name: What error messages call it.
+        version: The version that is read and written.
+        version_at: Keys that lead to the version in a file.
+        make: Advice if the file does not exist.
+        again: Advice if the file is damaged or of another version.
+        elsewhere: Advice if the file cannot be written.
+        indent: Indentation of the JSON.
     """
 
     name: str
@@ -42,7 +47,11 @@ class RecordKind:
     indent: int | None = None
 
     def write(self, values: Mapping[str, Any], path: Path) -> None:
-        """Raises ConfigError if the file cannot be written; what was there before then stays."""
+        """Write a file atomically.
+
+        Raises:
+            ConfigError: The file cannot be written. An existing file is unchanged.
+        """
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +65,15 @@ class RecordKind:
             ) from error
 
     def read(self, path: Path, made_of: Callable[[Mapping[str, Any]], Record]) -> Record:
-        """The record that `made_of` makes of the file's values.
+        """Read a file.
 
-        It may raise KeyError, TypeError, ValueError or AttributeError for values that are none.
-        Raises ConfigError for a file that is not there, no such record, or of another version.
+        Args:
+            path: The file.
+            made_of: Converts its values; may raise LookupError, TypeError, ValueError,
+                AttributeError or ArithmeticError for damaged ones.
+
+        Raises:
+            ConfigError: The file is missing, damaged, or of another kind or version.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -93,13 +107,13 @@ _PROFILE = RecordKind(
     version_at=("facts", "version"),
     make="make one with moefit profile",
     again=_AGAIN,
-    elsewhere="make room, or set XDG_CACHE_HOME to a folder that can be written to",
+    elsewhere="free disk space, or set XDG_CACHE_HOME to a writable folder",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFacts:
-    """One MoE block: its experts, numbers in an expert's matrices, bytes of a slot by format."""
+    """One MoE block; the fields are those of `BlockShape`."""
 
     name: str
     num_experts: int
@@ -109,7 +123,7 @@ class BlockFacts:
 
     @property
     def shape(self) -> BlockShape:
-        """What experiments and models need of it."""
+        """The block as experiments and models use it."""
         return BlockShape(
             num_experts=self.num_experts,
             weights=self.weights,
@@ -120,9 +134,21 @@ class BlockFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFacts:
-    """What a profile is of. `wanted` names all its items; some may not be measured yet.
+    """What a profile was measured on, known before any measurement.
 
-    errors of blocks: of each expert |W - W^|^2 / |W|^2 by format.
+    Attributes:
+        version: Version of the file format.
+        fingerprint: Identifies the checkpoint.
+        source: Folder of the checkpoint.
+        dtype: Name of the torch dtype that the model is loaded in.
+        rule: Inference rule of a DS-MoE; None for the model's own.
+        machine: What times depend on; see `machine`.
+        text: Name of the text.
+        text_digest: Identifies the text.
+        tokens: Tokens of the text that are predicted.
+        context: Tokens of each window.
+        blocks: The MoE blocks. Errors are |W - W^|^2 / |W|^2 of each expert, by format.
+        wanted: Names of all items, measured or not.
     """
 
     version: int
@@ -140,29 +166,29 @@ class ProfileFacts:
 
     @property
     def shapes(self) -> Shapes:
-        """Of all blocks."""
+        """The blocks by name."""
         return {one.name: one.shape for one in self.blocks}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Facts, and items by name: plain values."""
+    """The facts, and the measured items by name, as plain values."""
 
     facts: ProfileFacts
     items: Mapping[str, Any]
 
     @property
     def missing(self) -> list[str]:
-        """What has not been measured yet."""
+        """Names of the items that have not been measured."""
         return [name for name in self.facts.wanted if name not in self.items]
 
     @property
     def experts(self) -> dict[str, int]:
-        """How many experts each block has."""
+        """Number of experts by block."""
         return {block.name: block.num_experts for block in self.facts.blocks}
 
     def those(self, prefix: str) -> dict[str, Any]:
-        """Items whose name begins so, by the rest of their names."""
+        """Return the items whose names begin with `prefix`, by the remainder of their names."""
         return {
             name.removeprefix(prefix): value
             for name, value in self.items.items()
@@ -170,17 +196,17 @@ class Profile:
         }
 
     def with_item(self, name: str, value: Any) -> "Profile":
-        """One item more."""
+        """Return the profile with an item added."""
         return replace(self, items={**self.items, name: value})
 
     def without(self, prefixes: tuple[str, ...]) -> "Profile":
-        """As if what begins so had not been measured."""
+        """Return the profile without the items whose names begin with one of `prefixes`."""
         kept = {name: one for name, one in self.items.items() if not name.startswith(prefixes)}
         return replace(self, items=kept)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What times depend on."""
+    """Return the properties of this machine that times depend on."""
     model = ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -196,30 +222,38 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def profiles_root() -> Path:
-    """Where all profiles are."""
+    """Return the folder of all profiles."""
     return cache_root() / "profiles"
 
 
 def folder_for(skeleton: Skeleton) -> Path:
-    """Where the profiles of this checkpoint in this dtype are."""
+    """Return the folder of the profiles of a checkpoint in its dtype."""
     dtype = str(skeleton.dtype).removeprefix("torch.")
     return profiles_root() / f"{fingerprint(skeleton)}-{dtype}"
 
 
 def path_for(skeleton: Skeleton, facts: ProfileFacts) -> Path:
-    """Where the profile with these facts is; another text, machine or rule has its own."""
+    """Return the file of the profile with these facts; each text, machine and rule has its own."""
     what = (facts.text_digest, facts.tokens, facts.context, facts.rule, facts.wanted)
     key = repr((facts.version, *what, sorted(facts.machine.items())))
     return folder_for(skeleton) / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write it, whole or not at all. Raises ConfigError if that cannot be."""
+    """Write a profile atomically.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     _PROFILE.write({"facts": asdict(profile.facts), "items": dict(profile.items)}, path)
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises ConfigError for a file that is no profile of this version, naming what helps."""
+    """Read a profile.
+
+    Raises:
+        ConfigError: The file is missing, damaged, or not a profile of this version.
+    """
     return _PROFILE.read(path, _profile)
 
 
@@ -232,14 +266,21 @@ def _profile(values: Mapping[str, Any]) -> Profile:
 
 
 def find_profile(skeleton: Skeleton, *, model: str, path: Path | None = None) -> Profile:
-    """The profile to plan by: that of `path`, or the newest finished one of this checkpoint.
+    """Return the profile at `path`, or the newest finished one of a checkpoint.
 
-    One that was measured on this machine comes before others.
-    Raises ConfigError if there is none, it is unfinished, or of another checkpoint.
+    Profiles that were measured on this machine are preferred.
+
+    Args:
+        skeleton: The model without weights.
+        model: What the user calls it, for error messages.
+        path: A profile's file; None to search for one.
+
+    Raises:
+        ConfigError: There is no profile, it is unfinished, or it is of another checkpoint.
     """
     if path is not None:
         profile = read_profile(path)
-        _refuse_other(profile, skeleton, path)
+        _check_checkpoint(profile, skeleton, path)
         return _finished(profile, model)
     found = list(_profiles_in(folder_for(skeleton)))
     if not found:
@@ -248,19 +289,19 @@ def find_profile(skeleton: Skeleton, *, model: str, path: Path | None = None) ->
             f"there is no profile of {model} in {dtype}; make one with: moefit profile {model} "
             "--text FILE"
         )
-    best = min(found, key=lambda one: (bool(one.missing), one.facts.machine != _here(one)))
+    best = min(found, key=lambda one: (bool(one.missing), not _is_of_this_machine(one)))
     return _finished(best, model)
 
 
 def _profiles_in(folder: Path) -> Iterator[Profile]:
-    """All that can be read, the newest first."""
+    """Yield all readable profiles, newest first."""
     for path in sorted(folder.glob("*.json"), key=lambda one: -one.stat().st_mtime):
         with suppress(ConfigError):
             yield read_profile(path)
 
 
-def _here(profile: Profile) -> dict[str, Any]:
-    return machine(profile.facts.machine.get("device", "cpu"))
+def _is_of_this_machine(profile: Profile) -> bool:
+    return profile.facts.machine == machine(profile.facts.machine.get("device", "cpu"))
 
 
 def _finished(profile: Profile, model: str) -> Profile:
@@ -268,12 +309,12 @@ def _finished(profile: Profile, model: str) -> Profile:
         done = len(profile.facts.wanted) - len(profile.missing)
         raise ConfigError(
             f"the profile of {model} has {done} of {len(profile.facts.wanted)} measurements; the "
-            "same moefit profile command goes on from there"
+            "same moefit profile command continues from there"
         )
     return profile
 
 
-def _refuse_other(profile: Profile, skeleton: Skeleton, path: Path) -> None:
+def _check_checkpoint(profile: Profile, skeleton: Skeleton, path: Path) -> None:
     own = fingerprint(skeleton)
     dtype = str(skeleton.dtype).removeprefix("torch.")
     if (profile.facts.fingerprint, profile.facts.dtype) != (own, dtype):

@@ -1,9 +1,9 @@
 """Measure configurations against the full model on a text.
 
-The calibration text as windows of equal length, the full model's output on it (kept compactly), and
-`Sample`: one configuration's divergence, loss and speed.
+`Reference` holds the text in windows of equal length and the full model's most likely tokens.
+`Sample` holds one configuration's divergence, loss and speed.
 
-Shapes: B sequences, T tokens, N likeliest tokens, V vocabulary.
+Shapes: B sequences, T tokens, N most likely tokens, V vocabulary.
 """
 
 import hashlib
@@ -24,13 +24,20 @@ from moefit.plan.configuration import Configuration, configuration_from
 from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.model import ServedModel
 
-LIKELIEST = 512
-_LOGITS_AT_ONCE = 64 << 20  # bytes of float32 logits that a forward pass may make
+TOP_TOKENS = 512
+_MAX_LOGITS = 64 << 20  # bytes of float32 logits in one forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """Of each window's tokens but the last: what follows by the full model, and what did."""
+    """The full model's output on a text.
+
+    Attributes:
+        windows_BT: Token ids; one more per window than the other tensors have positions.
+        ids_BTN: The most likely next tokens.
+        logp_BTN: Their log-probabilities.
+        nll_BT: Loss of the actual next token, in nats.
+    """
 
     windows_BT: Tensor
     ids_BTN: Tensor
@@ -38,20 +45,29 @@ class Reference:
     nll_BT: Tensor
 
     def distance(self, logp_TV: Tensor, window: int, first: int = 0) -> tuple[Tensor, Tensor]:
-        """KL(full || this) in nats and this one's loss, token by token from `first` on."""
+        """Compare log-probabilities with the full model's.
+
+        Args:
+            logp_TV: Log-probabilities of consecutive positions.
+            window: Index of the window.
+            first: Position of the first row in the window.
+
+        Returns:
+            KL(full || this) in nats, T, and the loss in nats, T.
+        """
         last = first + len(logp_TV)
         ids_TN = self.ids_BTN[window, first:last]
         full_TN = self.logp_BTN[window, first:last]
         other_TN = logp_TV.gather(-1, ids_TN.long())
         kl_T = (full_TN.exp() * (full_TN - other_TN)).sum(-1)
         if ids_TN.shape[-1] < logp_TV.shape[-1]:
-            left_T, other_left_T = _left(full_TN), _left(other_TN)
+            left_T, other_left_T = _remaining(full_TN), _remaining(other_TN)
             kl_T += left_T * (left_T.log() - other_left_T.log())
         targets_T = self.windows_BT[window, first + 1 : last + 1]
         return kl_T, -logp_TV.gather(-1, targets_T[:, None])[:, 0]
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the file atomically."""
         part = path.with_name(f".{path.name}.part")
         with part.open("wb") as file:
             np.savez(
@@ -65,20 +81,20 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference | None:
-    """What `save` wrote; None if it is not there or damaged, for it can be made again."""
+    """Read what `save` wrote; return None if the file is missing or damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             windows, ids, logp, nll = (
                 torch.from_numpy(arrays[name]) for name in ("windows", "ids", "logp", "nll")
             )
-    except Exception:  # noqa: BLE001 - BadZipFile, MemoryError, ...: numpy raises what comes
+    except Exception:  # noqa: BLE001 - BadZipFile, MemoryError, ...: numpy documents no list of exceptions
         return None
     found = Reference(windows_BT=windows, ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
     return found if _is_sound(found) else None
 
 
 def _is_sound(reference: Reference) -> bool:
-    """Whether the arrays are of one text, in the dtypes that `make_reference` gives them."""
+    """Return whether shapes and dtypes are those of `make_reference`."""
     windows_BT, ids_BTN = reference.windows_BT, reference.ids_BTN
     dtypes = [one.dtype for one in (windows_BT, ids_BTN, reference.logp_BTN, reference.nll_BT)]
     if dtypes != [torch.int64, torch.int32, torch.float32, torch.float32] or windows_BT.dim() != 2:
@@ -93,10 +109,10 @@ def _is_sound(reference: Reference) -> bool:
 
 
 def make_reference(served: ServedModel, windows_BT: Tensor) -> Reference:
-    """Run the windows through the model, whose mode must be exact."""
+    """Run windows through the model, which must be in exact mode."""
     ids, logp, nll = [], [], []
-    for window, logp_TV in wide(served, windows_BT):
-        best_TN = logp_TV.topk(min(LIKELIEST, logp_TV.shape[-1]), dim=-1)
+    for window, logp_TV in window_logprobs(served, windows_BT):
+        best_TN = logp_TV.topk(min(TOP_TOKENS, logp_TV.shape[-1]), dim=-1)
         ids.append(best_TN.indices.int())
         logp.append(best_TN.values)
         targets_T = windows_BT[window, 1:]
@@ -110,11 +126,11 @@ def make_reference(served: ServedModel, windows_BT: Tensor) -> Reference:
 
 
 @torch.inference_mode()
-def wide(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each window's number and log-probabilities [T, V], several windows a forward pass."""
+def window_logprobs(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield each window's index and log-probabilities [T, V]."""
     vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
     length = windows_BT.shape[1] - 1
-    at_once = max(1, _LOGITS_AT_ONCE // (4 * vocabulary * length))
+    at_once = max(1, _MAX_LOGITS // (4 * vocabulary * length))
     for first in range(0, len(windows_BT), at_once):
         part_BT = windows_BT[first : first + at_once, :-1].to(served.model.device)
         logits_BTV = served.model(input_ids=part_BT, use_cache=False).logits
@@ -123,8 +139,8 @@ def wide(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]
             yield first + number, logits_TV.float().log_softmax(-1).cpu()
 
 
-def _left(logp_TN: Tensor) -> Tensor:
-    """The probability of all that is not among the likeliest."""
+def _remaining(logp_TN: Tensor) -> Tensor:
+    """Return the probability of all other tokens."""
     return (1 - logp_TN.exp().sum(-1)).clamp_min(1e-9)
 
 
@@ -132,7 +148,17 @@ MIN_WINDOWS = 4
 
 
 def windows_of(text: Text) -> Tensor:
-    """Windows [B, context + 1] spread over the text. Raises DataError if they are too few."""
+    """Return windows spread over a text.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Token ids [B, context + 1].
+
+    Raises:
+        DataError: There are fewer than `MIN_WINDOWS`.
+    """
     whole = (
         [
             window_T
@@ -153,19 +179,26 @@ def windows_of(text: Text) -> Tensor:
 
 
 def digest_of(windows_BT: Tensor) -> str:
-    """What tells one calibration text from another."""
+    """Return a digest that identifies a text."""
     return hashlib.sha256(windows_BT.numpy().tobytes()).hexdigest()[:16]
 
 
-RUN = 16  # tokens of which a mean time is taken; of these means, the median
+RUN = 16  # tokens that a mean time is taken over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What was measured. Divergence and losses in nats a token; `seconds` a token, None if wide.
+    """The measurement of one configuration.
 
-    misses and moved are means per token and block: experts that were waited for, and the share of
-    router weight that went elsewhere.
+    Attributes:
+        configuration: How the model was served.
+        divergence: KL(full || this) in nats per token.
+        loss: Loss in nats per token.
+        full_loss: Loss of the full model on the same tokens.
+        tokens: Number of tokens.
+        seconds: Decoding time per token; None if whole windows were measured.
+        misses: Experts that a token waited for, per block.
+        moved: Share of router weight that was substituted, per block.
     """
 
     configuration: Configuration
@@ -178,22 +211,22 @@ class Sample:
     moved: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "configuration": self.configuration.as_dict()}
 
 
 def sample_from(values: Mapping[str, Any]) -> Sample:
-    """From `as_dict`."""
+    """Return the sample that `as_dict` was called on."""
     return Sample(**{**values, "configuration": configuration_from(values["configuration"])})
 
 
 def measure_windows(
     served: ServedModel, configuration: Configuration, reference: Reference
 ) -> Sample:
-    """Over all windows of the reference."""
+    """Measure quality over all windows of the reference, each in one forward pass."""
     kl = loss = full = 0.0
     tokens = 0
-    for window, logp_TV in wide(served, reference.windows_BT):
+    for window, logp_TV in window_logprobs(served, reference.windows_BT):
         kl_T, nll_T = reference.distance(logp_TV, window)
         kl, loss, tokens = kl + float(kl_T.sum()), loss + float(nll_T.sum()), tokens + len(kl_T)
         full += float(reference.nll_BT[window].sum())
@@ -208,7 +241,7 @@ def measure_windows(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Which tokens are decoded: of so many windows, behind a prompt; the first window warms up."""
+    """Which tokens are decoded: number of windows, tokens of the prompt, tokens after it."""
 
     windows: int
     prompt: int
@@ -219,7 +252,10 @@ class Steps:
 def measure_steps(
     served: ServedModel, configuration: Configuration, reference: Reference, steps: Steps
 ) -> Sample:
-    """Token by token; what is in memory goes on from window to window."""
+    """Measure quality and speed token by token, after one window of warm-up.
+
+    The resident experts stay from window to window.
+    """
     kl: list[float] = []
     loss: list[float] = []
     full: list[float] = []
@@ -242,14 +278,14 @@ def measure_steps(
         loss=statistics.fmean(loss),
         full_loss=statistics.fmean(full),
         tokens=len(kl),
-        seconds=typical(seconds),
+        seconds=median_of_means(seconds),
         misses=misses / (len(seconds) * len(served.blocks)),
         moved=served.report()["substituted_mass"],
     )
 
 
-def typical(seconds: list[float]) -> float:
-    """The median over runs of `RUN` tokens of a run's mean: bursts of other work don't count."""
+def median_of_means(seconds: list[float]) -> float:
+    """Return the median over runs of `RUN` tokens of a run's mean, which ignores short bursts."""
     runs = [seconds[first : first + RUN] for first in range(0, len(seconds), RUN)]
     whole = [run for run in runs if len(run) == RUN] or runs
     return statistics.median(statistics.fmean(run) for run in whole)
@@ -258,7 +294,7 @@ def typical(seconds: list[float]) -> float:
 def _decode_steps(
     served: ServedModel, reference: Reference, window: int, steps: Steps
 ) -> tuple[list[torch.Tensor], list[float], int]:
-    """Log-probabilities and seconds of each step, and how many experts were waited for."""
+    """Return log-probabilities and seconds of each step, and the number of fetched experts."""
     ids_1T = reference.windows_BT[window][None].to(served.model.device)
     last = min(steps.prompt + steps.tokens, ids_1T.shape[1] - 1)
     output = served.model(input_ids=ids_1T[:, : steps.prompt], use_cache=True)
@@ -272,6 +308,6 @@ def _decode_steps(
         rows.append(output.logits[0, -1].float().log_softmax(-1).cpu())
         seconds.append(time.perf_counter() - began)
         cache = output.past_key_values
-    for row_V in rows:  # not while the clock runs
+    for row_V in rows:  # outside the timed part
         refuse_no_numbers(row_V)
     return rows, seconds, served.report()["fetches"] - before

@@ -1,6 +1,6 @@
-"""Times of a model's parts: the experts of one block, their way from storage, everything else.
+"""Measure the times of a model's parts: one block's experts, loading an expert, everything else.
 
-Owns the measurements; what a token takes in all is made of them in `latency.py`.
+`latency.py` predicts the time per token from them.
 
 Shapes: T tokens, D model width.
 """
@@ -26,15 +26,19 @@ from moefit.serve.model import ServedModel
 TOKENS = (1, 4, 16, 64)
 _REPEATS = 12
 _READS = 8
-_REST_TOKENS = 24
+_DENSE_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatTimes:
-    """Of one format. Seconds: `block`, all that one block's experts take, by tokens of a step.
+    """Times of one format, in seconds.
 
-    cold and warm: to bring one expert into a slot, past the page cache and from it. `packed`: it
-    came as it lies in slots; else it was encoded on the way, which these seconds contain.
+    Attributes:
+        block: Computing the experts of one block, by tokens per step.
+        cold: Loading one expert from storage.
+        warm: Loading one expert from the page cache.
+        packed: Whether experts were loaded as packed; otherwise loading includes encoding.
+        nbytes: Bytes of a slot.
     """
 
     block: dict[str, float]
@@ -44,19 +48,19 @@ class FormatTimes:
     nbytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @torch.inference_mode()
 def time_format(served: ServedModel, store: ExpertStore, reference: Reference) -> FormatTimes:
-    """Of the format that all slots of the model have; the block in the middle stands for all."""
+    """Measure the format that all slots of the model have, in the middle block."""
     experts = list(served.blocks.values())[len(served.blocks) // 2]
     block: dict[str, float] = {}
     for count in TOKENS:
         ids_T = reference.windows_BT.flatten()[:count]
         arguments = _arguments(served, experts, ids_T)
-        experts(*arguments)  # what is not there is fetched
+        experts(*arguments)  # fetches what is missing
         block[str(count)] = statistics.median(_timed(experts, arguments))
     cold, warm = _loads(experts, store)
     slot = next(iter(experts.slots.values()))
@@ -70,7 +74,7 @@ def time_format(served: ServedModel, store: ExpertStore, reference: Reference) -
 
 
 def _arguments(served: ServedModel, experts: VirtualExperts, ids_T: Tensor) -> Sequence[Tensor]:
-    """What the block's experts are called with for these tokens."""
+    """Return the arguments that the block's experts are called with for these tokens."""
     seen: list[tuple[Tensor, ...]] = []
     hook = experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     try:
@@ -88,11 +92,11 @@ def _timed(experts: VirtualExperts, arguments: Sequence[Tensor]) -> Iterable[flo
 
 
 def _loads(experts: VirtualExperts, store: ExpertStore) -> tuple[float, float]:
-    """Seconds to read one expert, cold and warm, medians."""
+    """Return the median seconds to read one expert, cold and warm."""
     slot = allocate_slot(experts.format, experts.block.layout.specs, torch.device("cpu"))
     name, times = experts.block.name, ([], [])
     for expert in range(min(_READS, experts.num_experts)):
-        forget(store.files(name, experts.format))
+        drop_page_cache(store.files(name, experts.format))
         for kind in times:
             began = time.perf_counter()
             store.read(name, expert, slot)
@@ -100,8 +104,8 @@ def _loads(experts: VirtualExperts, store: ExpertStore) -> tuple[float, float]:
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def forget(files: Iterable[Path]) -> None:
-    """Drop files from the page cache, where the system lets us."""
+def drop_page_cache(files: Iterable[Path]) -> None:
+    """Drop files from the page cache, as far as the system allows."""
     for path in files:
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
@@ -113,11 +117,11 @@ def forget(files: Iterable[Path]) -> None:
 
 @torch.inference_mode()
 def time_dense_weights(served: ServedModel, reference: Reference) -> float:
-    """Seconds that decoding one token takes without experts: attention, routers, head."""
+    """Return the median seconds to decode one token without experts."""
     for experts in served.blocks.values():
         experts.recorder = lambda _: None
     try:
-        return statistics.median(_steps(served, reference.windows_BT[0, :_REST_TOKENS]))
+        return statistics.median(_steps(served, reference.windows_BT[0, :_DENSE_TOKENS]))
     finally:
         for experts in served.blocks.values():
             experts.recorder = None

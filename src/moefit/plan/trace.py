@@ -1,8 +1,10 @@
 """Record the routing of a text, and replay it with fewer experts resident.
 
-`record_routes` runs the model exactly and records what every block's router chose. Replaying the
-record gives misses, swaps and substituted weight for any number of slots and any policy, without
-the model; `Curves` keep them at a few points per block.
+`record_routes` runs the model in exact mode and records what each block's router chose. Replaying
+the record gives misses, swaps and substituted weight for any number of slots and any policy,
+without the model. `Curves` hold them at a few slot counts per block.
+
+Shapes: B sequences, T tokens, D model width, K chosen per token, E experts.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +27,14 @@ from moefit.serve.model import ServedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One token in one block: chosen experts with their router weight, all experts' scores, |x|."""
+    """The routing of one token in one block.
+
+    Attributes:
+        chosen: Chosen experts.
+        weights: Their router weights.
+        scores: Scores of all experts.
+        norm: Norm of the block's input.
+    """
 
     chosen: Sequence[int]
     weights: Sequence[float]
@@ -35,7 +44,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult:
-    """Means per token: experts that had to be read while it waited, swaps, router weight moved."""
+    """Means per token of a replay.
+
+    Attributes:
+        misses: Experts that the token waited for.
+        swaps: Experts loaded in the background.
+        moved: Share of router weight that was substituted.
+    """
 
     misses: float
     swaps: float
@@ -50,7 +65,7 @@ class _Sums:
 
 
 class _Block:
-    """Residents and scores of one block in the course of a replay."""
+    """The resident experts and scores of one block during a replay."""
 
     def __init__(self, num_experts: int, slots: int):
         self.eviction = POLICIES[DEFAULT_POLICY]()
@@ -67,13 +82,13 @@ class _Block:
         self.importance.observe(weights)
 
     def fetch(self, needed: Sequence[int]) -> int:
-        """Make room for what is not there, one by one; returns how many those were."""
+        """Load the missing experts one by one and return their number."""
         residents = self.slot_table.residents
         absent = [expert for expert in needed if expert not in residents]
         left = set(needed)
         for number, expert in enumerate(absent):
             slot = self.slot_table.reserve(expert, protected=left)
-            if slot is None:  # more are needed than slots: what is computed gives its slot up
+            if slot is None:  # fewer slots than experts: evict those that have been computed
                 left = set(absent[number:])
                 slot = self.slot_table.reserve(expert, protected=left)
             assert slot is not None
@@ -94,14 +109,23 @@ class _Block:
 
 
 def replay_exact(steps: Sequence[Step], num_experts: int, slots: int) -> ReplayResult:
-    """Everything that is chosen is fetched."""
+    """Replay exact mode: fetch every chosen expert."""
     return replay_bounded(steps, num_experts, slots, bound=-1.0)
 
 
 def replay_bounded(
     steps: Sequence[Step], num_experts: int, slots: int, *, bound: float, protected: int = 1
 ) -> ReplayResult:
-    """At most `bound` of a token's weight moves to residents; what else is absent is fetched."""
+    """Replay bounded mode.
+
+    Args:
+        steps: The recorded routing.
+        num_experts: Experts of the block.
+        slots: Its slots.
+        bound: Maximum share of a token's router weight that is substituted; other missing experts
+            are fetched.
+        protected: Number of chosen experts of largest weight that are never substituted.
+    """
     block, sums = _Block(num_experts, slots), _Sums()
     for step in steps:
         block.observe(step)
@@ -121,7 +145,7 @@ def replay_bounded(
 def replay_virtual(
     steps: Sequence[Step], num_experts: int, slots: int, manager: VirtualExpertManager
 ) -> ReplayResult:
-    """Residents alone answer; while slots are empty, what is chosen is fetched."""
+    """Replay virtual mode: use resident experts only; fetch while there are empty slots."""
     block, sums = _Block(num_experts, slots), _Sums()
     for number, step in enumerate(steps, start=1):
         block.observe(step)
@@ -142,7 +166,7 @@ def replay_virtual(
 
 
 def replaceable(step: Step, residents: Collection[int], bound: float, protected: int) -> list[int]:
-    """Chosen experts that may be given up, in the order of the choice.
+    """Return the chosen experts that may be substituted, in the order of the choice.
 
     >>> step = Step(chosen=[0, 1, 2], weights=[0.6, 0.3, 0.1], scores=[3, 2, 1, 0])
     >>> replaceable(step, {0, 3}, 0.2, 1)
@@ -163,7 +187,7 @@ def replaceable(step: Step, residents: Collection[int], bound: float, protected:
 
 
 def substitutes(step: Step, residents: Collection[int], count: int) -> list[int]:
-    """The best residents that the token does not use yet."""
+    """Return the resident experts of highest score that the token does not use yet."""
     free = [e for e in residents if e not in step.chosen]
     return sorted(free, key=lambda e: (-step.scores[e], e))[:count]
 
@@ -177,10 +201,14 @@ def _means(sums: _Sums, steps: int) -> ReplayResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """One block's steps, and each expert's share of router weight and of what is added to x.
+    """The recorded routing of one block.
 
-    mass_E and loudness_E sum to one; experts: how many a token uses, in the mean.
-    rule_known: whether the router's rule was recognised.
+    Attributes:
+        steps: One step per token.
+        mass_E: Each expert's share of router weight.
+        output_energy_E: Each expert's share of the output energy.
+        experts: Experts that a token uses on average.
+        rule_known: Whether the router's scoring rule was recognized.
     """
 
     steps: Sequence[Step]
@@ -192,11 +220,16 @@ class Routes:
 
 @torch.inference_mode()
 def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
-    """Routes of all windows by block, one window after the other; the mode must be exact."""
+    """Run windows one after the other and record the routing of each block.
+
+    Args:
+        served: The model, in exact mode.
+        windows_BT: Token ids.
+    """
     steps: dict[str, list[Step]] = {name: [] for name in served.blocks}
     for experts in served.blocks.values():
         experts.enable_stats()
-    with _listening(served, steps):
+    with _recording(served, steps):
         for window_T in windows_BT:
             ids_1T = window_T[None].to(served.model.device)
             served.model(input_ids=ids_1T, use_cache=False)
@@ -204,14 +237,14 @@ def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
 
 
 @contextmanager
-def _listening(served: ServedModel, steps: dict[str, list[Step]]) -> Iterator[None]:
+def _recording(served: ServedModel, steps: dict[str, list[Step]]) -> Iterator[None]:
     hooks: list[RemovableHandle] = []
     for name, experts in served.blocks.items():
 
-        def hear(module: VirtualExperts, args: tuple[Tensor, ...], name: str = name) -> None:
+        def record(module: VirtualExperts, args: tuple[Tensor, ...], name: str = name) -> None:
             steps[name] += _steps(module, *args)
 
-        hooks.append(experts.register_forward_pre_hook(hear))
+        hooks.append(experts.register_forward_pre_hook(record))
     try:
         yield
     finally:
@@ -233,7 +266,7 @@ def _steps(experts: VirtualExperts, x: Tensor, *arguments: Tensor) -> Iterator[S
 
 
 def _scores(experts: VirtualExperts, tokens: int) -> list[list[float]]:
-    """By which substitutes are chosen; zeros where the router's rule is not known."""
+    """Return the scores that substitutes are chosen by; zeros if the scoring rule is unknown."""
     if experts.scoring is None or experts.logits_TE is None:
         return [[0.0] * experts.num_experts] * tokens
     logits_TE = experts.logits_TE.reshape(-1, experts.num_experts)
@@ -261,16 +294,25 @@ def _shares(values: Sequence[float]) -> list[float]:
 
 
 Curves = Mapping[str, Mapping[int, ReplayResult]]
-"""By policy, then slots."""
+"""Results by policy, then by number of slots."""
 
 
 def policy_key(mode: Mode, bound: float, every: int) -> str:
-    """As `experiments.policies` names them."""
+    """Return the name of a policy, as in `experiments.policies`."""
     return {"exact": "exact", "bounded": f"bounded:{bound:g}", "virtual": f"virtual:{every}"}[mode]
 
 
 def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dict[str, Any]]:
-    """All curves of one block, as plain values; depth is the block's among all, 0 to 1."""
+    """Compute all curves of one block.
+
+    Args:
+        routes: The recorded routing.
+        num_experts: Experts of the block.
+        depth: Position of the block in the model, 0 to 1.
+
+    Returns:
+        Plain values for JSON.
+    """
     return {
         policy: {
             str(slots): _point(_replayed(policy, routes, num_experts, slots, depth))
@@ -296,7 +338,7 @@ def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: floa
 
 
 def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
-    """From `make_curves`; with all experts resident nothing is missed or moved."""
+    """Return the curves that `make_curves` computed, with zeros for all experts resident."""
     nothing = ReplayResult(misses=0.0, swaps=0.0, moved=0.0)
     return {
         policy: {
@@ -311,7 +353,7 @@ def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
 
 
 def interpolated(curves: Curves, policy: str, slots: int) -> ReplayResult:
-    """Between two points of a curve in a straight line."""
+    """Interpolate linearly between two points of a curve."""
     points = curves[policy]
     if slots in points:
         return points[slots]

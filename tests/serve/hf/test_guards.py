@@ -22,7 +22,7 @@ from moefit.evaluate.loading import reference_path
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.stepwise import score_steps
 from moefit.moe.routing import Rule
-from moefit.plan.reference import wide
+from moefit.plan.reference import window_logprobs
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.load import load_model
@@ -142,7 +142,7 @@ def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
         scorers: list[Callable[[], Any]] = [
             lambda: score(served.model, text, [Rule.parse("top_k:3")]),
             lambda: score_steps(served, text, prompt=2),
-            lambda: list(wide(served, windows_BT)),
+            lambda: list(window_logprobs(served, windows_BT)),
         ]
         for scorer in scorers:
             with pytest.raises(CheckpointError, match="logits are not finite"):
