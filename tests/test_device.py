@@ -42,7 +42,7 @@ def test_what_is_here(gpus, name):
 )
 def test_what_is_not_says_what_is(gpus, count, name, works):
     gpus(count)
-    message = re.escape(f"device={name!r} is not to be had here; {works}")
+    message = re.escape(f"device={name!r} is not available here; {works}")
     with pytest.raises(ConfigError, match=message):
         parse_device(name)
 
@@ -52,5 +52,5 @@ def test_a_gpu_that_is_planned_for_need_not_be_here(gpus):
     assert planned_device("cuda:3") == torch.device("cuda:3")
     assert planned_device("auto") == planned_device("cpu") == torch.device("cpu")
     for name in ("foo", "meta", "cuda:x", "cpu:7"):
-        with pytest.raises(ConfigError, match="is not to be had here"):
+        with pytest.raises(ConfigError, match="is not available here"):
             planned_device(name)

@@ -1,8 +1,4 @@
-"""The device that a name on the command line or in a configuration means.
-
-Owns which names there are and the check that the machine has such a device, before anything
-large is read. Knows nothing of what runs there.
-"""
+"""Parse device names, and check that this machine has the device before anything large is read."""
 
 import torch
 
@@ -12,9 +8,10 @@ KINDS = ("cpu", "cuda")
 
 
 def parse_device(name: str) -> torch.device:
-    """The device called `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one, else the CPU.
+    """Return the device called `cpu`, `cuda`, `cuda:N`, or `auto`: a GPU if there is one.
 
-    Raises ConfigError if there is no such kind, or this machine has none or fewer of it.
+    Raises:
+        ConfigError: The name is unknown, or this machine has no such device.
 
     >>> parse_device("cpu")
     device(type='cpu')
@@ -25,14 +22,14 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(_not_here(name, gpus)) from error
+        raise ConfigError(_unavailable(name, gpus)) from error
     if device.type not in KINDS or (device.index or 0) >= (gpus if device.type == "cuda" else 1):
-        raise ConfigError(_not_here(name, gpus))
+        raise ConfigError(_unavailable(name, gpus))
     return device
 
 
 def planned_device(name: str) -> torch.device:
-    """As `parse_device`, but a GPU need not be here: for what is only reckoned.
+    """Return a device as `parse_device` does, but a GPU need not exist: for estimates.
 
     >>> planned_device("cuda")
     device(type='cuda')
@@ -44,11 +41,11 @@ def planned_device(name: str) -> torch.device:
     return device if device.type == "cuda" else parse_device(name)
 
 
-def _not_here(name: str, gpus: int) -> str:
+def _unavailable(name: str, gpus: int) -> str:
     if gpus == 0:
         works = "auto or cpu"
     elif gpus == 1:
         works = "auto, cpu or cuda"
     else:
         works = f"auto, cpu, cuda, or cuda:0 to cuda:{gpus - 1}"
-    return f"device={name!r} is not to be had here; use {works}"
+    return f"device={name!r} is not available here; use {works}"

@@ -1,18 +1,18 @@
 """The errors that a user can cause.
 
     MoefitError
-    ├── ConfigError            what was asked for contradicts itself or does not exist
-    │   └── RequestTooLargeError  a request that the context or its memory can never hold
-    ├── DataError              the text cannot be read, or is too little
-    ├── CheckpointError        a checkpoint is missing, damaged, foreign or cannot be written
-    ├── BudgetTooSmallError    a memory budget below the model's floor
-    ├── UnsupportedModelError  the model is sound, but this operation cannot represent it
-    ├── QueueFullError         as many requests wait as may
-    ├── RefusedError           the engine takes no more requests
-    └── DivergenceError        training reached a loss that is not a number
+    ├── ConfigError            the request contradicts itself or names something unknown
+    │   └── RequestTooLargeError  a request that never fits in the context or its memory
+    ├── DataError              the text cannot be read, or is too short
+    ├── CheckpointError        a checkpoint is missing, damaged, unknown or cannot be written
+    ├── BudgetTooSmallError    a memory budget below the model's minimum
+    ├── UnsupportedModelError  the model is valid, but this operation does not support it
+    ├── QueueFullError         the queue of waiting requests is full
+    ├── RefusedError           the engine accepts no more requests
+    └── DivergenceError        the training loss is not finite
 
-Each message says what was given, why it can't be, and the nearest thing that works. Broken
-invariants of our own are `assert`s, not these.
+Each message says what was given, why it is not possible, and the nearest thing that works. Broken
+invariants of moefit itself are `assert`s instead.
 """
 
 import unicodedata
@@ -21,15 +21,15 @@ import unicodedata
 def printable(text: str) -> str:
     r"""Return the text with control and formatting characters written as escapes.
 
-    Names that come from a checkpoint may hold terminal escapes. Line feeds and tabs stay.
+    Names in a checkpoint may contain terminal escapes. Line feeds and tabs are not changed.
 
     >>> print(printable("model \x1b[2J"))
     model \x1b[2J
     """
-    return "".join(map(_shown, text))
+    return "".join(map(_escaped, text))
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
         return character
     return character.encode("unicode_escape").decode()
@@ -37,8 +37,8 @@ def _shown(character: str) -> str:
 
 def in_brief(error: BaseException, limit: int = 300) -> str:
     """Return the error's class and message in one line of bounded length."""
-    words = " ".join(str(error).split())
-    cut = words if len(words) <= limit else f"{words[:limit]}..."
+    text = " ".join(str(error).split())
+    cut = text if len(text) <= limit else f"{text[:limit]}..."
     return f"{type(error).__name__}: {cut}" if cut else type(error).__name__
 
 
@@ -53,36 +53,36 @@ class MoefitError(Exception):
 
 
 class ConfigError(MoefitError, ValueError):
-    """What was asked for contradicts itself or does not exist."""
+    """The request contradicts itself or names something unknown."""
 
 
 class RequestTooLargeError(ConfigError):
-    """Prompt and answer of one request are more tokens than can ever be held."""
+    """Prompt and completion of one request have more tokens than can ever fit."""
 
 
 class DataError(MoefitError):
-    """The text cannot be read, or there is too little of it."""
+    """The text cannot be read, or is too short."""
 
 
 class CheckpointError(MoefitError):
-    """A checkpoint is missing, damaged, foreign, or cannot be written."""
+    """A checkpoint is missing, damaged, unknown, or cannot be written."""
 
 
 class BudgetTooSmallError(MoefitError):
-    """The memory budget is below what the model can run in; the message names that floor."""
+    """The memory budget is below the model's minimum, which the message names."""
 
 
 class UnsupportedModelError(MoefitError):
-    """The model is sound, but this operation cannot represent it."""
+    """The model is valid, but this operation does not support it."""
 
 
 class QueueFullError(MoefitError):
-    """As many requests wait already as may; one that comes later may be taken."""
+    """The queue of waiting requests is full; a later retry may succeed."""
 
 
 class RefusedError(MoefitError):
-    """The engine is closing, and takes no more requests."""
+    """The engine is closing and accepts no more requests."""
 
 
 class DivergenceError(MoefitError):
-    """Training reached a loss that is not finite."""
+    """The training loss is not finite."""

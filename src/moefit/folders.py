@@ -1,4 +1,4 @@
-"""Folders that several processes may come to: where the cache is, and having one for oneself."""
+"""The cache folder, and locks on folders that several processes may use."""
 
 import os
 from collections.abc import Iterator
@@ -9,35 +9,41 @@ from moefit.errors import CheckpointError, ConfigError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two processes in one folder go unnoticed there
+except ImportError:  # not a POSIX system: without locks
     fcntl = None
 
 
 def cache_root() -> Path:
-    """Where moefit keeps what it can make again: $XDG_CACHE_HOME/moefit, or ~/.cache/moefit."""
+    """Return the folder for reproducible files: $XDG_CACHE_HOME/moefit, or ~/.cache/moefit."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "moefit"
 
 
 def try_lock(descriptor: int) -> bool:
-    """Whether this process has the file for itself from now on; the lock ends with the process."""
+    """Lock an open file until this process ends; return False if another process holds the lock."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # some network file systems have no locks; that must not forbid the work
+    except OSError:  # some network file systems do not support locks; proceed there
         return True
     return True
 
 
 @contextmanager
-def alone_in(folder: Path, *, busy: str, lock: str = ".lock") -> Iterator[None]:
-    """Make the folder and be the only process at some work in it; `lock` is the file that says so.
+def exclusive_folder(folder: Path, *, busy: str, lock: str = ".lock") -> Iterator[None]:
+    """Create a folder and hold its lock for the duration of the context.
 
-    Raises ConfigError with the text `busy` if another process is at it, and CheckpointError if the
-    folder cannot be written to.
+    Args:
+        folder: Created with its parents.
+        busy: Message of the error if another process holds the lock.
+        lock: Name of the lock file; different names allow different work in one folder.
+
+    Raises:
+        ConfigError: Another process holds the lock.
+        CheckpointError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +51,7 @@ def alone_in(folder: Path, *, busy: str, lock: str = ".lock") -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"cannot write into {folder}: {error.strerror or error}; set XDG_CACHE_HOME to a "
-            "folder that can be written to"
+            "writable folder"
         ) from error
     with file:
         if not try_lock(file.fileno()):

@@ -1,8 +1,7 @@
-"""What the operating system says about memory: of this process, of the machine, of its cgroups.
+"""Memory figures of the operating system: of this process, the machine and its control groups.
 
-Owns every reading of /proc and /sys/fs/cgroup: resident set and peak, free memory, and the limits
-of control groups (versions 1 and 2), by which containers, systemd and Slurm bound memory. Knows
-nothing of models, budgets or torch.
+Reads /proc and /sys/fs/cgroup: resident set and peak, free memory, and the limits of control groups
+(versions 1 and 2), with which containers, systemd and Slurm bound memory.
 """
 
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 ROOT = Path("/")
 _UNLIMITED = 1 << 60  # version 1 writes the largest multiple of a page for "no limit"
 # The keys of memory.stat for page cache that the kernel drops before it kills anything. Files of
-# tmpfs are not among them: the kernel counts those as anonymous pages.
+# tmpfs are not included: the kernel counts those as anonymous pages.
 _CACHE = (
     ("total_inactive_file", "total_active_file"),  # version 1, the group with those below it
     ("inactive_file", "active_file"),  # version 2
@@ -44,7 +43,7 @@ class GroupLimit:
 
     Args:
         nbytes: The limit.
-        used: What the group's processes hold of it, without page cache, which gives way.
+        used: Bytes used by the group's processes, without reclaimable page cache.
         file: The file that sets the limit.
     """
 
@@ -54,7 +53,7 @@ class GroupLimit:
 
     @property
     def free(self) -> int:
-        """What the group's processes may still take."""
+        """Bytes that the group's processes may still allocate."""
         return max(0, self.nbytes - self.used)
 
 
@@ -62,10 +61,10 @@ def group_limits(root: Path = ROOT) -> list[GroupLimit]:
     """Return the memory limits of this process's control group and of every group above it.
 
     Args:
-        root: Where the file system begins; tests give a folder of their own.
+        root: Root of the file system; tests pass a folder.
 
     Returns:
-        A list of limits, the group's own first; empty where nothing limits it.
+        Limits, the group's own first; empty if there are none.
     """
     found: list[GroupLimit] = []
     for folder in _group_folders(root):
@@ -78,27 +77,27 @@ def group_limits(root: Path = ROOT) -> list[GroupLimit]:
 
 
 def tightest_limit(root: Path = ROOT) -> GroupLimit | None:
-    """Return the smallest limit of `group_limits`; None where nothing limits this process."""
+    """Return the smallest limit of `group_limits`; None if there are none."""
     return min(group_limits(root), key=lambda limit: limit.nbytes, default=None)
 
 
 def total_bytes(root: Path = ROOT) -> int:
-    """Return the memory that processes here could have at most, without swap.
+    """Return the largest memory that a process here could use, without swap.
 
-    It is the machine's memory, or the tightest limit of a control group if that is less.
+    This is the machine's memory, or the tightest limit of a control group if that is smaller.
     """
     limits = [limit.nbytes for limit in group_limits(root)]
     return min([_meminfo(root)["MemTotal"], *limits])
 
 
 def available_bytes(root: Path = ROOT) -> int:
-    """Return the memory that this process could still take without swapping or being killed.
+    """Return the memory that this process can still allocate without swapping or being killed.
 
-    It is what the machine has available, or what is left below the limit of a control group if
-    that is less. Page cache counts as available.
+    This is the machine's available memory, or what remains below the limit of a control group if
+    that is smaller. Page cache counts as available.
     """
     info = _meminfo(root)
-    free = info.get("MemAvailable", info["MemFree"])  # kernels before 3.14 have no estimate
+    free = info.get("MemAvailable", info["MemFree"])  # kernels before 3.14 lack MemAvailable
     return min([free, *(limit.free for limit in group_limits(root))])
 
 
@@ -108,7 +107,7 @@ def swap_bytes(root: Path = ROOT) -> int:
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """Return how many processors' time control groups allow this process; None if all of it."""
+    """Return the number of processors that control groups allow; None if there is no limit."""
     shares: list[float] = []
     for folder in _group_folders(root, "cpu"):
         words = _text(folder / "cpu.max").split()
@@ -121,14 +120,14 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """Figures of /proc/meminfo in bytes."""
+    """Return the figures of /proc/meminfo in bytes."""
     lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
     pairs = (line.split(":") for line in lines if line.endswith(" kB"))
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
 def _group_folders(root: Path, controller: str = "memory") -> Iterator[Path]:
-    """The folders of this process's groups that a controller may limit, each before its parent."""
+    """Yield the folders of this process's groups for a controller, each before its parent."""
     paths = _group_paths(root)
     for mount in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = mount.partition(" - ")
@@ -145,7 +144,7 @@ def _group_folders(root: Path, controller: str = "memory") -> Iterator[Path]:
 
 
 def _group_paths(root: Path) -> dict[str, str]:
-    """This process's group by controller, from /proc/self/cgroup; version 2 has the name ''."""
+    """Return this process's group by controller; the name of version 2 is ''."""
     found: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -154,10 +153,13 @@ def _group_paths(root: Path) -> dict[str, str]:
 
 
 def _with_parents(mount: Path, path: str, *, mounted: str) -> Iterator[Path]:
-    """A group's folder and those above it, up to where the hierarchy is mounted.
+    """Yield a group's folder and its parents, up to the mount point of the hierarchy.
 
-    mounted: the group that is seen at the mount point. In a container it is often the container's
-    own, while `path` is told from the host's root or from the container's ("/", "/../x").
+    Args:
+        mount: The mount point.
+        path: The group. In a container it may be relative to the host's root or to the container's
+            ("/", "/../x").
+        mounted: The group at the mount point; in a container often the container's own.
     """
     inside = path.removeprefix(mounted) if mounted != "/" else path
     steps = [step for step in inside.split("/") if step not in ("", "..")]
@@ -168,7 +170,7 @@ def _with_parents(mount: Path, path: str, *, mounted: str) -> Iterator[Path]:
 
 
 def _used(folder: Path) -> int:
-    """What a group holds, without page cache."""
+    """Return the bytes that a group uses, without page cache."""
     held = _number(folder / "memory.current")
     held = _number(folder / "memory.usage_in_bytes") if held is None else held
     lines = (line.split() for line in _text(folder / "memory.stat").splitlines())
@@ -178,13 +180,13 @@ def _used(folder: Path) -> int:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None if there is no such file, or it says `max`."""
+    """Return the number in a file; None if there is no such file, or it contains `max`."""
     text = _text(file).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _text(file: Path) -> str:
-    """A file's text; nothing where the system has no such file, or does not let it be read."""
+    """Return a file's text; empty if it does not exist or cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError:

@@ -1,6 +1,6 @@
-"""Leaving politely: SIGINT and SIGTERM ask the loop to save and stop.
+"""Stop gracefully: SIGINT and SIGTERM request that a loop saves and stops.
 
-Owns the handlers while a run lasts and puts back those that were there before.
+Signal handlers are installed for the duration of a context, and the previous ones restored.
 """
 
 import signal
@@ -14,25 +14,25 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(slots=True)
 class StopRequest:
-    """Which signal asked to stop, None so far."""
+    """The signal that requested to stop; None until one arrives."""
 
     received: signal.Signals | None = None
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block a first signal is noted; a second one interrupts at once.
+    """Record the first signal in the returned `StopRequest`; raise KeyboardInterrupt on the second.
 
-    Only the main thread may set handlers; call it from there.
+    Call this from the main thread: only that may set signal handlers.
     """
     request = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         if request.received is not None:
             raise KeyboardInterrupt
         request.received = signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
         yield request
     finally:

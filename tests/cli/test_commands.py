@@ -284,7 +284,7 @@ def test_version():
         (["describe", "dsmoe-4b"], "did you mean"),
         (["describe", "OLMOE"], "has neither model.safetensors"),
         (["describe", "DAMAGED"], "config.json cannot be read"),
-        (["eval", "MODEL", "--device", "foo"], "device='foo' is not to be had here"),
+        (["eval", "MODEL", "--device", "foo"], "device='foo' is not available here"),
         (["generate", "MODEL", "some", "--device", "cuda:99"], "device='cuda:99' is not to be had"),
         (["describe", "MODEL", "--precision", "int9"], "'int9' does not exist"),
         (["generate", "MODEL", "some", "--precision", "int1"], "nearest: int2"),

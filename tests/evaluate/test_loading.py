@@ -161,7 +161,7 @@ def test_the_shape_of_another_family_is_not_guessed(tmp_path):
 def test_a_device_that_is_not_here(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # said before reading
-    with pytest.raises(ConfigError, match="device='cuda' is not to be had here; use auto or cpu"):
+    with pytest.raises(ConfigError, match="device='cuda' is not available here; use auto or cpu"):
         load_full_model(str(saved), device="cuda")
 
 

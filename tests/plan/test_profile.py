@@ -81,9 +81,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
 
 _ANOTHER = """
 import sys, platform
-from moefit.folders import alone_in
+from moefit.folders import exclusive_folder
 from moefit.plan.profile import profiles_root
-with alone_in(profiles_root(), busy="", lock=f".measuring-{platform.node()}"):
+with exclusive_folder(profiles_root(), busy="", lock=f".measuring-{platform.node()}"):
     print("has it", flush=True)
     sys.stdin.read()
 """
@@ -118,7 +118,7 @@ def test_more_experts_than_there_are_are_refused_before_anything_is_measured() -
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_measured() -> None:
-    with pytest.raises(ConfigError, match="'tpu' is not to be had here"):
+    with pytest.raises(ConfigError, match="'tpu' is not available here"):
         profiler(device="tpu")
 
 

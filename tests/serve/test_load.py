@@ -91,7 +91,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     [
         ({"eviction": "fifo"}, "eviction 'fifo' is not one of lru, lfu, importance"),
         ({"mode": "fast"}, "mode='fast' is not one of exact, bounded, virtual"),
-        ({"device": "tpu"}, "device='tpu' is not to be had here"),
+        ({"device": "tpu"}, "device='tpu' is not available here"),
         ({"memory": "much"}, "'much' is not a size"),
         ({"memory": 0}, "0 is not a size"),
         ({"host_memory": "1GiB"}, "host_memory='1GiB', but on a CPU .* give it to memory"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moefit.device import parse_device
 from moefit.errors import UnsupportedModelError
-from moefit.folders import alone_in
+from moefit.folders import exclusive_folder
 from moefit.moe.routing import Rule
 from moefit.plan import experiments
 from moefit.plan.experiments import Shapes
@@ -84,7 +84,7 @@ class Profiler:
         """
         if not again and not (profile := self._begun()).missing:
             return profile
-        with alone_in(
+        with exclusive_folder(
             profiles_root(),
             busy="another moefit profile is measuring on this machine, and two at once would "
             "measure each other; wait for it to end, then run the same command again: what is "

@@ -1,8 +1,8 @@
-"""A model being served inside a memory budget.
+"""A model served inside a memory budget.
 
-Owns what a user does with it: the Hugging Face model and its tokenizer, the budget and the modes
-while it runs, the report. Every change takes the lock that a block's step holds, so that a step
-never sees half of one. Knows nothing of how experts are found or read.
+`ServedModel` is what users work with: the Hugging Face model and its tokenizer, the budget and the
+mode, which may change while it runs, and reports. Every change holds the lock that a block's step
+holds, so that a step never sees half of one.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,9 +26,12 @@ from moefit.serve.report import BlockView, ServedParts, report_of, view_of
 
 
 class ServedModel:
-    """What `moefit.load` gives; also `model, tokenizer = moefit.load(...)`.
+    """A loaded model; returned by `moefit.load`. Unpacks into `model, tokenizer`.
 
-    Thread-safe: budget, mode and report from any thread, `generate` from one at a time.
+    Budget, mode and reports may be used from any thread, `generate` from one thread at a time.
+
+    Args:
+        parts: What loading has put together.
     """
 
     def __init__(self, parts: ServedParts):
@@ -57,47 +60,55 @@ class ServedModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer. Raises ConfigError if its folder has none, or a damaged one."""
+        """The model's tokenizer. Raises ConfigError if it is missing or damaged."""
         if isinstance(self._tokenizer, str):
             raise ConfigError(self._tokenizer)
         return self._tokenizer
 
     @property
     def budget(self) -> MemoryBudget:
-        """The ledger in force."""
+        """The budget in force, by part."""
         return self._budget
 
     @property
     def policy(self) -> Policy:
-        """What happens on a miss, in force."""
+        """The policy for missing experts in force."""
         return self._shared.policy
 
     @property
     def loads_failing(self) -> bool:
-        """Whether experts cannot be read now; unlike `report()`, waits for no step."""
+        """Whether reading experts fails now; unlike `report()`, does not wait for a step."""
         return self._shared.transfer.failures.failing
 
     def _context(self) -> int | None:
-        """The most tokens that a step may hold; without a budget there is no limit."""
-        budget = self._budget  # another one may take its place meanwhile
+        """Return the largest number of tokens in a step; None (no limit) without a budget."""
+        budget = self._budget  # read once: another thread may replace it
         return None if budget.total is None else budget.context
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
+        """Generate as the Hugging Face model does."""
         return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
-        """Serve inside this budget from now on; returns the new ledger.
+        """Change the memory budget.
 
-        Shrinking evicts and gives memory back before this returns; growing fills new slots in the
-        background, unless residents are fixed: then they are all there when this returns.
-        A placement that does not fit is forgotten: blocks have equal shares in the largest format
-        of each from then on. `set_placement` gives another.
-        Raises BudgetTooSmallError, ConfigError for more than the machine or the control group has,
-        or OSError where the system has no such memory; everything is then as it was.
+        Shrinking evicts experts and frees memory before this returns. Growing fills new slots in
+        the background, or before this returns if residents are fixed. A placement that does not fit
+        is dropped: blocks then have equal numbers of slots, each in its largest format.
+
+        Args:
+            memory: A size; None means as much as it takes.
+
+        Returns:
+            The new budget by part.
+
+        Raises:
+            BudgetTooSmallError: The size is below the minimum budget.
+            ConfigError: The size is invalid, or exceeds the system's memory.
+            OSError: Allocation failed. As after the other errors, nothing has changed.
         """
         total = None if memory is None else parse_bytes(memory)
-        with self._shared.lock:  # also while it is reckoned from the one in force
+        with self._shared.lock:  # the new budget depends on the present one
             return self._set_total(total)
 
     def _set_total(self, total: int | None) -> MemoryBudget:
@@ -105,13 +116,13 @@ class ServedModel:
         counts = budget.slots()
         check_system_memory(budget, self.model.device)
         if self._budget.planned is not None and budget.planned is None:
-            alike = {
+            uniform = {
                 name: BlockPlacement(slots=count, formats=(experts.format.name,))
                 for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
             }
-            self._take(alike, budget, self.policy, placed=False)
+            self._apply_placement(uniform, budget, self.policy, placed=False)
             return budget
-        with self._still():
+        with self._paused():
             try:
                 if self._upgrades:
                     self._upgrades.set_capacity(
@@ -134,30 +145,42 @@ class ServedModel:
         manager: VirtualExpertManager | None = None,
         **settings: Any,
     ) -> MemoryBudget:
-        """Serve so within this budget from now on, as `moefit.load(placement=...)` would.
+        """Change to another placement, as if loaded with `moefit.load(placement=...)`.
 
-        Experts that are in memory in the wanted format stay; the others come in the background,
-        and what is needed before is fetched. manager: of the virtual mode; None is the one in
-        force. settings: of `Policy`, as `set_mode` takes them.
-        Raises BudgetTooSmallError if it does not fit, ConfigError or UnsupportedModelError for what
-        cannot be, OSError where the system has no such memory; all is then as it was, but experts
-        may have to come again.
+        Resident experts whose format does not change stay; others are loaded in the background, or
+        when a step needs them.
+
+        Args:
+            placement: Slots and formats by block name.
+            memory: The new budget; None means as much as it takes.
+            mode: The new mode.
+            manager: Of the virtual mode; None retains the present one.
+            settings: Fields of `Policy`, as for `set_mode`.
+
+        Returns:
+            The new budget by part.
+
+        Raises:
+            BudgetTooSmallError: The placement does not fit in the budget.
+            ConfigError: The placement or a setting is invalid.
+            UnsupportedModelError: The model cannot be served in this mode.
+            OSError: Allocation failed; slots are as before, but their experts are loaded again.
         """
-        self.checked_policy(mode, **settings)  # refuses before the ledger is made, which takes long
+        self.checked_policy(mode, **settings)  # before the estimate, which takes longer
         total = None if memory is None else parse_bytes(memory)
         budget = self.placement_budget.budget(placement, total)
-        budget.slots()  # refuses what does not fit
+        budget.slots()  # raises if it does not fit
         with self._shared.lock:
             policy = self.checked_policy(mode, **settings)
-            self._take(placement, budget, policy, placed=True)
+            self._apply_placement(placement, budget, policy, placed=True)
             self._shared.manager = manager or self._shared.manager
         return budget
 
-    def _take(
+    def _apply_placement(
         self, placement: Placement, budget: MemoryBudget, policy: Policy, *, placed: bool
     ) -> None:
-        """Give blocks these slots, and begin to fill them; placed as of `allocate_spares`."""
-        with self._still():
+        """Change slots and start filling them; `placed` as for `allocate_spares`."""
+        with self._paused():
             try:
                 spares = self._shared.spares
                 apply_placement(self.blocks, spares, placement, self.model.device, placed=placed)
@@ -167,10 +190,10 @@ class ServedModel:
                     experts.fill()
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
-        """No step and no swap is under way within; what was to be loaded is, in the end."""
+    def _paused(self) -> Iterator[None]:
+        """Hold the lock with no swap in progress; restart unfinished loads at the end."""
         with self._shared.lock:
-            self._shared.transfer.settle()  # slots may go that work in a GPU's queue still reads
+            self._shared.transfer.settle()  # queued GPU work may still read slots
             unfilled = [experts for experts in self.blocks.values() if experts.swaps]
             for experts in unfilled:
                 experts.swaps.cancel()
@@ -186,9 +209,11 @@ class ServedModel:
     def start_upgrades(
         self, upgrades: Upgrades, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Give each expert its own precision from now on; loads all experts if all have slots.
+        """Start adapting each expert's precision; load all experts if all have slots.
 
-        progress hears how many experts of how many have come.
+        Args:
+            upgrades: Changes formats at step borders.
+            progress: Called with the number of loaded experts and of all.
         """
         with self._shared.lock:
             self._upgrades, self._shared.on_step = upgrades, upgrades.step
@@ -197,19 +222,27 @@ class ServedModel:
                 upgrades.fill(progress)
 
     def settle_precision(self) -> None:
-        """Carry changes of precision out now that would else follow in the background."""
+        """Complete changes of precision that would otherwise follow in the background."""
         with self._shared.lock:
             if self._upgrades:
                 self._upgrades.settle()
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
-        """Change the mode, and any other setting of `Policy`, from the next step on.
+        """Change the mode and other fields of `Policy` from the next step on.
 
-        `prefill` follows the mode unless given (`Policy.changed`).
-        Raises ConfigError for an unknown setting or value, UnsupportedModelError if the family's
-        routing rule is not known, so that nothing but exact is possible.
+        Args:
+            mode: The new mode.
+            settings: Fields of `Policy`; `prefill` follows the mode by default.
+
+        Returns:
+            The new policy.
+
+        Raises:
+            ConfigError: A setting or value is invalid.
+            UnsupportedModelError: Only exact mode is possible, because the routing rule of the
+                model's family was not recognized.
         """
-        with self._shared.lock:  # also while it is made of the one in force, or changes are lost
+        with self._shared.lock:  # the new policy depends on the present one
             policy = self.checked_policy(mode, **settings)
             if policy.residency == "fixed":
                 self._settle()
@@ -217,7 +250,7 @@ class ServedModel:
         return policy
 
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
-        """The policy that `set_mode` would put in force; changes nothing. Raises what it does."""
+        """Return the policy that `set_mode` would set, or raise as it would; change nothing."""
         policy = self._shared.policy.changed(mode, **settings)
         unknown = [
             name for name, one in self.blocks.items() if one.scoring is None and one.reachable
@@ -225,45 +258,46 @@ class ServedModel:
         if unknown and {policy.mode, policy.prefill} != {"exact"}:
             raise UnsupportedModelError(
                 f"mode {mode} changes routing, but how {type(self.model).__name__}'s router makes "
-                f"weights of scores was not recognised in {len(unknown)} of {len(self.blocks)} "
+                f"weights from scores was not recognised in {len(unknown)} of {len(self.blocks)} "
                 f"blocks ({unknown[0]}); mode exact works"
             )
         return policy
 
     def set_residents(self, residents: Mapping[str, Collection[int]]) -> None:
-        """Hold just these experts, by block name, as far as there are slots."""
+        """Make exactly these experts resident, as many as there are slots.
+
+        Args:
+            residents: Expert ids by block name.
+        """
         with self._shared.lock:
             self._shared.transfer.settle()
             for name, experts in residents.items():
                 self.blocks[name].set_residents(experts)
 
     def norms(self, block: str) -> list[float]:
-        """The norm of each of a block's experts; reads them all once."""
+        """Return the norm of each expert of a block; reads all of them."""
         return self._store.norms(block)
 
     def report(self) -> dict[str, Any]:
-        """Bytes by part, residents by block, and what happened since loading or `reset`.
-
-        What its numbers are is in `report_of`.
-        """
+        """Return bytes by part, residents by block and statistics; see `report_of`."""
         with self._shared.lock:
             return report_of(self._parts, self._budget)
 
     def views(self) -> list[BlockView]:
-        """Every block as it is now, for people to look at."""
+        """Return the present state of every block, for display."""
         with self._shared.lock:
             return [view_of(name, experts) for name, experts in self.blocks.items()]
 
     def reset(self) -> None:
-        """Count from zero; loads and bytes read go on."""
+        """Reset the counters, except those of loads and bytes read."""
         with self._shared.lock:
             self._shared.counters.__init__()
 
     @contextmanager
     def isolated(self, policy: Policy) -> Iterator[None]:
-        """Compute under `policy` within the block, and leave no trace of it.
+        """Return a context that computes with `policy` and leaves the served state unchanged.
 
-        Residents, importance, counters and the policy are afterwards what they were before.
+        Residents, importance, counters and the policy are restored at the end.
         """
         with self._shared.lock:
             self._settle()
@@ -278,7 +312,7 @@ class ServedModel:
                     setattr(self._shared.counters, name, getattr(counters, name))
 
     def check(self) -> None:
-        """Raise AssertionError if tables, slots or bytes don't agree."""
+        """Raise AssertionError if tables, slots and bytes disagree."""
         with self._shared.lock:
             held = self._shared.spare_bytes
             for experts in self.blocks.values():
@@ -287,15 +321,15 @@ class ServedModel:
                 assert experts.slot_table.num_slots == len(experts.slots), experts.block.name
                 held += sum(slot.nbytes for slot in experts.slots.values())
             total = self._budget.total
-            room = None if total is None else total - self._budget.fixed + self._budget.staging
-            assert room is None or held <= room, f"{held} bytes held, {room} may be"
+            limit = None if total is None else total - self._budget.fixed + self._budget.staging
+            assert limit is None or held <= limit, f"{held} bytes in slots, limit {limit}"
             if self._host_cache is not None:
                 self._host_cache.check()
             if self._upgrades:
                 self._upgrades.check()
 
     def close(self) -> None:
-        """Stop the transfer, take the hooks off, close the files. The model cannot be used then."""
+        """Stop background threads, remove hooks and close files. The model is unusable then."""
         with self._shared.lock:
             for hook in self._hooks:
                 hook.remove()
@@ -306,6 +340,6 @@ class ServedModel:
         self._store.close()
 
     def _settle(self) -> None:
-        """Let no swap be under way."""
+        """Wait for all swaps in progress."""
         for experts in self.blocks.values():
             experts.swaps.settle()

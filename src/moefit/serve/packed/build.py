@@ -17,7 +17,7 @@ import torch
 
 from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.errors import CheckpointError, ConfigError
-from moefit.folders import alone_in
+from moefit.folders import exclusive_folder
 from moefit.moe.families import MoeBlock, Tensors, TensorSpec
 from moefit.quant.format import FORMATS, Format, is_matrix
 from moefit.quant.gptq import CalibratedExpert
@@ -331,7 +331,7 @@ def locked(folder: Path) -> AbstractContextManager[None]:
         f"another process is packing this model into {folder}; wait for it to end, then run the "
         "same command again: finished files are skipped"
     )
-    return alone_in(folder, busy=busy)
+    return exclusive_folder(folder, busy=busy)
 
 
 def _remove_incomplete(folder: Path) -> None:
