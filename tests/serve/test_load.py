@@ -70,7 +70,7 @@ def test_weights_of_another_shape_are_named(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].contiguous()
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"another shape: .*lm_head"):
+    with pytest.raises(CheckpointError, match=r"another shape .*lm_head"):
         load_model(folder, LoadSettings())
 
 
