@@ -12,8 +12,16 @@ from typer.testing import CliRunner
 from moefit.cli import app
 from moefit.cli.options import MemoryOptions, MissOptions, ModeName
 from moefit.cli.planned import NO_PLAN
-from moefit.cli.precision import Candidate, choose_precision, known_cost, resolve_precision
+from moefit.cli.precision import (
+    Candidate,
+    _candidates,
+    choose_precision,
+    known_cost,
+    resolve_precision,
+)
 from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
 from moefit.train.data.tokenizer import train_bpe
 
 
@@ -150,6 +158,15 @@ def test_generate_serves_what_was_chosen(model: str) -> None:
     exact = CliRunner().invoke(app, [*asked, "--memory", between(model), "--exact"])
     assert exact.exit_code == 0, exact.exception
     assert "precision:" not in exact.stderr and exact.stdout == own.stdout
+
+
+def test_dense_weights_are_encoded_only_if_they_fit_before(model: str) -> None:
+    skeleton = build_skeleton(Path(model))
+    base = LoadSettings(context=32)
+    native, auto, *encoded = _candidates(skeleton, base, ("native", "int8", "int4"))
+    assert (native.precision, auto.precision) == ("native", "auto")
+    assert [one.dense_precision for one in encoded] == ["int8", "int4"]
+    assert all(one.min_bytes <= one.resident_bytes for one in (native, auto, *encoded))
 
 
 def test_what_fits_nowhere_is_refused_with_the_least_that_does(model: str) -> None:

@@ -161,7 +161,7 @@ def _encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBud
     """Return what the process holds while dense weights, in memory as they are, get encoded."""
     if settings.dense_format() is None:
         return 0
-    own = weight_bytes(skeleton.checkpoint, skeleton.map.rest, skeleton.dtype)
+    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
     return budget.process + budget.tokenizer + own
 
 
