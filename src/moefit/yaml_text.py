@@ -17,7 +17,7 @@ class _Yaml(yaml.SafeLoader):
     """
 
 
-_Yaml.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+_Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),

@@ -285,7 +285,10 @@ def test_version():
         (["describe", "OLMOE"], "has neither model.safetensors"),
         (["describe", "DAMAGED"], "config.json cannot be read"),
         (["eval", "MODEL", "--device", "foo"], "device='foo' is not available here"),
-        (["generate", "MODEL", "some", "--device", "cuda:99"], "device='cuda:99' is not to be had"),
+        (
+            ["generate", "MODEL", "some", "--device", "cuda:99"],
+            "device='cuda:99' is not available here",
+        ),
         (["describe", "MODEL", "--precision", "int9"], "'int9' does not exist"),
         (["generate", "MODEL", "some", "--precision", "int1"], "nearest: int2"),
         (["describe", "dsmoe-3b", "--precision", "int4"], "is a preset without a checkpoint"),

@@ -148,9 +148,9 @@ NO_PLAN = PlanOptions()
 
 
 def target_of(max_loss: str | None, min_speed: float | None) -> Target:
-    """From options. Raises ConfigError for what is no share or no speed.
+    """Return the target that options describe. Raises ConfigError for an invalid share or speed.
 
-    >>> promise_of("3%", None).max_loss
+    >>> target_of("3%", None).max_loss
     0.03
     """
     share = None if max_loss is None else _share(max_loss)

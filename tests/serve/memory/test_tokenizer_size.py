@@ -63,16 +63,16 @@ from transformers import AutoTokenizer
 from moefit.host import peak_process_bytes
 from moefit.host import process_bytes
 from moefit.serve.cache.resize import return_freed_memory
-from moefit.server.tokenizer import RequestTokenizer as Vocabulary
+from moefit.server.tokenizer import RequestTokenizer
 
 before = process_bytes()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 peak = peak_process_bytes() - before
 return_freed_memory()
 held = process_bytes()
-words = Vocabulary(tokenizer, size=len(tokenizer), most=100)
+requests = RequestTokenizer(tokenizer, size=len(tokenizer), max_tokens=100)
 for token in range(len(tokenizer)):
-    words.show(token)
+    requests.text_and_bytes(token)
     if token > 20_000:
         break
 print(held - before, peak, process_bytes() - held, max(0, peak_process_bytes() - before - peak))
