@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend, plain_attention
 from moefit.quant.cpu_kernels import kernels
+from moefit.serve.hf import attention as attention_module
 from moefit.serve.hf.attention import cpu_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -188,3 +189,19 @@ def test_as_transformers_sdpa(batch: int, new: int, length: int) -> None:
         enable_gqa=True,
     )
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("flag", [None, False, True])
+def test_flags_of_transformers_do_not_keep_kernels_away(flag, monkeypatch) -> None:
+    """Families pass their flags on (output_router_logits); what changes attention goes to torch."""
+    calls = []
+    real = attention_module._by_kernels
+    monkeypatch.setattr(
+        attention_module, "_by_kernels", lambda *given: calls.append(1) or real(*given)
+    )
+    query, key, value = normal(1, 4, 1, 32), *normal(2, 1, 2, 40, 32, seed=3)
+    cpu_attention(Causal(), query, key, value, None, output_router_logits=flag)
+    assert calls == [1]
+    bias = torch.zeros(1, 4, 1, 40)
+    cpu_attention(Causal(), query, key, value, None, position_bias=bias)
+    assert calls == [1]

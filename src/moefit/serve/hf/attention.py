@@ -32,6 +32,9 @@ _IGNORED_ARGUMENTS = {
 }
 
 
+_OTHER_ATTENTION = ("position_bias", "softcap", "s_aux", "cache")
+
+
 def cpu_attention(  # noqa: PLR0913 - transformers' signature
     module: nn.Module,
     query: Tensor,
@@ -63,9 +66,8 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     new, length = query.shape[2], key.shape[2]
     plain = attention_mask is None and not dropout and (new == 1 or (causal and new == length))
-    extra = any(
-        value is not None for name, value in others.items() if name not in _IGNORED_ARGUMENTS
-    )
+    extra = any(isinstance(others[name], Tensor) for name in others.keys() - _IGNORED_ARGUMENTS)
+    extra = extra or any(others.get(name) is not None for name in _OTHER_ATTENTION)
     if plain and not extra and not (torch.is_grad_enabled() and query.requires_grad):
         out = _by_kernels(query, key, value, scaling)
         if out is not None:
