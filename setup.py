@@ -3,6 +3,8 @@
 Everything else about the package stands in pyproject.toml.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -31,40 +33,13 @@ setup(
     ext_modules=[
         Extension(
             "moefit.quant._kernels",
-            sources=[
-                f"{CSRC}/{name}.cpp"
-                for name in (
-                    "portable",
-                    "avx2",
-                    "avx512",
-                    "tiles",
-                    "experts",
-                    "attention",
-                    "encode",
-                    "compensate",
-                )
-            ],
-            depends=[
-                f"{CSRC}/{name}"
-                for name in (
-                    "matrix.h",
-                    "attention.h",
-                    "attention.inc",
-                    "kinds.h",
-                    "target.h",
-                    "plain.inc",
-                    "inputs.inc",
-                    "slabs.inc",
-                    "tiles.h",
-                    "encode.h",
-                    "half.h",
-                    "encode.inc",
-                    "compensate.inc",
-                )
-            ],
+            sources=sorted(glob(f"{CSRC}/*.cpp")),
+            depends=sorted(glob(f"{CSRC}/*.h") + glob(f"{CSRC}/*.inc")),
+            # Every level is compiled and one is chosen at run time: no flag names a processor.
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-std=c++17",
@@ -74,7 +49,9 @@ setup(
             ],
             language="c++",
             optional=True,
+            py_limited_api=True,
         )
     ],
     cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this Python and newer
 )

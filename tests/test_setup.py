@@ -1,9 +1,14 @@
-"""The package's own build of the kernels, with a compiler and without one."""
+"""The package as it is built and installed: kernels, the files of a wheel, dependencies."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -11,11 +16,10 @@ ROOT = Path(__file__).parents[1]
 MISSING = {"CC": "/no/such/cc", "CXX": "/no/such/c++"}
 
 
-def build(to: Path, **environment: str) -> tuple[list[str], str]:
-    """The files made, and what was said."""
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", to, "--build-temp", to / "o"]
+def setup(*command: str | Path, **environment: str) -> str:
+    """What setup.py said to a command."""
     done = subprocess.run(
-        command,
+        [sys.executable, "setup.py", *command],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -23,7 +27,22 @@ def build(to: Path, **environment: str) -> tuple[list[str], str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [file.name for file in to.rglob("*.so")], done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def build(to: Path, **environment: str) -> tuple[list[str], str]:
+    """The files made, and what was said."""
+    said = setup("build_ext", "--build-lib", to, "--build-temp", to / "o", **environment)
+    return [file.name for file in to.rglob("*.so")], said
+
+
+def wheel(to: Path, **environment: str) -> tuple[str, set[str]]:
+    """The name of a wheel, and its files."""
+    metadata = ["egg_info", "--egg-base", to]
+    made = ["build", "--build-base", to / "b", "bdist_wheel", "--bdist-dir", to / "d"]
+    setup(*metadata, *made, "--dist-dir", to, **environment)
+    (file,) = to.glob("*.whl")
+    return file.name, set(ZipFile(file).namelist())
 
 
 def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path: Path) -> None:
@@ -50,3 +69,49 @@ def test_with_a_compiler_it_makes_a_library_that_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", USED, str(library.parent / "kernels.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) == 70
+
+
+def source_files() -> set[str]:
+    """What a wheel must have: the modules, the reference model and the page."""
+    folder = ROOT / "src"
+    found = [*folder.rglob("*.py"), *folder.glob("moefit/*/page/*"), folder / "moefit/py.typed"]
+    found += (folder / "moefit/reference_model").iterdir()
+    return {file.relative_to(folder).as_posix() for file in found}
+
+
+def test_a_wheel_has_every_module_the_reference_model_and_the_page(tmp_path: Path) -> None:
+    _, files = wheel(tmp_path, **MISSING)
+    assert source_files() <= files
+    others = {name for name in files - source_files() if ".dist-info/" not in name}
+    assert not others
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_kernels_for_every_supported_python(tmp_path: Path) -> None:
+    name, files = wheel(tmp_path)
+    assert re.fullmatch(r"moefit-[\d.]+-cp311-abi3-linux_x86_64\.whl", name)
+    assert "moefit/quant/_kernels.abi3.so" in files
+
+
+# Imported where a GPU is used: torch's builds for CUDA bring it.
+BROUGHT = {"triton"}
+
+
+def test_what_is_imported_is_declared_and_the_reverse() -> None:
+    imported = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    imported -= sys.stdlib_module_names | BROUGHT | {"moefit"}
+    distributions = packages_distributions()
+    needed = {_normal(distributions[name][0]) for name in imported}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {_normal(re.split(r"[<>=~!\[ ]", line)[0]) for line in project["dependencies"]}
+    assert needed == declared
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
