@@ -16,7 +16,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
-from moefit.moe.routing import Routing, Rule, masked_route, route
+from moefit.moe.routing import Routing, Rule, masked_route, route, route_allowed
 
 
 class DsMoeRouter(nn.Module):
@@ -110,12 +110,25 @@ class DsMoeBlock(nn.Module):
         # Threshold rules use the padding id; transformers' implementations skip it only if told.
         self.experts._is_expert_parallel = True  # pyright: ignore[reportArgumentType]
 
-    def forward(self, x_BTD: Tensor, rule: Rule, real_T: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; real_T is False where a token is padding."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rule: Rule,
+        real_T: Tensor | None,
+        allowed_BE: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; real_T is False where a token is padding.
+
+        allowed_BE is False for experts that a sequence may not use; all may be used if None.
+        """
         x_TD = x_BTD.flatten(0, 1)
         if self.gate is None:
             ids_TK = x_TD.new_zeros((x_TD.shape[0], 1), dtype=torch.long)
             routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
+        elif allowed_BE is not None:
+            allowed_TE = allowed_BE.repeat_interleave(x_BTD.shape[1], dim=0)
+            routing = route_allowed(self.gate(x_TD), allowed_TE, rule, real_T)
+            routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         else:
             # In training no shape may depend on scores, or it would be compiled piece by piece.
             choose = masked_route if self.training and rule.kind == "threshold" else route

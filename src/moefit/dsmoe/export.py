@@ -25,6 +25,7 @@ from transformers import (
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.moe.routing import Rule
 
 # Fields that mean the same in both configurations.
@@ -59,8 +60,11 @@ def olmoe_config(config: DsMoeConfig | OlmoeConfig, experts_per_token: int) -> O
             f"OLMoE cannot represent this model: {'; '.join(obstacles)}. "
             "What cannot be changed can still be kept with save_pretrained, as a dsmoe checkpoint"
         )
+    record = dropout_record(config)
+    trained = {} if record is None else {KEY: record.as_dict()}
     return OlmoeConfig(
         **{name: copy.deepcopy(getattr(config, name)) for name in _SHARED},
+        **trained,
         **chosen,
         norm_topk_prob=Rule.parse(config.inference_rule).renormalize,
         router_aux_loss_coef=config.load_balancing_loss_coef,

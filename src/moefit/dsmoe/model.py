@@ -4,7 +4,7 @@ Owns the order of operations and the parameter names. Which experts take part is
 from the configuration on every forward: `training_rule` in train mode, `inference_rule` in eval
 mode. Knows nothing of data, optimisers or serving.
 
-Shapes: B sequences, T tokens, D model width, V vocabulary.
+Shapes: B sequences, T tokens, D model width, V vocabulary, L layers, E experts.
 """
 
 import torch
@@ -46,10 +46,18 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, *, rule: Rule, real_T: Tensor | None, **kwargs) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rule: Rule,
+        real_T: Tensor | None,
+        allowed_BE: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rule=rule, **kwargs)[0]
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T, allowed_BE)
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
@@ -115,11 +123,14 @@ class DsMoeModel(DsMoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         rule: str | None = None,
+        allowed_LBE: Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D].
 
         rule: which experts take part in this forward, if others than the configuration says.
+        allowed_LBE: per layer and sequence, False for MLP experts that may not be chosen; the rule
+        then chooses among the others, as `moe.routing.route_allowed` does.
         Raises ValueError for both inputs or none, ConfigError for an unknown rule.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -146,8 +157,9 @@ class DsMoeModel(DsMoePreTrainedModel):
             "attention_mask": causal_mask,
             "past_key_values": past_key_values,
         }
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, **shared, **kwargs)
+        for index, layer in enumerate(self.layers):
+            allowed_BE = None if allowed_LBE is None else allowed_LBE[index]
+            x_BTD = layer(x_BTD, **shared, allowed_BE=allowed_BE, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
         )

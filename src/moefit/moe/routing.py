@@ -177,6 +177,40 @@ def masked_route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) ->
     return Routing(dense.ids_TK, active_TE)
 
 
+def route_allowed(
+    logits_TE: Tensor, allowed_TE: Tensor, rule: Rule, real_T: Tensor | None = None
+) -> Routing:
+    """Select experts where each token may use only some, as serving does in virtual mode.
+
+    Each token gets as many experts as `rule` selects among all, but the best of those that are
+    allowed. Their weights sum to what the rule's own selection sums to, or to one if the rule
+    renormalizes.
+
+    Args:
+        logits_TE: Router logits of all experts.
+        allowed_TE: True for experts that the token may use, at least one per token.
+        rule: The rule.
+        real_T: As for `active_experts`.
+
+    Returns:
+        Ids and weights [T, K] with K of the rule `top_k`, else E. If fewer experts are allowed than
+        the rule selects, the others are the padding id E.
+    """
+    num_experts = logits_TE.shape[-1]
+    scores_TE = logits_TE.softmax(-1)
+    own_TE = active_experts(scores_TE, rule, real_T)
+    allowed_scores_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf).softmax(-1)
+    k = num_experts if rule.k is None else rule.k
+    weights_TK, ids_TK = allowed_scores_TE.topk(k, dim=-1)
+    rank_K = torch.arange(k, device=ids_TK.device)
+    chosen_TK = (rank_K < own_TE.sum(-1, keepdim=True)) & allowed_TE.gather(-1, ids_TK)
+    weights_TK = weights_TK * chosen_TK
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    if not rule.renormalize:
+        weights_TK = weights_TK * (scores_TE * own_TE).sum(-1, keepdim=True)
+    return Routing(ids_TK.masked_fill(~chosen_TK, num_experts), weights_TK)
+
+
 def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:
     mask_TE = _above_threshold(scores_TE, rule)
     k = int(mask_TE.sum(-1).max()) if mask_TE.numel() else 1

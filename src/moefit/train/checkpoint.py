@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.errors import CheckpointError, ConfigError, DataError
+from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.train.data.tokenizer import save_tokenizer
 
 MANIFEST = "manifest.json"
@@ -254,6 +255,8 @@ class RunState:
         try:
             saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
             self.model.load_state_dict(saved.state_dict())
+            if (record := dropout_record(saved.config)) is not None:
+                setattr(self.model.config, KEY, record.as_dict())
             self.optimizer.load_state_dict(state["optimizer"])
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(

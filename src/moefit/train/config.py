@@ -6,7 +6,7 @@ An unknown key is an error. Knows nothing of tensors, files of text or how train
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from moefit.errors import ConfigError
+from moefit.moe.expert_dropout import Order
 from moefit.moe.routing import Rule
 from moefit.yaml_text import load_yaml
 
@@ -98,11 +99,13 @@ class LossConfig(_Strict):
     z: float | None = Field(default=None, ge=0)
     mi_ramp: tuple[_Share, _Share] = (0.0, 0.0)
     """Shares of the training between which both MI weights rise from zero to their full value."""
+    routing_locality: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared change of routing from one token to the next."""
 
     @property
     def weights(self) -> dict[str, float]:
         """The weights that are given, by name."""
-        return self.model_dump(exclude_none=True, exclude={"mi_ramp"})
+        return self.model_dump(exclude_none=True, exclude={"mi_ramp", "routing_locality"})
 
 
 class SparseConfig(_Strict):
@@ -125,6 +128,25 @@ class SparseConfig(_Strict):
             return None if rule is None else str(Rule.parse(rule))
         except ConfigError as error:
             raise ValueError(str(error)) from error
+
+
+class ExpertDropoutConfig(_Strict):
+    """Sequences that see only some of the experts, as in a server that holds only some in memory.
+
+    In such a sequence only S of the E experts of a layer may be chosen; S is uniform in
+    [least, E - 1], and the same in all layers.
+    """
+
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the sequences in which experts are absent."""
+    order: Order
+    """`random`: any S experts. `nested`: the S most important ones, as measured when dropout
+    begins. `mixed`: nested in half of the sequences, random in the others."""
+    least: int | None = Field(default=None, ge=1)
+    """Least S. By default the number of experts that the model's rules choose per token; a quarter
+    of the experts if no rule fixes a number."""
+    begin: float = Field(default=0.6, ge=0, lt=1)
+    """Share of the training steps before experts are dropped."""
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -172,6 +194,7 @@ class TrainConfig(_Strict):
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     sparse: SparseConfig = SparseConfig()
+    expert_dropout: ExpertDropoutConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -292,6 +315,6 @@ def _group(parents: list[Any]) -> type[BaseModel]:
     group: type[BaseModel] = TrainConfig
     for parent in parents:
         annotation = group.model_fields[parent].annotation
-        assert isinstance(annotation, type)
-        group = annotation
+        groups = (annotation, *get_args(annotation))  # of an optional group
+        group = next(one for one in groups if isinstance(one, type) and issubclass(one, BaseModel))
     return group

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefit.device import parse_device
 from moefit.dsmoe.losses import router_statistics
 from moefit.errors import DivergenceError
+from moefit.moe.expert_dropout import dropout_record
+from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest, stop_on_signal
 from moefit.train import checkpoint
 from moefit.train.checkpoint import RunState
@@ -25,6 +28,16 @@ from moefit.train.data.batches import Batches
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData, prepare
 from moefit.train.display import Watcher, draw_curve
+from moefit.train.expert_dropout import (
+    CALIBRATION_BATCHES,
+    AllowedExperts,
+    ExpertDropout,
+    chosen_experts,
+    first_experts,
+    measured_order,
+    set_held_out_loss,
+    set_record,
+)
 from moefit.train.model import (
     attention_implementation,
     build_model,
@@ -69,6 +82,8 @@ class Run:
         self.device = parse_device(config.device)
         self.bf16 = use_bf16(config, self.device)
         self.model = self._model()
+        self.dropout = ExpertDropout.of(config, self.model)
+        self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.stepper = self._stepper()
         self.batches = Batches(
@@ -117,7 +132,13 @@ class Run:
         return Stepper(
             model=self.model,
             optimizer=self.optimizer,
-            losses=make_losses(self.model, weights, compile=self.config.compile),
+            losses=make_losses(
+                self.model,
+                weights,
+                compile=self.config.compile,
+                locality=self.config.loss.routing_locality,
+                allowed=self.allowed,
+            ),
             device=self.device,
             bf16=self.bf16,
             clip=self.config.optimizer.clip,
@@ -188,10 +209,15 @@ class Run:
         rule = sparse.rule if is_sparse(step, self.config.steps, sparse) else None
         count = self.config.accumulation
         micro_batches = (self.batches.batch((step - 1) * count + i) for i in range(count))
+        allowed = self._allowed(step)
         try:
-            result = self.stepper.step(micro_batches, count, mi_scale=scale, rule=rule)
+            result = self.stepper.step(
+                micro_batches, count, mi_scale=scale, rule=rule, allowed=allowed
+            )
         except DivergenceError as error:
             raise self._diverged(step, str(error)) from error
+        finally:
+            self.allowed.arguments(None)
         values = {
             "loss": result.lm_loss,
             "router_loss": result.router_loss,
@@ -200,13 +226,31 @@ class Run:
         }
         return values | self._routers(result) if self._logged(step) else values
 
+    def _allowed(self, step: int) -> list[Tensor]:
+        """Return which experts each sequence of the step may use, by micro-batch; [] is all."""
+        if self.dropout is None or not self.dropout.active_at(step):
+            return []
+        count = self.config.accumulation
+        numbers = range((step - 1) * count, step * count)
+        if self.dropout.begins_at(step):
+            ahead = range(numbers.start, numbers.start + CALIBRATION_BATCHES)
+            order = measured_order(self.model, (self.batches.batch(i)[:, :-1] for i in ahead))
+            set_record(self.model, self.dropout.record(order))
+        record = dropout_record(self.model.config)
+        assert record is not None, "set at the first such step, and restored by a checkpoint"
+        sequences = self.config.batch_size
+        return [self.dropout.draw(i, sequences, record.resident_order) for i in numbers]
+
     def _routers(self, result: StepResult) -> dict[str, float]:
         kinds = {"mlp": result.mlp_logits, "attention": result.attention_logits}
-        return {
+        values = {
             f"{kind}_{name}": value
             for kind, logits in kinds.items()
             for name, value in router_statistics(logits, self.config.log.epsilon).items()
         }
+        sequences = self.config.batch_size
+        local = locality_statistics(result.mlp_logits, sequences, chosen_experts(self.model))
+        return values | {f"mlp_{name}": value for name, value in local.items()}
 
     def _logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.steps)
@@ -234,9 +278,44 @@ class Run:
         if not due or self._evaluated_step == step:
             return
         loss = self.held_out.loss(self.model, stop)
-        if loss is not None:
-            self.held_out_loss, self._evaluated_step = loss, step
-            self.log.write("eval", step, {"loss": loss, "seconds": seconds})
+        if loss is None:
+            return
+        few = self._loss_with_few(self.dropout.third, stop) if self.dropout else None
+        if self.dropout and few is None:
+            return
+        self.held_out_loss, self._evaluated_step = loss, step
+        third = {} if few is None else {"loss_third": few}
+        self.log.write("eval", step, {"loss": loss, **third, "seconds": seconds})
+
+    def _loss_with_few(self, experts: int, stop: Callable[[], bool]) -> float | None:
+        """Return the held-out loss if each layer may use only its first experts.
+
+        First in the resident order; if there is none, the most important ones of the last batches.
+        """
+        assert self.dropout is not None
+        record = dropout_record(self.model.config)
+        order = () if record is None else record.resident_order
+        if not order:
+            batches = (self.batches.batch(i)[:, :-1] for i in range(CALIBRATION_BATCHES))
+            order = measured_order(self.model, batches)
+        allowed_LE = first_experts(order, experts, self.dropout.num_experts).to(self.device)
+
+        def limit(sequences: int) -> dict[str, Any]:
+            return self.allowed.arguments(allowed_LE[:, None].expand(-1, sequences, -1))
+
+        try:
+            return self.held_out.loss(self.model, stop, limit)
+        finally:
+            self.allowed.arguments(None)
+
+    def _record_costs(self) -> None:
+        """Add the held-out loss with fewer and fewer experts to what the checkpoint says."""
+        if self.dropout is None:
+            return
+        losses = {
+            count: self._loss_with_few(count, lambda: False) for count in self.dropout.counts()
+        }
+        set_held_out_loss(self.model, {c: loss for c, loss in losses.items() if loss is not None})
 
     def _save(self, step: int, seconds: float) -> None:
         """Finite losses don't vouch for the weights that the update made: look at these too."""
@@ -244,6 +323,8 @@ class Run:
         if not torch.stack([one for _, one in finite]).all():
             name = next(name for name, one in finite if not one)
             raise self._diverged(step, f"{name} holds values that are not finite")
+        if step == self.config.steps:
+            self._record_costs()
         snapshot = checkpoint.Snapshot(
             step=step,
             model=self.model,

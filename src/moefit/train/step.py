@@ -3,13 +3,14 @@
 `Stepper` computes losses and gradients over the accumulated batches, clips and updates. `HeldOut`
 evaluates on tokens that are never trained on. Neither knows of files or logs.
 
-Shapes: B sequences, T tokens, V vocabulary.
+Shapes: B sequences, T tokens, V vocabulary, L MoE layers, E experts.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice, repeat
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from transformers import PreTrainedModel
 
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
 from moefit.errors import DivergenceError
+from moefit.moe.locality import routing_locality_loss
 from moefit.train.data.batches import windows
+from moefit.train.expert_dropout import AllowedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,8 +35,16 @@ class HeldOut:
     bf16: bool
 
     @torch.no_grad()
-    def loss(self, model: PreTrainedModel, stop: Callable[[], bool]) -> float | None:
-        """Mean cross-entropy in eval mode (the inference rule); None as soon as `stop` says so."""
+    def loss(
+        self,
+        model: PreTrainedModel,
+        stop: Callable[[], bool],
+        limit: Callable[[int], dict[str, Any]] = lambda sequences: {},
+    ) -> float | None:
+        """Mean cross-entropy in eval mode (the inference rule); None as soon as `stop` says so.
+
+        limit: further arguments of a forward pass of so many sequences.
+        """
         total, count = 0.0, 0
         model.eval()
         try:
@@ -41,7 +52,7 @@ class HeldOut:
                 if stop():
                     return None
                 ids_BL1 = torch.from_numpy(window_BL1.astype(np.int64)).to(model.device)
-                total += self._summed(model, ids_BL1)
+                total += self._summed(model, ids_BL1, limit(len(ids_BL1)))
                 count += ids_BL1.shape[0] * (ids_BL1.shape[1] - 1)
         finally:
             model.train()
@@ -50,9 +61,9 @@ class HeldOut:
     def _windows(self) -> Iterator[np.ndarray]:
         return windows(self.tokens, self.seq_len, self.limit)
 
-    def _summed(self, model: PreTrainedModel, ids_BL1: torch.Tensor) -> float:
+    def _summed(self, model: PreTrainedModel, ids_BL1: Tensor, limit: dict[str, Any]) -> float:
         with torch.autocast(ids_BL1.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = model(input_ids=ids_BL1[:, :-1], use_cache=False).logits
+            logits = model(input_ids=ids_BL1[:, :-1], use_cache=False, **limit).logits
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), ids_BL1[:, 1:].flatten(), reduction="sum"
         )
@@ -84,24 +95,53 @@ class StepResult:
 Losses = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
+class LossFunction(Protocol):
+    """Computes the losses of a micro-batch."""
+
+    def __call__(
+        self,
+        ids_BL1: Tensor,
+        mi_scale: Tensor,
+        rule: str | None,
+        allowed_LBE: Tensor | None = None,
+    ) -> Losses:
+        """Return language-model loss, router loss, and the routers' logits."""
+        ...
+
+
 def make_losses(
-    model: PreTrainedModel, weights: RouterLossWeights, *, compile: bool
-) -> Callable[[Tensor, Tensor, str | None], Losses]:
+    model: PreTrainedModel,
+    weights: RouterLossWeights,
+    *,
+    compile: bool,
+    locality: float = 0.0,
+    allowed: AllowedExperts | None = None,
+) -> LossFunction:
     """From ids_BL1, the MI weights' scale and a rule to lm loss, router loss, router logits.
 
     The rule is what the step trains under; None is the model's own (the only one OLMoE knows).
+    locality: weight of `routing_locality_loss`, summed over layers. allowed: applies allowed_LBE,
+    the experts that each sequence may use. Router losses are of the logits of all experts, for
+    they say how the routers choose when all are in memory.
 
     It serves our own model and transformers' OLMoE alike. Losses are taken here and not inside
     the model because OLMoE would add its own balance loss.
     """
 
-    def losses(ids_BL1: Tensor, mi_scale: Tensor, rule: str | None) -> Losses:
-        ruled = {} if rule is None else {"rule": rule}
-        output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True, **ruled)
+    def losses(
+        ids_BL1: Tensor, mi_scale: Tensor, rule: str | None, allowed_LBE: Tensor | None = None
+    ) -> Losses:
+        more = {} if rule is None else {"rule": rule}
+        if allowed is not None:
+            more |= allowed.arguments(allowed_LBE)
+        output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True, **more)
         mlp_logits = tuple(output.router_logits)
         attention_logits = tuple(output.get("attention_router_logits", ()))
         lm_loss = language_model_loss(output.logits, ids_BL1)
         router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale)
+        if locality:
+            by_sequence = (logits.view(*ids_BL1.shape, -1) for logits in mlp_logits)
+            router = router + locality * sum(map(routing_locality_loss, by_sequence))
         return lm_loss, router, mlp_logits, attention_logits
 
     return torch.compile(losses) if compile else losses
@@ -113,7 +153,7 @@ class Stepper:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    losses: Callable[[Tensor, Tensor, str | None], Losses]
+    losses: LossFunction
     device: torch.device
     bf16: bool
     clip: float
@@ -125,11 +165,13 @@ class Stepper:
         *,
         mi_scale: float = 1.0,
         rule: str | None = None,
+        allowed: Iterable[Tensor | None] = (),
     ) -> StepResult:
         """Accumulate the gradients of `count` micro-batches ids_BL1, clip, update.
 
         mi_scale: share of the MI weights in force now. rule: which experts take part, if others
-        than the model's training rule says.
+        than the model's training rule says. allowed: allowed_LBE of each micro-batch; those without
+        one may use all experts.
 
         Raises DivergenceError, before any weight changes, if a loss or gradient is not finite.
         """
@@ -138,10 +180,15 @@ class Stepper:
         attention_logits: tuple[Tensor, ...] = ()
         # A tensor, for torch.compile would make another graph of every new float.
         scale = torch.tensor(mi_scale, device=self.device)
-        for ids_BL1 in micro_batches:
+        limits = chain(allowed, repeat(None))
+        for ids_BL1, allowed_LBE in zip(micro_batches, limits, strict=False):
             ids_BL1 = ids_BL1.to(self.device, non_blocking=True)
+            if allowed_LBE is not None:
+                allowed_LBE = allowed_LBE.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                lm_loss, router, mlp_logits, attention_logits = self.losses(ids_BL1, scale, rule)
+                lm_loss, router, mlp_logits, attention_logits = self.losses(
+                    ids_BL1, scale, rule, allowed_LBE
+                )
             ((lm_loss + router) / count).backward()
             lm_total += lm_loss.item() / count
             router_total += router.item() / count

@@ -1,0 +1,55 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from moefit.moe.locality import WINDOW, locality_statistics, routing_locality_loss
+
+
+def test_the_loss_is_the_slow_one():
+    logits = torch.randn(3, 7, 5, requires_grad=True)
+    total, count = 0.0, 0
+    for sequence in logits.detach().softmax(-1):
+        for before, now in pairwise(sequence):
+            total += float((now - before).pow(2).sum())
+            count += 1
+    loss = routing_locality_loss(logits)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    loss.backward()
+    assert logits.grad is not None and logits.grad.any()
+
+
+def test_routing_that_does_not_change_costs_nothing():
+    assert routing_locality_loss(torch.randn(2, 1, 4).expand(2, 6, 4)).item() == 0
+    assert routing_locality_loss(torch.randn(2, 1, 4)).item() == 0  # one token alone
+
+
+def one_hot(experts, num_experts):
+    """Logits that choose these experts, one per token, without doubt."""
+    return 50.0 * torch.nn.functional.one_hot(torch.tensor(experts), num_experts).float()
+
+
+def test_statistics_of_a_single_expert():
+    found = locality_statistics([one_hot([2] * 2 * WINDOW, 6)], 1, 1)
+    assert found["window_entropy"] == pytest.approx(0, abs=1e-5)
+    assert found["window_coverage"] == pytest.approx(1)
+    assert found["reuse_distance"] == 1
+
+
+def test_statistics_of_experts_by_turns():
+    """Six experts by turns: a third of them covers a third, and each comes again after six."""
+    logits = one_hot([i % 6 for i in range(6 * WINDOW)], 6)
+    found = locality_statistics([logits, logits], 1, 1)
+    assert found["window_entropy"] == pytest.approx(1, abs=0.01)
+    assert found["window_coverage"] == pytest.approx(1 / 3, abs=0.05)
+    assert found["reuse_distance"] == 6
+
+
+def test_sequences_do_not_run_into_each_other():
+    apart = locality_statistics([one_hot([0, 1, 1, 0], 2)], 2, 1)
+    assert "reuse_distance" not in apart  # neither sequence uses an expert twice
+    assert locality_statistics([one_hot([0, 1, 1, 0], 2)], 1, 1)["reuse_distance"] == 2  # 3 and 1
+
+
+def test_without_routers_there_is_nothing_to_say():
+    assert locality_statistics([], 4, 2) == {}

@@ -1,0 +1,297 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from moefit.dsmoe.export import export_olmoe
+from moefit.errors import ConfigError
+from moefit.evaluate.loading import load_full_model
+from moefit.moe.expert_dropout import dropout_record
+from moefit.train import checkpoint
+from moefit.train.config import make_config
+from moefit.train.expert_dropout import (
+    AllowedExperts,
+    ExpertDropout,
+    first_experts,
+    measured_order,
+)
+from moefit.train.loop import train
+from moefit.train.model import build_model
+from moefit.train.run_folder import read_log
+
+OLMOE = {
+    "architecture": "olmoe",
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+}
+SPARSE = {"training_rule": "top_k:2:renormalize", "inference_rule": "top_k:2:renormalize"}
+
+
+def built(tree):
+    config = make_config(tree)
+    return config, build_model(config, vocab_size=300, eos_token_id=0)
+
+
+@pytest.fixture
+def sparse(tree):
+    """A sparse MoE that OLMoE can represent: 2 of 8 experts."""
+    tree["model"] |= {**SPARSE, "num_experts": 8, "num_attention_experts": 1, "qk_norm": True}
+    tree["loss"] = {"load_balancing": 0.01}
+    tree["expert_dropout"] = {"order": "mixed", "begin": 0.5}
+    return tree
+
+
+def dropout_of(tree):
+    config, model = built(tree)
+    found = ExpertDropout.of(config, model)
+    assert found is not None
+    return found
+
+
+def test_draws_follow_from_seed_and_number_alone(sparse):
+    order = [list(range(8))] * 2
+    state = torch.get_rng_state()
+    first = dropout_of(sparse).draw(3, 16, order)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(dropout_of(sparse).draw(3, 16, order), first)
+    assert not torch.equal(dropout_of(sparse).draw(4, 16, order), first)
+    assert not torch.equal(dropout_of(sparse | {"seed": 1}).draw(3, 16, order), first)
+
+
+@pytest.mark.parametrize(("order", "nested"), [("random", 0.0), ("nested", 1.0), ("mixed", 0.5)])
+def test_shares_are_those_asked_for(sparse, order, nested):
+    sparse["expert_dropout"] = {"order": order, "share": 0.75, "least": 3}
+    resident_order = [[7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5, 7]]
+    allowed_LBE = dropout_of(sparse).draw(0, 4000, resident_order)
+    count_LB = allowed_LBE.sum(-1)
+    assert torch.equal(count_LB[0], count_LB[1])  # S is the same in all layers
+    few_B = count_LB[0] < 8
+    assert few_B.float().mean() == pytest.approx(0.75, abs=0.03)
+    for count in range(3, 8):  # uniform
+        share = (count_LB[0][few_B] == count).float().mean()
+        assert share == pytest.approx(0.2, abs=0.03)
+    prefix_B = torch.tensor(
+        [
+            all(
+                set(allowed_LBE[layer, b].nonzero().flatten().tolist())
+                == set(resident_order[layer][: int(count_LB[layer, b])])
+                for layer in (0, 1)
+            )
+            for b in few_B.nonzero().flatten().tolist()
+        ]
+    )
+    assert prefix_B.float().mean() == pytest.approx(nested, abs=0.04)  # few by chance alone
+
+
+def test_when_it_begins(sparse):
+    sparse["expert_dropout"]["begin"] = 0.25  # of 8 steps
+    dropout = dropout_of(sparse)
+    assert [step for step in range(1, 9) if dropout.active_at(step)] == [3, 4, 5, 6, 7, 8]
+    assert [step for step in range(1, 9) if dropout.begins_at(step)] == [3]
+
+
+def test_the_least_follows_the_rules(sparse):
+    assert dropout_of(sparse).least == 2
+    sparse["sparse"] = {"rule": "top_k:3"}
+    assert dropout_of(sparse).least == 3
+    del sparse["sparse"]
+    sparse["model"] |= {"training_rule": "dense", "inference_rule": "threshold:0.5"}
+    assert dropout_of(sparse).least == 2  # a quarter
+    sparse["expert_dropout"]["least"] = 1  # a threshold rule needs no more
+    assert dropout_of(sparse).least == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": 0}, "expert_dropout.share: .*greater than 0"),
+        ({"share": 1.1}, "expert_dropout.share: .*less than or equal to 1"),
+        ({"begin": 1}, "expert_dropout.begin: .*less than 1"),
+        ({"begin": -0.1}, "expert_dropout.begin: .*greater than or equal to 0"),
+        ({"least": 0}, "expert_dropout.least: .*greater than or equal to 1"),
+        ({"order": "best"}, "expert_dropout.order: .*'random', 'nested' or 'mixed'"),
+        ({"shares": 0.5}, "expert_dropout.shares: unknown key; did you mean share?"),
+        ({"least": 1}, r"least=1, but of 8 experts the model's rules choose 2; .* works is 2"),
+        ({"least": 8}, r"least=8, but of 8 experts some must be absent; .* works is 7"),
+    ],
+)
+def test_settings_that_cannot_be(sparse, settings, message):
+    sparse["expert_dropout"] |= settings
+    with pytest.raises(ConfigError, match=message):
+        dropout_of(sparse)
+
+
+def test_order_must_be_given(sparse):
+    sparse["expert_dropout"] = {"share": 0.5}
+    with pytest.raises(ConfigError, match=r"expert_dropout.order: Field required"):
+        make_config(sparse)
+
+
+def test_models_with_nothing_to_drop(sparse):
+    sparse["model"] |= {"training_rule": "top_k:8", "inference_rule": "dense"}
+    with pytest.raises(ConfigError, match=r"choose 8 of its 8 experts; .* top_k:7"):
+        dropout_of(sparse)
+    sparse["model"] = {"hidden_size": 32, "num_attention_heads": 4, "num_experts": 1}
+    sparse["loss"] = {}
+    with pytest.raises(ConfigError, match=r"num_experts=1 has no router; leave out"):
+        dropout_of(sparse)
+
+
+@pytest.mark.parametrize("architecture", ["dsmoe", "olmoe"])
+def test_absent_experts_have_no_part_in_the_answer(tree, architecture):
+    """Changing the weights of absent experts changes only the sequences that may use them."""
+    if architecture == "olmoe":
+        tree["model"], tree["loss"] = OLMOE, {}
+    model = built(tree)[1].eval()
+    allowed, ids = AllowedExperts(model), torch.randint(300, (2, 6))
+    allowed_LBE = torch.ones(2, 2, 4, dtype=torch.bool)
+    allowed_LBE[:, 0, 2:] = False  # the first sequence has two experts
+
+    def logits(limit):
+        with torch.no_grad():
+            return model(input_ids=ids, **allowed.arguments(limit)).logits
+
+    everything, before = logits(None), logits(allowed_LBE)
+    assert torch.allclose(before[1], everything[1], atol=1e-5)
+    assert not torch.allclose(before[0], everything[0], atol=1e-5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj[2:] += 1.0
+    assert torch.allclose(logits(allowed_LBE)[0], before[0], atol=1e-5)
+    assert not torch.allclose(logits(allowed_LBE)[1], before[1], atol=1e-5)
+    allowed.arguments(None)
+    allowed.remove()
+
+
+def test_weights_of_those_that_remain_sum_to_one_in_olmoe(tree):
+    tree["model"], tree["loss"] = OLMOE, {}
+    model = built(tree)[1]
+    allowed, seen = AllowedExperts(model), []
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda *hook: seen.append(hook[2]))
+    allowed_LBE = first_experts([[3, 1, 0, 2]] * 2, 2, 4)[:, None].expand(-1, 3, -1)
+    model(input_ids=torch.randint(300, (3, 5)), **allowed.arguments(allowed_LBE))
+    _, weights_TK, ids_TK = seen[0]
+    used = set(ids_TK[weights_TK > 0].tolist())
+    assert used == {1, 3}
+    assert torch.allclose(weights_TK.sum(-1), torch.ones(15))
+
+
+def test_the_order_is_that_of_router_weight(sparse):
+    model = built(sparse)[1]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+            layer.mlp.gate.weight[5] = 1e-3  # chosen where its logit is above zero
+    order = measured_order(model, [torch.randint(300, (4, 16))])
+    assert [sorted(one) for one in order] == [list(range(8))] * 2
+    assert model.training
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 6])
+@pytest.mark.parametrize("model", ["sparse", "dense", "olmoe"])
+def test_resume_equals_never_having_stopped(sparse, listener, tmp_path, stop_after, model):
+    """Bit for bit, stopped before dropout begins, just then, and later; the record too."""
+    if model == "dense":
+        sparse["model"] |= {"training_rule": "dense", "inference_rule": "threshold:0.5"}
+    if model == "olmoe":
+        sparse["model"] = OLMOE
+    whole = train(make_config(sparse), listener)
+    sparse["out"] = str(tmp_path / "broken")
+    listener.on_step = lambda step: (
+        os.kill(os.getpid(), signal.SIGTERM) if step == stop_after else None
+    )
+    assert train(make_config(sparse), listener).step == stop_after
+    listener.on_step = None
+    torch.manual_seed(12345)  # whatever state the new process happens to have
+    resumed = train(make_config(sparse), listener)
+    for name in ("model.safetensors", "config.json"):
+        a, b = ((result.checkpoint / name).read_bytes() for result in (whole, resumed))
+        assert a == b, name
+    logs = [
+        [
+            (r["step"], r["loss"], r.get("loss_third"))
+            for r in read_log(tmp_path / out)
+            if "loss" in r
+        ]
+        for out in ("run", "broken")
+    ]
+    assert logs[0] == logs[1]
+    states = [checkpoint.load_state(result.checkpoint) for result in (whole, resumed)]
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
+
+
+def test_before_it_begins_nothing_is_different(sparse, listener, tmp_path):
+    """So runs of several recipes may branch from one checkpoint."""
+    sparse["steps"] = 8
+    train(make_config(sparse | {"checkpoint": {"every": 4, "keep": 9}}), listener)
+    plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}
+    plain |= {"out": str(tmp_path / "plain"), "checkpoint": {"every": 4, "keep": 9}}
+    train(make_config(plain), listener)
+    middle = [tmp_path / out / "step-00000004" for out in ("run", "plain")]
+    last = [tmp_path / out / "step-00000008" for out in ("run", "plain")]
+    weights = [[(one / "model.safetensors").read_bytes() for one in two] for two in (middle, last)]
+    assert weights[0][0] == weights[0][1]
+    assert weights[1][0] != weights[1][1]
+    assert "expert_dropout" not in json.loads((middle[0] / "config.json").read_text())
+    assert "expert_dropout" not in json.loads((last[1] / "config.json").read_text())
+
+
+def test_another_recipe_does_not_resume(sparse, listener):
+    train(make_config(sparse), listener)
+    sparse["expert_dropout"]["order"] = "nested"
+    with pytest.raises(ConfigError, match=r"other settings \(expert_dropout.order\)"):
+        train(make_config(sparse), listener)
+    del sparse["expert_dropout"]
+    with pytest.raises(ConfigError, match=r"other settings \(expert_dropout\)"):
+        train(make_config(sparse), listener)
+
+
+@pytest.mark.parametrize("model", ["sparse", "olmoe"])
+def test_what_is_logged_and_recorded(sparse, listener, tmp_path, model):
+    if model == "olmoe":
+        sparse["model"] = OLMOE | {"num_experts": 8}
+    result = train(make_config(sparse), listener)
+    log = read_log(tmp_path / "run")
+    step = [r for r in log if r["kind"] == "train"][-1]
+    assert 0 < step["mlp_window_entropy"] <= 1
+    assert 0 < step["mlp_window_coverage"] <= 1
+    assert step["mlp_reuse_distance"] >= 1
+    evaluated = [r for r in log if r["kind"] == "eval"]
+    assert all(r["loss_third"] > 0 for r in evaluated)
+    record = dropout_record(load_full_model(str(tmp_path / "run"))[0].config)
+    assert record is not None
+    assert (record.order, record.share, record.least, record.begin) == ("mixed", 0.5, 2, 0.5)
+    assert [sorted(one) for one in record.resident_order] == [list(range(8))] * 2
+    assert record.held_out_loss is not None
+    assert sorted(record.held_out_loss) == [2, 3, 4, 6, 8]
+    assert record.held_out_loss[8] == pytest.approx(result.held_out_loss, rel=1e-5)
+    assert record.held_out_loss[3] == pytest.approx(evaluated[-1]["loss_third"], rel=1e-5)
+
+
+def test_an_export_keeps_the_record(sparse, listener, tmp_path):
+    train(make_config(sparse), listener)
+    model, tokenizer = load_full_model(str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="norm_topk_prob"):
+        export_olmoe(model, tmp_path / "olmoe", experts_per_token=2, tokenizer=tokenizer)
+    exported = load_full_model(str(tmp_path / "olmoe"))[0]
+    assert dropout_record(exported.config) == dropout_record(model.config) != None  # noqa: E711
+
+
+def test_locality_is_a_loss_of_its_own(sparse, listener, tmp_path):
+    del sparse["expert_dropout"]
+    train(make_config(sparse | {"out": str(tmp_path / "plain")}), listener)
+    sparse["loss"]["routing_locality"] = 100.0
+    train(make_config(sparse), listener)
+    first = [
+        next(r for r in read_log(tmp_path / out) if r["kind"] == "train")
+        for out in ("plain", "run")
+    ]
+    assert first[0]["loss"] == first[1]["loss"]
+    assert first[1]["router_loss"] > first[0]["router_loss"]
+    with pytest.raises(ConfigError, match=r"loss.routing_locality: .*greater than or equal to 0"):
+        make_config(sparse | {"loss": {"routing_locality": -1}})
