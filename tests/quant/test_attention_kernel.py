@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend, plain_attention
 from moefit.quant.cpu_kernels import kernels
+from moefit.quant.kv_int8 import Int8Rows, quantize_rows
 from moefit.serve.hf import attention as attention_module
 from moefit.serve.hf.attention import cpu_attention
 
@@ -22,23 +23,39 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+CACHES = pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+
+
 def segments_of(
-    sizes: list[tuple[int, int]], groups: int, width: int, value_width: int, dtype: torch.dtype
+    sizes: list[tuple[int, int]],
+    groups: int,
+    width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
 ) -> list[KeySegment]:
     """One of (past, new) tokens each, all views of one pool."""
     places = sum(past + new for past, new in sizes)
     keys_GPC = normal(groups, places, width, seed=1).to(dtype)
     values_GPZ = normal(groups, places, value_width, seed=2).to(dtype)
+    rounded = [quantize_rows(one) for one in (keys_GPC, values_GPZ)] if int8 else None
     segments, start = [], 0
     for past, new in sizes:
         mine = slice(start, start + past + new)
-        segments.append(
-            KeySegment(
-                keys_GLC=keys_GPC[:, mine], values_GLZ=values_GPZ[:, mine], past=past, new=new
-            )
+        keys, values = (
+            (keys_GPC[:, mine], values_GPZ[:, mine])
+            if rounded is None
+            else (one.part(slice(None), mine) for one in rounded)
         )
+        segments.append(KeySegment(keys_GLC=keys, values_GLZ=values, past=past, new=new))
         start = mine.stop
     return segments
+
+
+def float_values(segment: KeySegment) -> Tensor:
+    values = segment.values_GLZ
+    return values.dequantized(torch.float32) if isinstance(values, Int8Rows) else values
 
 
 def assert_attention(
@@ -56,10 +73,11 @@ def assert_attention(
     )
     for query, out, segment in parts:
         expected = plain_attention(query, segment, options)
-        size = segment.values_GLZ.abs().max().item()
+        size = float_values(segment).abs().max().item()
         torch.testing.assert_close(out.double(), expected, rtol=off, atol=off * size)
 
 
+@CACHES
 @levels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -67,12 +85,13 @@ def assert_attention(
     [[(0, 1)], [(5, 1), (0, 9)], [(63, 1), (64, 1), (65, 1)], [(510, 5), (1100, 1), (0, 70)]],
     ids=str,
 )
-def test_equals_all_scores_written_out(level: str, dtype: str, sizes) -> None:
-    segments = segments_of(sizes, 2, 64, 48, DTYPES[dtype])
+def test_equals_all_scores_written_out(level: str, dtype: str, sizes, int8: bool) -> None:
+    segments = segments_of(sizes, 2, 64, 48, DTYPES[dtype], int8=int8)
     query_THC = normal(sum(new for _, new in sizes), 6, 64).to(DTYPES[dtype])
     assert_attention(level, query_THC, segments, AttentionOptions(), ROUNDING[dtype])
 
 
+@CACHES
 @levels
 @pytest.mark.parametrize(
     "options",
@@ -86,8 +105,8 @@ def test_equals_all_scores_written_out(level: str, dtype: str, sizes) -> None:
     ],
     ids=["scale", "window-1", "window-70", "softcap", "sinks", "all"],
 )
-def test_what_families_do_beside(level: str, options: AttentionOptions) -> None:
-    segments = segments_of([(700, 3), (0, 80), (530, 1)], 4, 32, 16, torch.float32)
+def test_what_families_do_beside(level: str, options: AttentionOptions, int8: bool) -> None:
+    segments = segments_of([(700, 3), (0, 80), (530, 1)], 4, 32, 16, torch.float32, int8=int8)
     assert_attention(level, normal(84, 4, 32), segments, options, 5e-6)
 
 
@@ -98,9 +117,12 @@ def test_what_families_do_beside(level: str, options: AttentionOptions) -> None:
     share=st.sampled_from([1, 2, 3, 7, 8]),
     width=st.sampled_from([16, 48, 128, 144]),
     window=st.none() | st.integers(1, 700),
+    int8=st.booleans(),
 )
-def test_any_shape(sizes, groups: int, share: int, width: int, window: int | None) -> None:
-    segments = segments_of(sizes, groups, width, 80, torch.float32)
+def test_any_shape(
+    sizes, groups: int, share: int, width: int, window: int | None, int8: bool
+) -> None:
+    segments = segments_of(sizes, groups, width, 80, torch.float32, int8=int8)
     query_THC = normal(sum(new for _, new in sizes), groups * share, width, seed=7)
     for level in HERE:
         assert_attention(level, query_THC, segments, AttentionOptions(window=window), 5e-6)
@@ -114,11 +136,14 @@ def out_of(
     return attend(best, query_THC, segments, options or AttentionOptions())
 
 
+@CACHES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_prompt_may_be_cut_anywhere(dtype: str, window: int | None, chunk: int) -> None:
-    (whole,) = segments_of([(0, 600)], 2, 64, 64, DTYPES[dtype])
+def test_a_prompt_may_be_cut_anywhere(
+    dtype: str, window: int | None, chunk: int, int8: bool
+) -> None:
+    (whole,) = segments_of([(0, 600)], 2, 64, 64, DTYPES[dtype], int8=int8)
     query_THC = normal(600, 8, 64).to(DTYPES[dtype])
     options = AttentionOptions(window=window)
     expected = out_of(query_THC, [whole], options)
@@ -129,17 +154,19 @@ def test_a_prompt_may_be_cut_anywhere(dtype: str, window: int | None, chunk: int
         assert torch.equal(got, expected[past : past + new])
 
 
-def test_neighbours_change_nothing() -> None:
+@CACHES
+def test_neighbours_change_nothing(int8: bool) -> None:
     sizes = [(1500, 1), (20, 30), (0, 1), (513, 4)]
-    segments = segments_of(sizes, 2, 64, 64, torch.bfloat16)
+    segments = segments_of(sizes, 2, 64, 64, torch.bfloat16, int8=int8)
     query_THC = normal(36, 4, 64).bfloat16()
     together = out_of(query_THC, segments).split([1, 30, 1, 4])
     for query, segment, out in zip(query_THC.split([1, 30, 1, 4]), segments, together, strict=True):
         assert torch.equal(out_of(query, [segment]), out)
 
 
-def test_threads_change_nothing() -> None:
-    segments = segments_of([(1500, 1)], 1, 64, 64, torch.bfloat16)
+@CACHES
+def test_threads_change_nothing(int8: bool) -> None:
+    segments = segments_of([(1500, 1)], 1, 64, 64, torch.bfloat16, int8=int8)
     query_THC = normal(1, 4, 64).bfloat16()
     before = torch.get_num_threads()
     try:
@@ -162,10 +189,27 @@ def test_what_is_no_number_shows() -> None:
     assert out[..., 5].isinf().all() and out[..., :5].isfinite().all()
 
 
+@CACHES
 @pytest.mark.parametrize("width, groups", [(8, 2), (24, 1), (16, 3)])
-def test_unknown_shapes_are_left_to_torch(width: int, groups: int) -> None:
-    (segment,) = segments_of([(4, 1)], groups, width, 16, torch.float32)
+def test_unknown_shapes_are_left_to_torch(width: int, groups: int, int8: bool) -> None:
+    (segment,) = segments_of([(4, 1)], groups, width, 16, torch.float32, int8=int8)
     assert not can_attend(normal(1, 4, width), segment)
+
+
+def test_codes_without_scales_are_not_attended_to() -> None:
+    (segment,) = segments_of([(4, 1)], 2, 16, 16, torch.float32, int8=True)
+    assert can_attend(normal(1, 4, 16), segment)
+    lost = segment.keys_GLC[:, :5]
+    assert type(lost) is Tensor and lost.dtype == torch.int8
+    broken = KeySegment(keys_GLC=lost, values_GLZ=segment.values_GLZ, past=4, new=1)
+    assert not can_attend(normal(1, 4, 16), broken)
+
+
+def test_a_row_of_an_int8_cache_that_is_no_number_shows() -> None:
+    (segment,) = segments_of([(80, 1)], 1, 16, 16, torch.float32, int8=True)
+    assert isinstance(segment.keys_GLC, Int8Rows)
+    segment.keys_GLC.scales[0, 70] = torch.nan
+    assert out_of(normal(1, 2, 16), [segment]).isnan().all()
 
 
 class Causal(nn.Module):

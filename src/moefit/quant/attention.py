@@ -1,5 +1,6 @@
 """Compute attention on CPUs with the compiled kernels, directly on keys and values of a cache.
 
+Keys and values are in the queries' dtype, or int8 with a scale per token and head (`kv_int8.py`).
 Calls `csrc/attention.cpp`. Every output is summed in an order that depends only on the positions of
 its own request, so results are bit-identical for any batch, any chunking of the prompt and any
 number of threads.
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
+from moefit.quant.kv_int8 import Int8Rows
 
 LANES = 16  # widths of keys and values are multiples of it
 
 
 class _Attention(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("heads", "groups", "width", "value_width", "kind")),
+        *((name, c_int64) for name in ("heads", "groups", "width", "value_width")),
+        *((name, c_int64) for name in ("kind", "cache")),
         *((name, c_int64) for name in ("query_token", "query_head")),
         *((name, c_int64) for name in ("key_group", "key_token", "value_group", "value_token")),
+        *((name, c_int64) for name in ("key_scale_group", "value_scale_group")),
         ("window", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
@@ -35,6 +39,8 @@ class _Segment(Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("past", c_int64),
         ("fresh", c_int64),
         ("row", c_int64),
@@ -46,8 +52,8 @@ class KeySegment:
     """One request's part of a batch.
 
     Attributes:
-        keys_GLC: Keys, of which past + new are used.
-        values_GLZ: Values.
+        keys_GLC: Keys, of which past + new are used: in the queries' dtype, or `Int8Rows`.
+        values_GLZ: Values, likewise.
         past: Number of keys before the first query token.
         new: Number of query tokens; their keys follow the past ones.
     """
@@ -79,12 +85,20 @@ def can_attend(query_THC: Tensor, segment: KeySegment) -> bool:
     """Return whether the kernels support these tensors' device, dtype and shapes."""
     tensors = query_THC, segment.keys_GLC, segment.values_GLZ
     return (
-        all(one.device.type == "cpu" and one.dtype in NATIVE_DTYPES for one in tensors)
-        and len({one.dtype for one in tensors}) == 1
+        all(one.device.type == "cpu" for one in tensors)
+        and query_THC.dtype in NATIVE_DTYPES
+        and all(_is_known_cache(one, query_THC.dtype) for one in tensors[1:])
+        and segment.keys_GLC.dtype == segment.values_GLZ.dtype
         and all(one.shape[-1] % LANES == 0 and one.stride(-1) == 1 for one in tensors)
         and query_THC.shape[1] % segment.keys_GLC.shape[0] == 0
         and query_THC.shape[1] // segment.keys_GLC.shape[0] <= MAX_GROUP_HEADS
     )
+
+
+def _is_known_cache(cache_GLC: Tensor, dtype: torch.dtype) -> bool:
+    if isinstance(cache_GLC, Int8Rows):
+        return cache_GLC.scales.stride(-1) == 1
+    return cache_GLC.dtype == dtype
 
 
 MAX_GROUP_HEADS = 32  # query heads of one KV head: ROWS of csrc/attention.h
@@ -112,22 +126,44 @@ def attend(
     groups, _, value_width = first.values_GLZ.shape
     assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
     sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
+    kind = NATIVE_DTYPES[query_THC.dtype]
     struct = _Attention(
-        heads, groups, width, value_width, NATIVE_DTYPES[query_THC.dtype],
+        heads, groups, width, value_width, kind,
+        _INT8 if isinstance(first.keys_GLC, Int8Rows) else kind,
         *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
+        _scale_stride(first.keys_GLC), _scale_stride(first.values_GLZ),
         options.window or 0, width**-0.5 if options.scale is None else options.scale,
         options.softcap or 0.0, None if sinks_H is None else sinks_H.data_ptr(),
     )  # fmt: skip
     array, row = (_Segment * len(segments))(), 0
     for number, one in enumerate(segments):
         keys, values = one.keys_GLC, one.values_GLZ
-        assert keys.shape[1] >= one.past + one.new and keys.stride() == first.keys_GLC.stride()
-        assert values.stride() == first.values_GLZ.stride()
-        array[number] = _Segment(keys.data_ptr(), values.data_ptr(), one.past, one.new, row)
+        assert keys.shape[1] >= one.past + one.new
+        assert _strides(keys) == _strides(first.keys_GLC)
+        assert _strides(values) == _strides(first.values_GLZ)
+        array[number] = _Segment(
+            keys.data_ptr(), values.data_ptr(), _scales(keys), _scales(values),
+            one.past, one.new, row,
+        )  # fmt: skip
         row += one.new
     out_THZ = query_THC.new_empty(tokens, heads, value_width)
     kernels.attention(struct, array, query_THC, out_THZ)
     return out_THZ
+
+
+_INT8 = 8  # of csrc/matrix.h
+
+
+def _scales(cache_GLC: Tensor) -> int | None:
+    return cache_GLC.scales.data_ptr() if isinstance(cache_GLC, Int8Rows) else None
+
+
+def _scale_stride(cache_GLC: Tensor) -> int:
+    return cache_GLC.scales.stride(0) if isinstance(cache_GLC, Int8Rows) else 0
+
+
+def _strides(cache_GLC: Tensor) -> tuple[int, ...]:
+    return *cache_GLC.stride(), _scale_stride(cache_GLC)
 
 
 def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOptions) -> Tensor:
@@ -135,7 +171,7 @@ def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOp
     heads, groups = query_THC.shape[1], segment.keys_GLC.shape[0]
     seen = segment.past + segment.new
     keys_HLC, values_HLZ = (
-        one[:, :seen].double().repeat_interleave(heads // groups, 0)
+        _floats(one)[:, :seen].double().repeat_interleave(heads // groups, 0)
         for one in (segment.keys_GLC, segment.values_GLZ)
     )
     scale = query_THC.shape[2] ** -0.5 if options.scale is None else options.scale
@@ -153,3 +189,9 @@ def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOp
         scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
     shares_HTL = scores_HTL.softmax(-1)[..., :seen]
     return (shares_HTL @ values_HLZ).transpose(0, 1)
+
+
+def _floats(cache_GLC: Tensor) -> Tensor:
+    if isinstance(cache_GLC, Int8Rows):
+        return cache_GLC.dequantized(torch.float64)
+    return cache_GLC

@@ -48,7 +48,7 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx512", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 6  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 7  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -129,6 +129,7 @@ class Kernels:
             c_void_p,
             c_void_p,
         ]
+        library.moefit_write_rows.argtypes = [c_int64, c_void_p]
 
     def linear(
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
@@ -276,6 +277,10 @@ class Kernels:
             self._level, byref(struct), segments, len(segments), query_THC.data_ptr(),
             out_THZ.data_ptr(),
         )  # fmt: skip
+
+    def write_rows(self, rows: Any) -> None:
+        """Round keys or values into an int8 cache; called by `quant.kv_int8.write_rows`."""
+        self._library.moefit_write_rows(self._level, rows)
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False

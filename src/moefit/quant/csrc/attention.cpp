@@ -18,6 +18,8 @@ uint16_t half_of(float x) {
     return std::fabs(x) < 65520 ? to_half(x) : x < 0 ? 0xfc00 : 0x7c00;
 }
 
+int64_t bytes_of(int64_t kind) { return kind == INT8 ? 1 : kind == F32 ? 4 : 2; }
+
 // A tile: some queries of one request that share a KV head.
 struct Tile {
     const Segment *segment;
@@ -29,6 +31,14 @@ struct Tile {
     }
     int64_t end() const { return segment->past + first + tokens; }
     int64_t spans(const Attention &a) const { return (end() - 1) / SPAN - begin(a) / SPAN + 1; }
+
+    CacheHead cache(const Attention &a) const {
+        int64_t size = bytes_of(a.cache);
+        return {(const char *)segment->keys + group * a.key_group * size,
+                (const char *)segment->values + group * a.value_group * size,
+                segment->key_scales ? segment->key_scales + group * a.key_scale_group : nullptr,
+                segment->value_scales ? segment->value_scales + group * a.value_scale_group : nullptr};
+    }
 };
 
 // A tile's queries and their running softmax over keys.
@@ -41,7 +51,7 @@ public:
     }
 
     void begin(const Level &level, const Attention &a, const Tile &tile, const void *query) {
-        int64_t size = a.kind == F32 ? 4 : 2, share = a.heads / a.groups;
+        int64_t size = bytes_of(a.kind), share = a.heads / a.groups;
         rows_.number = tile.tokens * share;
         for (int64_t r = 0; r < rows_.number; r++) {
             int64_t token = tile.first + r / share, head = tile.group * share + r % share;
@@ -58,13 +68,11 @@ public:
 
     // Process the tile's keys in one span.
     const Seen &see(const Level &level, const Attention &a, const Tile &tile, int64_t span) {
-        int64_t size = a.kind == F32 ? 4 : 2;
         int64_t first = std::max(span * SPAN, tile.begin(a) / PART * PART), last = std::min((span + 1) * SPAN, tile.end());
         std::fill(value_.begin(), value_.end(), 0.0f);
         std::fill(span_.largest, span_.largest + ROWS, -INFINITY);
         std::fill(span_.sum, span_.sum + ROWS, 0.0f);
-        level.attend(a, (const char *)tile.segment->keys + tile.group * a.key_group * size,
-                     (const char *)tile.segment->values + tile.group * a.value_group * size, first, last, rows_, span_);
+        level.attend(a, tile.cache(a), first, last, rows_, span_);
         return span_;
     }
 
@@ -179,5 +187,28 @@ void moefit_attention(int64_t level, const Attention *a, const Segment *segments
     std::vector<Tile> tiles = tiles_of(*a, segments, number);
     if (tiles.size() < FEW) by_spans(use, *a, tiles, query, out);
     else by_tiles(use, *a, tiles, query, out);
+}
+
+// Keys or values of new tokens, and where in an INT8 cache they belong. Strides are in elements.
+struct CacheRows {
+    const void *rows;  // [heads, tokens, width]
+    int64_t heads, tokens, width, kind, row_head, row_token;
+    const int64_t *places;  // of each token in the cache
+    int8_t *codes;
+    int64_t code_head, code_token;
+    float *scales;
+    int64_t scale_head;
+};
+
+void moefit_write_rows(int64_t level, const CacheRows *r) {
+    const Level &use = level_of(level);
+    int64_t size = bytes_of(r->kind);
+#pragma omp parallel for if (r->heads * r->tokens > 1024)
+    for (int64_t row = 0; row < r->heads * r->tokens; row++) {
+        int64_t head = row / r->tokens, token = row % r->tokens, place = r->places[token];
+        const char *from = (const char *)r->rows + (head * r->row_head + token * r->row_token) * size;
+        int8_t *codes = r->codes + head * r->code_head + place * r->code_token;
+        r->scales[head * r->scale_head + place] = use.quantize(from, r->kind, r->width, codes);
+    }
 }
 }

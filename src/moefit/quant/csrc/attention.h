@@ -11,10 +11,12 @@ constexpr int64_t SPAN = 512;  // keys that are summed before they are merged wi
 constexpr int64_t PART = 64;   // keys whose scores are stored at once
 constexpr int64_t ROWS = 32;   // queries of one KV head that are processed together
 
-// Strides are in elements. Widths are multiples of 16.
+// Strides are in elements. Widths are multiples of 16. `kind` is that of queries and outputs, `cache` that of
+// keys and values: the same, or INT8 with a scale per token and KV head.
 struct Attention {
-    int64_t heads, groups, width, value_width, kind;
+    int64_t heads, groups, width, value_width, kind, cache;
     int64_t query_token, query_head, key_group, key_token, value_group, value_token;
+    int64_t key_scale_group, value_scale_group;
     int64_t window;         // keys that a query attends to, including its own; 0: all preceding ones
     float scale, softcap;   // softcap 0: none
     const float *sinks;     // null, or a score per query head without a value
@@ -23,7 +25,14 @@ struct Attention {
 // `fresh` queries of one request in rows from `row` on; the first follows `past` keys.
 struct Segment {
     const void *keys, *values;
+    const float *key_scales, *value_scales;  // null unless keys and values are INT8
     int64_t past, fresh, row;
+};
+
+// Keys and values of one KV head of a request.
+struct CacheHead {
+    const void *keys, *values;
+    const float *key_scales, *value_scales;
 };
 
 // Queries of one KV head, and the position of each.

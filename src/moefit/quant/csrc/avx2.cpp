@@ -39,6 +39,15 @@ static inline __attribute__((always_inline)) V halves16(const uint16_t *at) {
     return value;
 }
 
+static inline __attribute__((always_inline)) V bytes16(const int8_t *at) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)at);
+    Halves x = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+    V value;
+    std::memcpy(&value, &x, 64);
+    return value;
+}
+
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
@@ -83,5 +92,5 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x
 TARGET_END
 
 const Level AVX2 = {avx2::any_dot, avx2::any_decode, avx2::narrow, avx2::widen, avx2::integers,
-                    avx2::any_attend};
+                    avx2::any_attend, avx2::any_quantize};
 #endif

@@ -162,6 +162,10 @@ static inline V halves16(const uint16_t *at) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
+static inline __attribute__((always_inline)) V bytes16(const int8_t *at) {
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+}
+
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
@@ -185,5 +189,5 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x
 TARGET_END
 
 const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow, avx512::widen, avx512::integers,
-                      avx512::any_attend};
+                      avx512::any_attend, avx512::any_quantize};
 #endif

@@ -95,8 +95,9 @@ struct Level {
     // Convert a group of activations to the integers of `Input`.
     void (*integers)(const float *x, int8_t *high, int8_t *low, float *scale, float *sum);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
-    void (*attend)(const Attention &, const void *keys, const void *values, int64_t first, int64_t last,
-                   const QueryRows &, Seen &);
+    void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
+    // Round one row of keys or values to INT8 and return its scale.
+    float (*quantize)(const void *row, int64_t kind, int64_t width, int8_t *codes);
 };
 
 extern const Level PORTABLE;

@@ -21,6 +21,12 @@ static inline V halves16(const uint16_t *at) {
     return value;
 }
 
+static inline V bytes16(const int8_t *at) {
+    V value;
+    for (int i = 0; i < 16; i++) value[i] = at[i];
+    return value;
+}
+
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
@@ -46,4 +52,4 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x
 }
 
 const Level PORTABLE = {plain::any_dot, plain::any_decode, plain::narrow, plain::widen, plain::integers,
-                        plain::any_attend};
+                        plain::any_attend, plain::any_quantize};
