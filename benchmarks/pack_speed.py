@@ -31,7 +31,7 @@ from rivals import drop_page_cache
 
 import moefit
 from moefit.api import folder_of
-from moefit.evaluate.speed import measure_bandwidth
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.folders import cache_root
 from moefit.quant.cpu_kernels import status
 from moefit.quant.encode import Encoder, encode_into
@@ -59,7 +59,10 @@ def main() -> None:
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="pack-speed-") as place:
-        disk = {"read": measure_bandwidth(folder).storage, "write": write_speed(Path(place))}
+        disk = {
+            "read": measure_bandwidth(folder, arguments.threads).storage,
+            "write": write_speed(Path(place)),
+        }
         results["disk"] = disk
         results["starting"] = {NATIVE: started(arguments, NATIVE, place)}
         for name in names:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import moefit
-from moefit.evaluate.speed import measure_bandwidth, measure_speed
+from moefit.evaluate.bandwidth import measure_bandwidth
+from moefit.evaluate.speed import measure_speed
 from moefit.folders import cache_root
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.model import ServedModel
@@ -123,7 +124,7 @@ def work(arguments: argparse.Namespace) -> rivals.Work:
         int(torch.randint(0, vocabulary(config), (1, 1), generator=generator))
         for _ in range(arguments.warm_up + arguments.new_tokens)
     ]
-    bandwidth = measure_bandwidth(arguments.folder)
+    bandwidth = measure_bandwidth(arguments.folder, arguments.threads)
     return rivals.Work(
         folder=str(arguments.folder),
         gguf=str(arguments.gguf or ""),
@@ -141,7 +142,7 @@ def work(arguments: argparse.Namespace) -> rivals.Work:
 def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     rivals.drop_page_cache(arguments.folder.glob("*.safetensors"))
     rivals.drop_page_cache((cache_root() / "packed").rglob("*.safetensors"))
-    bandwidth = measure_bandwidth(arguments.folder)
+    bandwidth = measure_bandwidth(arguments.folder, arguments.threads)
     policy, _, format = name.partition("@")
     precision, _, rest = (format or "native").partition("+")
     settings = {

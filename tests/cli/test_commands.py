@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import moefit
 from moefit import demo
-from moefit.cli import app
+from moefit.cli import app, models
 from moefit.cli.app import error_of
 from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.quant.cpu_kernels import status
@@ -219,6 +219,22 @@ def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkey
     assert after.stdout == told.stdout
 
 
+def test_bench_measures_bandwidths_before_it_loads(saved, monkeypatch):
+    """What measures is then gone when the model takes its memory."""
+    order = []
+    for name in ("measure_bandwidth", "load_served"):
+        original = getattr(models, name)
+
+        def called(*args, name=name, original=original, **settings):
+            order.append(name)
+            return original(*args, **settings)
+
+        monkeypatch.setattr(models, name, called)
+    found = json.loads(run("bench", saved, "--new-tokens", "2", "--context", "64", "--json").stdout)
+    assert found["memory_bound"] > 0
+    assert order == ["measure_bandwidth", "load_served"]
+
+
 def test_export(saved, tmp_path):
     run("export", saved, str(tmp_path / "olmoe"), "--experts-per-token", "2")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
@@ -282,6 +298,7 @@ def test_version():
     [
         (["eval", "no-such-model"], "there is no folder"),
         (["describe", "dsmoe-4b"], "did you mean"),
+        (["bench", "OLMOE"], "has neither model.safetensors"),
         (["describe", "OLMOE"], "has neither model.safetensors"),
         (["describe", "DAMAGED"], "config.json cannot be read"),
         (["eval", "MODEL", "--device", "foo"], "device='foo' is not available here"),

@@ -26,6 +26,7 @@ from moefit.evaluate.stepwise import score_steps
 from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
+from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.model import ServedModel
 
@@ -89,7 +90,14 @@ def evaluate(
     only = _only(rules)
     with ExitStack() as stack:
         served = stack.enter_context(
-            load_served(model, room, misses, planned, prompt_logits=WHOLE_WINDOWS)
+            load_served(
+                model,
+                room,
+                misses,
+                planned,
+                prompt_logits=WHOLE_WINDOWS,
+                generation_config=IGNORE,
+            )
         )
         if only is not None:
             use_rule(served.model, only)

@@ -25,8 +25,9 @@ from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, in_a_line
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError
+from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import ARCHITECTURES
-from moefit.evaluate.speed import Bandwidth, Speed
+from moefit.evaluate.speed import Speed
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
 from moefit.quant.backend import backend_status

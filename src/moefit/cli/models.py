@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
+from moefit.checkpoint.safetensors import Checkpoint
 from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
 from moefit.cli.loading import (
     import_serving_commands,
@@ -43,13 +44,14 @@ from moefit.cli.precision import resolve_precision
 from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
-from moefit.evaluate.speed import bandwidth_apart, measure_speed
+from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule, default_rules
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
-from moefit.serve.hf.generation_config import use_generation_config
+from moefit.serve.hf.generation_config import IGNORE, use_generation_config
 from moefit.serve.hf.guards import FiniteLogits
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import use_rule
@@ -333,8 +335,13 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Random tokens, so that a model with random weights does not repeat one; no locality."""
-    with load_served(model, room, misses, planned, eviction=eviction) as served:
-        bandwidth = bandwidth_apart(served.folder)
+    folder = folder_of(model)
+    Checkpoint(folder).close()  # raises for missing and damaged files
+    with console.status("measuring bandwidths"):  # before the model takes the memory
+        bandwidth = measure_bandwidth(folder, torch.get_num_threads())
+    with load_served(
+        model, room, misses, planned, eviction=eviction, generation_config=IGNORE
+    ) as served:
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(
             0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.host import available_bytes
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
+from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.load import load_model
 from moefit.serve.memory.estimate import held_bytes
 from moefit.serve.model import ServedModel
@@ -33,6 +34,7 @@ def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel
         mode="exact",
         precision=NATIVE_PRECISION,
         dense_precision=NATIVE_PRECISION,
+        generation_config=IGNORE,
     )
     try:
         return load_model(served.folder, alike)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     OlmoeForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -153,6 +154,7 @@ def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeF
         loaded, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             path,
             config=config,
+            generation_config=_generation_config(path, config),
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
@@ -170,6 +172,17 @@ def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeF
         )
     assert isinstance(loaded, DsMoeForCausalLM | OlmoeForCausalLM), "check_family() saw to this"
     return loaded
+
+
+def _generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """Return the model's generation settings; its special tokens if the file cannot be used.
+
+    Measurements generate nothing; for commands that do, `use_generation_config` names the damage.
+    """
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception:  # noqa: BLE001 - a damaged file raises many types
+        return GenerationConfig.from_model_config(config)
 
 
 def _refuse_other_numbers(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError
-from moefit.evaluate.speed import measure_bandwidth
+from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.host import available_bytes
 from moefit.moe.routing import Rule
 from moefit.plan import experiments
@@ -35,6 +35,7 @@ from moefit.plan.timing import time_dense_weights, time_format
 from moefit.plan.trace import make_curves, record_routes
 from moefit.quant.format import parse_format
 from moefit.serve.config import BlockPlacement, LoadSettings
+from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.router_probe import use_rule
@@ -79,6 +80,7 @@ class MeasuredModel:
             device=self.device,
             context=context,
             dtype=self.dtype,
+            generation_config=IGNORE,
             **configuration.load_settings(),
         )
         served = load_model(self.folder, settings, **configuration.policy_settings())
@@ -213,7 +215,7 @@ class Measurements:
         if kind != "quality":
             self.close()  # another model in memory would disturb the times
         if kind == "bandwidth":
-            found = measure_bandwidth(self._context.model.folder)
+            found = measure_bandwidth(self._context.model.folder, torch.get_num_threads())
             return {"storage": found.storage, "memory": found.memory}
         if kind == "routes":
             return self._routes()

@@ -17,8 +17,7 @@ from moefit.moe.families import MoeBlock
 from moefit.quant.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.scores import VirtualExpertManager
-from moefit.serve.hf.generation_config import AUTO as AUTO_GENERATION
-from moefit.serve.hf.generation_config import NONE as NO_GENERATION
+from moefit.serve.hf.generation_config import AUTO, IGNORE, NONE
 from moefit.serve.precision.allocate import AUTO_FORMATS
 
 Mode = Literal["exact", "bounded", "virtual"]
@@ -196,7 +195,7 @@ class LoadSettings:
         prompt_logits: Largest size in bytes of a step's prompt logits, where requested.
         helpers: Bytes of other processes that count against the same budget.
         generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes
-            only special tokens from it.
+            only special tokens from it, `ignore` does not read it.
     """
 
     memory: str | int | None = None
@@ -215,7 +214,7 @@ class LoadSettings:
     sequences: int = 1
     prompt_logits: int = 0
     helpers: int = 0
-    generation_config: str = AUTO_GENERATION
+    generation_config: str = AUTO
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""
@@ -229,10 +228,11 @@ class LoadSettings:
                 f"a placement sets the formats of every block, and so does precision "
                 f"{self.precision!r}; give one of the two"
             )
-        if self.generation_config not in (AUTO_GENERATION, NO_GENERATION):
+        if self.generation_config not in (AUTO, NONE, IGNORE):
             raise ConfigError(
-                f"generation_config={self.generation_config!r} is neither 'auto' (follow the "
-                "model's generation_config.json) nor 'none' (take nothing but special tokens)"
+                f"generation_config={self.generation_config!r} is not 'auto' (follow the "
+                "model's generation_config.json), 'none' (take nothing but special tokens) or "
+                "'ignore' (do not read it)"
             )
         self.formats()  # raises for unknown names
         self.dense_format()

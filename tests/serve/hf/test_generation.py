@@ -263,7 +263,7 @@ def test_a_sampling_value_that_cannot_be_is_left_out_with_the_others(written) ->
 
 
 def test_a_way_to_follow_that_does_not_exist(written) -> None:
-    with pytest.raises(ConfigError, match="generation_config='vllm' is neither"):
+    with pytest.raises(ConfigError, match="generation_config='vllm' is not 'auto'"):
         moefit.load(written({}), generation_config="vllm")
 
 
@@ -413,3 +413,22 @@ def test_generate_writes_what_beams_find(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith("def main(") and done.stdout.strip() != "def main("
         assert "not followed from the model's generation_config.json: dola_layers" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["{", '{"temperature": "hot"}', "[]", '{"top_k": -7}'])
+def test_measurements_do_not_read_the_file(reference, damage: str, tmp_path: Path) -> None:
+    folder, text = reference[0], tmp_path / "text.txt"
+    text.write_text("import os, sys\n" * 40)
+    file = folder / "generation_config.json"
+    try:
+        file.write_text(damage)
+        speed = commanded("bench", str(folder), "--new-tokens", "1", "--context", "64", "--json")
+        assert json.loads(speed.stdout)["new_tokens"] == 1
+        scored = ("eval", str(folder), "--text", str(text), "--context", "32", "--json")
+        commanded(*scored)
+        stepwise = commanded(*scored, "--max-tokens", "40", "--mode", "exact")
+        assert json.loads(stepwise.stdout)["tokens"] > 0
+        failed = CliRunner().invoke(app, ["generate", str(folder), "import"])
+        assert isinstance(failed.exception, CheckpointError)
+    finally:
+        file.unlink()

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from moefit.errors import CheckpointError
 
 FILE = "generation_config.json"
-AUTO, NONE = "auto", "none"
+AUTO, NONE, IGNORE = "auto", "none", "ignore"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Accelerations that need layers or caches that a served model does not have, and settings that
@@ -132,7 +132,8 @@ def use_generation_config(
         model: The model; its `generation_config` is replaced.
         folder: Folder of the checkpoint.
         tokenizer: Its end-of-text token is an end token too if generation_config.json has none.
-        follow: `auto`, or `none` to use only the checkpoint's special tokens.
+        follow: `auto`; `none` to use only the checkpoint's special tokens; `ignore` to read no
+            file, for measurements, which generate nothing.
 
     Returns:
         The defaults for requests to the engine.
@@ -141,6 +142,10 @@ def use_generation_config(
         CheckpointError: generation_config.json is damaged or has an invalid value.
     """
     if not model.can_generate():
+        return GenerationDefaults()
+    if follow == IGNORE:
+        model.generation_config = GenerationConfig()
+        _add_special_tokens(model.generation_config, model.config, None)
         return GenerationDefaults()
     settings, own = _read_settings(folder, follow)
     generation = _generation_config(settings, own, folder)

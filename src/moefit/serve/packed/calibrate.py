@@ -23,6 +23,7 @@ from moefit.checkpoint.model_folder import read_json
 from moefit.checkpoint.safetensors import bytes_of
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.serve.config import LoadSettings
+from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.load import load_model
@@ -194,7 +195,10 @@ def _record(
     """Run the text through the model, write the files and return their metadata."""
     windows_BT = calibration.windows_BT
     settings = LoadSettings(
-        memory=calibration.memory, context=windows_BT.shape[1], dtype=skeleton.dtype
+        memory=calibration.memory,
+        context=windows_BT.shape[1],
+        dtype=skeleton.dtype,
+        generation_config=IGNORE,
     )
     with ExitStack() as stack:
         served = stack.enter_context(load_model(skeleton.checkpoint.folder, settings))
