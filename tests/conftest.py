@@ -1,5 +1,5 @@
-"""What several test files share: a small corpus, a small run, a watcher that listens; small
-checkpoints to serve, the shipped model, and a cache folder of one's own."""
+"""Shared fixtures: a small corpus and training run, a recording callback, checkpoints to serve,
+the shipped model and a separate cache folder."""
 
 import os
 import random
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-# On shared cores OpenMP's waiting threads cost ten times the work of tensors as small as ours.
+# On shared cores OpenMP's spinning threads cost ten times the work on tensors this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-# Without a GPU its kernels are interpreted; Triton asks this once, when it is imported.
+# Without a GPU Triton kernels are interpreted; Triton reads this when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 from hypothesis import HealthCheck, settings
@@ -23,39 +23,39 @@ from tiny_served import model_of, saved, tiny
 import moefit
 from moefit.train.config import make_config
 
-# How long an example takes says how busy the machine is, not whether the code is right.
+# On a busy machine examples take long; that is not a failure.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any machine")
 
 
-class Listener:
-    """A Watcher that keeps what it is told."""
+class RecordingCallback:
+    """A `TrainingCallback` that records its calls; `after_step` is called with each step."""
 
     def __init__(self):
-        self.steps, self.events, self.stages = [], [], set()
-        self.facts = None
-        self.on_step = None
+        self.steps, self.messages, self.stages = [], [], set()
+        self.info = None
+        self.after_step = None
 
-    def preparing(self, stage, done, total):
+    def on_prepare(self, stage, done, total):
         self.stages.add(stage)
 
-    def started(self, *, step, steps, facts):
-        self.facts = facts
+    def on_start(self, *, step, steps, info):
+        self.info = info
 
-    def stepped(self, step, values):
+    def on_step(self, step, values):
         self.steps.append((step, values))
-        if self.on_step is not None:
-            self.on_step(step)
+        if self.after_step is not None:
+            self.after_step(step)
 
-    def event(self, text):
-        self.events.append(text)
+    def on_message(self, text):
+        self.messages.append(text)
 
 
 @pytest.fixture
-def listener():
-    return Listener()
+def callback():
+    return RecordingCallback()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from moefit.train.config import TrainConfig, make_config
 from moefit.train.data.batches import Batches
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import prepare
-from moefit.train.display import Watcher, display
+from moefit.train.display import TrainingCallback, display
 from moefit.train.loop import train
 from moefit.train.model import build_model, loss_weights, use_bf16
 from moefit.train.schedule import make_optimizer
@@ -94,9 +94,9 @@ def _say(console: Console, text: str) -> None:
 
 def _train(out: Path, seconds: int, console: Console) -> dict[str, Any]:
     _make_anew(out)
-    with display(console) as watcher:
-        config = _config(out, steps=_steps_in(_config(out, steps=1000), seconds, watcher))
-        result = train(config, watcher)
+    with display(console) as callback:
+        config = _config(out, steps=_steps_in(_config(out, steps=1000), seconds, callback))
+        result = train(config, callback)
     return {
         "steps": result.step,
         "tokens": result.step * config.batch_size * config.accumulation * config.seq_len,
@@ -141,9 +141,9 @@ def _config(out: Path, steps: int) -> TrainConfig:
     )
 
 
-def _steps_in(config: TrainConfig, seconds: int, watcher: Watcher) -> int:
+def _steps_in(config: TrainConfig, seconds: int, callback: TrainingCallback) -> int:
     """How many steps of `config` this machine does in `seconds`, from a few that it tries."""
-    data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
+    data = prepare(config.data, seq_len=config.seq_len, progress=callback.on_prepare)
     device = torch.device("cpu")
     eos = data.tokenizer.eos_token_id
     assert isinstance(eos, int)

@@ -88,8 +88,8 @@ def test_olmoe_trains_all_of_its_experts():
     [
         ({"hidden_size": 33}, "model.hidden_size=33 does not divide .* model.hidden_size=32"),
         ({"hidden_size": 12}, "model.hidden_size=12 does not divide .* model.hidden_size=16"),
-        ({"num_experts": 1}, "model.num_experts=1, .* the fewest that works is 2"),
-        ({"num_experts": "x"}, "no OLMoE can be built of .*num_experts='x'.* 'num_experts' expec"),
+        ({"num_experts": 1}, "model.num_experts=1, .* the smallest that works is 2"),
+        ({"num_experts": "x"}, "OLMoE cannot be built with .*num_experts='x'.* 'num_experts' "),
         ({"num_experts": -4}, "model.num_experts=-4"),
         ({"num_attention_heads": 0}, "num_attention_heads=0, but it must be a whole number"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
@@ -97,10 +97,10 @@ def test_olmoe_trains_all_of_its_experts():
         ({"attention_dropout": 2.0}, "attention_dropout=2.0, but it must be"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "'spiral' is unknown; use one of default"),
         ({"hidden_act": "sili"}, "model.hidden_act='sili' is unknown; use one of .*silu"),
-        ({"router_aux_loss_coef": 0.1}, "would do nothing here.* use loss.load_balancing"),
-        ({"output_router_logits": True}, "would do nothing here.* use loss.load_balancing"),
+        ({"router_aux_loss_coef": 0.1}, "has no effect.* use loss.load_balancing"),
+        ({"output_router_logits": True}, "has no effect.* use loss.load_balancing"),
         ({"num_experts_per_tok": 2}, "choose K at export"),
-        ({"mlp_type": "gelu"}, "model.mlp_type is no field of OlmoeConfig"),
+        ({"mlp_type": "gelu"}, "model.mlp_type is not a field of OlmoeConfig"),
     ],
 )
 def test_an_olmoe_that_cannot_be(changes, said):
@@ -113,22 +113,22 @@ def test_what_the_model_stumbles_over_is_the_users_error_too(monkeypatch):
         raise RuntimeError("not\n  so")
 
     monkeypatch.setattr("moefit.train.model.OlmoeForCausalLM", stumble)
-    with pytest.raises(ConfigError, match=r"model\.num_experts=4: not so; change what it"):
+    with pytest.raises(ConfigError, match=r"model\.num_experts=4: not so; change that"):
         built(model=OLMOE)
 
 
 @pytest.mark.parametrize(
     ("model", "loss", "said"),
     [
-        ({"preset": "dsmoe-tiny"}, {"attention_mi": 0.1}, "loss.attention_mi=0.1 would do nothing"),
+        ({"preset": "dsmoe-tiny"}, {"attention_mi": 0.1}, "loss.attention_mi=0.1 has no effect"),
         ({"num_experts": 4}, {"attention_mi": 1}, "model.num_attention_experts=1 has no router"),
-        ({"preset": "dense-tiny"}, {"mlp_mi": 0.1}, "loss.mlp_mi=0.1 would do .* give 0, or give"),
-        ({"num_experts": 1}, {"load_balancing": 1}, "loss.load_balancing=1 would do nothing"),
+        ({"preset": "dense-tiny"}, {"mlp_mi": 0.1}, "loss.mlp_mi=0.1 has no .* give 0, or give"),
+        ({"num_experts": 1}, {"load_balancing": 1}, "loss.load_balancing=1 has no effect"),
         ({"num_experts": 1}, {"z": 0.1}, "loss.z=0.1 .* give model.num_experts=2 or more"),
         (
             {"num_experts": 1, "routed_scaling_factor": 16},
             {},
-            "model.routed_scaling_factor=16 would do nothing, .* leave it out, give 1, or",
+            "model.routed_scaling_factor=16 has no effect, .* leave it out, give 1, or",
         ),
     ],
 )
@@ -152,7 +152,7 @@ def test_zeros_and_a_presets_own_values_may_stand_idle(model):
 
 
 def test_a_sparse_rule_needs_experts_to_choose_from():
-    with pytest.raises(ConfigError, match=r"sparse\.rule=top_k:1 would do nothing, .* give null"):
+    with pytest.raises(ConfigError, match=r"sparse\.rule=top_k:1 has no effect, .* give null"):
         built(model={"num_experts": 1}, sparse={"rule": "top_k:1"})
     with pytest.raises(ConfigError, match=r"top_k:9 asks for 9 experts .* top_k:8"):
         built(model={"num_experts": 8, "hidden_size": 32}, sparse={"rule": "top_k:9"})

@@ -62,7 +62,7 @@ def test_damage_is_named(tmp_path, parts, name, damage):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({"something": "else"}))
-    with pytest.raises(CheckpointError, match="no checkpoint of moefit"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of moefit"):
         checkpoint.load_state(tmp_path)
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from moefit.train.display import display
 
-FACTS = {
+INFO = {
     "parameters": 1e6, "train_tokens": 2e6, "epochs": 0.5, "precision": "fp32", "device": "cpu",
     "threads": 2, "peak_flops": 1e11,
 }  # fmt: skip
@@ -13,12 +13,12 @@ VALUES = {"loss": 3.21, "tokens_per_second": 4567.0, "mfu": 0.34}
 
 def test_it_says_what_happens():
     out = io.StringIO()
-    with display(Console(file=out, width=160, force_terminal=True, color_system=None)) as watcher:
-        watcher.preparing("reading", 100, None)
-        watcher.preparing("tokenising", 100, 1000)
-        watcher.event("resuming from runs/[a]/[/b]")
-        watcher.started(step=0, steps=10, facts=FACTS)
-        watcher.stepped(10, {**VALUES, "held_out_loss": 3.5, "seconds": 1.0})
+    with display(Console(file=out, width=160, force_terminal=True, color_system=None)) as callback:
+        callback.on_prepare("reading", 100, None)
+        callback.on_prepare("tokenising", 100, 1000)
+        callback.on_message("resuming from runs/[a]/[/b]")
+        callback.on_start(step=0, steps=10, info=INFO)
+        callback.on_step(10, {**VALUES, "held_out_loss": 3.5, "seconds": 1.0})
     text = out.getvalue()
     for words in (
         "1.00 M parameters",
@@ -33,9 +33,9 @@ def test_it_says_what_happens():
 
 def test_without_a_terminal_it_prints_a_line_now_and_then():
     out = io.StringIO()
-    with display(Console(file=out, width=160, force_terminal=False)) as watcher:
-        watcher.started(step=0, steps=10, facts=FACTS)
+    with display(Console(file=out, width=160, force_terminal=False)) as callback:
+        callback.on_start(step=0, steps=10, info=INFO)
         for step, seconds in ((1, 1.0), (2, 31.0), (3, 32.0), (4, 62.0)):
-            watcher.stepped(step, {**VALUES, "seconds": seconds})
+            callback.on_step(step, {**VALUES, "seconds": seconds})
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step")]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]

@@ -194,21 +194,21 @@ def test_the_order_is_that_of_router_weight(sparse):
 
 @pytest.mark.parametrize("stop_after", [2, 4, 6])
 @pytest.mark.parametrize("model", ["sparse", "dense", "olmoe"])
-def test_resume_equals_never_having_stopped(sparse, listener, tmp_path, stop_after, model):
+def test_resume_equals_never_having_stopped(sparse, callback, tmp_path, stop_after, model):
     """Bit for bit, stopped before dropout begins, just then, and later; the record too."""
     if model == "dense":
         sparse["model"] |= {"training_rule": "dense", "inference_rule": "threshold:0.5"}
     if model == "olmoe":
         sparse["model"] = OLMOE
-    whole = train(make_config(sparse), listener)
+    whole = train(make_config(sparse), callback)
     sparse["out"] = str(tmp_path / "broken")
-    listener.on_step = lambda step: (
+    callback.after_step = lambda step: (
         os.kill(os.getpid(), signal.SIGTERM) if step == stop_after else None
     )
-    assert train(make_config(sparse), listener).step == stop_after
-    listener.on_step = None
+    assert train(make_config(sparse), callback).step == stop_after
+    callback.after_step = None
     torch.manual_seed(12345)  # whatever state the new process happens to have
-    resumed = train(make_config(sparse), listener)
+    resumed = train(make_config(sparse), callback)
     for name in ("model.safetensors", "config.json"):
         a, b = ((result.checkpoint / name).read_bytes() for result in (whole, resumed))
         assert a == b, name
@@ -225,13 +225,13 @@ def test_resume_equals_never_having_stopped(sparse, listener, tmp_path, stop_aft
     assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
-def test_before_it_begins_nothing_is_different(sparse, listener, tmp_path):
+def test_before_it_begins_nothing_is_different(sparse, callback, tmp_path):
     """So runs of several recipes may branch from one checkpoint."""
     sparse["steps"] = 8
-    train(make_config(sparse | {"checkpoint": {"every": 4, "keep": 9}}), listener)
+    train(make_config(sparse | {"checkpoint": {"every": 4, "keep": 9}}), callback)
     plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}
     plain |= {"out": str(tmp_path / "plain"), "checkpoint": {"every": 4, "keep": 9}}
-    train(make_config(plain), listener)
+    train(make_config(plain), callback)
     middle = [tmp_path / out / "step-00000004" for out in ("run", "plain")]
     last = [tmp_path / out / "step-00000008" for out in ("run", "plain")]
     weights = [[(one / "model.safetensors").read_bytes() for one in two] for two in (middle, last)]
@@ -241,21 +241,21 @@ def test_before_it_begins_nothing_is_different(sparse, listener, tmp_path):
     assert "expert_dropout" not in json.loads((last[1] / "config.json").read_text())
 
 
-def test_another_recipe_does_not_resume(sparse, listener):
-    train(make_config(sparse), listener)
+def test_another_recipe_does_not_resume(sparse, callback):
+    train(make_config(sparse), callback)
     sparse["expert_dropout"]["order"] = "nested"
     with pytest.raises(ConfigError, match=r"other settings \(expert_dropout.order\)"):
-        train(make_config(sparse), listener)
+        train(make_config(sparse), callback)
     del sparse["expert_dropout"]
     with pytest.raises(ConfigError, match=r"other settings \(expert_dropout\)"):
-        train(make_config(sparse), listener)
+        train(make_config(sparse), callback)
 
 
 @pytest.mark.parametrize("model", ["sparse", "olmoe"])
-def test_what_is_logged_and_recorded(sparse, listener, tmp_path, model):
+def test_what_is_logged_and_recorded(sparse, callback, tmp_path, model):
     if model == "olmoe":
         sparse["model"] = OLMOE | {"num_experts": 8}
-    result = train(make_config(sparse), listener)
+    result = train(make_config(sparse), callback)
     log = read_log(tmp_path / "run")
     step = [r for r in log if r["kind"] == "train"][-1]
     assert 0 < step["mlp_window_entropy"] <= 1
@@ -273,8 +273,8 @@ def test_what_is_logged_and_recorded(sparse, listener, tmp_path, model):
     assert record.held_out_loss[3] == pytest.approx(evaluated[-1]["loss_third"], rel=1e-5)
 
 
-def test_an_export_keeps_the_record(sparse, listener, tmp_path):
-    train(make_config(sparse), listener)
+def test_an_export_keeps_the_record(sparse, callback, tmp_path):
+    train(make_config(sparse), callback)
     model, tokenizer = load_full_model(str(tmp_path / "run"))
     with pytest.warns(UserWarning, match="norm_topk_prob"):
         export_olmoe(model, tmp_path / "olmoe", experts_per_token=2, tokenizer=tokenizer)
@@ -282,11 +282,11 @@ def test_an_export_keeps_the_record(sparse, listener, tmp_path):
     assert dropout_record(exported.config) == dropout_record(model.config) != None  # noqa: E711
 
 
-def test_locality_is_a_loss_of_its_own(sparse, listener, tmp_path):
+def test_locality_is_a_loss_of_its_own(sparse, callback, tmp_path):
     del sparse["expert_dropout"]
-    train(make_config(sparse | {"out": str(tmp_path / "plain")}), listener)
+    train(make_config(sparse | {"out": str(tmp_path / "plain")}), callback)
     sparse["loss"]["routing_locality"] = 100.0
-    train(make_config(sparse), listener)
+    train(make_config(sparse), callback)
     first = [
         next(r for r in read_log(tmp_path / out) if r["kind"] == "train")
         for out in ("plain", "run")

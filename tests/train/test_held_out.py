@@ -4,7 +4,7 @@ import torch
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.train.step import HeldOut
+from moefit.train.step import HeldOutEvaluator
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def model():
 
 def held_out(*, batch_size, limit=1000, length=75):
     tokens = np.random.default_rng(0).integers(50, size=length).astype(np.uint16)
-    return HeldOut(tokens=tokens, seq_len=8, batch_size=batch_size, limit=limit, bf16=False)
+    return HeldOutEvaluator(
+        tokens=tokens, seq_len=8, batch_size=batch_size, limit=limit, bf16=False
+    )
 
 
 def test_it_is_the_mean_over_all_targets(model):

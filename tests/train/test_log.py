@@ -48,7 +48,7 @@ def test_dropping_lines_fails_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder.os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"log\.jsonl: No space left.*make room"):
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: No space left.*free disk space"):
         RunLog(tmp_path, resumed_step=1, tensorboard=False)
     assert len(read_log(tmp_path)) == 2
 

@@ -49,10 +49,10 @@ def test_the_ceiling_is_a_rate() -> None:
 
 
 def test_every_product_counts(monkeypatch) -> None:
-    """Two to warm up, then batches of products between two looks at a clock of our own."""
+    """Two to warm up, then batches of products between two readings of a mocked clock."""
     widths, clock = [], iter(range(100))
     monkeypatch.setattr(throughput, "CPU_PRODUCTS", (8, 3))
-    monkeypatch.setattr(throughput, "_now", lambda device: float(next(clock)))
+    monkeypatch.setattr(throughput, "_synchronized_time", lambda device: float(next(clock)))
     monkeypatch.setattr(torch, "mm", lambda a, b: widths.append(a.shape))
     peak = measured_peak_flops(torch.device("cpu"), torch.float32, seconds=2.5)
     assert widths == [(8, 8)] * (2 + 6)

@@ -45,7 +45,7 @@ def state():
 
 @pytest.fixture
 def saved(tmp_path, state):
-    return save(tmp_path, state, state.pack(1.5))
+    return save(tmp_path, state, state.state_dict(1.5))
 
 
 def test_all_comes_back(saved, state):
@@ -73,7 +73,7 @@ def test_other_model(saved):
 
 
 def test_checkpoints_from_before_the_marks_go_on(tmp_path, state):
-    packed = state.pack(1.5)
+    packed = state.state_dict(1.5)
     del packed["data"], packed["precision"]
     assert state.restore(save(tmp_path, state, packed)) == (5, 1.5)
 

@@ -28,8 +28,8 @@ def train(
     has_file = bool(first) and "=" not in first
     overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
     config = read_config(Path(first) if has_file else None, overrides)
-    with display(console) as watcher:
-        result = run_training(config, watcher)
+    with display(console) as callback:
+        result = run_training(config, callback)
     if as_json:
         print_json(
             {

@@ -1,8 +1,8 @@
 """Training checkpoints: written atomically, verified by checksums, resumed exactly.
 
-A checkpoint is a model folder that `from_pretrained` loads, plus the trainer's state (optimizer,
-random generators, position in the data) and a manifest. It is built beside its final place and
-renamed, so a folder with a checkpoint's name is complete.
+A checkpoint is a model folder that `from_pretrained` loads, plus the trainer's state (optimizer and
+random generators) and a manifest. It is written under a temporary name and renamed, so a folder
+with a checkpoint's name is complete.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from moefit.train.data.tokenizer import save_tokenizer
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 PREFIX = "step-"
-BUILDING, REMOVING = ".building", ".removing"  # endings of hidden folders that don't count
+BUILDING, REMOVING = ".building", ".removing"  # suffixes of folders that are ignored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What a checkpoint holds: the model as it is, and a state that torch.save can write."""
+    """Contents of a checkpoint; torch.save writes the state."""
 
     step: int
     model: PreTrainedModel
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     if not out.is_dir():
         return []
     named = (path for path in out.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal())
@@ -49,7 +49,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step after which the checkpoint in `folder` was taken.
+    """Return the step of a checkpoint from its folder's name.
 
     >>> step_of(Path("runs/default/step-00000200"))
     200
@@ -58,44 +58,47 @@ def step_of(folder: Path) -> int:
 
 
 def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Write a checkpoint, then remove the oldest ones beyond `keep`; gives its folder.
+    """Write a checkpoint and remove the oldest ones.
 
-    Only one process may save into `out` at a time. Raises CheckpointError if it cannot be
-    written; earlier checkpoints are then untouched.
+    Args:
+        out: The run's folder. Only one process may save into it at a time.
+        snapshot: What to write.
+        keep: Number of checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: It cannot be written. Earlier checkpoints have not changed.
     """
-    place = out / f"{PREFIX}{snapshot.step:08d}"
-    building = out / f".{place.name}{BUILDING}"
-    _sweep(out)
+    target = out / f"{PREFIX}{snapshot.step:08d}"
+    building = out / f".{target.name}{BUILDING}"
+    for leftover in out.glob(f".{PREFIX}*"):  # of processes that were killed
+        if leftover.suffix in (BUILDING, REMOVING):
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         building.mkdir(parents=True)
         _write(building, snapshot)
-        replaced = _set_aside(place) if place.exists() else None
-        building.rename(place)
+        replaced = _hide(target) if target.exists() else None
+        building.rename(target)
         _sync(out)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(_cannot_write(out, place, error)) from error
+        raise CheckpointError(_cannot_write(out, target, error)) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(out)[:-keep]:
         with contextlib.suppress(OSError):
-            shutil.rmtree(_set_aside(old), ignore_errors=True)
-    return place
+            shutil.rmtree(_hide(old), ignore_errors=True)
+    return target
 
 
-def _set_aside(folder: Path) -> Path:
-    """Take away the name that makes `folder` count, before any of its files goes."""
-    doomed = folder.with_name(f".{folder.name}{REMOVING}")
-    folder.rename(doomed)
-    return doomed
-
-
-def _sweep(out: Path) -> None:
-    """Remove what earlier processes were killed over: half built, or half removed."""
-    for leftover in out.glob(f".{PREFIX}*"):
-        if leftover.suffix in (BUILDING, REMOVING):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _hide(folder: Path) -> Path:
+    """Rename a checkpoint before deleting it, so that a partly deleted one is never used."""
+    hidden = folder.with_name(f".{folder.name}{REMOVING}")
+    folder.rename(hidden)
+    return hidden
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -122,7 +125,7 @@ def _crc32(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have the operating system put a file or a folder's entries on the disk."""
+    """Flush a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,27 +133,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(out: Path, place: Path, error: Exception) -> str:
+def _cannot_write(out: Path, target: Path, error: Exception) -> str:
     reason = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(_existing(out)).free
-        reason = f"no room ({free:,} bytes free)"
+        existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+        reason = f"no disk space ({shutil.disk_usage(existing).free:,} bytes free)"
     kept = checkpoints(out)
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     return (
-        f"cannot write the checkpoint {place}: {reason}; {last}; make room or give another "
+        f"cannot write the checkpoint {target}: {reason}; {last}; free disk space or give another "
         "folder with out=FOLDER, then run the same command again"
     )
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() or path == path.parent else _existing(path.parent)
-
-
 def load_state(folder: Path) -> dict[str, Any]:
-    """The trainer's state of a checkpoint, after checking every file against the manifest.
+    """Verify a checkpoint and return its trainer state.
 
-    Raises CheckpointError if the folder is no checkpoint of ours or a file is damaged.
+    Raises:
+        CheckpointError: The folder is not a checkpoint of moefit, or a file is damaged.
     """
     verify(folder)
     try:
@@ -160,7 +160,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` is a whole checkpoint of this trainer."""
+    """Raise CheckpointError unless `folder` is a complete, undamaged checkpoint."""
     for name, expected in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
@@ -175,27 +175,35 @@ def verify(folder: Path) -> None:
         if found != expected:
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: {name} has {found[0]:,} bytes of "
-                f"{expected[0]:,} or other content than was written; remove the folder "
-                "and the run resumes from the one before it"
+                f"{expected[0]:,}, or its content has changed; remove the folder to resume from "
+                "the previous checkpoint"
             )
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and checksum of each file, by its name."""
+    """Return size and checksum of each file by name."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return {name: (int(file["bytes"]), int(file["crc32"])) for name, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder} is no checkpoint of moefit: {MANIFEST} is missing, unreadable or damaged "
-            f"({type(error).__name__}: {error}); if it is one of a run's, remove it and the run "
-            "resumes from the one before it"
+            f"{folder} is not a checkpoint of moefit: {MANIFEST} is missing, unreadable or damaged "
+            f"({type(error).__name__}: {error}); if it belongs to a run, remove the folder to "
+            "resume from the previous checkpoint"
         ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """All that steps change, with what it rests on. `precision` is what was come to, not `auto`."""
+    """The state of a run that checkpoints save and restore.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimizer.
+        device: Where it is trained.
+        precision: `fp32` or `bf16`, not `auto`.
+        fingerprint: Of text and tokenizer.
+    """
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -203,8 +211,8 @@ class RunState:
     precision: str
     fingerprint: str
 
-    def pack(self, seconds: float) -> dict[str, Any]:
-        """The state as torch.save can write it, after `seconds` of training."""
+    def state_dict(self, seconds: float) -> dict[str, Any]:
+        """Return the state without the model's weights, after `seconds` of training."""
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -217,39 +225,41 @@ class RunState:
         return state
 
     def restore(self, folder: Path) -> tuple[int, float]:
-        """Take up the checkpoint in `folder`; gives its step and the seconds that led to it.
+        """Restore a checkpoint after verifying its files.
 
-        Every file is verified first. Raises CheckpointError if one is damaged or of another
-        model, DataError or ConfigError if going on would make it another run.
+        Returns:
+            Its step, and the seconds of training until then.
+
+        Raises:
+            CheckpointError: A file is damaged, or of another model.
+            DataError: Text or tokenizer have changed.
+            ConfigError: The precision has changed.
         """
         state = load_state(folder)
-        self._check_data(folder, state)
-        self._check_precision(folder, state)
+        self._check_same_run(folder, state)
         self._load(folder, state)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
-            _set_cuda_rng(state.get("cuda_rng"), self.device)
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            else:  # the run began on the CPU
+                torch.cuda.manual_seed(torch.initial_seed())
         return state["step"], state["seconds"]
 
-    def _check_data(self, folder: Path, state: dict[str, Any]) -> None:
-        if state.get("data", self.fingerprint) == self.fingerprint:
-            return
-        raise DataError(
-            f"the text or the tokenizer has changed since step {state['step']} of this run "
-            f"({folder}): its fingerprint was {state['data']} and is {self.fingerprint}; restore "
-            "what data.sources, data.held_out and data.tokenizer name, or start a new run with "
-            "out=FOLDER"
-        )
-
-    def _check_precision(self, folder: Path, state: dict[str, Any]) -> None:
+    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
+        if state.get("data", self.fingerprint) != self.fingerprint:
+            raise DataError(
+                f"the text or the tokenizer has changed since step {state['step']} of this run "
+                f"({folder}): its fingerprint was {state['data']} and is {self.fingerprint}; "
+                "restore what data.sources, data.held_out and data.tokenizer name, or start a new "
+                "run with out=FOLDER"
+            )
         before = state.get("precision", self.precision)
-        if before == self.precision:
-            return
-        raise ConfigError(
-            f"{folder} was trained in {before}, but would go on in {self.precision} on "
-            f"{self.device}; give precision={before} to go on as it began, or start a new run "
-            "with out=FOLDER"
-        )
+        if before != self.precision:
+            raise ConfigError(
+                f"{folder} was trained in {before}, but would continue in {self.precision} on "
+                f"{self.device}; give precision={before}, or start a new run with out=FOLDER"
+            )
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         try:
@@ -260,14 +270,7 @@ class RunState:
             self.optimizer.load_state_dict(state["optimizer"])
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} is whole, but not of the model that these settings describe: {error}; "
-                "give the settings that it was trained with, or another folder with out=FOLDER"
+                f"{folder} is undamaged, but is not of the model that these settings describe: "
+                f"{error}; give the settings that it was trained with, or another folder with "
+                "out=FOLDER"
             ) from error
-
-
-def _set_cuda_rng(saved: torch.Tensor | None, device: torch.device) -> None:
-    """Take up the device's generator; a run that began on the CPU has none, so seed one alike."""
-    if saved is None:
-        torch.cuda.manual_seed(torch.initial_seed())
-    else:
-        torch.cuda.set_rng_state(saved, device)

@@ -1,8 +1,4 @@
-"""Show a training run: the `Watcher` interface, the terminal display and the loss curve.
-
-The trainer reports to a `Watcher` and knows nothing of terminals. `curve.png` is drawn from the
-log when a run ends.
-"""
+"""Show a training run: the `TrainingCallback` interface, terminal display and loss curve."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +18,14 @@ from rich.progress import (
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss, and below them the MLP routers' state if there are any.
+    """Draw training and held-out loss and, if there are any, the MLP routers' statistics.
 
-    Raises OSError if it cannot be written; what stood at `path` is then untouched.
+    Args:
+        records: The run's log.
+        path: Image file; replaced only when it has been written completely.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
@@ -35,12 +36,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     if routed:
         _draw_routers(axes[1], routed)
     axes[-1].set_xlabel("optimizer step")
-    beside = path.with_name(f".writing-{path.name}")  # the ending says which format to write
+    partial = path.with_name(f".writing-{path.name}")  # its suffix chooses the format
     try:
-        figure.savefig(beside, dpi=120)
-        beside.replace(path)
+        figure.savefig(partial, dpi=120)
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _draw_losses(axes: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
@@ -56,9 +57,9 @@ def _draw_losses(axes: Any, train: list[dict[str, Any]], held_out: list[dict[str
 def _draw_routers(axes: Any, routed: list[dict[str, Any]]) -> None:
     labels = {
         "mlp_h_e": "H(e) / ln E: balance over the batch",
-        "mlp_h_e_given_x": "H(e|x) / ln E: indecision per token",
-        "mlp_active": "active share at the log's epsilon",
-        "mlp_dead": "dead share",
+        "mlp_h_e_given_x": "H(e|x) / ln E: entropy per token",
+        "mlp_active": "active experts at the log's epsilon",
+        "mlp_dead": "unused experts",
     }
     steps = [record["step"] for record in routed]
     for name, label in labels.items():
@@ -69,23 +70,23 @@ def _draw_routers(axes: Any, routed: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-class Watcher(Protocol):
-    """Is told what happens; shows it or not."""
+class TrainingCallback(Protocol):
+    """Receives the progress of a run."""
 
-    def preparing(self, stage: str, done: int, total: int | None) -> None:
-        """Bytes of text done, of how many."""
+    def on_prepare(self, stage: str, done: int, total: int | None) -> None:
+        """Called during data preparation with bytes of text done and in total, if known."""
         ...
 
-    def started(self, *, step: int, steps: int, facts: dict[str, Any]) -> None:
-        """The first step is about to run; `facts` say what on."""
+    def on_start(self, *, step: int, steps: int, info: dict[str, Any]) -> None:
+        """Called before the first step; `info` describes model, data and device."""
         ...
 
-    def stepped(self, step: int, values: dict[str, float]) -> None:
-        """A step is done; `values` are the latest loss, speed and so on."""
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        """Called after each step with the latest loss, speed and so on."""
         ...
 
-    def event(self, text: str) -> None:
-        """Something else worth a line happened."""
+    def on_message(self, text: str) -> None:
+        """Called for other events."""
         ...
 
 
@@ -93,7 +94,7 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Display:
-    """Shows loss, tokens/s, MFU and time left; use through `display()`."""
+    """A `TrainingCallback` that shows loss, tokens/s, MFU and time left; see `display`."""
 
     def __init__(self, console: Console, progress: Progress):
         self._console, self._progress = console, progress
@@ -101,8 +102,8 @@ class Display:
         self._stage: str | None = None
         self._last_line = 0.0
 
-    def preparing(self, stage: str, done: int, total: int | None) -> None:
-        """Bytes of text done, of how many."""
+    def on_prepare(self, stage: str, done: int, total: int | None) -> None:
+        """Show the progress of data preparation."""
         if stage != self._stage:
             self._restart(stage, total)
         assert self._task is not None
@@ -110,20 +111,20 @@ class Display:
             self._task, completed=done, total=total, numbers=f"{done / 1e6:.1f} MB of text"
         )
 
-    def started(self, *, step: int, steps: int, facts: dict[str, Any]) -> None:
-        """The first step is about to run."""
+    def on_start(self, *, step: int, steps: int, info: dict[str, Any]) -> None:
+        """Show what is trained and start the progress bar."""
         self._console.print(
-            f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['train_tokens'] / 1e6:.2f} M "
-            f"training tokens ({facts['epochs']:.2f} epochs), {facts['precision']} on "
-            f"{facts['device']} with {facts['threads']} threads, "
-            f"ceiling {facts['peak_flops'] / 1e9:,.0f} GFLOP/s"
+            f"{info['parameters'] / 1e6:.2f} M parameters, {info['train_tokens'] / 1e6:.2f} M "
+            f"training tokens ({info['epochs']:.2f} epochs), {info['precision']} on "
+            f"{info['device']} with {info['threads']} threads, "
+            f"peak {info['peak_flops'] / 1e9:,.0f} GFLOP/s"
         )
         self._restart("training", steps)
         assert self._task is not None
         self._progress.update(self._task, completed=step)
 
-    def stepped(self, step: int, values: dict[str, float]) -> None:
-        """A step is done."""
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        """Show the values of a step."""
         numbers = (
             f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tok/s  "
             f"MFU {values['mfu']:.0%}"
@@ -132,14 +133,14 @@ class Display:
             numbers += f"  held out {values['held_out_loss']:.3f}"
         assert self._task is not None
         self._progress.update(self._task, completed=step, numbers=numbers)
-        # Where nobody sees a bar move (a log file), say the same as a line now and then.
+        # Not a terminal (a log file, say): print lines instead of a progress bar.
         due = values["seconds"] - self._last_line > LINE_EVERY_SECONDS
         if due and not self._console.is_terminal:
             self._last_line = values["seconds"]
             self._console.print(f"step {step}: {numbers}")
 
-    def event(self, text: str) -> None:
-        """Something else worth a line happened."""
+    def on_message(self, text: str) -> None:
+        """Print a line."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     def _restart(self, stage: str, total: int | None) -> None:
@@ -151,7 +152,7 @@ class Display:
 
 @contextmanager
 def display(console: Console) -> Iterator[Display]:
-    """A live display for the length of the block."""
+    """Show a live display for the duration of the context."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

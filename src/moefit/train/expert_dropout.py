@@ -58,7 +58,7 @@ class ExpertDropout:
         num_experts = int(model.config.num_experts)
         if num_experts < 2:
             raise ConfigError(
-                f"expert_dropout.order={settings.order} would do nothing, as model.num_experts="
+                f"expert_dropout.order={settings.order} has no effect, because a model with model.num_experts="
                 f"{num_experts} has no router; leave out expert_dropout, or give "
                 "model.num_experts=2 or more"
             )

@@ -1,7 +1,7 @@
 """Run training from the configuration to the last checkpoint.
 
-`Run` owns the order of events in one process: step, log, evaluate, save, stop on a signal. `train`
-prepares the data, locks the folder, resumes if there is a checkpoint, and draws the curve.
+`Trainer` steps, logs, evaluates, saves and stops on a signal. `train` locks the folder, prepares
+the data, resumes from the newest checkpoint and draws the loss curve.
 """
 
 import time
@@ -27,7 +27,7 @@ from moefit.train.config import TrainConfig
 from moefit.train.data.batches import Batches
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData, prepare
-from moefit.train.display import Watcher, draw_curve
+from moefit.train.display import TrainingCallback, draw_curve
 from moefit.train.expert_dropout import (
     CALIBRATION_BATCHES,
     AllowedExperts,
@@ -60,13 +60,13 @@ from moefit.train.schedule import (
     mi_scale,
     set_learning_rate,
 )
-from moefit.train.step import HeldOut, Stepper, StepResult, make_losses
+from moefit.train.step import HeldOutEvaluator, Stepper, StepResult, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """Where a run ended: its last checkpoint, and the signal if one stopped it early."""
+    """The last checkpoint of a run, and the signal that stopped it early, if any."""
 
     step: int
     checkpoint: Path
@@ -74,25 +74,47 @@ class TrainResult:
     stopped_by: str | None
 
 
-class Run:
-    """A run at its newest checkpoint, or before its first step; whole once it is built."""
+class Trainer:
+    """Trains a model, starting from the newest checkpoint if there is one.
 
-    def __init__(self, config: TrainConfig, out: Path, data: PreparedData, watcher: Watcher):
-        self.config, self.out, self.data, self.watcher = config, out, data, watcher
+    Args:
+        config: The run's configuration.
+        out: Its folder.
+        data: Tokens and tokenizer.
+        callback: Receives progress.
+    """
+
+    def __init__(
+        self, config: TrainConfig, out: Path, data: PreparedData, callback: TrainingCallback
+    ):
+        self.config, self.out, self.data, self.callback = config, out, data, callback
         self.device = parse_device(config.device)
         self.bf16 = use_bf16(config, self.device)
-        self.model = self._model()
+        self.model = self._build_model()
         self.dropout = ExpertDropout.of(config, self.model)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.stepper = self._stepper()
+        self.stepper = Stepper(
+            model=self.model,
+            optimizer=self.optimizer,
+            losses=make_losses(
+                self.model,
+                loss_weights(config, self.model),
+                compile=config.compile,
+                locality=config.loss.routing_locality,
+                allowed=self.allowed,
+            ),
+            device=self.device,
+            bf16=self.bf16,
+            clip=config.optimizer.clip,
+        )
         self.batches = Batches(
             tokens=data.train.open(),
             seq_len=config.seq_len,
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        self.held_out = HeldOut(
+        self.held_out = HeldOutEvaluator(
             tokens=data.held_out.open(),
             seq_len=config.seq_len,
             batch_size=config.batch_size,
@@ -100,12 +122,12 @@ class Run:
             bf16=self.bf16,
         )
         self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
-        self.facts = self._facts()
+        self.info = self._info()
         self.state = RunState(
             model=self.model,
             optimizer=self.optimizer,
             device=self.device,
-            precision=self.facts["precision"],
+            precision=self.info["precision"],
             fingerprint=data.fingerprint,
         )
         self.first_step, self.seconds_before = self._resume()
@@ -114,7 +136,7 @@ class Run:
         self.held_out_loss: float | None = evaluated["loss"]
         self._evaluated_step: int = evaluated["step"]
 
-    def _model(self) -> PreTrainedModel:
+    def _build_model(self) -> PreTrainedModel:
         eos = self.data.tokenizer.eos_token_id
         assert isinstance(eos, int)
         vocab_size = vocabulary_size(self.data.tokenizer)
@@ -127,24 +149,7 @@ class Run:
             model.activation_checkpointing_enable()
         return model
 
-    def _stepper(self) -> Stepper:
-        weights = loss_weights(self.config, self.model)
-        return Stepper(
-            model=self.model,
-            optimizer=self.optimizer,
-            losses=make_losses(
-                self.model,
-                weights,
-                compile=self.config.compile,
-                locality=self.config.loss.routing_locality,
-                allowed=self.allowed,
-            ),
-            device=self.device,
-            bf16=self.bf16,
-            clip=self.config.optimizer.clip,
-        )
-
-    def _facts(self) -> dict[str, Any]:
+    def _info(self) -> dict[str, Any]:
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -161,31 +166,31 @@ class Run:
         }
 
     def _resume(self) -> tuple[int, float]:
-        """Step and seconds of the newest checkpoint, taken up; zeros and the seed without one."""
+        """Restore the newest checkpoint, or seed; return step and seconds so far."""
         found = checkpoint.checkpoints(self.out)
         if not found:
             torch.manual_seed(self.config.seed)
             return 0, 0.0
         resumed = self.state.restore(found[-1])
-        self.watcher.event(f"resuming from {found[-1]}")
+        self.callback.on_message(f"resuming from {found[-1]}")
         return resumed
 
-    def until_done(self, request: StopRequest) -> TrainResult:
-        """All remaining steps; on a signal, the current one and a checkpoint."""
+    def run(self, request: StopRequest) -> TrainResult:
+        """Perform all remaining steps; on a signal, finish the current one and save."""
         self.model.train()
         steps, step, start = self.config.steps, self.first_step, time.perf_counter()
         seconds, stopping = self.seconds_before, False
-        if step < steps:  # what a stop or a kill left out, as if it had not come between
+        if step < steps:  # an evaluation that the previous process did not finish
             self._evaluate(step, seconds, lambda: request.received is not None)
         while step < steps and not stopping:
             step += 1
             values = self._timed_step(step)
             seconds = self.seconds_before + time.perf_counter() - start
-            self._tell(step, {**values, "seconds": seconds}, request)
+            self._report(step, {**values, "seconds": seconds}, request)
             stopping = request.received is not None
             if stopping or step == steps or step % self.config.checkpoint.every == 0:
                 self._save(step, seconds)
-        if step == steps:  # still to do if a request came before the last checkpoint was safe
+        if step == steps:  # skipped above if the signal came during the last step
             self._evaluate(step, seconds, lambda: False)
         return TrainResult(
             step=step,
@@ -198,8 +203,8 @@ class Run:
         began = time.perf_counter()
         values = self._step(step)
         speed = self.tokens_per_step / (time.perf_counter() - began)
-        share = speed * self.facts["flops_per_token"] / self.facts["peak_flops"]
-        return {**values, "tokens_per_second": speed, "mfu": share}
+        mfu = speed * self.info["flops_per_token"] / self.info["peak_flops"]
+        return {**values, "tokens_per_second": speed, "mfu": mfu}
 
     def _step(self, step: int) -> dict[str, float]:
         rate = learning_rate(step - 1, self.config.steps, self.config.optimizer)
@@ -224,7 +229,7 @@ class Run:
             "gradient_norm": result.gradient_norm,
             "lr": rate,
         }
-        return values | self._routers(result) if self._logged(step) else values
+        return values | self._router_statistics(result) if self._is_logged(step) else values
 
     def _allowed(self, step: int) -> list[Tensor]:
         """Return which experts each sequence of the step may use, by micro-batch; [] is all."""
@@ -241,7 +246,7 @@ class Run:
         sequences = self.config.batch_size
         return [self.dropout.draw(i, sequences, record.resident_order) for i in numbers]
 
-    def _routers(self, result: StepResult) -> dict[str, float]:
+    def _router_statistics(self, result: StepResult) -> dict[str, float]:
         kinds = {"mlp": result.mlp_logits, "attention": result.attention_logits}
         values = {
             f"{kind}_{name}": value
@@ -252,28 +257,28 @@ class Run:
         local = locality_statistics(result.mlp_logits, sequences, chosen_experts(self.model))
         return values | {f"mlp_{name}": value for name, value in local.items()}
 
-    def _logged(self, step: int) -> bool:
+    def _is_logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step in (1, self.config.steps)
 
     def _diverged(self, step: int, reason: str) -> DivergenceError:
         kept = checkpoint.checkpoints(self.out)
-        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was reached"
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         where = f" with out=FOLDER (or after removing {self.out})" if kept else ""
         return DivergenceError(
-            f"training diverged at step {step}: {reason}; {good}; try a lower optimizer.lr "
+            f"training diverged at step {step}: {reason}; {last}; try a lower optimizer.lr "
             f"(now {self.config.optimizer.lr:g}) or more optimizer.warmup_steps{where}"
         )
 
-    def _tell(self, step: int, values: dict[str, float], request: StopRequest) -> None:
-        if self._logged(step):
+    def _report(self, step: int, values: dict[str, float], request: StopRequest) -> None:
+        if self._is_logged(step):
             self.log.write("train", step, values)
         self._evaluate(step, values["seconds"], lambda: request.received is not None)
         if self.held_out_loss is not None:
             values = {**values, "held_out_loss": self.held_out_loss}
-        self.watcher.stepped(step, values)
+        self.callback.on_step(step, values)
 
     def _evaluate(self, step: int, seconds: float, stop: Callable[[], bool]) -> None:
-        """Evaluate if it is time and not yet done; given up when `stop` says so."""
+        """Evaluate if due at this step and not yet done; abandoned when `stop` returns True."""
         due = step > 0 and (step % self.config.log.eval_every == 0 or step == self.config.steps)
         if not due or self._evaluated_step == step:
             return
@@ -318,18 +323,18 @@ class Run:
         set_held_out_loss(self.model, {c: loss for c, loss in losses.items() if loss is not None})
 
     def _save(self, step: int, seconds: float) -> None:
-        """Finite losses don't vouch for the weights that the update made: look at these too."""
+        """Save a checkpoint, unless the last update made a weight infinite or NaN."""
         finite = [(name, p.isfinite().all()) for name, p in self.model.named_parameters()]
         if not torch.stack([one for _, one in finite]).all():
             name = next(name for name, one in finite if not one)
-            raise self._diverged(step, f"{name} holds values that are not finite")
+            raise self._diverged(step, f"{name} contains values that are not finite")
         if step == self.config.steps:
             self._record_costs()
         snapshot = checkpoint.Snapshot(
             step=step,
             model=self.model,
             tokenizer=self.data.tokenizer,
-            state=self.state.pack(seconds),
+            state=self.state.state_dict(seconds),
         )
         checkpoint.save(self.out, snapshot, keep=self.config.checkpoint.keep)
 
@@ -337,55 +342,62 @@ class Run:
 CURVE = "curve.png"
 
 
-def train(config: TrainConfig, watcher: Watcher) -> TrainResult:
-    """Run, or resume, the training that `config` describes.
+def train(config: TrainConfig, callback: TrainingCallback) -> TrainResult:
+    """Train, or resume training, as configured.
 
-    Raises ConfigError, DataError, CheckpointError, or DivergenceError naming the last good
-    checkpoint.
+    Args:
+        config: The run's configuration.
+        callback: Receives progress.
+
+    Raises:
+        ConfigError: The configuration contradicts itself or the run in its folder.
+        DataError: The text cannot be read, is too short, or has changed.
+        CheckpointError: A checkpoint is damaged or cannot be written.
+        DivergenceError: A loss, gradient or weight is not finite.
     """
     out = Path(config.out).expanduser()
     with locked(out):
         check_same_config(out, config)
-        finished = _finished(out, config.steps)
-        result = finished or _train(out, config, watcher)
+        finished = _finished_result(out, config.steps)
+        result = finished or _train(out, config, callback)
         drawn = finished is not None and (out / CURVE).is_file()
         if result.step == config.steps and not drawn:
-            _draw(out, watcher)
+            _draw(out, callback)
         return result
 
 
-def _finished(out: Path, steps: int) -> TrainResult | None:
-    """The result of a run that has nothing left to do, without building anything."""
+def _finished_result(out: Path, steps: int) -> TrainResult | None:
+    """Return the result of a run that is complete; None if anything remains to be done."""
     found = checkpoint.checkpoints(out)
     if not found or checkpoint.step_of(found[-1]) != steps:
         return None
     evaluated = last_record(read_log(out), "eval")
     if evaluated is None or evaluated["step"] != steps:
-        return None  # killed before its last evaluation, which is still to be done
+        return None  # the process ended before its last evaluation
     checkpoint.verify(found[-1])
     return TrainResult(
         step=steps, checkpoint=found[-1], held_out_loss=evaluated["loss"], stopped_by=None
     )
 
 
-def _train(out: Path, config: TrainConfig, watcher: Watcher) -> TrainResult:
-    data = prepare(config.data, seq_len=config.seq_len, progress=watcher.preparing)
-    run = Run(config, out, data, watcher)
-    with closing(run.log):
-        save_config(out, config)  # only now: a mistake in it must not claim the folder
-        run.log.write("run", run.first_step, run.facts)
-        watcher.started(step=run.first_step, steps=config.steps, facts=run.facts)
+def _train(out: Path, config: TrainConfig, callback: TrainingCallback) -> TrainResult:
+    data = prepare(config.data, seq_len=config.seq_len, progress=callback.on_prepare)
+    trainer = Trainer(config, out, data, callback)
+    with closing(trainer.log):
+        save_config(out, config)  # after validation, so that an invalid one is never stored
+        trainer.log.write("run", trainer.first_step, trainer.info)
+        callback.on_start(step=trainer.first_step, steps=config.steps, info=trainer.info)
         with stop_on_signal() as request:
-            return run.until_done(request)
+            return trainer.run(request)
 
 
-def _draw(out: Path, watcher: Watcher) -> None:
-    """Draw the curve; a run that is finished and good doesn't fail for want of a picture."""
+def _draw(out: Path, callback: TrainingCallback) -> None:
+    """Draw the loss curve; failing to write it does not fail the run."""
     path = out / CURVE
     try:
         draw_curve(read_log(out), path)
     except OSError as error:
-        watcher.event(
+        callback.on_message(
             f"the run is finished, but {path} could not be drawn: {error.strerror or error}; "
-            "make room, then run the same command again"
+            "free disk space, then run the same command again"
         )

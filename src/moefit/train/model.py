@@ -1,8 +1,4 @@
-"""Build the model of a training run from its configuration.
-
-Creates a DS-MoE or an OLMoE model with random weights, chooses attention implementation and
-precision, and copies the weights of an earlier run if the configuration names one.
-"""
+"""Build the model of a training run from its configuration: a DS-MoE or an OLMoE."""
 
 import copy
 from collections.abc import Mapping
@@ -28,10 +24,16 @@ from moefit.train.config import TrainConfig
 
 
 def load_initial_weights(model: PreTrainedModel, source: str) -> None:
-    """Copy weights into a freshly built model, by name.
+    """Copy weights into a model by name.
 
-    Raises ConfigError if there is nothing at `source`, or its weights are of another model;
-    CheckpointError if they can't be read; UnsupportedModelError if they are quantised.
+    Args:
+        model: A newly built model.
+        source: A model folder, or a run's folder for its last checkpoint.
+
+    Raises:
+        ConfigError: There is no model at `source`, or its weights are of another model.
+        CheckpointError: The weights cannot be read.
+        UnsupportedModelError: The weights are quantised.
     """
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file():
@@ -39,26 +41,26 @@ def load_initial_weights(model: PreTrainedModel, source: str) -> None:
         if not found:
             raise ConfigError(
                 f"start_from={source!r} is neither a model folder (config.json) nor a run with a "
-                "finished checkpoint; leave it out to begin with random weights"
+                "finished checkpoint; leave it out to start from random weights"
             )
         folder = found[-1]
     if (folder / MANIFEST).is_file():
         verify(folder)
     refuse_declared(folder)
     with Checkpoint(folder) as stored:
-        _copy(model, stored, source)
+        _copy_weights(model, stored, source)
 
 
 @torch.no_grad()
-def _copy(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
-    ours = model.state_dict()
+def _copy_weights(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
+    weights = model.state_dict()
     tied = set(model.all_tied_weights_keys)
-    wrong = [f"lacks {name}" for name in sorted(ours.keys() - stored.spans.keys() - tied)]
-    wrong += [f"has {name}" for name in sorted(stored.spans.keys() - ours.keys())]
+    wrong = [f"lacks {name}" for name in sorted(weights.keys() - stored.spans.keys() - tied)]
+    wrong += [f"has {name}" for name in sorted(stored.spans.keys() - weights.keys())]
     wrong += [
-        f"has {name} {list(span.shape)}, not {list(ours[name].shape)}"
+        f"has {name} {list(span.shape)}, not {list(weights[name].shape)}"
         for name, span in sorted(stored.spans.items())
-        if name in ours and span.shape != tuple(ours[name].shape)
+        if name in weights and span.shape != tuple(weights[name].shape)
     ]
     if wrong:
         raise ConfigError(
@@ -67,26 +69,32 @@ def _copy(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
             "and the tokenizer that it was made with"
         )
     for name, span in stored.spans.items():
-        if ours[name].is_floating_point():
+        if weights[name].is_floating_point():
             refuse_integers(span, name)
-        ours[name].copy_(stored.tensor(span))
+        weights[name].copy_(stored.tensor(span))
 
 
-# What transformers and torch raise of a configuration that cannot be built.
-_CONSTRUCTION = (
+# What transformers and torch raise for a configuration that cannot be built.
+_CONSTRUCTION_ERRORS = (
     StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
     ZeroDivisionError, AssertionError,
 )  # fmt: skip
-OWNED = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
+TOKENIZER_FIELDS = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def build_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int) -> PreTrainedModel:
-    """A freshly initialised model, seeded by `config.seed`, on the CPU in float32.
+    """Return a randomly initialised model on the CPU in float32.
 
-    Raises ConfigError for unknown or contradictory settings.
+    Args:
+        config: The run's configuration, whose seed is used.
+        vocab_size: Of the tokenizer.
+        eos_token_id: Of the tokenizer.
+
+    Raises:
+        ConfigError: Settings are unknown or contradict each other.
     """
     tokens = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "pad_token_id": None}
-    _check_owned(config.model.settings)
+    _check_reserved(config.model.settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.model.architecture == "olmoe":
@@ -97,17 +105,17 @@ def build_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int) -> P
 
 
 def loss_weights(config: TrainConfig, model: PreTrainedModel) -> RouterLossWeights:
-    """The router losses of this run: our own model carries them, OLMoE's come from `loss`."""
+    """Return the weights of the router losses: a DS-MoE's configuration has them already."""
     if isinstance(model, DsMoeForCausalLM):
         return router_loss_weights(model.config)
     return RouterLossWeights(**config.loss.weights, k=model.config.num_experts_per_tok)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device) -> str:
-    """Which of transformers' attention functions to train with.
+    """Return the name of the transformers attention function to train with.
 
-    On a CPU with bf16 matrix units torch's fused backward is the slower one for short sequences;
-    for long ones the score matrix of the eager one costs too much memory.
+    On CPUs with AMX, eager attention is faster than torch's fused backward in bf16. Its score
+    matrix needs too much memory for long sequences.
     """
     if config.attention != "auto":
         return config.attention
@@ -116,14 +124,14 @@ def attention_implementation(config: TrainConfig, device: torch.device) -> str:
 
 
 def use_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16; by default only where it has matrix units."""
+    """Return whether to autocast to bfloat16: by default on GPUs and on CPUs with AMX."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
 
 
-def _check_owned(settings: dict[str, Any]) -> None:
-    for name in OWNED:
+def _check_reserved(settings: dict[str, Any]) -> None:
+    for name in TOKENIZER_FIELDS:
         if name in settings:
             raise ConfigError(
                 f"model.{name} comes from the tokenizer; set data.vocab_size or data.tokenizer"
@@ -148,7 +156,7 @@ def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
 
 
 def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
-    """Refuse what was given but has no router to act on; a preset's own values may stand idle."""
+    """Raise ConfigError for given settings of routers that the model does not have."""
     given: dict[str, Any] = {
         f"loss.{name}": value for name, value in config.loss.weights.items() if value
     }
@@ -160,11 +168,11 @@ def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
     for name, value in given.items():
         size = "num_attention_experts" if name == "loss.attention_mi" else "num_experts"
         if getattr(dsmoe, size) == 1:
-            nothing = {"model": "1", "loss": "0", "sparse": "null"}[name.split(".")[0]]
-            said = value if isinstance(value, str) else f"{value:g}"
+            neutral = {"model": "1", "loss": "0", "sparse": "null"}[name.split(".")[0]]
+            shown = value if isinstance(value, str) else f"{value:g}"
             raise ConfigError(
-                f"{name}={said} would do nothing, as model.{size}=1 has no router; leave it "
-                f"out, give {nothing}, or give model.{size}=2 or more"
+                f"{name}={shown} has no effect, because a model with model.{size}=1 has no "
+                f"router; leave it out, give {neutral}, or give model.{size}=2 or more"
             )
     if config.sparse.rule is not None:
         Rule.parse(config.sparse.rule).check(dsmoe.num_experts)
@@ -182,11 +190,12 @@ def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
         model = OlmoeForCausalLM(olmoe)
     except ConfigError:
         raise
-    except _CONSTRUCTION as error:
+    except _CONSTRUCTION_ERRORS as error:
         given = ", ".join(f"model.{name}={value!r}" for name, value in settings.items())
         raise ConfigError(
-            f"no OLMoE can be built of {given or 'its defaults'}: {' '.join(str(error).split())}; "
-            "change what it names, or leave it out for OlmoeConfig's default"
+            f"OLMoE cannot be built with {given or 'its defaults'}: "
+            f"{' '.join(str(error).split())}; change that setting, or leave it out for "
+            "OlmoeConfig's default"
         ) from error
     model.set_experts_implementation(DENSE_EXPERTS)
     return model
@@ -196,32 +205,32 @@ def _check_olmoe_settings(config: TrainConfig, settings: Mapping[str, Any]) -> N
     experts = settings.get("num_experts", OlmoeConfig().num_experts)
     if settings.get("num_experts_per_tok", experts) != experts:
         raise ConfigError(
-            "dense training activates all experts, so model.num_experts_per_tok is not set "
-            "here; choose K at export: moefit export RUN OUT --experts-per-token K"
+            "dense training activates all experts, so model.num_experts_per_tok cannot be set; "
+            "choose K at export: moefit export RUN OUT --experts-per-token K"
         )
     if config.model.preset is not None or config.loss.attention_mi or config.sparse.rule:
         raise ConfigError(
-            "architecture: olmoe takes neither model.preset, loss.attention_mi nor sparse.rule; "
-            "give OlmoeConfig's fields, such as model.num_experts=16"
+            "architecture: olmoe does not support model.preset, loss.attention_mi and "
+            "sparse.rule; give OlmoeConfig's fields, such as model.num_experts=16"
         )
     known = sorted(OlmoeConfig.__annotations__)
     for name in settings:
         if name not in known:
-            raise ConfigError(f"model.{name} is no field of OlmoeConfig; known: {known}")
+            raise ConfigError(f"model.{name} is not a field of OlmoeConfig; use one of {known}")
     for name in ("router_aux_loss_coef", "output_router_logits"):
         if name in settings:
             raise ConfigError(
-                f"model.{name}={settings[name]!r} would do nothing here, where the router losses "
-                "are our own; use loss.load_balancing"
+                f"model.{name}={settings[name]!r} has no effect, because moefit computes the "
+                "router losses; use loss.load_balancing"
             )
 
 
 def _check_olmoe_shape(olmoe: OlmoeConfig) -> None:
-    """What transformers lets pass, or stumbles over only while building."""
+    """Raise ConfigError for shapes that transformers accepts but cannot build or run."""
     if olmoe.num_experts < 2:
         raise ConfigError(
-            f"model.num_experts={olmoe.num_experts}, but OLMoE's blocks have a router; the fewest "
-            "that works is 2 (architecture: dsmoe takes 1)"
+            f"model.num_experts={olmoe.num_experts}, but OLMoE's blocks have a router; the "
+            "smallest that works is 2 (architecture: dsmoe supports 1)"
         )
     if olmoe.hidden_act not in ACT2FN:
         raise ConfigError(
@@ -230,10 +239,10 @@ def _check_olmoe_shape(olmoe: OlmoeConfig) -> None:
     heads, width = olmoe.num_attention_heads, olmoe.hidden_size
     if heads > 0 and width > 0 and width % (2 * heads):
         raise ConfigError(
-            f"model.hidden_size={width} does not divide into model.num_attention_heads={heads} of "
-            "even width, as rotary embeddings need; the nearest that works is "
+            f"model.hidden_size={width} does not divide into model.num_attention_heads={heads} "
+            "heads of even width, which rotary embeddings need; the nearest that works is "
             f"model.hidden_size={nearest_multiple(width, 2 * heads)}"
         )
-    # What both configurations call by one name means the same, so our own has the bounds.
+    # Fields of the same name mean the same, so DsMoeConfig's checks apply.
     shared = OlmoeConfig.__annotations__.keys() & set(field_names())
     DsMoeConfig(**{name: copy.deepcopy(getattr(olmoe, name)) for name in shared})

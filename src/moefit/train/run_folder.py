@@ -1,7 +1,7 @@
-"""The folder of a run: its lock, its configuration and its log.
+"""The folder of a run: lock, configuration and log.
 
-One process at a time works in a folder, and only with the configuration that is stored there. The
-log is JSON Lines, with TensorBoard files on request; resuming drops records after the checkpoint.
+The log is JSON Lines, with TensorBoard files if configured. Resuming drops records after the
+checkpoint.
 """
 
 import json
@@ -21,16 +21,18 @@ from moefit.yaml_text import load_yaml
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
-# What may change when a run goes on: where and how often it writes, and where it computes. A
-# precision that would differ in effect is refused by state.py, which knows what `auto` came to.
-FREE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision")
+# Settings that may change when a run is resumed. `RunState` compares the precision that `auto`
+# resolves to.
+CHANGEABLE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision")
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Make the folder and be the only process that trains in it; the lock ends with the process.
+    """Create the folder and hold its lock for the duration of the context.
 
-    Raises ConfigError if another process has it, CheckpointError if it can't be written.
+    Raises:
+        ConfigError: Another process holds the lock.
+        CheckpointError: The folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,40 +49,37 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def check_same_config(out: Path, config: TrainConfig) -> None:
-    """Raise ConfigError if the checkpoints in `out` were made with other settings.
-
-    Without a checkpoint there is nothing to protect, whatever an earlier attempt left there.
-    """
+    """Raise ConfigError if `out` has checkpoints that were made with other settings."""
     path = out / CONFIG
     if not path.is_file() or not checkpoints(out):
         return
-    before = _read(path).model_dump(mode="json")
+    before = _read_config(path).model_dump(mode="json")
     differing = sorted(_differences(before, config.model_dump(mode="json")))
     if differing:
         raise ConfigError(
-            f"{out} holds a run with other settings ({', '.join(differing)}); resume it with "
+            f"{out} contains a run with other settings ({', '.join(differing)}); resume it with "
             "the same ones, or give another folder with out=FOLDER"
         )
 
 
-def _read(path: Path) -> TrainConfig:
-    """Through the model and not as it stands, so that a setting added since has its default."""
+def _read_config(path: Path) -> TrainConfig:
+    """Read a stored configuration; settings that were added since have their defaults."""
     try:
         tree = load_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
-            raise ConfigError(f"it holds {'nothing' if tree is None else type(tree).__name__}")
+            raise ConfigError("it is empty" if tree is None else f"it is a {type(tree).__name__}")
         return make_config(tree)
     except (OSError, ValueError) as error:  # ConfigError is a ValueError
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{path} should hold the settings of the checkpoints beside it but cannot be read "
-            f"({reason}); if they were made with the settings given now, remove the file; else "
-            "give another folder with out=FOLDER"
+            f"{path} should contain the settings of the run's checkpoints but cannot be read "
+            f"({reason}); remove the file if they were made with the present settings, or give "
+            "another folder with out=FOLDER"
         ) from error
 
 
 def _differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    if where in FREE:
+    if where in CHANGEABLE:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
@@ -91,33 +90,37 @@ def _differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
 
 
 def save_config(out: Path, config: TrainConfig) -> None:
-    """Have the resolved configuration stand in the folder; one that does is left alone."""
+    """Write the resolved configuration into the folder.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path = out / CONFIG
     try:
-        if not path.is_file() or path.read_bytes() != text.encode():
-            write_atomically(path, text)
+        write_atomically(out / CONFIG, text)
     except OSError as error:
         raise _unwritable(out, error) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Have `path` hold `text`, or still what it held before: never a part, whatever happens."""
-    beside = path.with_name(f".{path.name}.writing")
+    """Replace a file's content as a whole; a file that has this content already is not written."""
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    partial = path.with_name(f".{path.name}.writing")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _unwritable(out: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"cannot write into {out}: {error.strerror or error}; make room or give another folder "
-        "with out=FOLDER"
+        f"cannot write into {out}: {error.strerror or error}; free disk space or give another "
+        "folder with out=FOLDER"
     )
 
 
@@ -125,7 +128,17 @@ LOG = "log.jsonl"
 
 
 class RunLog:
-    """Appends records; each has a `kind` and a `step`. Raises CheckpointError if it can't."""
+    """Appends records with a `kind` and a `step` to the log.
+
+    Args:
+        out: The run's folder.
+        resumed_step: Step of the checkpoint; later records are dropped.
+        tensorboard: Whether to write TensorBoard files too.
+
+    Raises:
+        CheckpointError: The log cannot be written.
+        ConfigError: TensorBoard is not installed.
+    """
 
     def __init__(self, out: Path, *, resumed_step: int, tensorboard: bool):
         self._path = out / LOG
@@ -134,13 +147,17 @@ class RunLog:
         kept = [record for record in records if record["step"] <= resumed_step]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _rewrite(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from error
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record and have it on its way to the disk."""
+        """Append a record and flush it.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -152,25 +169,26 @@ class RunLog:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         if self._writer is not None:
             self._writer.close()
         try:
-            self._file.close()  # a record that found no room is tried once more here
+            self._file.close()  # writes what a failed flush left in the buffer
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"cannot write the log {self._path}: {error.strerror or error}; make room, then run "
-            "the same command again: it goes on from the last checkpoint"
+            f"cannot write the log {self._path}: {error.strerror or error}; free disk space, then "
+            "run the same command again to resume from the last checkpoint"
         )
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a line cut short by a crash is left out.
+    """Return the records of a run, oldest first, without lines that a crash cut short.
 
-    Raises CheckpointError if the file cannot be read.
+    Raises:
+        CheckpointError: The log cannot be read.
     """
     path = out / LOG
     if not path.is_file():
@@ -180,7 +198,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(
             f"cannot read the log {path}: {error.strerror or error}; make it readable, or remove "
-            "it to go on without what it holds"
+            "it to continue without its records"
         ) from error
     records = []
     for line in lines:
@@ -192,18 +210,12 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def last_record(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    """The newest record of that kind, if there is one.
+    """Return the newest record of a kind; None if there is none.
 
     >>> last_record([{"kind": "eval", "step": 4}, {"kind": "train", "step": 5}], "eval")
     {'kind': 'eval', 'step': 4}
     """
     return next((record for record in reversed(records) if record["kind"] == kind), None)
-
-
-def _rewrite(path: Path, text: str) -> None:
-    """Leave alone a file that holds `text` already: most resumed runs drop nothing."""
-    if not path.is_file() or path.read_bytes() != text.encode():
-        write_atomically(path, text)
 
 
 def _tensorboard(out: Path, resumed_step: int) -> Any:

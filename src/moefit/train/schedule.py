@@ -1,11 +1,7 @@
-"""The learning rate of each step, and which parameters decay.
-
-Also which steps are sparse, and AdamW's set-up. Knows nothing of losses or data.
-"""
+"""Schedules of learning rate, MI loss weight and sparse steps; AdamW's parameter groups."""
 
 import math
 from fractions import Fraction
-from math import floor
 
 import torch
 from torch import nn
@@ -14,7 +10,12 @@ from moefit.train.config import OptimizerConfig, SparseConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Linear from 0 to the peak over the warm-up, then a cosine to final_lr_ratio of it.
+    """Return the learning rate of a step: linear warm-up, then cosine decay.
+
+    Args:
+        step: Counted from 0.
+        steps: Steps of the run.
+        config: Peak, warm-up and final ratio.
 
     >>> round(learning_rate(0, 100, OptimizerConfig(lr=1.0, warmup_steps=10)), 3)
     0.1
@@ -29,10 +30,15 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def mi_scale(step: int, steps: int, ramp: tuple[float, float]) -> float:
-    """The share of the MI weights that is in force at `step`, rising linearly over the ramp.
+    """Return the factor on the MI loss weights at a step, which rises linearly over the ramp.
 
-    While it is zero the routers mix experts freely and the model learns as its dense twin does;
-    what it has learnt is then concentrated in few experts as the learning rate falls.
+    While it is zero, the model learns as a dense model of its size does. The loss then concentrates
+    each token's routing on few experts.
+
+    Args:
+        step: Counted from 1.
+        steps: Steps of the run.
+        ramp: Start and end as fractions of the run.
 
     >>> [mi_scale(step, 100, (0.5, 0.9)) for step in (0, 50, 70, 90, 100)]
     [0.0, 0.0, 0.5, 1.0, 1.0]
@@ -46,7 +52,7 @@ def mi_scale(step: int, steps: int, ramp: tuple[float, float]) -> float:
 
 
 def is_sparse(step: int, steps: int, config: SparseConfig) -> bool:
-    """Whether only the chosen experts take part in `step`, counted from 1.
+    """Return whether a step, counted from 1, uses only the experts that the rule selects.
 
     >>> half = SparseConfig(rule="top_k:4", share=0.5, start=0.5)
     >>> [step for step in range(1, 13) if is_sparse(step, 12, half)]
@@ -56,30 +62,23 @@ def is_sparse(step: int, steps: int, config: SparseConfig) -> bool:
     if config.rule is None or after < 1:
         return False
     share = Fraction(config.share).limit_denominator(steps)
-    return floor(after * share) > floor((after - 1) * share)
+    return math.floor(after * share) > math.floor((after - 1) * share)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms and biases alone.
-
-    Experts are stacked [E, rows, columns], so every parameter of two dimensions or more is a
-    matrix or a stack of them.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return AdamW with weight decay on matrices and stacked experts, not on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
-            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
+            "params": [p for p in parameters if p.ndim >= 2],
             "weight_decay": config.weight_decay,
         },
-        {
-            "params": [parameter for parameter in parameters if parameter.ndim < 2],
-            "weight_decay": 0.0,
-        },
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group the learning rate `value`."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -1,9 +1,6 @@
 """One optimizer step, and the loss on held-out text.
 
-`Stepper` computes losses and gradients over the accumulated batches, clips and updates. `HeldOut`
-evaluates on tokens that are never trained on. Neither knows of files or logs.
-
-Shapes: B sequences, T tokens, V vocabulary, L MoE layers, E experts.
+Shapes: B sequences, N tokens per sequence, N1 = N + 1, L MoE layers, E experts.
 """
 
 import math
@@ -25,8 +22,16 @@ from moefit.train.expert_dropout import AllowedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class HeldOut:
-    """Held-out tokens, read at most `limit` at a time in batches of training's size."""
+class HeldOutEvaluator:
+    """Computes the loss on held-out tokens.
+
+    Attributes:
+        tokens: The held-out tokens.
+        seq_len: Tokens per window.
+        batch_size: Windows per forward pass.
+        limit: Most tokens to evaluate.
+        bf16: Whether to autocast to bfloat16.
+    """
 
     tokens: np.ndarray
     seq_len: int
@@ -41,49 +46,50 @@ class HeldOut:
         stop: Callable[[], bool],
         limit: Callable[[int], dict[str, Any]] = lambda sequences: {},
     ) -> float | None:
-        """Mean cross-entropy in eval mode (the inference rule); None as soon as `stop` says so.
+        """Return the mean cross-entropy in nats per token, with the model in eval mode.
 
-        limit: further arguments of a forward pass of so many sequences.
+        Args:
+            model: The model; in train mode afterwards.
+            stop: Checked before each batch; if it returns True, the result is None.
+            limit: Returns further arguments of a forward pass, given its number of sequences.
         """
         total, count = 0.0, 0
         model.eval()
         try:
-            for window_BL1 in _stacked(self._windows(), self.batch_size):
+            found = windows(self.tokens, self.seq_len, self.limit)
+            for window_BN1 in _batched(found, self.batch_size):
                 if stop():
                     return None
-                ids_BL1 = torch.from_numpy(window_BL1.astype(np.int64)).to(model.device)
-                total += self._summed(model, ids_BL1, limit(len(ids_BL1)))
-                count += ids_BL1.shape[0] * (ids_BL1.shape[1] - 1)
+                ids_BN1 = torch.from_numpy(window_BN1.astype(np.int64)).to(model.device)
+                total += self._total_loss(model, ids_BN1, limit(len(ids_BN1)))
+                count += ids_BN1.shape[0] * (ids_BN1.shape[1] - 1)
         finally:
             model.train()
         return total / count
 
-    def _windows(self) -> Iterator[np.ndarray]:
-        return windows(self.tokens, self.seq_len, self.limit)
-
-    def _summed(self, model: PreTrainedModel, ids_BL1: Tensor, limit: dict[str, Any]) -> float:
-        with torch.autocast(ids_BL1.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = model(input_ids=ids_BL1[:, :-1], use_cache=False, **limit).logits
+    def _total_loss(self, model: PreTrainedModel, ids_BN1: Tensor, limit: dict[str, Any]) -> float:
+        with torch.autocast(ids_BN1.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = model(input_ids=ids_BN1[:, :-1], use_cache=False, **limit).logits
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), ids_BL1[:, 1:].flatten(), reduction="sum"
+            logits.flatten(0, 1).float(), ids_BN1[:, 1:].flatten(), reduction="sum"
         )
         return loss.item()
 
 
-def _stacked(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """`size` rows at once or fewer; a shorter row, as the last one may be, stands alone.
+def _batched(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Stack up to `size` rows of equal length at a time.
 
-    >>> [x.shape for x in _stacked([np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(2)], 2)]
+    >>> [x.shape for x in _batched([np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(2)], 2)]
     [(2, 3), (1, 3), (1, 2)]
     """
-    for _, alike in groupby(rows, key=len):
-        while chunk := list(islice(alike, size)):
+    for _, same_length in groupby(rows, key=len):
+        while chunk := list(islice(same_length, size)):
             yield np.stack(chunk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Means over the step's micro-batches; logits are the last micro-batch's, one per layer."""
+    """Mean losses over the step's micro-batches, and the last one's router logits by layer."""
 
     lm_loss: float
     router_loss: float
@@ -96,16 +102,23 @@ Losses = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class LossFunction(Protocol):
-    """Computes the losses of a micro-batch."""
+    """Computes the losses of a micro-batch.
+
+    Args:
+        ids_BN1: Token ids.
+        mi_scale: Factor on the MI weights.
+        rule: Training rule; None for the model's own (OLMoE has no other).
+        allowed_LBE: True for experts that a sequence may use; None for all.
+    """
 
     def __call__(
         self,
-        ids_BL1: Tensor,
+        ids_BN1: Tensor,
         mi_scale: Tensor,
         rule: str | None,
         allowed_LBE: Tensor | None = None,
     ) -> Losses:
-        """Return language-model loss, router loss, and the routers' logits."""
+        """Return language-model loss, router loss, MLP and attention router logits by layer."""
         ...
 
 
@@ -117,30 +130,32 @@ def make_losses(
     locality: float = 0.0,
     allowed: AllowedExperts | None = None,
 ) -> LossFunction:
-    """From ids_BL1, the MI weights' scale and a rule to lm loss, router loss, router logits.
+    """Return the loss function of a DS-MoE or OLMoE model.
 
-    The rule is what the step trains under; None is the model's own (the only one OLMoE knows).
-    locality: weight of `routing_locality_loss`, summed over layers. allowed: applies allowed_LBE,
-    the experts that each sequence may use. Router losses are of the logits of all experts, for
-    they say how the routers choose when all are in memory.
+    Losses are computed outside the model because OLMoE would add its own load-balancing loss.
+    Router losses are those of the logits of all experts, also where a sequence may use only some.
 
-    It serves our own model and transformers' OLMoE alike. Losses are taken here and not inside
-    the model because OLMoE would add its own balance loss.
+    Args:
+        model: The model.
+        weights: Weights of the router losses.
+        compile: Whether to use torch.compile.
+        locality: Weight of `routing_locality_loss`, summed over layers.
+        allowed: Limits which experts each sequence may use.
     """
 
     def losses(
-        ids_BL1: Tensor, mi_scale: Tensor, rule: str | None, allowed_LBE: Tensor | None = None
+        ids_BN1: Tensor, mi_scale: Tensor, rule: str | None, allowed_LBE: Tensor | None = None
     ) -> Losses:
-        more = {} if rule is None else {"rule": rule}
+        options = {} if rule is None else {"rule": rule}
         if allowed is not None:
-            more |= allowed.arguments(allowed_LBE)
-        output = model(input_ids=ids_BL1, use_cache=False, output_router_logits=True, **more)
+            options |= allowed.arguments(allowed_LBE)
+        output = model(input_ids=ids_BN1, use_cache=False, output_router_logits=True, **options)
         mlp_logits = tuple(output.router_logits)
         attention_logits = tuple(output.get("attention_router_logits", ()))
-        lm_loss = language_model_loss(output.logits, ids_BL1)
+        lm_loss = language_model_loss(output.logits, ids_BN1)
         router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale)
         if locality:
-            by_sequence = (logits.view(*ids_BL1.shape, -1) for logits in mlp_logits)
+            by_sequence = (logits.view(*ids_BN1.shape, -1) for logits in mlp_logits)
             router = router + locality * sum(map(routing_locality_loss, by_sequence))
         return lm_loss, router, mlp_logits, attention_logits
 
@@ -149,7 +164,7 @@ def make_losses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepper:
-    """Carries out steps on one model and optimizer."""
+    """Performs optimizer steps on a model."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -167,27 +182,31 @@ class Stepper:
         rule: str | None = None,
         allowed: Iterable[Tensor | None] = (),
     ) -> StepResult:
-        """Accumulate the gradients of `count` micro-batches ids_BL1, clip, update.
+        """Accumulate gradients, clip them and update the weights.
 
-        mi_scale: share of the MI weights in force now. rule: which experts take part, if others
-        than the model's training rule says. allowed: allowed_LBE of each micro-batch; those without
-        one may use all experts.
+        Args:
+            micro_batches: Token ids [B, N + 1] of each forward pass.
+            count: Number of micro-batches.
+            mi_scale: Factor on the MI weights.
+            rule: Which experts are used; None for the model's training rule.
+            allowed: allowed_LBE of each micro-batch; those without one may use all experts.
 
-        Raises DivergenceError, before any weight changes, if a loss or gradient is not finite.
+        Raises:
+            DivergenceError: A loss or gradient is not finite. The weights have not changed.
         """
         lm_total = router_total = 0.0
         mlp_logits: tuple[Tensor, ...] = ()
         attention_logits: tuple[Tensor, ...] = ()
-        # A tensor, for torch.compile would make another graph of every new float.
+        # As a tensor, because torch.compile would recompile for each value of a float.
         scale = torch.tensor(mi_scale, device=self.device)
         limits = chain(allowed, repeat(None))
-        for ids_BL1, allowed_LBE in zip(micro_batches, limits, strict=False):
-            ids_BL1 = ids_BL1.to(self.device, non_blocking=True)
+        for ids_BN1, allowed_LBE in zip(micro_batches, limits, strict=False):
+            ids_BN1 = ids_BN1.to(self.device, non_blocking=True)
             if allowed_LBE is not None:
                 allowed_LBE = allowed_LBE.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 lm_loss, router, mlp_logits, attention_logits = self.losses(
-                    ids_BL1, scale, rule, allowed_LBE
+                    ids_BN1, scale, rule, allowed_LBE
                 )
             ((lm_loss + router) / count).backward()
             lm_total += lm_loss.item() / count

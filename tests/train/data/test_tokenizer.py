@@ -77,17 +77,17 @@ def test_gpt2_files(tmp_path: Path) -> None:
 
 def test_no_end_of_text_token(tmp_path: Path) -> None:
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"names no end-of-text token.*special tokens: none.*eos_"):
+    with pytest.raises(DataError, match=r"has no end-of-text token.*special tokens: none.*eos_"):
         load_tokenizer(tmp_path)
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.tokenizer='.*nowhere' does not exist; give a tok"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no tokenizer file, but a tokenizer is"):
+    with pytest.raises(DataError, match="has no tokenizer file, but a tokenizer is"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(DataError, match=r"holds vocab\.json, but .*vocab\.json with merges\.txt"):
+    with pytest.raises(DataError, match=r"has vocab\.json, but .*vocab\.json with merges\.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"cannot be read \(.*\); save it again"):

@@ -148,7 +148,7 @@ def test_a_corpus_shorter_than_a_sequence(data: DataConfig, tmp_path: Path) -> N
     assert prepare(data, seq_len=held_out + 1).held_out.tokens == held_out  # one shorter window
     said = (
         f"text to train on has {prepared.train.tokens} tokens, but a sequence of "
-        f"seq_len={prepared.train.tokens} takes {prepared.train.tokens + 1}; give more text or a "
+        f"seq_len={prepared.train.tokens} needs {prepared.train.tokens + 1}; give more text or a "
         f"seq_len of at most {prepared.train.tokens - 1}"
     )
     with pytest.raises(DataError, match=said):
@@ -167,7 +167,7 @@ def test_a_corpus_shorter_than_a_sequence(data: DataConfig, tmp_path: Path) -> N
 def test_where_files_cannot_be_kept(data: DataConfig, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a file").write_text("")
     blocked = data.model_copy(update={"cache_dir": str(tmp_path / "a file")})
-    with pytest.raises(DataError, match=r"can't be kept in .*a file/.*bytes are free.*cache_dir="):
+    with pytest.raises(DataError, match=r"cannot be written to .*a file/.*bytes are.*cache_dir="):
         prepare(blocked, seq_len=16)
 
     def full(*args: object, **kwargs: object) -> None:
@@ -209,8 +209,8 @@ def write(tmp_path: Path, texts: list[str], tokenizer=None) -> np.ndarray:
     return write_tokens(path, found, tokenizer, on_written=lambda more: None).open()
 
 
-def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(token_file, "PIECE_CHARACTERS", 64)
+def test_long_documents_are_encoded_in_chunks(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(token_file, "CHUNK_CHARACTERS", 64)
     monkeypatch.setattr(token_file, "BATCH_CHARACTERS", 128)
     texts = ["a line of text\n" * 30, "x" * 500, "short", "y" * 64, "z" * 65]
     tokenizer = train_bpe(texts, 300)
@@ -248,7 +248,7 @@ def test_a_tokenizer_that_cannot_spell_the_text(data: DataConfig, tmp_path: Path
     backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "words.json"))
     given = data.model_copy(update={"tokenizer": str(tmp_path / "words.json")})
-    with pytest.raises(DataError, match=r"can't encode one of the documents texts/0\.txt to .*UNK"):
+    with pytest.raises(DataError, match=r"cannot encode one of .* texts/0\.txt to .*UNK"):
         prepare(given, seq_len=16)
 
 

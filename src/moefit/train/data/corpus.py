@@ -1,9 +1,6 @@
-"""Text as documents.
+"""Read documents from plain text, JSONL, Parquet and Hugging Face datasets.
 
-Owns the reading of plain text, JSONL, Parquet and Hugging Face datasets (whole, or the one
-configuration that `hf:DATASET@CONFIG` names), and what is said when they cannot be read. Takes
-`data.sources`, gives named documents in an order that is the same on every machine. Knows nothing
-of which documents are held out, nor of tokens.
+Documents have the same names and order on every machine.
 """
 
 import difflib
@@ -21,7 +18,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One text; its name is relative to its source, so it is the same on every machine."""
+    """A text, and its name relative to its source."""
 
     name: str
     text: str
@@ -30,10 +27,15 @@ class Document:
 def documents(
     sources: Sequence[str], *, text_key: str, excluding: Sequence[str] = ()
 ) -> Iterator[Document]:
-    """The documents of each source in turn, sorted by path within it; empty ones are left out.
+    """Yield the documents of each source, sorted by path, without empty ones.
 
-    A file reached through two sources is read once; one that also belongs to a source of
-    `excluding`, not at all. Raises DataError for what cannot be read, and if there is no text.
+    Args:
+        sources: As in `DataConfig.sources`. A file in two sources is read once.
+        text_key: Key or column of the text in JSONL, Parquet and datasets.
+        excluding: Sources whose files are skipped.
+
+    Raises:
+        DataError: A source cannot be read, or there is no text.
     """
     is_empty = True
     for part in parts(sources, excluding=excluding):
@@ -42,29 +44,25 @@ def documents(
                 is_empty = False
                 yield document
     if is_empty:
-        but = f" that is not in {', '.join(excluding)} too" if excluding else ""
+        outside = f" outside {', '.join(excluding)}" if excluding else ""
         raise DataError(
-            f"there is no text in {', '.join(sources) or 'an empty list of sources'}{but}; "
-            f"give a file or folder that holds some, or 'stdlib'"
+            f"there is no text in {', '.join(sources) or 'an empty list of sources'}{outside}; "
+            "give a file or folder with text, or 'stdlib'"
         )
 
 
 def _read(part: TextFile | HubDataset, text_key: str) -> Iterator[Document]:
     if isinstance(part, HubDataset):
-        return _read_hub(part, text_key)
-    reader = {JSONL_SUFFIX: _read_jsonl, PARQUET_SUFFIX: _read_parquet}.get(
-        part.path.suffix.lower(), _read_plain
-    )
-    return _readable(part, reader(part, text_key))
-
-
-def _readable(part: TextFile, found: Iterator[Document]) -> Iterator[Document]:
+        yield from _read_hub(part, text_key)
+        return
+    readers = {JSONL_SUFFIX: _read_jsonl, PARQUET_SUFFIX: _read_parquet}
+    reader = readers.get(part.path.suffix.lower(), _read_plain)
     try:
-        yield from found
+        yield from reader(part, text_key)
     except OSError as error:
         raise DataError(
             f"{part.path} cannot be read ({error.strerror or error}); "
-            f"make it readable or leave it out of data.sources"
+            "make it readable or remove it from data.sources"
         ) from error
 
 
@@ -73,7 +71,7 @@ def _read_plain(part: TextFile, text_key: str) -> Iterator[Document]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        if part.in_stdlib:  # its tests hold badly encoded files on purpose
+        if part.in_stdlib:  # its tests contain wrongly encoded files on purpose
             return
         raise _not_utf8(f"{part.path}", error.start, raw[error.start]) from error
     yield Document(name=part.name, text=text.removeprefix(BYTE_ORDER_MARK))
@@ -103,9 +101,9 @@ def _read_parquet(part: TextFile, text_key: str) -> Iterator[Document]:
             batches = file.iter_batches(columns=[text_key])
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from _rows(rows, part.name, text_key)
-    except ValueError as error:  # what pyarrow's own errors derive from
+    except ValueError as error:  # the base of pyarrow's errors
         raise DataError(
-            f"{part.path} is not sound Parquet ({error}); write it again, or as {JSONL_SUFFIX}"
+            f"{part.path} is not valid Parquet ({error}); write it again, or as {JSONL_SUFFIX}"
         ) from error
 
 
@@ -116,8 +114,8 @@ def _read_hub(part: HubDataset, text_key: str) -> Iterator[Document]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         config = f" with configuration {part.config!r}," if part.config else " with"
         raise DataError(
-            f"dataset {part.dataset!r}{config} split {part.split!r} cannot be had: {error}; check "
-            f"the names on huggingface.co (hf:DATASET@CONFIG:SPLIT), or give its downloaded "
+            f"dataset {part.dataset!r}{config} split {part.split!r} cannot be loaded: {error}; "
+            f"check the names on huggingface.co (hf:DATASET@CONFIG:SPLIT), or give its downloaded "
             f"{PARQUET_SUFFIX} files as source"
         ) from error
     _check_key(rows.column_names, text_key, part.name)
@@ -134,19 +132,19 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); JSONL has one object a line") from error
+        raise DataError(f"{where} is not JSON ({error}); JSONL has one object per line") from error
     except RecursionError as error:
-        raise DataError(f"{where} is nested too deeply; give a flat object a line") from error
+        raise DataError(f"{where} is nested too deeply; give a flat object per line") from error
     if not isinstance(row, dict):
         raise DataError(
-            f"{where} holds a JSON {type(row).__name__}, but JSONL has one object a line, "
-            f'like {{"text": "..."}}'
+            f"{where} contains a JSON {type(row).__name__}, but JSONL has one object per line, "
+            f'such as {{"text": "..."}}'
         )
     return cast(dict[str, Any], row)
 
 
 def _text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
-    """The text of a row; a null is no text, which is common in published data sets."""
+    """Return the text of a row; null, common in published datasets, counts as empty."""
     _check_key(row, text_key, where)
     text = row[text_key]
     if text is None:
@@ -154,14 +152,14 @@ def _text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(
             f"{where}: {text_key!r} is of type {type(text).__name__}, not text; "
-            f"name a key that holds text with data.text_key"
+            "set data.text_key to a key with text"
         )
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON escapes can contain a lone surrogate
         raise DataError(
-            f"{where}: character {error.start} of {text_key!r} is half a surrogate pair, which "
-            f"no UTF-8 text can hold; remove or replace it"
+            f"{where}: character {error.start} of {text_key!r} is a lone surrogate, which UTF-8 "
+            "cannot encode; remove or replace it"
         ) from error
     return text
 
@@ -186,7 +184,7 @@ def _not_utf8(where: str, offset: int, byte: int) -> DataError:
 
 
 def _optional(module: str, purpose: str) -> Any:
-    """A module of the `datasets` extra; imported here since most runs need none of them."""
+    """Import a module of the `datasets` extra, which most runs do not need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

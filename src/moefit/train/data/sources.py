@@ -1,9 +1,4 @@
-"""Find the files that a source names.
-
-Owns what may stand in `data.sources` and what each entry means: `stdlib`, a file, a folder, or
-`hf:DATASET[@CONFIG][:SPLIT]`. Gives parts, in an order and under names that are the same on every
-machine. Knows nothing of what is inside a file: reading is corpus.py's.
-"""
+"""Resolve `data.sources` to files and datasets, with the same names and order on every machine."""
 
 import difflib
 import os
@@ -22,13 +17,13 @@ PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*PLAIN_SUFFIXES, JSONL_SUFFIX, PARQUET_SUFFIX)
 
 HUB_PREFIX = "hf:"
-# `encodings` is a folder of generated tables, which nobody wrote and nobody would read.
+# `encodings` contains generated tables.
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFile:
-    """A file; `name` is relative to its source, `path` absolute with links resolved."""
+    """A file: its name relative to its source, and its absolute path with links resolved."""
 
     name: str
     path: Path
@@ -37,7 +32,7 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a dataset of the Hugging Face hub; `config` is None if it has but one."""
+    """One split of a Hugging Face dataset; `config` None is its only configuration."""
 
     dataset: str
     config: str | None = None
@@ -45,16 +40,19 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """As it may be written in `data.sources`."""
+        """The entry in `data.sources`."""
         config = f"@{self.config}" if self.config else ""
         return f"{HUB_PREFIX}{self.dataset}{config}:{self.split}"
 
 
 def parts(sources: Sequence[str], *, excluding: Sequence[str] = ()) -> list[TextFile | HubDataset]:
-    """The files and datasets of `sources`, each once, without those of `excluding`.
+    """Return the files and datasets of `sources` without those of `excluding`.
 
-    Once, even when two sources reach it (a folder, and a file within it): under two names it
-    could otherwise be trained on as one and held out as the other.
+    A file that two sources contain is returned once; otherwise it could be trained on under one
+    name and held out under the other.
+
+    Raises:
+        DataError: A source does not exist, cannot be read, or contains no file of a known type.
     """
     seen = {_identity(part) for source in excluding for part in _parts_of(source)}
     found: list[TextFile | HubDataset] = []
@@ -81,12 +79,12 @@ def _parts_of(source: str) -> list[TextFile | HubDataset]:
             return _folder(source, path)
         if path.exists():
             return [_single_file(source, path)]
-    except OSError as error:  # no permission to look, or a name too long to be one
+    except OSError as error:  # no permission, or the name is too long
         raise DataError(
-            f"{source!r} cannot be looked at ({error.strerror or error}); "
-            f"make it readable or give another file or folder"
+            f"{source!r} cannot be accessed ({error.strerror or error}); "
+            "make it readable or give another file or folder"
         ) from error
-    raise DataError(f"{source!r} does not exist; {_nearest(source, path)}")
+    raise DataError(f"{source!r} does not exist; {_suggestion(source, path)}")
 
 
 def _stdlib() -> list[TextFile | HubDataset]:
@@ -108,21 +106,21 @@ def _hub_dataset(source: str) -> HubDataset:
     if not dataset or (at and not config):
         raise DataError(
             f"{source!r} names no {'configuration' if dataset else 'dataset'}; write hf:DATASET "
-            "or hf:DATASET@CONFIG, and :SPLIT behind it if not train is meant"
+            "or hf:DATASET@CONFIG, followed by :SPLIT for a split other than train"
         )
     return HubDataset(dataset=dataset, config=config or None, split=split or "train")
 
 
 def _folder(source: str, root: Path) -> list[TextFile | HubDataset]:
-    """Every readable file below, except hidden ones (.git and the like)."""
+    """Return all files of known types in a folder, except hidden ones."""
     every = list(_walk(root))
     readable = [path for path in every if path.suffix.lower() in SUFFIXES]
     if not readable:
         counts = Counter(path.suffix.lower() or "no extension" for path in every)
         held = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(5)) or "nothing"
         raise DataError(
-            f"folder {source!r} holds {held}, but none of what can be read: "
-            f"{', '.join(SUFFIXES)}; convert a file to one of these or give another folder"
+            f"folder {source!r} contains {held}, but no file of a supported type "
+            f"({', '.join(SUFFIXES)}); convert a file to one of these or give another folder"
         )
     return [
         TextFile(name=f"{root.name}/{path.relative_to(root).as_posix()}", path=path.resolve())
@@ -132,41 +130,40 @@ def _folder(source: str, root: Path) -> list[TextFile | HubDataset]:
 
 def _single_file(source: str, path: Path) -> TextFile:
     if path.suffix.lower() not in SUFFIXES:
-        ending = f"ends in {path.suffix}" if path.suffix else "has no extension"
+        suffix = f"the unknown extension {path.suffix}" if path.suffix else "no extension"
         raise DataError(
-            f"{source!r} {ending}, which does not say how it can be read; "
-            f"convert it to one of {', '.join(SUFFIXES)} (plain text: rename it to "
-            f"{path.stem + '.txt'!r})"
+            f"{source!r} has {suffix}; convert it to one of {', '.join(SUFFIXES)} "
+            f"(plain text: rename it to {path.stem + '.txt'!r})"
         )
     return TextFile(name=path.name, path=path.resolve())
 
 
 def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """All files below `root`, sorted by their path within it; no hidden ones, no `skip` folders."""
+    """Return all files below `root` sorted by path, without hidden ones and `skip` folders."""
 
-    def refuse(error: OSError) -> None:
+    def on_error(error: OSError) -> None:
         raise DataError(
             f"folder {error.filename} cannot be listed ({error.strerror}); "
-            f"make it readable or give the files one by one"
+            "make it readable or give its files one by one"
         ) from error
 
     found: list[Path] = []
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
+    for folder, subfolders, files in os.walk(root, onerror=on_error):
         subfolders[:] = [n for n in subfolders if not n.startswith(".") and n not in skip]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted((p for p in found if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
 
 
-def _nearest(source: str, wanted: Path) -> str:
-    """What a mistyped path may have meant, looked for where the path stops existing."""
+def _suggestion(source: str, path: Path) -> str:
+    """Suggest names similar to the first part of a path that does not exist."""
     if difflib.get_close_matches(source, [STDLIB]):
         return f"did you mean {STDLIB!r}, the running Python's standard library?"
-    while not wanted.parent.is_dir():
-        wanted = wanted.parent
-    folder = wanted.parent
+    while not path.parent.is_dir():
+        path = path.parent
+    folder = path.parent
     candidates = sorted(entry.name for entry in folder.iterdir())
-    close = difflib.get_close_matches(wanted.name, candidates, n=3)
+    close = difflib.get_close_matches(path.name, candidates, n=3)
     if close:
         return f"the nearest names in {folder} are: {', '.join(close)}"
     shown = ", ".join(candidates[:5]) or "nothing"
-    return f"{folder} holds {shown}{', ...' if len(candidates) > 5 else ''}"
+    return f"{folder} contains {shown}{', ...' if len(candidates) > 5 else ''}"

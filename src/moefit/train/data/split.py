@@ -1,12 +1,12 @@
-"""Divide the documents into those to train on and those held out.
+"""Split documents into training and held-out text.
 
-Owns the three rules of division and the limit `data.max_bytes`. Knows nothing of files or tokens.
+The rule is one of three:
 
-- sources: `data.held_out` is held out; `data.sources`, less any file that is also in
-  `data.held_out`, trains.
-- name: a document is held out by a hash of its name, whole, whatever else the corpus holds.
-- tail: where that leaves one side empty (a single file, a few novels), the last
-  `data.held_out_fraction` of every document is held out, cut at a line.
+- sources: `data.held_out` is held out. Training uses `data.sources` without files that are also in
+  `data.held_out`.
+- name: whole documents are held out by a hash of their names, independently of other documents.
+- tail: used where `name` leaves one side empty, as with a single file. The last
+  `data.held_out_fraction` of each document is held out, cut at a line break.
 """
 
 import hashlib
@@ -24,52 +24,51 @@ Rule = Literal["sources", "name", "tail"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Both sides of the corpus; each call reads anew, so that no side need fit in memory.
+    """A split corpus. Each call reads the sources again, so it need not fit in memory.
 
-    `data.max_bytes` ends the training text, in the middle of a document if need be. Under the rule
-    "name" the held-out documents are those met until then; under "tail" the tails are cut from
-    the text up to there; under "sources" the held-out text ends after as many bytes.
+    `data.max_bytes` truncates the training text, possibly within a document. Held-out documents
+    are then those read until there (`name`), the tails of the truncated text (`tail`), or held-out
+    text of as many bytes (`sources`).
     """
 
     data: DataConfig
     rule: Rule
 
     def train(self) -> Iterator[Document]:
-        """The documents to train on."""
+        """Yield the documents to train on."""
         return self._side(held_out=False)
 
     def held_out(self) -> Iterator[Document]:
-        """The documents to evaluate on."""
+        """Yield the documents to evaluate on."""
         return self._side(held_out=True)
 
     def _side(self, *, held_out: bool) -> Iterator[Document]:
         if self.rule == "sources":
-            return self._from_sources(held_out=held_out)
-        pieces = self._by_name() if self.rule == "name" else self._by_tail()
-        return (document for is_held_out, document in pieces if is_held_out == held_out)
-
-    def _from_sources(self, *, held_out: bool) -> Iterator[Document]:
-        sources = self.data.held_out if held_out else self.data.sources
-        excluding = () if held_out else self.data.held_out
-        found = documents(sources, text_key=self.data.text_key, excluding=excluding)
-        return _clipped(found, self.data.max_bytes)
+            sources = self.data.held_out if held_out else self.data.sources
+            excluding = () if held_out else self.data.held_out
+            return _truncated(
+                documents(sources, text_key=self.data.text_key, excluding=excluding),
+                self.data.max_bytes,
+            )
+        both = self._by_name() if self.rule == "name" else self._by_tail()
+        return (document for is_held_out, document in both if is_held_out == held_out)
 
     def _by_name(self) -> Iterator[tuple[bool, Document]]:
-        room = self.data.max_bytes or math.inf
+        remaining = self.data.max_bytes or math.inf
         for document in documents(self.data.sources, text_key=self.data.text_key):
             if is_held_out(document.name, self.data.held_out_fraction):
                 yield True, document
                 continue
-            clipped, size = _clip(document, room)
-            if clipped.text:
-                yield False, clipped
-            room -= size
-            if room <= 0:
+            kept, size = _truncate(document, remaining)
+            if kept.text:
+                yield False, kept
+            remaining -= size
+            if remaining <= 0:
                 return
 
     def _by_tail(self) -> Iterator[tuple[bool, Document]]:
         found = documents(self.data.sources, text_key=self.data.text_key)
-        for document in _clipped(found, self.data.max_bytes):
+        for document in _truncated(found, self.data.max_bytes):
             cut = _tail_start(document.text, self.data.held_out_fraction)
             for held_out, text in ((False, document.text[:cut]), (True, document.text[cut:])):
                 if text:
@@ -77,19 +76,28 @@ class Split:
 
 
 def split(data: DataConfig) -> Split:
-    """Choose the rule by which `data` is divided; reads until both sides are known to hold text."""
-    if data.held_out:
-        return _with_both_sides(Split(data=data, rule="sources"))
-    by_name = Split(data=data, rule="name")
-    if _missing_side(by_name) is None:
-        return by_name
-    return _with_both_sides(Split(data=data, rule="tail"))
+    """Choose the rule for a corpus and check that neither side is empty.
+
+    Raises:
+        DataError: There is too little text for both sides.
+    """
+    candidate = Split(data=data, rule="sources" if data.held_out else "name")
+    missing = _missing_side(candidate)
+    if missing is not None and not data.held_out:
+        candidate = Split(data=data, rule="tail")
+        missing = _missing_side(candidate)
+    if missing is not None:
+        raise DataError(
+            f"{', '.join(data.sources)} contains too little text to split: nothing is left "
+            f"to {missing}; give more text, or name other files with data.held_out"
+        )
+    return candidate
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the hash of `name` lies in the lowest `fraction` of all hashes.
+    """Return whether the hash of a name is in the lowest `fraction` of all hashes.
 
-    Raising the fraction therefore only adds documents.
+    A larger fraction adds documents and removes none.
 
     >>> is_held_out("stdlib/abc.py", 0.0), is_held_out("stdlib/abc.py", 1.0)
     (False, True)
@@ -98,47 +106,37 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _with_both_sides(division: Split) -> Split:
-    missing = _missing_side(division)
-    if missing is not None:
-        raise DataError(
-            f"{', '.join(division.data.sources)} holds too little text to divide: nothing is left "
-            f"to {missing}; give more text, or name other files with data.held_out"
-        )
-    return division
-
-
-def _missing_side(division: Split) -> str | None:
-    if next(division.train(), None) is None:
+def _missing_side(candidate: Split) -> str | None:
+    if next(candidate.train(), None) is None:
         return "train on"
-    if next(division.held_out(), None) is None:
+    if next(candidate.held_out(), None) is None:
         return "hold out"
     return None
 
 
-def _clipped(found: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
-    room = max_bytes or math.inf
+def _truncated(found: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
+    remaining = max_bytes or math.inf
     for document in found:
-        clipped, size = _clip(document, room)
-        if clipped.text:
-            yield clipped
-        room -= size
-        if room <= 0:
+        kept, size = _truncate(document, remaining)
+        if kept.text:
+            yield kept
+        remaining -= size
+        if remaining <= 0:
             return
 
 
-def _clip(document: Document, room: float) -> tuple[Document, int]:
-    """The document cut to `room` bytes, between two characters, and what it takes of the room."""
+def _truncate(document: Document, max_bytes: float) -> tuple[Document, int]:
+    """Truncate a document to whole characters; return it and the bytes to subtract."""
     raw = document.text.encode("utf-8")
-    if len(raw) <= room:
+    if len(raw) <= max_bytes:
         return document, len(raw)
-    text = raw[: int(room)].decode("utf-8", "ignore")
-    # All the room counts as taken, though a character that straddles its end is left out.
-    return Document(name=document.name, text=text), int(room)
+    text = raw[: int(max_bytes)].decode("utf-8", "ignore")
+    # Bytes of a character that does not fit count too, so that nothing follows.
+    return Document(name=document.name, text=text), int(max_bytes)
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the last `fraction` of `text` begins: at a line if one begins near, else anywhere."""
+    """Return where the last `fraction` of a text starts, at a line break if one is near."""
     start = len(text) - math.ceil(len(text) * fraction)
-    earliest = max(0, 2 * start - len(text))  # a tail of up to twice the fraction
+    earliest = max(0, 2 * start - len(text))  # at most twice the fraction
     return text.rfind("\n", earliest, start) + 1 or start

@@ -1,9 +1,4 @@
-"""Tokenizers: one trained on the corpus, or one given.
-
-Owns the byte-level BPE that is trained when none is given, the reading of a given one, and the
-rule that every tokenizer has an end-of-text token. Knows nothing of where text comes from or
-where tokens go.
-"""
+"""Train a byte-level BPE tokenizer, or load one; every tokenizer has an end-of-text token."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +11,7 @@ from moefit.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 
-# How tokenizers without a tokenizer_config.json tend to call their end of text.
+# Common end-of-text tokens of tokenizers without a tokenizer_config.json.
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>")
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -31,12 +26,11 @@ ALL_FILES = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens; a small corpus has fewer to offer.
+    """Train a byte-level BPE of at most `vocab_size` tokens; a small corpus yields fewer.
 
-    Every text can be encoded and comes back unchanged, since each byte is a token. Digits stand
-    alone, so that numbers are read alike whatever their length.
+    Any text can be encoded and decoded without loss. Each digit is a token of its own.
     """
-    assert vocab_size > BYTES, f"{vocab_size} tokens can't hold every byte and {END_OF_TEXT}"
+    assert vocab_size > BYTES, f"{vocab_size} is too few for all bytes and {END_OF_TEXT}"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,13 +46,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _wrapped(backend, END_OF_TEXT)
+    return _wrap(backend, END_OF_TEXT)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a tokenizer.json, or of a folder as Hugging Face or GPT-2 lays it out.
+    """Load a tokenizer from a tokenizer.json, or from a folder in Hugging Face or GPT-2 layout.
 
-    Raises DataError if it is missing or damaged, or has no end-of-text token.
+    Raises:
+        DataError: It is missing or damaged, or has no end-of-text token.
     """
     files = tokenizer_files(path)
     folder = files[0].parent
@@ -67,11 +62,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         if "tokenizer_config.json" in names and TOKENIZER_JSON in names:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         else:
-            tokenizer = _without_config(files[0])
-    except Exception as error:  # all that the tokenizers library raises is bare Exception
+            tokenizer = _load_without_config(files[0])
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise DataError(
             f"the tokenizer in {folder} cannot be read ({error}); save it again with "
-            f"save_pretrained, or leave data.tokenizer out to train one on the corpus"
+            "save_pretrained, or leave data.tokenizer out to train one on the corpus"
         ) from error
     if tokenizer.eos_token_id is None:
         raise _no_end_of_text(tokenizer, folder)
@@ -79,56 +74,57 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer's files into `folder`; raises OSError if they can't be written."""
+    """Write a tokenizer's files into a folder; raises OSError if they cannot be written."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # all that the tokenizers library raises is bare Exception
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise OSError(f"the tokenizer could not be saved: {error}") from error
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
-    """The files that decide how the tokenizer at `path` works, the principal one first.
+    """Return the files of the tokenizer at `path`, the one with the vocabulary first.
 
-    Raises DataError if there is none.
+    Raises:
+        DataError: There is no tokenizer.
     """
     given = Path(path).expanduser()
     if not given.exists():
         raise DataError(
             f"data.tokenizer={str(path)!r} does not exist; give a {TOKENIZER_JSON} or a folder "
-            f"that holds one, or leave it out to train one on the corpus"
+            "with one, or leave it out to train one on the corpus"
         )
     if given.is_file() and given.name not in ALL_FILES:
-        return [given]  # a tokenizer.json of another name: what lies beside it isn't its own
+        return [given]  # a tokenizer.json of another name; other files beside it are unrelated
     folder = given if given.is_dir() else given.parent
     found = [folder / name for name in ALL_FILES if (folder / name).is_file()]
     names = {file.name for file in found}
     if TOKENIZER_JSON not in names and not names.issuperset(GPT2_FILES):
         raise DataError(
-            f"{folder} (data.tokenizer) holds {', '.join(sorted(names)) or 'no tokenizer file'}, "
+            f"{folder} (data.tokenizer) has {', '.join(sorted(names)) or 'no tokenizer file'}, "
             f"but a tokenizer is a {TOKENIZER_JSON}, or {' with '.join(GPT2_FILES)}; "
-            f"give a folder that holds these, or leave it out to train one on the corpus"
+            "give a folder with these, or leave it out to train one on the corpus"
         )
     return found
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many rows an embedding needs; more than len(tokenizer) where ids have gaps."""
+    """Return the rows that an embedding needs: more than len(tokenizer) if ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _without_config(principal: Path) -> PreTrainedTokenizerFast:
-    if principal.name == GPT2_FILES[0]:
-        vocabulary, merges = (str(principal.parent / name) for name in GPT2_FILES)
+def _load_without_config(file: Path) -> PreTrainedTokenizerFast:
+    if file.name == GPT2_FILES[0]:
+        vocabulary, merges = (str(file.parent / name) for name in GPT2_FILES)
         backend = Tokenizer(models.BPE.from_file(vocabulary, merges))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     else:
-        backend = Tokenizer.from_file(str(principal))
+        backend = Tokenizer.from_file(str(file))
     known = backend.get_vocab(with_added_tokens=True)
-    return _wrapped(backend, next((end for end in KNOWN_ENDS if end in known), None))
+    return _wrap(backend, next((end for end in KNOWN_ENDS if end in known), None))
 
 
-def _wrapped(backend: Tokenizer, end_of_text: str | None) -> PreTrainedTokenizerFast:
+def _wrap(backend: Tokenizer, end_of_text: str | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=end_of_text,
@@ -141,7 +137,7 @@ def _wrapped(backend: Tokenizer, end_of_text: str | None) -> PreTrainedTokenizer
 def _no_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> DataError:
     special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     return DataError(
-        f"the tokenizer in {folder} names no end-of-text token, which marks where a document ends "
+        f"the tokenizer in {folder} has no end-of-text token, which separates documents "
         f"(its special tokens: {', '.join(special[:8]) or 'none'}); set eos_token in "
         f"{folder / 'tokenizer_config.json'}"
     )

@@ -1,8 +1,8 @@
-"""Turn the corpus into token files once, and find them again.
+"""Tokenise the corpus once and cache the token files.
 
-Documents are tokenised into one memory-mapped stream of ids per side of the split, in a cache
-folder whose fingerprint covers sources, split and tokenizer. Files are written beside their place
-and renamed, so an interrupted run leaves nothing that a later one would trust.
+Each side of the split becomes one memory-mapped stream of ids, in a cache folder named by a
+fingerprint of text and tokenizer. Folders are written under a temporary name and renamed, so an
+interrupted run leaves nothing that a later one would use.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ from moefit.train.data.tokenizer import (
     vocabulary_size,
 )
 
-# An encoding takes some 100 bytes a token until its ids are written, so a batch about 100 MB.
+# Encodings take some 100 bytes per token until their ids are written: about 100 MB per batch.
 BATCH_CHARACTERS = 1 << 22
-# Longer documents are encoded in pieces, so that one huge file doesn't need huge memory.
-PIECE_CHARACTERS = 1 << 20
+# Longer documents are encoded in chunks to bound memory.
+CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFile:
-    """Where the tokens of one side of the corpus lie, and how much text they stand for."""
+    """The tokens of one side of the corpus, and the amount of text that they encode."""
 
     path: Path
     dtype: str
@@ -49,17 +49,17 @@ class TokenFile:
     documents: int
 
     def open(self) -> np.memmap:
-        """All tokens, read from disk as they are looked at; can't be written to."""
+        """Map the tokens read-only into memory."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
 
-    def is_whole(self) -> bool:
-        """Whether the file is there with exactly the bytes it should have."""
+    def is_complete(self) -> bool:
+        """Return whether the file exists and has the expected size."""
         size = self.tokens * np.dtype(self.dtype).itemsize
         return self.path.is_file() and self.path.stat().st_size == size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _TextPiece:
+class _TextChunk:
     text: str
     document: str
     is_last: bool
@@ -72,57 +72,58 @@ def write_tokens(
     *,
     on_written: Callable[[int], None],
 ) -> TokenFile:
-    """Encode `found` into `path`; `on_written` hears how many more bytes of text are done."""
-    backend = _plain(tokenizer)
+    """Encode documents into a file.
+
+    Args:
+        path: The file.
+        found: The documents.
+        tokenizer: Encodes them; its end-of-text token follows each document.
+        on_written: Called with the bytes of text of each batch.
+    """
+    # A copy without padding and truncation that encodes `<|endoftext|>` in a text as plain text.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
     end_of_text = np.array([tokenizer.eos_token_id], dtype).tobytes()
     text_bytes = documents = 0
     with path.open("wb") as file:
         for batch in _batches(found):
-            for piece, encoding in zip(batch, _encode(backend, batch), strict=True):
+            for chunk, encoding in zip(batch, _encode(backend, batch), strict=True):
                 file.write(np.array(encoding.ids, dtype).tobytes())
-                if piece.is_last:
+                if chunk.is_last:
                     file.write(end_of_text)
                     documents += 1
-            batch_bytes = sum(len(piece.text.encode()) for piece in batch)
+            batch_bytes = sum(len(chunk.text.encode()) for chunk in batch)
             text_bytes += batch_bytes
             on_written(batch_bytes)
         tokens = file.tell() // dtype.itemsize
         file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave a file of the right size, but empty
+        os.fsync(file.fileno())  # else a power failure could leave zeros in a file of full size
     return TokenFile(
         path=path, dtype=dtype.name, tokens=tokens, text_bytes=text_bytes, documents=documents
     )
 
 
-def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that neither pads nor cuts, and reads `<|endoftext|>` in a text as any other text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _encode(backend: Tokenizer, batch: list[_TextPiece]) -> list[Encoding]:
-    texts = [piece.text for piece in batch]
+def _encode(backend: Tokenizer, batch: list[_TextChunk]) -> list[Encoding]:
     try:
-        return backend.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # all that the tokenizers library raises is bare Exception
+        return backend.encode_batch_fast([chunk.text for chunk in batch], add_special_tokens=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         names = f"{batch[0].document} to {batch[-1].document}"
         raise DataError(
-            f"the tokenizer (data.tokenizer) can't encode one of the documents {names}: {error}; "
-            f"use a byte-level tokenizer, or leave it out to train one on the corpus"
+            f"the tokenizer (data.tokenizer) cannot encode one of the documents {names}: {error}; "
+            "use a byte-level tokenizer, or leave it out to train one on the corpus"
         ) from error
 
 
-def _batches(found: Iterable[Document]) -> Iterator[list[_TextPiece]]:
-    batch: list[_TextPiece] = []
+def _batches(found: Iterable[Document]) -> Iterator[list[_TextChunk]]:
+    batch: list[_TextChunk] = []
     characters = 0
     for document in found:
-        for piece in _pieces(document):
-            batch.append(piece)
-            characters += len(piece.text)
+        for chunk in _chunks(document):
+            batch.append(chunk)
+            characters += len(chunk.text)
             if characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
@@ -130,27 +131,27 @@ def _batches(found: Iterable[Document]) -> Iterator[list[_TextPiece]]:
         yield batch
 
 
-def _pieces(document: Document) -> Iterator[_TextPiece]:
-    """The document in pieces that end at a line end, if there is one."""
+def _chunks(document: Document) -> Iterator[_TextChunk]:
+    """Split a long document, at line breaks where possible."""
     text, start = document.text, 0
-    while len(text) - start > PIECE_CHARACTERS:
-        limit = start + PIECE_CHARACTERS
+    while len(text) - start > CHUNK_CHARACTERS:
+        limit = start + CHUNK_CHARACTERS
         end = text.rfind("\n", start, limit) + 1 or limit
-        yield _TextPiece(text=text[start:end], document=document.name, is_last=False)
+        yield _TextChunk(text=text[start:end], document=document.name, is_last=False)
         start = end
-    yield _TextPiece(text=text[start:], document=document.name, is_last=True)
+    yield _TextChunk(text=text[start:], document=document.name, is_last=True)
 
 
-FORMAT = 1  # raise it when the same documents would become other tokens
+FORMAT = 1  # increase it when the same documents would yield other tokens
 TRAIN, HELD_OUT, TOKENIZER, META = "train.bin", "held_out.bin", "tokenizer", "meta.json"
 
 Progress = Callable[[str, int, int | None], None]
-"""Hears a stage, how many bytes of text it has done, and of how many (None: not known)."""
+"""Called with a stage and its bytes of text, done and in total (None if unknown)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """What training and evaluation read; the same fingerprint means the same tokens."""
+    """Token files and tokenizer; equal fingerprints mean equal tokens."""
 
     train: TokenFile
     held_out: TokenFile
@@ -159,8 +160,8 @@ class PreparedData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Survey:
-    """What one reading of the corpus shows, before any of it is encoded."""
+class _CorpusScan:
+    """Fingerprint and size of the corpus."""
 
     fingerprint: str
     train_bytes: int
@@ -169,36 +170,38 @@ class _Survey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PrepareJob:
-    """What it takes to make the token files."""
+    """Inputs of the token files."""
 
     data: DataConfig
-    division: Split
-    survey: _Survey
+    corpus: Split
+    scan: _CorpusScan
     given: PreTrainedTokenizerFast | None
-    report: Progress
+    progress: Progress
 
 
 def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None) -> PreparedData:
-    """Tokenise the corpus of `data`, or find that this was done before.
+    """Tokenise a corpus, or return the cached result.
 
-    Raises DataError if the text to train on is shorter than one sequence of `seq_len` tokens and
-    the token that follows it, or the held-out text shorter than two tokens.
+    Args:
+        data: The corpus and its tokenizer.
+        seq_len: Tokens per training sequence.
+        progress: Called as data is read and tokenised.
+
+    Raises:
+        DataError: The text cannot be read, has fewer than `seq_len` + 1 tokens to train on or fewer
+            than two held-out tokens, or the cache cannot be written.
     """
-    report = progress or _silent
-    # First, so that a wrong tokenizer is heard of before a large corpus is read.
+    progress = progress or _no_progress
+    # First, so that a wrong tokenizer is reported before a large corpus is read.
     given = None if data.tokenizer is None else load_tokenizer(data.tokenizer)
-    division = split(data)
-    survey = _survey(data, division, report)
-    folder = cache_folder(data) / survey.fingerprint
-    prepared = _load(folder, survey.fingerprint)
+    corpus = split(data)
+    scan = _scan(data, corpus, progress)
+    folder = cache_folder(data) / scan.fingerprint
+    prepared = _load(folder, scan.fingerprint)
     if prepared is None:
+        job = _PrepareJob(data=data, corpus=corpus, scan=scan, given=given, progress=progress)
         try:
-            prepared = _make(
-                folder,
-                _PrepareJob(
-                    data=data, division=division, survey=survey, given=given, report=report
-                ),
-            )
+            prepared = _make(folder, job)
         except OSError as error:
             raise _unwritable(folder, error) from error
     _check_length(prepared, seq_len)
@@ -206,16 +209,16 @@ def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None)
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where token files are kept."""
+    """Return the folder of cached token files."""
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
     return cache_root() / "data"
 
 
-def _survey(data: DataConfig, division: Split, report: Progress) -> _Survey:
-    """Fingerprint all that decides the tokens: which text lies where, and the tokenizer.
+def _scan(data: DataConfig, corpus: Split, progress: Progress) -> _CorpusScan:
+    """Read the corpus and fingerprint its documents and the tokenizer.
 
-    The settings themselves don't enter: two ways of asking for the same documents share a cache.
+    Settings are not included, so different settings that select the same documents share a cache.
     """
     digest = hashlib.sha256(f"moefit tokens {FORMAT}\n".encode())
     if data.tokenizer is None:
@@ -224,14 +227,14 @@ def _survey(data: DataConfig, division: Split, report: Progress) -> _Survey:
         for file in tokenizer_files(data.tokenizer):
             digest.update(_entry(file.name, file.read_bytes()))
     done = {TRAIN: 0, HELD_OUT: 0}
-    for side, found in ((TRAIN, division.train()), (HELD_OUT, division.held_out())):
+    for side, found in ((TRAIN, corpus.train()), (HELD_OUT, corpus.held_out())):
         digest.update(f"{side}\n".encode())
         for document in found:
             text = document.text.encode()
             digest.update(_entry(document.name, text))
             done[side] += len(text)
-            report("reading", sum(done.values()), None)
-    return _Survey(
+            progress("reading", sum(done.values()), None)
+    return _CorpusScan(
         fingerprint=digest.hexdigest()[:32],
         train_bytes=done[TRAIN],
         held_out_bytes=done[HELD_OUT],
@@ -243,11 +246,11 @@ def _entry(name: str, content: bytes) -> bytes:
 
 
 def _load(folder: Path, fingerprint: str) -> PreparedData | None:
-    """What `folder` holds, or None if that is nothing, damaged or of another layout."""
+    """Return the prepared data in a folder; None if it is missing, damaged or of another format."""
     try:
         meta = json.loads((folder / META).read_text("utf-8"))
         sides = [TokenFile(path=folder / name, **meta[name]) for name in (TRAIN, HELD_OUT)]
-        if not all(side.is_whole() for side in sides):
+        if not all(side.is_complete() for side in sides):
             return None
         tokenizer = load_tokenizer(folder / TOKENIZER)
     except (OSError, ValueError, KeyError, TypeError, DataError):
@@ -265,43 +268,40 @@ def _make(folder: Path, job: _PrepareJob) -> PreparedData:
         _publish(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    prepared = _load(folder, job.survey.fingerprint)
-    assert prepared is not None, f"{folder} was just written, but isn't sound"
+    prepared = _load(folder, job.scan.fingerprint)
+    assert prepared is not None, f"{folder} was just written, but is damaged"
     return prepared
 
 
 def _build(building: Path, job: _PrepareJob) -> None:
-    tokenizer = _trained(job) if job.given is None else job.given
+    tokenizer = job.given
+    if tokenizer is None:
+        tokenizer = train_bpe(_texts(job), job.data.vocab_size)
     meta: dict[str, object] = {"format": FORMAT}
-    total, done = job.survey.train_bytes + job.survey.held_out_bytes, 0
+    total, done = job.scan.train_bytes + job.scan.held_out_bytes, 0
 
     def on_written(more: int) -> None:
         nonlocal done
         done += more
-        job.report("tokenising", done, total)
+        job.progress("tokenising", done, total)
 
-    for name, found in ((TRAIN, job.division.train()), (HELD_OUT, job.division.held_out())):
+    for name, found in ((TRAIN, job.corpus.train()), (HELD_OUT, job.corpus.held_out())):
         file = write_tokens(building / name, found, tokenizer, on_written=on_written)
         meta[name] = {key: value for key, value in asdict(file).items() if key != "path"}
     save_tokenizer(tokenizer, building / TOKENIZER)
     (building / META).write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
 
 
-def _trained(job: _PrepareJob) -> PreTrainedTokenizerFast:
-    texts = _counted(job.division.train(), job.survey.train_bytes, job.report)
-    return train_bpe(texts, job.data.vocab_size)
-
-
-def _counted(found: Iterator[Document], total: int, report: Progress) -> Iterator[str]:
+def _texts(job: _PrepareJob) -> Iterator[str]:
     done = 0
-    for document in found:
+    for document in job.corpus.train():
         yield document.text
         done += len(document.text.encode())
-        report("training the tokenizer", done, total)
+        job.progress("training the tokenizer", done, job.scan.train_bytes)
 
 
 def _publish(building: Path, folder: Path) -> None:
-    """Give `building` its name, unless another process has put a sound one there meanwhile."""
+    """Rename `building` to `folder`, unless another process has created it in the meantime."""
     if _load(folder, folder.name) is not None:
         return
     damaged = building.with_name(f"{building.name}.damaged")
@@ -320,28 +320,27 @@ def _unwritable(folder: Path, error: OSError) -> DataError:
     existing = next((p for p in folder.absolute().parents if p.is_dir()), Path("/"))
     free = shutil.disk_usage(existing).free
     return DataError(
-        f"token files can't be kept in {folder}: {error.strerror or error} ({free} bytes are free "
-        f"there, unfinished files removed); free some space, or name another folder with "
-        f"data.cache_dir="
+        f"token files cannot be written to {folder}: {error.strerror or error} ({free} bytes are "
+        "free there, unfinished files removed); free disk space, or give another folder with "
+        "data.cache_dir="
     )
 
 
 def _check_length(prepared: PreparedData, seq_len: int) -> None:
-    """Held-out text may be shorter than a sequence: it is read in one shorter window then."""
+    """Raise DataError for too little text; held-out text may be shorter than a sequence."""
     found, needed = prepared.train.tokens, seq_len + 1
     if found < needed:
         largest = f" or a seq_len of at most {found - 1}" if found > 2 else ""
         raise DataError(
-            f"the text to train on has {found} tokens, but a sequence of seq_len={seq_len} takes "
+            f"the text to train on has {found} tokens, but a sequence of seq_len={seq_len} needs "
             f"{needed}; give more text{largest}"
         )
     if prepared.held_out.tokens < 2:
         raise DataError(
-            f"the held-out text has {prepared.held_out.tokens} tokens, and there is nothing to "
-            "predict in fewer than 2; give more text, a larger data.held_out_fraction, or files "
-            "for data.held_out"
+            f"the held-out text has {prepared.held_out.tokens} tokens, but at least 2 are needed; "
+            "give more text, a larger data.held_out_fraction, or files for data.held_out"
         )
 
 
-def _silent(stage: str, done: int, total: int | None) -> None:
+def _no_progress(stage: str, done: int, total: int | None) -> None:
     pass
