@@ -1,7 +1,7 @@
 """Train with experts absent, so that a model loses little when only some are in memory.
 
-`ExpertDropout` draws which experts each sequence may use: a function of the seed and the number of
-the micro-batch, so that a resumed run sees the same. `AllowedExperts` makes a model respect it.
+`ExpertDropout` draws the experts that each sequence may use, depending only on the seed and the
+number of the micro-batch. `AllowedExperts` applies such a limit to a model.
 
 Shapes: B sequences, T tokens, L MoE layers, E experts, S experts that a sequence may use.
 """
@@ -21,7 +21,7 @@ from moefit.moe.expert_dropout import KEY, ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule, active_experts, route_allowed
 from moefit.train.config import ExpertDropoutConfig, TrainConfig
 
-_STREAM = 0x0D20  # tells these draws from others of the same seed
+_STREAM = 0x0D20  # separates these random numbers from others of the same seed
 CALIBRATION_BATCHES = 8
 
 
@@ -58,9 +58,9 @@ class ExpertDropout:
         num_experts = int(model.config.num_experts)
         if num_experts < 2:
             raise ConfigError(
-                f"expert_dropout.order={settings.order} has no effect, because a model with model.num_experts="
-                f"{num_experts} has no router; leave out expert_dropout, or give "
-                "model.num_experts=2 or more"
+                f"expert_dropout.order={settings.order} has no effect, because a model with "
+                f"model.num_experts={num_experts} has no router; leave out expert_dropout, or "
+                "give model.num_experts=2 or more"
             )
         return cls(
             settings=settings,
@@ -108,7 +108,7 @@ class ExpertDropout:
         return torch.from_numpy(allowed_LBE)
 
     def record(self, resident_order: Sequence[Sequence[int]]) -> ExpertDropoutRecord:
-        """Return what the checkpoint says of this dropout."""
+        """Return the record of this dropout for the checkpoint."""
         ordered = () if self.settings.order == "random" else resident_order
         return ExpertDropoutRecord(
             order=self.settings.order,
@@ -176,8 +176,8 @@ def _least(given: int | None, chosen: int | None, num_experts: int) -> int:
 class AllowedExperts:
     """Limits which experts a model may choose.
 
-    Our own model takes the limit as an argument. OLMoE of transformers does not; hooks on its
-    routers apply it, until `remove`.
+    A DS-MoE receives the limit as an argument. For OLMoE, forward hooks on the routers apply it
+    until `remove`.
 
     Args:
         model: A DS-MoE or an OLMoE.
@@ -198,7 +198,7 @@ class AllowedExperts:
     def arguments(self, allowed_LBE: Tensor | None) -> dict[str, Any]:
         """Return keyword arguments of a forward pass that is limited to these experts.
 
-        The limit holds until the next call, because the backward pass may compute again.
+        The limit holds until the next call, because the backward pass may recompute activations.
 
         Args:
             allowed_LBE: True for experts that a sequence may use; None for no limit.
@@ -239,12 +239,12 @@ def first_experts(resident_order: Sequence[Sequence[int]], count: int, num_exper
 
 @torch.no_grad()
 def measured_order(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[list[int]]:
-    """Return each layer's experts in falling order of the router weight that they get.
+    """Return each layer's experts in descending order of their total router weight.
 
     The model computes in eval mode, so that the random state does not change.
 
     Args:
-        model: A DS-MoE or an OLMoE; left in the mode in which it was.
+        model: A DS-MoE or an OLMoE; its mode is restored.
         batches: Tokens ids_BT to measure on.
     """
     training = model.training
@@ -271,12 +271,12 @@ def _weight_by_expert(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 
 def set_record(model: PreTrainedModel, record: ExpertDropoutRecord) -> None:
-    """Have the model's configuration, and so each checkpoint, hold the record."""
+    """Store the record in the model's configuration, and so in each checkpoint."""
     setattr(model.config, KEY, record.as_dict())
 
 
 def set_held_out_loss(model: PreTrainedModel, losses: Mapping[int, float]) -> None:
-    """Add to the model's record what it loses on held-out text with fewer experts."""
+    """Add held-out losses by number of experts to the model's record."""
     record = dropout_record(model.config)
-    assert record is not None, "set_record() came first"
+    assert record is not None, "set_record() must be called first"
     set_record(model, replace(record, held_out_loss=losses))
