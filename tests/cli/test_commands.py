@@ -189,7 +189,7 @@ def test_describe_auto_says_what_the_budget_buys(saved):
     assert ledger["everything_in"]["native"] == ledger["most"]
     table = " ".join(run(*asked, "--memory", "9GiB").stdout.split())
     assert "all experts in int4" in table and "all experts in native" in table
-    assert "experts in auto, other weights in int8" in table
+    assert "experts in auto, dense weights in int8" in table
     assert f"native: {ledger['bits_per_weight']:.2f} bits" in table and "experts in int2" in table
 
 

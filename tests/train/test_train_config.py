@@ -180,3 +180,20 @@ def test_a_warmup_that_is_given_stays_and_is_refused_where_it_contradicts() -> N
             ConfigError, match=r"^configuration: optimizer.warmup_steps=.* is not below"
         ):
             read_config(None, overrides)
+
+
+def test_fewer_steps_than_a_files_warmup_shorten_it_with_a_warning(tmp_path, caplog) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 1000\noptimizer: {warmup_steps: 50, lr: 0.01}\n")
+    config = read_config(file, ["steps=20"])
+    assert (config.steps, config.optimizer.warmup_steps, config.optimizer.lr) == (20, 2, 0.01)
+    assert "warmup_steps=50 leaves nothing of steps=20" in caplog.text
+    caplog.clear()
+    assert read_config(file, ["steps=51"]).optimizer.warmup_steps == 50
+    assert read_config(file, ["steps=20", "optimizer.warmup_steps=5"]).optimizer.warmup_steps == 5
+    assert not caplog.text
+    with pytest.raises(ConfigError, match="the most that works is 19"):
+        read_config(file, ["steps=20", "optimizer.warmup_steps=20"])
+    file.write_text("steps: 20\noptimizer: {warmup_steps: 50}\n")
+    with pytest.raises(ConfigError, match="the most that works is 19"):
+        read_config(file, [])

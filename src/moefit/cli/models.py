@@ -297,7 +297,7 @@ def _described(skeleton: Skeleton, room: MemoryOptions) -> str:
     if room.experts != NATIVE_PRECISION:
         parts.append(f"experts in {room.experts}")
     if room.dense != NATIVE_PRECISION:
-        parts.append(f"other weights in {room.dense}")
+        parts.append(f"dense weights in {room.dense}")
     return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ Unknown keys and values out of range are errors.
 """
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
@@ -22,6 +23,7 @@ from moefit.moe.expert_dropout import Order
 from moefit.moe.routing import Rule
 from moefit.yaml_text import load_yaml
 
+_LOG = logging.getLogger(__name__)
 STDLIB = "stdlib"
 WARMUP_STEPS = 100
 
@@ -250,7 +252,8 @@ def read_config(path: Path | None, overrides: list[str]) -> TrainConfig:
 
     Args:
         path: A YAML file; None for the defaults.
-        overrides: Items such as `optimizer.lr=3e-4`, with values in YAML.
+        overrides: Items such as `optimizer.lr=3e-4`, with values in YAML. Fewer steps than the
+            file's warm-up shorten it, with a warning.
 
     Raises:
         ConfigError: The file cannot be read, or a key is unknown or a value out of range.
@@ -258,7 +261,26 @@ def read_config(path: Path | None, overrides: list[str]) -> TrainConfig:
     tree = {} if path is None else _read_yaml(path)
     for override in overrides:
         _apply_override(tree, override)
+    keys = {override.partition("=")[0] for override in overrides}
+    if "steps" in keys and not keys & {"optimizer", "optimizer.warmup_steps"}:
+        _fit_warmup(tree)
     return make_config(tree)
+
+
+def _fit_warmup(tree: dict[str, Any]) -> None:
+    """Remove a file's warm-up that is longer than the training."""
+    steps, optimizer = tree["steps"], tree.get("optimizer")
+    if not isinstance(steps, int | float) or not isinstance(optimizer, dict):
+        return
+    warmup = cast("dict[str, Any]", optimizer).get("warmup_steps")
+    if isinstance(warmup, int | float) and warmup >= steps > 0:
+        del optimizer["warmup_steps"]
+        _LOG.warning(
+            "warning: the file's optimizer.warmup_steps=%s leaves nothing of steps=%s; the warm-up "
+            "is a tenth of the steps, unless optimizer.warmup_steps is given on the command line",
+            warmup,
+            steps,
+        )
 
 
 def make_config(tree: dict[str, Any]) -> TrainConfig:
