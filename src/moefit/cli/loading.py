@@ -28,6 +28,7 @@ from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import ARCHITECTURES
 from moefit.evaluate.speed import Speed
+from moefit.moe.expert_dropout import ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
 from moefit.quant.backend import backend_status
@@ -111,6 +112,8 @@ def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
 def _remark(served: ServedModel, model: str, room: MemoryOptions) -> None:
     """Say what it takes, and what would make it faster."""
     say(_summary(served, room.experts))
+    if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
+        say(trained)
     for remark in served.report()["packed_ignored"][:3]:
         say(f"note: {remark}")
     if "encoded" in served.report()["experts_from"]:
@@ -119,6 +122,31 @@ def _remark(served: ServedModel, model: str, room: MemoryOptions) -> None:
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
         )
+
+
+def dropout_line(record: ExpertDropoutRecord | None, mode: str | None = None) -> str:
+    """Say which mode a model was trained for, and what fewer experts cost; empty if it was not.
+
+    >>> record = ExpertDropoutRecord(order="nested", share=0.5, least=2, begin=0.0,
+    ...     held_out_loss={8: 2.0, 4: 2.05})
+    >>> dropout_line(record, "virtual")
+    'trained with expert dropout (nested); perplexity on its held-out text: 4 of 8 experts +5.1%'
+    >>> dropout_line(record, "exact").removeprefix(dropout_line(record, "virtual"))
+    '; recommended: --mode virtual'
+    """
+    if record is None:
+        return ""
+    costs = record.costs()
+    most = max(costs, default=0)
+    parts = [
+        f"{few} {cost:+.1%}" for few, cost in sorted(costs.items(), reverse=True) if few < most
+    ]
+    line = f"trained with expert dropout ({record.order})"
+    if parts:
+        first, *rest = parts
+        first = first.replace(" ", f" of {most} experts ", 1)
+        line += f"; perplexity on its held-out text: {', '.join([first, *rest])}"
+    return line if mode == "virtual" else f"{line}; recommended: --mode virtual"
 
 
 def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> None:

@@ -18,6 +18,7 @@ from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
 from moefit.cli.loading import (
+    dropout_line,
     import_serving_commands,
     is_served,
     ledger_table,
@@ -48,6 +49,7 @@ from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
 from moefit.evaluate.speed import measure_speed
 from moefit.evaluate.subject import evaluated_model
+from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.moe.routing import Rule, default_rules
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
@@ -244,9 +246,10 @@ def describe(
     if plain and _is_ours(model):
         card = model_card(config_of(model))
         if as_json:
-            print_json(card.as_dict())
+            print_json({**card.as_dict(), **_dropout(config_of(model))})
         else:
             Console().print(card_table(card, escape(model)))
+            _print_dropout(config_of(model))
         return
     if model in preset_names():
         raise ConfigError(
@@ -269,13 +272,29 @@ def describe(
             },
         }
         held = {"everything_in": budget.all_resident_bytes_in(), "minimum": floors}
-        print_json({**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict()})
+        trained = _dropout(skeleton.model.config)
+        print_json(
+            {**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict(), **trained}
+        )
         return
     title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
     Console().print(ledger_table(budget, start, title))
     Console().print(minimums_line(floors, settings), soft_wrap=True)
     if unused := _left_out(skeleton):
         Console().print(escape(unused), soft_wrap=True)
+    _print_dropout(skeleton.model.config)
+
+
+def _dropout(config: Any) -> dict[str, Any]:
+    """Return the record of expert dropout for JSON; nothing without one."""
+    record = dropout_record(config)
+    return {} if record is None else {KEY: record.as_dict()}
+
+
+def _print_dropout(config: Any) -> None:
+    """Print what fewer experts cost a model that was trained for that."""
+    if trained := dropout_line(dropout_record(config)):
+        Console().print(escape(trained), soft_wrap=True)
 
 
 def _left_out(skeleton: Skeleton) -> str:

@@ -73,8 +73,8 @@ def fix_residents(
         name: sorted(order[name][: experts.slot_table.num_slots])
         for name, experts in served.blocks.items()
     }
+    served.set_mode("virtual", residency="fixed")  # may choose residents itself
     served.set_residents(chosen)
-    served.set_mode("virtual", residency="fixed")
     return chosen
 
 

@@ -4,7 +4,7 @@ The order of steps bounds the peak of memory: estimate from headers, check again
 the system, tokenizer, dense weights, slots, and experts only when they are needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError, CheckpointError
+from moefit.moe.expert_dropout import dropout_record, order_of_blocks
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import Format, parse_format
 from moefit.serve.cache.eviction import POLICIES
@@ -90,6 +91,8 @@ def load_model(
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
         _make_slots(parts, device, settings.placement)
+        if settings.mode == "virtual":
+            served.hold_first_experts()
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(
@@ -153,6 +156,7 @@ def _load_parts(
     blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
     for index, experts in enumerate(blocks.values()):
         experts.depth, experts.is_first = (index + 0.5) / len(blocks), index == 0
+    _set_resident_order(skeleton, blocks)
     model = load_dense_weights(skeleton, blocks, device)
     if (dense := settings.dense_format()) is not None:
         quantize_dense_weights(model, dense, skeleton.blocks, partial(progress, "dense weights"))
@@ -172,6 +176,14 @@ def _load_parts(
         ),
         hooks=(*attach_hooks(model, blocks), *follow_rules(model, blocks)),
     )
+
+
+def _set_resident_order(skeleton: Skeleton, blocks: Mapping[str, VirtualExperts]) -> None:
+    """Tell blocks the order of experts that the checkpoint records, if it does."""
+    record = dropout_record(skeleton.model.config)
+    orders = order_of_blocks(record, [block.num_experts for block in skeleton.blocks])
+    for experts, order in zip(blocks.values(), orders, strict=True):
+        experts.resident_order = order
 
 
 def _make_slots(parts: ServedParts, device: torch.device, placement: Placement | None) -> None:

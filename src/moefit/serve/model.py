@@ -241,13 +241,29 @@ class ServedModel:
             ConfigError: A setting or value is invalid.
             UnsupportedModelError: Only exact mode is possible, because the routing rule of the
                 model's family was not recognized.
+            CheckpointError: An expert that virtual mode begins with cannot be read.
         """
         with self._shared.lock:  # the new policy depends on the present one
             policy = self.checked_policy(mode, **settings)
             if policy.residency == "fixed":
                 self._settle()
+            begins = policy.mode == "virtual" != self.policy.mode
             self._shared.policy = policy
+            if begins:
+                self.hold_first_experts()
         return policy
+
+    def hold_first_experts(self) -> None:
+        """Make the experts resident that the model was trained to keep.
+
+        Without effect unless config.json records an order of experts (`expert_dropout`).
+
+        Raises:
+            CheckpointError: An expert cannot be read.
+        """
+        with self._shared.lock:
+            for experts in self.blocks.values():
+                experts.hold_first()
 
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
         """Return the policy that `set_mode` would set, or raise as it would; change nothing."""

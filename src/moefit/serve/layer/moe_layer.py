@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R = T * K rows.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 
 import torch
@@ -44,6 +44,8 @@ class VirtualExperts(nn.Module):
         format: Format of newly allocated slots.
         scoring: The router's scoring rule; None if unknown, then only exact mode is possible.
         bias_E: Bias that the router adds to the scores for its choice, if any.
+        resident_order: All experts in the order in which virtual mode holds them, if the model was
+            trained for one (`expert_dropout` in config.json).
         depth: Position among the model's blocks, 0 to 1.
         is_first: Whether this is the model's first block, where `SharedState.on_step` runs.
         reachable: False for a block that text never reaches, such as one of a vision tower.
@@ -73,6 +75,7 @@ class VirtualExperts(nn.Module):
         )
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
+        self.resident_order: Sequence[int] | None = None
         self.depth = 0.5
         self.reachable = True
         self.logits_TE: Tensor | None = None
@@ -94,8 +97,21 @@ class VirtualExperts(nn.Module):
             return self._step(x_TD, chosen).view_as(x)
 
     def fill(self) -> None:
-        """Start loading the most important absent experts into empty slots."""
-        self.swaps.fill(self.importance.scores(), self.spares_key)
+        """Start loading absent experts into empty slots: the first, or the most important ones."""
+        self.swaps.fill(self._fill_scores(), self.spares_key)
+
+    def _fill_scores(self) -> list[float]:
+        if self.resident_order is None or self.shared.policy.mode != "virtual":
+            return self.importance.scores()
+        scores = [0.0] * self.num_experts
+        for place, expert in enumerate(self.resident_order):
+            scores[expert] = float(self.num_experts - place)
+        return scores
+
+    def hold_first(self) -> None:
+        """Make the first experts of `resident_order` resident, as many as there are slots."""
+        if self.resident_order is not None and self.slot_table.num_slots < self.num_experts:
+            self.set_residents(self.resident_order[: self.slot_table.num_slots])
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.shared.policy
