@@ -1,13 +1,13 @@
-"""Changing the budget while a model decodes: what the steps around a change pay, and that it holds.
+"""Change the budget while a model decodes: is it kept, and how much slower are the steps?
 
     python benchmarks/budget_changes.py MODEL [--changes 200] [--save NAME]
 
 One thread decodes greedily in exact mode, one calls `set_memory` with random totals between the
-floor and everything, every tenth below the floor, and one watches what is held. Afterwards the
-same tokens are decoded undisturbed: choice and every bit of the logits must be the same. A refused
-change must change nothing. Held bytes (slots and spares, read without the lock) and the operating
-system's resident set are compared with the budget in force: while a call is under way, that is the
-larger of the two.
+minimum and the size of all experts (every tenth below the minimum), and one samples the memory
+held. Then the same tokens are decoded without changes: tokens and logits must be bit-identical. A
+rejected change must have no effect. Held bytes (slots and spares, read without the lock) and the
+resident set of the process are compared with the current budget; during a call that is the larger
+of both.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from moefit.serve.memory.budget import format_bytes
 from moefit.serve.model import ServedModel
 
 Checked = tuple[int, int]
-"""A step's token, and the checksum of its logits."""
+"""The token of a step, and the checksum of its logits."""
 AFTER = 4  # steps that count as following a change
 SAMPLE_SECONDS = 0.002
 
@@ -56,7 +56,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What was held at one moment, and what the budget in force had room for."""
+    """Bytes held at one moment, and the bytes that the current budget allows."""
 
     at: float
     held: int
@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Run:
-    """What the three threads wrote down."""
+    """Records of the three threads."""
 
     steps: list[tuple[float, float]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
     with moefit.load(arguments.model, context=arguments.new_tokens + 16) as served:
-        next(decode(served, 1, 8, Run()))  # libraries' first use
+        next(decode(served, 1, 8, Run()))  # warm-up
         run = Run()
         start = served.budget.all_resident_bytes
         served.set_memory(start)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def disturbed(served: ServedModel, arguments: argparse.Namespace, run: Run) -> list[list[Checked]]:
-    """Decode sequence after sequence until all changes are made."""
+    """Decode sequences until all changes have been made."""
     done = threading.Event()
     changer = threading.Thread(target=change, args=(served, arguments, run))
     watcher = threading.Thread(target=watch, args=(served, run, done))
@@ -125,7 +125,7 @@ def disturbed(served: ServedModel, arguments: argparse.Namespace, run: Run) -> l
 
 @torch.inference_mode()
 def decode(served: ServedModel, sequences: int | None, new_tokens: int, run: Run) -> Any:
-    """Greedy decoding of random prompts, one sequence after the other; None: endlessly."""
+    """Decode random prompts greedily; `sequences` None is without end."""
     vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
     number = 0
     while sequences is None or number < sequences:
@@ -143,7 +143,7 @@ def decode(served: ServedModel, sequences: int | None, new_tokens: int, run: Run
 
 
 def bits(logits_V: Tensor) -> int:
-    """A checksum of all bits."""
+    """Return a checksum of all bits."""
     return zlib.crc32(logits_V.contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -183,7 +183,7 @@ def watch(served: ServedModel, run: Run, done: threading.Event) -> None:
 
 
 def held_bytes(served: ServedModel) -> int:
-    """Slots and spares now, also in the middle of a change: the lock is not asked."""
+    """Return the bytes of slots and spares without taking the lock, so also during a change."""
     slots = [dict(block.slots) for block in served.blocks.values()]
     spares = [list(some) for some in served._shared.spares.values()]
     return sum(slot.nbytes for some in slots for slot in some.values()) + sum(
@@ -192,7 +192,7 @@ def held_bytes(served: ServedModel) -> int:
 
 
 def in_force(run: Run, start: int) -> list[Sample]:
-    """Samples with the budget of their moment."""
+    """Return samples with the budget at their time."""
     samples, accepted = [], [one for one in run.changes if not one.refused]
     total, next_one = start, 0
     for at, held, resident in run.samples:
@@ -208,7 +208,7 @@ def in_force(run: Run, start: int) -> list[Sample]:
 def step_kinds(
     steps: Sequence[tuple[float, float]], changes: Sequence[Change]
 ) -> dict[str, list[float]]:
-    """Seconds of steps that overlap a call, of the next few, and of all others."""
+    """Return the seconds of steps that overlap a call, of the next few, and of all others."""
     kinds: dict[str, list[float]] = {"during": [], "after": [], "quiet": []}
     left, waiting = 0, list(changes)
     for began, ended in steps:

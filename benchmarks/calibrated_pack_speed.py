@@ -1,14 +1,14 @@
-"""What one expert costs to be packed by a text: its inputs looked at, encoded, and judged.
+"""Measure calibrated packing of one expert: moments of its inputs, encoding, error of its outputs.
 
     python benchmarks/calibrated_pack_speed.py [--width 2048] [--units 1024] [--tokens 2560]
         [--formats int4,int3,int2] [--threads 1,2] [--rounds 3] [--ways torch,avx512,...]
         [--before SRC] [--save NAME]
 
-An expert of OLMoE's shape with random weights, and random tokens of which few directions carry
-most. Moments: the expert runs over its rows, and each matrix's second moments are factored, once
-for all formats. Encoding and judging (decoded, run again, its outputs compared) are by format; in
-seconds, the best of rounds, by each way that this machine has. --before: the same by another
-state of moefit, whose `src` folder is given, in a process of its own, in the same run.
+An expert of OLMoE's shape with random weights, and random tokens with most variance in few
+directions. Moments: the expert runs over its rows, and each matrix's second moments are factored,
+once for all formats. Encoding and measuring the error (decode, run again, compare outputs) are by
+format. Times are in seconds, the best of rounds, by torch and each level of the kernels. --before:
+the same with another version of moefit, given by its `src` folder, in a process of its own.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def ways() -> list[str]:
 
 @contextmanager
 def by(way: str) -> Iterator[None]:
-    """Encoding by one way; all else is as it is."""
+    """Encode with torch or one level of the kernels for the duration of the context."""
     if way == BEFORE:
         yield
         return
@@ -92,7 +92,7 @@ def by(way: str) -> Iterator[None]:
 
 
 def elsewhere(arguments: argparse.Namespace) -> Any:
-    """What another moefit takes, by this very file."""
+    """Run this file with another version of moefit and return its results."""
     drop = sys.argv.index("--before")
     rest = [*sys.argv[1:drop], *sys.argv[drop + 2 :]]
     environment = {**os.environ, "PYTHONPATH": str(arguments.before)}
@@ -102,7 +102,7 @@ def elsewhere(arguments: argparse.Namespace) -> Any:
 
 
 class Expert:
-    """One expert, its tokens and what they count."""
+    """One expert and its weighted tokens."""
 
     def __init__(self, arguments: argparse.Namespace):
         self._arguments = arguments

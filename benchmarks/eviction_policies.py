@@ -1,15 +1,14 @@
-"""Which resident should make room, and how far is the best policy from knowing the future?
+"""Compare eviction policies by hit rate, and with Belady's optimal rule.
 
-Replays recorded routing (what gpt-oss-20b chose while decoding, 4 of 32 experts a layer) through
-every eviction policy and through Belady's rule, the bound. Half-lives are scanned on some
-sequences and all is reported on others. TRACES holds NAME.npz (experts and probs
-[token, layer, k], seq_ptr) and NAME.meta.jsonl (a line per sequence; loops are marked
-`repetition` and left out).
+Replays the recorded routing of gpt-oss-20b while decoding (4 of 32 experts per layer). Half-lives
+are tuned on some sequences, and results reported on others. TRACES contains NAME.npz (experts and
+probs [token, layer, k], seq_ptr) and NAME.meta.jsonl (a line per sequence; repetitive ones are
+marked `repetition` and skipped).
 
     python benchmarks/eviction_policies.py TRACES [--save]
 
-Four settings: one sequence or four decoded together, and each with caches that live on from
-sequence to sequence ("continuous", as in a server) or start empty with each ("cold").
+Four settings: one or four sequences decoded together, each with caches that persist between
+sequences ("continuous", as in a server) or start empty ("cold").
 """
 
 import argparse
@@ -43,15 +42,15 @@ BATCHES = (1, 4)
 
 Event = dict[int, float]
 Sequence = list[list[Event]]  # by layer, by token
-Make = Callable[[list[Event]], EvictionPolicy]  # Belady has to see the events
+Make = Callable[[list[Event]], EvictionPolicy]  # Belady's rule needs the events
 
 
 class FrequentAndRecent:
-    """Tried, not shipped: the decayed count over the root of the tokens since the last use."""
+    """The decayed count divided by the square root of the tokens since the last use."""
 
     def __init__(self, half_life_tokens: float) -> None:
         self.now, self.half_life = 0, half_life_tokens
-        self.counts: dict[int, tuple[float, int]] = {}  # as of the last use, and when that was
+        self.counts: dict[int, tuple[float, int]] = {}  # count at the last use, and its time
 
     def observe(self, weights, tokens: int = 1) -> None:
         self.now += tokens
@@ -90,7 +89,7 @@ def read_sequences(folder: Path, layer_step: int) -> Iterator[Sequence]:
 
 
 def together(lanes: list[list[Event]]) -> list[Event]:
-    """One event for all lanes' steps, up to the end of the shortest lane."""
+    """Merge the lanes' events by step, up to the end of the shortest lane."""
     events = []
     for step in zip(*lanes, strict=False):
         union: Event = {}
@@ -102,7 +101,7 @@ def together(lanes: list[list[Event]]) -> list[Event]:
 
 
 def continuous(sequences: list[Sequence], batch: int) -> list[list[Event]]:
-    """A trace per layer; each of the batch's lanes takes its sequences one behind the other."""
+    """Return a trace per layer in which each lane of the batch concatenates its sequences."""
     return [
         together([list(chain(*(one[layer] for one in sequences[b::batch]))) for b in range(batch)])
         for layer in range(len(sequences[0]))
@@ -110,7 +109,7 @@ def continuous(sequences: list[Sequence], batch: int) -> list[list[Event]]:
 
 
 def cold(sequences: list[Sequence], batch: int) -> list[list[Event]]:
-    """A trace per layer and group; a group's lanes start together and stop with the shortest."""
+    """Return a trace per layer and group of sequences, which ends with its shortest sequence."""
     groups = [sequences[i : i + batch] for i in range(0, len(sequences), batch)]
     return [
         together([one[layer] for one in group])
@@ -137,7 +136,7 @@ def lru(_: list[Event]) -> EvictionPolicy:
 
 
 def scan(sequences: list[Sequence]) -> dict:
-    """Mean hit rate over the slots that leave a choice, by batch, policy and half-life."""
+    """Return hit rates by batch, policy and half-life, averaged over numbers of slots above K."""
     found = {}
     for batch in BATCHES:
         traces = continuous(sequences, batch)
@@ -156,7 +155,7 @@ def scan(sequences: list[Sequence]) -> dict:
 
 
 def best_half_lives(scanned: dict) -> dict[str, float]:
-    """By the scan of single sequences."""
+    """Return the best half-life of each policy for single sequences."""
     rates = {
         name: by_half_life for name, by_half_life in scanned["batch 1"].items() if name != "lru"
     }
@@ -186,7 +185,7 @@ def measure(sequences: list[Sequence], makes: dict[str, Make]) -> dict:
 
 
 def differences(sequences: list[Sequence], makes: dict[str, Make], slots: int) -> dict:
-    """Hit rates to LRU's, paired by sequence from cold: the mean and its standard error."""
+    """Return the mean difference of hit rates to LRU's over cold sequences, with its error."""
     traces = [cold([one], 1) for one in sequences]
     base = [rate(one, slots, makes["lru"]) for one in traces]
     found = {}
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path)
     parser.add_argument("--tuning", type=int, default=24, help="sequences for the half-lives")
     parser.add_argument("--testing", type=int, default=64, help="sequences for the report")
-    parser.add_argument("--layer-step", type=int, default=4, help="every how manieth layer")
+    parser.add_argument("--layer-step", type=int, default=4, help="use every Nth layer")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     sequences = list(read_sequences(options.traces, options.layer_step))
@@ -228,10 +227,11 @@ def main() -> None:
     report(results)
     if options.save:
         notes = (
-            "Event-atomic: one decision per step and layer over the batch's union; a step beyond "
-            "the slots runs in waves, where Belady's rule is no longer proven best. gpt-oss-20b "
-            "decoding, mostly MMLU, loops left out. 4 slots are the floor of top-4: no choice "
-            "there. The scan is continuous; its rates are means over the other numbers of slots."
+            "One decision per step and layer over the batch's union of experts; a step with more "
+            "experts than slots runs in waves, for which Belady's rule is not proven optimal. "
+            "gpt-oss-20b decoding, mostly MMLU, without repetitive sequences. With 4 slots, top-4 "
+            "leaves no choice. Half-lives are tuned with continuous caches, over other numbers of "
+            "slots."
         )
         path = record.write("eviction-policies", results, notes=notes, suffix="gpt-oss-20b")
         draw(results, path.with_suffix(".png"))
@@ -271,13 +271,13 @@ def draw(results: dict, path: Path) -> None:
         for name, colour in colours.items():
             ys = np.array(list(rates[name].values()))
             label = f"{name}, {setting}"
-            if name != "importance":  # it would hide lfu
+            if name != "importance":  # it would cover lfu
                 left.plot(SLOTS, 100 * ys, style, color=colour, ms=4, lw=1, label=label)
             if name != "belady":
                 misses = (1 - ys) / (1 - bound)
                 middle.plot(SLOTS, misses, style, color=colour, ms=4, lw=1, label=label)
     slots = {"xlabel": "slots, of 32 experts", "xticks": SLOTS}
-    left.set(**slots, ylabel="hit rate, %", title="Hits, caches living on")
+    left.set(**slots, ylabel="hit rate, %", title="Hits, continuous caches")
     middle.set(**slots, title="Misses, as a multiple of Belady's")
     finite = [h for h in HALF_LIVES if h < math.inf]
     for setting, style in (("batch 1", "o-"), ("batch 4", "s--")):

@@ -1,11 +1,11 @@
-"""Which expert should leave the host tier? What it is asked for are the misses of a GPU's slots.
+"""Compare eviction policies of the host cache, which receives the misses of a GPU's slots.
 
-Replays recorded routing (what gpt-oss-20b chose while decoding, 4 of 32 experts in each of 24
-layers) through slots under the default eviction, and their misses, over all layers in order,
-through a host tier of a share of all experts: as shipped, least recently used, and Belady's rule,
-which knows the future. The half-life is scanned on some sequences, all is reported on others.
-TRACES holds NAME.npz (experts [token, layer, k], seq_ptr) and NAME.meta.jsonl (a line per
-sequence; loops are marked `repetition` and left out).
+Replays the recorded routing of gpt-oss-20b while decoding (4 of 32 experts in each of 24 layers)
+through slots with the default eviction. Their misses go, over all layers in order, through a host
+cache with a share of all experts: moefit's policy, least recently used, and Belady's optimal rule.
+The half-life is tuned on some sequences, and results reported on others. TRACES contains NAME.npz
+(experts [token, layer, k], seq_ptr) and NAME.meta.jsonl (a line per sequence; repetitive ones are
+marked `repetition` and skipped).
 
     python benchmarks/host_tier_policies.py TRACES [--save]
 """
@@ -36,7 +36,7 @@ Expert = tuple[int, int]  # layer, number
 
 
 def read_sequences(folder: Path, count: int) -> list[np.ndarray]:
-    """So many sequences at random, ids_TLK each."""
+    """Return `count` random sequences, ids_TLK each."""
     found = []
     for path in sorted(folder.glob("*.npz")):
         lines = path.with_name(f"{path.stem}.meta.jsonl").read_text().splitlines()
@@ -54,7 +54,7 @@ def read_sequences(folder: Path, count: int) -> list[np.ndarray]:
 
 
 def misses(sequences: list[np.ndarray], slots: int) -> list[Expert]:
-    """What slots that live on from sequence to sequence ask the tier for, in order."""
+    """Return the misses of slots that persist between sequences, in order."""
     layers = range(sequences[0].shape[1])
     policies = [POLICIES[DEFAULT_POLICY]() for _ in layers]
     tables = [SlotTable(EXPERTS, slots, policy) for policy in policies]
@@ -102,7 +102,7 @@ def belady(asked: list[Expert], places: int) -> float:
         following[now] = next_use.get(asked[now], len(asked))
         next_use[asked[now]] = now
     held: dict[Expert, int] = {}
-    order: list[tuple[int, Expert]] = []  # of evictions; stale entries are passed over
+    order: list[tuple[int, Expert]] = []  # of evictions; stale entries are skipped
     hits = 0
     for now, expert in enumerate(asked):
         hits += expert in held
@@ -116,7 +116,7 @@ def belady(asked: list[Expert], places: int) -> float:
 
 
 def measure(sequences: list[np.ndarray], policies: dict) -> dict:
-    """Share of the slots' misses found in the tier, by slots, share of experts and policy."""
+    """Return the hit rate of the host cache by slots, share of experts and policy."""
     tokens, layers = sum(map(len, sequences)), sequences[0].shape[1]
     found = {}
     for slots in SLOTS:
@@ -160,9 +160,10 @@ def main() -> None:
     show(testing, "found in the host tier, %")
     if options.save:
         notes = (
-            "Slots and tier live on from sequence to sequence. `found` is the share of the slots' "
-            "misses that the tier holds, after a share of all experts; nothing is resident at the "
-            "beginning, so the first use of each expert counts as not found. Simulated: no GPU."
+            "Slots and host cache persist between sequences. `found` is the share of the slots' "
+            "misses that the host cache holds, by the share of all experts that it can hold. "
+            "Nothing is resident at the beginning, so the first use of each expert counts as not "
+            "found. Simulated, without a GPU."
         )
         results = {"half-lives scanned": tuning, "half-life": host_cache.HALF_LIFE,
                    "compared": testing}  # fmt: skip

@@ -1,13 +1,12 @@
-"""How fast kernels read weights, by format, beside how fast this machine reads memory at all.
+"""Measure the bandwidth at which kernels read weights, by format, and the machine's bandwidth.
 
     python benchmarks/kernel_bandwidth.py [--formats native,int8,int4] [--threads 1,2] [--save NAME]
         [--gib 1] [--rounds 7]
 
-Two calls, as decoding makes them: eight experts of OLMoE's shape over one token, and a quantised
-linear layer over one token. Weights are read round and round through more bytes than caches hold.
-Codes are random bytes: which ones costs no time. The ceiling is torch's own reading of float32,
-summed or times a vector, whichever is faster, measured in turn with the kernels, so that all have
-the same neighbours. Best and median of rounds.
+Two operations of decoding: eight experts of OLMoE's shape with one token, and a quantised linear
+layer with one token. Weights are read in turn from more memory than the caches hold; they are
+random bytes, which does not affect speed. The ceiling is the faster of torch's sum of float32 and
+product with a vector, interleaved with the kernels. Best and median of rounds.
 """
 
 import argparse
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 Call = Callable[[], int]
-"""Reads weights; gives their bytes."""
+"""Reads weights and returns their bytes."""
 
 
 def ways(compiled: Kernels, name: str, size: int) -> Iterator[tuple[str, Call]]:

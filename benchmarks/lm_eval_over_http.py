@@ -1,9 +1,9 @@
-"""lm-eval against a running server, and in process: the same questions must get the same scores.
+"""Compare lm-eval's scores over HTTP with those in process; they must be the same.
 
     python benchmarks/lm_eval_over_http.py MODEL QUESTIONS.jsonl ... [--limit 100] [--save]
 
-QUESTIONS: lines with query, choices and gold (multiple choice by log-likelihood); the name of the
-file is the task's. The server is ours, started here; lm-eval's `hf` backend scores the same model.
+QUESTIONS: lines with query, choices and gold (multiple choice by log-likelihood); the file's name
+is the task's. Starts moefit's server; lm-eval's `hf` backend scores the same model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 from moefit.evaluate.loading import load_full_model, locate
 
-# Not there in every installation, and untyped for those who check.
+# Optional, and without type annotations.
 evaluator: Any = importlib.import_module("lm_eval.evaluator")
 huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
 tasks: Any = importlib.import_module("lm_eval.tasks")
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def write_task(folder: Path, path: Path, limit: int) -> str:
-    """A task of lm-eval that reads the first questions of a file; gives its name."""
+    """Write an lm-eval task with the first questions of a file and return its name."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
     data = folder / f"{path.stem}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,7 +120,7 @@ def until_ready(server: Any) -> None:
 
 
 def scored(model: Any, names: list[str], found: Any, **settings: Any) -> dict[str, Any]:
-    """Per task: accuracies, and every choice's log-likelihood in order."""
+    """Return accuracies and the log-likelihoods of all choices, by task."""
     told = evaluator.simple_evaluate(
         model=model, tasks=names, task_manager=found, bootstrap_iters=0, **settings
     )

@@ -1,9 +1,9 @@
-"""Write a checkpoint of a real model's shape with random weights: good for speed, never quality.
+"""Write a checkpoint of a real model's shape with random weights, to measure speed.
 
     python benchmarks/make_checkpoint.py switch-base-64 FOLDER
 
-Streams: memory stays at a few hundred MB whatever the size. Names and layout are the Hub's, by
-transformers' own reverse conversion of a model on the meta device.
+Needs a few hundred MB of memory for any size. Names and layout are those on the Hub, from
+transformers' reverse conversion of a model on the meta device.
 """
 
 import argparse
@@ -39,13 +39,13 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
         "SwitchTransformersForConditionalGeneration",
         torch.float32,
     ),
-    # allenai/OLMoE-1B-7B-0924: 16 layers, 64 experts of 2048 x 1024, 8 a token
+    # allenai/OLMoE-1B-7B-0924: 16 layers, 64 experts of 2048 x 1024, 8 per token
     "olmoe-1b-7b": (
         OlmoeConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=1024),
         "OlmoeForCausalLM",
         torch.bfloat16,
     ),
-    # the same in a small: for trying the benchmarks themselves
+    # OLMoE at small scale, to try the benchmarks
     "olmoe-small": (
         OlmoeConfig(
             hidden_size=512, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
         "OlmoeForCausalLM",
         torch.bfloat16,
     ),
-    # for servers: the shipped model's vocabulary (--tokenizer reference)
+    # for servers, with the shipped model's vocabulary (--tokenizer reference)
     "olmoe-server": (
         OlmoeConfig(
             hidden_size=512, intermediate_size=256, num_hidden_layers=8, num_attention_heads=8,
@@ -141,13 +141,13 @@ def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: torch.Tensor)
 def blocks(
     name: str, tensor: torch.Tensor, noise: torch.Tensor, number: int
 ) -> Iterator[memoryview]:
-    """The tensor's bytes: ones for norms, else windows of the noise at shifting places."""
+    """Yield the tensor's bytes: ones for norms, else windows of the noise at varying offsets."""
     if "norm" in name:
         data: Any = torch.ones(tensor.shape, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy()
         yield memoryview(data)
         return
     if "embed_tokens" in name or "shared.weight" in name:
-        noise = noise * 50  # tokens must differ, or every one is routed alike
+        noise = noise * 50  # so that tokens differ and are not all routed alike
     left, start = tensor.numel(), (number * 7919 * 64) % (len(noise) // 2)
     while left:
         count = min(left, len(noise) - start)

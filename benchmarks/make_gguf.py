@@ -1,10 +1,10 @@
-"""Write an OLMoE-shaped safetensors checkpoint as a GGUF file, for llama.cpp to serve.
+"""Convert an OLMoE-shaped safetensors checkpoint to a GGUF file for llama.cpp.
 
     python benchmarks/make_gguf.py FOLDER FILE.gguf [--type Q8_0|Q4_0|F16|F32]
 
-Streams: one GGUF tensor is in memory at a time; of stacked experts, one unquantised.
-Matrices take the type asked for; norms and routers stay F32, as llama.cpp's own converter leaves
-them. The vocabulary is llama.cpp's "no_vocab": token ids go in, no text does. Needs `gguf`.
+One GGUF tensor is in memory at a time, and one unquantised expert. Matrices have the given type;
+norms and routers stay F32, as in llama.cpp's converter. The vocabulary is llama.cpp's "no_vocab",
+for input of token ids. Needs `gguf`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from moefit.checkpoint.safetensors import Checkpoint, Span
 
-gguf: Any = import_module("gguf")  # checks alike whether the extra is installed or not
+gguf: Any = import_module("gguf")  # type checks do not depend on the optional package
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -42,7 +42,7 @@ EXPERTS = ("gate", "up", "down")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One tensor of the GGUF file: the checkpoint's tensors it is stacked from, and its type."""
+    """A tensor of the GGUF file: the tensors of the checkpoint that it stacks, and its type."""
 
     name: str
     spans: tuple[Span, ...]
@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """Of the quantised bytes: as `shape`, the last axis in bytes."""
+        """`shape` with the last axis in quantised bytes."""
         return gguf.quant_shape_to_byte_shape(self.shape, number(self.type))
 
 
@@ -73,7 +73,7 @@ def convert(folder: Path, file: Path, kind: str) -> None:
         entries = list(layout(checkpoint, config, kind))
         for entry in entries:
             nbytes = int(np.prod(entry.byte_shape))
-            # given a raw dtype, the writer takes the shape in elements
+            # with a raw dtype, the writer expects the shape in elements
             writer.add_tensor_info(
                 entry.name, entry.shape, np.dtype("f4"), nbytes, number(entry.type)
             )
@@ -86,10 +86,10 @@ def convert(folder: Path, file: Path, kind: str) -> None:
 
 
 def describe(writer: Any, config: Any) -> None:
-    """The metadata that llama.cpp's olmoe loader reads."""
+    """Write the metadata that llama.cpp's olmoe loader reads."""
     if config.model_type != "olmoe" or config.norm_topk_prob or config.clip_qkv:
         raise SystemExit(
-            "llama.cpp's olmoe knows no other model type, no norm_topk_prob and no clip_qkv"
+            "llama.cpp's olmoe supports neither other model types nor norm_topk_prob and clip_qkv"
         )
     writer.add_name("benchmark")
     writer.add_vocab_size(config.vocab_size)
@@ -107,7 +107,7 @@ def describe(writer: Any, config: Any) -> None:
 
 
 def layout(checkpoint: Checkpoint, config: Any, kind: str) -> Iterator[Entry]:
-    """All tensors, in the file's order."""
+    """Yield all tensors in the file's order."""
     spans = checkpoint.spans
     for name, source in OUTER.items():
         yield single(name, spans[source], kind)
@@ -135,7 +135,7 @@ def number(kind: str) -> Any:
 
 
 def quantised(checkpoint: Checkpoint, entry: Entry) -> np.ndarray[Any, Any]:
-    """The tensor's bytes, each of its parts read, quantised and let go of in turn."""
+    """Return the tensor's bytes; its parts are read and quantised one at a time."""
     out = np.empty((len(entry.spans), *entry.byte_shape[-2:]), dtype=np.uint8)
     for row, span in zip(out, entry.spans, strict=True):
         values: Any = checkpoint.tensor(span).float().numpy()

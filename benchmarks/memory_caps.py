@@ -1,15 +1,14 @@
-"""The same checkpoint in less and less memory: tokens/s of moefit's policies and of llama.cpp.
+"""Measure tokens/s of moefit's policies and of llama.cpp under decreasing memory limits.
 
     python benchmarks/memory_caps.py FOLDER --gguf FILE --under 'COMMAND {mib}'
         [--shares 1,0.67,0.5,0.36,0.25] [--policies exact@int8,exact@auto+int8] [--rivals llama.cpp]
         [--rival-python PYTHON] [--new-tokens 24] [--warm-up 8] [--threads 2] [--save NAME]
 
-Caps are shares of the GGUF file's bytes (make_gguf.py; Q8_0: what the model takes in 8 bits). Each
-run is a process of its own in a cgroup of the cap, which COMMAND makes: `systemd-run --scope -p
-MemoryMax={mib}M` does where there is a systemd. moefit's budget is the cap less 3%; page cache
-counts in a cgroup, and is dropped before each run. Policies are serving_speed.py's, whose packed
-formats must be there. All decode the same random tokens: routing is nearly uniform, the worst case
-for whoever caches.
+Limits are shares of the GGUF file's bytes (make_gguf.py, Q8_0). Each run is a process of its own in
+a cgroup with this limit, created by COMMAND, for example `systemd-run --scope -p
+MemoryMax={mib}M`. moefit's budget is 3% below the limit; page cache counts in a cgroup and is
+dropped before each run. Policies are those of serving_speed.py; their formats must be packed. All
+decode the same random tokens, whose nearly uniform routing is the worst case for caches.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def parse() -> argparse.Namespace:
 
 
 def under_cap(arguments: argparse.Namespace, cap: int) -> dict[str, Any]:
-    """All policies and rivals in one cap, in turn."""
+    """Run all policies and rivals with one limit."""
     budget = int(cap / SPARE)
     under = [f"*={arguments.under.format(mib=cap >> 20)}"]
     options = [
@@ -83,7 +82,7 @@ def under_cap(arguments: argparse.Namespace, cap: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Tokens/s by cap, and how many times the first rival's."""
+    """Return a table of tokens/s by limit, with ratios to the first rival."""
     names = list(dict.fromkeys(name for one in results.values() for name in one["runs"]))
     made = Table(title="tokens/s, decoding", title_justify="left")
     for column in ("cap", "", *names):
@@ -101,7 +100,7 @@ def _cell(run: dict[str, Any] | None) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Tokens/s against the cap, both on a scale of ratios."""
+    """Plot tokens/s over the limit on logarithmic axes."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = dict.fromkeys(name for one in results.values() for name in one["runs"])

@@ -1,15 +1,14 @@
-"""How fast experts are packed, beside the disk; and what packing gains when a model is started.
+"""Measure the speed of packing, compared with the disk, and the start-up time of packed models.
 
     python benchmarks/pack_speed.py FOLDER [--formats int8,int4,int2] [--threads 2] [--save NAME]
         [--prompt-tokens 64] [--memory 5GiB]
 
-Encoding alone: one expert's matrices in memory, by the kernels and by their torch twin, for the
-fitted encoder and for rounding to nearest. Packing: the whole model into a cache folder of its own
-(beside the usual one, removed at the end), the checkpoint's page cache dropped; beside it what
-reading and writing as many bytes takes at the disk's own speed, measured here, one after the other.
-Start-up: from `load` until a prompt's first token is there, by when most experts have been asked
-for; from the checkpoint as it is, encoded while reading, and packed, each with a cold page cache
-and in a process of its own. All MB/s are of the checkpoint's bytes unless they say written.
+Encoding: one expert's matrices in memory, by kernels and by torch, with the fitted encoder and by
+rounding to nearest. Packing: the whole model into a temporary cache folder with a cold page cache,
+compared with the time to read and write as many bytes at the disk's measured speed. Start-up: from
+`load` to the first token of a prompt, by when most experts have been used; from the checkpoint,
+encoded while reading, and packed, each with a cold page cache and in a process of its own. MB/s
+are of the checkpoint's bytes unless marked as written.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from moefit.serve.io.reader import ExpertStore
 from moefit.serve.packed.build import pack
 
 ENCODERS: tuple[Encoder, ...] = ("fitted", "nearest")
-WRITTEN = 256 << 20  # bytes, to measure the disk by
+WRITTEN = 256 << 20  # bytes that measure the disk's speed
 ROUNDS = 3
 
 
@@ -98,7 +97,7 @@ def parse() -> argparse.Namespace:
 
 
 def encoding(skeleton: Skeleton, names: list[str]) -> dict[str, dict[str, float]]:
-    """Bytes a second of one expert, by format and encoder, by kernels and in torch."""
+    """Return bytes per second for one expert by format, encoder, kernels or torch."""
     blocks = {block.name: block for block in skeleton.blocks}
     block = skeleton.blocks[0]
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
@@ -128,7 +127,7 @@ def rate(matrices: list[torch.Tensor], bits: int, encoder: Encoder) -> float:
 
 
 def write_speed(folder: Path) -> float:
-    """Bytes a second until they are on the disk."""
+    """Return bytes per second including fsync."""
     data, path = os.urandom(8 << 20), folder / "written"
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -141,7 +140,7 @@ def write_speed(folder: Path) -> float:
 
 
 def packing(skeleton: Skeleton, name: str, disk: dict[str, float]) -> dict[str, Any]:
-    """Packing alone, not the check of what an earlier run left."""
+    """Measure packing without the check of existing files."""
     drop_page_cache(skeleton.checkpoint.folder.glob("*.safetensors"))
     made = pack(skeleton, [parse_format(name)])
     bound = made.bytes_read / disk["read"] + made.bytes_written / disk["write"]
@@ -155,7 +154,7 @@ def packing(skeleton: Skeleton, name: str, disk: dict[str, float]) -> dict[str, 
 
 
 def started(arguments: argparse.Namespace, precision: str, cache: str) -> dict[str, Any]:
-    """`start` in a process of its own, which finds packed what lies in `cache`."""
+    """Run `start` in a process of its own with the packed files of `cache`."""
     drop_page_cache(folder_of(arguments.folder).glob("*.safetensors"))
     drop_page_cache(Path(cache).rglob("*.safetensors"))
     command = [sys.executable, *sys.argv, "--start", precision]

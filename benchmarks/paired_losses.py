@@ -1,7 +1,7 @@
-"""How far is one training run from another, step by step on the same batches?
+"""Compare the training losses of runs on the same batches.
 
-Runs with the same data, seed and batch size see the same tokens at the same step, so the
-difference of their training losses has far less noise than either. Takes run folders; the first
+Runs with the same data, seed and batch size see the same tokens at the same step, so differences of
+their training losses have far less noise than the losses. The arguments are run folders; the first
 is the base. Prints and, with --save NAME, records the mean difference over each hundred steps.
 
     python benchmarks/paired_losses.py BASE RUN... [--save NAME]
@@ -24,7 +24,7 @@ def losses(out: Path) -> dict[int, dict]:
 
 
 def differences(base: dict[int, dict], run: dict[int, dict]) -> dict[int, float]:
-    """Nats per token by the step that ends each hundred."""
+    """Return the mean difference in nats per token by the last step of each hundred."""
     paired: dict[int, list[float]] = {}
     for step in sorted(base.keys() & run.keys()):
         hundred = (step - 1) // 100 * 100 + 100

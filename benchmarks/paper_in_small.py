@@ -1,8 +1,8 @@
-"""The DS-MoE paper's comparison in small: dense, sparse MoE and DS-MoE on the same tokens.
+"""The DS-MoE paper's comparison at small scale: dense, sparse MoE and DS-MoE on the same tokens.
 
-Takes finished runs of `moefit train` (configs/small-*.yaml, or the reference pair) and scores each
-on all of its held-out text: the DS-MoE under a ladder of rules, the others under their own. Draws
-perplexity against active parameters.
+Scores finished runs of `moefit train` (configs/small-*.yaml, or the reference pair) on all of their
+held-out text: the DS-MoE under several rules, the others under their own. Plots perplexity over
+active parameters.
 
     python benchmarks/paper_in_small.py dense=RUN smoe=RUN dsmoe=RUN [--name novels] [--save]
 """
@@ -62,8 +62,8 @@ def main() -> None:
             for name, result in results.items()
         }
         notes = (
-            "All held-out tokens; bf16 autocast where there is AMX. Active parameters without "
-            "embeddings and head, as in the paper; hours of training include evaluations."
+            "All held-out tokens; bf16 autocast with AMX. Active parameters without embeddings and "
+            "head, as in the paper; hours of training include evaluations."
         )
         path = record.write("paper-in-small", rows, notes=notes, suffix=options.name)
         draw(results, path.with_suffix(".png"))

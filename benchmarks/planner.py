@@ -1,24 +1,22 @@
-"""Is the planner right, is it better than simple rules, and what does it take?
+"""Evaluate the planner: accuracy of its predictions, comparison with simple rules, and its time.
 
     python benchmarks/planner.py reference=reference [dsmoe=RUN smoe=RUN] [--text FILE]
         [--rule NAME=RULE] [--tokens 4096] [--held 20] [--steps 192] [--save NAME]
 
-Three questions of each model, whose experts are packed and which is profiled first (a profile
-that is there is used). Windows of the text are by turns for the profile and for everything that is
-measured here.
+Each model's experts are packed and the model is profiled, unless there is a profile. Windows of the
+text alternate between the profile and these measurements:
 
-1. `held`: configurations that no fit has seen, drawn at random: predicted and measured loss of
-   perplexity and tokens/s. A shared machine's pace changes within minutes, and what was profiled at
-   one pace is run at another: so the full model is timed right before and after each, and the
-   ratio of the two speeds is compared with the predicted ratio as well.
-2. `rules`: at 33, 25, 19 and 14% of bf16's bytes of experts, the plan and simple rules: one format
-   for all, formats at random or by how often experts are used or by what they add (`auto`); and
-   with experts as they are, only some of them: uniform slots with swaps (SwapMoE), and fixed ones,
-   the most frequent or at random. Plans are made twice: with nothing fetched, as the rules are, and
-   with fetching allowed. SwapMoE's own planner (`swapmoe_planner.py`), with pymoo installed.
-3. `times`: seconds that profile and plan took.
+1. `held`: random configurations that were not used for fitting, predicted and measured: increase of
+   perplexity, and tokens/s. A shared machine's speed changes within minutes, so the full model is
+   timed before and after each, and the ratio of both speeds is compared with its prediction too.
+2. `rules`: at 33, 25, 19 and 14% of the bf16 bytes of experts, the plan and simple rules: one
+   format for all; formats at random, by frequency of use, or by output energy (`auto`); and some
+   experts at native precision: uniform slots with swaps (SwapMoE), and fixed ones, the most
+   frequent or random. Plans are made without fetching, as the rules are, and with it. With pymoo
+   installed, also SwapMoE's planner (`swapmoe_planner.py`).
+3. `times`: seconds of profiling and planning.
 
-Speeds are of this machine while nothing else runs.
+No other process should run.
 """
 
 import argparse
@@ -83,9 +81,10 @@ def main() -> None:
         show(name, results[name])
     if arguments.save:
         notes = (
-            "loss: perplexity over the full model's on the same tokens, less one; divergence: KL "
-            "of the full model's output to it, nats a token; bytes: of slots, over those of all "
-            "experts in bfloat16; measured on other windows of the text than the profile's"
+            "loss: relative increase of perplexity over the full model on the same tokens; "
+            "divergence: KL from the full model's output, nats per token; bytes: of slots, as a "
+            "share of all experts in bfloat16; measured on other windows of the text than the "
+            "profile's"
         )
         path = record.write("planner", results, notes=notes, suffix=arguments.save)
         draw(results, path.with_suffix(".png"))
@@ -107,7 +106,7 @@ def parse() -> argparse.Namespace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A way to serve: a configuration, and how its residents are fixed, if they are."""
+    """A configuration, and how its resident experts are fixed, if they are."""
 
     name: str
     configuration: Configuration
@@ -115,7 +114,7 @@ class Rule:
 
 
 class Study:
-    """One model, profiled, with its planner and the text that is measured on."""
+    """A profiled model with its planner and the text for measurements."""
 
     def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace):
         self.arguments = arguments
@@ -141,7 +140,7 @@ class Study:
             "plan_seconds": time.perf_counter() - fitted,
         }
         self.shapes: Shapes = self.profile.facts.shapes
-        # Stays loaded, for the machine's pace is what it makes of this one.
+        # Stays loaded to measure the machine's present speed.
         self.full = self.subject.load(self._native(), context=2 * arguments.context)
         fill_slots(self.full)
         self.reference: Reference = make_reference(self.full, held_BT)
@@ -178,7 +177,7 @@ class Study:
         return self.profile.experts
 
     def _drawn(self) -> Iterator[Configuration]:
-        """At random: half with everyone seated, the others with fetches, bounded, virtual."""
+        """Yield random configurations: half fully resident, others exact, bounded and virtual."""
         for number in range(self.arguments.held):
             generator = random.Random(1000 + number)
             kind = ("seated", "mixed", "exact", "seated", "mixed", "exact", "bounded", "exact",
@@ -232,7 +231,7 @@ class Study:
         return seconds
 
     def _rules(self, share: float) -> Iterator[Rule]:
-        """What may be done with so many bytes, ours last."""
+        """Yield the rules for a share of the bytes, the planner's last."""
         room = self._bytes(share)
         experts = self.profile_experts
         fully_resident = [f for f in FORMATS if self._all_in(f) <= room]
@@ -249,7 +248,7 @@ class Study:
                     for block, one in known.items()
                 },
                 "formats by frequency": {block: one.mass_E for block, one in known.items()},
-                "formats by loudness (auto)": {
+                "formats by output energy (auto)": {
                     block: one.output_energy_E for block, one in known.items()
                 },
             }.items():
@@ -265,7 +264,7 @@ class Study:
             yield Rule(name="planned, fetching allowed", configuration=free.configuration)
 
     def _swapmoe(self, room: int) -> Iterator[Rule]:
-        """SwapMoE's own planner: slots, formats and update interval in virtual mode."""
+        """Yield the plan of SwapMoE's planner: slots, formats and update interval."""
         known = all(one.rule_known for one in self.planner.features.blocks.values())
         policies = [one for one in policy_choices(known_rules=known) if one.mode == "virtual"]
         if not (policies and swapmoe_planner.available()):
@@ -278,7 +277,7 @@ class Study:
             yield Rule(name="SwapMoE's planner", configuration=best.configuration)
 
     def _few(self, room: int) -> Iterator[Rule]:
-        """Uniform slots of experts as they are; where int2 for all does not fit, of int2 too."""
+        """Yield uniform slots at native precision, and of int2 if int2 for all does not fit."""
         experts = self.profile_experts
         for format in ("native", "int4", "int2"):
             share = room / self._all_in(format)
@@ -306,7 +305,7 @@ class Study:
         }
 
     def _measured(self, rule: Rule, *, timed: bool) -> dict[str, Any]:
-        """Quality over whole windows where the mode is exact; else, and for time, step by step."""
+        """Measure quality by window in exact mode; in other modes, and for speed, by step."""
         configuration = rule.configuration
         exact = configuration.mode == "exact"
         with self.subject.load(configuration, context=2 * self.arguments.context) as served:
@@ -347,7 +346,7 @@ def _stepped(steps: Sample) -> dict[str, Any]:
 
 
 def summary(held: list[dict[str, Any]]) -> dict[str, float]:
-    """Errors of what was predicted of configurations that no fit has seen."""
+    """Return the errors of predictions for configurations that were not used for fitting."""
     loss = np.array([[one["predicted_loss"], one["loss"]] for one in held])
     speed = np.array([[one["predicted_speed"], one["speed"]] for one in held])
     ratio = np.array([[one["predicted_ratio"], one["ratio"]] for one in held])
@@ -364,10 +363,7 @@ def summary(held: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """At each share, how much of the best simple rule's loss the plan removes, fetching nothing.
-
-    Of the loss of perplexity, and of the divergence, of which a sample says more.
-    """
+    """Return by share the part of the best simple rule's loss and divergence that plans avoid."""
     found: dict[str, dict[str, Any]] = {}
     for share in SHARES:
         here = [one for one in rules if one["share"] == share]
@@ -388,7 +384,7 @@ def removed(rules: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _removed(
     ours: dict[str, Any], simple: list[dict[str, Any]], what: str
 ) -> dict[str, str | float | None]:
-    """A share, None where the best rule loses nothing on its sample."""
+    """Return that part; None if the best rule has no loss."""
     best = min(simple, key=lambda one: one[what])
     share = 1 - ours[what] / best[what] if best[what] > 0 else None
     return {"best_rule": best["rule"], "its": best[what], "planned": ours[what], "removed": share}
@@ -417,7 +413,7 @@ def _cell(column: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-MARKS = "os^DvPX<>*h"  # a shape of its own for each rule, for there are more than ten colours
+MARKS = "os^DvPX<>*h"  # markers by rule; the ten colours are not enough
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

@@ -1,16 +1,15 @@
-"""What cutting a model's expert memory costs in quality, and what it saves in bytes read.
+"""Measure the quality of serving with less expert memory, by policy, and the bytes read.
 
     python benchmarks/quality_against_budget.py reference=reference --rule top_k:4 --save reference
         [--policies bounded,virtual] [--shares 0.5,0.33] [--tokens 1536] [--text FILE]
     python benchmarks/quality_against_budget.py dsmoe=RUN smoe=RUN --text FILE --save comparison
 
-Decodes windows spread over a text token by token, under each policy and at each share of expert
-bytes, and compares with the same model computed exactly on the same tokens. Windows are by turns
-scored and given to calibration: there `frequency` counts, and every policy warms up. Each point is
-a freshly loaded model. Bytes read per token are the speed that matters where storage is slower
-than computing; tokens/s are of a tiny model in the page cache and say little of a real one.
-`--policies` names some of POLICIES by their beginning; `sweep` in it is SWEEP as well. With
-`--points FILE` a run that was stopped goes on where it was.
+Decodes windows of a text token by token with each policy and share of expert bytes, and compares
+with the same model in exact mode on the same tokens. Windows alternate between scoring and
+calibration (for `frequency` and to warm up every policy). Each point is a newly loaded model. Bytes
+read per token determine the speed where storage is slower than computing; tokens/s of a tiny model
+in the page cache do not carry over to real models. `--policies` selects POLICIES by prefix;
+`sweep` adds SWEEP. `--points FILE` resumes a stopped run.
 """
 
 import argparse
@@ -69,7 +68,7 @@ SWEEP: dict[str, Settings] = {
     },
 }  # fmt: skip
 TRIVIAL = ("on-demand", "bounded", "fixed")
-"""With everything resident these are `exact`, or `virtual`, and not measured again."""
+"""Not measured with all experts resident, where they equal `exact` or `virtual`."""
 
 
 def main() -> None:
@@ -95,10 +94,10 @@ def main() -> None:
         Console(width=140).print(table(name, results[name]))
     if arguments.save:
         notes = (
-            "loss: perplexity step by step over that of the same model computed exactly, less one; "
-            "error: the standard error of its logarithm over windows; bytes_saved: bytes per token "
-            "that exact reads at the same share, over these; calibrated on other windows of the "
-            "same text; tokens/s beside other work on the same cores"
+            "loss: relative increase of stepwise perplexity over exact mode; error: standard error "
+            "of its logarithm over windows; bytes_saved: bytes per token read in exact mode at the "
+            "same share, divided by these; calibrated on other windows of the same text; tokens/s "
+            "with other processes on the same cores"
         )
         path = record.write("quality-against-budget", results, notes=notes, suffix=arguments.save)
         draw(results, path.with_suffix(".png"))
@@ -106,14 +105,14 @@ def main() -> None:
 
 
 def known_points(file: Path | None) -> dict[tuple[str, str, float], dict[str, Any]]:
-    """What an earlier run measured."""
+    """Read the points of an earlier run."""
     lines = file.read_text().splitlines() if file and file.exists() else []
     found = [json.loads(line) for line in lines]
     return {(one["model"], one["policy"], one["share"]): one for one in found}
 
 
 def points(names: str, shares: list[float]) -> list[tuple[str, Settings, float]]:
-    """Policy, settings and share of each point."""
+    """Return policy, settings and share of each point."""
     return [
         (policy, settings, share)
         for policy, settings in chosen(names).items()
@@ -137,14 +136,14 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(names: str) -> dict[str, Settings]:
-    """The policies whose names begin so; all of POLICIES if nobody says."""
+    """Return the policies with these prefixes; all of POLICIES by default."""
     wanted = tuple(names.split(","))
     some = {name: one for name, one in POLICIES.items() if name.startswith(wanted)}
     return some | (SWEEP if "sweep" in wanted else {})
 
 
 def measured(subject: Subject, share: float, settings: Settings) -> dict[str, Any]:
-    """One policy at one share of expert bytes, on a model loaded for it."""
+    """Load a model and measure one policy at one share of expert bytes."""
     settings = dict(settings)
     fixed, seed = settings.pop("fixed", None), settings.pop("seed", 0)
     ids_T = torch.cat(subject.calibration)

@@ -1,16 +1,16 @@
-"""What an expert's bytes buy: perplexity against bits a weight, for every way to save them.
+"""Measure perplexity over bits per expert weight, for formats, `auto`, and fewer experts.
 
     python benchmarks/quality_against_bytes.py reference=reference dsmoe=RUN smoe=RUN
         [--rule NAME=RULE] [--tokens 16384] [--steps 768] [--text FILE] [--calibration FILE]
         [--ways fitted,auto,...] [--formats int3,...] [--bits 4,3,...] [--save NAME]
 
-Ways: each grouped format for all experts, rounded to nearest or fitted; `auto`, whose formats
-follow sensitivities from calibration text; and, native, only some experts resident: virtual, and
-pruned to the most frequent. With --calibration, both once more from experts that were packed by
-that text, which should be none of the one that is scored: calibrated, and calibrated-auto. All but
-virtual and pruned score windows of held-out text as a whole; these two token by token, on fewer
-tokens, against the same model on just these. Windows are by turns scored and given to what `auto`
-observes. Bits count scales and minima, and what alignment wastes in a slot.
+Ways: each grouped format for all experts, rounded to nearest or fitted; `auto`, with formats by
+sensitivity on calibration text; and some experts at native precision: virtual, and pruned to the
+most frequent. With --calibration, both again with experts packed with that text, which must differ
+from the scored text: calibrated, and calibrated-auto. virtual and pruned are scored token by token
+on fewer tokens and compared with the same model on these; all others are scored by window. Windows
+alternate between scoring and what `auto` observes. Bits include scales, minima and the padding of
+slots.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from moefit.serve.packed.calibrate import CalibrationText
 
 BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
 WAYS = ("fitted", "nearest", "auto", "virtual", "pruned", "calibrated", "calibrated-auto")
-SHARES = (8, 5.33, 4)  # of 16 bits: how many experts stay, for those that keep some
+SHARES = (8, 5.33, 4)  # of 16 bits: the share of experts that stay, for virtual and pruned
 UNIFORM = ("int8", "int6", "int5", "int4", "int3", "int2")
 PLENTY = "64GiB"
 CALIBRATION_TOKENS = 16384
@@ -84,8 +84,8 @@ def main() -> None:
         Console(width=110).print(table(name, results[name]))
     if arguments.save:
         notes = (
-            "loss: perplexity over that of the same model with all experts in bfloat16, less one, "
-            "on the same tokens; bits: bytes of slots times eight over weights in experts"
+            "loss: relative increase of perplexity over the same model with all experts in "
+            "bfloat16 on the same tokens; bits: bits of slots divided by weights of experts"
         )
         path = record.write("quality-against-bytes", results, notes=notes, suffix=arguments.save)
         draw(results, path.with_suffix(".png"))
@@ -94,13 +94,13 @@ def main() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A cache of its own: what was packed elsewhere is not used, nor is anything left behind."""
+    """Use a temporary cache folder for the duration of the context."""
     with TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
         yield
 
 
 def pack_by(subject: Subject, text: Path) -> None:
-    """All formats, calibrated as `moefit pack --text` does."""
+    """Pack all formats, calibrated as `moefit pack --text` does."""
     windows_BT = windows_of(
         text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
@@ -109,11 +109,11 @@ def pack_by(subject: Subject, text: Path) -> None:
     )
     skeleton = build_skeleton(subject.folder, torch.bfloat16)
     made = pack(skeleton, [parse_format(name) for name in UNIFORM], calibration=what)
-    print(f"packed by {text.name} in {made.seconds:.0f} s")
+    print(f"packed with {text.name} in {made.seconds:.0f} s")
 
 
 class Bytes:
-    """A subject, and its perplexity as it is."""
+    """A subject and its perplexity at native precision."""
 
     def __init__(self, subject: Subject, steps: int):
         self.subject = subject
@@ -126,7 +126,7 @@ class Bytes:
             self.full = self._perplexity(served)
 
     def points(self, formats: list[str], bits: list[str]) -> list[tuple[str, str, float]]:
-        """Way, setting and bits asked for."""
+        """Return way, setting and requested bits of each point."""
         return [
             *(("fitted", name, 0.0) for name in formats),
             *(("nearest", f"{name}-nearest", 0.0) for name in formats),

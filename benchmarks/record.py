@@ -1,7 +1,4 @@
-"""One benchmark result as a committed file: what was measured, where, with what, by which command.
-
-Owns the form of benchmarks/results/*.json. Knows nothing of what is measured.
-"""
+"""Write a benchmark's result with machine, versions, commit and command to benchmarks/results."""
 
 import json
 import platform
@@ -18,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The processor and what torch makes of it."""
+    """Return processor, threads and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
     facts = {
@@ -33,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(question: str, results: Any, *, notes: str, suffix: str = "") -> Path:
-    """Write benchmarks/results/QUESTION[-SUFFIX]-DATE.json and give its path."""
+    """Write benchmarks/results/QUESTION[-SUFFIX]-DATE.json and return its path."""
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     record = {
@@ -58,6 +55,6 @@ def write(question: str, results: Any, *, notes: str, suffix: str = "") -> Path:
 
 
 def _portable(argument: str) -> str:
-    """An absolute path says something of one machine only; its last part is enough."""
+    """Shorten an absolute path, which depends on the machine, to its last part."""
     name, equals, path = argument.rpartition("=")
     return f"{name}{equals}{Path(path).name}" if path.startswith("/") else argument

@@ -1,12 +1,12 @@
-"""Other systems on the same work, each in a process of its own; serving_speed.py starts them.
+"""Measure other systems, each in a process of its own; serving_speed.py starts them.
 
     python benchmarks/rivals.py llama.cpp|llama.cpp-repacked|accelerate < WORK.json
 
-Takes a `Work` as JSON, prints one JSON line of the same figures as moefit.evaluate.speed. Imports
-only what the rival needs: under a cap, torch beside llama.cpp would be memory taken from it.
-`peak_process_bytes` counts mapped pages of the model file, which the system may take back;
-`anonymous_bytes` is what it may not. Bytes read are the system's count of this process's reads
-from storage, mapped files' included.
+Reads a `Work` as JSON and prints one JSON line with the results of moefit.evaluate.speed. Imports
+only what the rival needs, since torch would take memory from llama.cpp under a limit.
+`peak_process_bytes` includes mapped pages of the model file, which the system may reclaim;
+`anonymous_bytes` does not. Bytes read are the system's count for this process, including mapped
+files.
 """
 
 import gc
@@ -24,17 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESERVE = 700 << 20  # for accelerate's workspace, beside weights
+RESERVE = 700 << 20  # bytes for accelerate's workspace
 Feed = Callable[[list[int]], None]
-"""Run these tokens after all that came before; return when the last one's logits are there."""
+"""Processes tokens after all previous ones; returns when the last one's logits are computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What to decode, of which files, and what bounds it.
+    """Model files, tokens and bandwidths.
 
-    The tokens fed after the prompt are given, not chosen: `warm_up` of them untimed. `storage` and
-    `bandwidth` are bytes a second, from storage and from memory.
+    The tokens after the prompt are given; the first `warm_up` are not timed. `storage` and
+    `bandwidth` are bytes per second from storage and from memory.
     """
 
     folder: str
@@ -55,12 +55,12 @@ def main() -> None:
 
 
 def llama_cpp(work: Work, *, repack: bool = False) -> dict[str, Any]:
-    """llama.cpp on a mapped file: not locked and, unless asked, not repacked.
+    """Measure llama.cpp on a mapped file, not locked and by default not repacked.
 
-    Repacked weights compute faster, but are a copy that the system cannot take back: right where
-    the whole model fits, impossible under a cap.
+    Repacked weights are faster, but are a copy that the system cannot reclaim, so the whole model
+    must fit in memory.
     """
-    llama: Any = import_module("llama_cpp")  # or pyright wants it installed
+    llama: Any = import_module("llama_cpp")  # type checks do not depend on the optional package
     drop_page_cache([Path(work.gguf)])
     began = time.perf_counter()
     settings: Any = llama.llama_model_default_params()
@@ -77,7 +77,7 @@ def llama_cpp(work: Work, *, repack: bool = False) -> dict[str, Any]:
     def feed(tokens: list[int]) -> None:
         ids = (llama.llama_token * len(tokens))(*tokens)
         if failed := llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))):
-            raise SystemExit(f"llama_decode gave {failed}")
+            raise SystemExit(f"llama_decode returned {failed}")
         llama.llama_get_logits_ith(context, -1)
 
     return {
@@ -90,7 +90,7 @@ def llama_cpp(work: Work, *, repack: bool = False) -> dict[str, Any]:
 
 
 def gguf_bytes_per_token(file: str) -> float:
-    """Bytes of weights that one token must read: all but the embedding and unchosen experts."""
+    """Return the bytes of weights read per token: without embedding and experts not chosen."""
     reader = import_module("gguf").GGUFReader(file)
     kind = reader.fields["general.architecture"].contents()
     used, count = (
@@ -104,9 +104,9 @@ def gguf_bytes_per_token(file: str) -> float:
 
 
 def accelerate(work: Work) -> dict[str, Any]:
-    """transformers with accelerate's disk offload, given the same bytes for weights.
+    """Measure transformers with accelerate's disk offload and the same bytes for weights.
 
-    It reads all experts of a layer for every token, so a few tokens must do.
+    It reads all experts of a layer for every token, so few tokens are decoded.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -118,7 +118,7 @@ def accelerate(work: Work) -> dict[str, Any]:
     drop_page_cache(files)
     room = work.memory - status("VmHWM") - RESERVE
     if room <= 0:
-        raise SystemExit(f"{work.memory} bytes leave accelerate no room for weights")
+        raise SystemExit(f"{work.memory} bytes are too few for accelerate to hold any weights")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=Path(work.folder).parent) as offload:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -151,7 +151,7 @@ def accelerate(work: Work) -> dict[str, Any]:
 
 
 def bytes_per_token(model: Any) -> float:
-    """As `gguf_bytes_per_token`, of a transformers model; offloaded weights know their size."""
+    """Return as `gguf_bytes_per_token` does for a transformers model with offloaded weights."""
     share = model.config.num_experts_per_tok / model.config.num_experts
     skipped = {id(one) for one in model.get_input_embeddings().parameters()}
     skipped -= {id(one) for one in model.get_output_embeddings().parameters()}
@@ -163,7 +163,7 @@ def bytes_per_token(model: Any) -> float:
 
 
 def measured(work: Work, feed: Feed, bytes_per_token: float) -> dict[str, Any]:
-    """Prefill, warm up, then time each token."""
+    """Prefill, warm up, and time each token."""
 
     def timed(tokens: list[int]) -> float:
         began = time.perf_counter()
@@ -195,12 +195,12 @@ def measured(work: Work, feed: Feed, bytes_per_token: float) -> dict[str, Any]:
 
 
 def bytes_read() -> int:
-    """From storage, by this process, so far; page faults on mapped files included."""
+    """Return the bytes that this process has read from storage, including page faults."""
     return _field("/proc/self/io", "read_bytes")
 
 
 def status(name: str) -> int:
-    """A field of /proc/self/status that is in kB, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     return _field("/proc/self/status", name) * 1024
 
 
@@ -212,7 +212,7 @@ def _field(file: str, name: str) -> int:
 
 
 def drop_page_cache(files: Iterable[Path]) -> None:
-    """What was just written must reach storage first, or it stays."""
+    """Drop the files' page cache, after flushing what was just written."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)

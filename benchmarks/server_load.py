@@ -1,13 +1,13 @@
-"""A server under the load of a recorded day: throughput, time to first token, time between tokens.
+"""Measure servers under a recorded load: throughput, time to first token, time between tokens.
 
     python benchmarks/make_checkpoint.py olmoe-server FOLDER --tokenizer reference
     python benchmarks/server_load.py FOLDER TRACE.csv --text TEXT [--concurrency 1,4,16] [--save]
 
-Lengths of prompts and answers are the Azure traces' (github.com/Azure/AzurePublicDataset), divided
-by --scale; N clients send them one after the other in the trace's order, as fast as they are
-answered. The same requests go to moefit and to `transformers serve`, with and without its
-continuous batching, each alone on the machine, several rounds of all. Plain decoding of one
-sequence is the ceiling of concurrency 1.
+Lengths of prompts and responses are those of the Azure traces
+(github.com/Azure/AzurePublicDataset), divided by --scale. N clients send the requests in the
+trace's order, each as soon as the previous one is complete. moefit and `transformers serve`, with
+and without its continuous batching, get the same requests, one server at a time in several rounds.
+Decoding one sequence without a server is the ceiling of concurrency 1.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """When each piece of an answer came, in seconds from the sending of its request."""
+    """Arrival times of a response's chunks, in seconds since its request."""
 
     times: tuple[float, ...]
     prompt_tokens: int
@@ -75,8 +75,9 @@ def main() -> None:
                 print(system, number, json.dumps(measured), flush=True)
     if given.save:
         notes = (
-            f"{given.requests} requests a run, lengths of {given.trace.stem} divided by "
-            f"{given.scale:g}; random weights; a run is one server process, warmed with two."
+            f"{given.requests} requests per run, lengths of {given.trace.stem} divided by "
+            f"{given.scale:g}; random weights; a run is one server process, warmed up with two "
+            "requests."
         )
         print(record.write("server-load", results, notes=notes, suffix=given.name))
 
@@ -103,7 +104,7 @@ def scaled(length: str, scale: float) -> int:
 
 
 def plain_decoding(model: Path, tokens: int = 64) -> float:
-    """Tokens per second of transformers' own generate, one sequence, after a warm-up."""
+    """Return tokens per second of transformers' generate for one sequence after a warm-up."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     ids = torch.arange(1, 33)[None]
     speeds = []
@@ -142,7 +143,7 @@ async def one_run(
             base_url=f"http://127.0.0.1:{PORT}", timeout=TIMEOUT
         ) as client:
             await until_ready(client, server, log)
-            name = str(given.model)  # transformers' list of models shows the Hub's alone
+            name = str(given.model)  # transformers lists models of the Hub only
             if system == "moefit":
                 name = (await client.get("/v1/models")).json()["data"][0]["id"]
             for work in works[:2]:
@@ -208,7 +209,7 @@ async def ask(client: httpx.AsyncClient, name: str, work: Work) -> Answer:
         "temperature": 0,
         "stream": True,
     }
-    if "/" not in name or not Path(name).is_dir():  # transformers counts without being asked
+    if "/" not in name or not Path(name).is_dir():  # transformers always reports usage
         body["stream_options"] = {"include_usage": True}
     began, times, usage = time.perf_counter(), [], {}
     async with client.stream("POST", "/v1/completions", json=body) as response:

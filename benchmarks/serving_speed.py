@@ -1,19 +1,19 @@
-"""Tokens/s of one large checkpoint under a memory budget: modes, and rivals, each in its process.
+"""Measure tokens/s of a large checkpoint under a memory budget, by mode, and of rivals.
 
     python benchmarks/serving_speed.py FOLDER --memory 4.7GiB --save NAME
         [--policies all,on-demand,exact,bounded,virtual] [--replay TRACE.npz]
         [--rivals llama.cpp,llama.cpp-repacked,accelerate] [--gguf FILE] [--rival-python PYTHON]
         [--new-tokens 24] [--context 256] [--threads 2] [--under NAME=COMMAND]
 
-Policies: `all` has no budget; `on-demand` is exact with LRU eviction, as the paper's baseline; the
-others are moefit's modes. POLICY@FORMAT holds experts and the other weights in a format (pack it
-first), POLICY@FORMAT+native the experts alone. `--replay` puts recorded routing (arrays experts
-[tokens, layers, K] and probs) through the routers' output, so that consecutive tokens want related
-experts; without it a random model routes nearly uniformly. Rivals (rivals.py) route by themselves,
-so they are refused beside it; they are fed the same tokens. `--gguf` is written by make_gguf.py.
-The page cache of the checkpoint is dropped before each run. Page cache is charged to a memory
-cgroup too: run all in one to have the peak proven, or one process each with `--under`, whose
-command goes before that policy's or rival's own ("*": everyone's) and may print lines after it.
+Policies: `all` has no budget; `on-demand` is exact with LRU eviction, the paper's baseline; the
+others are moefit's modes. POLICY@FORMAT uses a format for experts and dense weights (pack it
+first), POLICY@FORMAT+native for experts only. `--replay` replaces the routers' output by recorded
+routing (arrays experts [tokens, layers, K] and probs), so that consecutive tokens use related
+experts; without it, routing of a random model is nearly uniform. Rivals (rivals.py) cannot be
+combined with it; they decode the same tokens. `--gguf` is written by make_gguf.py. The page cache
+of the checkpoint is dropped before each run. Page cache counts in a memory cgroup: run all in one
+to bound the peak, or each process in its own with `--under`, whose command is prepended to that
+policy's or rival's ("*" for all) and may print lines after it.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def in_own_process(
 
 
 def work(arguments: argparse.Namespace) -> rivals.Work:
-    """The prompt and the tokens that `measure_speed` feeds, and this machine's bandwidths."""
+    """Return the tokens that `measure_speed` decodes, and this machine's bandwidths."""
     config = AutoConfig.from_pretrained(arguments.folder)
     generator = torch.Generator().manual_seed(SEED)
     decoded = [
@@ -189,10 +189,10 @@ def vocabulary(config: Any) -> int:
 
 
 def replay(served: ServedModel, trace: Path) -> None:
-    """Recorded choices instead of each router's own: layer by layer, token after token.
+    """Replace each router's choices by recorded ones, by layer and token.
 
-    A trace of top 4 of 32 becomes top 8 of 64 by giving each recorded expert a twin: expert e is
-    2e and 2e + 1. Locality in time is the recorded one, at the same share of experts.
+    A trace of top 4 of 32 becomes top 8 of 64 by using experts 2e and 2e + 1 for each recorded
+    expert e, which keeps its locality at the same share of experts.
     """
     data = np.load(trace)
     experts, probs = data["experts"].astype(np.int64), data["probs"].astype(np.float32)
@@ -208,7 +208,7 @@ def replay(served: ServedModel, trace: Path) -> None:
 
 
 class _Replayed:
-    """A router's output replaced: logits that mean just these weights, the weights, the ids."""
+    """A forward hook that replaces a router's logits, weights and ids."""
 
     def __init__(self, ids_NK: Tensor, weights_NK: Tensor):
         self._ids, self._weights, self._at = ids_NK, weights_NK, 0

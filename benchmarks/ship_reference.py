@@ -1,9 +1,9 @@
 """Turn finished runs of configs/reference*.yaml into the model that ships with moefit.
 
-Casts the last checkpoint of the second stage to bf16 and puts the resolved configuration and log
-of each stage and a card with its measured scores beside it.
+Casts the last checkpoint of the second stage to bf16 and adds the resolved configuration and log of
+each stage, and its measured scores.
 
-    python benchmarks/ship_reference.py STAGE_1 STAGE_2 [DENSE_TWIN_STAGE_2]
+    python benchmarks/ship_reference.py STAGE_1 STAGE_2 [DENSE_STAGE_2]
 """
 
 import json
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _beside(run: Path, place: Path, prefix: str, places: dict[str, str]) -> None:
-    """A run's configuration, with places as in configs/, and its log."""
+    """Write a run's log and its configuration with the folders of configs/."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     config = make_config(config | places).model_dump(mode="json")
     (place / f"{prefix}train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -66,7 +66,7 @@ def _beside(run: Path, place: Path, prefix: str, places: dict[str, str]) -> None
 
 
 def measured(model: str, *rules: str) -> list[Score]:
-    """Scores on a spread of the held-out standard library, in the dtype that it is stored in."""
+    """Score a model on windows of the held-out standard library, in its stored dtype."""
     loaded, tokenizer = load_full_model(model)
     assert isinstance(loaded, DsMoeForCausalLM)
     text = held_out_text(tokenizer, 256, SCORED_TOKENS)

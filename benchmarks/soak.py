@@ -1,13 +1,13 @@
-"""A server in bad company: clients that hang up, a budget that never rests, a lost file.
+"""Soak test of the server: disconnecting clients, changing budgets and read errors.
 
     python benchmarks/soak.py MODEL --least 706MiB --most 726MiB [--minutes 30] [--clients 6]
         [--dtype float32] [--save]
 
-Exact mode, so that every finished greedy answer must be the one that the model itself gives,
-whatever happens around it (in bfloat16 but for near ties: rows of a batch are rounded otherwise).
-A third of the clients hang up mid-stream; every 5 s the budget moves between --least and --most;
-now and then a shard of the checkpoint (of a copy) cannot be read for a few seconds. Counted: wrong
-answers, requests without an end, samples above the budget in force, growth of the process.
+In exact mode every complete greedy response must equal the model's own output (in bfloat16 except
+at near ties, since batches round differently). A third of the clients disconnect mid-stream; every
+5 s the budget changes between --least and --most; occasionally a shard (of a copy of the
+checkpoint) cannot be read for a few seconds. Counted: wrong responses, requests that do not end,
+samples above the current budget, growth of the process.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TOKENS = (4, 16, 48)
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened; all of it is in the record."""
+    """Counts for the record."""
 
     finished: int = 0
     wrong: int = 0
@@ -81,15 +81,15 @@ def main() -> None:
     if given.save:
         notes = (
             f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, "
-            f"budget moving every 5 s between {given.least} and {given.most}; "
-            "a third of the requests hung up by the client."
+            f"budget changing every 5 s between {given.least} and {given.most}; "
+            "a third of the clients disconnect."
         )
         suffix = "" if given.dtype == "float32" else given.dtype
         print(record.write("soak", results, notes=notes, suffix=suffix))
 
 
 def own_answers(model: str, dtype: str) -> dict[tuple[str, int], str]:
-    """Each prompt's greedy continuation by the model itself."""
+    """Return the model's greedy continuation of each prompt."""
     loaded, tokenizer = load_full_model(model, dtype=getattr(torch, dtype))
     answers = {}
     for prompt in PROMPTS:
@@ -181,11 +181,11 @@ async def one_client(
 
 
 class Failed(Exception):
-    """The server said that a request failed, and why."""
+    """The server reported that a request failed."""
 
 
 class NoEnd(Exception):
-    """A stream ended without its end."""
+    """A stream ended without its final event."""
 
 
 async def plain(http: httpx.AsyncClient, body: dict[str, Any], _hang_up: bool) -> str | None:
@@ -196,7 +196,7 @@ async def plain(http: httpx.AsyncClient, body: dict[str, Any], _hang_up: bool) -
 
 
 async def streamed(http: httpx.AsyncClient, body: dict[str, Any], hang_up: bool) -> str | None:
-    """The whole text; None if it was hung up on after the first piece."""
+    """Return the whole text; None if the client disconnected after the first chunk."""
     pieces: list[str] = []
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
@@ -234,7 +234,7 @@ async def turn_the_dial(
 
 
 async def lose_a_file(copy: Path, tally: Tally, end: float) -> None:
-    """Empty a shard for a while; what is read then is too short. Its inode stays."""
+    """Empty a shard for a while, so that reads are too short; its inode stays."""
     shard = sorted(copy.glob("*.safetensors"))[-1]
     whole = shard.read_bytes()
     while time.monotonic() + 40 < end:
@@ -249,7 +249,7 @@ async def lose_a_file(copy: Path, tally: Tally, end: float) -> None:
 
 
 async def watch(http: httpx.AsyncClient, server: Any, tally: Tally, end: float) -> None:
-    """The process's bytes ten times a second, against the budget at that moment."""
+    """Compare the process's resident set with the current budget ten times per second."""
     page, minute = os.sysconf("SC_PAGE_SIZE"), time.monotonic()
     while time.monotonic() < end:
         before = (await http.get("/v1/memory")).json()["budget"]["total"]

@@ -1,8 +1,8 @@
-"""Is sparse inference faster: dense against top-K, prefill and decode?
+"""Compare the speed of dense and top-K inference in prefill and decoding.
 
-One model with random weights (speed doesn't depend on them), rules interleaved in one process.
-Ceilings first: prefill against a square matrix product in the same precision, decode against
-the measured bandwidth of reading memory, for it reads each active weight once a token.
+One model with random weights; rules are interleaved in one process. The ceiling of prefill is a
+square matrix product in the same precision, that of decoding the measured memory bandwidth, since
+each active weight is read once per token.
 
     python benchmarks/sparse_inference.py [--preset dsmoe-1b] [--layers 6] [--save]
 """
@@ -25,7 +25,7 @@ from moefit.train.throughput import measured_peak_flops
 
 
 def read_bandwidth(seconds: float = 1.0) -> float:
-    """Bytes/s of summing a buffer far larger than any cache."""
+    """Return bytes per second of summing a buffer far larger than any cache."""
     buffer = torch.ones(1 << 28, dtype=torch.float32)
     buffer.sum()
     count, start = 0, time.perf_counter()
@@ -44,7 +44,7 @@ def prefill(model: DsMoeForCausalLM, ids: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def decode(model: DsMoeForCausalLM, ids: torch.Tensor, tokens: int) -> float:
-    """Seconds a token, after a short prompt."""
+    """Return seconds per token after a short prompt."""
     output = model(ids[:, :8], use_cache=True, logits_to_keep=1)
     began = time.perf_counter()
     for position in range(tokens):

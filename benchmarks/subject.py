@@ -1,8 +1,4 @@
-"""A model with a text, half of whose windows are scored and half calibrated on.
-
-Owns what the benchmarks of quality share: which windows are which, the model's inference rule, and
-how windows scored step by step are summed up. Knows nothing of budgets or precisions.
-"""
+"""A model and a text for benchmarks of quality: half of the windows are for calibration."""
 
 import argparse
 import math
@@ -22,7 +18,14 @@ from moefit.serve.model import ServedModel
 
 
 class Subject:
-    """`arguments` have `text`, `tokens` and `context`; `how` is given to every loading."""
+    """A model with its scored and calibration windows.
+
+    Args:
+        model: As on the command line.
+        rule: Inference rule of a DS-MoE.
+        arguments: With `text`, `tokens` and `context`.
+        how: Settings for each loading.
+    """
 
     def __init__(self, model: str, rule: str | None, arguments: argparse.Namespace, **how: Any):
         self.rule, self.context = rule and Rule.parse(rule), arguments.context
@@ -37,7 +40,7 @@ class Subject:
         self.scored, self.calibration = windows[::2], windows[1::2]
 
     def load(self, **settings: Any) -> ServedModel:
-        """The model, freshly, under its rule."""
+        """Load the model and set its rule."""
         served = moefit.load(self.folder, **{**self._how, **settings})
         if self.rule:
             assert isinstance(served.model, DsMoeForCausalLM), "only these can change their rule"
@@ -46,12 +49,12 @@ class Subject:
 
 
 def as_text(window_L: Tensor) -> Text:
-    """One window to be scored by itself."""
+    """Return one window as a text."""
     return Text(ids_T=window_L, text_bytes=1, context=len(window_L) - 1)
 
 
 def summarised(scores: list[StepScore]) -> dict[str, Any]:
-    """Windows of equal length as one, with the standard error of the paired difference."""
+    """Combine windows of equal length, with the standard error of the paired difference."""
     costs = [math.log(one.stepwise / one.full) for one in scores]
     mean = {
         name: fmean(getattr(one, name) for one in scores)

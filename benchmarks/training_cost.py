@@ -1,8 +1,8 @@
-"""What does a training step cost: dense, DS-MoE, sparse MoE, and transformers' own MoE class?
+"""Compare the speed of training steps: dense, DS-MoE, sparse MoE, and transformers' OLMoE.
 
-All contestants have the same parameters (routers aside) and see the same tokens; their steps are
-interleaved in one process, so that a noisy machine disturbs all alike. A step is forward,
-backward and AdamW. The ceiling is a square matrix product in the same precision.
+All models have the same parameters (without routers) and see the same tokens; their steps are
+interleaved in one process, so that other load affects all alike. A step is forward pass, backward
+pass and AdamW. The ceiling is a square matrix product in the same precision.
 
     python benchmarks/training_cost.py [--compile] [--rounds 12] [--save]
 """
@@ -109,7 +109,7 @@ def contestant(
     sparse = getattr(model.config, "training_rule", "dense") != "dense"
     mi = RouterLossWeights(mlp_mi=0.005, attention_mi=0.005 if moa else 0.0)
     weights = RouterLossWeights(load_balancing=0.01, z=0.001, k=4) if sparse else mi
-    # transformers' expert loops have data-dependent shapes, which torch.compile can't take.
+    # transformers' loops over experts have data-dependent shapes, which break torch.compile.
     compiled = options.compile and not sparse and "transformers" not in name
     stepper = Stepper(
         model=model,
@@ -192,8 +192,8 @@ def report(entries: list[Contestant], size: dict[str, int], peak: float, options
         suffix = f"{options.size}-{precision}" + ("-compiled" if options.compile else "")
         notes = (
             "Median of interleaved rounds; to_plain_dense is the median of per-round ratios. "
-            "FLOPs count active parameters, so a sparse step has fewer to its name. The OLMoE "
-            "class computes its own balance loss beside ours; both are in its time."
+            "FLOPs count active parameters, so a sparse step has fewer. The OLMoE class computes "
+            "its own load-balancing loss in addition to moefit's; both are included."
         )
         results = {"size": size, "peak_flops": peak, "rounds": options.rounds, "rows": rows}
         print(record.write("training-cost", results, notes=notes, suffix=suffix))

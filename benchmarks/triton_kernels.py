@@ -1,14 +1,14 @@
-"""The Triton kernels on a GPU: bytes a second against what the memory gives, beside torch.
+"""Measure the Triton kernels on a GPU, compared with memory bandwidth and torch.
 
-Ceilings first, in the same run: bandwidth of a copy, and the rate of a large product in bfloat16.
-Then a linear layer and one MoE block (OLMoE's by default) at every width, for as many tokens as
-decoding and prompts have: by the kernels, by torch from decoded weights (what runs without Triton),
-and by torch from bfloat16 weights. Matrices are taken in turn, more of them than caches hold.
+Ceilings, in the same run: bandwidth of a copy, and FLOP/s of a large bfloat16 product. Then a
+linear layer and a MoE block (OLMoE's by default) in each format, for the token counts of decoding
+and prompts: by the kernels, by torch from decoded weights (the fallback without Triton), and by
+torch from bfloat16 weights. Matrices are used in turn, more of them than caches hold.
 
     python triton_kernels.py --save
 
-With TRITON_INTERPRET=1, `--device cpu --width 64 --inner 64 --experts 4 --top-k 2` shows that it
-runs, and nothing else.
+With TRITON_INTERPRET=1, `--device cpu --width 64 --inner 64 --experts 4 --top-k 2` tests the
+script.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from moefit.quant.grouped_int import PLANES, GroupedMatrix, bits_per_weight
 
 RUN = TritonKernels()
 TOKENS = 1, 4, 16, 128, 512
-BEYOND_CACHES = 1 << 29  # bytes of weights that one round goes through
+BEYOND_CACHES = 1 << 29  # bytes of weights read in one round
 Act = Callable[[], Any]
 
 
 def seconds(acts: Sequence[Act], device: torch.device, rounds: int = 6) -> float:
-    """Of one act, the mean; the median of rounds without the first, which compiles."""
+    """Return seconds per call: the median over rounds, without the first, which compiles."""
     taken = []
     for _ in range(rounds if device.type == "cuda" else 1):
         _wait(device)
@@ -52,7 +52,7 @@ def _wait(device: torch.device) -> None:
 
 
 def random_matrix(rows: int, cols: int, bits: int, device: torch.device) -> GroupedMatrix:
-    """Any codes will do; scales keep products of the size of activations."""
+    """Return a matrix of random codes, scaled to keep the magnitude of activations."""
     empty = GroupedMatrix.empty(rows, cols, bits)
     codes_RB = torch.randint(0, 256, empty.codes_RB.shape, dtype=torch.uint8, device=device)
     scale = 2.0 / 2**bits / cols**0.5
@@ -63,7 +63,7 @@ def random_matrix(rows: int, cols: int, bits: int, device: torch.device) -> Grou
 
 
 def ceilings(device: torch.device, size: int) -> dict[str, float]:
-    """GB/s of a copy, both directions counted, and TFLOP/s of a product in bfloat16."""
+    """Return GB/s of a copy, counting both directions, and TFLOP/s of a bfloat16 product."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = seconds([lambda: target.copy_(source)] * 4, device)
@@ -77,7 +77,7 @@ def ceilings(device: torch.device, size: int) -> dict[str, float]:
 
 
 def linear(width: int, bits: int, tokens: int, device: torch.device) -> dict[str, float]:
-    """y = x W^T with W [4 * width, width]."""
+    """Measure y = x W^T with W [4 * width, width]."""
     rows = 4 * width
     nbytes = rows * width * bits_per_weight(bits) / 8
     matrices = [random_matrix(rows, width, bits, device) for _ in range(_number(nbytes, device))]
@@ -99,7 +99,7 @@ def _number(nbytes: float, device: torch.device) -> int:
 
 
 class Block:
-    """Experts of one format, or of all in turn, and a random choice of top k."""
+    """Experts of one format, or of several in turn, with random top-k choices."""
 
     def __init__(self, formats: Sequence[int], settings: argparse.Namespace, device: torch.device):
         self._k, self._device, self._width = settings.top_k, device, settings.width
@@ -112,7 +112,7 @@ class Block:
         return KernelMlp(w_in=w_in, w_out=w_out, activation="silu", gated=True)
 
     def steps(self, tokens: int, number: int) -> Iterator[tuple[list[KernelMlp], list[Tensor]]]:
-        """Chosen experts with the tokens of each."""
+        """Yield the chosen experts with the tokens of each."""
         for _ in range(number):
             ids_TK = torch.rand(tokens, len(self.mlps)).argsort(-1)[:, : self._k]
             chosen = ids_TK.unique().tolist()
@@ -120,7 +120,7 @@ class Block:
             yield [self.mlps[e] for e in chosen], rows
 
     def measure(self, tokens: int) -> dict[str, float]:
-        """One step: all chosen experts over their tokens."""
+        """Measure one step of all chosen experts."""
         x_TD = torch.randn(tokens, self._width, dtype=torch.bfloat16, device=self._device)
         steps = list(self.steps(tokens, 16 if self._device.type == "cuda" else 2))
         fused = [lambda one=one: RUN.experts(x_TD, *one) for one in steps]

@@ -56,23 +56,23 @@ def test_with_all_experts_modes_are_the_same():
 
 def test_only_what_a_demo_made_is_deleted(tmp_path):
     folder = tmp_path / "run"
-    demo._make_anew(folder)
+    demo._recreate(folder)
     (folder / "step-1").mkdir()
-    demo._make_anew(folder)
+    demo._recreate(folder)
     assert [path.name for path in folder.iterdir()] == [demo.MARK]
     (folder / demo.MARK).unlink()
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"holds no \.moefit-demo.*another folder with --out"):
-        demo._make_anew(folder)
+    with pytest.raises(CheckpointError, match=r"has no \.moefit-demo.*another folder with --out"):
+        demo._recreate(folder)
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_file_in_its_place_is_kept(tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(CheckpointError, match="not made by a demo"):
-        demo._make_anew(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="not created by a demo"):
+        demo._recreate(tmp_path / "run")
     with pytest.raises(CheckpointError, match="cannot write into"):
-        demo._make_anew(tmp_path / "run" / "below")
+        demo._recreate(tmp_path / "run" / "below")
 
 
 def test_a_signal_ends_it(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
-"""`moefit demo`: a DS-MoE trained before your eyes, the shipped one measured, then served.
+"""`moefit demo`: train a small DS-MoE, score it and the shipped model, and serve the latter.
 
-Owns the story that a newcomer sees, and the folder of its run, which each demo makes anew. Every
-number is measured where it runs; nothing is stored.
+All numbers are measured while it runs.
 """
 
 import shutil
@@ -34,66 +33,73 @@ from moefit.train.step import Stepper, make_losses
 
 EVAL_TOKENS = 16_384
 PROMPT = "def read_config(path):\n"
-ANSWER_RULE = "top_k:3"
+SAMPLE_RULE = "top_k:3"
 MODES = (
-    "exact fetches a missing expert from storage; bounded lets another one answer if little router "
-    "weight is lost; virtual never waits (SwapMoE); auto keeps "
-    "every expert, at the precision that fits"
+    "exact fetches missing experts from storage; bounded substitutes others if little router "
+    "weight is lost; virtual uses resident experts only (SwapMoE); auto keeps all experts, at the "
+    "precision that fits"
 )
-MARK = ".moefit-demo"  # lies in the folders that a later demo may delete
+MARK = ".moefit-demo"  # file in folders that a later demo may delete
 
 
 def run(out: Path, *, seconds: int, console: Console) -> dict[str, Any]:
-    """Train for about `seconds`, score both models, draw the picture; gives all figures.
+    """Run the demo.
 
-    All that it prints goes to `console`. If a signal stops the training, that is the end, and the
-    figures are those of `training` alone.
+    Args:
+        out: Folder for the training run and the figure.
+        seconds: Approximate duration of training.
+        console: Where to print.
 
-    Raises CheckpointError if `out`/run holds something that no demo made.
+    Returns:
+        All results, for JSON; only those of training if a signal stopped it.
+
+    Raises:
+        CheckpointError: `out`/run was not created by a demo, or cannot be written.
     """
     console.rule("1. training a small DS-MoE on the standard library's source")
     trained = _train(out / "run", seconds, console)
     if trained["stopped_by"] is not None:
-        _say(console, f"{trained['stopped_by']}: stopped at step {trained['steps']}")
+        _print(console, f"{trained['stopped_by']}: stopped at step {trained['steps']}")
         return {"training": trained}
     console.rule("2. the model that ships with moefit, by inference rule")
     reference = _scores(REFERENCE)
     console.print(score_table(reference, "reference model on the held-out standard library"))
-    answer = _answer()
-    _say(
-        console,
-        f"it answers with {answer['active_share']:.0%} of its parameters (without embeddings):",
-    )
-    _say(console, answer["text"])
+    sample = _sample()
+    share = f"{sample['active_share']:.0%} of its parameters (without embeddings)"
+    _print(console, f"text generated with {share}:")
+    _print(console, sample["text"])
     small = _scores(str(out / "run"))
-    console.print(score_table(small, f"the model trained just now ({trained['tokens']:,} tokens)"))
+    console.print(score_table(small, f"the model trained above ({trained['tokens']:,} tokens)"))
     console.rule("3. the shipped model with less and less memory for its experts")
     console.print(MODES, markup=False, highlight=False)
     served = demo_serving.run(console)
     picture = out / "demo.png"
     draw(reference, small, served, picture)
-    _say(console, f"picture: {picture}, training curve: {out / 'run' / 'curve.png'}")
+    _print(console, f"figure: {picture}, training curve: {out / 'run' / 'curve.png'}")
     console.print("next:", style="bold")
-    _say(console, f'  moefit generate {REFERENCE} "def main():" --rule {ANSWER_RULE}')
-    _say(console, "  moefit train my.yaml data.sources=[FOLDER] out=runs/mine")
-    _say(console, "  moefit describe MODEL --memory 4.7GiB")
-    _say(console, '  moefit generate MODEL "def main():" --memory 4.7GiB --mode bounded')
+    for command in (
+        f'generate {REFERENCE} "def main():" --rule {SAMPLE_RULE}',
+        "train my.yaml data.sources=[FOLDER] out=runs/mine",
+        "describe MODEL --memory 4.7GiB",
+        'generate MODEL "def main():" --memory 4.7GiB --mode bounded',
+    ):
+        _print(console, f"  moefit {command}")
     return {
         "training": trained,
         "reference": [one.as_dict() for one in reference],
         "trained": [one.as_dict() for one in small],
-        "answer": answer,
+        "answer": sample,
         "serving": [row.as_dict() for row in served],
         "picture": str(picture),
     }
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _train(out: Path, seconds: int, console: Console) -> dict[str, Any]:
-    _make_anew(out)
+    _recreate(out)
     with display(console) as callback:
         config = _config(out, steps=_steps_in(_config(out, steps=1000), seconds, callback))
         result = train(config, callback)
@@ -106,14 +112,14 @@ def _train(out: Path, seconds: int, console: Console) -> dict[str, Any]:
     }
 
 
-def _make_anew(folder: Path) -> None:
-    """An empty, marked folder; what an earlier demo left there is deleted, nothing else is."""
+def _recreate(folder: Path) -> None:
+    """Create an empty folder, deleting one that an earlier demo created."""
     try:
         if (folder / MARK).is_file():
             shutil.rmtree(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(
-                f"{folder} exists and was not made by a demo (it holds no {MARK}), so it is not "
+                f"{folder} exists and was not created by a demo (it has no {MARK}), so it is not "
                 "deleted; give another folder with --out, or remove it first"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,7 @@ def _make_anew(folder: Path) -> None:
 
 
 def _config(out: Path, steps: int) -> TrainConfig:
-    """Text, tokenizer and vocabulary of the shipped model, so that perplexities compare."""
+    """Return a configuration with the shipped model's text and tokenizer."""
     return make_config(
         {
             "out": str(out),
@@ -142,7 +148,7 @@ def _config(out: Path, steps: int) -> TrainConfig:
 
 
 def _steps_in(config: TrainConfig, seconds: int, callback: TrainingCallback) -> int:
-    """How many steps of `config` this machine does in `seconds`, from a few that it tries."""
+    """Estimate the steps that this machine can do in `seconds` by timing a few."""
     data = prepare(config.data, seq_len=config.seq_len, progress=callback.on_prepare)
     device = torch.device("cpu")
     eos = data.tokenizer.eos_token_id
@@ -160,11 +166,11 @@ def _steps_in(config: TrainConfig, seconds: int, callback: TrainingCallback) -> 
         tokens=data.train.open(), seq_len=config.seq_len, batch_size=config.batch_size, seed=0
     ).batch(0)
     stepper.step([batch], 1)
-    tries = 5
+    timed = 5
     began = time.perf_counter()
-    for _ in range(tries):
+    for _ in range(timed):
         stepper.step([batch], 1)
-    return max(30, int(seconds * tries / (time.perf_counter() - began)))
+    return max(30, int(seconds * timed / (time.perf_counter() - began)))
 
 
 def _scores(model: str) -> list[Score]:
@@ -174,11 +180,11 @@ def _scores(model: str) -> list[Score]:
     return score(loaded, text, default_rules(loaded.config.num_experts))
 
 
-def _answer() -> dict[str, Any]:
-    """A sampled continuation by the shipped model with few experts, and what share that is."""
+def _sample() -> dict[str, Any]:
+    """Generate text with the shipped model and few experts; return it and the active share."""
     loaded, tokenizer = load_full_model(REFERENCE)
     assert isinstance(loaded, DsMoeForCausalLM)
-    loaded.set_inference_rule(ANSWER_RULE)
+    loaded.set_inference_rule(SAMPLE_RULE)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     with torch.random.fork_rng(devices=[]):
@@ -187,15 +193,15 @@ def _answer() -> dict[str, Any]:
             **inputs, **sampling, max_new_tokens=48, pad_token_id=tokenizer.eos_token_id
         )
     card = model_card(loaded.config)
-    active = card.active(Rule.parse(ANSWER_RULE)) / card.total_without_embeddings
+    active = card.active(Rule.parse(SAMPLE_RULE)) / card.total_without_embeddings
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    return {"rule": ANSWER_RULE, "active_share": active, "text": text}
+    return {"rule": SAMPLE_RULE, "active_share": active, "text": text}
 
 
 def draw(
     reference: list[Score], trained: list[Score], served: list[demo_serving.Row], path: Path
 ) -> None:
-    """Perplexity against the share of parameters that a token uses, and against memory."""
+    """Plot perplexity over active parameters and over memory."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right, last = figure.subplots(1, 3)
     for axes, scores, title in (

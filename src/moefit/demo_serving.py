@@ -1,9 +1,8 @@
-"""The demo's second half: the shipped model with less and less memory for its experts.
+"""The serving part of the demo: the shipped model with decreasing memory for its experts.
 
-Owns which budgets, precisions and modes are shown, on how much text, and their panel of the
-picture. Takes a console; gives a row per budget and way to keep it: all experts at the precision
-that fits (`auto`), or some of them at full precision. The latter rows are one model's life: each
-goes on with the experts that the one before left in memory.
+Each row is a budget with all experts at the precision that fits (`auto`), or with some experts at
+full precision and a mode for the others. The latter rows reuse one loaded model, so each starts
+with the resident experts of the previous one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,18 +29,18 @@ SHARES = {"1/2": 1 / 2, "1/3": 1 / 3}
 MODES: tuple[Mode, ...] = ("exact", "bounded", "virtual")
 AUTO = "auto"
 AUTO_SHARES = {**SHARES, "1/5": 1 / 5}
-PLENTY = "16GiB"  # until the share is set
+INITIAL_MEMORY = "16GiB"  # until the budget is set
 CONTEXT = 128
 ROUNDING = (
-    "(agree: with one pass over all experts. In bfloat16, decoding rounds otherwise than such a "
-    "pass, so near ties fall differently even where nothing is missing.)"
+    "(agree: with one forward pass over all experts. In bfloat16, decoding and a single pass round "
+    "differently, so the most likely token may differ even if all experts are resident.)"
 )
-TOKENS = 256  # in whole windows, the prompt of each included
+TOKENS = 256  # including the prompts of the windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One budget, and the mode or `auto`."""
+    """The result for one budget and mode."""
 
     memory: str
     expert_bytes: int
@@ -49,56 +48,69 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the table has it."""
+        """The row's name in the table."""
         return f"{self.memory} {self.score.mode}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        given = {"memory": self.memory, "expert_bytes": self.expert_bytes}
-        return {**given, **self.score.as_dict()}
+        """Return plain values for JSON."""
+        return {
+            "memory": self.memory,
+            "expert_bytes": self.expert_bytes,
+            **self.score.as_dict(),
+        }
 
 
 def run(console: Console, *, max_tokens: int = TOKENS) -> list[Row]:
-    """Serve the shipped model with all, a half and a third of its experts; prints the table."""
+    """Serve the shipped model in several budgets and print a table.
+
+    Args:
+        console: Where to print.
+        max_tokens: Most tokens to decode per row.
+
+    Returns:
+        The table's rows, the first with all experts in memory.
+    """
     with load(REFERENCE, context=CONTEXT) as served, console.status("serving") as status:
 
-        def tell(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             mode, slots = served.policy.mode, sum(served.report()["slots"].values())
             status.update(f"{mode}, {slots} experts in memory: {done} of {total} tokens")
 
-        rows = list(_rows(served, max_tokens, tell))
-    whole = format_bytes(rows[0].expert_bytes)
-    title = f"shipped model, {RULE}, decoding {rows[0].score.tokens} tokens; experts: {whole}"
+        rows = list(_rows(served, max_tokens, progress))
+    size = format_bytes(rows[0].expert_bytes)
+    title = f"shipped model, {RULE}, decoding {rows[0].score.tokens} tokens; experts: {size}"
     console.print(step_table({row.name: row.score for row in rows}, title))
     console.print(ROUNDING, markup=False, highlight=False)
     return rows
 
 
-def _rows(served: ServedModel, max_tokens: int, tell: Progress) -> Iterator[Row]:
+def _rows(served: ServedModel, max_tokens: int, progress: Progress) -> Iterator[Row]:
     assert isinstance(served.model, DsMoeForCausalLM)
     served.model.set_inference_rule(RULE)
     text = held_out_text(served.tokenizer, CONTEXT, max_tokens)
     served.set_residents({name: range(one.num_experts) for name, one in served.blocks.items()})
-    whole = _row(served, "all", score_steps(served, text, progress=tell))
-    yield whole
-    yield from _auto_rows(served, text, whole.expert_bytes, tell)
+    full = _row(served, "all", score_steps(served, text, progress=progress))
+    yield full
+    yield from _auto_rows(served, text, full.expert_bytes, progress)
     for name, share in SHARES.items():
         slots = [max(1, round(share * one.num_experts)) for one in served.budget.blocks]
         served.set_memory(served.budget.total_for_slots(slots))
         for mode in MODES:
             served.set_mode(mode)
-            yield _row(served, name, score_steps(served, text, progress=tell))
+            yield _row(served, name, score_steps(served, text, progress=progress))
 
 
-def _auto_rows(full: ServedModel, text: Text, whole: int, tell: Progress) -> Iterator[Row]:
-    """Every expert in memory, at formats that take a share of the native bytes."""
-    with load(REFERENCE, context=CONTEXT, precision=AUTO, memory=PLENTY) as served:
+def _auto_rows(
+    full: ServedModel, text: Text, native_bytes: int, progress: Progress
+) -> Iterator[Row]:
+    """Yield rows with all experts in memory, at formats that take a share of the native bytes."""
+    with load(REFERENCE, context=CONTEXT, precision=AUTO, memory=INITIAL_MEMORY) as served:
         assert isinstance(served.model, DsMoeForCausalLM)
         served.model.set_inference_rule(RULE)
         for name, share in AUTO_SHARES.items():
-            served.set_memory(served.budget.fixed + round(share * whole))
+            served.set_memory(served.budget.fixed + round(share * native_bytes))
             served.settle_precision()
-            score = score_steps(served, text, against=full, progress=tell)
+            score = score_steps(served, text, reference=full, progress=progress)
             yield _row(served, name, replace(score, mode=AUTO))
 
 
@@ -107,7 +119,7 @@ def _row(served: ServedModel, memory: str, score: StepScore) -> Row:
 
 
 def draw(axes: Axes, rows: list[Row]) -> None:
-    """What each mode costs in perplexity, against the memory that experts have."""
+    """Plot each mode's increase of perplexity over the memory of experts."""
     for mode, points in _lines(rows).items():
         axes.plot(list(points), list(points.values()), "o-", label=mode)
     axes.set_yscale("symlog", linthresh=1)
@@ -122,7 +134,7 @@ def draw(axes: Axes, rows: list[Row]) -> None:
 
 
 def _lines(rows: list[Row]) -> Mapping[str, dict[float, float]]:
-    """Per mode, loss by share of bytes, in percent; with all experts, modes are the same."""
+    """Return loss by share of bytes, both in percent, for each mode; "all" belongs to each."""
     lines: dict[str, dict[float, float]] = {mode: {} for mode in (*MODES, AUTO)}
     for row in rows:
         point = {100 * row.expert_bytes / rows[0].expert_bytes: 100 * row.score.loss}

@@ -233,8 +233,8 @@ def test_active_range() -> None:
 @pytest.mark.parametrize(
     ("rule", "means", "expected"),
     [
-        (THRESHOLD, (None, 2), "depends on the text; give mean_mlp_experts, as measured, between"),
-        (THRESHOLD, (4, None), "give mean_attention_experts, as measured, between 1 and 2"),
+        (THRESHOLD, (None, 2), "depends on the text; give mean_mlp_experts, a measured value"),
+        (THRESHOLD, (4, None), "mean_attention_experts, a measured value between 1 and 2"),
         (MEAN_TOP_K, (None, None), "give mean_mlp_experts"),
         (THRESHOLD, (0.5, 2), "mean_mlp_experts=0.5, but it must be between 1 and 16"),
         (THRESHOLD, (4, 3), "mean_attention_experts=3, but it must be between 1 and 2"),

@@ -26,14 +26,14 @@ def message(**fields) -> str:
 @pytest.mark.parametrize("value", [0, -3])
 def test_sizes_are_at_least_one(name: str, value: int) -> None:
     assert message(**{name: value, "head_dim": 32}).startswith(
-        f"{name}={value}, but it must be a whole number from 1 on"
+        f"{name}={value}, but it must be an integer of at least 1"
     )
 
 
 @pytest.mark.parametrize("value", [0, -2])
 def test_head_dim_is_at_least_one(value: int) -> None:
     assert message(head_dim=value).startswith(
-        f"head_dim={value}, but it must be a whole number from 1 on"
+        f"head_dim={value}, but it must be an integer of at least 1"
     )
 
 
@@ -81,7 +81,7 @@ def test_attention_experts_that_do_not_divide_the_heads() -> None:
 
 def test_kv_heads_must_divide_the_heads() -> None:
     text = message(num_attention_heads=8, num_key_value_heads=3)
-    assert "num_attention_heads=8 is no multiple of num_key_value_heads=3" in text
+    assert "num_attention_heads=8 is not a multiple of num_key_value_heads=3" in text
     assert "that works is num_attention_heads=" in text
 
 
@@ -96,7 +96,7 @@ def test_unknown_mlp_type() -> None:
 
 def test_router_hidden_size() -> None:
     text = message(router_hidden_size=0)
-    assert "router_hidden_size=0, but it must be a whole number from 1 on" in text
+    assert "router_hidden_size=0, but it must be an integer of at least 1" in text
     assert "null for a linear router" in text
 
 
@@ -127,20 +127,20 @@ def test_is_a_value_error_too() -> None:
 
 @pytest.mark.parametrize("value", ["16", 16.0, True, None])
 def test_sizes_are_whole_numbers(value) -> None:
-    assert f"num_experts={value!r}, but it must be a whole number" in message(num_experts=value)
+    assert f"num_experts={value!r}, but it must be an integer" in message(num_experts=value)
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "bound"),
     [
         *(
-            (name, [-1.0, "1e-3", None, True, float("nan")], "a number from 0 on")
+            (name, [-1.0, "1e-3", None, True, float("nan")], "a number of at least 0")
             for name in LOSSES
         ),
         ("routed_scaling_factor", [0, -2.0, "2e1", float("inf")], "a number above 0"),
         ("initializer_range", [0.0, "0.02", None], "a number above 0"),
         ("rms_norm_eps", [0, "1e-6", [1e-6]], "a number above 0"),
-        ("attention_dropout", [1, -0.1, "0.1"], "a number from 0 on and below 1"),
+        ("attention_dropout", [1, -0.1, "0.1"], "a number of at least 0 and below 1"),
         ("qk_norm", [1, "true", None], "true or false"),
         ("use_cache", ["no"], "true or false"),
         ("output_router_logits", [0], "true or false"),
@@ -163,7 +163,7 @@ def test_whole_numbers_will_do_where_any_number_does() -> None:
 @pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
 @pytest.mark.parametrize("value", ["0", -1, 1.0, True, ["0"]])
 def test_token_ids(name: str, value) -> None:
-    assert message(**{name: value}).startswith(f"{name}={value!r}, but a token's id is")
+    assert message(**{name: value}).startswith(f"{name}={value!r}, but it must be")
     assert DsMoeConfig(**{name: 7}).vocab_size > 7
     assert DsMoeConfig(eos_token_id=[1, 2]).eos_token_id == [1, 2]
 

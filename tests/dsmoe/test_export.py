@@ -18,7 +18,7 @@ from transformers import (
 
 from moefit.dsmoe import export
 from moefit.dsmoe.dense_experts import register_dense_experts
-from moefit.dsmoe.export import export_olmoe, olmoe_obstacles
+from moefit.dsmoe.export import export_olmoe, olmoe_incompatibilities
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 
@@ -102,7 +102,7 @@ def test_an_eps_that_vllm_ignores_is_exact_in_transformers_and_warned_of(tmp_pat
 
 def test_sizes_that_transformers_computes_only_eagerly_are_warned_of(tmp_path: Path) -> None:
     for name, model in {"ours": exportable(intermediate_size=6), "stock": stock_model(6)}.items():
-        with pytest.warns(UserWarning, match="intermediate_size=6, no multiple of 8"):
+        with pytest.warns(UserWarning, match="intermediate_size=6, not a multiple of 8"):
             export_olmoe(model, tmp_path / name, experts_per_token=2)
     loaded = stored(tmp_path / "ours", experts_implementation="eager")
     torch.testing.assert_close(
@@ -205,7 +205,7 @@ def test_every_obstacle_is_named_at_once_with_what_would_work(tmp_path: Path) ->
         "router_hidden_size=6, but its router is linear: null",
         "qk_norm=False, but it always normalises queries and keys: True",
         "head_dim=4 times num_attention_heads=2, but its heads divide hidden_size=16: head_dim=8",
-        "inference_rule='threshold:0.5', but it stores one K",
+        "inference_rule='threshold:0.5', but it has one K",
         "set_inference_rule('top_k:4')",
     ):
         assert part in message
@@ -218,11 +218,11 @@ def test_every_obstacle_is_named_at_once_with_what_would_work(tmp_path: Path) ->
     [{"num_experts": 1, "inference_rule": "dense"}, {"inference_rule": "threshold_top_k:1"}],
 )
 def test_one_obstacle_is_enough(changes: dict) -> None:
-    assert len(olmoe_obstacles(exportable(**changes).config, 1)) == 1
+    assert len(olmoe_incompatibilities(exportable(**changes).config, 1)) == 1
 
 
 def test_nothing_stands_in_the_way_of_an_exportable_model() -> None:
-    assert olmoe_obstacles(exportable().config, 2) == []
+    assert olmoe_incompatibilities(exportable().config, 2) == []
 
 
 @pytest.mark.parametrize("make", [exportable, stock_model])
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_computes_otherwise_is_not_kept(
 def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
     model = exportable()
     model.model.norm.weight.data[3] = float("nan")
-    with pytest.raises(CheckpointError, match=r"Are there NaNs in the model\?"):
+    with pytest.raises(CheckpointError, match=r"Does the model contain NaNs\?"):
         export_olmoe(model, tmp_path / "out", experts_per_token=2)
     assert_nothing_left(tmp_path / "out")
 

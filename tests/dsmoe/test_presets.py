@@ -102,7 +102,7 @@ def test_unknown_name_tells_the_nearest_and_all() -> None:
 
 
 def test_name_like_nothing_still_lists_all() -> None:
-    with pytest.raises(ConfigError, match=r"^'qqq' is not a preset; there are dense-1b, "):
+    with pytest.raises(ConfigError, match=r"^'qqq' is not a preset; use one of dense-1b, "):
         preset("qqq")
 
 

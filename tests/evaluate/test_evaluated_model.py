@@ -6,8 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCau
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.export import export_olmoe
 from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.perplexity import Text, score
-from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule, default_rules
 
 IDS = tokens(2, 9)
@@ -94,5 +94,5 @@ def test_other_families():
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="a LlamaForCausalLM cannot be put under"):
+    with pytest.raises(UnsupportedModelError, match="a LlamaForCausalLM does not support"):
         evaluated_model(LlamaForCausalLM(config))

@@ -59,7 +59,7 @@ def test_what_is_no_model(tmp_path, make, error, words):
 
 def test_a_foreign_family(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="'llama' model; this command knows dsmoe"):
+    with pytest.raises(UnsupportedModelError, match="'llama' model; this command supports dsmoe"):
         load_full_model(str(tmp_path))
 
 
@@ -98,7 +98,7 @@ def with_config(saved, folder, **changes):
     ],
 )
 def test_a_config_of_another_model(saved, tmp_path, changes, words):
-    with pytest.raises(CheckpointError, match=f"not those of its config.json: .*{words}"):
+    with pytest.raises(CheckpointError, match=f"do not match its config.json: .*{words}"):
         load_full_model(with_config(saved, tmp_path / "model", **changes))
 
 
@@ -154,7 +154,7 @@ def test_the_shape_of_a_preset_and_of_a_folder(saved):
 
 def test_the_shape_of_another_family_is_not_guessed(tmp_path):
     OlmoeConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'olmoe' model; this command knows dsmoe$"):
+    with pytest.raises(UnsupportedModelError, match=r"'olmoe' model; this command supports dsmoe$"):
         config_of(str(tmp_path))
 
 

@@ -115,12 +115,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 BAD_YAML = {
-    BOMB: "more than 10,000 values, aliases written out",
+    BOMB: "more than 10,000 values with aliases expanded",
     "a: " + "[" * 100_000: "nested more than 32 levels",
     "a: " + "{a: " * 50 + "1": "nested more than 32 levels",
     "\n".join("  " * n + "a:" for n in range(300)): "nested more than 32 levels",
-    "a: &a [*a]": "stands within what it stands for",
-    "a: &a {b: *a}": "stands within what it stands for",
+    "a: &a [*a]": "refers to a value that contains it",
+    "a: &a {b: *a}": "refers to a value that contains it",
     "x" * 300_000: "at most 262,144",
     "a: !!bool x": "it is not YAML: KeyError",
     "a: !!int x": "it is not YAML",

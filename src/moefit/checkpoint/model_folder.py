@@ -161,6 +161,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files into a folder; raises OSError if they cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise OSError(f"the tokenizer could not be saved: {error}") from error
+
+
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load with transformers; if the tokenizer has custom code, from tokenizer.json where present.
 

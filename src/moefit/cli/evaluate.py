@@ -18,12 +18,12 @@ from moefit.cli.planned import NO_PLAN, PlanOptions
 from moefit.cli.precision import resolve_precision
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
+from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.loading import REFERENCE, load_full_model
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.stepwise import score_steps
-from moefit.evaluate.subject import evaluated_model
 from moefit.moe.routing import Rule
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
@@ -156,9 +156,9 @@ def _reference(served: ServedModel, room: MemoryOptions, planned: PlanOptions) -
     if room.is_native and not planned.wanted:
         return _Reference(None, NATIVE_PRECISION, "all experts")
     with loading():
-        twin = native_reference(served, LoadSettings(**room.settings()))
-    if twin is not None:
-        return _Reference(twin, NATIVE_PRECISION, "all experts in native precision")
+        native = native_reference(served, LoadSettings(**room.settings()))
+    if native is not None:
+        return _Reference(native, NATIVE_PRECISION, "all experts in native precision")
     precision = "the plan's formats" if planned.wanted else room.experts
     words = f"itself, all experts in {precision} (no room beside it for native precision)"
     return _Reference(None, precision, words)
@@ -183,7 +183,7 @@ def _score_served(
         def tell(done: int, total: int) -> None:
             status.update(f"{name}: {done:,} of {total:,} tokens")
 
-        result = score_steps(served, text, against=reference.model, progress=tell)
+        result = score_steps(served, text, reference=reference.model, progress=tell)
     if as_json:
         print_json({"name": name, "against": reference.precision, **result.as_dict()})
         return

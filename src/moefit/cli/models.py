@@ -46,9 +46,9 @@ from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import measure_bandwidth
+from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
 from moefit.evaluate.speed import measure_speed
-from moefit.evaluate.subject import evaluated_model
 from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.moe.routing import Rule, default_rules
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES

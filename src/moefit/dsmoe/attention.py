@@ -22,10 +22,10 @@ from moefit.moe.routing import Rule, active_experts, masked_scores
 
 
 class DsMoeRMSNorm(nn.Module):
-    """x [.., D] -> x / rms(x) * weight, in x's dtype.
+    """Root-mean-square normalisation: x / rms(x) * weight, in x's dtype.
 
-    torch's own module leaves its fused kernel when autocast hands it bfloat16 activations with
-    float32 weights; computed in float32 it stays on it, and is more exact.
+    Computed in float32. Under autocast, with bfloat16 inputs and float32 weights, torch's own
+    module would not use its fused kernel.
     """
 
     def __init__(self, width: int, eps: float):
@@ -34,13 +34,13 @@ class DsMoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """Normalise over the last dimension."""
+        """Return x [.., D] normalised over its last dimension."""
         y_D = F.rms_norm(x_D.float(), self.weight.shape, self.weight.float(), self.eps)
         return y_D.to(x_D.dtype)
 
 
 class DsMoeAttention(nn.Module):
-    """Causal self-attention with rotary positions; gated by a router when it has experts."""
+    """Causal self-attention with rotary positions, gated by a router if it has experts."""
 
     def __init__(self, config: DsMoeConfig, layer_idx: int):
         super().__init__()
@@ -76,7 +76,19 @@ class DsMoeAttention(nn.Module):
         rule: Rule,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, T, D] -> (output [B, T, D], attention weights or None)."""
+        """Compute attention.
+
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: Cosines and sines of the rotary positions.
+            attention_mask: As transformers' attention functions expect it.
+            past_key_values: The KV cache.
+            rule: Inference rule of the attention experts.
+            kwargs: Passed on to the attention function.
+
+        Returns:
+            Output [B, T, D], and attention weights if the attention function returns them.
+        """
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states)).view(head_shape).transpose(1, 2)
@@ -100,15 +112,15 @@ class DsMoeAttention(nn.Module):
             **kwargs,
         )
         if self.gate is not None:
-            output_BTHC = self._gated(output_BTHC, hidden_states, rule)
+            output_BTHC = self._apply_gate(output_BTHC, hidden_states, rule)
         return self.o_proj(output_BTHC.reshape(*input_shape, -1)), weights
 
-    def _gated(self, output_BTHC: Tensor, hidden_states: Tensor, rule: Rule) -> Tensor:
-        """Each head's output times its expert's score.
+    def _apply_gate(self, output_BTHC: Tensor, hidden_states: Tensor, rule: Rule) -> Tensor:
+        """Multiply each head's output by its expert's score.
 
-        Only a threshold switches attention experts off; under top-K rules all stay on (DS-MoE
-        section 4.3). The output is computed in full either way: with over 60% of the attention
-        experts active, gathering tokens costs more than it saves (DS-MoE section 4.3).
+        Only `threshold` deactivates attention experts (DS-MoE section 4.3). All heads are computed
+        in any case: with over 60% of the attention experts active, gathering tokens costs more than
+        it saves.
         """
         assert self.gate is not None
         scores_BTE = self.gate.scores(hidden_states)
@@ -121,7 +133,17 @@ class DsMoeAttention(nn.Module):
 
 
 def attention_reference(module: DsMoeAttention, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The paper's sum, expert by expert and head by head, all experts on; [B, T, D]. Slow."""
+    """Compute the paper's sum by expert and head with all experts active; a slow reference.
+
+    Args:
+        module: Attention with experts.
+        x_BTD: Hidden states.
+        cos: Cosines of the rotary positions.
+        sin: Their sines.
+
+    Returns:
+        Output [B, T, D].
+    """
     assert module.gate is not None
     scores_BTE = module.gate.scores(x_BTD)
     batch, length, width = x_BTD.shape

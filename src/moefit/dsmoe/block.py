@@ -1,7 +1,7 @@
-"""The MoE block of DS-MoE: a router and its experts, as modules.
+"""The MoE block of DS-MoE: a router and its experts.
 
-The router is shared with attention, whose heads are experts too. In training all experts are
-computed as one wide MLP; at inference tokens are grouped by expert.
+In training all experts are computed as one wide MLP; at inference tokens are grouped by expert.
+Attention, whose heads are experts too, uses the same router class.
 
 Shapes: B sequences, T tokens, D model width, E experts, F expert width.
 """
@@ -20,9 +20,9 @@ from moefit.moe.routing import Routing, Rule, masked_route, route, route_allowed
 
 
 class DsMoeRouter(nn.Module):
-    """x [.., D] -> logits [.., E], always computed in float32.
+    """A linear or two-layer router, computed in float32.
 
-    Two near-equal logits in bfloat16 would make the choice of experts depend on the kernel.
+    In bfloat16 the choice between experts with similar logits would depend on the kernel.
     """
 
     def __init__(self, config: DsMoeConfig, num_experts: int):
@@ -33,7 +33,7 @@ class DsMoeRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Logits of all experts."""
+        """Return logits [.., E] for x [.., D]."""
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             if self.hidden is not None:
@@ -42,7 +42,7 @@ class DsMoeRouter(nn.Module):
             return F.linear(x_TD, self.weight.float())
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        """Softmax over all experts, in float32."""
+        """Return the softmax over all experts [.., E]."""
         return self(x_TD).softmax(-1)
 
 
@@ -50,10 +50,10 @@ WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
 
 
 def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
-    """All experts as one wide MLP if every token uses all of them, else grouped by expert.
+    """Compute all experts as one wide MLP if every token uses them, else tokens by expert.
 
-    In training, narrow experts are computed as one wide MLP too, the scores of those that were not
-    chosen being zero: one large product takes less time than gathering and many small ones.
+    In training, narrow experts are always computed as one wide MLP, with zero scores for those not
+    chosen: one large product takes less time than many small ones.
     """
     weights = expert_weights(experts)
     num_experts, width = weights.w_in_EID.shape[0], weights.w_out_EDF.shape[2]
@@ -78,13 +78,13 @@ class DsMoeGatedExperts(nn.Module):
         self.act_fn = ACT2FN["silu"]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """y_TD."""
+        """Return the weighted sum of the chosen experts' outputs [T, D]."""
         return _experts_forward(self, x_TD, Routing(ids_TK, weights_TK))
 
 
 @use_experts_implementation(has_gate=False)
 class DsMoeExperts(nn.Module):
-    """GELU experts of two matrices (the paper), stacked: up [E, F, D], down [E, D, F]."""
+    """GELU experts of two matrices, as in the paper, stacked: up [E, F, D], down [E, D, F]."""
 
     def __init__(self, config: DsMoeConfig):
         super().__init__()
@@ -95,19 +95,19 @@ class DsMoeExperts(nn.Module):
         self.act_fn = ACT2FN["gelu_pytorch_tanh"]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """y_TD."""
+        """Return the weighted sum of the chosen experts' outputs [T, D]."""
         return _experts_forward(self, x_TD, Routing(ids_TK, weights_TK))
 
 
 class DsMoeBlock(nn.Module):
-    """A router with its experts; without a router if there is but one expert."""
+    """A router with its experts, or a single expert without a router."""
 
     def __init__(self, config: DsMoeConfig):
         super().__init__()
         self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
         self.scale = config.routed_scaling_factor
         self.experts = (DsMoeGatedExperts if config.mlp_type == "swiglu" else DsMoeExperts)(config)
-        # Threshold rules use the padding id; transformers' implementations skip it only if told.
+        # Threshold rules use the padding id, which transformers skips only with this attribute.
         self.experts._is_expert_parallel = True  # pyright: ignore[reportArgumentType]
 
     def forward(
@@ -117,9 +117,16 @@ class DsMoeBlock(nn.Module):
         real_T: Tensor | None,
         allowed_BE: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; real_T is False where a token is padding.
+        """Compute the block.
 
-        allowed_BE is False for experts that a sequence may not use; all may be used if None.
+        Args:
+            x_BTD: Hidden states.
+            rule: Which experts are used.
+            real_T: False for padding tokens; None if there are none.
+            allowed_BE: False for experts that a sequence may not use; None to allow all.
+
+        Returns:
+            Output [B, T, D].
         """
         x_TD = x_BTD.flatten(0, 1)
         if self.gate is None:
@@ -130,7 +137,7 @@ class DsMoeBlock(nn.Module):
             routing = route_allowed(self.gate(x_TD), allowed_TE, rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         else:
-            # In training no shape may depend on scores, or it would be compiled piece by piece.
+            # A shape that depends on scores would break torch.compile's graph in training.
             choose = masked_route if self.training and rule.kind == "threshold" else route
             routing = choose(self.gate.scores(x_TD), rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)

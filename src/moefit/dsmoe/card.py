@@ -1,11 +1,7 @@
-"""What a model costs, computed from its configuration alone.
+"""Parameters, bytes and FLOPs of a DS-MoE, computed from its configuration.
 
-Owns the arithmetic of parameters, bytes and FLOPs, part by part. Allocates no tensor and knows
-nothing of modules; a test holds it to the real ones. Rendering is in `models.py`.
-
-Counts are of the whole model, all layers. FLOPs are those of matrix multiplications, two for
-each multiply-add; norms, activations, softmax, rotary positions and the embedding look-up are
-left out.
+Counts are of all layers together. FLOPs are those of matrix products, two per multiply-add, without
+norms, activations, softmax, rotary positions and embedding look-ups.
 """
 
 from dataclasses import dataclass
@@ -20,7 +16,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """How many parameters each part has; `head` is 0 if it is tied to the embeddings."""
+    """Number of parameters by part; `head` is 0 if it is tied to the embeddings."""
 
     embeddings: int
     head: int
@@ -31,7 +27,7 @@ class Parameters:
     norms: int
 
     def as_dict(self) -> dict[str, int]:
-        """Part -> count, in the order of the fields."""
+        """Return the counts by part, in the order of the fields."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -39,11 +35,20 @@ class Parameters:
 class ModelCard:
     """Parameters, bytes and FLOPs of one configuration.
 
-    - `query_output`: attention parameters that belong to single attention experts (the query and
-      output projections); keys and values are shared by all.
-    - `vectors`: parameters that aren't in matrices (norms, router biases).
-    - `head_matrix`: the output matrix's size, tied or not, because it is multiplied either way.
-    - `query_width`, `key_value_width`: of all heads of one layer together.
+    Attributes:
+        parameters: By part.
+        query_output: Parameters of query and output projections, which belong to single attention
+            experts; keys and values are shared.
+        vectors: Parameters outside matrices (norms, router biases).
+        head_matrix: Size of the output matrix, whether tied or not.
+        num_layers: Decoder layers.
+        num_experts: MLP experts per layer.
+        num_attention_experts: Attention experts per layer.
+        query_width: Of all heads of a layer.
+        key_value_width: Of all heads of a layer.
+        max_positions: Longest sequence.
+        training_rule: Which experts are used in training.
+        inference_rule: Which experts are used at inference.
     """
 
     parameters: Parameters
@@ -61,12 +66,12 @@ class ModelCard:
 
     @property
     def total(self) -> int:
-        """All parameters, tied ones once."""
+        """All parameters; tied ones count once."""
         return sum(self.parameters.as_dict().values())
 
     @property
     def total_without_embeddings(self) -> int:
-        """Without input embeddings and head, which is how DS-MoE's tables count."""
+        """Parameters without input embeddings and head, as in DS-MoE's tables."""
         return self.total - self.parameters.embeddings - self.parameters.head
 
     def active(
@@ -75,12 +80,16 @@ class ModelCard:
         mean_mlp_experts: float | None = None,
         mean_attention_experts: float | None = None,
     ) -> int:
-        """Parameters that one token uses under `rule`, without embeddings and head.
+        """Return the parameters that one token uses, without embeddings and head.
 
-        Under threshold rules the text decides how many experts are on, so measured means per
-        token and layer are needed; only `threshold` switches attention experts off.
+        Args:
+            rule: The inference rule.
+            mean_mlp_experts: Measured mean of active MLP experts per token and layer, for rules
+                with a threshold.
+            mean_attention_experts: The same of attention experts, for `threshold`.
 
-        Raises ConfigError if a mean is missing, out of range, or given where the rule fixes it.
+        Raises:
+            ConfigError: A mean is missing, out of range, or given for a rule that fixes it.
         """
         mlp = self._mlp_share(rule, mean_mlp_experts)
         attention = self._attention_share(rule, mean_attention_experts)
@@ -95,43 +104,52 @@ class ModelCard:
         mean_mlp_experts: float | None = None,
         mean_attention_experts: float | None = None,
     ) -> float:
-        """2 * (active matrix parameters + head) + 4 * layers * active query width * context.
+        """Return 2 * (active matrix parameters + head) + 4 * layers * query width * context.
 
-        `context` is the number of positions that the token attends to, itself included; over a
-        sequence of length T its mean is (T + 1) / 2. The second term is scores and values, two
-        multiply-adds for each query channel and position. Attention experts that are off count as
-        saved, though `DsMoeAttention` computes them and multiplies by zero.
+        The second term counts attention scores and values. Inactive attention experts do not count,
+        although `DsMoeAttention` computes them and multiplies by zero.
+
+        Args:
+            rule: The inference rule.
+            context: Positions that the token attends to, including its own. Over a sequence of
+                length T its mean is (T + 1) / 2.
+            mean_mlp_experts: As for `active`.
+            mean_attention_experts: As for `active`.
+
+        Raises:
+            ConfigError: As `active` does.
         """
         matrices = self.active(rule, mean_mlp_experts, mean_attention_experts) - self.vectors
         width = self._attention_share(rule, mean_attention_experts) * self.query_width
         return 2 * (matrices + self.head_matrix) + 4 * self.num_layers * width * context
 
     def training_flops_per_token(self, sequence_length: int) -> float:
-        """Three forwards (one forward, two for the gradients) under the training rule, in the mean.
+        """Return the mean FLOPs of a forward and backward pass: three forward passes.
 
-        For DS-MoE that is the dense forward. A training rule with a threshold counts as dense,
-        the most that it can be. Recomputation by gradient checkpointing is not counted, as in MFU.
+        A training rule with a threshold counts as dense. Recomputation by gradient checkpointing is
+        not counted, as in MFU.
         """
-        rule = Rule(kind="dense") if _by_text(self.training_rule) else self.training_rule
+        dense = _depends_on_text(self.training_rule)
+        rule = Rule(kind="dense") if dense else self.training_rule
         return 3 * self.forward_flops_per_token(rule, context=(sequence_length + 1) / 2)
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all parameters in `dtype`. Raises ConfigError if the dtype is unknown."""
+        """Return the bytes of all parameters; raises ConfigError for an unknown dtype."""
         return self.total * _dtype_bytes(dtype)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of one token's keys and values. Raises ConfigError if the dtype is unknown."""
+        """Return the bytes of one token's keys and values; raises as `weight_bytes` does."""
         return 2 * self.num_layers * self.key_value_width * _dtype_bytes(dtype)
 
     def active_range(self, rule: Rule) -> tuple[int, int]:
-        """The fewest and most parameters that `active` can give under `rule`, whatever the text."""
-        mlp = 1 if _by_text(rule) and self.num_experts > 1 else None
+        """Return the least and most parameters that `active` can return for any text."""
+        mlp = 1 if _depends_on_text(rule) and self.num_experts > 1 else None
         attention = 1 if rule.kind == "threshold" and self.num_attention_experts > 1 else None
-        fewest = self.active(rule, mlp, attention)
-        return fewest, self.total_without_embeddings if _by_text(rule) else fewest
+        least = self.active(rule, mlp, attention)
+        return least, self.total_without_embeddings if _depends_on_text(rule) else least
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the parts, what is derived from them, and active parameters by rule."""
+        """Return plain values for JSON, with active parameters by rule."""
         return {
             "parameters": self.parameters.as_dict(),
             "total": self.total,
@@ -151,26 +169,26 @@ class ModelCard:
         }
 
     def _mlp_share(self, rule: Rule, mean: float | None) -> float:
-        """The share of MLP experts that is on."""
-        if self.num_experts > 1 and _by_text(rule):
-            return _checked(mean, "mean_mlp_experts", self.num_experts, rule) / self.num_experts
-        _forbid(mean, "mean_mlp_experts", self.num_experts, rule)
+        """Return the fraction of active MLP experts."""
+        if self.num_experts > 1 and _depends_on_text(rule):
+            return _check_mean(mean, "mean_mlp_experts", self.num_experts, rule) / self.num_experts
+        _reject_mean(mean, "mean_mlp_experts", self.num_experts, rule)
         rule.check(self.num_experts)
         return 1.0 if rule.k is None else rule.k / self.num_experts
 
     def _attention_share(self, rule: Rule, mean: float | None) -> float:
-        """The share of attention experts that is on; all unless the rule is `threshold`."""
+        """Return the fraction of active attention experts: all unless the rule is `threshold`."""
         experts = self.num_attention_experts
         if experts > 1 and rule.kind == "threshold":
-            return _checked(mean, "mean_attention_experts", experts, rule) / experts
-        _forbid(mean, "mean_attention_experts", experts, rule)
+            return _check_mean(mean, "mean_attention_experts", experts, rule) / experts
+        _reject_mean(mean, "mean_attention_experts", experts, rule)
         return 1.0
 
 
 def model_card(config: DsMoeConfig) -> ModelCard:
-    """The card of a configuration, whether from a preset, a file or a checkpoint."""
+    """Return the card of a configuration."""
     head_dim, kv_heads = config.head_dim, config.num_key_value_heads
-    assert head_dim is not None  # filled in by the configuration
+    assert head_dim is not None  # set by the configuration
     assert kv_heads is not None
     layers, width = config.num_hidden_layers, config.hidden_size
     query_width, key_value_width = config.num_attention_heads * head_dim, kv_heads * head_dim
@@ -206,7 +224,7 @@ def model_card(config: DsMoeConfig) -> ModelCard:
 
 
 def _router(config: DsMoeConfig, num_experts: int) -> int:
-    """Parameters of one router; its hidden layer has a bias, its output has none."""
+    """Return the parameters of one router, whose hidden layer has a bias."""
     if num_experts == 1:
         return 0
     hidden = config.router_hidden_size
@@ -215,26 +233,26 @@ def _router(config: DsMoeConfig, num_experts: int) -> int:
     return (config.hidden_size + 1) * hidden + hidden * num_experts
 
 
-def _by_text(rule: Rule) -> bool:
+def _depends_on_text(rule: Rule) -> bool:
     return rule.kind in ("threshold", "threshold_top_k")
 
 
-def _checked(mean: float | None, name: str, experts: int, rule: Rule) -> float:
+def _check_mean(mean: float | None, name: str, experts: int, rule: Rule) -> float:
     if mean is None:
         raise ConfigError(
-            f"how many experts {rule} activates depends on the text; "
-            f"give {name}, as measured, between 1 and {experts}"
+            f"the number of experts that {rule} activates depends on the text; "
+            f"give {name}, a measured value between 1 and {experts}"
         )
     if not 1 <= mean <= experts:
         raise ConfigError(f"{name}={mean:g}, but it must be between 1 and {experts}")
     return mean
 
 
-def _forbid(mean: float | None, name: str, experts: int, rule: Rule) -> None:
+def _reject_mean(mean: float | None, name: str, experts: int, rule: Rule) -> None:
     if mean is not None:
         raise ConfigError(
-            f"{name}={mean:g} was given, but {rule} over {experts} experts leaves no mean open; "
-            f"leave {name} out, or ask about a threshold rule"
+            f"{name}={mean:g} was given, but {rule} with {experts} experts determines the number "
+            f"of active experts; leave {name} out, or give a threshold rule"
         )
 
 

@@ -1,9 +1,7 @@
-"""What a DS-MoE model is made of, in transformers' configuration style.
+"""Configuration of DS-MoE models, in transformers' style.
 
-Owns the fields, their defaults, what each may hold, and the check that they don't contradict each
-other: what passes here can be built, so no wrong setting surfaces as a traceback of torch. One
-class serves three kinds of model: a DS-MoE (all experts trained), a sparse MoE baseline
-(`training_rule="top_k:2"`), and a plain dense model (`num_experts=1`).
+A configuration that passes these checks can be built. The same class describes sparse MoE baselines
+(`training_rule="top_k:2"`) and plain dense models (`num_experts=1`).
 """
 
 import math
@@ -16,9 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 
-DEFAULT_OF_NULL = {
-    "num_key_value_heads": ", or null to follow from the other heads",
-    "head_dim": ", or null to follow from the width",
+NULLABLE = {
+    "num_key_value_heads": ", or null to derive it from the other heads",
+    "head_dim": ", or null to derive it from the width",
     "router_hidden_size": ", or null for a linear router",
 }
 SIZES = (
@@ -30,12 +28,12 @@ SIZES = (
     "num_attention_experts",
     "num_experts",
     "max_position_embeddings",
-    *DEFAULT_OF_NULL,
+    *NULLABLE,
 )
 FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _Bound = tuple[Callable[[float], bool], str]
-_AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number from 0 on")
+_AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number of at least 0")
 _ABOVE_0: _Bound = (lambda value: value > 0, "a number above 0")
 NUMBERS: Mapping[str, _Bound] = {
     "routed_scaling_factor": _ABOVE_0,
@@ -45,7 +43,7 @@ NUMBERS: Mapping[str, _Bound] = {
     "z_loss_coef": _AT_LEAST_0,
     "initializer_range": _ABOVE_0,
     "rms_norm_eps": _ABOVE_0,
-    "attention_dropout": (lambda value: 0 <= value < 1, "a number from 0 on and below 1"),
+    "attention_dropout": (lambda value: 0 <= value < 1, "a number of at least 0 and below 1"),
 }
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
@@ -53,19 +51,21 @@ ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 class DsMoeConfig(PreTrainedConfig):
     """Configuration of `DsMoeModel`; sizes as in DS-MoE's Table 1.
 
-    - `num_attention_heads`: query heads in all; with mixture-of-attention-heads (MoA) they are
-      `num_attention_experts * num_key_value_heads`, N_att experts of N_head heads each.
-    - `intermediate_size`: hidden width of *one* expert; the dense twin's is times `num_experts`.
-    - `mlp_type`: `gelu` (two matrices, the paper) or `swiglu` (three).
-    - `router_hidden_size`: None for a linear router, else the hidden width of a two-layer one.
-    - `routed_scaling_factor`: multiplies the MLP experts' weights (DeepSeek's name). Scores over E
-      experts start at 1 / E, and so does the MLP's share of what is learnt; a factor makes up.
-    - `training_rule`, `inference_rule`: see `moefit.moe.routing.Rule`; which experts take part
-      in `model.train()` and in `model.eval()`.
-    - `*_loss_coef`: weights of the router losses, each summed over layers. alpha in the paper is
-      `mlp_mi_loss_coef` and `attention_mi_loss_coef`.
+    Args:
+        num_attention_heads: Query heads of a layer. With a mixture of attention heads (MoA) these
+            are `num_attention_experts * num_key_value_heads`, N_att experts of N_head heads each.
+        intermediate_size: Hidden width of one expert.
+        mlp_type: `gelu` (two matrices, as in the paper) or `swiglu` (three).
+        router_hidden_size: Hidden width of a two-layer router; None for a linear router.
+        routed_scaling_factor: Factor on the MLP experts' weights (DeepSeek's name). It compensates
+            for scores that start at 1 / E.
+        training_rule: Which experts are used in train mode; see `moefit.moe.routing.Rule`.
+        inference_rule: Which experts are used in eval mode.
+        mlp_mi_loss_coef: Weight of a router loss, summed over layers; so are the other
+            `*_loss_coef`. It and `attention_mi_loss_coef` are alpha in the paper.
 
-    Raises ConfigError if a field holds what it cannot, or if sizes contradict each other.
+    Raises:
+        ConfigError: A field has an invalid value, or sizes contradict each other.
     """
 
     model_type = "dsmoe"
@@ -129,15 +129,16 @@ class DsMoeConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         for name in SIZES:
             value = getattr(self, name)
-            optional = name in DEFAULT_OF_NULL and value is None
-            fallback = DEFAULT_OF_NULL.get(name, "")
+            is_null = name in NULLABLE and value is None
+            alternative = NULLABLE.get(name, "")
             _require(
-                optional or (_is_whole(value) and value > 0),
-                f"{name}={value!r}, but it must be a whole number from 1 on{fallback}",
+                is_null or (_is_integer(value) and value > 0),
+                f"{name}={value!r}, but it must be an integer of at least 1{alternative}",
             )
-        for name, (fits, words) in NUMBERS.items():
+        for name, (in_range, words) in NUMBERS.items():
             value = getattr(self, name)
-            _require(_is_real(value) and fits(value), f"{name}={value!r}, but it must be {words}")
+            valid = _is_number(value) and in_range(value)
+            _require(valid, f"{name}={value!r}, but it must be {words}")
         for name in FLAGS:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name}={value!r}, but it must be true or false")
@@ -160,20 +161,20 @@ class DsMoeConfig(PreTrainedConfig):
     def _check_tokens(self) -> None:
         for name in TOKENS:
             value = getattr(self, name)
-            several = name == "eos_token_id" and isinstance(value, list)
-            ids = value if several else [] if value is None else [value]
+            is_list = name == "eos_token_id" and isinstance(value, list)
+            ids = value if is_list else [] if value is None else [value]
             _require(
-                all(_is_whole(token) and token >= 0 for token in ids),
-                f"{name}={value!r}, but a token's id is a whole number from 0 on, or null",
+                all(_is_integer(token) and token >= 0 for token in ids),
+                f"{name}={value!r}, but it must be an integer of at least 0, or null",
             )
         _require(
             self.pad_token_id is None or self.pad_token_id < self.vocab_size,
-            f"pad_token_id={self.pad_token_id} is beyond vocab_size={self.vocab_size}; the "
+            f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; the "
             f"largest that works is {self.vocab_size - 1}",
         )
 
     def _check_rope(self) -> None:
-        """Of what transformers has made of all its spellings of rotary parameters."""
+        """Check rotary parameters after transformers has standardised their names."""
         rope: Mapping[str, Any] = self.rope_parameters or {}
         kind = rope.get("rope_type")
         _require(
@@ -183,16 +184,16 @@ class DsMoeConfig(PreTrainedConfig):
         for name in ("rope_theta", "factor"):
             value = rope.get(name, 1)
             _require(
-                _is_real(value) and value > 0,
+                _is_number(value) and value > 0,
                 f"rope_parameters.{name}={value!r}, but it must be a number above 0",
             )
         try:
             self.validate_rope()
         except (KeyError, TypeError, ValueError) as error:
-            said = error.args[0] if error.args else error
+            reason = error.args[0] if error.args else error
             raise ConfigError(
-                f"rope_parameters={dict(rope)} cannot be used: {said}; add what it names, or use "
-                "rope_type: default, which needs no more"
+                f"rope_parameters={dict(rope)} are invalid: {reason}; add what is missing, or use "
+                "rope_type: default, which needs no further parameters"
             ) from error
 
     def _check_heads(self) -> None:
@@ -214,22 +215,22 @@ class DsMoeConfig(PreTrainedConfig):
             )
         _require(
             heads % kv_heads == 0,
-            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}; the "
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; the "
             f"nearest that works is num_attention_heads={nearest_multiple(heads, kv_heads)}",
         )
 
 
 def nearest_multiple(value: int, step: int) -> int:
-    """The multiple of `step` that is nearest to `value`, and at least `step`."""
+    """Return the multiple of `step` nearest to `value`, at least `step`."""
     return max(1, (value + step // 2) // step) * step
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> TypeGuard[float]:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,10 +1,8 @@
-"""Dense training of a stock model: all experts of a block as one wide MLP, in transformers' hook.
+"""Dense training of transformers' MoE models: all experts of a block as one wide MLP.
 
-Owns the experts implementation `moefit_dense`. After `register_dense_experts()`, any model whose
-experts go through transformers' `ExpertsInterface` computes this way from
-`model.set_experts_implementation("moefit_dense")` on; with `num_experts_per_tok` equal to
-`num_experts` that is DS-MoE's dense training, and the parameters stay the model's own. Knows
-nothing of model families, losses or export.
+After `register_dense_experts()`, `model.set_experts_implementation("moefit_dense")` applies to any
+model whose experts use transformers' `ExpertsInterface`. With `num_experts_per_tok` equal to
+`num_experts` this is DS-MoE's dense training, on the model's own parameters.
 
 Shapes: T tokens, D model width, K chosen per token, E experts.
 """
@@ -22,7 +20,7 @@ DENSE_EXPERTS = "moefit_dense"
 
 
 def register_dense_experts() -> str:
-    """Make `moefit_dense` known to transformers, and give its name; may be called again."""
+    """Register `moefit_dense` with transformers and return its name; may be called repeatedly."""
     ExpertsInterface.register(DENSE_EXPERTS, dense_experts_forward)
     return DENSE_EXPERTS
 
@@ -30,16 +28,24 @@ def register_dense_experts() -> str:
 def dense_experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """y_TD of x_TD, ids_TK and weights_TK; every expert is computed for every token.
+    """Compute every expert for every token, as transformers' `ExpertsInterface` requires.
 
-    Exact for any K, as an expert that was not chosen gets the score zero, but worth its price
-    only for K near E. `experts` is a module that transformers' `use_experts_implementation`
-    decorates, and the other parameters' names are that interface's.
+    Exact for any K, because experts that were not chosen have a score of zero, but efficient only
+    for K near E.
 
-    Raises UnsupportedModelError if the experts are not plain stacked matrices.
+    Args:
+        experts: A module decorated with transformers' `use_experts_implementation`.
+        hidden_states: x_TD.
+        top_k_index: ids_TK.
+        top_k_weights: weights_TK.
+
+    Returns:
+        y_TD.
+
+    Raises:
+        UnsupportedModelError: The experts are not plain stacked matrices.
     """
-    reasons = _unsupported(experts)
-    if reasons:
+    if reasons := _unsupported(experts):
         raise UnsupportedModelError(
             f"{type(experts).__name__} cannot be computed as one wide MLP: {'; '.join(reasons)}. "
             'The nearest that works is model.set_experts_implementation("eager")'
@@ -51,13 +57,13 @@ def dense_experts_forward(
 
 
 def _unsupported(experts: Any) -> list[str]:
-    """What of these experts the wide MLP would get wrong."""
+    """Return the properties of experts that the wide MLP does not support."""
     own_gate = type(experts)._apply_gate is not _default_apply_gate
-    findings = {
+    reasons = {
         "its matrices are stored transposed": experts.is_transposed,
         "its gate and up rows are interleaved": experts.has_gate and not experts.is_concatenated,
         "its gate is not act(gate) * up": experts.has_gate and own_gate,
         "it adds biases": experts.has_bias,
         "it normalises each expert's output": experts.has_post_expert_norm,
     }
-    return [finding for finding, found in findings.items() if found]
+    return [reason for reason, applies in reasons.items() if applies]

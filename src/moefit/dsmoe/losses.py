@@ -1,7 +1,4 @@
-"""Training objective of DS-MoE and the router statistics that are logged.
-
-The mutual-information loss on router logits, the load-balancing and z losses of the baselines, the
-weighted sum with next-token cross-entropy, and a few numbers that describe what routers do.
+"""Losses of language model and routers, and the router statistics that are logged.
 
 Shapes: T tokens, E experts, B sequences, V vocabulary.
 """
@@ -17,32 +14,37 @@ from moefit.moe.routing import Rule, active_experts
 
 
 def entropies(logits_TE: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """H(e) of the mean routing and the mean of H(e|x), in nats; both differentiable scalars.
+    """Return H(e) of the mean routing and the mean of H(e|x) in nats (DS-MoE eq. 5-6).
 
-    DS-MoE eq. 5-6. Padding (real_T False) counts neither in the sums nor in the divisor.
+    Args:
+        logits_TE: Router logits.
+        real_T: False for padding tokens, which do not count; None if there are none.
+
+    Returns:
+        Two differentiable scalars.
     """
     if real_T is not None:
         logits_TE = logits_TE[real_T]
     log_p_TE = F.log_softmax(logits_TE.float(), dim=-1)
     p_TE = log_p_TE.exp()
-    count = max(1, p_TE.shape[0])  # a batch of nothing but padding has no entropy, not NaN
+    count = max(1, p_TE.shape[0])  # a batch of padding alone has entropy 0, not NaN
     conditional = -(p_TE * log_p_TE).sum() / count
     p_E = p_TE.sum(0) / count
-    # The floor keeps 0 * log 0 at 0 and its gradient finite; it is below float32's smallest p.
+    # Clamping keeps 0 * log 0 at 0 and its gradient finite.
     marginal = -(p_E * p_E.clamp_min(torch.finfo(p_E.dtype).tiny).log()).sum()
     return marginal, conditional
 
 
 def mutual_information_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
-    """L_MI = -H(e) + mean H(e|x) = -I(x; e), between -ln E and 0 (DS-MoE eq. 4)."""
+    """Return -H(e) + mean H(e|x) = -I(x; e), between -ln E and 0 (DS-MoE eq. 4)."""
     marginal, conditional = entropies(logits_TE, real_T)
     return conditional - marginal
 
 
 def load_balancing_loss(logits_TE: Tensor, k: int, real_T: Tensor | None = None) -> Tensor:
-    """Switch Transformer's E * sum_i f_i P_i (arXiv 2101.03961, eq. 4-6), f over top-k choices.
+    """Return Switch Transformer's E * sum_i f_i P_i (arXiv 2101.03961, eq. 4-6).
 
-    Equals k when both are uniform.
+    f counts the top-k choices; the loss is k if f and P are uniform.
     """
     if real_T is not None:
         logits_TE = logits_TE[real_T]
@@ -55,7 +57,7 @@ def load_balancing_loss(logits_TE: Tensor, k: int, real_T: Tensor | None = None)
 
 
 def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
-    """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
     if real_T is not None:
         logits_TE = logits_TE[real_T]
     return logits_TE.float().logsumexp(-1).square().sum() / max(1, logits_TE.shape[0])
@@ -63,10 +65,14 @@ def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterLossWeights:
-    """Weights of the router losses; zero switches a loss off.
+    """Weights of the router losses; zero disables a loss.
 
-    `mlp_mi` and `attention_mi` are the paper's alpha. `load_balancing` and `z` act on the MLP
-    routers; `k` is the number of experts that load balancing counts as chosen.
+    Attributes:
+        mlp_mi: alpha of the DS-MoE paper for MLP routers.
+        attention_mi: The same for attention routers.
+        load_balancing: For MLP routers.
+        z: For MLP routers.
+        k: Experts that load balancing counts as chosen.
     """
 
     mlp_mi: float = 0.0
@@ -77,7 +83,7 @@ class RouterLossWeights:
 
 
 def language_model_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats; a label of -100 is not predicted."""
+    """Return the mean next-token cross-entropy in nats; labels of -100 are ignored."""
     logits_RV = logits_BTV[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits_RV.float(), labels_BT[:, 1:].flatten())
 
@@ -89,10 +95,14 @@ def router_loss(
     real_T: Tensor | None = None,
     mi_scale: Tensor | float = 1.0,
 ) -> Tensor:
-    """The weighted router losses of all layers, a scalar; zero without routers.
+    """Return the weighted sum of the router losses of all layers; zero without routers.
 
-    mlp_logits, attention_logits: one [.., E] per layer, tokens in the order of real_T, which is
-    False where a token is padding. mi_scale multiplies both MI weights (a schedule's business).
+    Args:
+        mlp_logits: [.., E] by layer.
+        attention_logits: [.., E] by layer.
+        weights: Weights of the losses.
+        real_T: False for padding tokens, in the order of the logits; None if there are none.
+        mi_scale: Factor on both MI weights.
     """
     total = torch.zeros((), device=mlp_logits[0].device if mlp_logits else None)
     for logits in mlp_logits:
@@ -112,21 +122,25 @@ def router_loss(
 
 
 def router_statistics(logits: Sequence[Tensor], epsilon: float) -> dict[str, float]:
-    """Means over layers of the routers' statistics on one batch; empty without routers.
+    """Return statistics of one batch, averaged over layers; empty without routers.
 
-    - `h_e`, `h_e_given_x`: entropies H(e) and H(e|x) divided by ln E: 1 is uniform.
-    - `mi`: their difference, I(x; e) / ln E: 1 is balanced and decided.
-    - `active`: share of experts with E * S > epsilon.
-    - `dead`: share of experts whose mean score is below a tenth of the uniform 1 / E.
+    - `h_e`, `h_e_given_x`: entropies H(e) and H(e|x) divided by ln E; 1 is uniform.
+    - `mi`: their difference, I(x; e) / ln E.
+    - `active`: fraction of experts with E * S > epsilon.
+    - `dead`: fraction of experts whose mean score is below a tenth of 1 / E.
+
+    Args:
+        logits: Router logits [.., E] by layer.
+        epsilon: Threshold of `active`.
     """
     if not logits:
         return {}
-    rows = torch.stack([_one(layer.detach().flatten(0, -2), epsilon) for layer in logits])
+    rows = [_layer_statistics(layer.detach().flatten(0, -2), epsilon) for layer in logits]
     names = ("h_e", "h_e_given_x", "mi", "active", "dead")
-    return dict(zip(names, rows.mean(0).tolist(), strict=True))
+    return dict(zip(names, torch.stack(rows).mean(0).tolist(), strict=True))
 
 
-def _one(logits_TE: Tensor, epsilon: float) -> Tensor:
+def _layer_statistics(logits_TE: Tensor, epsilon: float) -> Tensor:
     num_experts = logits_TE.shape[-1]
     scale = torch.log(torch.tensor(float(num_experts), device=logits_TE.device))
     marginal, conditional = (h / scale for h in entropies(logits_TE))

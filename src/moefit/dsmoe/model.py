@@ -1,8 +1,7 @@
 """DS-MoE as a transformers model: decoder layer, base model and language-model head.
 
-Owns the order of operations and the parameter names. Which experts take part is a `Rule`, taken
-from the configuration on every forward: `training_rule` in train mode, `inference_rule` in eval
-mode. Knows nothing of data, optimisers or serving.
+The `Rule` by which experts are chosen is read from the configuration in each forward pass:
+`training_rule` in train mode, `inference_rule` in eval mode.
 
 Shapes: B sequences, T tokens, D model width, V vocabulary, L layers, E experts.
 """
@@ -33,11 +32,11 @@ from moefit.moe.routing import Rule
 
 
 class DsMoeRotaryEmbedding(OlmoeRotaryEmbedding):
-    """Rotary position angles, transformers' own."""
+    """transformers' rotary position embedding."""
 
 
 class DsMoeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and MoE block, each with a residual."""
+    """Pre-norm attention and MoE block, each with a residual connection."""
 
     def __init__(self, config: DsMoeConfig, layer_idx: int):
         super().__init__()
@@ -55,13 +54,13 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         allowed_BE: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Compute the layer; arguments as for `DsMoeAttention` and `DsMoeBlock`."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rule=rule, **kwargs)[0]
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T, allowed_BE)
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
-    """What transformers must know of the family."""
+    """Base class: initialisation, and the features that transformers asks about."""
 
     config: DsMoeConfig
     base_model_prefix = "model"
@@ -79,12 +78,12 @@ class DsMoePreTrainedModel(PreTrainedModel):
     }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Our own forward unless another is asked for; transformers would take grouped_mm."""
+        """Return the experts implementation, by default this model's own, not grouped_mm."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in this file's source; the experts are in block.py.
+        # transformers searches this file for the decorator, which is in block.py.
         return True
 
     @torch.no_grad()
@@ -126,12 +125,23 @@ class DsMoeModel(DsMoePreTrainedModel):
         allowed_LBE: Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """input_ids [B, T] or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D].
+        """Compute the last hidden state [B, T, D]; other arguments as in transformers.
 
-        rule: which experts take part in this forward, if others than the configuration says.
-        allowed_LBE: per layer and sequence, False for MLP experts that may not be chosen; the rule
-        then chooses among the others, as `moe.routing.route_allowed` does.
-        Raises ValueError for both inputs or none, ConfigError for an unknown rule.
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, cached + T].
+            position_ids: [B, T].
+            past_key_values: The KV cache.
+            inputs_embeds: [B, T, D], instead of `input_ids`.
+            use_cache: Whether to return a KV cache.
+            rule: Which experts are used; None for the configuration's rule.
+            allowed_LBE: False for MLP experts that a sequence may not use. The rule then chooses
+                among the others; see `moe.routing.route_allowed`.
+            kwargs: Passed on to the layers.
+
+        Raises:
+            ValueError: Both or neither of `input_ids` and `inputs_embeds` are given.
+            ConfigError: The rule is unknown.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -166,14 +176,14 @@ class DsMoeModel(DsMoePreTrainedModel):
 
 
 def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The padding mask [B, cached + T] as a flat real_T over this forward's tokens."""
+    """Return real_T, False for padding, of the last `length` tokens of a mask [B, cached + T]."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:].flatten().bool()
 
 
 class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
-    """DS-MoE with a language-model head; `generate`, `save_pretrained` and the rest work."""
+    """DS-MoE with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -184,9 +194,10 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def set_inference_rule(self, rule: str | Rule) -> str:
-        """Use `rule` in eval mode from now on; gives back the rule that it replaces.
+        """Set the rule of eval mode and return the previous one.
 
-        Raises ConfigError if the rule is unknown or asks for more experts than there are.
+        Raises:
+            ConfigError: The rule is unknown or selects more experts than there are.
         """
         rule = Rule.parse(rule) if isinstance(rule, str) else rule
         rule.check(self.config.num_experts)
@@ -203,14 +214,21 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V].
+        """Compute logits and, with labels, the loss.
 
-        With labels [B, T] (-100 is not predicted) also `loss`, cross-entropy plus the router
-        losses weighted by the configuration, and `aux_loss`, the router losses alone. Asked for
-        `output_router_logits`, also `router_logits` and `attention_router_logits`, one tensor a
-        layer.
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, cached + T].
+            labels: [B, T]; -100 is ignored.
+            output_router_logits: Whether to return `router_logits` and `attention_router_logits`,
+                one tensor per layer.
+            logits_to_keep: Number of last positions, or their indices; 0 for all.
+            kwargs: Arguments of `DsMoeModel.forward`.
+
+        Returns:
+            `logits` [B, T, V]. With labels also `loss`, cross-entropy plus weighted router losses,
+            and `aux_loss`, the router losses alone.
         """
-        weights = router_loss_weights(self.config)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         output_router_logits = output_router_logits or labels is not None  # the losses need them
@@ -232,7 +250,10 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         if labels is not None:
             real_T = _real_tokens(attention_mask, labels.shape[1])
             aux_loss = router_loss(
-                routers["router_logits"], routers["attention_router_logits"], weights, real_T
+                routers["router_logits"],
+                routers["attention_router_logits"],
+                router_loss_weights(self.config),
+                real_T,
             )
             loss = language_model_loss(logits, labels) + aux_loss
         output = MoeCausalLMOutputWithPast(
@@ -243,13 +264,13 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
-        for name, captured in routers.items():
-            output[name] = captured
+        for name, logits_by_layer in routers.items():
+            output[name] = logits_by_layer
         return output
 
 
 def router_loss_weights(config: DsMoeConfig) -> RouterLossWeights:
-    """The configuration's router losses; load balancing counts the training rule's top k."""
+    """Return the configuration's loss weights; load balancing counts the training rule's top k."""
     return RouterLossWeights(
         mlp_mi=config.mlp_mi_loss_coef,
         attention_mi=config.attention_mi_loss_coef,
@@ -260,7 +281,7 @@ def router_loss_weights(config: DsMoeConfig) -> RouterLossWeights:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know DS-MoE; may be called again."""
+    """Register DS-MoE with transformers' Auto classes; may be called repeatedly."""
     AutoConfig.register("dsmoe", DsMoeConfig, exist_ok=True)
     AutoModel.register(DsMoeConfig, DsMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(DsMoeConfig, DsMoeForCausalLM, exist_ok=True)

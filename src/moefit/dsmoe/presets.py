@@ -1,18 +1,15 @@
-"""Models by name: the paper's Table 1 (arXiv 2404.05567) and small ones for tests and one machine.
+"""Model presets: the paper's Table 1 (arXiv 2404.05567), and small models for one machine.
 
-Owns the numbers of each named model, as plain data, and the looking up of names. What the numbers
-mean and whether they fit each other is the configuration's business.
+These values are not in the paper:
 
-Not printed in the paper and chosen here:
-
-- The router's hidden width of 512 in DS-MoE: the totals of all six printed sizes fit it, and none
-  fits a linear router. SMoE gets the linear router that is usual for it; its printed totals
-  would fit 512 (1B, 1.5B) and 1024 (5B) better, see tests/dsmoe/test_card.py.
-- Vocabulary 50257, CodeGen's without its added runs of white space (50295 with them), and input
-  and output embeddings apart: both fit the memory figures of Table 7.
-- `threshold:0.48`: the paper's only printed epsilon, of its Figure 5. For speed it uses top_k:6
-  (3B) and top_k:4 (6B) instead.
-- The weight 0.01 of SMoE's balance loss, Switch Transformer's own.
+- The router's hidden width of 512 in DS-MoE. The totals of all six sizes match it, and none matches
+  a linear router. SMoE has the usual linear router, although its totals match 512 (1B, 1.5B) and
+  1024 (5B) better; see tests/dsmoe/test_card.py.
+- The vocabulary of 50257 (CodeGen's without its tokens for white space) and untied embeddings: both
+  match the memory figures of Table 7.
+- `threshold:0.48`, the only epsilon in the paper (Figure 5). For speed it uses top_k:6 (3B) and
+  top_k:4 (6B).
+- The weight 0.01 of SMoE's load-balancing loss, which is Switch Transformer's.
 """
 
 import difflib
@@ -88,8 +85,8 @@ _SMALL: _Fields = {
     "num_hidden_layers": 8,
     "intermediate_size": 72,
 }
-# Small models in short trainings need a larger alpha than the paper's to decide at all, and a
-# factor to learn as fast as their dense twin: docs/lab-log.md.
+# In short runs, small models need a larger alpha than the paper's to concentrate routing, and the
+# factor to learn as fast as a dense model of their size: docs/lab-log.md.
 _SMALL_DSMOE: _Fields = {**_DSMOE, "mlp_mi_loss_coef": 0.003, "routed_scaling_factor": 16.0}
 
 _PRESETS: Mapping[str, _Fields] = {
@@ -133,28 +130,29 @@ _PRESETS: Mapping[str, _Fields] = {
 
 
 def preset_names() -> tuple[str, ...]:
-    """All names that `preset` knows, the paper's models first."""
+    """Return the names of all presets, the paper's models first."""
     return tuple(_PRESETS)
 
 
 def field_names() -> tuple[str, ...]:
-    """The fields of DsMoeConfig itself, without those that transformers keeps for its own use."""
+    """Return the fields of DsMoeConfig that it does not inherit from transformers."""
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return tuple(field.name for field in fields(DsMoeConfig) if field.name not in inherited)
 
 
 def preset(name: str, **overrides: Any) -> DsMoeConfig:
-    """The named configuration, a new one each time, with some fields replaced.
+    """Return a preset's configuration with some fields replaced.
 
-    Raises ConfigError if there is no such name or field, or if sizes then contradict each other.
+    Raises:
+        ConfigError: The preset or a field is unknown, or the configuration is invalid.
 
     >>> preset("dsmoe-small", num_hidden_layers=2).num_hidden_layers
     2
     """
     if name not in _PRESETS:
         raise ConfigError(
-            f"{name!r} is not a preset{_nearest(name, preset_names())}; "
-            f"there are {', '.join(preset_names())}"
+            f"{name!r} is not a preset{_suggestion(name, preset_names())}; "
+            f"use one of {', '.join(preset_names())}"
         )
     check_fields(overrides)
     return DsMoeConfig(**{**_PRESETS[name], **overrides})
@@ -166,11 +164,11 @@ def check_fields(settings: Mapping[str, Any]) -> None:
     for field in settings:
         if field not in known:
             raise ConfigError(
-                f"{field!r} is not a field of a model{_nearest(field, known)}; "
-                f"there are {', '.join(known)}"
+                f"{field!r} is not a field of a model{_suggestion(field, known)}; "
+                f"use one of {', '.join(known)}"
             )
 
 
-def _nearest(given: str, known: tuple[str, ...]) -> str:
+def _suggestion(given: str, known: tuple[str, ...]) -> str:
     found = difflib.get_close_matches(given, known, n=1)
     return f", did you mean {found[0]!r}?" if found else ""

@@ -18,35 +18,32 @@ from moefit.serve.model import ServedModel
 
 
 def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel | None:
-    """The model that `served` would be in its own precision; None if both together have no room.
+    """Load the same model at native precision, with what the budget leaves.
 
-    settings: those that `served` was loaded with.
+    Args:
+        served: The model to compare.
+        settings: Settings that `served` was loaded with.
+
+    Returns:
+        The model in exact mode; None if both do not fit together.
     """
     device, budget = served.model.device, served.budget
     held = held_bytes(device)
-    total = held + _available_bytes(device) if budget.total is None else budget.total
-    taken = (
-        total if settings.precision == AUTO_PRECISION else budget.total_for_slots(budget.slots())
-    )
-    alike = replace(
+    available = torch.cuda.mem_get_info(device)[0] if device.type != "cpu" else available_bytes()
+    total = held + available if budget.total is None else budget.total
+    used = total if settings.precision == AUTO_PRECISION else budget.total_for_slots(budget.slots())
+    native = replace(
         settings,
-        memory=held + total - taken,
+        memory=held + total - used,
         mode="exact",
         precision=NATIVE_PRECISION,
         dense_precision=NATIVE_PRECISION,
         generation_config=IGNORE,
     )
     try:
-        return load_model(served.folder, alike)
+        return load_model(served.folder, native)
     except BudgetTooSmallError:
         return None
-
-
-def _available_bytes(device: torch.device) -> int:
-    """What the machine, or this process's control group, could still give."""
-    if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_bytes()
 
 
 Baseline = Literal["norm", "frequency", "importance", "random"]
@@ -55,16 +52,26 @@ Baseline = Literal["norm", "frequency", "importance", "random"]
 def fix_residents(
     served: ServedModel, kind: Baseline, *, calibration_ids_T: Tensor | None = None, seed: int = 0
 ) -> Mapping[str, list[int]]:
-    """Choose and load a fixed set that fills the slots; the mode is virtual and nothing changes.
+    """Load a fixed set of experts that fills the slots, and use it in virtual mode.
 
-    calibration_ids_T: tokens for `frequency` and `importance`, run exactly, once.
-    Raises ConfigError for another kind, or without calibration tokens where they are needed.
+    Args:
+        served: The model.
+        kind: How experts are ranked: by the norm of their weights, by how often they are chosen,
+            by SwapMoE's importance, or randomly.
+        calibration_ids_T: Tokens for `frequency` and `importance`, processed once in exact mode.
+        seed: For `random`.
+
+    Returns:
+        The resident experts by block.
+
+    Raises:
+        ConfigError: The kind is unknown, or calibration tokens are missing.
     """
     if kind not in get_args(Baseline):
         raise ConfigError(f"baseline {kind!r} is not one of {', '.join(get_args(Baseline))}")
     if kind in ("frequency", "importance"):
         if calibration_ids_T is None:
-            raise ConfigError(f"baseline {kind} counts on a text; give some to calibrate on")
+            raise ConfigError(f"baseline {kind} needs calibration_ids_T, tokens to calibrate on")
         served.set_mode("exact", residency="manager")
         served.reset()
         served.model(input_ids=calibration_ids_T[None].to(served.model.device), use_cache=False)
@@ -79,7 +86,7 @@ def fix_residents(
 
 
 def _orders(served: ServedModel, kind: Baseline, seed: int) -> dict[str, list[int]]:
-    """Each block's experts, the one to keep longest first."""
+    """Return each block's experts in descending order of rank."""
     if kind == "random":
         generator = random.Random(seed)
         return {

@@ -1,7 +1,7 @@
-"""From what a person calls a model to the model itself.
+"""Find and load models by the MODEL argument of the command line.
 
-Owns the meaning of MODEL on the command line: the word `reference` (the shipped model), a model
-folder, or a training run's folder (its last checkpoint). Knows nothing of what is done with it.
+MODEL is `reference` (the shipped model), a model folder, or a training run's folder, which stands
+for its last checkpoint.
 """
 
 from collections.abc import Sequence
@@ -39,15 +39,19 @@ ARCHITECTURES = ("dsmoe", "olmoe")
 
 
 def reference_path() -> Path:
-    """The folder of the model that ships with moefit."""
+    """Return the folder of the model that ships with moefit."""
     return Path(moefit.__file__).parent / "reference_model"
 
 
 def locate(model: str) -> Path:
-    """The model folder that `model` means.
+    """Return the folder of a model.
 
-    Raises CheckpointError if there is none, or weights of another kind; UnsupportedModelError if
-    it is an adapter.
+    Args:
+        model: `reference`, a model folder or a training run's folder.
+
+    Raises:
+        CheckpointError: There is no such model, or its weights have an unsupported format.
+        UnsupportedModelError: It is an adapter.
     """
     if model == REFERENCE:
         return reference_path()
@@ -55,7 +59,7 @@ def locate(model: str) -> Path:
     if (path / "config.json").is_file():
         return path
     refuse_adapter(path)
-    from moefit.train import checkpoint  # a process that serves a model folder needs none of it
+    from moefit.train import checkpoint  # not needed to serve a model folder
 
     found = checkpoint.checkpoints(path)
     if found:
@@ -67,12 +71,12 @@ def locate(model: str) -> Path:
         )
     if path.suffix in (".safetensors", ".json") and (path.parent / "config.json").is_file():
         raise CheckpointError(
-            f"{model!r} is one file of a model; give the folder that it is in, {str(path.parent)!r}"
+            f"{model!r} is one file of a model; give its folder, {str(path.parent)!r}"
         )
     if (found := other_weights(path)) is not None:
-        raise CheckpointError(f"{model!r} is no model folder (it has no config.json): {found}")
+        raise CheckpointError(f"{model!r} is not a model folder (it has no config.json): {found}")
     raise CheckpointError(
-        f"{model!r} holds neither a model (config.json) nor a finished checkpoint "
+        f"{model!r} contains neither a model (config.json) nor a finished checkpoint "
         f"({checkpoint.PREFIX}*/{checkpoint.MANIFEST})"
     )
 
@@ -80,37 +84,47 @@ def locate(model: str) -> Path:
 def load_full_model(
     model: str, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[DsMoeForCausalLM | OlmoeForCausalLM, PreTrainedTokenizerBase]:
-    """The model in eval mode and its tokenizer; dtype None is the checkpoint's own.
+    """Load a DS-MoE or OLMoE model as a whole.
 
-    Raises CheckpointError if it is missing or damaged, or its weights are others than those that
-    its configuration describes; UnsupportedModelError if it is quantised, or of a family that this
-    half of moefit doesn't know; ConfigError if there is no such device.
+    Args:
+        model: As for `locate`.
+        device: Where to load it.
+        dtype: Data type of the weights; None for the checkpoint's own.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or weights and configuration do not match.
+        UnsupportedModelError: It is quantised or of another family.
+        ConfigError: The device does not exist.
     """
-    place = parse_device(device)
+    target = parse_device(device)
     path = locate(model)
-    _verify(path)
-    check_family(path)
-    refuse_adapter(path)
-    refuse_stored(path)
-    loaded, tokenizer = _weights(path, dtype), read_tokenizer(path)
-    if isinstance(loaded, OlmoeForCausalLM) and not _grouped_mm_fits(loaded):
-        loaded.set_experts_implementation("eager")
-    loaded.to(place)  # pyright: ignore[reportArgumentType]
-    return loaded.eval(), tokenizer
-
-
-def _verify(path: Path) -> None:
-    """Compare a training run's checkpoint with its checksums; other folders have none."""
     from moefit.train import checkpoint
 
     if (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify(path)
+    check_family(path)
+    refuse_adapter(path)
+    refuse_stored(path)
+    loaded, tokenizer = _load_weights(path, dtype), read_tokenizer(path)
+    sizes = loaded.config.hidden_size, loaded.config.intermediate_size
+    if isinstance(loaded, OlmoeForCausalLM) and any(size % 8 for size in sizes):
+        loaded.set_experts_implementation("eager")  # torch's grouped product needs multiples of 8
+    loaded.to(target)  # pyright: ignore[reportArgumentType]
+    return loaded.eval(), tokenizer
 
 
 def config_of(model: str) -> DsMoeConfig:
-    """The configuration of a preset or of what `model` means; no weights are read.
+    """Return the configuration of a preset or a DS-MoE model without reading weights.
 
-    Raises ConfigError, naming the nearest preset, if it is neither; otherwise as `check_family`.
+    Args:
+        model: A preset's name, or as for `locate`.
+
+    Raises:
+        ConfigError: It is neither; the message names the nearest preset.
+        MoefitError: As `check_family` does.
     """
     if model in preset_names():
         return preset(model)
@@ -123,13 +137,14 @@ def config_of(model: str) -> DsMoeConfig:
 
 
 def check_family(path: Path, known: Sequence[str] = ARCHITECTURES) -> str:
-    """The family of the model in `path`, which is one of `known`; its configuration is sound.
+    """Check a model's configuration and return its family, one of `known`.
 
-    Raises CheckpointError if config.json cannot be read, ConfigError if it contradicts itself,
-    UnsupportedModelError for another family.
+    Raises:
+        CheckpointError: config.json cannot be read.
+        ConfigError: It contradicts itself.
+        UnsupportedModelError: The model is of another family.
     """
-    values, _ = _configuration(path, known)
-    return values["model_type"]
+    return _configuration(path, known)[0]["model_type"]
 
 
 def _configuration(
@@ -140,16 +155,16 @@ def _configuration(
     family = values.get("model_type")
     if family not in known:
         raise UnsupportedModelError(
-            f"{path} is a {family!r} model; this command knows {' and '.join(known)}"
+            f"{path} is a {family!r} model; this command supports {' and '.join(known)}"
         )
     return values, config_from(values, path)
 
 
-def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeForCausalLM:
+def _load_weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeForCausalLM:
     values, config = _configuration(path)
     if any((path / name).is_file() for name in (SINGLE, INDEX)):
         with Checkpoint(path) as files:
-            _refuse_other_numbers(values, config, files)
+            _check_sizes(values, config, files)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             path,
@@ -157,27 +172,27 @@ def _weights(path: Path, dtype: torch.dtype | None) -> DsMoeForCausalLM | OlmoeF
             generation_config=_generation_config(path, config),
             dtype=dtype or "auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             trust_remote_code=False,
         )
     except MoefitError:
         raise
-    except Exception as error:  # whatever a damaged file leads transformers to
+    except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"the model in {path} cannot be read: {in_brief(error)}") from error
     if differences := _differences(found):
         raise CheckpointError(
-            f"the weights in {path} are not those of its config.json: {'; '.join(differences)}. "
-            "Without them it would compute with random numbers; give the config.json that was "
+            f"the weights in {path} do not match its config.json: {'; '.join(differences)}. "
+            "transformers would replace them by random numbers; give the config.json that was "
             "saved together with the weights"
         )
-    assert isinstance(loaded, DsMoeForCausalLM | OlmoeForCausalLM), "check_family() saw to this"
+    assert isinstance(loaded, DsMoeForCausalLM | OlmoeForCausalLM), "check_family() ensures this"
     return loaded
 
 
 def _generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
-    """Return the model's generation settings; its special tokens if the file cannot be used.
+    """Return the model's generation settings; only its special tokens if the file is damaged.
 
-    Measurements generate nothing; for commands that do, `use_generation_config` names the damage.
+    Commands that generate text report the damage with `use_generation_config`.
     """
     try:
         return GenerationConfig.from_pretrained(path)
@@ -185,23 +200,21 @@ def _generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig
         return GenerationConfig.from_model_config(config)
 
 
-def _refuse_other_numbers(
-    values: dict[str, Any], config: PreTrainedConfig, files: Checkpoint
-) -> None:
-    """Raise CheckpointError before weights are allocated that the files don't have."""
+def _check_sizes(values: dict[str, Any], config: PreTrainedConfig, files: Checkpoint) -> None:
+    """Raise CheckpointError before weights are allocated that the files do not contain."""
     refuse_absurd_counts(values, files)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a family's code meets numbers that it does not expect
+    except Exception as error:  # models raise many types for unexpected numbers
         raise CheckpointError(
-            f"{files.folder / CONFIG} describes no model that can be built: {in_brief(error)}"
+            f"no model can be built from {files.folder / CONFIG}: {in_brief(error)}"
         ) from error
     refuse_other_size(model, files)
 
 
 def _differences(found: dict[str, Any]) -> list[str]:
-    """What transformers passes over in silence: too few weights, too many, of other shapes."""
+    """Describe weights that are missing, unexpected or of other shapes."""
     shapes = [
         f"{name} is {list(stored)}, not {list(expected)}"
         for name, stored, expected in sorted(found["mismatched_keys"])
@@ -217,8 +230,3 @@ def _differences(found: dict[str, Any]) -> list[str]:
         for kind, names in kinds.items()
         if names
     ]
-
-
-def _grouped_mm_fits(model: OlmoeForCausalLM) -> bool:
-    """Whether transformers' default for experts can compute these widths."""
-    return model.config.hidden_size % 8 == 0 and model.config.intermediate_size % 8 == 0

@@ -1,8 +1,7 @@
-"""The text that a model is scored on, as tokens.
+"""Tokenise the text that a model is scored on.
 
-Owns the default: the held-out part of the running Python's standard library, which is held out
-by file name, so that it is the same files on every machine and none that a model trained on the
-standard library has seen.
+The default is the held-out part of the running Python's standard library. Files are held out by
+name, so no model of moefit that was trained on the standard library has seen them.
 """
 
 from collections.abc import Iterable
@@ -18,15 +17,25 @@ from moefit.train.data.split import split
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:
-    """The held-out standard library."""
+    """Return the held-out standard library.
+
+    Args:
+        tokenizer: The model's.
+        context: Tokens per window.
+        max_tokens: Most tokens to predict; None for all.
+    """
     documents = split(DataConfig()).held_out()
-    return _text((document.text for document in documents), tokenizer, context, max_tokens)
+    return _tokenize((document.text for document in documents), tokenizer, context, max_tokens)
 
 
 def text_of_file(
     path: Path, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
 ) -> Text:
-    """One UTF-8 file. Raises DataError if it can't be read."""
+    """Return a UTF-8 file; other arguments as for `held_out_text`.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -36,19 +45,18 @@ def text_of_file(
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return _text([text], tokenizer, context, max_tokens)
+    return _tokenize([text], tokenizer, context, max_tokens)
 
 
-def _text(
+def _tokenize(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     max_tokens: int | None,
 ) -> Text:
-    """Documents one after the other, each ended by the end-of-text token, as in training.
+    """Concatenate documents, each followed by the end-of-text token if there is one.
 
-    As there, `<|endoftext|>` in a text is read as any other text. A tokenizer without such a
-    token leaves the documents unseparated.
+    As in training, `<|endoftext|>` in a text is encoded as plain text.
     """
     ids: list[int] = []
     text_bytes = 0

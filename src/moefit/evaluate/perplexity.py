@@ -1,10 +1,6 @@
-"""Perplexity of a model on a text, under each inference rule asked for.
+"""Perplexity of a model on a text, and the active experts and parameters, by inference rule.
 
-Owns how held-out text is cut (windows of `context` tokens, every token but the first a target
-exactly once) and what a rule costs (experts and parameters active per token, measured). What a
-family of models makes of a rule is in `subject.py`. Knows nothing of training.
-
-Shapes: B sequences, T tokens, E experts.
+Shapes: B sequences, T tokens, R predicted tokens.
 """
 
 import math
@@ -20,19 +16,29 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moefit.errors import DataError
-from moefit.evaluate.subject import EvaluatedModel, evaluated_model
+from moefit.evaluate.evaluated_model import EvaluatedModel, evaluated_model
 from moefit.moe.routing import Rule, active_experts
 from moefit.serve.hf.guards import refuse_no_numbers
 
 Progress = Callable[[str, int, int], None]
-"""Hears a rule, and how many tokens of how many are done."""
+"""Called with a rule and the number of tokens, done and in total."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What one rule gave. Loss in nats per token; tokens/s are of this evaluation (prefill).
+    """Result for one inference rule.
 
-    `active_parameters` is without embeddings and head, as in the DS-MoE paper, a mean per token.
+    Attributes:
+        rule: The rule.
+        loss: Nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: Of the text in UTF-8.
+        tokens: Predicted tokens.
+        mlp_experts: Mean active MLP experts per token and layer.
+        attention_experts: Mean active attention experts per token and layer.
+        active_parameters: Mean per token, without embeddings and head, as in the DS-MoE paper.
+        active_share: The same as a fraction of all.
+        tokens_per_second: Of this evaluation, so of prefill.
     """
 
     rule: str
@@ -47,16 +53,20 @@ class Score:
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A tokenised text, the UTF-8 bytes it had, and the context length it is read in.
+    """A tokenised text, divided into windows.
 
-    With `max_tokens`, about that many are targets, in windows spread over the text; never more,
-    unless one window has more.
+    Attributes:
+        ids_T: Its tokens.
+        text_bytes: Its size in UTF-8.
+        context: Targets per window.
+        max_tokens: Most targets, in windows spread over the text; at least one window.
+        batch_size: Windows per batch.
     """
 
     ids_T: Tensor
@@ -67,20 +77,20 @@ class Text:
 
     @property
     def targets(self) -> int:
-        """How many tokens `batches` gives to predict."""
+        """Number of tokens to predict."""
         return sum(len(window_T) - 1 for window_T in self._windows())
 
     def batches(self) -> Iterator[Tensor]:
-        """ids [B, context + 1]; neighbours share one token, so all but the first are targets."""
+        """Yield token ids [B, context + 1]; adjacent windows share one token."""
         found = [torch.from_numpy(window_T) for window_T in self._windows()]
-        whole = found if len(found[-1]) == self.context + 1 else found[:-1]
-        for first in range(0, len(whole), self.batch_size):
-            yield torch.stack(whole[first : first + self.batch_size])
-        if len(whole) < len(found):
+        full = found if len(found[-1]) == self.context + 1 else found[:-1]
+        for first in range(0, len(full), self.batch_size):
+            yield torch.stack(full[first : first + self.batch_size])
+        if len(full) < len(found):
             yield found[-1][None]
 
     def _windows(self) -> Iterator[np.ndarray]:
-        from moefit.train.data.batches import windows  # serving imports this module, not that one
+        from moefit.train.data.batches import windows  # serving imports this module without it
 
         return windows(self.ids_T.numpy(), self.context, self.max_tokens)
 
@@ -92,22 +102,29 @@ def score(
     rules: Sequence[Rule],
     progress: Progress | None = None,
 ) -> list[Score]:
-    """Score a text under each rule; the model's own rule and mode are left as they were.
+    """Score a text under each rule; the model's own rule and mode are restored.
 
-    Bits per byte is the mean loss over all predicted tokens times tokens in all, over the text's
-    bytes. Raises DataError for fewer than two tokens, ConfigError for a rule that asks for more
-    experts than there are, UnsupportedModelError for a rule that the model's family lacks,
-    CheckpointError where the model computes no finite numbers.
+    Args:
+        model: A DS-MoE or OLMoE.
+        text: The text.
+        rules: Inference rules.
+        progress: Called after each batch.
+
+    Raises:
+        DataError: The text has fewer than two tokens.
+        ConfigError: A rule selects more experts than there are.
+        UnsupportedModelError: The model does not support a rule.
+        CheckpointError: The model's output is not finite.
     """
     if len(text.ids_T) < 2:
         raise DataError(f"a text of {len(text.ids_T)} token(s) cannot be predicted; give more text")
-    subject = evaluated_model(model)
+    evaluated = evaluated_model(model)
     for rule in rules:
-        subject.check(rule)
+        evaluated.check(rule)
     was_training = model.training
     model.eval()
     try:
-        return [_score(model, subject, text, rule, progress or _no_progress) for rule in rules]
+        return [_score(model, evaluated, text, rule, progress) for rule in rules]
     finally:
         model.train(was_training)
 
@@ -127,25 +144,29 @@ class _Sums:
 
 
 def _score(
-    model: PreTrainedModel, subject: EvaluatedModel, text: Text, rule: Rule, progress: Progress
+    model: PreTrainedModel,
+    evaluated: EvaluatedModel,
+    text: Text,
+    rule: Rule,
+    progress: Progress | None,
 ) -> Score:
     sums, targets = _Sums(), text.targets
-    with subject.use(rule):
-        # The first call of all pays for what later ones find ready; no rule shall be the one.
-        _batch(model, next(text.batches()), rule)
+    with evaluated.use(rule):
+        _score_batch(model, next(text.batches()), rule)  # warm-up
         began = time.perf_counter()
-        for ids_BL1 in text.batches():
-            sums.add(_batch(model, ids_BL1, rule))
-            progress(str(rule), sums.tokens, targets)
+        for ids_BT1 in text.batches():
+            sums.add(_score_batch(model, ids_BT1, rule))
+            if progress is not None:
+                progress(str(rule), sums.tokens, targets)
         seconds = time.perf_counter() - began
-    return _summary(subject, text, rule, sums, seconds)
+    return _summary(evaluated, text, rule, sums, seconds)
 
 
-def _batch(model: PreTrainedModel, ids_BL1: Tensor, rule: Rule) -> _Sums:
-    ids_BL1 = ids_BL1.to(model.device)
+def _score_batch(model: PreTrainedModel, ids_BT1: Tensor, rule: Rule) -> _Sums:
+    ids_BT1 = ids_BT1.to(model.device)
     counted = rule.kind.startswith("threshold")
-    output = model(input_ids=ids_BL1[:, :-1], use_cache=False, output_router_logits=counted)
-    targets_R = ids_BL1[:, 1:].flatten()
+    output = model(input_ids=ids_BT1[:, :-1], use_cache=False, output_router_logits=counted)
+    targets_R = ids_BT1[:, 1:].flatten()
     refuse_no_numbers(output.logits)
     nats = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_R, reduction="sum")
     sums = _Sums(nats=nats.item(), tokens=len(targets_R))
@@ -156,17 +177,19 @@ def _batch(model: PreTrainedModel, ids_BL1: Tensor, rule: Rule) -> _Sums:
 
 
 def _mean_active(logits: Sequence[Tensor], rule: Rule) -> float:
-    """Mean active experts per token and layer; zero without routers."""
+    """Return the mean active experts per token and layer; zero without routers."""
     if not logits:
         return 0.0
     counts = [active_experts(layer.flatten(0, -2).softmax(-1), rule).sum(-1) for layer in logits]
     return torch.stack(counts).float().mean().item()
 
 
-def _summary(subject: EvaluatedModel, text: Text, rule: Rule, sums: _Sums, seconds: float) -> Score:
+def _summary(
+    evaluated: EvaluatedModel, text: Text, rule: Rule, sums: _Sums, seconds: float
+) -> Score:
     measured_mlp = sums.mlp / sums.tokens if rule.kind.startswith("threshold") else 0.0
     measured_attention = sums.attention / sums.tokens if rule.kind == "threshold" else 0.0
-    active = subject.active(rule, measured_mlp or None, measured_attention or None)
+    active = evaluated.active(rule, measured_mlp or None, measured_attention or None)
     loss = sums.nats / sums.tokens
     return Score(
         rule=str(rule),
@@ -174,13 +197,9 @@ def _summary(subject: EvaluatedModel, text: Text, rule: Rule, sums: _Sums, secon
         perplexity=math.exp(loss),
         bits_per_byte=loss / math.log(2) * len(text.ids_T) / text.text_bytes,
         tokens=sums.tokens,
-        mlp_experts=measured_mlp or float(rule.k or subject.num_experts),
-        attention_experts=measured_attention or float(subject.num_attention_experts),
+        mlp_experts=measured_mlp or float(rule.k or evaluated.num_experts),
+        attention_experts=measured_attention or float(evaluated.num_attention_experts),
         active_parameters=active,
-        active_share=active / subject.total,
+        active_share=active / evaluated.total,
         tokens_per_second=sums.tokens / seconds,
     )
-
-
-def _no_progress(rule: str, done: int, total: int) -> None:
-    pass

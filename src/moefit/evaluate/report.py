@@ -1,7 +1,4 @@
-"""Scores as a table for people.
-
-Knows nothing of how they were measured.
-"""
+"""Tables of scores for the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +11,7 @@ from moefit.evaluate.stepwise import StepScore
 
 
 def score_table(scores: Sequence[Score], title: str) -> Table:
-    """One row a rule: MLP experts and parameters active per token, and their share of all.
-
-    Parameters are without embeddings and head, as in the DS-MoE paper.
-    """
+    """Return a table with a row per inference rule; parameters exclude embeddings and head."""
     table = narrow_table(title)
     table.add_column("inference rule", no_wrap=True)
     for name in ("experts", "active", "share", "perplexity", "bits/byte", "tok/s"):
@@ -36,7 +30,7 @@ def score_table(scores: Sequence[Score], title: str) -> Table:
 
 
 def step_table(scores: Mapping[str, StepScore], title: str) -> Table:
-    """One row a policy: stepwise perplexity and its loss, what was moved, read and how fast."""
+    """Return a table with a row per policy: quality, substitution, bytes read and speed."""
     table = narrow_table(title)
     table.add_column("policy")
     names = ("slots", "ppl", "loss", "KL", "agree", "moved", "hits", "MB/tok", "tok/s")
@@ -59,7 +53,7 @@ def step_table(scores: Mapping[str, StepScore], title: str) -> Table:
 
 
 def narrow_table(title: str) -> Table:
-    """Without columns yet; for 80 columns: where room is short, rich would cut the numbers."""
+    """Return a table without columns, with little padding: rich truncates numbers in 80 columns."""
     return Table(
         title=escape(title),
         title_justify="left",

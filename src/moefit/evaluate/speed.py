@@ -7,7 +7,7 @@ storage and memory would allow.
 import inspect
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -22,10 +22,22 @@ from moefit.serve.model import ServedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """One measurement. Seconds a token are of decoding, one sequence.
+    """Speed of one sequence.
 
-    `storage_bound` and `memory_bound` are the least seconds a token could take, by the bytes that
-    were moved; `ceiling` is tokens/s if the slower of the two were all there is.
+    Attributes:
+        mode: Exact, bounded or virtual.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Decoded tokens that were timed.
+        prefill_tokens_per_second: Of the prompt.
+        tokens_per_second: Of decoding.
+        median_seconds: Per decoded token; so are `p95_seconds` and `worst_seconds`.
+        hit_rate: Fraction of expert uses that found the expert resident.
+        substituted_mass: Router weight that went to other experts than the router's choice.
+        swaps: Swaps during decoding.
+        bytes_read_per_token: Read from storage.
+        storage_bound: Seconds per token for these bytes at storage bandwidth.
+        memory_bound: Seconds per token for the weights used, at memory bandwidth.
+        peak_process_bytes: Peak resident set of the process.
     """
 
     mode: str
@@ -46,11 +58,11 @@ class Speed:
 
     @property
     def ceiling(self) -> float:
-        """Tokens/s."""
+        """Tokens/s that the slower of both bandwidths allows."""
         return 1 / max(self.storage_bound, self.memory_bound)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "ceiling": self.ceiling}
 
 
@@ -64,12 +76,19 @@ def measure_speed(
     warm_up: int = 8,
     seed: int | None = None,
 ) -> Speed:
-    """Prefill a prompt, then decode; the first `warm_up` tokens are not timed.
+    """Prefill a prompt and decode one sequence.
 
-    seed: feed random tokens instead of the model's own choice. A model with random weights falls
-    into repeating one token, whose experts are then always there; that would measure nothing.
-    An encoder-decoder model encodes the prompt and decodes from its start token.
-    Raises ConfigError if nothing would be timed.
+    Args:
+        served: The model. An encoder-decoder encodes the prompt and decodes from its start token.
+        bandwidth: Of the machine, for the bounds.
+        prompt_T: The prompt.
+        new_tokens: Decoded tokens to time.
+        warm_up: Decoded tokens before these.
+        seed: Decode random tokens instead of the model's own choice. Models with random weights
+            tend to repeat one token, whose experts are then always resident.
+
+    Raises:
+        ConfigError: There are no tokens to time.
     """
     if new_tokens < 1 or not len(prompt_T):
         raise ConfigError(
@@ -77,7 +96,7 @@ def measure_speed(
             "least one of each"
         )
     began = time.perf_counter()
-    step = _prefilled(served, prompt_T, seed)
+    step = _prefill(served, prompt_T, seed)
     prefill = time.perf_counter() - began
     for _ in range(warm_up):
         step()
@@ -89,7 +108,7 @@ def measure_speed(
         seconds.append(time.perf_counter() - began)
     report = served.report()
     read = (report["bytes_read"] - read) / new_tokens
-    touched = weights_per_token(served, report["hits"] + report["fetches"], new_tokens)
+    weights = weights_per_token(served, report["hits"] + report["fetches"], new_tokens)
     ordered = sorted(seconds)
     return Speed(
         mode=report["mode"],
@@ -105,16 +124,21 @@ def measure_speed(
         swaps=report["swaps"],
         bytes_read_per_token=read,
         storage_bound=read / bandwidth.storage,
-        memory_bound=touched / bandwidth.memory,
+        memory_bound=weights / bandwidth.memory,
         peak_process_bytes=report["peak_process_bytes"],
     )
 
 
 def weights_per_token(served: ServedModel, expert_uses: int, tokens: int) -> float:
-    """Bytes of weights that decoding one token reads from memory.
+    """Return the bytes of weights that decoding one token reads from memory.
 
-    All that is no expert, less the input embedding and, of an encoder-decoder, the encoder; and
-    the experts in use, at their mean size.
+    These are the dense weights without input embedding and encoder, and the experts used at their
+    mean size.
+
+    Args:
+        served: The model.
+        expert_uses: Experts used in all steps and layers.
+        tokens: Decoded tokens.
     """
     model = served.model
     skipped = {id(p) for p in _tensors(model.get_input_embeddings())}
@@ -131,39 +155,37 @@ def weights_per_token(served: ServedModel, expert_uses: int, tokens: int) -> flo
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Weights, encoded ones too."""
+    """Yield all weights; quantised ones are buffers."""
     return chain(module.parameters(), module.buffers())
 
 
-def _prefilled(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Any:
-    """A function that decodes one more token each time it is called."""
+def _prefill(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Callable[[], None]:
+    """Process the prompt; return a function that decodes one token."""
     model = served.model
     generator = torch.Generator().manual_seed(seed or 0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
-    def chosen(logits_1TV: Tensor) -> Tensor:
+    def next_token(logits_1TV: Tensor) -> Tensor:
         if seed is None:
             return logits_1TV[:, -1:].argmax(-1)
         return torch.randint(0, vocabulary, (1, 1), generator=generator).to(model.device)
 
     prompt_1T = prompt_T[None].to(model.device)
     if model.config.is_encoder_decoder:
-        encoded = model.get_encoder()(input_ids=prompt_1T)
+        name, encoded = "decoder_input_ids", model.get_encoder()(input_ids=prompt_1T)
         fixed = {"encoder_outputs": encoded}
         start = model.generation_config.decoder_start_token_id or 0
-        state = {"ids": torch.tensor([[start]], device=model.device), "cache": None}
+        ids, cache = torch.tensor([[start]], device=model.device), None
     else:
-        takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-        last = {"logits_to_keep": 1} if takes else {}
+        name, fixed = "input_ids", {}
+        has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if has_keep else {}
         output = model(input_ids=prompt_1T, use_cache=True, **last)
-        fixed = {}
-        state = {"ids": chosen(output.logits), "cache": output.past_key_values}
+        ids, cache = next_token(output.logits), output.past_key_values
 
     def step() -> None:
-        name = "decoder_input_ids" if fixed else "input_ids"
-        output = model(
-            **{name: state["ids"]}, past_key_values=state["cache"], use_cache=True, **fixed
-        )
-        state["ids"], state["cache"] = chosen(output.logits), output.past_key_values
+        nonlocal ids, cache
+        output = model(**{name: ids}, past_key_values=cache, use_cache=True, **fixed)
+        ids, cache = next_token(output.logits), output.past_key_values
 
     return step

@@ -1,11 +1,11 @@
-"""Quality of a served model, step by step, against the full model.
+"""Quality of a served model while it decodes, compared with the full model.
 
-Owns decoding a text as a server would, one token at a time with its cache and its policy active,
-and comparing every step with the same model computed exactly. One wide pass does not price a
-policy of decoding, whose residents change from token to token; it is measured too, to be compared.
-Works where the full model does not fit: the exact pass uses the same slots.
+A text is decoded token by token with KV cache and policy, as in serving, and each step is compared
+with the model in exact mode. Perplexity of a single forward pass is measured too; it does not show
+the cost of a policy whose resident experts change during decoding. The full model need not fit in
+memory: exact mode uses the same slots.
 
-Shapes: B sequences, T tokens, V vocabulary.
+Shapes: B sequences, L tokens of a window, T scored tokens, V vocabulary.
 """
 
 import math
@@ -24,17 +24,29 @@ from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.model import ServedModel
 
 Progress = Callable[[int, int], None]
-"""Hears how many tokens of how many are done."""
-_ROWS = 8  # of the vocabulary in float32 that are made at a time
+"""Called with the number of tokens, done and in total."""
+_ROWS = 8  # rows of logits converted to float32 at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepScore:
-    """A served model against itself with all its experts, or against another one.
+    """Quality of a served model compared with the full model, over the same tokens.
 
-    Perplexities are over the same tokens: `full` exact, `wide` one pass a window under the policy
-    of prefill, `stepwise` token by token. `divergence` is the mean KL(full || stepwise) in nats,
-    `agreement` the share of steps whose likeliest token is the full model's.
+    Attributes:
+        mode: Policy of decoding.
+        prefill: Policy of prefill.
+        slots: Slots of all blocks.
+        experts: Experts of all blocks.
+        full: Perplexity of the full model.
+        wide: Perplexity of one forward pass per window under the policy of prefill.
+        stepwise: Perplexity of decoding token by token.
+        divergence: Mean KL(full || stepwise) in nats.
+        agreement: Fraction of steps with the same most likely token.
+        substituted_mass: Router weight that went to other experts than the router's choice.
+        hit_rate: Fraction of expert uses that found the expert resident.
+        bytes_per_token: Read from storage.
+        tokens: Scored tokens.
+        tokens_per_second: Of decoding.
     """
 
     mode: str
@@ -54,11 +66,11 @@ class StepScore:
 
     @property
     def loss(self) -> float:
-        """What the policy costs: stepwise over full perplexity, less one."""
+        """Relative increase of perplexity, stepwise over full."""
         return self.stepwise / self.full - 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "loss": self.loss}
 
 
@@ -81,20 +93,27 @@ def score_steps(
     text: Text,
     *,
     prompt: int = 16,
-    against: ServedModel | None = None,
+    reference: ServedModel | None = None,
     progress: Progress | None = None,
 ) -> StepScore:
-    """Score windows of a text; the first `prompt` tokens of each are prefilled, and not scored.
+    """Decode windows of a text and compare with the full model.
 
-    The resident set goes on from window to window, as a server's does. against: what the full
-    model's output is asked of, such as the same model at another precision; None is `served`.
-    Raises DataError if no window is longer than the prompt, UnsupportedModelError for an
-    encoder-decoder model, CheckpointError where the model computes no finite numbers.
+    Args:
+        served: The model; its resident experts carry over from window to window.
+        text: The text.
+        prompt: Tokens at the start of each window that are prefilled and not scored.
+        reference: The full model, such as one at another precision; None for `served`.
+        progress: Called after each window.
+
+    Raises:
+        DataError: No window is longer than the prompt.
+        UnsupportedModelError: The model is an encoder-decoder.
+        CheckpointError: The model's output is not finite.
     """
     if served.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{type(served.model).__name__} continues no text by itself; stepwise perplexity is "
-            "for decoders"
+            f"{type(served.model).__name__} is an encoder-decoder; stepwise perplexity is for "
+            "decoders"
         )
     windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
     windows = [window_L for window_L in windows if len(window_L) > prompt + 1]
@@ -106,24 +125,26 @@ def score_steps(
     sums, total = _Sums(), sum(len(window_L) - 1 - prompt for window_L in windows)
     served.reset()
     for window_L in windows:
-        _window(served, window_L.to(served.model.device), prompt, against or served, sums)
+        _score_window(served, window_L.to(served.model.device), prompt, reference or served, sums)
         if progress is not None:
             progress(sums.tokens, total)
     return _summary(served, sums)
 
 
-def _window(
-    served: ServedModel, ids_L: Tensor, prompt: int, against: ServedModel, sums: _Sums
+def _score_window(
+    served: ServedModel, ids_L: Tensor, prompt: int, reference: ServedModel, sums: _Sums
 ) -> None:
-    """Add a window to the sums; at no time are logits of more than one pass over it in memory."""
+    """Add a window to the sums, holding the logits of one pass at a time."""
     targets_T = ids_L[prompt + 1 :]
     with served.isolated(served.policy):
-        sums.wide += _loss(_wide(served, ids_L, prompt), targets_T)
-    full_TV = _full(against, ids_L, prompt)
-    sums.full += _loss(full_TV, targets_T)
+        sums.wide += _total_loss(_logits(served, ids_L, prompt), targets_T)
+    # In exact mode, without effects on resident experts, scores and counters.
+    with reference.isolated(replace(reference.policy, mode="exact", prefill="exact")):
+        full_TV = _logits(reference, ids_L.to(reference.model.device), prompt).to(ids_L.device)
+    sums.full += _total_loss(full_TV, targets_T)
     read = served.report()["bytes_read"]
     for full_V, step_V, target in zip(
-        full_TV, _steps(served, ids_L, prompt, sums), targets_T.tolist(), strict=True
+        full_TV, _decode(served, ids_L, prompt, sums), targets_T.tolist(), strict=True
     ):
         full_V = full_V.float().log_softmax(-1)
         sums.stepwise -= float(step_V[target])
@@ -134,20 +155,14 @@ def _window(
     sums.steps += len(ids_L) - 1
 
 
-def _full(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
-    """Exact, and leaving residents, scores and counters as they are: nobody shall learn from it."""
-    with served.isolated(replace(served.policy, mode="exact", prefill="exact")):
-        return _wide(served, ids_L.to(served.model.device), prompt).to(ids_L.device)
-
-
-def _wide(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
+def _logits(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
     logits_TV = served.model(input_ids=ids_L[None, :-1], use_cache=False).logits[0, prompt:]
     refuse_no_numbers(logits_TV)
     return logits_TV
 
 
-def _loss(logits_TV: Tensor, targets_T: Tensor) -> float:
-    """The sum of losses, a few rows in float32 at a time: a vocabulary can be large."""
+def _total_loss(logits_TV: Tensor, targets_T: Tensor) -> float:
+    """Return the summed loss, with few rows in float32 at a time because of large vocabularies."""
     rows = zip(logits_TV.split(_ROWS), targets_T.split(_ROWS), strict=True)
     return sum(
         float(F.nll_loss(some_TV.float().log_softmax(-1), targets, reduction="sum"))
@@ -155,8 +170,8 @@ def _loss(logits_TV: Tensor, targets_T: Tensor) -> float:
     )
 
 
-def _steps(served: ServedModel, ids_L: Tensor, prompt: int, sums: _Sums) -> Iterator[Tensor]:
-    """Log-probabilities of what follows each token behind the prompt; counts the seconds."""
+def _decode(served: ServedModel, ids_L: Tensor, prompt: int, sums: _Sums) -> Iterator[Tensor]:
+    """Yield the log-probabilities after each token following the prompt; add up the seconds."""
     cache, inputs = None, [ids_L[None, :prompt]] if prompt else []
     inputs += [one_1[None] for one_1 in ids_L[prompt:-1].split(1)]
     for number, ids_1T in enumerate(inputs):

@@ -202,7 +202,7 @@ class Measurements:
         """Measure an item.
 
         Args:
-            name: The item, one of `profiler.item_names`.
+            name: The item, one of `profiler.wanted()`.
             profile: The profile with all items before this one.
 
         Returns:

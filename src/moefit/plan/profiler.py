@@ -1,8 +1,7 @@
-"""Measures a model on a machine: the order of things, resumable.
+"""Profile a model on this machine, resumably.
 
-Owns which items there are, what is known before any is measured, that each is written before the
-next begins, and that one process measures at a time. Knows nothing of how one is measured
-(`measure.py`).
+Each item is written before the next is measured, and one process measures at a time. `measure.py`
+measures the items.
 """
 
 import platform
@@ -37,16 +36,28 @@ from moefit.serve.layer.router_probe import check_rule
 from moefit.serve.packed.store import fingerprint, open_packed
 
 Progress = Callable[[str, int, int], None]
-"""Hears what is measured next, and how many items of how many are done."""
-_TIMED = ("bandwidth", "format/", "rest/", "steps/")  # how items begin that have times in them
+"""Called with the next item, and the number of items done and in total."""
+_TIMED = ("bandwidth", "format/", "rest/", "steps/")  # prefixes of items that contain times
 
 
 class Profiler:
-    """One run of measurements. `path` is where the profile is.
+    """Measures the profile of a model.
 
-    windows_BT: of the text that is called `text`. memory: bytes to measure in, None is most of what
-    is free. Raises UnsupportedModelError for an encoder-decoder, ConfigError for a rule that the
-    model can't follow, BudgetTooSmallError for too little memory, and what `build` does.
+    Args:
+        subject: The model.
+        windows_BT: Windows of the text.
+        text: The text's name.
+        memory: Bytes to measure in; None for most of the free memory.
+
+    Attributes:
+        facts: What the profile is of.
+        path: The profile's file.
+
+    Raises:
+        UnsupportedModelError: The model is an encoder-decoder.
+        ConfigError: The model does not support the rule.
+        BudgetTooSmallError: There is too little memory.
+        MoefitError: As `build_skeleton` does.
     """
 
     def __init__(
@@ -57,8 +68,8 @@ class Profiler:
         self._skeleton = build_skeleton(subject.folder, subject.dtype)
         if self._skeleton.model.config.is_encoder_decoder:
             raise UnsupportedModelError(
-                f"{type(self._skeleton.model).__name__} continues no text by itself; only decoders "
-                "can be profiled so far; describe and bench work"
+                f"{type(self._skeleton.model).__name__} is an encoder-decoder; only decoders can "
+                "be profiled; describe and bench work"
             )
         if subject.rule is not None:
             check_rule(self._skeleton.model, Rule.parse(subject.rule))
@@ -76,27 +87,31 @@ class Profiler:
         self._measurements = Measurements(measured, memory)
 
     def run(self, progress: Progress | None = None, *, again: bool = False) -> Profile:
-        """Measure what is missing; returns the finished profile.
+        """Measure the missing items and return the complete profile.
 
-        again: forget all times first, such as those of a machine that was busy.
-        Raises ConfigError while another process measures on this machine: neither's times would be
-        worth anything; and what loading the model does.
+        Args:
+            progress: Called before each item and at the end.
+            again: Measure all times again, for example if the machine was busy before.
+
+        Raises:
+            ConfigError: Another process is measuring on this machine.
+            MoefitError: As loading the model does.
         """
-        if not again and not (profile := self._begun()).missing:
+        if not again and not (profile := self._read()).missing:
             return profile
         with exclusive_folder(
             profiles_root(),
-            busy="another moefit profile is measuring on this machine, and two at once would "
-            "measure each other; wait for it to end, then run the same command again: what is "
-            "measured stays",
+            busy="another moefit profile is measuring on this machine, and measurements would "
+            "disturb each other; wait for it to end, then run the same command again; measured "
+            "items are kept",
             lock=f".measuring-{platform.node()}",
         ):
             if again:
-                write_profile(self._begun().without(_TIMED), self.path)
+                write_profile(self._read().without(_TIMED), self.path)
             return self._run(progress)
 
     def _run(self, progress: Progress | None) -> Profile:
-        profile, total = self._begun(), len(self.facts.wanted)
+        profile, total = self._read(), len(self.facts.wanted)
         with closing(self._measurements):
             for name in profile.missing:
                 if progress is not None:
@@ -107,14 +122,14 @@ class Profiler:
             progress("done", total, total)
         return profile
 
-    def _begun(self) -> Profile:
+    def _read(self) -> Profile:
         if not self.path.is_file():
             return Profile(facts=self.facts, items={})
         return read_profile(self.path)
 
     @property
     def shapes(self) -> Shapes:
-        """Of the blocks, for experiments."""
+        """Shapes of the blocks, by name."""
         return self.facts.shapes
 
     def _facts(self) -> ProfileFacts:
@@ -156,7 +171,7 @@ class Profiler:
 
 
 def wanted(shapes: Shapes) -> list[str]:
-    """Names of all items, in the order in which they are measured."""
+    """Return the names of all items in the order in which they are measured."""
     return [
         "bandwidth",
         "routes",

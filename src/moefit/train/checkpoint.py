@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.errors import CheckpointError, ConfigError, DataError
 from moefit.moe.expert_dropout import KEY, dropout_record
-from moefit.train.data.tokenizer import save_tokenizer
 
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from moefit.errors import DataError
 
@@ -71,14 +71,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise _no_end_of_text(tokenizer, folder)
     return tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files into a folder; raises OSError if they cannot be written."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise OSError(f"the tokenizer could not be saved: {error}") from error
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:

@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.errors import DataError
 from moefit.folders import cache_root
 from moefit.train.config import DataConfig
@@ -26,7 +27,6 @@ from moefit.train.data.corpus import Document
 from moefit.train.data.split import Split, split
 from moefit.train.data.tokenizer import (
     load_tokenizer,
-    save_tokenizer,
     tokenizer_files,
     train_bpe,
     vocabulary_size,

@@ -1,9 +1,4 @@
-"""What evaluation needs of a model, whatever its family.
-
-Owns how a model computes under an inference rule for a while, and what the rule costs. Two
-families: our own, which knows rules, and transformers' OLMoE, which has one K in its routers.
-Knows nothing of texts or scores.
-"""
+"""Evaluate DS-MoE and OLMoE models under inference rules through one interface."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +14,12 @@ from moefit.moe.routing import Rule, default_rules
 
 
 class EvaluatedModel(Protocol):
-    """A model that can be used under an inference rule.
+    """A model that can be evaluated under an inference rule.
 
-    `total` counts parameters without embeddings and head, as the DS-MoE paper does.
+    Attributes:
+        num_experts: MLP experts per layer.
+        num_attention_experts: Attention experts per layer.
+        total: Parameters without embeddings and head, as in the DS-MoE paper.
     """
 
     num_experts: int
@@ -29,36 +27,46 @@ class EvaluatedModel(Protocol):
     total: int
 
     def check(self, rule: Rule) -> None:
-        """Raise ConfigError or UnsupportedModelError if the model cannot compute under `rule`."""
+        """Raise ConfigError or UnsupportedModelError if the model does not support the rule."""
         ...
 
     def use(self, rule: Rule) -> AbstractContextManager[None]:
-        """Compute under `rule` within the block; afterwards as before."""
+        """Use the rule for the duration of the context."""
         ...
 
     def active(self, rule: Rule, mlp: float | None, attention: float | None) -> int:
-        """Of `total`, what one token uses. A mean number of experts where the text decides it."""
+        """Return the parameters of `total` that one token uses.
+
+        Args:
+            rule: The rule.
+            mlp: Mean active MLP experts, for rules with a threshold.
+            attention: Mean active attention experts, for `threshold`.
+        """
         ...
 
     def default_rules(self) -> tuple[Rule, ...]:
-        """What to compare if nobody says."""
+        """Return the rules to compare by default."""
         ...
 
 
 def evaluated_model(model: PreTrainedModel) -> EvaluatedModel:
-    """The `Subject` of a model. Raises UnsupportedModelError if its family isn't known here."""
+    """Wrap a model for evaluation.
+
+    Raises:
+        UnsupportedModelError: It is neither a DS-MoE nor an OLMoE.
+    """
     if isinstance(model, DsMoeForCausalLM):
         return EvaluatedDsMoe(model)
     if isinstance(model, OlmoeForCausalLM):
         return EvaluatedOlmoe(model)
     raise UnsupportedModelError(
-        f"a {type(model).__name__} cannot be put under an inference rule; a DsMoeForCausalLM and "
-        "an OlmoeForCausalLM can (give the model itself, not a compiled or wrapped one)"
+        f"a {type(model).__name__} does not support inference rules; a DsMoeForCausalLM and "
+        "an OlmoeForCausalLM do (give the model itself, not a compiled or wrapped one)"
     )
 
 
 class EvaluatedDsMoe:
-    """Our own model: every rule."""
+    """A DS-MoE, which supports every rule."""
 
     def __init__(self, model: DsMoeForCausalLM):
         self._model, self._card = model, model_card(model.config)
@@ -67,12 +75,12 @@ class EvaluatedDsMoe:
         self.total = self._card.total_without_embeddings
 
     def check(self, rule: Rule) -> None:
-        """Any rule that asks for no more experts than there are."""
+        """Raise ConfigError if the rule selects more experts than there are."""
         rule.check(self.num_experts)
 
     @contextmanager
     def use(self, rule: Rule) -> Iterator[None]:
-        """Through the configuration, where the model looks at every call."""
+        """Set the rule in the configuration, which the model reads in each forward pass."""
         before = self._model.set_inference_rule(rule)
         try:
             yield
@@ -80,16 +88,16 @@ class EvaluatedDsMoe:
             self._model.set_inference_rule(before)
 
     def active(self, rule: Rule, mlp: float | None, attention: float | None) -> int:
-        """As the model's card has it."""
+        """Return active parameters from the model card."""
         return self._card.active(rule, mlp, attention)
 
     def default_rules(self) -> tuple[Rule, ...]:
-        """The whole ladder."""
+        """Return the rules to compare by default."""
         return default_rules(self.num_experts)
 
 
 class EvaluatedOlmoe:
-    """transformers' OLMoE: a fixed K, all experts included, and no threshold."""
+    """An OLMoE, which uses a fixed number of experts per token."""
 
     num_attention_experts = 1
 
@@ -103,10 +111,7 @@ class EvaluatedOlmoe:
         self._experts = sum(p.numel() for one in experts for p in one.parameters())
 
     def check(self, rule: Rule) -> None:
-        """`dense` and `top_k`, with or without renormalize.
-
-        Raises UnsupportedModelError for other kinds, ConfigError for more experts than there are.
-        """
+        """Raise UnsupportedModelError for rules other than `dense` and `top_k`, else as DS-MoE."""
         if rule.kind not in ("dense", "top_k"):
             raise UnsupportedModelError(
                 f"rule {rule}, but an OLMoE model uses the same number of experts for every "
@@ -116,7 +121,7 @@ class EvaluatedOlmoe:
 
     @contextmanager
     def use(self, rule: Rule) -> Iterator[None]:
-        """In the routers, which took K from the configuration when they were made."""
+        """Set K in the routers, which copied it from the configuration."""
         self.check(rule)
         before = [(router.top_k, router.norm_topk_prob) for router in self._routers]
         try:
@@ -129,14 +134,14 @@ class EvaluatedOlmoe:
                 router.top_k, router.norm_topk_prob = k, renormalize
 
     def active(self, rule: Rule, mlp: float | None, attention: float | None) -> int:
-        """K of the E experts, and all that is no expert."""
-        assert mlp is None, "check() lets no rule through that leaves a mean open"
+        """Return the parameters of K experts per layer and all others."""
+        assert mlp is None, "check() rejects rules with thresholds"
         assert attention is None
         share = (rule.k or self.num_experts) / self.num_experts
         return round(self.total - (1 - share) * self._experts)
 
     def default_rules(self) -> tuple[Rule, ...]:
-        """The part of the ladder that it can compute, normalised as the model itself is."""
+        """Return the default rules that it supports, with the model's renormalisation."""
         renormalize = self._config.norm_topk_prob
         return tuple(
             Rule(kind=rule.kind, k=rule.k, renormalize=renormalize and rule.kind == "top_k")
