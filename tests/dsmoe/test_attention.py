@@ -52,7 +52,7 @@ def output_and_gradients(y_BTD: Tensor, x_BTD: Tensor, module: torch.nn.Module):
 @BACKENDS
 @pytest.mark.parametrize("experts", [2, 4])
 @pytest.mark.parametrize("router_hidden_size", [None, 6])
-def test_gated_gqa_equals_the_papers_sum(backend: str, experts: int, router_hidden_size) -> None:
+def test_gated_attention_equals_paper(backend: str, experts: int, router_hidden_size) -> None:
     model = tiny_model(
         num_attention_experts=experts,
         num_key_value_heads=4 // experts,
@@ -70,7 +70,7 @@ def test_gated_gqa_equals_the_papers_sum(backend: str, experts: int, router_hidd
 
 @BACKENDS
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_without_moa_it_is_olmoes_attention(backend: str, kv_heads: int) -> None:
+def test_attention_without_moa_equals_olmoe(backend: str, kv_heads: int) -> None:
     model = tiny_model(qk_norm=True, num_key_value_heads=kv_heads)
     model.set_attn_implementation(backend)
     ours = model.model.layers[0].self_attn
@@ -90,7 +90,7 @@ def test_without_moa_it_is_olmoes_attention(backend: str, kv_heads: int) -> None
     )
 
 
-def test_only_a_threshold_switches_attention_experts_off() -> None:
+def test_only_threshold_deactivates_attention_experts() -> None:
     model, x_BTD = moa_model(), hidden()
     dense = attend(model, x_BTD)
     for rule in ("top_k:1", "threshold_top_k:1.5"):
@@ -99,7 +99,7 @@ def test_only_a_threshold_switches_attention_experts_off() -> None:
     assert torch.equal(attend(model, x_BTD, Rule.parse("threshold:1e-30")), dense)
 
 
-def test_a_switched_off_attention_expert_contributes_nothing() -> None:
+def test_inactive_attention_expert_contributes_nothing() -> None:
     model, x_BTD = moa_model(), hidden()
     module = model.model.layers[0].self_attn
     assert isinstance(module, DsMoeAttention)
@@ -120,7 +120,7 @@ def test_a_switched_off_attention_expert_contributes_nothing() -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("rule", ["dense", "threshold:0.9"])
-def test_step_by_step_with_a_cache_equals_all_at_once(backend: str, rule: str) -> None:
+def test_cached_decoding_equals_full_forward(backend: str, rule: str) -> None:
     model = moa_model(qk_norm=True, inference_rule=rule)
     model.set_attn_implementation(backend)
     ids = torch.randint(3, 37, (2, LENGTH), generator=torch.Generator().manual_seed(0))

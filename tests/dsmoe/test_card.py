@@ -70,7 +70,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", [*preset_names(), *VARIANTS])
-def test_card_counts_the_real_modules(name: str) -> None:
+def test_card_equals_module_parameters(name: str) -> None:
     config = VARIANTS[name] if name in VARIANTS else preset(name)
     assert model_card(config).parameters.as_dict() == measured_parts(config)
 
@@ -87,7 +87,7 @@ def test_card_counts_the_real_modules(name: str) -> None:
         ("dsmoe-6b", 6338),
     ],
 )
-def test_totals_of_the_paper(name: str, millions: int) -> None:
+def test_totals_match_paper(name: str, millions: int) -> None:
     total = model_card(preset(name)).total_without_embeddings
     assert total == pytest.approx(millions * MILLION, rel=PAPER_TOLERANCE)
 
@@ -97,7 +97,7 @@ def test_totals_of_the_paper(name: str, millions: int) -> None:
     # Each printed gap is a difference of two numbers rounded to a million.
     [("1b", 1067 - 1017, 1), ("3b", 2793 - 2705, 1), ("6b", 6338 - 6186, 1)],
 )
-def test_routers_are_the_gap_to_dense(size: str, millions: int, slack: int) -> None:
+def test_routers_explain_difference_to_dense(size: str, millions: int, slack: int) -> None:
     ours, dense = (model_card(preset(f"{kind}-{size}")) for kind in ("dsmoe", "dense"))
     gap = ours.total_without_embeddings - dense.total_without_embeddings
     assert gap == pytest.approx(millions * MILLION, abs=slack * MILLION)
@@ -107,7 +107,7 @@ def test_routers_are_the_gap_to_dense(size: str, millions: int, slack: int) -> N
 @pytest.mark.parametrize(
     ("name", "millions"), [("smoe-1b", 1042), ("smoe-1.5b", 1445), ("smoe-5b", 4911)]
 )
-def test_smoe_totals_miss_the_paper_by_a_wider_router(name: str, millions: int) -> None:
+def test_smoe_totals_match_paper_with_wider_router(name: str, millions: int) -> None:
     # With the linear router of the preset 1.5 to 2.2% are missing: as much as routers with one
     # hidden layer weigh, 512 wide at 1B, and 1024 (or two of 512) at 5B.
     linear = model_card(preset(name)).total_without_embeddings
@@ -209,14 +209,14 @@ def test_weight_bytes_of_table_7() -> None:
 MOA = model_card(VARIANTS["moa, gelu, mlp router"])
 
 
-def test_active_ends_meet() -> None:
+def test_active_with_all_experts_is_total() -> None:
     everything = MOA.total_without_embeddings
     assert MOA.active(DENSE) == MOA.active(top_k(16)) == everything
     assert MOA.active(THRESHOLD, 16, 2) == MOA.active(MEAN_TOP_K, 16) == everything
     assert MOA.active(MEAN_TOP_K, 4) == MOA.active(top_k(4)) == MOA.active(THRESHOLD, 4, 2)
 
 
-def test_one_attention_expert_off_saves_its_queries_and_outputs() -> None:
+def test_inactive_attention_expert_saves_queries_and_outputs() -> None:
     saved = MOA.active(THRESHOLD, 5.5, 2) - MOA.active(THRESHOLD, 5.5, 1)
     assert saved == 4 * (2 * 128 * 64)  # layers; two matrices of 128 by 2 heads of 32
 
@@ -243,7 +243,7 @@ def test_active_range() -> None:
         (top_k(17), (None, None), "the most that works is top_k:16"),
     ],
 )
-def test_active_refuses(
+def test_invalid_means_raise(
     rule: Rule, means: tuple[float | None, float | None], expected: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -252,7 +252,7 @@ def test_active_refuses(
 
 
 @pytest.mark.parametrize("name", ["dense-tiny", "dsmoe-tiny", *VARIANTS])
-def test_forward_flops_are_those_torch_counts(name: str) -> None:
+def test_forward_flops_equal_torch_counter(name: str) -> None:
     config = VARIANTS[name] if name in VARIANTS else preset(name)
     config.inference_rule = "dense"
     config._attn_implementation = "eager"  # torch has no count for every sdpa kernel
@@ -265,7 +265,7 @@ def test_forward_flops_are_those_torch_counts(name: str) -> None:
     assert counter.get_total_flops() == flops * length
 
 
-def test_flops_follow_the_rule() -> None:
+def test_flops_depend_on_rule() -> None:
     sparse = MOA.forward_flops_per_token(top_k(4), context=100)
     dense = MOA.forward_flops_per_token(DENSE, context=100)
     assert dense - sparse == 2 * (MOA.active(DENSE) - MOA.active(top_k(4)))
@@ -300,7 +300,7 @@ def test_unknown_dtype() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_json_and_table_say_the_same(name: str) -> None:
+def test_json_and_table_agree(name: str) -> None:
     card = model_card(preset(name))
     record = json.loads(json.dumps(card.as_dict()))
     assert sum(record["parameters"].values()) == record["total"] == card.total

@@ -43,7 +43,7 @@ def test_heads_must_divide_the_width() -> None:
     assert "the nearest that works is hidden_size=96, or give head_dim" in text
 
 
-def test_what_it_names_works() -> None:
+def test_suggested_value_works() -> None:
     assert DsMoeConfig(hidden_size=96, num_attention_heads=8).head_dim == 12
     assert DsMoeConfig(hidden_size=100, num_attention_heads=8, head_dim=16).head_dim == 16
 
@@ -58,17 +58,17 @@ def test_odd_head_dim() -> None:
     assert "rotary embeddings need pairs" in text
 
 
-def test_odd_head_dim_that_follows_from_the_width() -> None:
+def test_odd_derived_head_dim() -> None:
     assert "head_dim=3 is odd" in message(hidden_size=24, num_attention_heads=8)
 
 
-def test_attention_experts_times_kv_heads_are_the_heads() -> None:
+def test_attention_heads_must_match_experts_and_kv_heads() -> None:
     text = message(num_attention_heads=8, num_attention_experts=4, num_key_value_heads=4)
     assert "num_attention_heads=8 is not num_attention_experts=4 times" in text
     assert "num_key_value_heads=4; the nearest that works is num_attention_heads=16" in text
 
 
-def test_kv_heads_follow_from_attention_experts() -> None:
+def test_kv_heads_are_derived_from_attention_experts() -> None:
     assert DsMoeConfig(num_attention_heads=8, num_attention_experts=4).num_key_value_heads == 2
     assert DsMoeConfig(num_attention_heads=8).num_key_value_heads == 8
 
@@ -110,23 +110,23 @@ def test_unknown_rule(which: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["training_rule", "inference_rule"])
-def test_more_active_experts_than_there_are(which: str) -> None:
+def test_rule_with_too_many_experts_raises(which: str) -> None:
     text = message(**{which: "top_k:17"}, num_experts=16)
     assert "top_k:17 asks for 17 experts per token, but there are 16" in text
     assert "the most that works is top_k:16" in text
 
 
-def test_a_dense_model_has_no_two_best_experts() -> None:
+def test_dense_model_rejects_top_2() -> None:
     assert "the most that works is top_k:1" in message(num_experts=1, training_rule="top_k:2")
 
 
-def test_is_a_value_error_too() -> None:
+def test_config_error_is_value_error() -> None:
     with pytest.raises(ValueError, match="num_experts=0"):
         DsMoeConfig(num_experts=0)
 
 
 @pytest.mark.parametrize("value", ["16", 16.0, True, None])
-def test_sizes_are_whole_numbers(value) -> None:
+def test_sizes_must_be_integers(value) -> None:
     assert f"num_experts={value!r}, but it must be an integer" in message(num_experts=value)
 
 
@@ -149,12 +149,12 @@ def test_sizes_are_whole_numbers(value) -> None:
         ("inference_rule", [0.48], "text, such as 'dense' or 'top_k:4'"),
     ],
 )
-def test_every_field_has_its_bounds(name: str, wrong: list, bound: str) -> None:
+def test_fields_are_bounded(name: str, wrong: list, bound: str) -> None:
     for value in wrong:
         assert message(**{name: value}) == f"{name}={value!r}, but it must be {bound}"
 
 
-def test_whole_numbers_will_do_where_any_number_does() -> None:
+def test_integers_are_accepted_as_floats() -> None:
     fields = {"routed_scaling_factor": 16, "attention_dropout": 0, "mlp_mi_loss_coef": 1}
     config = DsMoeConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields
@@ -168,7 +168,7 @@ def test_token_ids(name: str, value) -> None:
     assert DsMoeConfig(eos_token_id=[1, 2]).eos_token_id == [1, 2]
 
 
-def test_a_padding_token_beyond_the_vocabulary() -> None:
+def test_pad_token_beyond_vocabulary_raises() -> None:
     assert message(pad_token_id=50, vocab_size=50).endswith("the largest that works is 49")
 
 
@@ -190,7 +190,7 @@ def test_rotary_parameters(given, said: str) -> None:
     assert said in message(rope_parameters=given)
 
 
-def test_rotary_parameters_that_work_are_left_as_given(tmp_path) -> None:
+def test_valid_rotary_parameters_are_kept(tmp_path) -> None:
     given = {"rope_type": "linear", "factor": 2}
     config = DsMoeConfig(rope_parameters=given)
     assert given == {"rope_type": "linear", "factor": 2}

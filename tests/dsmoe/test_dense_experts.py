@@ -40,14 +40,14 @@ def logits_and_gradients(model: nn.Module, ids: Tensor):
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("shape", [(2, 9), (1, 1)])
-def test_olmoe_is_the_same_by_the_wide_mlp(k: int, renormalize: bool, shape) -> None:
+def test_olmoe_with_wide_mlp_matches(k: int, renormalize: bool, shape) -> None:
     ids = tokens(*shape) if shape != (1, 1) else tokens(1, 2)
     eager = logits_and_gradients(olmoe(k, "eager", norm_topk_prob=renormalize), ids)
     wide = logits_and_gradients(olmoe(k, DENSE_EXPERTS, norm_topk_prob=renormalize), ids)
     torch.testing.assert_close(wide, eager, rtol=1e-4, atol=1e-6)
 
 
-def test_dense_training_of_olmoe_is_that_of_dsmoe() -> None:
+def test_dense_training_of_olmoe_equals_dsmoe() -> None:
     ours = tiny_model(qk_norm=True, mlp_mi_loss_coef=0.3).train()
     stock = olmoe(5, DENSE_EXPERTS).train()
     stock.load_state_dict(ours.state_dict())
@@ -64,7 +64,7 @@ def test_dense_training_of_olmoe_is_that_of_dsmoe() -> None:
 
 @pytest.mark.parametrize("mlp_type", ["gelu", "swiglu"])
 @pytest.mark.parametrize("rule", ["dense", "top_k:2", "threshold:0.7"])
-def test_our_own_experts_can_be_computed_so_too(mlp_type: str, rule: str) -> None:
+def test_dsmoe_experts_support_dense_implementation(mlp_type: str, rule: str) -> None:
     eager, wide = (tiny_model(mlp_type=mlp_type, inference_rule=rule) for _ in range(2))
     wide.set_experts_implementation(DENSE_EXPERTS)
     results = (logits_and_gradients(model, tokens(2, 9)) for model in (eager, wide))
@@ -95,7 +95,7 @@ class OwnGateExperts(PlainExperts):
         ({"has_bias": True, "is_transposed": True}, ["transposed", "biases"]),
     ],
 )
-def test_layouts_it_would_get_wrong_are_refused(options: dict, complaints: list[str]) -> None:
+def test_unsupported_layouts_raise(options: dict, complaints: list[str]) -> None:
     class Experts(PlainExperts):
         pass
 
@@ -108,7 +108,7 @@ def test_layouts_it_would_get_wrong_are_refused(options: dict, complaints: list[
     assert 'set_experts_implementation("eager")' in str(caught.value)
 
 
-def test_another_gate_is_refused() -> None:
+def test_custom_gate_raises() -> None:
     experts = use_experts_implementation(OwnGateExperts)(SimpleNamespace())
     with pytest.raises(UnsupportedModelError, match=r"its gate is not act\(gate\) \* up"):
         dense_experts_forward(

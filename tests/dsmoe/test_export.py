@@ -68,7 +68,7 @@ def assert_nothing_left(out_dir: Path) -> None:
     ids=lambda changes: "-".join(changes) or "plain",
 )
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_transformers_computes_the_same_from_what_was_written(changes, k: int, tmp_path: Path):
+def test_exported_checkpoint_matches_in_transformers(changes, k: int, tmp_path: Path):
     model = exportable(**changes)
     assert export_olmoe(model, tmp_path / "out", experts_per_token=k) == tmp_path / "out"
     loaded = stored(tmp_path / "out")
@@ -82,7 +82,7 @@ def test_transformers_computes_the_same_from_what_was_written(changes, k: int, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_renormalized_weights_become_norm_topk_prob(tmp_path: Path) -> None:
+def test_renormalize_becomes_norm_topk_prob(tmp_path: Path) -> None:
     model = exportable(inference_rule="top_k:2:renormalize")
     with pytest.warns(UserWarning, match="norm_topk_prob=True .vLLM and llama.cpp do not"):
         export_olmoe(model, tmp_path / "out", experts_per_token=2)
@@ -91,7 +91,7 @@ def test_renormalized_weights_become_norm_topk_prob(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_an_eps_that_vllm_ignores_is_exact_in_transformers_and_warned_of(tmp_path: Path) -> None:
+def test_ignored_rms_norm_eps_warns(tmp_path: Path) -> None:
     model = exportable(rms_norm_eps=1e-2)
     with pytest.warns(UserWarning, match=r"rms_norm_eps=0.01 .vLLM computes with 1e-05"):
         export_olmoe(model, tmp_path / "out", experts_per_token=2)
@@ -100,7 +100,7 @@ def test_an_eps_that_vllm_ignores_is_exact_in_transformers_and_warned_of(tmp_pat
     )
 
 
-def test_sizes_that_transformers_computes_only_eagerly_are_warned_of(tmp_path: Path) -> None:
+def test_sizes_for_eager_experts_warn(tmp_path: Path) -> None:
     for name, model in {"ours": exportable(intermediate_size=6), "stock": stock_model(6)}.items():
         with pytest.warns(UserWarning, match="intermediate_size=6, not a multiple of 8"):
             export_olmoe(model, tmp_path / name, experts_per_token=2)
@@ -110,7 +110,7 @@ def test_sizes_that_transformers_computes_only_eagerly_are_warned_of(tmp_path: P
     )
 
 
-def test_a_densely_trained_stock_model_gets_its_k(tmp_path: Path) -> None:
+def test_densely_trained_olmoe_gets_k(tmp_path: Path) -> None:
     model = stock_model()
     model.set_experts_implementation(register_dense_experts())
     export_olmoe(model, tmp_path / "out", experts_per_token=2)
@@ -123,7 +123,7 @@ def test_a_densely_trained_stock_model_gets_its_k(tmp_path: Path) -> None:
     assert "moefit" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
+def test_bfloat16_export_rounds_weights(tmp_path: Path) -> None:
     model = exportable()
     export_olmoe(model, tmp_path / "out", experts_per_token=2, dtype=torch.bfloat16)
     loaded = stored(tmp_path / "out", dtype="auto")
@@ -133,12 +133,12 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
     assert model.dtype == torch.float32
 
 
-def test_a_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
     export_olmoe(exportable().bfloat16(), tmp_path / "out", experts_per_token=2)
     assert stored(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_the_model_and_the_random_state_are_left_as_they_were(tmp_path: Path) -> None:
+def test_export_keeps_model_and_random_state(tmp_path: Path) -> None:
     model = exportable(tie_word_embeddings=True).train()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, random_state = model.config.to_dict(), torch.get_rng_state()
@@ -173,7 +173,7 @@ def tiny_tokenizer(size: int = 3) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
-def test_no_code_of_ours_is_needed_to_load_it(tmp_path: Path) -> None:
+def test_export_loads_without_moefit(tmp_path: Path) -> None:
     model = exportable(tie_word_embeddings=True, num_key_value_heads=2)
     export_olmoe(model, tmp_path / "out", experts_per_token=2, tokenizer=tiny_tokenizer())
     generated = model.generate(IDS, do_sample=False, max_new_tokens=5)
@@ -195,7 +195,7 @@ IMPOSSIBLE = {
 }
 
 
-def test_every_obstacle_is_named_at_once_with_what_would_work(tmp_path: Path) -> None:
+def test_all_incompatibilities_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         export_olmoe(exportable(**IMPOSSIBLE), tmp_path / "out", experts_per_token=4)
     message = str(caught.value)
@@ -217,29 +217,29 @@ def test_every_obstacle_is_named_at_once_with_what_would_work(tmp_path: Path) ->
     "changes",
     [{"num_experts": 1, "inference_rule": "dense"}, {"inference_rule": "threshold_top_k:1"}],
 )
-def test_one_obstacle_is_enough(changes: dict) -> None:
+def test_single_incompatibility_raises(changes: dict) -> None:
     assert len(olmoe_incompatibilities(exportable(**changes).config, 1)) == 1
 
 
-def test_nothing_stands_in_the_way_of_an_exportable_model() -> None:
+def test_exportable_model_has_no_incompatibilities() -> None:
     assert olmoe_incompatibilities(exportable().config, 2) == []
 
 
 @pytest.mark.parametrize("make", [exportable, stock_model])
 @pytest.mark.parametrize("k", [0, -1, 6])
-def test_k_must_be_possible(make, k: int, tmp_path: Path) -> None:
+def test_invalid_k_raises(make, k: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"experts_per_token={k}, .* 5 experts; 1 to 5 work"):
         export_olmoe(make(), tmp_path / "out", experts_per_token=k)
     assert_nothing_left(tmp_path / "out")
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
+def test_other_models_raise(tmp_path: Path) -> None:
     other = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError, match="a Linear cannot be written as OLMoE"):
         export_olmoe(other, tmp_path / "out", experts_per_token=1)  # type: ignore[arg-type]
 
 
-def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
+def test_too_large_tokenizer_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the tokenizer has 38 tokens, but .* vocab_size is 37"):
         export_olmoe(
             exportable(), tmp_path / "out", experts_per_token=2, tokenizer=tiny_tokenizer(38)
@@ -247,7 +247,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path / "out")
 
 
-def test_a_folder_in_use_is_not_touched(tmp_path: Path) -> None:
+def test_non_empty_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     for out_dir in (tmp_path, tmp_path / "note.txt"):
         with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
@@ -256,20 +256,20 @@ def test_a_folder_in_use_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "note.txt").read_text() == "mine"
 
 
-def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
+def test_empty_folder_and_missing_parents_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out_dir in (tmp_path / "empty", tmp_path / "a" / "b"):
         export_olmoe(exportable(), str(out_dir), experts_per_token=2)
         assert json.loads((out_dir / "config.json").read_text())["model_type"] == "olmoe"
 
 
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_unwritable_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         export_olmoe(exportable(), tmp_path / "file" / "out", experts_per_token=2)
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_is_saved(tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_for_tokenizer_raises(tmp_path: Path, monkeypatch) -> None:
     def full(self: PreTrainedTokenizerFast, folder: Path) -> None:
         raise Exception("No space left on device (os error 28)")
 
@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_saved(tmp_path: Path, monkeyp
     assert_nothing_left(tmp_path / "out")
 
 
-def test_what_a_killed_export_left_is_not_trusted(tmp_path: Path, monkeypatch) -> None:
+def test_leftovers_of_killed_export_are_replaced(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export.os, "getpid", lambda: 4)
     (tmp_path / ".out.4.partial").mkdir()
     (tmp_path / ".out.4.partial" / "model.safetensors").write_text("half")
@@ -311,7 +311,7 @@ def break_the_eps(model: OlmoeForCausalLM) -> None:
         (break_the_eps, "logits differ from the original's by"),
     ],
 )
-def test_a_checkpoint_that_computes_otherwise_is_not_kept(
+def test_checkpoint_with_other_logits_is_not_written(
     damage, message: str, tmp_path: Path, monkeypatch
 ) -> None:
     save = OlmoeForCausalLM.save_pretrained
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_computes_otherwise_is_not_kept(
     assert_nothing_left(tmp_path / "out")
 
 
-def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+def test_nan_weights_are_not_written(tmp_path: Path) -> None:
     model = exportable()
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(CheckpointError, match=r"Does the model contain NaNs\?"):
@@ -336,7 +336,7 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path / "out")
 
 
-def test_an_ordinary_export_warns_of_nothing(tmp_path: Path) -> None:
+def test_export_without_problems_does_not_warn(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_olmoe(exportable(), tmp_path / "out", experts_per_token=2)

@@ -34,14 +34,14 @@ def test_entropies_lie_between_zero_and_ln_e(t: int, e: int, seed: int) -> None:
     assert -1e-5 <= conditional <= marginal + 1e-5 <= math.log(e) + 2e-5
 
 
-def test_decided_and_balanced_routers_reach_the_lowest_mi_loss() -> None:
+def test_balanced_one_hot_routing_minimises_mi_loss() -> None:
     one_hot_TE = 1000 * torch.eye(6).repeat(3, 1)
     loss = mutual_information_loss(one_hot_TE).item()
     assert loss == pytest.approx(-math.log(6))
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0, 0.0], [1.0, -2.0, 0.5], [0.0, 300.0, 0.0]])
-def test_a_router_that_ignores_its_token_has_mi_loss_zero(row: list[float]) -> None:
+def test_constant_routing_has_zero_mi_loss(row: list[float]) -> None:
     assert mutual_information_loss(torch.tensor([row]).repeat(7, 1)).item() == pytest.approx(
         0, abs=1e-6
     )
@@ -55,7 +55,7 @@ def test_mi_loss_by_hand() -> None:
     assert mutual_information_loss(p_TE.log()).item() == pytest.approx(conditional - marginal)
 
 
-def test_mi_gradient_is_that_of_its_formula_in_float64() -> None:
+def test_mi_gradient_matches_float64() -> None:
     def formula(logits_TE: Tensor) -> Tensor:
         p_TE = logits_TE.softmax(-1)
         p_E = p_TE.mean(0)
@@ -69,14 +69,14 @@ def test_mi_gradient_is_that_of_its_formula_in_float64() -> None:
 
 
 @LOSSES
-def test_gradients_stay_finite_where_experts_are_dead(loss) -> None:
+def test_gradients_are_finite_with_unused_experts(loss) -> None:
     logits_TE = (1e4 * torch.eye(4)[torch.zeros(6, dtype=torch.long)]).requires_grad_()
     loss(logits_TE).backward()
     assert torch.isfinite(logits_TE.grad).all()
 
 
 @LOSSES
-def test_padding_changes_neither_value_nor_gradient(loss) -> None:
+def test_padding_does_not_change_losses(loss) -> None:
     bare_TE = logits(9, 4)
     loss(bare_TE).backward()
     padded_TE = torch.full((15, 4), 17.0)
@@ -108,7 +108,7 @@ def test_load_balancing_is_k_when_uniform(k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_load_balancing_is_transformers_own_for_one_layer(k: int) -> None:
+def test_load_balancing_equals_transformers(k: int) -> None:
     ours_TE, theirs_TE = logits(12, 5), logits(12, 5)
     mask_BT = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     ours = load_balancing_loss(ours_TE, k, mask_BT.flatten().bool())

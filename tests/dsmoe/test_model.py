@@ -56,7 +56,7 @@ def test_dense_training_reaches_every_parameter(shape: dict) -> None:
 
 
 @SHAPES
-def test_mode_decides_the_rule(shape: dict) -> None:
+def test_mode_selects_rule(shape: dict) -> None:
     model, ids = tiny_model(**shape, inference_rule="top_k:1"), tokens(2, 9)
     sparse = logits_of(model.eval(), ids)
     dense = logits_of(model.train(), ids)
@@ -65,7 +65,7 @@ def test_mode_decides_the_rule(shape: dict) -> None:
     torch.testing.assert_close(logits_of(model.eval(), ids), dense)
 
 
-def test_a_sparse_baseline_trains_only_what_it_chose() -> None:
+def test_sparse_baseline_trains_only_chosen_experts() -> None:
     model = tiny_model(training_rule="top_k:1", load_balancing_loss_coef=0.1).train()
     ids = tokens(1, 1)
     model(ids, labels=ids).loss.backward()
@@ -73,7 +73,7 @@ def test_a_sparse_baseline_trains_only_what_it_chose() -> None:
     assert grad_EID.flatten(1).any(1).sum() <= 1
 
 
-def test_narrow_experts_train_as_one_wide_mlp_to_the_same_gradients(monkeypatch) -> None:
+def test_wide_mlp_of_narrow_experts_has_same_gradients(monkeypatch) -> None:
     found = {}
     for limit in (0, 256):
         monkeypatch.setattr("moefit.dsmoe.block.WIDE_UP_TO", limit)
@@ -84,7 +84,7 @@ def test_narrow_experts_train_as_one_wide_mlp_to_the_same_gradients(monkeypatch)
     torch.testing.assert_close(found[256], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_an_unfit_rule_is_refused_and_changes_nothing() -> None:
+def test_invalid_rule_raises_and_changes_nothing() -> None:
     model = tiny_model(inference_rule="top_k:2")
     for rule in ("top_k:6", "best:3", Rule(kind="top_k", k=6)):
         with pytest.raises(ConfigError):
@@ -129,7 +129,7 @@ def test_every_rule_equals_the_reference_loop(shape: dict, rule: str) -> None:
 
 
 @SHAPES
-def test_saved_and_loaded_it_is_the_same(shape: dict, tmp_path: Path) -> None:
+def test_saved_model_loads_equal(shape: dict, tmp_path: Path) -> None:
     register()
     register()
     model, ids = tiny_model(**shape, inference_rule="threshold:0.123456789"), tokens(2, 9)
@@ -152,7 +152,7 @@ def test_saved_and_loaded_it_is_the_same(shape: dict, tmp_path: Path) -> None:
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
-def test_half_precision_stays_half_but_for_the_routers(tmp_path: Path) -> None:
+def test_half_precision_except_routers(tmp_path: Path) -> None:
     tiny_model(**PAPER).save_pretrained(tmp_path)
     model = DsMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     output = model(tokens(2, 9), output_router_logits=True)
@@ -178,7 +178,7 @@ def test_autocast_trains_with_routers_in_float32(shape: dict, rule: str) -> None
 
 @SHAPES
 @pytest.mark.parametrize("rule", RULES)
-def test_generation_works_and_the_cache_changes_nothing(shape: dict, rule: str) -> None:
+def test_generation_is_same_with_and_without_cache(shape: dict, rule: str) -> None:
     model, ids = tiny_model(**shape, inference_rule=rule), tokens(1, 4)
     options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
     cached = model.generate(ids, **options)
@@ -190,7 +190,7 @@ def test_generation_works_and_the_cache_changes_nothing(shape: dict, rule: str) 
 @SHAPES
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_left_padding_changes_no_real_token(shape: dict, rule: str, attention: str) -> None:
+def test_left_padding_does_not_change_tokens(shape: dict, rule: str, attention: str) -> None:
     model = tiny_model(**shape, inference_rule=rule, pad_token_id=0)
     model.set_attn_implementation(attention)
     ids = tokens(1, 6)
@@ -199,7 +199,7 @@ def test_left_padding_changes_no_real_token(shape: dict, rule: str, attention: s
     torch.testing.assert_close(real, logits_of(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_padded_batches_generate_what_single_ones_do() -> None:
+def test_padded_batches_generate_like_single_ones() -> None:
     model = tiny_model(**PAPER, inference_rule="top_k:2", pad_token_id=0, eos_token_id=None)
     options = {"do_sample": False, "max_new_tokens": 5}
     short, long = tokens(1, 3), tokens(1, 6, seed=2)
@@ -210,7 +210,7 @@ def test_padded_batches_generate_what_single_ones_do() -> None:
     assert torch.equal(together[:, -5:], torch.stack(alone))
 
 
-def test_router_logits_come_one_a_layer() -> None:
+def test_router_logits_by_layer() -> None:
     model, ids = tiny_model(**PAPER), tokens(2, 9)
     output = model(ids, output_router_logits=True)
     assert output.loss is None
@@ -221,7 +221,7 @@ def test_router_logits_come_one_a_layer() -> None:
     assert without.get("attention_router_logits") is None
 
 
-def test_other_outputs_can_be_asked_for() -> None:
+def test_hidden_states_and_attentions_are_returned() -> None:
     model, ids = tiny_model(**PAPER), tokens(2, 9)
     model.set_attn_implementation("eager")
     output = model(ids, output_hidden_states=True, output_attentions=True)
@@ -249,7 +249,7 @@ def test_the_loss_is_cross_entropy_plus_the_router_losses(shape: dict) -> None:
     torch.testing.assert_close(output.loss - expected, language_model_loss(output.logits, labels))
 
 
-def test_right_padding_changes_neither_loss_nor_gradients() -> None:
+def test_right_padding_does_not_change_loss() -> None:
     ids, results = tokens(2, 6), []
     for padding in (0, 4):
         model = tiny_model(**PAPER, **LOSSES).train()
@@ -262,14 +262,14 @@ def test_right_padding_changes_neither_loss_nor_gradients() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-def test_labels_can_be_given_without_asking_for_router_logits() -> None:
+def test_labels_without_router_logits() -> None:
     model, ids = tiny_model(**LOSSES).train(), tokens(2, 9)
     expected = model(ids, labels=ids).loss
     output = model(ids, labels=ids, output_router_logits=False)
     assert torch.equal(output.loss, expected)
 
 
-def test_one_expert_is_a_plain_dense_model() -> None:
+def test_one_expert_equals_dense_model() -> None:
     model, ids = tiny_model(num_experts=1, **LOSSES).train(), tokens(2, 9)
     output = model(ids, labels=ids)
     output.loss.backward()
@@ -279,7 +279,7 @@ def test_one_expert_is_a_plain_dense_model() -> None:
 
 
 @SHAPES
-def test_gradient_checkpointing_changes_no_gradient(shape: dict) -> None:
+def test_gradient_checkpointing_keeps_gradients(shape: dict) -> None:
     ids, results = tokens(2, 9), []
     for checkpointing in (False, True):
         model = tiny_model(**shape, **LOSSES).train()
@@ -293,7 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(shape: dict) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
-def test_embeddings_can_be_given_instead_of_ids() -> None:
+def test_inputs_embeds_instead_of_ids() -> None:
     model, ids = tiny_model(), tokens(2, 9)
     embedded = model.model.embed_tokens(ids)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids).logits)
@@ -301,7 +301,7 @@ def test_embeddings_can_be_given_instead_of_ids() -> None:
         model()
 
 
-def test_the_routed_scaling_factor_multiplies_the_experts_sum() -> None:
+def test_routed_scaling_factor_scales_expert_output() -> None:
     """A factor of 4 equals down projections four times as large, under dense and sparse rules."""
     scaled, plain = tiny_model(routed_scaling_factor=4.0), tiny_model()
     with torch.no_grad():

@@ -17,7 +17,7 @@ def layers(count: int, num_experts: int, *, seed: int) -> list[Tensor]:
     return [torch.randn(2, 6, num_experts, generator=generator) for _ in range(count)]
 
 
-def test_each_kind_is_summed_over_layers_with_its_own_weight() -> None:
+def test_router_losses_are_weighted_sums_over_layers() -> None:
     mlp, attention = layers(3, 5, seed=0), layers(3, 2, seed=1)
     real_T = torch.tensor([False] * 3 + [True] * 9)
     weights = RouterLossWeights(mlp_mi=0.5, attention_mi=2.0, load_balancing=0.25, z=3.0, k=2)
@@ -39,19 +39,19 @@ def test_each_kind_is_summed_over_layers_with_its_own_weight() -> None:
         (RouterLossWeights(z=0.1), z_loss),
     ],
 )
-def test_a_weight_of_zero_switches_a_loss_off(weights: RouterLossWeights, loss) -> None:
+def test_zero_weight_disables_loss(weights: RouterLossWeights, loss) -> None:
     (mlp,), attention = layers(1, 5, seed=0), layers(1, 2, seed=1)
     expected = 0.1 * loss(mlp.flatten(0, 1)).item()
     assert router_loss([mlp], attention, weights).item() == pytest.approx(expected)
 
 
-def test_flat_and_shaped_logits_are_the_same() -> None:
+def test_flat_and_shaped_logits_agree() -> None:
     mlp, weights = layers(2, 5, seed=0), RouterLossWeights(mlp_mi=1.0)
     flat = [x.flatten(0, 1) for x in mlp]
     assert router_loss(mlp, (), weights) == router_loss(flat, (), weights)
 
 
-def test_without_routers_or_weights_it_is_zero() -> None:
+def test_router_loss_is_zero_without_routers_or_weights() -> None:
     everything = RouterLossWeights(mlp_mi=1.0, attention_mi=1.0, load_balancing=1.0, z=1.0)
     assert router_loss((), (), everything).item() == 0
     mlp, attention = layers(2, 5, seed=0), layers(2, 2, seed=1)
@@ -66,7 +66,7 @@ def test_cross_entropy_is_of_the_next_token() -> None:
     assert language_model_loss(torch.zeros(2, 3, 4), labels_BT).item() == pytest.approx(1.386294)
 
 
-def test_labels_of_minus_100_are_not_predicted() -> None:
+def test_labels_of_minus_100_are_ignored() -> None:
     logits_BTV = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
     labels_BT = torch.tensor([[3, 1, -100, -100, 2]])
     log_p_BTV = logits_BTV.log_softmax(-1)

@@ -10,7 +10,7 @@ PAPER = [name for name in preset_names() if name.endswith("b")]
 SIZES = ["tiny", "small"]
 
 
-def test_all_names() -> None:
+def test_preset_names_are_complete() -> None:
     kinds = {"dense": ["1b", "3b", "6b"], "smoe": ["1b", "1.5b", "5b"], "dsmoe": ["1b", "3b", "6b"]}
     paper = {f"{kind}-{size}" for kind, sizes in kinds.items() for size in sizes}
     small = {f"{kind}-{size}" for kind in kinds for size in SIZES}
@@ -19,7 +19,7 @@ def test_all_names() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_each_is_a_configuration_that_survives_its_file(name: str, tmp_path) -> None:
+def test_preset_config_round_trips(name: str, tmp_path) -> None:
     config = preset(name)
     config.save_pretrained(tmp_path)
     again = DsMoeConfig.from_pretrained(tmp_path)
@@ -29,7 +29,7 @@ def test_each_is_a_configuration_that_survives_its_file(name: str, tmp_path) -> 
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_says(name: str) -> None:
+def test_presets_match_paper(name: str) -> None:
     config = preset(name)
     assert (config.mlp_type, config.vocab_size, config.tie_word_embeddings) == (
         "gelu",
@@ -52,7 +52,7 @@ def test_alpha_of_table_2(name: str, attention_alpha: float, mlp_alpha: float) -
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n.startswith("smoe")])
-def test_smoe_trains_as_it_infers(name: str) -> None:
+def test_smoe_training_and_inference_rules_are_equal(name: str) -> None:
     config = preset(name)
     assert config.training_rule == config.inference_rule
     assert Rule.parse(config.training_rule).kind == "top_k"
@@ -69,7 +69,7 @@ def test_dense_has_no_routers_and_no_router_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_small_ones_are_twins_but_for_their_routers(size: str) -> None:
+def test_small_presets_differ_only_in_experts_and_routers(size: str) -> None:
     dense, sparse, ours = (
         model_card(preset(f"{kind}-{size}")) for kind in ("dense", "smoe", "dsmoe")
     )
@@ -77,23 +77,23 @@ def test_small_ones_are_twins_but_for_their_routers(size: str) -> None:
     assert ours.total - ours.parameters.mlp_routers == dense.total
 
 
-def test_tiny_is_tiny() -> None:
+def test_tiny_presets_are_small() -> None:
     assert 1e6 < model_card(preset("dsmoe-tiny")).total < 2e6
 
 
-def test_overrides_replace_and_leave_the_preset_alone() -> None:
+def test_overrides_do_not_change_preset() -> None:
     changed = preset("dsmoe-tiny", num_hidden_layers=2, inference_rule="top_k:3")
     assert (changed.num_hidden_layers, changed.inference_rule) == (2, "top_k:3")
     assert preset("dsmoe-tiny").num_hidden_layers == 4
 
 
-def test_fields_are_the_models_own() -> None:
+def test_field_names_exclude_inherited_fields() -> None:
     names = field_names()
     assert {"hidden_size", "num_experts", "inference_rule", "mlp_mi_loss_coef"} <= set(names)
     assert not {"transformers_version", "architectures", "dtype", "id2label"} & set(names)
 
 
-def test_unknown_name_tells_the_nearest_and_all() -> None:
+def test_unknown_preset_suggests_names() -> None:
     with pytest.raises(ConfigError) as error:
         preset("dsmoe_small")
     assert "'dsmoe_small' is not a preset" in str(error.value)
@@ -101,27 +101,27 @@ def test_unknown_name_tells_the_nearest_and_all() -> None:
     assert all(name in str(error.value) for name in preset_names())
 
 
-def test_name_like_nothing_still_lists_all() -> None:
+def test_dissimilar_preset_lists_names() -> None:
     with pytest.raises(ConfigError, match=r"^'qqq' is not a preset; use one of dense-1b, "):
         preset("qqq")
 
 
-def test_unknown_field_tells_the_nearest() -> None:
+def test_unknown_field_suggests_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'num_layers' .* did you mean 'num_hidden_layers'\?"):
         preset("dsmoe-tiny", num_layers=2)
 
 
-def test_a_field_of_transformers_is_no_field_of_a_model() -> None:
+def test_inherited_field_raises() -> None:
     with pytest.raises(ConfigError, match="'architectures' is not a field"):
         preset("dsmoe-tiny", architectures=["x"])
 
 
-def test_contradicting_override() -> None:
+def test_contradictory_override_raises() -> None:
     with pytest.raises(ConfigError, match="the most that works is top_k:16"):
         preset("dsmoe-tiny", inference_rule="top_k:17")
 
 
-def test_settings_without_a_preset_are_checked_too() -> None:
+def test_settings_without_preset_are_checked() -> None:
     check_fields({"hidden_size": 64})
     with pytest.raises(ConfigError, match=r"did you mean 'hidden_size'\?"):
         check_fields({"hiden_size": 64})

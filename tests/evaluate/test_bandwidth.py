@@ -48,7 +48,7 @@ def test_a_measurement_that_fails_is_an_error_that_says_how(folder: Path, monkey
         measure_bandwidth(folder, threads=1)
 
 
-def test_no_more_memory_is_taken_than_half_of_what_is_free(monkeypatch) -> None:
+def test_measurement_uses_at_most_half_of_free_memory(monkeypatch) -> None:
     monkeypatch.setattr(bandwidth, "_cache_bytes", lambda folder: 1 << 40)
     monkeypatch.setattr(bandwidth, "available_bytes", lambda: 20 * MIB)
     assert bandwidth._timed_bytes() == 10 * MIB
@@ -59,7 +59,7 @@ def test_no_more_memory_is_taken_than_half_of_what_is_free(monkeypatch) -> None:
     assert bandwidth._timed_bytes() == 4096 * MIB
 
 
-def test_caches_count_once_for_all_that_share_them(tmp_path: Path, monkeypatch) -> None:
+def test_shared_caches_count_once(tmp_path: Path, monkeypatch) -> None:
     """Four processors in two parts of 400 MiB, as servers have that hold a matrix of 384 MiB."""
     for cpu in range(4):
         shared = "0-1" if cpu < 2 else "2-3"

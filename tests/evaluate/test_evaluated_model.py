@@ -29,7 +29,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("rule", ["top_k:2", "top_k:2:renormalize", "dense"])
-def test_an_olmoe_under_a_rule_is_one_configured_so(rule):
+def test_olmoe_with_rule_equals_configured_olmoe(rule):
     parsed = Rule.parse(rule)
     model = stock(num_experts_per_tok=3)
     twin = stock(num_experts_per_tok=parsed.k or 5, norm_topk_prob=parsed.renormalize)
@@ -39,7 +39,7 @@ def test_an_olmoe_under_a_rule_is_one_configured_so(rule):
     torch.testing.assert_close(logits(model), before)
 
 
-def test_an_olmoe_is_restored_after_an_error():
+def test_olmoe_is_restored_after_error():
     model = stock(num_experts_per_tok=3, norm_topk_prob=True)
     with pytest.raises(ZeroDivisionError), evaluated_model(model).use(Rule.parse("top_k:1")):
         raise ZeroDivisionError
@@ -47,7 +47,7 @@ def test_an_olmoe_is_restored_after_an_error():
     assert [(router.top_k, router.norm_topk_prob) for router in routers] == [(3, True)] * 2
 
 
-def test_an_export_scores_and_costs_as_what_it_was_made_of(tmp_path):
+def test_exported_model_scores_like_source(tmp_path):
     model = tiny_model(qk_norm=True)
     export_olmoe(model, tmp_path / "out", experts_per_token=2)
     olmoe = OlmoeForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
@@ -60,12 +60,12 @@ def test_an_export_scores_and_costs_as_what_it_was_made_of(tmp_path):
     assert evaluated_model(olmoe).total == model_card(model.config).total_without_embeddings
 
 
-def test_tied_embeddings_do_not_count_twice():
+def test_tied_embeddings_count_once():
     assert evaluated_model(stock(tie_word_embeddings=True)).total == evaluated_model(stock()).total
 
 
 @pytest.mark.parametrize("rule", ["threshold:0.5", "threshold_top_k:0.5"])
-def test_an_olmoe_has_no_thresholds(rule):
+def test_olmoe_rejects_thresholds(rule):
     text = Text(ids_T=tokens(20), text_bytes=60, context=8)
     heard = []
     with pytest.raises(UnsupportedModelError, match="use dense or top_k:K with K from 1 to 5"):
@@ -73,7 +73,7 @@ def test_an_olmoe_has_no_thresholds(rule):
     assert not heard  # said before an hour of scoring, not after it
 
 
-def test_more_experts_than_there_are():
+def test_too_many_experts_raise():
     with pytest.raises(ConfigError, match="top_k:5"):
         evaluated_model(stock()).check(Rule.parse("top_k:6"))
 
@@ -89,7 +89,7 @@ def test_default_rules():
     ]  # fmt: skip
 
 
-def test_other_families():
+def test_other_families_raise():
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2,

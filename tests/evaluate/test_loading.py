@@ -21,7 +21,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_a_model_folder(saved):
+def test_model_folder_loads(saved):
     model, tokenizer = load_full_model(str(saved))
     assert not model.training
     ids = tokens(1, 5)
@@ -31,7 +31,7 @@ def test_a_model_folder(saved):
     assert load_full_model(str(saved), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-def test_a_run_is_its_last_checkpoint(tmp_path):
+def test_run_folder_loads_last_checkpoint(tmp_path):
     parts = tiny_model(vocab_size=300), train_bpe(["some text"], 300)
     for step in (1, 2):
         snapshot = checkpoint.Snapshot(step=step, model=parts[0], tokenizer=parts[1], state={})
@@ -40,7 +40,7 @@ def test_a_run_is_its_last_checkpoint(tmp_path):
     load_full_model(str(tmp_path))
 
 
-def test_the_shipped_model():
+def test_shipped_model_loads():
     assert locate("reference") == reference_path()
 
 
@@ -51,20 +51,20 @@ def test_the_shipped_model():
         (lambda path: path.mkdir(), CheckpointError, "neither a model"),
     ],
 )
-def test_what_is_no_model(tmp_path, make, error, words):
+def test_missing_model_raises(tmp_path, make, error, words):
     make(tmp_path / "model")
     with pytest.raises(error, match=words):
         load_full_model(str(tmp_path / "model"))
 
 
-def test_a_foreign_family(tmp_path):
+def test_other_family_raises(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="'llama' model; this command supports dsmoe"):
         load_full_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_damaged_file(saved, tmp_path, name):
+def test_damaged_file_raises(saved, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     content = (folder / name).read_bytes()
@@ -73,7 +73,7 @@ def test_a_damaged_file(saved, tmp_path, name):
         load_full_model(str(folder))
 
 
-def test_missing_weights(saved, tmp_path):
+def test_missing_weights_raise(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     (folder / "model.safetensors").unlink()
@@ -97,7 +97,7 @@ def with_config(saved, folder, **changes):
         ({"num_experts": 4}, r"of another shape \(model\.layers.* is \[5, .*\], not \[4, "),
     ],
 )
-def test_a_config_of_another_model(saved, tmp_path, changes, words):
+def test_config_of_another_model_raises(saved, tmp_path, changes, words):
     with pytest.raises(CheckpointError, match=f"do not match its config.json: .*{words}"):
         load_full_model(with_config(saved, tmp_path / "model", **changes))
 
@@ -109,7 +109,7 @@ def test_tied_embeddings_are_not_missing(saved, tmp_path):
 
 
 @pytest.mark.parametrize("width", [8, 6])
-def test_an_olmoe_of_any_width(tmp_path, width):
+def test_olmoe_of_any_width_loads(tmp_path, width):
     config = OlmoeConfig(
         vocab_size=300, hidden_size=16, intermediate_size=width, num_hidden_layers=1,
         num_attention_heads=4, num_experts=4, num_experts_per_tok=4, pad_token_id=None,
@@ -123,7 +123,7 @@ def test_an_olmoe_of_any_width(tmp_path, width):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model": 3}'])
-def test_a_tokenizer_that_is_none(saved, tmp_path, content):
+def test_damaged_tokenizer_raises(saved, tmp_path, content):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     (folder / "tokenizer.json").write_text(content)
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_is_none(saved, tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "dsmoe", "qk_norm": "perhaps"}'])
-def test_a_config_that_is_none(tmp_path, content):
+def test_damaged_config_raises(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises((CheckpointError, ConfigError)):
         check_family(tmp_path)
@@ -140,37 +140,37 @@ def test_a_config_that_is_none(tmp_path, content):
         config_of(str(tmp_path))
 
 
-def test_the_family_is_known_without_the_weights(saved, tmp_path):
+def test_family_is_read_without_weights(saved, tmp_path):
     assert check_family(saved) == "dsmoe"
     (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
     with pytest.raises(UnsupportedModelError, match="a 'never_heard_of' model"):
         check_family(tmp_path)
 
 
-def test_the_shape_of_a_preset_and_of_a_folder(saved):
+def test_config_of_preset_and_folder(saved):
     assert config_of("dsmoe-3b").num_experts > 1
     assert config_of(str(saved)).vocab_size == 300
 
 
-def test_the_shape_of_another_family_is_not_guessed(tmp_path):
+def test_config_of_another_family_raises(tmp_path):
     OlmoeConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"'olmoe' model; this command supports dsmoe$"):
         config_of(str(tmp_path))
 
 
-def test_a_device_that_is_not_here(saved, monkeypatch):
+def test_missing_device_raises(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # said before reading
     with pytest.raises(ConfigError, match="device='cuda' is not available here; use auto or cpu"):
         load_full_model(str(saved), device="cuda")
 
 
-def test_a_config_that_contradicts_itself(saved, tmp_path):
+def test_contradictory_config_raises(saved, tmp_path):
     with pytest.raises(ConfigError, match="head_dim=3"):
         load_full_model(with_config(saved, tmp_path / "model", head_dim=3))
 
 
-def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path):
+def test_damaged_run_checkpoint_raises(tmp_path):
     snapshot = checkpoint.Snapshot(
         step=1, model=tiny_model(vocab_size=300), tokenizer=train_bpe(["text"], 300), state={}
     )

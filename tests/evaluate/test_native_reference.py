@@ -23,7 +23,7 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("memory", [None, "8GiB"])
-def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
+def test_native_reference_equals_checkpoint(folder, model, memory: str | None) -> None:
     how = LoadSettings(memory=memory, precision="int2", dense_precision="int4", context=64)
     with load_model(folder, how) as served:
         twin = native_reference(served, how)
@@ -37,7 +37,7 @@ def test_it_is_the_checkpoints_own(folder, model, memory: str | None) -> None:
                 assert both <= (8 << 30) + held_bytes(torch.device("cpu"))
 
 
-def test_there_is_none_without_room(folder) -> None:
+def test_native_reference_is_none_without_memory(folder) -> None:
     plenty = LoadSettings(precision="int2", context=64)
     with load_model(folder, plenty) as served:
         tight = served.budget.total_for_slots(served.budget.slots()) + (1 << 20)
@@ -46,7 +46,7 @@ def test_there_is_none_without_room(folder) -> None:
         assert native_reference(served, how) is None
 
 
-def test_auto_takes_all_that_there_is(folder) -> None:
+def test_native_reference_is_none_with_auto(folder) -> None:
     how = LoadSettings(memory="4GiB", precision="auto", context=64)
     with load_model(folder, how) as served:
         assert native_reference(served, how) is None

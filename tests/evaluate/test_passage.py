@@ -12,7 +12,7 @@ def tokenizer():
     return train_bpe(["def f(x):\n    return x\n" * 5], 300)
 
 
-def test_a_file(tmp_path, tokenizer):
+def test_text_of_file(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("def größe(x):\n", encoding="utf-8")
     text = text_of_file(path, tokenizer, 16, None)
@@ -21,13 +21,13 @@ def test_a_file(tmp_path, tokenizer):
     assert text.text_bytes == len("def größe(x):\n".encode())
 
 
-def test_the_held_out_standard_library(tokenizer):
+def test_held_out_standard_library(tokenizer):
     text = held_out_text(tokenizer, 256, 1000)
     assert len(text.ids_T) > 10_000
     assert sum(ids.shape[0] * (ids.shape[1] - 1) for ids in text.batches()) <= 1000
 
 
-def test_what_cannot_be_read(tmp_path, tokenizer):
+def test_unreadable_file_raises(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"cannot read .*nothing\.txt"):
         text_of_file(tmp_path / "nothing.txt", tokenizer, 16, None)
     (tmp_path / "latin.txt").write_bytes(b"gr\xf6\xdfe")
@@ -35,7 +35,7 @@ def test_what_cannot_be_read(tmp_path, tokenizer):
         text_of_file(tmp_path / "latin.txt", tokenizer, 16, None)
 
 
-def test_it_reads_a_text_as_training_does(tmp_path, tokenizer):
+def test_text_is_tokenised_as_in_training(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("def <|endoftext|> f(x):\n<|endoftext|>", encoding="utf-8")
     document = Document(name="text.txt", text=path.read_text("utf-8"))
@@ -47,7 +47,7 @@ def test_it_reads_a_text_as_training_does(tmp_path, tokenizer):
     assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_without_an_end_of_text_token(tmp_path):
+def test_tokenizer_without_end_of_text_token(tmp_path):
     tokenizer = train_bpe(["some text"], 300)
     tokenizer.eos_token = None
     path = tmp_path / "text.txt"

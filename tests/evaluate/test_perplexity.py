@@ -30,7 +30,7 @@ def by_hand(model, ids_T, context):
 
 
 @pytest.mark.parametrize("length", [2, 9, 33, 50])
-def test_every_token_but_the_first_is_a_target_once(length):
+def test_each_token_is_target_once(length):
     model = tiny_model()
     with torch.no_grad():
         expected, count = by_hand(model, tokens(length), 8)
@@ -41,18 +41,18 @@ def test_every_token_but_the_first_is_a_target_once(length):
     assert got.bits_per_byte == pytest.approx(expected / math.log(2) / 3, rel=1e-5)
 
 
-def test_the_batch_size_changes_nothing():
+def test_score_does_not_depend_on_batch_size():
     model = tiny_model()
     losses = [score(model, text(60, 8, batch_size=b), rules("top_k:2"))[0].loss for b in (1, 3, 8)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_fewer_tokens_are_spread_over_the_text():
+def test_limited_tokens_are_spread_over_text():
     (got,) = score(tiny_model(), text(81, 8, max_tokens=24), rules("dense"))
     assert 16 <= got.tokens <= 24
 
 
-def test_costs_follow_the_rule():
+def test_costs_depend_on_rule():
     model = tiny_model(num_attention_experts=2)
     card = model_card(model.config)
     dense, top, all_of_them, some = score(
@@ -67,7 +67,7 @@ def test_costs_follow_the_rule():
     assert some.active_parameters < dense.active_parameters
 
 
-def test_the_measured_means_are_the_routers_own():
+def test_measured_means_equal_routers():
     model = tiny_model()
     ids = tokens(1, 9)
     (got,) = score(model, Text(ids_T=ids[0], text_bytes=9, context=8), rules("threshold:1.0"))
@@ -78,21 +78,21 @@ def test_the_measured_means_are_the_routers_own():
     assert got.mlp_experts == pytest.approx(sum(counts) / len(counts))
 
 
-def test_the_model_is_left_as_it_was():
+def test_model_is_restored():
     model = tiny_model(inference_rule="top_k:3").train()
     score(model, text(20, 8), rules("dense", "threshold:0.5"))
     assert model.config.inference_rule == "top_k:3"
     assert model.training
 
 
-def test_what_cannot_be_scored():
+def test_invalid_text_or_rule_raises():
     with pytest.raises(DataError, match="give more text"):
         score(tiny_model(), text(1, 8), rules("dense"))
     with pytest.raises(ConfigError, match="top_k:5"):
         score(tiny_model(), text(20, 8), rules("top_k:6"))
 
 
-def test_progress_is_told():
+def test_progress_is_reported():
     heard = []
     score(tiny_model(), text(33, 8, batch_size=2), rules("dense"), lambda *a: heard.append(a))
     assert heard == [("dense", 16, 32), ("dense", 32, 32)]
@@ -106,7 +106,7 @@ def test_progress_ends_at_its_total_with_a_limit():
     assert limited.targets == 24
 
 
-def test_no_rule_pays_for_the_first_call(monkeypatch):
+def test_warm_up_is_not_timed(monkeypatch):
     model, batches, clock = tiny_model(), [], iter(range(100))
     monkeypatch.setattr(perplexity.time, "perf_counter", lambda: next(clock))
     forward = model.forward

@@ -8,7 +8,7 @@ from moefit.train.model import attention_implementation, build_model, loss_weigh
 CPU = torch.device("cpu")
 
 
-def test_the_seed_makes_the_weights_and_leaves_the_global_state_alone(config):
+def test_weights_depend_on_seed_without_global_state(config):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     a, b = (build_model(config, vocab_size=300, eos_token_id=0) for _ in range(2))
@@ -16,14 +16,14 @@ def test_the_seed_makes_the_weights_and_leaves_the_global_state_alone(config):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_a_preset_with_a_field_of_its_own(tree):
+def test_preset_with_overridden_field(tree):
     tree["model"], tree["loss"] = {"preset": "dsmoe-tiny", "num_experts": 8}, {"mlp_mi": 0.02}
     model = build_model(make_config(tree), vocab_size=300, eos_token_id=0)
     assert (model.config.num_experts, model.config.vocab_size) == (8, 300)
     assert model.config.mlp_mi_loss_coef == 0.02
 
 
-def test_load_balancing_counts_the_training_rules_k(tree):
+def test_load_balancing_k_is_training_rules(tree):
     tree["model"]["training_rule"] = "top_k:2"
     tree["loss"] = {"load_balancing": 0.01, "z": 0.001}
     config = make_config(tree)
@@ -35,21 +35,21 @@ def test_load_balancing_counts_the_training_rules_k(tree):
     ("precision", "length", "expected"),
     [("bf16", 512, "eager"), ("bf16", 513, "sdpa"), ("fp32", 64, "sdpa")],
 )
-def test_attention_that_pays(tree, precision, length, expected):
+def test_attention_implementation_choice(tree, precision, length, expected):
     config = make_config(tree | {"precision": precision, "seq_len": length})
     assert attention_implementation(config, CPU) == expected
     chosen = make_config(tree | {"attention": "sdpa", "precision": precision})
     assert attention_implementation(chosen, CPU) == "sdpa"
 
 
-def test_precision(tree):
+def test_precision_choice(tree):
     assert use_bf16(make_config(tree | {"precision": "bf16"}), CPU)
     assert not use_bf16(make_config(tree | {"precision": "fp32"}), CPU)
     automatic = use_bf16(make_config(tree | {"precision": "auto"}), CPU)
     assert automatic == torch.cpu._is_amx_tile_supported()
 
 
-def test_a_presets_alpha_counts_unless_another_is_given(tree):
+def test_preset_alpha_is_default(tree):
     tree["model"], tree["loss"] = {"preset": "dsmoe-tiny"}, {}
     config = make_config(tree)
     model = build_model(config, vocab_size=300, eos_token_id=0)
@@ -58,7 +58,7 @@ def test_a_presets_alpha_counts_unless_another_is_given(tree):
     assert loss_weights(config, build_model(config, vocab_size=300, eos_token_id=0)).mlp_mi == 0
 
 
-def test_without_any_model_setting_it_is_a_preset():
+def test_default_model_is_preset():
     assert make_config({}).model.preset == "dsmoe-tiny"
 
 
@@ -76,7 +76,7 @@ def built(**settings):
     return build_model(make_config(settings), vocab_size=300, eos_token_id=0)
 
 
-def test_olmoe_trains_all_of_its_experts():
+def test_olmoe_trains_all_experts():
     model = built(model=OLMOE, loss={"load_balancing": 0.01, "attention_mi": 0})
     assert model.config.num_experts_per_tok == model.config.num_experts == 4
     weights = loss_weights(make_config({"loss": {"load_balancing": 0.01}}), model)
@@ -103,12 +103,12 @@ def test_olmoe_trains_all_of_its_experts():
         ({"mlp_type": "gelu"}, "model.mlp_type is not a field of OlmoeConfig"),
     ],
 )
-def test_an_olmoe_that_cannot_be(changes, said):
+def test_invalid_olmoe_raises(changes, said):
     with pytest.raises(ConfigError, match=said):
         built(model=OLMOE | changes)
 
 
-def test_what_the_model_stumbles_over_is_the_users_error_too(monkeypatch):
+def test_construction_errors_become_config_errors(monkeypatch):
     def stumble(config):
         raise RuntimeError("not\n  so")
 
@@ -132,7 +132,7 @@ def test_what_the_model_stumbles_over_is_the_users_error_too(monkeypatch):
         ),
     ],
 )
-def test_settings_without_a_router_to_act_on_are_refused(model, loss, said):
+def test_router_settings_without_router_raise(model, loss, said):
     with pytest.raises(ConfigError, match=said):
         built(model=model, loss=loss)
 
@@ -145,13 +145,13 @@ def test_settings_without_a_router_to_act_on_are_refused(model, loss, said):
         {"num_experts": 1, "hidden_size": 32},
     ],
 )
-def test_zeros_and_a_presets_own_values_may_stand_idle(model):
+def test_zero_and_preset_router_settings_are_accepted(model):
     zeros = {"mlp_mi": 0, "attention_mi": 0.0, "load_balancing": 0, "z": 0}
     assert built(model=model, loss=zeros).config.num_experts == 1
     assert built(model=model).config.num_experts == 1
 
 
-def test_a_sparse_rule_needs_experts_to_choose_from():
+def test_sparse_rule_without_router_raises():
     with pytest.raises(ConfigError, match=r"sparse\.rule=top_k:1 has no effect, .* give null"):
         built(model={"num_experts": 1}, sparse={"rule": "top_k:1"})
     with pytest.raises(ConfigError, match=r"top_k:9 asks for 9 experts .* top_k:8"):

@@ -26,7 +26,7 @@ def snapshot(parts, step):
     return checkpoint.Snapshot(step=step, model=model, tokenizer=tokenizer, state=state)
 
 
-def test_keeps_the_last_ones(tmp_path, parts):
+def test_keeps_newest_checkpoints(tmp_path, parts):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, snapshot(parts, step), keep=2)
     found = checkpoint.checkpoints(tmp_path)
@@ -36,7 +36,7 @@ def test_keeps_the_last_ones(tmp_path, parts):
     assert torch.equal(state["optimizer"]["x"], torch.ones(3))
 
 
-def test_a_half_written_one_is_not_seen(tmp_path, parts):
+def test_incomplete_checkpoint_is_ignored(tmp_path, parts):
     checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
     building = tmp_path / ".step-00000002.building"
     building.mkdir()
@@ -48,7 +48,7 @@ def test_a_half_written_one_is_not_seen(tmp_path, parts):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
-def test_damage_is_named(tmp_path, parts, name, damage):
+def test_damaged_file_is_named(tmp_path, parts, name, damage):
     folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
     content = bytearray((folder / name).read_bytes())
     if damage == "gone":
@@ -60,7 +60,7 @@ def test_damage_is_named(tmp_path, parts, name, damage):
         checkpoint.load_state(folder)
 
 
-def test_a_foreign_folder_is_refused(tmp_path):
+def test_foreign_folder_raises(tmp_path):
     (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({"something": "else"}))
     with pytest.raises(CheckpointError, match="not a checkpoint of moefit"):
         checkpoint.load_state(tmp_path)
@@ -77,14 +77,14 @@ def test_a_foreign_folder_is_refused(tmp_path):
         '{"files": {"trainer.pt": {"bytes": null, "crc32": 1}}}',
     ],
 )
-def test_a_damaged_manifest(tmp_path, parts, manifest):
+def test_damaged_manifest_raises(tmp_path, parts, manifest):
     folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
     (folder / checkpoint.MANIFEST).write_text(manifest)
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing, unreadable or damaged"):
         checkpoint.verify(folder)
 
 
-def test_an_unreadable_file(tmp_path, parts, monkeypatch):
+def test_unreadable_file_raises(tmp_path, parts, monkeypatch):
     folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
 
     def refuse(path):
@@ -95,7 +95,7 @@ def test_an_unreadable_file(tmp_path, parts, monkeypatch):
         checkpoint.verify(folder)
 
 
-def test_a_checkpoint_stops_counting_before_its_files_go(tmp_path, parts, monkeypatch):
+def test_checkpoint_is_renamed_before_deletion(tmp_path, parts, monkeypatch):
     """Killed while it prunes, the process leaves no half a checkpoint under a good name."""
     for step in (1, 2):
         checkpoint.save(tmp_path, snapshot(parts, step), keep=2)
@@ -117,7 +117,7 @@ def test_a_checkpoint_stops_counting_before_its_files_go(tmp_path, parts, monkey
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_step_saved_once_more_replaces_the_first(tmp_path, parts):
+def test_saving_same_step_replaces_checkpoint(tmp_path, parts):
     checkpoint.save(tmp_path, snapshot(parts, 1), keep=2)
     again = snapshot(parts, 1)
     again.state["seconds"] = 9.0
@@ -126,7 +126,7 @@ def test_a_step_saved_once_more_replaces_the_first(tmp_path, parts):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_copy_beside_it_is_no_checkpoint_of_the_run(tmp_path, parts):
+def test_copied_checkpoint_folder_is_ignored(tmp_path, parts):
     folder = checkpoint.save(tmp_path, snapshot(parts, 1), keep=1)
     folder.rename(tmp_path / "step-00000001.bak")
     checkpoint.save(tmp_path, snapshot(parts, 2), keep=1)
@@ -181,7 +181,7 @@ def small_parts():
     return DsMoeForCausalLM(config), train_bpe([Path(__file__).read_text()], 800)
 
 
-def test_no_room_loses_no_checkpoint(tmp_path):
+def test_full_disk_keeps_checkpoints(tmp_path):
     """The kernel refuses to write beyond a size, as it would on a full disk, file after file."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__)],

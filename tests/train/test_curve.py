@@ -5,7 +5,7 @@ from moefit.train.display import draw_curve
 
 
 @pytest.mark.parametrize("routers", [True, False])
-def test_draws_what_there_is(tmp_path, routers):
+def test_curve_is_drawn(tmp_path, routers):
     state = {
         "mlp_h_e": 0.9,
         "mlp_h_e_given_x": 0.2,

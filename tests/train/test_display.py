@@ -11,7 +11,7 @@ INFO = {
 VALUES = {"loss": 3.21, "tokens_per_second": 4567.0, "mfu": 0.34}
 
 
-def test_it_says_what_happens():
+def test_display_shows_progress():
     out = io.StringIO()
     with display(Console(file=out, width=160, force_terminal=True, color_system=None)) as callback:
         callback.on_prepare("reading", 100, None)
@@ -31,7 +31,7 @@ def test_it_says_what_happens():
         assert words in text
 
 
-def test_without_a_terminal_it_prints_a_line_now_and_then():
+def test_display_prints_lines_without_terminal():
     out = io.StringIO()
     with display(Console(file=out, width=160, force_terminal=False)) as callback:
         callback.on_start(step=0, steps=10, info=INFO)

@@ -194,7 +194,7 @@ def test_the_order_is_that_of_router_weight(sparse):
 
 @pytest.mark.parametrize("stop_after", [2, 4, 6])
 @pytest.mark.parametrize("model", ["sparse", "dense", "olmoe"])
-def test_resume_equals_never_having_stopped(sparse, callback, tmp_path, stop_after, model):
+def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after, model):
     """Bit for bit, stopped before dropout begins, just then, and later; the record too."""
     if model == "dense":
         sparse["model"] |= {"training_rule": "dense", "inference_rule": "threshold:0.5"}
@@ -225,7 +225,7 @@ def test_resume_equals_never_having_stopped(sparse, callback, tmp_path, stop_aft
     assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
-def test_before_it_begins_nothing_is_different(sparse, callback, tmp_path):
+def test_steps_before_dropout_are_unchanged(sparse, callback, tmp_path):
     """So runs of several recipes may branch from one checkpoint."""
     sparse["steps"] = 8
     train(make_config(sparse | {"checkpoint": {"every": 4, "keep": 9}}), callback)
@@ -241,7 +241,7 @@ def test_before_it_begins_nothing_is_different(sparse, callback, tmp_path):
     assert "expert_dropout" not in json.loads((last[1] / "config.json").read_text())
 
 
-def test_another_recipe_does_not_resume(sparse, callback):
+def test_changed_dropout_raises_on_resume(sparse, callback):
     train(make_config(sparse), callback)
     sparse["expert_dropout"]["order"] = "nested"
     with pytest.raises(ConfigError, match=r"other settings \(expert_dropout.order\)"):
@@ -252,7 +252,7 @@ def test_another_recipe_does_not_resume(sparse, callback):
 
 
 @pytest.mark.parametrize("model", ["sparse", "olmoe"])
-def test_what_is_logged_and_recorded(sparse, callback, tmp_path, model):
+def test_dropout_is_logged_and_recorded(sparse, callback, tmp_path, model):
     if model == "olmoe":
         sparse["model"] = OLMOE | {"num_experts": 8}
     result = train(make_config(sparse), callback)
@@ -273,7 +273,7 @@ def test_what_is_logged_and_recorded(sparse, callback, tmp_path, model):
     assert record.held_out_loss[3] == pytest.approx(evaluated[-1]["loss_third"], rel=1e-5)
 
 
-def test_an_export_keeps_the_record(sparse, callback, tmp_path):
+def test_export_keeps_dropout_record(sparse, callback, tmp_path):
     train(make_config(sparse), callback)
     model, tokenizer = load_full_model(str(tmp_path / "run"))
     with pytest.warns(UserWarning, match="norm_topk_prob"):
@@ -282,7 +282,7 @@ def test_an_export_keeps_the_record(sparse, callback, tmp_path):
     assert dropout_record(exported.config) == dropout_record(model.config) != None  # noqa: E711
 
 
-def test_locality_is_a_loss_of_its_own(sparse, callback, tmp_path):
+def test_locality_loss_is_added(sparse, callback, tmp_path):
     del sparse["expert_dropout"]
     train(make_config(sparse | {"out": str(tmp_path / "plain")}), callback)
     sparse["loss"]["routing_locality"] = 100.0

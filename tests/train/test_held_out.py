@@ -29,7 +29,7 @@ def held_out(*, batch_size, limit=1000, length=75):
     )
 
 
-def test_it_is_the_mean_over_all_targets(model):
+def test_loss_is_mean_over_targets(model):
     """The last window is a short one."""
     found = held_out(batch_size=4).loss(model, lambda: False)
     tokens = torch.from_numpy(held_out(batch_size=4).tokens.astype(np.int64))
@@ -42,13 +42,13 @@ def test_it_is_the_mean_over_all_targets(model):
     assert found == pytest.approx(total / 74, rel=1e-5)
 
 
-def test_the_batch_size_changes_nothing_but_speed(model):
+def test_loss_does_not_depend_on_batch_size(model):
     found = [held_out(batch_size=size).loss(model, lambda: False) for size in (1, 3, 100)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
     assert model.training
 
 
-def test_it_gives_up_when_asked(model):
+def test_evaluation_stops_on_request(model):
     asked = []
     stop = lambda: asked.append(1) or len(asked) > 2  # noqa: E731
     assert held_out(batch_size=2).loss(model, stop) is None

@@ -24,7 +24,7 @@ def test_all_weights_are_copied(folder):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_another_model_is_refused_by_name(folder):
+def test_weights_of_another_model_raise(folder):
     path, _ = folder
     with pytest.raises(ConfigError, match=r"another model.*has .*embed_tokens"):
         load_initial_weights(tiny_model(vocab_size=41), str(path))
@@ -36,7 +36,7 @@ def test_another_model_is_refused_by_name(folder):
         load_initial_weights(tiny_model(), str(path))
 
 
-def test_quantised_weights_are_refused(folder):
+def test_quantised_weights_raise(folder):
     path, _ = folder
     tensors = load_file(path / "model.safetensors")
     name = next(name for name in tensors if "down_proj" in name)
@@ -46,7 +46,7 @@ def test_quantised_weights_are_refused(folder):
         load_initial_weights(tiny_model(), str(path))
 
 
-def test_nothing_there_and_damage(folder, tmp_path):
+def test_missing_or_damaged_source_raises(folder, tmp_path):
     path, _ = folder
     with pytest.raises(ConfigError, match="neither a model folder"):
         load_initial_weights(tiny_model(), str(tmp_path / "no-run"))

@@ -9,7 +9,7 @@ from moefit.train import run_folder
 from moefit.train.run_folder import RunLog, last_record, read_log
 
 
-def test_resuming_drops_what_came_after(tmp_path):
+def test_resuming_drops_later_records(tmp_path):
     log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1.0 / step})
@@ -23,13 +23,13 @@ def test_resuming_drops_what_came_after(tmp_path):
     assert all(json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 
-def test_a_fresh_run_starts_an_empty_log(tmp_path):
+def test_new_run_starts_empty_log(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 0}\n')
     RunLog(tmp_path, resumed_step=0, tensorboard=False).close()
     assert read_log(tmp_path) == []
 
 
-def test_a_log_with_nothing_to_drop_is_not_rewritten(tmp_path):
+def test_unchanged_log_is_not_rewritten(tmp_path):
     log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
     log.write("train", 1, {"loss": 1.0})
     log.close()
@@ -38,7 +38,7 @@ def test_a_log_with_nothing_to_drop_is_not_rewritten(tmp_path):
     assert os.stat(tmp_path / "log.jsonl") == before
 
 
-def test_dropping_lines_fails_whole(tmp_path, monkeypatch):
+def test_failed_rewrite_keeps_log(tmp_path, monkeypatch):
     log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
     log.write("train", 1, {"loss": 1.0})
     log.write("train", 2, {"loss": 0.5})
@@ -54,7 +54,7 @@ def test_dropping_lines_fails_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
-def test_a_full_disk_is_told_in_words(tmp_path):
+def test_full_disk_raises(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     log = RunLog.__new__(RunLog)
     log._path, log._writer = tmp_path / "log.jsonl", None
@@ -65,7 +65,7 @@ def test_a_full_disk_is_told_in_words(tmp_path):
         log.close()
 
 
-def test_the_newest_of_a_kind(tmp_path):
+def test_last_record_of_kind(tmp_path):
     log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
     for step in (1, 2):
         log.write("eval", step, {"loss": 1.0 / step})
@@ -83,7 +83,7 @@ def test_tensorboard_on_request(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_without_tensorboard_the_command_is_named(tmp_path, monkeypatch):
+def test_missing_tensorboard_names_install_command(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *rest, **kwargs):

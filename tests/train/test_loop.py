@@ -24,7 +24,7 @@ def weights(result):
     return {p.name: p.read_bytes() for p in result.checkpoint.glob("*.safetensors")}
 
 
-def test_it_learns_and_leaves_everything(config, callback, tmp_path):
+def test_run_trains_and_writes_outputs(config, callback, tmp_path):
     result = train(config, callback)
     out = tmp_path / "run"
     assert result.step == config.steps
@@ -42,7 +42,7 @@ def test_it_learns_and_leaves_everything(config, callback, tmp_path):
     assert (facts["device"], facts["precision"], facts["attention"]) == ("cpu", "fp32", "sdpa")
 
 
-def test_a_finished_run_is_left_as_it_is(config, callback, tmp_path, monkeypatch):
+def test_finished_run_is_not_changed(config, callback, tmp_path, monkeypatch):
     first = train(config, callback)
     out, count = tmp_path / "run", len(callback.steps)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -70,14 +70,14 @@ def test_olmoe_trains_densely(tree, callback):
     assert losses(result.checkpoint.parent)[-1] < math.log(300)
 
 
-def test_a_folder_with_another_run_is_refused(tree, callback):
+def test_folder_of_another_run_raises(tree, callback):
     train(make_config(tree), callback)
     tree["optimizer"]["lr"] = 5e-4
     with pytest.raises(ConfigError, match=r"other settings \(optimizer\.lr\).*out=FOLDER"):
         train(make_config(tree), callback)
 
 
-def test_a_mistake_does_not_claim_the_folder(tree, callback, tmp_path):
+def test_invalid_config_does_not_reserve_folder(tree, callback, tmp_path):
     sources = tree["data"]["sources"]
     tree["data"]["sources"] = ["no/such/folder"]
     with pytest.raises(DataError, match="does not exist"):
@@ -90,7 +90,7 @@ def test_a_mistake_does_not_claim_the_folder(tree, callback, tmp_path):
     assert train(make_config(tree), callback).step == 8
 
 
-def test_a_run_that_reached_no_checkpoint_holds_no_folder(tree, callback):
+def test_run_without_checkpoint_does_not_reserve_folder(tree, callback):
     """And a learning rate beyond reason ends in an error, not in a checkpoint of NaNs."""
     tree["optimizer"] = {"lr": 1e20, "warmup_steps": 0, "clip": 1e20}
     with pytest.raises(DivergenceError, match="there is no checkpoint yet"):
@@ -99,13 +99,13 @@ def test_a_run_that_reached_no_checkpoint_holds_no_folder(tree, callback):
     assert train(make_config(tree), callback).step == 8
 
 
-def test_rhythm_of_the_log_may_change_on_resume(tree, callback):
+def test_log_interval_may_change_on_resume(tree, callback):
     train(make_config(tree), callback)
     tree["log"]["every"], tree["checkpoint"]["keep"] = 2, 1
     assert train(make_config(tree), callback).step == 8
 
 
-def test_a_damaged_checkpoint_stops_the_resume(tree, callback):
+def test_damaged_checkpoint_raises_on_resume(tree, callback):
     result = train(make_config(tree), callback)
     path = result.checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_stops_the_resume(tree, callback):
         train(make_config(tree), callback)
 
 
-def test_one_process_at_a_time(config, callback, tmp_path):
+def test_second_process_raises(config, callback, tmp_path):
     with (
         locked(tmp_path / "run"),
         pytest.raises(ConfigError, match=r"another process is training in .*run;.*out=FOLDER"),
@@ -122,7 +122,7 @@ def test_one_process_at_a_time(config, callback, tmp_path):
     assert train(config, callback).step == 8
 
 
-def test_a_curve_that_finds_no_room_is_no_failure(config, callback, tmp_path, monkeypatch):
+def test_failed_curve_does_not_fail_run(config, callback, tmp_path, monkeypatch):
     def full(self, path, dpi):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -136,13 +136,13 @@ def test_a_curve_that_finds_no_room_is_no_failure(config, callback, tmp_path, mo
     assert (tmp_path / "run" / "curve.png").is_file()
 
 
-def test_a_path_from_home(tree, callback, tmp_path, monkeypatch):
+def test_home_folder_is_expanded(tree, callback, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     tree |= {"out": "~/mine", "steps": 3}
     assert train(make_config(tree), callback).checkpoint.parent == tmp_path / "mine"
 
 
-def test_an_unwritable_folder(tree, callback, tmp_path):
+def test_unwritable_folder_raises(tree, callback, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     tree["out"] = str(tmp_path / "file" / "run")
     with pytest.raises(CheckpointError, match=r"cannot write into .*out=FOLDER"):
@@ -166,7 +166,7 @@ def test_an_unwritable_folder(tree, callback, tmp_path):
         ({"device": "cuda:99"}, ConfigError, "use auto or cpu|use auto, cpu"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_trained(tree, callback, change, error, words):
+def test_invalid_runs_raise(tree, callback, change, error, words):
     with pytest.raises(error, match=words):
         train(make_config({**tree, **change}), callback)
 
@@ -186,7 +186,7 @@ def killed_after_two_checkpoints(path, out):
     process.wait()
 
 
-def test_kill_9_loses_nothing_but_time(tree, tmp_path, callback):
+def test_killed_run_resumes_exactly(tree, tmp_path, callback):
     """Killed while it runs, the run has only whole checkpoints and ends as if it had not been."""
     tree |= {"steps": 12, "checkpoint": {"every": 1, "keep": 2}}
     whole = train(make_config(tree), callback)

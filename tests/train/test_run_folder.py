@@ -29,7 +29,7 @@ sys.stdin.read()
 """
 
 
-def test_another_process_has_the_folder_until_it_is_killed(out):
+def test_lock_is_released_when_process_dies(out):
     pytest.importorskip("fcntl")
     with run_folder.locked(out):
         pass
@@ -44,13 +44,13 @@ def test_another_process_has_the_folder_until_it_is_killed(out):
         run_folder.locked(out).__enter__()
 
 
-def test_without_locks_one_trains_all_the_same(out, monkeypatch):
+def test_training_works_without_file_locks(out, monkeypatch):
     monkeypatch.setattr(folders, "fcntl", None)
     with run_folder.locked(out), run_folder.locked(out):
         assert out.is_dir()
 
 
-def test_settings_matter_once_there_is_a_checkpoint(out, config):
+def test_changed_settings_raise_only_with_a_checkpoint(out, config):
     other = config.model_copy(update={"seed": 7})
     out.mkdir()
     run_folder.save_config(out, config)
@@ -61,7 +61,7 @@ def test_settings_matter_once_there_is_a_checkpoint(out, config):
         run_folder.check_same_config(out, other)
 
 
-def test_where_and_how_often_may_change(tree, out):
+def test_output_and_logging_settings_may_change(tree, out):
     pretend_checkpoint(out)
     run_folder.save_config(out, make_config(tree))
     tree |= {"device": "cpu", "precision": "auto", "log": {"every": 3}, "checkpoint": {"keep": 9}}
@@ -69,7 +69,7 @@ def test_where_and_how_often_may_change(tree, out):
     run_folder.check_same_config(out, make_config(tree))
 
 
-def test_a_setting_that_the_file_lacks_has_its_default(config, out):
+def test_missing_setting_in_stored_config_has_default(config, out):
     pretend_checkpoint(out)
     tree = config.model_dump(mode="json")
     del tree["compile"]
@@ -78,7 +78,7 @@ def test_a_setting_that_the_file_lacks_has_its_default(config, out):
 
 
 @pytest.mark.parametrize("content", [b"", b"a: [1", b"- a\n", b"steps: never\n", b"\xff\xfe"])
-def test_a_broken_file_is_named_or_overwritten(config, out, content):
+def test_damaged_config_raises_or_is_overwritten(config, out, content):
     out.mkdir()
     (out / "config.yaml").write_bytes(content)
     run_folder.check_same_config(out, config)
@@ -89,7 +89,7 @@ def test_a_broken_file_is_named_or_overwritten(config, out, content):
     run_folder.check_same_config(out, config)
 
 
-def test_an_equal_file_is_left_alone(config, out):
+def test_equal_config_is_not_rewritten(config, out):
     out.mkdir()
     run_folder.save_config(out, config)
     before = (out / "config.yaml").stat()
@@ -99,7 +99,7 @@ def test_an_equal_file_is_left_alone(config, out):
     assert "seed: 7" in (out / "config.yaml").read_text()
 
 
-def test_writing_leaves_the_old_whole_if_the_new_fails(config, out, monkeypatch):
+def test_failed_write_keeps_previous_file(config, out, monkeypatch):
     out.mkdir()
     run_folder.save_config(out, config)
     before = (out / "config.yaml").read_text()

@@ -7,7 +7,7 @@ from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import learning_rate, make_optimizer
 
 
-def test_warm_up_peak_and_end():
+def test_learning_rate_warmup_peak_and_end():
     config = OptimizerConfig(lr=1e-2, warmup_steps=10, final_lr_ratio=0.1)
     rates = [learning_rate(step, 100, config) for step in range(101)]
     assert rates[0] == pytest.approx(1e-3)
@@ -16,7 +16,7 @@ def test_warm_up_peak_and_end():
     assert all(a > b for a, b in pairwise(rates[10:]))
 
 
-def test_no_warm_up_starts_at_the_peak():
+def test_learning_rate_without_warmup():
     assert learning_rate(0, 10, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 

@@ -40,7 +40,7 @@ def stepper(model, lr=1e-2):
     )
 
 
-def test_its_losses_are_the_models_own(model):
+def test_losses_equal_model_losses(model):
     ids = torch.randint(50, (3, 9))
     expected = model(input_ids=ids, labels=ids)
     result = stepper(model).step([ids], 1)
@@ -50,14 +50,14 @@ def test_its_losses_are_the_models_own(model):
     assert [x.shape[-1] for x in result.attention_logits] == [2, 2]
 
 
-def test_it_learns_one_batch_by_heart(model):
+def test_overfits_one_batch(model):
     ids = torch.randint(50, (4, 9))
     steps = stepper(model)
     losses = [steps.step([ids], 1).lm_loss for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight(model):
+def test_nonfinite_loss_changes_no_weights(model):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("inf"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(model):
 
 
 @pytest.mark.slow
-def test_compiled_losses_are_the_same(model):
+def test_compiled_losses_match(model):
     ids, weights = torch.randint(50, (3, 9)), RouterLossWeights(mlp_mi=0.3, attention_mi=0.2)
     scale = torch.tensor(1.0)
     plain = make_losses(model, weights, compile=False)
@@ -78,7 +78,7 @@ def test_compiled_losses_are_the_same(model):
             assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_step_under_a_rule_trains_what_the_rule_chose(model):
+def test_step_with_rule_updates_only_chosen_experts(model):
     """The loss is that of inference under the rule, and the configuration stays as it was."""
     ids = torch.randint(50, (3, 9))
     with torch.no_grad():  # louder, so that experts matter
@@ -95,7 +95,7 @@ def test_a_step_under_a_rule_trains_what_the_rule_chose(model):
     assert model.config.training_rule == "dense"
 
 
-def test_the_mi_scale_multiplies_mi_alone(model):
+def test_mi_scale_affects_only_mi_losses(model):
     ids, steps = torch.randint(50, (3, 9)), stepper(model)
     whole, half, none = (
         make_losses(model, RouterLossWeights(mlp_mi=0.3, attention_mi=0.2, z=0.1), compile=False)(

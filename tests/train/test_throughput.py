@@ -13,7 +13,7 @@ from moefit.train.throughput import measured_peak_flops, training_flops_per_toke
 
 @pytest.mark.parametrize("settings", [{}, {"num_experts": 1}, {"training_rule": "top_k:4"}])
 @pytest.mark.parametrize("tied", [False, True])
-def test_our_own_models_are_counted_by_their_card(settings: dict, tied: bool) -> None:
+def test_dsmoe_flops_equal_model_card(settings: dict, tied: bool) -> None:
     config = DsMoeConfig(
         hidden_size=64, num_attention_heads=4, tie_word_embeddings=tied, **settings
     )
@@ -24,7 +24,7 @@ def test_our_own_models_are_counted_by_their_card(settings: dict, tied: bool) ->
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_an_equal_olmoe_costs_the_same(k: int, kv_heads: int) -> None:
+def test_olmoe_flops_equal_those_of_same_dsmoe(k: int, kv_heads: int) -> None:
     rule = f"top_k:{k}"
     ours = tiny_model(
         qk_norm=True, num_key_value_heads=kv_heads, training_rule=rule, inference_rule=rule
@@ -37,18 +37,18 @@ def test_an_equal_olmoe_costs_the_same(k: int, kv_heads: int) -> None:
         )
 
 
-def test_context_is_what_the_causal_mask_leaves() -> None:
+def test_context_is_mean_under_causal_mask() -> None:
     model = tiny_model()
     longer = training_flops_per_token(model, 5) - training_flops_per_token(model, 3)
     assert longer == 12 * 2 * 16  # layers, query width; one position more in the mean
 
 
-def test_the_ceiling_is_a_rate() -> None:
+def test_peak_flops_is_plausible() -> None:
     peak = measured_peak_flops(torch.device("cpu"), torch.float32, seconds=0.01)
     assert 1e8 < peak < 1e15
 
 
-def test_every_product_counts(monkeypatch) -> None:
+def test_all_timed_products_are_counted(monkeypatch) -> None:
     """Two to warm up, then batches of products between two readings of a mocked clock."""
     widths, clock = [], iter(range(100))
     monkeypatch.setattr(throughput, "CPU_PRODUCTS", (8, 3))

@@ -41,21 +41,21 @@ def test_defaults_and_overrides(tmp_path):
         ("optimizer.betas=[0.9,-1]", ["optimizer.betas.1", "-1"]),
     ],
 )
-def test_what_is_wrong_is_named(override, words):
+def test_invalid_overrides_raise(override, words):
     with pytest.raises(ConfigError) as caught:
         read_config(None, [override])
     for word in words:
         assert word in str(caught.value)
 
 
-def test_an_override_below_a_value(tmp_path):
+def test_override_below_a_value_raises(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 500\n")
     with pytest.raises(ConfigError, match="not a group"):
         read_config(path, ["steps.more=1"])
 
 
-def test_scientific_notation_is_a_number_wherever_it_stands(tmp_path) -> None:
+def test_scientific_notation_is_a_number(tmp_path) -> None:
     """YAML 1.1 takes 1e-6 for text, which would reach the model's configuration as such."""
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -75,7 +75,7 @@ def test_scientific_notation_is_a_number_wherever_it_stands(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["'123'", "'1e5'", "nan", "inf", "e5", "1e", "1e5x", "v1e5"])
-def test_what_is_text_stays_text(tmp_path, text: str) -> None:
+def test_quoted_numbers_stay_text(tmp_path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{text_key: {text}}}\n")
     assert read_config(path, []).data.text_key == text.strip("'")
@@ -83,19 +83,19 @@ def test_what_is_text_stays_text(tmp_path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00", "out: 2024-13-45"])
-def test_broken_yaml(tmp_path, text):
+def test_invalid_yaml_raises(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
         read_config(path, [])
 
 
-def test_missing_file(tmp_path):
+def test_missing_config_raises(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*nothing\.yaml"):
         read_config(tmp_path / "nothing.yaml", [])
 
 
-def test_a_sparse_rule_is_read_and_an_unknown_one_refused():
+def test_sparse_rule_is_validated():
     config = read_config(None, ["sparse.rule=top_k:4", "sparse.share=0.25"])
     assert (config.sparse.rule, config.sparse.share, config.sparse.start) == ("top_k:4", 0.25, 0.0)
     with pytest.raises(ConfigError, match=r"sparse\.rule: .*'best:4' is not an inference rule"):
@@ -105,7 +105,7 @@ def test_a_sparse_rule_is_read_and_an_unknown_one_refused():
             read_config(None, [f"sparse.{given}"])
 
 
-def test_a_ramp_that_ends_before_it_starts():
+def test_reversed_mi_ramp_raises():
     with pytest.raises(ConfigError, match="ends before it starts"):
         read_config(None, ["loss.mi_ramp=[0.9, 0.5]"])
 
@@ -134,7 +134,7 @@ BAD_YAML = {
 
 
 @pytest.mark.parametrize("text", BAD_YAML, ids=lambda text: repr(text[:20]))
-def test_yaml_that_grows_is_refused(tmp_path, text):
+def test_oversized_yaml_raises(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     begin = time.monotonic()
@@ -145,7 +145,7 @@ def test_yaml_that_grows_is_refused(tmp_path, text):
     assert time.monotonic() - begin < 10
 
 
-def test_aliases_that_do_not_grow_are_read() -> None:
+def test_small_aliases_are_accepted() -> None:
     text = "a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}\nf: &f 3\ng: *f"
     assert load_yaml(text) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}, "f": 3, "g": 3}
 
@@ -153,7 +153,7 @@ def test_aliases_that_do_not_grow_are_read() -> None:
 @pytest.mark.parametrize(
     ("steps", "warmup"), [(1, 0), (20, 2), (100, 10), (999, 99), (1000, 100), (4000, 100)]
 )
-def test_the_default_warmup_follows_the_steps(steps: int, warmup: int) -> None:
+def test_default_warmup_depends_on_steps(steps: int, warmup: int) -> None:
     overrides = [f"steps={steps}", "optimizer.lr=3e-4"]
     assert read_config(None, overrides).optimizer.warmup_steps == warmup
     assert TrainConfig(steps=steps).optimizer.warmup_steps == warmup
@@ -161,19 +161,19 @@ def test_the_default_warmup_follows_the_steps(steps: int, warmup: int) -> None:
     assert (given.optimizer.warmup_steps, given.optimizer.lr) == (warmup, 3e-4)
 
 
-def test_steps_may_be_written_as_a_float() -> None:
+def test_steps_accept_integral_float() -> None:
     config = read_config(None, ["steps=2e1"])
     assert (config.steps, config.optimizer.warmup_steps) == (20, 2)
 
 
-def test_one_source_need_not_be_a_list() -> None:
+def test_single_source_is_accepted() -> None:
     data = read_config(None, ["data.sources=book.txt", "data.held_out=other.txt"]).data
     assert (data.sources, data.held_out) == (("book.txt",), ("other.txt",))
     with pytest.raises(ConfigError, match=r"data\.sources"):
         read_config(None, ["data.sources=3"])
 
 
-def test_a_warmup_that_is_given_stays_and_is_refused_where_it_contradicts() -> None:
+def test_given_warmup_must_be_below_steps() -> None:
     assert read_config(None, ["steps=20", "optimizer.warmup_steps=19"]).optimizer.warmup_steps == 19
     for overrides in (["steps=20", "optimizer.warmup_steps=100"], ["optimizer.warmup_steps=1000"]):
         with pytest.raises(

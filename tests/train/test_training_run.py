@@ -51,7 +51,7 @@ def spoil(stepper):
 @pytest.mark.parametrize(
     "change", [{"accumulation": 1}, {"accumulation": 2}, {"sparse": {"rule": "top_k:2"}}]
 )
-def test_resume_equals_never_having_stopped(tree, callback, tmp_path, change):
+def test_resume_equals_uninterrupted_run(tree, callback, tmp_path, change):
     """Bit for bit, with dropout on, so that the random state counts too."""
     tree |= change
     whole = train(make_config(tree), callback)
@@ -72,7 +72,7 @@ def test_resume_equals_never_having_stopped(tree, callback, tmp_path, change):
             assert torch.equal(a[name], b[name])
 
 
-def test_a_stop_leaves_the_evaluation_to_the_next_start(tree, callback, tmp_path, during):
+def test_interrupted_evaluation_runs_on_resume(tree, callback, tmp_path, during):
     whole = train(make_config(tree), callback)
     tree["out"] = str(tmp_path / "broken")
     during(4, ask_to_stop)
@@ -84,14 +84,14 @@ def test_a_stop_leaves_the_evaluation_to_the_next_start(tree, callback, tmp_path
     assert weights(resumed) == weights(whole)
 
 
-def test_a_signal_in_the_last_step_stops_nothing(config, callback, tmp_path, during):
+def test_signal_in_last_step_finishes_run(config, callback, tmp_path, during):
     during(8, ask_to_stop)
     result = train(config, callback)
     assert (result.step, result.stopped_by) == (8, None)
     assert losses(tmp_path / "run", "eval")[-1] == (8, result.held_out_loss)
 
 
-def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(config, callback, tmp_path):
+def test_missing_last_evaluation_runs_on_resume(config, callback, tmp_path):
     first = train(config, callback)
     path = tmp_path / "run" / "log.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -99,7 +99,7 @@ def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(config, callbac
     assert losses(tmp_path / "run", "eval")[-1] == (8, first.held_out_loss)
 
 
-def test_changed_text_is_another_run(tree, callback, tmp_path):
+def test_changed_text_raises_on_resume(tree, callback, tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     for number in range(5):
@@ -116,7 +116,7 @@ def test_changed_text_is_another_run(tree, callback, tmp_path):
     assert train(make_config(tree), callback).step == 8
 
 
-def test_going_on_in_another_precision_is_another_run(tree, callback):
+def test_changed_precision_raises_on_resume(tree, callback):
     callback.after_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
     train(make_config(tree), callback)
     tree["precision"] = "bf16"
@@ -124,7 +124,7 @@ def test_going_on_in_another_precision_is_another_run(tree, callback):
         train(make_config(tree), callback)
 
 
-def test_activation_checkpointing_changes_no_loss(tree, callback, tmp_path):
+def test_activation_checkpointing_keeps_losses(tree, callback, tmp_path):
     tree["model"]["attention_dropout"] = 0.0
     tree["steps"] = 3
     train(make_config(tree), callback)
@@ -135,7 +135,7 @@ def test_activation_checkpointing_changes_no_loss(tree, callback, tmp_path):
     )
 
 
-def test_accumulation_is_the_mean_of_its_batches(tree, callback, tmp_path):
+def test_accumulation_averages_micro_batches(tree, callback, tmp_path):
     """Without router losses (MI is no mean over micro-batches) two halves make a whole."""
     tree["model"]["attention_dropout"] = 0.0
     tree["loss"], tree["steps"] = {}, 3
@@ -147,7 +147,7 @@ def test_accumulation_is_the_mean_of_its_batches(tree, callback, tmp_path):
     )
 
 
-def test_every_second_step_is_sparse(tree, callback, monkeypatch):
+def test_sparse_steps_alternate(tree, callback, monkeypatch):
     rules, real = [], Stepper.step
 
     def step(self, micro_batches, count, *, rule, **rest):
@@ -160,7 +160,7 @@ def test_every_second_step_is_sparse(tree, callback, monkeypatch):
     assert rules == [None] * 5 + ["threshold:0.5", None, "threshold:0.5"]
 
 
-def test_divergence_names_step_checkpoint_and_way_out(config, callback, during):
+def test_divergence_error_names_step_and_checkpoint(config, callback, during):
     during(5, spoil)
     words = r"step 6: loss nan.*step-00000004; try a lower optimizer\.lr .*with out=FOLDER"
     with pytest.raises(DivergenceError, match=words):
@@ -170,14 +170,14 @@ def test_divergence_names_step_checkpoint_and_way_out(config, callback, during):
 @pytest.mark.parametrize(
     ("step", "good"), [(4, "there is no checkpoint yet"), (8, "the last good .*step-00000004")]
 )
-def test_weights_that_are_not_finite_are_not_saved(config, callback, tmp_path, during, step, good):
+def test_nonfinite_weights_are_not_saved(config, callback, tmp_path, during, step, good):
     during(step, spoil)
     with pytest.raises(DivergenceError, match=rf"step {step}: .*weight .*not finite; {good}"):
         train(config, callback)
     assert len(checkpoint.checkpoints(tmp_path / "run")) == step // 4 - 1
 
 
-def test_a_log_that_finds_no_room_ends_the_run_in_words(config, callback):
+def test_full_disk_for_log_raises(config, callback):
     """/dev/full stands in for the log's file from the third step on."""
     real = RunLog.write
 

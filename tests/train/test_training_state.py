@@ -48,7 +48,7 @@ def saved(tmp_path, state):
     return save(tmp_path, state, state.state_dict(1.5))
 
 
-def test_all_comes_back(saved, state):
+def test_state_round_trips(saved, state):
     expected = torch.rand(3)  # what follows the moment of saving
     other = make_state()
     assert other.restore(saved) == (5, 1.5)
@@ -57,28 +57,28 @@ def test_all_comes_back(saved, state):
         assert torch.equal(value, state.model.state_dict()[name])
 
 
-def test_other_data(saved, state):
+def test_changed_data_raises(saved, state):
     with pytest.raises(DataError, match=r"since step 5.*was aaaa and is bbbb; restore"):
         replace(state, fingerprint="bbbb").restore(saved)
 
 
-def test_other_precision(saved, state):
+def test_changed_precision_raises(saved, state):
     with pytest.raises(ConfigError, match=r"in fp32, but .* bf16 on cpu; give precision=fp32"):
         replace(state, precision="bf16").restore(saved)
 
 
-def test_other_model(saved):
+def test_changed_model_raises(saved):
     with pytest.raises(CheckpointError, match="not of the model that these settings describe"):
         make_state(hidden_size=32).restore(saved)
 
 
-def test_checkpoints_from_before_the_marks_go_on(tmp_path, state):
+def test_old_checkpoints_without_fingerprint_resume(tmp_path, state):
     packed = state.state_dict(1.5)
     del packed["data"], packed["precision"]
     assert state.restore(save(tmp_path, state, packed)) == (5, 1.5)
 
 
-def test_from_cpu_to_gpu(saved, state, monkeypatch):
+def test_resume_from_cpu_on_gpu(saved, state, monkeypatch):
     """A CPU's checkpoint has no state of a GPU's generator; it is seeded, the same each time."""
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)

@@ -22,7 +22,7 @@ def first_tokens(data: Batches, steps: int) -> list[int]:
 
 
 @given(batches())
-def test_each_epoch_visits_each_window_once(data: Batches) -> None:
+def test_epoch_visits_each_window_once(data: Batches) -> None:
     per_epoch = data.windows_per_epoch
     starts = first_tokens(data, 3 * per_epoch // data.batch_size + 1)
     for epoch in range(3):
@@ -35,14 +35,14 @@ def test_each_epoch_visits_each_window_once(data: Batches) -> None:
 
 
 @given(batches(), st.lists(st.integers(0, 50), max_size=8))
-def test_a_batch_depends_on_its_step_alone(data: Batches, steps: list[int]) -> None:
+def test_batch_depends_only_on_step(data: Batches, steps: list[int]) -> None:
     in_order = {step: data.batch(step) for step in sorted(steps)}
     for step in steps:
         assert torch.equal(data.batch(step), in_order[step])
 
 
 @given(batches(), st.integers(0, 50))
-def test_a_batch_is_runs_of_the_corpus(data: Batches, step: int) -> None:
+def test_batch_rows_are_consecutive_tokens(data: Batches, step: int) -> None:
     ids_BL1 = data.batch(step)
     assert ids_BL1.dtype == torch.int64
     assert ids_BL1.shape == (data.batch_size, data.seq_len + 1)
@@ -50,7 +50,7 @@ def test_a_batch_is_runs_of_the_corpus(data: Batches, step: int) -> None:
     assert int(ids_BL1.max()) < len(data.tokens)
 
 
-def test_epochs_differ_in_order_and_in_grid() -> None:
+def test_epochs_differ_in_order_and_offset() -> None:
     data = Batches(tokens=np.arange(10_000), seq_len=10, batch_size=999, seed=1)
     epochs = [data.batch(step)[:, 0].tolist() for step in range(4)]
     assert data.windows_per_epoch == 999
@@ -61,14 +61,14 @@ def test_epochs_differ_in_order_and_in_grid() -> None:
     assert other.batch(0).tolist() != data.batch(0).tolist()
 
 
-def test_the_order_is_pinned() -> None:
+def test_order_is_stable() -> None:
     # A run resumed with a later version must see the batches it would have seen.
     data = Batches(tokens=np.arange(100), seq_len=9, batch_size=4, seed=0)
     assert first_tokens(data, 4) == [43, 61, 25, 70, 34, 52, 88, 7, 79, 16, 67, 13, 49, 31, 85, 40]
 
 
 @given(st.integers(0, 60), st.integers(1, 20))
-def test_every_token_is_a_target_once(count: int, seq_len: int) -> None:
+def test_each_token_is_target_once(count: int, seq_len: int) -> None:
     found = list(windows(np.arange(count), seq_len))
     targets = [int(token) for window in found for token in window[1:]]
     assert targets == list(range(1, count))
@@ -76,7 +76,7 @@ def test_every_token_is_a_target_once(count: int, seq_len: int) -> None:
 
 
 @given(st.integers(2, 80), st.integers(1, 20), st.integers(1, 100))
-def test_a_limit_is_met_as_closely_as_whole_windows_allow(count: int, seq_len: int, limit: int):
+def test_limit_selects_whole_windows(count: int, seq_len: int, limit: int):
     everything = [window.tolist() for window in windows(np.arange(count), seq_len)]
     chosen = [window.tolist() for window in windows(np.arange(count), seq_len, limit)]
     targets = sum(len(window) - 1 for window in chosen)
@@ -88,7 +88,7 @@ def test_a_limit_is_met_as_closely_as_whole_windows_allow(count: int, seq_len: i
         assert targets > limit - seq_len
 
 
-def test_the_chosen_windows_are_spread() -> None:
+def test_limited_windows_are_evenly_spread() -> None:
     starts = [int(window[0]) for window in windows(np.arange(1001), 10, limit=40)]
     assert starts == [120, 370, 620, 870]
     # Just more than the limit used to become every second window.

@@ -22,7 +22,7 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
     folder = tmp_path / "novels"
     for name in ("b.txt", "a.MD", "sub/c.rst", "sub/a.py", ".git/x.txt", ".hidden.txt", "z.pdf"):
         write(folder / name, f"text of {name}\r\n")
@@ -32,20 +32,20 @@ def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
     assert read(folder)["novels/b.txt"] == "text of b.txt\r\n"
 
 
-def test_names_do_not_depend_on_how_the_folder_is_written(tmp_path, monkeypatch) -> None:
+def test_names_do_not_depend_on_spelling_of_folder(tmp_path, monkeypatch) -> None:
     write(tmp_path / "novels" / "a.txt", "x")
     monkeypatch.chdir(tmp_path / "novels")
     assert read(".") == read(tmp_path / "novels") == read("../novels/") == {"novels/a.txt": "x"}
     assert read("a.txt") == {"a.txt": "x"}
 
 
-def test_a_linked_folder_keeps_the_name_it_was_given(tmp_path: Path) -> None:
+def test_linked_folder_keeps_its_name(tmp_path: Path) -> None:
     write(tmp_path / "store" / "v17" / "a.txt", "x")
     (tmp_path / "novels").symlink_to(tmp_path / "store" / "v17")
     assert read(tmp_path / "novels") == {"novels/a.txt": "x"}
 
 
-def test_a_file_reached_twice_is_read_once_and_can_be_excluded(tmp_path: Path) -> None:
+def test_file_in_two_sources_is_read_once(tmp_path: Path) -> None:
     folder = tmp_path / "novels"
     emma = write(folder / "emma.txt", "Emma")
     write(folder / "other.txt", "Other")
@@ -53,7 +53,7 @@ def test_a_file_reached_twice_is_read_once_and_can_be_excluded(tmp_path: Path) -
     assert list(read(folder, excluding=(str(emma),))) == ["novels/other.txt"]
 
 
-def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == {"a.txt": "hello"}
 
 
@@ -86,7 +86,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, said: str) -
     assert said in str(caught.value)
 
 
-def test_bad_utf8_names_file_offset_and_remedy(tmp_path: Path) -> None:
+def test_invalid_utf8_error_names_file_and_offset(tmp_path: Path) -> None:
     path = write(tmp_path / "latin.txt", "caf\xe9 noir".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt is not UTF-8: byte 3 is 0xe9.*iconv"):
         read(path)
@@ -95,7 +95,7 @@ def test_bad_utf8_names_file_offset_and_remedy(tmp_path: Path) -> None:
         read(rows)
 
 
-def test_a_missing_path_gets_the_nearest_names(tmp_path: Path) -> None:
+def test_missing_path_suggests_similar_names(tmp_path: Path) -> None:
     write(tmp_path / "novels" / "Austen_Emma.txt", "x")
     with pytest.raises(DataError, match=r"nearest names in .*novels are: Austen_Emma\.txt"):
         read(tmp_path / "novels" / "Austen_Ema.txt")
@@ -109,7 +109,7 @@ def test_a_missing_path_gets_the_nearest_names(tmp_path: Path) -> None:
         read(tmp_path / ("x" * 5000))
 
 
-def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_unsupported_files_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"unknown extension \.pdf.*\.jsonl.*rename it to 'a\.txt'"):
         read(write(tmp_path / "a.pdf", "x"))
     with pytest.raises(DataError, match="has no extension"):
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         read(tmp_path / "nothing")
 
 
-def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
+def test_empty_corpus_raises(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match=r"no text in .*a\.txt; give a file or folder"):
         read(path)
@@ -135,7 +135,7 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
         read()
 
 
-def test_a_file_that_disappears_is_an_error(tmp_path: Path, monkeypatch) -> None:
+def test_disappearing_file_raises(tmp_path: Path, monkeypatch) -> None:
     path = write(tmp_path / "a.txt", "x")
 
     def gone(self: Path) -> bytes:
@@ -146,7 +146,7 @@ def test_a_file_that_disappears_is_an_error(tmp_path: Path, monkeypatch) -> None
         read(path)
 
 
-def test_the_standard_library() -> None:
+def test_standard_library_source() -> None:
     found = parts(["stdlib"])
     names = [part.name for part in found]
     assert names == sorted(names)
@@ -157,7 +157,7 @@ def test_the_standard_library() -> None:
     assert first.name.startswith("stdlib/")
 
 
-def test_the_standard_librarys_badly_encoded_files_are_skipped(tmp_path, monkeypatch) -> None:
+def test_wrongly_encoded_standard_library_files_are_skipped(tmp_path, monkeypatch) -> None:
     write(tmp_path / "good.py", "x = 1\n")
     write(tmp_path / "bad.py", b"\xff")
     write(tmp_path / "site-packages" / "p.py", "y = 1\n")
@@ -180,7 +180,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["t.parquet", "hf:some/set"])
-def test_a_missing_extra_names_its_install_command(tmp_path, monkeypatch, source: str) -> None:
+def test_missing_extra_names_install_command(tmp_path, monkeypatch, source: str) -> None:
     for module in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     write(tmp_path / "t.parquet", "x")
@@ -196,7 +196,7 @@ class FakeRows(list):
         return [{name: row[name] for name in names} for row in self]
 
 
-def test_a_dataset_of_the_hub(monkeypatch) -> None:
+def test_hub_dataset(monkeypatch) -> None:
     class DatasetsError(Exception):
         pass
 
@@ -236,7 +236,7 @@ def test_a_dataset_of_the_hub(monkeypatch) -> None:
         read("hf:org/set@:test")
 
 
-def test_jsonl_reads_what_json_writes(tmp_path: Path) -> None:
+def test_jsonl_round_trips(tmp_path: Path) -> None:
     texts = ["Zoë\u2028line", "\x00", "日本語\n\ttab", "<|endoftext|>"]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert list(read(path).values()) == texts

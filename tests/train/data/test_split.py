@@ -24,7 +24,7 @@ def folder_of(tmp_path: Path, count: int, text: str = "line\n" * 10) -> Path:
     return folder
 
 
-def test_the_hash_is_pinned() -> None:
+def test_held_out_hash_is_stable() -> None:
     # These names are held out on every machine, for ever: changing them would mix old runs'
     # training text into new runs' evaluation.
     held_out = [n for n in range(200) if is_held_out(f"stdlib/{n}.py", 0.02)]
@@ -32,11 +32,11 @@ def test_the_hash_is_pinned() -> None:
 
 
 @given(st.text(), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_fraction_only_adds(name: str, a: float, b: float) -> None:
+def test_larger_fraction_only_adds_documents(name: str, a: float, b: float) -> None:
     assert is_held_out(name, min(a, b)) <= is_held_out(name, max(a, b))
 
 
-def test_about_the_fraction_is_held_out() -> None:
+def test_held_out_fraction_is_approximate() -> None:
     held = sum(is_held_out(f"doc {n}", 0.1) for n in range(5000))
     assert 400 < held < 600
 
@@ -57,7 +57,7 @@ def test_whole_documents_are_held_out_by_name(tmp_path: Path) -> None:
     assert train.items() <= again_train.items()
 
 
-def test_a_single_file_gives_its_tail(tmp_path: Path) -> None:
+def test_single_file_holds_out_its_tail(tmp_path: Path) -> None:
     path = tmp_path / "novel.txt"
     text = "".join(f"line {n}\n" for n in range(1000))
     path.write_text(text)
@@ -70,7 +70,7 @@ def test_a_single_file_gives_its_tail(tmp_path: Path) -> None:
     assert 0.1 <= len(tail) / len(text) < 0.11
 
 
-def test_a_tail_without_a_line_end_near_is_cut_anywhere(tmp_path: Path) -> None:
+def test_tail_without_line_break_is_cut_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "novel.txt"
     path.write_text("title\n" + "x" * 994)
     train, held_out = sides(split(DataConfig(sources=(str(path),), held_out_fraction=0.1)))
@@ -78,14 +78,14 @@ def test_a_tail_without_a_line_end_near_is_cut_anywhere(tmp_path: Path) -> None:
     assert len(held_out["novel.txt"]) == 100
 
 
-def test_a_document_that_alone_would_be_held_out_is_not(tmp_path: Path) -> None:
+def test_only_document_is_split_by_tail(tmp_path: Path) -> None:
     name = next(f"{n}.txt" for n in range(1000) if is_held_out(f"{n}.txt", 0.02))
     (tmp_path / name).write_text("line\n" * 100)
     division = split(DataConfig(sources=(str(tmp_path / name),)))
     assert division.rule == "tail"
 
 
-def test_named_files_are_held_out_and_not_trained_on(tmp_path: Path) -> None:
+def test_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 4)
     data = DataConfig(sources=(str(folder),), held_out=(str(folder / "002.txt"),))
     train, held_out = sides(split(data))
@@ -97,7 +97,7 @@ def test_named_files_are_held_out_and_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["sources", "name", "tail"])
-def test_max_bytes_ends_the_training_text(tmp_path: Path, rule: str) -> None:
+def test_max_bytes_truncates_training_text(tmp_path: Path, rule: str) -> None:
     folder = folder_of(tmp_path, 60, text="é\n" * 50)  # 150 bytes each
     (tmp_path / "other").mkdir()
     other = folder_of(tmp_path / "other", 60)
@@ -118,14 +118,14 @@ def test_max_bytes_ends_the_training_text(tmp_path: Path, rule: str) -> None:
     assert evaluated
 
 
-def test_too_little_to_divide(tmp_path: Path) -> None:
+def test_too_little_text_to_split_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")
     with pytest.raises(DataError, match="too little text to split: nothing is left to train on"):
         split(DataConfig(sources=(str(path),)))
 
 
-def test_the_true_standard_library() -> None:
+def test_real_standard_library() -> None:
     division = split(DataConfig(max_bytes=300_000))
     train, held_out = sides(division)
     total = sum(len(text.encode()) for text in train.values())

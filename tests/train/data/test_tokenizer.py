@@ -19,14 +19,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @given(st.text())
-def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_encoding_round_trips(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
     "text", [" a  b", "a , b . ' s n't", "\t\n\n  x\r\n ", "", "\x00é日\u200d"]
 )
-def test_whitespace_and_odd_characters_come_back(tokenizer, text: str) -> None:
+def test_whitespace_and_rare_characters_round_trip(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -37,17 +37,17 @@ def test_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer.encode("1984")) == 4
 
 
-def test_training_is_deterministic_and_silent(tokenizer, capfd) -> None:
+def test_bpe_training_is_deterministic_and_prints_nothing(tokenizer, capfd) -> None:
     again = train_bpe(iter(TEXTS), 270)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_tiny_corpus_gives_a_smaller_vocabulary() -> None:
+def test_small_corpus_has_smaller_vocabulary() -> None:
     assert len(train_bpe(["ab"], 4096)) == 258  # every byte, the end of text, and "ab"
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path: Path) -> None:
+def test_saved_tokenizer_loads_equal(tokenizer, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     text = "  return the cat\n"
     for path in (tmp_path, tmp_path / "tokenizer.json"):
@@ -57,7 +57,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path: Path) -> None:
         assert loaded.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_lone_tokenizer_json_of_any_name(tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_json_of_any_name_loads(tokenizer, tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.save(str(tmp_path / "mine.json"))
     (tmp_path / "tokenizer_config.json").write_text("of another tokenizer")
     assert load_tokenizer(tmp_path / "mine.json").eos_token == END_OF_TEXT
@@ -75,13 +75,13 @@ def test_gpt2_files(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "vocab.json").encode("hat") == trained.encode("hat")
 
 
-def test_no_end_of_text_token(tmp_path: Path) -> None:
+def test_missing_end_of_text_token_raises(tmp_path: Path) -> None:
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"has no end-of-text token.*special tokens: none.*eos_"):
         load_tokenizer(tmp_path)
 
 
-def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+def test_missing_tokenizer_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.tokenizer='.*nowhere' does not exist; give a tok"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no tokenizer file, but a tokenizer is"):

@@ -38,7 +38,7 @@ def texts_of(prepared: PreparedData, side: str) -> list[str]:
     return texts
 
 
-def test_the_files_hold_the_documents(data: DataConfig) -> None:
+def test_token_files_contain_documents(data: DataConfig) -> None:
     prepared = prepare(data, seq_len=16)
     division = split(data)
     assert texts_of(prepared, "train") == [d.text for d in division.train()]
@@ -53,7 +53,7 @@ def test_the_files_hold_the_documents(data: DataConfig) -> None:
         tokens[0] = 1
 
 
-def test_it_is_made_once(data: DataConfig, monkeypatch) -> None:
+def test_prepared_data_is_cached(data: DataConfig, monkeypatch) -> None:
     first = prepare(data, seq_len=16)
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -65,7 +65,7 @@ def test_it_is_made_once(data: DataConfig, monkeypatch) -> None:
     assert [p.name for p in cache_folder(data).iterdir()] == [first.fingerprint]
 
 
-def test_the_fingerprint_follows_what_decides_the_tokens(data: DataConfig, tmp_path: Path) -> None:
+def test_fingerprint_covers_text_and_tokenizer(data: DataConfig, tmp_path: Path) -> None:
     first = prepare(data, seq_len=16)
     same = data.model_copy(update={"cache_dir": str(tmp_path / "elsewhere")})
     assert prepare(same, seq_len=16).fingerprint == first.fingerprint
@@ -81,7 +81,7 @@ def test_the_fingerprint_follows_what_decides_the_tokens(data: DataConfig, tmp_p
 
 @pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "meta.json", "tokenizer"])
 @pytest.mark.parametrize("how", ["shorter", "gone"])
-def test_a_damaged_cache_is_made_again(data: DataConfig, name: str, how: str) -> None:
+def test_damaged_cache_is_rebuilt(data: DataConfig, name: str, how: str) -> None:
     first = prepare(data, seq_len=16)
     before = first.train.open().tolist()
     victim = first.train.path.parent / name
@@ -96,7 +96,7 @@ def test_a_damaged_cache_is_made_again(data: DataConfig, name: str, how: str) ->
     assert [p.name for p in cache_folder(data).iterdir()] == [first.fingerprint]
 
 
-def test_a_half_built_folder_is_never_trusted(data: DataConfig, monkeypatch) -> None:
+def test_incomplete_cache_folder_is_ignored(data: DataConfig, monkeypatch) -> None:
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -112,14 +112,14 @@ def test_a_half_built_folder_is_never_trusted(data: DataConfig, monkeypatch) -> 
     assert prepare(data, seq_len=16).train.path.parent != left
 
 
-def test_two_at_once_share_the_result(data: DataConfig) -> None:
+def test_concurrent_prepare_shares_result(data: DataConfig) -> None:
     with ThreadPoolExecutor(2) as pool:
         a, b = pool.map(lambda _: prepare(data, seq_len=16), range(2))
     assert (a.train, a.held_out, a.fingerprint) == (b.train, b.held_out, b.fingerprint)
     assert [p.name for p in cache_folder(data).iterdir()] == [a.fingerprint]
 
 
-def test_progress_tells_stages_and_ends(data: DataConfig) -> None:
+def test_progress_reports_stages(data: DataConfig) -> None:
     heard: list[tuple[str, int, int | None]] = []
     prepared = prepare(data, seq_len=16, progress=lambda *event: heard.append(event))
     total = prepared.train.text_bytes + prepared.held_out.text_bytes
@@ -132,7 +132,7 @@ def test_progress_tells_stages_and_ends(data: DataConfig) -> None:
     assert ("reading", total, None) in heard
 
 
-def test_the_default_cache_folder(monkeypatch) -> None:
+def test_default_cache_folder(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder(DataConfig()) == Path("/somewhere/moefit/data")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -141,7 +141,7 @@ def test_the_default_cache_folder(monkeypatch) -> None:
     assert cache_folder(DataConfig(cache_dir="~/c")) == Path("/home/me/c")
 
 
-def test_a_corpus_shorter_than_a_sequence(data: DataConfig, tmp_path: Path) -> None:
+def test_too_short_corpus_raises(data: DataConfig, tmp_path: Path) -> None:
     prepared = prepare(data, seq_len=16)
     held_out = prepared.held_out.tokens
     assert prepared.train.tokens > held_out + 1
@@ -164,7 +164,7 @@ def test_a_corpus_shorter_than_a_sequence(data: DataConfig, tmp_path: Path) -> N
     assert prepare(none, seq_len=4).held_out.tokens == 2  # with the end of the document
 
 
-def test_where_files_cannot_be_kept(data: DataConfig, tmp_path: Path, monkeypatch) -> None:
+def test_unwritable_cache_raises(data: DataConfig, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a file").write_text("")
     blocked = data.model_copy(update={"cache_dir": str(tmp_path / "a file")})
     with pytest.raises(DataError, match=r"cannot be written to .*a file/.*bytes are.*cache_dir="):
@@ -179,7 +179,7 @@ def test_where_files_cannot_be_kept(data: DataConfig, tmp_path: Path, monkeypatc
     assert list(cache_folder(data).iterdir()) == []
 
 
-def test_a_tokenizer_that_cannot_be_saved(data: DataConfig, monkeypatch) -> None:
+def test_tokenizer_save_failure_raises(data: DataConfig, monkeypatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
 
@@ -188,13 +188,13 @@ def test_a_tokenizer_that_cannot_be_saved(data: DataConfig, monkeypatch) -> None
         prepare(data, seq_len=16)
 
 
-def test_a_wrong_tokenizer_is_heard_of_before_the_corpus_is_read(data: DataConfig) -> None:
+def test_invalid_tokenizer_raises_before_reading_corpus(data: DataConfig) -> None:
     wrong = data.model_copy(update={"tokenizer": "nowhere", "sources": ("nowhere either",)})
     with pytest.raises(DataError, match=r"data\.tokenizer='nowhere' does not exist"):
         prepare(wrong, seq_len=16)
 
 
-def test_the_true_standard_library(tmp_path: Path) -> None:
+def test_real_standard_library(tmp_path: Path) -> None:
     data = DataConfig(max_bytes=300_000, vocab_size=512, cache_dir=str(tmp_path))
     prepared = prepare(data, seq_len=64)
     assert len(prepared.tokenizer) == 512
@@ -219,7 +219,7 @@ def test_long_documents_are_encoded_in_chunks(tmp_path: Path, monkeypatch) -> No
     assert (tokens == tokenizer.eos_token_id).sum() == len(texts)
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
+def test_special_tokens_in_text_are_plain_text(tmp_path: Path) -> None:
     texts = ["before <|endoftext|> after"]
     tokenizer = train_bpe(texts, 300)
     tokens = write(tmp_path, texts, tokenizer)
@@ -227,7 +227,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
     assert tokenizer.decode(tokens[:-1].tolist()) == texts[0]
 
 
-def test_padding_and_truncation_of_a_given_tokenizer_are_ignored(tmp_path: Path) -> None:
+def test_tokenizer_padding_and_truncation_are_ignored(tmp_path: Path) -> None:
     texts = ["a b c d e f", "a"]
     tokenizer = train_bpe(texts, 300)
     plain = write(tmp_path, texts, tokenizer).tolist()
@@ -237,14 +237,14 @@ def test_padding_and_truncation_of_a_given_tokenizer_are_ignored(tmp_path: Path)
     assert tokenizer.backend_tokenizer.padding is not None  # the caller's own is left alone
 
 
-def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+def test_large_vocabulary_uses_uint32(tmp_path: Path) -> None:
     tokenizer = train_bpe(["ab"], 300)
     tokenizer.add_tokens([f"<extra {n}>" for n in range(70_000)])
     tokens = write(tmp_path, ["ab"], tokenizer)
     assert tokens.dtype == np.uint32
 
 
-def test_a_tokenizer_that_cannot_spell_the_text(data: DataConfig, tmp_path: Path) -> None:
+def test_tokenizer_that_cannot_encode_raises(data: DataConfig, tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "words.json"))
     given = data.model_copy(update={"tokenizer": str(tmp_path / "words.json")})
@@ -252,7 +252,7 @@ def test_a_tokenizer_that_cannot_spell_the_text(data: DataConfig, tmp_path: Path
         prepare(given, seq_len=16)
 
 
-def test_meta_describes_the_files(data: DataConfig) -> None:
+def test_metadata_describes_files(data: DataConfig) -> None:
     prepared = prepare(data, seq_len=16)
     meta = json.loads((prepared.train.path.parent / "meta.json").read_text())
     assert meta["train.bin"]["tokens"] == prepared.train.tokens
