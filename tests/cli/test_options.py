@@ -10,7 +10,13 @@ from typer.testing import CliRunner
 
 from moefit.cli import app as cli
 from moefit.cli.app import ADVANCED, COMMANDS
-from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, ModeName, expand_options
+from moefit.cli.options import (
+    MemoryOptions,
+    ModeName,
+    SamplingOptions,
+    ServingOptions,
+    expand_options,
+)
 from moefit.errors import ConfigError
 from moefit.serve.config import Policy
 
@@ -19,14 +25,17 @@ def given_by(*options: str) -> dict:
     """What a command of two records and a parameter of its own gets."""
     app, got = typer.Typer(), {}
 
-    short = MemoryOptions(context=64)
+    short, greedy = MemoryOptions(context=64), SamplingOptions(seed=3)
 
     @app.command()
     @expand_options
     def one(
-        model: str, room: MemoryOptions = short, port: int = 1, misses: MissOptions = MISS_OPTIONS
+        model: str,
+        options: MemoryOptions = short,
+        port: int = 1,
+        sampling: SamplingOptions = greedy,
     ):
-        got.update(model=model, room=room, port=port, misses=misses)
+        got.update(model=model, options=options, port=port, sampling=sampling)
 
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
@@ -36,28 +45,24 @@ def given_by(*options: str) -> dict:
 def test_nothing_given_is_what_the_commands_default_says() -> None:
     assert given_by("a") == {
         "model": "a",
-        "room": MemoryOptions(context=64),
+        "options": MemoryOptions(context=64),
         "port": 1,
-        "misses": MISS_OPTIONS,
+        "sampling": SamplingOptions(seed=3),
     }
-    assert not MemoryOptions(context=64).wanted and not MISS_OPTIONS.wanted
-    assert MISS_OPTIONS.settings() == {"mode": "exact"}
-    assert MissOptions(bound=0.2).settings() == {"mode": "exact", "bound": 0.2}
-    assert MissOptions(bound=0.2).wanted
+    assert not ServingOptions(context=64).is_served
+    assert ServingOptions().mode_settings() == {"mode": "exact"}
+    assert ServingOptions(bound=0.2).mode_settings() == {"mode": "exact", "bound": 0.2}
 
 
 def test_each_field_is_an_option() -> None:
-    options = "--memory 3GiB --precision int4 --context 5 --dtype bfloat16 --prefill exact"
-    got = given_by("a", "--port", "7", "--mode", "virtual", *options.split())
-    assert (got["port"], got["misses"].mode) == (7, ModeName.virtual)
-    assert got["misses"].settings() == {
-        **MISS_OPTIONS.settings(),
-        "mode": "virtual",
-        "prefill": "exact",
-    }
-    room = got["room"]
-    assert (room.memory, room.precision, room.context) == ("3GiB", "int4", 5)
-    assert room.wanted and str(room.settings()["dtype"]) == "torch.bfloat16"
+    options = "--memory 3GiB --precision int4 --context 5 --dtype bfloat16 --top-k 4"
+    got = given_by("a", "--port", "7", *options.split())
+    assert (got["port"], got["sampling"].given()) == (7, {"top_k": 4, "seed": 3})
+    memory = got["options"]
+    assert (memory.memory, memory.precision, memory.context) == ("3GiB", "int4", 5)
+    assert memory.sets_memory and str(memory.load_settings()["dtype"]) == "torch.bfloat16"
+    serving = ServingOptions(mode=ModeName.virtual, prefill=ModeName.exact)
+    assert serving.mode_settings() == {"mode": "virtual", "prefill": "exact"}
 
 
 @pytest.mark.parametrize("vain", [["--bound", "0.5"], ["--bound", "0.5", "--mode", "virtual"]])
@@ -70,16 +75,16 @@ def test_a_bound_that_nothing_goes_by_is_refused(command: list[str], vain: list[
 
 def test_each_option_alone_is_something_that_is_asked_for() -> None:
     for one in (
-        MissOptions(mode=ModeName.exact),
-        MissOptions(prefill=ModeName.virtual),
-        MissOptions(bound=0.1),
+        ServingOptions(mode=ModeName.exact),
+        ServingOptions(prefill=ModeName.virtual),
+        ServingOptions(bound=0.1),
     ):
-        assert one.wanted
+        assert one.sets_mode and one.is_served and not (one.sets_memory or one.has_plan)
     for one in (
-        MissOptions(mode=ModeName.bounded, bound=0.1),
-        MissOptions(prefill=ModeName.bounded, bound=0),
+        ServingOptions(mode=ModeName.bounded, bound=0.1),
+        ServingOptions(prefill=ModeName.bounded, bound=0),
     ):
-        one.refuse_vain()
+        one.check_bound()
 
 
 def test_an_options_own_limits_hold() -> None:
@@ -87,13 +92,13 @@ def test_an_options_own_limits_hold() -> None:
 
     @app.command()
     @expand_options
-    def one(misses: MissOptions = MISS_OPTIONS):
+    def one(options: ServingOptions = ServingOptions()):  # noqa: B008 - immutable
         raise AssertionError("not reached")
 
     refused = CliRunner().invoke(app, ["--bound", "2"])
     assert refused.exit_code == 2 and "--bound" in refused.output
     help = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    assert "--prefill" in help and f"{Policy().bound} if not" in help
+    assert "--prefill" in help and f"Default: {Policy().bound}" in help
 
 
 def shown(group: Any, name: str) -> list[Any]:

@@ -16,11 +16,10 @@ from tiny_served import saved
 from typer.testing import CliRunner
 
 import moefit
-import moefit.cli.planned
 from moefit.cli import app
 from moefit.cli.loading import load_served
-from moefit.cli.options import MISS_OPTIONS, MemoryOptions
-from moefit.cli.planned import PlanOptions, PlanProcess, forbid_with_plan, target_of
+from moefit.cli.options import ServingOptions
+from moefit.cli.planned import PlanProcess, forbid_with_plan, plan_for, target_of
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, DataError
 from moefit.plan.plan_file import Target, read_plan
@@ -135,25 +134,24 @@ def test_bench_serves_as_a_plan_says(profiled: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("planned", "memory", "says"),
+    ("options", "says"),
     [
-        (PlanOptions(max_loss="3%"), None, "give --memory"),
-        (PlanOptions(plan=Path("x"), min_speed=1.0), None, "one of the two"),
-        (PlanOptions(plan=Path("nowhere.json")), None, "there is no plan"),
+        (ServingOptions(max_loss="3%"), "give --memory"),
+        (ServingOptions(plan=Path("x"), min_speed=1.0), "one of the two"),
+        (ServingOptions(plan=Path("nowhere.json")), "there is no plan"),
     ],
 )
-def test_options_that_contradict_are_refused(
-    planned: PlanOptions, memory: str | None, says: str
-) -> None:
-    assert planned.wanted and not PlanOptions().wanted
+def test_options_that_contradict_are_refused(options: ServingOptions, says: str) -> None:
+    assert options.has_plan and not ServingOptions().has_plan
     with pytest.raises(ConfigError, match=says):
-        planned.plan_for(str(folder()), MemoryOptions(memory=memory, context=64))
+        plan_for(str(folder()), options)
 
 
 def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     order = PlanProcess(
         model=str(folder()), memory="4GiB", context=64, device="cpu", process=1 << 30,
-        target=Target(min_speed=0.1), concurrency=16, dtype="bfloat16", rest="int8",
+        target=Target(min_speed=0.1), concurrency=16, dtype="bfloat16",
+        dense_precision="int8",
     )  # fmt: skip
     file = profiled / "plan.json"
     done = run(*order.arguments(file))
@@ -165,7 +163,7 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     floor = json.loads(done.stdout)["floor"]
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
-    bare = replace(order, concurrency=None, dtype=None, rest=None, target=Target())
+    bare = replace(order, concurrency=None, dtype=None, dense_precision=None, target=Target())
     assert not {"--dense-precision", "--dtype", "--max-loss", "--max-concurrency"} & set(
         bare.arguments(file)
     )
@@ -177,9 +175,9 @@ def test_an_order_that_fails_raises_the_same_error(tmp_path: Path) -> None:
         target=Target(),
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"^there is no folder .*nowhere"):
-        order.carry_out()
+        order.run()
     with pytest.raises(ConfigError, match=r"(?s)^planning ended with exit code 2: .*--context"):
-        replace(order, context="x").carry_out()  # pyright: ignore[reportArgumentType]
+        replace(order, context="x").run()  # pyright: ignore[reportArgumentType]
 
 
 def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) -> None:
@@ -192,9 +190,7 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
     with pytest.raises(BudgetTooSmallError, match=r"for 1 requests .* runs 10000000: plan"):
         load_served(
             str(folder()),
-            MemoryOptions(memory=str(tight + (64 << 20)), context=64),
-            MISS_OPTIONS,
-            PlanOptions(plan=file),
+            ServingOptions(memory=str(tight + (64 << 20)), context=64, plan=file),
             sequences=10_000_000,
             prompt_logits=PROMPT_LOGITS_BYTES,
         )
@@ -203,25 +199,14 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
 @pytest.mark.slow
 def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
     settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS_BYTES}
-    target = PlanOptions(min_speed=0.001)
+    options = ServingOptions(memory="1MiB", context=64, min_speed=0.001)
     with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
-        load_served(
-            str(folder()),
-            MemoryOptions(memory="1MiB", context=64),
-            MISS_OPTIONS,
-            target,
-            **settings,
-        )
+        load_served(str(folder()), options, **settings)
     floor = re.search(r"give at least (\d+) bytes", str(refused.value))
     assert floor is not None
     memory = int(floor[1]) + (1 << 20)  # this process grows while it asks
-    with load_served(
-        str(folder()),
-        MemoryOptions(memory=str(memory), context=64),
-        MISS_OPTIONS,
-        target,
-        **settings,
-    ) as served:
+    enough = replace(options, memory=str(memory))
+    with load_served(str(folder()), enough, **settings) as served:
         assert served.budget.planned is not None
         assert served.budget.fixed + served.budget.planned.nbytes <= memory
         more = replace(served.placement_budget.settings, sequences=1, prompt_logits=0)
@@ -231,12 +216,11 @@ def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None
 
 @pytest.mark.slow
 def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -> None:
-    plan = PlanOptions(max_loss="3%").plan_for(
-        str(folder()), MemoryOptions(memory="4GiB", context=64)
-    )
+    options = ServingOptions(memory="4GiB", context=64)
+    plan = plan_for(str(folder()), replace(options, max_loss="3%"))
     assert plan.predicted.loss <= 0.03
     with pytest.raises(ConfigError, match="no plan for"):
-        PlanOptions(min_speed=1e9).plan_for(str(folder()), MemoryOptions(memory="4GiB", context=64))
+        plan_for(str(folder()), replace(options, min_speed=1e9))
 
 
 @pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.03", 0.03), ("0", 0.0)])
@@ -254,7 +238,6 @@ def test_only_what_a_plan_decides_is_refused_beside_it() -> None:
     forbid_with_plan(mode=None, rest=None)
     with pytest.raises(ConfigError, match="--mode, --rest"):
         forbid_with_plan(mode="exact", rest="int8", prefill=None)
-    assert PlanOptions() == moefit.cli.planned.NO_PLAN
 
 
 @pytest.mark.slow

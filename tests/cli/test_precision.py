@@ -10,8 +10,7 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from moefit.cli import app
-from moefit.cli.options import MemoryOptions, MissOptions, ModeName
-from moefit.cli.planned import NO_PLAN
+from moefit.cli.options import MemoryOptions, ModeName, ServingOptions
 from moefit.cli.precision import (
     Candidate,
     _candidates,
@@ -136,9 +135,8 @@ def test_all_commands_choose_alike_and_explicit_options_win(model: str, capfd) -
     assert described(model, "--memory", tight)["precision"] == "auto"
     assert described(model, "--memory", tight, "--exact")["precision"] == "native"
     assert described(model, "--memory", tight, "--precision", "int8")["precision"] == "int8"
-    options = MemoryOptions(memory=tight, context=32)
-    virtual = MissOptions(mode=ModeName.virtual)
-    assert resolve_precision(model, options, virtual).experts == "native"
+    virtual = ServingOptions(memory=tight, context=32, mode=ModeName.virtual)
+    assert resolve_precision(model, virtual).experts == "native"
     assert resolve_precision(model, MemoryOptions(context=32)).experts == "native"
 
 
@@ -175,17 +173,18 @@ def test_what_fits_nowhere_is_refused_with_the_least_that_does(model: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "misses", "says"),
+    ("options", "says"),
     [
-        (MemoryOptions(exact=True, precision="int4"), None, "--precision changes"),
-        (MemoryOptions(exact=True, dense_precision="int8"), None, "--dense-precision changes"),
-        (MemoryOptions(exact=True), MissOptions(mode=ModeName.virtual), "--mode changes"),
-        (MemoryOptions(exact=True), MissOptions(prefill=ModeName.virtual), "--prefill changes"),
+        (MemoryOptions(exact=True, precision="int4"), "--precision changes"),
+        (ServingOptions(exact=True, dense_precision="int8"), "--dense-precision changes"),
+        (ServingOptions(exact=True, mode=ModeName.virtual), "--mode changes"),
+        (ServingOptions(exact=True, prefill=ModeName.virtual), "--prefill changes"),
+        (ServingOptions(exact=True, max_loss="3%"), "--max-loss or --min-speed changes"),
     ],
 )
-def test_exact_with_what_is_not(options, misses, says: str) -> None:
+def test_exact_with_what_is_not(options, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        resolve_precision("nowhere", options, misses, NO_PLAN)
+        resolve_precision("nowhere", options)
 
 
 def test_the_old_name_of_dense_precision_works_and_warns_once(model: str, tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_without_anything_the_reference_model_on_loopback(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, (room, *_), engine, settings, following),) = given
+    ((model, options, engine, settings, following),) = given
     assert following == "auto"
-    assert (model, room.memory, room.context) == ("reference", None, 2048)
+    assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
     assert (settings.api_key, settings.origins) == (None, ())
@@ -53,10 +53,10 @@ def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Pa
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
-    ((model, (room, misses, _planned), engine, settings, following),) = given
+    ((model, options, engine, settings, following),) = given
     assert following == "none"
-    assert (settings.port, room.memory, settings.api_key) == (3, "2GiB", "variable")
-    assert (model, engine.max_concurrency, misses.mode) == ("from-file", 3, "virtual")
+    assert (settings.port, options.memory, settings.api_key) == (3, "2GiB", "variable")
+    assert (model, engine.max_concurrency, options.mode) == ("from-file", 3, "virtual")
     assert settings.origins == ("https://a.example", "https://b.example")
     assert settings.host == "::1"
     named = {"MOEFIT_CONFIG": str(file), "MOEFIT_MODEL": "other"}
@@ -75,11 +75,11 @@ def test_every_option_has_a_variable(given) -> None:
         "MOEFIT_GENERATION_CONFIG": "none",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
-    ((_, (room, misses, _planned), engine, settings, following),) = given
+    ((_, options, engine, settings, following),) = given
     assert following == "none"
-    assert (room.memory, room.host_memory, misses.mode) == ("3GiB", "1GiB", "bounded")
-    assert (misses.prefill, misses.bound, room.precision) == ("bounded", 0.2, "int4")
-    assert (room.dense, room.context, room.device) == ("int8", 99, "cuda")
+    assert (options.memory, options.host_memory, options.mode) == ("3GiB", "1GiB", "bounded")
+    assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
+    assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")
     assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
     assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))
@@ -290,7 +290,7 @@ def test_a_process_serves_drains_and_ends(tmp_path: Path) -> None:
         rest = list(events)
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert process.wait(timeout=60) == 0
-        assert "finishing what runs" in process.stderr.read()
+        assert "finishing running requests" in process.stderr.read()
     finally:
         process.kill()
         process.wait()

@@ -317,5 +317,5 @@ def test_table_prints() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(card_table(model_card(preset("dsmoe-6b")), "dsmoe-6b"))
     text = console.export_text()
-    assert "72.00 KiB a token" in text
+    assert "72.0 KiB a token" in text
     assert "by the text" in text

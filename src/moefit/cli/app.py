@@ -10,9 +10,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,9 +20,6 @@ from typer.core import TyperCommand, TyperGroup
 import moefit
 from moefit import errors
 from moefit.errors import ConfigError, MoefitError
-
-if TYPE_CHECKING:
-    import torch
 
 # How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
 # own; the default of a thousand each takes hundreds of MiB.
@@ -75,10 +71,6 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="model folder, training run, or 'reference'")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=ADVANCED)]
-
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that registers a function as the command `name` of `COMMANDS`."""
@@ -96,23 +88,10 @@ def _imported(name: str) -> Any:
     return group.commands[name]
 
 
-class Dtype(StrEnum):
-    """Dtypes that a model can be loaded or written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-    @property
-    def torch(self) -> "torch.dtype":
-        """The torch dtype of that name."""
-        return getattr(import_module("torch"), self.value)
-
-
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="print the version and exit")
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     if version:
@@ -121,24 +100,24 @@ def _version(
 
 
 def stopped(by: str) -> typer.Exit:
-    """The exit code that a shell gives a program ended by that signal."""
+    """Return the exit that a shell reports for a program ended by that signal."""
     return typer.Exit(128 + signal.Signals[by])
 
 
 def say(text: str) -> None:
-    """One line for people; a path in it may have brackets and be long."""
+    """Print a line to standard error, without markup: a path may have brackets."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """To standard output, for programs."""
+    """Print a value to standard output as JSON."""
     print(json.dumps(value, indent=1))
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake is one line on standard error and exit code 2.
+    """Run the command line. Users' errors are one line on standard error and exit code 2.
 
-    With `--json` it is an object on standard output too, for programs: see `error_of`.
+    With `--json` they are an object on standard output too: see `error_of`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't UTF-8 gets "?"
@@ -166,8 +145,8 @@ def error_of(output: str) -> MoefitError | None:
         An error of the same class, or None if the output does not end with one.
     """
     try:
-        told = json.loads(output)["error"]
-        kind, message = getattr(errors, told["type"], None), told["message"]
+        found = json.loads(output)["error"]
+        kind, message = getattr(errors, found["type"], None), found["message"]
     except (ValueError, LookupError, TypeError):
         return None
     if isinstance(kind, type) and issubclass(kind, MoefitError):

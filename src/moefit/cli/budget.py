@@ -1,4 +1,4 @@
-"""The commands that ask a running server for its budget, and turn it: budget get, budget set."""
+"""Commands for the memory budget of a running server: budget get, budget set."""
 
 from typing import Annotated, Any
 
@@ -7,17 +7,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import ADVANCED, COMMANDS, Json, app, print_json
-from moefit.cli.options import ModeName
+from moefit.cli.app import COMMANDS, app, print_json
+from moefit.cli.options import ApiKey, Bound, Json, Mode, Prefill, option
 from moefit.serve.memory.budget import PARTS, format_bytes
 from moefit.server.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option(help="URL of the server", envvar="MOEFIT_URL")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(help="API key of the server", envvar="MOEFIT_API_KEY", rich_help_panel=ADVANCED),
-]
+Url = Annotated[str, option("URL of the server.", envvar="MOEFIT_URL")]
 
 budget = typer.Typer(no_args_is_help=True, help=COMMANDS["budget"][1])
 app.add_typer(budget, name="budget")
@@ -29,27 +25,25 @@ def get_budget(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = F
     _show(Client(url, api_key).get("/v1/memory"), as_json=as_json)
 
 
-@budget.command(name="set", help="Change the budget while requests run.")
+@budget.command(name="set", help="Change the budget while requests run. What is not given stays.")
 def set_budget(
-    memory: Annotated[str, typer.Argument(help="budget, such as 3GiB, or 'all': no limit")],
-    mode: Annotated[ModeName | None, typer.Option(help="as for serve")] = None,
-    prefill: Annotated[ModeName | None, typer.Option(help="as for serve")] = None,
-    bound: Annotated[float | None, typer.Option(min=0, max=1, help="as for serve")] = None,
+    memory: Annotated[str, typer.Argument(help="Budget, such as 3GiB, or 'all' for no limit.")],
+    mode: Mode = None,
+    prefill: Prefill = None,
+    bound: Bound = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Returns when the change is in force; one that can't be had changes nothing."""
-    asked: dict[str, Any] = {"bytes": None if memory == "all" else memory}
-    names: dict[str, ModeName | None] = {"mode": mode, "prefill": prefill}
-    asked |= {name: value.value for name, value in names.items() if value is not None}
-    if bound is not None:
-        asked["bound"] = bound
-    _show(Client(url, api_key).post("/v1/memory", asked), as_json=as_json)
+    """Return when the change is in force; a change that is not possible changes nothing."""
+    given = {"mode": mode and mode.value, "prefill": prefill and prefill.value, "bound": bound}
+    body: dict[str, Any] = {"bytes": None if memory == "all" else memory}
+    body |= {name: value for name, value in given.items() if value is not None}
+    _show(Client(url, api_key).post("/v1/memory", body), as_json=as_json)
 
 
 def _all_experts(memory: dict[str, Any]) -> list[tuple[str, int]]:
-    """Budgets that hold every expert: one, or one for each format that they may have."""
+    """Return the budgets that hold all experts: one, or one per format."""
     kinds = memory["everything_in"].items()
     return [(f"all experts in {name}", size) for name, size in kinds] or [
         ("all experts", memory["everything"])
@@ -64,7 +58,7 @@ def _show(memory: dict[str, Any], *, as_json: bool) -> None:
 
 
 def memory_table(memory: dict[str, Any]) -> Table:
-    """What GET /v1/memory says, for a terminal."""
+    """Return the response of GET /v1/memory as a table."""
     table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.title = f"{memory['model']}, mode {memory['mode']}"
     table.add_column("memory", no_wrap=True)
@@ -101,6 +95,6 @@ def memory_table(memory: dict[str, Any]) -> Table:
 
 def _add_prediction(table: Table, plan: dict[str, Any]) -> None:
     table.add_row("planned", plan["words"])
-    table.add_row("predicted loss", f"{plan['loss']:+.2%}, give or take {plan['margin']:.2%}")
+    table.add_row("predicted loss", f"{plan['loss']:+.2%} ± {plan['margin']:.2%}")
     table.add_row("predicted tokens/s", f"{plan['tokens_per_second']:.1f}")
     table.add_section()

@@ -1,4 +1,4 @@
-"""The command that talks with a model, here or on a server."""
+"""The command `chat`: with a model in this process or on a server."""
 
 import sys
 from contextlib import closing
@@ -6,89 +6,63 @@ from typing import Annotated
 
 import typer
 
-from moefit.cli.app import ADVANCED, command, say
-from moefit.cli.budget import ApiKey
+from moefit.cli.app import command, say
 from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
-    MEMORY_OPTIONS,
-    MISS_OPTIONS,
-    SAMPLING_OPTIONS,
+    SAMPLING,
+    SERVING,
+    ApiKey,
     Following,
     GenerationConfig,
-    MemoryOptions,
-    MissOptions,
     SamplingOptions,
+    ServingOptions,
+    advanced,
     expand_options,
+    option,
 )
-from moefit.cli.planned import NO_PLAN, PlanOptions
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
 from moefit.server.client import ChatBackend, ChatOptions, ChatTurn, Client, LocalChat, RemoteChat
 from moefit.server.tokenizer import RENDER_RESIDENT
 
-HELP = "/new begins anew, /quit (or ctrl-D) ends; ctrl-C stops an answer"
+HELP = "/new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 _SHOWN = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
 
 
 @command("chat")
 @expand_options
 def chat(
-    model: Annotated[str | None, typer.Argument(help="as for serve; not with --url")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model, as for serve; not with --url.", show_default=False)
+    ] = None,
     url: Annotated[
-        str | None, typer.Option(help="URL of a server with OpenAI's API", envvar="MOEFIT_URL")
+        str | None, option("URL of a server with OpenAI's API.", envvar="MOEFIT_URL")
     ] = None,
     api_key: ApiKey = None,
-    system: Annotated[
-        str | None, typer.Option(help="system message", rich_help_panel=ADVANCED)
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of one answer")] = 256,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=2,
-            help="0 is greedy; if not given, the server's, or the model's and else 0.7",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="if not given, the server's, or the model's and else 1",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None,
-    drawn: SamplingOptions = SAMPLING_OPTIONS,
-    seed: Annotated[
-        int | None, typer.Option(help="seed of sampling", rich_help_panel=ADVANCED)
-    ] = None,
+    system: Annotated[str | None, advanced("System message.")] = None,
+    max_tokens: Annotated[int, option("Maximum number of tokens of one answer.", min=1)] = 256,
+    sampling: SamplingOptions = SAMPLING,
     generation_config: GenerationConfig = Following.auto,
-    room: MemoryOptions = MEMORY_OPTIONS,
-    misses: MissOptions = MISS_OPTIONS,
-    planned: PlanOptions = NO_PLAN,
+    options: ServingOptions = SERVING,
 ) -> None:
-    """Answers go to standard output as they come."""
-    options = ChatOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, **drawn.given()
-    )
+    """Print answers to standard output as they are generated."""
+    chosen = ChatOptions(max_tokens=max_tokens, **sampling.given())
     if url is not None:
-        followed = generation_config is Following.auto
-        if model is not None or room.wanted or misses.wanted or planned.wanted or not followed:
+        if model is not None or options.is_served or generation_config is not Following.auto:
             raise ConfigError(
                 "the server at --url has its model, memory and defaults; give one or the other"
             )
-        _talk(RemoteChat(Client(url, api_key)), options, system)
+        _talk(RemoteChat(Client(url, api_key)), chosen, system)
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
     more = {"generation_config": generation_config.value, "helpers": RENDER_RESIDENT}
-    with load_served(model, room, misses, planned, **more) as served:
+    with load_served(model, options, **more) as served:
         say_generation(served.generation)
         engine = Engine(served)
         engine.start()
         try:
-            _talk(LocalChat(model, engine), options, system)
+            _talk(LocalChat(model, engine), chosen, system)
         finally:
             engine.close()
 
@@ -96,8 +70,8 @@ def chat(
 def _talk(partner: ChatBackend, options: ChatOptions, system: str | None) -> None:
     if not partner.supports_chat:
         if system is not None:
-            raise ConfigError(f"{partner.name} has no chat template, so --system has no place")
-        say(f"{partner.name} does not know conversations: it continues the text that you give")
+            raise ConfigError(f"{partner.name} has no chat template; leave out --system")
+        say(f"{partner.name} has no chat template: it continues the text that you give")
     say(HELP)
     beginning: list[ChatTurn] = [{"role": "system", "content": system}] if system else []
     turns = list(beginning)
@@ -105,14 +79,14 @@ def _talk(partner: ChatBackend, options: ChatOptions, system: str | None) -> Non
         if line == "/new":
             turns = list(beginning)
         elif line.startswith("/"):
-            say(f"{line.split()[0]} is no command: {HELP}")
+            say(f"{line.split()[0]} is not a command: {HELP}")
         elif line:
             turns.append({"role": "user", "content": line})
             turns = _answer(partner, turns, options)
 
 
 def _ask() -> str | None:
-    """A line, without its end; None to leave."""
+    """Return a line without its end; None to leave."""
     try:
         line = input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -125,12 +99,12 @@ def _ask() -> str | None:
 
 
 def _answer(partner: ChatBackend, turns: list[ChatTurn], options: ChatOptions) -> list[ChatTurn]:
-    """Print the answer; the conversation with it, or without the last turn if it failed."""
-    told = ""
+    """Print the answer, and return the conversation with it, or without the turn that failed."""
+    answer = ""
     try:
         with closing(partner.generate(turns, options)) as pieces:
             for piece in pieces:
-                told += piece
+                answer += piece
                 print(piece.translate(_SHOWN), end="", flush=True)
     except KeyboardInterrupt:
         say(" (stopped)")
@@ -138,4 +112,4 @@ def _answer(partner: ChatBackend, turns: list[ChatTurn], options: ChatOptions) -
         say(f"error: {error}")
         return turns[:-1]
     print()
-    return [*turns, {"role": "assistant", "content": told}]
+    return [*turns, {"role": "assistant", "content": answer}]

@@ -1,26 +1,31 @@
-"""The command that says what a model is worth: eval."""
+"""The command `eval`: perplexity and cost of a model."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from moefit.api import folder_of
-from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
+from moefit.cli.app import command, console, print_json
 from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
-from moefit.cli.options import MISS_OPTIONS, MemoryOptions, MissOptions, expand_options
-from moefit.cli.planned import NO_PLAN, PlanOptions
+from moefit.cli.options import (
+    Json,
+    Model,
+    ServingOptions,
+    TextFile,
+    advanced,
+    expand_options,
+    option,
+    torch_dtype,
+)
 from moefit.cli.precision import resolve_precision
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
 from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.loading import REFERENCE, load_full_model
-from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.passage import read_text
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.stepwise import score_steps
@@ -30,7 +35,7 @@ from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.model import ServedModel
 
-_WINDOW = MemoryOptions(context=256)
+_WINDOW = ServingOptions(context=256)
 
 
 class BaselineName(StrEnum):
@@ -46,63 +51,44 @@ class BaselineName(StrEnum):
 @expand_options
 def evaluate(
     model: Model = REFERENCE,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text file; the held-out standard library if not given"),
-    ] = None,
+    text: TextFile = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="dense, top_k:K, threshold:EPS, threshold_top_k:EPS; may be repeated"),
+        option("dense, top_k:K, threshold:EPS or threshold_top_k:EPS; may be repeated."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="number of tokens to predict, spread over the text")
+        int | None, option("Number of tokens to predict, spread over the text.", min=2)
     ] = None,
-    room: MemoryOptions = _WINDOW,
-    misses: MissOptions = MISS_OPTIONS,
-    planned: PlanOptions = NO_PLAN,
+    options: ServingOptions = _WINDOW,
     baseline: Annotated[
-        BaselineName | None,
-        typer.Option(help="fixed resident set to compare with", rich_help_panel=ADVANCED),
+        BaselineName | None, advanced("Fixed resident set to compare with.")
     ] = None,
     residency: Annotated[
-        str,
-        typer.Option(
-            help="fixed: keep the resident set as it is, so that runs repeat",
-            rich_help_panel=ADVANCED,
-        ),
+        str, advanced("manager, or fixed: keep the resident set, so that runs repeat.")
     ] = "manager",
     as_json: Json = False,
 ) -> None:
-    """Every rule on the same windows; in a budget or mode, step by step against all experts."""
+    """Score all rules on the same windows; served models step by step against all experts."""
     rules = [Rule.parse(one) for one in rule or []]
-    if not (baseline or is_served(model, room, misses, planned)):
+    if not (baseline or is_served(model, options)):
         loaded, tokenizer = load_full_model(
-            str(folder_of(model)), device=room.device, dtype=room.settings()["dtype"]
+            str(folder_of(model)), device=options.device, dtype=torch_dtype(options.dtype)
         )
-        passage = _passage(text, tokenizer, room.context, max_tokens)
+        passage = read_text(text, tokenizer, options.context, max_tokens)
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)
         return
     if baseline is None:
-        room = resolve_precision(model, room, misses, planned, prompt_logits=WHOLE_WINDOWS)
+        options = resolve_precision(model, options, prompt_logits=WHOLE_WINDOWS)
     else:  # compares resident sets of the checkpoint's own experts
-        room = replace(room, precision=room.experts)
-    only = _only(rules)
+        options = replace(options, precision=options.experts)
+    only, how = _only(rules), {"prompt_logits": WHOLE_WINDOWS, "generation_config": IGNORE}
     with ExitStack() as stack:
-        served = stack.enter_context(
-            load_served(
-                model,
-                room,
-                misses,
-                planned,
-                prompt_logits=WHOLE_WINDOWS,
-                generation_config=IGNORE,
-            )
-        )
+        served = stack.enter_context(load_served(model, options, **how))
         if only is not None:
             use_rule(served.model, only)
-        passage = _passage(text, served.tokenizer, room.context, max_tokens or 2048)
-        reference = _reference(served, room, planned)
+        passage = read_text(text, served.tokenizer, options.context, max_tokens or 2048)
+        reference = _reference(served, options)
         if reference.model is not None:
             full = stack.enter_context(reference.model)
             if only is not None:
@@ -112,7 +98,7 @@ def evaluate(
 
 
 def _only(rules: list[Rule]) -> Rule | None:
-    """The rule that is given, if one is. Raises ConfigError for more."""
+    """Return the rule that is given, or None. Raises ConfigError for more than one."""
     if len(rules) > 1:
         raise ConfigError(
             f"a served model has one inference rule, and --rule was given {len(rules)} times; give "
@@ -121,21 +107,14 @@ def _only(rules: list[Rule]) -> Rule | None:
     return rules[0] if rules else None
 
 
-def _passage(
-    text: Path | None, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
-) -> Text:
-    source = held_out_text if text is None else lambda *rest: text_of_file(text, *rest)
-    return source(tokenizer, context, max_tokens)
-
-
 def _score_rules(model: Any, text: Text, rules: list[Rule], title: str, *, as_json: bool) -> None:
     rules = rules or list(evaluated_model(model).default_rules())
     with console.status("scoring") as status:
 
-        def tell(name: str, done: int, total: int) -> None:
+        def show(name: str, done: int, total: int) -> None:
             status.update(f"{name}: {done:,} of {total:,} tokens")
 
-        scores = score(model, text, rules, tell)
+        scores = score(model, text, rules, show)
     if as_json:
         print_json([one.as_dict() for one in scores])
     else:
@@ -151,21 +130,21 @@ class _Reference:
     words: str
 
 
-def _reference(served: ServedModel, room: MemoryOptions, planned: PlanOptions) -> _Reference:
-    """The checkpoint's own precision, where there is room for it too."""
-    if room.is_native and not planned.wanted:
+def _reference(served: ServedModel, options: ServingOptions) -> _Reference:
+    """Return the model in the checkpoint's own precision, if it fits too."""
+    if options.is_native and not options.has_plan:
         return _Reference(None, NATIVE_PRECISION, "all experts")
     with loading():
-        native = native_reference(served, LoadSettings(**room.settings()))
+        native = native_reference(served, LoadSettings(**options.load_settings()))
     if native is not None:
         return _Reference(native, NATIVE_PRECISION, "all experts in native precision")
-    precision = "the plan's formats" if planned.wanted else room.experts
-    words = f"itself, all experts in {precision} (no room beside it for native precision)"
+    precision = "the plan's formats" if options.has_plan else options.experts
+    words = f"itself, all experts in {precision} (native precision does not fit beside it)"
     return _Reference(None, precision, words)
 
 
 def _fix(served: ServedModel, text: Text, baseline: BaselineName | None, residency: str) -> str:
-    """Fix the residents if that is asked for; says what is then scored."""
+    """Fix the resident set if that is requested; return the name of what is scored."""
     if baseline is not None:
         calibration_T = text.ids_T[-min(2048, len(text.ids_T)) :]
         fix_residents(served, baseline.value, calibration_ids_T=calibration_T)
@@ -180,10 +159,10 @@ def _score_served(
 ) -> None:
     with console.status("scoring") as status:
 
-        def tell(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             status.update(f"{name}: {done:,} of {total:,} tokens")
 
-        result = score_steps(served, text, reference=reference.model, progress=tell)
+        result = score_steps(served, text, reference=reference.model, progress=show)
     if as_json:
         print_json({"name": name, "against": reference.precision, **result.as_dict()})
         return

@@ -1,7 +1,4 @@
-"""What commands that serve a model do alike: loading it in sight, saying what it takes, tables.
-
-Knows nothing of how options are given (`options.py`).
-"""
+"""What commands that serve a model share: loading with a progress bar, summaries and tables."""
 
 import json
 import shlex
@@ -20,8 +17,8 @@ from rich.table import Table
 
 from moefit.api import folder_of, load
 from moefit.cli.app import console, say
-from moefit.cli.options import MemoryOptions, MissOptions
-from moefit.cli.planned import NO_PLAN, PlanOptions, forbid_with_plan, in_a_line, say_packing
+from moefit.cli.options import MemoryOptions, ServingOptions
+from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError
@@ -44,60 +41,67 @@ from moefit.serve.packed.store import PackedStore
 from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
-"""As `prompt_logits`: those of all tokens of the context, which `moefit eval` asks for at once."""
+"""As `prompt_logits`: those of all tokens of the context, which `moefit eval` computes at once."""
 _CONCURRENCY = 16  # of `moefit serve`, unless it is given another
 
 
-def load_served(
-    model: str,
-    room: MemoryOptions,
-    misses: MissOptions,
-    planned: PlanOptions = NO_PLAN,
-    **settings: Any,
-) -> ServedModel:
-    """Load and say what it takes; `settings` as of `moefit.load`."""
-    if planned.wanted:
-        return load_planned(model, room, misses, planned, **settings)[0]
-    room = resolve_precision(model, room, misses, **settings)
-    if "sequences" not in settings:  # a server keeps the bound for when its mode is turned
-        misses.refuse_vain()
+def load_served(model: str, options: ServingOptions, **settings: Any) -> ServedModel:
+    """Load a model and say what it takes.
+
+    Args:
+        model: As on the command line.
+        options: Memory, precision, mode and plan.
+        settings: Further keyword arguments of `moefit.load`.
+    """
+    if options.has_plan:
+        return load_planned(model, options, **settings)[0]
+    options = resolve_precision(model, options, **settings)
+    if "sequences" not in settings:  # a server's mode may change later
+        options.check_bound()
+    how = {**options.load_settings(), **options.mode_settings(), **settings}
     with loading() as progress:
-        served = load(model, **room.settings(), **misses.settings(), **settings, progress=progress)
-    _remark(served, model, room)
+        served = load(model, **how, progress=progress)
+    _say_summary(served, model, options)
     return served
 
 
-def load_planned(
-    model: str, room: MemoryOptions, misses: MissOptions, planned: PlanOptions, **settings: Any
-) -> tuple[ServedModel, Plan]:
-    """By a plan, which decides mode and formats; the plan too.
+def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[ServedModel, Plan]:
+    """Load a model by a plan, which decides mode and formats; return the plan too.
 
-    sequences, prompt_logits in `settings`: of a server, which a plan leaves room for.
+    Args:
+        model: As on the command line.
+        options: With a plan or a target.
+        settings: Further keyword arguments of `moefit.load`.
     """
-    encoded = {
-        name: None if value == NATIVE_PRECISION else value
-        for name, value in (("precision", room.experts), ("dense-precision", room.dense))
-    }
-    decided = {name: getattr(misses, name) for name in ("mode", "prefill", "bound")}
-    forbid_with_plan(**decided, dtype=room.dtype, exact=room.exact or None, **encoded)
+    dense = None if options.dense == NATIVE_PRECISION else options.dense
+    forbid_with_plan(
+        mode=options.mode,
+        prefill=options.prefill,
+        bound=options.bound,
+        dtype=options.dtype,
+        exact=options.exact or None,
+        precision=None if options.experts == NATIVE_PRECISION else options.experts,
+        **{"dense-precision": dense},
+    )
     with console.status("planning"):
-        plan = planned.plan_for(model, room, settings.get("sequences"), settings.get("helpers", 0))
+        plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
-    chosen = {"host_memory": room.host_memory, "device": room.device, **plan.settings(), **settings}
-    if room.memory is not None:
-        chosen["memory"] = room.memory
-    with loading() as progress, _said_of(plan, chosen["sequences"]):
+    device = {"host_memory": options.host_memory, "device": options.device}
+    chosen = {**device, **plan.settings(), **settings}
+    if options.memory is not None:
+        chosen["memory"] = options.memory
+    with loading() as progress, _explain_sequences(plan, chosen["sequences"]):
         served = load(model, **chosen, progress=progress)
     if plan.rule is not None:
         use_rule(served.model, Rule.parse(plan.rule))
     say_packing(plan, model)
-    _remark(served, model, room)
+    _say_summary(served, model, options)
     return served, plan
 
 
 @contextmanager
-def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
-    """Add what may be the reason if a plan does not fit."""
+def _explain_sequences(plan: Plan, sequences: int) -> Iterator[None]:
+    """Add to the error of a plan that does not fit that it is for fewer requests at once."""
     try:
         yield
     except BudgetTooSmallError as error:
@@ -109,18 +113,18 @@ def _said_of(plan: Plan, sequences: int) -> Iterator[None]:
         ) from error
 
 
-def _remark(served: ServedModel, model: str, room: MemoryOptions) -> None:
-    """Say what it takes, and what would make it faster."""
-    say(_summary(served, room.experts))
+def _say_summary(served: ServedModel, model: str, options: MemoryOptions) -> None:
+    """Say what the model takes, and what would make it faster."""
+    say(_summary(served, options.experts))
     if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
         say(trained)
     for remark in served.report()["packed_ignored"][:3]:
         say(f"note: {remark}")
     if "encoded" in served.report()["experts_from"]:
-        dtype = f" --dtype {room.dtype}" if room.dtype else ""
+        dtype = f" --dtype {options.dtype}" if options.dtype else ""
         say(
             "note: experts are encoded each time they are read; faster once you have run: "
-            f"moefit pack {shlex.quote(model)} --formats {room.to_pack}{dtype}"
+            f"moefit pack {shlex.quote(model)} --formats {options.to_pack}{dtype}"
         )
 
 
@@ -150,18 +154,20 @@ def dropout_line(record: ExpertDropoutRecord | None, mode: str | None = None) ->
 
 
 def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> None:
-    """Say what generation_config.json does to answers.
+    """Say how generation_config.json changes what is generated.
 
-    engine: it is the engine that makes them, which does not follow all settings.
+    Args:
+        generation: What was read from it.
+        engine: The engine generates, which does not implement all settings.
     """
     if given := generation.sampling():
         listed = ", ".join(f"{name} {value:g}" for name, value in given.items())
         say(
-            f"from the model's generation_config.json, where nothing else is asked: {listed} "
-            "(--generation-config none leaves them out)"
+            f"sampling defaults from the model's generation_config.json: {listed} "
+            "(--generation-config none ignores them)"
         )
     if generation.suppressed:
-        say("note: the model's generation_config.json suppresses tokens, and none of them is made")
+        say("note: the model's generation_config.json suppresses some tokens")
     unfollowed = [name for name in generation.unfollowed if engine or name in HUB_CODE]
     if unfollowed:
         say(
@@ -170,13 +176,13 @@ def say_generation(generation: GenerationDefaults, *, engine: bool = True) -> No
         )
 
 
-def is_served(model: str, *asked: MemoryOptions | MissOptions | PlanOptions) -> bool:
-    """Whether a model is loaded as for serving, in a budget or with everything in memory.
+def is_served(model: str, options: ServingOptions) -> bool:
+    """Return whether a model is loaded for serving.
 
-    The others, DS-MoE and OLMoE without a budget, are computed by their own modules, in which the
-    inference rule may change from text to text. A damaged configuration is theirs to report.
+    DS-MoE and OLMoE models without such options are computed by their own modules, in which the
+    inference rule may change from text to text. These report a damaged configuration.
     """
-    if any(one.wanted for one in asked):
+    if options.is_served:
         return True
     try:
         config = json.loads((folder_of(model) / "config.json").read_text(encoding="utf-8"))
@@ -186,9 +192,9 @@ def is_served(model: str, *asked: MemoryOptions | MissOptions | PlanOptions) -> 
 
 
 def shared_steps(requests: int | None) -> dict[str, Any]:
-    """What so many requests that share steps take, as settings of `moefit.load`; None: no server.
+    """Return the settings of `moefit.load` for this many requests at once.
 
-    >>> shared_steps(None)
+    >>> shared_steps(None)  # no server
     {}
     """
     if requests is None:
@@ -203,7 +209,7 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
 def import_serving_commands() -> None:
     """Import all commands that serve, so that this process takes as much memory as theirs.
 
-    An estimate starts from what this process holds, and the modules of a server take 20 MiB.
+    An estimate starts from what this process holds.
     """
     for name in ("chat", "evaluate", "serve"):
         import_module(f"moefit.cli.{name}")
@@ -248,7 +254,7 @@ def minimums_line(floors: Mapping[str, int], settings: LoadSettings) -> str:
 
 @contextmanager
 def loading() -> Iterator[Progress]:
-    """A line that says what is being loaded, and how far that is; gone at the end."""
+    """Show a progress bar while a model is loaded."""
     columns = (
         SpinnerColumn(),
         TextColumn("loading{task.fields[what]}"),
@@ -270,18 +276,18 @@ def _summary(served: ServedModel, precision: str) -> str:
     report = served.report()
     slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
     total = served.budget.total
-    room = "no budget" if total is None else f"a budget of {format_bytes(total)}"
+    budget = "no budget" if total is None else f"a budget of {format_bytes(total)}"
     native = precision == NATIVE_PRECISION
-    lying = "" if native else f", experts in {_precision(report)}, {report['experts_from']}"
+    formats = "" if native else f", experts in {_precision(report)}, {report['experts_from']}"
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
-        f"{type(served.model).__name__} in {room}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{lying}{kernels}"
+        f"{type(served.model).__name__} in {budget}: {slots:,} slots for {experts:,} experts, "
+        f"mode {report['mode']}{formats}{kernels}"
     )
 
 
 def _precision(report: dict[str, Any]) -> str:
-    """Formats of slots, with how many there are of each if they differ."""
+    """Return the formats of slots, with their numbers if they differ."""
     total: Counter[str] = Counter()
     for counts in report["formats"].values():
         total.update(counts)
@@ -297,7 +303,7 @@ def _in(precision: str) -> str:
 
 
 def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Table:
-    """Bytes by part, then slots, with what they begin with, and what the sums are."""
+    """Return a memory estimate as a table: parts, slots and totals."""
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("memory", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -334,7 +340,7 @@ def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Tab
 
 
 def speed_table(speed: Speed, bandwidth: Bandwidth, title: str) -> Table:
-    """Two columns: what was measured, and its value."""
+    """Return measured speeds as a table."""
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("decoding one sequence", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)

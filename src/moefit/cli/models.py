@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.checkpoint.safetensors import Checkpoint
-from moefit.cli.app import ADVANCED, Json, Model, command, console, print_json
+from moefit.cli.app import command, console, print_json
 from moefit.cli.loading import (
     dropout_line,
     import_serving_commands,
@@ -30,17 +30,21 @@ from moefit.cli.loading import (
     speed_table,
 )
 from moefit.cli.options import (
-    MEMORY_OPTIONS,
-    MISS_OPTIONS,
-    SAMPLING_OPTIONS,
+    SERVING,
     Following,
+    ForConcurrency,
     GenerationConfig,
+    InferenceRule,
+    Json,
     MemoryOptions,
-    MissOptions,
+    Model,
     SamplingOptions,
+    ServingOptions,
+    advanced,
     expand_options,
+    option,
+    torch_dtype,
 )
-from moefit.cli.planned import NO_PLAN, PlanOptions
 from moefit.cli.precision import resolve_precision
 from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
@@ -61,6 +65,7 @@ from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import initial_formats, memory_budget
 from moefit.serve.packed.store import open_packed
 
+_SEED_0 = SamplingOptions(seed=0)
 _PARTS = {
     "embeddings": "embeddings",
     "head": "head",
@@ -73,7 +78,7 @@ _PARTS = {
 
 
 def card_rows(card: ModelCard, *, dtype: str = "bfloat16") -> Iterator[tuple[str, str]]:
-    """(what, how much), top to bottom. Raises ConfigError if the dtype is unknown."""
+    """Yield the rows of a model card: name and value. Raises ConfigError for an unknown dtype."""
     for part, count in card.parameters.as_dict().items():
         tied = part == "head" and count == 0
         yield _PARTS[part], "tied to the embeddings" if tied else _count(count)
@@ -81,8 +86,8 @@ def card_rows(card: ModelCard, *, dtype: str = "bfloat16") -> Iterator[tuple[str
     yield "total without embeddings", _count(card.total_without_embeddings)
     for rule in _rules(card):
         yield f"active, {rule}", _active(card, rule)
-    yield f"weights in {dtype}", _format_bytes(card.weight_bytes(dtype))
-    yield f"KV cache in {dtype}", f"{_format_bytes(card.kv_bytes_per_token(dtype))} a token"
+    yield f"weights in {dtype}", format_bytes(card.weight_bytes(dtype))
+    yield f"KV cache in {dtype}", f"{format_bytes(card.kv_bytes_per_token(dtype))} a token"
     for rule in _rules(card):
         if rule.k is not None or rule.kind == "dense":
             forward = card.forward_flops_per_token(rule, context=(card.max_positions + 1) / 2)
@@ -92,7 +97,7 @@ def card_rows(card: ModelCard, *, dtype: str = "bfloat16") -> Iterator[tuple[str
 
 
 def card_table(card: ModelCard, title: str = "", *, dtype: str = "bfloat16") -> Table:
-    """`card_rows` for the terminal; active parameters are counted without embeddings."""
+    """Return `card_rows` as a table; active parameters are counted without embeddings."""
     table = Table(title=title or None, show_header=False)
     table.add_column("what")
     table.add_column("how much", justify="right")
@@ -104,7 +109,7 @@ def card_table(card: ModelCard, title: str = "", *, dtype: str = "bfloat16") -> 
 
 
 def _rules(card: ModelCard) -> list[Rule]:
-    """The model's own rules and a ladder to compare them with."""
+    """Return the model's own rules, and others to compare them with."""
     rules = (*default_rules(card.num_experts), card.training_rule, card.inference_rule)
     return list(dict.fromkeys(rules))
 
@@ -124,101 +129,74 @@ def _count(count: int) -> str:
     return f"{count / 1e6:,.{2 if count < 100 * 1e6 else 1}f}M"
 
 
-def _format_bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
-
-
 @command("generate")
 @expand_options
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="text to continue")],
-    rule: Annotated[
-        str | None,
-        typer.Option(help="inference rule; the model's own if not given", rich_help_panel=ADVANCED),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 128,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 is greedy; if not given, the model's and else greedy"),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="if not given, the model's and else 1", rich_help_panel=ADVANCED
-        ),
-    ] = None,
-    drawn: SamplingOptions = SAMPLING_OPTIONS,
-    seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    rule: InferenceRule = None,
+    max_new_tokens: Annotated[int, option("Maximum number of new tokens.", min=1)] = 128,
+    sampling: SamplingOptions = _SEED_0,
     generation_config: GenerationConfig = Following.auto,
-    room: MemoryOptions = MEMORY_OPTIONS,
-    misses: MissOptions = MISS_OPTIONS,
-    planned: PlanOptions = NO_PLAN,
+    options: ServingOptions = SERVING,
 ) -> None:
-    """Writes the continuation to standard output as it comes."""
-    sampling = {**_sampling(temperature, top_p, drawn), "max_new_tokens": max_new_tokens}
+    """Print the continuation to standard output as it is generated."""
+    how = {**_generate_arguments(sampling), "max_new_tokens": max_new_tokens}
     following = generation_config.value
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed or 0)
     folder = folder_of(model)
     refuse_without_tokenizer(folder)
-    if is_served(model, room, misses, planned):
-        with load_served(model, room, misses, planned, generation_config=following) as served:
+    if is_served(model, options):
+        with load_served(model, options, generation_config=following) as served:
             say_generation(served.generation, engine=False)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
-            _stream(served.model, served.tokenizer, prompt, sampling)
+            _stream(served.model, served.tokenizer, prompt, how)
         return
     loaded, tokenizer = load_full_model(
-        str(folder), device=room.device, dtype=room.settings()["dtype"]
+        str(folder), device=options.device, dtype=torch_dtype(options.dtype)
     )
-    followed = use_generation_config(loaded, folder, tokenizer, following)
-    say_generation(followed, engine=False)
+    say_generation(use_generation_config(loaded, folder, tokenizer, following), engine=False)
     with nullcontext() if rule is None else evaluated_model(loaded).use(Rule.parse(rule)):
-        _stream(loaded, tokenizer, prompt, sampling)
+        _stream(loaded, tokenizer, prompt, how)
 
 
-def _sampling(
-    temperature: float | None, top_p: float | None, drawn: SamplingOptions
-) -> dict[str, Any]:
-    """Return what was asked for, as transformers' `generate` takes it.
+def _generate_arguments(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return sampling options as keyword arguments of transformers' `generate`.
 
-    What says how to draw a token asks for drawing; else it is the model's own way, or greedy.
+    Options that affect how a token is drawn turn sampling on; otherwise the model decides.
     """
-    given = drawn.given()
-    if temperature == 0 or top_p == 0:
+    given = sampling.given()
+    given.pop("seed", None)
+    if given.get("temperature") == 0 or given.get("top_p") == 0:
         penalty = given.get("repetition_penalty")
         return {"do_sample": False} | ({} if penalty is None else {"repetition_penalty": penalty})
-    asked = {"temperature": temperature, "top_p": top_p}
-    given |= {name: value for name, value in asked.items() if value is not None}
     draws = given.keys() - {"repetition_penalty"}
     return {"do_sample": True, **given} if draws else given
 
 
 def _stream(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: dict[str, Any]
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, how: dict[str, Any]
 ) -> None:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty; give at least one character")
     shown = {"skip_special_tokens": True}
     streamer = TextStreamer(tokenizer, skip_prompt=not _continues(model), **shown)
-    beams = (model.generation_config.num_beams or 1) > 1  # which are known at the end only
+    beams = (model.generation_config.num_beams or 1) > 1  # output is known at the end only
     found = model.generate(
         **inputs,
         logits_processor=LogitsProcessorList([FiniteLogits()]),
         pad_token_id=tokenizer.eos_token_id,
         streamer=None if beams else streamer,
-        **sampling,
+        **how,
     )
     if beams:
         print(tokenizer.decode(found[0], **shown))
 
 
 def _continues(model: Any) -> bool:
-    """Whether the answer goes on from the prompt, so that both are shown."""
+    """Return whether the output continues the prompt, so that both are shown."""
     return not model.config.is_encoder_decoder
 
 
@@ -226,24 +204,21 @@ def _continues(model: Any) -> bool:
 @expand_options
 def describe(
     model: Annotated[
-        str, typer.Argument(help=f"a preset, or as for eval: {', '.join(preset_names())}")
+        str, typer.Argument(help=f"Preset, or model as for eval: {', '.join(preset_names())}.")
     ],
-    room: MemoryOptions = MEMORY_OPTIONS,
-    max_concurrency: Annotated[
-        int | None,
-        typer.Option(min=1, help="estimate for a server that runs this many requests at once"),
-    ] = None,
+    options: MemoryOptions = MemoryOptions(),  # noqa: B008 - immutable
+    max_concurrency: ForConcurrency = None,
     as_json: Json = False,
 ) -> None:
-    """Allocates no weights, so the device need not be here."""
+    """Allocate no weights, so that the device need not be present."""
     shared: dict[str, Any] = {**shared_steps(max_concurrency)}
     import_serving_commands()
     if model not in preset_names():
-        room = resolve_precision(model, room, **shared)
-    settings = LoadSettings(**room.settings(), **shared)
+        options = resolve_precision(model, options, **shared)
+    settings = LoadSettings(**options.load_settings(), **shared)
     settings.check()
-    plain = not room.wanted and room.device == "cpu" and room.dtype is None and not shared
-    if plain and _is_ours(model):
+    changed = options.sets_memory or options.device != "cpu" or options.dtype is not None
+    if not (changed or shared) and _has_card(model):
         card = model_card(config_of(model))
         if as_json:
             print_json({**card.as_dict(), **_dropout(config_of(model))})
@@ -256,16 +231,23 @@ def describe(
             f"{model} is a preset without a checkpoint; --memory and --precision need a model's "
             "folder"
         )
+    _describe_memory(model, options, settings, as_json=as_json)
+
+
+def _describe_memory(
+    model: str, options: MemoryOptions, settings: LoadSettings, *, as_json: bool
+) -> None:
+    """Print the memory estimate, and the minimum budget of each command."""
     skeleton = build_skeleton(folder_of(model), settings.dtype)
     packed = open_packed(skeleton, settings.formats())
     budget = memory_budget(skeleton, settings, packed)
-    start = initial_formats(skeleton, settings, budget, packed)  # refuses a budget below the floor
+    start = initial_formats(skeleton, settings, budget, packed)  # raises below the minimum
     floors = minimums(skeleton, settings, packed, budget)
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {
-            "precision": room.experts,
-            "rest": room.dense,
+            "precision": options.experts,
+            "rest": options.dense,
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()
@@ -277,7 +259,7 @@ def describe(
             {**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict(), **trained}
         )
         return
-    title = f"{model} ({_described(skeleton, room)}) in {room.memory or 'everything resident'}"
+    title = f"{model} ({_described(skeleton, options)}) in {options.memory or 'no budget'}"
     Console().print(ledger_table(budget, start, title))
     Console().print(minimums_line(floors, settings), soft_wrap=True)
     if unused := _left_out(skeleton):
@@ -298,30 +280,30 @@ def _print_dropout(config: Any) -> None:
 
 
 def _left_out(skeleton: Skeleton) -> str:
-    """What of the checkpoint takes no memory, as a sentence; empty if all of it is loaded."""
+    """Return which tensors of the checkpoint are not loaded, as a sentence; empty if none."""
     groups = skeleton.left_out()
     if not groups:
         return ""
     number, size = (sum(column) for column in zip(*groups.values(), strict=True))
     some = [f"{group}.*" for group in groups][:3] + ["..."] * (len(groups) > 3)
     return (
-        f"left out: {number:,} tensors with {format_bytes(size)} that the model has no use for "
+        f"left out: {number:,} tensors with {format_bytes(size)} that the model does not use "
         f"({', '.join(some)})"
     )
 
 
-def _described(skeleton: Skeleton, room: MemoryOptions) -> str:
-    """Class, dtype, and what is in another format."""
+def _described(skeleton: Skeleton, options: MemoryOptions) -> str:
+    """Return the class, the dtype, and which weights are in another format."""
     parts = [type(skeleton.model).__name__, str(skeleton.dtype).removeprefix("torch.")]
-    if room.experts != NATIVE_PRECISION:
-        parts.append(f"experts in {room.experts}")
-    if room.dense != NATIVE_PRECISION:
-        parts.append(f"dense weights in {room.dense}")
+    if options.experts != NATIVE_PRECISION:
+        parts.append(f"experts in {options.experts}")
+    if options.dense != NATIVE_PRECISION:
+        parts.append(f"dense weights in {options.dense}")
     return ", ".join(parts)
 
 
-def _is_ours(model: str) -> bool:
-    """Whether the card of `dsmoe/card.py` can describe it; other families have the ledger."""
+def _has_card(model: str) -> bool:
+    """Return whether `dsmoe/card.py` describes the model; others have the memory estimate."""
     if model in preset_names() or model == REFERENCE:
         return True
     file = Path(model).expanduser() / "config.json"
@@ -336,31 +318,21 @@ def _is_ours(model: str) -> bool:
 @expand_options
 def bench(
     model: Model,
-    room: MemoryOptions = MEMORY_OPTIONS,
-    misses: MissOptions = MISS_OPTIONS,
-    planned: PlanOptions = NO_PLAN,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="length of the prompt")] = 32,
-    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 64,
+    options: ServingOptions = SERVING,
+    prompt_tokens: Annotated[int, option("Length of the prompt in tokens.", min=1)] = 32,
+    new_tokens: Annotated[int, option("Number of tokens to decode.", min=1)] = 64,
     eviction: Annotated[
-        str,
-        typer.Option(
-            help=f"which expert leaves memory first: {', '.join(POLICIES)}",
-            rich_help_panel=ADVANCED,
-        ),
+        str, advanced(f"Which expert is evicted first: {', '.join(POLICIES)}.")
     ] = DEFAULT_POLICY,
-    seed: Annotated[
-        int, typer.Option(help="seed of the random prompt", rich_help_panel=ADVANCED)
-    ] = 0,
+    seed: Annotated[int, advanced("Random seed of the prompt.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Random tokens, so that a model with random weights does not repeat one; no locality."""
-    folder = folder_of(model)
+    """Decode random tokens, so that a model with random weights does not repeat one."""
+    folder, how = folder_of(model), {"eviction": eviction, "generation_config": IGNORE}
     Checkpoint(folder).close()  # raises for missing and damaged files
     with console.status("measuring bandwidths"):  # before the model takes the memory
         bandwidth = measure_bandwidth(folder, torch.get_num_threads())
-    with load_served(
-        model, room, misses, planned, eviction=eviction, generation_config=IGNORE
-    ) as served:
+    with load_served(model, options, **how) as served:
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(
             0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)

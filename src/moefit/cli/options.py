@@ -1,7 +1,7 @@
-"""Options that several commands share, as records; and `--config FILE.yaml`.
+"""Every option of the command line, defined once; records of options; and `--config FILE.yaml`.
 
-`MemoryOptions` and `MissOptions` become keyword arguments of `moefit.load`. Options in a file rank
-below flags and environment variables.
+A command takes an option as a parameter annotated with its alias (`Json`, `Device`, ...), or a
+record of options (`ServingOptions`), which `expand_options` replaces by its fields.
 """
 
 import difflib
@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
+from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefit.cli.app import ADVANCED, Device, Dtype, say
+from moefit.cli.app import ADVANCED, say
 from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
@@ -23,9 +24,330 @@ from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.yaml_text import load_yaml
 
+if TYPE_CHECKING:
+    import torch
+
+
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """Return an option; `settings` are those of `typer.Option`."""
+    return typer.Option(*names, help=help, **settings)
+
+
+def advanced(help: str, *names: str, **settings: Any) -> Any:
+    """Return an option that `--help` shows in the panel "Advanced"."""
+    return option(help, *names, rich_help_panel=ADVANCED, **settings)
+
+
+class Dtype(StrEnum):
+    """Dtypes that a model can be loaded or written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> "torch.dtype":
+        """The torch dtype of that name."""
+        return getattr(import_module("torch"), self.value)
+
+
+def torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
+    """Return the torch dtype of an option; None if it is not given."""
+    return None if dtype is None else dtype.torch
+
+
+class ModeName(StrEnum):
+    """What happens when an expert is not resident."""
+
+    exact = "exact"
+    bounded = "bounded"
+    virtual = "virtual"
+
+
+class Following(StrEnum):
+    """Whether generation_config.json is followed."""
+
+    auto = "auto"
+    none = "none"
+
+
+def _warn_renamed(value: Any) -> Any:
+    """Warn if `--rest` is given."""
+    if value is not None:
+        say("warning: --rest is now called --dense-precision, and the old name will be removed")
+    return value
+
+
+Model = Annotated[
+    str, typer.Argument(help="Model folder, training run, name on the Hub, or 'reference'.")
+]
+Json = Annotated[bool, option("Print JSON instead of tables.", "--json")]
+Device = Annotated[str, advanced("auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[
+    Dtype | None, advanced("Dtype of weights that are not encoded. Default: the checkpoint's.")
+]
+Memory = Annotated[
+    str | None,
+    option(
+        "Memory budget, such as 4.7GiB: every byte of the process on the device. Alone it "
+        "chooses the best precision in which all experts fit."
+    ),
+]
+Context = Annotated[int, option("Tokens that the KV cache holds, over all sequences.", min=1)]
+DensePrecision = Annotated[
+    str | None,
+    advanced(
+        "Format of dense weights (all except experts), as --precision, but not auto. Default: the "
+        "checkpoint's, or the planner's choice."
+    ),
+]
+Rest = Annotated[str | None, typer.Option("--rest", hidden=True, callback=_warn_renamed)]
+MAX_LOSS = "Plan for the highest speed with at most this increase of perplexity, such as 3%."
+MIN_SPEED = "Plan for the lowest loss with at least this many tokens/s."
+ForConcurrency = Annotated[
+    int | None, option("Estimate for a server that runs this many requests at once.", min=1)
+]
+Mode = Annotated[
+    ModeName | None,
+    option(
+        "For experts that are not in memory. exact: fetch; bounded: substitute up to --bound; "
+        "virtual: always substitute (SwapMoE). Default at start: exact."
+    ),
+]
+Prefill = Annotated[
+    ModeName | None, advanced("Mode for prompts. Default: exact, or virtual in mode virtual.")
+]
+Bound = Annotated[
+    float | None,
+    advanced(
+        "Mode bounded: maximum share of a token's router weight that is substituted. "
+        f"Default: {Policy().bound}.",
+        min=0,
+        max=1,
+    ),
+]
+InferenceRule = Annotated[
+    str | None, advanced("Inference rule of a DS-MoE, such as top_k:4. Default: the model's own.")
+]
+TextFile = Annotated[
+    Path | None, option("UTF-8 text file. Default: the held-out standard library.", "--text")
+]
+GenerationConfig = Annotated[
+    Following,
+    advanced(
+        "auto: sampling defaults come from the model's generation_config.json; none: only its "
+        "end tokens are used."
+    ),
+]
+ApiKey = Annotated[str | None, advanced("API key of the server.", envvar="MOEFIT_API_KEY")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """The memory budget, and the precision that weights are held in.
+
+    precision, dense_precision: None is not given. rest: the old name of dense_precision.
+    """
+
+    memory: Memory = None
+    exact: Annotated[
+        bool,
+        option(
+            "Compute with the checkpoint's own weights, even if experts have to be fetched.",
+            "--exact",
+        ),
+    ] = False
+    precision: Annotated[
+        str | None,
+        option(
+            "Format of experts in memory: "
+            + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
+            + ", or auto, which divides --memory among experts."
+        ),
+    ] = None
+    context: Context = 2048
+    host_memory: Annotated[
+        str | None, advanced("On a GPU: maximum host memory for experts, such as 8GiB.")
+    ] = None
+    dense_precision: DensePrecision = None
+    rest: Rest = None
+    dtype: DtypeOption = None
+    device: Device = "cpu"
+
+    @property
+    def experts(self) -> str:
+        """Format of the experts: the checkpoint's own unless another is given."""
+        return self.precision or NATIVE_PRECISION
+
+    @property
+    def dense(self) -> str:
+        """Format of the dense weights: the checkpoint's own unless another is given."""
+        return self.dense_precision or self.rest or NATIVE_PRECISION
+
+    @property
+    def is_native(self) -> bool:
+        """Whether nothing is encoded."""
+        return self.experts == self.dense == NATIVE_PRECISION
+
+    @property
+    def sets_memory(self) -> bool:
+        """Whether a budget, a format or exactness is given."""
+        limits = self.memory is self.host_memory is None
+        return self.exact or not (limits and self.is_native)
+
+    @property
+    def to_pack(self) -> str:
+        """The argument of `moefit pack --formats` that makes encoding unnecessary."""
+        return ",".join(AUTO_FORMATS[:-1]) if self.experts == AUTO_PRECISION else self.experts
+
+    def load_settings(self) -> dict[str, Any]:
+        """Return fields of `LoadSettings`."""
+        return {
+            "memory": self.memory,
+            "host_memory": self.host_memory,
+            "precision": self.experts,
+            "dense_precision": self.dense,
+            "context": self.context,
+            "dtype": torch_dtype(self.dtype),
+            "device": self.device,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions(MemoryOptions):
+    """How a model is served: memory, what happens when an expert is not resident, and plans."""
+
+    mode: Mode = None
+    prefill: Prefill = None
+    bound: Bound = None
+    plan: Annotated[
+        Path | None, advanced("Serve by the plan in this file, from moefit plan --save.")
+    ] = None
+    max_loss: Annotated[str | None, advanced(MAX_LOSS)] = None
+    min_speed: Annotated[float | None, advanced(MIN_SPEED)] = None
+
+    @property
+    def sets_mode(self) -> bool:
+        """Whether a mode or a bound is given."""
+        return not (self.mode is self.prefill is self.bound is None)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan, or a target to plan for, is given."""
+        return not (self.plan is self.max_loss is self.min_speed is None)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether any option is given that only served models have."""
+        return self.sets_memory or self.sets_mode or self.has_plan
+
+    def check_bound(self) -> None:
+        """Raise ConfigError for a bound that no mode uses."""
+        if self.bound is not None and ModeName.bounded not in (self.mode, self.prefill):
+            raise ConfigError(
+                f"--bound {self.bound:g} is for the mode bounded, and the mode is "
+                f"{(self.mode or ModeName.exact).value}; give --mode bounded too, or leave it out"
+            )
+
+    def mode_settings(self) -> dict[str, Any]:
+        """Return the mode and fields of `Policy`, as keyword arguments of `moefit.load`."""
+        prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
+        bound = {} if self.bound is None else {"bound": self.bound}
+        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are sampled; None leaves it to the model's or server's defaults."""
+
+    temperature: Annotated[
+        float | None,
+        option(
+            "Sampling temperature; 0 is greedy. Default: the model's, else greedy in generate "
+            "and 0.7 in chat.",
+            min=0,
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        advanced("Sample from the smallest set of tokens with this probability.", min=0, max=1),
+    ] = None
+    top_k: Annotated[
+        int | None, advanced("Sample from this many most likely tokens; 0 is all of them.", min=0)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        advanced("Minimum probability, relative to the most likely token.", min=0, max=1),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        advanced(
+            "Penalty on tokens that occurred before; 1 is none.",
+            min=REPETITION[0],
+            max=REPETITION[1],
+        ),
+    ] = None
+    seed: Annotated[int | None, advanced("Random seed of sampling.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return what is given, by the names that transformers and the server use."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+SERVING, SAMPLING = ServingOptions(), SamplingOptions()
+"""The defaults."""
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose default is a record by the record's fields.
+
+    typer makes options of parameters only. The default record gives the defaults of the fields.
+    """
+    given = signature(command, eval_str=True).parameters.values()
+    records: dict[str, Any] = {
+        one.name: type(one.default) for one in given if is_dataclass(one.default)
+    }
+    options = [option for one in given for option in _options(one)]
+
+    @wraps(command)
+    def with_records(**values: Any) -> None:
+        made = {
+            name: record(**{one.name: values.pop(one.name) for one in fields(record)})
+            for name, record in records.items()
+        }
+        command(**values, **made)
+
+    with_records.__signature__ = Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+    with_records.__annotations__ = {one.name: one.annotation for one in options}
+    return with_records
+
+
+def _options(one: Parameter) -> list[Parameter]:
+    """Return a parameter, or one for each field of the record that is its default."""
+    if not is_dataclass(one.default):
+        return [one.replace(kind=Parameter.KEYWORD_ONLY)]
+    return [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            annotation=field.type,
+            default=getattr(one.default, field.name),
+        )
+        for field in fields(one.default)
+    ]
+
 
 def read_options(path: Path, known: list[str]) -> dict[str, Any]:
-    """Options by name, from a file that has no others. Raises ConfigError."""
+    """Return the options in a YAML file by name.
+
+    Args:
+        path: The file, with lines such as `port: 8000`.
+        known: Names of the command's options.
+
+    Raises:
+        ConfigError: The file cannot be read, or has an unknown option.
+    """
     try:
         found = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -47,9 +369,15 @@ def read_options(path: Path, known: list[str]) -> dict[str, Any]:
 
 
 def as_given(name: str, value: Any, *, several: bool) -> str | list[str] | None:
-    """An option's value as a command line would have it. Raises ConfigError for what none could.
+    """Return an option's value as a command line would give it.
 
-    several: the option may be repeated; one value alone is then a list of one.
+    Args:
+        name: The option, for the error.
+        value: From a YAML file.
+        several: The option may be repeated; one value alone is then a list of one.
+
+    Raises:
+        ConfigError: No command line could give the value.
 
     >>> as_given("port", 8000, several=False), as_given("cors_origin", "*", several=True)
     ('8000', ['*'])
@@ -68,7 +396,8 @@ def _word(name: str, value: Any, wanted: str) -> str:
     return str(value)
 
 
-def _use(context: typer.Context, path: Path | None) -> Path | None:
+def _use_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the options in a file the defaults, which flags and variables override."""
     if path is not None:
         known = {str(one.name): one for one in context.command.params if one.name != "config"}
         options = {
@@ -81,262 +410,10 @@ def _use(context: typer.Context, path: Path | None) -> Path | None:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
+    option(
+        "YAML file with any of these options; flags and MOEFIT_* variables override it.",
         "--config",
-        help="YAML file with any of these options; flags and MOEFIT_* variables come before it",
         is_eager=True,
-        callback=_use,
+        callback=_use_file,
     ),
 ]
-
-
-class ModeName(StrEnum):
-    """What happens when an expert is not resident."""
-
-    exact = "exact"
-    bounded = "bounded"
-    virtual = "virtual"
-
-
-def warn_renamed(value: Any) -> Any:
-    """Say that `--rest` has another name now, if it is given."""
-    if value is not None:
-        say("warning: --rest is now called --dense-precision, and the old name will be removed")
-    return value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryOptions:
-    """The memory budget, and the precision that weights are held in.
-
-    precision, dense_precision: None is not given. rest: the old name of dense_precision.
-    """
-
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="memory budget, such as 4.7GiB: every byte of the process on the device. "
-            "Alone it chooses the best precision in which all experts fit"
-        ),
-    ] = None
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="compute with the checkpoint's own weights, even if experts have to be fetched",
-        ),
-    ] = False
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="format of experts in memory: "
-            + ", ".join(name for name in FORMATS if not name.endswith("nearest"))
-            + ", or auto, which divides --memory among experts"
-        ),
-    ] = None
-    context: Annotated[
-        int, typer.Option(min=1, help="tokens that the KV cache holds, over all sequences")
-    ] = 2048
-    host_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="on a GPU, most host memory for experts between storage and the GPU",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-    dense_precision: Annotated[
-        str | None,
-        typer.Option(
-            help="format of all weights but experts, as --precision but not auto",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-    rest: Annotated[str | None, typer.Option("--rest", hidden=True, callback=warn_renamed)] = None
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
-    ] = None
-    device: Device = "cpu"
-
-    @property
-    def experts(self) -> str:
-        """Format of the experts: the checkpoint's own unless another is given."""
-        return self.precision or NATIVE_PRECISION
-
-    @property
-    def dense(self) -> str:
-        """Format of the other weights: the checkpoint's own unless another is given."""
-        return self.dense_precision or self.rest or NATIVE_PRECISION
-
-    @property
-    def is_native(self) -> bool:
-        """Whether nothing is encoded."""
-        return self.experts == self.dense == NATIVE_PRECISION
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a budget, a format or exactness is given, so that the model is served."""
-        limits = self.memory is self.host_memory is None
-        return self.exact or not (limits and self.is_native)
-
-    @property
-    def to_pack(self) -> str:
-        """The argument of `moefit pack --formats` that makes encoding unnecessary."""
-        return ",".join(AUTO_FORMATS[:-1]) if self.experts == AUTO_PRECISION else self.experts
-
-    def settings(self) -> dict[str, Any]:
-        """Return keyword arguments of `LoadSettings` and `moefit.load`."""
-        return {
-            "memory": self.memory,
-            "host_memory": self.host_memory,
-            "precision": self.experts,
-            "dense_precision": self.dense,
-            "context": self.context,
-            "dtype": self.dtype and self.dtype.torch,
-            "device": self.device,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MissOptions:
-    """What happens when an expert is not in memory."""
-
-    mode: Annotated[
-        ModeName | None,
-        typer.Option(
-            help="for experts that are not in memory. exact: fetch; bounded: substitute up to "
-            "--bound; virtual: substitute always (SwapMoE)",
-        ),
-    ] = None
-    prefill: Annotated[
-        ModeName | None,
-        typer.Option(
-            help="mode for prompts: exact if not given, virtual where the mode is virtual",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-    bound: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="mode bounded: share of a token's router weight that may go to other experts, "
-            f"{Policy().bound} if not given",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything was given."""
-        return not (self.mode is self.prefill is self.bound is None)
-
-    def refuse_vain(self) -> None:
-        """Raise ConfigError for a bound that no mode uses."""
-        if self.bound is not None and ModeName.bounded not in (self.mode, self.prefill):
-            raise ConfigError(
-                f"--bound {self.bound:g} is for the mode bounded, and the mode is "
-                f"{(self.mode or ModeName.exact).value}; give --mode bounded too, or leave it out"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """Return keyword arguments of `moefit.load`."""
-        prefill = {} if self.prefill is None else {"prefill": self.prefill.value}
-        bound = {} if self.bound is None else {"bound": self.bound}
-        return {"mode": (self.mode or ModeName.exact).value, **bound, **prefill}
-
-
-class Following(StrEnum):
-    """Whether generation_config.json is followed."""
-
-    auto = "auto"
-    none = "none"
-
-
-GenerationConfig = Annotated[
-    Following,
-    typer.Option(
-        help="auto: defaults of sampling come from the model's generation_config.json; none: "
-        "only its end tokens are used",
-        rich_help_panel=ADVANCED,
-    ),
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """Sampling, beside --temperature and --top-p."""
-
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="sample from this many tokens; 0 is all of them", rich_help_panel=ADVANCED
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="least probability, as a share of the most likely token's",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            min=REPETITION[0],
-            max=REPETITION[1],
-            help="penalty on tokens that occurred already; 1 is none",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-
-    def given(self) -> dict[str, Any]:
-        """What was given, by the names that transformers and the server know too."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-MEMORY_OPTIONS, MISS_OPTIONS, SAMPLING_OPTIONS = MemoryOptions(), MissOptions(), SamplingOptions()
-"""The defaults."""
-
-
-def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of each record that it takes.
-
-    typer makes options of parameters alone. A parameter whose default is a record stands for the
-    record's fields, and the record's values are their defaults.
-    """
-    given = signature(command, eval_str=True).parameters.values()
-    records: dict[str, Any] = {
-        one.name: type(one.default) for one in given if is_dataclass(one.default)
-    }
-    options = [option for one in given for option in _options(one)]
-
-    @wraps(command)
-    def spread_out(**values: Any) -> None:
-        made = {
-            name: record(**{one.name: values.pop(one.name) for one in fields(record)})
-            for name, record in records.items()
-        }
-        command(**values, **made)
-
-    spread_out.__signature__ = Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
-    spread_out.__annotations__ = {one.name: one.annotation for one in options}
-    return spread_out
-
-
-def _options(one: Parameter) -> list[Parameter]:
-    """A parameter, or what a record stands for."""
-    if not is_dataclass(one.default):
-        return [one.replace(kind=Parameter.KEYWORD_ONLY)]
-    return [
-        Parameter(
-            field.name,
-            Parameter.KEYWORD_ONLY,
-            annotation=field.type,
-            default=getattr(one.default, field.name),
-        )
-        for field in fields(one.default)
-    ]

@@ -1,11 +1,10 @@
-"""The command that makes and checks packed stores: pack."""
+"""The command `pack`: write and verify packed stores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.progress import (
     BarColumn,
     TaskID,
@@ -17,16 +16,19 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import ADVANCED, Dtype, Json, Model, command, console, print_json, say
+from moefit.cli.app import command, console, print_json, say
+from moefit.cli.options import DtypeOption, Json, Model, option, torch_dtype
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.passage import text_of_file
 from moefit.plan.reference import digest_of, windows_of
 from moefit.quant.format import FORMATS, Format, parse_format
+from moefit.serve.config import NATIVE_PRECISION as NATIVE
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText
 
+_FORMATS = [name for name in FORMATS if name != NATIVE]
 _DEFAULT = "int8,int4"
 
 
@@ -35,66 +37,65 @@ def pack_model(
     model: Model,
     formats: Annotated[
         str | None,
-        typer.Option(
-            help="formats, separated by commas: "
-            f"{', '.join(name for name in FORMATS if name != 'native')}; "
-            f"{_DEFAULT} if not given, with --check all that are packed"
+        option(
+            f"Formats, separated by commas: {', '.join(_FORMATS)}. Default: "
+            f"{_DEFAULT}, or with --check all that are packed."
         ),
     ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
-    ] = None,
+    dtype: DtypeOption = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to calibrate on (GPTQ); use one like that to be served"),
+        option("UTF-8 text to calibrate on (GPTQ); use one like that to be served."),
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=2, help="with --text: how many of its tokens to use")
-    ] = 16384,
-    context: Annotated[
-        int, typer.Option(min=32, help="with --text: window length in tokens")
-    ] = 256,
+    tokens: Annotated[int, option("With --text: number of its tokens to use.", min=2)] = 16384,
+    context: Annotated[int, option("With --text: window length in tokens.", min=32)] = 256,
     memory: Annotated[
-        str | None,
-        typer.Option(help="with --text: memory budget while calibrating; no limit if not given"),
+        str | None, option("With --text: memory budget while calibrating. Default: no limit.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="verify packed files")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="encode again what is packed already")
-    ] = False,
+    check: Annotated[bool, option("Verify packed files.", "--check")] = False,
+    force: Annotated[bool, option("Encode again what is packed already.", "--force")] = False,
     as_json: Json = False,
 ) -> None:
-    """Resumes where it stopped: finished files are skipped."""
+    """Skip files that are finished, so that an interrupted run resumes."""
     if check and force:
-        raise ConfigError("--check changes nothing and --force makes anew; give one of them")
+        raise ConfigError("--check changes nothing and --force encodes again; give one of them")
     if check and text is not None:
-        raise ConfigError("--check changes nothing and --text is to encode by; give one of them")
+        raise ConfigError("--check changes nothing and --text is for encoding; give one of them")
     if memory is not None and text is None:
         raise ConfigError(
-            "--memory is for reading a text, and none is given; packing itself holds an expert at "
-            "a time; leave it out, or give --text"
+            "--memory limits calibration on a text, and none is given; packing itself holds one "
+            "expert at a time; leave it out, or give --text"
         )
     chosen = _formats(formats if formats is not None or check else _DEFAULT)
-    skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
+    skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
     if check:
         _check(skeleton, chosen, as_json=as_json)
         return
     assert chosen is not None
     calibration = None if text is None else _calibration(skeleton, text, tokens, context, memory)
+    made = _pack(skeleton, chosen, calibration, force=force)
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        _say_result(made)
+
+
+def _pack(
+    skeleton: Skeleton,
+    formats: Sequence[Format],
+    calibration: CalibrationText | None,
+    *,
+    force: bool,
+) -> PackResult:
     with _bars() as bars:
-        made = pack(
+        return pack(
             skeleton,
-            chosen,
+            formats,
             calibration=calibration,
             force=force,
             progress=bars("packing", format_bytes),
             calibrating=bars("calibrating", lambda windows: f"{windows} windows"),
         )
-    if as_json:
-        print_json(made.as_dict())
-        return
-    _tell(made)
 
 
 def _calibration(
@@ -110,9 +111,9 @@ def _calibration(
     )
 
 
-def _tell(made: PackResult) -> None:
-    skipped = f", {made.skipped} were there already" if made.skipped else ""
-    replaced = f" ({made.replaced} in place of others, made without it)" if made.replaced else ""
+def _say_result(made: PackResult) -> None:
+    skipped = f", {made.skipped} exist already" if made.skipped else ""
+    replaced = f" ({made.replaced} replacing files encoded without it)" if made.replaced else ""
     by = f", calibrated on {made.text}{replaced}" if made.text else ""
     say(
         f"wrote {made.files} files, {format_bytes(made.bytes_written)}{by}{skipped}, in "
@@ -144,7 +145,7 @@ def _formats(text: str | None) -> list[Format] | None:
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, Callable[[int], str]], Progress]]:
-    """Gives what makes a bar of a name and of what its numbers are in words."""
+    """Yield a function that returns a progress bar for a name and a format of its numbers."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -1,25 +1,39 @@
-"""The commands of the planner: profile, plan."""
+"""Commands of the planner: profile, plan."""
 
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import ADVANCED, Device, Dtype, Json, Model, command, console, print_json, say
+from moefit.cli.app import command, console, print_json, say
 from moefit.cli.loading import import_serving_commands, shared_steps
-from moefit.cli.options import warn_renamed
+from moefit.cli.options import (
+    MAX_LOSS,
+    MIN_SPEED,
+    Context,
+    DensePrecision,
+    Device,
+    DtypeOption,
+    ForConcurrency,
+    InferenceRule,
+    Json,
+    Model,
+    Rest,
+    TextFile,
+    advanced,
+    option,
+    torch_dtype,
+)
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
-from moefit.evaluate.passage import held_out_text, text_of_file
+from moefit.evaluate.passage import read_text
 from moefit.plan.experiments import DENSE_FORMATS
 from moefit.plan.measure import MeasuredModel
 from moefit.plan.plan_file import Plan, Target, write_plan
@@ -35,41 +49,25 @@ from moefit.serve.memory.budget import parse_bytes
 @command("profile")
 def profile_model(
     model: Model,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text to measure on; the held-out standard library if not given"),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="how many tokens of the text to use")] = 2048,
-    context: Annotated[int, typer.Option(min=32, help="window length in tokens")] = 256,
-    rule: Annotated[
-        str | None, typer.Option(help="inference rule of a DS-MoE; the model's own if not given")
-    ] = None,
+    text: TextFile = None,
+    tokens: Annotated[int, option("Number of tokens of the text to use.", min=2)] = 2048,
+    context: Annotated[int, option("Window length in tokens.", min=32)] = 256,
+    rule: InferenceRule = None,
     memory: Annotated[
-        str | None,
-        typer.Option(help="memory for measuring; three quarters of what is free if not given"),
+        str | None, option("Memory for measuring. Default: three quarters of what is free.")
     ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
-    ] = None,
+    dtype: DtypeOption = None,
     device: Device = "cpu",
     again: Annotated[
-        bool, typer.Option("--again", help="repeat timings, for example if the machine was busy")
+        bool, option("Repeat timings, for example if the machine was busy.", "--again")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Resumes where it stopped: what was measured is not measured again."""
+    """Skip what was measured before, so that an interrupted run resumes."""
     folder = folder_of(model)
-    windows_BT = windows_of(
-        text_of_file(text, read_tokenizer(folder), context, tokens)
-        if text is not None
-        else held_out_text(read_tokenizer(folder), context, tokens)
-    )
-    subject = MeasuredModel(
-        folder=folder, dtype=dtype.torch if dtype else None, rule=rule, device=device
-    )
+    windows_BT = windows_of(read_text(text, read_tokenizer(folder), context, tokens))
     profiler = Profiler(
-        subject,
+        MeasuredModel(folder=folder, dtype=torch_dtype(dtype), rule=rule, device=device),
         windows_BT,
         text=text.name if text else "held-out standard library",
         memory=None if memory is None else parse_bytes(memory),
@@ -100,91 +98,45 @@ def _bar() -> Iterator[Progress]:
         yield show
 
 
-RestName = StrEnum("RestName", list(DENSE_FORMATS))
-
-
 @command("plan")
 def plan_model(
     model: Model,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="memory budget, such as 4.7GiB: every byte of the process on the device. If not "
-            "given, the smallest that satisfies --max-loss and --min-speed"
+        option(
+            "Memory budget, such as 4.7GiB: every byte of the process on the device. Default: the "
+            "smallest that satisfies --max-loss and --min-speed."
         ),
     ] = None,
-    max_loss: Annotated[
-        str | None,
-        typer.Option(
-            help="most increase of perplexity, such as 3%; the fastest within it is chosen"
-        ),
-    ] = None,
-    min_speed: Annotated[
-        float | None, typer.Option(help="least tokens/s; the most accurate above it is chosen")
-    ] = None,
-    context: Annotated[int, typer.Option(min=1, help="tokens that the KV cache holds")] = 2048,
-    max_concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="plan for a server that runs this many requests at once",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None,
-    dense_precision: Annotated[
-        RestName | None,
-        typer.Option(
-            help="format of all weights but experts; the planner chooses if not given",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None,
-    rest: Annotated[
-        RestName | None, typer.Option("--rest", hidden=True, callback=warn_renamed)
-    ] = None,
+    max_loss: Annotated[str | None, option(MAX_LOSS)] = None,
+    min_speed: Annotated[float | None, option(MIN_SPEED)] = None,
+    context: Context = 2048,
+    max_concurrency: ForConcurrency = None,
+    dense_precision: DensePrecision = None,
+    rest: Rest = None,
     process_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            hidden=True,
-            help="memory of the process that will serve; this process's if not given",
-        ),
+        int | None, option("Memory of the process that will serve.", min=0, hidden=True)
     ] = None,
-    budgets: Annotated[
-        int,
-        typer.Option(min=0, help="number of other budgets to show", rich_help_panel=ADVANCED),
-    ] = 8,
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            help="profile to use; the model's newest if not given", rich_help_panel=ADVANCED
-        ),
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="write the plan to this file, for --plan")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="write a chart to this .png or .svg file")
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="the checkpoint's own if not given", rich_help_panel=ADVANCED),
-    ] = None,
+    budgets: Annotated[int, advanced("Number of other budgets to show.", min=0)] = 8,
+    profile: Annotated[Path | None, advanced("Profile. Default: the model's newest.")] = None,
+    save: Annotated[Path | None, option("Write the plan to this file, for --plan.")] = None,
+    picture: Annotated[Path | None, option("Write a chart to this .png or .svg file.")] = None,
+    dtype: DtypeOption = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """The choice for a budget, and what other budgets would give."""
+    """Print the plan for a budget, and what other budgets would give."""
     target = target_of(max_loss, min_speed)
     _refuse_vain(memory, target, save)
     if picture is not None:
         check_picture(picture, budgets)
     if process_bytes is None:
         import_serving_commands()
-    skeleton = build_skeleton(folder_of(model), dtype.torch if dtype else None)
+    skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
     known = find_profile(skeleton, model=model, path=profile)
-    dense = dense_precision or rest
     constraints = PlanConstraints(
         process=process_bytes,
-        dense_formats=DENSE_FORMATS if dense is None else (dense.value,),
+        dense_formats=_dense_formats(dense_precision or rest),
         **shared_steps(max_concurrency),
     )
     planner = Planner(skeleton, known, context=context, device=device, constraints=constraints)
@@ -201,23 +153,33 @@ def plan_model(
     _say_written(model, save, picture)
 
 
+def _dense_formats(name: str | None) -> tuple[str, ...]:
+    """Return the formats of dense weights to choose from."""
+    if name is not None and name not in DENSE_FORMATS:
+        raise ConfigError(
+            f"plans hold dense weights in {', '.join(DENSE_FORMATS)}, not in {name!r}; give one "
+            "of them as --dense-precision"
+        )
+    return DENSE_FORMATS if name is None else (name,)
+
+
 def _refuse_vain(memory: str | None, target: Target, save: Path | None) -> None:
     if memory is None and save is not None and not target.is_set:
         raise ConfigError(
             "--save writes the plan for a budget; give --memory, such as 4.7GiB, or --max-loss 3% "
-            "for the smallest budget that keeps it"
+            "for the smallest budget that meets it"
         )
 
 
 def _planned(
     planner: Planner, memory: str | None, target: Target
 ) -> tuple[Plan | None, list[Point]]:
-    """The plan for the budget, else for the smallest that keeps the promise; and its front."""
+    """Return the plan for the budget, or for the smallest that meets the target, and its front."""
     if memory is not None:
         return planner.plan(parse_bytes(memory), target)
     if not target.is_set:
         return None, []
-    # Where nothing keeps the promise, planning for everything says what is nearest.
+    # If no budget meets the target, planning without a limit raises an error with the nearest.
     return planner.plan(
         planner.smallest_budget(target) or planner.slot_budgets.all_resident_bytes, target
     )

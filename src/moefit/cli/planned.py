@@ -10,13 +10,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moefit.api import folder_of
-from moefit.cli.app import ADVANCED, error_of, say
-from moefit.cli.options import MemoryOptions
+from moefit.cli.app import error_of, say
+from moefit.cli.options import ServingOptions
 from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
@@ -27,10 +25,18 @@ from moefit.serve.memory.estimate import held_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanProcess:
-    """What `moefit plan` is asked for.
+    """A run of `moefit plan` in a process of its own.
 
-    process: bytes of the process that will serve; the plan's own would be another's. concurrency:
-    requests at once, of a server. dtype, rest: what the model is loaded in already, if it is.
+    Args:
+        model: As on the command line.
+        memory: The budget.
+        context: Tokens of the KV cache.
+        device: Of the model.
+        process: Bytes of the process that will serve.
+        target: To plan for.
+        concurrency: Of a server, how many requests run at once.
+        dtype: That the model is loaded in already, if it is.
+        dense_precision: That dense weights are loaded in already, if they are.
     """
 
     model: str
@@ -41,10 +47,10 @@ class PlanProcess:
     target: Target
     concurrency: int | None = None
     dtype: str | None = None
-    rest: str | None = None
+    dense_precision: str | None = None
 
     def arguments(self, save: Path) -> list[str]:
-        """Of the command `moefit`."""
+        """Return the arguments of the command `moefit`."""
         options = {
             "memory": self.memory,
             "context": self.context,
@@ -54,7 +60,7 @@ class PlanProcess:
             "min-speed": self.target.min_speed,
             "max-concurrency": self.concurrency,
             "dtype": self.dtype,
-            "dense-precision": self.rest,
+            "dense-precision": self.dense_precision,
             "budgets": 0,
             "save": save,
         }
@@ -66,8 +72,8 @@ class PlanProcess:
         ]
         return ["plan", self.model, *given, "--json"]
 
-    def carry_out(self) -> Plan:
-        """The plan. Raises the error that the process ends with if there is none."""
+    def run(self) -> Plan:
+        """Return the plan. Raises the error that the process ends with."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "plan.json"
             done = subprocess.run(
@@ -83,68 +89,42 @@ class PlanProcess:
             return read_plan(file)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
-    """A plan to serve by, or a promise to plan for."""
+def plan_for(
+    model: str, options: ServingOptions, concurrency: int | None = None, helpers: int = 0
+) -> Plan:
+    """Return the plan in the given file, or make one from the model's profile.
 
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            help="serve by a plan that moefit plan --save wrote", rich_help_panel=ADVANCED
-        ),
-    ] = None
-    max_loss: Annotated[
-        str | None,
-        typer.Option(
-            help="plan for --memory: the fastest that loses at most this in perplexity, such as 3%",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
-    min_speed: Annotated[
-        float | None,
-        typer.Option(
-            help="plan for --memory: the most accurate with at least this many tokens/s",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
+    Args:
+        model: As on the command line.
+        options: With a plan file, or a target and a memory budget.
+        concurrency: Of a server, how many requests run at once.
+        helpers: As in `LoadSettings`.
 
-    @property
-    def wanted(self) -> bool:
-        """Whether any was given."""
-        return not (self.plan is self.max_loss is self.min_speed is None)
-
-    def plan_for(
-        self, model: str, room: MemoryOptions, concurrency: int | None = None, helpers: int = 0
-    ) -> Plan:
-        """The plan of the file, or one made now from the model's profile.
-
-        concurrency: of a server, how many requests run at once. helpers: as of `LoadSettings`.
-        Raises ConfigError for a plan of another checkpoint, and what planning raises.
-        """
-        if self.plan is not None:
-            if not (self.max_loss is self.min_speed is None):
-                raise ConfigError(
-                    "--plan says all; --max-loss and --min-speed make a plan: give one of the two"
-                )
-            plan = read_plan(self.plan)
-            check_checkpoint(plan, build_skeleton(folder_of(model)), self.plan)
-            if room.context != plan.context:
-                say(f"note: the plan reserves {plan.context:,} tokens at once, whatever --context")
-            return plan
-        if room.memory is None:
-            raise ConfigError("--max-loss and --min-speed plan for a budget; give --memory too")
-        return PlanProcess(
-            model=model,
-            memory=room.memory,
-            context=room.context,
-            device=room.device,
-            process=held_bytes(planned_device(room.device)) + helpers,
-            target=target_of(self.max_loss, self.min_speed),
-            concurrency=concurrency,
-        ).carry_out()
-
-
-NO_PLAN = PlanOptions()
+    Raises:
+        ConfigError: The plan is of another checkpoint, or options contradict each other.
+        MoefitError: As planning does.
+    """
+    if options.plan is not None:
+        if not (options.max_loss is options.min_speed is None):
+            raise ConfigError(
+                "--plan says all; --max-loss and --min-speed make a plan: give one of the two"
+            )
+        plan = read_plan(options.plan)
+        check_checkpoint(plan, build_skeleton(folder_of(model)), options.plan)
+        if options.context != plan.context:
+            say(f"note: the plan reserves {plan.context:,} tokens; --context is not used")
+        return plan
+    if options.memory is None:
+        raise ConfigError("--max-loss and --min-speed plan for a budget; give --memory too")
+    return PlanProcess(
+        model=model,
+        memory=options.memory,
+        context=options.context,
+        device=options.device,
+        process=held_bytes(planned_device(options.device)) + helpers,
+        target=target_of(options.max_loss, options.min_speed),
+        concurrency=concurrency,
+    ).run()
 
 
 def target_of(max_loss: str | None, min_speed: float | None) -> Target:
@@ -188,13 +168,13 @@ def in_a_line(plan: Plan) -> str:
     """Return what a plan predicts, in one line."""
     one = plan.predicted
     return (
-        f"{plan.configuration.describe()}: perplexity {one.loss:+.2%} (give or take "
+        f"{plan.configuration.describe()}: perplexity {one.loss:+.2%} (± "
         f"{one.margin:.2%}), {one.speed:.2f} tokens/s, {format_bytes(one.expert_bytes)} of experts"
     )
 
 
 def say_packing(plan: Plan, model: str) -> None:
-    """What would make fetching fast, if anything is fetched."""
+    """Say how to make fetching faster, if experts are fetched."""
     formats = {name for one in plan.configuration.placement.values() for name in one.formats}
     if plan.predicted.misses and (some := sorted(formats - {"native"})):
         say(

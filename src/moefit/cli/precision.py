@@ -9,14 +9,13 @@ choose by `choose_precision`.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moefit.api import folder_of
 from moefit.cli.app import say
-from moefit.cli.options import MemoryOptions, MissOptions
-from moefit.cli.planned import NO_PLAN, PlanOptions
+from moefit.cli.options import SERVING, MemoryOptions, ServingOptions, torch_dtype
 from moefit.errors import ConfigError
 from moefit.quant.encode import encode
 from moefit.quant.format import GroupedFormat, parse_format
@@ -31,6 +30,7 @@ from moefit.serve.memory.estimate import (
 )
 from moefit.serve.packed.store import PackedStore, open_packed
 
+Options = TypeVar("Options", bound=MemoryOptions)
 _DENSE = (NATIVE_PRECISION, "int8", "int4")
 # Bits a weight, scales included, and what `auto` then costs in perplexity: the smallest and the
 # largest loss of the three trained models in README's table of results.
@@ -86,51 +86,47 @@ def choose_precision(memory: int, candidates: Iterable[Candidate]) -> Candidate:
 
 def resolve_precision(
     model: str,
-    memory: MemoryOptions,
-    misses: MissOptions | None = None,
-    planned: PlanOptions = NO_PLAN,
+    options: Options,
     **settings: Any,
-) -> MemoryOptions:
+) -> Options:
     """Return the options with a precision, and say in one line which was chosen and why.
 
     Args:
         model: As on the command line.
-        memory: A precision in it is left as it is.
-        misses: A mode in it leaves the precision at the checkpoint's own.
-        planned: A plan decides the precision.
+        options: A precision in them is left as it is. A mode leaves the precision at the
+            checkpoint's own, and a plan decides it.
         settings: Further fields of `LoadSettings`, which take memory too.
 
     Raises:
         ConfigError: `--exact` is combined with what would change the model's numbers.
     """
-    if memory.exact:
-        _refuse_inexact(memory, misses, planned)
-    given = memory.exact or memory.precision is not None or (misses is not None and misses.wanted)
-    if memory.memory is None or given or planned.wanted:
-        return memory
-    skeleton = build_skeleton(folder_of(model), memory.settings()["dtype"])
-    base = LoadSettings(**{**memory.settings(), **settings})
-    dense = _DENSE if memory.dense == NATIVE_PRECISION else (memory.dense,)
+    serving = options if isinstance(options, ServingOptions) else SERVING
+    if options.exact:
+        _refuse_inexact(options, serving)
+    decided = options.exact or options.precision is not None or serving.sets_mode
+    if options.memory is None or decided or serving.has_plan:
+        return options
+    skeleton = build_skeleton(folder_of(model), torch_dtype(options.dtype))
+    base = LoadSettings(**{**options.load_settings(), **settings})
+    dense = _DENSE if options.dense == NATIVE_PRECISION else (options.dense,)
     total = memory_budget(skeleton, base).total
     assert total is not None
     found = choose_precision(total, _candidates(skeleton, base, dense))
     chosen = replace(
-        memory, precision=found.precision, dense_precision=found.dense_precision, rest=None
+        options, precision=found.precision, dense_precision=found.dense_precision, rest=None
     )
     if total >= found.min_bytes:
-        say(_sentence(skeleton, LoadSettings(**{**chosen.settings(), **settings})))
+        say(_sentence(skeleton, LoadSettings(**{**chosen.load_settings(), **settings})))
     return chosen
 
 
-def _refuse_inexact(
-    memory: MemoryOptions, misses: MissOptions | None, planned: PlanOptions
-) -> None:
+def _refuse_inexact(memory: MemoryOptions, serving: ServingOptions) -> None:
     others = {
         "--precision": memory.precision not in (None, NATIVE_PRECISION),
         "--dense-precision": memory.dense != NATIVE_PRECISION,
-        "--mode": misses is not None and misses.mode not in (None, "exact"),
-        "--prefill": misses is not None and misses.prefill not in (None, "exact"),
-        "--plan, --max-loss or --min-speed": planned.wanted,
+        "--mode": serving.mode not in (None, "exact"),
+        "--prefill": serving.prefill not in (None, "exact"),
+        "--plan, --max-loss or --min-speed": serving.has_plan,
     }
     if odd := [name for name, is_given in others.items() if is_given]:
         raise ConfigError(

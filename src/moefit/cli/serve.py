@@ -1,8 +1,8 @@
-"""The command that serves a model over HTTP."""
+"""The command `serve`: a model over HTTP."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +10,19 @@ import typer
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import ADVANCED, command, say, stopped
+from moefit.cli.app import command, say, stopped
 from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (
-    MEMORY_OPTIONS,
-    MISS_OPTIONS,
+    SERVING,
     ConfigFile,
     Following,
     GenerationConfig,
-    MemoryOptions,
-    MissOptions,
+    ServingOptions,
+    advanced,
     expand_options,
+    option,
 )
-from moefit.cli.planned import NO_PLAN, PlanOptions, PlanProcess
+from moefit.cli.planned import PlanProcess
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.evaluate.loading import REFERENCE
@@ -33,7 +33,67 @@ from moefit.server.run import Deadline, HttpServer, bind, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
 
-LEAVING = 30.0  # seconds that closing everything may take, once answers have been waited for
+LEAVING = 30.0  # seconds that closing may take after running requests have ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Options of the engine and the HTTP server, named as in `EngineSettings`, `ServerSettings`."""
+
+    host: Annotated[str, option("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
+    api_key: Annotated[
+        str | None,
+        option("Key that clients must send; prefer the variable, which ps does not show."),
+    ] = None
+    served_model_name: Annotated[
+        str | None, advanced("Name of the model in the API. Default: MODEL.")
+    ] = None
+    max_model_len: Annotated[
+        int | None, advanced("Maximum tokens of one request, prompt and output.", min=1)
+    ] = None
+    max_concurrency: Annotated[
+        int, advanced("Maximum number of requests that run at once.", min=1)
+    ] = 16
+    max_waiting: Annotated[int, advanced("Maximum number of requests that wait.", min=1)] = 1024
+    prefill_chunk: Annotated[
+        int, advanced("Maximum prompt tokens per step, between steps of running requests.", min=1)
+    ] = 128
+    chat_tokens: Annotated[
+        int, advanced("Default max_tokens of chat completion requests.", min=1)
+    ] = 512
+    max_connections: Annotated[int, advanced("Maximum number of connections.", min=1)] = 1024
+    cors_origin: Annotated[
+        list[str] | None, advanced("Allow web pages of this origin (CORS); may be repeated.")
+    ] = None
+    drain_seconds: Annotated[
+        float,
+        advanced("Seconds that running requests may take to end on SIGTERM.", min=0, max=86400),
+    ] = 30.0
+
+    def engine(self) -> EngineSettings:
+        """Return the settings of the engine."""
+        return EngineSettings(
+            max_concurrency=self.max_concurrency,
+            max_model_len=self.max_model_len,
+            prefill_chunk=self.prefill_chunk,
+            max_waiting=self.max_waiting,
+        )
+
+    def server(self, model: str) -> ServerSettings:
+        """Return the settings of the HTTP server. Raises ConfigError for an invalid key."""
+        server = ServerSettings(
+            name=self.served_model_name or public_name(model),
+            host=self.host,
+            port=self.port,
+            api_key=self.api_key,
+            origins=tuple(self.cors_origin or ()),
+            chat_tokens=self.chat_tokens,
+            connections=self.max_connections,
+            drain_seconds=self.drain_seconds,
+        )
+        server.check()
+        return server
 
 
 @command("serve", context_settings={"auto_envvar_prefix": "MOEFIT"})
@@ -42,112 +102,36 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help=f"model folder, training run, name on the Hub, or '{REFERENCE}'",
+            help=f"Model folder, training run, name on the Hub, or '{REFERENCE}'.",
             envvar="MOEFIT_MODEL",
         ),
     ] = REFERENCE,
     config: ConfigFile = None,
-    room: MemoryOptions = MEMORY_OPTIONS,
-    misses: MissOptions = MISS_OPTIONS,
-    planned: PlanOptions = NO_PLAN,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            help="key that clients must send; prefer the variable, which ps does not show"
-        ),
-    ] = None,
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(
-            help="the model's name in the API; MODEL if not given", rich_help_panel=ADVANCED
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="most tokens of one request, prompt and output", rich_help_panel=ADVANCED
-        ),
-    ] = None,
-    max_concurrency: Annotated[
-        int, typer.Option(min=1, help="requests that run at once", rich_help_panel=ADVANCED)
-    ] = 16,
-    max_waiting: Annotated[
-        int, typer.Option(min=1, help="requests that may wait", rich_help_panel=ADVANCED)
-    ] = 1024,
-    prefill_chunk: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="most prompt tokens in one step; running requests go on between",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = 128,
+    options: ServingOptions = SERVING,
+    server: ServerOptions = ServerOptions(),
     generation_config: GenerationConfig = Following.auto,
-    chat_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="max_tokens of chat requests that give none", rich_help_panel=ADVANCED
-        ),
-    ] = 512,
-    max_connections: Annotated[
-        int, typer.Option(min=1, help="most connections at once", rich_help_panel=ADVANCED)
-    ] = 1024,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="allow web pages of this origin (CORS); may be repeated", rich_help_panel=ADVANCED
-        ),
-    ] = None,
-    drain_seconds: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=86400,
-            help="on SIGTERM, seconds that running requests may take to end",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = 30.0,
 ) -> None:
-    """Loopback only, unless --host says otherwise."""
-    engine = EngineSettings(
-        max_concurrency=max_concurrency,
-        max_model_len=max_model_len,
-        prefill_chunk=prefill_chunk,
-        max_waiting=max_waiting,
-    )
-    server = ServerSettings(
-        name=served_model_name or public_name(model),
-        host=host,
-        port=port,
-        api_key=api_key,
-        origins=tuple(cors_origin or ()),
-        chat_tokens=chat_tokens,
-        connections=max_connections,
-        drain_seconds=drain_seconds,
-    )
-    server.check()
-    _serve(model, (room, misses, planned), engine, server, generation_config.value)
+    """Listen on loopback only, unless --host says otherwise."""
+    _serve(model, options, server.engine(), server.server(model), generation_config.value)
 
 
 def public_name(model: str) -> str:
-    """What a model is called outside: of a folder its own name, not where it is."""
+    """Return the name of a model for clients: of a folder its name, not its path."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
 
 
 def _serve(
     model: str,
-    asked: tuple[MemoryOptions, MissOptions, PlanOptions],
+    options: ServingOptions,
     engine_settings: EngineSettings,
     settings: ServerSettings,
     following: str,
 ) -> None:
-    with bind(settings.host, settings.port) as bound:  # what can't be is refused before loading
+    with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
-        served, plan = _loaded(model, asked, engine_settings, following)
+        served, plan = _loaded(model, options, engine_settings, following)
         say_generation(served.generation)
         deadline = Deadline(LEAVING)
         with ExitStack() as closing:  # what is entered last is closed first
@@ -169,7 +153,7 @@ def _serve(
 
 
 def _run(running: HttpServer, engine: Engine, settings: ServerSettings, url: str) -> None:
-    """Serve until a signal says to stop, or nothing can be served any more."""
+    """Serve until a signal arrives, or the engine or HTTP server fails."""
     try:
         with stop_on_signal() as request:
             running.start()
@@ -188,20 +172,20 @@ def _run(running: HttpServer, engine: Engine, settings: ServerSettings, url: str
 
 def _loaded(
     model: str,
-    asked: tuple[MemoryOptions, MissOptions, PlanOptions],
+    options: ServingOptions,
     settings: EngineSettings,
     following: str,
 ) -> tuple[ServedModel, Plan | None]:
-    """With room for the logits of requests that run together."""
+    """Load the model, with memory for the logits of requests that run at once."""
     how = {**shared_steps(settings.max_concurrency), "generation_config": following}
-    if asked[2].wanted:
-        return load_planned(model, *asked, **how)
-    return load_served(model, *asked, **how), None
+    if options.has_plan:
+        return load_planned(model, options, **how)
+    return load_served(model, options, **how), None
 
 
 def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
-    """Makes a plan as this one for another budget of the model as it is loaded."""
-    order = PlanProcess(
+    """Return a function that plans for another budget of the model as it is loaded."""
+    process = PlanProcess(
         model=model,
         memory=0,
         context=plan.context,
@@ -210,15 +194,15 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         target=plan.target,
         concurrency=engine.settings.max_concurrency,
         dtype=plan.dtype,
-        rest=plan.configuration.dense_precision,
+        dense_precision=plan.configuration.dense_precision,
     )
-    return lambda memory: replace(order, memory=memory).carry_out()
+    return lambda memory: replace(process, memory=memory).run()
 
 
 def _drain(running: HttpServer, settings: ServerSettings, signal: str) -> None:
-    say(f"{signal}: finishing what runs; again to stop at once")
+    say(f"{signal}: finishing running requests; send it again to stop at once")
     if not running.drain():
-        say(f"not all ended within {settings.drain_seconds:g} s; giving them up")
+        say(f"not all ended within {settings.drain_seconds:g} s; cancelling the rest")
 
 
 def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:
@@ -231,6 +215,6 @@ def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:
     say(f"API at {url}/v1 ({key}), page at {url}/, metrics at {url}/metrics")
     if settings.api_key is None and not is_loopback(settings.host):
         say(
-            f"note: whoever reaches {settings.host} can use this server and change its budget; "
+            f"note: anyone who reaches {settings.host} can use this server and change its budget; "
             "give --api-key"
         )

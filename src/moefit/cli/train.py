@@ -1,4 +1,4 @@
-"""Commands that make models: train, export, demo."""
+"""Commands that train and export models: train, export, demo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from moefit import demo as demonstration
-from moefit.cli.app import Dtype, Json, Model, command, console, print_json, say, stopped
+from moefit.cli.app import command, console, print_json, say, stopped
+from moefit.cli.options import Dtype, Json, Model, option, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.loading import load_full_model
@@ -19,11 +20,15 @@ from moefit.train.loop import train as run_training
 @command("train")
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...")
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            help="YAML file, then settings such as steps=100.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Without CONFIG.yaml every setting has its default; the corpus is the standard library."""
+    """Without CONFIG.yaml all settings have their defaults; the corpus is the standard library."""
     first, *rest = arguments or [""]
     has_file = bool(first) and "=" not in first
     overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
@@ -42,7 +47,7 @@ def train(
     if result.stopped_by is not None:
         say(
             f"{result.stopped_by}: saved {result.checkpoint} and stopped at step {result.step} "
-            f"of {config.steps}; the same command goes on from there"
+            f"of {config.steps}; the same command resumes there"
         )
         raise stopped(result.stopped_by)
     say(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
@@ -52,15 +57,15 @@ def train(
 @command("export")
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="folder to write")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
     experts_per_token: Annotated[
-        int, typer.Option("--experts-per-token", "-k", min=1, help="experts that each token uses")
+        int, option("Number of experts that each token uses.", "--experts-per-token", "-k", min=1)
     ],
     dtype: Annotated[
-        Dtype | None, typer.Option(help="dtype of the checkpoint; the model's own if not given")
+        Dtype | None, option("Dtype of the checkpoint. Default: the model's own.")
     ] = None,
 ) -> None:
-    """Verified: the written checkpoint's logits equal ours at top_k:K."""
+    """Write a checkpoint whose logits are verified to equal the model's at top_k:K."""
     loaded, tokenizer = load_full_model(model)
     if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
         renormalize = Rule.parse(loaded.config.inference_rule).renormalize
@@ -70,20 +75,18 @@ def export(
         out,
         experts_per_token=experts_per_token,
         tokenizer=tokenizer,
-        dtype=dtype.torch if dtype else None,
+        dtype=torch_dtype(dtype),
     )
     say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
 
 
 @command("demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the run and the picture")] = Path(
-        "runs/demo"
-    ),
-    seconds: Annotated[int, typer.Option(min=5, help="training time in seconds")] = 60,
+    out: Annotated[Path, option("Folder for the run and the picture.")] = Path("runs/demo"),
+    seconds: Annotated[int, option("Training time in seconds.", min=5)] = 60,
     as_json: Json = False,
 ) -> None:
-    """Everything that it prints was measured there and then."""
+    """Print only what was measured in this run."""
     result = demonstration.run(out, seconds=seconds, console=console)
     if as_json:
         print_json(result)

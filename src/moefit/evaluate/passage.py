@@ -48,6 +48,15 @@ def text_of_file(
     return _tokenize([text], tokenizer, context, max_tokens)
 
 
+def read_text(
+    path: Path | None, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None
+) -> Text:
+    """Return the text of a file, or the held-out standard library if `path` is None."""
+    if path is None:
+        return held_out_text(tokenizer, context, max_tokens)
+    return text_of_file(path, tokenizer, context, max_tokens)
+
+
 def _tokenize(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,

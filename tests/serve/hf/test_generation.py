@@ -317,9 +317,7 @@ def test_commands_stop_and_choose_as_the_file_says(reference, memory) -> None:
         file.write_text(json.dumps(own))
         sampled = commanded(*asked)
         said = " ".join(sampled.stderr.split())
-        assert (
-            "generation_config.json, where nothing else is asked: temperature 1.5, top_k 30" in said
-        )
+        assert "defaults from the model's generation_config.json: temperature 1.5, top_k 30" in said
         assert sampled.stdout != whole
         for greedy_ in (("--temperature", "0"), ("--top-p", "0"), ("--generation-config", "none")):
             assert commanded(*asked, *greedy_).stdout == whole

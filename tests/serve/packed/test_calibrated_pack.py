@@ -250,7 +250,7 @@ def test_the_command(tmp_path: Path) -> None:
     asked += ["--tokens", "1024"]
     run("reference", "--formats", "int2")
     said = " ".join(run(*asked).stderr.split())
-    assert "calibrated on story.txt (8 in place of others, made without it)" in said
+    assert "calibrated on story.txt (8 replacing files encoded without it)" in said
     assert "of the outputs' squares" in said
     made = json.loads(run(*asked, "--json").stdout)
     assert (made["files"], made["skipped"], made["text"]) == (0, 8, "story.txt")

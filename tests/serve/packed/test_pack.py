@@ -216,7 +216,7 @@ def test_the_command(folder: Path, packed_cache: Path) -> None:
     assert (made["files"], set(made["relative_errors"])) == (4, {"int4", "int8"})
     found = json.loads(run(str(folder), "--check", "--json").stdout)
     assert (found["files"], found["experts"], found["problems"]) == (4, 32, [])
-    assert "4 were there already" in run(str(folder)).stderr
+    assert "4 exist already" in run(str(folder)).stderr
     assert "sound: 16 experts in int8" in run(str(folder), "--check", "--formats", "int8").stderr
 
     path = next(packed_cache.rglob("int8/block-001*"))
