@@ -59,12 +59,12 @@ def layer(module: str) -> tuple[int, str]:
     raise AssertionError(f"{module} has no place in LAYERS; give it one in docs and here")
 
 
-def test_every_module_has_its_layer() -> None:
+def test_every_module_has_a_layer() -> None:
     for module in MODULES.keys() - {"moefit", "moefit.__main__"}:
         layer(module)
 
 
-def test_imports_point_one_way() -> None:
+def test_imports_follow_layers() -> None:
     wrong = []
     for module in MODULES.keys() - {"moefit", "moefit.__main__"}:
         height, part = layer(module)
@@ -75,18 +75,18 @@ def test_imports_point_one_way() -> None:
     assert not wrong
 
 
-def test_the_package_itself_imports_nothing_of_its_own() -> None:
+def test_package_init_imports_nothing() -> None:
     assert imports(MODULES["moefit"]) <= {"moefit"}
 
 
-def test_there_are_no_cycles() -> None:
+def test_imports_have_no_cycles() -> None:
     graph = {module: imports(path) - {module, "moefit"} for module, path in MODULES.items()}
     while leaves := {module for module, needs in graph.items() if not needs}:
         graph = {m: needs - leaves for m, needs in graph.items() if m not in leaves}
     assert not graph, f"a cycle among {sorted(graph)}"
 
 
-def test_folders_are_small() -> None:
+def test_folders_have_few_files() -> None:
     """A folder's listing is its table of contents; `__init__.py` and data are not counted."""
     large = {}
     for folder in (ROOT, *(path for path in ROOT.rglob("*") if path.is_dir())):

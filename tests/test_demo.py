@@ -39,13 +39,13 @@ ROWS = [
 ]
 
 
-def test_the_picture(tmp_path):
+def test_figure_is_drawn(tmp_path):
     scores = [made_up("dense", 1.0, 10.0), made_up("top_k:2", 0.3, 11.0)]
     demo.draw(scores, scores, ROWS, tmp_path / "demo.png")
     assert imread(tmp_path / "demo.png").shape[0] > 400
 
 
-def test_with_all_experts_modes_are_the_same():
+def test_modes_agree_with_all_experts():
     assert demo_serving._lines(ROWS) == {
         "exact": {100.0: 0.0, 50.0: pytest.approx(-0.01)},
         "bounded": {100.0: 0.0},
@@ -54,7 +54,7 @@ def test_with_all_experts_modes_are_the_same():
     }
 
 
-def test_only_what_a_demo_made_is_deleted(tmp_path):
+def test_only_demo_folders_are_deleted(tmp_path):
     folder = tmp_path / "run"
     demo._recreate(folder)
     (folder / "step-1").mkdir()
@@ -67,7 +67,7 @@ def test_only_what_a_demo_made_is_deleted(tmp_path):
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_file_in_its_place_is_kept(tmp_path):
+def test_existing_file_is_kept(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(CheckpointError, match="not created by a demo"):
         demo._recreate(tmp_path / "run")
@@ -75,7 +75,7 @@ def test_a_file_in_its_place_is_kept(tmp_path):
         demo._recreate(tmp_path / "run" / "below")
 
 
-def test_a_signal_ends_it(tmp_path, monkeypatch):
+def test_signal_ends_demo(tmp_path, monkeypatch):
     def stopped(config, watcher):
         return TrainResult(
             step=3, checkpoint=Path(config.out), held_out_loss=None, stopped_by="SIGINT"
@@ -98,7 +98,7 @@ needs_reference = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_reference
-def test_the_shipped_model_in_less_memory():
+def test_shipped_model_with_less_memory():
     console = Console(file=io.StringIO(), width=120)
     rows = demo_serving.run(console, max_tokens=128)
     precisions = ["1/2 auto", "1/3 auto", "1/5 auto"]
@@ -127,7 +127,7 @@ def test_the_shipped_model_in_less_memory():
 
 @pytest.mark.slow
 @needs_reference
-def test_json_is_all_of_stdout(tmp_path):
+def test_stdout_is_json(tmp_path):
     command = [sys.executable, "-m", "moefit", "demo", "--seconds", "5", "--json", "--out", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout).keys() == {
@@ -138,7 +138,7 @@ def test_json_is_all_of_stdout(tmp_path):
 
 @pytest.mark.slow
 @needs_reference
-def test_the_whole_story(tmp_path):
+def test_full_demo(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     result = demo.run(tmp_path / "demo", seconds=5, console=console)
     assert result["training"]["steps"] >= 30

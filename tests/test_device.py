@@ -12,7 +12,7 @@ def gpus(monkeypatch):
     return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-def test_auto_is_a_gpu_if_there_is_one(gpus):
+def test_auto_prefers_gpu(gpus):
     gpus(0)
     assert parse_device("auto") == torch.device("cpu")
     gpus(1)
@@ -20,7 +20,7 @@ def test_auto_is_a_gpu_if_there_is_one(gpus):
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
-def test_what_is_here(gpus, name):
+def test_available_devices(gpus, name):
     gpus(2)
     assert parse_device(name) == torch.device(name)
 
@@ -40,14 +40,14 @@ def test_what_is_here(gpus, name):
         (2, "cuda:99999999999999999999", "use auto, cpu"),
     ],
 )
-def test_what_is_not_says_what_is(gpus, count, name, works):
+def test_unavailable_device_names_available(gpus, count, name, works):
     gpus(count)
     message = re.escape(f"device={name!r} is not available here; {works}")
     with pytest.raises(ConfigError, match=message):
         parse_device(name)
 
 
-def test_a_gpu_that_is_planned_for_need_not_be_here(gpus):
+def test_planned_gpu_need_not_exist(gpus):
     gpus(0)
     assert planned_device("cuda:3") == torch.device("cuda:3")
     assert planned_device("auto") == planned_device("cpu") == torch.device("cpu")

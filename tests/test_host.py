@@ -36,7 +36,7 @@ def system(folder: Path, mounts: str, groups: str, files: dict[str, str]) -> Pat
     return folder
 
 
-def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
+def test_no_limits_use_machine_memory(tmp_path: Path) -> None:
     root = system(tmp_path, V2.format(root="/"), "0::/user.slice\n", {})
     assert host.tightest_limit(root) is None
     assert host.available_bytes(root) == 32 * GIB
@@ -45,7 +45,7 @@ def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
     assert host.cpu_quota(root) is None
 
 
-def test_a_container_of_version_2_sees_its_own_group_at_the_root(tmp_path: Path) -> None:
+def test_cgroup_v2_container_root(tmp_path: Path) -> None:
     """Docker's default: a cgroup namespace, in which the container's group is `/`."""
     files = {
         "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
@@ -64,7 +64,7 @@ def test_a_container_of_version_2_sees_its_own_group_at_the_root(tmp_path: Path)
     assert host.cpu_quota(root) == 0.5
 
 
-def test_the_least_of_nested_groups_counts(tmp_path: Path) -> None:
+def test_tightest_nested_limit_applies(tmp_path: Path) -> None:
     groups = "sys/fs/cgroup/system.slice"
     files = {
         f"{groups}/memory.max": f"{2 * GIB}\n",
@@ -82,7 +82,7 @@ def test_the_least_of_nested_groups_counts(tmp_path: Path) -> None:
     ("mounted", "path"),
     [("/", "/docker/abc"), ("/docker/abc", "/docker/abc"), ("/docker/abc", "/docker/abc/inner")],
 )
-def test_version_1_with_and_without_a_namespace(tmp_path: Path, mounted: str, path: str) -> None:
+def test_cgroup_v1_with_and_without_namespace(tmp_path: Path, mounted: str, path: str) -> None:
     inside = path if mounted == "/" else path.removeprefix(mounted)
     memory = f"sys/fs/cgroup/memory{inside}"
     files = {
@@ -102,13 +102,13 @@ def test_version_1_with_and_without_a_namespace(tmp_path: Path, mounted: str, pa
     assert host.cpu_quota(root) == 1.5
 
 
-def test_a_group_path_of_another_namespace_falls_back_to_the_mount(tmp_path: Path) -> None:
+def test_foreign_group_path_falls_back_to_mount(tmp_path: Path) -> None:
     files = {"sys/fs/cgroup/memory.max": f"{GIB}\n", "sys/fs/cgroup/memory.current": "0\n"}
     root = system(tmp_path, V2.format(root="/"), "0::/../../elsewhere\n", files)
     assert [one.nbytes for one in host.group_limits(root)] == [GIB]
 
 
-def test_a_system_without_control_groups(tmp_path: Path) -> None:
+def test_system_without_cgroups(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1024 kB\nMemFree: 512 kB\n")
     assert host.group_limits(tmp_path) == []
@@ -129,7 +129,7 @@ print(host.total_bytes(), host.available_bytes())
 """
 
 
-def test_a_real_group_is_seen() -> None:
+def test_real_cgroup_is_detected() -> None:
     """As root on a machine that lets groups be made; elsewhere the cases above have to do."""
     v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     parent, file = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
@@ -181,7 +181,7 @@ def limited(monkeypatch: pytest.MonkeyPatch):
 CPU = torch.device("cpu")
 
 
-def test_a_budget_above_the_limit_is_refused_with_one_that_works(limited) -> None:
+def test_budget_above_limit_raises(limited) -> None:
     limited(6 * GIB, 5 * GIB)
     with pytest.raises(ConfigError, match=rf"8.00 GiB.*memory.max.*6.00 GiB.*{5 * GIB} bytes"):
         check_system_memory(ledger(8 * GIB), CPU)
@@ -190,7 +190,7 @@ def test_a_budget_above_the_limit_is_refused_with_one_that_works(limited) -> Non
     check_system_memory(ledger(None), torch.device("cuda"))
 
 
-def test_a_model_that_cannot_fit_is_refused(limited) -> None:
+def test_model_above_limit_raises(limited) -> None:
     limited(3 * GIB, 3 * GIB)
     with pytest.raises(BudgetTooSmallError, match=rf"3.00 GiB.*4.00 GiB.*{4 * GIB}"):
         check_system_memory(ledger(5 * GIB), CPU)
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_fit_is_refused(limited) -> None:
     [(6, 8, 5, 0), (8, 6, 5, 4)],
     ids=["others hold some", "it may swap"],
 )
-def test_what_may_not_fit_is_a_warning(
+def test_possible_overcommit_warns(
     limited, caplog, total: int, most: int, free: int, swap: int
 ) -> None:
     limited(most * GIB, free * GIB, swap * GIB)
@@ -209,7 +209,7 @@ def test_what_may_not_fit_is_a_warning(
     assert "may be killed" in caplog.text
 
 
-def test_a_budget_of_more_than_there_is_says_what_is_taken_of_it(limited, caplog) -> None:
+def test_budget_above_free_memory_warns(limited, caplog) -> None:
     limited(16 * GIB, 16 * GIB)
     check_system_memory(ledger(64 * GIB), CPU)
     assert "the budget of 64.0 GiB is more than the limit" in caplog.text
@@ -219,7 +219,7 @@ def test_a_budget_of_more_than_there_is_says_what_is_taken_of_it(limited, caplog
     assert not caplog.text
 
 
-def test_what_fits_is_passed_over_in_silence(limited, caplog) -> None:
+def test_fitting_budget_does_not_warn(limited, caplog) -> None:
     limited(12 * GIB, 11 * GIB)
     check_system_memory(ledger(6 * GIB), CPU)
     check_system_memory(ledger(None), CPU)

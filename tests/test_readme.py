@@ -36,7 +36,7 @@ needs_reference = pytest.mark.skipif(
 
 @needs_reference
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_python_examples_run(name):
+def test_python_examples_run(name):
     """In a process of their own, whose size is a user's, not this test run's."""
     command = [sys.executable, "-c", EXAMPLES[name]]
     made = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -51,7 +51,7 @@ def run(command: str, *more: str) -> subprocess.CompletedProcess:
 
 @needs_reference
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one not in SERVED])
-def test_the_commands_run_and_print_what_is_shown(command):
+def test_commands_print_documented_output(command):
     made = run(command)
     assert made.returncode == 0, made.stderr
     shown = CONSOLE[CONSOLE.index(command) + len(command) + 1 :].split("$ ")[0].strip()
@@ -60,7 +60,7 @@ def test_the_commands_run_and_print_what_is_shown(command):
         assert re.sub(r"\s+", " ", line) in printed, (line, made.stdout)
 
 
-def test_a_server_is_shown_and_its_options_exist():
+def test_server_example_options_exist():
     assert len(SERVED) == 1
     known = run("moefit serve", "--help").stdout
     assert all(option in known for option in re.findall(r"--[a-z-]+", SERVED[0]))
@@ -71,7 +71,7 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     """Files that links name exist, and so do the headings behind #."""
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
         if "://" in target:

@@ -18,14 +18,14 @@ def loaded():
     return load_full_model(REFERENCE)
 
 
-def test_its_size(loaded):
+def test_reference_model_size(loaded):
     total = model_card(loaded[0].config).total
     assert total == sum(parameter.numel() for parameter in loaded[0].parameters())
     assert 8e6 <= total <= 10e6
     assert sum(path.stat().st_size for path in reference_path().iterdir()) < 20e6
 
 
-def test_its_configuration_and_log_are_beside_it(loaded):
+def test_reference_model_has_config_and_log(loaded):
     config = make_config(yaml.safe_load((reference_path() / "train.yaml").read_text()))
     assert config.model.settings["num_experts"] == loaded[0].config.num_experts
     for prefix in ("stage1-", ""):
@@ -35,7 +35,7 @@ def test_its_configuration_and_log_are_beside_it(loaded):
         assert max(json.loads(line)["step"] for line in log) == steps
 
 
-def test_a_quarter_of_the_experts_is_enough(loaded):
+def test_quarter_of_experts_is_enough(loaded):
     model, tokenizer = loaded
     text = held_out_text(tokenizer, 256, 8192)
     dense, sparse = score(model, text, [Rule.parse("dense"), Rule.parse("threshold:0.7")])
@@ -45,7 +45,7 @@ def test_a_quarter_of_the_experts_is_enough(loaded):
     assert sparse.mlp_experts < model.config.num_experts * 0.27
 
 
-def test_it_is_nearly_as_good_as_its_plain_dense_twin():
+def test_quality_is_near_dense_baseline():
     """Measured when it was made, on the same text; the twin does not ship."""
     told = json.loads((reference_path() / "scores.json").read_text())
     twin = told["plain dense twin"][0]["perplexity"]
@@ -53,7 +53,7 @@ def test_it_is_nearly_as_good_as_its_plain_dense_twin():
     assert dense["perplexity"] < 1.04 * twin
 
 
-def test_the_scores_beside_it_are_of_this_model(loaded):
+def test_stored_scores_match_model(loaded):
     model, tokenizer = loaded
     told = json.loads((reference_path() / "scores.json").read_text())["reference"]
     by_rule = {one["rule"]: one for one in told}

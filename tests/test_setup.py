@@ -45,7 +45,7 @@ def wheel(to: Path, **environment: str) -> tuple[str, set[str]]:
     return file.name, set(ZipFile(file).namelist())
 
 
-def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path: Path) -> None:
+def test_build_without_compiler_warns(tmp_path: Path) -> None:
     files, said = build(tmp_path, **MISSING)
     assert not files
     assert "the kernels were not built" in said and "Install a C++ compiler" in said
@@ -62,7 +62,7 @@ print(float(made.linear(torch.ones(1, 70), torch.ones(3, 70))[0, 2]))
 
 
 @pytest.mark.slow
-def test_with_a_compiler_it_makes_a_library_that_runs(tmp_path: Path) -> None:
+def test_build_with_compiler_works(tmp_path: Path) -> None:
     (name,), _ = build(tmp_path)
     assert name.startswith("_kernels")
     (library,) = tmp_path.rglob("*.so")

@@ -7,7 +7,7 @@ from moefit.signals import stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_is_noted_second_interrupts_and_handlers_come_back(number):
+def test_second_signal_interrupts_and_handlers_are_restored(number):
     before = signal.getsignal(number)
     with stop_on_signal() as request:
         assert request.received is None

@@ -102,7 +102,7 @@ def everywhere(folder: Path, words: str | None) -> None:
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG_VALUES, ids=str)
-def test_a_value_that_cannot_be(folder: Path, changes: dict[str, Any], words: str | None) -> None:
+def test_invalid_value_raises(folder: Path, changes: dict[str, Any], words: str | None) -> None:
     everywhere(change(folder, **changes), words)
 
 
@@ -120,7 +120,7 @@ def test_a_value_that_cannot_be(folder: Path, changes: dict[str, Any], words: st
     ],
     ids=lambda text: text[:40],
 )
-def test_a_configuration_that_is_none(folder: Path, text: str, words: str) -> None:
+def test_non_configuration_raises(folder: Path, text: str, words: str) -> None:
     (folder / "config.json").write_text(text)
     everywhere(folder, words)
 
@@ -145,7 +145,7 @@ COMMANDS = [
 @pytest.mark.parametrize(
     "changes", [{"num_hidden_layers": 10**6}, {"hidden_act": "no\x7f_such"}], ids=str
 )
-def test_every_command_names_it(
+def test_every_command_reports_damage(
     folder: Path, tmp_path: Path, command: list[str], changes: dict[str, Any]
 ) -> None:
     change(folder, **changes)
@@ -157,7 +157,7 @@ def test_every_command_names_it(
     assert "\x7f" not in str(result.exception)
 
 
-def test_a_line_and_exit_code_2_on_a_terminal(folder: Path) -> None:
+def test_damage_prints_one_line_and_exits_with_2(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "\\u001b]0;title\\u0007"}')
     command = [sys.executable, "-m", "moefit", "describe", str(folder), "--memory", "1GiB"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -180,14 +180,14 @@ def write_index(folder: Path, shard: object) -> None:
 @pytest.mark.parametrize(
     "shard", ["../other.safetensors", "/etc/passwd", "", ".", "a/../../x", "a\0b", 5, None, ["x"]]
 )
-def test_the_index_names_no_file_outside_the_folder(folder: Path, shard: object) -> None:
+def test_index_with_outside_path_raises(folder: Path, shard: object) -> None:
     shutil.copy(folder / SINGLE, folder.parent / "other.safetensors")
     write_index(folder, shard)
     with pytest.raises(CheckpointError, match=r"cannot be read: .*weight_map"):
         Checkpoint(folder)
 
 
-def test_links_as_the_hubs_cache_has_them(folder: Path) -> None:
+def test_hub_cache_links_are_read(folder: Path) -> None:
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for file in list(folder.iterdir()):
@@ -198,7 +198,7 @@ def test_links_as_the_hubs_cache_has_them(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("values", ["flash_attention_2", "somebody/kernel", 7, {"": "x"}])
-def test_the_file_chooses_no_kernels(folder: Path, values: object) -> None:
+def test_config_cannot_choose_kernels(folder: Path, values: object) -> None:
     keys = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
     change(folder, **dict.fromkeys(keys, values), experts_implementation=values, use_kernels=True)
     assert build_skeleton(folder).model.config._attn_implementation in ("sdpa", "eager")
@@ -228,9 +228,7 @@ def refuse_to_ask(*_: object) -> str:
     raise AssertionError("it asks at the terminal")
 
 
-def test_custom_code_is_never_run_and_never_asked_about(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_custom_code_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", refuse_to_ask)
     with_own_code(folder, model_type="of_our_own", architectures=["OfOurOwn"])
     with pytest.raises(UnsupportedModelError, match=r"'of_our_own' model, .*never run"):
@@ -287,7 +285,7 @@ def of_expert(name: str) -> bool:
         lambda name, x: x[None] if "router" in name or "gate.weight" in name else x,
     ],
 )
-def test_the_right_bytes_in_another_shape(folder: Path, change_one: Any) -> None:
+def test_tensor_of_another_shape_raises(folder: Path, change_one: Any) -> None:
     rewritten(folder, change_one)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=r"shape|becomes|made from"):
         build_skeleton(folder)
@@ -297,7 +295,7 @@ def write_header(path: Path, header: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def test_a_header_of_too_many_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_header_with_too_many_tensors_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moefit.checkpoint.safetensors._MAX_TENSORS", 500)
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     names = [f"t{number}" for number in range(600)]
@@ -315,14 +313,14 @@ def test_a_header_of_too_many_tensors(folder: Path, monkeypatch: pytest.MonkeyPa
         {"__metadata__": ["x"]},
     ],
 )
-def test_a_hostile_header(folder: Path, header: object) -> None:
+def test_malicious_header_raises(folder: Path, header: object) -> None:
     write_header(folder / SINGLE, json.dumps(header).encode())
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged") as caught:
         build_skeleton(folder)
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_git_lfs_pointer(folder: Path) -> None:
+def test_git_lfs_pointer_raises(folder: Path) -> None:
     (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(CheckpointError, match=r"Git LFS pointer .* run `git lfs pull`"):
         build_skeleton(folder)
@@ -360,7 +358,7 @@ def try_to_serve(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_fuzzed_configurations_lead_to_our_errors_alone(folder: Path, seed: int) -> None:
+def test_fuzzed_configurations_raise_moefit_errors(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     original = json.loads((folder / "config.json").read_text())
     for _ in range(12):
@@ -369,7 +367,7 @@ def test_fuzzed_configurations_lead_to_our_errors_alone(folder: Path, seed: int)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_fuzzed_headers_lead_to_our_errors_alone(folder: Path, seed: int) -> None:
+def test_fuzzed_headers_raise_moefit_errors(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     content = (folder / SINGLE).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -384,7 +382,7 @@ def test_fuzzed_headers_lead_to_our_errors_alone(folder: Path, seed: int) -> Non
             assert "\x1b" not in str(error)
 
 
-def test_absurd_counts_are_compared_and_sound_ones_pass(folder: Path) -> None:
+def test_implausible_counts_raise(folder: Path) -> None:
     with Checkpoint(folder) as files:
         config.refuse_absurd_counts({"num_hidden_layers": 61, "n_experts": 8}, files)
         for key in ("num_hidden_layers", "n_layer", "n_routed_experts", "depth"):

@@ -36,7 +36,7 @@ def ranges(spans: list[Span]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family: str) -> None:
+def test_each_tensor_is_expert_or_dense(tmp_path: Path, family: str) -> None:
     skeleton = build_skeleton(saved(tiny(family), tmp_path))
     pieces = [part for part in parts_of(skeleton.map) if isinstance(part, ByteRange)]
     assert pieces == parts_of(skeleton.map), "all can be read straight into place"
@@ -50,7 +50,7 @@ def test_every_byte_belongs_to_one_expert_or_to_the_rest(tmp_path: Path, family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_expert_is_as_large_as_its_block_says(tmp_path: Path, family: str) -> None:
+def test_expert_size_matches_block(tmp_path: Path, family: str) -> None:
     skeleton = build_skeleton(saved(tiny(family), tmp_path))
     assert list(skeleton.map.experts) == [block.name for block in skeleton.blocks]
     for block in skeleton.blocks:
@@ -58,7 +58,7 @@ def test_an_expert_is_as_large_as_its_block_says(tmp_path: Path, family: str) ->
         assert [source.nbytes for source in sources] == [block.expert_bytes] * block.num_experts
 
 
-def test_what_has_another_dtype_needs_a_recipe(tmp_path: Path) -> None:
+def test_other_dtype_needs_conversion(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
     half = parts_of(map_of(folder, torch.bfloat16))
     assert half and all(isinstance(part, Conversion) for part in half)
@@ -74,14 +74,14 @@ def change_tensor(folder: Path, part: str, change: Any) -> None:
     save_file(tensors | changed, folder / SINGLE, {"format": "pt"})
 
 
-def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
+def test_missing_expert_raises(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     change_tensor(tmp_path, "layers.1.block_sparse_moe.experts.7.w2", lambda tensor: {})
     with pytest.raises(CheckpointError, match=r"layers.1.*needs 8 experts.* has 7"):
         map_of(tmp_path)
 
 
-def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
+def test_layer_without_experts_raises(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     tensors = load_file(tmp_path / SINGLE)
     left = {name: value for name, value in tensors.items() if "layers.1.block_sparse" not in name}
@@ -90,7 +90,7 @@ def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
         map_of(tmp_path)
 
 
-def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
+def test_only_headers_are_read(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     with reading_through(Disk()) as disk:
         skeleton = build_skeleton(tmp_path)
@@ -99,7 +99,7 @@ def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
     assert again == skeleton.map
 
 
-def test_layers_behind_the_last_are_refused_unless_they_predict_further_tokens(
+def test_extra_layers_raise_except_multi_token_prediction(
     tmp_path: Path,
 ) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
@@ -112,7 +112,7 @@ def test_layers_behind_the_last_are_refused_unless_they_predict_further_tokens(
     assert "model.layers.1" in build_skeleton(folder).left_out()
 
 
-def test_biases_that_are_left_out_are_refused(tmp_path: Path) -> None:
+def test_unexpected_biases_raise(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
     name = "model.layers.1.self_attn.q_proj.bias"
     save_file(load_file(folder / SINGLE) | {name: torch.ones(32)}, folder / SINGLE)
@@ -121,7 +121,7 @@ def test_biases_that_are_left_out_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", ["model.layers.2", "mtp.layers.0"])
-def test_layers_that_nobody_loads_are_left_out(tmp_path: Path, layer: str) -> None:
+def test_unused_layers_are_skipped(tmp_path: Path, layer: str) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
     before, tensors = build_skeleton(folder), load_file(folder / SINGLE)
     more = {

@@ -130,7 +130,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_configuration_first_and_then_the_shards_of_the_index(folder: Path, tmp_path: Path) -> None:
+def test_config_is_downloaded_before_shards(folder: Path, tmp_path: Path) -> None:
     found, fetched = fetch(folder, tmp_path)
     shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
     first = len(fetched) - len(shards)
@@ -145,13 +145,13 @@ def test_a_model_in_one_file(tmp_path: Path) -> None:
     assert fetched[-1] == SINGLE and (found / SINGLE).is_file()
 
 
-def test_quantised_models_are_refused_before_their_weights(folder: Path, tmp_path: Path) -> None:
+def test_quantised_models_raise_before_download(folder: Path, tmp_path: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "awq"})
     with pytest.raises(UnsupportedModelError, match=r"is quantised \(awq\)"):
         fetch(folder, tmp_path)
 
 
-def test_scales_that_the_index_names(folder: Path, tmp_path: Path) -> None:
+def test_scales_in_index_raise(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     name = next(name for name in index["weight_map"] if "q_proj" in name)
     index["weight_map"][f"{name}_scale_inv"] = index["weight_map"][name]
@@ -160,7 +160,7 @@ def test_scales_that_the_index_names(folder: Path, tmp_path: Path) -> None:
         fetch(folder, tmp_path)
 
 
-def test_a_model_without_experts(tmp_path: Path) -> None:
+def test_model_without_experts_raises(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=4, vocab_size=64)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "repository")
@@ -168,7 +168,7 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
         fetch(tmp_path / "repository", tmp_path)
 
 
-def test_an_adapter(tmp_path: Path) -> None:
+def test_adapter_raises(tmp_path: Path) -> None:
     made = tmp_path / "repository"
     made.mkdir()
     (made / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
@@ -179,7 +179,7 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "pytorch_model.bin"])
 @pytest.mark.parametrize("configured", [True, False])
-def test_weights_of_another_kind(tmp_path: Path, name: str, configured: bool) -> None:
+def test_unsupported_weights_raise(tmp_path: Path, name: str, configured: bool) -> None:
     made = saved(tiny("Mixtral"), tmp_path / "repository")
     (made / SINGLE).rename(made / name)
     if not configured:
@@ -189,20 +189,20 @@ def test_weights_of_another_kind(tmp_path: Path, name: str, configured: bool) ->
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", 7])
-def test_an_index_that_leads_elsewhere(folder: Path, tmp_path: Path, shard: Any) -> None:
+def test_index_with_outside_path_raises(folder: Path, tmp_path: Path, shard: Any) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(CheckpointError, match=r"names .* which is no safetensors file"):
         fetch(folder, tmp_path)
 
 
-def test_a_shard_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+def test_missing_shard_raises(folder: Path, tmp_path: Path) -> None:
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[1].unlink()
     with hub(folder) as (address, _), pytest.raises(CheckpointError, match="lacks 1 of the"):
         download(NAME, refuse_unservable, endpoint=address, cache_dir=tmp_path / "cache")
 
 
-def test_a_name_on_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_name_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(api, "download", lambda name, refuse: asked.append(name) or tmp_path)
     assert api.folder_of(NAME) == tmp_path and asked == [NAME]

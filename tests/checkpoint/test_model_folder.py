@@ -38,7 +38,7 @@ def commands_refuse(folder: Path, match: str) -> None:
         assert match in str(found.exception)
 
 
-def test_a_folder_without_tokenizer_files(folder: Path) -> None:
+def test_missing_tokenizer_raises(folder: Path) -> None:
     assert len(read_tokenizer(folder)) > 1000
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -52,14 +52,14 @@ def test_a_folder_without_tokenizer_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_pointer_in_place_of_a_tokenizer(folder: Path, name: str) -> None:
+def test_git_lfs_pointer_for_tokenizer_raises(folder: Path, name: str) -> None:
     (folder / name).write_text(POINTER)
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         refuse_without_tokenizer(folder)
     commands_refuse(folder, "is a Git LFS pointer")
 
 
-def test_a_damaged_tokenizer(folder: Path) -> None:
+def test_damaged_tokenizer_raises(folder: Path) -> None:
     file = folder / "tokenizer.json"
     file.write_text(file.read_text()[:1000])
     with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read: .*again"):
@@ -67,19 +67,19 @@ def test_a_damaged_tokenizer(folder: Path) -> None:
     commands_refuse(folder, "cannot be read")
 
 
-def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
+def test_byte_tokenizer_needs_no_vocabulary(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert len(read_tokenizer(tmp_path)) > 256
 
 
-def test_an_adapter_beside_a_model(folder: Path) -> None:
+def test_adapter_beside_model_raises(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     for enter in (lambda: load_model(folder, LoadSettings()), lambda: load_whole(str(folder))):
         with pytest.raises(UnsupportedModelError, match=r"beside its model.*merge_and_unload.*out"):
             enter()
 
 
-def test_an_adapter_alone(tmp_path: Path) -> None:
+def test_adapter_without_model_raises(tmp_path: Path) -> None:
     text = json.dumps({"base_model_name_or_path": "Qwen/Qwen3-30B-A3B"})
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(UnsupportedModelError, match=r"is an adapter \(LoRA\) of 'Qwen/Qwen3-30B"):
@@ -93,7 +93,7 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
      ("consolidated.safetensors", "makers' own names"),
      ("model-00001-of-00002.safetensors", "index.json, which says")],
 )  # fmt: skip
-def test_weights_of_another_kind(folder: Path, name: str, words: str) -> None:
+def test_unsupported_weights_raise(folder: Path, name: str, words: str) -> None:
     (folder / SINGLE).rename(folder / name)
     with pytest.raises(CheckpointError, match=rf"{name}.*{words}"):
         load_model(folder, LoadSettings())
@@ -103,13 +103,13 @@ def test_weights_of_another_kind(folder: Path, name: str, words: str) -> None:
             locate(str(given))
 
 
-def test_generation_goes_on(folder: Path) -> None:
+def test_generation_works_without_tokenizer(folder: Path) -> None:
     torch.manual_seed(0)
     found = CliRunner().invoke(app, ["generate", str(folder), "x", "--max-new-tokens", "2"])
     assert found.exit_code == 0, found.exception
 
 
-def test_one_file_of_a_model_is_not_the_model(tmp_path: Path) -> None:
+def test_single_file_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("config.json", "model-00001-of-00002.safetensors"):
         (tmp_path / name).touch()

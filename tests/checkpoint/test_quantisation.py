@@ -63,7 +63,7 @@ def declare(folder: Path, *path: str, **config: Any) -> None:
 
 
 @pytest.mark.parametrize("path", [(), ("text_config",), ("thinker_config", "text_config")])
-def test_what_the_configuration_declares(folder: Path, path: tuple[str, ...]) -> None:
+def test_declared_quantisation_raises(folder: Path, path: tuple[str, ...]) -> None:
     refuse_declared(folder)
     declare(folder, *path, quantization_config={"quant_method": "fp8"})
     where = ".".join([*path, "quantization_config"])
@@ -72,7 +72,7 @@ def test_what_the_configuration_declares(folder: Path, path: tuple[str, ...]) ->
             enter(folder)
 
 
-def test_what_modelopt_declares_in_a_file_of_its_own(folder: Path) -> None:
+def test_modelopt_quantisation_raises(folder: Path) -> None:
     file = folder / "hf_quant_config.json"
     file.write_text(
         json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
@@ -85,7 +85,7 @@ def test_what_modelopt_declares_in_a_file_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
 @pytest.mark.parametrize("part", [EXPERT, "q_proj.weight", "lm_head.weight"])
-def test_bytes_for_a_floating_point_parameter(folder: Path, dtype: torch.dtype, part: str) -> None:
+def test_integers_for_float_parameter_raise(folder: Path, dtype: torch.dtype, part: str) -> None:
     tensors = load_file(folder / SINGLE)
     short = str(dtype).removeprefix("torch.")
     name = next(name for name in tensors if name.endswith(part))
@@ -98,7 +98,7 @@ def test_bytes_for_a_floating_point_parameter(folder: Path, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["Olmoe", "Mixtral"])
-def test_scales_that_nothing_declares(tmp_path: Path, family: str, kind: str) -> None:
+def test_undeclared_scales_raise(tmp_path: Path, family: str, kind: str) -> None:
     folder = saved(tiny(family), tmp_path)
     meaning, more = KINDS[kind]
     part = EXPERT if family == "Olmoe" else "experts.0.w1.weight"
@@ -113,7 +113,7 @@ def test_scales_that_nothing_declares(tmp_path: Path, family: str, kind: str) ->
         build_skeleton(folder)
 
 
-def test_blocks_and_scales_of_mxfp4(tmp_path: Path) -> None:
+def test_mxfp4_raises(tmp_path: Path) -> None:
     folder = saved(tiny("GptOss"), tmp_path)
     tensors = load_file(folder / SINGLE)
     name = next(name for name in tensors if name.endswith("experts.down_proj"))
@@ -130,7 +130,7 @@ def test_plain_models_pass(tmp_path: Path, family: str) -> None:
     build_skeleton(saved(tiny(family), tmp_path))
 
 
-def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
+def test_unrelated_scales_are_accepted(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     more: dict[str, Tensor] = {
         "model.layers.0.self_attn.k_scale": torch.ones(1),  # of a quantised cache
@@ -142,7 +142,7 @@ def test_scales_beside_the_model_are_no_quantisation(folder: Path) -> None:
     assert set(build_skeleton(folder).map.unused) == more.keys()
 
 
-def test_names_of_ordinary_weights_are_no_signs() -> None:
+def test_ordinary_weight_names_are_accepted() -> None:
     for name in ("model.norm.weight", "model.layers.0.mlp.gate.weight", "lm_head.bias"):
         assert sign_of(name) is None
 
@@ -153,7 +153,7 @@ def test_names_of_ordinary_weights_are_no_signs() -> None:
      ("pack",), ("eval",), ("eval", "--memory", "9GiB"), ("bench",)],
     ids=" ".join,
 )  # fmt: skip
-def test_every_command_refuses(folder: Path, command: tuple[str, ...]) -> None:
+def test_every_command_rejects_quantised_models(folder: Path, command: tuple[str, ...]) -> None:
     change_tensors(
         folder, lambda module, weight: {f"{module}.weight": weight.to(torch.float8_e5m2)}
     )

@@ -76,7 +76,7 @@ class Disk:
         return pread(descriptor, buffer[: self.most], offset)
 
 
-def test_every_dtype_and_shape_reads_as_safetensors_reads_it(tmp_path: Path) -> None:
+def test_tensors_equal_safetensors(tmp_path: Path) -> None:
     shapes = [(), (1,), (0, 3), (3, 5), (2, 3, 4)]
     tensors = {
         f"{name}{list(shape)}": random_bits(dtype, *shape)
@@ -98,7 +98,7 @@ def test_every_dtype_and_shape_reads_as_safetensors_reads_it(tmp_path: Path) -> 
      torch.float8_e5m2, torch.float8_e8m0fnu, torch.complex64, torch.int64, torch.int32,
      torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool],
 )  # fmt: skip
-def test_whatever_dtype_safetensors_writes_is_known(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_all_safetensors_dtypes_are_known(tmp_path: Path, dtype: torch.dtype) -> None:
     value = random_bits(dtype, 2, 3)
     save_file({"x": value}, tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
@@ -116,7 +116,7 @@ def test_whatever_dtype_safetensors_writes_is_known(tmp_path: Path, dtype: torch
     ),
     st.integers(0, 9),
 )
-def test_a_file_of_any_tensors(tmp_path_factory, kinds, seed: int) -> None:
+def test_arbitrary_tensors_are_read(tmp_path_factory, kinds, seed: int) -> None:
     folder = tmp_path_factory.mktemp("any")
     tensors = {
         str(i): random_bits(DTYPES[name], *shape, seed=seed + i)
@@ -154,13 +154,13 @@ def test_several_shards(tmp_path: Path) -> None:
             assert same_bits(checkpoint.tensor(checkpoint.spans[name]), value)
 
 
-def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
+def test_index_takes_precedence_over_single_file(tmp_path: Path) -> None:
     save_file(matrix(9), tmp_path / SINGLE)
     write_shards(tmp_path, matrix(0))
     assert Checkpoint(tmp_path).spans.keys() == matrix(0).keys()
 
 
-def test_a_row_of_a_row_is_a_part_of_the_part(tmp_path: Path) -> None:
+def test_nested_rows_are_read(tmp_path: Path) -> None:
     value = random_bits(torch.bfloat16, 3, 4, 5)
     save_file({"x": value}, tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
@@ -169,7 +169,7 @@ def test_a_row_of_a_row_is_a_part_of_the_part(tmp_path: Path) -> None:
         assert same_bits(checkpoint.tensor(span), value[2, 1])
 
 
-def test_a_read_goes_where_the_caller_says_and_no_further(tmp_path: Path) -> None:
+def test_reads_stay_within_buffer(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
         span = checkpoint.spans["weight0"]
@@ -179,7 +179,7 @@ def test_a_read_goes_where_the_caller_says_and_no_further(tmp_path: Path) -> Non
         assert memory[7 : 7 + span.nbytes] == matrix()["weight0"].numpy().tobytes()
 
 
-def test_no_file_is_mapped(tmp_path: Path) -> None:
+def test_files_are_not_mapped(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
         kept = [checkpoint.tensor(span) for span in checkpoint.spans.values()]
@@ -203,7 +203,7 @@ def test_closing_closes_every_file(tmp_path: Path) -> None:
     checkpoint.close()
 
 
-def test_many_threads_read_at_once(tmp_path: Path) -> None:
+def test_concurrent_reads(tmp_path: Path) -> None:
     expected = write_shards(tmp_path, *({str(i): random_bits(torch.int32, 999, seed=i)}
                                         for i in range(4)))  # fmt: skip
     wrong: list[str] = []
@@ -232,13 +232,13 @@ def test_short_reads_are_continued(tmp_path: Path, most: int) -> None:
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_failed_read_is_tried_again(tmp_path: Path, failures: int) -> None:
+def test_failed_read_is_retried(tmp_path: Path, failures: int) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     with Checkpoint(tmp_path, read=Disk(failures=failures, most=50)) as checkpoint:
         assert same_bits(checkpoint.tensor(checkpoint.spans["weight0"]), matrix()["weight0"])
 
 
-def test_a_read_that_always_fails_is_an_error_and_later_reads_work(tmp_path: Path) -> None:
+def test_persistent_read_failure_raises(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     disk = Disk(failures=10**6)
     with Checkpoint(tmp_path, read=disk) as checkpoint:
@@ -250,7 +250,7 @@ def test_a_read_that_always_fails_is_an_error_and_later_reads_work(tmp_path: Pat
         assert same_bits(checkpoint.tensor(span), matrix()["weight0"])
 
 
-def test_a_file_that_lost_its_end_since_it_was_opened(tmp_path: Path) -> None:
+def test_file_truncated_after_opening_raises(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
         span = checkpoint.spans["weight0"]
@@ -259,7 +259,7 @@ def test_a_file_that_lost_its_end_since_it_was_opened(tmp_path: Path) -> None:
             checkpoint.tensor(span)
 
 
-def test_a_file_that_is_gone_since_it_was_indexed(tmp_path: Path) -> None:
+def test_deleted_file_raises(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     checkpoint = Checkpoint(tmp_path)
     (tmp_path / SINGLE).unlink()
@@ -267,7 +267,7 @@ def test_a_file_that_is_gone_since_it_was_indexed(tmp_path: Path) -> None:
         checkpoint.tensor(checkpoint.spans["weight0"])
 
 
-def test_a_lazy_tensor_is_what_transformers_expects_of_a_slice(tmp_path: Path) -> None:
+def test_lazy_tensor_matches_safetensors_slice(tmp_path: Path) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
         lazy = LazyTensor(checkpoint, checkpoint.spans["weight0"])
@@ -276,7 +276,7 @@ def test_a_lazy_tensor_is_what_transformers_expects_of_a_slice(tmp_path: Path) -
         assert same_bits(lazy[1:3], matrix()["weight0"][1:3])
 
 
-def test_a_folder_without_safetensors_says_what_would_do(tmp_path: Path) -> None:
+def test_missing_safetensors_error_names_alternatives(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=r"neither model.safetensors nor .*index.json"):
@@ -290,7 +290,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_an_index_that_names_absent_tensors(tmp_path: Path) -> None:
+def test_index_with_absent_tensors_raises(tmp_path: Path) -> None:
     write_shards(tmp_path, matrix(0))
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["expert.7"] = "model-00001-of-00001.safetensors"
@@ -305,7 +305,7 @@ def test_an_index_that_names_absent_tensors(tmp_path: Path) -> None:
      '{"weight_map": {"a": 5}}', '{"weight_map": {"a": null}}', '{"weight_map": {"a": ["b"]}}',
      '{"weight_map": {"a": "x", "b": 5}}', "\ufffe\x00"],
 )  # fmt: skip
-def test_a_damaged_index(tmp_path: Path, text: str) -> None:
+def test_damaged_index_raises(tmp_path: Path, text: str) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
@@ -313,7 +313,7 @@ def test_a_damaged_index(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 40, 96])
-def test_a_shard_that_is_cut_short(tmp_path: Path, missing: int) -> None:
+def test_truncated_shard_raises(tmp_path: Path, missing: int) -> None:
     write_shards(tmp_path, matrix(0), matrix(1))
     path = tmp_path / "model-00002-of-00002.safetensors"
     size = path.stat().st_size
@@ -323,7 +323,7 @@ def test_a_shard_that_is_cut_short(tmp_path: Path, missing: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 20])
-def test_a_shard_that_is_cut_within_its_header(tmp_path: Path, size: int) -> None:
+def test_truncated_header_raises(tmp_path: Path, size: int) -> None:
     save_file(matrix(), tmp_path / SINGLE)
     os.truncate(tmp_path / SINGLE, size)
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: .* again"):
@@ -357,14 +357,14 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
      {"x": GOOD | {"data_offsets": None}}],
     ids=lambda header: str(header)[:60],
 )  # fmt: skip
-def test_a_damaged_header(tmp_path: Path, header: object) -> None:
+def test_damaged_header_raises(tmp_path: Path, header: object) -> None:
     write_raw(tmp_path / SINGLE, header, b"\0" * 16)
     with pytest.raises(CheckpointError, match=r"is damaged: .*; copy or download it again"):
         Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", UNREADABLE)
-def test_a_dtype_without_use_here_is_no_damage(tmp_path: Path, dtype: str) -> None:
+def test_unused_dtype_is_accepted(tmp_path: Path, dtype: str) -> None:
     bits = int(dtype[1])
     header = {"x": {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, 16 * bits // 8]}}
     write_raw(tmp_path / SINGLE, header, b"\0" * (2 * bits))
@@ -373,13 +373,13 @@ def test_a_dtype_without_use_here_is_no_damage(tmp_path: Path, dtype: str) -> No
     assert "damaged" not in str(caught.value)
 
 
-def test_a_dtype_that_nobody_knows_is_named(tmp_path: Path) -> None:
+def test_unknown_dtype_raises(tmp_path: Path) -> None:
     write_raw(tmp_path / SINGLE, {"x": GOOD | {"dtype": "F7"}}, b"\0" * 16)
     with pytest.raises(CheckpointError, match=r"or of a newer kind: x is of dtype 'F7'.*BF16"):
         Checkpoint(tmp_path)
 
 
-def test_a_header_of_absurd_length(tmp_path: Path) -> None:
+def test_implausible_header_length_raises(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(struct.pack("<Q", 2**63) + b"{}")
     with pytest.raises(CheckpointError, match="its header would have 9,223,372,036,854,775,808"):
         Checkpoint(tmp_path)
@@ -387,9 +387,7 @@ def test_a_header_of_absurd_length(tmp_path: Path) -> None:
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
 @settings(max_examples=60, deadline=None)
-def test_one_changed_byte_is_an_error_or_another_value_but_never_a_crash(
-    tmp_path_factory, where: int, what: int
-) -> None:
+def test_changed_byte_never_crashes(tmp_path_factory, where: int, what: int) -> None:
     folder = tmp_path_factory.mktemp("flipped")
     content = bytearray(save(matrix(0) | matrix(1)))
     content[where % len(content)] = what

@@ -43,24 +43,24 @@ def plain(checkpoint: Checkpoint) -> Conversion:
     )
 
 
-def test_a_recipe_does_what_transformers_does_in_the_models_dtype(checkpoint: Checkpoint) -> None:
+def test_conversion_equals_transformers(checkpoint: Checkpoint) -> None:
     recipe = stacked(checkpoint)
     for _ in range(2):  # and is not used up
         assert torch.equal(recipe.materialize(checkpoint), torch.cat([GATE, UP]).bfloat16())
     assert recipe.nbytes == 2 * 6 * 4 and len(recipe.spans) == 2
 
 
-def test_without_a_rule_only_the_dtype_is_changed(checkpoint: Checkpoint) -> None:
+def test_conversion_without_operations_changes_dtype(checkpoint: Checkpoint) -> None:
     assert torch.equal(plain(checkpoint).materialize(checkpoint), GATE.double())
 
 
-def test_another_shape_than_the_models_is_refused(checkpoint: Checkpoint) -> None:
+def test_other_shape_raises(checkpoint: Checkpoint) -> None:
     recipe = replace(plain(checkpoint), spec=TensorSpec((3, 2), torch.float32))
     with pytest.raises(UnsupportedModelError, match=r"becomes \[2, 3\].*computes with \[3, 2\]"):
         recipe.materialize(checkpoint)
 
 
-def test_an_experts_bytes_are_those_of_all_its_parts(checkpoint: Checkpoint) -> None:
+def test_expert_bytes_include_all_parts(checkpoint: Checkpoint) -> None:
     piece = ByteRange(tensor="gate", start=0, span=checkpoint.spans["gate"])
     assert CompositeSource((piece,)).nbytes == 24
     assert CompositeSource((piece, stacked(checkpoint))).nbytes == 24 + 48

@@ -23,14 +23,14 @@ def rule(*operations) -> WeightConverter:
     )
 
 
-def test_each_parameter_has_its_part_of_the_lists():
+def test_each_parameter_gets_its_tensors():
     found = positions(
         rule(ErnieFuseAndSplitTextVisionExperts()), TARGET, {GATE: 6, UP: 6}, config=None
     )
     assert found == {TARGET: [0, 1, 2], TARGET.replace(TEXT, VISION): [3, 4, 5]}
 
 
-def test_the_rule_is_not_used_up():
+def test_conversion_rule_is_reusable():
     ernie = rule(ErnieFuseAndSplitTextVisionExperts())
     for _ in range(2):
         positions(ernie, TARGET, {GATE: 4, UP: 4}, config=None)
@@ -38,7 +38,7 @@ def test_the_rule_is_not_used_up():
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_a_rule_that_does_more_is_refused(dim):
+def test_unsupported_conversion_raises(dim):
     """Either parameter would have a part of each expert."""
     operations = [MergeModulelist(dim=0), Chunk(dim=dim)]
     divides_width = WeightConverter(
@@ -49,12 +49,12 @@ def test_a_rule_that_does_more_is_refused(dim):
 
 
 @pytest.mark.parametrize("lengths", [{GATE: 4, UP: 3}, {GATE: 4}])
-def test_an_incomplete_checkpoint_is_named_so(lengths):
+def test_incomplete_checkpoint_raises(lengths):
     with pytest.raises(CheckpointError, match="equally many of"):
         positions(rule(ErnieFuseAndSplitTextVisionExperts()), TARGET, lengths, config=None)
 
 
-def test_stacking_is_what_one_parameter_needs():
+def test_stacking_of_one_parameter():
     alone = stacking(rule(ErnieFuseAndSplitTextVisionExperts()), VISION)
     assert alone.source_patterns == [GATE, UP]
     assert alone.target_patterns == [VISION]

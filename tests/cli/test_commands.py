@@ -68,7 +68,7 @@ def test_train_then_eval_then_generate(tree, tmp_path, text):
     assert "expert" in run("generate", out, "expert router", "--max-new-tokens", "3").stdout
 
 
-def test_eval_prints_a_table(saved, text):
+def test_eval_prints_table(saved, text):
     command = ["eval", saved, "--text", text, "--context", "16"]
     table = CliRunner().invoke(app, command, env={"COLUMNS": "80"}).stdout
     for words in ("dense", "top_k:2", "threshold_top_k:0.48", "experts", "perplexity", "tok/s"):
@@ -76,7 +76,7 @@ def test_eval_prints_a_table(saved, text):
     assert "…" not in table.split("perplexity")[1]
 
 
-def test_other_families_without_a_budget_are_served_from_memory(saved, tmp_path, text):
+def test_other_families_load_without_budget(saved, tmp_path, text):
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
     mixtral = tmp_path / "mixtral"
@@ -88,7 +88,7 @@ def test_other_families_without_a_budget_are_served_from_memory(saved, tmp_path,
     assert json.loads(scored.stdout)["substituted_mass"] == 0
 
 
-def test_generate_obeys_rule_and_seed(saved):
+def test_generate_uses_rule_and_seed(saved):
     sampled = ("generate", saved, "some", "--temperature", "1", "--max-new-tokens", "8")
     assert run(*sampled, "--seed", "1").stdout == run(*sampled, "--seed", "1").stdout
     assert run(*sampled, "--seed", "1").stdout != run(*sampled, "--seed", "2").stdout
@@ -96,7 +96,7 @@ def test_generate_obeys_rule_and_seed(saved):
     assert run(*greedy, "--rule", "dense").stdout == run(*greedy, "--rule", "top_k:5").stdout
 
 
-def test_generate_draws_as_asked(saved):
+def test_generate_uses_sampling_options(saved):
     greedy = run("generate", saved, "some", "--max-new-tokens", "8").stdout
     for way in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "0"), ("--temperature", "0")):
         assert run("generate", saved, "some", "--max-new-tokens", "8", *way).stdout == greedy, way
@@ -112,7 +112,7 @@ def test_generate_draws_as_asked(saved):
     assert run("generate", saved, "some", "--max-new-tokens", "8", *penalty).stdout != greedy
 
 
-def test_with_json_an_error_is_json_too(tmp_path):
+def test_json_option_prints_errors_as_json(tmp_path):
     script = "import sys; sys.argv[0] = 'moefit'; from moefit.cli.app import main; main()"
     script = f"import moefit.cli; {script}"
     command = [sys.executable, "-c", script, "describe", str(tmp_path), "--json"]
@@ -125,13 +125,13 @@ def test_with_json_an_error_is_json_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ConfigError", "printable", "SystemExit", 3, None])
-def test_errors_of_another_kind_are_of_the_nearest(kind):
+def test_error_codes_follow_error_classes(kind):
     error = error_of(json.dumps({"error": {"type": str(kind), "message": "why"}}))
     assert type(error) is ConfigError and str(error) == "why"
     assert error_of("") is error_of("{}") is error_of('{"error": 1}') is error_of("[]") is None
 
 
-def test_serving_says_what_computes(saved):
+def test_serving_reports_kernels(saved):
     served = run("generate", saved, "some", "--mode", "exact", "--max-new-tokens", "1")
     assert f"mode exact, kernels: {status()}" in " ".join(served.stderr.split())
 
@@ -143,14 +143,14 @@ def test_describe(saved):
     assert json.loads(run("describe", saved, "--json").stdout)["total"] < 1e6
 
 
-def test_describe_reckons_with_a_gpu_and_its_host_memory(saved):
+def test_describe_estimates_for_gpu(saved):
     asked = ("describe", saved, "--device", "cuda", "--host-memory", "1MiB")
     ledger = json.loads(run(*asked, "--memory", "1GiB", "--json").stdout)
     assert ledger["host"] == 1 << 20 and ledger["process"] == torch.cuda.memory_reserved()
     assert "host memory, beside the budget" in run(*asked).stdout
 
 
-def test_describe_in_a_precision_is_the_ledger(saved):
+def test_describe_precision_equals_estimate(saved):
     native, int4 = (
         json.loads(run("describe", saved, "--precision", name, "--memory", "9GiB", "--json").stdout)
         for name in ("native", "int4")
@@ -159,7 +159,7 @@ def test_describe_in_a_precision_is_the_ledger(saved):
     assert "experts in int4" in run("describe", saved, "--precision", "int4").stdout
 
 
-def test_describe_as_a_server_takes_it(saved):
+def test_describe_for_server(saved):
     in_all = ("--memory", "9GiB", "--context", "64")
     one, many = (
         json.loads(run("describe", saved, *in_all, *more, "--json").stdout)
@@ -172,7 +172,7 @@ def test_describe_as_a_server_takes_it(saved):
     assert alone["workspace"] - one["workspace"] == prompts
 
 
-def test_a_servers_requests_may_be_longer_together_than_one_can_be(saved):
+def test_describe_server_requests_may_exceed_context_in_total(saved):
     found = [
         json.loads(run("describe", saved, "--memory", "9GiB", *more, "--json").stdout)["context"]
         for more in ((), ("--max-concurrency", "9"), ("--max-concurrency", "9", "--context", "100"))
@@ -180,7 +180,7 @@ def test_a_servers_requests_may_be_longer_together_than_one_can_be(saved):
     assert found == [64, 9 * 64, 100]
 
 
-def test_describe_auto_says_what_the_budget_buys(saved):
+def test_describe_auto_lists_formats(saved):
     asked = ("describe", saved, "--precision", "auto", "--dense-precision", "int8")
     ledger = json.loads(run(*asked, "--memory", "9GiB", "--json").stdout)
     assert (ledger["precision"], ledger["rest"]) == ("auto", "int8")
@@ -193,7 +193,7 @@ def test_describe_auto_says_what_the_budget_buys(saved):
     assert f"native: {ledger['bits_per_weight']:.2f} bits" in table and "experts in int2" in table
 
 
-def test_eval_of_an_encoded_model_says_what_it_is_compared_with(saved, text):
+def test_eval_names_reference_of_encoded_model(saved, text):
     asked = ("eval", saved, "--text", text, "--context", "32", "--max-tokens", "64")
     asked = (*asked, "--precision", "int2", "--rule", "top_k:2")
     beside = json.loads(run(*asked, "--json").stdout)
@@ -206,7 +206,7 @@ def test_eval_of_an_encoded_model_says_what_it_is_compared_with(saved, text):
     assert "against itself, all experts in int2" in " ".join(alone.stdout.split())
 
 
-def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkeypatch):
+def test_unpacked_precision_names_pack_command(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ("generate", saved, "some", "--max-new-tokens", "2", "--precision", "int4")
     told = run(*command)
@@ -219,7 +219,7 @@ def test_a_precision_says_how_to_pack_until_it_is_packed(saved, tmp_path, monkey
     assert after.stdout == told.stdout
 
 
-def test_bench_measures_bandwidths_before_it_loads(saved, monkeypatch):
+def test_bench_measures_bandwidths_before_loading(saved, monkeypatch):
     """What measures is then gone when the model takes its memory."""
     order = []
     for name in ("measure_bandwidth", "load_served"):
@@ -240,7 +240,7 @@ def test_export(saved, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
 
 
-def test_export_of_a_model_with_a_threshold(saved, tmp_path):
+def test_export_of_threshold_model(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -252,7 +252,7 @@ def test_export_of_a_model_with_a_threshold(saved, tmp_path):
     assert (written.num_experts_per_tok, written.norm_topk_prob) == (2, True)
 
 
-def test_the_stock_route_from_training_to_export_is_scored(tree, tmp_path, text):
+def test_trained_olmoe_is_exported_and_scored(tree, tmp_path, text):
     settings = {**tree, "out": str(tmp_path / "run"), "steps": 4, "loss": {"mlp_mi": 0.02}}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: tree["model"][name] for name in (*names, "num_experts")}
@@ -271,7 +271,7 @@ def test_the_stock_route_from_training_to_export_is_scored(tree, tmp_path, text)
     assert words.startswith("expert")
 
 
-def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
+def test_brackets_in_paths_are_printed(saved, tmp_path, text):
     folder = tmp_path / "[bold]x[" / "[red]"
     shutil.copytree(saved, folder)
     command = ["eval", str(folder), "--text", text, "--rule", "dense"]
@@ -281,7 +281,7 @@ def test_brackets_in_a_path_are_no_markup(saved, tmp_path, text):
     assert "[red]" in "".join(described.split())
 
 
-def test_a_demo_that_is_stopped_exits_as_the_shell_expects(monkeypatch):
+def test_stopped_demo_has_signal_exit_code(monkeypatch):
     figures = {"training": {"stopped_by": "SIGINT"}}
     monkeypatch.setattr(demo, "run", lambda *args, **options: figures)
     assert run("demo").exit_code == 130
@@ -323,7 +323,7 @@ def test_version():
         (["export", "MODEL", "OUT", "-k", "6"], "6"),
     ],
 )
-def test_mistakes_are_named(saved, tmp_path, arguments, words, monkeypatch):
+def test_invalid_arguments_raise(saved, tmp_path, arguments, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     OlmoeConfig().save_pretrained(tmp_path / "OLMOE")
     (tmp_path / "DAMAGED").mkdir()
@@ -333,7 +333,7 @@ def test_mistakes_are_named(saved, tmp_path, arguments, words, monkeypatch):
         run(*(places.get(argument, argument) for argument in arguments))
 
 
-def test_a_mistake_is_one_message_and_exit_code_2():
+def test_error_prints_one_message_and_exits_with_2():
     command = [sys.executable, "-m", "moefit", "describe", "dsmoe-4b"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -342,7 +342,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminal_that_is_not_utf_8(saved):
+def test_terminal_without_utf_8(saved):
     command = [sys.executable, "-m", "moefit", "generate", saved, "größe ☃", "--max-new-tokens=1"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(command, capture_output=True, env=environment, check=True)

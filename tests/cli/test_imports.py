@@ -40,7 +40,7 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
     assert loaded_after(command(option), HEAVY) == []
 
 
-def test_help_lists_every_command_and_version_is_the_packages() -> None:
+def test_help_lists_all_commands_and_version_matches_package() -> None:
     shown = run(command("--help"))
     assert all(name in shown for name in COMMANDS)
     assert run(command("--version")).strip() == moefit.__version__
@@ -56,7 +56,7 @@ def test_loading_a_model_imports_neither_training_nor_matplotlib() -> None:
     assert loaded_after(served, ("moefit.train", "matplotlib")) == []
 
 
-def test_every_command_is_found_by_its_name() -> None:
+def test_every_command_is_importable() -> None:
     code = (
         "from moefit.cli.app import COMMANDS, app\nfrom typer.testing import CliRunner\n"
         "for name in COMMANDS:\n"

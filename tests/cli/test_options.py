@@ -42,7 +42,7 @@ def given_by(*options: str) -> dict:
     return got
 
 
-def test_nothing_given_is_what_the_commands_default_says() -> None:
+def test_no_options_equal_defaults() -> None:
     assert given_by("a") == {
         "model": "a",
         "options": MemoryOptions(context=64),
@@ -67,13 +67,13 @@ def test_each_field_is_an_option() -> None:
 
 @pytest.mark.parametrize("vain", [["--bound", "0.5"], ["--bound", "0.5", "--mode", "virtual"]])
 @pytest.mark.parametrize("command", [["generate", "reference", "a"], ["chat", "reference"]])
-def test_a_bound_that_nothing_goes_by_is_refused(command: list[str], vain: list[str]) -> None:
+def test_bound_without_bounded_mode_raises(command: list[str], vain: list[str]) -> None:
     done = CliRunner().invoke(cli, [*command, *vain])
     assert isinstance(done.exception, ConfigError)
     assert "--bound 0.5 is for the mode bounded" in str(done.exception)
 
 
-def test_each_option_alone_is_something_that_is_asked_for() -> None:
+def test_each_option_counts_as_given() -> None:
     for one in (
         ServingOptions(mode=ModeName.exact),
         ServingOptions(prefill=ModeName.virtual),
@@ -87,7 +87,7 @@ def test_each_option_alone_is_something_that_is_asked_for() -> None:
         one.check_bound()
 
 
-def test_an_options_own_limits_hold() -> None:
+def test_options_are_bounded() -> None:
     app = typer.Typer()
 
     @app.command()

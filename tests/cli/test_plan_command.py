@@ -50,7 +50,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, list(arguments), catch_exceptions=True)
 
 
-def test_plan_prints_everything_as_json_and_saves_what_it_chose(profiled: Path) -> None:
+def test_plan_prints_json_and_saves(profiled: Path) -> None:
     file, picture = profiled / "plan.json", profiled / "front.png"
     done = run(
         "plan", str(folder()), "--memory", "4GiB", "--context", "64", "--budgets", "3",
@@ -64,7 +64,7 @@ def test_plan_prints_everything_as_json_and_saves_what_it_chose(profiled: Path) 
     assert picture.stat().st_size > 1000
 
 
-def test_plan_prints_tables_for_people(profiled: Path) -> None:
+def test_plan_prints_tables(profiled: Path) -> None:
     done = run("plan", str(folder()), "--memory", "4GiB", "--context", "64", "--budgets", "2")
     assert done.exit_code == 0, done.output
     for words in ("what budgets give", "smallest budget", "tokens/s", "rank correlation"):
@@ -86,7 +86,7 @@ def test_plan_prints_tables_for_people(profiled: Path) -> None:
         (("--profile", "nowhere.json"), ConfigError, "no profile"),
     ],
 )
-def test_bad_input_is_answered(
+def test_invalid_input_raises(
     profiled: Path, options: tuple[str, ...], error: type[Exception], says: str
 ) -> None:
     done = run("plan", str(folder()), "--context", "64", "--budgets", "0", *options)
@@ -94,7 +94,7 @@ def test_bad_input_is_answered(
     assert says in str(done.exception)
 
 
-def test_without_a_budget_the_smallest_that_keeps_the_promise_is_planned_for(
+def test_plan_without_budget_uses_smallest_that_meets_target(
     profiled: Path,
 ) -> None:
     file = profiled / "plan.json"
@@ -112,7 +112,7 @@ def test_without_a_budget_the_smallest_that_keeps_the_promise_is_planned_for(
         assert "no plan for" in str(refused.exception)
 
 
-def test_a_text_too_short_to_profile_on_is_refused(tmp_path: Path) -> None:
+def test_too_short_text_raises(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("too short")
     done = run("profile", "reference", "--text", str(text))
@@ -120,7 +120,7 @@ def test_a_text_too_short_to_profile_on_is_refused(tmp_path: Path) -> None:
     assert "too few to calibrate on" in str(done.exception)
 
 
-def test_bench_serves_as_a_plan_says(profiled: Path) -> None:
+def test_bench_uses_plan(profiled: Path) -> None:
     file = profiled / "plan.json"
     run("plan", str(folder()), "--memory", "4GiB", "--context", "64", "--save", str(file))
     done = run(
@@ -141,13 +141,13 @@ def test_bench_serves_as_a_plan_says(profiled: Path) -> None:
         (ServingOptions(plan=Path("nowhere.json")), "there is no plan"),
     ],
 )
-def test_options_that_contradict_are_refused(options: ServingOptions, says: str) -> None:
+def test_contradictory_options_raise(options: ServingOptions, says: str) -> None:
     assert options.has_plan and not ServingOptions().has_plan
     with pytest.raises(ConfigError, match=says):
         plan_for(str(folder()), options)
 
 
-def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
+def test_planned_options_match_command(profiled: Path) -> None:
     order = PlanProcess(
         model=str(folder()), memory="4GiB", context=64, device="cpu", process=1 << 30,
         target=Target(min_speed=0.1), concurrency=16, dtype="bfloat16",
@@ -169,7 +169,7 @@ def test_an_order_is_the_commands_own_options(profiled: Path) -> None:
     )
 
 
-def test_an_order_that_fails_raises_the_same_error(tmp_path: Path) -> None:
+def test_planning_error_is_passed_on(tmp_path: Path) -> None:
     order = PlanProcess(
         model=str(tmp_path / "nowhere"), memory="4GiB", context=64, device="cpu", process=1 << 30,
         target=Target(),
@@ -180,7 +180,7 @@ def test_an_order_that_fails_raises_the_same_error(tmp_path: Path) -> None:
         replace(order, context="x").run()  # pyright: ignore[reportArgumentType]
 
 
-def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) -> None:
+def test_plan_for_fewer_requests_raises(profiled: Path) -> None:
     file = profiled / "plan.json"
     run("plan", str(folder()), "--memory", "4GiB", "--context", "64", "--save", str(file))
     plan = read_plan(file)
@@ -197,7 +197,7 @@ def test_a_plan_for_fewer_requests_than_a_server_runs_says_so(profiled: Path) ->
 
 
 @pytest.mark.slow
-def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None:
+def test_server_plan_fits_minimum_budget(profiled: Path) -> None:
     settings = {"sequences": 16, "prompt_logits": PROMPT_LOGITS_BYTES}
     options = ServingOptions(memory="1MiB", context=64, min_speed=0.001)
     with pytest.raises(BudgetTooSmallError, match="give at least") as refused:
@@ -215,7 +215,7 @@ def test_what_a_server_plans_at_the_least_budget_fits_it(profiled: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -> None:
+def test_new_plan_meets_target_or_raises(profiled: Path) -> None:
     options = ServingOptions(memory="4GiB", context=64)
     plan = plan_for(str(folder()), replace(options, max_loss="3%"))
     assert plan.predicted.loss <= 0.03
@@ -224,24 +224,24 @@ def test_a_plan_made_now_keeps_its_promise_or_says_what_can_be(profiled: Path) -
 
 
 @pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.03", 0.03), ("0", 0.0)])
-def test_losses_are_shares(text: str, share: float) -> None:
+def test_loss_is_parsed_as_fraction(text: str, share: float) -> None:
     assert target_of(text, None).max_loss == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1%", "nan", "inf"])
-def test_what_is_no_loss_is_refused(text: str) -> None:
+def test_invalid_loss_raises(text: str) -> None:
     with pytest.raises(ConfigError, match="max-loss"):
         target_of(text, None)
 
 
-def test_only_what_a_plan_decides_is_refused_beside_it() -> None:
+def test_options_decided_by_plan_raise() -> None:
     forbid_with_plan(mode=None, rest=None)
     with pytest.raises(ConfigError, match="--mode, --rest"):
         forbid_with_plan(mode="exact", rest="int8", prefill=None)
 
 
 @pytest.mark.slow
-def test_a_planned_server_plans_again_when_its_budget_is_changed(profiled: Path) -> None:
+def test_server_replans_after_budget_change(profiled: Path) -> None:
     serve = ("serve", str(folder()), "--memory", "4GiB", "--max-loss", "4%", "--context", "64")
     process = subprocess.Popen(
         [sys.executable, "-m", "moefit", *serve, "--port", "0", "--max-concurrency", "4"],

@@ -1,4 +1,4 @@
-"""What `moefit plan` shows; the whole command is in test_planning_cli.py."""
+"""What `moefit plan` shows; the whole command is in test_plan_command.py."""
 
 import json
 from functools import cache
@@ -20,7 +20,7 @@ def planner() -> Planner:
     return Planner(skeleton, profile(), context=64)
 
 
-def test_programs_get_plain_values() -> None:
+def test_json_has_plain_values() -> None:
     one = planner()
     plan, front = one.plan(one.slot_budgets.all_resident_bytes)
     shown = json.loads(
@@ -39,7 +39,7 @@ def test_programs_get_plain_values() -> None:
 
 
 @pytest.mark.parametrize("smallest", [False, True])
-def test_people_are_told_of_the_plan_and_how_sure_it_is(capsys, smallest: bool) -> None:
+def test_tables_show_plan_and_errors(capsys, smallest: bool) -> None:
     one = planner()
     plan, _ = one.plan(one.slot_budgets.all_resident_bytes)
     print_plan(one, plan, {}, "a-model", smallest=smallest)
@@ -48,7 +48,7 @@ def test_people_are_told_of_the_plan_and_how_sure_it_is(capsys, smallest: bool) 
     assert ("that is the smallest budget that keeps it" in told) == smallest
 
 
-def test_without_a_plan_there_is_still_what_budgets_cost(capsys) -> None:
+def test_tables_without_plan_show_budgets(capsys) -> None:
     print_plan(planner(), None, {}, "a-model", smallest=True)
     told = "".join(capsys.readouterr())
     assert "a-model in" not in told and "smallest budget for a loss of 1%" in told

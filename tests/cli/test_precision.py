@@ -52,11 +52,11 @@ LADDER = (
         (14, LADDER[2]),  # runs nowhere: the error names what it takes at least
     ],
 )
-def test_the_best_that_fits(memory: int, chosen: Candidate) -> None:
+def test_best_fitting_precision(memory: int, chosen: Candidate) -> None:
     assert choose_precision(memory, LADDER) == chosen
 
 
-def test_the_checkpoints_own_format_is_fetched_where_nothing_else_runs() -> None:
+def test_native_precision_is_fetched_as_last_resort() -> None:
     ladder = (candidate("native", 100, 20), candidate("auto", 90, 30))
     assert choose_precision(25, ladder) == ladder[0]
 
@@ -71,9 +71,7 @@ CANDIDATES = st.lists(
 
 
 @given(st.integers(0, 120), CANDIDATES)
-def test_what_can_run_runs_and_nothing_is_fetched_without_need(
-    memory: int, candidates: list[Candidate]
-) -> None:
+def test_resident_precisions_are_preferred(memory: int, candidates: list[Candidate]) -> None:
     chosen = choose_precision(memory, iter(candidates))
     if any(one.resident_bytes <= memory for one in candidates):
         assert chosen.resident_bytes <= memory
@@ -84,9 +82,7 @@ def test_what_can_run_runs_and_nothing_is_fetched_without_need(
 
 
 @given(st.integers(0, 120), st.integers(0, 120), CANDIDATES)
-def test_more_memory_never_turns_residents_into_fetched_experts(
-    one: int, other: int, candidates: list[Candidate]
-) -> None:
+def test_more_memory_never_adds_fetching(one: int, other: int, candidates: list[Candidate]) -> None:
     less, more = sorted((one, other))
     if choose_precision(less, candidates).resident_bytes <= less:
         assert choose_precision(more, candidates).resident_bytes <= more
@@ -95,7 +91,7 @@ def test_more_memory_never_turns_residents_into_fetched_experts(
 @pytest.mark.parametrize(
     ("bits", "says"), [(8.5, "-0.0% to +0.1%"), (6, "at 5.3 bits"), (2.5, "below 3 bits")]
 )
-def test_costs_are_those_that_were_measured(bits: float, says: str) -> None:
+def test_known_costs_are_measured(bits: float, says: str) -> None:
     assert says in known_cost(bits) and "not measured" in known_cost(bits)
 
 
@@ -123,7 +119,7 @@ def described(model: str, *more: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_all_commands_choose_alike_and_explicit_options_win(model: str, capfd) -> None:
+def test_all_commands_choose_the_same_precision(model: str, capfd) -> None:
     assert resolved(model, "9GiB").precision == "native"
     said = capfd.readouterr().err
     assert "the checkpoint's own: all" in said and "no loss" in said
@@ -148,7 +144,7 @@ def between(model: str) -> str:
     )
 
 
-def test_generate_serves_what_was_chosen(model: str) -> None:
+def test_generate_uses_chosen_precision(model: str) -> None:
     asked = ["generate", model, "some", "--max-new-tokens", "2", "--context", "32"]
     own = CliRunner().invoke(app, [*asked, "--mode", "exact"])
     chosen = CliRunner().invoke(app, [*asked, "--memory", between(model)])
@@ -158,7 +154,7 @@ def test_generate_serves_what_was_chosen(model: str) -> None:
     assert "precision:" not in exact.stderr and exact.stdout == own.stdout
 
 
-def test_dense_weights_are_encoded_only_if_they_fit_before(model: str) -> None:
+def test_dense_weights_are_encoded_only_if_native_fits(model: str) -> None:
     skeleton = build_skeleton(Path(model))
     base = LoadSettings(context=32)
     native, auto, *encoded = _candidates(skeleton, base, ("native", "int8", "int4"))
@@ -167,7 +163,7 @@ def test_dense_weights_are_encoded_only_if_they_fit_before(model: str) -> None:
     assert all(one.min_bytes <= one.resident_bytes for one in (native, auto, *encoded))
 
 
-def test_what_fits_nowhere_is_refused_with_the_least_that_does(model: str) -> None:
+def test_too_small_budget_names_minimum(model: str) -> None:
     done = CliRunner().invoke(app, ["describe", model, "--memory", "5MiB"])
     assert isinstance(done.exception, BudgetTooSmallError)
 
@@ -182,12 +178,12 @@ def test_what_fits_nowhere_is_refused_with_the_least_that_does(model: str) -> No
         (ServingOptions(exact=True, max_loss="3%"), "--max-loss or --min-speed changes"),
     ],
 )
-def test_exact_with_what_is_not(options, says: str) -> None:
+def test_exact_with_other_options_raises(options, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_precision("nowhere", options)
 
 
-def test_the_old_name_of_dense_precision_works_and_warns_once(model: str, tmp_path: Path) -> None:
+def test_old_rest_option_warns_once(model: str, tmp_path: Path) -> None:
     old = CliRunner().invoke(app, ["describe", model, "--rest", "int8", "--json"])
     new = CliRunner().invoke(app, ["describe", model, "--dense-precision", "int8", "--json"])
     assert json.loads(old.stdout)["rest"] == json.loads(new.stdout)["rest"] == "int8"

@@ -33,7 +33,7 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_without_anything_the_reference_model_on_loopback(given) -> None:
+def test_serve_defaults(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
     ((model, options, engine, settings, following),) = given
     assert following == "auto"
@@ -43,7 +43,7 @@ def test_without_anything_the_reference_model_on_loopback(given) -> None:
     assert (settings.api_key, settings.origins) == (None, ())
 
 
-def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Path) -> None:
+def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
         "model: from-file\nport: 1\nmemory: 1GiB\nmax-concurrency: 3\nmode: virtual\n"
@@ -64,7 +64,7 @@ def test_a_flag_comes_before_a_variable_that_before_the_file(given, tmp_path: Pa
     assert given[1][0] == "other" and given[1][3].port == 1
 
 
-def test_every_option_has_a_variable(given) -> None:
+def test_every_option_has_environment_variable(given) -> None:
     environment = {
         "MOEFIT_MEMORY": "3GiB", "MOEFIT_HOST_MEMORY": "1GiB", "MOEFIT_MODE": "bounded",
         "MOEFIT_PREFILL": "bounded", "MOEFIT_BOUND": "0.2", "MOEFIT_PRECISION": "int4",
@@ -86,13 +86,13 @@ def test_every_option_has_a_variable(given) -> None:
 
 
 @pytest.mark.parametrize("key", ["a b", "schlüssel", "a\n"])
-def test_a_key_that_clients_would_send_in_different_ways(given, key: str) -> None:
+def test_api_key_with_unsafe_characters_raises(given, key: str) -> None:
     done = RUNNER.invoke(app, ["serve", "--api-key", key])
     assert done.exit_code != 0 and given == []
     assert "openssl rand" in str(done.exception) and key not in str(done.exception)
 
 
-def test_an_empty_key_is_not_taken_for_none(given, tmp_path: Path) -> None:
+def test_empty_api_key_raises(given, tmp_path: Path) -> None:
     """As of a shell's variable that is not set: the server would be open to everybody."""
     file = tmp_path / "serve.yaml"
     file.write_text("api_key: ''\n")
@@ -104,7 +104,7 @@ def test_an_empty_key_is_not_taken_for_none(given, tmp_path: Path) -> None:
     assert given[0][3].api_key is None
 
 
-def test_one_value_is_a_list_of_one(given, tmp_path: Path) -> None:
+def test_single_value_is_list(given, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")
     done = RUNNER.invoke(app, ["serve", "--config", str(file)])
@@ -128,7 +128,7 @@ def test_one_value_is_a_list_of_one(given, tmp_path: Path) -> None:
         ("drain_seconds: soon", "'--drain-seconds'"),
     ],
 )
-def test_a_value_that_is_wrong_says_so(given, tmp_path: Path, text: str, says: str) -> None:
+def test_invalid_value_raises(given, tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     done = RUNNER.invoke(app, ["serve", "--config", str(file)], env={"COLUMNS": "300"})
@@ -145,7 +145,7 @@ def test_a_value_that_is_wrong_says_so(given, tmp_path: Path, text: str, says: s
         ("max-concurency: 3", "'max_concurrency'"),
     ],
 )
-def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, says: str) -> None:
+def test_invalid_config_file_raises(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
@@ -154,13 +154,13 @@ def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, says: str) -> 
         read_options(tmp_path / "none.yaml", ["port"])
 
 
-def test_an_empty_file_has_no_options(tmp_path: Path) -> None:
+def test_empty_config_file_has_no_options(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("# nothing yet\n")
     assert read_options(file, ["port"]) == {}
 
 
-def test_a_folder_is_not_told_to_clients(tmp_path: Path) -> None:
+def test_clients_do_not_see_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert serve.public_name(str(tmp_path / "mine")) == "mine"
     assert serve.public_name("reference") == "reference"
@@ -185,7 +185,7 @@ def url_of_fake(served: ServedModel, **settings: Any) -> Iterator[str]:
             running.stop()
 
 
-def test_the_budget_from_a_shell(served) -> None:
+def test_budget_command(served) -> None:
     with url_of_fake(served, api_key="k") as url:
         key = ["--url", url, "--api-key", "k"]
         got = RUNNER.invoke(app, ["budget", "get", *key, "--json"])
@@ -202,7 +202,7 @@ def test_the_budget_from_a_shell(served) -> None:
         assert "send the server's API key" in str(stranger.exception)
 
 
-def test_a_chat_with_a_server_that_continues_text(served, monkeypatch) -> None:
+def test_chat_with_base_model_server(served, monkeypatch) -> None:
     with url_of_fake(served) as url:
         arguments = ["chat", "--url", url, "--max-tokens", "4", "--seed", "2"]
         done = RUNNER.invoke(app, arguments, input="import\n/what\n/quit\nnever\n")
@@ -233,7 +233,7 @@ class Parrot:
         yield "\x1b[31mred"
 
 
-def test_a_conversation_goes_on(monkeypatch, capsys) -> None:
+def test_chat_keeps_conversation(monkeypatch, capsys) -> None:
     parrot, lines = Parrot(), iter(["one", "stop", "fail", "two", "/new", "three"])
 
     def read(_: str) -> str:
@@ -258,7 +258,7 @@ def test_a_conversation_goes_on(monkeypatch, capsys) -> None:
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_a_chat_in_this_process() -> None:
+def test_local_chat() -> None:
     arguments = ["chat", "reference", "--max-tokens", "4", "--temperature", "0"]
     done = RUNNER.invoke(app, arguments, input="import os\n")
     assert done.exit_code == 0, done.output
@@ -270,7 +270,7 @@ def test_a_chat_in_this_process() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_serves_drains_and_ends(tmp_path: Path) -> None:
+def test_server_process_drains_and_exits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moefit", "serve", "--port", "0", "--memory", "4GiB"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MOEFIT_MAX_WAITING": "7"}
@@ -297,7 +297,7 @@ def test_a_process_serves_drains_and_ends(tmp_path: Path) -> None:
         process.stderr.close()
 
 
-def test_what_cannot_be_served_ends_without_traceback() -> None:
+def test_unservable_model_exits_without_traceback() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = str(taken.getsockname()[1])
@@ -309,7 +309,7 @@ def test_what_cannot_be_served_ends_without_traceback() -> None:
         assert done.exception is not None
 
 
-def test_logits_of_all_requests_are_in_the_budget(monkeypatch) -> None:
+def test_budget_includes_logits_of_all_requests(monkeypatch) -> None:
     loaded: list[dict[str, Any]] = []
 
     def load(*_: Any, **settings: Any) -> None:
@@ -323,6 +323,6 @@ def test_logits_of_all_requests_are_in_the_budget(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["inf", "-1"])
-def test_a_drain_that_would_never_end(seconds: str) -> None:
+def test_drain_timeout_ends_server(seconds: str) -> None:
     done = RUNNER.invoke(app, ["serve", "--drain-seconds", seconds])
     assert done.exit_code == 2 and "--drain-seconds" in done.stderr

@@ -7,7 +7,7 @@ from moefit.engine.engine import CommandQueue
 from moefit.errors import RefusedError
 
 
-def test_each_is_done_in_its_turn_and_whoever_asked_hears_of_it() -> None:
+def test_commands_run_in_order_and_return() -> None:
     commands, done = CommandQueue(), []
     first = commands.submit(lambda: done.append(1) or "one")
     second = commands.submit(lambda: done.append(2) or "two")
@@ -17,14 +17,14 @@ def test_each_is_done_in_its_turn_and_whoever_asked_hears_of_it() -> None:
     assert not commands
 
 
-def test_one_that_fails_stops_no_other() -> None:
+def test_failed_command_does_not_stop_others() -> None:
     commands = CommandQueue()
     bad, good = commands.submit(lambda: [][1]), commands.submit(lambda: 3)
     commands.run_all()
     assert isinstance(bad.exception(0), IndexError) and good.result(0) == 3
 
 
-def test_what_is_asked_for_meanwhile_is_done_too() -> None:
+def test_commands_submitted_meanwhile_run() -> None:
     commands = CommandQueue()
     later: list[Future[Any]] = []
     commands.submit(lambda: later.append(commands.submit(lambda: "later")))
@@ -32,7 +32,7 @@ def test_what_is_asked_for_meanwhile_is_done_too() -> None:
     assert later[0].result(0) == "later"
 
 
-def test_refused_are_not_done() -> None:
+def test_failed_commands_do_not_run() -> None:
     commands, done = CommandQueue(), []
     asked = [commands.submit(lambda: done.append(1)) for _ in range(2)]
     commands.fail_all(RefusedError("closed"))

@@ -61,7 +61,7 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 @given(st.lists(st.integers(0, 4095), max_size=60))
-def test_any_tokens_give_what_decoding_all_gives(tokens: list[int]) -> None:
+def test_incremental_text_equals_full_decoding(tokens: list[int]) -> None:
     tokenizer = reference()
     text = "".join(streamed(IncrementalDetokenizer(tokenizer), tokens))
     plain = whole(tokenizer, tokens)
@@ -71,7 +71,7 @@ def test_any_tokens_give_what_decoding_all_gives(tokens: list[int]) -> None:
 
 
 @given(st.text(max_size=40), st.data())
-def test_text_comes_back_whole_and_never_broken(text: str, data: st.DataObject) -> None:
+def test_text_is_complete_and_valid(text: str, data: st.DataObject) -> None:
     text = data.draw(st.just(text.replace("\ufffd", "")))
     tokenizer = data.draw(st.sampled_from([reference(), byte_fallback()]))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,7 +86,7 @@ def test_text_comes_back_whole_and_never_broken(text: str, data: st.DataObject) 
     st.lists(st.text(alphabet=["a", "b", " ", "\n", SMILEY], min_size=1, max_size=4), max_size=3),
     st.sampled_from([reference, byte_fallback]),
 )
-def test_the_stop_text_that_is_complete_first_ends_the_answer(pieces, stops, make) -> None:
+def test_first_complete_stop_text_ends_output(pieces, stops, make) -> None:
     tokenizer = make()
     tokens = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
     stream = IncrementalDetokenizer(tokenizer, stops)
@@ -97,12 +97,12 @@ def test_the_stop_text_that_is_complete_first_ends_the_answer(pieces, stops, mak
 
 
 @given(st.lists(st.integers(0, 264), max_size=60))
-def test_bytes_that_are_no_text_break_nothing(tokens: list[int]) -> None:
+def test_invalid_utf8_is_replaced(tokens: list[int]) -> None:
     parts = streamed(IncrementalDetokenizer(byte_fallback(), ["ab"]), tokens)
     "".join(parts).encode()
 
 
-def test_nothing_of_a_character_comes_before_all_of_it() -> None:
+def test_partial_characters_are_held_back() -> None:
     tokenizer = reference()
     tokens = tokenizer(SMILEY)["input_ids"]
     assert len(tokens) > 1, "else this shows nothing"
@@ -110,13 +110,13 @@ def test_nothing_of_a_character_comes_before_all_of_it() -> None:
     assert parts == [*[""] * (len(tokens) - 1), SMILEY, ""]
 
 
-def test_a_character_that_never_ends_is_not_given() -> None:
+def test_unfinished_character_is_not_returned() -> None:
     tokenizer = reference()
     tokens = tokenizer("ok" + SMILEY)["input_ids"][:-1]
     assert "".join(streamed(IncrementalDetokenizer(tokenizer), tokens)) == "ok"
 
 
-def test_special_tokens_have_no_text() -> None:
+def test_special_tokens_are_skipped() -> None:
     tokenizer = reference()
     assert tokenizer.eos_token in special_texts(tokenizer).values()
     tokens = tokenizer("one")["input_ids"]
@@ -158,7 +158,7 @@ def test_stop_texts_of_special_tokens(text: str, stops: list[str], expected: str
     assert stream.stopped == (expected != text.replace("<|im_end|>", ""))
 
 
-def test_text_before_a_stop_text_of_special_tokens_is_exact() -> None:
+def test_text_before_special_stop_text_is_exact() -> None:
     tokenizer = turns()
     broken = tokenizer(SMILEY)["input_ids"][:-1]
     end = tokenizer("<|im_end|>")["input_ids"]
@@ -167,7 +167,7 @@ def test_text_before_a_stop_text_of_special_tokens_is_exact() -> None:
     assert stream.stopped
 
 
-def test_a_token_that_ends_the_answer_may_complete_a_stop_text() -> None:
+def test_eos_token_may_complete_stop_text() -> None:
     tokenizer = turns()
     stream = IncrementalDetokenizer(tokenizer, ["two<|im_end|>"])
     text = "".join(map(stream.push, tokenizer("one two")["input_ids"]))
@@ -176,7 +176,7 @@ def test_a_token_that_ends_the_answer_may_complete_a_stop_text() -> None:
     assert stream.stopped
 
 
-def test_text_that_might_be_a_stop_text_waits() -> None:
+def test_possible_stop_text_is_held_back() -> None:
     tokenizer = reference()
     first, second = tokenizer("x")["input_ids"], tokenizer("<EN")["input_ids"]
     stream = IncrementalDetokenizer(tokenizer, ["<END>"])
@@ -186,21 +186,21 @@ def test_text_that_might_be_a_stop_text_waits() -> None:
     assert "".join(map(stream.push, tokenizer("x")["input_ids"])) == "<ENx"
 
 
-def test_what_waited_is_given_at_the_end() -> None:
+def test_held_back_text_is_returned_at_end() -> None:
     tokenizer = reference()
     stream = IncrementalDetokenizer(tokenizer, ["<END>"])
     assert "".join(streamed(stream, tokenizer("x<EN")["input_ids"])) == "x<EN"
     assert not stream.stopped
 
 
-def test_after_a_stop_text_nothing_comes() -> None:
+def test_nothing_follows_stop_text() -> None:
     tokenizer = reference()
     stream = IncrementalDetokenizer(tokenizer, ["\n"])
     text = "".join(streamed(stream, tokenizer("one\ntwo")["input_ids"]))
     assert (text, stream.stopped, stream.push(tokenizer("x")["input_ids"][0])) == ("one", True, "")
 
 
-def test_a_first_word_has_its_space_when_it_goes_on_from_something() -> None:
+def test_first_word_keeps_space_after_prompt() -> None:
     tokenizer = byte_fallback()
     vocabulary = tokenizer.get_vocab()
     prompt, answer = [vocabulary["▁a"]], [vocabulary["▁b"]]
@@ -209,7 +209,7 @@ def test_a_first_word_has_its_space_when_it_goes_on_from_something() -> None:
 
 
 @pytest.mark.parametrize("make", [reference, byte_fallback])
-def test_a_long_answer_is_decoded_in_short_windows(make) -> None:
+def test_long_output_is_decoded_in_windows(make) -> None:
     tokenizer, longest = make(), 0
 
     class Watched:

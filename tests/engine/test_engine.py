@@ -40,7 +40,7 @@ def engine(olmoe):
 PROMPT = prompts([7])[0]
 
 
-def test_events_come_in_order(engine):
+def test_events_are_ordered(engine):
     heard = ask(engine, PROMPT, greedy(3)).wait()
     assert [type(event) for event in heard.events] == [
         PromptEvent,
@@ -53,13 +53,13 @@ def test_events_come_in_order(engine):
     assert (heard.end.prompt_tokens, heard.end.completion_tokens) == (7, 3)
 
 
-def test_an_answer_of_no_tokens(engine):
+def test_zero_tokens(engine):
     heard = ask(engine, PROMPT, greedy(0)).wait()
     assert [type(event) for event in heard.events] == [PromptEvent, FinishedEvent]
     assert heard.end.reason == "length"
 
 
-def test_a_token_that_ends_the_answer(engine):
+def test_eos_token_ends_output(engine):
     usual = ask(engine, PROMPT, greedy(8)).wait().tokens
     heard = ask(engine, PROMPT, greedy(8, stop_ids=frozenset({usual[4]}))).wait()
     assert heard.end.reason == "stop"
@@ -67,7 +67,7 @@ def test_a_token_that_ends_the_answer(engine):
     assert heard.end.completion_tokens == len(heard.tokens)
 
 
-def test_the_end_of_the_text_of_several_kinds(olmoe):
+def test_several_eos_tokens(olmoe):
     with load_model(olmoe, LoadSettings(context=64)) as served:
         usual = generated(served, PROMPT)
         served.model.generation_config.eos_token_id = [usual[3], usual[5]]
@@ -79,7 +79,7 @@ def test_the_end_of_the_text_of_several_kinds(olmoe):
             assert (ignoring.end.reason, ignoring.tokens) == ("length", usual)
 
 
-def test_logprobs_of_prompt_and_answer(engine):
+def test_logprobs_of_prompt_and_output(engine):
     crowd = [ask(engine, prompt, SamplingParams(max_tokens=9)) for prompt in prompts()[:2]]
     sampling = greedy(4, logprobs=2, prompt_logprobs=3)
     prompt = prompts([17])[0]
@@ -104,7 +104,7 @@ def test_logprobs_of_prompt_and_answer(engine):
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_a_seed_gives_the_same_answer_in_any_company(engine):
+def test_seeded_output_does_not_depend_on_batch(engine):
     sampling = SamplingParams(max_tokens=12, temperature=1.5, seed=11)
     alone = ask(engine, PROMPT, sampling).wait().tokens
     crowd = [ask(engine, prompt, SamplingParams(max_tokens=9)) for prompt in prompts()[:2]]
@@ -124,12 +124,12 @@ def test_a_seed_gives_the_same_answer_in_any_company(engine):
         ([1], SamplingParams(max_tokens=1, top_p=2.0), "top_p"),
     ],
 )
-def test_requests_that_cannot_be(engine, prompt, sampling, message):
+def test_invalid_requests_raise(engine, prompt, sampling, message):
     with pytest.raises(ConfigError, match=message):
         engine.submit(prompt, sampling, Heard())
 
 
-def test_a_request_that_can_never_be_held(engine):
+def test_too_large_request_raises(engine):
     with pytest.raises(RequestTooLargeError, match=r"7 tokens .*122 are 129.*128; .*=121 or less"):
         engine.submit(PROMPT, greedy(122), Heard())
     assert ask(engine, PROMPT, greedy(121)).wait().end.completion_tokens == 121
@@ -137,7 +137,7 @@ def test_a_request_that_can_never_be_held(engine):
         engine.submit([1] * 200, greedy(1), Heard())
 
 
-def test_a_full_queue_and_what_waits_in_it(engine):
+def test_full_queue_raises(engine):
     with paused(engine) as go:
         running = [ask(engine, PROMPT, greedy(40)) for _ in range(3)]  # 47 of 128 tokens each
         waiting = [ask(engine, PROMPT, greedy(2))]
@@ -149,7 +149,7 @@ def test_a_full_queue_and_what_waits_in_it(engine):
     assert engine.stats().kv_tokens_used == 0
 
 
-def test_cancelled_while_reading_decoding_or_waiting(engine):
+def test_cancellation_in_every_phase(engine):
     usual = ask(engine, PROMPT, greedy(6)).wait().tokens
     names: dict[str, str] = {}
 
@@ -174,7 +174,7 @@ def test_cancelled_while_reading_decoding_or_waiting(engine):
     assert engine.stats().running == 0
 
 
-def test_a_listener_that_fails_harms_nobody(engine):
+def test_failing_listener_does_not_affect_others(engine):
     def fail(_event):
         raise RuntimeError("a client's fault")
 
@@ -200,7 +200,7 @@ def test_statistics(engine):
     assert (after.kv_tokens, after.runner) == (128, "packed")
 
 
-def test_budget_and_mode_change_while_requests_run(olmoe):
+def test_budget_and_mode_changes_during_requests(olmoe):
     with engine_of(olmoe, prefill_chunk=6, max_concurrency=3) as engine:
         served = engine.served
         expected = [generated(served, prompt, 20) for prompt in prompts([3, 9, 14])]
@@ -220,7 +220,7 @@ def test_budget_and_mode_change_while_requests_run(olmoe):
             assert one.tokens == expected[number % 3]
 
 
-def test_a_change_from_within_the_engines_thread(engine):
+def test_command_from_engine_thread(engine):
     modes = []
     heard = Heard(lambda event: modes.append(engine.set_mode("exact").mode))
     engine.submit(PROMPT, greedy(1), heard)
@@ -228,7 +228,7 @@ def test_a_change_from_within_the_engines_thread(engine):
     assert modes == ["exact"] * 3
 
 
-def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
+def test_failed_step_ends_only_its_requests(olmoe):
     with reading_through(Disk()) as disk, engine_of(olmoe, slots=1) as engine:
         usual = ask(engine, PROMPT, greedy(6)).wait().tokens
         with paused(engine) as go:
@@ -243,7 +243,7 @@ def test_a_step_that_fails_takes_only_its_own_requests(olmoe):
         assert ask(engine, PROMPT, greedy(6)).wait().tokens == usual
 
 
-def test_steps_that_fail_one_after_the_other_are_known(olmoe, monkeypatch):
+def test_repeated_failed_steps_are_reported(olmoe, monkeypatch):
     with reading_through(Disk()) as disk, engine_of(olmoe, slots=1) as engine:
         disk.failures = 1000
         for number in range(FAILED_STEPS):
@@ -259,7 +259,7 @@ def test_steps_that_fail_one_after_the_other_are_known(olmoe, monkeypatch):
         assert not engine.steps_fail
 
 
-def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypatch):
+def test_nan_logits_fail_only_their_request(olmoe, monkeypatch):
     with engine_of(olmoe, slots=None) as engine:
         usual = [ask(engine, prompt, greedy(6)).wait().tokens for prompt in prompts([5, 8])]
         step = engine._runner.step
@@ -283,7 +283,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(olmoe, monkeypa
         assert ask(engine, prompts([5])[0], greedy(6)).wait().tokens == usual[0]
 
 
-def test_how_long_a_request_waited_for_its_place(olmoe):
+def test_queue_time_is_measured(olmoe):
     with engine_of(olmoe, max_concurrency=1) as engine, paused(engine) as go:
         one = ask(engine, PROMPT, greedy(3))
         sleep(0.05)
@@ -292,7 +292,7 @@ def test_how_long_a_request_waited_for_its_place(olmoe):
         assert ask(engine, PROMPT, greedy(3)).wait().prompt.waited < one.prompt.waited
 
 
-def test_what_is_done_between_steps_is_done_once_none_is_under_way(olmoe):
+def test_commands_run_between_steps(olmoe):
     with engine_of(olmoe) as engine:
         with paused(engine) as go:
             done: list[int] = []
@@ -320,7 +320,7 @@ class Illiterate:
         return "".join(f"{token} " for token in tokens)
 
 
-def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
+def test_undecodable_token_fails_only_its_request(olmoe):
     with engine_of(olmoe, slots=None) as engine:
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
@@ -336,7 +336,7 @@ def test_a_token_that_cannot_be_read_fails_its_own_request_alone(olmoe):
         assert ask(engine, prompts([8])[0], greedy(8)).wait().tokens == usual[1]
 
 
-def test_a_request_that_cannot_be_opened_does_not_stop_the_engine(olmoe):
+def test_request_that_fails_to_start_does_not_stop_engine(olmoe):
     with engine_of(olmoe, slots=None) as engine:
         opened, engine._runner.open = engine._runner.open, _no_memory
         for one in [ask(engine, PROMPT, greedy(3)) for _ in range(2)]:
@@ -350,7 +350,7 @@ def _no_memory(request: str, tokens: int) -> None:
     raise RuntimeError("no memory to move places together")
 
 
-def test_closing_cancels_what_is_left(olmoe):
+def test_closing_cancels_requests(olmoe):
     with load_model(olmoe, LoadSettings(context=64)) as served:
         engine = Engine(served, EngineSettings(max_concurrency=1))
         early = ask(engine, PROMPT, greedy(4))  # before it is started
@@ -368,7 +368,7 @@ def test_closing_cancels_what_is_left(olmoe):
         assert generated(served, PROMPT, 4) == early.tokens
 
 
-def test_draining_waits_for_those_that_are_there(olmoe):
+def test_draining_finishes_requests(olmoe):
     with engine_of(olmoe, slots=None) as engine:
         with paused(engine) as go:
             heard = ask(engine, PROMPT, greedy(3))
@@ -380,7 +380,7 @@ def test_draining_waits_for_those_that_are_there(olmoe):
         assert heard.end.reason == "length"
 
 
-def test_many_threads_at_once(olmoe):
+def test_requests_from_many_threads(olmoe):
     with engine_of(olmoe, max_concurrency=4, context=64) as engine:
         expected = {len(p): generated(engine.served, p, 5) for p in prompts([2, 5, 9])}
         heard: dict[int, list[Heard]] = {2: [], 5: [], 9: []}
@@ -407,12 +407,12 @@ def test_many_threads_at_once(olmoe):
         ({"max_model_len": 129}, "max_model_len=129, but .* hold 128 tokens"),
     ],
 )
-def test_settings_that_cannot_be(engine, settings, message):
+def test_invalid_settings_raise(engine, settings, message):
     with pytest.raises(ConfigError, match=message):
         Engine(engine.served, EngineSettings(**settings))
 
 
-def test_a_shorter_limit_for_one_request(olmoe):
+def test_request_limit_below_context(olmoe):
     with engine_of(olmoe, slots=None, max_model_len=20) as engine:
         assert engine.max_model_len == 20
         with pytest.raises(RequestTooLargeError, match="at most 20"):

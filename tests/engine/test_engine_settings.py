@@ -12,7 +12,7 @@ from moefit.errors import ConfigError
      {"max_model_len": True}, {"prefill_chunk": "8"}],
     ids=str,
 )  # fmt: skip
-def test_a_setting_that_cannot_be_is_named(setting: dict[str, Any]) -> None:
+def test_invalid_setting_raises(setting: dict[str, Any]) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(ConfigError, match=f"{name}={value!r}"):
         EngineSettings(**setting).check()

@@ -9,7 +9,7 @@ from moefit.engine.kv_pool import Extents, Move
 PLACES = 40
 
 
-def test_the_first_hole_that_is_large_enough() -> None:
+def test_first_fit_allocation() -> None:
     extents = Extents(20)
     for name in "abc":
         assert extents.allocate(name, 5) == ()
@@ -19,7 +19,7 @@ def test_the_first_hole_that_is_large_enough() -> None:
     assert (extents.start("small"), extents.start("large")) == (0, 15)
 
 
-def test_holes_are_closed_up_when_none_is_large_enough() -> None:
+def test_compaction_when_fragmented() -> None:
     extents = Extents(20)
     for name in "abcd":
         extents.allocate(name, 5)

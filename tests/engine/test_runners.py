@@ -50,7 +50,7 @@ SEPARATE = {"positions of the longest", "rule of the batch", "Switch"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_crowd_gets_what_each_would_get_alone(name, tmp_path):
+def test_batched_output_equals_single_output(name, tmp_path):
     folder = saved(MODELS[name](), tmp_path)
     with engine_of(folder, context=120, prefill_chunk=6, max_concurrency=4) as engine:
         assert engine.stats().runner == ("separate" if name in SEPARATE else "packed")
@@ -60,7 +60,7 @@ def test_a_crowd_gets_what_each_would_get_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_take_what_the_ledger_reserved(family, tmp_path):
+def test_kv_cache_matches_estimate(family, tmp_path):
     folder = saved(tiny(family), tmp_path)
     with load_model(folder, LoadSettings(context=50)) as served:
         runner = choose_runner(served, 50)
@@ -92,7 +92,7 @@ def held_bytes(value) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(20, 20), (38, 2), (2, 38)])
 @pytest.mark.parametrize("family", [switch, nllb])
-def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dtype, tmp_path):
+def test_encoder_outputs_match_estimate(family, lengths, dtype, tmp_path):
     prompt, answer = lengths
     folder = saved(family().to(dtype), tmp_path)
     settings = LoadSettings(context=40, memory="9GiB")  # without one, context is no limit
@@ -111,7 +111,7 @@ def test_what_an_encoder_made_is_in_what_the_ledger_reserved(family, lengths, dt
         assert held_tensors([runner._encoded, runner._caches]) == []
 
 
-def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
+def test_steps_keep_only_kv_cache(tmp_path):
     with engine_of(saved(tiny("DeepseekV3"), tmp_path)) as engine:
         runner = engine._runner
         assert isinstance(runner, VarlenRunner)
@@ -122,7 +122,7 @@ def test_steps_leave_nothing_behind_but_keys_and_values(tmp_path):
         assert runner._storages == before
 
 
-def test_trying_leaves_no_trace(tmp_path):
+def test_runner_probe_has_no_side_effects(tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
     with load_model(folder, LoadSettings()) as served:
         before = served.report()
@@ -135,21 +135,21 @@ def test_trying_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize("places", [2, 5, 20])
-def test_a_context_of_few_tokens(places, tmp_path):
+def test_short_context(places, tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
     with load_model(folder, LoadSettings(context=places)) as served:
         served.set_memory(served.budget.all_resident_bytes)  # with a budget, no step may hold more
         assert choose_runner(served, places).name == "packed"
 
 
-def test_the_budget_counts_all_requests_of_a_step(tmp_path):
+def test_budget_includes_all_requests_of_step(tmp_path):
     folder = saved(tiny("Olmoe"), tmp_path)
     with engine_of(folder, context=60, max_concurrency=4) as engine:
         heard = [ask(engine, prompts([4])[0], greedy(11)) for _ in range(8)]  # 4 fill the context
         assert {one.end.reason for one in heard} == {"length"}
 
 
-def test_an_encoder_has_no_logprobs_of_its_prompt(tmp_path):
+def test_encoder_prompt_has_no_logprobs(tmp_path):
     with engine_of(saved(switch(), tmp_path)) as engine:
         with pytest.raises(ConfigError, match="encoder-decoder model"):
             ask(engine, [5, 6], greedy(2, prompt_logprobs=0))
@@ -157,7 +157,7 @@ def test_an_encoder_has_no_logprobs_of_its_prompt(tmp_path):
         assert heard.end.completion_tokens == 2
 
 
-def test_a_model_that_does_not_go_on_token_by_token(tmp_path):
+def test_non_autoregressive_model_raises(tmp_path):
     folder = saved(tiny_family("diffusion_gemma"), tmp_path)
     with (
         pytest.raises(UnsupportedModelError, match="not generate text token by token"),
@@ -185,7 +185,7 @@ def ids(engine, text="Once upon a time there was"):
     return engine.served.tokenizer(text)["input_ids"]
 
 
-def test_text_is_that_of_the_tokens(engine):
+def test_text_matches_tokens(engine):
     heard = ask(engine, ids(engine), greedy(16)).wait()
     assert engine.stats().runner == "packed"
     assert heard.tokens == generated(engine.served, ids(engine), 16)
@@ -193,7 +193,7 @@ def test_text_is_that_of_the_tokens(engine):
     assert whole == "Once upon a time there was" + heard.text
 
 
-def test_a_stop_text(engine):
+def test_stop_text(engine):
     text = ask(engine, ids(engine), greedy(16)).wait().text
     stop = text[10:14]
     heard = ask(engine, ids(engine), greedy(16, stop=(stop,))).wait()
@@ -202,7 +202,7 @@ def test_a_stop_text(engine):
     assert stop not in heard.text
 
 
-def test_a_seed_in_a_crowd(engine):
+def test_seed_in_batch(engine):
     """In float32: in bfloat16, batching may change rounding and thereby a token."""
     sampling = SamplingParams(max_tokens=12, seed=4, top_p=0.9)
     alone = ask(engine, ids(engine), sampling).wait().tokens
@@ -220,7 +220,7 @@ def test_a_seed_in_a_crowd(engine):
 @pytest.mark.parametrize(
     ("dtype", "most", "mean"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.5, 0.1)]
 )
-def test_log_probabilities_in_a_crowd_differ_by_rounding_alone(dtype, most, mean):
+def test_logprobs_in_batch_differ_by_rounding(dtype, most, mean):
     """Bounds are in nats; neighbouring prompt positions differ by 2."""
     with load_by_name("reference", context=512, dtype=dtype) as served, running(served) as engine:
         prompt = ids(engine, STORY)

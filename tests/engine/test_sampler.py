@@ -27,7 +27,7 @@ def drawn(logits_V: torch.Tensor, number: int, **sampling) -> Counter[int]:
     return Counter(sampler.choose(logits_V)[0] for _ in range(number))
 
 
-def test_temperature_zero_is_the_likeliest() -> None:
+def test_temperature_zero_is_greedy() -> None:
     logits_NV = rows(37)
     samplers = [Sampler(SamplingParams(max_tokens=1, temperature=0.0)) for _ in logits_NV]
     chosen = sample(logits_NV, samplers)
@@ -35,7 +35,7 @@ def test_temperature_zero_is_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_no_numbers_choose_nothing_in_their_own_row(wrong) -> None:
+def test_nan_logits_affect_only_their_row(wrong) -> None:
     logits_NV = rows(20)
     expected = [int(row_V.argmax()) for row_V in logits_NV]
     logits_NV[17] = wrong
@@ -51,7 +51,7 @@ def test_logits_that_are_no_numbers_choose_nothing_in_their_own_row(wrong) -> No
         logprobs_of(logits_NV, [1] * 20, 0)
 
 
-def test_a_token_that_cannot_be_has_no_probability() -> None:
+def test_excluded_token_has_zero_probability() -> None:
     logits_NV = rows(1)
     logits_NV[0, 3] = -torch.inf
     (told,) = logprobs_of(logits_NV, [3], VOCABULARY)
@@ -60,7 +60,7 @@ def test_a_token_that_cannot_be_has_no_probability() -> None:
     assert chosen is not None and chosen[0] != 3
 
 
-def test_low_numbers_of_bfloat16_are_as_good() -> None:
+def test_lowest_bfloat16_is_excluded() -> None:
     logits_NV = rows(3).bfloat16()
     chosen = sample(logits_NV, [Sampler(SamplingParams(max_tokens=1, temperature=0.0))] * 3)
     assert chosen == [(token, None) for token in logits_NV.float().argmax(-1).tolist()]
@@ -68,7 +68,7 @@ def test_low_numbers_of_bfloat16_are_as_good() -> None:
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-100, 1e-3])
 @pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.5}])
-def test_however_cold_it_is_the_likeliest(temperature: float, more: dict) -> None:
+def test_low_temperature_is_greedy(temperature: float, more: dict) -> None:
     for seed in range(5):
         (logits_V,) = rows(1, seed)
         logits_V[seed] = -torch.inf
@@ -76,7 +76,7 @@ def test_however_cold_it_is_the_likeliest(temperature: float, more: dict) -> Non
         assert counts == {int(logits_V.argmax()): 20}
 
 
-def test_samples_follow_the_shares() -> None:
+def test_samples_follow_probabilities() -> None:
     (logits_V,) = rows(1)
     counts = drawn(logits_V, 4000, temperature=1.3)
     shares = (logits_V / 1.3).softmax(-1).tolist()
@@ -91,7 +91,7 @@ def test_samples_follow_the_shares() -> None:
     top_k=st.integers(0, VOCABULARY + 2),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
 )
-def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p) -> None:
+def test_top_k_and_top_p_match_transformers(seed, temperature, top_k, top_p) -> None:
     logits_1V = rows(1, seed)
     kept_1V = TemperatureLogitsWarper(temperature)(None, logits_1V)
     if top_k:
@@ -105,7 +105,7 @@ def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p
     assert likely <= found.keys() <= allowed
 
 
-def test_a_seed_repeats_whoever_else_is_there() -> None:
+def test_seed_is_independent_of_batch() -> None:
     logits_NV = rows(4)
     sampling = SamplingParams(max_tokens=9, seed=5)
     alone = [sample(logits_NV[:1], [one])[0] for one in [Sampler(sampling)] for _ in range(9)]
@@ -115,13 +115,13 @@ def test_a_seed_repeats_whoever_else_is_there() -> None:
     assert len(set(alone)) > 1
 
 
-def test_without_a_seed_each_is_another() -> None:
+def test_unseeded_samples_differ() -> None:
     flat_V = torch.zeros(VOCABULARY)
     answers = {tuple(drawn(flat_V, 12, seed=None).elements()) for _ in range(3)}
     assert len(answers) > 1
 
 
-def test_penalties_are_of_the_answer_so_far() -> None:
+def test_penalties_count_output_tokens() -> None:
     logits_V = torch.tensor([3.0, 2.0, 1.2, 0.0])
     sampling = SamplingParams(
         max_tokens=9, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.4
@@ -136,7 +136,7 @@ def test_penalties_are_of_the_answer_so_far() -> None:
     assert len(set(expected)) > 2
 
 
-def test_logprobs_are_of_the_model_itself() -> None:
+def test_logprobs_ignore_sampling_parameters() -> None:
     (logits_V,) = rows(1)
     sampling = SamplingParams(
         max_tokens=2, temperature=0.2, top_k=2, seed=1, logprobs=3, presence_penalty=1.0
@@ -159,7 +159,7 @@ def test_logprobs_of_many_rows() -> None:
     assert logprobs_of(logits_NV[:0], [], 2) == []
 
 
-def test_more_of_the_likeliest_than_there_are() -> None:
+def test_more_top_logprobs_than_tokens() -> None:
     (told,) = logprobs_of(torch.zeros(1, 3), [1], 20)
     assert told.logprob == pytest.approx(-log(3))
     assert len(told.top) == 3
@@ -186,7 +186,7 @@ def test_more_of_the_likeliest_than_there_are() -> None:
         ({"seed": 2**64}, "64 bits"),
     ],
 )
-def test_values_that_cannot_be(change, message) -> None:
+def test_invalid_values_raise(change, message) -> None:
     check_sampling(SamplingParams(max_tokens=1))
     with pytest.raises(ConfigError, match=message):
         check_sampling(SamplingParams(**({"max_tokens": 1} | change)))
@@ -226,7 +226,7 @@ changes = st.fixed_dictionaries(
     before=st.lists(st.integers(0, VOCABULARY + 3), max_size=5),  # some have no logit
     crowd=st.lists(changes, min_size=1, max_size=4),
 )
-def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
+def test_penalties_and_biases_by_request(seed, before, crowd) -> None:
     """Against the reference, step by step, batched and alone."""
     all_how = [SamplingParams(max_tokens=6, temperature=0.0, **one) for one in crowd]
     samplers = [Sampler(how, context=before) for how in all_how]
@@ -262,7 +262,7 @@ def test_penalties_and_biases_of_each_of_a_batch(seed, before, crowd) -> None:
     top_p=st.sampled_from([0.5, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
 )
-def test_what_may_be_drawn_is_what_transformers_leaves(
+def test_candidates_match_transformers(
     seed, context, penalty, biases, always, first, sequences, top_k, top_p, min_p
 ) -> None:
     """Any combination equals transformers' processors in transformers' order."""
@@ -304,7 +304,7 @@ def test_what_may_be_drawn_is_what_transformers_leaves(
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 99), top_p=st.sampled_from([0.6, 1.0]), min_p=st.floats(0, 1))
-def test_min_p_keeps_what_transformers_keeps(seed, top_p, min_p) -> None:
+def test_min_p_matches_transformers(seed, top_p, min_p) -> None:
     logits_1V = rows(1, seed)
     kept_1V = TopPLogitsWarper(top_p)(None, logits_1V) if top_p < 1 else logits_1V
     shares = transformers.MinPLogitsWarper(min_p)(None, kept_1V)[0].softmax(-1)
@@ -317,13 +317,13 @@ def test_min_p_keeps_what_transformers_keeps(seed, top_p, min_p) -> None:
 
 
 @pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 1}])
-def test_greedy_has_several_names(greedy) -> None:
+def test_greedy_settings_are_equivalent(greedy) -> None:
     (logits_V,) = rows(1)
     assert drawn(logits_V, 20, **greedy) == {int(logits_V.argmax()): 20}
     assert Sampler(SamplingParams(max_tokens=1, **greedy)).plain
 
 
-def test_a_request_without_any_token_left_ends_alone() -> None:
+def test_request_without_candidates_fails_alone() -> None:
     everything = Suppressed(always=frozenset(range(VOCABULARY)))
     samplers = [
         Sampler(SamplingParams(max_tokens=1, temperature=temperature), suppressed=everything)

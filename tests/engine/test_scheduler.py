@@ -30,7 +30,7 @@ def told(pieces: tuple[ScheduledTokens, ...]) -> dict[str, tuple[int, int, bool]
     return {piece.request: (piece.start, piece.stop, piece.last) for piece in pieces}
 
 
-def test_a_prompt_is_read_in_chunks_and_then_continued() -> None:
+def test_prompt_is_prefilled_in_chunks() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("a", prompt=23, max_new_tokens=4)
     assert told(step(scheduler)) == {"a": (0, 10, False)}
@@ -40,7 +40,7 @@ def test_a_prompt_is_read_in_chunks_and_then_continued() -> None:
     assert told(step(scheduler)) == {"a": (24, 25, True)}
 
 
-def test_decoding_goes_on_beside_a_long_prompt_which_goes_on_too() -> None:
+def test_decoding_and_long_prefill_share_steps() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("short", prompt=2, max_new_tokens=20)
     step(scheduler)
@@ -51,14 +51,14 @@ def test_decoding_goes_on_beside_a_long_prompt_which_goes_on_too() -> None:
         assert pieces["long"][0] == 10 * number
 
 
-def test_prompts_share_a_step() -> None:
+def test_prompts_share_step() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("long", prompt=40, max_new_tokens=1)
     scheduler.submit("short", prompt=3, max_new_tokens=1)
     assert told(step(scheduler)) == {"long": (0, 7, False), "short": (0, 3, True)}
 
 
-def test_whole_prompts_come_one_at_a_time() -> None:
+def test_unchunked_prompts_run_one_at_a_time() -> None:
     scheduler = Scheduler(limits(whole_prompts=True))
     scheduler.submit("a", prompt=40, max_new_tokens=2)
     scheduler.submit("b", prompt=30, max_new_tokens=2)
@@ -66,7 +66,7 @@ def test_whole_prompts_come_one_at_a_time() -> None:
     assert told(step(scheduler)) == {"a": (40, 41, True), "b": (0, 30, True)}
 
 
-def test_those_with_smaller_pieces_share_one_limit() -> None:
+def test_smaller_chunks_share_limit() -> None:
     scheduler = Scheduler(limits(tokens=100, max_concurrency=4, prefill_chunk=12))
     for name in ("a", "b"):
         scheduler.submit(name, prompt=4, max_new_tokens=1, max_chunk=3)
@@ -77,14 +77,14 @@ def test_those_with_smaller_pieces_share_one_limit() -> None:
     assert told(scheduler.plan())["b"][:2] == (2, 4)
 
 
-def test_a_request_may_have_smaller_pieces() -> None:
+def test_request_with_smaller_chunks() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("a", prompt=20, max_new_tokens=1, max_chunk=3)
     scheduler.submit("b", prompt=20, max_new_tokens=1)
     assert told(step(scheduler)) == {"a": (0, 3, False), "b": (0, 7, False)}
 
 
-def test_who_does_not_fit_waits_and_is_not_overtaken() -> None:
+def test_waiting_requests_keep_order() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("first", prompt=50, max_new_tokens=10)
     scheduler.submit("large", prompt=40, max_new_tokens=1)
@@ -95,7 +95,7 @@ def test_who_does_not_fit_waits_and_is_not_overtaken() -> None:
     assert scheduler.admit() == ("large", "small")
 
 
-def test_a_full_queue() -> None:
+def test_full_queue_raises() -> None:
     scheduler = Scheduler(limits(max_waiting=1))
     scheduler.submit("a", prompt=1, max_new_tokens=1)
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
@@ -104,7 +104,7 @@ def test_a_full_queue() -> None:
     scheduler.submit("b", prompt=1, max_new_tokens=1)
 
 
-def test_one_is_forgotten_once() -> None:
+def test_request_is_removed_once() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("a", prompt=1, max_new_tokens=1)
     assert scheduler.remove("a")
@@ -112,7 +112,7 @@ def test_one_is_forgotten_once() -> None:
 
 
 @given(st.integers(0, 200), st.lists(st.integers(1, 50), max_size=8))
-def test_shares_are_fair(total: int, wants: list[int]) -> None:
+def test_chunks_are_split_evenly(total: int, wants: list[int]) -> None:
     shares = split_evenly(total, wants)
     assert sum(shares) == min(total, sum(wants))
     assert all(0 <= share <= want for share, want in zip(shares, wants, strict=True))

@@ -17,7 +17,7 @@ def sees(segment: Segment, query: int, window: int | None) -> set[int]:
 
 
 @given(segments, windows)
-def test_a_mask_hides_what_a_token_does_not_see(segment: Segment, window: int | None) -> None:
+def test_mask_hides_other_tokens(segment: Segment, window: int | None) -> None:
     mask_TL = Segments(rows=(segment,)).mask(segment, window, torch.zeros(1))
     first = first_key(segment, window)
     for query in range(segment.new):
@@ -27,11 +27,11 @@ def test_a_mask_hides_what_a_token_does_not_see(segment: Segment, window: int | 
 
 
 @given(segments)
-def test_its_end_is_behind_its_last_key(segment: Segment) -> None:
+def test_segment_end_follows_last_key(segment: Segment) -> None:
     assert segment.end == segment.start + segment.past + segment.new
 
 
-def test_a_mask_is_made_once_a_step_and_for_each_dtype() -> None:
+def test_mask_is_cached_by_step_and_dtype() -> None:
     segment = Segment(start=0, past=2, new=3)
     step = Segments(rows=(segment,))
     mask = step.mask(segment, None, torch.zeros(1))

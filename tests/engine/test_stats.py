@@ -12,7 +12,7 @@ class Clock:
         return self.now
 
 
-def test_a_pace_is_of_the_last_few_seconds() -> None:
+def test_rate_covers_recent_seconds() -> None:
     clock = Clock()
     pace = TokenRate(clock)
     assert pace.per_second() == 0
@@ -27,14 +27,14 @@ def test_a_pace_is_of_the_last_few_seconds() -> None:
     assert pace.per_second() == 0 and pace.total == 60
 
 
-def test_the_first_tokens_are_no_burst() -> None:
+def test_rate_of_first_tokens_is_not_exaggerated() -> None:
     pace = TokenRate(Clock())
     pace.add(1)
     assert pace.per_second() == 2, "a token just now counts as one in half a second"
 
 
 @given(st.lists(st.tuples(st.integers(0, 16), st.floats(0, 3)), max_size=30))
-def test_a_pace_is_that_of_what_the_window_holds(steps: list[tuple[int, float]]) -> None:
+def test_rate_covers_window(steps: list[tuple[int, float]]) -> None:
     clock, made = Clock(), []
     pace = TokenRate(clock)
     for tokens, seconds in steps:

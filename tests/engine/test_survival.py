@@ -69,7 +69,7 @@ def speak(engine: Any, tokenizer: Any) -> None:
     engine._limits = replace(engine._limits, decoding=decoding)
 
 
-def test_a_decoder_that_panics_fails_its_own_request_alone(olmoe) -> None:
+def test_detokenizer_panic_fails_only_its_request(olmoe) -> None:
     with engine_of(olmoe, slots=None) as engine:
         usual = [ask(engine, prompt, greedy(8)).wait().tokens for prompt in prompts([5, 8])]
         (unknown, *_) = set(usual[0]) - set(usual[1])
@@ -82,7 +82,7 @@ def test_a_decoder_that_panics_fails_its_own_request_alone(olmoe) -> None:
         assert engine.failure is None
 
 
-def test_a_text_whose_end_panics_ends_all_the_same(olmoe) -> None:
+def test_panic_at_end_of_text_still_ends_request(olmoe) -> None:
     tokenizer = Panicking(unknown=-1)
 
     def break_it(event: Event) -> None:
@@ -96,7 +96,7 @@ def test_a_text_whose_end_panics_ends_all_the_same(olmoe) -> None:
 
 
 @pytest.mark.parametrize("kind", [Panic, SystemExit, KeyboardInterrupt])
-def test_a_step_that_panics_takes_only_its_own_requests(olmoe, monkeypatch, kind) -> None:
+def test_step_panic_fails_only_its_requests(olmoe, monkeypatch, kind) -> None:
     with engine_of(olmoe, slots=None) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(engine._runner, "step", lambda inputs: (_ for _ in ()).throw(kind("no")))
@@ -104,7 +104,7 @@ def test_a_step_that_panics_takes_only_its_own_requests(olmoe, monkeypatch, kind
         assert ask(engine, PROMPT, greedy(3)).end.reason == "length"
 
 
-def test_opening_that_panics_ends_that_request_alone(olmoe, monkeypatch) -> None:
+def test_panic_at_start_fails_only_that_request(olmoe, monkeypatch) -> None:
     with engine_of(olmoe, slots=None, max_concurrency=4) as engine:
         opened = engine._runner.open
 
@@ -118,7 +118,7 @@ def test_opening_that_panics_ends_that_request_alone(olmoe, monkeypatch) -> None
         assert (good.end.reason, bad.end.reason) == ("length", "error")
 
 
-def test_places_that_cannot_be_given_back_keep_no_last_event_back(olmoe, monkeypatch) -> None:
+def test_failed_release_still_sends_last_event(olmoe, monkeypatch) -> None:
     with engine_of(olmoe, slots=None) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(engine._runner, "close", panics)
@@ -126,13 +126,13 @@ def test_places_that_cannot_be_given_back_keep_no_last_event_back(olmoe, monkeyp
         engine.check()
 
 
-def test_a_listener_that_panics_harms_nobody(olmoe) -> None:
+def test_listener_panic_does_not_affect_others(olmoe) -> None:
     with engine_of(olmoe, slots=None) as engine:
         engine.submit(PROMPT, greedy(3), panics)
         assert ask(engine, PROMPT, greedy(3)).end.reason == "length"
 
 
-def test_a_change_that_panics_is_raised_where_it_was_asked_for(olmoe) -> None:
+def test_command_panic_raises_in_caller(olmoe) -> None:
     with engine_of(olmoe, slots=None) as engine:
         with pytest.raises(Panic):
             engine.between_steps(panics)
@@ -140,7 +140,7 @@ def test_a_change_that_panics_is_raised_where_it_was_asked_for(olmoe) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, caplog) -> None:
+def test_dead_engine_thread_fails_all_requests(olmoe, monkeypatch, caplog) -> None:
     """The error handling itself fails."""
     with engine_of(olmoe, slots=None) as engine:
         monkeypatch.setattr(engine, "_iterate", panics)
@@ -157,7 +157,7 @@ def test_an_engine_whose_thread_ends_leaves_nobody_waiting(olmoe, monkeypatch, c
         assert engine.drain(1) and engine.close()
 
 
-def test_a_step_that_never_ends_does_not_keep_closing_from_ending(olmoe, monkeypatch) -> None:
+def test_closing_does_not_wait_for_hung_step(olmoe, monkeypatch) -> None:
     go = Flag()
     with engine_of(olmoe, slots=None) as engine:
         monkeypatch.setattr(engine._runner, "step", lambda inputs: go.wait(30))
@@ -170,7 +170,7 @@ def test_a_step_that_never_ends_does_not_keep_closing_from_ending(olmoe, monkeyp
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_source_that_panics_reaches_whoever_waits(background: bool) -> None:
+def test_source_panic_raises_in_waiter(background: bool) -> None:
     block, module = mixtral_block()
     store = MemoryStore(block, module)
     store.broken, store.error = {0}, Panic("the regex gave up")
@@ -184,7 +184,7 @@ def test_a_source_that_panics_reaches_whoever_waits(background: bool) -> None:
     transfer.close()
 
 
-def test_health_says_that_the_engine_has_failed(served) -> None:
+def test_health_reports_failed_engine(served) -> None:
     with fake_service(served) as (service, engine), client_of(service) as client:
         engine.failure = "MemoryError: /srv/models/x"
         error = error_of(client.get("/health"), 503)
@@ -193,7 +193,7 @@ def test_health_says_that_the_engine_has_failed(served) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
-def test_a_tokenizer_that_panics_is_a_failure_in_openais_shape(served, monkeypatch, path) -> None:
+def test_tokenizer_panic_is_openai_error(served, monkeypatch, path) -> None:
     with (
         fake_service(served) as (service, _),
         client_of(service, raise_server_exceptions=False) as client,
@@ -205,7 +205,7 @@ def test_a_tokenizer_that_panics_is_a_failure_in_openais_shape(served, monkeypat
         assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
 
 
-def test_a_stream_whose_words_panic_ends_with_an_error_event(served, monkeypatch) -> None:
+def test_stream_panic_ends_with_error_event(served, monkeypatch) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         monkeypatch.setattr(service.tokenizer, "name", panics)
         asked = {"prompt": "a", "max_tokens": 3, "logprobs": 1, "stream": True}
@@ -213,7 +213,7 @@ def test_a_stream_whose_words_panic_ends_with_an_error_event(served, monkeypatch
         assert last["error"]["type"] == "server_error"
 
 
-def test_a_failed_measurement_keeps_no_event_back(served, monkeypatch) -> None:
+def test_failed_metrics_do_not_block_events(served, monkeypatch) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         monkeypatch.setattr(service.telemetry, "finished", panics)
         heard: list[Any] = []
@@ -264,7 +264,7 @@ def _complete(url: str) -> str:
         return str(error)
 
 
-def test_sigterm_ends_a_server_whose_step_never_does() -> None:
+def test_sigterm_ends_server_with_hung_step() -> None:
     with serving("with self.served._shared.lock: time.sleep(999)") as (process, answer):
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
@@ -273,7 +273,7 @@ def test_sigterm_ends_a_server_whose_step_never_does() -> None:
         assert "was cancelled" in answer.result(5)
 
 
-def test_a_server_whose_engine_fails_for_good_answers_and_ends() -> None:
+def test_server_with_failed_engine_responds_and_exits() -> None:
     with serving("engine._LOG.exception = fail; fail()") as (process, answer):
         assert "the model failed" in answer.result(60)
         _, said = process.communicate(timeout=60)

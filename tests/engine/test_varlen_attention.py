@@ -114,13 +114,13 @@ STEPS = ({0: 5}, {0: 1, 1: 7}, {0: 1, 1: 4, 2: 6}, {2: 1, 0: 1, 1: 1}, {1: 1}, {
     ],
     ids=str,
 )
-def test_each_request_sees_its_own_keys(how, groups, gathers) -> None:
+def test_requests_attend_to_their_own_keys(how, groups, gathers) -> None:
     texts = Texts(groups=groups, gathers=gathers)
     for new in STEPS:
         texts.step(new, **how)
 
 
-def test_keys_go_on_where_they_are_moved() -> None:
+def test_moved_keys_stay_valid() -> None:
     texts = Texts()
     for new in STEPS[:3]:
         texts.step(new)
@@ -153,19 +153,19 @@ def attend(**changes):
     ],
     ids=str,
 )
-def test_what_is_not_done_exactly_is_refused(changes) -> None:
+def test_unsupported_attention_raises(changes) -> None:
     attend()
     with pytest.raises(UnpackableError):
         attend(**changes)
 
 
-def test_registering_is_one_call() -> None:
+def test_registration_is_one_call() -> None:
     register_varlen_attention()
     register_varlen_attention()
     assert AttentionInterface()[ATTENTION_NAME] is varlen_attention
 
 
-def test_bytes_are_those_of_the_places() -> None:
+def test_cache_bytes_match_extents() -> None:
     texts = Texts()
     assert texts.cache.pool.nbytes == 0
     texts.step({0: 2})

@@ -28,7 +28,7 @@ def states(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("gathers", [False, True])
-def test_new_keys_go_behind_those_of_their_own_request(gathers: bool) -> None:
+def test_new_keys_follow_their_request(gathers: bool) -> None:
     cache = cache_of(4, 5, gathers=gathers)
     (key, value), (more_key, more_value) = states(5, 0), states(2, 1)
     cache.begin([segment(cache, 0, past=0, new=2), segment(cache, 1, past=0, new=3)], 5, CPU)
@@ -44,7 +44,7 @@ def test_new_keys_go_behind_those_of_their_own_request(gathers: bool) -> None:
     assert cache.tokens_held() == 7
 
 
-def test_one_token_of_each_is_a_batch() -> None:
+def test_one_token_per_request_is_batch() -> None:
     cache = cache_of(3, 3)
     key, value = torch.randn(2, 2, GROUPS, 1, WIDTH)
     step = [segment(cache, 0, past=0, new=1), segment(cache, 1, past=0, new=1)]
@@ -55,7 +55,7 @@ def test_one_token_of_each_is_a_batch() -> None:
         assert torch.equal(found_value[0, :, places.start], value[row, :, 0])
 
 
-def test_gathered_are_the_steps_keys_and_no_others() -> None:
+def test_gathered_keys_are_those_of_step() -> None:
     cache = cache_of(4, 5, gathers=True)
     plan = cache.begin([segment(cache, 1, past=0, new=3)], 3, CPU)
     key, value = states(3, 0)
@@ -64,7 +64,7 @@ def test_gathered_are_the_steps_keys_and_no_others() -> None:
     assert plan.rows == (Segment(start=0, past=0, new=3),)
 
 
-def test_a_model_that_counts_by_the_cache_is_refused() -> None:
+def test_model_that_uses_cache_length_raises() -> None:
     with pytest.raises(UnpackableError, match="positions"):
         cache_of(3).get_seq_length()
     assert cache_of(3).get_max_length() == PLACES

@@ -10,7 +10,7 @@ from transformers.masking_utils import (
 from moefit.engine.varlen import UnpackableError, WindowMask, window_mask
 
 
-def test_what_transformers_says_of_a_mask_is_understood() -> None:
+def test_transformers_masks_are_parsed() -> None:
     assert window_mask().window is None
     assert window_mask(mask_function=causal_mask_function, local_size=5).window is None
     sliding = sliding_window_causal_mask_function(5)
@@ -31,12 +31,12 @@ def test_what_transformers_says_of_a_mask_is_understood() -> None:
         {"attention_mask": torch.ones(1, 4)},
     ],
 )
-def test_other_masks_are_refused(given) -> None:
+def test_other_masks_raise(given) -> None:
     with pytest.raises(UnpackableError, match="mask"):
         window_mask(**given)
 
 
-def test_what_became_of_a_mask_says_nothing() -> None:
+def test_derived_masks_are_not_parsed() -> None:
     mask = WindowMask.of(5, torch.device("cpu"))
     assert mask.window == 5
     for other in (mask[..., :1], mask & mask, mask.clone()):

@@ -19,7 +19,7 @@ def gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_each_is_found_by_its_name(name: str) -> None:
+def test_activations_by_name(name: str) -> None:
     assert activation_name(ACTIVATIONS[name], gated=False) == name
     assert activation_name(gated(ACTIVATIONS[name]), gated=True) == name
 
@@ -61,7 +61,7 @@ def test_transformers_activations(theirs: str, name: str | None) -> None:
         lambda x: F.silu(x),
     ],
 )
-def test_gates_that_are_nearly_known_are_not_taken_for_it(function) -> None:
+def test_similar_gates_are_not_confused(function) -> None:
     assert activation_name(function, gated=True) is None
 
 
@@ -75,10 +75,10 @@ class Learned(nn.Module):
 
 
 @pytest.mark.parametrize("function", [Learned("cpu"), Learned("meta"), None, lambda x: 1 / 0])
-def test_anything_else_is_nobodys_error(function) -> None:
+def test_unknown_activation_is_none(function) -> None:
     assert activation_name(function, gated=False) is None
 
 
-def test_a_default_device_changes_nothing() -> None:
+def test_default_device_has_no_effect() -> None:
     with torch.device("meta"):
         assert activation_name(F.gelu, gated=False) == "gelu"

@@ -19,12 +19,12 @@ def config(entry):
     return SimpleNamespace(expert_dropout=entry)
 
 
-def test_it_comes_back():
+def test_record_round_trips():
     assert dropout_record(config(RECORD.as_dict())) == RECORD
     assert dropout_record(SimpleNamespace()) is None
 
 
-def test_costs_are_of_perplexity():
+def test_costs_are_relative_perplexities():
     assert RECORD.costs() == {3: 0, 2: pytest.approx(0.10517, abs=1e-5)}
 
 
@@ -41,14 +41,14 @@ def test_costs_are_of_perplexity():
         {"held_out_loss": [1.0]},
     ],
 )
-def test_damage_is_an_error(damage):
+def test_damaged_record_raises(damage):
     with pytest.raises(CheckpointError, match=r"expert_dropout in config.json is damaged"):
         dropout_record(config(RECORD.as_dict() | damage))
     with pytest.raises(CheckpointError):
         dropout_record(config("nested"))
 
 
-def test_the_order_belongs_to_the_blocks():
+def test_order_is_mapped_to_blocks():
     assert order_of_blocks(RECORD, [3, 3]) == [(1, 0, 2), (2, 1, 0)]
     assert order_of_blocks(None, [3, 3]) == [None, None]
     with pytest.raises(CheckpointError, match=r"orders \[3, 3\] .* model has \[3, 3, 3\]"):

@@ -94,7 +94,7 @@ def test_padding_ids_are_skipped_even_if_their_weight_is_not_zero(compute: Compu
 
 @FAST
 @GATED
-def test_an_expert_chosen_twice_counts_twice(compute: Compute, gated: bool) -> None:
+def test_expert_chosen_twice_counts_twice(compute: Compute, gated: bool) -> None:
     ids_TK = torch.tensor([[2, 2], [0, 1], [4, 4]])
     assert_equal_to_the_reference(
         compute, lambda scores_TE: Routing(ids_TK, scores_TE[:, :2]), gated, t=3
@@ -120,7 +120,7 @@ def test_no_tokens(compute: Compute, gated: bool) -> None:
     assert not any(grad.any() for grad in grads if grad is not None)
 
 
-def test_without_scores_it_is_a_plain_mlp() -> None:
+def test_wide_experts_without_scores_equal_mlp() -> None:
     w_in_EID, w_out_EDF, x_TD = (
         normal(3, 5, 7, seed=0),
         normal(3, 7, 5, seed=1),
@@ -150,7 +150,7 @@ def test_weights_of_a_module_are_its_own_parameters(mlp_type: str, rows: int) ->
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("mlp_type", ["gelu", "swiglu"])
 @pytest.mark.parametrize("rule", ["dense", "top_k:2", "threshold:0.7"])
-def test_transformers_own_implementations_agree(implementation: str, mlp_type: str, rule: str):
+def test_transformers_implementations_agree(implementation: str, mlp_type: str, rule: str):
     model = tiny_model(mlp_type=mlp_type, inference_rule=rule)
     ids = tokens(2, 9)
 

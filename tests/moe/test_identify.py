@@ -42,7 +42,7 @@ COMMON = list(
 
 
 @pytest.mark.parametrize(("score", "chosen", "biased", "groups"), COMMON)
-def test_a_rule_is_found_by_what_it_does(score, chosen, biased, groups):
+def test_rule_is_identified_from_outputs(score, chosen, biased, groups):
     rule = ScoringRule(score=score, chosen=chosen, biased=biased, groups=groups, scale=2.5)
     found = identify(example(rule), KNOWN)
     assert found is not None
@@ -60,21 +60,21 @@ def test_a_rule_is_found_by_what_it_does(score, chosen, biased, groups):
         ScoringRule(score="given", chosen="sparsemixer", tolerance=0.2),
     ],
 )
-def test_rare_forms_are_found(rule):
+def test_rare_forms_are_identified(rule):
     found = identify(example(rule), KNOWN)
     assert found is not None
     assert found.rule == rule
     assert (found.rule.factor_E is None) == (rule.factor_E is None)
 
 
-def test_scores_in_low_precision_tie_as_the_router_s_do():
+def test_low_precision_ties_match_router():
     rule = ScoringRule(score="sigmoid", chosen="kept", biased=True, rounded=True)
     found = identify(example(rule, (LOGITS * 4).bfloat16()), KNOWN)
     assert found is not None
     assert found.rule == rule
 
 
-def test_other_logits_or_weights_fit_no_rule():
+def test_inconsistent_outputs_match_no_rule():
     seen = example(ScoringRule(score="softmax", chosen="kept"))
     other = RouterExample(logits_TE=numbers(TOKENS, EXPERTS, seed=9), routing=seen.routing)
     assert identify(other, KNOWN) is None

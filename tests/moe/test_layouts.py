@@ -12,7 +12,7 @@ TOKENS, K = 5, 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_expert_computes_as_in_its_own_module(family: str) -> None:
+def test_expert_equals_module(family: str) -> None:
     model = model_of(family)
     generator = torch.Generator().manual_seed(0)
     for block in find_blocks(model):
@@ -33,7 +33,7 @@ def test_an_expert_computes_as_in_its_own_module(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_specs_are_the_shapes_of_what_is_addressed(family: str) -> None:
+def test_specs_match_tensor_shapes(family: str) -> None:
     model = model_of(family)
     for block in find_blocks(model):
         assert block.num_experts == 8
@@ -44,7 +44,7 @@ def test_specs_are_the_shapes_of_what_is_addressed(family: str) -> None:
         assert block.expert_bytes == sum(part.nbytes for part in parts.values())
 
 
-def test_blocks_are_named_in_the_order_of_the_layers() -> None:
+def test_blocks_are_in_layer_order() -> None:
     names = [block.name for block in find_blocks(model_of("Mixtral"))]
     assert names == [f"model.layers.{number}.mlp.experts" for number in range(2)]
     assert [block.parent for block in find_blocks(model_of("Mixtral"))] == [
@@ -52,7 +52,7 @@ def test_blocks_are_named_in_the_order_of_the_layers() -> None:
     ]
 
 
-def test_a_model_without_experts_is_refused() -> None:
+def test_model_without_experts_raises() -> None:
     config = LlamaConfig(
         vocab_size=61, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1,

@@ -6,7 +6,7 @@ import torch
 from moefit.moe.locality import WINDOW, locality_statistics, routing_locality_loss
 
 
-def test_the_loss_is_the_slow_one():
+def test_loss_equals_slow_reference():
     logits = torch.randn(3, 7, 5, requires_grad=True)
     total, count = 0.0, 0
     for sequence in logits.detach().softmax(-1):
@@ -19,7 +19,7 @@ def test_the_loss_is_the_slow_one():
     assert logits.grad is not None and logits.grad.any()
 
 
-def test_routing_that_does_not_change_costs_nothing():
+def test_constant_routing_has_zero_loss():
     assert routing_locality_loss(torch.randn(2, 1, 4).expand(2, 6, 4)).item() == 0
     assert routing_locality_loss(torch.randn(2, 1, 4)).item() == 0  # one token alone
 
@@ -36,7 +36,7 @@ def test_statistics_of_a_single_expert():
     assert found["reuse_distance"] == 1
 
 
-def test_statistics_of_experts_by_turns():
+def test_statistics_of_alternating_experts():
     """Six experts by turns: a third of them covers a third, and each comes again after six."""
     logits = one_hot([i % 6 for i in range(6 * WINDOW)], 6)
     found = locality_statistics([logits, logits], 1, 1)
@@ -45,11 +45,11 @@ def test_statistics_of_experts_by_turns():
     assert found["reuse_distance"] == 6
 
 
-def test_sequences_do_not_run_into_each_other():
+def test_sequences_are_separate():
     apart = locality_statistics([one_hot([0, 1, 1, 0], 2)], 2, 1)
     assert "reuse_distance" not in apart  # neither sequence uses an expert twice
     assert locality_statistics([one_hot([0, 1, 1, 0], 2)], 1, 1)["reuse_distance"] == 2  # 3 and 1
 
 
-def test_without_routers_there_is_nothing_to_say():
+def test_statistics_are_empty_without_routers():
     assert locality_statistics([], 4, 2) == {}

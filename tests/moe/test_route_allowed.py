@@ -18,7 +18,7 @@ def spread(routing):
 
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("resident", [2, 3, 5, 8])
-def test_top_k_is_what_virtual_mode_computes(renormalize, resident):
+def test_top_k_equals_virtual_mode(renormalize, resident):
     logits_TE = 3 * torch.randn(50, E, generator=torch.Generator().manual_seed(resident))
     rule = Rule(kind="top_k", k=3, renormalize=renormalize)
     resident_E = torch.arange(E) < resident
@@ -51,7 +51,7 @@ def slow(logits_E, allowed_E, rule):
 @pytest.mark.parametrize(
     "text", ["dense", "top_k:3", "top_k:3:renormalize", "threshold:0.8", "threshold:2:renormalize"]
 )
-def test_it_is_the_slow_one(text):
+def test_equals_slow_reference(text):
     generator = torch.Generator().manual_seed(1)
     logits_TE = 2 * torch.randn(40, E, generator=generator)
     allowed_TE = torch.rand(40, E, generator=generator) < 0.5
@@ -63,7 +63,7 @@ def test_it_is_the_slow_one(text):
         assert not found_E[~allowed_E].any()
 
 
-def test_with_all_experts_it_is_the_rules_own_choice():
+def test_all_experts_allowed_equals_rule():
     logits_TE = torch.randn(30, E, generator=torch.Generator().manual_seed(2))
     everything_TE = torch.ones(30, E, dtype=torch.bool)
     for text in ("dense", "top_k:2", "top_k:2:renormalize", "threshold:0.9"):
@@ -72,7 +72,7 @@ def test_with_all_experts_it_is_the_rules_own_choice():
         assert torch.allclose(spread(route_allowed(logits_TE, everything_TE, rule)), own, atol=1e-6)
 
 
-def test_an_expert_that_may_not_be_used_gets_no_gradient_as_a_choice():
+def test_disallowed_expert_gets_no_gradient():
     logits_TE = torch.randn(6, E, requires_grad=True)
     allowed_TE = torch.arange(E).expand(6, E) < 4
     rule = Rule(kind="top_k", k=2, renormalize=True)

@@ -45,12 +45,12 @@ rules = st.one_of(
 
 
 @given(rules)
-def test_a_rule_survives_writing_and_reading(rule: Rule) -> None:
+def test_rule_round_trips(rule: Rule) -> None:
     assert Rule.parse(str(rule)) == rule
 
 
 @pytest.mark.parametrize("text", ["threshold:0.123456789", "top_k:1000000"])
-def test_writing_a_rule_loses_no_digits(text: str) -> None:
+def test_rule_keeps_digits(text: str) -> None:
     assert str(Rule.parse(text)) == text
 
 
@@ -60,7 +60,7 @@ def test_writing_a_rule_loses_no_digits(text: str) -> None:
      "threshold", "threshold:0", "threshold:-1", "threshold:nan", "threshold:inf",
      "threshold:x", "threshold_top_k", "TOP_K:2", "top-k:2", "renormalize"],
 )  # fmt: skip
-def test_an_unreadable_rule_says_what_can_be_written(text: str) -> None:
+def test_invalid_rule_error_lists_forms(text: str) -> None:
     with pytest.raises(ConfigError, match=r"not an inference rule; write dense, top_k:K") as caught:
         Rule.parse(text)
     assert repr(text) in str(caught.value)
@@ -85,21 +85,21 @@ def test_renormalized_weights_sum_to_one(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["dense", "top_k:3", "threshold:0.5"])
-def test_weights_are_the_scores_themselves(text: str) -> None:
+def test_weights_equal_scores(text: str) -> None:
     scores_TE = random_scores(9, 5)
     routing = route(scores_TE, Rule.parse(text))
     padded_TE = torch.cat([scores_TE, torch.zeros(9, 1)], dim=1)
     torch.testing.assert_close(routing.weights_TK, padded_TE.gather(1, routing.ids_TK))
 
 
-def test_a_threshold_keeps_the_best_expert_of_every_token() -> None:
+def test_threshold_keeps_best_expert() -> None:
     scores_TE = random_scores(9, 5)
     routing = route(scores_TE, Rule.parse("threshold:1e6"))
     assert routing.ids_TK.tolist() == scores_TE.argmax(-1, keepdim=True).tolist()
     assert (routing.weights_TK > 0).all()
 
 
-def test_tokens_with_fewer_experts_are_filled_up_with_the_padding_id() -> None:
+def test_fewer_experts_are_padded() -> None:
     scores_TE = torch.tensor([[0.9, 0.06, 0.04], [0.4, 0.4, 0.2], [0.34, 0.33, 0.33]])
     routing = route(scores_TE, Rule.parse("threshold:0.9"))
     assert sets(routing, 3) == [{0}, {0, 1}, {0, 1, 2}]
@@ -136,14 +136,14 @@ def test_top_k_of_all_experts_is_dense() -> None:
 
 
 @pytest.mark.parametrize("text", RULES)
-def test_no_tokens_are_routed_nowhere(text: str) -> None:
+def test_empty_batch(text: str) -> None:
     routing = route(torch.empty(0, 5), Rule.parse(text))
     assert routing.ids_TK.shape[0] == routing.weights_TK.shape[0] == 0
     assert active_experts(torch.empty(0, 5), Rule.parse(text)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("choose", [route, active_experts])
-def test_more_experts_than_there_are_is_an_error(choose) -> None:
+def test_too_many_experts_raise(choose) -> None:
     with pytest.raises(ConfigError, match=r"asks for 6 .* there are 5; the most .* top_k:5"):
         choose(random_scores(2, 5), Rule.parse("top_k:6"))
 
@@ -158,7 +158,7 @@ def test_route_and_active_experts_agree_about_padding(text: str, real: int) -> N
 
 
 @given(st.integers(0, 30), st.integers(1, 6), st.sampled_from(RULES), st.integers(0, 5))
-def test_every_rule_gives_a_sound_routing(t: int, e: int, text: str, seed: int) -> None:
+def test_every_rule_gives_valid_routing(t: int, e: int, text: str, seed: int) -> None:
     rule = Rule.parse(text)
     if rule.k is not None and rule.k > e:
         return

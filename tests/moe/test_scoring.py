@@ -29,7 +29,7 @@ FORMS = [*product(("kept", "normalised", "softmax"), (*GROUPS, None)), ("sparsem
 
 @pytest.mark.parametrize(("chosen", "groups"), FORMS)
 @pytest.mark.parametrize("allowed", [1, 2, EXPERTS // 2])
-def test_restricted_routing_names_only_what_is_allowed(chosen, groups, allowed):
+def test_restricted_routing_uses_allowed_experts(chosen, groups, allowed):
     allowed_E = torch.arange(EXPERTS) % (EXPERTS // allowed) == 0
     score = "given" if chosen in ("softmax", "sparsemixer") else "sigmoid"
     rule = ScoringRule(score=score, chosen=chosen, groups=groups, tolerance=0.2)

@@ -93,7 +93,7 @@ def assert_routes_as(
 
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_every_form_is_found_from_what_it_does(name: str, scale: float) -> None:
+def test_every_form_is_identified(name: str, scale: float) -> None:
     rule = replace(RULES[name], scale=scale)
     vectors = (vector(5), vector(6))
     found = identify(example_of(rule, vectors=vectors), ANYWHERE)
@@ -101,7 +101,7 @@ def test_every_form_is_found_from_what_it_does(name: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid-biased"])
-def test_a_factor_of_the_weights_is_found(name: str) -> None:
+def test_weight_factor_is_identified(name: str) -> None:
     factor_E, bias_E = vector(7), vector(8)
     rule = replace(RULES[name], factor_E=factor_E)
     vectors = (factor_E, bias_E)
@@ -109,7 +109,7 @@ def test_a_factor_of_the_weights_is_found(name: str) -> None:
     assert_routes_as(found, rule, vectors)
 
 
-def test_of_two_forms_that_do_the_same_the_simpler_is_taken() -> None:
+def test_simpler_of_equivalent_forms_is_chosen() -> None:
     """A bias that is nought cannot be told from none, nor a group that is never lost."""
     rule = RULES["softmax-normalised"]
     example = example_of(rule, vectors=(torch.zeros(NUM_EXPERTS),))
@@ -119,7 +119,7 @@ def test_of_two_forms_that_do_the_same_the_simpler_is_taken() -> None:
     )
 
 
-def test_padding_anywhere_is_no_hindrance() -> None:
+def test_padding_does_not_affect_identification() -> None:
     example = example_of(RULES["softmax"])
     ids_TK = example.routing.ids_TK.clone()
     weights_TK = example.routing.weights_TK.clone()
@@ -137,9 +137,7 @@ def test_padding_anywhere_is_no_hindrance() -> None:
     token=st.integers(0, TOKENS - 1),
     damage=st.sampled_from(["weight", "choice"]),
 )
-def test_one_token_that_is_routed_otherwise_is_enough_to_refuse(
-    name: str, seed: int, token: int, damage: str
-) -> None:
+def test_one_different_token_rejects_rule(name: str, seed: int, token: int, damage: str) -> None:
     vectors = (vector(5), vector(6))
     example = example_of(RULES[name], vectors=vectors, seed=seed)
     ids_TK = example.routing.ids_TK.clone()
@@ -154,7 +152,7 @@ def test_one_token_that_is_routed_otherwise_is_enough_to_refuse(
     assert identify(replace(example, routing=Routing(ids_TK, weights_TK)), ANYWHERE) is None
 
 
-def test_a_router_that_follows_no_rule_is_unknown() -> None:
+def test_unknown_router_matches_no_rule() -> None:
     generator = torch.Generator().manual_seed(0)
     ids_TK = torch.rand(TOKENS, NUM_EXPERTS, generator=generator).argsort(-1)[:, :K]
     routing = Routing(ids_TK, torch.rand(TOKENS, K, generator=generator))
@@ -165,7 +163,7 @@ def test_a_router_that_follows_no_rule_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax-normalised", "softmax", "sigmoid-biased"])
-def test_low_precision_is_forgiven(name: str) -> None:
+def test_low_precision_is_tolerated(name: str) -> None:
     """A router that works in bfloat16, scores and weights."""
     rule, bias_E = RULES[name], vector(6)
     logits_TE = some_logits(0).to(torch.bfloat16)

@@ -28,11 +28,11 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 
 @given(configurations())
-def test_it_survives_json(one: Configuration) -> None:
+def test_configuration_round_trips(one: Configuration) -> None:
     assert configuration_from(json.loads(json.dumps(one.as_dict()))) == one
 
 
-def test_parameters_of_other_modes_make_no_difference() -> None:
+def test_parameters_of_other_modes_are_ignored() -> None:
     exact = uniform({"a": 4}, "int4", bound=0.3, every=8)
     assert exact.policy == uniform({"a": 4}, "int4").policy
     assert exact.policy_settings() == {"prefill": "exact"}
@@ -50,5 +50,5 @@ def test_parameters_of_other_modes_make_no_difference() -> None:
         (uniform({"a": 4}, "int8", mode="virtual", every=8), "4 int8, virtual, update every 8"),
     ],
 )
-def test_it_says_what_it_is(one: Configuration, words: str) -> None:
+def test_configuration_is_described(one: Configuration, words: str) -> None:
     assert one.describe() == words

@@ -13,7 +13,7 @@ def shapes(count: int) -> dict[str, BlockShape]:
 
 
 @pytest.mark.parametrize(("blocks", "expected"), [(1, 1), (3, 3), (8, 8), (9, 8), (48, 8)])
-def test_each_block_is_in_one_group_and_groups_are_few(blocks: int, expected: int) -> None:
+def test_blocks_form_few_disjoint_groups(blocks: int, expected: int) -> None:
     found = groups(shapes(blocks))
     assert len(found) == expected
     assert [name for group in found for name in group] == list(shapes(blocks))
@@ -21,11 +21,11 @@ def test_each_block_is_in_one_group_and_groups_are_few(blocks: int, expected: in
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_more_blocks_do_not_mean_more_configurations() -> None:
+def test_number_of_configurations_does_not_depend_on_blocks() -> None:
     assert len(quality_names(shapes(48))) == len(quality_names(shapes(8)))
 
 
-def test_a_probe_encodes_its_group_and_no_other_block() -> None:
+def test_probe_encodes_one_group() -> None:
     some = shapes(16)
     placement = quality_configuration("block/int2/3", some, {}).placement
     encoded = [name for name, one in placement.items() if one.formats == ("int2",)]

@@ -42,7 +42,7 @@ def measured(names: list[str]) -> dict:
     return dict(profile.items)
 
 
-def test_where_memory_is_short_the_results_are_the_same(monkeypatch) -> None:
+def test_results_do_not_depend_on_memory(monkeypatch) -> None:
     names = ["routes", "quality/uniform/int4", "quality/block/int2/0"]
     plenty = measured(names)
     with monkeypatch.context() as patch:
@@ -56,7 +56,7 @@ def test_where_memory_is_short_the_results_are_the_same(monkeypatch) -> None:
         assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3)
 
 
-def test_the_full_models_output_is_kept_and_made_again_if_it_has_gone(tmp_path: Path) -> None:
+def test_reference_is_kept_and_recreated(tmp_path: Path) -> None:
     measurements, profile = measuring()
     profile = profile.with_item("routes", measurements.measure("routes", profile))
     (kept,) = tmp_path.rglob("*.npz")
@@ -69,12 +69,12 @@ def test_the_full_models_output_is_kept_and_made_again_if_it_has_gone(tmp_path: 
     assert kept.read_bytes() == before
 
 
-def test_too_little_memory_to_measure_in_is_refused_with_what_is_enough() -> None:
+def test_too_little_memory_names_minimum() -> None:
     with pytest.raises(BudgetTooSmallError, match=r"give at least \d+ bytes"):
         measuring(memory=1 << 20)
 
 
-def test_fewer_slots_are_an_equal_share_and_one_at_least() -> None:
+def test_fewer_slots_are_split_evenly() -> None:
     shape = BlockShape(num_experts=8, weights=1, slot_bytes={"native": 100, "int4": 30}, errors={})
     shapes = {"a": shape, "b": shape}
     full = uniform(dict.fromkeys(shapes, 8), "native")
@@ -83,7 +83,7 @@ def test_fewer_slots_are_an_equal_share_and_one_at_least() -> None:
     assert _with_fewer_slots(full, 10**6, shapes).placement == full.placement
 
 
-def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> None:
+def test_cached_model_does_not_reduce_memory(monkeypatch) -> None:
     measurements, profile = measuring()
     profile = profile.with_item("routes", measurements.measure("routes", profile))
     measurements.measure("quality/uniform/native", profile)
@@ -95,7 +95,7 @@ def test_a_kept_model_takes_no_room_from_the_next_configuration(monkeypatch) -> 
     measurements.close()
 
 
-def test_a_damaged_reference_is_made_again(tmp_path: Path) -> None:
+def test_damaged_reference_is_recreated(tmp_path: Path) -> None:
     """Whatever is in its place is read as none, as are arrays that do not belong together."""
     path = tmp_path / "reference.npz"
     whole = Reference(

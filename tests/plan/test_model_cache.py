@@ -62,7 +62,7 @@ def logits(served: ServedModel) -> torch.Tensor:
         return served.model(input_ids=INPUT).logits
 
 
-def test_outputs_are_those_of_a_model_loaded_so(kept: ModelCache) -> None:
+def test_cached_model_equals_newly_loaded(kept: ModelCache) -> None:
     for configuration in configurations():
         served = kept.served(configuration)
         got = logits(served)
@@ -71,13 +71,13 @@ def test_outputs_are_those_of_a_model_loaded_so(kept: ModelCache) -> None:
             assert torch.equal(got, logits(fresh)), configuration.describe()
 
 
-def test_it_is_loaded_anew_only_for_other_weights_in_another_format(kept: ModelCache) -> None:
+def test_model_is_reloaded_only_for_other_dense_precision(kept: ModelCache) -> None:
     found = [kept.served(configuration) for configuration in configurations()]
     assert len({id(one) for one in found[:5]}) == 1
     assert len({id(one) for one in found}) == 2 and found[5] is found[6]
 
 
-def test_one_that_could_not_change_is_not_kept(
+def test_model_that_fails_to_change_is_dropped(
     kept: ModelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     native = configurations()[0]

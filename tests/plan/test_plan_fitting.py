@@ -32,7 +32,7 @@ def by_descent(x_NF: np.ndarray, y_N: np.ndarray, prior_F: np.ndarray, s: float)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_it_is_the_least_squares_solution_that_is_not_negative(seed: int) -> None:
+def test_nonnegative_least_squares(seed: int) -> None:
     generator = np.random.default_rng(seed)
     x_NF, y_N = generator.normal(size=(9, 4)), generator.normal(size=9)
     prior_F = generator.random(4)
@@ -42,31 +42,31 @@ def test_it_is_the_least_squares_solution_that_is_not_negative(seed: int) -> Non
     assert loss(x_NF, y_N, prior_F, 0.1, found) <= loss(x_NF, y_N, prior_F, 0.1, slow) + 1e-6
 
 
-def test_without_samples_there_is_the_prior() -> None:
+def test_fit_without_samples_is_prior() -> None:
     prior_F = np.array([0.5, 2.0])
     found = nonnegative_least_squares(np.zeros((0, 2)), np.zeros(0), prior_F=prior_F, strength=1.0)
     assert found == pytest.approx(prior_F)
 
 
 @given(st.lists(NUMBERS, min_size=2, max_size=12, unique=True))
-def test_an_order_agrees_with_itself_and_not_with_its_reverse(values: list[int]) -> None:
+def test_rank_correlation_of_order_and_reverse(values: list[int]) -> None:
     assert rank_correlation(values, [3 * v for v in values]) == pytest.approx(1)
     assert rank_correlation(values, [-v for v in values]) == pytest.approx(-1)
 
 
-def test_equals_share_a_place_and_nothing_is_known_of_constants() -> None:
+def test_rank_correlation_with_ties() -> None:
     assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
 
 
-def test_nobody_is_predicted_by_a_fit_that_saw_it() -> None:
+def test_held_out_error_excludes_sample_from_fit() -> None:
     def fit(some):
         return lambda case: float(case in some)
 
     assert held_out(fit, list(range(7)), folds=3) == [0.0] * 7
 
 
-def test_errors_are_shares_but_of_no_less_than_the_floor() -> None:
+def test_relative_errors_are_clamped() -> None:
     held = held_out_error("m", [1.1, 0.0], [1.0, 1e-6], floor=1e-3)
     assert held.median == pytest.approx((0.1 + 1e-3) / 2)
     assert held.worst == pytest.approx(0.1)

@@ -11,7 +11,7 @@ measured = profile
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_quality_of_what_was_not_measured_is_predicted(noise: float) -> None:
+def test_unmeasured_quality_is_predicted(noise: float) -> None:
     done = measured(noise=noise)
     known = features_of(done)
     model = fit_quality(done, known)
@@ -29,7 +29,7 @@ def test_sensitive_blocks_are_found() -> None:
     assert found[FIRST] == pytest.approx(SENSITIVITY[FIRST], rel=0.2)
 
 
-def test_the_comparison_names_every_candidate_and_the_choice_is_its_best() -> None:
+def test_best_candidate_model_is_chosen() -> None:
     done = measured(noise=0.1)
     models = done.items["models"]["quality"]
     names = [one["model"] for one in models["comparison"]]
@@ -38,7 +38,7 @@ def test_the_comparison_names_every_candidate_and_the_choice_is_its_best() -> No
     assert models["additive"] == best["model"]
 
 
-def test_a_profile_whose_best_model_was_a_network_is_compared_again() -> None:
+def test_old_profile_with_network_is_compared_again() -> None:
     done = measured(noise=0.1)
     features = features_of(done)
     found = done.items["models"]["quality"]
@@ -55,7 +55,7 @@ def test_a_profile_whose_best_model_was_a_network_is_compared_again() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_speed_of_what_was_not_measured_is_predicted(noise: float) -> None:
+def test_unmeasured_speed_is_predicted(noise: float) -> None:
     done = measured(noise=noise)
     known = features_of(done)
     model = fit_latency(done, known)
@@ -66,7 +66,7 @@ def test_speed_of_what_was_not_measured_is_predicted(noise: float) -> None:
     assert rank_correlation(predicted, truth) > 0.9
 
 
-def test_blocks_and_what_is_fixed_sum_to_a_token() -> None:
+def test_latency_is_sum_of_parts() -> None:
     done = measured()
     known = features_of(done)
     model = fit_latency(done, known)
@@ -81,7 +81,7 @@ def test_blocks_and_what_is_fixed_sum_to_a_token() -> None:
         assert model.fixed(one.dense_precision) + sum(parts) == pytest.approx(model.seconds(one))
 
 
-def test_cold_files_make_fetching_slower_and_nothing_else() -> None:
+def test_cold_files_slow_only_fetching() -> None:
     done: Profile = measured()
     known = features_of(done)
     warm, cold = fit_latency(done, known), fit_latency(done, known, cold=True)

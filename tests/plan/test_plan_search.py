@@ -43,7 +43,7 @@ def small() -> PolicyOptions:
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.02, 1.2), st.sampled_from([0.0, 0.3, 10.0]))
-def test_the_allocator_is_within_a_step_of_the_best_there_is(share: float, rate: float) -> None:
+def test_allocator_is_near_optimum(share: float, rate: float) -> None:
     room = int(share * WHOLE)
 
     def cost(some) -> float:
@@ -67,7 +67,7 @@ def test_the_allocator_is_within_a_step_of_the_best_there_is(share: float, rate:
 
 @settings(deadline=None, max_examples=10)
 @given(st.floats(0.02, 1.1))
-def test_what_is_proposed_fits(share: float) -> None:
+def test_proposals_fit_budget(share: float) -> None:
     room = int(share * WHOLE)
     for point in allocator_points(models(), {"native": room, "int8": room // 2}):
         limit = room if point.configuration.dense_precision == "native" else room // 2
@@ -77,7 +77,7 @@ def test_what_is_proposed_fits(share: float) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=12))
-def test_no_point_of_a_front_is_beaten(pairs: list[tuple[int, int]]) -> None:
+def test_front_has_no_dominated_point(pairs: list[tuple[int, int]]) -> None:
     configuration = models().by_policy[0].configuration({}, "native")
     points = [
         Point(configuration=configuration, loss=loss, seconds=seconds, nbytes=0)
@@ -90,7 +90,7 @@ def test_no_point_of_a_front_is_beaten(pairs: list[tuple[int, int]]) -> None:
         assert a is b or a.loss < b.loss or a.seconds < b.seconds
 
 
-def test_mixtures_give_loud_experts_more_bits() -> None:
+def test_mixtures_give_high_energy_experts_more_bits() -> None:
     known = models().quality.additive.features
     for name in SENSITIVITY:
         output_energy = known.blocks[name].output_energy_E
@@ -104,6 +104,6 @@ def test_mixtures_give_loud_experts_more_bits() -> None:
             assert sizes[one.formats[loudest]] >= sizes[one.formats[quietest]]
 
 
-def test_models_whose_routers_are_not_known_have_the_exact_mode_only() -> None:
+def test_unknown_routers_allow_exact_mode_only() -> None:
     assert policy_choices(known_rules=False) == [PolicyChoice(mode="exact")]
     assert {one.mode for one in policy_choices()} == {"exact", "bounded", "virtual"}

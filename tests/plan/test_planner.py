@@ -40,14 +40,14 @@ def budgets(count: int = 5) -> list[int]:
     return [low + (high - low) * number // (count - 1) for number in range(count)]
 
 
-def test_every_plan_fits_its_budget_by_servings_own_ledger() -> None:
+def test_plans_fit_serving_estimate() -> None:
     for memory in budgets():
         for point in planner().front(memory):
             assert total_bytes(planner().slot_budgets.estimate(point.configuration)) <= memory
 
 
 @pytest.mark.parametrize("rest", ["native", "int8"])
-def test_a_plan_for_a_server_fits_with_all_that_serving_takes(rest: str) -> None:
+def test_server_plan_fits_with_overhead(rest: str) -> None:
     """Reckoned as `load` does it, of a process of another size than this one."""
     process = 3 << 30
     served = PlanConstraints(
@@ -82,13 +82,13 @@ def server_planner(constraints: PlanConstraints) -> Planner:
     )  # fmt: skip
 
 
-def test_what_cannot_be_changed_any_more_is_kept() -> None:
+def test_fixed_options_are_kept() -> None:
     planner = server_planner(PlanConstraints(dense_formats=("int8",)))
     memory = planner.slot_budgets.all_resident_bytes
     assert {one.configuration.dense_precision for one in planner.front(memory)} == {"int8"}
 
 
-def test_sequences_are_reckoned_with_their_logits() -> None:
+def test_sequences_include_logits() -> None:
     process = 1 << 30
     one = server_planner(PlanConstraints(process=process))
     many = server_planner(PlanConstraints(process=process, sequences=64))
@@ -105,7 +105,7 @@ def test_sequences_are_reckoned_with_their_logits() -> None:
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
 
 
-def test_more_memory_never_costs() -> None:
+def test_more_memory_never_increases_loss() -> None:
     found = dict(planner().fronts_by_budget(6))
     assert list(found) == sorted(found)
     fronts = list(found.values())
@@ -114,7 +114,7 @@ def test_more_memory_never_costs() -> None:
     assert losses[-1] == pytest.approx(0, abs=1e-3)
 
 
-def test_without_fetching_there_is_nothing_to_wait_for() -> None:
+def test_plan_without_fetching_has_no_waits() -> None:
     known = planner().features
     room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
     still = planner().front_for_slots(room, fetching=False)
@@ -124,7 +124,7 @@ def test_without_fetching_there_is_nothing_to_wait_for() -> None:
     assert best <= planner().quality.loss(uniform(planner().profile.experts, "int4")) + 1e-6
 
 
-def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
+def test_loads_are_cold_without_page_cache() -> None:
     machine = {
         **planner().profile.facts.machine,
         "memory": planner().slot_budgets.all_resident_bytes,
@@ -136,7 +136,7 @@ def test_beside_a_budget_that_leaves_no_page_cache_loads_are_cold() -> None:
     assert cold.seconds > warm.seconds
 
 
-def test_promises_are_kept_by_what_is_predicted() -> None:
+def test_targets_are_met_by_predictions() -> None:
     memory = budgets()[1]
     front = planner().front(memory)
     for one in front[:: max(1, len(front) // 5)]:
@@ -149,7 +149,7 @@ def test_promises_are_kept_by_what_is_predicted() -> None:
 
 
 @pytest.mark.parametrize("target", [Target(max_loss=0.0), Target(min_speed=1e6)])
-def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(target: Target) -> None:
+def test_unreachable_target_names_nearest(target: Target) -> None:
     memory = planner().slot_budgets.min_bytes
     with pytest.raises(ConfigError, match="satisfies") as refused:
         planner().plan(memory, target)
@@ -165,19 +165,19 @@ def test_a_promise_that_cannot_be_kept_is_answered_with_the_nearest(target: Targ
     "target",
     [Target(max_loss=-0.1), Target(max_loss=float("nan")), Target(min_speed=0.0)],
 )
-def test_absurd_promises_are_refused(target: Target) -> None:
+def test_invalid_targets_raise(target: Target) -> None:
     with pytest.raises(ConfigError, match="but it must be"):
         planner().plan(budgets()[1], target)
 
 
-def test_below_the_floor_the_floor_is_named_and_works() -> None:
+def test_below_minimum_names_minimum() -> None:
     floor = planner().slot_budgets.min_bytes
     with pytest.raises(BudgetTooSmallError, match=str(floor)):
         planner().front(floor - 1)
     assert planner().front(floor)
 
 
-def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
+def test_smallest_budget_meets_loss() -> None:
     for loss in (0.001, 0.03):
         size = planner().smallest_budget(Target(max_loss=loss))
         assert size is not None
@@ -187,7 +187,7 @@ def test_the_smallest_budget_for_a_loss_keeps_it() -> None:
         planner().smallest_budget(Target(max_loss=-1.0))
 
 
-def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
+def test_profile_of_another_machine_warns() -> None:
     done = profile(noise=0.05)
     machine = {**done.facts.machine, "cpu": "Z80"}
     done = replace(done, facts=replace(done.facts, machine=machine))
@@ -197,7 +197,7 @@ def test_a_profile_of_another_machine_is_said_to_be_one() -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool) -> None:
+def test_times_of_busy_machine_warn(busy: bool) -> None:
     done = profile(noise=0.05)
     for number, (name, one) in enumerate(done.those("steps/").items()):
         longer = 10 ** (number % 3) if busy else 1
@@ -209,13 +209,13 @@ def test_times_of_a_machine_that_was_busy_are_said_to_be_worth_little(busy: bool
         assert "moefit profile --again" in said[0]
 
 
-def test_sequences_that_fit_are_fewer_where_they_are_longer() -> None:
+def test_longer_sequences_fit_fewer() -> None:
     plan, _ = planner().plan(planner().slot_budgets.all_resident_bytes + (64 << 20))
     counts = planner().sequences(plan, (32, 64, 128))
     assert counts[32] >= counts[64] >= counts[128] > 0
 
 
-def test_modes_that_are_expensive_are_warned_of_with_what_was_measured() -> None:
+def test_expensive_modes_warn() -> None:
     done = profile(noise=0.05)
     for name, one in done.those("steps/").items():
         dear = 0.3 if "virtual" in name else 1e-3 if "bounded" in name else one["divergence"]
@@ -225,7 +225,7 @@ def test_modes_that_are_expensive_are_warned_of_with_what_was_measured() -> None
     assert "virtual is expensive" in warned[0] and "35.0%" in warned[0]
 
 
-def test_a_plan_survives_its_file_and_loads_as_planned(tmp_path: Path) -> None:
+def test_plan_round_trips_and_loads(tmp_path: Path) -> None:
     plan = some_plan()
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
@@ -253,7 +253,7 @@ def some_plan() -> Plan:
         ('{"version": 1}', "damaged"),
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, says: str) -> None:
+def test_invalid_plan_raises(tmp_path: Path, content: str, says: str) -> None:
     file = tmp_path / "plan.json"
     file.write_text(content)
     with pytest.raises(ConfigError, match=says):
@@ -262,7 +262,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: str, says: str) -> 
         read_plan(tmp_path / "none.json")
 
 
-def test_a_plan_of_before_servers_planned_is_for_one_request(tmp_path: Path) -> None:
+def test_old_plan_is_for_one_request(tmp_path: Path) -> None:
     values = some_plan().as_dict()
     for name in ("sequences", "prompt_logits", "promise"):
         del values[name]
@@ -271,20 +271,20 @@ def test_a_plan_of_before_servers_planned_is_for_one_request(tmp_path: Path) -> 
     assert read_plan(file) == replace(some_plan(), target=Target())
 
 
-def test_a_damaged_dtype_is_refused(tmp_path: Path) -> None:
+def test_damaged_dtype_raises(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({**some_plan().as_dict(), "dtype": "load"}))
     with pytest.raises(ConfigError, match="damaged"):
         read_plan(file)
 
 
-def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_plan_for_another_checkpoint_raises(tmp_path: Path) -> None:
     skeleton = build_skeleton(folder())
     with pytest.raises(ConfigError, match="another checkpoint"):
         check_checkpoint(some_plan(), skeleton, tmp_path / "plan.json")
     check_checkpoint(replace(some_plan(), fingerprint=fingerprint(skeleton)), skeleton, tmp_path)
 
 
-def test_points_say_their_speed() -> None:
+def test_points_describe_speed() -> None:
     point = planner().front(budgets()[0])[0]
     assert isinstance(point, Point) and point.speed == pytest.approx(1 / point.seconds)

@@ -60,7 +60,7 @@ def stop_after(count: int):
     return progress
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
+def test_stopped_profile_resumes() -> None:
     with pytest.raises(_Killed):
         profiler().run(stop_after(2))
     kept = dict(read_profile(profiler().path).items)
@@ -89,7 +89,7 @@ with exclusive_folder(profiles_root(), busy="", lock=f".measuring-{platform.node
 """
 
 
-def test_two_that_measure_at_once_are_refused_and_what_is_finished_is_given() -> None:
+def test_concurrent_profiling_raises() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _ANOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -106,23 +106,23 @@ def test_two_that_measure_at_once_are_refused_and_what_is_finished_is_given() ->
 
 
 @pytest.mark.parametrize(("rule", "says"), [("top_k:1", "only DS-MoE"), ("best", "best")])
-def test_a_rule_that_cannot_be_is_refused_before_anything_is_measured(rule: str, says: str) -> None:
+def test_invalid_rule_raises_before_measuring(rule: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         profiler(rule=rule)
 
 
-def test_more_experts_than_there_are_are_refused_before_anything_is_measured() -> None:
+def test_too_many_experts_raise_before_measuring() -> None:
     subject = MeasuredModel(folder=folder_of("reference"), rule="top_k:99")
     with pytest.raises(ConfigError, match="the most that works is top_k:16"):
         Profiler(subject, WINDOWS, text="random")
 
 
-def test_a_device_that_is_not_here_is_refused_before_anything_is_measured() -> None:
+def test_missing_device_raises_before_measuring() -> None:
     with pytest.raises(ConfigError, match="'tpu' is not available here"):
         profiler(device="tpu")
 
 
-def test_times_are_measured_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_again_measures_only_times(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = profiler().facts
     write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted, 1)), profiler().path)
     monkeypatch.setattr(Measurements, "measure", lambda *_: 2)
@@ -134,7 +134,7 @@ def test_times_are_measured_again_and_nothing_else(monkeypatch: pytest.MonkeyPat
     assert anew == {name for name in facts.wanted if name.split("/")[0] in timed}
 
 
-def test_measuring_again_goes_on_where_it_was_stopped() -> None:
+def test_stopped_remeasurement_resumes() -> None:
     facts = profiler().facts
     write_profile(Profile(facts=facts, items=dict.fromkeys(facts.wanted, 1)), profiler().path)
     with pytest.raises(_Killed):
@@ -143,7 +143,7 @@ def test_measuring_again_goes_on_where_it_was_stopped() -> None:
     assert "bandwidth" in left.missing and "routes" not in left.missing
 
 
-def test_an_unfinished_profile_says_how_to_go_on() -> None:
+def test_unfinished_profile_names_command() -> None:
     with pytest.raises(_Killed):
         profiler().run(stop_after(1))
     with pytest.raises(ConfigError, match=r"1 of .* continues"):
@@ -154,7 +154,7 @@ def skeleton() -> Skeleton:
     return build_skeleton(folder())
 
 
-def test_without_a_profile_the_command_that_makes_one_is_named() -> None:
+def test_missing_profile_names_command() -> None:
     with pytest.raises(ConfigError, match="moefit profile m"):
         find_profile(skeleton(), model="m")
 
@@ -165,14 +165,14 @@ def finished(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_newest_finished_one_is_found_and_damaged_ones_are_passed_over() -> None:
+def test_newest_complete_profile_is_found() -> None:
     place = folder_for(skeleton())
     finished(place / "a.json")
     (place / "b.json").write_text("{")
     assert find_profile(skeleton(), model="m").facts.source == "nowhere"
 
 
-def test_one_of_this_machine_comes_before_a_newer_one_of_another() -> None:
+def test_profile_of_this_machine_is_preferred() -> None:
     place = folder_for(skeleton())
     finished(place / "a.json", source="here")
     finished(place / "b.json", source="there", machine={**profile().facts.machine, "cores": 999})
@@ -182,16 +182,16 @@ def test_one_of_this_machine_comes_before_a_newer_one_of_another() -> None:
     assert find_profile(skeleton(), model="m").facts.source == "there"
 
 
-def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+def test_profile_round_trips(tmp_path: Path) -> None:
     assert read_profile(finished(tmp_path / "p.json")) == profile()
 
 
-def test_a_profile_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_profile_of_another_checkpoint_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another checkpoint"):
         find_profile(skeleton(), model="m", path=finished(tmp_path / "p.json"))
 
 
-def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_profile_of_another_version_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="version 99"):
         read_profile(finished(tmp_path / "p.json", version=99))
 
@@ -200,14 +200,14 @@ def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
     ("content", "says"),
     [("{", "not a profile"), ("[]", "version None"), (b"\xff\xfe", "not a profile")],
 )
-def test_what_is_no_profile_is_refused(tmp_path: Path, content: str | bytes, says: str) -> None:
+def test_invalid_profile_raises(tmp_path: Path, content: str | bytes, says: str) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=says):
         read_profile(file)
 
 
-def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
+def test_damaged_profile_raises(tmp_path: Path) -> None:
     file = finished(tmp_path / "p.json")
     values = json.loads(file.read_text())
     del values["facts"]["blocks"]
@@ -216,13 +216,13 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
         read_profile(file)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_unwritable_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
         write_profile(profile(), tmp_path / "file" / "p.json")
 
 
-def test_another_text_rule_or_machine_has_its_own_file() -> None:
+def test_profile_file_depends_on_text_rule_and_machine() -> None:
     facts = profiler().facts
     paths = {
         path_for(skeleton(), one)
@@ -241,11 +241,11 @@ def text(count: int, context: int = 32) -> Text:
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 100])
-def test_a_text_too_short_to_calibrate_on_is_refused_with_what_is_enough(count: int) -> None:
+def test_too_short_text_names_minimum(count: int) -> None:
     with pytest.raises(DataError, match=r"at least 129 tokens"):
         windows_of(text(count))
 
 
-def test_enough_text_gives_whole_windows() -> None:
+def test_text_is_cut_into_full_windows() -> None:
     assert windows_of(text(129)).shape == (4, 33)
     assert windows_of(text(140)).shape == (4, 33)

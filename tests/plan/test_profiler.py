@@ -35,7 +35,7 @@ def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 @pytest.mark.slow
-def test_everything_is_measured_and_sound(profile: Profile) -> None:
+def test_profile_is_complete_and_plausible(profile: Profile) -> None:
     assert not profile.missing
     for name, one in {**profile.those("quality/"), **profile.those("steps/")}.items():
         assert math.isfinite(one["divergence"]), name
@@ -47,7 +47,7 @@ def test_everything_is_measured_and_sound(profile: Profile) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, model: Path) -> None:
+def test_plan_from_profile_matches_prediction(profile: Profile, model: Path) -> None:
     planner = Planner(build_skeleton(model), profile, context=64)
     plan, front = planner.plan(planner.slot_budgets.all_resident_bytes)
     assert front and plan.predicted.loss < 0.05
@@ -58,7 +58,7 @@ def test_a_plan_made_of_it_loads_and_is_as_good_as_predicted(profile: Profile, m
     assert divergence < math.log1p(plan.predicted.loss) + 0.05
 
 
-def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+def test_encoder_decoders_raise(tmp_path: Path) -> None:
     config = SwitchTransformersConfig(
         vocab_size=61, d_model=32, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
         d_kv=8, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,

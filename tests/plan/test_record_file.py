@@ -23,7 +23,7 @@ def points(values: Any) -> list[int]:
     return [int(one) for one in values["points"]]
 
 
-def test_what_was_written_is_read_and_nothing_else_lies_there(tmp_path: Path) -> None:
+def test_record_file_round_trips(tmp_path: Path) -> None:
     file = tmp_path / "a" / "card.json"
     KIND.write(VALUES, file)
     assert KIND.read(file, points) == [1, 2]
@@ -46,21 +46,19 @@ def test_what_was_written_is_read_and_nothing_else_lies_there(tmp_path: Path) ->
         (b'{"facts": {"version": 3}, "points": ["x"]}', "a damaged card"),
     ],
 )
-def test_what_is_no_such_record_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
+def test_invalid_record_raises(tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "card.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         KIND.read(file, points)
 
 
-def test_a_file_that_is_not_there_is_another_matter(tmp_path: Path) -> None:
+def test_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no card .*; draw one"):
         KIND.read(tmp_path / "none.json", points)
 
 
-def test_what_cannot_be_written_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "card.json"
     KIND.write(VALUES, file)
 

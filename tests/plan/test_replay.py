@@ -20,7 +20,7 @@ SEEDS = st.integers(0, 50)
 
 @settings(deadline=None)
 @given(st.integers(K, EXPERTS), SEEDS)
-def test_exact_misses_as_the_cache_simulator_does(slots: int, seed: int) -> None:
+def test_exact_misses_equal_cache_simulation(slots: int, seed: int) -> None:
     steps = walk(tokens=60, seed=seed)
     events = [dict(zip(step.chosen, step.weights, strict=True)) for step in steps]
     count = simulate(events, slots, LeastFrequentlyUsed())
@@ -29,7 +29,7 @@ def test_exact_misses_as_the_cache_simulator_does(slots: int, seed: int) -> None
 
 @settings(deadline=None)
 @given(SLOTS, SEEDS, st.floats(0, 1))
-def test_bounded_moves_at_most_its_bound_and_reads_no_more_than_exact(
+def test_bounded_substitutes_within_bound_and_reads_at_most_exact(
     slots: int, seed: int, bound: float
 ) -> None:
     steps = walk(tokens=60, seed=seed)
@@ -41,7 +41,7 @@ def test_bounded_moves_at_most_its_bound_and_reads_no_more_than_exact(
 
 @settings(deadline=None)
 @given(SEEDS)
-def test_with_all_experts_nothing_is_moved_and_each_is_read_once(seed: int) -> None:
+def test_all_experts_read_once_without_substitution(seed: int) -> None:
     steps = walk(tokens=60, seed=seed)
     used = len({expert for step in steps for expert in step.chosen})
     for found in (
@@ -53,14 +53,14 @@ def test_with_all_experts_nothing_is_moved_and_each_is_read_once(seed: int) -> N
 
 @settings(deadline=None)
 @given(SLOTS, SEEDS)
-def test_virtual_waits_only_while_slots_are_empty(slots: int, seed: int) -> None:
+def test_virtual_waits_only_for_empty_slots(slots: int, seed: int) -> None:
     steps = walk(tokens=60, seed=seed)
     found = replay_virtual(steps, EXPERTS, slots, VirtualExpertManager())
     assert found.misses * len(steps) <= slots + K
     assert 0 <= found.moved <= 1
 
 
-def test_rare_updates_swap_less() -> None:
+def test_rarer_updates_swap_less() -> None:
     steps = walk(tokens=300)
     often = replay_virtual(steps, EXPERTS, 4, VirtualExpertManager(every=1))
     rarely = replay_virtual(steps, EXPERTS, 4, VirtualExpertManager(every=16))
@@ -81,12 +81,12 @@ STEP = Step(chosen=[3, 0, 2], weights=[0.2, 0.5, 0.3], scores=[0.9, 0.1, 0.5, 0.
         ({0, 2, 3}, 1.0, 0, []),
     ],
 )
-def test_the_lightest_absent_ones_go_as_far_as_the_bound_reaches(
+def test_lightest_absent_experts_are_substituted_first(
     residents: set[int], bound: float, protected: int, lost: list[int]
 ) -> None:
     assert replaceable(STEP, residents, bound, protected) == lost
 
 
-def test_substitutes_are_the_best_residents_that_are_not_chosen() -> None:
+def test_substitutes_are_best_unchosen_residents() -> None:
     assert substitutes(STEP, {0, 1, 4}, 2) == [4, 1]
     assert substitutes(STEP, {0, 4}, 2) == [4]

@@ -10,7 +10,7 @@ from moefit.plan.quality import fit_quality, quality_samples
 from moefit.plan.search import Models, policy_choices
 
 
-def test_the_network_fits_its_samples() -> None:
+def test_network_fits_samples() -> None:
     done = profile()
     features, samples = features_of(done), quality_samples(done)
     network = fit_network(samples, features)
@@ -21,7 +21,7 @@ def test_the_network_fits_its_samples() -> None:
 
 
 @pytest.mark.skipif(not available(), reason="pymoo is optional")
-def test_the_genetic_search_stays_within_the_slot_budget() -> None:
+def test_genetic_search_stays_within_budget() -> None:
     done = profile(noise=0.05)
     features = features_of(done)
     models = Models(fit_quality(done, features), fit_latency(done, features), policy_choices())

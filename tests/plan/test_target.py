@@ -19,7 +19,7 @@ def point(loss: float, seconds: float) -> Point:
 
 
 @given(FRONTS, st.floats(0, 0.6), st.floats(0.5, 120))
-def test_what_is_promised_is_kept_or_refused(front: list[Point], loss: float, speed: float) -> None:
+def test_target_is_met_or_raises(front: list[Point], loss: float, speed: float) -> None:
     for target in (
         Target(max_loss=loss), Target(min_speed=speed), Target(max_loss=loss, min_speed=speed)
     ):  # fmt: skip
@@ -31,25 +31,25 @@ def test_what_is_promised_is_kept_or_refused(front: list[Point], loss: float, sp
         assert target.min_speed is None or chosen.speed >= speed
 
 
-def test_among_those_as_fast_as_can_be_told_the_best_is_chosen() -> None:
+def test_best_quality_among_equally_fast() -> None:
     front = [point(0.018, 0.100), point(0.005, 0.104), point(0.001, 0.2)]
     assert CHOOSER.choose(front, Target(), 1) is front[1]
     assert CHOOSER.choose(front, Target(max_loss=0.002), 1) is front[2]
     assert CHOOSER.choose(front, Target(min_speed=9.9), 1) is front[0]
 
 
-def test_without_a_promise_the_best_is_chosen_where_all_lose_much() -> None:
+def test_best_without_target() -> None:
     front = [point(0.4, 0.1), point(DEFAULT_LOSS + 0.01, 0.2)]
     assert CHOOSER.choose(front, Target(), 1) is front[1]
 
 
-def test_the_margin_counts_but_what_loses_nothing_needs_none() -> None:
+def test_margin_applies_only_with_loss() -> None:
     front = [point(0.025, 0.1), point(0.0, 1.0)]
     assert CHOOSER.choose(front, Target(max_loss=0.03), 1) is front[1]
     assert CHOOSER.choose(front, Target(max_loss=0.036), 1) is front[0]
     assert CHOOSER.choose(front, Target(max_loss=0.0), 1) is front[1]
 
 
-def test_what_cannot_be_is_answered_with_what_can() -> None:
+def test_unreachable_target_names_alternative() -> None:
     with pytest.raises(ConfigError, match=r"a loss of 4\.00% at 1\.00 .* makes 9\.99 tokens/s"):
         CHOOSER.choose([point(0.2, 0.1001), point(0.03, 0.999)], Target(max_loss=0.01), 1)

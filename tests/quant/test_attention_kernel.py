@@ -85,7 +85,7 @@ def assert_attention(
     [[(0, 1)], [(5, 1), (0, 9)], [(63, 1), (64, 1), (65, 1)], [(510, 5), (1100, 1), (0, 70)]],
     ids=str,
 )
-def test_equals_all_scores_written_out(level: str, dtype: str, sizes, int8: bool) -> None:
+def test_attention_equals_reference(level: str, dtype: str, sizes, int8: bool) -> None:
     segments = segments_of(sizes, 2, 64, 48, DTYPES[dtype], int8=int8)
     query_THC = normal(sum(new for _, new in sizes), 6, 64).to(DTYPES[dtype])
     assert_attention(level, query_THC, segments, AttentionOptions(), ROUNDING[dtype])
@@ -105,7 +105,7 @@ def test_equals_all_scores_written_out(level: str, dtype: str, sizes, int8: bool
     ],
     ids=["scale", "window-1", "window-70", "softcap", "sinks", "all"],
 )
-def test_what_families_do_beside(level: str, options: AttentionOptions, int8: bool) -> None:
+def test_attention_options_of_families(level: str, options: AttentionOptions, int8: bool) -> None:
     segments = segments_of([(700, 3), (0, 80), (530, 1)], 4, 32, 16, torch.float32, int8=int8)
     assert_attention(level, normal(84, 4, 32), segments, options, 5e-6)
 
@@ -140,7 +140,7 @@ def out_of(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_prompt_may_be_cut_anywhere(
+def test_result_does_not_depend_on_prompt_chunks(
     dtype: str, window: int | None, chunk: int, int8: bool
 ) -> None:
     (whole,) = segments_of([(0, 600)], 2, 64, 64, DTYPES[dtype], int8=int8)
@@ -155,7 +155,7 @@ def test_a_prompt_may_be_cut_anywhere(
 
 
 @CACHES
-def test_neighbours_change_nothing(int8: bool) -> None:
+def test_result_does_not_depend_on_batch(int8: bool) -> None:
     sizes = [(1500, 1), (20, 30), (0, 1), (513, 4)]
     segments = segments_of(sizes, 2, 64, 64, torch.bfloat16, int8=int8)
     query_THC = normal(36, 4, 64).bfloat16()
@@ -165,7 +165,7 @@ def test_neighbours_change_nothing(int8: bool) -> None:
 
 
 @CACHES
-def test_threads_change_nothing(int8: bool) -> None:
+def test_result_does_not_depend_on_threads(int8: bool) -> None:
     segments = segments_of([(1500, 1)], 1, 64, 64, torch.bfloat16, int8=int8)
     query_THC = normal(1, 4, 64).bfloat16()
     before = torch.get_num_threads()
@@ -179,7 +179,7 @@ def test_threads_change_nothing(int8: bool) -> None:
     assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
-def test_what_is_no_number_shows() -> None:
+def test_nan_propagates() -> None:
     (segment,) = segments_of([(80, 1)], 1, 16, 16, torch.float32)
     segment.keys_GLC[0, 70, 3] = torch.nan
     assert out_of(normal(1, 2, 16), [segment]).isnan().all()
@@ -191,12 +191,12 @@ def test_what_is_no_number_shows() -> None:
 
 @CACHES
 @pytest.mark.parametrize("width, groups", [(8, 2), (24, 1), (16, 3)])
-def test_unknown_shapes_are_left_to_torch(width: int, groups: int, int8: bool) -> None:
+def test_unsupported_shapes_use_torch(width: int, groups: int, int8: bool) -> None:
     (segment,) = segments_of([(4, 1)], groups, width, 16, torch.float32, int8=int8)
     assert not can_attend(normal(1, 4, width), segment)
 
 
-def test_codes_without_scales_are_not_attended_to() -> None:
+def test_codes_without_scales_are_ignored() -> None:
     (segment,) = segments_of([(4, 1)], 2, 16, 16, torch.float32, int8=True)
     assert can_attend(normal(1, 4, 16), segment)
     lost = segment.keys_GLC[:, :5]
@@ -205,7 +205,7 @@ def test_codes_without_scales_are_not_attended_to() -> None:
     assert not can_attend(normal(1, 4, 16), broken)
 
 
-def test_a_row_of_an_int8_cache_that_is_no_number_shows() -> None:
+def test_nan_row_of_int8_cache_propagates() -> None:
     (segment,) = segments_of([(80, 1)], 1, 16, 16, torch.float32, int8=True)
     assert isinstance(segment.keys_GLC, Int8Rows)
     segment.keys_GLC.scales[0, 70] = torch.nan
@@ -219,7 +219,7 @@ class Causal(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("new, length", [(1, 40), (40, 40), (5, 40)])
-def test_as_transformers_sdpa(batch: int, new: int, length: int) -> None:
+def test_equals_transformers_sdpa(batch: int, new: int, length: int) -> None:
     query, key, value = normal(batch, 4, new, 32), *normal(2, batch, 2, length, 32, seed=3)
     mask = None if new in (1, length) else torch.ones(new, length).tril(length - new).bool()
     out, _ = cpu_attention(Causal(), query, key, value, mask, scaling=0.2)
@@ -236,7 +236,7 @@ def test_as_transformers_sdpa(batch: int, new: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("flag", [None, False, True])
-def test_flags_of_transformers_do_not_keep_kernels_away(flag, monkeypatch) -> None:
+def test_transformers_flags_do_not_disable_kernels(flag, monkeypatch) -> None:
     """Families pass their flags on (output_router_logits); what changes attention goes to torch."""
     calls = []
     real = attention_module._by_kernels

@@ -27,40 +27,40 @@ def fresh(monkeypatch):
         clear()
 
 
-def test_a_cpu_has_the_compiled_ones() -> None:
+def test_cpu_uses_compiled_kernels() -> None:
     assert backend(CPU) is kernels() and backend_status(CPU) == status()
 
 
-def test_a_gpu_has_tritons() -> None:
+def test_gpu_uses_triton() -> None:
     pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
     from moefit.quant.gpu_kernels import TritonKernels
 
     assert isinstance(backend(GPU), TritonKernels) and backend_status(GPU) == "triton"
 
 
-def test_a_gpu_without_triton_has_none_and_says_so(monkeypatch) -> None:
+def test_gpu_without_triton_uses_torch_and_warns(monkeypatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert backend(GPU) is None
     assert backend_status(GPU) == "torch: Triton is not installed"
 
 
-def test_the_switch_turns_all_off(monkeypatch) -> None:
+def test_environment_variable_disables_kernels(monkeypatch) -> None:
     monkeypatch.setenv(SWITCH, "torch")
     assert backend(CPU) is backend(GPU) is None
     assert backend_status(GPU) == f"torch: {SWITCH}=torch"
 
 
-def test_a_level_that_does_not_exist_is_named_on_a_gpu_too(monkeypatch) -> None:
+def test_unknown_level_raises_on_gpu(monkeypatch) -> None:
     monkeypatch.setenv(SWITCH, "tritno")
     with pytest.raises(ConfigError, match="'tritno' is none of"):
         backend(GPU)
 
 
-def test_other_devices_compute_in_torch() -> None:
+def test_other_devices_use_torch() -> None:
     assert backend(OTHER) is None and backend_status(OTHER) == "torch: no kernels for mps"
 
 
-def test_nothing_of_ours_imports_triton_before_a_gpu_is_computed_on() -> None:
+def test_triton_is_imported_only_for_gpus() -> None:
     """CPU builds of torch do not bring it."""
     code = (
         "import sys, moefit.serve.layer.executor, moefit.serve.hf.quant_linear\n"

@@ -24,7 +24,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, groups: int, seed: int) 
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(PLANES)), st.integers(0, 2**31))
-def test_all_bytes_are_codes(bits: int, seed: int) -> None:
+def test_all_bytes_are_valid_codes(bits: int, seed: int) -> None:
     """So nothing of a group's bytes is wasted, and any bytes at all decode."""
     generator = torch.Generator().manual_seed(seed)
     bytes_NB = torch.randint(256, (3, bits * 8), dtype=torch.uint8, generator=generator)

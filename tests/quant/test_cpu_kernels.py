@@ -94,7 +94,7 @@ def assert_product(y_TO: Tensor, x_TI: Tensor, weight: Weight, level: str) -> No
 
 @levels
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_the_dense_matrixs(level: str, kind) -> None:
+def test_product_equals_dense_matrix(level: str, kind) -> None:
     for rows, cols in ((1, 1), (3, 63), (33, 64), (3, 65), (33, 200), (5, 1088)):
         weight = weight_of(kind, rows, cols)
         for tokens in (0, 1, 2, 3, 4, 5, 9):
@@ -112,7 +112,7 @@ def test_a_product_is_the_dense_matrixs(level: str, kind) -> None:
     size=st.sampled_from([-20, -6, 0, 6, 20]),
     seed=st.integers(0, 2**31),
 )
-def test_products_of_any_shape_and_size(kind, rows, cols, tokens, size, seed: int) -> None:
+def test_products_of_any_shape(kind, rows, cols, tokens, size, seed: int) -> None:
     weight = weight_of(kind, rows, cols, seed=seed)
     x_TI = normal(tokens, cols, seed=seed + 1) * 10.0**size
     for level in HERE:
@@ -121,7 +121,7 @@ def test_products_of_any_shape_and_size(kind, rows, cols, tokens, size, seed: in
 
 @levels
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_counts_the_same_in_any_company(level: str, kind) -> None:
+def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
     """So that decoding and prompts of any length agree to the bit."""
     weight, x_TI = weight_of(kind, 37, 200), normal(9, 200)
     together_TO = at(level).linear(x_TI, weight)
@@ -131,7 +131,7 @@ def test_a_token_counts_the_same_in_any_company(level: str, kind) -> None:
 
 @levels
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_outliers_cost_no_more_than_the_grid_of_their_group(level: str, bits: int) -> None:
+def test_outliers_affect_only_their_group(level: str, bits: int) -> None:
     """10^4 beside 10^-3: other groups keep all they have; the result is as good as the bound."""
     weight = weight_of(bits, 48, 192)
     x_TI = normal(3, 192) * 1e-3
@@ -146,7 +146,7 @@ def test_outliers_cost_no_more_than_the_grid_of_their_group(level: str, bits: in
 
 @levels
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_number_stays_none_and_harms_no_other_token(level: str, kind) -> None:
+def test_nan_affects_only_its_token(level: str, kind) -> None:
     weight = weight_of(kind, 40, 150)
     for bad, col in ((torch.nan, 3), (torch.inf, 149), (-torch.inf, 64)):
         x_TI = normal(5, 150)
@@ -158,7 +158,7 @@ def test_no_number_stays_none_and_harms_no_other_token(level: str, kind) -> None
 
 @levels
 @widths
-def test_activations_next_to_nothing_give_next_to_nothing(level: str, bits: int) -> None:
+def test_tiny_activations_give_tiny_results(level: str, bits: int) -> None:
     """Their scale's reciprocal is no float."""
     weight = weight_of(bits, 8, 100)
     for size in (1e-29, 1e-33, 1e-38, 1e-45, 0.0):
@@ -167,7 +167,7 @@ def test_activations_next_to_nothing_give_next_to_nothing(level: str, bits: int)
 
 
 @levels
-def test_widths_that_do_not_fit_are_not_read(level: str) -> None:
+def test_unsupported_widths_are_not_read(level: str) -> None:
     with pytest.raises(AssertionError):
         at(level).linear(normal(2, 65), weight_of(4, 8, 64))
 
@@ -177,7 +177,7 @@ def test_widths_that_do_not_fit_are_not_read(level: str) -> None:
 
 @levels
 @widths
-def test_decoding_is_the_torch_twins_to_the_bit(level: str, bits: int) -> None:
+def test_decoding_equals_torch_bitwise(level: str, bits: int) -> None:
     for rows, cols in ((1, 1), (3, 65), (300, 130)):
         weight = weight_of(bits, rows, cols)
         assert isinstance(weight, GroupedMatrix)
@@ -188,7 +188,7 @@ def test_decoding_is_the_torch_twins_to_the_bit(level: str, bits: int) -> None:
 
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_half_is_read_as_torch_reads_it(level: str, dtype: torch.dtype) -> None:
+def test_float16_scales_equal_torch(level: str, dtype: torch.dtype) -> None:
     """Subnormal, infinite and NaN scales and minima among them."""
     half_R = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     for bits, code in ((8, 129), (4, 0)):
@@ -260,7 +260,7 @@ def test_experts_of_mixed_formats_in_one_call(level: str, tokens: list[list[int]
 @levels
 @pytest.mark.parametrize("activation", module.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
-def test_activations_are_torchs(level: str, activation: str, gated: bool) -> None:
+def test_activations_equal_torch(level: str, activation: str, gated: bool) -> None:
     x_TD = normal(5, 72) * torch.tensor([0.01, 0.3, 1.0, 10.0, 300.0])[:, None]
     mlp = make_mlp("float32", 8, activation=activation, gated=gated)
     assert_experts(level, x_TD, [mlp], [[0, 1, 2, 3, 4]])
@@ -287,7 +287,7 @@ def test_experts_of_any_shape(kinds, width: int, inner: int, gated: bool, data) 
 
 
 @levels
-def test_nothing_routed_is_nothing(level: str) -> None:
+def test_no_routed_tokens_give_zero(level: str) -> None:
     assert at(level).experts(normal(3, 72), [], []).shape == (0, 72)
     assert at(level).experts(normal(3, 72), [make_mlp(4, 4)] * 2, [[], []]).shape == (0, 72)
     assert at(level).experts(normal(0, 72), [make_mlp(4, 4)], [[]]).shape == (0, 72)
@@ -295,7 +295,7 @@ def test_nothing_routed_is_nothing(level: str) -> None:
 
 @levels
 @pytest.mark.parametrize("activation", module.ACTIVATIONS)
-def test_no_number_passes_through_an_expert(level: str, activation: str) -> None:
+def test_nan_passes_through_experts(level: str, activation: str) -> None:
     x_TD = normal(3, 72)
     x_TD[1, 5] = torch.nan
     for kind in (4, "float32"):
@@ -306,7 +306,7 @@ def test_no_number_passes_through_an_expert(level: str, activation: str) -> None
 
 @levels
 @pytest.mark.parametrize("kind", [8, 3, "bfloat16"])
-def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -> None:
+def test_bfloat16_rounding_equals_torch(level: str, kind) -> None:
     x_TD = normal(6, 72).bfloat16()
     mlp = make_mlp(kind, kind)
     y_RD = at(level).experts(x_TD, [mlp], [[*range(6)]])
@@ -320,7 +320,7 @@ def test_bfloat16_tokens_round_hidden_units_where_torch_does(level: str, kind) -
 
 
 @levels
-def test_one_tokens_experts_go_into_their_rows_and_leave_others(level: str) -> None:
+def test_experts_write_only_their_rows(level: str) -> None:
     mlps = [make_mlp(4, 8, seed=0), make_mlp("float32", 3, seed=1)]
     for x_1D in (normal(1, 72), normal(1, 72).bfloat16(), normal(1, 72).half()):
         y_KD = torch.full((4, 72), 7.0)
@@ -332,7 +332,7 @@ def test_one_tokens_experts_go_into_their_rows_and_leave_others(level: str) -> N
 
 @levels
 @pytest.mark.parametrize("tokens", [1, 3, 6])
-def test_a_product_comes_in_the_dtype_asked_for(level: str, tokens: int) -> None:
+def test_product_has_requested_dtype(level: str, tokens: int) -> None:
     weight = weight_of(5, 75, 150)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x_TI = normal(tokens, 150).to(dtype)
@@ -347,7 +347,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES),
        st.sampled_from(DTYPES), st.integers(0, 9))  # fmt: skip
-def test_a_weighted_sum_is_the_plain_one_to_the_bit(
+def test_weighted_sum_equals_plain_sum_bitwise(
     tokens, k, width, dtype, weights_dtype, seed: int
 ) -> None:
     y_RD = normal(tokens * k, width, seed=seed)
@@ -365,7 +365,7 @@ def test_a_weighted_sum_is_the_plain_one_to_the_bit(
 
 
 @compiled
-def test_no_number_stays_none_in_a_weighted_sum() -> None:
+def test_nan_propagates_through_weighted_sum() -> None:
     y_KD = torch.tensor([[float("nan"), float("inf"), 1.0], [1.0, 1.0, 1.0]])
     made_TD, _ = at("portable").weighted_sum(y_KD, torch.ones(1, 2), torch.bfloat16)
     assert made_TD.isnan().tolist() == [[True, False, False]]
@@ -395,7 +395,7 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
 
 
 @compiled
-def test_the_best_level_is_taken_and_no_better_one_than_there_is(monkeypatch, fresh) -> None:
+def test_best_available_level_is_used(monkeypatch, fresh) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     assert status() == MACHINE[-1]
     for level in LEVELS:
@@ -407,13 +407,13 @@ def test_the_best_level_is_taken_and_no_better_one_than_there_is(monkeypatch, fr
     assert kernels() is None and status() == "torch: MOEFIT_KERNELS=torch"
 
 
-def test_a_level_that_does_not_exist_is_named(monkeypatch, fresh) -> None:
+def test_unknown_level_raises(monkeypatch, fresh) -> None:
     monkeypatch.setenv(SWITCH, "avx")
     with pytest.raises(ConfigError, match="MOEFIT_KERNELS='avx' is none of portable, avx2, avx512"):
         kernels()
 
 
-def test_without_the_library_torch_computes_and_says_so(monkeypatch, fresh, tmp_path) -> None:
+def test_missing_library_uses_torch_and_warns(monkeypatch, fresh, tmp_path) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(module, "__file__", str(tmp_path / "kernels.py"))
     (tmp_path / "_kernels.of-another-system.so").write_bytes(b"not a library")

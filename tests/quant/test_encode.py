@@ -67,7 +67,7 @@ weights = st.builds(
 
 @settings(deadline=None, max_examples=150)
 @given(weights, st.sampled_from(sorted(PLANES)))
-def test_nearest_is_half_a_step_off_at_most(weight_RC: Tensor, bits: int) -> None:
+def test_nearest_error_is_at_most_half_a_step(weight_RC: Tensor, bits: int) -> None:
     """Half a step, and what float16 rounds of the scale and of the minimum."""
     matrix = encode(weight_RC, bits, "nearest")
     group_RGI = in_groups(weight_RC.double())
@@ -123,7 +123,7 @@ def test_more_bits_are_better() -> None:
 @widths
 @encoders
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e-7, -3e-5, 65504.0, -65504.0])
-def test_a_group_of_equal_weights_is_kept(bits: int, encoder: Encoder, value: float) -> None:
+def test_group_of_equal_weights_is_exact(bits: int, encoder: Encoder, value: float) -> None:
     dense_RC = encode(torch.full((2, 100), value), bits, encoder).dense()
     assert dense_RC.unique().numel() == 1
     assert abs(float(dense_RC[0, 0]) - value) <= HALF * abs(value) + SMALLEST_HALF / 2
@@ -132,7 +132,7 @@ def test_a_group_of_equal_weights_is_kept(bits: int, encoder: Encoder, value: fl
 @widths
 @encoders
 @pytest.mark.parametrize("bound", [65504.0, 1e-7, 1e-38, 1e-45])
-def test_extreme_weights_stay_finite_and_of_their_size(bits, encoder, bound: float) -> None:
+def test_extreme_weights_stay_finite(bits, encoder, bound: float) -> None:
     generator = torch.Generator().manual_seed(bits)
     uniform_RC = torch.rand(32, 128, generator=generator)
     for weight_RC in (uniform_RC, uniform_RC - 1, (uniform_RC - 0.5) * 2, uniform_RC.round()):
@@ -144,7 +144,7 @@ def test_extreme_weights_stay_finite_and_of_their_size(bits, encoder, bound: flo
 
 
 @encoders
-def test_weights_too_small_for_float16s_scales_keep_what_it_can_say(encoder: Encoder) -> None:
+def test_tiny_weights_round_to_float16_scales(encoder: Encoder) -> None:
     """Dead units of trained models: int8 would be no better than dropping them."""
     weight_RC = normal(8, 256) * 1e-6
     for bits in (4, 6, 8):
@@ -155,7 +155,7 @@ def test_weights_too_small_for_float16s_scales_keep_what_it_can_say(encoder: Enc
 @widths
 @pytest.mark.parametrize("cols", [1, 30, 64, 65, 129])
 @pytest.mark.parametrize("rows", [1, ROWS_AT_ONCE + 1])
-def test_rows_and_groups_are_encoded_each_for_itself(bits: int, cols: int, rows: int) -> None:
+def test_rows_and_groups_are_encoded_independently(bits: int, cols: int, rows: int) -> None:
     weight_RC = normal(rows, cols)
     whole = encode(weight_RC, bits).dense()
     assert torch.equal(encode(weight_RC[-1:], bits).dense(), whole[-1:])
@@ -173,7 +173,7 @@ def test_any_dtype_and_stride(dtype: torch.dtype, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_loud_inputs_count_more(bits: int) -> None:
+def test_inputs_of_high_energy_count_more(bits: int) -> None:
     weight_RC = normal(32, 256)
     moments_C = torch.full((256,), 0.01)
     moments_C[::8] = 10.0
@@ -183,7 +183,7 @@ def test_loud_inputs_count_more(bits: int) -> None:
     assert float((aware * moments_C).sum()) < float((even * moments_C).sum())
 
 
-def test_moments_count_relative_to_one_another() -> None:
+def test_scaling_moments_has_no_effect() -> None:
     weight_RC = normal(4, 128)
     moments_C = torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 4
     made = [encode(weight_RC, 3, moments_C=moments_C * scale) for scale in (1.0, 2.0**-60, 2.0**40)]
@@ -206,7 +206,7 @@ def test_moments_count_relative_to_one_another() -> None:
         (torch.float64, -1e300),
     ],
 )
-def test_what_no_format_can_hold_is_named(bits: int, encoder: Encoder, dtype, value: float) -> None:
+def test_unencodable_weights_raise(bits: int, encoder: Encoder, dtype, value: float) -> None:
     weight_RC = normal(ROWS_AT_ONCE + 9, 70).to(dtype)
     weight_RC[ROWS_AT_ONCE + 3, 65] = value
     with pytest.raises(

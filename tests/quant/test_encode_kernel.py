@@ -50,7 +50,7 @@ weights = st.builds(
 @levels
 @settings(deadline=None, max_examples=100)
 @given(weight_RC=weights, bits=st.sampled_from(sorted(PLANES)))
-def test_nearest_is_the_same_bytes(level: Level, weight_RC: Tensor, bits: int) -> None:
+def test_nearest_equals_torch_bitwise(level: Level, weight_RC: Tensor, bits: int) -> None:
     expected = encoded(None, weight_RC, bits, "nearest")
     assert same(encoded(level, weight_RC, bits, "nearest"), expected)
 
@@ -58,7 +58,7 @@ def test_nearest_is_the_same_bytes(level: Level, weight_RC: Tensor, bits: int) -
 @pytest.mark.parametrize("level", [at_level(one) for one in LEVELS[1:]])
 @settings(deadline=None, max_examples=100)
 @given(weight_RC=weights, bits=st.sampled_from(sorted(PLANES)), weighted=st.booleans())
-def test_all_levels_give_the_same_bytes(
+def test_all_levels_agree_bitwise(
     level: Level, weight_RC: Tensor, bits: int, weighted: bool
 ) -> None:
     moments_C = torch.rand(weight_RC.shape[1]) if weighted else None
@@ -69,7 +69,7 @@ def test_all_levels_give_the_same_bytes(
 @levels
 @settings(deadline=None, max_examples=50)
 @given(weight_RC=weights, bits=st.sampled_from(sorted(set(PLANES) - {8})))
-def test_codes_are_the_nearest_for_their_scale(level: Level, weight_RC: Tensor, bits: int) -> None:
+def test_codes_are_nearest_for_their_scale(level: Level, weight_RC: Tensor, bits: int) -> None:
     """Whatever scale and minimum came out, torch gives these codes to them, bit for bit."""
     made, cols = encoded(level, weight_RC, bits, "fitted"), weight_RC.shape[1]
     codes_RB, meta_RMG = made.by_row()
@@ -85,7 +85,7 @@ def test_codes_are_the_nearest_for_their_scale(level: Level, weight_RC: Tensor, 
 @levels
 @widths
 @pytest.mark.parametrize("weighted", [False, True])
-def test_fitted_loses_as_little_as_the_plain_way(level: Level, bits: int, weighted: bool) -> None:
+def test_fitted_error_equals_torch(level: Level, bits: int, weighted: bool) -> None:
     """Group by group a search may end elsewhere; over a matrix that is less than a thousandth."""
     weight_RC = random(128, 520)
     moments_C = torch.rand(520).pow(4) + 1e-3 if weighted else torch.ones(520)
@@ -101,7 +101,7 @@ def test_fitted_loses_as_little_as_the_plain_way(level: Level, bits: int, weight
 
 @levels
 @NARROW
-def test_it_is_not_by_chance_that_they_agree(level: Level, bits: int) -> None:
+def test_agreement_needs_correct_kernel(level: Level, bits: int) -> None:
     """Nearest's bytes are others than fitted's: the tests above would see the wrong one."""
     weight_RC = random(16, 128)
     nearest, fitted = (encoded(level, weight_RC, bits, one) for one in ("nearest", "fitted"))
@@ -111,7 +111,7 @@ def test_it_is_not_by_chance_that_they_agree(level: Level, bits: int) -> None:
 @levels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("cols", [64, 100])
-def test_any_float_is_read(level: Level, dtype: torch.dtype, cols: int) -> None:
+def test_all_float_dtypes_are_read(level: Level, dtype: torch.dtype, cols: int) -> None:
     weight_RC = random(300, cols).to(dtype)
     weight_RC[0, :4] = torch.tensor([1e-7, -3e-5, 6e-8, 0], dtype=dtype)  # subnormal halves
     for way in (weight_RC, weight_RC.T.contiguous().T):
@@ -120,7 +120,7 @@ def test_any_float_is_read(level: Level, dtype: torch.dtype, cols: int) -> None:
 
 
 @compiled
-def test_threads_change_nothing() -> None:
+def test_result_does_not_depend_on_threads() -> None:
     weight_RC, before = random(70, 200), torch.get_num_threads()
     one = encode(weight_RC, 3)
     try:
@@ -131,7 +131,7 @@ def test_threads_change_nothing() -> None:
 
 
 @levels
-def test_the_first_weight_that_cannot_be_held_is_found(level: Level) -> None:
+def test_first_unencodable_weight_is_found(level: Level) -> None:
     weight_RC, target = random(40, 130), GroupedMatrix.empty(40, 130, 4)
     run = kernels(level)
     assert run is not None

@@ -64,7 +64,7 @@ def test_experts_outside_the_interface(make: Callable[[], torch.nn.Module]) -> N
     assert torch.allclose(F.linear(inputs[last], tensors[last]), y_ND, atol=1e-6)
 
 
-def test_nothing_listens_afterwards() -> None:
+def test_hooks_are_removed() -> None:
     block, tensors = expert_of(tiny("Mixtral"))
     with torch.no_grad():
         inputs, _ = expert_inputs(block.layout, tensors, torch.randn(3, 32))

@@ -62,7 +62,7 @@ def random_tensors(specs) -> dict[str, torch.Tensor]:
 
 @settings(deadline=None, max_examples=60)
 @given(specs, st.sampled_from(sorted(FORMATS)))
-def test_a_slots_bytes_are_those_of_its_parts(specs, name: str) -> None:
+def test_slot_bytes_equal_sum_of_parts(specs, name: str) -> None:
     """In whole pages, each part on a cache line; nothing overlaps."""
     format = FORMATS[name]
     slot = allocate_slot(format, specs, CPU)
@@ -77,7 +77,7 @@ def test_a_slots_bytes_are_those_of_its_parts(specs, name: str) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(specs, st.sampled_from(GROUPED))
-def test_what_is_written_is_what_the_encoder_makes(specs, name: str) -> None:
+def test_written_bytes_equal_encoder_output(specs, name: str) -> None:
     format = FORMATS[name]
     assert isinstance(format, GroupedFormat)
     slot, native = allocate_slot(format, specs, CPU), random_tensors(specs)
@@ -130,7 +130,7 @@ def block_and_module(request):
 
 @pytest.mark.parametrize("kernel_level", [*(at_level(one) for one in LEVELS), "torch"])
 @pytest.mark.parametrize("name", ["int8", "int4", "int3-nearest"])
-def test_the_output_is_the_familys_over_decoded_tensors(
+def test_output_equals_family_with_decoded_tensors(
     block_and_module, name: str, kernel_level: str, monkeypatch
 ) -> None:
     """Transposed matrices and biases among them (GptOss)."""
@@ -158,7 +158,7 @@ def test_the_output_is_the_familys_over_decoded_tensors(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
-def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, monkeypatch) -> None:
+def test_padding_rows_do_not_change_output(family: str, dtype: torch.dtype, monkeypatch) -> None:
     model = tiny(family, dtype=dtype, hidden_size=80, intermediate_size=72, head_dim=8)
     block = find_blocks(model)[0]
     native = parts_of(model.get_submodule(block.name), block, 3)
@@ -176,7 +176,7 @@ def test_rows_that_fill_up_change_no_output(family: str, dtype: torch.dtype, mon
 
 
 @pytest.mark.parametrize("name", ["int8", "int2"])
-def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> None:
+def test_unencodable_tensor_raises(block_and_module, name: str) -> None:
     block, module = block_and_module
     specs = block.layout.specs
     native = {k: v.detach().clone() for k, v in parts_of(module, block, 0).items()}
@@ -188,7 +188,7 @@ def test_a_tensor_that_cannot_be_held_is_named(block_and_module, name: str) -> N
         format.encode(allocate_slot(format, specs, CPU).tensors, native, specs)
 
 
-def test_encoding_is_counted_for_formats_that_encode() -> None:
+def test_encoding_bytes_of_encoding_formats() -> None:
     specs = {"w": TensorSpec((64, 1000), torch.bfloat16), "b": TensorSpec((64,), torch.float32)}
     assert NATIVE.encoding_bytes(specs) == 0
     assert FORMATS["int4"].encoding_bytes(specs) > 64 * 1000 * 2 + 256
@@ -198,7 +198,7 @@ def test_encoding_is_counted_for_formats_that_encode() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_found_by_the_name_it_has(name: str) -> None:
+def test_format_by_name(name: str) -> None:
     assert parse_format(name).name == name
 
 
@@ -221,7 +221,7 @@ def test_a_format_is_found_by_the_name_it_has(name: str) -> None:
         ("int" + "4" * 9999, "native"),
     ],
 )
-def test_an_unknown_precision_names_the_nearest(name: str, nearest: str) -> None:
+def test_unknown_precision_suggests_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"there are native, int2, .*nearest: {nearest}$"):
         parse_format(name)
 

@@ -77,7 +77,7 @@ def plainly(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> Tensor:
 
 @widths
 @pytest.mark.parametrize("cols", SIZES)
-def test_codes_are_those_of_the_definition(bits: int, cols: int) -> None:
+def test_codes_match_definition(bits: int, cols: int) -> None:
     torch.manual_seed(cols)
     weight_RC, x_NC = torch.randn(9, cols), correlated(400, cols)
     made = compensated(weight_RC, bits, x_NC, sweeps=0)
@@ -88,7 +88,7 @@ def test_codes_are_those_of_the_definition(bits: int, cols: int) -> None:
 
 
 @widths
-def test_a_group_is_fitted_to_what_all_columns_behind_make_the_best_of(bits: int) -> None:
+def test_group_fit_accounts_for_compensation(bits: int) -> None:
     """The second one, while none of its columns is rounded: from the definition, solved anew."""
     torch.manual_seed(1)
     weight_RC, x_NC = torch.randn(40, 150), correlated(400, 150)
@@ -107,7 +107,7 @@ def test_a_group_is_fitted_to_what_all_columns_behind_make_the_best_of(bits: int
 
 @widths
 @pytest.mark.parametrize("cols", SIZES)
-def test_white_inputs_make_up_for_nothing(bits: int, cols: int) -> None:
+def test_white_inputs_need_no_compensation(bits: int, cols: int) -> None:
     weight_RC = torch.randn(16, cols)
     expected = encode(weight_RC, bits, moments_C=torch.ones(cols))
     made = compensated(weight_RC, bits, torch.eye(cols), sweeps=0)
@@ -126,7 +126,7 @@ def damped_error(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> float:
 
 @widths
 @pytest.mark.parametrize("cols", SIZES)
-def test_sweeps_never_make_it_worse(bits: int, cols: int) -> None:
+def test_sweeps_never_increase_error(bits: int, cols: int) -> None:
     torch.manual_seed(cols)
     weight_RC, x_NC = torch.randn(9, cols), correlated(400, cols)
     losses = [
@@ -139,7 +139,7 @@ def test_sweeps_never_make_it_worse(bits: int, cols: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_after_sweeps_no_code_would_rather_be_another(bits: int) -> None:
+def test_sweeps_reach_local_optimum(bits: int) -> None:
     """Tried from the definition, one code at a time."""
     torch.manual_seed(3)
     weight_RC, x_NC = torch.randn(2, 40), correlated(200, 40)
@@ -158,7 +158,7 @@ def test_after_sweeps_no_code_would_rather_be_another(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outputs_on_other_inputs_are_much_better(bits: int) -> None:
+def test_output_error_on_other_inputs_is_lower(bits: int) -> None:
     torch.manual_seed(0)
     weight_RC = torch.randn(64, 192)
     x_NC, other_NC = correlated(4000, 192).split(2000)
@@ -166,7 +166,7 @@ def test_outputs_on_other_inputs_are_much_better(bits: int) -> None:
     assert output_error(compensated(weight_RC, bits, x_NC), weight_RC, other_NC) < 0.5 * plain
 
 
-def test_inputs_count_by_their_weight() -> None:
+def test_inputs_are_weighted() -> None:
     """Three times over is as three times as heavy, and weightless is not there."""
     torch.manual_seed(0)
     weight_RC, x_NC = torch.randn(8, 70), correlated(300, 70)
@@ -188,7 +188,7 @@ def test_inputs_count_by_their_weight() -> None:
     st.sampled_from([1e-9, 1.0, 1e4]),
     st.integers(0, 2**31),
 )
-def test_any_inputs_give_finite_weights_near_their_own(
+def test_any_inputs_give_finite_weights(
     rows: int, cols: int, tokens: int, bits: int, size: float, seed: int
 ) -> None:
     """Fewer inputs than columns, none, of any size: what comes is a matrix of the format."""
@@ -200,7 +200,7 @@ def test_any_inputs_give_finite_weights_near_their_own(
     assert float(dense_RC.abs().max()) < 100
 
 
-def test_no_inputs_are_as_good_as_white_ones() -> None:
+def test_no_inputs_equal_white_inputs() -> None:
     weight_RC = torch.randn(4, 100)
     for x_NC in (torch.empty(0, 100), torch.zeros(7, 100)):
         made = compensated(weight_RC, 4, x_NC)
@@ -208,14 +208,14 @@ def test_no_inputs_are_as_good_as_white_ones() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
-def test_weights_that_cannot_be_encoded_are_named(value: float) -> None:
+def test_unencodable_weights_raise(value: float) -> None:
     weight_RC = torch.randn(300, 70)
     weight_RC[270, 66] = value
     with pytest.raises(CheckpointError, match=f"output 270 for input 66 is {value}"):
         compensated(weight_RC, 4, torch.randn(10, 70))
 
 
-def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_matrix_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_RC, x_NC = torch.randn(6, 150), correlated(300, 150)
     whole = compensated(weight_RC, 3, x_NC)
     monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 64)
@@ -227,7 +227,7 @@ def test_a_wide_matrix_is_made_of_narrower_ones(monkeypatch: pytest.MonkeyPatch)
     assert output_error(whole, weight_RC, x_NC) < output_error(made, weight_RC, x_NC)
 
 
-def test_a_column_that_nothing_enters_keeps_its_own_weights() -> None:
+def test_column_without_input_keeps_weights() -> None:
     torch.manual_seed(0)
     weight_RC, x_NC = torch.randn(8, 64), correlated(500, 64)
     x_NC[:, 5] = 0

@@ -77,7 +77,7 @@ def loss(made: GroupedMatrix, weight_RC: Tensor, moments: Sequence[SecondMoments
 @levels
 @widths
 @pytest.mark.parametrize(("rows", "cols"), SIZES)
-def test_it_is_the_plain_way_up_to_rounding(level: Level, bits: int, rows: int, cols: int) -> None:
+def test_equals_torch_up_to_rounding(level: Level, bits: int, rows: int, cols: int) -> None:
     weight_RC, moments = weights(rows, cols), known(inputs(400, cols))
     plain, fast = (encoded(one, weight_RC, bits, moments) for one in (None, level))
     assert bool(fast.meta_RMG.isfinite().all())
@@ -118,7 +118,7 @@ def test_any_inputs(
 
 @levels
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_of_equal_or_of_huge_weights(level: Level, bits: int) -> None:
+def test_rows_of_equal_or_huge_weights(level: Level, bits: int) -> None:
     moments = known(inputs(300, 100))
     weight_RC = torch.tensor([[0.0], [0.25], [-7.0], [65504.0], [1e-7]]).repeat(1, 100)
     weight_RC[3, ::2] *= -1
@@ -129,7 +129,7 @@ def test_rows_of_equal_or_of_huge_weights(level: Level, bits: int) -> None:
 
 @levels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_float_in_any_order_is_read(level: Level, dtype: torch.dtype) -> None:
+def test_all_dtypes_and_strides_are_read(level: Level, dtype: torch.dtype) -> None:
     weight_RC, moments = weights(70, 150).to(dtype), known(inputs(300, 150))
     expected = encoded(level, weight_RC.float(), 3, moments)
     for way in (weight_RC, weight_RC.T.contiguous().T):
@@ -138,7 +138,7 @@ def test_any_float_in_any_order_is_read(level: Level, dtype: torch.dtype) -> Non
 
 @levels
 @pytest.mark.parametrize("bits", [3, 8])
-def test_a_wide_matrix_is_filled_part_by_part(
+def test_wide_matrix_is_encoded_in_parts(
     level: Level, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 128)
@@ -149,7 +149,7 @@ def test_a_wide_matrix_is_filled_part_by_part(
 
 
 @levels
-def test_threads_and_company_change_nothing(level: Level) -> None:
+def test_result_does_not_depend_on_threads_or_batch(level: Level) -> None:
     """Nor does it matter to a row which others are there."""
     weight_RC, moments, before = weights(600, 200), known(inputs(400, 200)), torch.get_num_threads()
     try:
@@ -164,7 +164,7 @@ def test_threads_and_company_change_nothing(level: Level) -> None:
 
 
 @levels
-def test_it_is_not_by_chance_that_they_agree(level: Level) -> None:
+def test_agreement_needs_correct_kernel(level: Level) -> None:
     """Without sweeps, or by other inputs, the bytes are others: the tests above would see it."""
     weight_RC, moments = weights(64, 150), known(inputs(300, 150))
     made = encoded(level, weight_RC, 3, moments)
@@ -172,7 +172,7 @@ def test_it_is_not_by_chance_that_they_agree(level: Level) -> None:
     assert other_rows(encoded(level, weight_RC, 3, known(inputs(300, 150, 1))), made) > 60
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEFIT_KERNELS", "torch")
     kernels.cache_clear()
     try:

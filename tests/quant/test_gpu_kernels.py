@@ -1,6 +1,6 @@
 """The Triton kernels against the torch twin: on a GPU, or without one in Triton's interpreter.
 
-The bounds are `test_kernels.py`'s for sums of float32. Where more than one token is multiplied in
+The bounds are those of `test_cpu_kernels.py`. Where more than one token is multiplied in
 16 bits, weights of fewer than 8 bits are rounded to the tokens' dtype first, and that is added.
 """
 
@@ -73,7 +73,7 @@ def assert_product(x_TI: Tensor, weight: Weight) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_the_dense_matrixs(kind) -> None:
+def test_product_equals_dense_matrix(kind) -> None:
     shapes = (
         ((1, 1), 1),
         ((3, 63), 2),
@@ -104,7 +104,7 @@ def test_products_of_any_shape(kind, rows, cols, tokens, dtype, seed: int) -> No
 
 @widths
 @dtypes
-def test_weights_of_nothing_give_nothing(bits: int, dtype: torch.dtype) -> None:
+def test_empty_weights_give_empty_results(bits: int, dtype: torch.dtype) -> None:
     matrix = GroupedMatrix.empty(20, 100, bits)
     matrix.codes_RB.fill_(128 if bits == 8 else 0)
     matrix.meta_RMG.zero_()
@@ -112,11 +112,11 @@ def test_weights_of_nothing_give_nothing(bits: int, dtype: torch.dtype) -> None:
         assert not linear(normal(tokens, 100).to(dtype), matrix).any()
 
 
-def test_nothing_times_anything_is_nothing() -> None:
+def test_no_tokens_give_empty_results() -> None:
     assert linear(normal(0, 70), weight_of(4, 8, 70)).shape == (0, 8)
 
 
-def test_other_dtypes_and_steps_are_read() -> None:
+def test_other_dtypes_and_strides_are_read() -> None:
     weight = placed(weight_of(4, 20, 100))
     x_TI = normal(3, 200).to(HERE)[:, ::2]
     assert torch.equal(
@@ -125,7 +125,7 @@ def test_other_dtypes_and_steps_are_read() -> None:
     assert torch.equal(RUN.linear(x_TI, weight), RUN.linear(x_TI.double(), weight))
 
 
-def test_widths_that_do_not_fit_are_not_read() -> None:
+def test_unsupported_widths_are_not_read() -> None:
     with pytest.raises(AssertionError):
         linear(normal(2, 65), weight_of(4, 8, 64))
 
@@ -133,7 +133,7 @@ def test_widths_that_do_not_fit_are_not_read() -> None:
 @pytest.mark.parametrize("kind", [4, 8, "float32"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of inf - inf
-def test_no_number_stays_none_and_harms_no_other_token(kind, tokens: int) -> None:
+def test_nan_affects_only_its_token(kind, tokens: int) -> None:
     x_TI = normal(tokens, 150)
     x_TI[tokens // 2, 149] = torch.nan
     fine_T = linear(x_TI, weight_of(kind, 40, 150)).isfinite().all(-1)
@@ -144,7 +144,7 @@ def test_no_number_stays_none_and_harms_no_other_token(kind, tokens: int) -> Non
 
 
 @widths
-def test_decoding_is_the_torch_twins_to_the_bit(bits: int) -> None:
+def test_decoding_equals_torch_bitwise(bits: int) -> None:
     for rows, cols in ((1, 1), (3, 65), (35, 330)):
         weight = placed(weight_of(bits, rows, cols))
         assert isinstance(weight, GroupedMatrix)
@@ -208,7 +208,7 @@ def test_experts_of_mixed_formats_in_two_launches(tokens, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", *PLANES])
-def test_every_kind_beside_another(kind) -> None:
+def test_all_formats_together(kind) -> None:
     mlps = [make_mlp(kind, 4), make_mlp(8, kind, seed=3)]
     for count in (1, 2):
         assert_experts(normal(count, 72).bfloat16(), mlps, [[*range(count)], [0]])
@@ -217,7 +217,7 @@ def test_every_kind_beside_another(kind) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, of exp
-def test_activations_are_torchs(activation: str, gated: bool) -> None:
+def test_activations_equal_torch(activation: str, gated: bool) -> None:
     x_TD = normal(5, 72) * torch.tensor([0.01, 0.3, 1.0, 10.0, 300.0])[:, None]
     mlp = make_mlp("float32", 8, activation=activation, gated=gated)
     assert_experts(x_TD, [mlp], [[0, 1, 2, 3, 4]])
@@ -248,12 +248,12 @@ def test_tokens_may_be_tensors() -> None:
     assert torch.equal(made_RD, RUN.experts(x_TD, mlps, tokens))
 
 
-def test_nothing_routed_is_nothing() -> None:
+def test_no_routed_tokens_give_zero() -> None:
     assert RUN.experts(normal(3, 72).to(HERE), [], []).shape == (0, 72)
     assert RUN.experts(normal(3, 72).to(HERE), [make_mlp(4, 4)] * 2, [[], []]).shape == (0, 72)
 
 
-def test_a_row_counts_the_same_in_any_company() -> None:
+def test_row_result_does_not_depend_on_batch() -> None:
     """So that it makes no difference which experts were there and which had to be fetched."""
     mlps, x_TD = [make_mlp(4, 4), make_mlp(3, 8, seed=1)], normal(5, 72)
     for count in (1, 5):
@@ -300,7 +300,7 @@ for name, case in CASES.items():
 
 
 @pytest.mark.slow
-def test_they_compile_for_gpus_and_use_tensor_cores(tmp_path: Path) -> None:
+def test_kernels_compile_and_use_tensor_cores(tmp_path: Path) -> None:
     script = tmp_path / "compile_for_gpus.py"  # Triton reads kernels' sources from files
     script.write_text(COMPILE)
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -44,7 +44,7 @@ def test_decoding_is_scale_times_code_plus_minimum(bits: int, cols: int) -> None
 
 @widths
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 64), (5, 65), (3, 640)])
-def test_bytes_are_exact(bits: int, rows: int, cols: int) -> None:
+def test_bytes_match_size(bits: int, rows: int, cols: int) -> None:
     matrix = random_matrix(rows, cols, bits)
     assert matrix.codes_RB.nbytes == codes_bytes(rows, cols, bits)
     assert matrix.meta_RMG.nbytes == meta_bytes(rows, cols, bits)
@@ -71,7 +71,7 @@ def test_other_dtypes_are_rounded_once(dtype: torch.dtype) -> None:
 
 @widths
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 70])
-def test_slabs_are_as_documented(bits: int, rows: int) -> None:
+def test_slab_layout_is_as_documented(bits: int, rows: int) -> None:
     """Byte by byte: word w of row r of a slab is its word 16 w + r; what fills no slab stays."""
     matrix = random_matrix(rows, 130, bits)
     codes_RB, meta_RMG = matrix.by_row()
@@ -94,7 +94,7 @@ def test_slabs_are_as_documented(bits: int, rows: int) -> None:
     assert torch.equal(back.meta_RMG, matrix.meta_RMG)
 
 
-def test_rows_are_taken_in_any_order() -> None:
+def test_row_selection_in_any_order() -> None:
     matrix = random_matrix(70, 130, 5)
     ids_T = torch.tensor([69, 0, 17, 17, 64, 3])
     assert torch.equal(matrix.take(ids_T).dense(), matrix.dense()[ids_T])

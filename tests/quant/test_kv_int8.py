@@ -39,7 +39,7 @@ def written(level: str | None, rows_GRC: Tensor, monkeypatch: pytest.MonkeyPatch
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_level_gives_the_bits_of_torch(dtype: torch.dtype, monkeypatch) -> None:
+def test_all_levels_equal_torch_bitwise(dtype: torch.dtype, monkeypatch) -> None:
     @settings(deadline=None, max_examples=40)
     @given(
         shape=st.tuples(
@@ -58,14 +58,14 @@ def test_every_level_gives_the_bits_of_torch(dtype: torch.dtype, monkeypatch) ->
 
 
 @levels
-def test_rows_may_lie_token_by_token(level: str, monkeypatch) -> None:
+def test_rows_may_be_strided_by_token(level: str, monkeypatch) -> None:
     rows_GRC = normal(7, 2, 64).transpose(0, 1)  # as attention projections give them
     assert same(written(level, rows_GRC, monkeypatch), quantize_rows(rows_GRC))
 
 
 @pytest.mark.parametrize("level", [None, *HERE])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_gets_no_scale(level: str | None, bad: float, monkeypatch) -> None:
+def test_nan_row_has_nan_scale(level: str | None, bad: float, monkeypatch) -> None:
     rows_GRC = normal(1, 4, 32)
     rows_GRC[0, 2, 17] = bad
     rows_GRC[0, 1] = 0.0
@@ -76,7 +76,7 @@ def test_what_is_no_number_gets_no_scale(level: str | None, bad: float, monkeypa
 
 
 @pytest.mark.parametrize("width", [8, 24, 64, 128])
-def test_the_error_is_at_most_half_a_step(width: int) -> None:
+def test_error_is_at_most_half_a_step(width: int) -> None:
     rows = normal(50, width)
     rounded = quantize_rows(rows)
     error = (rounded.dequantized(torch.float64) - rows.double()).abs().amax(-1)
@@ -84,7 +84,7 @@ def test_the_error_is_at_most_half_a_step(width: int) -> None:
     assert (rounded.codes().abs().amax(-1) == 127).all()
 
 
-def test_a_row_depends_on_itself_alone() -> None:
+def test_rows_are_independent() -> None:
     rows_GRC = normal(2, 9, 48).bfloat16()
     whole, pieces = Int8Rows.zeros(2, 9, 48), Int8Rows.zeros(2, 9, 48)
     write_rows(whole, torch.arange(9), rows_GRC)

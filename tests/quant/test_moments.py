@@ -39,7 +39,7 @@ def test_moments_are_mean_products_damped(cols: int) -> None:
 
 
 @sizes
-def test_the_factor_is_upper_triangular_and_of_the_inverse(cols: int) -> None:
+def test_factor_is_upper_cholesky_of_inverse(cols: int) -> None:
     _, moments_CC, known = some(cols)
     factor_PP = whole(known.factor_GPI)
     assert not factor_PP[cols:].any() and not factor_PP[:, cols:].any()
@@ -50,7 +50,7 @@ def test_the_factor_is_upper_triangular_and_of_the_inverse(cols: int) -> None:
 
 
 @pytest.mark.parametrize("cols", SIZES[:-1])
-def test_counts_are_what_no_later_column_makes_up_for(cols: int) -> None:
+def test_importance_excludes_what_later_columns_compensate(cols: int) -> None:
     _, moments_CC, known = some(cols)
     left_C = torch.stack(
         [torch.linalg.inv(moments_CC[i:, i:])[0, 0].reciprocal() for i in range(cols)]
@@ -63,14 +63,14 @@ def test_counts_are_what_no_later_column_makes_up_for(cols: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, torch.inf, torch.nan])
-def test_inputs_that_say_nothing_are_as_white_ones(value: float) -> None:
+def test_zero_inputs_equal_white_inputs(value: float) -> None:
     known = SecondMoments.of(torch.full((5, 70), value))
     assert torch.equal(whole(known.moments_GPI)[:70, :70], torch.eye(70).double())
     assert torch.equal(whole(known.factor_GPI)[:70, :70], torch.eye(70).double())
     assert torch.equal(known.count_P[:70], torch.ones(70))
 
 
-def test_inputs_count_by_their_weight() -> None:
+def test_inputs_are_weighted() -> None:
     x_NC = torch.randn(30, 70)
     count_N = torch.ones(30).index_fill(0, torch.arange(10), 2.0)
     (one,), (other,) = (
@@ -80,7 +80,7 @@ def test_inputs_count_by_their_weight() -> None:
     assert torch.allclose(one.moments_GPI, other.moments_GPI, atol=1e-6)
 
 
-def test_the_widest_matrices_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widest_matrices_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moefit.quant.moments.MAX_COLUMNS", 64)
     x_NC = torch.randn(30, 150)
     parts = moments_of(x_NC, torch.ones(30))

@@ -54,7 +54,7 @@ def large(**changes) -> DsMoeForCausalLM:
 
 
 @pytest.mark.parametrize("rule", RULES + RENORMALIZED)
-def test_one_slot_a_block_gives_the_models_own_output(rule, folder, inputs):
+def test_one_slot_per_block_equals_model(rule, folder, inputs):
     model = large()
     model.set_inference_rule(rule)
     with serving(folder) as served:
@@ -86,7 +86,7 @@ def test_bfloat16(tmp_path, inputs):
         assert_same_but_for_rounding(served, model, inputs)
 
 
-def test_to_the_bit_where_torch_computes_as_many_rows(folder, inputs):
+def test_bitwise_equal_for_same_number_of_rows(folder, inputs):
     """In float32 rows are not filled up and torch computes, so sums are the same ones."""
     with serving(folder) as served:
         assert torch.equal(logits(served.model, inputs), logits(large(), inputs))
@@ -135,7 +135,7 @@ def by_hand(model: DsMoeForCausalLM, residents: list[int]):
 
 @pytest.mark.parametrize("residents", [[2], [0, 1, 4], list(range(EXPERTS))])
 @pytest.mark.parametrize("at_load", ["top_k:2", "threshold:0.9", "dense:renormalize"])
-def test_virtual_mode_is_masked_gating_whatever_rule_comes(at_load, residents, tmp_path, inputs):
+def test_virtual_mode_is_masked_gating_for_every_rule(at_load, residents, tmp_path, inputs):
     model = large()
     model.set_inference_rule(at_load)
     with serving(saved(model, tmp_path), slots=len(residents)) as served:
@@ -150,7 +150,7 @@ def test_virtual_mode_is_masked_gating_whatever_rule_comes(at_load, residents, t
         assert served.report()["fetches"] == 0
 
 
-def test_virtual_mode_with_everything_resident_is_the_model(folder, inputs):
+def test_virtual_mode_with_all_resident_equals_model(folder, inputs):
     model = large()
     with serving(folder, slots=EXPERTS) as served:
         hold(served, range(EXPERTS), "virtual")
@@ -161,7 +161,7 @@ def test_virtual_mode_with_everything_resident_is_the_model(folder, inputs):
 
 
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:2:renormalize"])
-def test_bounded_mode_with_no_room_to_lose_is_exact(rule, folder, inputs):
+def test_bounded_mode_with_zero_bound_is_exact(rule, folder, inputs):
     model = large()
     with serving(folder, slots=2) as served:
         for one in (model, served.model):
@@ -172,7 +172,7 @@ def test_bounded_mode_with_no_room_to_lose_is_exact(rule, folder, inputs):
 
 @pytest.mark.parametrize("bound", [0.3, 1.0])
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:2:renormalize"])
-def test_bounded_mode_loses_no_more_than_its_bound(rule, bound, folder, inputs):
+def test_bounded_mode_respects_bound(rule, bound, folder, inputs):
     with serving(folder, slots=2) as served:
         served.model.set_inference_rule(rule)
         hold(served, [0, 3], "bounded", bound=bound, ramp=0.0, protected=0)
@@ -193,7 +193,7 @@ def test_bounded_mode_loses_no_more_than_its_bound(rule, bound, folder, inputs):
     )
 )
 @settings(max_examples=15, deadline=None)
-def test_exact_again_after_anything(folder, steps):
+def test_exact_after_other_modes(folder, steps):
     """Rules, budgets and modes change between requests; exact mode is the model's output still."""
     model = large()
     with serving(folder) as served:
@@ -215,7 +215,7 @@ def test_exact_again_after_anything(folder, steps):
             served.check()
 
 
-def test_workspace_has_room_for_every_rule():
+def test_workspace_covers_every_rule():
     few, many = (tiny_config(num_experts=number) for number in (4, 8))
     sizes = [workspace_bytes(one, 100, torch.float32) for one in (few, many)]
     assert sizes[1] - sizes[0] >= 100 * 4 * 2 * few.hidden_size * 4  # outputs, and weighted ones

@@ -112,7 +112,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_slot_a_block_gives_the_models_own_output(name, tmp_path, source, both):
+def test_one_slot_per_block_equals_model(name, tmp_path, source, both):
     build, changes, tolerance = MODELS[name]
     model = build(**changes)
     with serving(saved(model, tmp_path)) as served:
@@ -130,7 +130,7 @@ def test_bfloat16(build, tmp_path, both):
         assert_same_but_for_rounding(served, model, both)
 
 
-def test_tokens_are_dropped_in_these_tests(both):
+def test_test_models_drop_tokens(both):
     dropped = []
     model = switch(expert_capacity=1)
     for module in model.modules():
@@ -170,7 +170,7 @@ def test_virtual_mode_is_masked_gating(residents, capacity, tmp_path, source, bo
         assert served.report()["fetches"] == 0
 
 
-def test_bounded_mode_substitutes_a_top_1_choice_only_if_all_of_it_may_go(tmp_path, both):
+def test_bounded_mode_substitutes_top_1_only_with_full_bound(tmp_path, both):
     model = switch()
     theirs = logits(model, both)
     with serving(saved(model, tmp_path), slots=2) as served:
@@ -182,7 +182,7 @@ def test_bounded_mode_substitutes_a_top_1_choice_only_if_all_of_it_may_go(tmp_pa
         assert served.report()["fetches"] == 0
 
 
-def test_nllb_is_served_exactly_or_not_at_all(tmp_path, both):
+def test_nllb_supports_exact_mode_only(tmp_path, both):
     with serving(saved(nllb(), tmp_path), slots=EXPERTS) as served:
         for mode in ("bounded", "virtual"):
             with pytest.raises(UnsupportedModelError, match=r"not recognised.* mode exact works"):
@@ -219,7 +219,7 @@ choices = st.lists(
 @given(choices)
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
-def test_switch_layout_reads_what_the_block_passes(tokens):
+def test_switch_layout_matches_block(tokens):
     experts = SwitchTransformersExperts(switch_config()).eval()
     x_TD, weights_T1 = torch.randn(len(tokens), 16), torch.rand(len(tokens), 1)
     best_T = torch.tensor([order[0] for order, *_ in tokens])
@@ -232,7 +232,7 @@ def test_switch_layout_reads_what_the_block_passes(tokens):
 @given(choices, st.sampled_from([0.0, 0.2]))
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
-def test_nllb_layout_reads_what_the_block_passes(tokens, dropout):
+def test_nllb_layout_matches_block(tokens, dropout):
     experts = NllbMoeExperts(nllb_config(moe_token_dropout=dropout), ffn_dim=24).eval()
     x_TD = torch.randn(len(tokens), 16)
     first_T = torch.tensor([order[0] for order, *_ in tokens])
@@ -246,14 +246,14 @@ def test_nllb_layout_reads_what_the_block_passes(tokens, dropout):
 
 
 @pytest.mark.parametrize("config", [switch_config(num_layers=2), nllb_config()])
-def test_cache_is_counted_in_the_decoders_layers(config):
+def test_cache_counts_decoder_layers(config):
     decoder_layers, width, both_attentions = 4, 16, 2
     expected = decoder_layers * both_attentions * 2 * width * 4
     encoded = width * 4
     assert kv_bytes_per_token(config, torch.float32) == expected + encoded
 
 
-def test_an_encoders_attention_scores_are_counted():
+def test_encoder_attention_scores_are_counted():
     config = switch().config  # a model has chosen its attention; a configuration alone has not
     none, some, twice = (workspace_bytes(config, n, torch.float32) for n in (0, 1000, 2000))
     scores = config.num_heads * 1000**2 * 4

@@ -42,7 +42,7 @@ def first(count):
     return [set(order[:count]) for order in ORDER]
 
 
-def test_virtual_mode_begins_with_the_first(folder):
+def test_virtual_mode_starts_with_first_in_order(folder):
     with load_model(folder, LoadSettings()) as served:
         placement = {name: BlockPlacement(slots=3, formats=("native",)) for name in served.blocks}
     with load_model(folder, LoadSettings(placement=placement, mode="virtual")) as served:
@@ -58,7 +58,7 @@ def test_virtual_mode_begins_with_the_first(folder):
         served.check()
 
 
-def test_more_memory_holds_more_of_the_same_order(folder):
+def test_more_memory_keeps_order(folder):
     with serving(folder, slots=2) as served:
         served.set_mode("virtual", residency="fixed")
         assert residents(served) == first(2)
@@ -76,7 +76,7 @@ def test_all_experts_need_no_order(folder):
         )
 
 
-def test_it_computes_what_training_did(folder):
+def test_served_output_equals_training(folder):
     """The model itself, limited to the first three experts, is the slow version."""
     ids = tokens(2, 9)
     allowed_LBE = torch.zeros(2, 2, 5, dtype=torch.bool)
@@ -88,7 +88,7 @@ def test_it_computes_what_training_did(folder):
         assert torch.allclose(logits(served.model, {"input_ids": ids}), expected, atol=1e-4)
 
 
-def test_a_baseline_chooses_for_itself(folder):
+def test_baseline_ignores_order(folder):
     with serving(folder, slots=2) as served:
         chosen = fix_residents(served, "random", seed=3)
         assert residents(served) == [set(one) for one in chosen.values()] != first(2)
@@ -102,7 +102,7 @@ def test_a_baseline_chooses_for_itself(folder):
         ({"order": "sorted"}, "is damaged"),
     ],
 )
-def test_a_record_that_is_not_the_models(tmp_path, entry, message):
+def test_record_of_another_model_raises(tmp_path, entry, message):
     folder = saved(trained(), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["expert_dropout"] |= entry
@@ -111,7 +111,7 @@ def test_a_record_that_is_not_the_models(tmp_path, entry, message):
         load_model(folder, LoadSettings())
 
 
-def test_what_is_said_at_start():
+def test_start_message():
     line = dropout_line(RECORD, "exact")
     assert line.endswith("3 of 5 experts +1.0%, 2 +5.1%; recommended: --mode virtual")
     assert "recommended" not in dropout_line(RECORD, "virtual")

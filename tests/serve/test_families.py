@@ -148,7 +148,7 @@ def test_routing_differs_by_token():
     assert all(len(ids_TK.unique()) >= 4 for ids_TK in chosen[: len(model.model.layers)])
 
 
-def test_exact_at_the_floor(saved):
+def test_exact_at_minimum_budget(saved):
     with load_model(saved.folder, LoadSettings(context=64)) as served:
         served.set_memory(served.budget.min_bytes)
         assert all(experts.slot_table.num_slots == 1 for experts in served.blocks.values())
@@ -204,6 +204,6 @@ def test_bfloat16(family, tmp_path):
 
 
 @pytest.mark.skipif(transformers.utils.is_scipy_available(), reason="scipy is installed")
-def test_inkling_needs_scipy():
+def test_inkling_without_scipy_raises():
     with pytest.raises(ModuleNotFoundError, match="scipy"):
         tiny_family("inkling_multimodal")

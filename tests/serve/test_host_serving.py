@@ -61,7 +61,7 @@ def generated(one: Any, device: str = "cpu") -> list[int]:
 
 @pytest.mark.parametrize("places", [1, 5, 100])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_is_the_models_own_output_through_any_tier(
+def test_exact_equals_model_with_any_host_memory(
     folders, monkeypatch, family: str, places: int
 ) -> None:
     with serving(folders(family), monkeypatch, slots=2, places=places) as served:
@@ -74,7 +74,7 @@ def test_exact_is_the_models_own_output_through_any_tier(
         assert report["host_hits"] + report["host_reads"] == report["fetches"]
 
 
-def test_with_room_for_all_experts_each_is_read_once(folders, monkeypatch) -> None:
+def test_host_memory_for_all_reads_each_once(folders, monkeypatch) -> None:
     with serving(folders("Olmoe"), monkeypatch, slots=1, places=16) as served:
         for _ in range(3):
             generated(served)
@@ -100,7 +100,7 @@ def test_modes_and_budgets_change(folders, monkeypatch) -> None:
         assert all(one == [5] for one in served.report()["resident"].values())
 
 
-def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monkeypatch) -> None:
+def test_failed_fetch_raises_and_next_generation_works(folders, monkeypatch) -> None:
     disk = Disk()
     with serving(folders("Mixtral"), monkeypatch, slots=1, places=3, disk=disk) as served:
         disk.failures = 10**6
@@ -111,7 +111,7 @@ def test_a_failing_fetch_is_an_error_and_the_next_generation_works(folders, monk
         assert generated(served) == generated(model_of("Mixtral"))
 
 
-def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
+def test_every_precision_uses_host_cache(folders, monkeypatch) -> None:
     with load_model(folders("Mixtral"), LoadSettings(context=64, precision="int4")) as served:
         expected = generated(served)
     with serving(folders("Mixtral"), monkeypatch, slots=2, places=3, precision="int4") as served:
@@ -126,14 +126,14 @@ def test_every_precision_goes_through_the_tier(folders, monkeypatch) -> None:
         assert served.report()["host_reads"] > 16, "experts came again, in other formats"
 
 
-def test_on_a_cpu_there_is_no_tier(folders) -> None:
+def test_cpu_has_no_host_cache(folders) -> None:
     with load_model(folders("Mixtral"), LoadSettings(context=64)) as served:
         assert not [key for key in served.report() if key.startswith("host_")]
         assert served.report()["budget"]["host"] is None
 
 
 @pytest.mark.parametrize("step", ["load_dense_weights", "grow"])
-def test_a_load_that_fails_gives_the_tier_back(folders, monkeypatch, step: str) -> None:
+def test_failed_load_releases_host_cache(folders, monkeypatch, step: str) -> None:
     closed: list[bool] = []
     monkeypatch.setattr(load.HostCache, "close", lambda tier: closed.append(True))
 
@@ -169,9 +169,7 @@ def on_gpu(folders) -> Iterator[Any]:
 @no_gpu
 @pytest.mark.parametrize("host_memory", [None, "64KiB", "1GiB"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu_exact_is_the_models_own_output_at_any_budget(
-    on_gpu, family: str, host_memory: str | None
-) -> None:
+def test_gpu_exact_equals_model_at_any_budget(on_gpu, family: str, host_memory: str | None) -> None:
     served = on_gpu(family, host_memory=host_memory)
     theirs = tiny(family).to("cuda")
     for slots in (1, 3, 8, 2):
@@ -192,7 +190,7 @@ def test_on_a_gpu_exact_is_the_models_own_output_at_any_budget(
 
 @pytest.mark.gpu
 @no_gpu
-def test_on_a_gpu_the_peak_stays_inside_the_budget(tmp_path: Path) -> None:
+def test_gpu_peak_stays_within_budget(tmp_path: Path) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     own = tiny("Mixtral", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)

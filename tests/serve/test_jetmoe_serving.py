@@ -67,7 +67,7 @@ def inputs():
         {"activation_function": "gelu", "tie_word_embeddings": False},
     ],
 )
-def test_one_slot_a_block_gives_the_models_own_output(changes, tmp_path, inputs):
+def test_one_slot_per_block_equals_model(changes, tmp_path, inputs):
     model = jetmoe(**changes)
     with serving(saved(model, tmp_path)) as served:
         assert set(served.report()["slots"].values()) == {1}
@@ -83,7 +83,7 @@ def test_bfloat16(tmp_path, inputs):
         assert_same_but_for_rounding(served, model, inputs)
 
 
-def test_router_logits_can_still_be_had(tmp_path, inputs):
+def test_router_logits_are_available(tmp_path, inputs):
     model = jetmoe()
     asked = inputs | {"output_router_logits": True}
     with serving(saved(model, tmp_path)) as served, torch.inference_mode():
@@ -94,7 +94,7 @@ def test_router_logits_can_still_be_had(tmp_path, inputs):
         assert torch.allclose(ours.aux_loss, theirs.aux_loss)
 
 
-def test_attention_experts_stay_with_the_other_weights(tmp_path):
+def test_attention_experts_are_dense_weights(tmp_path):
     model = jetmoe()
     with serving(saved(model, tmp_path)) as served:
         assert list(served.blocks) == ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -118,7 +118,7 @@ def test_virtual_mode_is_masked_gating(residents, tmp_path, inputs):
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.4, 1.0])
-def test_bounded_mode_loses_no_more_than_its_bound(bound, tmp_path, inputs):
+def test_bounded_mode_respects_bound(bound, tmp_path, inputs):
     model = jetmoe()
     with serving(saved(model, tmp_path), slots=2) as served:
         hold(served, [0, 3], "bounded", bound=bound, ramp=0.0, protected=0)
@@ -155,7 +155,7 @@ class FromTheStack(nn.Module):
 @given(st.integers(1, 2), st.integers(1, 5), st.integers(1, EXPERTS), st.integers(1, EXPERTS))
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
-def test_block_around_given_experts_equals_the_familys_own(sequences, tokens, experts, k):
+def test_block_with_given_experts_equals_family(sequences, tokens, experts, k):
     block = JetMoeMoE(config(num_local_experts=experts, num_experts_per_tok=min(k, experts)))
     randomised(block)
     x_BTD = torch.randn(sequences, tokens, 16)

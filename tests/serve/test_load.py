@@ -37,27 +37,27 @@ def open_files(folder: Path) -> int:
     return sum(str(link.readlink()).startswith(str(folder)) for link in links)
 
 
-def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+def test_missing_config_raises(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=r"has no config.json; give a folder that save"):
             load_model(folder, LoadSettings())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"model_type": "no such family"}'])
-def test_a_damaged_configuration(folder: Path, text: str) -> None:
+def test_damaged_config_raises(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config.json .*cannot be read"):
         load_model(folder, LoadSettings())
 
 
-def test_a_folder_without_weights(folder: Path) -> None:
+def test_missing_weights_raise(folder: Path) -> None:
     (folder / SINGLE).unlink()
     with pytest.raises(CheckpointError, match="only safetensors checkpoints"):
         load_model(folder, LoadSettings())
 
 
 @pytest.mark.parametrize("part", ["lm_head", "input_layernorm", "block_sparse_moe.gate", "q_proj"])
-def test_missing_weights_are_named(folder: Path, part: str) -> None:
+def test_missing_tensors_are_named(folder: Path, part: str) -> None:
     tensors = load_file(folder / SINGLE)
     gone = [name for name in tensors if part in name]
     save_file({n: t for n, t in tensors.items() if n not in gone}, folder / SINGLE,
@@ -66,7 +66,7 @@ def test_missing_weights_are_named(folder: Path, part: str) -> None:
         load_model(folder, LoadSettings())
 
 
-def test_weights_of_another_shape_are_named(folder: Path) -> None:
+def test_tensors_of_another_shape_are_named(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].contiguous()
     save_file(tensors, folder / SINGLE, {"format": "pt"})
@@ -74,13 +74,13 @@ def test_weights_of_another_shape_are_named(folder: Path) -> None:
         load_model(folder, LoadSettings())
 
 
-def test_another_number_of_experts_than_the_configuration_says(folder: Path) -> None:
+def test_other_number_of_experts_raises(folder: Path) -> None:
     change_config(folder, num_local_experts=9)
     with pytest.raises(CheckpointError, match="needs 9 experts, but the checkpoint has 8"):
         load_model(folder, LoadSettings())
 
 
-def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+def test_dense_model_raises(tmp_path: Path) -> None:
     saved(LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=16)), tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no experts"):
         load_model(tmp_path, LoadSettings())
@@ -107,7 +107,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
     ],
 )
-def test_settings_that_cannot_be(folder: Path, settings: dict[str, Any], says: str) -> None:
+def test_invalid_settings_raise(folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_model(folder, LoadSettings(**settings))
     assert open_files(folder) == 0
@@ -121,7 +121,7 @@ def test_settings_that_cannot_be(folder: Path, settings: dict[str, Any], says: s
         ({"prefill": 1}, "prefill"),
     ],
 )
-def test_policies_that_cannot_be(folder: Path, policy: dict[str, Any], says: str) -> None:
+def test_invalid_policies_raise(folder: Path, policy: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_model(folder, LoadSettings(), **policy)
     assert open_files(folder) == 0
@@ -131,7 +131,7 @@ def floor_of(folder: Path, **settings: Any) -> MemoryBudget:
     return memory_budget(build_skeleton(folder, settings.get("dtype")), LoadSettings(**settings))
 
 
-def test_a_budget_below_the_minimum_is_refused_before_reading(folder: Path) -> None:
+def test_too_small_budget_raises_before_reading(folder: Path) -> None:
     with reading_through(Disk()) as disk, pytest.raises(BudgetTooSmallError) as caught:
         load_model(folder, LoadSettings(memory="10MiB"))
     assert disk.calls == 0
@@ -142,7 +142,7 @@ def test_a_budget_below_the_minimum_is_refused_before_reading(folder: Path) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_budget_given_at_load_becomes_slots(tmp_path: Path, family: str) -> None:
+def test_budget_at_load_becomes_slots(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     saved(model, tmp_path)
     before = floor_of(tmp_path, context=64)
@@ -158,13 +158,13 @@ def test_a_budget_given_at_load_becomes_slots(tmp_path: Path, family: str) -> No
         torch.testing.assert_close(logits(served.model, tokens(1, 6)), logits(model, tokens(1, 6)))
 
 
-def test_without_a_budget_everything_may_be_resident(folder: Path) -> None:
+def test_no_budget_makes_all_resident(folder: Path) -> None:
     with load_model(folder, LoadSettings(context=64)) as served:
         assert set(served.report()["slots"].values()) == {8}
         assert served.budget.total is None
 
 
-def test_the_ledger_follows_context_dtype_and_readers(folder: Path) -> None:
+def test_estimate_depends_on_context_dtype_and_readers(folder: Path) -> None:
     short, long = floor_of(folder, context=16), floor_of(folder, context=64)
     assert long.kv_cache == 4 * short.kv_cache and long.workspace > short.workspace
     assert floor_of(folder, context=10**9).kv_cache == floor_of(folder, context=128).kv_cache
@@ -179,7 +179,7 @@ def test_the_ledger_follows_context_dtype_and_readers(folder: Path) -> None:
     )
 
 
-def test_a_gpu_is_reckoned_with_though_it_is_not_here(folder: Path) -> None:
+def test_gpu_estimate_without_gpu(folder: Path) -> None:
     cpu, gpu = floor_of(folder, context=64), floor_of(folder, context=64, device="cuda")
     assert cpu.process > 50 * MIB, "interpreter and libraries"
     assert gpu.process == torch.cuda.memory_reserved(), "which are not on it"
@@ -190,7 +190,7 @@ def test_a_gpu_is_reckoned_with_though_it_is_not_here(folder: Path) -> None:
     assert converted.staging == SPARES * converted.blocks[0].slot_bytes, "converted in host memory"
 
 
-def test_host_memory_is_a_buffer_a_reader_unless_given(folder: Path) -> None:
+def test_host_memory_default(folder: Path) -> None:
     slot = floor_of(folder).blocks[0].slot_bytes
     assert floor_of(folder).host is None
     assert floor_of(folder, device="cuda").host == slot * (4 + BACKGROUND_READERS)
@@ -209,7 +209,7 @@ def test_host_memory_is_a_buffer_a_reader_unless_given(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_another_dtype_it_is_the_model_in_that_dtype(tmp_path: Path, family: str) -> None:
+def test_other_dtype_equals_converted_model(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     saved(model, tmp_path)
     model.to(torch.bfloat16)
@@ -221,7 +221,7 @@ def test_in_another_dtype_it_is_the_model_in_that_dtype(tmp_path: Path, family: 
         assert float((ours - theirs).abs().mean()) < 0.05 * float(theirs.abs().mean())
 
 
-def test_weights_that_loading_made_are_the_checkpoints(folder: Path) -> None:
+def test_converted_weights_equal_checkpoint(folder: Path) -> None:
     model = tiny("Mixtral")
     with load_model(folder, LoadSettings(context=64)) as served:
         own = dict(model.state_dict())
@@ -239,14 +239,14 @@ def broken_by(failure: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("step", ["load_dense_weights", "attach_hooks", "grow", "allocate_spares"])
-def test_a_load_that_fails_midway_leaves_no_open_file(folder: Path, monkeypatch, step: str) -> None:
+def test_failed_load_closes_files(folder: Path, monkeypatch, step: str) -> None:
     monkeypatch.setattr(load, step, broken_by(MemoryError("no more")))
     with pytest.raises(MemoryError, match="no more"):
         load_model(folder, LoadSettings())
     assert open_files(folder) == 0
 
 
-def test_blocks_know_how_deep_they_are(folder: Path) -> None:
+def test_blocks_have_depth(folder: Path) -> None:
     with load_model(folder, LoadSettings(context=64)) as served:
         depths = [block.depth for block in served.blocks.values()]
     assert depths == [(n + 0.5) / len(depths) for n in range(len(depths))]

@@ -30,14 +30,14 @@ FEW = placed(
 SEATED = placed(BlockPlacement(slots=8, formats=MIXED), BlockPlacement(slots=2, formats=("int8",)))
 
 
-def test_uneven_slots_give_the_models_own_output() -> None:
+def test_uneven_slots_equal_model() -> None:
     with moefit.load(folder(), placement=FEW) as served:
         torch.testing.assert_close(logits(served.model, IDS), logits(tiny("Mixtral"), IDS))
         assert served.report()["slots"] == {FIRST: 3, SECOND: 6}
         served.check()
 
 
-def test_every_expert_lies_in_its_own_format_and_computes_as_it_would_alone() -> None:
+def test_experts_use_their_own_formats() -> None:
     x_TD = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     weights_TK = torch.ones(1, 1)
     with moefit.load(folder(), placement=SEATED) as served:
@@ -57,7 +57,7 @@ def test_every_expert_lies_in_its_own_format_and_computes_as_it_would_alone() ->
 
 
 @pytest.mark.parametrize("mode", ["bounded", "virtual"])
-def test_it_serves_in_every_mode_and_seated_blocks_stay(mode: str) -> None:
+def test_fully_resident_blocks_stay_in_every_mode(mode: str) -> None:
     with moefit.load(folder(), placement=SEATED, mode=mode) as served:
         before = served.report()["formats"][FIRST]
         for seed in range(4):
@@ -66,7 +66,7 @@ def test_it_serves_in_every_mode_and_seated_blocks_stay(mode: str) -> None:
         served.check()
 
 
-def test_the_ledger_counts_the_placements_bytes_and_refuses_less() -> None:
+def test_estimate_includes_placement_bytes() -> None:
     with moefit.load(folder(), placement=SEATED, memory="4GiB", context=64) as served:
         planned = served.budget.planned
         assert planned is not None
@@ -76,7 +76,7 @@ def test_the_ledger_counts_the_placements_bytes_and_refuses_less() -> None:
         moefit.load(folder(), placement=SEATED, memory=needed // 2, context=64)
 
 
-def test_a_smaller_budget_forgets_the_plan_and_a_larger_one_keeps_it() -> None:
+def test_smaller_budget_drops_plan() -> None:
     with moefit.load(folder(), placement=SEATED, memory="4GiB", context=64) as served:
         served.set_memory("5GiB")
         assert served.report()["slots"] == {FIRST: 8, SECOND: 2}
@@ -91,6 +91,6 @@ def test_a_smaller_budget_forgets_the_plan_and_a_larger_one_keeps_it() -> None:
         served.check()
 
 
-def test_a_placement_beside_a_precision_is_refused() -> None:
+def test_placement_with_precision_raises() -> None:
     with pytest.raises(ConfigError, match="one of the two"):
         moefit.load(folder(), placement=FEW, precision="int4")

@@ -9,7 +9,7 @@ BLOCKS = find_blocks(tiny("Mixtral"))
 EVERY = BlockPlacement(slots=8, formats=("int4",))
 
 
-def test_bytes_are_those_of_its_slots() -> None:
+def test_placement_bytes_equal_slots() -> None:
     block = BLOCKS[0]
     one = EVERY.format_of(0).nbytes(block.layout.specs)
     assert BlockPlacement(slots=3, formats=("int4",)).nbytes(block) == 3 * one
@@ -31,11 +31,11 @@ def test_bytes_are_those_of_its_slots() -> None:
         (BlockPlacement(slots=8, formats=("int7",)), "int7"),
     ],
 )
-def test_what_cannot_be_is_refused(one: BlockPlacement, says: str) -> None:
+def test_invalid_placement_raises(one: BlockPlacement, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check_placement({BLOCKS[0].name: one, BLOCKS[1].name: EVERY}, BLOCKS)
 
 
-def test_another_models_blocks_are_refused() -> None:
+def test_blocks_of_another_model_raise() -> None:
     with pytest.raises(ConfigError, match="plan again"):
         check_placement({"elsewhere": EVERY}, BLOCKS)

@@ -15,7 +15,7 @@ from moefit.serve.config import Policy
      {"protected": -1}, {"protected": 1.5}, {"protected": "1"}],
     ids=str,
 )  # fmt: skip
-def test_a_policy_that_cannot_be_names_the_setting(setting: dict[str, Any]) -> None:
+def test_invalid_policy_names_setting(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         Policy(**setting).check()
 
@@ -26,14 +26,14 @@ def test_policies_at_their_limits(setting: dict[str, Any]) -> None:
 
 
 @given(st.integers(1, 60), st.floats(0, 0.5), st.floats(0, 1))
-def test_the_bound_rises_with_depth_and_is_the_mean_over_blocks(blocks, bound, ramp) -> None:
+def test_bound_rises_with_depth(blocks, bound, ramp) -> None:
     policy = Policy(bound=bound, ramp=ramp)
     bounds = [policy.bound_at((number + 0.5) / blocks) for number in range(blocks)]
     assert bounds == sorted(bounds) and bounds[-1] <= 2 * bound + 1e-9
     assert sum(bounds) / blocks == pytest.approx(bound)
 
 
-def test_a_bound_beyond_all_weight_is_all_of_it() -> None:
+def test_bound_is_capped_at_one() -> None:
     assert Policy(bound=0.9).bound_at(0.9) == 1
 
 
@@ -49,7 +49,7 @@ def test_other_settings_stay_as_they_are() -> None:
     assert before == Policy(bound=0.1, protected=3)
 
 
-def test_a_setting_that_does_not_exist_is_named_beside_those_that_do() -> None:
+def test_unknown_setting_lists_known() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting.*bounds.*use mode, prefill"):
         Policy().changed("bounded", bounds=0.2)
     with pytest.raises(ConfigError, match="bound=2"):

@@ -18,12 +18,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
         yield served
 
 
-def test_it_is_plain_values(served: ServedModel) -> None:
+def test_report_has_plain_values(served: ServedModel) -> None:
     report = served.report()
     assert json.loads(json.dumps(report)) == report
 
 
-def test_it_counts_what_blocks_hold(served: ServedModel) -> None:
+def test_report_counts_block_contents(served: ServedModel) -> None:
     served.model(tokens(1, 5))
     settled(served)
     report = served.report()
@@ -41,7 +41,7 @@ def test_it_counts_what_blocks_hold(served: ServedModel) -> None:
     assert 0 < report["process_bytes"] <= report["peak_process_bytes"]
 
 
-def test_it_tells_what_is_in_force(served: ServedModel) -> None:
+def test_report_shows_current_settings(served: ServedModel) -> None:
     before = served.report()
     served.set_mode("bounded")
     budget = served.set_memory(with_slots(served, 2))

@@ -59,7 +59,7 @@ def slots_of(served: ServedModel) -> set[int]:
 
 @pytest.mark.parametrize("slots", [None, 1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_is_the_models_own_output_at_any_budget(serve, family: str, slots: int) -> None:
+def test_exact_equals_model_at_any_budget(serve, family: str, slots: int) -> None:
     served, _ = serve(family, slots=slots)
     torch.testing.assert_close(
         logits(served.model, tokens(2, 7)), logits(model_of(family), tokens(2, 7))
@@ -69,7 +69,7 @@ def test_exact_is_the_models_own_output_at_any_budget(serve, family: str, slots:
     assert slots_of(served) == {slots or 8}
 
 
-def test_memory_goes_up_and_down(serve) -> None:
+def test_memory_grows_and_shrinks(serve) -> None:
     served, _ = serve(slots=4)
     expected = generated(model_of("Mixtral"))
     for slots in (4, 1, 7, 2, 8, 3, 1):
@@ -102,7 +102,7 @@ def test_growing_fills_new_slots_in_the_background(serve) -> None:
     assert served.report()["bytes_read"] == before
 
 
-def test_shrinking_gives_up_what_growing_has_not_begun_to_read(serve) -> None:
+def test_shrinking_cancels_pending_loads(serve) -> None:
     served, disk = serve(slots=1)
     generated(served)
     before = served.report()["bytes_read"]
@@ -120,7 +120,7 @@ def test_shrinking_gives_up_what_growing_has_not_begun_to_read(serve) -> None:
     assert generated(served) == generated(model_of("Mixtral"))
 
 
-def test_growing_from_nothing_while_storage_is_slow(serve) -> None:
+def test_growing_with_slow_storage(serve) -> None:
     """All slots wait for experts that the first step doesn't want."""
     served, disk = serve(slots=1)
     disk.open.clear()
@@ -131,7 +131,7 @@ def test_growing_from_nothing_while_storage_is_slow(serve) -> None:
 
 
 @pytest.mark.parametrize("memory", [1, "1MiB", "floor"])
-def test_below_the_floor_all_stays_as_it_was(serve, memory) -> None:
+def test_budget_below_minimum_changes_nothing(serve, memory) -> None:
     served, _ = serve(slots=3)
     generated(served)
     before, budget = served.report(), served.budget
@@ -147,7 +147,7 @@ def test_below_the_floor_all_stays_as_it_was(serve, memory) -> None:
 
 
 @pytest.mark.parametrize("memory", ["", "lots", 0, -5, "0GiB"])
-def test_what_is_no_size_changes_nothing(serve, memory) -> None:
+def test_invalid_size_changes_nothing(serve, memory) -> None:
     served, _ = serve(slots=2)
     with pytest.raises(ConfigError, match="is not a size"):
         served.set_memory(memory)
@@ -155,7 +155,7 @@ def test_what_is_no_size_changes_nothing(serve, memory) -> None:
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 5])
-def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fails_at: int) -> None:
+def test_failed_allocation_changes_nothing(serve, monkeypatch, fails_at: int) -> None:
     served, _ = serve(slots=2)
     expected = generated(served)
     budget, allocate, calls = served.budget, resize.allocate_slot, []
@@ -189,7 +189,7 @@ def test_memory_that_cannot_be_had_leaves_all_as_it_was(serve, monkeypatch, fail
         ({"mode": "exact", "residency": "no"}, "residency='no'"),
     ],
 )
-def test_an_unknown_mode_or_setting_changes_nothing(serve, settings, says: str) -> None:
+def test_unknown_mode_changes_nothing(serve, settings, says: str) -> None:
     served, _ = serve(slots=2)
     served.set_mode("bounded", bound=0.5)
     before = served.policy
@@ -199,7 +199,7 @@ def test_an_unknown_mode_or_setting_changes_nothing(serve, settings, says: str) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
+def test_all_resident_makes_every_mode_exact(serve, family: str) -> None:
     served, _ = serve(family)
     for experts in served.blocks.values():
         experts.set_residents(range(8))
@@ -212,7 +212,7 @@ def test_with_all_resident_every_mode_is_exact(serve, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["virtual", "bounded"])
-def test_a_fixed_set_repeats_itself(serve, family: str, mode: str) -> None:
+def test_fixed_residents_are_reproducible(serve, family: str, mode: str) -> None:
     served, _ = serve(family, slots=4)
     generated(served)
     served.set_mode(mode, residency="fixed", prefill=mode)
@@ -226,7 +226,7 @@ def test_a_fixed_set_repeats_itself(serve, family: str, mode: str) -> None:
     served.check()
 
 
-def test_fixing_the_set_waits_for_what_is_on_its_way(serve) -> None:
+def test_fixing_residents_waits_for_loads(serve) -> None:
     """Otherwise a swap of before would be published somewhere in the middle."""
     served, disk = serve(slots=4)
     generated(served)
@@ -240,7 +240,7 @@ def test_fixing_the_set_waits_for_what_is_on_its_way(serve) -> None:
     assert served.report()["resident"] == before
 
 
-def test_a_fixed_set_that_grows_is_filled_before_the_next_step(serve) -> None:
+def test_grown_fixed_set_is_filled_before_next_step(serve) -> None:
     served, disk = serve(slots=3)
     generated(served)
     served.set_mode("virtual", residency="fixed")
@@ -251,7 +251,7 @@ def test_a_fixed_set_that_grows_is_filled_before_the_next_step(serve) -> None:
     assert served.report()["resident"] == before and disk.open.is_set()
 
 
-def test_virtual_swaps_towards_what_the_router_wants(serve) -> None:
+def test_virtual_swaps_follow_router(serve) -> None:
     served, _ = serve(slots=3)
     served.set_mode("virtual")
     for _ in range(4):
@@ -265,7 +265,7 @@ def test_virtual_swaps_towards_what_the_router_wants(serve) -> None:
     assert slots_of(served) == {3}
 
 
-def test_a_failing_swap_leaves_the_model_usable(serve) -> None:
+def test_failed_swap_leaves_model_usable(serve) -> None:
     served, disk = serve(slots=2)
     served.set_mode("virtual")
     generated(served)
@@ -282,7 +282,7 @@ def test_a_failing_swap_leaves_the_model_usable(serve) -> None:
     served.check()
 
 
-def test_a_failing_fetch_is_an_error_and_the_next_generation_works(serve) -> None:
+def test_failed_fetch_raises_and_next_generation_works(serve) -> None:
     served, disk = serve(slots=1)
     disk.failures = 10**6
     with pytest.raises(CheckpointError, match="cannot be read after 3 attempts"):
@@ -318,7 +318,7 @@ class Elsewhere:
             raise self.error
 
 
-def test_the_budget_changes_while_generating_exactly(serve) -> None:
+def test_budget_changes_during_exact_generation(serve) -> None:
     served, _ = serve(slots=3)
     expected = generated(model_of("Mixtral"))
     over: list[str] = []
@@ -339,7 +339,7 @@ def test_the_budget_changes_while_generating_exactly(serve) -> None:
     assert not over
 
 
-def test_modes_and_budgets_change_while_generating(serve) -> None:
+def test_modes_and_budgets_change_during_generation(serve) -> None:
     served, _ = serve("DeepseekV3", slots=3)
     expected = generated(model_of("DeepseekV3"))
     modes = ("virtual", "bounded", "exact")
@@ -363,7 +363,7 @@ def test_modes_and_budgets_change_while_generating(serve) -> None:
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["exact", "bounded", "virtual"]), st.integers(1, 8)),
                 min_size=1, max_size=5))  # fmt: skip
-def test_after_any_history_exact_is_exact(folders, history: list[tuple[Any, int]]) -> None:
+def test_exact_after_any_history(folders, history: list[tuple[Any, int]]) -> None:
     with load_model(folders("Olmoe"), LoadSettings(context=64)) as served:
         for mode, slots in history:
             served.set_mode(mode)
@@ -374,7 +374,7 @@ def test_after_any_history_exact_is_exact(folders, history: list[tuple[Any, int]
         assert generated(served) == generated(model_of("Olmoe"))
 
 
-def test_the_report_goes_to_json_and_counts_from_zero_again(serve) -> None:
+def test_report_is_json_and_resets(serve) -> None:
     served, _ = serve(slots=2)
     generated(served)
     report = served.report()
@@ -389,7 +389,7 @@ def test_the_report_goes_to_json_and_counts_from_zero_again(serve) -> None:
     assert served.report()["hits"] > 0
 
 
-def test_untouched_leaves_no_trace(serve) -> None:
+def test_isolated_context_has_no_effects(serve) -> None:
     served, _ = serve(slots=3)
     generated(served)
     keys = ("mode", "resident", "hits", "fetches", "substituted_mass", "swaps")
@@ -402,7 +402,7 @@ def test_untouched_leaves_no_trace(serve) -> None:
     assert scores == [experts.importance.scores() for experts in served.blocks.values()]
 
 
-def test_untouched_is_over_also_after_an_error(serve) -> None:
+def test_isolated_context_ends_after_error(serve) -> None:
     served, _ = serve(slots=3)
     before = served.policy
     with pytest.raises(ZeroDivisionError), served.isolated(served.checked_policy("virtual")):
@@ -410,7 +410,7 @@ def test_untouched_is_over_also_after_an_error(serve) -> None:
     assert served.policy is before
 
 
-def test_untouched_gives_the_policy_back_under_the_lock(serve) -> None:
+def test_isolated_context_restores_policy(serve) -> None:
     """A step that is under way must not see it change."""
     served, _ = serve(slots=3)
     before, policy = served.policy, served.checked_policy("virtual")
@@ -432,7 +432,7 @@ def test_untouched_gives_the_policy_back_under_the_lock(serve) -> None:
     assert served.policy == before
 
 
-def test_a_change_of_mode_loses_no_other_one(serve) -> None:
+def test_concurrent_mode_changes_are_kept(serve) -> None:
     """The second is made of the policy that the first put in force."""
     served, _ = serve(slots=3)
     with served._shared.lock:
@@ -444,13 +444,13 @@ def test_a_change_of_mode_loses_no_other_one(serve) -> None:
     assert (served.policy.bound, served.policy.ramp) == (0.123, 0.5)
 
 
-def test_a_folder_without_tokenizer_is_served_by_ids(serve) -> None:
+def test_model_without_tokenizer_is_served_by_ids(serve) -> None:
     served, _ = serve()
     with pytest.raises(ConfigError, match=r"has no tokenizer .*The model itself takes token ids"):
         _ = served.tokenizer
 
 
-def test_closing_ends_threads_and_hooks(folders) -> None:
+def test_closing_removes_threads_and_hooks(folders) -> None:
     before = threading.active_count()
     with load_model(folders("Mixtral"), LoadSettings(context=64)) as served:
         generated(served)

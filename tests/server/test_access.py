@@ -35,13 +35,13 @@ def open_to_all(served: ServedModel) -> Iterator[TestClient]:
 
 
 @given(st.text())
-def test_only_the_key_is_the_key(given_key: str) -> None:
+def test_api_key_must_match(given_key: str) -> None:
     assert is_valid_key(KEY, f"Bearer {given_key}") == (given_key.strip() == KEY)
     assert not is_valid_key(KEY, given_key or None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9", "[::1]"])
-def test_loopback(host: str) -> None:
+def test_loopback_addresses(host: str) -> None:
     assert is_loopback(host)
     for name in ("localhost", "127.0.0.1:8000", "[::1]:80", "LocalHost:1"):
         assert is_allowed_host(host, name)
@@ -49,13 +49,13 @@ def test_loopback(host: str) -> None:
         assert not is_allowed_host(host, name)
 
 
-def test_an_address_for_others_takes_every_name() -> None:
+def test_public_address_accepts_any_host() -> None:
     assert not is_loopback("0.0.0.0")
     assert is_allowed_host("0.0.0.0", "box.example:8000")
 
 
 @given(st.text(max_size=30))
-def test_any_header_is_read_without_failing(header: str) -> None:
+def test_arbitrary_headers_do_not_fail(header: str) -> None:
     host_name(header)
     is_allowed_origin(header, header, ())
 
@@ -85,7 +85,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("method", "path"), PLACES)
-def test_without_the_key_nothing_but_health_and_page(locked, method: str, path: str) -> None:
+def test_only_health_and_page_need_no_key(locked, method: str, path: str) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
         response = locked.request(method, path, headers=headers)
         assert error_of(response, 401)["type"] == "authentication_error"
@@ -97,7 +97,7 @@ def test_without_the_key_nothing_but_health_and_page(locked, method: str, path: 
 
 
 @pytest.mark.parametrize("path", ["/v1/memory", "/v1/completions", "/tokenize"])
-def test_web_pages_of_other_origins_change_nothing(open_to_all, path: str) -> None:
+def test_other_origins_cannot_change_state(open_to_all, path: str) -> None:
     for origin in ("https://evil.example", "null", "http://localhost:1"):
         response = open_to_all.post(path, json={"bytes": "1GiB"}, headers={"Origin": origin})
         assert error_of(response, 403)["code"] == "wrong_origin"
@@ -105,12 +105,12 @@ def test_web_pages_of_other_origins_change_nothing(open_to_all, path: str) -> No
     assert same.status_code == 400
 
 
-def test_a_name_that_was_made_to_point_here_is_refused(open_to_all) -> None:
+def test_dns_rebinding_is_rejected(open_to_all) -> None:
     response = open_to_all.get("/v1/memory", headers={"Host": "evil.example:8000"})
     assert error_of(response, 403)["code"] == "wrong_host"
 
 
-def test_other_origins_are_told_nothing_unless_asked_for(served, open_to_all) -> None:
+def test_other_origins_need_permission(served, open_to_all) -> None:
     origin = {"Origin": "https://friend.example"}
     assert "access-control-allow-origin" not in open_to_all.get("/health", headers=origin).headers
     with (
@@ -133,14 +133,14 @@ def test_other_origins_are_told_nothing_unless_asked_for(served, open_to_all) ->
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
 
 
-def test_every_answer_tells_browsers_to_be_careful(open_to_all) -> None:
+def test_responses_have_security_headers(open_to_all) -> None:
     for path in ("/", "/health", "/nowhere"):
         headers = open_to_all.get(path).headers
         assert headers["content-security-policy"].startswith("default-src 'self'")
         assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_bodies_have_a_limit_said_or_not(open_to_all) -> None:
+def test_body_limit_with_and_without_length(open_to_all) -> None:
     body = b'{"prompt": "' + b"a" * 3000 + b'"}'
     kind = {"Content-Type": "application/json"}
     said = open_to_all.post("/v1/completions", content=body, headers=kind)
@@ -163,7 +163,7 @@ def test_bodies_have_a_limit_said_or_not(open_to_all) -> None:
         b'{"prompt": "a", "seed": ' + b"9" * 1500 + b"}", b'{"prompt": "a", "seed": 1e400}',
     ],
 )  # fmt: skip
-def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
+def test_arbitrary_bodies_do_not_fail(open_to_all, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     error_of(open_to_all.post("/v1/completions", content=body, headers=headers), 400)
 
@@ -185,9 +185,7 @@ def test_no_body_breaks_anything(open_to_all, body: bytes) -> None:
         ("/v1/memory", {f"field{n}": 1 for n in range(1000)}),
     ],
 )
-def test_a_body_full_of_mistakes_is_no_list_of_all_of_them(
-    served, monkeypatch, path: str, body: object
-) -> None:
+def test_validation_errors_are_limited(served, monkeypatch, path: str, body: object) -> None:
     """A list would take 1 KiB per mistake, gigabytes for a body of 4 MiB."""
     counts: list[int] = []
     told = refusal.validation_error
@@ -208,7 +206,7 @@ def test_deep_json_within_the_limit_of_bytes(served) -> None:
             error_of(client.post("/v1/completions", content=body, headers=headers), 400)
 
 
-def test_other_paths_and_methods(open_to_all) -> None:
+def test_unknown_paths_and_methods(open_to_all) -> None:
     error_of(open_to_all.get("/nowhere"), 404)
     error_of(open_to_all.get("/v1/models/other"), 404)
     response = open_to_all.get("/v1/completions")
@@ -236,7 +234,7 @@ def test_other_paths_and_methods(open_to_all) -> None:
         ("/elsewhere", "there is no /elsewhere"),
     ],
 )
-def test_what_is_not_there_is_said_with_the_nearest_that_is(open_to_all, path, words) -> None:
+def test_unknown_path_suggests_nearest(open_to_all, path, words) -> None:
     for response in (open_to_all.post(path, json={}), open_to_all.get(path)):
         error = error_of(response, 404)
         assert error["code"] == "unknown_url"

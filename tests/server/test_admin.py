@@ -51,7 +51,7 @@ def metrics_of(client: TestClient) -> dict[str, float]:
     return found
 
 
-def test_the_picture(running, served) -> None:
+def test_memory_state(running, served) -> None:
     client, _, _ = running
     memory = client.get(URL).json()
     assert memory["model"] == "reference" and memory["mode"] == "exact"
@@ -71,7 +71,7 @@ def test_the_picture(running, served) -> None:
         assert max(block["importance"]) == 1.0 and min(block["importance"]) >= 0.0
 
 
-def test_the_dial_changes_residents_and_ledger(running, served) -> None:
+def test_memory_change_resizes_slots(running, served) -> None:
     client, _, _ = running
     before = client.get(URL).json()
     less = (before["floor"] + before["everything"]) // 2
@@ -93,7 +93,7 @@ def test_the_dial_changes_residents_and_ledger(running, served) -> None:
     served.check()
 
 
-def test_a_budget_below_the_floor_names_it_and_changes_nothing(running) -> None:
+def test_budget_below_minimum_changes_nothing(running) -> None:
     client, _, service = running
     before = client.get(URL).json()
     error = error_of(client.post(URL, json={"bytes": "100MiB", "mode": "virtual"}), 400)
@@ -110,12 +110,12 @@ def test_a_budget_below_the_floor_names_it_and_changes_nothing(running) -> None:
         {"bytes": ""}, {"mode": "fast"}, {"bound": 2}, {"memory": "4GiB"}, {"bytes": []},
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(running, asked) -> None:
+def test_invalid_requests_raise(running, asked) -> None:
     client, _, _ = running
     error_of(client.post(URL, json=asked), 400)
 
 
-def test_a_system_without_memory_is_told_and_counted(running, served, monkeypatch) -> None:
+def test_allocation_failure_is_reported_and_counted(running, served, monkeypatch) -> None:
     client, _, service = running
     before = client.get(URL).json()
 
@@ -134,9 +134,7 @@ def test_a_system_without_memory_is_told_and_counted(running, served, monkeypatc
 @pytest.mark.parametrize(
     "asked", [{"bytes": "100MiB", "mode": "virtual"}, {"bytes": "3GiB", "mode": "bounded"}]
 )
-def test_either_half_that_fails_leaves_the_other_undone(
-    running, served, monkeypatch, asked
-) -> None:
+def test_failed_change_is_atomic(running, served, monkeypatch, asked) -> None:
     """The first request fails at its budget; the second at its mode, in a family without a rule."""
     client, engine, _ = running
     client.post(URL, json={"mode": "virtual", "prefill": "exact", "bound": 0.4})
@@ -156,7 +154,7 @@ def test_either_half_that_fails_leaves_the_other_undone(
     served.check()
 
 
-def test_budget_and_mode_are_one_change(running, served) -> None:
+def test_budget_and_mode_change_together(running, served) -> None:
     client, engine, service = running
     commands: list[object] = []
     between_steps = engine.between_steps
@@ -167,7 +165,7 @@ def test_budget_and_mode_are_one_change(running, served) -> None:
     assert service.telemetry.changes == {"ok": 1}
 
 
-def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
+def test_metrics_have_vllm_names(running, served) -> None:
     client, _, _ = running
     client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
     client.post(URL, json={"bytes": "3GiB"})
@@ -201,7 +199,7 @@ def test_metrics_have_vllms_names_and_the_experts_own(running, served) -> None:
         assert found[f"moefit:expert_resident {name}"] == len(resident)
 
 
-def test_waiting_for_a_place_is_not_reading(running) -> None:
+def test_queue_time_is_not_prefill_time(running) -> None:
     client, engine, _ = running
     engine.waits = 1e9  # more than it can have been: all of the time was waiting
     client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
@@ -212,7 +210,7 @@ def test_waiting_for_a_place_is_not_reading(running) -> None:
     assert 0 < found["moefit:request_inference_time_seconds_sum"] <= whole
 
 
-def test_latency_of_the_last_minutes(running) -> None:
+def test_recent_latency(running) -> None:
     client, _, _ = running
     client.post("/v1/completions", json={"prompt": "import os", "max_tokens": 5})
     latency = client.get(URL).json()["latency"]
@@ -220,7 +218,7 @@ def test_latency_of_the_last_minutes(running) -> None:
     assert 0 < latency["itl_p50"] <= latency["itl_p99"]
 
 
-def test_what_the_server_says_of_itself(running) -> None:
+def test_server_info(running) -> None:
     client, _, _ = running
     (card,) = client.get("/v1/models").json()["data"]
     assert card == client.get("/v1/models/reference").json()
@@ -229,7 +227,7 @@ def test_what_the_server_says_of_itself(running) -> None:
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_tokens_there_and_back(running, served) -> None:
+def test_tokenize_round_trips(running, served) -> None:
     client, _, _ = running
     text = "import os  # 😀"
     answer = client.post("/tokenize", json={"prompt": text}).json()
@@ -244,7 +242,7 @@ def test_tokens_there_and_back(running, served) -> None:
     assert no_template["code"] == "no_chat_template"
 
 
-def test_the_tokenizer_as_evaluations_ask_for_it(running, served) -> None:
+def test_tokenizer_info_for_lm_eval(running, served) -> None:
     """Requests as lm-evaluation-harness sends them with tokenizer_backend=remote."""
     client, _, _ = running
     info = client.get("/tokenizer_info").json()
@@ -262,7 +260,7 @@ def test_the_tokenizer_as_evaluations_ask_for_it(running, served) -> None:
         served.tokenizer.chat_template = None
 
 
-def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> None:
+def test_looping_templates_do_not_block_admin(running, served, monkeypatch) -> None:
     client, _, _ = running
     monkeypatch.setattr(tokenizer, "Renderer", partial(Renderer, seconds=3.0))
     again = "{% for i in range(99999) %}"
@@ -288,7 +286,7 @@ def test_chats_that_loop_hold_up_no_operator(running, served, monkeypatch) -> No
         assert "did not end within 3 seconds" in error_of(response, 400)["message"]
 
 
-def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, caplog) -> None:
+def test_failing_disk_is_reported_in_virtual_mode(running, served, monkeypatch, caplog) -> None:
     """Background swaps fail while no request waits for them; the failure is still reported."""
     client, _, service = running
     half = (served.budget.min_bytes + served.budget.all_resident_bytes) // 2
@@ -325,7 +323,7 @@ def test_a_dead_disk_in_the_virtual_mode_is_seen(running, served, monkeypatch, c
     assert service.problems() == []
 
 
-def test_a_dead_disk_by_which_every_request_fails_is_no_health(running, served, monkeypatch):
+def test_failing_disk_makes_server_unhealthy(running, served, monkeypatch):
     client, _, service = running
     monkeypatch.setattr(served._shared.transfer, "failures", LoadFailures())
     monkeypatch.setattr(service.engine, "steps_fail", True)

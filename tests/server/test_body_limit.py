@@ -60,12 +60,12 @@ def served() -> Iterator[ServedModel]:
         yield served
 
 
-def test_what_was_never_held_is_not_given_back() -> None:
+def test_body_budget_release_needs_reservation() -> None:
     with pytest.raises(AssertionError):
         BodyBudget(10).release(1)
 
 
-def test_one_body_fits_beside_others() -> None:
+def test_body_fits_with_others() -> None:
     settings = ServerSettings(name="model")
     assert settings.body_bytes * 4 <= settings.bodies_bytes
 
@@ -86,7 +86,7 @@ def _refused(here: Site) -> ServerError | None:
     return None
 
 
-def test_many_bodies_below_the_limit_are_too_much_together(served) -> None:
+def test_total_size_of_bodies_is_limited(served) -> None:
     with site(served, bodies_bytes=50_000) as here:
         said = [_begun(here, b"") for _ in range(5)]  # 200,000 bytes, of which none has come
         assert _refused(here) is None
@@ -106,7 +106,7 @@ def test_many_bodies_below_the_limit_are_too_much_together(served) -> None:
             one.close()
 
 
-def test_a_body_is_held_until_its_answer_has_ended(served) -> None:
+def test_body_is_counted_until_response_ends(served) -> None:
     with site(served, bodies_bytes=50_000) as here:
         going = here.ask(max_tokens=400, stream=True, user="u" * 35_000)
         soon(lambda: here.engine.stats().running == 1)
@@ -115,7 +115,7 @@ def test_a_body_is_held_until_its_answer_has_ended(served) -> None:
         soon(lambda: _refused(here) is None)
 
 
-def test_refused_bodies_are_given_back(served) -> None:
+def test_rejected_bodies_are_released(served) -> None:
     """However a request fails, none of its bytes remain reserved."""
     with site(served, bodies_bytes=50_000, body_bytes=45_000) as here:
         for path, prompt in (("/nowhere", "a"), ("/v1/completions", 1), ("/tokenize", 2)):
@@ -125,7 +125,7 @@ def test_refused_bodies_are_given_back(served) -> None:
         assert _refused(here) is None
 
 
-def test_the_limit_holds_for_chunks_too(served) -> None:
+def test_limit_applies_to_chunked_bodies(served) -> None:
     with fake_service(served, bodies_bytes=50_000) as (service, _), client_of(service) as client:
         chunks = iter([b"{" + b" " * 30_000, b" " * 30_000])
         kind = {"Content-Type": "application/json"}
@@ -155,7 +155,7 @@ def _read(connection: socket.socket) -> bytes:
     return said
 
 
-def test_hundreds_of_thousands_of_small_pieces_hold_nobody_up(served) -> None:
+def test_many_small_chunks_do_not_block(served) -> None:
     with site(served) as here, here.connect() as connection:
         slowest, go_on = [0.0], Event()
 
@@ -179,7 +179,7 @@ def test_hundreds_of_thousands_of_small_pieces_hold_nobody_up(served) -> None:
 
 
 @pytest.mark.parametrize(("length", "size"), [(9_000, 1), (600_000, 32)])
-def test_bodies_of_many_pieces_are_read(served, length: int, size: int) -> None:
+def test_chunked_bodies_are_read(served, length: int, size: int) -> None:
     body = b'{"prompt": "a"' + b" " * length + b"}"
     with site(served) as here, here.connect() as connection:
         connection.sendall(CHUNKED + _chunks(body, size) + b"0\r\n\r\n")
@@ -188,7 +188,7 @@ def test_bodies_of_many_pieces_are_read(served, length: int, size: int) -> None:
 
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_after_a_refusal_no_gigabytes_are_read(served, chunked: bool, close: bytes) -> None:
+def test_rejected_body_is_not_read_to_end(served, chunked: bool, close: bytes) -> None:
     how = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 10000000000"
     head = HEAD.replace(b"Content-Length: 40000\r\n", how + b"\r\n" + close)
     part = b" " * (1 << 16)
@@ -207,7 +207,7 @@ def test_after_a_refusal_no_gigabytes_are_read(served, chunked: bool, close: byt
         soon(lambda: not here.running.connections)
 
 
-def test_the_connection_goes_on_after_a_refusal_of_a_whole_request(served) -> None:
+def test_connection_survives_rejected_request(served) -> None:
     with site(served) as here:
         connection = HTTPConnection(urlsplit(here.url).netloc, timeout=20)
         sockets = set()

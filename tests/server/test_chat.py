@@ -30,7 +30,7 @@ def ids_of(served: ServedModel, text: str) -> list[int]:
     return served.tokenizer(text)["input_ids"]
 
 
-def test_a_conversation_is_written_by_the_template(running, served) -> None:
+def test_template_formats_conversation(running, served) -> None:
     client, engine = running
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -51,7 +51,7 @@ def test_a_conversation_is_written_by_the_template(running, served) -> None:
     assert answer["usage"]["prompt_tokens"] == len(prompt)
 
 
-def test_a_stream_says_the_same(running, served) -> None:
+def test_stream_equals_full_response(running, served) -> None:
     client, engine = running
     engine.tokens = lambda prompt: ids_of(served, "yes 😀, of course")
     asked = {"messages": HELLO, "n": 2, "logprobs": True, "top_logprobs": 1, "max_tokens": 30}
@@ -82,7 +82,7 @@ def test_logprobs_name_bytes(running, served) -> None:
     assert without["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def test_either_name_bounds_the_answer(running) -> None:
+def test_both_names_limit_tokens(running) -> None:
     client, engine = running
     for asked in ({"max_tokens": 3}, {"max_completion_tokens": 3}):
         answer = client.post(URL, json={"messages": HELLO, **asked}).json()
@@ -90,7 +90,7 @@ def test_either_name_bounds_the_answer(running) -> None:
     assert [sampling.max_tokens for _, sampling in engine.submitted] == [3, 3]
 
 
-def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
+def test_neutral_parameters_are_accepted(running) -> None:
     client, _ = running
     asked = {
         "messages": HELLO, "n": 1, "tools": None, "tool_choice": "none", "functions": [],
@@ -129,7 +129,7 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
         ({"store": 1}, "store"),
     ],
 )
-def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
+def test_unsupported_parameters_raise(running, asked, param) -> None:
     client, engine = running
     error = error_of(client.post(URL, json={"messages": HELLO, **asked}), 400)
     assert error["param"] == param
@@ -144,7 +144,7 @@ def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
         ("file", "file (a file)"),
     ],
 )
-def test_what_is_no_text_is_refused_by_its_name(running, kind: str, words: str) -> None:
+def test_non_text_content_raises(running, kind: str, words: str) -> None:
     client, _ = running
     parts = [{"type": "text", "text": "what is it?"}, {"type": kind, kind: {}}]
     asked = {"messages": [*HELLO, {"role": "user", "content": parts}]}
@@ -167,7 +167,7 @@ def test_what_is_no_text_is_refused_by_its_name(running, kind: str, words: str) 
         ({"content": "c", "name": "Bot", "type": "text"}, "Bot:c"),
     ],
 )
-def test_answers_that_clients_give_back(running, served, answer, written: str) -> None:
+def test_assistant_messages_are_accepted(running, served, answer, written: str) -> None:
     client, engine = running
     served.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.name %}{{ m.name }}:{% endif %}{% if m.reasoning_content %}"
@@ -178,7 +178,7 @@ def test_answers_that_clients_give_back(running, served, answer, written: str) -
     assert list(engine.submitted[0][0]) == ids_of(served, f"hello;{written};hello;")
 
 
-def test_variables_of_the_template(running, served) -> None:
+def test_template_variables(running, served) -> None:
     client, engine = running
     served.tokenizer.chat_template = (
         "{{ messages[0].content }}{% if enable_thinking is false %}<no>{% endif %}"
@@ -190,14 +190,14 @@ def test_variables_of_the_template(running, served) -> None:
     assert tokens == ids_of(served, "hello<no>")
 
 
-def test_what_the_template_refuses_is_told(running) -> None:
+def test_template_errors_are_reported(running) -> None:
     client, _ = running
     messages = [*HELLO, {"role": "system", "content": "late"}]
     error = error_of(client.post(URL, json={"messages": messages}), 400)
     assert "the system speaks first" in error["message"]
 
 
-def test_a_model_without_template_sends_people_to_completions(served) -> None:
+def test_missing_template_suggests_completions(served) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         error = error_of(client.post(URL, json={"messages": HELLO}), 400)
         assert error["code"] == "no_chat_template" and "/v1/completions" in error["message"]

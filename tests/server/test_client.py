@@ -40,12 +40,12 @@ def elsewhere() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://localhost:http", "localhost:8000", ""])
-def test_what_is_no_address(url: str) -> None:
+def test_invalid_address_raises(url: str) -> None:
     with pytest.raises(ConfigError, match="not a server address"):
         Client(url)
 
 
-def test_another_kind_of_server(elsewhere: str) -> None:
+def test_non_openai_server_raises(elsewhere: str) -> None:
     client = Client(elsewhere)
     for ask in (lambda: client.get("/v1/memory"), lambda: client.post("/v1/memory", {})):
         with pytest.raises(ServerError, match="OpenAI-compatible server"):

@@ -38,7 +38,7 @@ def ids_of(served: ServedModel, text: str) -> list[int]:
     return served.tokenizer(text)["input_ids"]
 
 
-def test_a_prompt_is_continued_by_sixteen_tokens(running, served) -> None:
+def test_default_is_sixteen_tokens(running, served) -> None:
     client, _, _ = running
     answer = client.post(URL, json={"model": "reference", "prompt": "import os"}).json()
     prompt = ids_of(served, "import os")
@@ -57,7 +57,7 @@ def test_a_prompt_is_continued_by_sixteen_tokens(running, served) -> None:
     "prompt",
     ["import os", ["import os"], [11, 12, 13], [[11, 12, 13]], ["a", "b c"], [[5], [6, 7]]],
 )
-def test_prompts_of_every_form_and_n_answers_in_order(running, served, prompt) -> None:
+def test_prompt_forms_and_n_choices(running, served, prompt) -> None:
     client, engine, _ = running
     asked = {"prompt": prompt, "n": 2, "seed": 3, "max_tokens": 4}
     answer = client.post(URL, json=asked).json()
@@ -72,7 +72,7 @@ def test_prompts_of_every_form_and_n_answers_in_order(running, served, prompt) -
     assert {sampling.seed for _, sampling in engine.submitted} == {3, 4}
 
 
-def test_log_probabilities_with_echo_as_lm_eval_reads_them(running, served) -> None:
+def test_echoed_logprobs_for_lm_eval(running, served) -> None:
     client, engine, _ = running
     prompt = ids_of(served, "def f(x):\n    return x")
     asked = {"prompt": [prompt], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
@@ -94,7 +94,7 @@ def test_log_probabilities_with_echo_as_lm_eval_reads_them(running, served) -> N
     assert (sampling.prompt_logprobs, sampling.logprobs, sampling.temperature) == (1, 1, 0)
 
 
-def test_echo_alone_makes_no_token(running, served) -> None:
+def test_echo_without_generation(running, served) -> None:
     client, _, _ = running
     asked = {"prompt": "import os", "echo": True, "logprobs": 0, "max_tokens": 0}
     answer = client.post(URL, json=asked).json()
@@ -104,7 +104,7 @@ def test_echo_alone_makes_no_token(running, served) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_offsets_are_characters_although_tokens_are_bytes(running, served) -> None:
+def test_offsets_count_characters(running, served) -> None:
     client, engine, _ = running
     tokens = ids_of(served, "é😀!")
     engine.tokens = lambda prompt: tokens
@@ -118,7 +118,7 @@ def test_offsets_are_characters_although_tokens_are_bytes(running, served) -> No
     assert "\\xf0" in said and "\\x9f" in said
 
 
-def test_a_stream_says_what_the_whole_answer_says(running) -> None:
+def test_stream_equals_full_response(running) -> None:
     client, _, _ = running
     asked = {"prompt": ["a", "import"], "n": 2, "max_tokens": 9, "logprobs": 1, "echo": True}
     whole = client.post(URL, json=asked).json()
@@ -138,13 +138,13 @@ def test_a_stream_says_what_the_whole_answer_says(running) -> None:
             assert [x for one in mine if one["logprobs"] for x in one["logprobs"][key]] == value
 
 
-def test_a_stream_without_usage_has_none(running) -> None:
+def test_stream_without_usage(running) -> None:
     client, _, _ = running
     frames = events(client.post(URL, json={"prompt": "a", "stream": True}))
     assert all("usage" not in frame for frame in frames)
 
 
-def test_a_stop_text_ends_the_answer(running, served) -> None:
+def test_stop_text_ends_output(running, served) -> None:
     client, engine, _ = running
     engine.tokens = lambda prompt: ids_of(served, "one two three")
     for stop in ("two", ["zzz", "two"]):
@@ -153,7 +153,7 @@ def test_a_stop_text_ends_the_answer(running, served) -> None:
         assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_everything_reaches_the_engine(running) -> None:
+def test_parameters_reach_engine(running) -> None:
     client, engine, _ = running
     asked = {
         "prompt": [5], "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 11, "max_tokens": 3,
@@ -171,7 +171,7 @@ def test_everything_reaches_the_engine(running) -> None:
     assert (got.max_tokens, got.logprobs, got.prompt_logprobs) == (3, None, None)
 
 
-def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
+def test_neutral_parameters_are_accepted(running) -> None:
     client, _, _ = running
     asked = {
         "model": "reference", "prompt": "a", "best_of": 1, "n": 1, "logit_bias": {}, "suffix": None,
@@ -195,7 +195,7 @@ def test_what_clients_send_when_they_want_nothing_is_accepted(running) -> None:
         {"add_special_tokens": True}, {"stop": []}, {"seed": 1},
     ],
 )  # fmt: skip
-def test_neutral_values_pass(running, asked) -> None:
+def test_neutral_values_are_accepted(running, asked) -> None:
     client, engine, _ = running
     plain = {"prompt": [5], "max_tokens": 3, "seed": 1}
     assert client.post(URL, json={**plain, **asked}).status_code == 200, asked
@@ -236,7 +236,7 @@ def test_top_p_zero_is_greedy(running) -> None:
         ({"store": "yes"}, "store", "boolean"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_its_name(running, asked, param, says) -> None:
+def test_invalid_value_names_parameter(running, asked, param, says) -> None:
     client, engine, _ = running
     error = error_of(client.post(URL, json={"prompt": "a", **asked}), 400)
     assert error["param"] == param and says in error["message"] and param in error["message"]
@@ -265,7 +265,7 @@ def test_a_value_that_cannot_be_is_refused_by_its_name(running, asked, param, sa
         ({"prompt": "a", "stop": ""}, "stop"),
     ],
 )
-def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
+def test_unsupported_parameters_raise(running, asked, param) -> None:
     client, engine, _ = running
     error = error_of(client.post(URL, json=asked), 400)
     assert error["type"] == "invalid_request_error"
@@ -274,7 +274,7 @@ def test_what_is_not_done_is_refused_and_named(running, asked, param) -> None:
 
 
 @pytest.mark.parametrize("asked", [{"suffix": "b"}, {"new": 1}])
-def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
+def test_unsupported_parameter_is_named(running, asked) -> None:
     client, _, _ = running
     error = error_of(client.post(URL, json={"prompt": "a", **asked}), 400)
     assert error["code"] == "unsupported_parameter"
@@ -290,26 +290,26 @@ def test_a_parameter_that_is_not_done_is_said_to_be_one(running, asked) -> None:
         ("application/json", b'"text"', "the body is invalid"),
     ],
 )
-def test_a_body_of_another_kind_says_which_is_wanted(running, kind, body, says) -> None:
+def test_wrong_body_names_expected_endpoint(running, kind, body, says) -> None:
     """The first case is what curl sends with -d only."""
     client, _, _ = running
     response = client.post(URL, content=body, headers={"Content-Type": kind})
     assert says in error_of(response, 400)["message"]
 
 
-def test_tokens_that_do_not_exist_are_refused(running) -> None:
+def test_unknown_tokens_raise(running) -> None:
     client, _, _ = running
     for asked in ({"prompt": [4096]}, {"prompt": "a", "stop_token_ids": [99999]}):
         assert "4095" in error_of(client.post(URL, json=asked), 400)["message"]
 
 
-def test_another_model_is_not_found(running) -> None:
+def test_unknown_model_is_404(running) -> None:
     client, _, _ = running
     error = error_of(client.post(URL, json={"model": "gpt-4", "prompt": "a"}), 404)
     assert error["code"] == "model_not_found" and error["param"] == "model"
 
 
-def test_what_does_not_fit_is_refused_with_numbers(running) -> None:
+def test_too_large_request_names_sizes(running) -> None:
     client, _, _ = running
     error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 600}), 400)
     assert error["code"] == "context_length_exceeded" and "512" in error["message"]
@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_refused_with_numbers(running) -> None:
     assert long["code"] == "context_length_exceeded"
 
 
-def test_more_log_probabilities_than_memory_is_meant_for(served) -> None:
+def test_too_many_logprobs_raise(served) -> None:
     with fake_service(served, logprobs=200) as (service, engine), client_of(service) as client:
         asked = {"prompt": [3] * 20, "max_tokens": 10, "logprobs": 4}
         assert client.post(URL, json={**asked, "n": 4}).status_code == 200
@@ -330,13 +330,13 @@ def test_more_log_probabilities_than_memory_is_meant_for(served) -> None:
         assert client.post(URL, json=plain).status_code == 200
 
 
-def test_one_answer_that_does_not_fit_takes_the_others_back(running) -> None:
+def test_failed_choice_cancels_others(running) -> None:
     client, engine, _ = running
     error_of(client.post(URL, json={"prompt": [[5], [5] * 500], "max_tokens": 50}), 400)
     assert len(engine.submitted) == 1 and engine.cancelled == ["request-0"]
 
 
-def test_a_full_queue_says_try_later(running) -> None:
+def test_full_queue_is_retryable(running) -> None:
     client, engine, _ = running
     engine.full = True
     response = client.post(URL, json={"prompt": "a"})
@@ -344,7 +344,7 @@ def test_a_full_queue_says_try_later(running) -> None:
     assert response.headers["retry-after"] == "1"
 
 
-def test_a_failure_of_the_model_is_told(running) -> None:
+def test_model_failure_is_reported(running) -> None:
     client, engine, _ = running
     engine.fail[(5, 6)] = "OSError: Input/output error: '/home/her/models/shard-1.safetensors'"
     error = error_of(client.post(URL, json={"prompt": [5, 6]}), 500)
@@ -358,7 +358,7 @@ def test_a_failure_of_the_model_is_told(running) -> None:
     assert not engine.cancelled
 
 
-def test_an_error_of_ours_within_a_stream_is_told_in_it(running, monkeypatch) -> None:
+def test_stream_errors_are_events(running, monkeypatch) -> None:
     client, _, service = running
     asked_for: list[int] = []
 
@@ -375,7 +375,7 @@ def test_an_error_of_ours_within_a_stream_is_told_in_it(running, monkeypatch) ->
     assert last["error"]["type"] == "server_error" and "log" in last["error"]["message"]
 
 
-def test_nothing_is_taken_while_shutting_down(running) -> None:
+def test_shutdown_rejects_requests(running) -> None:
     client, _, service = running
     service.draining = True
     assert error_of(client.post(URL, json={"prompt": "a"}), 503)["code"] == "shutting_down"

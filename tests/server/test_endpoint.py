@@ -49,7 +49,7 @@ def expected(served: ServedModel) -> dict[str, str]:
     return texts
 
 
-def test_greedy_text_is_the_models_own_whoever_shares_the_batch(expected, client) -> None:
+def test_greedy_text_does_not_depend_on_batch(expected, client) -> None:
     asked = {"prompt": PROMPTS, "temperature": 0, "max_tokens": 12}
     answer = client.post(URL, json=asked).json()
     assert [choice["text"] for choice in answer["choices"]] == list(expected.values())
@@ -59,7 +59,7 @@ def test_greedy_text_is_the_models_own_whoever_shares_the_batch(expected, client
         assert "".join(one["text"] for one in mine) == text
 
 
-def test_echoed_log_probabilities_are_the_models_own(served, client) -> None:
+def test_echoed_logprobs_equal_model(served, client) -> None:
     ids = served.tokenizer("def add(a, b):\n    return a + b")["input_ids"]
     asked = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
     (choice,) = client.post(URL, json=asked).json()["choices"]
@@ -90,7 +90,7 @@ def logits_changed(served: ServedModel, ids: list[int], value: float) -> Iterato
         hook.remove()
 
 
-def test_a_token_that_cannot_be_is_said_in_json(served, client) -> None:
+def test_excluded_token_logprob_is_json(served, client) -> None:
     ids = served.tokenizer("import os, sys")["input_ids"]
     masked = [token for token in range(served.model.config.vocab_size) if token != ids[0]]
     asked = {"prompt": ids, "echo": True, "logprobs": 3, "max_tokens": 2, "temperature": 0}
@@ -117,7 +117,7 @@ def test_a_token_that_cannot_be_is_said_in_json(served, client) -> None:
     assert [x for one in streamed for x in one["content"]] == said["logprobs"]["content"]
 
 
-def test_a_model_that_computes_no_numbers_is_an_error_not_an_answer(served, client) -> None:
+def test_nan_model_gives_error(served, client) -> None:
     for asked in ({"max_tokens": 3}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
         with logits_changed(served, [0, 5], torch.nan):
             error = error_of(client.post(URL, json={"prompt": "import os", **asked}), 500)
@@ -125,14 +125,14 @@ def test_a_model_that_computes_no_numbers_is_an_error_not_an_answer(served, clie
         assert client.post(URL, json={"prompt": "import os", **asked}).status_code == 200
 
 
-def test_a_seed_repeats_and_n_answers_differ(client) -> None:
+def test_seed_is_reproducible_and_choices_differ(client) -> None:
     asked = {"prompt": PROMPTS[1], "seed": 7, "n": 3, "max_tokens": 12}
     first, again = (client.post(URL, json=asked).json()["choices"] for _ in range(2))
     assert first == again
     assert len({choice["text"] for choice in first}) > 1
 
 
-def test_the_dial_turns_while_answers_come(served, client, expected) -> None:
+def test_memory_changes_during_responses(served, client, expected) -> None:
     memory = client.get("/v1/memory").json()
     less = memory["floor"] + (memory["everything"] - memory["floor"]) // 3
     texts: list[str] = []
@@ -155,7 +155,7 @@ def test_the_dial_turns_while_answers_come(served, client, expected) -> None:
     served.check()
 
 
-def test_what_can_never_fit_is_refused_with_the_numbers(client) -> None:
+def test_request_that_never_fits_names_sizes(client) -> None:
     error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 5000}), 400)
     assert error["code"] == "context_length_exceeded"
     assert "5,001" in error["message"] and "512" in error["message"]

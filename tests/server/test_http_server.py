@@ -75,7 +75,7 @@ def soon(what: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_cancels_every_answer(served, stream: bool) -> None:
+def test_disconnecting_cancels_all_choices(served, stream: bool) -> None:
     with site(served) as here:
         connection = here.ask(max_tokens=500, n=3, stream=stream)
         soon(lambda: here.engine.stats().running == 3)
@@ -89,7 +89,7 @@ def test_hanging_up_cancels_every_answer(served, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_who_sends_no_more_is_answered(served, stream: bool, version: str) -> None:
+def test_half_closed_connection_gets_response(served, stream: bool, version: str) -> None:
     with site(served) as here:
         asked = {"prompt": "a", "ignore_eos": True, "max_tokens": 60, "stream": stream}
         body = json.dumps(asked).encode()
@@ -111,7 +111,7 @@ def test_who_sends_no_more_is_answered(served, stream: bool, version: str) -> No
         soon(lambda: here.running.connections == 0)
 
 
-def test_who_sends_no_more_before_all_has_come_is_let_go(served) -> None:
+def test_incomplete_request_is_closed(served) -> None:
     with site(served) as here:
         connection = here.connect()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
@@ -122,7 +122,7 @@ def test_who_sends_no_more_before_all_has_come_is_let_go(served) -> None:
         connection.close()
 
 
-def test_clients_of_the_standard_library_pass_over_interim_responses(served) -> None:
+def test_interim_responses_are_skipped_by_http_client(served) -> None:
     with site(served) as here:
         connection = http.client.HTTPConnection(*here.address)
         body = json.dumps({"prompt": "a", "ignore_eos": True, "max_tokens": 30})
@@ -138,7 +138,7 @@ def test_clients_of_the_standard_library_pass_over_interim_responses(served) -> 
 LONG = {"prompt": "a", "n": 50, "logprobs": 20}  # much more than the system takes in
 
 
-def test_who_does_not_read_holds_nobody_up(served) -> None:
+def test_slow_reader_does_not_block_others(served) -> None:
     with site(served, pause=0.0) as here:
         lazy = here.ask(ahead=1024, **LONG, max_tokens=500, stream=True)
         soon(lambda: bool(here.engine.submitted))
@@ -147,7 +147,7 @@ def test_who_does_not_read_holds_nobody_up(served) -> None:
         lazy.close()
 
 
-def test_who_never_reads_is_cut_off(served) -> None:
+def test_client_that_never_reads_is_closed(served) -> None:
     with site(served, pause=0.001, wait_seconds=1) as here:
         here.engine.max_model_len = 1 << 40
         lazy = here.ask(ahead=1024, **{**LONG, "n": 5}, max_tokens=1 << 30, stream=True)
@@ -158,7 +158,7 @@ def test_who_never_reads_is_cut_off(served) -> None:
         assert _healthy(here)
 
 
-def test_who_does_not_read_an_answer_that_is_complete_is_cut_off(served) -> None:
+def test_unread_complete_response_is_closed(served) -> None:
     with site(served, pause=0.0, wait_seconds=1, idle_seconds=1) as here:
         lazy = here.ask(ahead=1024, **LONG, max_tokens=250)
         soon(lambda: bool(here.engine.submitted) and here.engine.stats().running == 0)
@@ -167,7 +167,7 @@ def test_who_does_not_read_an_answer_that_is_complete_is_cut_off(served) -> None
         lazy.close()
 
 
-def test_who_reads_slowly_gets_everything(served) -> None:
+def test_slow_reader_gets_full_response(served) -> None:
     """The response exceeds the kernel's buffers and takes longer than any single write may wait."""
     with site(served, pause=0.0, wait_seconds=1) as here:
         slow = here.ask(ahead=1 << 16, **LONG, max_tokens=250)
@@ -187,7 +187,7 @@ def test_who_reads_slowly_gets_everything(served) -> None:
         slow.close()
 
 
-def test_slow_requests_are_given_up(served) -> None:
+def test_slow_requests_time_out(served) -> None:
     with site(served, wait_seconds=0.2) as here:
         beginnings = [
             b"",
@@ -206,13 +206,13 @@ def test_slow_requests_are_given_up(served) -> None:
         soon(lambda: _healthy(here))
 
 
-def test_an_answer_may_take_longer_than_a_request(served) -> None:
+def test_response_may_exceed_request_timeout(served) -> None:
     with site(served, pause=0.2, wait_seconds=1) as here:
         answer = Client(here.url).post("/v1/completions", {"prompt": "b", "max_tokens": 8})
         assert answer["usage"]["completion_tokens"] == 8
 
 
-def test_a_flood_of_connections_is_survived(served) -> None:
+def test_many_connections_are_survived(served) -> None:
     with site(served, connections=20, wait_seconds=0.3) as here:
         crowd = [here.connect() for _ in range(100)]
         with here.connect() as late:
@@ -234,7 +234,7 @@ def _healthy(here: Site) -> bool:
     return False
 
 
-def test_a_head_without_end_is_refused(served) -> None:
+def test_endless_header_raises(served) -> None:
     with site(served) as here, here.connect() as connection:
         with suppress(ConnectionResetError, BrokenPipeError):
             connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 500_000)
@@ -242,7 +242,7 @@ def test_a_head_without_end_is_refused(served) -> None:
         assert _healthy(here)
 
 
-def test_draining_finishes_what_runs_and_takes_nothing_new(served) -> None:
+def test_draining_finishes_running_requests(served) -> None:
     with site(served, pause=0.05) as here:
         client, told = Client(here.url), []
         asked = {"prompt": "a", "max_tokens": 30}
@@ -262,7 +262,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(served) -> None:
         assert told[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_chats_that_loop_hold_up_no_end(served) -> None:
+def test_looping_templates_do_not_block_exit(served) -> None:
     again = "{% for i in range(99999) %}"
     served.tokenizer.chat_template = f"{again * 3}{'{% endfor %}' * 3}"
     heard: list[str | None] = []
@@ -292,7 +292,7 @@ def test_chats_that_loop_hold_up_no_end(served) -> None:
     assert heard == ["shutting_down"] * 3
 
 
-def test_draining_has_an_end(served) -> None:
+def test_draining_times_out(served) -> None:
     with (
         site(served, pause=0.1, drain_seconds=0.2) as here,
         here.ask(max_tokens=400) as connection,
@@ -303,7 +303,7 @@ def test_draining_has_an_end(served) -> None:
         assert b"503" in connection.recv(4096).split(b"\r\n")[0]
 
 
-def test_addresses_that_cannot_be_had() -> None:
+def test_unavailable_address_raises() -> None:
     with bind("127.0.0.1", 0) as bound:
         bound.listen()
         with pytest.raises(ConfigError, match="in use"):
@@ -315,7 +315,7 @@ def test_addresses_that_cannot_be_had() -> None:
         bind("192.0.2.1", 0)
 
 
-def test_a_partner_over_the_network(served) -> None:
+def test_remote_chat(served) -> None:
     with site(served) as here:
         partner = RemoteChat(Client(here.url + "/v1/"))
         assert (partner.name, partner.supports_chat) == ("reference", False)
@@ -332,14 +332,14 @@ def test_a_partner_over_the_network(served) -> None:
         soon(lambda: len(here.engine.cancelled) == 1)
 
 
-def test_no_server_is_told() -> None:
+def test_missing_server_raises() -> None:
     with bind("127.0.0.1", 0) as bound, pytest.raises(ServerError, match="moefit serve"):
         Client(url_of(bound, "127.0.0.1")).get("/health")
     with pytest.raises(ConfigError, match="not a server address"):
         Client("localhost:8000")
 
 
-def test_the_official_client(served) -> None:
+def test_official_openai_client(served) -> None:
     openai = pytest.importorskip("openai", reason="the openai package is not installed")
     with site(served, api_key="secret") as here:
         with openai.OpenAI(base_url=f"{here.url}/v1", api_key="secret", max_retries=0) as client:

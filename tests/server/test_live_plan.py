@@ -68,7 +68,7 @@ def planned() -> Iterator[tuple[TestClient, ServedModel, Service, Maker]]:
                 yield client, served, service, make
 
 
-def test_another_budget_is_planned_for(planned) -> None:
+def test_changed_budget_is_planned(planned) -> None:
     client, served, service, make = planned
     before = client.get(URL).json()
     low, high = make.planner.slot_budgets.min_bytes, make.planner.slot_budgets.all_resident_bytes
@@ -91,7 +91,7 @@ def test_another_budget_is_planned_for(planned) -> None:
     assert "predicted loss" in [str(cell) for cell in memory_table(after).columns[0].cells]
 
 
-def test_all_that_the_model_takes_is_planned_for_too(planned) -> None:
+def test_maximum_budget_is_planned(planned) -> None:
     client, served, _, make = planned
     after = client.post(URL, json={"bytes": None}).json()
     assert after["budget"]["total"] is None
@@ -99,7 +99,7 @@ def test_all_that_the_model_takes_is_planned_for_too(planned) -> None:
     served.check()
 
 
-def test_what_cannot_be_promised_changes_nothing_and_says_how_it_can_be_had(planned) -> None:
+def test_unreachable_target_changes_nothing(planned) -> None:
     client, served, service, make = planned
     before = client.get(URL).json()
     make.fail = ConfigError("a loss of at most 3% cannot be promised")
@@ -115,7 +115,7 @@ def test_what_cannot_be_promised_changes_nothing_and_says_how_it_can_be_had(plan
     served.check()
 
 
-def test_a_mode_that_is_set_by_hand_is_no_plans(planned) -> None:
+def test_manual_mode_drops_plan(planned) -> None:
     client, _, _, make = planned
     after = client.post(URL, json={"mode": "virtual"}).json()
     assert after["mode"] == "virtual" and after["plan"] is None and not make.asked
@@ -123,7 +123,7 @@ def test_a_mode_that_is_set_by_hand_is_no_plans(planned) -> None:
     assert again["plan"] is not None and make.asked == [5 << 30]
 
 
-def test_a_mode_and_a_budget_by_hand_that_fail_leave_the_plan(planned) -> None:
+def test_failed_manual_change_keeps_plan(planned) -> None:
     client, served, _, make = planned
     before = client.get(URL).json()
     error_of(client.post(URL, json={"bytes": served.budget.min_bytes - 1, "mode": "virtual"}), 400)
@@ -134,20 +134,20 @@ def test_a_mode_and_a_budget_by_hand_that_fail_leave_the_plan(planned) -> None:
 
 
 @pytest.mark.parametrize("bytes", ["much", 0, "0"])
-def test_what_is_no_size_is_not_planned_for(planned, bytes) -> None:
+def test_invalid_size_is_not_planned(planned, bytes) -> None:
     client, _, _, make = planned
     error_of(client.post(URL, json={"bytes": bytes}), 400)
     assert not make.asked
 
 
-def test_a_plan_under_another_rule_is_not_taken(planned) -> None:
+def test_plan_for_another_rule_raises(planned) -> None:
     client, _, _, make = planned
     make.changes = {"rule": "top_k:1"}
     error = error_of(client.post(URL, json={"bytes": "5GiB"}), 400)
     assert "top_k:1" in error["message"] and "moefit profile" in error["message"]
 
 
-def test_one_budget_is_planned_for_at_a_time_and_the_picture_stays_in_sight(planned) -> None:
+def test_planning_is_serialised_and_state_readable(planned) -> None:
     client, _, _, make = planned
     make.open.clear()
     first: list[Any] = []

@@ -27,7 +27,7 @@ with moefit.load("reference") as served, fake_service(served, connections=2) as 
 """
 
 
-def test_as_many_connections_as_there_are_files_for() -> None:
+def test_connections_are_limited_by_open_files() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FLOOD],
         check=True, capture_output=True, text=True, timeout=100,

@@ -23,7 +23,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def test_the_document_has_every_endpoint(served) -> None:
+def test_openapi_lists_every_endpoint(served) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         document = client.get("/openapi.json").json()
     assert {path: set(methods) for path, methods in document["paths"].items()} == OPERATIONS
@@ -54,7 +54,7 @@ def over_the_engine(served: ServedModel) -> Iterator[Service]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("over", [over_a_stand_in, over_the_engine])
-def test_what_the_document_allows_is_answered_as_it_says(served, over) -> None:
+def test_responses_match_openapi(served, over) -> None:
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     found = pytest.importorskip("schemathesis.specs.openapi.checks")
     # Some values can be refused only for what they mean here: a prompt that does not fit, say.

@@ -17,14 +17,14 @@ def words() -> RequestTokenizer:
     )
 
 
-def test_a_texts_tokens_have_its_bytes(words: RequestTokenizer) -> None:
+def test_token_bytes_equal_text(words: RequestTokenizer) -> None:
     for text in ("import os\n", "é😀 漢字 👩\u200d👧", " x"):
         for one in (words, RequestTokenizer(byte_fallback(), size=265, max_tokens=100)):
             said = b"".join(map(one.raw, one.ids(text))).decode()
             assert said.removeprefix(" ") == text.removeprefix(" ")
 
 
-def test_names_are_text_or_bytes(words: RequestTokenizer) -> None:
+def test_token_names_are_text_or_bytes(words: RequestTokenizer) -> None:
     assert [words.name(token) for token in words.ids("import os")] == ["import", " os"]
     assert words.name(0) == "<|endoftext|>"
     names = [words.name(token) for token in words.ids("😀")]
@@ -41,24 +41,24 @@ def test_every_token_has_a_name(words: RequestTokenizer) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_text_that_cannot_fit_is_not_read(words: RequestTokenizer) -> None:
+def test_too_long_text_is_not_tokenised(words: RequestTokenizer) -> None:
     with pytest.raises(RequestTooLargeError, match="100"):
         words.ids("a" * 100_000)
 
 
-def test_half_characters_are_refused(words: RequestTokenizer) -> None:
+def test_lone_surrogates_raise(words: RequestTokenizer) -> None:
     with pytest.raises(ConfigError, match="unpaired surrogate"):
         words.ids("\ud83d")
 
 
-def test_tokens_that_do_not_exist(words: RequestTokenizer) -> None:
+def test_unknown_tokens_raise(words: RequestTokenizer) -> None:
     words.check_ids([0, 4095])
     for wrong in (-1, 4096):
         with pytest.raises(ConfigError, match="0 to 4095"):
             words.check_ids([5, wrong])
 
 
-def test_without_a_tokenizer_there_are_token_ids() -> None:
+def test_missing_tokenizer_uses_token_ids() -> None:
     bare = RequestTokenizer(None, size=10, max_tokens=100)
     assert (bare.text([1, 2]), bare.name(7), bare.raw(7)) == ("", "token_id:7", b"")
     with pytest.raises(ConfigError, match="token ids"):
@@ -79,7 +79,7 @@ def replacing(times: int, part: str = "normalizer") -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
-def test_rules_that_make_gigabytes_of_a_letter_are_refused(part: str) -> None:
+def test_expanding_normalizers_raise(part: str) -> None:
     RequestTokenizer(replacing(3, part), size=1, max_tokens=100)
     with pytest.raises(ConfigError, match=f"{part}.* 30 rules, which may make"):
         RequestTokenizer(replacing(30, part), size=1, max_tokens=100)
@@ -87,14 +87,14 @@ def test_rules_that_make_gigabytes_of_a_letter_are_refused(part: str) -> None:
         RequestTokenizer(replacing(1000, part), size=1, max_tokens=100)
 
 
-def test_texts_that_grow_too_long_are_refused() -> None:
+def test_texts_that_grow_too_long_raise() -> None:
     doubling = RequestTokenizer(replacing(10), size=1, max_tokens=1 << 20)
     assert len(doubling.ids("aa")) == 2048
     with pytest.raises(RequestTooLargeError, match="1024 times"):
         doubling.ids("a" * 100_000)
 
 
-def test_rules_that_real_tokenizers_have_are_followed() -> None:
+def test_normalizers_of_real_tokenizers_are_accepted() -> None:
     for normalizer in (
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()],

@@ -79,7 +79,7 @@ def written(template: str, talk: list[dict[str, Any]], **bounds: Any) -> str:
 
 @pytest.mark.parametrize("template", SAME_TEXT)
 @pytest.mark.parametrize("talk", TALKS)
-def test_the_text_is_that_of_transformers(tokenizer, template: str, talk) -> None:
+def test_text_equals_transformers(tokenizer, template: str, talk) -> None:
     tokenizer.chat_template = template
     words = RequestTokenizer(tokenizer, size=4096, max_tokens=1000)
     for values in ({}, {"enable_thinking": False, "bos_token": "^"}):
@@ -103,7 +103,7 @@ def in_parts(talk: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (EITHER, "<system>s<user>user<assistant>system<user>u"),
     ],
 )
-def test_both_forms_of_request_work_with_both_forms_of_template(template, expected) -> None:
+def test_content_forms_work_with_all_templates(template, expected) -> None:
     """The texts also occur in the templates themselves, so that finding them proves nothing."""
     talk = [
         {"role": "system", "content": "s"},
@@ -127,7 +127,7 @@ def test_both_forms_of_request_work_with_both_forms_of_template(template, expect
         ("{{ messages | length }}", 0),
     ],
 )
-def test_what_a_template_leaves_out_is_an_error(template: str, index: int) -> None:
+def test_content_dropped_by_template_raises(template: str, index: int) -> None:
     talk = [
         {"role": "system", "content": "Answer in verse, if you can do so."},
         {"role": "assistant", "content": "x"},
@@ -137,7 +137,7 @@ def test_what_a_template_leaves_out_is_an_error(template: str, index: int) -> No
         written(template, talk)
 
 
-def test_what_a_template_changes_or_takes_from_an_answer_is_none() -> None:
+def test_content_changed_by_template_is_accepted() -> None:
     talk = [
         {"role": "user", "content": "a long enough text of the user's, in small letters"},
         {"role": "assistant", "content": "<think>long thoughts that are not said again</think>"},
@@ -169,7 +169,7 @@ WHY = {
 
 
 @pytest.mark.parametrize("kind", HARMFUL)
-def test_a_template_that_fails_is_told_and_does_no_harm(kind: str) -> None:
+def test_failing_template_is_reported(kind: str) -> None:
     template = "{% if messages[0].content == 'x' %}" + HARMFUL[kind] + "{% endif %}"
     template += "ok{{ messages[0].content }}"
     renderer = Renderer(template, seconds=1.0)
@@ -182,12 +182,12 @@ def test_a_template_that_fails_is_told_and_does_no_harm(kind: str) -> None:
     renderer.close()
 
 
-def test_more_text_than_fits_is_refused_with_the_number() -> None:
+def test_too_long_text_names_size() -> None:
     with pytest.raises(RequestTooLargeError, match="20,002"):
         written("{{ messages[0].content * 10001 }}", [{"role": "user", "content": "ab"}])
 
 
-def test_templates_see_no_keys(monkeypatch) -> None:
+def test_templates_do_not_see_api_keys(monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     renderer = Renderer(TURNS)
     renderer.render(TALKS[0], {}, longest=1000)
@@ -204,7 +204,7 @@ def looping() -> Iterator[Renderer]:
     renderer.close()
 
 
-def test_closing_ends_what_renders(looping: Renderer) -> None:
+def test_closing_stops_rendering(looping: Renderer) -> None:
     raised: list[Exception] = []
 
     def ask() -> None:
@@ -224,7 +224,7 @@ def test_closing_ends_what_renders(looping: Renderer) -> None:
         looping.render(TALKS[0], {}, longest=1000)
 
 
-def test_a_process_that_was_killed_is_replaced() -> None:
+def test_killed_process_is_replaced() -> None:
     renderer = Renderer("{{ messages[0].content }}")
     for _ in range(2):
         assert renderer.render(TALKS[0], {}, longest=1000) == "hi"

@@ -17,7 +17,7 @@ def test_nearest_rank(values: list[float], share: float) -> None:
     assert sum(value < found for value in values) < share * len(values) + 1e-9
 
 
-def test_what_is_old_or_too_much_is_forgotten() -> None:
+def test_window_drops_old_and_excess_values() -> None:
     window = Window(seconds=10, most=3)
     for at in range(5):
         window.add(float(at), at=float(at))

@@ -75,7 +75,7 @@ def fewest_misses(events: list[Event], slots: int) -> int:
 
 @factories
 @given(events=traces(most=NUM_EXPERTS), slots=st.integers(1, NUM_EXPERTS))
-def test_no_wave_evicts_its_own_and_every_access_counts_once(
+def test_waves_never_evict_their_own_experts(
     make: Callable[[], EvictionPolicy], events: list[Event], slots: int
 ) -> None:
     watched = Watched(make(), slots)
@@ -88,7 +88,7 @@ def test_no_wave_evicts_its_own_and_every_access_counts_once(
 
 @factories
 @given(events=traces(most=3))
-def test_with_a_slot_for_each_expert_only_first_uses_miss(
+def test_slot_for_each_expert_misses_only_first_use(
     make: Callable[[], EvictionPolicy], events: list[Event]
 ) -> None:
     assert simulate(events, NUM_EXPERTS, make()).misses == len(set().union(*events))
@@ -96,7 +96,7 @@ def test_with_a_slot_for_each_expert_only_first_uses_miss(
 
 @factories
 @given(events=traces(most=3), slots=st.integers(3, NUM_EXPERTS))
-def test_belady_is_never_worse_where_events_fit_the_slots(
+def test_belady_is_never_worse_if_events_fit(
     make: Callable[[], EvictionPolicy], events: list[Event], slots: int
 ) -> None:
     belady = simulate(events, slots, Belady(events))
@@ -119,7 +119,7 @@ def test_belady_by_hand() -> None:
     assert simulate(events, 2, LeastRecentlyUsed()) == CacheCount(hits=0, misses=6)
 
 
-def test_belady_notices_another_trace() -> None:
+def test_belady_raises_for_another_trace() -> None:
     belady = Belady([{0: 1.0}, {1: 1.0}])
     with pytest.raises(ValueError, match="event 0 uses expert 1"):
         belady.observe({1: 1.0})
@@ -127,7 +127,7 @@ def test_belady_notices_another_trace() -> None:
         belady.observe({7: 1.0})
 
 
-def test_the_least_recently_used_goes() -> None:
+def test_lru_evicts_least_recently_used() -> None:
     policy = LeastRecentlyUsed()
     for event in ({0: 0.1, 1: 0.9}, {2: 0.5}, {0: 0.1}):
         policy.observe(event)
@@ -136,7 +136,7 @@ def test_the_least_recently_used_goes() -> None:
     assert policy.victim({0, 1, 2, 5}, {1}) == 5  # never used is longest ago
 
 
-def test_the_least_frequently_used_goes_whatever_its_weight() -> None:
+def test_lfu_evicts_least_frequently_used() -> None:
     policy = LeastFrequentlyUsed(half_life_tokens=inf)
     for event in ({0: 0.1}, {0: 0.1}, {1: 9.0}):
         policy.observe(event)
@@ -144,14 +144,14 @@ def test_the_least_frequently_used_goes_whatever_its_weight() -> None:
     assert policy.victim({0, 1, 2}, ()) == 2
 
 
-def test_the_least_important_goes_however_often_it_was_used() -> None:
+def test_importance_evicts_least_important() -> None:
     policy = LeastImportant(inf)
     for event in ({0: 0.2}, {0: 0.2}, {1: 0.5}):
         policy.observe(event)
     assert policy.victim({0, 1}, ()) == 0
 
 
-def test_half_a_life_is_half_a_count() -> None:
+def test_counts_halve_after_half_life() -> None:
     policy = LeastImportant(half_life_tokens=10)
     policy.observe({0: 1.0})
     policy.observe({1: 0.51}, tokens=10)
@@ -164,7 +164,7 @@ def test_half_a_life_is_half_a_count() -> None:
     st.lists(st.tuples(st.dictionaries(st.integers(0, 4), weights), st.integers(1, 3000))),
     st.sampled_from([0.5, 1.0, 16.0, 300.0]),
 )
-def test_decay_ranks_as_the_plain_sum_does(
+def test_decayed_ranking_equals_plain_sum(
     steps: list[tuple[dict[int, float], int]], half_life: float
 ) -> None:
     policy, age = LeastImportant(half_life), 0
@@ -180,7 +180,7 @@ def test_decay_ranks_as_the_plain_sum_does(
 
 
 @pytest.mark.parametrize("tokens", [1, 10**6])
-def test_a_long_life_neither_overflows_nor_forgets_the_last_step(tokens: int) -> None:
+def test_many_half_lives_keep_last_step(tokens: int) -> None:
     policy = LeastFrequentlyUsed(half_life_tokens=0.5)
     for step in range(3000):
         policy.observe({step % 3: 1.0}, tokens)
@@ -189,7 +189,7 @@ def test_a_long_life_neither_overflows_nor_forgets_the_last_step(tokens: int) ->
 
 
 @factories
-def test_equals_are_told_apart_by_id(make: Callable[[], EvictionPolicy]) -> None:
+def test_ties_are_broken_by_id(make: Callable[[], EvictionPolicy]) -> None:
     policy = make()
     policy.observe({3: 0.5, 1: 0.5, 2: 0.5})
     assert policy.victim([3, 2, 1], ()) == policy.victim([1, 2, 3], ()) == 1
@@ -197,28 +197,28 @@ def test_equals_are_told_apart_by_id(make: Callable[[], EvictionPolicy]) -> None
 
 
 @factories
-def test_without_a_spare_resident_it_says_so(make: Callable[[], EvictionPolicy]) -> None:
+def test_no_evictable_resident_raises(make: Callable[[], EvictionPolicy]) -> None:
     with pytest.raises(ValueError, match="all 2 resident experts are needed"):
         make().victim({0, 1}, {0, 1, 2})
 
 
-def test_an_event_beyond_the_slots_runs_in_waves() -> None:
+def test_event_larger_than_slots_runs_in_waves() -> None:
     events = [{0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0}, {2: 1.0}]
     # The first step loads 0 and 1, then 2 in place of 0; the second loads 0 in place of 1.
     assert simulate(events, 2, LeastRecentlyUsed()) == CacheCount(hits=1, misses=4)
 
 
-def test_no_slots_and_no_life_are_refused() -> None:
+def test_zero_slots_or_half_life_raise() -> None:
     with pytest.raises(ValueError, match="0 slots"):
         simulate([], 0, LeastRecentlyUsed())
     with pytest.raises(ValueError, match="half-life of 0"):
         LeastFrequentlyUsed(half_life_tokens=0)
 
 
-def test_a_hit_rate_is_hits_per_access() -> None:
+def test_hit_rate_is_hits_per_access() -> None:
     assert CacheCount(hits=3, misses=1).hit_rate == 0.75
     assert simulate([], 2, LeastRecentlyUsed()).hit_rate == 1.0
 
 
-def test_the_default_has_a_name() -> None:
+def test_default_policy_has_name() -> None:
     assert DEFAULT_POLICY in POLICIES

@@ -73,7 +73,7 @@ def holds(slot: Slot, expert: int) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("precision", "capacity"), [("native", 1), ("native", 100), ("int4", 3)])
-def test_slots_get_the_same_bytes_as_from_the_store_alone(
+def test_host_cache_returns_same_bytes_as_store(
     tmp_path: Path, family: str, precision: str, capacity: int
 ) -> None:
     format = FORMATS[precision]
@@ -106,7 +106,7 @@ class Namer:
         into.buffer_B.fill_(expert + 100 * (into.format.name == "native"))
 
 
-def test_one_expert_in_two_formats_is_two_things(engine) -> None:
+def test_expert_in_two_formats_has_two_entries(engine) -> None:
     specs = mixtral_block()[0].layout.specs
     native, packed = (allocate_slot(FORMATS[name], specs, CPU) for name in ("native", "int4"))
     assert packed.nbytes < native.nbytes
@@ -119,7 +119,7 @@ def test_one_expert_in_two_formats_is_two_things(engine) -> None:
             assert cache.report()["host_bytes"] <= native.nbytes + packed.nbytes
 
 
-def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> None:
+def test_cached_experts_are_not_read_again(store, engine) -> None:
     cache, slot = HostCache(store, engine, limit=3 * SIZE), new_slot()
     for expert in (0, 1, 2, 0, 1, 2):
         cache.read(BLOCK, expert, slot)
@@ -131,7 +131,7 @@ def test_what_was_read_is_not_read_again_while_there_is_room(store, engine) -> N
     assert store.reads == [0, 1, 2, 3, 0]
 
 
-def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
+def test_memory_is_allocated_on_demand_and_kept(store, engine) -> None:
     cache = HostCache(store, engine, limit=3 * SIZE + SIZE // 2)
     assert engine.sizes == [] and cache.report()["host_bytes"] == 0
     for expert in range(8):
@@ -142,7 +142,7 @@ def test_memory_is_taken_when_needed_and_then_kept(store, engine) -> None:
     assert cache.report()["host_bytes"] == 0
 
 
-def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store, engine) -> None:
+def test_failed_read_leaves_no_entry(store, engine) -> None:
     cache, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
     cache.read(BLOCK, 4, slot)
     store.broken = {5}
@@ -157,7 +157,7 @@ def test_a_failed_read_leaves_nothing_that_could_be_mistaken_for_an_expert(store
     assert holds(slot, 5) and engine.sizes == [SIZE] * 2
 
 
-def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
+def test_failed_store_read_raises(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     with reading_through(Disk()) as disk:
         skeleton = build_skeleton(tmp_path)
@@ -174,7 +174,7 @@ def test_a_failed_read_of_the_store_itself(tmp_path: Path) -> None:
     store.close()
 
 
-def test_memory_that_cannot_be_had_is_an_error_and_the_next_read_works(store, engine) -> None:
+def test_allocation_failure_raises_and_next_read_works(store, engine) -> None:
     cache, slot = HostCache(store, engine, limit=2 * SIZE), new_slot()
     cache.read(BLOCK, 0, slot)
     scarce, engine.buffer = engine.buffer, raiser(OSError(12, "Cannot allocate memory"))
@@ -195,7 +195,7 @@ def raiser(error: BaseException):
     return fail
 
 
-def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
+def test_concurrent_readers_read_once(store, engine) -> None:
     cache, slots = HostCache(store, engine, limit=2 * SIZE), [new_slot() for _ in range(4)]
     store.gate.clear()
     with ThreadPoolExecutor(4) as pool:
@@ -210,7 +210,7 @@ def test_two_that_want_one_expert_read_it_once(store, engine) -> None:
     assert (cache.report()["host_hits"], cache.report()["host_reads"]) == (3, 1)
 
 
-def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
+def test_next_reader_retries_after_failure(store, engine) -> None:
     cache, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(3)]
     store.broken, store.error = {6}, OSError("once")
     store.gate.clear()
@@ -225,7 +225,7 @@ def test_when_the_first_of_them_fails_the_next_one_tries(store, engine) -> None:
     cache.check()
 
 
-def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
+def test_buffer_in_use_is_not_overwritten(store, engine) -> None:
     cache, slots = HostCache(store, engine, limit=SIZE), [new_slot() for _ in range(2)]
     engine.gate.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -242,7 +242,7 @@ def test_a_buffer_that_is_copied_from_is_not_overwritten(store, engine) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5])
-def test_many_readers_over_few_buffers_get_their_experts(store, engine, capacity: int) -> None:
+def test_many_readers_share_few_buffers(store, engine, capacity: int) -> None:
     cache = HostCache(store, engine, limit=capacity * SIZE)
     transfer = Transfer(cache, readers=4, engine=engine)
     chance = random.Random(capacity)

@@ -64,7 +64,7 @@ def commit(served: ServedModel) -> None:
 
 @pytest.mark.parametrize("before", [NATIVE, SEATED, FEW])
 @pytest.mark.parametrize("after", [NATIVE, SEATED, FEW])
-def test_it_is_then_as_if_it_had_been_loaded_so(before: Placement, after: Placement) -> None:
+def test_changed_placement_equals_loaded_placement(before: Placement, after: Placement) -> None:
     with load(before) as served, load(after) as other:
         logits(served.model, IDS)
         served.set_placement(after, memory=None)
@@ -75,7 +75,7 @@ def test_it_is_then_as_if_it_had_been_loaded_so(before: Placement, after: Placem
         served.check()
 
 
-def test_experts_in_the_wanted_format_stay_and_the_others_come_into_their_own_slots() -> None:
+def test_experts_in_requested_format_stay() -> None:
     with load(NATIVE) as served:
         logits(served.model, IDS)
         loads, there = served.report()["loads"], set(served.report()["resident"][FIRST])
@@ -89,9 +89,7 @@ def test_experts_in_the_wanted_format_stay_and_the_others_come_into_their_own_sl
 
 
 @pytest.mark.parametrize("failing", [1, 5, 9, 12])
-def test_without_memory_for_it_blocks_have_the_slots_that_they_had(
-    failing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_allocation_keeps_slots(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(SEATED) as served:
         expected, before, budget = logits(served.model, IDS), state(served), served.budget
         allocate, calls = resize.allocate_slot, []
@@ -111,7 +109,7 @@ def test_without_memory_for_it_blocks_have_the_slots_that_they_had(
         torch.testing.assert_close(logits(served.model, IDS), expected)
 
 
-def test_a_read_that_fails_costs_no_more_than_that_read() -> None:
+def test_failed_read_affects_only_its_expert() -> None:
     with reading_through(Disk()) as disk, load(NATIVE) as served, load(SEATED) as other:
         disk.failures = 3
         served.set_placement(SEATED, memory=None)
@@ -122,7 +120,7 @@ def test_a_read_that_fails_costs_no_more_than_that_read() -> None:
         assert state(served) == state(other)
 
 
-def test_what_does_not_fit_or_cannot_be_changes_nothing() -> None:
+def test_invalid_placement_changes_nothing() -> None:
     with load(SEATED, memory="4GiB") as served:
         before, budget = state(served), served.budget
         with pytest.raises(BudgetTooSmallError, match="plan again"):
@@ -135,7 +133,7 @@ def test_what_does_not_fit_or_cannot_be_changes_nothing() -> None:
         served.check()
 
 
-def test_automatic_precision_has_placements_of_its_own() -> None:
+def test_auto_precision_has_own_placements() -> None:
     with (
         moefit.load(folder(), memory="4GiB", precision="auto", context=64) as served,
         pytest.raises(ConfigError, match="precision auto"),
@@ -143,7 +141,7 @@ def test_automatic_precision_has_placements_of_its_own() -> None:
         served.set_placement(NATIVE, memory="4GiB")
 
 
-def test_mode_and_manager_change_with_it_and_swaps_go_on() -> None:
+def test_placement_changes_mode_and_keeps_swaps() -> None:
     with load(NATIVE) as served:
         served.set_placement(
             placed(of(4, "int8"), of(4, "int8")),
@@ -160,7 +158,7 @@ def test_mode_and_manager_change_with_it_and_swaps_go_on() -> None:
         assert served.report()["swaps"] > 8  # the first of each block filled it
 
 
-def test_a_forgotten_plan_leaves_room_for_swaps() -> None:
+def test_dropped_plan_leaves_spare_slots() -> None:
     with load(SEATED, memory="4GiB", mode="virtual") as served:
         logits(served.model, IDS)
         served.set_memory(served.budget.min_bytes + 1)
@@ -185,7 +183,7 @@ modes = st.sampled_from(["exact", "virtual"])
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(blocks, blocks, modes), min_size=1, max_size=4))
-def test_any_placements_one_after_the_other_keep_the_books(steps: list[Any]) -> None:
+def test_random_placements_keep_invariants(steps: list[Any]) -> None:
     with load(NATIVE, memory="4GiB") as served:
         for number, (first, second, mode) in enumerate(steps):
             placement = placed(first, second)
@@ -202,7 +200,7 @@ def test_any_placements_one_after_the_other_keep_the_books(steps: list[Any]) -> 
                     assert slot.format == one.format_of(expert)
 
 
-def test_a_placement_is_loaded_by_all_readers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement_is_loaded_by_all_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of a block wait for each other: as many must be under way as there are readers."""
     together = threading.Barrier(4, timeout=30)
     read = ExpertStore.read

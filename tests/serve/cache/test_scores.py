@@ -124,7 +124,7 @@ def test_best_absent_experts_replace_the_weakest_residents(manager, block, score
 
 
 @given(managers, blocks(), scores)
-def test_swapping_ends_under_constant_scores(manager, block, scores) -> None:
+def test_swaps_end_under_constant_scores(manager, block, scores) -> None:
     """No evicted expert is loaded again: each swap raises the sum of scores."""
     residents, _, _ = block
     evicted: set[int] = set()
@@ -153,6 +153,6 @@ def test_plan_fills_empty_slots_then_evicts() -> None:
 
 
 @pytest.mark.parametrize(("every", "due"), [(1, [0, 1, 2, 3, 4, 5]), (3, [0, 3])])
-def test_due_every_so_many_steps(every: int, due: list[int]) -> None:
+def test_manager_is_due_at_intervals(every: int, due: list[int]) -> None:
     manager = VirtualExpertManager(every=every)
     assert [step for step in range(6) if manager.due(step)] == due

@@ -15,7 +15,7 @@ def live() -> SharedState:
     return SharedState(policy=Policy(), manager=VirtualExpertManager(), transfer=transfer)
 
 
-def test_spare_bytes_are_those_of_all_kinds() -> None:
+def test_spare_bytes_include_all_kinds() -> None:
     one = live()
     assert one.spare_bytes == 0
     specs = mixtral_block()[0].layout.specs
@@ -26,7 +26,7 @@ def test_spare_bytes_are_those_of_all_kinds() -> None:
     assert one.spare_bytes == 3 * small.nbytes
 
 
-def test_two_models_share_nothing() -> None:
+def test_two_models_share_no_state() -> None:
     one, other = live(), live()
     one.spares["bf16", 1] = []
     one.counters.swaps += 1

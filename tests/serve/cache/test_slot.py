@@ -33,7 +33,7 @@ def range_of(tensor: torch.Tensor) -> range:
 
 @settings(deadline=None)
 @given(specs)
-def test_tensors_lie_apart_on_cache_lines_inside_the_slots_bytes(specs) -> None:
+def test_tensors_are_aligned_within_slot(specs) -> None:
     slot = allocate_slot(NativeFormat(), specs, CPU)
     assert {k: (tuple(t.shape), t.dtype) for k, t in slot.tensors.items()} == {
         k: (spec.shape, spec.dtype) for k, spec in specs.items()
@@ -50,7 +50,7 @@ def test_tensors_lie_apart_on_cache_lines_inside_the_slots_bytes(specs) -> None:
 
 @settings(deadline=None)
 @given(specs)
-def test_a_slot_counts_as_many_bytes_as_the_system_gives_it(specs) -> None:
+def test_slot_bytes_equal_allocated_memory(specs) -> None:
     page = 4096
     assert NativeFormat().nbytes(specs) % page == 0
     assert NativeFormat().nbytes(specs) < sum(s.nbytes + 63 for s in specs.values()) + page
@@ -61,7 +61,7 @@ def big_slot(mib: int) -> Slot:
 
 
 @pytest.mark.parametrize("mib", [1, 3, 8])
-def test_dropped_slots_go_back_to_the_system_at_once(mib: int) -> None:
+def test_dropped_slots_are_returned_to_system(mib: int) -> None:
     gc.collect()
     before, noise = process_bytes(), 4 << 20
     slots = [big_slot(mib) for _ in range(64 // mib)]
@@ -76,14 +76,14 @@ def test_dropped_slots_go_back_to_the_system_at_once(mib: int) -> None:
     assert abs(process_bytes() - before) < noise
 
 
-def test_a_view_keeps_the_slots_memory() -> None:
+def test_view_keeps_slot_memory() -> None:
     view = big_slot(1).tensors["w"][5:9]
     view.fill_(7)
     gc.collect()
     assert view.tolist() == [7, 7, 7, 7]
 
 
-def test_a_slot_is_private_memory() -> None:
+def test_slot_is_private_memory() -> None:
     """Shared mappings would not get huge pages, and forked children would write into them."""
     slot = big_slot(8)
     address = slot.tensors["w"].data_ptr()
@@ -95,7 +95,7 @@ def test_a_slot_is_private_memory() -> None:
     raise AssertionError("no mapping has the slot's address")
 
 
-def test_the_format_computes_as_the_familys_experts_do() -> None:
+def test_format_output_equals_family() -> None:
     block, module = mixtral_block()
     slot = allocate_slot(NativeFormat(), block.layout.specs, CPU)
     for short, value in parts_of(module, block, 2).items():
@@ -108,7 +108,7 @@ def test_the_format_computes_as_the_familys_experts_do() -> None:
     torch.testing.assert_close(y_RD, expected)
 
 
-def test_bytes_of_wants_contiguous_memory() -> None:
+def test_bytes_view_needs_contiguous_memory() -> None:
     with pytest.raises(AssertionError):
         bytes_of(torch.zeros(4, 4).T)
     value = torch.zeros(3, dtype=torch.bfloat16)

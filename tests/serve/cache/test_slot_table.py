@@ -122,7 +122,7 @@ def full_table() -> SlotTable:
     return table
 
 
-def test_an_expert_is_not_loaded_twice() -> None:
+def test_expert_is_not_loaded_twice() -> None:
     table = full_table()
     with pytest.raises(AssertionError):
         table.reserve(3)
@@ -131,7 +131,7 @@ def test_an_expert_is_not_loaded_twice() -> None:
         table.reserve(4)
 
 
-def test_an_evicted_expert_is_no_resident_while_its_slot_fills() -> None:
+def test_evicted_expert_is_not_resident_while_slot_fills() -> None:
     table = full_table()
     slot = table.reserve(0)
     assert slot is not None
@@ -154,7 +154,7 @@ def test_an_evicted_expert_is_no_resident_while_its_slot_fills() -> None:
         lambda table: table._own.update({0: 99}),
     ],
 )
-def test_check_notices(damage) -> None:
+def test_check_detects_violations(damage) -> None:
     table = full_table()
     table.check()
     damage(table)

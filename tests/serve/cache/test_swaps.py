@@ -99,7 +99,7 @@ def make() -> Iterator[Any]:
         one.close()
 
 
-def test_a_swap_is_seen_when_it_is_published_and_whole(make) -> None:
+def test_swap_is_visible_when_published(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.store.gate.clear()
     assert bench.begin(0, 5) == 2 and len(bench.swaps) == 2
@@ -115,7 +115,7 @@ def test_a_swap_is_seen_when_it_is_published_and_whole(make) -> None:
     bench.check()
 
 
-def test_a_swap_evicts_whom_the_manager_named_not_whom_the_policy_would(make) -> None:
+def test_swap_evicts_managers_choice(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.eviction.observe({1: 1.0})
     assert bench.eviction.victim({1, 4}, ()) == 4
@@ -125,7 +125,7 @@ def test_a_swap_evicts_whom_the_manager_named_not_whom_the_policy_would(make) ->
     bench.check()
 
 
-def test_no_more_swaps_begin_than_there_are_spares(make) -> None:
+def test_swaps_are_limited_by_spares(make) -> None:
     bench = make(4, residents=[1, 2, 3, 4], spares=1)
     bench.store.gate.clear()
     assert bench.begin(0, 5) == 1
@@ -134,7 +134,7 @@ def test_no_more_swaps_begin_than_there_are_spares(make) -> None:
     assert bench.swaps.begin(wanting(0), ("int4", 1)) == 0, "others' spares are not taken"
 
 
-def test_who_is_leaving_does_not_leave_twice_nor_come_back_meanwhile(make) -> None:
+def test_evicting_expert_is_not_evicted_or_loaded_again(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.store.gate.clear()
     assert bench.begin(0, 4) == 1
@@ -142,7 +142,7 @@ def test_who_is_leaving_does_not_leave_twice_nor_come_back_meanwhile(make) -> No
     bench.check()
 
 
-def test_filling_evicts_nobody(make) -> None:
+def test_filling_does_not_evict(make) -> None:
     bench = make(4, residents=[1])
     bench.swaps.fill(wanting(0, 5, 6, 7), bench.kind)
     assert len(bench.swaps) == 3 and bench.shared.spare_bytes == 2 * new_slot().nbytes
@@ -152,7 +152,7 @@ def test_filling_evicts_nobody(make) -> None:
     bench.check()
 
 
-def test_filling_more_slots_than_there_are_experts_ends(make) -> None:
+def test_filling_stops_at_number_of_experts(make) -> None:
     bench = make(NUM_EXPERTS + 2)
     bench.swaps.fill(wanting(), bench.kind)
     bench.swaps.settle()
@@ -160,7 +160,7 @@ def test_filling_more_slots_than_there_are_experts_ends(make) -> None:
     bench.check()
 
 
-def test_what_is_given_up_before_it_is_read_leaves_no_trace(make) -> None:
+def test_cancelled_swap_leaves_no_trace(make) -> None:
     bench = make(6)
     bench.store.gate.clear()
     bench.swaps.fill(wanting(0, 1, 2, 3, 4, 5), bench.kind)
@@ -177,7 +177,7 @@ def test_what_is_given_up_before_it_is_read_leaves_no_trace(make) -> None:
     bench.check()
 
 
-def test_waiting_for_some_publishes_them(make) -> None:
+def test_waiting_for_swaps_publishes_them(make) -> None:
     bench = make(4)
     bench.store.gate.clear()
     bench.swaps.fill(wanting(3, 2, 1, 0), bench.kind)
@@ -189,7 +189,7 @@ def test_waiting_for_some_publishes_them(make) -> None:
     bench.check()
 
 
-def test_a_failed_swap_gives_its_spare_back_and_leaves_the_residents(make) -> None:
+def test_failed_swap_returns_spare(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.store.broken = {0}
     bench.begin(0, 5)
@@ -199,7 +199,7 @@ def test_a_failed_swap_gives_its_spare_back_and_leaves_the_residents(make) -> No
     bench.check()
 
 
-def test_whoever_left_meanwhile_costs_another_its_slot(make) -> None:
+def test_swap_evicts_another_if_victim_has_left(make) -> None:
     bench = make(2, residents=[1, 4])
     bench.begin(0, 4)
     bench.wait()
@@ -209,7 +209,7 @@ def test_whoever_left_meanwhile_costs_another_its_slot(make) -> None:
     bench.check()
 
 
-def test_check_finds_an_expert_that_no_swap_brings(make) -> None:
+def test_check_detects_expert_without_swap(make) -> None:
     bench = make(2)
     bench.slot_table.reserve(3)
     with pytest.raises(AssertionError, match="by no swap"):

@@ -16,25 +16,25 @@ def served(tmp_path_factory):
         yield one
 
 
-def test_a_prompt_that_is_too_long(served):
+def test_too_long_prompt_raises(served):
     with pytest.raises(ConfigError, match=r"hold 65 tokens.*reserves for 64.*context=65"):
         logits(served.model, tokens(1, 65))
     logits(served.model, tokens(1, 64))
 
 
-def test_sequences_count_together(served):
+def test_context_counts_all_sequences(served):
     logits(served.model, tokens(4, 16))
     with pytest.raises(ConfigError, match="would hold"):
         logits(served.model, tokens(5, 17))
 
 
-def test_the_cache_counts(served):
+def test_context_counts_cached_tokens(served):
     with pytest.raises(ConfigError, match="hold 65 tokens"):
         served.generate(tokens(1, 60), max_new_tokens=8, do_sample=False)
     assert served.generate(tokens(1, 60), max_new_tokens=4, do_sample=False).shape == (1, 64)
 
 
-def test_without_a_budget_there_is_no_limit(served):
+def test_no_context_limit_without_budget(served):
     total = served.budget.total
     served.set_memory(None)
     logits(served.model, tokens(1, 80))

@@ -80,7 +80,7 @@ def by_default(served: Any) -> SamplingParams:
 
 
 @pytest.mark.parametrize("memory", [None, "1GiB"])
-def test_ends_that_stand_only_there_end_answers(written, memory) -> None:
+def test_eos_tokens_of_generation_config_end_output(written, memory) -> None:
     """Qwen3.5: config.json names the end of a text, generation_config.json also that of a turn."""
     answer = usual(written)
     folder = written({"eos_token_id": [answer[4], 60]}, eos_token_id=60)
@@ -94,7 +94,7 @@ def test_ends_that_stand_only_there_end_answers(written, memory) -> None:
 
 
 @pytest.mark.parametrize("follow", ["auto", "none"])
-def test_ends_are_those_of_config_where_the_file_names_none(written, follow) -> None:
+def test_eos_tokens_default_to_config(written, follow) -> None:
     answer = usual(written)
     for generation in ({"temperature": 0.5}, {"eos_token_id": []}, None):
         folder = written(generation, eos_token_id=answer[4])
@@ -104,7 +104,7 @@ def test_ends_are_those_of_config_where_the_file_names_none(written, follow) -> 
                 assert ask(engine, PROMPT[0].tolist(), greedy(12)).wait().tokens == answer[:5]
 
 
-def test_what_is_nested_in_config_without_the_file(tmp_path: Path) -> None:
+def test_nested_config_without_generation_config(tmp_path: Path) -> None:
     config = transformers.Qwen3_5MoeConfig(text_config={"eos_token_id": 7})
     config.save_pretrained(tmp_path)
     change(tmp_path / "config.json", text_config={"eos_token_id": 7, "use_mtp": True})
@@ -130,7 +130,7 @@ def test_what_is_nested_in_config_without_the_file(tmp_path: Path) -> None:
         },
     ],
 )  # fmt: skip
-def test_penalties_and_suppressed_tokens_are_transformers(written, rule) -> None:
+def test_penalties_and_suppressed_tokens_match_transformers(written, rule) -> None:
     answer = usual(written)
     folder = written(rule(answer))
     expected = theirs(folder)
@@ -146,7 +146,7 @@ def test_penalties_and_suppressed_tokens_are_transformers(written, rule) -> None
                 assert ask(engine, PROMPT[0].tolist(), by_default(served)).wait().tokens == answer
 
 
-def test_an_encoder_decoders_answer_is_penalised_from_its_start(tmp_path: Path) -> None:
+def test_encoder_decoder_penalties_cover_output(tmp_path: Path) -> None:
     config = transformers.SwitchTransformersConfig(
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2,
         num_heads=4, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
@@ -163,7 +163,7 @@ def test_an_encoder_decoders_answer_is_penalised_from_its_start(tmp_path: Path) 
         assert heard.tokens == expected
 
 
-def test_multi_token_prediction_never_reaches_generate(written) -> None:
+def test_multi_token_prediction_is_not_passed_to_generate(written) -> None:
     """MiniMax-M2 has use_mtp in config.json, and crashed."""
     answer = usual(written)
     for generation, config in (
@@ -175,7 +175,7 @@ def test_multi_token_prediction_never_reaches_generate(written) -> None:
             assert ours(served) == answer
 
 
-def test_defaults_of_sampling(written) -> None:
+def test_sampling_defaults(written) -> None:
     own = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
     with moefit.load(written({"do_sample": True, **own})) as served:
         assert served.generation.sampling() == own
@@ -192,7 +192,7 @@ def test_defaults_of_sampling(written) -> None:
         assert served.generation.sampling() == {}, "a config's top_k is its router's"
 
 
-def test_what_is_not_followed_is_named(written) -> None:
+def test_unsupported_settings_are_named(written) -> None:
     given = {
         "no_repeat_ngram_size": 3, "min_new_tokens": 5, "forced_eos_token_id": 2, "num_beams": 4,
         "typical_p": 1.0, "length_penalty": 1.0, "guidance_scale": None, "max_new_tokens": 9,
@@ -205,7 +205,7 @@ def test_what_is_not_followed_is_named(written) -> None:
         }  # fmt: skip
 
 
-def test_logits_that_are_no_numbers_are_refused_whatever_the_file_says(written) -> None:
+def test_nan_logits_raise_for_any_settings(written) -> None:
     folder = written({"remove_invalid_values": True})
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
@@ -218,7 +218,7 @@ def test_logits_that_are_no_numbers_are_refused_whatever_the_file_says(written) 
 
 
 @pytest.mark.parametrize("start", [-1, 10**6, [None, None]])
-def test_the_start_of_an_answer_is_a_token(tmp_path, start) -> None:
+def test_decoder_start_is_a_token(tmp_path, start) -> None:
     config = transformers.SwitchTransformersConfig(
         vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2, num_heads=4,
         num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=0,
@@ -251,18 +251,18 @@ def test_the_start_of_an_answer_is_a_token(tmp_path, start) -> None:
         ({"max_new_tokens": -5}, "max_new_tokens"),
     ],
 )
-def test_a_damaged_file_is_named(written, generation, says) -> None:
+def test_damaged_generation_config_raises(written, generation, says) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used") as caught:
         moefit.load(written(generation))
     assert says in str(caught.value)
 
 
-def test_a_sampling_value_that_cannot_be_is_left_out_with_the_others(written) -> None:
+def test_invalid_sampling_values_are_ignored(written) -> None:
     with moefit.load(written({"temperature": "hot"}), generation_config="none") as served:
         assert ours(served) == usual(written)
 
 
-def test_a_way_to_follow_that_does_not_exist(written) -> None:
+def test_unknown_generation_config_option_raises(written) -> None:
     with pytest.raises(ConfigError, match="generation_config='vllm' is not 'auto'"):
         moefit.load(written({}), generation_config="vllm")
 
@@ -272,7 +272,7 @@ def test_a_way_to_follow_that_does_not_exist(written) -> None:
     before=st.lists(st.integers(0, 3), max_size=6),
     first=st.booleans(),
 )
-def test_what_may_not_come_next(sequences, before, first) -> None:
+def test_forbidden_tokens_are_not_generated(sequences, before, first) -> None:
     rules = Suppressed(
         always=frozenset({9}), first=frozenset({8}), sequences=tuple(sorted(sequences))
     )
@@ -302,7 +302,7 @@ def commanded(*arguments: str, **how: Any) -> Any:
 
 
 @pytest.mark.parametrize("memory", [(), ("--memory", "2GiB")])
-def test_commands_stop_and_choose_as_the_file_says(reference, memory) -> None:
+def test_commands_use_generation_config(reference, memory) -> None:
     folder, answer, text = reference
     file = folder / "generation_config.json"
     asked = ("generate", str(folder), "import os", "--max-new-tokens", "20", *memory)
@@ -325,7 +325,7 @@ def test_commands_stop_and_choose_as_the_file_says(reference, memory) -> None:
         file.unlink()
 
 
-def test_chat_stops_and_chooses_as_the_file_says(reference) -> None:
+def test_chat_uses_generation_config(reference) -> None:
     folder, answer, text = reference
     file = folder / "generation_config.json"
     asked = ("chat", str(folder), "--max-tokens", "20")
@@ -344,7 +344,7 @@ def test_chat_stops_and_chooses_as_the_file_says(reference) -> None:
         file.unlink()
 
 
-def test_a_partner_here_asks_for_what_the_file_says(written) -> None:
+def test_local_chat_uses_generation_config(written) -> None:
     with moefit.load(written({"temperature": 0.4, "top_k": 9, "min_p": 0.2})) as served:
         default = served.generation
     for options, expected in (
@@ -358,7 +358,7 @@ def test_a_partner_here_asks_for_what_the_file_says(written) -> None:
     )
 
 
-def test_requests_over_http_take_the_files_defaults(served, monkeypatch) -> None:
+def test_http_requests_use_generation_config(served, monkeypatch) -> None:
     default = GenerationDefaults(
         temperature=0.3, top_p=0.8, top_k=20, min_p=0.05, repetition_penalty=1.1
     )
@@ -392,15 +392,13 @@ def test_requests_over_http_take_the_files_defaults(served, monkeypatch) -> None
         {"return_dict_in_generate": True, "output_scores": True, "token_healing": True},
     ],
 )
-def test_what_needs_code_from_the_hub_or_gives_more_than_a_text_is_left_out(
-    written, generation: dict[str, Any]
-) -> None:
+def test_settings_that_need_remote_code_are_ignored(written, generation: dict[str, Any]) -> None:
     answer = usual(written)
     with moefit.load(written(generation)) as served:
         assert ours(served) == answer
 
 
-def test_generate_writes_what_beams_find(tmp_path: Path) -> None:
+def test_generate_prints_beam_search_output(tmp_path: Path) -> None:
     folder = shutil.copytree(reference_path(), tmp_path / "reference")
     (folder / "generation_config.json").write_text(
         json.dumps({"num_beams": 2, "dola_layers": "low"})
@@ -414,7 +412,7 @@ def test_generate_writes_what_beams_find(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["{", '{"temperature": "hot"}', "[]", '{"top_k": -7}'])
-def test_measurements_do_not_read_the_file(reference, damage: str, tmp_path: Path) -> None:
+def test_measurements_ignore_generation_config(reference, damage: str, tmp_path: Path) -> None:
     folder, text = reference[0], tmp_path / "text.txt"
     text.write_text("import os, sys\n" * 40)
     file = folder / "generation_config.json"

@@ -57,9 +57,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("part", ["", "model", "model.layers.1", "model.layers.1.mlp"])
-def test_conversions_are_refused_and_change_nothing(
-    folder: Path, conversion: str, part: str
-) -> None:
+def test_conversions_raise_and_change_nothing(folder: Path, conversion: str, part: str) -> None:
     with load_model(folder, LoadSettings()) as served:
         before = served.model(tokens(1, 5)).logits
         with pytest.raises(UnsupportedModelError, match=r"cannot be converted .*moefit.load\("):
@@ -67,20 +65,20 @@ def test_conversions_are_refused_and_change_nothing(
         assert torch.equal(served.model(tokens(1, 5)).logits, before)
 
 
-def test_conversions_to_what_it_is_pass(folder: Path) -> None:
+def test_conversions_to_same_dtype_and_device_pass(folder: Path) -> None:
     with load_model(folder, LoadSettings()) as served:
         model: Any = served.model
         assert model.float() is model and model.to("cpu") is model and model.eval() is model
         assert model.to(torch.float32) is model and model.cpu() is model
 
 
-def test_other_models_of_the_class_are_as_before(folder: Path) -> None:
+def test_other_models_of_class_are_unchanged(folder: Path) -> None:
     with load_model(folder, LoadSettings()):
         other = tiny("Olmoe")
         assert other.half().dtype == torch.float16
 
 
-def test_a_model_without_experts_is_not_saved(folder: Path, tmp_path: Path) -> None:
+def test_served_model_is_not_saved(folder: Path, tmp_path: Path) -> None:
     with load_model(folder, LoadSettings()) as served:
         with pytest.raises(UnsupportedModelError, match=r"its experts are not among.*Copy the fol"):
             served.model.save_pretrained(tmp_path / "made")
@@ -89,7 +87,7 @@ def test_a_model_without_experts_is_not_saved(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 3}, {"num_beams": 2}])
-def test_generation_ends_with_an_error(folder: Path, value: float, sampling: dict) -> None:
+def test_nan_logits_end_generation_with_error(folder: Path, value: float, sampling: dict) -> None:
     with load_model(folder, LoadSettings()) as served:
         give_slots(served, 1)
         served.generate(tokens(1, 4), max_new_tokens=2, **sampling)
@@ -100,7 +98,7 @@ def test_generation_ends_with_an_error(folder: Path, value: float, sampling: dic
 
 
 @pytest.mark.parametrize("more", [(), ("--memory", "9GiB"), ("--temperature", "1")])
-def test_the_command_line_prints_no_tokens_of_no_numbers(tmp_path: Path, more: tuple) -> None:
+def test_nan_logits_print_no_tokens(tmp_path: Path, more: tuple) -> None:
     folder = saved(tiny("Olmoe", vocab_size=8192), tmp_path)
     for file in reference_path().glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -111,7 +109,7 @@ def test_the_command_line_prints_no_tokens_of_no_numbers(tmp_path: Path, more: t
 
 
 @pytest.mark.parametrize("mode", ["exact", "virtual", "bounded"])
-def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any) -> None:
+def test_request_with_nan_weights_ends_with_error(folder: Path, mode: Any) -> None:
     with load_model(folder, LoadSettings(mode=mode)) as served:
         give_slots(served, 1)
         engine, ended, told = Engine(served), Event(), []
@@ -133,7 +131,7 @@ def test_a_request_over_spoilt_files_ends_with_an_error(folder: Path, mode: Any)
         assert told[-1].reason == "error" and "not finite" in told[-1].message
 
 
-def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
+def test_nan_scores_raise(folder: Path) -> None:
     text = Text(ids_T=tokens(40), text_bytes=40, context=8)
     windows_BT = torch.stack([*tokens(20).split(10)])
     with load_model(folder, LoadSettings()) as served:
@@ -149,7 +147,7 @@ def test_scores_of_no_numbers_are_refused(folder: Path) -> None:
                 scorer()
 
 
-def test_tokens_that_cannot_be_are_no_fault() -> None:
+def test_excluded_tokens_are_not_errors() -> None:
     refuse_no_numbers(torch.tensor([[0.0, -torch.inf], [1.0, 2.0]]))
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(CheckpointError):

@@ -39,7 +39,7 @@ def states(batch: int, new: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 @settings(deadline=None, max_examples=150)
 @given(OPERATIONS, st.sampled_from([None, 1, 50, 500]))
-def test_it_is_the_growing_layer_whatever_is_done_to_it(operations, limit) -> None:
+def test_fixed_cache_equals_growing_cache(operations, limit) -> None:
     plain, ours, batch = DynamicLayer(), reserved(limit), 2
     generator = torch.Generator().manual_seed(0)
     for operation, number in operations:
@@ -78,7 +78,7 @@ def apply(operation: str, number: int, layer: DynamicLayer, batch: int) -> int:
     return batch
 
 
-def test_a_token_writes_its_own_keys_only() -> None:
+def test_token_writes_only_its_keys() -> None:
     layer, generator = reserved(), torch.Generator().manual_seed(0)
     layer.update(*states(1, 100, generator))
     where = layer.keys.data_ptr()
@@ -89,19 +89,19 @@ def test_a_token_writes_its_own_keys_only() -> None:
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 132), (128, 128), (90, 100), (101, 101)])
-def test_buffers_are_no_longer_than_the_ledger_has_tokens(limit: int | None, most: int) -> None:
+def test_buffers_match_estimated_tokens(limit: int | None, most: int) -> None:
     layer, generator = reserved(limit), torch.Generator().manual_seed(0)
     layer.update(*states(1, 100, generator))
     assert layer.keys.untyped_storage().nbytes() == 4 * H * D * most
 
 
-def test_several_sequences_share_the_limit() -> None:
+def test_sequences_share_context_limit() -> None:
     layer = reserved(240)
     layer.update(*states(2, 100, torch.Generator().manual_seed(0)))
     assert layer.keys.untyped_storage().nbytes() == 4 * 2 * H * D * 120
 
 
-def test_only_layers_that_keep_everything_are_converted() -> None:
+def test_only_full_attention_layers_are_converted() -> None:
     class Other(DynamicLayer):
         pass
 
@@ -125,7 +125,7 @@ def test_only_layers_that_keep_everything_are_converted() -> None:
     assert cache.layers[0] is kept
 
 
-def test_with_gradients_nothing_is_written_in_place() -> None:
+def test_no_in_place_writes_with_gradients() -> None:
     model = torch.nn.Identity()
     model.forward = lambda past_key_values=None: past_key_values  # type: ignore[method-assign]
     reserve_caches(model, lambda: None)
@@ -137,7 +137,7 @@ def test_with_gradients_nothing_is_written_in_place() -> None:
 
 @pytest.mark.parametrize("family", ["Mixtral", "Olmoe", "GptOss", "DeepseekV3"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
-def test_generation_is_the_models_own(family: str, how: dict[str, int], tmp_path) -> None:
+def test_generation_equals_model(family: str, how: dict[str, int], tmp_path) -> None:
     model = tiny(family)
     folder = saved(model, tmp_path)
     ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ BLOCK = "model.layers.0.mlp.experts"
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
-def test_on_a_cpu_a_copy_is_a_copy() -> None:
+def test_cpu_copy() -> None:
     engine = CpuCopies()
     source_B, target_B = engine.buffer(4096), torch.zeros(4096, dtype=torch.uint8)
     source_B.fill_(7)
@@ -32,7 +32,7 @@ def test_on_a_cpu_a_copy_is_a_copy() -> None:
     assert torch.equal(source_B, target_B)
 
 
-def test_a_slot_that_was_made_for_inference_can_be_filled() -> None:
+def test_inference_mode_slot_can_be_filled() -> None:
     engine = CpuCopies()
     with torch.inference_mode():
         target_B = torch.zeros(4096, dtype=torch.uint8)
@@ -116,7 +116,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch)
 
 
-def test_buffers_are_pinned_to_the_byte_and_unpinned_when_dropped(cuda: FakeCuda) -> None:
+def test_buffers_are_pinned_and_unpinned(cuda: FakeCuda) -> None:
     engine = CudaCopies(torch.device("cuda", 0))
     buffers = [engine.buffer(3 * MIB), engine.buffer(5 * MIB)]
     assert cuda.pinned == {one.data_ptr(): one.nbytes for one in buffers}
@@ -129,7 +129,7 @@ def test_buffers_are_pinned_to_the_byte_and_unpinned_when_dropped(cuda: FakeCuda
     assert cuda.pinned == {}
 
 
-def test_where_nothing_can_be_pinned_plain_memory_serves(cuda: FakeCuda) -> None:
+def test_pinning_failure_uses_plain_memory(cuda: FakeCuda) -> None:
     cuda.refuse = 2
     engine = CudaCopies(torch.device("cuda", 0))
     buffer_B = engine.buffer(MIB)
@@ -140,7 +140,7 @@ def test_where_nothing_can_be_pinned_plain_memory_serves(cuda: FakeCuda) -> None
     assert not engine.pinned, "one that is not makes copies wait"
 
 
-def test_a_copy_waits_for_what_was_computed_before_and_its_thread_for_the_copy(
+def test_copy_waits_for_computation(
     cuda: FakeCuda,
 ) -> None:
     engine, store = CudaCopies(torch.device("cuda")), MemoryStore(*mixtral_block())
@@ -168,7 +168,7 @@ def test_a_copy_waits_for_what_was_computed_before_and_its_thread_for_the_copy(
 
 @pytest.mark.gpu
 @no_gpu
-def test_on_a_gpu_memory_is_pinned_and_goes_back() -> None:
+def test_gpu_memory_is_pinned_and_released() -> None:
     engine = CudaCopies(torch.device("cuda"))
     for _ in range(10):  # the same address comes again, and is not registered still
         buffer_B = engine.buffer(3 * MIB)
@@ -180,7 +180,7 @@ def test_on_a_gpu_memory_is_pinned_and_goes_back() -> None:
 
 @pytest.mark.gpu
 @no_gpu
-def test_on_a_gpu_no_copy_overtakes_the_computation_that_reads_the_slot() -> None:
+def test_gpu_copy_does_not_overtake_computation() -> None:
     engine = CudaCopies(torch.device("cuda"))
     size = 64 * MIB
     slot_B = torch.ones(size, dtype=torch.uint8, device="cuda")
@@ -211,7 +211,7 @@ def test_on_a_gpu_no_copy_overtakes_the_computation_that_reads_the_slot() -> Non
 
 @pytest.mark.gpu
 @no_gpu
-def test_on_a_gpu_slots_hold_what_the_store_has() -> None:
+def test_gpu_slots_equal_store() -> None:
     block, module = mixtral_block()
     engine, store = CudaCopies(torch.device("cuda")), MemoryStore(block, module)
     slots = [

@@ -33,14 +33,14 @@ def holds(slot: Slot, expert: int) -> bool:
     return all(torch.equal(slot.tensors[short], value) for short, value in expected.items())
 
 
-def test_loads_fill_their_slots_and_tell_their_time(transfer) -> None:
+def test_loads_fill_slots_and_report_time(transfer) -> None:
     slots = [new_slot() for _ in range(8)]
     loads = [transfer.load("model.layers.0.mlp.experts", e, slots[e]) for e in range(8)]
     assert all(0 <= load.result(30) < 30 for load in loads)
     assert all(holds(slot, expert) for expert, slot in enumerate(slots))
 
 
-def test_a_load_runs_beside_its_caller(transfer, store) -> None:
+def test_loads_run_in_background(transfer, store) -> None:
     store.gate.clear()
     slot = new_slot()
     load = transfer.load("model.layers.0.mlp.experts", 3, slot)
@@ -51,7 +51,7 @@ def test_a_load_runs_beside_its_caller(transfer, store) -> None:
     assert holds(slot, 3)
 
 
-def test_readers_is_how_many_load_at_once(transfer, store) -> None:
+def test_readers_limit_concurrent_loads(transfer, store) -> None:
     store.gate.clear()
     for expert in range(6):
         transfer.load("model.layers.0.mlp.experts", expert, new_slot())
@@ -84,9 +84,7 @@ def poll(condition) -> bool:
 @pytest.mark.parametrize(
     "error", [OSError("gone"), MemoryError("full"), SystemExit(3), KeyboardInterrupt("ctrl")]
 )
-def test_errors_of_reads_reach_the_caller_and_end_no_thread(
-    transfer, store, error: BaseException
-) -> None:
+def test_read_errors_reach_caller(transfer, store, error: BaseException) -> None:
     store.broken, store.error = {0, 1, 2, 3}, error
     loads = [transfer.load("model.layers.0.mlp.experts", e, new_slot()) for e in range(4)]
     for load in loads:
@@ -124,7 +122,7 @@ def test_failed_loads_are_counted(transfer, store, background: bool) -> None:
 
 
 @pytest.mark.parametrize("panic", [OSError("gone"), SystemExit(3), GeneratorExit()])
-def test_loads_that_are_given_up_all_end(panic: BaseException) -> None:
+def test_cancelled_loads_end(panic: BaseException) -> None:
     ended = []
 
     def fail() -> None:
@@ -135,7 +133,7 @@ def test_loads_that_are_given_up_all_end(panic: BaseException) -> None:
     assert ended == ["failed", "well", "failed"]
 
 
-def test_an_interrupt_while_loads_are_given_up_is_raised_when_all_have_ended() -> None:
+def test_interrupt_during_cancellation_is_raised_at_end() -> None:
     ended = []
 
     def interrupt() -> None:

@@ -26,7 +26,7 @@ def test_commit_makes_the_expert_resident_and_counts_the_wait() -> None:
     table.check()
 
 
-def test_a_failed_load_leaves_an_empty_slot() -> None:
+def test_failed_load_leaves_empty_slot() -> None:
     table, slot, done = reserved()
     done.set_exception(OSError("gone"))
     counters = Counters()

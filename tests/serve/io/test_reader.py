@@ -51,7 +51,7 @@ def assert_reads_as_the_model_has_it(folder: Path, model: Any, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_expert_reads_as_the_model_has_it(tmp_path: Path, family: str) -> None:
+def test_experts_equal_model_weights(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     store, skeleton = assert_reads_as_the_model_has_it(saved(model, tmp_path), model)
     sources = [source for sources in skeleton.map.experts.values() for source in sources]
@@ -61,7 +61,7 @@ def test_every_expert_reads_as_the_model_has_it(tmp_path: Path, family: str) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_over_several_shards(tmp_path: Path, family: str) -> None:
+def test_experts_in_several_shards(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     saved(model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
@@ -69,7 +69,7 @@ def test_experts_over_several_shards(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_of_another_dtype_are_converted_one_by_one(tmp_path: Path, family: str) -> None:
+def test_experts_are_converted_one_at_a_time(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     store, skeleton = assert_reads_as_the_model_has_it(
         saved(model, tmp_path), model, torch.bfloat16
@@ -80,7 +80,7 @@ def test_experts_of_another_dtype_are_converted_one_by_one(tmp_path: Path, famil
     assert store.bytes_read == sum(source.nbytes for source in sources)
 
 
-def test_experts_that_are_stored_one_by_one_and_stacked(tmp_path: Path) -> None:
+def test_separate_and_stacked_experts(tmp_path: Path) -> None:
     """The same model in both layouts that checkpoints of its family come in."""
     model = tiny("Mixtral")
     saved(model, tmp_path)
@@ -96,7 +96,7 @@ def test_experts_that_are_stored_one_by_one_and_stacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
-def test_norms_are_those_of_each_expert_as_one_vector(tmp_path: Path, family: str) -> None:
+def test_norms_are_of_flattened_experts(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     for dtype in (None, torch.float64):
         store, skeleton = open_store(saved(model, tmp_path), dtype)
@@ -109,7 +109,7 @@ def test_norms_are_those_of_each_expert_as_one_vector(tmp_path: Path, family: st
         store.close()
 
 
-def test_a_failed_read_is_an_error_and_the_next_one_works(tmp_path: Path) -> None:
+def test_failed_read_raises_and_next_read_works(tmp_path: Path) -> None:
     model = tiny("Mixtral")
     saved(model, tmp_path)
     with reading_through(Disk()) as disk:
@@ -126,7 +126,7 @@ def test_a_failed_read_is_an_error_and_the_next_one_works(tmp_path: Path) -> Non
         assert torch.equal(slot.tensors[short], value)
 
 
-def test_an_expert_of_another_shape_is_an_error_that_names_its_block(tmp_path: Path) -> None:
+def test_expert_of_another_shape_raises(tmp_path: Path) -> None:
     saved(tiny("Mixtral"), tmp_path)
     tensors = load_file(tmp_path / SINGLE)
     (name,) = [name for name in tensors if "layers.1.block_sparse_moe.experts.7.w2" in name]

@@ -88,7 +88,7 @@ def reference(x_TD: Tensor, routing: Routing) -> Tensor:
 
 @pytest.mark.parametrize("slots", range(1, NUM_EXPERTS + 1))
 @pytest.mark.parametrize("tokens", [1, 2, 23])
-def test_at_any_number_of_slots_it_is_the_reference_loop(make, slots: int, tokens: int) -> None:
+def test_equals_reference_at_any_number_of_slots(make, slots: int, tokens: int) -> None:
     bench = make(slots)
     for seed in range(4):
         x_TD, routing = random_case(tokens, 3, seed=seed)
@@ -124,7 +124,7 @@ def test_padding_and_duplicates(slots, tokens, k, padding, twice, seed: int) -> 
     torch.testing.assert_close(y_TD, reference(x_TD, routing))
 
 
-def test_the_result_does_not_depend_on_what_was_resident(make) -> None:
+def test_result_does_not_depend_on_residents(make) -> None:
     x_TD, routing = random_case(9, 3)
     results = []
     for slots in (1, 2, 5, 8):
@@ -134,13 +134,13 @@ def test_the_result_does_not_depend_on_what_was_resident(make) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_the_result_has_the_tokens_dtype_whatever_that_of_the_weights(make, tokens: int) -> None:
+def test_result_has_dtype_of_tokens(make, tokens: int) -> None:
     x_TD, routing = random_case(tokens, 2)
     wide = Routing(routing.ids_TK, routing.weights_TK.double())
     assert make(3)(x_TD, wide).dtype == torch.float32
 
 
-def test_what_is_there_is_not_read_again(make) -> None:
+def test_resident_experts_are_not_read(make) -> None:
     bench = make(NUM_EXPERTS)
     x_TD, routing = random_case(6, 3)
     bench(x_TD, routing)
@@ -150,14 +150,14 @@ def test_what_is_there_is_not_read_again(make) -> None:
     assert (bench.counters.hits, bench.counters.fetches) == (len(used(routing)), len(used(routing)))
 
 
-def test_an_access_is_a_step_and_an_expert_not_a_token(make) -> None:
+def test_accesses_count_steps_and_experts(make) -> None:
     bench = make(4)
     x_TD, _ = random_case(5, 1)
     bench(x_TD, Routing(torch.full((5, 1), 2), torch.ones(5, 1)))
     assert (bench.counters.hits, bench.counters.fetches) == (0, 1)
 
 
-def test_residents_that_the_step_needs_are_used_before_they_make_room(make) -> None:
+def test_needed_residents_are_used_before_eviction(make) -> None:
     bench = make(2)
     x_TD, _ = random_case(1, 1)
     bench(x_TD, Routing(torch.tensor([[4, 6]]), torch.ones(1, 2)))
@@ -168,7 +168,7 @@ def test_residents_that_the_step_needs_are_used_before_they_make_room(make) -> N
 @pytest.mark.parametrize("slots", [1, 2, 8])
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("broken", [{0}, {3, 5}, set(range(NUM_EXPERTS))])
-def test_a_failed_read_leaves_the_table_whole_and_the_next_call_works(
+def test_failed_read_keeps_slot_table_valid(
     make, slots: int, tokens: int, broken: set[int]
 ) -> None:
     bench = make(slots)
@@ -185,7 +185,7 @@ def test_a_failed_read_leaves_the_table_whole_and_the_next_call_works(
     torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
 
 
-def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(make) -> None:
+def test_interrupt_keeps_filling_slots(make) -> None:
     bench = make(1, readers=1)
     x_TD, _ = random_case(1, 1)
     bench.store.gate.clear()
@@ -214,7 +214,7 @@ def test_an_interrupt_while_waiting_frees_no_slot_that_is_still_being_filled(mak
     torch.testing.assert_close(bench(x_TD, routing), reference(x_TD, routing))
 
 
-def test_waiting_is_counted(make) -> None:
+def test_wait_time_is_counted(make) -> None:
     bench = make(1)
     read = bench.store.read
 

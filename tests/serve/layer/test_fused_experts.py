@@ -146,7 +146,7 @@ def assert_close(y_TD: Tensor, wanted_TD: Tensor, close: float = CLOSE) -> None:
 @on_gpus_too
 @pytest.mark.parametrize("formats", [("int2", "int5", "int6"), MIXED])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
-def test_a_block_of_such_slots(make, computing, family: str, formats) -> None:
+def test_block_of_encoded_slots(make, computing, family: str, formats) -> None:
     """One token and many: below and above the number from which experts are decoded."""
     made = make(*block_of(family), formats)
     with torch.inference_mode():
@@ -184,7 +184,7 @@ def test_padding_and_duplicates(count, k, padding, twice, seed: int) -> None:
 
 @on_gpus_too
 @pytest.mark.parametrize("over", [0, 1])
-def test_one_expert_with_as_many_rows_as_are_few_and_one_more(make, computing, over: int) -> None:
+def test_expert_with_rows_around_kernel_limit(make, computing, over: int) -> None:
     made = make(*block_of("Mixtral"), MIXED)
     x_TD, _ = case(Kernels.max_grouped_rows + over, 1)
     routing = Routing(
@@ -208,7 +208,7 @@ def test_half_precision_blocks(make, computing, dtype: torch.dtype) -> None:
             assert_close(y_TD, wanted_TD, 2.0**-6 if dtype == torch.bfloat16 else 2.0**-9)
 
 
-def test_experts_that_no_kernel_reads_are_computed_in_torch(make, computing) -> None:
+def test_unsupported_experts_use_torch(make, computing) -> None:
     block, module = block_of("Mixtral", torch.float64)
     assert fused_experts(block.layout, CPU) is None
     made = make(block, module, MIXED)
@@ -219,7 +219,7 @@ def test_experts_that_no_kernel_reads_are_computed_in_torch(make, computing) -> 
 
 
 @on_gpus_too
-def test_a_token_without_numbers_spoils_no_other(make, computing) -> None:
+def test_nan_token_does_not_affect_others(make, computing) -> None:
     made = make(*block_of("Mixtral"), MIXED)
     x_TD, routing = case(6, 3)
     with torch.inference_mode():
@@ -257,7 +257,7 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("family", "precision"), [("Mixtral", "int8"), ("Olmoe", "int4"), ("GptOss", "int4")]
 )
-def test_a_served_model_is_its_decoded_twin(
+def test_served_model_equals_decoded_model(
     tmp_path: Path, computing, family: str, precision: str
 ) -> None:
     folder = saved(tiny(family, **SHAPES[family]), tmp_path)
@@ -278,7 +278,7 @@ def test_a_served_model_is_its_decoded_twin(
         ]
 
 
-def test_switch_transformers_too(tmp_path: Path, computing) -> None:
+def test_served_switch_transformers_equals_decoded_model(tmp_path: Path, computing) -> None:
     # Weights of a trained model's size; larger ones make much of any rounding, layer by layer.
     folder = saved(switch(initializer_factor=1.0), tmp_path)
     twin = decoded_twin(switch(initializer_factor=1.0), FORMATS["int8"])
@@ -294,7 +294,7 @@ def test_switch_transformers_too(tmp_path: Path, computing) -> None:
     indirect=True,
 )
 @pytest.mark.parametrize(("family", "precision"), [("Mixtral", "int4"), ("GptOss", "int8")])
-def test_what_is_resident_makes_no_difference_to_the_bit(
+def test_residents_do_not_change_result_bitwise(
     tmp_path: Path, computing, family: str, precision: str
 ) -> None:
     folder = saved(tiny(family, **SHAPES[family]), tmp_path)
@@ -305,13 +305,13 @@ def test_what_is_resident_makes_no_difference_to_the_bit(
     assert torch.equal(*made)
 
 
-def test_an_unknown_precision_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_unknown_precision_suggests_nearest(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral"), tmp_path)
     with pytest.raises(ConfigError, match=r"precision 'int7' does not exist.* nearest: int6"):
         moefit.load(folder, precision="int7")
 
 
-def test_an_expert_without_numbers_is_named(tmp_path: Path) -> None:
+def test_nan_expert_raises(tmp_path: Path) -> None:
     model = tiny("Mixtral", **SIZES)
     block = find_blocks(model)[1]
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_an_expert_without_numbers_is_named(tmp_path: Path) -> None:
         logits(served.model, {"input_ids": tokens(2, 40)})
 
 
-def test_specs_of_a_slot_are_those_of_its_block() -> None:
+def test_slot_specs_equal_block_specs() -> None:
     block, _ = block_of("GptOss")
     slot = allocate_slot(GroupedFormat(4), block.layout.specs, CPU)
     assert all(isinstance(spec, TensorSpec) for spec in slot.specs.values())

@@ -135,7 +135,7 @@ def restricted(logits_TE: Tensor, residents: set[int]) -> Routing:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 8])
-def test_exact_is_the_reference_at_any_number_of_slots(make, slots: int) -> None:
+def test_exact_equals_reference_at_any_number_of_slots(make, slots: int) -> None:
     bench = make(slots)
     for seed in range(6):
         y_TD, x_TD, routing = bench.step(torch.randn(1 + 4 * (seed % 2), NUM_EXPERTS), seed=seed)
@@ -144,7 +144,7 @@ def test_exact_is_the_reference_at_any_number_of_slots(make, slots: int) -> None
     assert bench.shared.counters.substituted_mass == 0
 
 
-def test_virtual_answers_with_residents_alone(make) -> None:
+def test_virtual_uses_residents_only(make) -> None:
     bench = make(3, mode="virtual")
     bench.experts.set_residents([1, 4, 6])
     reads = len(bench.store.reads)
@@ -159,7 +159,7 @@ def test_virtual_answers_with_residents_alone(make) -> None:
     bench.check()
 
 
-def test_a_swap_is_seen_only_when_its_expert_is_whole(make) -> None:
+def test_swap_is_visible_when_complete(make) -> None:
     bench = make(2, mode="virtual")
     bench.experts.set_residents([1, 4])
     bench.store.gate.clear()
@@ -198,7 +198,7 @@ def test_prefill_follows_its_own_mode(make) -> None:
     torch.testing.assert_close(y_TD, reference(x_TD, restricted(logits_TE, {1, 4})))
 
 
-def test_bounded_fetches_what_is_heavy_and_replaces_what_is_light(make) -> None:
+def test_bounded_fetches_heavy_and_substitutes_light_experts(make) -> None:
     bench = make(3, mode="bounded", bound=0.3, protected=0)
     bench.experts.set_residents([1, 4, 6])
     even_TE = preferring(0, 4, 6)
@@ -214,7 +214,7 @@ def test_bounded_fetches_what_is_heavy_and_replaces_what_is_light(make) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "bounded", "virtual"])
-def test_a_fixed_set_stays_whatever_is_asked_for(make, mode: str) -> None:
+def test_fixed_residents_do_not_change(make, mode: str) -> None:
     bench = make(3, mode=mode, residency="fixed")
     bench.experts.set_residents([1, 4, 6])
     scores = bench.experts.importance.scores()
@@ -228,7 +228,7 @@ def test_a_fixed_set_stays_whatever_is_asked_for(make, mode: str) -> None:
     bench.check()
 
 
-def test_with_every_slot_waiting_for_others_a_step_waits_for_one(make) -> None:
+def test_step_waits_for_a_slot(make) -> None:
     bench = make(2)
     bench.store.gate.clear()
     bench.experts.fill()
@@ -241,7 +241,7 @@ def test_with_every_slot_waiting_for_others_a_step_waits_for_one(make) -> None:
     bench.check()
 
 
-def test_a_failed_swap_leaves_the_residents_and_is_tried_again(make) -> None:
+def test_failed_swap_is_retried(make) -> None:
     bench = make(2, mode="virtual")
     bench.experts.set_residents([1, 4])
     bench.store.broken = {0, 5}
@@ -259,7 +259,7 @@ def test_a_failed_swap_leaves_the_residents_and_is_tried_again(make) -> None:
     bench.check()
 
 
-def test_a_failed_fetch_reaches_the_caller_and_the_next_step_works(make) -> None:
+def test_failed_fetch_raises_and_next_step_works(make) -> None:
     for policy in ({"mode": "exact"}, {"mode": "exact", "residency": "fixed"}):
         bench = make(2, **policy)
         bench.experts.set_residents([1, 4])
@@ -273,7 +273,7 @@ def test_a_failed_fetch_reaches_the_caller_and_the_next_step_works(make) -> None
         bench.check()
 
 
-def test_a_failed_restore_loses_no_slot(make) -> None:
+def test_failed_restore_keeps_slots(make) -> None:
     bench = make(2, mode="exact", residency="fixed")
     bench.experts.set_residents([1, 4])
     bench.store.broken = {1, 4}
@@ -283,7 +283,7 @@ def test_a_failed_restore_loses_no_slot(make) -> None:
     assert not bench.experts.slot_table.filling
 
 
-def test_a_fixed_set_survives_a_failed_fetch(make) -> None:
+def test_fixed_residents_survive_failed_fetch(make) -> None:
     bench = make(2, mode="exact", residency="fixed")
     bench.experts.set_residents([1, 4])
     bench.store.broken = {5}
@@ -293,7 +293,7 @@ def test_a_fixed_set_survives_a_failed_fetch(make) -> None:
     bench.check()
 
 
-def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
+def test_swap_evicts_another_if_victim_has_left(make) -> None:
     """A swap's victim may be evicted by an exact prefill before the swap is published."""
     bench = make(1, mode="virtual", prefill="exact")
     bench.experts.set_residents([1])
@@ -313,7 +313,7 @@ def test_an_expert_that_left_meanwhile_costs_another_its_slot(make) -> None:
     assert len(bench.experts.slots) == 1 and len(bench.residents) == 1
 
 
-def test_observed_is_the_routers_own_choice_weighed_by_the_tokens_norm(make) -> None:
+def test_importance_observes_routers_choice_times_norm(make) -> None:
     for tokens in (1, 3):
         bench = make(2, mode="virtual")
         bench.experts.set_residents([1, 4])

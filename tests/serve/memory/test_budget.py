@@ -54,7 +54,7 @@ def ledger(total: int | None = None, **parts: int) -> MemoryBudget:
      ("3Gi", 3 * GIB), ("0.5GiB", GIB // 2), (".5GiB", GIB // 2), ("4.7GiB", int(4.7 * GIB)),
      ("2TiB", 2048 * GIB), ("12 B", 12), ("  8 MiB ", 8 << 20), ("1.9", 1)],
 )  # fmt: skip
-def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
+def test_sizes_are_parsed(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
@@ -64,18 +64,18 @@ def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
      "4,7GiB", "4.7.1", "1.GiB", "1 2", "5 parrots", "4.7GiBs", "0x10", "٣", "1PiB", "50%",
      True, None, 4.7j, "½GiB", "1\n2", "9" * 400, "9" * 5000, "." + "0" * 5000 + "1"],
 )  # fmt: skip
-def test_what_is_no_size_says_how_to_write_one(text) -> None:
+def test_invalid_size_raises(text) -> None:
     with pytest.raises(ConfigError, match=r"is not a size; write bytes or a number with a unit"):
         parse_bytes(text)
 
 
 @given(st.integers(1, 10**18) | st.integers(2**53, 2**60))
-def test_whole_bytes_are_kept_to_the_last_one(size: int) -> None:
+def test_bytes_are_exact(size: int) -> None:
     assert parse_bytes(size) == parse_bytes(str(size)) == size
 
 
 @given(st.integers(1, 10**14))
-def test_a_size_survives_writing_to_three_digits(size: int) -> None:
+def test_size_round_trips_to_three_digits(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=6e-3)
 
 
@@ -84,7 +84,7 @@ def test_a_size_survives_writing_to_three_digits(size: int) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (10 << 10, "10.0 KiB"),
      (100 << 10, "100 KiB"), (3 << 20, "3.00 MiB"), (5000 * GIB, "5000 GiB"), (-2048, "-2.00 KiB")],
 )  # fmt: skip
-def test_sizes_as_people_read_them(size: int, text: str) -> None:
+def test_sizes_are_formatted(size: int, text: str) -> None:
     assert format_bytes(size) == text
 
 
@@ -99,9 +99,7 @@ def test_slots_never_exceed_the_total(budget: MemoryBudget, more: int) -> None:
 
 
 @given(ledgers(equal=True), st.integers(0, 3000))
-def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
-    budget: MemoryBudget, more: int
-) -> None:
+def test_equal_blocks_share_slots_evenly(budget: MemoryBudget, more: int) -> None:
     budget = budget.with_total(budget.min_bytes + more)
     counts = budget.slots()
     assert sorted(counts, reverse=True) == list(counts), "what is left over goes to the first"
@@ -113,14 +111,14 @@ def test_equal_blocks_share_alike_and_leave_no_slot_unbought(
 
 
 @given(ledgers(equal=True), st.integers(0, 2000), st.integers(0, 500))
-def test_more_memory_is_never_fewer_slots(budget: MemoryBudget, some: int, more: int) -> None:
+def test_more_memory_never_reduces_slots(budget: MemoryBudget, some: int, more: int) -> None:
     small = budget.with_total(budget.min_bytes + some).slots()
     large = budget.with_total(budget.min_bytes + some + more).slots()
     assert all(a <= b for a, b in zip(small, large, strict=True))
 
 
 @given(ledgers())
-def test_at_the_floor_each_block_has_its_fewest(budget: MemoryBudget) -> None:
+def test_minimum_budget_gives_minimum_slots(budget: MemoryBudget) -> None:
     counts = budget.with_total(budget.min_bytes).slots()
     assert counts == tuple(block.min_slots for block in budget.blocks)
     assert budget.total_for_slots(counts) == budget.min_bytes
@@ -169,7 +167,7 @@ def test_the_parts_add_up_and_go_to_json() -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, 0, "0"])
-def test_without_host_memory_there_is_a_buffer_a_reader(nothing) -> None:
+def test_host_memory_defaults_to_buffer_per_reader(nothing) -> None:
     assert host_limit(nothing, largest=1000, readers=6) == 6000
 
 
@@ -185,9 +183,7 @@ def test_host_memory_holds_at_least_one_expert() -> None:
 
 
 @given(ledgers(), st.data())
-def test_a_plan_that_does_not_fit_is_forgotten_and_the_floor_that_was_shown_is_one(
-    budget: MemoryBudget, data: st.DataObject
-) -> None:
+def test_plan_that_does_not_fit_is_dropped(budget: MemoryBudget, data: st.DataObject) -> None:
     counts = tuple(data.draw(st.integers(1, block.num_experts)) for block in budget.blocks)
     plan = PlannedSlots(
         counts=counts, nbytes=data.draw(st.integers(0, 500)), spares=data.draw(st.integers(0, 100))

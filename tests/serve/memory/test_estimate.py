@@ -30,9 +30,7 @@ def cache_bytes(cache: Any) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_are_what_a_cache_holds_after_generating(
-    family: str, dtype: torch.dtype
-) -> None:
+def test_kv_estimate_equals_cache_after_generation(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype=dtype)
     ids_BT = tokens(3, 5)
     made = model.generate(
@@ -46,9 +44,7 @@ def test_keys_and_values_are_what_a_cache_holds_after_generating(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_all_parameters_that_are_no_experts(
-    tmp_path: Path, family: str, dtype: torch.dtype
-) -> None:
+def test_dense_weights_exclude_experts(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     model = tiny(family)
     skeleton = build_skeleton(saved(model, tmp_path), dtype)
     expected = sum(
@@ -59,13 +55,13 @@ def test_weights_are_all_parameters_that_are_no_experts(
     assert weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, dtype) == expected
 
 
-def test_an_integer_keeps_its_width(tmp_path: Path) -> None:
+def test_integer_weights_keep_dtype(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(10, dtype=torch.int64), "b": torch.zeros(20)}, tmp_path / SINGLE)
     with Checkpoint(tmp_path) as checkpoint:
         assert weight_bytes(checkpoint, ["a", "b"], torch.bfloat16) == 80 + 40
 
 
-def test_the_process_is_measured_as_the_system_measures_it() -> None:
+def test_process_bytes_equal_resident_set() -> None:
     before = process_bytes()
     held = torch.ones(64 * MIB, dtype=torch.uint8)
     grown = process_bytes() - before
@@ -76,7 +72,7 @@ def test_the_process_is_measured_as_the_system_measures_it() -> None:
     assert peak_process_bytes() >= before + 60 * MIB
 
 
-def test_on_a_gpu_only_what_torch_reserved_there_counts(monkeypatch) -> None:
+def test_gpu_budget_counts_reserved_memory(monkeypatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert abs(held_bytes(cpu) - process_bytes()) < 4 * MIB
     assert peak_held_bytes(cpu) == peak_process_bytes()
@@ -91,7 +87,7 @@ def test_on_a_gpu_only_what_torch_reserved_there_counts(monkeypatch) -> None:
      (11 * MIB, 12 * MIB), (12 * MIB, 12 * MIB), (12 * MIB + 4096, 14 * MIB),
      (336 * MIB, 336 * MIB)],
 )  # fmt: skip
-def test_a_slot_on_a_gpu_takes_its_share_of_a_segment(size: int, on_gpu: int) -> None:
+def test_gpu_slot_takes_share_of_segment(size: int, on_gpu: int) -> None:
     assert slot_bytes(size, torch.device("cuda")) == on_gpu
     assert slot_bytes(size, torch.device("cpu")) == size
 
@@ -99,7 +95,7 @@ def test_a_slot_on_a_gpu_takes_its_share_of_a_segment(size: int, on_gpu: int) ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("size", [12288, 3 * MIB // 2, 9 * MIB, 12 * MIB, 13 * MIB + 4096])
-def test_on_a_gpu_slots_take_what_the_ledger_says(size: int) -> None:
+def test_gpu_slots_match_estimate(size: int) -> None:
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     before = held_bytes(device)
@@ -128,7 +124,7 @@ print(before, peak_process_bytes(), served.budget.all_resident_bytes)
 """
 
 
-def test_what_only_computing_touches_is_in_the_ledger(tmp_path: Path) -> None:
+def test_estimate_includes_first_use(tmp_path: Path) -> None:
     """A model of 250 kB: what it takes beside that is the first use of libraries."""
     saved(tiny("Mixtral"), tmp_path)
     done = subprocess.run(
@@ -150,7 +146,7 @@ def reset_peak() -> None:
     [("Mixtral", "sdpa"), ("Olmoe", "sdpa"), ("DeepseekV3", "sdpa"), ("GptOss", "eager"),
      ("Mixtral", "eager")],
 )  # fmt: skip
-def test_a_long_prompt_stays_within_workspace_and_cache(family: str, attention: str) -> None:
+def test_long_prompt_stays_within_estimate(family: str, attention: str) -> None:
     """Measured on a model so narrow that activations outweigh its weights."""
     length = 1500
     model = tiny(family, num_hidden_layers=2, max_position_embeddings=4096,
@@ -173,7 +169,7 @@ def test_a_long_prompt_stays_within_workspace_and_cache(family: str, attention: 
     assert peak <= cache + work + 6 * MIB
 
 
-def test_logits_of_many_sequences_and_of_prompts_are_in_the_ledger(tmp_path: Path) -> None:
+def test_estimate_includes_logits(tmp_path: Path) -> None:
     """A server's steps give them; with a vocabulary of 150,000 they are no trifle."""
     model = tiny("Olmoe", vocab_size=150_000, max_position_embeddings=64).bfloat16()
     skeleton = build_skeleton(saved(model, tmp_path))

@@ -46,7 +46,7 @@ def least(folder: Path) -> dict[str, int]:
         pytest.param("eval", ["--text", __file__, "--max-tokens", 64], marks=pytest.mark.slow),
     ],
 )
-def test_what_describe_prints_is_accepted_and_kept(
+def test_described_minimum_is_accepted_and_kept(
     folder: Path, least: dict[str, int], command: str, more: list[object]
 ) -> None:
     size = least[command]
@@ -57,7 +57,7 @@ def test_what_describe_prints_is_accepted_and_kept(
     assert "BudgetTooSmallError" in below.stderr
 
 
-def test_what_describe_prints_for_a_server_starts_one(folder: Path, least: dict[str, int]) -> None:
+def test_described_server_minimum_starts_server(folder: Path, least: dict[str, int]) -> None:
     arguments = ["--exact", "--memory", str(least["serve"]), "--context", "64", "--port", "0"]
     server = subprocess.Popen(
         [sys.executable, "-m", "moefit", "serve", str(folder), *arguments],

@@ -53,9 +53,7 @@ def folder(tmp_path_factory) -> Path:
         pytest.param(0.6, "bounded", marks=pytest.mark.slow),
     ],
 )
-def test_from_load_to_exit_the_peak_is_below_the_budget(
-    folder: Path, share: float, mode: str
-) -> None:
+def test_peak_stays_below_budget(folder: Path, share: float, mode: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SERVE, str(folder), str(share), mode, str(CONTEXT)],
         check=True, capture_output=True, text=True, timeout=200,
@@ -89,7 +87,7 @@ served.check()
 """
 
 
-def test_after_shrinking_the_process_holds_no_more_than_the_new_budget(folder: Path) -> None:
+def test_shrunk_process_stays_below_new_budget(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SHRINK, str(folder), str(CONTEXT)],
         check=True, capture_output=True, text=True, timeout=200,
@@ -121,7 +119,7 @@ print(memory, peak_process_bytes())
 """
 
 
-def test_products_of_many_shapes_are_within_the_budget() -> None:
+def test_many_shapes_stay_within_budget() -> None:
     """In bfloat16 each number of rows would leave a program in a cache: 200 MiB here."""
     done = subprocess.run(
         [sys.executable, "-c", LONG_PROMPT], check=True, capture_output=True, text=True, timeout=200

@@ -92,7 +92,7 @@ print(held - before, peak, process_bytes() - held, max(0, peak_process_bytes() -
         pytest.param(pieces, 256_000, 8, None, marks=pytest.mark.slow),
     ],
 )
-def test_a_tokenizer_takes_what_its_files_say(
+def test_tokenizer_size_is_estimated_from_files(
     tmp_path: Path, make, size: int, longest: int, kind: str | None
 ) -> None:
     write(make(size, longest), tmp_path, kind)
@@ -111,12 +111,12 @@ def test_a_tokenizer_takes_what_its_files_say(
     assert said.reading < 1.3 * peak + 16 * MIB
 
 
-def test_a_folder_without_a_tokenizer_takes_nothing(tmp_path: Path) -> None:
+def test_missing_tokenizer_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert (tokenizer_size(tmp_path).held, tokenizer_size(tmp_path).reading) == (0, 0)
 
 
-def test_damaged_files_are_no_reason_to_fail(tmp_path: Path) -> None:
+def test_damaged_tokenizer_files_do_not_fail(tmp_path: Path) -> None:
     """Reading the tokenizer says what is wrong with it."""
     (tmp_path / "tokenizer.json").write_bytes(b"\x00{" + b"\xff" * 1000)
     (tmp_path / "tokenizer_config.json").write_text("[")
@@ -146,9 +146,7 @@ print(memory, peak_process_bytes(), served.budget.total, served.budget.fixed)
 @pytest.mark.parametrize(
     "size", [32_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (151_000, 256_000))]
 )
-def test_generating_with_a_large_vocabulary_stays_within_the_floor(
-    tmp_path: Path, size: int
-) -> None:
+def test_large_vocabulary_stays_within_minimum_budget(tmp_path: Path, size: int) -> None:
     model = tiny("Olmoe", vocab_size=size + 8, max_position_embeddings=64)
     write(byte_pairs(size, 8), saved(model, tmp_path))
     done = subprocess.run(

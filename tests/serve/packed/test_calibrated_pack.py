@@ -66,7 +66,7 @@ def output_error(folder: Path, format: Format, ids_BT: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
-def test_outputs_on_another_text_are_better(tmp_path: Path, family: str) -> None:
+def test_calibrated_outputs_on_other_text_are_better(tmp_path: Path, family: str) -> None:
     folder = saved(tiny(family), tmp_path / "model")
     ids_BT = tokens(4, 32, seed=77)
     packed(folder, INT2)
@@ -77,9 +77,7 @@ def test_outputs_on_another_text_are_better(tmp_path: Path, family: str) -> None
     assert check_packed(build_skeleton(folder)).problems == []
 
 
-def test_what_is_there_counts_unless_a_text_is_given_that_it_was_not_made_by(
-    folder: Path, packed_cache: Path
-) -> None:
+def test_existing_files_are_used_unless_text_differs(folder: Path, packed_cache: Path) -> None:
     plain = packed(folder)
     assert (plain.files, plain.replaced, plain.text) == (4, 0, "")
     made = packed(folder, calibration=calibration())
@@ -99,9 +97,7 @@ def test_what_is_there_counts_unless_a_text_is_given_that_it_was_not_made_by(
     assert calibrations(folder, INT4) == ["", ""]
 
 
-def test_the_same_text_gives_the_same_bytes_and_leaves_nothing_else(
-    folder: Path, packed_cache: Path
-) -> None:
+def test_calibrated_packing_is_deterministic(folder: Path, packed_cache: Path) -> None:
     packed(folder, calibration=calibration())
     whole = files_in(packed_cache)
     packed(folder, calibration=calibration(), force=True)
@@ -134,9 +130,7 @@ def expected_slots(skeleton: Skeleton, what: CalibrationText, folder: Path, form
             )
 
 
-def test_every_expert_is_encoded_by_its_own_inputs_and_its_error_measured(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_experts_are_calibrated_by_their_inputs(folder: Path, tmp_path: Path) -> None:
     skeleton, what = build_skeleton(folder), calibration()
     pack(skeleton, [INT3], calibration=what)
     store = open_packed(skeleton, [INT3])
@@ -147,7 +141,7 @@ def test_every_expert_is_encoded_by_its_own_inputs_and_its_error_measured(
         assert store.relative_errors(name, INT3)[expert] == pytest.approx(error, rel=1e-3)
 
 
-def test_an_expert_without_a_token_is_encoded_by_what_others_are_given(tmp_path: Path) -> None:
+def test_unused_expert_is_calibrated_by_other_tokens(tmp_path: Path) -> None:
     """Router weights that leave out expert 3 altogether."""
     model = tiny("Mixtral")
     with torch.no_grad():
@@ -180,7 +174,7 @@ from tiny_served import tokens
 )
 
 
-def test_killed_half_way_it_goes_on_without_reading_the_text_again(
+def test_killed_calibration_resumes_without_text(
     folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed(folder, INT2)  # some others, to be replaced
@@ -199,7 +193,7 @@ def test_killed_half_way_it_goes_on_without_reading_the_text_again(
     assert files_in(packed_cache) == resumed
 
 
-def test_precision_auto_goes_by_errors_of_one_kind_only(tmp_path: Path) -> None:
+def test_auto_uses_comparable_errors(tmp_path: Path) -> None:
     folder = saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "model")
     skeleton = build_skeleton(folder)
     formats = [parse_format(name) for name in AUTO_FORMATS if name != "native"]
@@ -213,7 +207,7 @@ def test_precision_auto_goes_by_errors_of_one_kind_only(tmp_path: Path) -> None:
     assert len(set(ladders_of(block, open_packed(skeleton, formats)))) == 1, "all alike"
 
 
-def test_serving_says_by_which_text(folder: Path) -> None:
+def test_serving_reports_calibration_text(folder: Path) -> None:
     packed(folder, INT4, calibration=calibration())
     with load_model(folder, LoadSettings(precision="int4")) as served:
         assert served.report()["calibrated_on"] == ["one.txt"]
@@ -222,12 +216,12 @@ def test_serving_says_by_which_text(folder: Path) -> None:
         assert served.report()["calibrated_on"] == []
 
 
-def test_rounding_to_nearest_cannot_be_calibrated(folder: Path) -> None:
+def test_nearest_rounding_with_text_raises(folder: Path) -> None:
     with pytest.raises(ConfigError, match="give int4 to have it calibrated"):
         packed(folder, parse_format("int4-nearest"), calibration=calibration())
 
 
-def test_weights_that_cannot_be_encoded_are_named(folder: Path, monkeypatch: Any) -> None:
+def test_unencodable_weights_raise(folder: Path, monkeypatch: Any) -> None:
     own = ExpertStore.native
 
     def native(self: ExpertStore, block: str, expert: int) -> Any:
@@ -243,7 +237,7 @@ def test_weights_that_cannot_be_encoded_are_named(folder: Path, monkeypatch: Any
     assert (place.folder / ".calibration").is_dir(), "the next call need not read the text again"
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     text = tmp_path / "story.txt"
     text.write_text("def story(words):\n    return sorted(words)\n" * 300)
     asked = ["reference", "--formats", "int2", "--text", str(text), "--memory", "8GiB"]
@@ -268,7 +262,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--memory", "8GiB"], "none is given"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_invalid_arguments_raise(tmp_path: Path, arguments: list[str], words: str) -> None:
     text = tmp_path / "story.txt"
     text.write_text("once upon a time")
     with pytest.raises(MoefitError, match=words):

@@ -46,7 +46,7 @@ def files_in(packed_cache: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_was_done_is_told_and_is_not_done_again(folder: Path, packed_cache: Path) -> None:
+def test_packing_reports_and_skips_existing_files(folder: Path, packed_cache: Path) -> None:
     heard: list[tuple[int, int]] = []
     skeleton = build_skeleton(folder)
     made = pack(skeleton, [INT8, INT4], progress=lambda done, total: heard.append((done, total)))
@@ -65,7 +65,7 @@ def test_what_was_done_is_told_and_is_not_done_again(folder: Path, packed_cache:
     assert any(path.stat().st_mtime_ns != time for path, time in before.items())
 
 
-def test_each_expert_is_read_once_for_all_formats(folder: Path, monkeypatch: Any) -> None:
+def test_experts_are_read_once_for_all_formats(folder: Path, monkeypatch: Any) -> None:
     read: list[int] = []
     own = SpanReader.read_into
 
@@ -84,7 +84,7 @@ KILLED = killed_packing(
 )
 
 
-def test_killed_half_way_it_goes_on(folder: Path, packed_cache: Path) -> None:
+def test_killed_packing_resumes(folder: Path, packed_cache: Path) -> None:
     packed(folder)
     whole = files_in(packed_cache)
     shutil.rmtree(packed_cache)
@@ -101,7 +101,7 @@ def test_killed_half_way_it_goes_on(folder: Path, packed_cache: Path) -> None:
     assert files_in(packed_cache) == whole
 
 
-def test_a_file_cut_short_is_made_again(folder: Path, packed_cache: Path) -> None:
+def test_truncated_file_is_rebuilt(folder: Path, packed_cache: Path) -> None:
     packed(folder)
     whole = files_in(packed_cache)
     path = next(packed_cache.rglob("*.safetensors"))
@@ -114,7 +114,7 @@ def test_a_file_cut_short_is_made_again(folder: Path, packed_cache: Path) -> Non
     assert files_in(packed_cache) == whole
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(
+def test_full_disk_raises_before_writing(
     folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 10))
@@ -123,7 +123,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert files_in(packed_cache) == {}
 
 
-def test_a_disk_that_fills_up_leaves_whole_files_only(
+def test_full_disk_keeps_complete_files(
     folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, left = os.pwrite, 25
@@ -146,14 +146,14 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(
     assert check_packed(build_skeleton(folder)).problems == []
 
 
-def test_a_cache_folder_that_cannot_be_written(folder: Path, packed_cache: Path) -> None:
+def test_unwritable_cache_raises(folder: Path, packed_cache: Path) -> None:
     packed_cache.parent.parent.mkdir()
     packed_cache.parent.write_text("a file")
     with pytest.raises(CheckpointError, match="XDG_CACHE_HOME"):
         packed(folder)
 
 
-def test_a_second_process_is_told_to_wait(folder: Path) -> None:
+def test_second_process_raises(folder: Path) -> None:
     place = PackedLocation(build_skeleton(folder))
     with locked(place.folder), pytest.raises(ConfigError, match="another process is packing"):
         packed(folder)
@@ -168,9 +168,7 @@ def change(folder: Path, part: str, index: tuple[int, ...], value: float) -> Non
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6])
-def test_weights_that_cannot_be_encoded_are_named(
-    folder: Path, packed_cache: Path, value: float
-) -> None:
+def test_unencodable_weights_raise(folder: Path, packed_cache: Path, value: float) -> None:
     change(folder, "layers.1.block_sparse_moe.experts.6.w2", (3, 5), value)
     words = rf"expert 6 of .*layers.1.*: down_proj: the weight of output 3 for input 5 is {value}"
     with pytest.raises(CheckpointError, match=words):
@@ -179,14 +177,14 @@ def test_weights_that_cannot_be_encoded_are_named(
     assert not [name for name in files_in(packed_cache) if "block-001" in name]
 
 
-def test_biases_that_are_not_finite_are_named(tmp_path: Path) -> None:
+def test_nonfinite_biases_raise(tmp_path: Path) -> None:
     folder = saved(tiny("GptOss"), tmp_path / "oss")
     change(folder, "layers.0.mlp.experts.down_proj_bias", (3, 5), torch.nan)
     with pytest.raises(CheckpointError, match=r"expert 3 of .*layers.0.*: down_proj_bias has"):
         packed(folder)
 
 
-def test_the_peak_is_an_expert_and_its_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_one_expert_and_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in experts alive at once: what `native` gave is gone when it gives the next."""
     alive: list[Any] = []
     most = 0
@@ -211,7 +209,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
-def test_the_command(folder: Path, packed_cache: Path) -> None:
+def test_command(folder: Path, packed_cache: Path) -> None:
     made = json.loads(run(str(folder), "--formats", "int4, int4,int8", "--json").stdout)
     assert (made["files"], set(made["relative_errors"])) == (4, {"int4", "int8"})
     found = json.loads(run(str(folder), "--check", "--json").stdout)
@@ -239,18 +237,18 @@ def test_the_command(folder: Path, packed_cache: Path) -> None:
         (["--check"], "nothing of .* is packed in"),
     ],
 )
-def test_mistakes_are_named(folder: Path, arguments: list[str], words: str) -> None:
+def test_invalid_arguments_raise(folder: Path, arguments: list[str], words: str) -> None:
     with pytest.raises(MoefitError, match=words):
         run(str(folder), *arguments)
 
 
-def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+def test_model_without_experts_raises(tmp_path: Path) -> None:
     saved(LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=16)), tmp_path / "dense")
     with pytest.raises(UnsupportedModelError, match="has no experts"):
         run(str(tmp_path / "dense"))
 
 
-def test_a_dsmoe_model_is_packed_in_every_format() -> None:
+def test_dsmoe_is_packed_in_every_format() -> None:
     names = [name for name in FORMATS if name != "native" and not name.endswith("nearest")]
     made = json.loads(run("reference", "--formats", ",".join(names), "--json").stdout)
     losses = [made["relative_errors"][f"int{bits}"] for bits in (2, 3, 4, 5, 6, 8)]

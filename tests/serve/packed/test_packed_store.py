@@ -61,7 +61,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_slot_is_filled_as_encoding_would_fill_it(
+def test_packed_slot_equals_encoded_slot(
     tmp_path: Path, family: str, dtype: torch.dtype | None
 ) -> None:
     skeleton = build_skeleton(saved(tiny(family), tmp_path / "model"), dtype)
@@ -84,7 +84,7 @@ def test_a_slot_is_filled_as_encoding_would_fill_it(
     encoded.close()
 
 
-def test_a_file_is_safetensors_with_every_expert_on_a_page(folder: Path) -> None:
+def test_packed_file_is_page_aligned_safetensors(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     block = skeleton.blocks[1]
@@ -103,7 +103,7 @@ def test_a_file_is_safetensors_with_every_expert_on_a_page(folder: Path) -> None
 
 
 @pytest.mark.parametrize("kernels", ["", "torch"])
-def test_the_error_of_each_expert_is_measured(
+def test_expert_errors_are_measured(
     folder: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels:
@@ -128,7 +128,7 @@ def test_the_error_of_each_expert_is_measured(
     assert max(packed.relative_errors(block.name, INT8)) < min(told)
 
 
-def test_of_zeros_nothing_is_lost() -> None:
+def test_zero_weights_have_zero_error() -> None:
     specs = mixtral_block()[0].layout.specs
     slot = allocate_slot(INT4, specs, CPU)
     native = {s: torch.zeros(spec.shape, dtype=spec.dtype) for s, spec in specs.items()}
@@ -136,7 +136,7 @@ def test_of_zeros_nothing_is_lost() -> None:
     assert INT4.relative_error(slot.tensors, native, specs) == 0
 
 
-def test_serving_uses_it_and_says_so(folder: Path) -> None:
+def test_serving_uses_packed_store(folder: Path) -> None:
     ids = tokens(1, 8)
     settings = LoadSettings(precision="int4")
     with load_model(folder, settings) as served:
@@ -159,7 +159,7 @@ def test_serving_uses_it_and_says_so(folder: Path) -> None:
         assert torch.equal(logits(served.model, ids), expected)
 
 
-def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) -> None:
+def test_packed_model_needs_no_encoding_memory(folder: Path) -> None:
     skeleton, settings = build_skeleton(folder), LoadSettings(precision="int4")
     specs = skeleton.blocks[0].layout.specs
     slots = SPARES * INT4.nbytes(specs) + skeleton.blocks[0].expert_bytes  # and one decoded
@@ -171,7 +171,7 @@ def test_with_everything_packed_nothing_is_held_back_for_encoding(folder: Path) 
     assert memory_budget(skeleton, settings).staging == before.staging
 
 
-def test_converted_experts_need_no_room_for_their_sources_either(folder: Path) -> None:
+def test_packed_experts_need_no_conversion_memory(folder: Path) -> None:
     skeleton = build_skeleton(folder, torch.bfloat16)
     settings = LoadSettings(precision="int4", dtype=torch.bfloat16)
     pack(skeleton, [INT4])
@@ -184,7 +184,7 @@ def test_converted_experts_need_no_room_for_their_sources_either(folder: Path) -
     assert other.staging > needed + block.expert_bytes
 
 
-def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:
+def test_damaged_expert_raises_when_read(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     name, path = skeleton.blocks[1].name, path_of(skeleton, INT4, 1)
@@ -202,7 +202,7 @@ def test_a_damaged_expert_is_named_when_it_is_read(folder: Path) -> None:
     store_of(skeleton, INT4).read(name, 5, slot)
 
 
-def test_a_file_cut_short_is_not_used(folder: Path) -> None:
+def test_truncated_file_is_not_used(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
@@ -213,7 +213,7 @@ def test_a_file_cut_short_is_not_used(folder: Path) -> None:
     assert "block-000.safetensors is cut short" in packed.ignored[0]
 
 
-def test_a_file_cut_short_while_it_is_used_is_an_error_that_names_it(folder: Path) -> None:
+def test_file_truncated_while_in_use_raises(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     store, block = store_of(skeleton, INT4), skeleton.blocks[0]
@@ -224,7 +224,7 @@ def test_a_file_cut_short_while_it_is_used_is_an_error_that_names_it(folder: Pat
 
 
 @pytest.mark.parametrize("offset", [0, 20, 400])
-def test_a_damaged_header_is_not_used(folder: Path, offset: int) -> None:
+def test_damaged_header_is_not_used(folder: Path, offset: int) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
@@ -235,7 +235,7 @@ def test_a_damaged_header_is_not_used(folder: Path, offset: int) -> None:
     assert open_packed(skeleton, [INT4]).ignored == ()
 
 
-def test_a_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) -> None:
+def test_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) -> None:
     other = build_skeleton(saved(tiny("Mixtral", seed=1), tmp_path / "other"))
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
@@ -247,7 +247,7 @@ def test_a_file_of_another_checkpoint_is_not_used(folder: Path, tmp_path: Path) 
     assert pack(skeleton, [INT4]).files == 1
 
 
-def test_a_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
+def test_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4, INT8])
     shutil.copy(path_of(skeleton, INT8, 0), path_of(skeleton, INT4, 0))
@@ -257,9 +257,7 @@ def test_a_file_of_another_block_or_format_is_not_used(folder: Path) -> None:
     assert "in int8 (fitted) from float32, not 8 of" in packed.ignored[0]
 
 
-def test_a_file_of_another_layout_is_not_used(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_of_another_layout_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     monkeypatch.setattr(packed_file, "LAYOUT", packed_file.LAYOUT + 1)
@@ -276,7 +274,7 @@ def test_a_file_of_another_layout_is_not_used(
      {"encoder": "nearest"}, {"text": "another"}, {"more": "x"}, {"remarks_checksum": "0"}],
     ids=str,
 )  # fmt: skip
-def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, str]) -> None:
+def test_all_header_fields_are_checksummed(folder: Path, change: dict[str, str]) -> None:
     skeleton = build_skeleton(folder)
     pack(skeleton, [INT4])
     path = path_of(skeleton, INT4, 0)
@@ -293,7 +291,7 @@ def test_every_figure_of_the_header_is_covered(folder: Path, change: dict[str, s
     assert open_packed(skeleton, [INT4]).ignored == ()
 
 
-def test_some_other_safetensors_file_is_not_used(folder: Path) -> None:
+def test_other_safetensors_file_is_not_used(folder: Path) -> None:
     skeleton = build_skeleton(folder)
     path = path_of(skeleton, INT4, 0)
     path.parent.mkdir(parents=True)
@@ -301,7 +299,7 @@ def test_some_other_safetensors_file_is_not_used(folder: Path) -> None:
     assert "was not written by `moefit pack`" in open_packed(skeleton, [INT4]).ignored[0]
 
 
-def test_further_training_in_the_same_folder_makes_another_checkpoint(folder: Path) -> None:
+def test_changed_weights_change_fingerprint(folder: Path) -> None:
     pack(build_skeleton(folder), [INT4])
     tensors = load_file(folder / SINGLE)
     remarks = read_header(folder / SINGLE)[0]
@@ -314,9 +312,7 @@ def test_further_training_in_the_same_folder_makes_another_checkpoint(folder: Pa
     assert "was packed from another checkpoint, which" in report["packed_ignored"][0]
 
 
-def test_the_fingerprint_is_the_content_s_and_not_the_folder_s(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_fingerprint_depends_on_content_only(folder: Path, tmp_path: Path) -> None:
     first = fingerprint(build_skeleton(folder))
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert fingerprint(build_skeleton(copy)) == first
@@ -329,7 +325,7 @@ def test_the_fingerprint_is_the_content_s_and_not_the_folder_s(
     )
 
 
-def test_without_need_of_it_nothing_is_looked_for(
+def test_packed_store_is_not_read_unless_needed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

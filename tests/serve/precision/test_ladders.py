@@ -24,7 +24,7 @@ LADDER = tuple(
 )
 
 
-def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -> None:
+def test_unpacked_errors_are_expected_errors(tmp_path: Path) -> None:
     skeleton = build_skeleton(
         saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m")
     )
@@ -41,7 +41,7 @@ def test_without_packed_files_all_lose_what_is_expected_of_any(tmp_path: Path) -
     assert ladders[0][-1].format == "native" and ladders[0][-1].error == 0
 
 
-def test_precision_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
+def test_auto_uses_measured_errors(tmp_path: Path) -> None:
     """On the ladder of each expert, once every format of it is packed."""
     skeleton = build_skeleton(
         saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m")
@@ -59,7 +59,7 @@ def test_precision_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
         assert (steps[0].format, steps[-1].format, steps[-1].error) == ("int2", "native", 0)
 
 
-def test_ladders_of_blocks_are_those_of_each_of_their_experts() -> None:
+def test_block_choices_equal_expert_choices() -> None:
     small = LADDER[:1]
     assert by_expert({"a": [LADDER, small], "b": [small]}) == {
         ("a", 0): LADDER,
@@ -69,7 +69,7 @@ def test_ladders_of_blocks_are_those_of_each_of_their_experts() -> None:
 
 
 @given(st.integers(0, 700))
-def test_what_experts_begin_with_treats_all_alike_and_keeps_the_room(room: int) -> None:
+def test_initial_choices_are_uniform_and_fit(room: int) -> None:
     ladders = by_expert({"a": [LADDER] * 3, "b": [LADDER]})
     chosen = initial_choices(ladders, room)
     assert chosen.keys() == ladders.keys()

@@ -18,7 +18,7 @@ cases = st.lists(choices(), min_size=1, max_size=4)
 
 
 @given(choices())
-def test_a_ladder_goes_up_in_bytes_and_down_in_error_and_gain(options) -> None:
+def test_choices_increase_in_bytes_and_decrease_in_error(options) -> None:
     steps = ladder(options)
     assert steps[0].nbytes == min(one.nbytes for one in options)
     gains = [
@@ -31,7 +31,7 @@ def test_a_ladder_goes_up_in_bytes_and_down_in_error_and_gain(options) -> None:
 
 
 @given(cases, st.integers(0, 160), st.data())
-def test_allocation_keeps_the_bytes_and_is_one_step_from_the_best(options, room, data) -> None:
+def test_allocation_fits_and_is_near_optimum(options, room, data) -> None:
     ladders = dict(enumerate(map(ladder, options)))
     sensitivity = {key: data.draw(st.floats(0.1, 10)) for key in ladders}
     chosen = allocate(ladders, sensitivity, room)
@@ -53,7 +53,7 @@ def test_allocation_keeps_the_bytes_and_is_one_step_from_the_best(options, room,
     assert weighted_error(chosen, sensitivity) <= best + largest_step + 1e-9
 
 
-def test_bytes_go_to_the_sensitive() -> None:
+def test_sensitive_experts_get_more_bytes() -> None:
     steps = ladder(
         [FormatChoice(format="a", nbytes=1, error=4), FormatChoice(format="b", nbytes=2, error=0)]
     )
@@ -61,6 +61,6 @@ def test_bytes_go_to_the_sensitive() -> None:
     assert {key: one.format for key, one in chosen.items()} == {"cold": "a", "hot": "b"}
 
 
-def test_nobody_counts_nothing() -> None:
+def test_every_expert_has_weight() -> None:
     assert smoothed([0.0, 0.0], 0.05) == [0.05, 0.05]
     assert min(smoothed([0.0, 8.0, 1.0], 0.05)) > 0

@@ -62,7 +62,7 @@ def bytes_for(served, **counts: int) -> int:
     )
 
 
-def test_what_a_budget_buys_is_known_beforehand(folder) -> None:
+def test_formats_for_budget_are_estimated(folder) -> None:
     skeleton, how = (
         build_skeleton(folder),
         LoadSettings(precision="auto", memory="4GiB", context=64),
@@ -82,7 +82,7 @@ def test_what_a_budget_buys_is_known_beforehand(folder) -> None:
     assert initial_formats(skeleton, how, plenty, packed).formats == {"native": 16}
 
 
-def test_loading_says_how_many_experts_have_come(folder) -> None:
+def test_loading_reports_progress(folder) -> None:
     heard: list[tuple[str, int, int]] = []
     how = {"precision": "auto", "memory": "4GiB", "dense_precision": "int8", "context": 64}
     with moefit.load(folder, progress=lambda *one: heard.append(one), **how):
@@ -93,14 +93,14 @@ def test_loading_says_how_many_experts_have_come(folder) -> None:
         assert [done for _, done, _ in rest] == list(range(1, rest[-1][2] + 1))
 
 
-def test_with_enough_memory_everything_is_native_and_the_models_own(served, folder) -> None:
+def test_enough_memory_gives_native_output(served, folder) -> None:
     assert formats(served) == {"native": 16}
     with moefit.load(folder) as exact, torch.inference_mode():
         expected = exact.model(ids(1)).logits
         assert torch.equal(served.model(ids(1)).logits, expected)
 
 
-def test_every_expert_answers_at_a_budget_between_two_formats(served) -> None:
+def test_all_experts_are_resident_between_two_formats(served) -> None:
     served.set_memory(bytes_for(served, int4=10, int2=6))
     served.settle_precision()
     served.check()
@@ -113,7 +113,7 @@ def test_every_expert_answers_at_a_budget_between_two_formats(served) -> None:
     assert served.report()["fetches"] == before
 
 
-def test_the_budget_holds_whatever_it_is_changed_to(served) -> None:
+def test_budget_holds_after_any_change(served) -> None:
     with torch.inference_mode():
         for step, count in enumerate((16, 3, 12, 16, 2, 9, 16)):
             served.set_memory(bytes_for(served, int3=count))
@@ -123,7 +123,7 @@ def test_the_budget_holds_whatever_it_is_changed_to(served) -> None:
             assert sum(formats(served).values()) <= 16
 
 
-def test_hot_experts_go_up_and_cold_ones_down(served) -> None:
+def test_hot_experts_are_upgraded_and_cold_ones_downgraded(served) -> None:
     served.set_memory(bytes_for(served, int4=16))
     name, experts = next(iter(served.blocks.items()))
     hot = next(iter(experts.slot_table.residents))
@@ -135,7 +135,7 @@ def test_hot_experts_go_up_and_cold_ones_down(served) -> None:
     assert slot.format.name in ("int8", "native")
 
 
-def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None:
+def test_upgrades_happen_while_model_runs(served) -> None:
     served.set_memory(bytes_for(served, int4=16))
     served.settle_precision()
     experts = list(served.blocks.values())[1]
@@ -153,14 +153,14 @@ def test_swaps_of_precision_come_by_themselves_as_the_model_runs(served) -> None
     raise AssertionError("an expert that everybody asks for stayed at its precision")
 
 
-def test_slots_whose_experts_left_keep_no_bytes_that_are_needed(served) -> None:
+def test_empty_slots_release_bytes(served) -> None:
     served.set_residents({name: [0] for name in served.blocks})
     served.set_memory(bytes_for(served, int2=16))
     served.check()
     assert formats(served) == {"int2": 16}
 
 
-def test_while_experts_have_no_slot_none_is_upgraded(served) -> None:
+def test_no_upgrades_while_experts_are_absent(served) -> None:
     one_up = bytes_for(served, int2=15, int3=1) - bytes_for(served, int2=16)
     assert 0 < one_up < bytes_for(served, int2=1) - bytes_for(served)
     served.set_memory(bytes_for(served, int2=15) + one_up)
@@ -175,7 +175,7 @@ def test_while_experts_have_no_slot_none_is_upgraded(served) -> None:
     assert set(formats(served)) == {"int2"}  # one more, perhaps, that is just being swapped in
 
 
-def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:
+def test_failed_read_keeps_precision(served, monkeypatch) -> None:
     served.set_memory(bytes_for(served, int2=16))
     served.settle_precision()
     with monkeypatch.context() as patch:
@@ -188,7 +188,7 @@ def test_a_failed_read_leaves_the_old_precision(served, monkeypatch) -> None:
     assert formats(served) == {"native": 16}
 
 
-def test_without_a_limit_every_expert_comes_to_be_native(served) -> None:
+def test_no_limit_upgrades_all_to_native(served) -> None:
     served.set_memory(bytes_for(served, int2=16))
     served.settle_precision()
     budget = served.set_memory(None)
@@ -204,12 +204,12 @@ def test_without_a_limit_every_expert_comes_to_be_native(served) -> None:
     assert formats(served)["native"] == 15
 
 
-def test_a_plain_budget_has_one_format_and_no_more_than_everything(folder) -> None:
+def test_budget_of_one_format_is_capped(folder) -> None:
     budget = memory_budget(build_skeleton(folder), LoadSettings(precision="int4", context=64))
     assert (budget.max_bytes, budget.all_resident_bytes_in()) == (budget.all_resident_bytes, {})
 
 
-def test_a_smaller_budget_that_cannot_be_reached_changes_nothing(served, monkeypatch) -> None:
+def test_unreachable_budget_changes_nothing(served, monkeypatch) -> None:
     before = served.budget
     with monkeypatch.context() as patch:
         patch.setattr(type(served._store), "read", _fail)
@@ -225,14 +225,14 @@ def _fail(*_: object) -> None:
     raise CheckpointError("the disk is gone")
 
 
-def test_without_a_budget_there_is_nothing_to_divide(folder) -> None:
+def test_no_allocation_without_budget(folder) -> None:
     with pytest.raises(ConfigError, match="memory is not given"):
         moefit.load(folder, precision="auto")
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(AUTO_FORMATS[:-1]), st.integers(0, 99))
-def test_normal_weights_lose_what_the_table_says(name: str, seed: int) -> None:
+def test_expected_error_of_normal_weights(name: str, seed: int) -> None:
     specs = {"w": TensorSpec((48, 256), torch.float32)}
     slot = allocate_slot(FORMATS[name], specs, torch.device("cpu"))
     native = {"w": torch.randn(48, 256, generator=torch.Generator().manual_seed(seed))}

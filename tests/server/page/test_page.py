@@ -44,7 +44,7 @@ MAP_HIDDEN = """
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (8, 16), (48, 256)])
-def test_nothing_is_wider_than_the_window(tab, served, shape):
+def test_page_fits_window_width(tab, served, shape):
     model, url = served(*shape, mixed=True)
     tab.open(url)
     assert tab.text("map-of") == f"of {model.layers * model.experts:,}"
@@ -56,7 +56,7 @@ def test_nothing_is_wider_than_the_window(tab, served, shape):
         assert width < 1280 or tab.script(MAP_HIDDEN) <= 0, "a desktop shows the map whole"
 
 
-def test_figures_are_the_servers(page):
+def test_page_shows_server_values(page):
     tab, model = page
     memory = model.memory()
     resident = sum(len(block["resident"]) for block in memory["blocks"])
@@ -69,7 +69,7 @@ def test_figures_are_the_servers(page):
     assert tab.driver.title == f"{memory['model']} · moefit"
 
 
-def test_the_map_is_read_out_cell_by_cell_with_the_keyboard(tab, served):
+def test_residency_map_is_keyboard_accessible(tab, served):
     _, url = served(4, 8, mixed=True)
     tab.open(url)
     canvas = tab.by_id("map-canvas")
@@ -87,7 +87,7 @@ def test_the_map_is_read_out_cell_by_cell_with_the_keyboard(tab, served):
     assert "4 layers" in tab.text("map-summary")
 
 
-def test_a_pointed_at_cell_is_read_out(page):
+def test_hovered_cell_is_described(page):
     tab, _ = page
     tab.script("""
         const canvas = document.getElementById('map-canvas');
@@ -136,7 +136,7 @@ def test_text_is_readable_in_light_and_dark(tab, served, dark):
     assert tab.script(CONTRAST) == []
 
 
-def test_everything_that_can_be_used_has_a_name(page):
+def test_controls_have_accessible_names(page):
     tab, _ = page
     nodes = tab.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = {
@@ -154,7 +154,7 @@ def test_everything_that_can_be_used_has_a_name(page):
     assert [n for n in used if not n["name"].get("value")] == []
 
 
-def test_nothing_moves_for_those_who_ask_for_calm(tab, served):
+def test_reduced_motion_is_respected(tab, served):
     _, url = served()
     code = "return getComputedStyle(document.querySelector('.part')).transitionDuration"
     tab.open(url, calm=True)
@@ -166,7 +166,7 @@ def test_nothing_moves_for_those_who_ask_for_calm(tab, served):
 # What is done
 
 
-def test_what_is_being_set_stays_while_the_world_changes(page):
+def test_edited_value_is_not_overwritten(page):
     tab, model = page
     slider = tab.by_id("dial-range")
     slider.send_keys(Keys.PAGE_DOWN, Keys.ARROW_LEFT)
@@ -186,7 +186,7 @@ LABELS = """
 """
 
 
-def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
+def test_slider_extends_to_best_format(tab, served):
     model, url = served(4, 8, mixed=True, auto=True, slot=8 << 20)
     model.total = model.all_resident_bytes_in["int4"]
     tab.open(url)
@@ -212,7 +212,7 @@ def test_the_dial_goes_on_to_the_best_format_where_experts_differ(tab, served):
     assert model.changes == [{"bytes": model.most}]
 
 
-def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, served):
+def test_slider_is_usable_with_large_budget(tab, served):
     model, url = served()
     model.total = 20 * model.all_resident_bytes
     tab.open(url)
@@ -229,7 +229,7 @@ def test_a_budget_for_much_more_than_the_model_leaves_the_dial_its_use(tab, serv
     assert model.min_bytes < model.changes[0]["bytes"] < model.all_resident_bytes
 
 
-def test_a_mode_and_its_bound_are_set(page):
+def test_mode_and_bound_are_set(page):
     tab, model = page
     tab.script("document.querySelector('input[value=bounded]').click()")
     tab.write("bound", "0.2")
@@ -241,7 +241,7 @@ def test_a_mode_and_its_bound_are_set(page):
     assert "Prompts are processed in exact mode" in tab.text("dial-note")
 
 
-def test_a_server_that_goes_away_is_waited_for(page):
+def test_page_waits_for_server(page):
     tab, model = page
     shown = tab.text("map-count")
     model.fails = True
@@ -253,7 +253,7 @@ def test_a_server_that_goes_away_is_waited_for(page):
     assert not tab.by_id("trouble").is_displayed()
 
 
-def test_what_is_wrong_is_shown_until_it_is_not(page):
+def test_errors_are_shown_until_resolved(page):
     tab, model = page
     assert not tab.by_id("problems").is_displayed()
     model.problems = ["experts cannot be read"]
@@ -264,7 +264,7 @@ def test_what_is_wrong_is_shown_until_it_is_not(page):
     assert not tab.by_id("problems").is_displayed()
 
 
-def test_a_hidden_page_asks_for_nothing(page):
+def test_hidden_page_does_not_poll(page):
     tab, model = page
     hide = """
         Object.defineProperty(document, 'hidden', { get: () => arguments[0], configurable: true });
@@ -279,7 +279,7 @@ def test_a_hidden_page_asks_for_nothing(page):
     tab.until(lambda: model.asked)
 
 
-def test_an_answer_is_text_whatever_it_says(page):
+def test_output_is_shown_as_text(page):
     tab, _ = page
     tab.write("try-prompt", "<i>p</i>")
     tab.write("try-tokens", "15")
@@ -294,7 +294,7 @@ def test_an_answer_is_text_whatever_it_says(page):
     assert tab.text("try-pace").endswith(" tokens/s")
 
 
-def test_stop_hangs_up(page):
+def test_stop_disconnects(page):
     tab, model = page
     tab.write("try-tokens", "5000")
     tab.click("try-run")
@@ -306,7 +306,7 @@ def test_stop_hangs_up(page):
     assert tab.by_id("try-run").is_enabled()
 
 
-def test_an_error_within_a_stream_is_shown(page):
+def test_stream_error_is_shown(page):
     tab, model = page
     model.breaks_after = 3
     tab.click("try-run")
@@ -314,14 +314,14 @@ def test_an_error_within_a_stream_is_shown(page):
     assert "word2" in tab.text("try-answer")
 
 
-def test_a_stream_that_ends_before_its_end_is_not_taken_for_whole(page):
+def test_truncated_stream_is_reported(page):
     tab, model = page
     model.ends_after = 2
     tab.click("try-run")
     tab.until(lambda: "ended the stream early" in tab.text("try-state"))
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_only(tab, served):
+def test_api_key_is_kept_in_tab(tab, served):
     model, url = served()
     model.key = "sesame"
     tab.open(url)

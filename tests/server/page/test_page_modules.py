@@ -19,12 +19,12 @@ def modules(tab: Browser, address):
 SIZES = [0, 1, 1023, 1024, 1536, 10 * MIB - 1, 99.94 * MIB, 1000 * MIB, 5046586573, 3 << 40]
 
 
-def test_bytes_are_written_as_the_command_line_writes_them(modules):
+def test_bytes_are_formatted_like_command_line(modules):
     written = modules.module("numbers", "v[0].map(m.formatBytes)", SIZES)
     assert written == [format_bytes(size) for size in SIZES]
 
 
-def test_bytes_are_read_as_the_server_reads_them(modules):
+def test_bytes_are_parsed_like_server(modules):
     texts = ["4.7GiB", "512MB", "3g", " 1.5 KiB ", "1048576", "12b", ".5mib", "2TiB"]
     assert modules.module("dial", "v[0].map(m.parseBytes)", texts) == [
         parse_bytes(t) for t in texts
@@ -33,7 +33,7 @@ def test_bytes_are_read_as_the_server_reads_them(modules):
     assert modules.module("dial", "v[0].map(m.parseBytes)", no) == [None] * len(no)
 
 
-def test_sizes_that_differ_by_a_step_are_written_differently(modules):
+def test_adjacent_slider_sizes_differ(modules):
     sizes = [375 * MIB + step * MIB // 16 for step in range(40)]
     texts = modules.module(
         "numbers", "v[0].map((size) => m.formatFine(size, v[1]))", sizes, MIB / 16
@@ -42,7 +42,7 @@ def test_sizes_that_differ_by_a_step_are_written_differently(modules):
     assert modules.module("numbers", "m.formatFine(27 * 2 ** 30, 2 ** 28)") == "27.0 GiB"
 
 
-def test_the_ends_of_the_dial_are_exact_and_each_position_finds_itself(modules):
+def test_slider_positions_round_trip(modules):
     ends = {"floor": 393347073, "top": 405143553}
     there = modules.module("dial", "[...Array(1001).keys()].map((p) => m.bytesAt(p, v[0]))", ends)
     assert (there[0], there[-1]) == (ends["floor"], ends["top"])
@@ -54,7 +54,7 @@ def test_the_ends_of_the_dial_are_exact_and_each_position_finds_itself(modules):
     assert modules.module("dial", "m.ticks({ floor: 5, top: 5 })") == []
 
 
-def test_the_dial_ends_where_more_memory_is_of_no_use(modules):
+def test_slider_ends_at_maximum_useful_memory(modules):
     plain, auto = Pretender().memory(), Pretender(auto=True).memory()
     ends = modules.module("dial", "v[0].map(m.rangeOf)", [plain, auto])
     assert ends[0] == {
@@ -70,7 +70,7 @@ def test_the_dial_ends_where_more_memory_is_of_no_use(modules):
     assert modules.module("dial", code, ends[1], rows) == [8, 128, 128]
 
 
-def test_formats_that_hold_every_expert_are_on_the_dial(modules):
+def test_slider_marks_formats(modules):
     memory = Pretender(auto=True).memory()
     held = memory["everything_in"]
     sizes = [held["int2"] - 1, held["int2"], held["int8"] - 1, held["int8"], 2 * held["native"]]
@@ -84,7 +84,7 @@ def test_formats_that_hold_every_expert_are_on_the_dial(modules):
     assert modules.module("dial", "m.formatTicks({}, m.rangeOf(v[0]))", memory) == []
 
 
-def test_only_what_differs_is_asked_for(modules):
+def test_only_changes_are_sent(modules):
     force = {"bytes": 100, "mode": "exact", "bound": 0.3}
     cases = [
         ({}, None),
@@ -102,7 +102,7 @@ def test_only_what_differs_is_asked_for(modules):
 
 
 @pytest.mark.parametrize("total", [None, 383 * MIB, 500 * MIB])
-def test_the_breakdowns_parts_fill_the_budget_and_follow_each_other(modules, total):
+def test_breakdown_parts_fill_budget(modules, total):
     model = Pretender()
     model.total = total
     memory = model.memory()
@@ -115,7 +115,7 @@ def test_the_breakdowns_parts_fill_the_budget_and_follow_each_other(modules, tot
     assert view["marks"]["most"] * view["axis"] == pytest.approx(memory["most"])
 
 
-def test_a_plan_is_shown_with_its_predicted_cost(modules):
+def test_plan_shows_predicted_cost(modules):
     plan = {"words": "12 int4, exact", "loss": 0.0123, "margin": 0.004, "tokens_per_second": 11.26}
     said = modules.module("breakdown", "v.map(m.planned)", plan, {**plan, "loss": -0.002}, None)
     assert said == [
@@ -125,7 +125,7 @@ def test_a_plan_is_shown_with_its_predicted_cost(modules):
     ]
 
 
-def test_layers_are_told_apart_by_the_shortest_names(modules):
+def test_layer_names_are_shortened(modules):
 
     def short(*names):
         return modules.module("residency", "m.shortNames(v[0])", names)
@@ -136,7 +136,7 @@ def test_layers_are_told_apart_by_the_shortest_names(modules):
     assert short("a.1.b", "a.1.c") == ["0", "1"]
 
 
-def test_events_are_whole_wherever_the_stream_is_cut(modules):
+def test_events_are_complete_for_any_chunks(modules):
     stream = 'data: {"text": "é\\n"}\r\n\r\n: comment\n\ndata:a\ndata: b\n\ndata: [DONE]\n\n'
     code = """[...Array(v[0].length).keys()].map((cut) => {
       const reader = new m.EventReader();
@@ -146,7 +146,7 @@ def test_events_are_whole_wherever_the_stream_is_cut(modules):
         assert events == ['{"text": "é\\n"}', "a\nb", "[DONE]"]
 
 
-def test_a_history_draws_gaps_where_nothing_was_known(modules):
+def test_history_has_gaps(modules):
     code = """(() => { const h = new m.History(5);
       v[0].forEach((value) => h.push(value)); return h.path(40, 11); })()"""
     assert (
@@ -156,7 +156,7 @@ def test_a_history_draws_gaps_where_nothing_was_known(modules):
     assert modules.module("history", code, [None]) == ""
 
 
-def test_rates_come_of_what_the_counters_gained(modules):
+def test_rates_are_counter_differences(modules):
     before = {"hits": 10, "fetches": 0, "bytes_read": 100}
     now = {"hits": 13, "fetches": 1, "bytes_read": 300}
     code = "m.between(v[0], v[1], v[2])"
@@ -166,6 +166,6 @@ def test_rates_come_of_what_the_counters_gained(modules):
     assert modules.module("history", code, now, before, 2) == {"hitRate": None, "bytesRead": None}
 
 
-def test_pauses_between_tries_grow_and_end_growing(modules):
+def test_retry_delay_grows_to_limit(modules):
     pauses = modules.module("poller", "[0, 1, 2, 3, 4, 5, 50].map(m.pause)")
     assert pauses == [1000, 1000, 2000, 4000, 8000, 15000, 15000]

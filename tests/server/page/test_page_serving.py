@@ -70,7 +70,7 @@ def answer(tab) -> str:
     return tab.text("try-answer").removeprefix(PROMPT)
 
 
-def test_the_dial_turns_while_a_completion_streams(page, engine, url):
+def test_memory_changes_during_stream(page, engine, url):
     tab = page
     tab.script("document.getElementById('try-prompt').value = arguments[0]", PROMPT)
     tab.write("try-tokens", "1500")
@@ -103,7 +103,7 @@ def test_the_dial_turns_while_a_completion_streams(page, engine, url):
     assert answer(tab).startswith(text) and len(text) > 20, "as if the budget had stayed"
 
 
-def test_below_the_floor_the_servers_words_are_shown(page, engine):
+def test_server_error_is_shown(page, engine):
     tab, before = page, engine.served.budget.total
     tab.write("dial-box", "64 MiB" + Keys.ENTER)
     tab.until(lambda: "wrong" in tab.by_id("dial-answer").get_attribute("class"))
@@ -114,7 +114,7 @@ def test_below_the_floor_the_servers_words_are_shown(page, engine):
     assert tab.text("dial-answer") == "" and not tab.by_id("undo").is_displayed()
 
 
-def test_mode_and_bound_are_the_servers(page, engine):
+def test_page_shows_server_mode_and_bound(page, engine):
     tab = page
     assert tab.by_id("bound").get_attribute("value") == "0.3"
     tab.script("document.querySelector('input[value=bounded]').click()")
@@ -123,7 +123,7 @@ def test_mode_and_bound_are_the_servers(page, engine):
     assert (engine.served.policy.mode, engine.served.policy.bound) == ("bounded", 0.1)
 
 
-def test_what_others_change_shows(page, engine, url):
+def test_external_changes_are_shown(page, engine, url):
     everything = engine.served.budget.all_resident_bytes
     ask(url, "v1/memory", {"bytes": everything, "mode": "virtual"})
     page.until(lambda: page.text("mode") == "virtual")
@@ -131,7 +131,7 @@ def test_what_others_change_shows(page, engine, url):
     assert "Unlock" not in page.script("return document.body.innerText")
 
 
-def test_the_key_is_asked_for_and_opens(tab, engine):
+def test_api_key_unlocks_page(tab, engine):
     with collect_stats(engine, api_key=KEY) as url:
         tab.open(url)
         assert tab.state() == "locked"

@@ -26,7 +26,7 @@ def client(tmp_path: Path) -> TestClient:
     return TestClient(app)
 
 
-def test_page_and_parts(client: TestClient) -> None:
+def test_page_and_modules_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.text == "<p>hello"
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -39,9 +39,9 @@ def test_page_and_parts(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "name", ["secret.key", "inner.js", "../outside.html", "%2e%2e%2foutside.html", "none.js", ""]
 )
-def test_nothing_else_is_found(client: TestClient, name: str) -> None:
+def test_other_files_are_not_served(client: TestClient, name: str) -> None:
     error_of(client.get(f"/page/{name}"), 404)
 
 
-def test_a_package_without_page_serves_the_rest(tmp_path: Path) -> None:
+def test_server_without_page_works(tmp_path: Path) -> None:
     assert pages.page_files(tmp_path / "nowhere") == {}
