@@ -258,7 +258,7 @@ def test_command(tmp_path: Path) -> None:
             "gives 0 windows of 256 tokens, too few to calibrate on",
         ),
         (["--text", "{text}.none"], "cannot read .*story.txt.none: No such file"),
-        (["--text", "{text}", "--check"], "--text is to encode by; give one of them"),
+        (["--text", "{text}", "--check"], "--text is for encoding; give one of them"),
         (["--memory", "8GiB"], "none is given"),
     ],
 )
