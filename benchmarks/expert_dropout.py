@@ -1,0 +1,260 @@
+"""What does a model that was trained with experts absent lose when only some are in memory?
+
+    python benchmarks/expert_dropout.py base=MODEL NAME=MODEL... --text FILE [--save NAME]
+
+The first model is the base that the others are compared with; all must have the same tokenizer.
+Two measurements on the same text, which none of them has seen:
+
+- in one pass per window, over `--full-tokens`: perplexity with all experts and its difference to
+  the base's, and with few experts per layer, chosen as for `fixed` below;
+- with few experts: step by step over `--tokens`, as a server decodes, with a share of each layer's
+  experts in memory, against the same model with all of them. `fixed` is virtual mode without swaps:
+  the residents are the first ones of the order that the model records, or, where it records none,
+  the most important ones of other windows of the same text.
+
+With `--points FILE` a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import record
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from subject import Subject, as_text, summarised
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from moefit.evaluate.baselines import fix_residents
+from moefit.evaluate.loading import load_full_model
+from moefit.evaluate.passage import text_of_file
+from moefit.evaluate.stepwise import score_steps
+from moefit.moe.expert_dropout import dropout_record
+from moefit.serve.model import ServedModel
+from moefit.train.expert_dropout import AllowedExperts, first_experts, measured_order
+
+SHARES = (1.0, 0.5, 1 / 3, 0.25, 0.125)
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"mode": "exact"},
+    "bounded": {"mode": "bounded"},
+    "virtual": {"mode": "virtual"},
+    "fixed": {"mode": "virtual"},
+}
+
+
+def main() -> None:
+    arguments = parse()
+    models = dict(pair.split("=", 1) for pair in arguments.models)
+    modes = arguments.modes.split(",")
+    full = full_memory(models, arguments)
+    known = known_points(arguments.points)
+    results: dict[str, Any] = {}
+    for name, model in models.items():
+        subject = Subject(model, None, arguments, precision=arguments.precision)
+        points = []
+        for share in SHARES:
+            for mode in modes if share < 1 else modes[:1]:
+                key = (name, mode, round(share, 4))
+                if key not in known:
+                    labels = {"model": name, "mode": mode, "share": round(share, 4)}
+                    known[key] = {**labels, **measured(subject, mode, share)}
+                    if arguments.points:
+                        with arguments.points.open("a") as file:
+                            file.write(json.dumps(known[key]) + "\n")
+                points.append(known[key])
+        results[name] = {"trained": trained(model), "full_memory": full[name], "points": points}
+        Console(width=120).print(table(name, results[name], results[next(iter(models))]))
+    if arguments.save:
+        notes = (
+            "full_memory: perplexity with all experts; to_base: the difference to the first "
+            "model's, with its standard error over windows; few: with only so many experts per "
+            "layer, chosen as for fixed, in one pass per window; loss: perplexity step by step "
+            "over that of the same model with all experts, less one; error: the standard error of "
+            "its logarithm over windows; bytes_per_token: read from storage; fixed: virtual mode "
+            "without swaps"
+        )
+        path = record.write("expert-dropout", results, notes=notes, suffix=arguments.save)
+        draw(results, path.with_suffix(".png"))
+        print(path)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--full-tokens", type=int, default=32768)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--precision", default="native")
+    parser.add_argument("--points", type=Path, help="measured points, kept from run to run")
+    parser.add_argument("--save", metavar="NAME")
+    return parser.parse_args()
+
+
+def known_points(file: Path | None) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """What an earlier run measured."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {(one["model"], one["mode"], one["share"]): one for one in found}
+
+
+def trained(model: str) -> dict[str, Any] | None:
+    """The settings of the expert dropout that the model was trained with."""
+    found = dropout_record(load_full_model(model)[0].config)
+    if found is None:
+        return None
+    return {key: value for key, value in found.as_dict().items() if key != "resident_order"}
+
+
+@torch.inference_mode()
+def full_memory(models: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Perplexities with all experts and with few, and the differences to the first model's."""
+    losses: dict[str, dict[int, list[float]]] = {}
+    for name, model in models.items():
+        loaded, tokenizer = load_full_model(model)
+        text = text_of_file(arguments.text, tokenizer, arguments.context, 2 * arguments.full_tokens)
+        windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
+        calibration = [window_L[None, :-1] for window_L in windows[1:17:2]]
+        losses[name] = losses_by_count(loaded.eval(), windows[::2], calibration)
+    base = next(iter(losses.values()))
+    return {name: _compared(own, base) for name, own in losses.items()}
+
+
+def losses_by_count(
+    model: PreTrainedModel, windows: list[Tensor], calibration: list[Tensor]
+) -> dict[int, list[float]]:
+    """By the number of experts per layer, the mean loss of each window."""
+    found = dropout_record(model.config)
+    order = found.resident_order if found is not None else ()
+    order = order or measured_order(model, calibration)
+    num_experts = int(model.config.num_experts)
+    allowed = AllowedExperts(model)
+    losses: dict[int, list[float]] = {}
+    for count in (max(1, round(share * num_experts)) for share in SHARES):
+        allowed_LE = first_experts(order, count, num_experts)
+        limit = allowed.arguments(allowed_LE[:, None] if count < num_experts else None)
+        losses[count] = [_loss(model, window_L, limit) for window_L in windows]
+    allowed.remove()
+    return losses
+
+
+def _compared(own: dict[int, list[float]], base: dict[int, list[float]]) -> dict[str, Any]:
+    everything = max(own)
+    few = {count: _difference(some, own[everything]) for count, some in own.items()}
+    to_base, error = _difference(own[everything], base[everything])
+    return {
+        "perplexity": math.exp(fmean(own[everything])),
+        "to_base": to_base,
+        "error": error,
+        "windows": len(own[everything]),
+        "few": {
+            count: {
+                "loss": loss,
+                "error": spread,
+                "to_base": _difference(own[count], base[everything])[0],
+            }
+            for count, (loss, spread) in few.items()
+            if count < everything
+        },
+    }
+
+
+def _difference(some: list[float], others: list[float]) -> tuple[float, float]:
+    """The relative difference of perplexities on the same windows, and its standard error."""
+    differences = [a - b for a, b in zip(some, others, strict=True)]
+    return math.expm1(fmean(differences)), stdev(differences) / math.sqrt(len(differences))
+
+
+def _loss(model: Any, window_L: Tensor, limit: dict[str, Any]) -> float:
+    logits_TV = model(input_ids=window_L[None, :-1], use_cache=False, **limit).logits[0]
+    return F.cross_entropy(logits_TV.float(), window_L[1:]).item()
+
+
+def measured(subject: Subject, mode: str, share: float) -> dict[str, Any]:
+    """One mode at one share of the experts of each layer, on a model loaded for it."""
+    ids_T = torch.cat(subject.calibration)
+    context = len(ids_T) if mode == "fixed" else subject.context
+    with subject.load(context=context, **MODES[mode]) as served:
+        counts = [max(1, round(share * one.num_experts)) for one in served.blocks.values()]
+        served.set_memory(served.budget.total_for_slots(counts))
+        if mode == "fixed":
+            _fix(served, ids_T)
+        else:
+            score_steps(served, as_text(subject.calibration[0]))  # warm
+        scores = [score_steps(served, as_text(window_L)) for window_L in subject.scored]
+    return summarised(scores)
+
+
+def _fix(served: ServedModel, ids_T: Tensor) -> None:
+    """Fix the residents: by the model's order, or by importance on other windows."""
+    record_ = dropout_record(served.model.config)
+    if record_ is None or not record_.resident_order:
+        fix_residents(served, "importance", calibration_ids_T=ids_T)
+    else:
+        served.set_mode("virtual", residency="fixed")
+        served.hold_first_experts()
+
+
+def table(name: str, result: dict[str, Any], base: dict[str, Any]) -> Table:
+    full = result["full_memory"]
+    out = Table(
+        title=f"{name}: perplexity {full['perplexity']:.2f} in full memory, "
+        f"{full['to_base']:+.2%} +- {full['error']:.2%} to the base; with few experts "
+        + ", ".join(f"{few} {one['loss']:+.1%}" for few, one in full["few"].items()),
+        title_justify="left",
+    )
+    for heading in (
+        "experts",
+        "mode",
+        "loss",
+        "error",
+        "base's loss",
+        "agree",
+        "hits",
+        "read/token",
+    ):
+        out.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
+    others = {(one["mode"], one["share"]): one for one in base["points"]}
+    for one in result["points"]:
+        out.add_row(
+            f"{one['slots']}/{one['experts']}",
+            one["mode"],
+            f"{one['loss']:+.1%}",
+            f"{one['error']:.1%}",
+            f"{others[one['mode'], one['share']]['loss']:+.1%}",
+            f"{one['agreement']:.0%}",
+            f"{one['hit_rate']:.0%}",
+            f"{one['bytes_per_token'] / 1024:.0f} KiB",
+        )
+    return out
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    panels = {"virtual": "loss", "fixed": "loss", "exact": "bytes_per_token"}
+    for axes, (mode, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name, result in results.items():
+            line = [one for one in result["points"] if one["mode"] == mode]
+            scale = 100 if key == "loss" else 1 / 1024
+            xs = [100 * one["share"] for one in line]
+            axes.plot(xs, [scale * one[key] for one in line], "o-", ms=4, label=name)
+        axes.set_title(mode)
+        axes.set_xlabel("experts in memory, %")
+        axes.set_ylabel("perplexity above all experts, %" if key == "loss" else "KiB per token")
+        axes.grid(alpha=0.3)
+        if key == "loss":
+            axes.set_yscale("symlog", linthresh=5)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
