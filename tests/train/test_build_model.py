@@ -83,6 +83,13 @@ def test_olmoe_trains_all_experts():
     assert (weights.k, weights.load_balancing) == (4, 0.01)
 
 
+def test_olmoe_is_sparse_with_a_number_of_experts_per_token():
+    model = built(model=OLMOE | {"num_experts_per_tok": 2}, loss={"load_balancing": 0.01})
+    assert (model.config.num_experts_per_tok, model.config.num_experts) == (2, 4)
+    assert loss_weights(make_config({"loss": {"load_balancing": 0.01}}), model).k == 2
+    assert model.model.layers[0].mlp.gate.top_k == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -99,7 +106,8 @@ def test_olmoe_trains_all_experts():
         ({"hidden_act": "sili"}, "model.hidden_act='sili' is unknown; use one of .*silu"),
         ({"router_aux_loss_coef": 0.1}, "has no effect.* use loss.load_balancing"),
         ({"output_router_logits": True}, "has no effect.* use loss.load_balancing"),
-        ({"num_experts_per_tok": 2}, "choose K at export"),
+        ({"num_experts_per_tok": 5}, r"num_experts_per_tok=5, .*num_experts=4 .* leave it out"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0"),
         ({"mlp_type": "gelu"}, "model.mlp_type is not a field of OlmoeConfig"),
     ],
 )

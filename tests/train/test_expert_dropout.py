@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moefit.dsmoe.export import export_olmoe
+from moefit.dsmoe.losses import RouterLossWeights
 from moefit.errors import ConfigError
 from moefit.evaluate.loading import load_full_model
 from moefit.moe.expert_dropout import dropout_record
@@ -20,6 +21,7 @@ from moefit.train.expert_dropout import (
 from moefit.train.loop import train
 from moefit.train.model import build_model
 from moefit.train.run_folder import read_log
+from moefit.train.step import make_losses
 
 OLMOE = {
     "architecture": "olmoe",
@@ -295,3 +297,51 @@ def test_locality_loss_is_added(sparse, callback, tmp_path):
     assert first[1]["router_loss"] > first[0]["router_loss"]
     with pytest.raises(ConfigError, match=r"loss.routing_locality: .*greater than or equal to 0"):
         make_config(sparse | {"loss": {"routing_locality": -1}})
+
+
+@pytest.mark.parametrize("architecture", ["dsmoe", "olmoe"])
+def test_distillation_is_the_slow_one(tree, architecture):
+    """Each sequence by itself: cross-entropy with all experts, and KL to that with few."""
+    if architecture == "olmoe":
+        tree["model"], tree["loss"] = OLMOE, {}
+    tree["model"] |= {"attention_dropout": 0.0}
+    model = built(tree)[1].train()
+    allowed, ids = AllowedExperts(model), torch.randint(300, (3, 7))
+    allowed_LBE = torch.ones(2, 3, 4, dtype=torch.bool)
+    allowed_LBE[:, 0, 1:] = False
+    allowed_LBE[0, 2, :2] = allowed_LBE[1, 2, 2:] = False
+    losses = make_losses(model, RouterLossWeights(), compile=False, allowed=allowed, distill=True)
+    found, _, mlp_logits, _ = losses(ids, torch.tensor(1.0), None, allowed_LBE)
+    found.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = torch.zeros(())
+    for b in range(3):
+        one = ids[b : b + 1]
+        full = model(input_ids=one, **allowed.arguments(None)).logits[0, :-1].log_softmax(-1)
+        expected = expected - full.gather(1, one[0, 1:, None]).mean() / 3
+        if b != 1:
+            limit = allowed.arguments(allowed_LBE[:, b : b + 1])
+            few = model(input_ids=one, **limit).logits[0, :-1].log_softmax(-1)
+            teacher = full.detach()
+            expected = expected + (teacher.exp() * (teacher - few)).sum(-1).mean() / 3
+            expected.backward()  # while the limit holds
+            expected = expected.detach()
+        else:
+            expected.backward()
+            expected = expected.detach()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert [len(logits) for logits in mlp_logits] == [3 * 7] * 2
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-5), name
+
+
+def test_without_distillation_the_text_is_always_the_target(sparse, callback, tmp_path):
+    train(make_config(sparse | {"out": str(tmp_path / "plain")}), callback)
+    sparse["expert_dropout"]["self_distillation"] = False
+    train(make_config(sparse), callback)
+    logs = [
+        [r for r in read_log(tmp_path / out) if r["kind"] == "train"] for out in ("plain", "run")
+    ]
+    assert [one["loss"] for one in logs[0][:4]] == [one["loss"] for one in logs[1][:4]]
+    assert logs[0][-1]["loss"] != logs[1][-1]["loss"]

@@ -159,8 +159,8 @@ def test_unwritable_folder_raises(tree, callback, tmp_path):
         ({"model": {"training_rule": "top_k:99"}}, ConfigError, "the most that works is top_k:16"),
         ({"model": {"preset": "dsmoe-1"}}, ConfigError, "did you mean"),
         (
-            {"model": {"architecture": "olmoe", "num_experts_per_tok": 2}, "loss": {}},
-            ConfigError, "at export",
+            {"model": {"architecture": "olmoe", "num_experts_per_tok": 99}, "loss": {}},
+            ConfigError, "leave it out to train all",
         ),
         ({"seq_len": 10**7}, DataError, "seq_len"),
         ({"device": "cuda:99"}, ConfigError, "use auto or cpu|use auto, cpu"),

@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": ("plan", "Predict what a memory budget costs, and choose a configuration."),
     "budget": ("budget", "Show or change the memory budget of a running server."),
     "train": ("train", "Train a model: CONFIG.yaml, then settings such as optimizer.lr=3e-4."),
+    "adapt": ("train", "Fine-tune a model so that it loses little with few experts in memory."),
     "export": ("train", "Write a checkpoint for transformers, vLLM and llama.cpp (OLMoE)."),
     "demo": ("train", "Train a small DS-MoE for a minute, then evaluate and serve a shipped one."),
 }

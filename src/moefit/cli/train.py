@@ -1,5 +1,6 @@
-"""Commands that train and export models: train, export, demo."""
+"""Commands that train, adapt and export models: train, adapt, export, demo."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +8,14 @@ import typer
 
 from moefit import demo as demonstration
 from moefit.cli.app import command, console, print_json, say, stopped
+from moefit.cli.loading import dropout_line
 from moefit.cli.options import Dtype, Json, Model, option, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.evaluate.loading import load_full_model
+from moefit.evaluate.loading import check_family, load_full_model, locate
+from moefit.moe.expert_dropout import dropout_record
 from moefit.moe.routing import Rule
+from moefit.train.adapt import adapt_config, write_adapted
 from moefit.train.config import read_config
 from moefit.train.display import display
 from moefit.train.loop import train as run_training
@@ -52,6 +56,70 @@ def train(
         raise stopped(result.stopped_by)
     say(f"done: {result.checkpoint}; curve: {Path(config.out) / 'curve.png'}")
     say(f"next: moefit eval {config.out}")
+
+
+class OrderName(StrEnum):
+    """Which experts stay in a sequence that has few of them."""
+
+    random = "random"
+    nested = "nested"
+    mixed = "mixed"
+
+
+class TrainableName(StrEnum):
+    """Which weights an adaptation trains."""
+
+    all = "all"
+    routers = "routers"
+
+
+@command("adapt")
+def adapt(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    text: Annotated[list[str], option("text file or folder to train on; may be repeated")],
+    steps: Annotated[int, option("training steps", min=1)] = 200,
+    trainable: Annotated[
+        TrainableName, option("all weights, or routers and norms only")
+    ] = TrainableName.all,
+    order: Annotated[
+        OrderName, option("random, nested or mixed, as for expert_dropout.order")
+    ] = OrderName.mixed,
+    share: Annotated[float, option("share of the sequences with few experts", min=0, max=1)] = 0.5,
+    least: Annotated[
+        int | None, option("fewest experts; those of a token if not given", min=1)
+    ] = None,
+    lr: Annotated[float, option("peak learning rate", min=0)] = 5e-4,
+    batch_size: Annotated[int, option("sequences per step", min=1)] = 8,
+    seq_len: Annotated[int | None, option("tokens per sequence; 256 if not given", min=2)] = None,
+    seed: Annotated[int, option("seed of batches and dropout", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """The same command goes on where a run was stopped."""
+    folder = locate(model)
+    check_family(folder)
+    settings = {
+        "data": {"sources": text},
+        "expert_dropout": {"order": order.value, "share": share, "least": least, "begin": 0.0},
+        "trainable": trainable.value,
+        "optimizer": {"lr": lr},
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        **({} if seq_len is None else {"seq_len": seq_len}),
+    }
+    config = adapt_config(folder, out, settings)
+    with display(console) as callback:
+        result = run_training(config, callback)
+    if result.stopped_by is not None:
+        say(f"{result.stopped_by}: stopped at step {result.step}; the same command goes on")
+        raise stopped(result.stopped_by)
+    write_adapted(folder, result.checkpoint, out)
+    record = dropout_record(load_full_model(str(out))[0].config)
+    assert record is not None
+    if as_json:
+        print_json({"out": str(out), "expert_dropout": record.as_dict()})
+    say(f"wrote {out}: {dropout_line(record)}")
 
 
 @command("export")

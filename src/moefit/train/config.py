@@ -147,6 +147,10 @@ class ExpertDropoutConfig(_Strict):
     of the experts if no rule fixes a number."""
     begin: float = Field(default=0.6, ge=0, lt=1)
     """Fraction of training before experts are dropped."""
+    self_distillation: bool = True
+    """Compute sequences with few experts twice: with all experts, where the text is the target, and
+    with few, where the prediction with all experts is. A step then computes up to twice as many
+    sequences."""
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -190,6 +194,8 @@ class TrainConfig(_Strict):
     model: ModelConfig = ModelConfig(preset="dsmoe-tiny")
     start_from: str | None = None
     """A run or model folder with initial weights; None initialises them randomly."""
+    trainable: Literal["all", "routers"] = "all"
+    """`routers`: of the weights of `start_from`, only routers and norms are trained."""
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     sparse: SparseConfig = SparseConfig()
@@ -244,6 +250,11 @@ class TrainConfig(_Strict):
         start, end = self.loss.mi_ramp
         if start > end:
             raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
+        if self.trainable == "routers" and self.start_from is None:
+            raise ValueError(
+                "trainable=routers would leave all other weights random; give start_from, or "
+                "trainable=all"
+            )
         return self
 
 

@@ -138,18 +138,26 @@ class ExpertDropout:
 def chosen_experts(model: PreTrainedModel) -> int:
     """Return how many experts per token statistics count as chosen: K of the inference rule.
 
-    A quarter of the experts where no rule fixes a number, as in OLMoE, whose K is chosen at export.
+    A quarter of the experts where no rule fixes a number, as in a densely trained OLMoE, whose K is
+    chosen at export.
     """
-    k = None
     if isinstance(model, DsMoeForCausalLM):
         k = Rule.parse(model.config.inference_rule).k
+    else:
+        k = _olmoe_choice(model)
     return k or max(1, int(model.config.num_experts) // 4)
+
+
+def _olmoe_choice(model: PreTrainedModel) -> int | None:
+    """Return the K of an OLMoE that is trained sparsely; None if it is trained densely."""
+    k = int(model.config.num_experts_per_tok)
+    return k if k < int(model.config.num_experts) else None
 
 
 def _chosen_per_token(config: TrainConfig, model: PreTrainedModel) -> int | None:
     """Return the largest K of the rules that the model computes with; None if none has one."""
     if not isinstance(model, DsMoeForCausalLM):
-        return None  # OLMoE is trained densely; its K is chosen at export
+        return _olmoe_choice(model)
     texts = (model.config.training_rule, model.config.inference_rule, config.sparse.rule)
     counts = [rule.k for rule in map(Rule.parse, filter(None, texts)) if rule.k is not None]
     return max(counts, default=None)

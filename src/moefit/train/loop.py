@@ -43,6 +43,7 @@ from moefit.train.model import (
     build_model,
     load_initial_weights,
     loss_weights,
+    select_trainable,
     use_bf16,
 )
 from moefit.train.run_folder import (
@@ -103,6 +104,7 @@ class Trainer:
                 compile=config.compile,
                 locality=config.loss.routing_locality,
                 allowed=self.allowed,
+                distill=self.dropout is not None and self.dropout.settings.self_distillation,
             ),
             device=self.device,
             bf16=self.bf16,
@@ -143,6 +145,7 @@ class Trainer:
         model = build_model(self.config, vocab_size=vocab_size, eos_token_id=eos)
         if self.config.start_from is not None:
             load_initial_weights(model, self.config.start_from)
+        select_trainable(model, self.config)
         model.to(self.device)  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(attention_implementation(self.config, self.device))
         if self.config.activation_checkpointing:

@@ -48,7 +48,32 @@ def load_initial_weights(model: PreTrainedModel, source: str) -> None:
         verify(folder)
     refuse_declared(folder)
     with Checkpoint(folder) as stored:
-        _copy_weights(model, stored, source)
+        if isinstance(model, OlmoeForCausalLM):
+            _load_olmoe(model, stored, source)
+        else:
+            _copy_weights(model, stored, source)
+
+
+def _load_olmoe(model: OlmoeForCausalLM, stored: Checkpoint, source: str) -> None:
+    """Load weights through transformers, which stacks the separate experts of the files."""
+    for name, span in stored.spans.items():
+        refuse_integers(span, name)
+    loaded, found = OlmoeForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        stored.folder,
+        config=copy.deepcopy(model.config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below
+    )
+    mismatched = {name: shapes for name, *shapes in found["mismatched_keys"]}
+    wrong = [f"lacks {name}" for name in sorted(set(found["missing_keys"]) - mismatched.keys())]
+    wrong += [f"has {name}" for name in sorted(found["unexpected_keys"])]
+    wrong += [
+        f"has {name} {list(stored_shape)}, not {list(shape)}"
+        for name, (stored_shape, shape) in sorted(mismatched.items())
+    ]
+    _refuse_differences(wrong, source)
+    model.load_state_dict(loaded.state_dict())
 
 
 @torch.no_grad()
@@ -62,16 +87,20 @@ def _copy_weights(model: PreTrainedModel, stored: Checkpoint, source: str) -> No
         for name, span in sorted(stored.spans.items())
         if name in weights and span.shape != tuple(weights[name].shape)
     ]
+    _refuse_differences(wrong, source)
+    for name, span in stored.spans.items():
+        if weights[name].is_floating_point():
+            refuse_integers(span, name)
+        weights[name].copy_(stored.tensor(span))
+
+
+def _refuse_differences(wrong: list[str], source: str) -> None:
     if wrong:
         raise ConfigError(
             f"start_from={source!r} is of another model than this configuration describes: it "
             f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; give the model settings "
             "and the tokenizer that it was made with"
         )
-    for name, span in stored.spans.items():
-        if weights[name].is_floating_point():
-            refuse_integers(span, name)
-        weights[name].copy_(stored.tensor(span))
 
 
 # What transformers and torch raise for a configuration that cannot be built.
@@ -109,6 +138,23 @@ def loss_weights(config: TrainConfig, model: PreTrainedModel) -> RouterLossWeigh
     if isinstance(model, DsMoeForCausalLM):
         return router_loss_weights(model.config)
     return RouterLossWeights(**config.loss.weights, k=model.config.num_experts_per_tok)
+
+
+def select_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Freeze the weights that `config.trainable` leaves out.
+
+    Raises:
+        ConfigError: Nothing is left to train.
+    """
+    if config.trainable == "all":
+        return
+    if int(model.config.num_experts) < 2:
+        raise ConfigError(
+            "trainable=routers, but model.num_experts=1 has no router; give trainable=all"
+        )
+    for name, parameter in model.named_parameters():
+        modules = name.split(".")
+        parameter.requires_grad = any(part == "gate" or "norm" in part for part in modules)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device) -> str:
@@ -186,7 +232,8 @@ def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
         # A copy, as transformers writes into rope_parameters.
         olmoe = OlmoeConfig(**{**copy.deepcopy(settings), **tokens})
         _check_olmoe_shape(olmoe)
-        olmoe.num_experts_per_tok = olmoe.num_experts
+        if "num_experts_per_tok" not in settings:
+            olmoe.num_experts_per_tok = olmoe.num_experts
         model = OlmoeForCausalLM(olmoe)
     except ConfigError:
         raise
@@ -203,11 +250,14 @@ def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
 
 def _check_olmoe_settings(config: TrainConfig, settings: Mapping[str, Any]) -> None:
     experts = settings.get("num_experts", OlmoeConfig().num_experts)
-    if settings.get("num_experts_per_tok", experts) != experts:
-        raise ConfigError(
-            "dense training activates all experts, so model.num_experts_per_tok cannot be set; "
-            "choose K at export: moefit export RUN OUT --experts-per-token K"
-        )
+    if "num_experts_per_tok" in settings and type(experts) is int and experts >= 1:
+        chosen = settings["num_experts_per_tok"]
+        if type(chosen) is not int or not 1 <= chosen <= experts:
+            raise ConfigError(
+                f"model.num_experts_per_tok={chosen!r}, but with model.num_experts={experts} it is "
+                f"a whole number from 1 to {experts}; leave it out to train all experts for every "
+                "token"
+            )
     if config.model.preset is not None or config.loss.attention_mi or config.sparse.rule:
         raise ConfigError(
             "architecture: olmoe does not support model.preset, loss.attention_mi and "

@@ -1,6 +1,7 @@
 """One optimizer step, and the loss on held-out text.
 
-Shapes: B sequences, N tokens per sequence, N1 = N + 1, L MoE layers, E experts.
+Shapes: B sequences, N tokens per sequence, N1 = N + 1, L MoE layers, E experts, V vocabulary,
+C sequences with few experts.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
@@ -122,6 +124,21 @@ class LossFunction(Protocol):
         ...
 
 
+def distillation_loss(student_CNV: Tensor, teacher_CNV: Tensor) -> Tensor:
+    """Return the mean over predicted tokens of KL(teacher || student), in nats; 0 without any."""
+    student_RV = student_CNV[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    teacher_RV = teacher_CNV[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    total = F.kl_div(student_RV, teacher_RV, reduction="sum", log_target=True)
+    return total / max(1, len(student_RV))
+
+
+def _twice(ids_BN1: Tensor, allowed_LBE: Tensor, few_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all sequences with all experts, followed by those of few_B with theirs."""
+    everything_LBE = torch.ones_like(allowed_LBE)
+    limits_LBE = torch.cat([everything_LBE, allowed_LBE[:, few_B]], dim=1)
+    return torch.cat([ids_BN1, ids_BN1[few_B]]), limits_LBE
+
+
 def make_losses(
     model: PreTrainedModel,
     weights: RouterLossWeights,
@@ -129,6 +146,7 @@ def make_losses(
     compile: bool,
     locality: float = 0.0,
     allowed: AllowedExperts | None = None,
+    distill: bool = False,
 ) -> LossFunction:
     """Return the loss function of a DS-MoE or OLMoE model.
 
@@ -141,18 +159,33 @@ def make_losses(
         compile: Whether to use torch.compile.
         locality: Weight of `routing_locality_loss`, summed over layers.
         allowed: Limits which experts each sequence may use.
+        distill: Whether sequences with few experts are computed twice: with all experts, where the
+            text is the target, and with few, where the prediction with all experts is.
     """
 
     def losses(
         ids_BN1: Tensor, mi_scale: Tensor, rule: str | None, allowed_LBE: Tensor | None = None
     ) -> Losses:
         options = {} if rule is None else {"rule": rule}
+        given = len(ids_BN1)
+        few_B = None
+        if distill and allowed_LBE is not None:
+            few_B = ~allowed_LBE.all(-1).all(0)
+        ids, limits = (
+            (ids_BN1, allowed_LBE) if few_B is None else _twice(ids_BN1, allowed_LBE, few_B)
+        )
         if allowed is not None:
-            options |= allowed.arguments(allowed_LBE)
-        output = model(input_ids=ids_BN1, use_cache=False, output_router_logits=True, **options)
-        mlp_logits = tuple(output.router_logits)
-        attention_logits = tuple(output.get("attention_router_logits", ()))
-        lm_loss = language_model_loss(output.logits, ids_BN1)
+            options |= allowed.arguments(limits)
+        output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
+        lm_loss = language_model_loss(output.logits[:given], ids_BN1)
+        if few_B is not None:
+            teacher_CNV = output.logits[:given][few_B].detach()
+            loss = distillation_loss(output.logits[given:], teacher_CNV)
+            lm_loss = lm_loss + few_B.float().mean() * loss
+        mlp_logits, attention_logits = (
+            tuple(logits[: len(logits) * given // len(ids)] for logits in layers)
+            for layers in (output.router_logits, output.get("attention_router_logits", ()))
+        )
         router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale)
         if locality:
             by_sequence = (logits.view(*ids_BN1.shape, -1) for logits in mlp_logits)
