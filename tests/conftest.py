@@ -72,7 +72,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def tree(corpus, tmp_path):
-    """The settings of a run that takes a second; change what a test is about."""
+    """Settings of a run of about a second, for tests to change."""
     return {
         "out": str(tmp_path / "run"),
         "model": {
@@ -108,7 +108,7 @@ def config(tree):
 
 @pytest.fixture(scope="session")
 def tab():
-    """A tab of a headless Chromium; skips where there is none."""
+    """A tab of a headless Chromium; skips if there is none."""
     from browser import browser
 
     with browser() as one:
@@ -117,7 +117,7 @@ def tab():
 
 @pytest.fixture(scope="session")
 def address():
-    """Where a stand-in for the server listens, and what holds the model behind it."""
+    """A simulated server: a dict with its model, and its address."""
     from page_server import pretend
 
     handle = {}
@@ -127,14 +127,14 @@ def address():
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Any]:
-    """The shipped model, all of it in memory; for tests of who serves it to whom."""
+    """The shipped model with all experts in memory."""
     with moefit.load("reference") as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Any:
-    """Gives the folder of a family's `model_of`."""
+    """A function that returns the folder of a family's `model_of`."""
 
     @cache
     def folder(family: str) -> Path:
@@ -151,6 +151,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where packed stores are, for this test alone."""
+    """A separate folder of packed stores."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "moefit" / "packed"

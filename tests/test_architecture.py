@@ -1,4 +1,4 @@
-"""The shape of the package: imports point one way, and importing changes nothing."""
+"""Structure of the package: layers of imports, and imports without side effects."""
 
 import ast
 import subprocess
@@ -40,7 +40,7 @@ MODULES = {".".join(["moefit", *parts(path)]): path for path in sorted(ROOT.rglo
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports anywhere in it, also inside functions."""
+    """Return the moefit modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def test_imports_have_no_cycles() -> None:
 
 
 def test_folders_have_few_files() -> None:
-    """A folder's listing is its table of contents; `__init__.py` and data are not counted."""
+    """Count files per folder without `__init__.py` and data."""
     large = {}
     for folder in (ROOT, *(path for path in ROOT.rglob("*") if path.is_dir())):
         name = folder.relative_to(ROOT).as_posix()

@@ -1,4 +1,4 @@
-"""What the operating system says about memory, also inside containers."""
+"""Memory figures of the operating system, also inside containers."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ V1 = (
 
 
 def system(folder: Path, mounts: str, groups: str, files: dict[str, str]) -> Path:
-    """A folder that looks like the root of a system."""
+    """Write a folder that looks like the root of a file system."""
     every = {"proc/meminfo": MEMINFO, "proc/self/mountinfo": mounts, "proc/self/cgroup": groups}
     for name, text in (every | files).items():
         path = folder / name
@@ -130,7 +130,7 @@ print(host.total_bytes(), host.available_bytes())
 
 
 def test_real_cgroup_is_detected() -> None:
-    """As root on a machine that lets groups be made; elsewhere the cases above have to do."""
+    """Needs root and a writable cgroup file system."""
     v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     parent, file = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
     group = parent / f"moefit_test_{os.getpid()}"
@@ -155,7 +155,7 @@ def test_real_cgroup_is_detected() -> None:
 
 
 def ledger(total: int | None) -> MemoryBudget:
-    """Two blocks of four experts of a GiB beside 2 GiB: a floor of 4, and 10 with all experts."""
+    """Two blocks of four experts of 1 GiB, and 2 GiB: a minimum of 4, and 10 for all."""
     blocks = tuple(
         BlockNeeds(name=name, num_experts=4, slot_bytes=GIB, min_slots=1) for name in ("a", "b")
     )
@@ -166,7 +166,7 @@ def ledger(total: int | None) -> MemoryBudget:
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch):
-    """Makes the system say these figures."""
+    """Simulate these figures of the system."""
 
     def limit(most: int, free: int, swap: int = 0) -> None:
         one = host.GroupLimit(most, most - free, Path("/sys/fs/cgroup/memory.max"))

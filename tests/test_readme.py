@@ -1,4 +1,4 @@
-"""What README and docs show works: Python examples, commands, links, length."""
+"""Python examples, commands, links and length of README and docs."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ SHOWN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("api", "training"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The page's examples in this language."""
+    """Return the page's examples in this language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
@@ -37,7 +37,7 @@ needs_reference = pytest.mark.skipif(
 @needs_reference
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_python_examples_run(name):
-    """In a process of their own, whose size is a user's, not this test run's."""
+    """Run in a separate process, whose size is like a user's."""
     command = [sys.executable, "-c", EXAMPLES[name]]
     made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
@@ -72,7 +72,7 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_are_valid(page):
-    """Files that links name exist, and so do the headings behind #."""
+    """Linked files and headings exist."""
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
         if "://" in target:
             continue

@@ -1,4 +1,4 @@
-"""What the shipped model promises, measured on text that it has not seen."""
+"""Quality of the shipped model on held-out text."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_quarter_of_experts_is_enough(loaded):
 
 
 def test_quality_is_near_dense_baseline():
-    """Measured when it was made, on the same text; the twin does not ship."""
+    """Scores were measured on the same text; the dense baseline does not ship."""
     told = json.loads((reference_path() / "scores.json").read_text())
     twin = told["plain dense twin"][0]["perplexity"]
     dense = next(one for one in told["reference"] if one["rule"] == "dense")

@@ -17,7 +17,7 @@ MISSING = {"CC": "/no/such/cc", "CXX": "/no/such/c++"}
 
 
 def setup(*command: str | Path, **environment: str) -> str:
-    """What setup.py said to a command."""
+    """Return the output of a setup.py command."""
     done = subprocess.run(
         [sys.executable, "setup.py", *command],
         cwd=ROOT,
@@ -31,13 +31,13 @@ def setup(*command: str | Path, **environment: str) -> str:
 
 
 def build(to: Path, **environment: str) -> tuple[list[str], str]:
-    """The files made, and what was said."""
+    """Return the created files and the output."""
     said = setup("build_ext", "--build-lib", to, "--build-temp", to / "o", **environment)
     return [file.name for file in to.rglob("*.so")], said
 
 
 def wheel(to: Path, **environment: str) -> tuple[str, set[str]]:
-    """The name of a wheel, and its files."""
+    """Return the name of a wheel and its files."""
     metadata = ["egg_info", "--egg-base", to]
     made = ["build", "--build-base", to / "b", "bdist_wheel", "--bdist-dir", to / "d"]
     setup(*metadata, *made, "--dist-dir", to, **environment)
@@ -72,7 +72,7 @@ def test_build_with_compiler_works(tmp_path: Path) -> None:
 
 
 def source_files() -> set[str]:
-    """What a wheel must have: the modules, the reference model and the page."""
+    """Files that a wheel must contain: modules, reference model and page."""
     folder = ROOT / "src"
     found = [*folder.rglob("*.py"), *folder.glob("moefit/*/page/*"), folder / "moefit/py.typed"]
     found += (folder / "moefit/reference_model").iterdir()

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, foreign or hostile: one of our errors at every way in, in time."""
+"""Damaged, foreign and malicious checkpoints raise moefit's errors in bounded time."""
 
 import json
 import os
@@ -34,7 +34,7 @@ DELETED = "(deleted)"  # a plain text: parameters of tests are named alike in ev
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OLMoE, which every command knows, with a tokenizer."""
+    """An OLMoE, which every command supports, with a tokenizer."""
     folder = saved(tiny("Olmoe", vocab_size=300), tmp_path_factory.mktemp("sound"))
     train_bpe(["some text"], 300).save_pretrained(folder)
     return folder
@@ -89,7 +89,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str | None]] = [
 
 
 def everywhere(folder: Path, words: str | None) -> None:
-    """Serving, describing and plain loading each raise an error of ours."""
+    """Serving, describing and loading each raise a moefit error."""
     ways: list[Callable[[], Any]] = [
         lambda: load_model(folder, LoadSettings()).close(),
         lambda: load_plainly(str(folder)),
@@ -209,7 +209,7 @@ def test_config_cannot_choose_kernels(folder: Path, values: object) -> None:
 
 
 def with_own_code(folder: Path, **changes: Any) -> Path:
-    """Code that leaves a mark where it runs."""
+    """Code that creates a file when it runs."""
     for name in ("configuration_x", "modeling_x", "tokenization_x"):
         mark = f"open({str(folder / 'ran')!r}, 'w').close()\nraise SystemExit('it ran')\n"
         (folder / f"{name}.py").write_text(mark)
@@ -333,7 +333,7 @@ VALUES = [
 
 
 def mutated(values: Any, rng: random.Random) -> Any:
-    """One value anywhere in it is another, gone, or doubled in a list."""
+    """Change, remove or duplicate one value."""
     values = deepcopy(values)
     at = values
     while True:

@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint is an expert's or the rest's, found in the headers alone."""
+"""Expert maps: each tensor belongs to an expert or to the dense weights."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Downloads, against a stand-in of the Hub on this machine: small files, refusals, then shards."""
+"""Downloads from a local imitation of the Hub: small files, checks, then shards."""
 
 import json
 import threading
@@ -26,20 +26,20 @@ NAME, COMMIT = "maker/model", "a" * 40
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The paths of the Hub that a download asks for."""
+    """The Hub's paths that downloads request."""
 
     folder: Path
     fetched: list[str]
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
-        """As GET, without the body."""
+        """Respond as to GET, without the body."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Answer about the repository, its tree, or a file."""
+        """Respond with the repository, its tree, or a file."""
         path = self.path.partition("?")[0]
         files = {
             str(one.relative_to(self.folder)): one
@@ -79,7 +79,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Its address, and the files that were fetched from it."""
+    """The server's address, and the files that were fetched."""
     fetched: list[str] = []
     kind = type("Hub", (_Hub,), {"folder": folder, "fetched": fetched})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
@@ -100,7 +100,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A repository with all that people leave in one."""
+    """A repository with unrelated files."""
     made = tmp_path / "repository"
     tiny("Olmoe").save_pretrained(made, max_shard_size="20KB")
     assert (made / INDEX).is_file()

@@ -1,4 +1,4 @@
-"""What lies in a model's folder beside, or in place of, safetensors is named, not passed over."""
+"""Other files in a model's folder are reported."""
 
 import json
 import shutil

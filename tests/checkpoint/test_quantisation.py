@@ -1,4 +1,4 @@
-"""Quantised checkpoints are refused by every way in; models with scales of their own are not."""
+"""Quantised checkpoints raise; models with unrelated scales do not."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change_tensors(folder: Path, change: Any) -> str:
-    """Change the first expert's up projection; returns its module's name."""
+    """Change the first expert's up projection and return its module's name."""
     tensors = load_file(folder / SINGLE)
     name = next(name for name in tensors if name.endswith(EXPERT))
     module = name.removesuffix(".weight")

@@ -25,7 +25,7 @@ from moefit.errors import CheckpointError, UnsupportedModelError
 
 
 def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Any bit pattern, NaN among them; booleans are 0 or 1."""
+    """Random bit patterns, including NaN; booleans are 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype == torch.bool else 256
     size = torch.Size(shape).numel() * dtype.itemsize
@@ -50,7 +50,7 @@ def write_shards(folder: Path, *shards: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_raw(path: Path, header: object, data: bytes = b"") -> None:
-    """A file with this header, unpadded, so that tensors begin at any offset."""
+    """Write a file with this header without padding, so that tensors start at any offset."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -60,7 +60,7 @@ def matrix(number: int = 0) -> dict[str, Tensor]:
 
 
 class Disk:
-    """`pread`, but failing as often as told, or giving no more than `most` bytes at once."""
+    """A `pread` that fails a number of times, or returns at most `most` bytes."""
 
     def __init__(self, *, failures: int = 0, most: int | None = None, end: int | None = None):
         self.failures, self.most, self.end, self.calls = failures, most, end, 0

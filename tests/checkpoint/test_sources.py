@@ -21,7 +21,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def stacked(checkpoint: Checkpoint) -> Conversion:
-    """Gate over up, as transformers makes them of lists of experts."""
+    """Concatenate gate and up as transformers does for lists of experts."""
     return Conversion(
         tensor="gate_up_proj",
         target="experts.gate_up_proj",

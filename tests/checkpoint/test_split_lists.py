@@ -1,4 +1,4 @@
-"""One list in a checkpoint, several parameters: found by running the rule on labels."""
+"""One list of tensors for several parameters, found by running the conversion on labels."""
 
 import pytest
 from transformers.core_model_loading import (
@@ -39,7 +39,7 @@ def test_conversion_rule_is_reusable():
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_unsupported_conversion_raises(dim):
-    """Either parameter would have a part of each expert."""
+    """Either parameter would get a part of each expert."""
     operations = [MergeModulelist(dim=0), Chunk(dim=dim)]
     divides_width = WeightConverter(
         source_patterns=[GATE], target_patterns=[TEXT, VISION], operations=operations

@@ -220,7 +220,7 @@ def test_unpacked_precision_names_pack_command(saved, tmp_path, monkeypatch):
 
 
 def test_bench_measures_bandwidths_before_loading(saved, monkeypatch):
-    """What measures is then gone when the model takes its memory."""
+    """The measuring process has ended when the model allocates memory."""
     order = []
     for name in ("measure_bandwidth", "load_served"):
         original = getattr(models, name)

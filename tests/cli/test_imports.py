@@ -1,4 +1,4 @@
-"""What the command line imports: nothing heavy for help, nothing of training for serving."""
+"""Imports of the command line: nothing heavy for help, no training code for serving."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ HEAVY = ("torch", "transformers", "numpy", "matplotlib")
 
 
 def run(code: str) -> str:
-    """Run Python code in a process of its own, and return its standard output."""
+    """Run Python code in a separate process and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
@@ -20,13 +20,13 @@ def run(code: str) -> str:
 
 
 def loaded_after(statement: str, names: tuple[str, ...]) -> list[str]:
-    """Return those of `names` that are imported once `statement` has run."""
+    """Return those of `names` that are imported after running `statement`."""
     code = f"{statement}\nimport sys\nprint(*[n for n in {names!r} if n in sys.modules])"
     return run(code).splitlines()[-1].split()
 
 
 def command(*arguments: str) -> str:
-    """Return the statement that runs `moefit ARGUMENTS` and goes on."""
+    """Return a statement that runs `moefit ARGUMENTS` without exiting."""
     return (
         f"import sys; sys.argv = ['moefit', *{arguments!r}]\n"
         "from moefit.cli import main\n"

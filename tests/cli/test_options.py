@@ -1,4 +1,4 @@
-"""Records of options: what a command that takes one is given."""
+"""Records of options and their values in a command."""
 
 from importlib import import_module
 from typing import Any
@@ -22,7 +22,7 @@ from moefit.serve.config import Policy
 
 
 def given_by(*options: str) -> dict:
-    """What a command of two records and a parameter of its own gets."""
+    """Return the values of a command with two records and a parameter."""
     app, got = typer.Typer(), {}
 
     short, greedy = MemoryOptions(context=64), SamplingOptions(seed=3)
@@ -102,7 +102,7 @@ def test_options_are_bounded() -> None:
 
 
 def shown(group: Any, name: str) -> list[Any]:
-    """The options of a command that stand outside the panel "Advanced", with --help."""
+    """Return the options of a command outside the panel "Advanced", with --help."""
     made = next(one for one in group.registered_commands if one.name == name)
     options = [
         one

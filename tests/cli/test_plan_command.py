@@ -1,4 +1,4 @@
-"""The commands profile and plan, and the options that serve as planned."""
+"""The commands profile and plan, and options that use a plan."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What `moefit plan` shows; the whole command is in test_plan_command.py."""
+"""Output of `moefit plan`; test_plan_command.py tests the command."""
 
 import json
 from functools import cache

@@ -1,4 +1,4 @@
-"""`--memory` alone: which precision a model is served in, and what the commands say of it."""
+"""`--memory` alone: the chosen precision, and what commands print about it."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_known_costs_are_measured(bits: float, says: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose experts take more than buffers and staging do."""
+    """A model whose experts are larger than buffers and staging."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_bpe(["some text to learn from"], 300)
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 64}

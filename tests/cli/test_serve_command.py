@@ -1,4 +1,4 @@
-"""`moefit serve`, `budget` and `chat`: options from everywhere, and a process of its own."""
+"""`moefit serve`, `budget` and `chat`: options from all sources, and a server process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ RUNNER = CliRunner()
 
 @pytest.fixture
 def given(monkeypatch) -> list[tuple[Any, ...]]:
-    """What `serve` would serve, instead of doing it."""
+    """Return the arguments of `serve` instead of serving."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(serve, "_serve", lambda *arguments: calls.append(arguments))
     return calls
@@ -93,7 +93,7 @@ def test_api_key_with_unsafe_characters_raises(given, key: str) -> None:
 
 
 def test_empty_api_key_raises(given, tmp_path: Path) -> None:
-    """As of a shell's variable that is not set: the server would be open to everybody."""
+    """An unset shell variable would leave the server without authentication."""
     file = tmp_path / "serve.yaml"
     file.write_text("api_key: ''\n")
     for empty in (["--api-key", ""], ["--config", str(file)]):

@@ -1,9 +1,9 @@
-"""The card against the real modules, and against the numbers that DS-MoE's paper prints.
+"""The model card compared with modules, and with the numbers in DS-MoE's paper.
 
-The paper doesn't say which norms and biases its models have. Ours have RMSNorm and no biases but
-the router's hidden one, and dense totals come out 0.05 to 0.23% above the printed ones (2.3 to
-8.8M); those small parts can't explain it, as leaving them out changes 0.6M at most. The
-tolerance below, 0.35%, is that and the rounding to whole millions.
+The paper does not describe norms and biases. Here, models have RMSNorm and no biases except in the
+router's hidden layer, and dense totals are 0.05 to 0.23% (2.3 to 8.8M) above the paper's; omitting
+these parts would change 0.6M at most. The tolerance of 0.35% covers this and the rounding to
+millions.
 """
 
 import io
@@ -143,7 +143,7 @@ def test_active_of_table_5(name: str, k: int, millions: int) -> None:
 
 
 def scaled(width: int, kind: str) -> ModelCard:
-    """A model of Table 6: 36 layers, 32 heads, 4 of them for keys and values."""
+    """A model of Table 6: 36 layers, 32 heads, 4 heads of keys and values."""
     shape = {"hidden_size": width, "num_hidden_layers": 36}
     if kind == "dense":
         return model_card(preset("dense-6b", intermediate_size=4 * width, **shape))

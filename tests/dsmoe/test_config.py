@@ -1,4 +1,4 @@
-"""Each error says what was given, why it can't be, and the nearest thing that works."""
+"""Errors name the given value, the reason, and the nearest value that works."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The native model beside an encoded one: there where both have room, and only there."""
+"""The native reference model is loaded only if it fits beside the served one."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def rules(*names):
 
 
 def by_hand(model, ids_T, context):
-    """Token by token, nothing batched."""
+    """Reference: token by token, without batches."""
     nats = []
     for start in range(0, len(ids_T) - 1, context):
         window = ids_T[start : start + context + 1]

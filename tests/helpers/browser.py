@@ -1,4 +1,4 @@
-"""A headless Chromium to look at the page with, and what a user does in it."""
+"""A headless Chromium, and a user's actions in it."""
 
 import os
 import shutil
@@ -23,14 +23,14 @@ PATIENCE = 30
 
 
 class Browser:
-    """One tab. What goes wrong in it is kept: messages of the console, requests by address."""
+    """One tab that records console messages and requests."""
 
     def __init__(self, driver):
         self.driver = driver
         self.script = driver.execute_script
 
     def open(self, url: str, *, width: int = 1280, dark: bool = False, calm: bool = True) -> None:
-        """A fresh page that has heard from its server or wants a key."""
+        """Open the page and wait until it has data or requests a key."""
         self.size(width)
         features = {
             "prefers-color-scheme": "dark" if dark else "light",
@@ -58,15 +58,15 @@ class Browser:
         self.by_id(name).click()
 
     def write(self, name: str, text: str) -> None:
-        """Type over what is there."""
+        """Replace the text of a field."""
         self.by_id(name).send_keys(Keys.CONTROL + "a", Keys.NULL, text)
 
     def until(self, holds):
-        """Wait until it holds; gives what it gave."""
+        """Wait until the condition is truthy and return its value."""
         return WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05).until(lambda _: holds())
 
     def module(self, name: str, expression: str, *values):
-        """What an expression over a module `m` of the page and `v`, the values, comes to."""
+        """Evaluate an expression over a module `m` of the page and the values `v`."""
         code = """
             const [name, values, done] = arguments;
             import(`/page/${name}.js`).then((m) => done(((m, v) => (EXPRESSION))(m, values)))
@@ -80,11 +80,11 @@ class Browser:
         return self.script("return document.getElementById('map-canvas').toDataURL()")
 
     def console(self) -> list[str]:
-        """Messages since the last call, errors of HTTP among them."""
+        """Return console messages since the last call, including HTTP errors."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that the page has asked for since it was opened."""
+        """Return the addresses that the page has requested since it was opened."""
         return self.script(
             "return performance.getEntriesByType('resource').concat("
             "performance.getEntriesByType('navigation')).map((entry) => entry.name)"
@@ -93,7 +93,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Start it; it ends with the block."""
+    """Start the browser for the duration of the context."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in FLAGS:

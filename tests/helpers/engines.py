@@ -1,4 +1,4 @@
-"""What tests of the engine share: a served model, requests, and what they heard."""
+"""Helpers for tests of the engine: a served model, requests and recorded events."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ LENGTHS = (5, 13, 1, 20, 9, 3, 16)
 
 
 class Heard:
-    """A listener that keeps what it hears. at: called with each event, in the engine's thread."""
+    """A listener that records events. `at` is called with each event in the engine's thread."""
 
     def __init__(self, at: Callable[[Event], None] | None = None):
         self.events: list[Event] = []
@@ -70,7 +70,7 @@ class Heard:
 def engine_of(
     folder: Path, *, slots: int | None = 2, context: int = 128, **settings: Any
 ) -> Iterator[Engine]:
-    """A started engine over a model with so many slots a block; None: without a budget."""
+    """A started engine over a model with `slots` per block; None is without a budget."""
     with load_model(folder, LoadSettings(context=context)) as served:
         if slots is not None:
             counts = [min(slots, experts.num_experts) for experts in served.blocks.values()]
@@ -100,7 +100,7 @@ def greedy(max_tokens: int = 8, **more: Any) -> SamplingParams:
 
 
 def generated(served: ServedModel, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
-    """What the model itself answers, greedily."""
+    """Return the model's own greedy output."""
     made = served.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)
     skip = 1 if served.model.config.is_encoder_decoder else len(prompt)
     return made[0, skip:].tolist()
@@ -114,7 +114,7 @@ def ask(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> Hear
 
 @contextmanager
 def paused(engine: Engine) -> Iterator[Flag]:
-    """The engine's thread waits, in the middle of a step, until the flag is set."""
+    """Block the engine's thread within a step until the flag is set."""
     waits, go = Flag(), Flag()
 
     def hold(_event: Event) -> None:
@@ -130,7 +130,7 @@ def paused(engine: Engine) -> Iterator[Flag]:
 
 
 def check_crowd(engine: Engine, lengths: Sequence[int] = LENGTHS, max_tokens: int = 8) -> None:
-    """Requests that arrive while others run, against what the model itself gives each of them."""
+    """Compare requests that arrive while others run with the model's own outputs."""
     expected = [generated(engine.served, prompt, max_tokens) for prompt in prompts(lengths)]
     heard = []
     with paused(engine) as go:

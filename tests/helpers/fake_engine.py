@@ -1,4 +1,4 @@
-"""An engine with the real one's face, whose tokens follow from the prompt by arithmetic."""
+"""An engine with the real one's interface whose tokens are computed from the prompt."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +23,18 @@ from moefit.serve.model import ServedModel
 
 
 def following(token: int, size: int) -> int:
-    """The token behind `token`; never a special one of the reference model's."""
+    """Return the token after `token`, never a special token of the reference model."""
     return (token * 31 + 17) % (size - 1) + 1
 
 
 class FakeEngine:
-    """Requests go on side by side, a token each in turn; `pause` seconds between turns.
+    """Generates tokens for all requests in turn.
 
-    fail: prompts whose answers break after two tokens with this message. tokens: what is made,
-    instead of by arithmetic. waits: seconds that a request is said to have waited for its place.
+    Args:
+        pause: Seconds between turns.
+        fail: Error messages by prompt; such requests fail after two tokens.
+        tokens: Tokens to generate instead of computed ones.
+        waits: Reported queue time in seconds.
     """
 
     def __init__(self, served: ServedModel, *, pause: float = 0.0):

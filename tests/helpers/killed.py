@@ -1,8 +1,8 @@
-"""A process that packs, and is killed when so many blocks have been written."""
+"""A process that packs and is killed after a number of written experts."""
 
 
 def killed_packing(call: str, imports: str = "") -> str:
-    """A script; argv: the model's folder, and after how many written experts it is killed."""
+    """A script; arguments: the model's folder, and the number of experts to write."""
     return f"""
 import os, signal, sys
 from pathlib import Path

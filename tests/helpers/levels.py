@@ -1,7 +1,7 @@
-"""The levels of the compiled kernels that tests run at, and a visible skip of each that is missing.
+"""Levels of the compiled kernels as test parameters; missing levels are skipped.
 
-A level is missing if the processor lacks it, or if MOEFIT_KERNELS asks for a machine without it:
-`MOEFIT_KERNELS=avx2` tests what a machine with AVX2 alone does, and `torch` one without a compiler.
+A level is missing if the processor lacks it, or if MOEFIT_KERNELS excludes it:
+`MOEFIT_KERNELS=avx2` tests a machine with AVX2 only, and `torch` one without a compiler.
 """
 
 import os
@@ -15,7 +15,7 @@ MACHINE = LEVELS[: LEVELS.index(BEST.level) + 1] if BEST else ()
 
 
 def emulated(asked: str | None) -> tuple[Level, ...]:
-    """The levels of this processor that a machine with MOEFIT_KERNELS set to `asked` has."""
+    """Return the levels of this processor that are available with MOEFIT_KERNELS=`asked`."""
     if asked == "torch":
         return ()
     return tuple(one for one in MACHINE if not asked or LEVELS.index(one) <= LEVELS.index(asked))
@@ -26,7 +26,7 @@ HERE = emulated(ASKED)
 
 
 def missing(level: str) -> str | None:
-    """Why nothing can be tested at this level here; None if it can."""
+    """Return why this level cannot be tested here; None if it can."""
     if level in HERE:
         return None
     if level in MACHINE:
@@ -37,7 +37,7 @@ def missing(level: str) -> str | None:
 
 
 def at_level(level: str):
-    """The level as a parameter that is skipped where it is missing."""
+    """Return the level as a test parameter that is skipped if it is missing."""
     reason = missing(level)
     return pytest.param(level, marks=pytest.mark.skip(reason=reason) if reason else ())
 

@@ -1,8 +1,8 @@
-"""A pytest plugin: torch as on any processor. Use `PYTHONPATH=tests pytest -p other_rounding`.
+"""A pytest plugin that changes torch's rounding: `PYTHONPATH=tests pytest -p other_rounding`.
 
-Products on the CPU are off by up to half a step of their dtype, and otherwise for every number of
-rows, as where other instructions sum in another order. A test that passes so does not hold by the
-luck of one processor. Processes that a test starts compute as ever.
+Products on the CPU change by up to half a step of their dtype, differently for each number of rows,
+as with other instructions and orders of summation. Tests that pass with it do not depend on one
+processor. Processes that tests start are not affected.
 """
 
 import warnings
@@ -31,7 +31,7 @@ def addmm(bias: Tensor, a_RI: Tensor, b_IC: Tensor, *, beta=1, alpha=1) -> Tenso
 
 
 def pytest_configure() -> None:
-    """Not at import: whoever collects doctests imports every file here."""
+    """Install the rounding; not at import, because collecting doctests imports this file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is another implementation is what is wanted
         LIBRARY.impl("mm", mm, "CPU")

@@ -1,7 +1,4 @@
-"""A small stand-in for the server: what the page needs, of any shape, with faults to order.
-
-Owns no truth: shapes that no shipped model has, and answers that a healthy server does not give.
-"""
+"""A simulated server for the page, with models of any shape and faults on request."""
 
 import json
 import math
@@ -21,7 +18,7 @@ MIB = 1 << 20
 
 
 class Pretender:
-    """A served model that is none."""
+    """A simulated served model."""
 
     def __init__(
         self, layers: int = 8, experts: int = 16, *, slot: int = 96 << 10, mixed=False, auto=False
@@ -204,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def pretend(serving: dict[str, Pretender]) -> Iterator[str]:
-    """Serve `serving["model"]`, whichever that is at the time; gives the address."""
+    """Serve the current `serving["model"]` and yield the address."""
     handler = type("Handler", (_Handler,), {"serving": serving})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,4 +1,4 @@
-"""A profile as if measured: known sensitivities, times and routes, so that models can be judged."""
+"""A simulated profile with known sensitivities, times and routes."""
 
 import math
 import random
@@ -42,7 +42,7 @@ SECONDS = (0.004, 1.1, 0.7, 1.2, 0.2)
 
 @cache
 def planned_model() -> PreTrainedModel:
-    """The model that the profile pretends to be of."""
+    """The model of the simulated profile."""
     return tiny(
         "Mixtral", num_hidden_layers=3, hidden_size=128, intermediate_size=160,
         dtype=torch.bfloat16,
@@ -70,7 +70,7 @@ def _blocks(num_experts: int) -> dict[str, BlockFacts]:
 
 
 def walk(num_experts: int = EXPERTS, tokens: int = 200, seed: int = 0) -> list[Step]:
-    """Routes with some persistence, and a few experts that are liked most."""
+    """Routes with some persistence and a few preferred experts."""
     generator = random.Random(seed)
     state, steps = [generator.random() for _ in range(num_experts)], []
     for _ in range(tokens):
@@ -85,7 +85,7 @@ def walk(num_experts: int = EXPERTS, tokens: int = 200, seed: int = 0) -> list[S
 
 @cache
 def profile(*, noise: float = 0.0, seed: int = 0) -> Profile:
-    """A finished profile whose samples obey known laws, up to a relative noise."""
+    """A complete profile whose samples follow known formulas with relative noise."""
     blocks = _blocks(EXPERTS)
     facts = ProfileFacts(
         version=VERSION,
@@ -150,7 +150,7 @@ def _routed(number: int, name: str) -> dict[str, Any]:
 
 
 def law_of_loss(configuration: Configuration, known: Features) -> float:
-    """KL: slightly curved in the sum of blocks' errors, and a price of moved weight."""
+    """Return KL: slightly nonlinear in the blocks' errors, plus a cost of moved weight."""
     noises = dict(zip(SENSITIVITY, known.noises(configuration), strict=True))
     total = sum(SENSITIVITY[name] * noise for name, noise in noises.items())
     total += 4e-4 * (configuration.dense_precision != "native")
@@ -185,7 +185,7 @@ def _sample(
 
 
 def unseen(number: int, seed: int = 99) -> list[Configuration]:
-    """Configurations at random, that no profile measures."""
+    """Return random configurations that profiles do not measure."""
     generator = random.Random(seed)
     found: list[Configuration] = []
     for _ in range(number):

@@ -1,4 +1,4 @@
-"""What tests of serving share: a tiny model in several shards, served with few slots."""
+"""Helpers for tests of serving: a tiny model in several shards, served with few slots."""
 
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
 
 @contextmanager
 def serving(folder: Path, *, slots: int = 1, **settings):
-    """The model served with so many slots a block; nothing is resident yet."""
+    """Serve the model with `slots` per block and no resident experts."""
     with load_model(folder, LoadSettings(**settings)) as served:
         give_slots(served, slots)
         yield served
@@ -40,7 +40,7 @@ def give_slots(served: ServedModel, slots: int) -> None:
 
 
 def hold(served: ServedModel, residents: Collection[int], mode: str, **policy) -> None:
-    """Serve with these residents in every block, and with no others."""
+    """Use exactly these resident experts in every block."""
     served.set_mode(mode, prefill=mode, residency="fixed", **policy)
     served.set_residents(dict.fromkeys(served.blocks, residents))
 
@@ -52,7 +52,7 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int = 8) -> Tensor:
-    """The logits of every step of greedy generation [steps, B, V]."""
+    """Return the logits of every step of greedy generation [steps, B, V]."""
     made = model.generate(
         **inputs,
         max_new_tokens=tokens,
@@ -65,7 +65,7 @@ def greedy(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int = 8) -
 
 
 def differs_by(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference divided by the largest value."""
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
 
 
@@ -73,10 +73,10 @@ def differs_by(ours: Tensor, theirs: Tensor) -> float:
 def assert_same_but_for_rounding(
     served: ServedModel, model: PreTrainedModel, inputs: dict[str, Tensor], share: float = BFLOAT16
 ) -> None:
-    """Each block gives what the model's own gives for what entered that, and all else is the same.
+    """Check that each block equals the model's for the same inputs, up to rounding.
 
-    What holds in 16 bits on every processor. The logits of both models need not be near to each
-    other: one sum that is rounded otherwise may turn the choice of an expert in a later block.
+    Holds in 16 bits on every processor. Logits may differ more, because different rounding of one
+    sum may change the choice of an expert in a later block.
     """
     for name, parameter in served.model.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -89,7 +89,7 @@ def assert_same_but_for_rounding(
 
 
 def calls_of(model: PreTrainedModel, served: ServedModel, inputs: dict[str, Tensor]) -> list:
-    """What entered and left the model's own blocks: name, arguments, keyword arguments, output."""
+    """Record name, arguments, keyword arguments and output of the model's own blocks."""
     calls, hooks = [], []
     for name in served.blocks:
         hooks.append(

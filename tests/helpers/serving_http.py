@@ -1,4 +1,4 @@
-"""A service over the reference model and an engine that needs no computing."""
+"""A service over the reference model's tokenizer and a fake engine."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def client_of(service: Service, **how: Any) -> Iterator[TestClient]:
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
-    """The error, which is of OpenAI's shape."""
+    """Return the error after checking that it has OpenAI's format."""
     assert response.status_code == status, response.text
     body = response.json()
     assert list(body) == ["error"]
@@ -47,7 +47,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
 
 
 def events(response: Any) -> list[dict[str, Any]]:
-    """What a stream sent, which ends as OpenAI's does."""
+    """Return a stream's events after checking that it ends as OpenAI's does."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"

@@ -1,4 +1,4 @@
-"""A family's routing rule, one token at a time in Python's floats: the judge of `ScoringRule`."""
+"""Reference for `ScoringRule`: a family's routing rule, one token at a time in Python floats."""
 
 import math
 
@@ -30,7 +30,7 @@ Weights = dict[int, float]
 
 
 class Slow:
-    """A rule, one token at a time, in Python's floats."""
+    """A rule, one token at a time, in Python floats."""
 
     def __init__(self, rule: ScoringRule, logits_E: Tensor, bias_E: Tensor | None):
         self.rule, self.logits = rule, [float(value) for value in logits_E]

@@ -1,8 +1,8 @@
 """Tiny random models of every family behind transformers' experts interface.
 
-Families are found by scanning transformers' sources for the interface's decorator, so that a new
-version's families are tested, or fail, without anybody having listed them. A model's configuration
-is the family's default one, shrunk by field name; `OVERRIDES` has what names don't say.
+Families are found by scanning transformers' sources for the interface's decorator, so that families
+of new versions are tested. A model's configuration is the family's default, shrunk by field name;
+`OVERRIDES` contains exceptions.
 """
 
 import dataclasses
@@ -185,10 +185,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 @cache
 def families() -> dict[str, tuple[str, str]]:
-    """Name to (folder in transformers, model class).
+    """Return (folder in transformers, model class) by name.
 
-    A family that has a text model and a multimodal one comes twice: as `gemma4`, and as
-    `gemma4_multimodal`, which is what its checkpoints on the Hub are.
+    A family with a text and a multimodal model has two entries: `gemma4`, and `gemma4_multimodal`
+    for its checkpoints on the Hub.
     """
     models = Path(transformers.__file__).parent / "models"
     found = {}
@@ -210,7 +210,7 @@ def _heads(source: str, kind: str) -> list[str]:
 
 
 def tiny_family(name: str, *, seed: int = 0) -> Any:
-    """A random model of the family, float32, whose router decides differently by token."""
+    """Return a random float32 model of the family whose routing differs by token."""
     folder, class_name = families()[name]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     model_class = getattr(module, class_name)
@@ -225,7 +225,7 @@ def tiny_family(name: str, *, seed: int = 0) -> Any:
 
 
 def tiny_family_config(config_class: Any, changes: dict[str, Any]) -> Any:
-    """The family's default configuration, shrunk; `changes` nest as sub-configurations do."""
+    """Return the family's default configuration, shrunk; `changes` may be nested."""
     return config_class(**_shrunk(config_class, changes))
 
 
@@ -272,7 +272,7 @@ def _sub_configs(config_class: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _randomise(model: torch.nn.Module) -> None:
-    """Matrices that keep a vector's size; vectors near their own, those by expert further off."""
+    """Set random weights: matrices that preserve norms, vectors near their initial values."""
     saved = model.state_dict()
     for name, parameter in model.named_parameters():
         if name in saved and parameter.dim() >= 2:
@@ -291,6 +291,6 @@ def _noise(tensor: Tensor) -> Tensor:
 
 
 def token_ids(*shape: int, seed: int = 1) -> Tensor:
-    """Random ids, clear of the low ones, which mean padding and the like."""
+    """Return random ids without the lowest, which are often special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(16, VOCABULARY, shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Small random models for the tests, with weights large enough that routers are decided."""
+"""Small random models with weights large enough for distinct routing."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Small random checkpoints to serve, and stores and disks that do as a test wants."""
+"""Small random checkpoints to serve, and simulated stores and disks."""
 
 import threading
 import time
@@ -72,7 +72,7 @@ FAMILIES = {
 
 
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any):
-    """A model of the family; every parameter random, also those that begin as zeros or ones."""
+    """Return a model of the family with all parameters random, including biases and norms."""
     config = getattr(transformers, f"{family}Config")(**(COMMON | FAMILIES[family] | changes))
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -83,7 +83,7 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ch
 
 @cache
 def model_of(family: str) -> Any:
-    """One that nobody changes."""
+    """A shared model that tests must not change."""
     return tiny(family)
 
 
@@ -98,26 +98,26 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids_BT: Tensor) -> Tensor:
-    """Of all positions at once, and then of one more token on the cache."""
+    """Return logits of all positions at once, then of one more token with the cache."""
     first = model(ids_BT[:, :-1], use_cache=True)
     last = model(ids_BT[:, -1:], past_key_values=first.past_key_values)
     return torch.cat([first.logits, last.logits], dim=1)
 
 
 def with_slots(served: ServedModel, slots: int) -> int:
-    """The budget for so many slots in every block."""
+    """Return the budget for `slots` in every block."""
     return served.budget.total_for_slots([slots] * len(served.blocks))
 
 
 def settled(served: ServedModel) -> None:
-    """Until every load under way has ended; published they are at the next step."""
+    """Wait until all running loads have ended; the next step publishes them."""
     for experts in served.blocks.values():
         while not all(pending.done.done() for pending in experts.swaps._pending):
             time.sleep(0.001)
 
 
 class Disk:
-    """`pread` that fails `failures` times, or waits while `open` is not set."""
+    """A `pread` that fails `failures` times, or waits while `open` is not set."""
 
     def __init__(self):
         self.failures = self.calls = 0
@@ -137,21 +137,21 @@ class Disk:
 
 @contextmanager
 def reading_through(disk: Disk) -> Iterator[Disk]:
-    """Checkpoints that are opened to be served meanwhile read through this disk, for ever."""
+    """Make checkpoints opened in this context read through this disk."""
     with mock.patch("moefit.serve.hf.skeleton.Checkpoint", partial(Checkpoint, read=disk)):
         yield disk
 
 
 @cache
 def mixtral_block() -> tuple[MoeBlock, Any]:
-    """A block of eight experts, and the module whose parameters they are."""
+    """Return a block of eight experts, and the module with their parameters."""
     model = tiny("Mixtral")
     block = find_blocks(model)[0]
     return block, model.get_submodule(block.name)
 
 
 class MemoryStore:
-    """As `ExpertStore`, from a module's parameters; fails for the experts in `broken`."""
+    """An `ExpertStore` over a module's parameters that fails for the experts in `broken`."""
 
     def __init__(self, block: MoeBlock, module: Any):
         self._block, self._parameters = block, dict(module.named_parameters())
@@ -176,7 +176,7 @@ class MemoryStore:
 
 
 class OverStorage(RuleBasedStateMachine):
-    """Something over a `MemoryStore` of eight experts that is slow, and fails, as it happens."""
+    """Helpers around a `MemoryStore` of eight experts that can be slow or fail."""
 
     bench: Any  # with `store`, `check` and `close`; set by an initialize rule
 
@@ -199,7 +199,7 @@ class OverStorage(RuleBasedStateMachine):
 
 
 def parts_of(module: Any, block: MoeBlock, expert: int) -> Mapping[str, Tensor]:
-    """One expert's tensors as the model itself has them."""
+    """Return one expert's tensors from the model."""
     parameters = dict(module.named_parameters())
     found = {}
     for short in block.layout.specs:

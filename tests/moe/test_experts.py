@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def results(compute: Compute, routing_of: Callable[[Tensor], Routing], gated: bool, t: int, e: int):
-    """The output and the gradients of x, scores and both matrices. D and F are odd, on purpose."""
+    """Return output and gradients of x, scores and both matrices, with odd D and F."""
     x_TD, logits_TE = normal(t, 7, seed=0), normal(t, e, seed=1)
     w_in_EID, w_out_EDF = normal(e, 10 if gated else 5, 7, seed=2), normal(e, 7, 5, seed=3)
     weights = ExpertWeights(

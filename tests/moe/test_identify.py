@@ -1,4 +1,4 @@
-"""Routing rules are found by example among all forms."""
+"""Routing rules are identified from examples among all forms."""
 
 from itertools import product
 

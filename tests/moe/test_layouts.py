@@ -1,4 +1,4 @@
-"""A layout says of an expert what its family's own module computes."""
+"""Layouts of experts compute what their family's modules compute."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def test_constant_routing_has_zero_loss():
 
 
 def one_hot(experts, num_experts):
-    """Logits that choose these experts, one per token, without doubt."""
+    """Return logits that clearly choose these experts, one per token."""
     return 50.0 * torch.nn.functional.one_hot(torch.tensor(experts), num_experts).float()
 
 
@@ -37,7 +37,7 @@ def test_statistics_of_a_single_expert():
 
 
 def test_statistics_of_alternating_experts():
-    """Six experts by turns: a third of them covers a third, and each comes again after six."""
+    """Six alternating experts: a third of them covers a third, with reuse distance six."""
     logits = one_hot([i % 6 for i in range(6 * WINDOW)], 6)
     found = locality_statistics([logits, logits], 1, 1)
     assert found["window_entropy"] == pytest.approx(1, abs=0.01)

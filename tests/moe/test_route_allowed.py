@@ -1,4 +1,4 @@
-"""Training with experts absent routes as serving in virtual mode does."""
+"""Routing with absent experts in training equals virtual mode."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_top_k_equals_virtual_mode(renormalize, resident):
 
 
 def slow(logits_E, allowed_E, rule):
-    """One token: as many as the rule selects among all, the best of those allowed."""
+    """Reference for one token: as many experts as the rule selects, the best allowed ones."""
     scores = logits_E.softmax(-1)
     own = [e for e in range(E) if spread(masked_route(scores[None], rule))[0, e] > 0]
     ranked = sorted((e for e in range(E) if allowed_E[e]), key=lambda e: -float(logits_E[e]))

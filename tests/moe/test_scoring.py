@@ -15,7 +15,7 @@ LOGITS = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(1)
 
 
 def test_sparsemixer_by_hand():
-    """Each choice against what is left and near enough: 2 vs 1.9; then 1.9 alone, 1 is too far."""
+    """Each choice is normalised over the remaining near scores: 2 vs 1.9, then 1.9 alone."""
     rule = ScoringRule(score="given", chosen="sparsemixer", tolerance=0.1)
     like = Routing(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))
     routing = rule.route(torch.tensor([[1.0, 2.0, 1.9, -3.0]]), like)

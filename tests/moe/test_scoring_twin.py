@@ -61,7 +61,7 @@ def as_routing(weights: list[Weights], dtype: torch.dtype = torch.float32) -> Ro
 def example_of(
     rule: ScoringRule, *, vectors: tuple[Tensor, ...] = (), seed: int = 0
 ) -> RouterExample:
-    """What a router of this rule does; its bias, if it has one, is the last of the vectors."""
+    """Return a router of this rule; its bias, if any, is the last vector."""
     logits_TE = some_logits(seed)
     bias_E = vectors[-1] if rule.biased else None
     return RouterExample(
@@ -74,7 +74,7 @@ def example_of(
 def assert_routes_as(
     found: IdentifiedRule | None, rule: ScoringRule, vectors: tuple[Tensor, ...]
 ) -> None:
-    """On other tokens, with all experts and with some: however the rule is written down."""
+    """Compare rules on other tokens, with all experts and with some."""
     assert found is not None
     logits_TE = some_logits(1)
     theirs_E = vectors[-1] if rule.biased else None
@@ -110,7 +110,7 @@ def test_weight_factor_is_identified(name: str) -> None:
 
 
 def test_simpler_of_equivalent_forms_is_chosen() -> None:
-    """A bias that is nought cannot be told from none, nor a group that is never lost."""
+    """A zero bias equals no bias, and a group that is never excluded equals no group."""
     rule = RULES["softmax-normalised"]
     example = example_of(rule, vectors=(torch.zeros(NUM_EXPERTS),))
     found = identify(example, KnownForms())
@@ -164,7 +164,7 @@ def test_unknown_router_matches_no_rule() -> None:
 
 @pytest.mark.parametrize("name", ["softmax-normalised", "softmax", "sigmoid-biased"])
 def test_low_precision_is_tolerated(name: str) -> None:
-    """A router that works in bfloat16, scores and weights."""
+    """A router with scores and weights in bfloat16."""
     rule, bias_E = RULES[name], vector(6)
     logits_TE = some_logits(0).to(torch.bfloat16)
     weights = slow_routing(rule, logits_TE, bias_E if rule.biased else None)

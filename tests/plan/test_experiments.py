@@ -1,4 +1,4 @@
-"""Which configurations a profile measures."""
+"""Configurations that a profile measures."""
 
 import pytest
 

@@ -96,7 +96,7 @@ def test_cached_model_does_not_reduce_memory(monkeypatch) -> None:
 
 
 def test_damaged_reference_is_recreated(tmp_path: Path) -> None:
-    """Whatever is in its place is read as none, as are arrays that do not belong together."""
+    """Damaged files and inconsistent arrays are read as None."""
     path = tmp_path / "reference.npz"
     whole = Reference(
         windows_BT=torch.zeros(2, 5, dtype=torch.int64),

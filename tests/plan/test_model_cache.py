@@ -1,4 +1,4 @@
-"""A model that is kept between configurations gives what one that is loaded for each gives."""
+"""A model kept between configurations equals one loaded for each."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +32,7 @@ def experts() -> dict[str, int]:
 
 
 def configurations() -> list[Configuration]:
-    """Native, a block in few bits, half of the experts absent, formats by expert, dense int8."""
+    """Native, a block in few bits, half of the experts, formats by expert, dense int8."""
     all_of = experts()
     native = uniform(all_of, "native")
     first, count = next(iter(all_of.items()))

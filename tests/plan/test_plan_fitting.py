@@ -21,7 +21,7 @@ def loss(
 
 
 def by_descent(x_NF: np.ndarray, y_N: np.ndarray, prior_F: np.ndarray, s: float) -> np.ndarray:
-    """The obvious way: projected gradient, many small steps."""
+    """Reference: projected gradient with many small steps."""
     scale_F = np.where(prior_F > 0, prior_F, prior_F.mean() or 1.0)
     gram_FF = x_NF.T @ x_NF + np.diag(s / scale_F**2)
     right_F = x_NF.T @ y_N + s * prior_F / scale_F**2

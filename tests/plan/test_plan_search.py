@@ -33,7 +33,7 @@ def models() -> Models:
 
 @cache
 def small() -> PolicyOptions:
-    """The exact mode with few options, so that all can be tried."""
+    """Exact mode with few options, so that all can be enumerated."""
     field = models().by_policy[0]
     return PolicyOptions(
         policy=field.policy,

@@ -48,7 +48,7 @@ def test_plans_fit_serving_estimate() -> None:
 
 @pytest.mark.parametrize("rest", ["native", "int8"])
 def test_server_plan_fits_with_overhead(rest: str) -> None:
-    """Reckoned as `load` does it, of a process of another size than this one."""
+    """Estimate as `load` does, for a process of another size."""
     process = 3 << 30
     served = PlanConstraints(
         sequences=16, prompt_logits=1 << 20, process=process, dense_formats=(rest,)

@@ -1,4 +1,4 @@
-"""The whole way: measured, fitted, planned, loaded."""
+"""Profile, fit, plan and load a model."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The baseline planner of benchmarks/ still runs against the product's models."""
+"""The baseline planner in benchmarks/ works with the planner's models."""
 
 import pytest
 from planned import profile, shapes

@@ -1,4 +1,4 @@
-"""Attention by the compiled kernels: all scores written out, and what it must not depend on."""
+"""Attention by compiled kernels, compared with a reference, and its invariances."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def segments_of(
     *,
     int8: bool = False,
 ) -> list[KeySegment]:
-    """One of (past, new) tokens each, all views of one pool."""
+    """One request per (past, new) tokens, all views of one pool."""
     places = sum(past + new for past, new in sizes)
     keys_GPC = normal(groups, places, width, seed=1).to(dtype)
     values_GPZ = normal(groups, places, value_width, seed=2).to(dtype)
@@ -237,7 +237,7 @@ def test_equals_transformers_sdpa(batch: int, new: int, length: int) -> None:
 
 @pytest.mark.parametrize("flag", [None, False, True])
 def test_transformers_flags_do_not_disable_kernels(flag, monkeypatch) -> None:
-    """Families pass their flags on (output_router_logits); what changes attention goes to torch."""
+    """Families pass on flags (output_router_logits); flags that change attention use torch."""
     calls = []
     real = attention_module._by_kernels
     monkeypatch.setattr(

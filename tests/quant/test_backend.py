@@ -1,4 +1,4 @@
-"""Which kernels a device gets, what is said about it, and that Triton is no dependency."""
+"""Kernels by device, messages about them, and the optional dependency on Triton."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ CPU, GPU, OTHER = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing is set, and what is cached about this process is forgotten before and after."""
+    """Unset the variables, and clear caches before and after."""
     monkeypatch.delenv(SWITCH, raising=False)
     for clear in (compiled.kernels.cache_clear, module._triton.cache_clear):
         clear()
@@ -61,7 +61,7 @@ def test_other_devices_use_torch() -> None:
 
 
 def test_triton_is_imported_only_for_gpus() -> None:
-    """CPU builds of torch do not bring it."""
+    """CPU builds of torch do not include it."""
     code = (
         "import sys, moefit.serve.layer.executor, moefit.serve.hf.quant_linear\n"
         "ours = ('moefit.quant.triton', 'moefit.quant.gpu')\n"

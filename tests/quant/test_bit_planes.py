@@ -25,7 +25,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, groups: int, seed: int) 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(PLANES)), st.integers(0, 2**31))
 def test_all_bytes_are_valid_codes(bits: int, seed: int) -> None:
-    """So nothing of a group's bytes is wasted, and any bytes at all decode."""
+    """Groups have no unused bits, and arbitrary bytes decode."""
     generator = torch.Generator().manual_seed(seed)
     bytes_NB = torch.randint(256, (3, bits * 8), dtype=torch.uint8, generator=generator)
     assert torch.equal(pack(unpack(bytes_NB, bits), bits), bytes_NB)
@@ -33,7 +33,7 @@ def test_all_bytes_are_valid_codes(bits: int, seed: int) -> None:
 
 @widths
 def test_the_layout_is_as_documented(bits: int) -> None:
-    """Bit by bit, in plain integers."""
+    """Reference: bit by bit, in Python integers."""
     (codes_G,) = codes(1, bits, seed=bits).tolist()
     expected, below = [0] * (bits * 8), 0
     start = 0

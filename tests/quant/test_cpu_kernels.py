@@ -1,7 +1,7 @@
-"""Every level of the compiled kernels against the torch twin, within bounds that are derived.
+"""Every level of the compiled kernels compared with torch, within derived bounds.
 
-`GroupedMatrix.dense` says what the weights are. Over them a product has the error of summing in
-float32; of grouped integers also that of the activations, in steps of 2^-15 of the largest of 64.
+Weights are those of `GroupedMatrix.dense`. A product has the error of float32 sums; with grouped
+integers also that of activations in steps of 2^-15 of the largest of 64.
 """
 
 import pytest
@@ -36,7 +36,7 @@ KINDS = [*NATIVE, *PLANES]
 
 @pytest.fixture
 def fresh():
-    """What is cached about this process is forgotten before and after."""
+    """Clear caches before and after."""
     caches = module.kernels, module._library
     for one in caches:
         one.cache_clear()
@@ -61,12 +61,12 @@ def weight_of(kind, rows: int, cols: int, *, seed: int = 0) -> Weight:
 
 
 def dense(weight: Weight) -> Tensor:
-    """Float64."""
+    """Return the product in float64."""
     return (weight if isinstance(weight, Tensor) else weight.dense()).double()
 
 
 def error_bound(weight: Weight, x_TI: Tensor, level: str) -> Tensor:
-    """What a product of float32 sums may be off from the exact one, [T, O]."""
+    """Return the error bound of float32 sums [T, O]."""
     if isinstance(weight, Tensor):
         terms_OI, grid_TI = weight.abs().double(), torch.zeros_like(x_TI)
     else:  # scale * code and minimum are summed apart, and may cancel
@@ -122,7 +122,7 @@ def test_products_of_any_shape(kind, rows, cols, tokens, size, seed: int) -> Non
 @levels
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
-    """So that decoding and prompts of any length agree to the bit."""
+    """Decoding and prompts of any length agree bitwise."""
     weight, x_TI = weight_of(kind, 37, 200), normal(9, 200)
     together_TO = at(level).linear(x_TI, weight)
     for t in range(9):
@@ -132,7 +132,7 @@ def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
 @levels
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_outliers_affect_only_their_group(level: str, bits: int) -> None:
-    """10^4 beside 10^-3: other groups keep all they have; the result is as good as the bound."""
+    """With values of 10^4 and 10^-3, other groups keep their precision."""
     weight = weight_of(bits, 48, 192)
     x_TI = normal(3, 192) * 1e-3
     quiet_TO = at(level).linear(x_TI, weight)
@@ -159,7 +159,7 @@ def test_nan_affects_only_its_token(level: str, kind) -> None:
 @levels
 @widths
 def test_tiny_activations_give_tiny_results(level: str, bits: int) -> None:
-    """Their scale's reciprocal is no float."""
+    """The reciprocal of their scale is not finite."""
     weight = weight_of(bits, 8, 100)
     for size in (1e-29, 1e-33, 1e-38, 1e-45, 0.0):
         y_TO = at(level).linear(torch.full((2, 100), size), weight)
@@ -189,7 +189,7 @@ def test_decoding_equals_torch_bitwise(level: str, bits: int) -> None:
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float16_scales_equal_torch(level: str, dtype: torch.dtype) -> None:
-    """Subnormal, infinite and NaN scales and minima among them."""
+    """Includes subnormal, infinite and NaN scales and minima."""
     half_R = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     for bits, code in ((8, 129), (4, 0)):
         rows = GroupedMatrix.empty(len(half_R), 1, bits)
@@ -213,7 +213,7 @@ def make_mlp(
 
 
 def expected(x_RD: Tensor, mlp: KernelMlp, level: str) -> tuple[Tensor, Tensor]:
-    """In float64, with the error that float32 sums and the grids of both products allow."""
+    """Return the result in float64, and the error bound of both products."""
     act = ACTIVATIONS[mlp.activation]
     in_RI, off_RI = x_RD.double() @ dense(mlp.w_in).T, error_bound(mlp.w_in, x_RD, level)
     first = in_RI.shape[1] // (1 + mlp.gated)

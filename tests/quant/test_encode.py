@@ -1,4 +1,4 @@
-"""What encoding loses, by format: bounds that hold for any weights, and what fitting gains."""
+"""Encoding errors by format: bounds for any weights, and the gain of fitting."""
 
 from unittest import mock
 
@@ -23,7 +23,7 @@ HALF, SMALLEST_HALF = 2.0**-11, 2.0**-24  # float16's relative rounding; its lea
 
 @pytest.fixture(autouse=True, scope="module", params=["torch", "kernels"])
 def computing(request):
-    """Everything here holds for both ways to compute it."""
+    """All tests run with kernels and with torch."""
     if request.param == "kernels" and kernels() is None:
         pytest.skip(f"no kernels: {status()}")
     way = (lambda: None) if request.param == "torch" else kernels
@@ -32,7 +32,7 @@ def computing(request):
 
 
 def normal(rows: int, cols: int, *, seed: int = 0, tails: int | None = None) -> Tensor:
-    """Gaussian, or Student's t with so many degrees of freedom."""
+    """Return Gaussian weights, or Student's t with `freedom` degrees of freedom."""
     generator = torch.Generator().manual_seed(seed)
     weight_RC = torch.randn(rows, cols, generator=generator)
     if tails is not None:
@@ -42,7 +42,7 @@ def normal(rows: int, cols: int, *, seed: int = 0, tails: int | None = None) -> 
 
 
 def in_groups(value_RC: Tensor) -> Tensor:
-    """[R, G, 64]; the last group is filled up with the last value, which changes no spread."""
+    """Return groups [R, G, 64]; the last is padded with its last value."""
     cols = value_RC.shape[1]
     padding = groups_of(cols) * GROUP - cols
     return F.pad(value_RC[None], (0, padding), mode="replicate")[0].unflatten(1, (-1, GROUP))
@@ -68,7 +68,7 @@ weights = st.builds(
 @settings(deadline=None, max_examples=150)
 @given(weights, st.sampled_from(sorted(PLANES)))
 def test_nearest_error_is_at_most_half_a_step(weight_RC: Tensor, bits: int) -> None:
-    """Half a step, and what float16 rounds of the scale and of the minimum."""
+    """Return half a step plus the float16 rounding of scale and minimum."""
     matrix = encode(weight_RC, bits, "nearest")
     group_RGI = in_groups(weight_RC.double())
     low_RG, high_RG = group_RGI.amin(-1), group_RGI.amax(-1)
@@ -89,7 +89,7 @@ def test_nearest_error_is_at_most_half_a_step(weight_RC: Tensor, bits: int) -> N
 @settings(deadline=None, max_examples=100)
 @given(weights, st.sampled_from(sorted(PLANES)), st.booleans())
 def test_fitted_is_never_worse_than_nearest(weight_RC: Tensor, bits: int, weighted: bool) -> None:
-    """Group by group, in the error that it is asked to make small."""
+    """Return the minimised error by group."""
     cols = weight_RC.shape[1]
     generator = torch.Generator().manual_seed(cols)
     moments_C = torch.rand(cols, generator=generator).pow(4) + 1e-3 if weighted else None
@@ -145,7 +145,7 @@ def test_extreme_weights_stay_finite(bits, encoder, bound: float) -> None:
 
 @encoders
 def test_tiny_weights_round_to_float16_scales(encoder: Encoder) -> None:
-    """Dead units of trained models: int8 would be no better than dropping them."""
+    """Unused units of trained models, for which int8 would equal dropping them."""
     weight_RC = normal(8, 256) * 1e-6
     for bits in (4, 6, 8):
         error = float((encode(weight_RC, bits, encoder).dense() - weight_RC).norm())

@@ -1,4 +1,4 @@
-"""The compiled encoder against the plain one: the same bytes, or errors that are as small."""
+"""The compiled encoder compared with torch: the same bytes, or errors as small."""
 
 from unittest import mock
 
@@ -25,7 +25,7 @@ def random(rows: int, cols: int, seed: int = 0, *, size: int = 0, offset: float 
 
 
 def encoded(level: Level | None, weight_RC: Tensor, bits: int, encoder: Encoder, moments_C=None):
-    """By the kernels of this level, or in torch."""
+    """Encode with the kernels of this level, or in torch."""
     way = (lambda: None) if level is None else (lambda: kernels(level))
     with mock.patch("moefit.quant.encode.kernels", way):
         return encode(weight_RC, bits, encoder, moments_C=moments_C)
@@ -70,7 +70,7 @@ def test_all_levels_agree_bitwise(
 @settings(deadline=None, max_examples=50)
 @given(weight_RC=weights, bits=st.sampled_from(sorted(set(PLANES) - {8})))
 def test_codes_are_nearest_for_their_scale(level: Level, weight_RC: Tensor, bits: int) -> None:
-    """Whatever scale and minimum came out, torch gives these codes to them, bit for bit."""
+    """For the resulting scale and minimum, torch gives the same codes."""
     made, cols = encoded(level, weight_RC, bits, "fitted"), weight_RC.shape[1]
     codes_RB, meta_RMG = made.by_row()
     scale_RGI, least_RGI = (
@@ -86,7 +86,7 @@ def test_codes_are_nearest_for_their_scale(level: Level, weight_RC: Tensor, bits
 @widths
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fitted_error_equals_torch(level: Level, bits: int, weighted: bool) -> None:
-    """Group by group a search may end elsewhere; over a matrix that is less than a thousandth."""
+    """Searches may differ by group; over a matrix the difference is below a thousandth."""
     weight_RC = random(128, 520)
     moments_C = torch.rand(520).pow(4) + 1e-3 if weighted else torch.ones(520)
     plain, fast = (
@@ -102,7 +102,7 @@ def test_fitted_error_equals_torch(level: Level, bits: int, weighted: bool) -> N
 @levels
 @NARROW
 def test_agreement_needs_correct_kernel(level: Level, bits: int) -> None:
-    """Nearest's bytes are others than fitted's: the tests above would see the wrong one."""
+    """Nearest and fitted bytes differ, so the tests above detect a wrong encoder."""
     weight_RC = random(16, 128)
     nearest, fitted = (encoded(level, weight_RC, bits, one) for one in ("nearest", "fitted"))
     assert not same(nearest, fitted)

@@ -1,4 +1,4 @@
-"""What each matrix of an expert is given: for layouts that write their products differently."""
+"""Inputs of each matrix of an expert, for different layouts."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Formats as slots see them: bytes, bound views, writing, and the plain computation."""
+"""Formats: bytes, views of slots, encoding, and computation."""
 
 from itertools import pairwise
 
@@ -63,7 +63,7 @@ def random_tensors(specs) -> dict[str, torch.Tensor]:
 @settings(deadline=None, max_examples=60)
 @given(specs, st.sampled_from(sorted(FORMATS)))
 def test_slot_bytes_equal_sum_of_parts(specs, name: str) -> None:
-    """In whole pages, each part on a cache line; nothing overlaps."""
+    """Slots have whole pages, and parts are on cache lines without overlap."""
     format = FORMATS[name]
     slot = allocate_slot(format, specs, CPU)
     assert slot.nbytes == format.nbytes(specs) == slot.buffer_B.nbytes
@@ -133,7 +133,7 @@ def block_and_module(request):
 def test_output_equals_family_with_decoded_tensors(
     block_and_module, name: str, kernel_level: str, monkeypatch
 ) -> None:
-    """Transposed matrices and biases among them (GptOss)."""
+    """Includes transposed matrices and biases (GptOss)."""
     monkeypatch.setattr("moefit.quant.backend.kernels", lambda: kernels(kernel_level))
     block, module = block_and_module
     format, specs = FORMATS[name], block.layout.specs

@@ -1,4 +1,4 @@
-"""Encoding by the inputs' second moments, against doing each step from the definition."""
+"""Encoding by the inputs' second moments, compared with the definition."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def codes_of(made: GroupedMatrix) -> Tensor:
 
 
 def correlated(tokens: int, cols: int, seed: int = 0) -> Tensor:
-    """Few directions carry most, as behind a trained layer."""
+    """Return inputs with most variance in few directions, as after a trained layer."""
     generator = torch.Generator().manual_seed(seed)
     few_CK = torch.randn(max(1, cols // 8), cols, generator=generator)
     loud_NK = torch.randn(tokens, len(few_CK), generator=generator)
@@ -51,7 +51,7 @@ def output_error(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> float:
 
 
 def plainly(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> Tensor:
-    """The codes to `made`'s scales, each column's optimum solved anew from what is fixed so far."""
+    """Reference: codes for given scales, solving each column's optimum from the previous ones."""
     moments_CC = x_NC.double().T @ x_NC.double()
     moments_CC /= moments_CC.diagonal().mean()
     moments_CC += DAMPING * torch.eye(len(moments_CC))
@@ -89,7 +89,7 @@ def test_codes_match_definition(bits: int, cols: int) -> None:
 
 @widths
 def test_group_fit_accounts_for_compensation(bits: int) -> None:
-    """The second one, while none of its columns is rounded: from the definition, solved anew."""
+    """Return the second group before rounding, solved from the definition."""
     torch.manual_seed(1)
     weight_RC, x_NC = torch.randn(40, 150), correlated(400, 150)
     made = compensated(weight_RC, bits, x_NC, sweeps=0)
@@ -117,7 +117,7 @@ def test_white_inputs_need_no_compensation(bits: int, cols: int) -> None:
 
 
 def damped_error(made: GroupedMatrix, weight_RC: Tensor, x_NC: Tensor) -> float:
-    """What sweeps bring down: with the damping, in float64 from the definition."""
+    """Return the damped error in float64 from the definition."""
     off_RC = made.dense().double() - weight_RC.double()
     moments_CC = x_NC.double().T @ x_NC.double()
     moments_CC += DAMPING * moments_CC.diagonal().mean() * torch.eye(len(moments_CC))
@@ -140,7 +140,7 @@ def test_sweeps_never_increase_error(bits: int, cols: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_sweeps_reach_local_optimum(bits: int) -> None:
-    """Tried from the definition, one code at a time."""
+    """Try each code in turn, from the definition."""
     torch.manual_seed(3)
     weight_RC, x_NC = torch.randn(2, 40), correlated(200, 40)
     made = compensated(weight_RC, bits, x_NC, sweeps=30)
@@ -167,7 +167,7 @@ def test_output_error_on_other_inputs_is_lower(bits: int) -> None:
 
 
 def test_inputs_are_weighted() -> None:
-    """Three times over is as three times as heavy, and weightless is not there."""
+    """Repeating an input equals its weight; a weight of zero equals its absence."""
     torch.manual_seed(0)
     weight_RC, x_NC = torch.randn(8, 70), correlated(300, 70)
     thrice = compensated(weight_RC, 3, torch.cat([x_NC, x_NC[:100], x_NC[:100]]))
@@ -191,7 +191,7 @@ def test_inputs_are_weighted() -> None:
 def test_any_inputs_give_finite_weights(
     rows: int, cols: int, tokens: int, bits: int, size: float, seed: int
 ) -> None:
-    """Fewer inputs than columns, none, of any size: what comes is a matrix of the format."""
+    """Any number and size of inputs gives a valid matrix."""
     generator = torch.Generator().manual_seed(seed)
     weight_RC = torch.randn(rows, cols, generator=generator).clamp(-4, 4)
     x_NC = size * torch.randn(tokens, cols, generator=generator)

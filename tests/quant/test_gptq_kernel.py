@@ -1,4 +1,4 @@
-"""Compiled calibrated encoding against the plain one: the same codes but where rounding decides."""
+"""Compiled calibrated encoding compared with torch: the same codes except at rounding ties."""
 
 from collections.abc import Sequence
 from unittest import mock
@@ -21,7 +21,7 @@ SIZES = [(1, 1), (3, 40), (130, 64), (5, 65), (128, 150), (257, 200), (9, 640)]
 
 
 def inputs(tokens: int, cols: int, seed: int = 0) -> Tensor:
-    """Few directions carry most."""
+    """Return inputs with most variance in few directions."""
     generator = torch.Generator().manual_seed(seed)
     few_KC = torch.randn(max(1, cols // 8), cols, generator=generator)
     loud_NK = torch.randn(tokens, len(few_KC), generator=generator)
@@ -43,7 +43,7 @@ def encoded(
     moments: Sequence[SecondMoments],
     sweeps: int = SWEEPS,
 ) -> GroupedMatrix:
-    """By the kernels of this level, or the plain way; what was there before is seen if it stays."""
+    """Encode with the kernels of this level or torch, into a buffer with a known pattern."""
     rows, cols = weight_RC.shape
     made = GroupedMatrix.empty(rows, cols, bits)
     made.codes_RB.fill_(0xA5)
@@ -54,7 +54,7 @@ def encoded(
 
 
 def other_rows(one: GroupedMatrix, other: GroupedMatrix) -> int:
-    """Rows that are not the same bytes, padding included."""
+    """Return the number of rows with different bytes, including padding."""
     (one_codes, one_meta), (codes, meta) = one.by_row(), other.by_row()
     codes_R = (one_codes == codes).all(1)
     meta_R = (one_meta == meta).flatten(1).all(1)
@@ -62,7 +62,7 @@ def other_rows(one: GroupedMatrix, other: GroupedMatrix) -> int:
 
 
 def loss(made: GroupedMatrix, weight_RC: Tensor, moments: Sequence[SecondMoments]) -> float:
-    """What is to be kept small, in float64."""
+    """Return the minimised error in float64."""
     total, first = 0.0, 0
     off_RC = made.dense().double() - weight_RC.double()
     for one in moments:
@@ -102,7 +102,7 @@ def test_equals_torch_up_to_rounding(level: Level, bits: int, rows: int, cols: i
 def test_any_inputs(
     rows: int, cols: int, tokens: int, bits: int, size: float, dead: bool, seed: int
 ) -> None:
-    """Fewer inputs than columns or none at all, columns that nothing enters, any size."""
+    """Few or no inputs, columns without input, and any size."""
     weight_RC, x_NC = weights(rows, cols, seed), size * inputs(tokens, cols, seed)
     if dead:
         x_NC[:, ::3] = 0
@@ -150,7 +150,7 @@ def test_wide_matrix_is_encoded_in_parts(
 
 @levels
 def test_result_does_not_depend_on_threads_or_batch(level: Level) -> None:
-    """Nor does it matter to a row which others are there."""
+    """Rows do not depend on each other."""
     weight_RC, moments, before = weights(600, 200), known(inputs(400, 200)), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -165,7 +165,7 @@ def test_result_does_not_depend_on_threads_or_batch(level: Level) -> None:
 
 @levels
 def test_agreement_needs_correct_kernel(level: Level) -> None:
-    """Without sweeps, or by other inputs, the bytes are others: the tests above would see it."""
+    """Bytes differ without sweeps or with other inputs, so the tests above detect errors."""
     weight_RC, moments = weights(64, 150), known(inputs(300, 150))
     made = encoded(level, weight_RC, 3, moments)
     assert other_rows(encoded(level, weight_RC, 3, moments, 0), made) > 60

@@ -1,4 +1,4 @@
-"""The Triton kernels against the torch twin: on a GPU, or without one in Triton's interpreter.
+"""The Triton kernels compared with torch, on a GPU or in Triton's interpreter.
 
 The bounds are those of `test_cpu_kernels.py`. Where more than one token is multiplied in
 16 bits, weights of fewer than 8 bits are rounded to the tokens' dtype first, and that is added.
@@ -41,7 +41,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def placed(weight: Weight) -> Weight:
-    """Where the kernels run."""
+    """The device of the kernels."""
     if isinstance(weight, Tensor):
         return weight.to(HERE)
     codes_RB, meta_RMG = weight.codes_RB.to(HERE), weight.meta_RMG.to(HERE)
@@ -53,7 +53,7 @@ def linear(x_TI: Tensor, weight: Weight) -> Tensor:
 
 
 def bound(weight: Weight, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a product may be off from the exact one, [T, O]."""
+    """Return the error bound of a product [T, O]."""
     off_TO = error_bound(weight, x_TI, "triton")
     if isinstance(weight, Tensor) or weight.bits == 8 or len(x_TI) == 1:
         return off_TO
@@ -165,7 +165,7 @@ def make_mlp(
 
 
 def twin(x_RD: Tensor, mlp: KernelMlp) -> Tensor:
-    """Over decoded weights in float64, hidden units rounded where torch would round them."""
+    """Reference in float64 over decoded weights, with torch's rounding of hidden units."""
 
     def rounded(value: Tensor) -> Tensor:
         return value.to(x_RD.dtype).double()
@@ -254,7 +254,7 @@ def test_no_routed_tokens_give_zero() -> None:
 
 
 def test_row_result_does_not_depend_on_batch() -> None:
-    """So that it makes no difference which experts were there and which had to be fetched."""
+    """Results must not depend on which experts were resident."""
     mlps, x_TD = [make_mlp(4, 4), make_mlp(3, 8, seed=1)], normal(5, 72)
     for count in (1, 5):
         tokens = [[0], [*range(count)]]

@@ -72,7 +72,7 @@ def test_other_dtypes_are_rounded_once(dtype: torch.dtype) -> None:
 @widths
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 70])
 def test_slab_layout_is_as_documented(bits: int, rows: int) -> None:
-    """Byte by byte: word w of row r of a slab is its word 16 w + r; what fills no slab stays."""
+    """Reference: word w of row r of a slab is word 16 w + r; remaining rows are unchanged."""
     matrix = random_matrix(rows, 130, bits)
     codes_RB, meta_RMG = matrix.by_row()
     whole, width = rows // 16 * 16, codes_RB.shape[1]

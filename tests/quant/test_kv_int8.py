@@ -1,4 +1,4 @@
-"""Rows of an int8 cache: the kernel against torch, the error, and what must not be lost."""
+"""Rows of an int8 cache: kernel and torch, error, and NaN."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What is known of a matrix's inputs, against its definition in float64."""
+"""Second moments of inputs, compared with their definition in float64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ sizes = pytest.mark.parametrize("cols", SIZES)
 
 
 def whole(panels_GPI: Tensor) -> Tensor:
-    """The square that the panels are cut from, with its padding."""
+    """Return the padded square matrix of the panels."""
     return torch.cat(list(panels_GPI), dim=1).double()
 
 

@@ -1,4 +1,4 @@
-"""DS-MoE models, served: rules change, and tokens differ in how many experts they have."""
+"""Serving DS-MoE models: changing rules, and numbers of experts that differ by token."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def large(**changes) -> DsMoeForCausalLM:
-    """All that a DS-MoE can have."""
+    """A DS-MoE with all optional parts."""
     return tiny_model(
         num_attention_experts=2,
         router_hidden_size=6,
@@ -87,7 +87,7 @@ def test_bfloat16(tmp_path, inputs):
 
 
 def test_bitwise_equal_for_same_number_of_rows(folder, inputs):
-    """In float32 rows are not filled up and torch computes, so sums are the same ones."""
+    """In float32 rows are not padded and torch computes, so sums are equal."""
     with serving(folder) as served:
         assert torch.equal(logits(served.model, inputs), logits(large(), inputs))
 
@@ -109,7 +109,7 @@ def test_the_shipped_model(rule, dtype):
 
 
 def by_hand(model: DsMoeForCausalLM, residents: list[int]):
-    """Make the plain model route among the residents, token by token."""
+    """Make the plain model choose among residents, token by token."""
 
     def restrict(block):
         def reroute(_experts, inputs):
@@ -194,7 +194,7 @@ def test_bounded_mode_respects_bound(rule, bound, folder, inputs):
 )
 @settings(max_examples=15, deadline=None)
 def test_exact_after_other_modes(folder, steps):
-    """Rules, budgets and modes change between requests; exact mode is the model's output still."""
+    """After changes of rules, budgets and modes, exact mode equals the model."""
     model = large()
     with serving(folder) as served:
         for what, value in steps:

@@ -83,7 +83,7 @@ def nllb(**changes):
 
 @pytest.fixture
 def source():
-    """Two sentences, one of them padded."""
+    """Return two sentences, one of them padded."""
     ids = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -141,7 +141,7 @@ def test_test_models_drop_tokens(both):
 
 
 def restricted(residents):
-    """A hook: Switch's router as it would be with these experts alone; what it dropped stays so."""
+    """A hook that limits Switch's router to these experts and keeps dropped tokens."""
 
     def reroute(_router, _inputs, output):
         mask_BTE, _, logits_BTE = output
@@ -194,7 +194,7 @@ def test_nllb_supports_exact_mode_only(tmp_path, both):
 
 
 def by_layout(layout, experts: nn.Module, x_TD, *arguments):
-    """One token and one expert at a time."""
+    """Reference: one token and one expert at a time."""
     parameters = dict(experts.named_parameters())
     routing = layout.routing(len(x_TD), *arguments)
     y_TD = torch.zeros_like(x_TD)

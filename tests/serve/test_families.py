@@ -1,8 +1,8 @@
 """Every family behind transformers' experts interface, served exactly and virtually.
 
-In float32 the logits of most are transformers' own bit for bit on the processors that were tried;
-those with a clamped gate function differ in the last bits, and on other processors others may,
-which is what the tolerance is for.
+In float32 the logits of most families equal transformers' bitwise on the tested processors. Those
+with a clamped gate function differ in the last bits, and others may on other processors, hence the
+tolerance.
 """
 
 import inspect
@@ -75,7 +75,7 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, and what transformers itself makes of it: prefill, then decode steps."""
+    """A checkpoint, and transformers' outputs for prefill and decoding."""
 
     family: str
     folder: Path
@@ -98,7 +98,7 @@ def saved(request, tmp_path_factory) -> Saved:
 
 @torch.inference_mode()
 def logits_of(model: Any) -> list[Tensor]:
-    """Of two sequences of nine tokens, then of a few more with the cache, if there is one."""
+    """Return logits of two sequences of nine tokens, then of more tokens with the cache."""
     ids = token_ids(2, 9)
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         return [model(input_ids=ids, decoder_input_ids=token_ids(2, 9, seed=2)).logits]
@@ -121,7 +121,7 @@ def assert_same(logits: list[Tensor], expected: list[Tensor], tolerance: float =
 
 
 def hold(served: ServedModel, count: int) -> None:
-    """Slots for `count` experts of each block, and the first ones in them."""
+    """Serve with `count` slots per block, filled with the first experts."""
     counts = [min(count, block.num_experts) for block in served.budget.blocks]
     served.set_memory(served.budget.total_for_slots(counts))
     served.set_residents({name: range(count) for name in served.blocks})
@@ -132,14 +132,14 @@ def hold(served: ServedModel, count: int) -> None:
 
 
 def test_every_family_is_listed():
-    """A family that a new transformers brings is to be put into SERVED, or NOT_SERVED."""
+    """New families of transformers must be added to SERVED or NOT_SERVED."""
     assert set(families()) == SERVED | set(NOT_SERVED)
     assert not SERVED & set(NOT_SERVED)
     assert set(RULE_UNKNOWN) | SHOWN <= SERVED
 
 
 def test_routing_differs_by_token():
-    """Else the tests below would show little."""
+    """Otherwise the tests below would show little."""
     model = tiny_family("mixtral")
     chosen = []
     for layer in model.model.layers:
@@ -157,7 +157,7 @@ def test_exact_at_minimum_budget(saved):
 
 
 def test_routing_rule(saved):
-    """Known where it is expected, and the same as the family's own router as far as can be seen."""
+    """The rule is identified where expected and equals the family's router."""
     with load_model(saved.folder, LoadSettings(context=64)) as served:
         # Blocks of a vision part don't run on text; they may stay unknown.
         used = [experts for experts in served.blocks.values() if experts.reachable]
@@ -177,7 +177,7 @@ def test_routing_rule(saved):
 
 
 def test_virtual_with_half_of_the_experts(saved):
-    """Nothing is fetched, so nothing absent was chosen."""
+    """Nothing is fetched, so no absent expert was chosen."""
     if saved.family in RULE_UNKNOWN:
         pytest.skip(RULE_UNKNOWN[saved.family])
     with load_model(saved.folder, LoadSettings(context=64)) as served:
@@ -193,7 +193,7 @@ def test_virtual_with_half_of_the_experts(saved):
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "lfm2_moe", "mixtral", "phimoe"])
 def test_bfloat16(family, tmp_path):
-    """Routers that compute in float32 or not, with ties in their scores or not; biases."""
+    """Routers in float32 and bfloat16, with and without ties, and biases."""
     model = tiny_family(family).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     model = type(model).from_pretrained(tmp_path).eval()

@@ -1,4 +1,4 @@
-"""A whole model served through the host tier: its logic on a CPU; on a GPU where there is one."""
+"""A model served through the host cache, on a CPU and, if there is one, on a GPU."""
 
 import gc
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no G
 def serving(
     folder: Path, monkeypatch, *, slots: int, places: int, disk: Disk | None = None, **how: Any
 ):
-    """On a CPU, but as on a GPU: with so many experts' room in a tier of host memory."""
+    """Serve on a CPU with a host cache for `experts`, as on a GPU."""
     own = load.memory_budget
 
     def with_host(*given: Any) -> Any:

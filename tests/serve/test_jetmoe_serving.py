@@ -39,7 +39,7 @@ def config(**changes):
 
 
 def randomised(module: nn.Module):
-    """Biases start at zero; here they count."""
+    """Make biases nonzero."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -134,7 +134,7 @@ def test_bounded_mode_respects_bound(bound, tmp_path, inputs):
 
 
 class FromTheStack(nn.Module):
-    """The waist, one token and one expert at a time."""
+    """Reference: one token and one expert at a time."""
 
     def __init__(self, block: JetMoeMoE):
         super().__init__()

@@ -31,7 +31,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture
 def serve(folders) -> Iterator[Any]:
-    """A served model at its floor and some slots more, and the disk that it reads from."""
+    """A served model with few slots more than the minimum, and its simulated disk."""
     open_models: list[tuple[ServedModel, Disk]] = []
 
     def make(family: str = "Mixtral", *, slots: int | None = None, **how: Any):
@@ -121,7 +121,7 @@ def test_shrinking_cancels_pending_loads(serve) -> None:
 
 
 def test_growing_with_slow_storage(serve) -> None:
-    """All slots wait for experts that the first step doesn't want."""
+    """All slots wait for experts that the first step does not use."""
     served, disk = serve(slots=1)
     disk.open.clear()
     served.set_memory(with_slots(served, 2))
@@ -227,7 +227,7 @@ def test_fixed_residents_are_reproducible(serve, family: str, mode: str) -> None
 
 
 def test_fixing_residents_waits_for_loads(serve) -> None:
-    """Otherwise a swap of before would be published somewhere in the middle."""
+    """Otherwise an earlier swap would be published in between."""
     served, disk = serve(slots=4)
     generated(served)
     disk.open.clear()
@@ -293,7 +293,7 @@ def test_failed_fetch_raises_and_next_generation_works(serve) -> None:
 
 
 class Elsewhere:
-    """A thread that does something over and over until it is told to stop; its error is ours."""
+    """A thread that repeats an action until stopped and raises its error here."""
 
     def __init__(self, act: Any):
         self._act, self._stop, self.error, self.done = act, threading.Event(), None, 0
@@ -411,7 +411,7 @@ def test_isolated_context_ends_after_error(serve) -> None:
 
 
 def test_isolated_context_restores_policy(serve) -> None:
-    """A step that is under way must not see it change."""
+    """A running step must not observe the change."""
     served, _ = serve(slots=3)
     before, policy = served.policy, served.checked_policy("virtual")
     within, leave = threading.Event(), threading.Event()
@@ -433,7 +433,7 @@ def test_isolated_context_restores_policy(serve) -> None:
 
 
 def test_concurrent_mode_changes_are_kept(serve) -> None:
-    """The second is made of the policy that the first put in force."""
+    """The second change is based on the policy set by the first."""
     served, _ = serve(slots=3)
     with served._shared.lock:
         worker = threading.Thread(target=lambda: served.set_mode("exact", ramp=0.5))

@@ -96,7 +96,7 @@ def test_unreadable_file_raises(tmp_path, parts, monkeypatch):
 
 
 def test_checkpoint_is_renamed_before_deletion(tmp_path, parts, monkeypatch):
-    """Killed while it prunes, the process leaves no half a checkpoint under a good name."""
+    """A process killed while deleting leaves no partial checkpoint under a valid name."""
     for step in (1, 2):
         checkpoint.save(tmp_path, snapshot(parts, step), keep=2)
 
@@ -182,7 +182,7 @@ def small_parts():
 
 
 def test_full_disk_keeps_checkpoints(tmp_path):
-    """The kernel refuses to write beyond a size, as it would on a full disk, file after file."""
+    """The kernel rejects writes beyond a size, as on a full disk, for each file."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__)],
         capture_output=True,

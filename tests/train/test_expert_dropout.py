@@ -197,7 +197,7 @@ def test_the_order_is_that_of_router_weight(sparse):
 @pytest.mark.parametrize("stop_after", [2, 4, 6])
 @pytest.mark.parametrize("model", ["sparse", "dense", "olmoe"])
 def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after, model):
-    """Bit for bit, stopped before dropout begins, just then, and later; the record too."""
+    """Bitwise equality after stops before, at and after the start of dropout."""
     if model == "dense":
         sparse["model"] |= {"training_rule": "dense", "inference_rule": "threshold:0.5"}
     if model == "olmoe":
@@ -228,7 +228,7 @@ def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after,
 
 
 def test_steps_before_dropout_are_unchanged(sparse, callback, tmp_path):
-    """So runs of several recipes may branch from one checkpoint."""
+    """Runs with different settings may start from one checkpoint."""
     sparse["steps"] = 8
     train(make_config(sparse | {"checkpoint": {"every": 4, "keep": 9}}), callback)
     plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}

@@ -30,7 +30,7 @@ def held_out(*, batch_size, limit=1000, length=75):
 
 
 def test_loss_is_mean_over_targets(model):
-    """The last window is a short one."""
+    """The last window is shorter."""
     found = held_out(batch_size=4).loss(model, lambda: False)
     tokens = torch.from_numpy(held_out(batch_size=4).tokens.astype(np.int64))
     model.eval()

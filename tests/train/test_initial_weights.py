@@ -1,4 +1,4 @@
-"""Training that begins with given weights."""
+"""Training from given weights."""
 
 import pytest
 import torch

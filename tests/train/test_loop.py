@@ -91,7 +91,7 @@ def test_invalid_config_does_not_reserve_folder(tree, callback, tmp_path):
 
 
 def test_run_without_checkpoint_does_not_reserve_folder(tree, callback):
-    """And a learning rate beyond reason ends in an error, not in a checkpoint of NaNs."""
+    """An extreme learning rate raises instead of saving NaNs."""
     tree["optimizer"] = {"lr": 1e20, "warmup_steps": 0, "clip": 1e20}
     with pytest.raises(DivergenceError, match="there is no checkpoint yet"):
         train(make_config(tree), callback)
@@ -187,7 +187,7 @@ def killed_after_two_checkpoints(path, out):
 
 
 def test_killed_run_resumes_exactly(tree, tmp_path, callback):
-    """Killed while it runs, the run has only whole checkpoints and ends as if it had not been."""
+    """A killed run has only complete checkpoints and resumes to the same result."""
     tree |= {"steps": 12, "checkpoint": {"every": 1, "keep": 2}}
     whole = train(make_config(tree), callback)
     out = tmp_path / "killed"

@@ -79,7 +79,7 @@ def test_compiled_losses_match(model):
 
 
 def test_step_with_rule_updates_only_chosen_experts(model):
-    """The loss is that of inference under the rule, and the configuration stays as it was."""
+    """The loss equals inference under the rule, and the configuration does not change."""
     ids = torch.randint(50, (3, 9))
     with torch.no_grad():  # louder, so that experts matter
         for parameter in model.parameters():

@@ -49,7 +49,7 @@ def test_peak_flops_is_plausible() -> None:
 
 
 def test_all_timed_products_are_counted(monkeypatch) -> None:
-    """Two to warm up, then batches of products between two readings of a mocked clock."""
+    """Two warm-up products, then batches between readings of a mocked clock."""
     widths, clock = [], iter(range(100))
     monkeypatch.setattr(throughput, "CPU_PRODUCTS", (8, 3))
     monkeypatch.setattr(throughput, "_synchronized_time", lambda device: float(next(clock)))

@@ -56,7 +56,7 @@ def test_override_below_a_value_raises(tmp_path):
 
 
 def test_scientific_notation_is_a_number(tmp_path) -> None:
-    """YAML 1.1 takes 1e-6 for text, which would reach the model's configuration as such."""
+    """YAML 1.1 reads 1e-6 as text."""
     path = tmp_path / "run.yaml"
     path.write_text(
         "model:\n"

@@ -22,7 +22,7 @@ def weights(result):
 
 @pytest.fixture
 def during(monkeypatch):
-    """Have something happen in the middle of the n-th step that this process takes."""
+    """Call a function in the middle of the n-th step of this process."""
     real, count = Stepper.step, 0
 
     def arrange(number, action):
@@ -52,7 +52,7 @@ def spoil(stepper):
     "change", [{"accumulation": 1}, {"accumulation": 2}, {"sparse": {"rule": "top_k:2"}}]
 )
 def test_resume_equals_uninterrupted_run(tree, callback, tmp_path, change):
-    """Bit for bit, with dropout on, so that the random state counts too."""
+    """Bitwise equality with dropout, which depends on the random state."""
     tree |= change
     whole = train(make_config(tree), callback)
     tree["out"] = str(tmp_path / "broken")
@@ -136,7 +136,7 @@ def test_activation_checkpointing_keeps_losses(tree, callback, tmp_path):
 
 
 def test_accumulation_averages_micro_batches(tree, callback, tmp_path):
-    """Without router losses (MI is no mean over micro-batches) two halves make a whole."""
+    """Without router losses (MI is not a mean over micro-batches), two halves equal a whole."""
     tree["model"]["attention_dropout"] = 0.0
     tree["loss"], tree["steps"] = {}, 3
     train(make_config(tree), callback)
@@ -178,7 +178,7 @@ def test_nonfinite_weights_are_not_saved(config, callback, tmp_path, during, ste
 
 
 def test_full_disk_for_log_raises(config, callback):
-    """/dev/full stands in for the log's file from the third step on."""
+    """The log's file is replaced by /dev/full at the third step."""
     real = RunLog.write
 
     def write(self, kind, step, values):

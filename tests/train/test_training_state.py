@@ -79,7 +79,7 @@ def test_old_checkpoints_without_fingerprint_resume(tmp_path, state):
 
 
 def test_resume_from_cpu_on_gpu(saved, state, monkeypatch):
-    """A CPU's checkpoint has no state of a GPU's generator; it is seeded, the same each time."""
+    """A CPU's checkpoint has no state of a GPU's generator, which is then seeded."""
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
     for _ in range(2):

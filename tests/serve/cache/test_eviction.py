@@ -27,13 +27,13 @@ weights = st.floats(0.01, 4.0)
 
 
 def traces(most: int, *, experts: int = NUM_EXPERTS, length: int = 40):
-    """Steps that need one to `most` experts each."""
+    """Steps that use one to `most` experts each."""
     ids = st.integers(0, experts - 1)
     return st.lists(st.dictionaries(ids, weights, min_size=1, max_size=most), max_size=length)
 
 
 class Watched:
-    """A policy that notes what `simulate` asks of it and holds it to the contract."""
+    """A policy that records and checks the calls of `simulate`."""
 
     def __init__(self, policy: EvictionPolicy, slots: int) -> None:
         self.policy, self.slots = policy, slots
@@ -56,7 +56,7 @@ class Watched:
 
 
 def fewest_misses(events: list[Event], slots: int) -> int:
-    """By trying every eviction there is."""
+    """Reference: try every possible eviction."""
 
     @cache
     def best(time: int, residents: frozenset[int]) -> int:

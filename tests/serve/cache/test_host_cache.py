@@ -33,7 +33,7 @@ SIZE = NativeFormat().nbytes(mixtral_block()[0].layout.specs)
 
 
 class Watched(CpuCopies):
-    """Counts the bytes of buffers alive, and holds copies while `gate` is not set."""
+    """Counts the bytes of live buffers, and blocks copies while `gate` is not set."""
 
     def __init__(self):
         self.sizes: list[int] = []
@@ -100,7 +100,7 @@ def test_host_cache_returns_same_bytes_as_store(
 
 
 class Namer:
-    """A store whose experts are nothing but their number, and 100 more if native."""
+    """A store whose experts contain their number, plus 100 if native."""
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         into.buffer_B.fill_(expert + 100 * (into.format.name == "native"))

@@ -1,4 +1,4 @@
-"""Another placement while the model is served: slots, formats, bytes and outputs."""
+"""Changing the placement of a served model: slots, formats, bytes and outputs."""
 
 import threading
 from functools import cache
@@ -55,7 +55,7 @@ def state(served: ServedModel) -> tuple[Any, ...]:
 
 
 def commit(served: ServedModel) -> None:
-    """Everything that was begun has come."""
+    """Wait until all loads have completed."""
     settled(served)
     for experts in served.blocks.values():
         experts.swaps.settle()
@@ -201,7 +201,7 @@ def test_random_placements_keep_invariants(steps: list[Any]) -> None:
 
 
 def test_placement_is_loaded_by_all_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads of a block wait for each other: as many must be under way as there are readers."""
+    """Reads wait for each other until as many run as there are readers."""
     together = threading.Barrier(4, timeout=30)
     read = ExpertStore.read
 

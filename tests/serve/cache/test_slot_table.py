@@ -11,7 +11,7 @@ experts = st.integers(0, NUM_EXPERTS - 1)
 
 
 class Table(RuleBasedStateMachine):
-    """Random lives of a table, beside a plain account of them."""
+    """Random operations on a table, compared with a simple model."""
 
     @initialize(slots=st.integers(0, NUM_EXPERTS))
     def begin(self, slots: int) -> None:

@@ -27,7 +27,7 @@ def new_slot() -> Slot:
 
 
 class Bench:
-    """A block's table and slots, some spares, and storage that can be slow and fail."""
+    """A block's slot table, slots and spares, with storage that can be slow or fail."""
 
     def __init__(self, slots: int, *, residents: Sequence[int] = (), spares: int = 2):
         self.block, self.module = mixtral_block()
@@ -60,13 +60,13 @@ class Bench:
         return self.swaps.begin(wanting(*best), self.kind, **how)
 
     def wait(self) -> None:
-        """Until all is read; nothing is published by this."""
+        """Wait until all is read; nothing is published."""
         for pending in self.swaps._pending:
             while not pending.done.done():
                 time.sleep(0.001)
 
     def check(self) -> None:
-        """Tables agree, no slot was lost or won, and every resident is whole."""
+        """Check that tables agree, all slots exist, and residents are complete."""
         self.slot_table.check()
         self.swaps.check()
         assert self.slot_table.num_slots == len(self.slots)
@@ -82,7 +82,7 @@ class Bench:
 
 
 def wanting(*best: int) -> list[float]:
-    """Scores by which these come first, in this order."""
+    """Return scores that rank these experts first, in this order."""
     return [float(10 - best.index(e)) if e in best else 0.1 * e for e in range(NUM_EXPERTS)]
 
 
@@ -217,7 +217,7 @@ def test_check_detects_expert_without_swap(make) -> None:
 
 
 class Life(OverStorage):
-    """Swaps begin, end, fail and are dropped in any order, and residents leave beside them."""
+    """Swaps start, end, fail and are dropped in any order while residents are evicted."""
 
     @initialize(slots=st.integers(0, 5), spares=st.integers(0, 2))
     def start(self, slots: int, spares: int) -> None:

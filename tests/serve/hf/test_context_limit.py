@@ -1,4 +1,4 @@
-"""No more tokens than the ledger reserved for."""
+"""Limit of tokens to the estimated context."""
 
 import pytest
 from tiny_served import logits, saved, tiny, tokens

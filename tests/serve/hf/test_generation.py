@@ -1,4 +1,4 @@
-"""generation_config.json is followed, in `generate` and in the engine."""
+"""Settings of generation_config.json in `generate` and in the engine."""
 
 import json
 import shutil
@@ -34,8 +34,7 @@ Written = Callable[..., Path]
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
-    """A checkpoint with this generation_config.json, None for none, and these changes of its
-    config.json."""
+    """Write a checkpoint with this generation_config.json, or None, and changes of config.json."""
 
     def write(generation: Any, family: str = "Mixtral", **config: Any) -> Path:
         folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
@@ -56,7 +55,7 @@ def change(file: Path, **changes: Any) -> None:
 
 
 def theirs(folder: Path, **how: Any) -> list[int]:
-    """transformers' own answer."""
+    """Return transformers' output."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(1)
     made = model.generate(PROMPT, max_new_tokens=12, pad_token_id=0, **how)
@@ -70,12 +69,12 @@ def ours(served: Any, **how: Any) -> list[int]:
 
 
 def usual(written: Written) -> list[int]:
-    """An answer that nothing changes and nothing ends."""
+    """Return output without penalties and end tokens."""
     return theirs(written({}))
 
 
 def by_default(served: Any) -> SamplingParams:
-    """What a request that asks for nothing gets, greedy."""
+    """Return the greedy output of a request with default parameters."""
     return SamplingParams(**{"max_tokens": 12, **served.generation.sampling(), "temperature": 0.0})
 
 
@@ -286,7 +285,7 @@ def test_forbidden_tokens_are_not_generated(sequences, before, first) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[Path, list[int], str]:
-    """A copy of the reference model, its greedy answer to `import os`, and that as text."""
+    """A copy of the reference model, and its greedy output for `import os` as ids and text."""
     folder = tmp_path_factory.mktemp("reference") / "model"
     shutil.copytree(reference_path(), folder)
     with moefit.load(folder) as served:

@@ -1,4 +1,4 @@
-"""What a served model refuses: conversions, saving, and tokens of logits that are no numbers."""
+"""Rejected operations of a served model: conversions, saving, and NaN logits."""
 
 import shutil
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def spoil(folder: Path, part: str, value: float = float("nan")) -> None:
-    """Write the value over tensors in the checkpoint's file, which a model may be served from."""
+    """Overwrite tensors in the checkpoint's file, also while it is served."""
     with Checkpoint(folder) as checkpoint:
         spans = [span for name, span in checkpoint.spans.items() if part in name]
     assert spans

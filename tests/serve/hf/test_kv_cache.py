@@ -1,4 +1,4 @@
-"""Caches that grow in place: transformers' own values, whatever was done to them in between."""
+"""Caches that grow in place equal transformers' caches after any operations."""
 
 import copy
 

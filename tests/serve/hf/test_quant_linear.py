@@ -15,7 +15,7 @@ FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
 
 
 def dequantized(model, bits: int):
-    """The same model, its linear layers and embeddings through the format and back."""
+    """Return the model with linear layers and embeddings encoded and decoded."""
     routers = ("gate", "router")
     for name, module in model.named_modules():
         if type(module) not in (torch.nn.Linear, torch.nn.Embedding):

@@ -1,4 +1,4 @@
-"""The GPU's engine over stand-ins for torch.cuda; in the tests marked gpu over a real one."""
+"""Device copies over a simulated torch.cuda; tests marked gpu use a real one."""
 
 import gc
 import threading
@@ -49,7 +49,7 @@ def mapped(address: int) -> bool:
 
 
 class FakeCuda:
-    """torch.cuda as far as the engine uses it; keeps what happened, in order."""
+    """The part of torch.cuda that copies use; records calls in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.events: list[tuple[str, ...]] = []

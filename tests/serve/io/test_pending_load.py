@@ -1,4 +1,4 @@
-"""How a read into a slot ends."""
+"""Completion of loads into slots."""
 
 from concurrent.futures import Future
 

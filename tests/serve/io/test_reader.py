@@ -81,7 +81,7 @@ def test_experts_are_converted_one_at_a_time(tmp_path: Path, family: str) -> Non
 
 
 def test_separate_and_stacked_experts(tmp_path: Path) -> None:
-    """The same model in both layouts that checkpoints of its family come in."""
+    """Return the same model in both checkpoint layouts of its family."""
     model = tiny("Mixtral")
     saved(model, tmp_path)
     tensors = load_file(tmp_path / SINGLE)

@@ -26,7 +26,7 @@ NUM_EXPERTS, WIDTH = 8, 32
 
 @dataclass
 class Bench:
-    """An invoker with all that it works on."""
+    """An invoker with its slots and store."""
 
     invoke: ExpertInvoker
     slot_table: SlotTable
@@ -70,7 +70,7 @@ def used(routing: Routing) -> set[int]:
 
 
 def random_case(tokens: int, k: int, *, seed: int = 0, padding: float = 0.0, twice: bool = False):
-    """Tokens and a routing; padding ids carry weight all the same, which must not count."""
+    """Tokens and a routing whose padding ids have weights, which must not count."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(tokens, WIDTH, generator=generator)
     order_TE = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(-1)

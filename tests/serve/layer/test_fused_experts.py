@@ -1,4 +1,4 @@
-"""Experts of quantised and mixed slots: the block against decoded tensors, models against twins."""
+"""Experts in quantised and mixed slots, compared with decoded tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ CLOSE = 2.0**-12
 
 @pytest.fixture(params=["best", "torch"])
 def computing(request, monkeypatch):
-    """By the best kernels that there are here, and by none; where it is said, by a GPU's."""
+    """Run with the best kernels here, with none and, if requested, on a GPU."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
         from moefit.quant.gpu_kernels import TritonKernels
@@ -66,7 +66,7 @@ on_gpus_too = pytest.mark.parametrize("computing", ["best", "triton", "torch"], 
 
 @dataclass
 class ModelStore:
-    """As `ExpertStore`, from a module's parameters, in whatever format a slot has."""
+    """An `ExpertStore` over a module's parameters for slots of any format."""
 
     block: MoeBlock
     module: Any
@@ -85,14 +85,14 @@ def block_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[MoeBlock,
 
 @dataclass
 class Bench:
-    """An invoker whose expert e is in slot e, in the e-th format (or the last)."""
+    """An invoker with expert e in slot e, in the e-th format (or the last)."""
 
     block: MoeBlock
     invoke: ExpertInvoker
     slots: dict[int, Slot]
 
     def reference(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """In float64 over decoded tensors, choice by choice."""
+        """Reference in float64 over decoded tensors, by choice."""
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
         specs = self.block.layout.specs
         for expert, slot in self.slots.items():
@@ -147,7 +147,7 @@ def assert_close(y_TD: Tensor, wanted_TD: Tensor, close: float = CLOSE) -> None:
 @pytest.mark.parametrize("formats", [("int2", "int5", "int6"), MIXED])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
 def test_block_of_encoded_slots(make, computing, family: str, formats) -> None:
-    """One token and many: below and above the number from which experts are decoded."""
+    """Token counts below and above the limit for decoding experts."""
     made = make(*block_of(family), formats)
     with torch.inference_mode():
         for count in (1, 5, 3 * Kernels.max_grouped_rows):
@@ -236,7 +236,7 @@ def test_nan_token_does_not_affect_others(make, computing) -> None:
 
 @torch.no_grad()
 def decoded_twin(model: Any, format: Format) -> Any:
-    """The model with what the format keeps of its experts' weights."""
+    """Return the model with experts encoded and decoded."""
     for block in find_blocks(model):
         module, specs = model.get_submodule(block.name), block.layout.specs
         for expert in range(block.num_experts):

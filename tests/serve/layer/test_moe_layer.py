@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """One served block with a router that says what the test says."""
+    """One served block with a router that the test controls."""
 
     def __init__(self, slots: int, **policy: Any):
         block, module = mixtral_block()
@@ -60,7 +60,7 @@ class Bench:
         return set(self.experts.slot_table.residents)
 
     def step(self, logits_TE: Tensor, *, seed: int = 0, prefilling: bool = False):
-        """The block's output, and the tokens and choice that it was given."""
+        """Return the block's output, its tokens and its routing."""
         x_TD = torch.randn(len(logits_TE), WIDTH, generator=torch.Generator().manual_seed(seed))
         best_TK, ids_TK = logits_TE.softmax(-1).topk(K)
         routing = Routing(ids_TK, best_TK / best_TK.sum(-1, keepdim=True))
@@ -70,13 +70,13 @@ class Bench:
         return y_TD, x_TD, routing
 
     def wait(self) -> None:
-        """Until no load is under way; nothing is published by this."""
+        """Wait until no load is running; nothing is published."""
         for pending in self.experts.swaps._pending:
             while not pending.done.done():
                 time.sleep(0.001)
 
     def check(self) -> None:
-        """Tables agree, no slot was lost or won, and every resident is whole."""
+        """Check that tables agree, all slots exist, and residents are complete."""
         self.experts.slot_table.check()
         self.experts.swaps.check()
         slots = self.experts.slots
@@ -111,7 +111,7 @@ def make() -> Iterator[Any]:
 
 
 def preferring(*experts: int, tokens: int = 1) -> Tensor:
-    """Logits of which these are the highest, in this order."""
+    """Return logits that rank these experts highest, in this order."""
     logits_E = torch.linspace(0.2, 0, NUM_EXPERTS)
     for rank, expert in enumerate(experts):
         logits_E[expert] = 4.0 - 0.5 * rank
@@ -124,7 +124,7 @@ def reference(x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 def restricted(logits_TE: Tensor, residents: set[int]) -> Routing:
-    """The K best residents, one token at a time."""
+    """Reference: the K best residents, one token at a time."""
     ids, weights = [], []
     for logits_E in logits_TE:
         best = sorted(residents, key=lambda e: -float(logits_E[e]))[:K]
@@ -338,7 +338,7 @@ def test_an_expert_chosen_twice_by_a_token_counts_both_weights(make) -> None:
 
 
 class Life(OverStorage):
-    """Steps in any mode, budget changes, slow and failing storage, in any order."""
+    """Random steps in any mode, budget changes, and slow or failing storage."""
 
     @initialize(slots=st.integers(1, 4))
     def begin(self, slots: int) -> None:

@@ -22,7 +22,7 @@ unhurried = settings(deadline=None)
 
 @dataclass
 class Case:
-    """A family's routing, in which some tokens have fewer experts and padding stands anywhere."""
+    """Routing in which some tokens have fewer experts and padding is anywhere."""
 
     scored: ScoredRouting
     resident_E: Tensor
@@ -75,7 +75,7 @@ cases = st.builds(
 
 
 def by_expert(routing: Routing) -> list[Weights]:
-    """Per token; fails on an expert that a token has twice, and on weight of padding."""
+    """Return weights by token; fails for repeated experts and weights of padding."""
     found = []
     for ids_K, weights_K in zip(routing.ids_TK.tolist(), routing.weights_TK.tolist(), strict=True):
         real = {e: w for e, w in zip(ids_K, weights_K, strict=True) if e < NUM_EXPERTS}

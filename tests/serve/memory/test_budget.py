@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 @st.composite
 def ledgers(draw, *, equal: bool = False) -> MemoryBudget:
-    """Any parts; blocks of any sizes, or of one."""
+    """Random parts, and blocks of different or equal sizes."""
     sizes = st.just(draw(st.integers(1, 50))) if equal else st.integers(1, 50)
     experts = st.just(draw(st.integers(1, 9))) if equal else st.integers(1, 9)
     parts = {
@@ -39,7 +39,7 @@ def ledgers(draw, *, equal: bool = False) -> MemoryBudget:
 
 
 def ledger(total: int | None = None, **parts: int) -> MemoryBudget:
-    """Two blocks of four experts of 1,000 bytes; a floor of 3,500."""
+    """Two blocks of four experts of 1,000 bytes; a minimum of 3,500."""
     sizes = {"process": 1000, "weights": 300, "kv_cache": 100, "workspace": 60, "staging": 40}
     blocks = tuple(
         BlockNeeds(name=name, num_experts=4, slot_bytes=1000, min_slots=1) for name in ("a", "b")

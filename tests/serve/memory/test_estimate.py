@@ -125,7 +125,7 @@ print(before, peak_process_bytes(), served.budget.all_resident_bytes)
 
 
 def test_estimate_includes_first_use(tmp_path: Path) -> None:
-    """A model of 250 kB: what it takes beside that is the first use of libraries."""
+    """A model of 250 kB, for which the first use of libraries dominates."""
     saved(tiny("Mixtral"), tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", FIRST_STEPS, str(tmp_path)],
@@ -147,7 +147,7 @@ def reset_peak() -> None:
      ("Mixtral", "eager")],
 )  # fmt: skip
 def test_long_prompt_stays_within_estimate(family: str, attention: str) -> None:
-    """Measured on a model so narrow that activations outweigh its weights."""
+    """Measured on a narrow model whose activations are larger than its weights."""
     length = 1500
     model = tiny(family, num_hidden_layers=2, max_position_embeddings=4096,
                  attn_implementation=attention)  # fmt: skip
@@ -170,7 +170,7 @@ def test_long_prompt_stays_within_estimate(family: str, attention: str) -> None:
 
 
 def test_estimate_includes_logits(tmp_path: Path) -> None:
-    """A server's steps give them; with a vocabulary of 150,000 they are no trifle."""
+    """Logits of a server's steps are large with a vocabulary of 150,000."""
     model = tiny("Olmoe", vocab_size=150_000, max_position_embeddings=64).bfloat16()
     skeleton = build_skeleton(saved(model, tmp_path))
     one = memory_budget(skeleton, LoadSettings(context=32))

@@ -1,4 +1,4 @@
-"""The least budgets that `describe` prints, tried by the commands that they are for."""
+"""The minimum budgets that `describe` prints work in the commands that they are for."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model of a MiB, so that a floor that is too low shows."""
+    """A model of a MiB, so that a too low minimum is detected."""
     model = tiny("Olmoe", vocab_size=4200, max_position_embeddings=128)
     return write(byte_pairs(4096, 8), saved(model, tmp_path_factory.mktemp("least")))
 

@@ -1,4 +1,4 @@
-"""The central promise, judged by the operating system: bytes held never exceed the budget."""
+"""Memory never exceeds the budget, according to the operating system."""
 
 import subprocess
 import sys
@@ -120,7 +120,7 @@ print(memory, peak_process_bytes())
 
 
 def test_many_shapes_stay_within_budget() -> None:
-    """In bfloat16 each number of rows would leave a program in a cache: 200 MiB here."""
+    """In bfloat16 each number of rows would cache a program: 200 MiB here."""
     done = subprocess.run(
         [sys.executable, "-c", LONG_PROMPT], check=True, capture_output=True, text=True, timeout=200
     )

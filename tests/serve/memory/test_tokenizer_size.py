@@ -1,4 +1,4 @@
-"""What a tokenizer takes, judged by the operating system."""
+"""Memory of tokenizers, according to the operating system."""
 
 import json
 import random
@@ -18,7 +18,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def byte_pairs(size: int, longest: int) -> Tokenizer:
-    """Byte-pair encoding with so many tokens, one merge for each of them."""
+    """Return a byte-pair encoding with `size` tokens and a merge for each."""
     chance = random.Random(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     known, merges = {token: number for number, token in enumerate(tokens)}, []
@@ -36,7 +36,7 @@ def byte_pairs(size: int, longest: int) -> Tokenizer:
 
 
 def pieces(size: int, longest: int) -> Tokenizer:
-    """A Unigram model with so many pieces."""
+    """Return a Unigram model with `size` pieces."""
     chance = random.Random(0)
     known: dict[str, float] = dict.fromkeys(["<unk>", *LETTERS], -5.0)
     while len(known) < size:
@@ -48,7 +48,7 @@ def pieces(size: int, longest: int) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, folder: Path, kind: str | None = None) -> Path:
-    """Write it, as of a class of transformers' if `kind` is one."""
+    """Write a tokenizer of a transformers class, if `kind` is one."""
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     if kind is not None:
         file = folder / "tokenizer_config.json"
@@ -117,7 +117,7 @@ def test_missing_tokenizer_takes_no_memory(tmp_path: Path) -> None:
 
 
 def test_damaged_tokenizer_files_do_not_fail(tmp_path: Path) -> None:
-    """Reading the tokenizer says what is wrong with it."""
+    """Reading the tokenizer reports the damage."""
     (tmp_path / "tokenizer.json").write_bytes(b"\x00{" + b"\xff" * 1000)
     (tmp_path / "tokenizer_config.json").write_text("[")
     assert 0 < tokenizer_size(tmp_path).held < 16 * MIB

@@ -1,4 +1,4 @@
-"""Packing by a text: better outputs in the same formats, and never mixed up with other packs."""
+"""Calibrated packing: better outputs in the same formats, separate from other packs."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def files_in(cache: Path) -> dict[str, bytes]:
 
 
 def output_error(folder: Path, format: Format, ids_BT: Tensor) -> float:
-    """Of all logits, against the model's own."""
+    """Return the error of all logits against the model's."""
     with load_model(folder, LoadSettings()) as served:
         own = logits(served.model, ids_BT)
     with load_model(folder, LoadSettings(precision=format.name)) as served:
@@ -106,7 +106,7 @@ def test_calibrated_packing_is_deterministic(folder: Path, packed_cache: Path) -
 
 
 def expected_slots(skeleton: Skeleton, what: CalibrationText, folder: Path, format: Format) -> Any:
-    """Encoded here, expert by expert, from a recording of one's own."""
+    """Encode each expert from a separate recording."""
     kept = record_block_inputs(skeleton, what, folder)
     blocks = {block.name: block for block in skeleton.blocks}
     store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
@@ -142,7 +142,7 @@ def test_experts_are_calibrated_by_their_inputs(folder: Path, tmp_path: Path) ->
 
 
 def test_unused_expert_is_calibrated_by_other_tokens(tmp_path: Path) -> None:
-    """Router weights that leave out expert 3 altogether."""
+    """Set router weights that never choose expert 3."""
     model = tiny("Mixtral")
     with torch.no_grad():
         for layer in model.model.layers:

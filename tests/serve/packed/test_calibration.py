@@ -32,7 +32,7 @@ def calibration(windows: int = 3, length: int = 16, **changes: Any) -> Calibrati
 
 
 def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each block, from transformers' own model: tokens and weights by expert."""
+    """Return tokens and weights by expert and block, from transformers' model."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -71,7 +71,7 @@ def test_recorded_inputs_equal_transformers(tmp_path: Path, family: str) -> None
 
 
 def test_recording_does_not_depend_on_the_budget(folder: Path, tmp_path: Path) -> None:
-    """One slot a block: experts come and go while the text is read."""
+    """With one slot per block, experts are swapped while the text is processed."""
     skeleton = build_skeleton(folder)
     with pytest.raises(BudgetTooSmallError, match="at least"):
         record_block_inputs(skeleton, calibration(memory=1 << 20), tmp_path / "none")

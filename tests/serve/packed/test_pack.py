@@ -1,4 +1,4 @@
-"""Making packed stores: resumed, alone, out of room, and of unsound weights."""
+"""Building packed stores: resuming, locking, full disks and invalid weights."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def test_nonfinite_biases_raise(tmp_path: Path) -> None:
 
 
 def test_peak_memory_is_one_expert_and_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in experts alive at once: what `native` gave is gone when it gives the next."""
+    """Count live experts: each is released before the next is read."""
     alive: list[Any] = []
     most = 0
     own = build.ExpertStore.native

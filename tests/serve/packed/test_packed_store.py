@@ -1,4 +1,4 @@
-"""Serving from the packed store: the same bytes, checked, and only of this very checkpoint."""
+"""Serving from the packed store: the same bytes, verified, of the same checkpoint."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def test_unpacked_errors_are_expected_errors(tmp_path: Path) -> None:
 
 
 def test_auto_uses_measured_errors(tmp_path: Path) -> None:
-    """On the ladder of each expert, once every format of it is packed."""
+    """Return the choices of each expert when every format is packed."""
     skeleton = build_skeleton(
         saved(tiny("Mixtral", hidden_size=64, intermediate_size=64), tmp_path / "m")
     )

@@ -1,4 +1,4 @@
-"""`--precision auto` over a tiny model: bytes, formats, and what they do to the output."""
+"""`--precision auto` over a tiny model: bytes, formats and outputs."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def loaded(folder):
 
 @pytest.fixture
 def served(loaded):
-    """Everything is native and here, whatever the test before did."""
+    """Make all experts resident at native precision."""
     loaded.set_mode("exact")
     loaded.set_memory("4GiB")
     loaded.set_residents({name: range(one.num_experts) for name, one in loaded.blocks.items()})
@@ -55,7 +55,7 @@ def formats(served) -> Counter:
 
 
 def bytes_for(served, **counts: int) -> int:
-    """A budget for just so many experts of each format."""
+    """Return the budget for these numbers of experts by format."""
     specs = next(iter(served.blocks.values())).block.layout.specs
     return served.budget.fixed + sum(
         count * FORMATS[name].nbytes(specs) for name, count in counts.items()
