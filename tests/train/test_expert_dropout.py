@@ -90,6 +90,15 @@ def test_shares_are_those_asked_for(sparse, order, nested):
     assert prefix_B.float().mean() == pytest.approx(nested, abs=0.04)  # few by chance alone
 
 
+def test_few_experts_may_be_frequent(sparse):
+    sparse["expert_dropout"] = {"order": "random", "share": 1.0, "least": 2, "sizes": "few"}
+    count_B = dropout_of(sparse).draw(0, 6000, []).sum(-1)[0]
+    total = sum(1 / s**2 for s in range(2, 8))
+    for count in range(2, 8):
+        share = (count_B == count).float().mean()
+        assert share == pytest.approx(1 / count**2 / total, abs=0.02)
+
+
 def test_when_it_begins(sparse):
     sparse["expert_dropout"]["begin"] = 0.25  # of 8 steps
     dropout = dropout_of(sparse)
@@ -117,6 +126,7 @@ def test_the_least_follows_the_rules(sparse):
         ({"begin": -0.1}, "expert_dropout.begin: .*greater than or equal to 0"),
         ({"least": 0}, "expert_dropout.least: .*greater than or equal to 1"),
         ({"order": "best"}, "expert_dropout.order: .*'random', 'nested' or 'mixed'"),
+        ({"sizes": "many"}, "expert_dropout.sizes: .*'uniform' or 'few'"),
         ({"shares": 0.5}, "expert_dropout.shares: unknown key; did you mean share?"),
         ({"least": 1}, r"least=1, but of 8 experts the model's rules choose 2; .* works is 2"),
         ({"least": 8}, r"least=8, but of 8 experts some must be absent; .* works is 7"),

@@ -133,8 +133,8 @@ class SparseConfig(_Strict):
 class ExpertDropoutConfig(_Strict):
     """Training sequences in which only some of the experts are available, as in serving.
 
-    In such a sequence only S of the E experts of a layer may be chosen; S is uniform in
-    [least, E - 1], and the same in all layers.
+    In such a sequence only S of the E experts of a layer may be chosen, with S from `least` to
+    E - 1 and the same in all layers.
     """
 
     share: float = Field(default=0.5, gt=0, le=1)
@@ -145,6 +145,8 @@ class ExpertDropoutConfig(_Strict):
     least: int | None = Field(default=None, ge=1)
     """Least S. By default the number of experts that the model's rules choose per token; a quarter
     of the experts if no rule fixes a number."""
+    sizes: Literal["uniform", "few"] = "uniform"
+    """Distribution of S: `uniform`, or `few`, in proportion to 1 / S^2."""
     begin: float = Field(default=0.6, ge=0, lt=1)
     """Fraction of training before experts are dropped."""
     self_distillation: bool = True

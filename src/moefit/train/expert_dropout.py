@@ -95,7 +95,7 @@ class ExpertDropout:
         for sequence in range(sequences):
             if generator.random() >= self.settings.share:
                 continue
-            count = int(generator.integers(self.least, self.num_experts))
+            count = self._count(generator)
             nested = self.settings.order == "nested" or (
                 self.settings.order == "mixed" and generator.random() < 0.5
             )
@@ -106,6 +106,13 @@ class ExpertDropout:
                 allowed_LBE[layer, sequence] = False
                 allowed_LBE[layer, sequence, list(experts[:count])] = True
         return torch.from_numpy(allowed_LBE)
+
+    def _count(self, generator: np.random.Generator) -> int:
+        if self.settings.sizes == "uniform":
+            return int(generator.integers(self.least, self.num_experts))
+        counts_S = np.arange(self.least, self.num_experts)
+        weights_S = 1.0 / counts_S**2
+        return int(generator.choice(counts_S, p=weights_S / weights_S.sum()))
 
     def record(self, resident_order: Sequence[Sequence[int]]) -> ExpertDropoutRecord:
         """Return the record of this dropout for the checkpoint."""
