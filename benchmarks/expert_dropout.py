@@ -59,7 +59,7 @@ def main() -> None:
     for name, model in models.items():
         subject = Subject(model, None, arguments, precision=arguments.precision)
         points = []
-        for share in SHARES:
+        for share in map(float, arguments.shares.split(",")):
             for mode in modes if share < 1 else modes[:1]:
                 key = (name, mode, round(share, 4))
                 if key not in known:
@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--shares", default=",".join(f"{share:.4f}" for share in SHARES))
     parser.add_argument("--precision", default="native")
     parser.add_argument("--points", type=Path, help="measured points, kept from run to run")
     parser.add_argument("--save", metavar="NAME")

@@ -66,6 +66,32 @@ def test_more_memory_keeps_order(folder):
         assert residents(served) == first(4)
 
 
+def test_a_nested_model_keeps_its_order_at_every_budget(folder):
+    """Virtual mode swaps nothing, whatever the router would like; exact mode caches as usual."""
+    with serving(folder, slots=3) as served:
+        assert served.set_mode("virtual").residency == "fixed"
+        for _ in range(5):
+            logits(served.model, {"input_ids": tokens(1, 9)})
+        assert residents(served) == first(3)
+        for slots in (4, 2, 1, 3):
+            give_slots(served, slots)
+            assert residents(served) == first(slots)
+        assert served.set_mode("exact").residency == "manager"
+        give_slots(served, 4)
+        assert served.set_mode("virtual", residency="manager").residency == "manager"
+
+
+def test_a_mixed_model_swaps(tmp_path):
+    model = trained()
+    model.config.expert_dropout["order"] = "mixed"
+    with serving(saved(model, tmp_path), slots=3) as served:
+        assert served.set_mode("virtual").residency == "manager"
+        assert residents(served) == first(3)
+        for seed in range(8):
+            logits(served.model, {"input_ids": tokens(1, 9, seed=seed)})
+        assert residents(served) != first(3)
+
+
 def test_all_experts_need_no_order(folder):
     with serving(folder, slots=5) as served:
         served.set_mode("virtual", residency="fixed")

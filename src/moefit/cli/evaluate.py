@@ -64,8 +64,9 @@ def evaluate(
         BaselineName | None, advanced("Fixed resident set to compare with.")
     ] = None,
     residency: Annotated[
-        str, advanced("manager, or fixed: keep the resident set, so that runs repeat.")
-    ] = "manager",
+        str | None,
+        advanced("manager, or fixed: keep the resident set, so that runs repeat."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score all rules on the same windows; served models step by step against all experts."""
@@ -143,13 +144,15 @@ def _reference(served: ServedModel, options: ServingOptions) -> _Reference:
     return _Reference(None, precision, words)
 
 
-def _fix(served: ServedModel, text: Text, baseline: BaselineName | None, residency: str) -> str:
+def _fix(
+    served: ServedModel, text: Text, baseline: BaselineName | None, residency: str | None
+) -> str:
     """Fix the resident set if that is requested; return the name of what is scored."""
     if baseline is not None:
         calibration_T = text.ids_T[-min(2048, len(text.ids_T)) :]
         fix_residents(served, baseline.value, calibration_ids_T=calibration_T)
         return f"fixed by {baseline}"
-    if residency != served.policy.residency:
+    if residency not in (None, served.policy.residency):
         served.set_mode(served.policy.mode, prefill=served.policy.prefill, residency=residency)
     return served.policy.mode
 

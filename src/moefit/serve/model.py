@@ -13,6 +13,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.config import BlockPlacement, Mode, Placement, Policy
@@ -41,6 +42,8 @@ class ServedModel:
         self._store, self._host_cache, self._shared = parts.store, parts.host_cache, parts.shared
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
+        record = dropout_record(self.model.config)
+        self._keeps_order = record is not None and record.order == "nested"
         guard(self.model, self.blocks)
         self._hooks = (
             *parts.hooks,
@@ -121,6 +124,7 @@ class ServedModel:
                 for (name, experts), count in zip(self.blocks.items(), counts, strict=True)
             }
             self._apply_placement(uniform, budget, self.policy, placed=False)
+            self._restore_order()
             return budget
         with self._paused():
             try:
@@ -134,7 +138,13 @@ class ServedModel:
             finally:
                 if self._upgrades:
                     self._upgrades.set_capacity(self._budget.remaining_bytes())
+        self._restore_order()
         return budget
+
+    def _restore_order(self) -> None:
+        """After a change of slots, hold the first experts of the order that virtual mode keeps."""
+        if self._keeps_order and self.policy.mode == "virtual":
+            self.hold_first_experts()
 
     def set_placement(
         self,
@@ -174,6 +184,7 @@ class ServedModel:
             policy = self.checked_policy(mode, **settings)
             self._apply_placement(placement, budget, policy, placed=True)
             self._shared.manager = manager or self._shared.manager
+            self._restore_order()
         return budget
 
     def _apply_placement(
@@ -256,7 +267,9 @@ class ServedModel:
     def hold_first_experts(self) -> None:
         """Make the experts resident that the model was trained to keep.
 
-        Without effect unless config.json records an order of experts (`expert_dropout`).
+        Without effect unless config.json records an order of experts (`expert_dropout`). If it was
+        trained with this order alone (`nested`), virtual mode keeps them: its residency is `fixed`
+        unless another is given, because swaps would leave the sets that it was trained with.
 
         Raises:
             CheckpointError: An expert cannot be read.
@@ -267,6 +280,8 @@ class ServedModel:
 
     def checked_policy(self, mode: Mode, **settings: Any) -> Policy:
         """Return the policy that `set_mode` would set, or raise as it would; change nothing."""
+        if self._keeps_order:
+            settings.setdefault("residency", "fixed" if mode == "virtual" else "manager")
         policy = self._shared.policy.changed(mode, **settings)
         unknown = [
             name for name, one in self.blocks.items() if one.scoring is None and one.reachable
