@@ -42,7 +42,6 @@ def test_no_limits_use_machine_memory(tmp_path: Path) -> None:
     assert host.available_bytes(root) == 32 * GIB
     assert host.total_bytes(root) == 64 * GIB
     assert host.swap_bytes(root) == 2 * GIB
-    assert host.cpu_quota(root) is None
 
 
 def test_cgroup_v2_container_root(tmp_path: Path) -> None:
@@ -53,7 +52,6 @@ def test_cgroup_v2_container_root(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory.current": f"{3 * GIB}\n",
         "sys/fs/cgroup/memory.stat": f"anon {GIB}\nfile {2 * GIB}\ninactive_file {GIB}\n"
         f"active_file {GIB // 2}\n",
-        "sys/fs/cgroup/cpu.max": "50000 100000\n",
     }
     root = system(tmp_path, V2.format(root="/"), "0::/\n", files)
     limit = host.tightest_limit(root)
@@ -61,7 +59,6 @@ def test_cgroup_v2_container_root(tmp_path: Path) -> None:
     assert (limit.nbytes, limit.used) == (4 * GIB, 3 * GIB // 2)
     assert host.available_bytes(root) == 5 * GIB // 2, "page cache gives way"
     assert host.total_bytes(root) == 4 * GIB
-    assert host.cpu_quota(root) == 0.5
 
 
 def test_tightest_nested_limit_applies(tmp_path: Path) -> None:
@@ -90,8 +87,6 @@ def test_cgroup_v1_with_and_without_namespace(tmp_path: Path, mounted: str, path
         f"{memory}/memory.usage_in_bytes": f"{GIB // 2}\n",
         f"{memory}/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 4}\n"
         "total_active_file 0\n",
-        f"sys/fs/cgroup/cpu{inside}/cpu.cfs_quota_us": "150000\n",
-        f"sys/fs/cgroup/cpu{inside}/cpu.cfs_period_us": "100000\n",
     }
     if inside:
         files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712\n"
@@ -99,7 +94,6 @@ def test_cgroup_v1_with_and_without_namespace(tmp_path: Path, mounted: str, path
     root = system(tmp_path, V1.format(root=mounted), groups, files)
     assert [one.nbytes for one in host.group_limits(root)] == [GIB]
     assert host.available_bytes(root) == 3 * GIB // 4
-    assert host.cpu_quota(root) == 1.5
 
 
 def test_foreign_group_path_falls_back_to_mount(tmp_path: Path) -> None:

@@ -22,14 +22,9 @@ from moefit.evaluate.perplexity import Score, score
 from moefit.evaluate.report import score_table
 from moefit.moe.routing import Rule, default_rules
 from moefit.train.config import TrainConfig, make_config
-from moefit.train.data.batches import Batches
-from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import prepare
 from moefit.train.display import TrainingCallback, display
-from moefit.train.loop import train
-from moefit.train.model import build_model, loss_weights, use_bf16
-from moefit.train.schedule import make_optimizer
-from moefit.train.step import Stepper, make_losses
+from moefit.train.loop import Trainer, train
 
 EVAL_TOKENS = 16_384
 PROMPT = "def read_config(path):\n"
@@ -150,26 +145,14 @@ def _config(out: Path, steps: int) -> TrainConfig:
 def _steps_in(config: TrainConfig, seconds: int, callback: TrainingCallback) -> int:
     """Estimate the steps that this machine can do in `seconds` by timing a few."""
     data = prepare(config.data, seq_len=config.seq_len, progress=callback.on_prepare)
-    device = torch.device("cpu")
-    eos = data.tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    model = build_model(config, vocab_size=vocabulary_size(data.tokenizer), eos_token_id=eos)
-    stepper = Stepper(
-        model=model,
-        optimizer=make_optimizer(model, config.optimizer),
-        losses=make_losses(model, loss_weights(config, model), compile=False),
-        device=device,
-        bf16=use_bf16(config, device),
-        clip=config.optimizer.clip,
-    )
-    batch = Batches(
-        tokens=data.train.open(), seq_len=config.seq_len, batch_size=config.batch_size, seed=0
-    ).batch(0)
-    stepper.step([batch], 1)
+    trainer = Trainer(config, Path(config.out), data, callback)
+    trainer.log.close()
+    batch = trainer.batches.batch(0)
+    trainer.stepper.step([batch], 1)
     timed = 5
     began = time.perf_counter()
     for _ in range(timed):
-        stepper.step([batch], 1)
+        trainer.stepper.step([batch], 1)
     return max(30, int(seconds * timed / (time.perf_counter() - began)))
 
 

@@ -106,19 +106,6 @@ def swap_bytes(root: Path = ROOT) -> int:
     return _meminfo(root).get("SwapTotal", 0)
 
 
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """Return the number of processors that control groups allow; None if there is no limit."""
-    shares: list[float] = []
-    for folder in _group_folders(root, "cpu"):
-        words = _text(folder / "cpu.max").split()
-        if len(words) == 2 and words[0] != "max":
-            shares.append(int(words[0]) / int(words[1]))
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if quota is not None and period and quota > 0:
-            shares.append(quota / period)
-    return min(shares, default=None)
-
-
 def _meminfo(root: Path) -> dict[str, int]:
     """Return the figures of /proc/meminfo in bytes."""
     lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -126,15 +113,15 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
-def _group_folders(root: Path, controller: str = "memory") -> Iterator[Path]:
-    """Yield the folders of this process's groups for a controller, each before its parent."""
+def _group_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's memory groups, each before its parent."""
     paths = _group_paths(root)
     for mount in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = mount.partition(" - ")
         kind, _, options = after.partition(" ")
         fields = before.split()
-        if kind == "cgroup" and controller in options.split()[-1].split(","):
-            path = paths.get(controller)
+        if kind == "cgroup" and "memory" in options.split()[-1].split(","):
+            path = paths.get("memory")
         elif kind == "cgroup2":
             path = paths.get("")
         else:

@@ -45,7 +45,7 @@ def test_tables_show_plan_and_errors(capsys, smallest: bool) -> None:
     print_plan(one, plan, {}, "a-model", smallest=smallest)
     told = "".join(capsys.readouterr())
     assert "a-model in" in told and "quality models" in told and "speed models" in told
-    assert ("that is the smallest budget that keeps it" in told) == smallest
+    assert ("this is the smallest budget that meets the target" in told) == smallest
 
 
 def test_tables_without_plan_show_budgets(capsys) -> None:

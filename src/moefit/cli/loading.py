@@ -222,9 +222,9 @@ def minimums(
 
     Args:
         skeleton: Of the model.
-        settings: Those that are the same for all; what a command has beside them is added.
-        packed: The packed experts that there are.
-        budget: Of these settings; the process counts for all commands as it was measured for it.
+        settings: Settings that all commands share.
+        packed: Packed experts.
+        budget: Estimate with these settings, whose process size is used for all commands.
     """
     requests = _CONCURRENCY if settings.sequences == 1 else settings.sequences
     server = shared_steps(requests)
@@ -245,7 +245,7 @@ def minimums(
 
 
 def minimums_line(floors: Mapping[str, int], settings: LoadSettings) -> str:
-    """Say the least budgets in a line, in bytes that --memory takes."""
+    """Return the minimum budgets in one line, in bytes for --memory."""
     requests = _CONCURRENCY if settings.sequences == 1 else settings.sequences
     words = {"serve": f"serve --max-concurrency {requests}"}
     parts = ", ".join(f"{words.get(name, name)} {size}" for name, size in floors.items())

@@ -1,4 +1,4 @@
-"""Output of `moefit plan`: tables and a picture for people, plain values for programs."""
+"""Output of `moefit plan`: tables, a chart, and plain values for JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,11 +20,11 @@ from moefit.serve.memory.budget import format_bytes
 
 Fronts = Mapping[int, Sequence[Point]]
 """By budget in bytes."""
-_WIDE = 0.02  # from this loss on, small ones need a logarithmic axis to be told apart
+_WIDE = 0.02  # losses above this make the axis logarithmic
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """The choice: what is predicted, and block by block what is where."""
+    """Return a table with a plan's predictions and its formats and slots by block."""
     table = narrow_table(title)
     table.add_column("block", no_wrap=True)
     for name in ("slots", "formats"):
@@ -37,7 +37,7 @@ def plan_table(plan: Plan, title: str) -> Table:
 
 
 def front_table(fronts: Fronts, title: str) -> Table:
-    """A row for each budget: its best, and its fastest within a loss of two percent."""
+    """Return a table with the best and the fastest configuration of each budget."""
     table = narrow_table(title)
     for name in ("memory", "loss", "tok/s", "configuration"):
         table.add_column(name, justify="left" if name == "configuration" else "right")
@@ -53,7 +53,7 @@ def front_table(fronts: Fronts, title: str) -> Table:
 
 
 def _shown(points: Sequence[Point]) -> list[Point]:
-    """The fastest within two percent of loss, and the best."""
+    """Return the fastest point within a loss of two percent, and the best point."""
     good = [one for one in points if one.loss <= 0.02]
     fastest = min(good or points, key=lambda one: one.seconds)
     best = min(points, key=lambda one: one.loss)
@@ -61,7 +61,7 @@ def _shown(points: Sequence[Point]) -> list[Point]:
 
 
 def held_table(rows: Iterable[HeldOutError], title: str) -> Table:
-    """What models' predictions were worth on samples that they had not seen."""
+    """Return a table of models' errors on samples that they were not fitted to."""
     table = narrow_table(title)
     table.add_column("model")
     for name in ("cases", "median error", "mean", "worst", "rank correlation"):
@@ -79,7 +79,7 @@ def held_table(rows: Iterable[HeldOutError], title: str) -> Table:
 
 
 def check_picture(path: Path, budgets: int) -> None:
-    """Raise ConfigError for a picture that could not be drawn, before long work."""
+    """Raise ConfigError if the chart cannot be written, before planning starts."""
     from matplotlib.backend_bases import FigureCanvasBase  # slow to import
 
     known = FigureCanvasBase.get_supported_filetypes()
@@ -94,9 +94,10 @@ def check_picture(path: Path, budgets: int) -> None:
 
 
 def draw(fronts: Fronts, path: Path, title: str) -> None:
-    """Loss and tokens/s against bytes, one dot for each point of each front.
+    """Plot loss and tokens/s over bytes for each point of each front.
 
-    Raises ConfigError if the file cannot be written.
+    Raises:
+        ConfigError: The file cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -136,7 +137,7 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
 def plan_dict(
     planner: Planner, plan: Plan | None, front: list[Point], fronts: dict[int, list[Point]]
 ) -> dict[str, Any]:
-    """Plain values, for JSON: the plan, if there is one, its front, and other budgets' fronts."""
+    """Return plain values for JSON: the plan, if any, its front, and other budgets' fronts."""
     return {
         "plan": plan and plan.as_dict(),
         "front": [_point_dict(one) for one in front],
@@ -171,16 +172,16 @@ def print_plan(
     *,
     smallest: bool,
 ) -> None:
-    """Tables and remarks, for people; smallest: the plan's budget was not given but found."""
+    """Print tables and notes; `smallest` if the plan's budget was found, not given."""
     out = Console()
     if plan is not None and plan.memory is not None:
         out.print(plan_table(plan, f"{model} in {format_bytes(plan.memory)}"))
         say(in_a_line(plan))
         if smallest:
-            say(f"that is the smallest budget that keeps it: {plan.memory} bytes")
+            say(f"this is the smallest budget that meets the target: {plan.memory} bytes")
         for length, count in planner.sequences(plan).items():
             some = "1 sequence" if count == 1 else f"{count} sequences"
-            say(f"fits {some} of {length} tokens beside its experts")
+            say(f"the plan leaves memory for {some} of {length} tokens")
     if fronts:
         out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
     for loss in (0.01, 0.03):

@@ -164,7 +164,6 @@ class ChatBackend(Protocol):
 
         Closing the iterator cancels the request.
         """
-        ...
 
 
 class RemoteChat:

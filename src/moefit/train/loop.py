@@ -363,9 +363,15 @@ def train(config: TrainConfig, callback: TrainingCallback) -> TrainResult:
         check_same_config(out, config)
         finished = _finished_result(out, config.steps)
         result = finished or _train(out, config, callback)
-        drawn = finished is not None and (out / CURVE).is_file()
-        if result.step == config.steps and not drawn:
-            _draw(out, callback)
+        curve = out / CURVE
+        if result.step == config.steps and not (finished is not None and curve.is_file()):
+            try:
+                draw_curve(read_log(out), curve)
+            except OSError as error:  # does not fail the run
+                callback.on_message(
+                    f"the run is finished, but {curve} could not be drawn: "
+                    f"{error.strerror or error}; free disk space, then run the same command again"
+                )
         return result
 
 
@@ -392,15 +398,3 @@ def _train(out: Path, config: TrainConfig, callback: TrainingCallback) -> TrainR
         callback.on_start(step=trainer.first_step, steps=config.steps, info=trainer.info)
         with stop_on_signal() as request:
             return trainer.run(request)
-
-
-def _draw(out: Path, callback: TrainingCallback) -> None:
-    """Draw the loss curve; failing to write it does not fail the run."""
-    path = out / CURVE
-    try:
-        draw_curve(read_log(out), path)
-    except OSError as error:
-        callback.on_message(
-            f"the run is finished, but {path} could not be drawn: {error.strerror or error}; "
-            "free disk space, then run the same command again"
-        )

@@ -121,7 +121,6 @@ class LossFunction(Protocol):
         allowed_LBE: Tensor | None = None,
     ) -> Losses:
         """Return language-model loss, router loss, MLP and attention router logits by layer."""
-        ...
 
 
 def distillation_loss(student_CNV: Tensor, teacher_CNV: Tensor) -> Tensor:

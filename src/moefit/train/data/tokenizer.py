@@ -69,7 +69,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             "save_pretrained, or leave data.tokenizer out to train one on the corpus"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise _no_end_of_text(tokenizer, folder)
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        raise DataError(
+            f"the tokenizer in {folder} has no end-of-text token, which separates documents "
+            f"(its special tokens: {', '.join(special[:8]) or 'none'}); set eos_token in "
+            f"{folder / 'tokenizer_config.json'}"
+        )
     return tokenizer
 
 
@@ -123,13 +128,4 @@ def _wrap(backend: Tokenizer, end_of_text: str | None) -> PreTrainedTokenizerFas
         eos_token=end_of_text,
         pad_token=end_of_text,
         clean_up_tokenization_spaces=False,
-    )
-
-
-def _no_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> DataError:
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return DataError(
-        f"the tokenizer in {folder} has no end-of-text token, which separates documents "
-        f"(its special tokens: {', '.join(special[:8]) or 'none'}); set eos_token in "
-        f"{folder / 'tokenizer_config.json'}"
     )

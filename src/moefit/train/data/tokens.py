@@ -191,7 +191,7 @@ def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None)
         DataError: The text cannot be read, has fewer than `seq_len` + 1 tokens to train on or fewer
             than two held-out tokens, or the cache cannot be written.
     """
-    progress = progress or _no_progress
+    progress = progress or (lambda stage, done, total: None)
     # First, so that a wrong tokenizer is reported before a large corpus is read.
     given = None if data.tokenizer is None else load_tokenizer(data.tokenizer)
     corpus = split(data)
@@ -340,7 +340,3 @@ def _check_length(prepared: PreparedData, seq_len: int) -> None:
             f"the held-out text has {prepared.held_out.tokens} tokens, but at least 2 are needed; "
             "give more text, a larger data.held_out_fraction, or files for data.held_out"
         )
-
-
-def _no_progress(stage: str, done: int, total: int | None) -> None:
-    pass
