@@ -258,16 +258,9 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
     Raises:
         UnpackableError: If the model uses a feature that is not supported exactly.
     """
-    window = getattr(attention_mask, "window", -1)
-    if segments is None or window == -1:
-        raise UnpackableError("its attention receives no segments or mask")
-    if sliding_window is not None and sliding_window != window:
-        raise UnpackableError(f"a window of {sliding_window} keys, but the mask has {window}")
-    if others.get("is_causal") is False:
-        raise UnpackableError("its attention is not causal")
-    if unknown := _tensor_names(others) - _IGNORED_TENSORS:
-        names = ", ".join(sorted(unknown))
-        raise UnpackableError(f"its attention receives unsupported tensors: {names}")
+    if segments is None:
+        raise UnpackableError("its attention receives no segments")
+    window = _checked_window(attention_mask, sliding_window, others)
     segments.storages.add(key.untyped_storage().data_ptr())
     options = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
     rows_THC = query[0].transpose(0, 1) if query.shape[0] == 1 else query[:, :, 0]
@@ -291,8 +284,22 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
 _IGNORED_TENSORS = {"position_ids", "cache_position"}
 
 
-def _tensor_names(given: dict[str, Any]) -> set[str]:
-    return {name for name, value in given.items() if isinstance(value, Tensor)}
+def _checked_window(
+    mask: Tensor | None, sliding_window: int | None, others: dict[str, Any]
+) -> int | None:
+    """Return the window of a layer's mask. Raises UnpackableError; see `varlen_attention`."""
+    window = getattr(mask, "window", -1)
+    if window == -1:
+        raise UnpackableError("its attention receives no mask of a window")
+    if sliding_window is not None and sliding_window != window:
+        raise UnpackableError(f"a window of {sliding_window} keys, but the mask has {window}")
+    if others.get("is_causal") is False:
+        raise UnpackableError("its attention is not causal")
+    tensors = {name for name, value in others.items() if isinstance(value, Tensor)}
+    if unknown := tensors - _IGNORED_TENSORS:
+        names = ", ".join(sorted(unknown))
+        raise UnpackableError(f"its attention receives unsupported tensors: {names}")
+    return window
 
 
 def _kernel_attention(

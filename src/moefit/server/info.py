@@ -66,7 +66,12 @@ def _tokenizer_info(service: Service) -> TokenizerInfo:
 def router(service: Service) -> APIRouter:
     """Return the router with all informational endpoints."""
     routes = APIRouter()
+    _add_model_routes(routes, service)
+    _add_status_routes(routes, service)
+    return routes
 
+
+def _add_model_routes(routes: APIRouter, service: Service) -> None:
     @routes.get("/v1/models")
     async def models() -> ModelList:
         """List the served model."""
@@ -97,6 +102,8 @@ def router(service: Service) -> APIRouter:
         """Return special tokens and the chat template."""
         return await service.run_in_thread(_tokenizer_info, service)
 
+
+def _add_status_routes(routes: APIRouter, service: Service) -> None:
     @routes.get("/health", response_model_exclude_none=True)
     async def health() -> HealthResponse:
         """Return whether requests are served.
@@ -125,5 +132,3 @@ def router(service: Service) -> APIRouter:
         """Return metrics in Prometheus format."""
         content = await service.run_admin(generate_latest, service.telemetry.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
-
-    return routes

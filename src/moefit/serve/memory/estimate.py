@@ -226,23 +226,12 @@ def memory_budget(
     Raises:
         ConfigError: The placement or a size in the settings is not valid.
     """
-    device = planned_device(settings.device)
-    config = skeleton.model.config
-    context = _context(config, settings)
+    device, config = planned_device(settings.device), skeleton.model.config
+    dtype, context = skeleton.dtype, _context(config, settings)
     if settings.placement is not None:
         check_placement(settings.placement, skeleton.blocks)
-    own = [settings.format(block).nbytes(block.layout.specs) for block in skeleton.blocks]
-    sizes = [slot_bytes(size, device) for size in own]
-    swapped, fully_resident = _spare_sizes(skeleton, settings)
-    largest, upgrades = max(own), 0
-    if settings.precision == AUTO_PRECISION:
-        largest = max(NATIVE.nbytes(block.layout.specs) for block in skeleton.blocks)
-        upgrades = MAX_PENDING * slot_bytes(largest, device)
-    on_gpu, readers = device.type != "cpu", settings.readers + BACKGROUND_READERS
     packed = packed or open_packed(skeleton, settings.formats())
-    weights = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
-    if (dense := settings.dense_format()) is not None:
-        weights -= saved_bytes(skeleton.model, dense, skeleton.blocks, skeleton.dtype.itemsize)
+    on_gpu, is_auto = device.type != "cpu", settings.precision == AUTO_PRECISION
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
@@ -250,30 +239,60 @@ def memory_budget(
         slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
-        weights=weights,
+        weights=_dense_bytes(skeleton, settings),
         context=context,
-        kv_cache=context * kv_bytes_per_token(config, skeleton.dtype),
-        workspace=workspace_bytes(config, context, skeleton.dtype)
-        + extra_logits_bytes(
-            config, context, skeleton.dtype, settings.sequences, settings.prompt_logits
-        ),
-        staging=SPARES * sum(swapped)
-        + (0 if on_gpu else readers * _reader_bytes(skeleton, settings, packed))  # in host memory
-        + _decoding_bytes(skeleton, settings)
-        + upgrades,
-        host=host_limit(settings.host_memory, largest=largest, readers=readers) if on_gpu else None,
+        kv_cache=context * kv_bytes_per_token(config, dtype),
+        workspace=workspace_bytes(config, context, dtype)
+        + extra_logits_bytes(config, context, dtype, settings.sequences, settings.prompt_logits),
+        staging=_staging_bytes(skeleton, settings, packed),
+        host=_host_bytes(skeleton, settings) if on_gpu else None,
         blocks=tuple(
-            BlockNeeds(name=block.name, num_experts=block.num_experts, slot_bytes=size, min_slots=1)
-            for block, size in zip(skeleton.blocks, sizes, strict=True)
+            BlockNeeds(
+                name=block.name,
+                num_experts=block.num_experts,
+                slot_bytes=slot_bytes(settings.format(block).nbytes(block.layout.specs), device),
+                min_slots=1,
+            )
+            for block in skeleton.blocks
         ),
-        planned=None
-        if settings.placement is None
-        else _planned(settings.placement, skeleton, device, SPARES * sum(fully_resident)),
-        format_totals=_format_totals(skeleton, device)
-        if settings.precision == AUTO_PRECISION
-        else (),
+        planned=_planned(skeleton, settings),
+        format_totals=_format_totals(skeleton, device) if is_auto else (),
     )
     return budget.without_slack()
+
+
+def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+    """Return the bytes of dense weights in the format that they are held in."""
+    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
+    if (dense := settings.dense_format()) is None:
+        return own
+    return own - saved_bytes(skeleton.model, dense, skeleton.blocks, skeleton.dtype.itemsize)
+
+
+def _staging_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
+    """Return the bytes of spare slots, of readers, of what is decoded, and of upgrades."""
+    device, (swapped, _) = planned_device(settings.device), _spare_sizes(skeleton, settings)
+    staging = SPARES * sum(swapped) + _decoding_bytes(skeleton, settings)
+    if device.type == "cpu":  # on a GPU, readers use host memory
+        readers = settings.readers + BACKGROUND_READERS
+        staging += readers * _reader_bytes(skeleton, settings, packed)
+    if settings.precision == AUTO_PRECISION:
+        staging += MAX_PENDING * slot_bytes(_largest_expert(skeleton, settings), device)
+    return staging
+
+
+def _largest_expert(skeleton: Skeleton, settings: LoadSettings) -> int:
+    """Return the bytes of the largest expert in any format that it may get."""
+    is_auto = settings.precision == AUTO_PRECISION
+    return max(
+        (NATIVE if is_auto else settings.format(block)).nbytes(block.layout.specs)
+        for block in skeleton.blocks
+    )
+
+
+def _host_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+    largest, readers = _largest_expert(skeleton, settings), settings.readers + BACKGROUND_READERS
+    return host_limit(settings.host_memory, largest=largest, readers=readers)
 
 
 def _format_totals(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], ...]:
@@ -306,16 +325,18 @@ def _spare_sizes(skeleton: Skeleton, settings: LoadSettings) -> tuple[list[int],
     return [size for _, size in swapped], [size for _, size in fully_resident - swapped]
 
 
-def _planned(
-    placement: Placement, skeleton: Skeleton, device: torch.device, spares: int
-) -> PlannedSlots:
+def _planned(skeleton: Skeleton, settings: LoadSettings) -> PlannedSlots | None:
+    """Return the slots of the placement; None without one."""
+    if (placement := settings.placement) is None:
+        return None
+    device, (_, fully_resident) = planned_device(settings.device), _spare_sizes(skeleton, settings)
     size = 0
     for block in skeleton.blocks:
         placed, specs = placement[block.name], block.layout.specs
         sizes = [placed.format_of(expert).nbytes(specs) for expert in range(placed.slots)]
         size += sum(slot_bytes(nbytes, device) for nbytes in sizes)
     counts = tuple(placement[block.name].slots for block in skeleton.blocks)
-    return PlannedSlots(counts=counts, nbytes=size, spares=spares)
+    return PlannedSlots(counts=counts, nbytes=size, spares=SPARES * sum(fully_resident))
 
 
 def _context(config: Any, settings: LoadSettings) -> int:
