@@ -159,6 +159,23 @@ def test_describe_precision_equals_estimate(saved):
     assert "experts in int4" in run("describe", saved, "--precision", "int4").stdout
 
 
+def test_int8_kv_cache_is_estimated_and_used(saved, text):
+    own, rounded = (
+        json.loads(run("describe", saved, "--memory", "9GiB", "--json", *more).stdout)
+        for more in ((), ("--kv-cache", "int8"))
+    )
+    assert (own["kv_cache_dtype"], rounded["kv_cache_dtype"]) == ("float32", "int8")
+    assert 2 * rounded["kv_cache"] == own["kv_cache"], "a byte a value, four a head of four"
+    assert "KV cache (int8)" in run("describe", saved, "--kv-cache", "int8").stdout
+    said = run("describe", saved, "--memory", "9GiB", "--kv-cache", "int8").stderr
+    assert "no loss but that of the int8 KV cache" in " ".join(said.split())
+    asked = ("eval", saved, "--text", text, "--context", "40", "--kv-cache", "int8", "--json")
+    score = json.loads(run(*asked).stdout)
+    assert score["against"] == "native" and 0 < abs(score["loss"]) < 0.02
+    for command in (("generate", saved, "expert"), ("bench", saved, "--new-tokens", "3")):
+        assert run(*command, "--kv-cache", "int8").exit_code == 0
+
+
 def test_describe_for_server(saved):
     in_all = ("--memory", "9GiB", "--context", "64")
     one, many = (

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from moefit.cli import app
-from moefit.cli.options import MemoryOptions, ModeName, ServingOptions
+from moefit.cli.options import KvCache, MemoryOptions, ModeName, ServingOptions
 from moefit.cli.precision import (
     Candidate,
     _candidates,
@@ -173,6 +173,7 @@ def test_too_small_budget_names_minimum(model: str) -> None:
     [
         (MemoryOptions(exact=True, precision="int4"), "--precision changes"),
         (ServingOptions(exact=True, dense_precision="int8"), "--dense-precision changes"),
+        (ServingOptions(exact=True, kv_cache=KvCache.int8), "--kv-cache changes"),
         (ServingOptions(exact=True, mode=ModeName.virtual), "--mode changes"),
         (ServingOptions(exact=True, prefill=ModeName.virtual), "--prefill changes"),
         (ServingOptions(exact=True, max_loss="3%"), "--max-loss or --min-speed changes"),

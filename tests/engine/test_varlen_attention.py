@@ -11,10 +11,10 @@ from moefit.engine.varlen import (
     Segment,
     UnpackableError,
     VarlenCache,
-    WindowMask,
     register_varlen_attention,
     varlen_attention,
 )
+from moefit.serve.hf.attention import WindowMask
 
 WIDTH, PLACES = 8, 64
 MODULE = nn.Module()

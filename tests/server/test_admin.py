@@ -60,6 +60,7 @@ def test_memory_state(running, served) -> None:
     assert 0 < memory["slot_bytes"] < memory["process_bytes"] <= memory["peak_process_bytes"]
     assert memory["requests"] == {"running": 0, "waiting": 0}
     assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
+    assert memory["kv_cache_dtype"] == served.budget.kv_dtype
     assert memory["latency"]["ttft_p50"] is None
     assert memory["counters"]["hits"] > 0
     report = served.report()

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moefit.cli.app import COMMANDS, app, print_json
 from moefit.cli.options import ApiKey, Bound, Json, Mode, Prefill, option
-from moefit.serve.memory.budget import PARTS, format_bytes
+from moefit.serve.memory.budget import PARTS, format_bytes, part_label
 from moefit.server.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -64,8 +64,9 @@ def memory_table(memory: dict[str, Any]) -> Table:
     table.add_column("memory", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     ledger = memory["budget"]
-    for name, meaning in PARTS.items():
-        table.add_row(meaning, format_bytes(ledger[name]))
+    for name in PARTS:
+        label = part_label(name, memory["kv_cache_dtype"])
+        table.add_row(label, format_bytes(ledger[name]))
     blocks = memory["blocks"]
     slots = sum(block["slots"] for block in blocks)
     experts = sum(block["experts"] for block in blocks)

@@ -34,7 +34,7 @@ from moefit.serve.hf.generation_config import HUB_CODE, GenerationDefaults
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.load import Progress
-from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes
+from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes, part_label
 from moefit.serve.memory.estimate import InitialFormats, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
@@ -87,7 +87,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
     device = {"host_memory": options.host_memory, "device": options.device}
-    chosen = {**device, **plan.settings(), **settings}
+    chosen = {**device, "kv_cache": options.kv_cache.value, **plan.settings(), **settings}
     if options.memory is not None:
         chosen["memory"] = options.memory
     with loading() as progress, _explain_sequences(plan, chosen["sequences"]):
@@ -308,8 +308,8 @@ def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Tab
     table.add_column("memory", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    for name, meaning in PARTS.items():
-        size = getattr(budget, name)
+    for name in PARTS:
+        size, meaning = getattr(budget, name), part_label(name, budget.kv_dtype)
         table.add_row(meaning, f"{size:,}", format_bytes(size))
     counts = budget.slots()
     experts = sum(block.num_experts for block in budget.blocks)

@@ -248,6 +248,7 @@ def _describe_memory(
         chosen = {
             "precision": options.experts,
             "rest": options.dense,
+            "kv_cache_dtype": budget.kv_dtype,
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()

@@ -20,6 +20,7 @@ from moefit.cli.app import ADVANCED, say
 from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
+from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.yaml_text import load_yaml
@@ -64,6 +65,13 @@ class ModeName(StrEnum):
     virtual = "virtual"
 
 
+class KvCache(StrEnum):
+    """What the KV cache holds."""
+
+    model = MODEL_CACHE
+    int8 = INT8_CACHE
+
+
 class Following(StrEnum):
     """Whether generation_config.json is followed."""
 
@@ -94,6 +102,13 @@ Memory = Annotated[
     ),
 ]
 Context = Annotated[int, option("Tokens that the KV cache holds, over all sequences.", min=1)]
+KvCacheOption = Annotated[
+    KvCache,
+    advanced(
+        "Keys and values in the KV cache. model: in the model's dtype; int8: rounded to eight "
+        "bits, in about half the memory."
+    ),
+]
 DensePrecision = Annotated[
     str | None,
     advanced(
@@ -166,6 +181,7 @@ class MemoryOptions:
         ),
     ] = None
     context: Context = 2048
+    kv_cache: KvCacheOption = KvCache.model
     host_memory: Annotated[
         str | None, advanced("On a GPU: maximum host memory for experts, such as 8GiB.")
     ] = None
@@ -192,7 +208,7 @@ class MemoryOptions:
     @property
     def sets_memory(self) -> bool:
         """Whether a budget, a format or exactness is given."""
-        limits = self.memory is self.host_memory is None
+        limits = self.memory is self.host_memory is None and self.kv_cache is KvCache.model
         return self.exact or not (limits and self.is_native)
 
     @property
@@ -208,6 +224,7 @@ class MemoryOptions:
             "precision": self.experts,
             "dense_precision": self.dense,
             "context": self.context,
+            "kv_cache": self.kv_cache.value,
             "dtype": torch_dtype(self.dtype),
             "device": self.device,
         }

@@ -15,7 +15,7 @@ import torch
 
 from moefit.api import folder_of
 from moefit.cli.app import say
-from moefit.cli.options import SERVING, MemoryOptions, ServingOptions, torch_dtype
+from moefit.cli.options import SERVING, KvCache, MemoryOptions, ServingOptions, torch_dtype
 from moefit.errors import ConfigError
 from moefit.quant.encode import encode
 from moefit.quant.format import GroupedFormat, parse_format
@@ -124,6 +124,7 @@ def _refuse_inexact(memory: MemoryOptions, serving: ServingOptions) -> None:
     others = {
         "--precision": memory.precision not in (None, NATIVE_PRECISION),
         "--dense-precision": memory.dense != NATIVE_PRECISION,
+        "--kv-cache": memory.kv_cache is not KvCache.model,
         "--mode": serving.mode not in (None, "exact"),
         "--prefill": serving.prefill not in (None, "exact"),
         "--plan, --max-loss or --min-speed": serving.has_plan,
@@ -172,7 +173,8 @@ def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:
     fetched = "" if slots == experts else "; the others are fetched from storage when needed"
     if settings.precision == NATIVE_PRECISION and settings.dense_precision == NATIVE_PRECISION:
         dtype = str(skeleton.dtype).removeprefix("torch.")
-        return f"precision: {dtype}, the checkpoint's own: {held} {where}{fetched}; no loss"
+        loss = "no loss but that of the int8 KV cache" if settings.int8_cache else "no loss"
+        return f"precision: {dtype}, the checkpoint's own: {held} {where}{fetched}; {loss}"
     dense = settings.dense_precision
     others = "" if dense == NATIVE_PRECISION else f", dense weights in {dense}"
     cost = known_cost(start.bits_per_weight)

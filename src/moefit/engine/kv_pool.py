@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moefit.quant.kv_int8 import Int8Rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
@@ -99,16 +101,21 @@ _MOVE_TOKENS = 256  # tokens copied at a time, to bound the extra memory
 
 
 class KvPool:
-    """KV cache of `places` tokens: keys and values [G, P, C] of each layer."""
+    """KV cache of `places` tokens: keys and values [G, P, C] of each layer.
 
-    def __init__(self, places: int):
-        self.extents = Extents(places)
+    Args:
+        places: Number of tokens.
+        int8: Hold keys and values as `Int8Rows` instead of in the model's dtype.
+    """
+
+    def __init__(self, places: int, *, int8: bool = False):
+        self.extents, self.int8 = Extents(places), int8
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
         """Size of all layers in bytes; 0 before the first step."""
-        return sum(one.nbytes for pair in self._layers.values() for one in pair)
+        return sum(one.nbytes for pair in self._layers.values() for one in _tensors(pair))
 
     def allocate(self, name: str, size: int) -> None:
         """Reserve places for a request; moves other requests if the free space is fragmented."""
@@ -135,7 +142,9 @@ class KvPool:
     def storages(self) -> frozenset[int]:
         """Return the addresses of all storages, to recognise views of them."""
         return frozenset(
-            one.untyped_storage().data_ptr() for pair in self._layers.values() for one in pair
+            one.untyped_storage().data_ptr()
+            for pair in self._layers.values()
+            for one in _tensors(pair)
         )
 
     def check(self) -> None:
@@ -147,13 +156,24 @@ class KvPool:
     def _allocated(self, like: Tensor) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
             shape = like.shape[1], self.extents.places, like.shape[3]
+            if self.int8:
+                return Int8Rows.zeros(*shape)
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def _move(self, move: Move) -> None:
         """Copy towards the front in chunks, reading overlapping parts before overwriting them."""
         size, shift = self.extents.size(move.name), move.source - move.target
         for pair in self._layers.values():
-            for one in pair:
+            for one in _tensors(pair):
                 for begin in range(move.target, move.target + size, _MOVE_TOKENS):
                     end = min(begin + _MOVE_TOKENS, move.target + size)
                     one[:, begin:end] = one[:, begin + shift : end + shift].clone()
+
+
+def _tensors(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Return a layer's contents as plain tensors, whose second dimension is that of places."""
+    return [
+        tensor
+        for one in pair
+        for tensor in ((one.codes(), one.scales) if isinstance(one, Int8Rows) else (one,))
+    ]

@@ -10,8 +10,7 @@ Shapes: T tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +22,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.engine.runners import Runner, RunnerInput, SeparateRunner, VarlenRunner
 from moefit.engine.varlen import register_varlen_attention
 from moefit.moe.routing import Rule
+from moefit.serve.hf.kv_cache import INT8_TOLERANCE
 from moefit.serve.model import ServedModel
 
 _LOG = logging.getLogger(__name__)
@@ -43,21 +43,45 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
     """
     model = served.model
     texts = _texts(model, places)
-    with torch.inference_mode(), _zero_experts(served):
+    with torch.inference_mode(), served.zero_experts():
         if (reason := _varlen_obstacle(model.config)) is None:
             register_varlen_attention()
-            runner = VarlenRunner(model, places)
-            reason = _difference(runner, texts)
-            if reason is None:
-                runner.settle()
-                reason = _difference(runner, texts)
+            runner, reason = _varlen_runner(model, places, texts, int8=served.int8_cache)
             if reason is None:
                 return runner
         _LOG.info("%s: requests are computed one at a time: %s", type(model).__name__, reason)
         whole = bool(model.config.is_encoder_decoder) or _routes_by_batch(model.config)
         if not whole:
-            whole = _difference(SeparateRunner(model, whole_prompts=False), texts) is not None
+            tolerance = _tolerance(model.dtype, int8=served.int8_cache)
+            separate = SeparateRunner(model, whole_prompts=False)
+            whole = _difference(separate, texts, tolerance) is not None
         return SeparateRunner(model, whole_prompts=whole)
+
+
+def _varlen_runner(
+    model: PreTrainedModel, places: int, texts: Sequence[Sequence[int]], *, int8: bool
+) -> tuple[VarlenRunner, str | None]:
+    """Return a runner for variable-length batches, and why it cannot be used, or None.
+
+    For an int8 cache, the same runner with the model's dtype is tried first: rounding would hide
+    small differences.
+    """
+    exact = _tolerance(model.dtype, int8=False)
+    runner = VarlenRunner(model, sum(map(len, texts)) if int8 else places)
+    if (reason := _difference(runner, texts, exact)) is not None:
+        return runner, reason
+    runner.settle()
+    if (reason := _difference(runner, texts, exact)) is not None or not int8:
+        return runner, reason
+    rounded = VarlenRunner(model, places, int8=True)
+    rounded.settle()
+    if runner.cache.gather:
+        return rounded, "it changes cached keys or values before attention"
+    return rounded, _difference(rounded, texts, _tolerance(model.dtype, int8=True))
+
+
+def _tolerance(dtype: torch.dtype, *, int8: bool) -> float:
+    return INT8_TOLERANCE if int8 else _TOLERANCE.get(dtype, 1e-3)
 
 
 def _texts(model: PreTrainedModel, places: int) -> list[list[int]]:
@@ -94,19 +118,7 @@ def _rope_types(parameters: Any) -> set[str]:
     return found.union(*(_rope_types(one) for one in parameters.values()))
 
 
-@contextmanager
-def _zero_experts(served: ServedModel) -> Iterator[None]:
-    """Let all experts return zeros within the block."""
-    for experts in served.blocks.values():
-        experts.recorder = lambda _routing: None
-    try:
-        yield
-    finally:
-        for experts in served.blocks.values():
-            experts.recorder = None
-
-
-def _difference(runner: Runner, texts: Sequence[Sequence[int]]) -> str | None:
+def _difference(runner: Runner, texts: Sequence[Sequence[int]], tolerance: float) -> str | None:
     """Return how a runner's logits differ from the model's own; None if equal up to rounding."""
     device = runner.model.device
     try:
@@ -114,10 +126,11 @@ def _difference(runner: Runner, texts: Sequence[Sequence[int]]) -> str | None:
     except Exception as error:  # noqa: BLE001 - any error in a family's code
         return f"{type(error).__name__}: {error}"
     for text, phases in zip(texts, outputs, strict=True):
-        own_TV = runner.model(input_ids=torch.tensor([text], device=device)).logits[0]
+        ids_1T = torch.tensor([text], device=device)
+        own_TV = runner.model(input_ids=ids_1T, use_cache=False).logits[0]
         for end, rows in phases:
             error = _relative_error(rows, own_TV[end - len(rows) : end])
-            if error > _TOLERANCE.get(rows.dtype, 1e-3):
+            if error > tolerance:
                 return f"logits of token {end} differ by {error:.1e} of the largest"
     return None
 

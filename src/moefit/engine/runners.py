@@ -61,8 +61,8 @@ class VarlenRunner:
     name = "packed"
     whole_prompts = False
 
-    def __init__(self, model: PreTrainedModel, places: int):
-        self.cache = VarlenCache(KvPool(places))
+    def __init__(self, model: PreTrainedModel, places: int, *, int8: bool = False):
+        self.cache = VarlenCache(KvPool(places, int8=int8))
         self.model, self._device = model, model.device
         self._lengths: dict[str, int] = {}
         self._storages: set[int] = set()

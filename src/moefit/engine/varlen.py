@@ -1,34 +1,35 @@
 """Variable-length batches: several requests in one forward pass, without padding.
 
 `Segments` describes which tokens of a step belong to which request, `VarlenCache` presents the KV
-pool as the model's cache, `WindowMask` describes a layer's mask without materialising it, and
-`varlen_attention` lets each request attend to its own tokens. Unsupported model features raise
-`UnpackableError`.
+pool as the model's cache, and `varlen_attention` lets each request attend to its own tokens.
+Unsupported model features raise `UnpackableError`.
 
 Shapes: T tokens, H query heads, G key-value heads, C head width, P places of the pool, L length of
 a sequence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from moefit.engine.kv_pool import KvPool
-from moefit.errors import UnsupportedModelError
 from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
 from moefit.quant.cpu_kernels import kernels
-
-
-class UnpackableError(UnsupportedModelError):
-    """The model uses an attention feature that variable-length batches do not support."""
+from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of, write_rows
+from moefit.serve.hf.attention import (
+    UnpackableError,
+    additive_mask,
+    refuse_lost_scales,
+    refuse_tensors,
+    torch_attention,
+    window_mask,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +70,9 @@ class Segments:
         """
         seen = segment.past + segment.new
         name = (segment, window or seen, like.dtype)
-        if (mask := self.masks.get(name)) is None:
-            query_T1 = torch.arange(segment.past, seen, device=like.device)[:, None]
-            key_1L = torch.arange(first_key(segment, window), seen, device=like.device)[None]
-            hidden = key_1L > query_T1
-            if window is not None:
-                hidden |= key_1L <= query_T1 - window
-            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self.masks[name] = mask.masked_fill_(hidden, -torch.inf)
+        if name not in self.masks:
+            first = first_key(segment, window)
+            self.masks[name] = additive_mask(segment.past, segment.new, window, like, first=first)
         return self.masks[name]
 
 
@@ -141,12 +137,14 @@ class VarlenCache(Cache):
         pair = self.pool.layer(layer_idx, key_states, value_states)
         for pool_GPC, new in zip(pair, (key_states, value_states), strict=True):
             new_GRC = new[0] if new.shape[0] == 1 else new[:, :, 0].transpose(0, 1)
-            if len(self._places_R) == 1:
+            if isinstance(pool_GPC, Int8Rows):
+                write_rows(pool_GPC, self._places_R, new_GRC)
+            elif len(self._places_R) == 1:
                 pool_GPC[:, self._segments[0].end - 1] = new_GRC[:, 0]
             else:
                 pool_GPC.index_copy_(1, self._places_R, new_GRC)
         if not self.gather:
-            return pair[0][None], pair[1][None]
+            return part_of(pair[0], None), part_of(pair[1], None)
         if len(self._segments) == 1:
             one = self._segments[0]
             return pair[0][None, :, one.start : one.end], pair[1][None, :, one.start : one.end]
@@ -168,56 +166,6 @@ class VarlenCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return the number of places of the pool."""
         return self.pool.extents.places
-
-
-class WindowMask(Tensor):
-    """Description of a layer's mask: causal, over the last `window` keys or all of them.
-
-    Models pass it to attention unchanged. A tensor derived from it has no `window`.
-    """
-
-    window: int | None
-
-    @classmethod
-    def of(cls, window: int | None, device: torch.device) -> "WindowMask":
-        """Return the mask for a window."""
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(cls)
-        mask.window = window
-        return mask
-
-
-def window_mask(
-    *,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **_sizes: Any,
-) -> WindowMask:
-    """Return the mask of a layer; transformers calls this (see its `masking_utils.py`).
-
-    Raises:
-        UnpackableError: If the mask is neither causal nor a sliding window.
-    """
-    if attention_mask is not None:
-        raise UnpackableError("it has an attention mask of its own")
-    if mask_function is causal_mask_function:
-        return WindowMask.of(None, torch.device(device))
-    if use_vmap or local_size is None or not _is_sliding_window(mask_function, int(local_size)):
-        raise UnpackableError("its attention mask is neither causal nor a sliding window")
-    return WindowMask.of(int(local_size), torch.device(device))
-
-
-def _is_sliding_window(mask_function: Callable, window: int) -> bool:
-    """Return whether a mask function is a sliding window, tested around multiples of its size."""
-    at = torch.tensor(sorted({max(0, window * n + d) for n in range(4) for d in (-1, 0, 1)}))
-    zero, sliding = torch.tensor(0), sliding_window_causal_mask_function(window)
-    one, other = (
-        mask(zero, zero, at[:, None], at[None]).expand(len(at), len(at))
-        for mask in (mask_function, sliding)
-    )
-    return torch.equal(one, other)
 
 
 ATTENTION_NAME = "moefit_packed"
@@ -261,10 +209,12 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
     if segments is None:
         raise UnpackableError("its attention receives no segments")
     window = _checked_window(attention_mask, sliding_window, others)
+    refuse_lost_scales(key, value)
     segments.storages.add(key.untyped_storage().data_ptr())
     options = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
     rows_THC = query[0].transpose(0, 1) if query.shape[0] == 1 else query[:, :, 0]
-    if (out_THZ := _kernel_attention(rows_THC, key[0], value[0], segments, options)) is not None:
+    key_GPC, value_GPC = part_of(key, 0), part_of(value, 0)
+    if (out_THZ := _kernel_attention(rows_THC, key_GPC, value_GPC, segments, options)) is not None:
         return (out_THZ[None] if query.shape[0] == 1 else out_THZ[:, None]), None
     if query.shape[0] == 1:
         parts = query[0].split([one.new for one in segments.rows], dim=1)  # [H, T, C]
@@ -272,16 +222,16 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
         parts = query.unbind(0)  # [H, 1, C]
     outputs = []
     for part_HTC, segment in zip(parts, segments.rows, strict=True):
-        begin = segment.start + first_key(segment, window)
-        pair = key[0, :, begin : segment.end], value[0, :, begin : segment.end]
+        seen = slice(segment.start + first_key(segment, window), segment.end)
+        pair = (
+            floats_of(part_of(key_GPC, slice(None), seen), query.dtype),
+            floats_of(part_of(value_GPC, slice(None), seen), query.dtype),
+        )
         mask_TL = None if segment.new == 1 else segments.mask(segment, window, query)
         outputs.append(torch_attention(part_HTC, pair, mask_TL, options))
     if query.shape[0] == 1:
         return torch.cat([out_HTC.transpose(0, 1) for out_HTC in outputs])[None], None
     return torch.stack(outputs).transpose(1, 2), None
-
-
-_IGNORED_TENSORS = {"position_ids", "cache_position"}
 
 
 def _checked_window(
@@ -295,10 +245,7 @@ def _checked_window(
         raise UnpackableError(f"a window of {sliding_window} keys, but the mask has {window}")
     if others.get("is_causal") is False:
         raise UnpackableError("its attention is not causal")
-    tensors = {name for name, value in others.items() if isinstance(value, Tensor)}
-    if unknown := tensors - _IGNORED_TENSORS:
-        names = ", ".join(sorted(unknown))
-        raise UnpackableError(f"its attention receives unsupported tensors: {names}")
+    refuse_tensors(others)
     return window
 
 
@@ -312,8 +259,8 @@ def _kernel_attention(
     """Return the output of all segments [T, H, C] from one kernel call; None if unsupported."""
     keys = [
         KeySegment(
-            keys_GLC=key_GPC[:, one.start : one.end],
-            values_GLZ=value_GPC[:, one.start : one.end],
+            keys_GLC=part_of(key_GPC, slice(None), slice(one.start, one.end)),
+            values_GLZ=part_of(value_GPC, slice(None), slice(one.start, one.end)),
             past=one.past,
             new=one.new,
         )
@@ -323,62 +270,6 @@ def _kernel_attention(
     if compiled is None or not can_attend(query_THC, keys[0]):
         return None
     return attend(compiled, query_THC, keys, options)
-
-
-def torch_attention(
-    query_HTC: Tensor,
-    pair: tuple[Tensor, Tensor],
-    mask_TL: Tensor | None,
-    options: AttentionOptions,
-) -> Tensor:
-    """Return one segment's output [H, T, C], computed by PyTorch.
-
-    Args:
-        query_HTC: Queries.
-        pair: Keys and values [G, L, C].
-        mask_TL: Additive mask, or None.
-        options: Scale, softcap and sinks.
-    """
-    if options.softcap is not None or options.sinks_H is not None:
-        return eager_attention(query_HTC, pair, mask_TL, options)
-    key_1GLC, value_1GLC = pair[0][None], pair[1][None]
-    heads, new, width = query_HTC.shape
-    if new == 1:  # treat a group's heads as rows of one query, to avoid repeating keys
-        query = query_HTC.reshape(1, key_1GLC.shape[1], -1, width)
-        out = F.scaled_dot_product_attention(query, key_1GLC, value_1GLC, scale=options.scale)
-        return out.reshape(heads, 1, -1)
-    return F.scaled_dot_product_attention(
-        query_HTC[None],
-        key_1GLC,
-        value_1GLC,
-        attn_mask=mask_TL,
-        scale=options.scale,
-        enable_gqa=heads != key_1GLC.shape[1],
-    )[0]
-
-
-def eager_attention(
-    query_HTC: Tensor,
-    pair: tuple[Tensor, Tensor],
-    mask_TL: Tensor | None,
-    options: AttentionOptions,
-) -> Tensor:
-    """Return the same with explicit scores, which sinks and soft caps require."""
-    key_GLC, value_GLC = pair
-    (heads, new, width), groups = query_HTC.shape, key_GLC.shape[0]
-    query_GRC = query_HTC.reshape(groups, -1, width)
-    scale = width**-0.5 if options.scale is None else options.scale
-    scores_HTL = (query_GRC @ key_GLC.transpose(1, 2)).view(heads, new, -1) * scale
-    if options.softcap is not None:
-        scores_HTL = torch.tanh(scores_HTL / options.softcap) * options.softcap
-    if mask_TL is not None:
-        scores_HTL = scores_HTL + mask_TL
-    if options.sinks_H is not None:
-        sinks_HT1 = options.sinks_H.to(scores_HTL.dtype).view(-1, 1, 1).expand(-1, new, 1)
-        scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
-    shares_HTL = scores_HTL.softmax(-1, dtype=torch.float32).to(value_GLC.dtype)
-    shares_HTL = shares_HTL[..., : key_GLC.shape[1]]
-    return (shares_HTL.reshape(groups, -1, key_GLC.shape[1]) @ value_GLC).view(heads, new, -1)
 
 
 def register_varlen_attention() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
-from moefit.quant.kv_int8 import Int8Rows
+from moefit.quant.kv_int8 import Int8Rows, floats_of
 
 LANES = 16  # widths of keys and values are multiples of it
 
@@ -171,7 +171,7 @@ def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOp
     heads, groups = query_THC.shape[1], segment.keys_GLC.shape[0]
     seen = segment.past + segment.new
     keys_HLC, values_HLZ = (
-        _floats(one)[:, :seen].double().repeat_interleave(heads // groups, 0)
+        floats_of(one, torch.float64)[:, :seen].repeat_interleave(heads // groups, 0)
         for one in (segment.keys_GLC, segment.values_GLZ)
     )
     scale = query_THC.shape[2] ** -0.5 if options.scale is None else options.scale
@@ -189,9 +189,3 @@ def plain_attention(query_THC: Tensor, segment: KeySegment, options: AttentionOp
         scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
     shares_HTL = scores_HTL.softmax(-1)[..., :seen]
     return (shares_HTL @ values_HLZ).transpose(0, 1)
-
-
-def _floats(cache_GLC: Tensor) -> Tensor:
-    if isinstance(cache_GLC, Int8Rows):
-        return cache_GLC.dequantized(torch.float64)
-    return cache_GLC

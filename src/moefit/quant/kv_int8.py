@@ -8,6 +8,7 @@ other requests.
 Shapes: G KV heads, P places of a cache (one token each), R new tokens, C head width.
 """
 
+from collections.abc import Callable
 from ctypes import Structure, byref, c_int64, c_void_p
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
 
+MODEL_CACHE, INT8_CACHE = "model", "int8"
+KV_CACHES = (MODEL_CACHE, INT8_CACHE)
+"""What a KV cache may hold: values in the model's dtype, or `Int8Rows`."""
 LARGEST_CODE = 127
 _SMALLEST = 1e-30  # largest value of a row below which the row is zero: SMALLEST of csrc/matrix.h
 _LANES = 16  # the kernel rounds rows whose width is a multiple of it
@@ -56,6 +60,10 @@ class Int8Rows(Tensor):
         """Return rows by an index over the dimensions that codes and scales share."""
         return Int8Rows.of(self.codes()[index], self.scales[index])
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Int8Rows":
+        """Return rows after a change of the dimensions that codes and scales share."""
+        return Int8Rows.of(change(self.codes()), change(self.scales))
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the rows' values [..., P, C]."""
         wide = torch.promote_types(dtype, torch.float32)
@@ -63,6 +71,16 @@ class Int8Rows(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Rows":
         return Int8Rows.of(self.codes().clone(), self.scales.clone())
+
+
+def part_of(cache: Tensor, *index: Any) -> Tensor:
+    """Return a part of cached keys or values; of `Int8Rows` with its scales."""
+    return cache.part(*index) if isinstance(cache, Int8Rows) else cache[index]
+
+
+def floats_of(cache: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return cached keys or values in `dtype`."""
+    return cache.dequantized(dtype) if isinstance(cache, Int8Rows) else cache.to(dtype)
 
 
 def bytes_per_row(width: int) -> int:

@@ -15,6 +15,7 @@ from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import NATIVE, Format, GroupedFormat, parse_format
+from moefit.quant.kv_int8 import INT8_CACHE, KV_CACHES, MODEL_CACHE
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.hf.generation_config import AUTO, IGNORE, NONE
@@ -194,6 +195,8 @@ class LoadSettings:
         sequences: How many sequences a step may return logits for.
         prompt_logits: Largest size in bytes of a step's prompt logits, where requested.
         helpers: Bytes of other processes that count against the same budget.
+        kv_cache: `model` holds keys and values in the model's dtype, `int8` rounds them to eight
+            bits with a scale per token and head.
         generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes
             only special tokens from it, `ignore` does not read it.
     """
@@ -214,6 +217,7 @@ class LoadSettings:
     sequences: int = 1
     prompt_logits: int = 0
     helpers: int = 0
+    kv_cache: str = MODEL_CACHE
     generation_config: str = AUTO
 
     def check(self) -> None:
@@ -246,12 +250,27 @@ class LoadSettings:
                 f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "
                 "memory; give it to memory (--memory), or serve on a GPU (device cuda)"
             )
+        self._check_kv_cache()
         if not self.half_life_tokens > 0:
             raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")
         if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"dtype={self.dtype!r} is not torch.float32, torch.bfloat16 or torch.float16"
             )
+
+    def _check_kv_cache(self) -> None:
+        if self.kv_cache not in KV_CACHES:
+            raise ConfigError(f"kv_cache={self.kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+        if self.int8_cache and planned_device(self.device).type != "cpu":
+            raise ConfigError(
+                f"kv_cache int8 has kernels for CPUs only, but device is {self.device!r}; give "
+                "kv_cache model, or device cpu"
+            )
+
+    @property
+    def int8_cache(self) -> bool:
+        """Whether keys and values are held as int8."""
+        return self.kv_cache == INT8_CACHE
 
     def dense_format(self) -> GroupedFormat | None:
         """Return the format of dense weights; None if they are not encoded."""

@@ -28,6 +28,7 @@ from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import AUTO_PRECISION, LoadSettings, Placement, Policy
 from moefit.serve.hf.generation_config import use_generation_config
+from moefit.serve.hf.kv_cache import check_int8_cache
 from moefit.serve.hf.quant_linear import quantize_dense_weights
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton, load_dense_weights
 from moefit.serve.io.device_copy import CpuCopies, CudaCopies
@@ -90,6 +91,9 @@ def load_model(
         parts = _load_parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
+        if settings.int8_cache:
+            with served.zero_experts():
+                check_int8_cache(served.model, budget.context or settings.context)
         _make_slots(parts, device, settings.placement)
         if settings.mode == "virtual":
             served.hold_first_experts()
@@ -174,6 +178,7 @@ def _load_parts(
         placement_budget=PlacementBudget(
             folder, settings, budget.process, budget.tokenizer, packed
         ),
+        int8_cache=settings.int8_cache,
         hooks=(*attach_hooks(model, blocks), *follow_rules(model, blocks)),
     )
 

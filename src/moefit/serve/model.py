@@ -48,9 +48,10 @@ class ServedModel:
         self._hooks = (
             *parts.hooks,
             limit_context(self.model, self._context),
-            reserve_caches(self.model, self._context),
+            reserve_caches(self.model, self._context, int8=parts.int8_cache),
         )
-        self._undo_attention = use_kernels(self.model)
+        self.int8_cache = parts.int8_cache
+        self._undo_attention = use_kernels(self.model, int8=parts.int8_cache)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -341,6 +342,17 @@ class ServedModel:
                 self._shared.policy = before
                 for name in counters.__slots__:
                     setattr(self._shared.counters, name, getattr(counters, name))
+
+    @contextmanager
+    def zero_experts(self) -> Iterator[None]:
+        """Let all experts return zeros within the block, so that nothing is read or counted."""
+        for experts in self.blocks.values():
+            experts.recorder = lambda _routing: None
+        try:
+            yield
+        finally:
+            for experts in self.blocks.values():
+                experts.recorder = None
 
     def check(self) -> None:
         """Raise AssertionError if tables, slots and bytes disagree."""

@@ -78,6 +78,7 @@ class ServedParts:
         host_cache: In front of the store on a GPU; None on a CPU.
         shared: State of all blocks.
         placement_budget: Estimates other placements.
+        int8_cache: Whether KV caches are int8.
         hooks: To remove on close.
     """
 
@@ -91,6 +92,7 @@ class ServedParts:
     host_cache: HostCache | None
     shared: SharedState
     placement_budget: PlacementBudget
+    int8_cache: bool
     hooks: tuple[RemovableHandle, ...]
 
 
@@ -111,6 +113,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "mode": shared.policy.mode,
         "prefill": shared.policy.prefill,
         "budget": budget.as_dict(),
+        "kv_cache_dtype": budget.kv_dtype,
         "slot_bytes": sum(s.nbytes for one in blocks.values() for s in one.slots.values()),
         "spare_bytes": shared.spare_bytes,
         "process_bytes": held_bytes(device),

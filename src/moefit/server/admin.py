@@ -77,6 +77,7 @@ class MemoryState(BaseModel):
         everything: Budget that holds all experts.
         most: Budget that holds all experts in the best format.
         everything_in: Budget that holds all experts, by format, where formats differ.
+        kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds.
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
@@ -96,6 +97,7 @@ class MemoryState(BaseModel):
     slot_bytes: int
     spare_bytes: int
     plan: PlanSummary | None
+    kv_cache_dtype: str | None
     kv_tokens: int
     kv_tokens_used: int
     blocks: list[BlockState]
@@ -116,7 +118,10 @@ def memory_state(service: Service) -> MemoryState:
     limits = {name: budget[name] for name in ("floor", "everything", "most")}
     if live:
         limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
-    same = ("mode", "prefill", "process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes")
+    same = (
+        *("mode", "prefill", "kv_cache_dtype"),
+        *("process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes"),
+    )
     return MemoryState(
         model=service.settings.name,
         bound=engine.served.policy.bound,

@@ -1,8 +1,9 @@
 """CPU attention of a served model: compiled kernels where they apply, else torch.
 
-Registers the attention function `moefit_cpu` with transformers; it computes what `sdpa` does. For
-one new token, torch's kernel reads keys and values at a tenth of the memory bandwidth; ours at most
-of it.
+Registers attention functions with transformers. `moefit_cpu` computes what `sdpa` does: for one new
+token, torch's kernel reads keys and values at a tenth of the memory bandwidth, ours at most of it.
+`moefit_int8` attends to an int8 cache. Masks that a window describes are not materialised
+(`WindowMask`). The engine's attention over many requests (`engine/varlen.py`) shares these parts.
 
 Shapes: B sequences, T new tokens, H query heads, G KV heads, L keys, C head width.
 """
@@ -15,14 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
+from moefit.errors import UnsupportedModelError
 from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
 from moefit.quant.cpu_kernels import kernels
+from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of
 
-NAME = "moefit_cpu"
+NAME, INT8_NAME = "moefit_cpu", "moefit_int8"
 _IGNORED_ARGUMENTS = {
     "position_ids",
     "cache_position",
@@ -69,7 +77,7 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     extra = any(isinstance(others[name], Tensor) for name in others.keys() - _IGNORED_ARGUMENTS)
     extra = extra or any(others.get(name) is not None for name in _OTHER_ATTENTION)
     if plain and not extra and not (torch.is_grad_enabled() and query.requires_grad):
-        out = _by_kernels(query, key, value, scaling)
+        out = _by_kernels(query, key, value, AttentionOptions(scale=scaling))
         if out is not None:
             return out, None
     return sdpa_attention_forward(
@@ -85,37 +93,277 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     )
 
 
-def _by_kernels(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
+def _by_kernels(
+    query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> Tensor | None:
     """Compute attention with kernels; return None if they do not support the tensors."""
     compiled = kernels()
     batch, _, new, _ = query.shape
     segments = [
-        KeySegment(keys_GLC=key[b], values_GLZ=value[b], past=key.shape[2] - new, new=new)
+        KeySegment(
+            keys_GLC=part_of(key, b),
+            values_GLZ=part_of(value, b),
+            past=key.shape[2] - new,
+            new=new,
+        )
         for b in range(batch)
     ]
     query_THC = query.transpose(1, 2).flatten(0, 1)
     if compiled is None or not segments or not can_attend(query_THC, segments[0]):
         return None
-    out_THZ = attend(compiled, query_THC, segments, AttentionOptions(scale=scaling))
+    out_THZ = attend(compiled, query_THC, segments, options)
     return out_THZ.view(batch, new, *out_THZ.shape[1:])
 
 
-def use_kernels(model: PreTrainedModel) -> Callable[[], None]:
+class UnpackableError(UnsupportedModelError):
+    """The model uses an attention feature that moefit's own attention does not support."""
+
+
+def refuse_tensors(others: dict[str, Any]) -> None:
+    """Raise UnpackableError for arguments of attention that are tensors and not known."""
+    tensors = {name for name, value in others.items() if isinstance(value, Tensor)}
+    if unknown := tensors - {"position_ids", "cache_position"}:
+        names = ", ".join(sorted(unknown))
+        raise UnpackableError(f"its attention receives unsupported tensors: {names}")
+
+
+def refuse_lost_scales(*caches: Tensor) -> None:
+    """Raise UnpackableError for codes of an int8 cache whose scales are missing."""
+    if any(one.dtype == torch.int8 and not isinstance(one, Int8Rows) for one in caches):
+        raise UnpackableError("it changes cached keys or values before attention")
+
+
+def int8_attention(  # noqa: PLR0913 - transformers' signature
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend to an int8 cache, or to the keys of a pass without a cache.
+
+    Computed by kernels where a window describes the mask, else by torch with dequantised keys and
+    values.
+
+    Args:
+        module: The attention module.
+        query: [B, H, T, C].
+        key: [B, G, L, C].
+        value: [B, G, L, C].
+        attention_mask: A `WindowMask`, a mask of `sdpa`, or None as in `cpu_attention`.
+        scaling: Factor of the scores; None for 1 / sqrt(C).
+        softcap: Soft limit of the scores.
+        s_aux: Attention sinks [H].
+        is_causal: None for the module's own setting.
+        others: Further arguments; tensors among them are not supported.
+
+    Returns:
+        [B, T, H, C] in the queries' dtype, and None.
+
+    Raises:
+        UnpackableError: If the model uses a feature that is not supported exactly.
+    """
+    refuse_tensors(others)
+    refuse_lost_scales(key, value)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    new, length = query.shape[2], key.shape[2]
+    if attention_mask is None and (new == 1 or (causal and new == length)):
+        attention_mask = WindowMask.of(None, query.device)
+    window = getattr(attention_mask, "window", None)
+    options = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
+    if isinstance(attention_mask, WindowMask):
+        if (out := _by_kernels(query, key, value, options)) is not None:
+            return out, None
+        attention_mask = additive_mask(length - new, new, window, query)[None, None]
+    return _by_torch(query, key, value, attention_mask, options), None
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Return [B, T, H, C], one sequence after the other; its keys alone are dequantised."""
+    if mask is not None and mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        mask = zeros.masked_fill_(~mask, torch.finfo(query.dtype).min)
+    outputs = []
+    for b in range(len(query)):
+        pair = floats_of(part_of(key, b), query.dtype), floats_of(part_of(value, b), query.dtype)
+        own = None if mask is None else mask[b if len(mask) > 1 else 0, ..., : key.shape[2]]
+        outputs.append(torch_attention(query[b], pair, own, options).transpose(0, 1))
+    return torch.stack(outputs)
+
+
+class WindowMask(Tensor):
+    """Description of a layer's mask: causal, over the last `window` keys or all of them.
+
+    Models pass it to attention unchanged. A tensor derived from it has no `window`.
+    """
+
+    window: int | None
+
+    @classmethod
+    def of(cls, window: int | None, device: torch.device) -> "WindowMask":
+        """Return the mask for a window."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(cls)
+        mask.window = window
+        return mask
+
+
+def window_mask(
+    *,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_sizes: Any,
+) -> WindowMask:
+    """Return the mask of a layer; transformers calls this (see its `masking_utils.py`).
+
+    Raises:
+        UnpackableError: If the mask is neither causal nor a sliding window.
+    """
+    if attention_mask is not None:
+        raise UnpackableError("it has an attention mask of its own")
+    if mask_function is causal_mask_function:
+        return WindowMask.of(None, torch.device(device))
+    if use_vmap or local_size is None or not _is_sliding_window(mask_function, int(local_size)):
+        raise UnpackableError("its attention mask is neither causal nor a sliding window")
+    return WindowMask.of(int(local_size), torch.device(device))
+
+
+def _is_sliding_window(mask_function: Callable, window: int) -> bool:
+    """Return whether a mask function is a sliding window, tested around multiples of its size."""
+    at = torch.tensor(sorted({max(0, window * n + d) for n in range(4) for d in (-1, 0, 1)}))
+    zero, sliding = torch.tensor(0), sliding_window_causal_mask_function(window)
+    one, other = (
+        mask(zero, zero, at[:, None], at[None]).expand(len(at), len(at))
+        for mask in (mask_function, sliding)
+    )
+    return torch.equal(one, other)
+
+
+def window_or_full_mask(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
+    """Return a `WindowMask` where one describes the mask, else the mask of `sdpa`.
+
+    transformers calls this as `window_mask`; padding that hides nothing is ignored.
+    """
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    try:
+        return window_mask(attention_mask=attention_mask, **given)
+    except UnpackableError:
+        return sdpa_mask(attention_mask=attention_mask, **given)
+
+
+def additive_mask(
+    past: int, new: int, window: int | None, like: Tensor, *, first: int = 0
+) -> Tensor:
+    """Return the mask [T, past + new - first] to add to scores: 0, or -inf for hidden keys.
+
+    Args:
+        past: Keys before the first query.
+        new: Number of queries.
+        window: Keys that a query attends to, including its own; None for all.
+        like: Tensor that determines dtype and device.
+        first: First key of the mask.
+    """
+    query_T1 = torch.arange(past, past + new, device=like.device)[:, None]
+    key_1L = torch.arange(first, past + new, device=like.device)[None]
+    hidden = key_1L > query_T1
+    if window is not None:
+        hidden |= key_1L <= query_T1 - window
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, -torch.inf)
+
+
+def torch_attention(
+    query_HTC: Tensor,
+    pair: tuple[Tensor, Tensor],
+    mask_TL: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
+    """Return one segment's output [H, T, C], computed by PyTorch.
+
+    Args:
+        query_HTC: Queries.
+        pair: Keys and values [G, L, C].
+        mask_TL: Additive mask, also [1 or H, T, L], or None.
+        options: Scale, softcap and sinks.
+    """
+    if options.softcap is not None or options.sinks_H is not None:
+        return eager_attention(query_HTC, pair, mask_TL, options)
+    key_1GLC, value_1GLC = pair[0][None], pair[1][None]
+    heads, new, width = query_HTC.shape
+    if new == 1 and mask_TL is None:
+        # Treat a group's heads as rows of one query, to avoid repeating keys.
+        query = query_HTC.reshape(1, key_1GLC.shape[1], -1, width)
+        out = F.scaled_dot_product_attention(query, key_1GLC, value_1GLC, scale=options.scale)
+        return out.reshape(heads, 1, -1)
+    return F.scaled_dot_product_attention(
+        query_HTC[None],
+        key_1GLC,
+        value_1GLC,
+        attn_mask=mask_TL,
+        scale=options.scale,
+        enable_gqa=heads != key_1GLC.shape[1],
+    )[0]
+
+
+def eager_attention(
+    query_HTC: Tensor,
+    pair: tuple[Tensor, Tensor],
+    mask_TL: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
+    """Return the same with explicit scores, which sinks and soft caps require."""
+    key_GLC, value_GLC = pair
+    (heads, new, width), groups = query_HTC.shape, key_GLC.shape[0]
+    query_GRC = query_HTC.reshape(groups, -1, width)
+    scale = width**-0.5 if options.scale is None else options.scale
+    scores_HTL = (query_GRC @ key_GLC.transpose(1, 2)).view(heads, new, -1) * scale
+    if options.softcap is not None:
+        scores_HTL = torch.tanh(scores_HTL / options.softcap) * options.softcap
+    if mask_TL is not None:
+        scores_HTL = scores_HTL + mask_TL
+    if options.sinks_H is not None:
+        sinks_HT1 = options.sinks_H.to(scores_HTL.dtype).view(-1, 1, 1).expand(-1, new, 1)
+        scores_HTL = torch.cat([scores_HTL, sinks_HT1], dim=-1)
+    shares_HTL = scores_HTL.softmax(-1, dtype=torch.float32).to(value_GLC.dtype)
+    shares_HTL = shares_HTL[..., : key_GLC.shape[1]]
+    return (shares_HTL.reshape(groups, -1, key_GLC.shape[1]) @ value_GLC).view(heads, new, -1)
+
+
+def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], None]:
     """Use the kernels for a model's attention on a CPU.
 
     The model is unchanged if its attention is not `sdpa`, if there are no compiled kernels, or if
-    its family's code depends on the name of the attention implementation.
+    its family's code depends on the name of the attention implementation. For an int8 cache it is
+    always changed; whether the result is right is checked after loading.
+
+    Args:
+        model: The model.
+        int8: Whether its caches are int8.
 
     Returns:
         A function that undoes the change.
     """
     before = model.config._attn_implementation
     on_cpu = model.device.type == "cpu"
-    if before != "sdpa" or not on_cpu or kernels() is None or _depends_on_name(model):
-        return lambda: None
-    AttentionInterface.register(NAME, cpu_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.config._attn_implementation = NAME
+    if int8:
+        AttentionInterface.register(INT8_NAME, int8_attention)
+        AttentionMaskInterface.register(INT8_NAME, window_or_full_mask)
+        model.config._attn_implementation = INT8_NAME
+    elif before == "sdpa" and on_cpu and kernels() is not None and not _depends_on_name(model):
+        AttentionInterface.register(NAME, cpu_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.config._attn_implementation = NAME
 
     def undo() -> None:
         model.config._attn_implementation = before

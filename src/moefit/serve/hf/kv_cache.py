@@ -1,20 +1,30 @@
 """A KV cache with reserved capacity, and the limit on the tokens that it may hold.
 
-transformers' `DynamicLayer` concatenates at every step; `ReservedLayer` writes in place instead.
-`limit_context` raises an error for input beyond the tokens that the memory estimate reserves.
+transformers' `DynamicLayer` concatenates at every step; `ReservedLayer` writes in place instead,
+and `Int8Layer` rounds what it writes to int8. `limit_context` raises an error for input beyond the
+tokens that the memory estimate reserves.
 
 Shapes: B sequences, H KV heads, N tokens, D head width.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
-from moefit.errors import ConfigError
+from moefit.errors import ConfigError, UnsupportedModelError, in_brief
+from moefit.quant.kv_int8 import Int8Rows, write_rows
 
 
 @runtime_checkable
@@ -147,18 +157,85 @@ def _can_append(buffer: Tensor, past_BHND: Tensor | None, new_BHND: Tensor, tota
     )
 
 
-def reserve_caches(model: nn.Module, limit: Callable[[], int | None]) -> RemovableHandle:
-    """Replace the layers of every cache passed to the model by `ReservedLayer`.
+class Int8Layer(ReservedLayer):
+    """Keys and values of one layer as `Int8Rows`, each rounded when it is appended.
 
-    Only layers that are exactly `DynamicLayer` are replaced; subclasses store other states.
+    Keys outside a layer's sliding window are retained, and attention leaves them out.
+    """
+
+    def _append(self, name: str, past_BHND: Tensor | None, new_BHND: Tensor) -> Tensor:
+        batch, heads, new, width = new_BHND.shape
+        past = 0 if past_BHND is None or not past_BHND.numel() else past_BHND.shape[-2]
+        buffer = self._buffers.get(name)
+        if not isinstance(buffer, Int8Rows) or not _int8_fits(buffer, past_BHND, new_BHND):
+            buffer = Int8Rows.zeros(batch, heads, self._capacity(past + new, batch), width)
+            if past:
+                assert isinstance(past_BHND, Int8Rows)
+                buffer.codes()[:, :, :past] = past_BHND.codes()
+                buffer.scales[:, :, :past] = past_BHND.scales
+            self._buffers[name] = buffer
+        places_N = torch.arange(past, past + new)
+        for sequence, rows_HND in enumerate(new_BHND):
+            write_rows(buffer.part(sequence), places_N, rows_HND)
+        return buffer.part(slice(None), slice(None), slice(past + new))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change keys and values, and their scales alike."""
+        if self.get_seq_length() > 0:
+            for name in ("keys", "values"):
+                rows = getattr(self, name)
+                assert isinstance(rows, Int8Rows)
+                setattr(self, name, rows.changed(change))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences for beam search."""
+        self._change(lambda one: one.index_select(0, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._change(lambda one: one.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these sequences."""
+        self._change(lambda one: one[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; their number is negative, as in transformers."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # raises
+        if tokens_to_remove < 0:
+            self._change(lambda one: one[:, :, :tokens_to_remove])
+
+
+def _int8_fits(buffer: Int8Rows, past_BHND: Tensor | None, new_BHND: Tensor) -> bool:
+    """Return whether the past is still the start of the buffer and the new tokens fit."""
+    past = 0 if past_BHND is None or not past_BHND.numel() else past_BHND.shape[-2]
+    if past + new_BHND.shape[-2] > buffer.shape[-2] or buffer.shape[:2] != new_BHND.shape[:2]:
+        return False
+    if not past:
+        return buffer.shape[-1] == new_BHND.shape[-1]
+    assert past_BHND is not None
+    return past_BHND.data_ptr() == buffer.data_ptr() and past_BHND.stride() == buffer.stride()
+
+
+def reserve_caches(
+    model: nn.Module, limit: Callable[[], int | None], *, int8: bool = False
+) -> RemovableHandle:
+    """Replace the layers of every cache passed to the model by `ReservedLayer` or `Int8Layer`.
+
+    Only layers that are exactly `DynamicLayer` are replaced; by `Int8Layer` also empty ones with a
+    sliding window. Other subclasses store other states.
 
     Args:
         model: The model.
         limit: See `ReservedLayer`.
+        int8: Use `Int8Layer`, also for caches that the model would make itself.
 
     Returns:
         The hook.
     """
+    if int8:
+        return model.register_forward_pre_hook(_int8_hook(model, limit), with_kwargs=True)
 
     def current_limit() -> int | None:  # a function, so that copying a cache does not copy `limit`
         return limit()
@@ -174,3 +251,112 @@ def reserve_caches(model: nn.Module, limit: Callable[[], int | None]) -> Removab
             ]
 
     return model.register_forward_pre_hook(convert, with_kwargs=True)
+
+
+def _int8_hook(model: nn.Module, limit: Callable[[], int | None]) -> Any:
+    def current_limit() -> int | None:  # a function, so that copying a cache does not copy `limit`
+        return limit()
+
+    def convert(
+        _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache, config = named.get("past_key_values"), cast(Any, model.config)
+        if torch.is_grad_enabled():
+            return None
+        uses_cache = getattr(config.get_text_config(decoder=True), "use_cache", True)
+        if cache is None and named.get("use_cache", uses_cache):
+            cache = DynamicCache(config=config)
+        if not isinstance(cache, Cache):
+            return None
+        cache.layers[:] = [_as_int8(layer, current_limit) for layer in cache.layers]
+        if cache.layer_class_to_replicate is DynamicLayer:  # for layers that are added later
+            cache.layer_class_to_replicate = cast(Any, partial(_empty_int8_layer, current_limit))
+        return inputs, {**named, "past_key_values": cache}
+
+    return convert
+
+
+def _as_int8(layer: Any, limit: Callable[[], int | None]) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+        return _empty_int8_layer(limit)
+    if type(layer) not in (DynamicLayer, ReservedLayer):
+        return layer
+    rounded = _empty_int8_layer(limit)
+    if layer.get_seq_length():
+        rounded.update(layer.keys, layer.values)
+    return rounded
+
+
+def _empty_int8_layer(limit: Callable[[], int | None]) -> Int8Layer:
+    return Int8Layer(limit, DynamicLayer())
+
+
+INT8_TOLERANCE = 0.2  # of the largest logit; int8 codes taken for values are off by more than 1
+
+
+def int8_obstacle(config: Any) -> str | None:
+    """Return why a model's configuration rules out an int8 cache, or None."""
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return "it has an encoder, whose output is cached too"
+    if getattr(text, "kv_lora_rank", None):
+        return "it caches latent vectors that it expands (multi-head latent attention)"
+    return None
+
+
+def refuse_int8(name: str, reason: str) -> UnsupportedModelError:
+    """Return the error for a model that cannot have an int8 cache."""
+    return UnsupportedModelError(
+        f"kv_cache int8 is not possible for {name}: {reason}; kv_cache model (the model's own "
+        "dtype) works"
+    )
+
+
+@torch.inference_mode()
+def check_int8_cache(model: PreTrainedModel, tokens: int) -> None:
+    """Compare a short text's logits through an int8 cache with those without a cache.
+
+    Args:
+        model: The model, with the hook of `reserve_caches`.
+        tokens: Largest number of tokens of the text.
+
+    Raises:
+        UnsupportedModelError: The model fails with an int8 cache, uses another kind of cache, or
+            its logits differ by more than rounding.
+    """
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    low, generator = min(3, vocabulary - 1), torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(low, vocabulary, (1, min(12, tokens)), generator=generator)
+    reason = None
+    for chunks in ((4, 3, 1, 1, 1, 1, 1), (7, 1, 1, 1, 1, 1)):  # some families read prompts whole
+        try:
+            reason = _int8_difference(model, ids_1T, chunks)
+        except Exception as error:  # any error in a family's code
+            raise refuse_int8(type(model).__name__, in_brief(error)) from error
+        if reason is None:
+            return
+    raise refuse_int8(type(model).__name__, str(reason))
+
+
+def _int8_difference(model: Any, ids_1T: Tensor, chunks: Sequence[int]) -> str | None:
+    """Return what is wrong with logits through an int8 cache in these chunks; None if nothing."""
+    own_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
+    cache, rows, start = None, [], 0
+    for number in chunks:
+        part_1T = ids_1T[:, start : start + number]
+        if part_1T.numel():
+            output = model(input_ids=part_1T, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(output.logits[0])
+        start += number
+    layers = cache.layers if isinstance(cache, Cache) else [cache]
+    if odd := {type(one).__name__ for one in layers if _holds_floats(one)}:
+        return f"its cache holds other states ({', '.join(sorted(odd))})"
+    largest = own_TV.float().abs().max().clamp_min(1e-9)
+    error = float((torch.cat(rows).float() - own_TV.float()).abs().max() / largest)
+    return None if error <= INT8_TOLERANCE else f"its logits then differ by {error:.0%}"
+
+
+def _holds_floats(layer: Any) -> bool:
+    """Return whether a cache's layer holds keys, but not as int8."""
+    return not isinstance(layer, Int8Layer) and isinstance(getattr(layer, "keys", None), Tensor)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.quant.kv_int8 import bytes_per_row
 
 # Pages of libraries and of the allocator that only computing touches. The first forward and
 # generate of a model of 50 kB were measured to raise the resident set by 60 to 75 MiB
@@ -19,7 +20,7 @@ _SAMPLING = 64
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
 
 
-def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:
     """Return the bytes of one token's keys and values over all layers.
 
     This is an upper bound where layers differ. With an encoder it includes the encoder's output for
@@ -27,7 +28,8 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
     Args:
         config: The model's transformers configuration.
-        dtype: Of the cache.
+        dtype: Of the model.
+        int8: Whether keys and values are int8 with a scale per head, instead of in the dtype.
     """
     text = config.get_text_config(decoder=True)
     heads = _first(text, *_HEADS)
@@ -41,6 +43,8 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         width = _first(text, "hidden_size", "d_model") or 0
         kv_heads = _first(text, "num_key_value_heads") or heads
         head_dim = _first(text, "head_dim", "d_kv", "kv_channels") or width // heads
+        if int8:
+            return layers * 2 * kv_heads * bytes_per_row(head_dim)
         per_layer = 2 * kv_heads * head_dim
     encoded = _first(text, "hidden_size", "d_model") or 0 if config.is_encoder_decoder else 0
     return (layers * per_layer * sides + encoded) * dtype.itemsize

@@ -138,6 +138,7 @@ class MemoryBudget:
         process: Interpreter and libraries when loading starts, including `slack`.
         weights: Dense weights.
         kv_cache: For `context` tokens.
+        kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
         workspace: Activations of a forward pass over `context` tokens.
         staging: Buffers between storage and slots, and spare slots.
         blocks: The MoE blocks.
@@ -166,6 +167,7 @@ class MemoryBudget:
     tokenizer: int = 0
     reading: int = 0
     slack: int = 0
+    kv_dtype: str | None = None
 
     @property
     def fixed(self) -> int:
@@ -308,6 +310,15 @@ class MemoryBudget:
             f"{below} ({parts}, {format_bytes(slots)} for one slot per block); "
             f"give {at_least(self.min_bytes)}, or a shorter context"
         )
+
+
+def part_label(name: str, kv_dtype: str | None) -> str:
+    """Return what a table calls a part of the budget.
+
+    >>> part_label("kv_cache", "int8"), part_label("staging", "int8")
+    ('KV cache (int8)', 'staging')
+    """
+    return f"{PARTS[name]} ({kv_dtype})" if name == "kv_cache" and kv_dtype else PARTS[name]
 
 
 PARTS = {

@@ -27,6 +27,7 @@ from moefit.host import (
     total_bytes,
 )
 from moefit.quant.format import FORMATS, NATIVE, weights_in
+from moefit.quant.kv_int8 import INT8_CACHE
 from moefit.serve.config import (
     AUTO_PRECISION,
     NATIVE_PRECISION,
@@ -35,6 +36,7 @@ from moefit.serve.config import (
     Placement,
     check_placement,
 )
+from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
 from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
@@ -225,9 +227,13 @@ def memory_budget(
 
     Raises:
         ConfigError: The placement or a size in the settings is not valid.
+        UnsupportedModelError: The model cannot have an int8 cache.
     """
     device, config = planned_device(settings.device), skeleton.model.config
     dtype, context = skeleton.dtype, _context(config, settings)
+    int8 = settings.int8_cache
+    if int8 and (reason := int8_obstacle(config)) is not None:
+        raise refuse_int8(type(skeleton.model).__name__, reason)
     if settings.placement is not None:
         check_placement(settings.placement, skeleton.blocks)
     packed = packed or open_packed(skeleton, settings.formats())
@@ -241,7 +247,8 @@ def memory_budget(
         reading=tokenizer.reading,
         weights=_dense_bytes(skeleton, settings),
         context=context,
-        kv_cache=context * kv_bytes_per_token(config, dtype),
+        kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
+        kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
         workspace=workspace_bytes(config, context, dtype)
         + extra_logits_bytes(config, context, dtype, settings.sequences, settings.prompt_logits),
         staging=_staging_bytes(skeleton, settings, packed),

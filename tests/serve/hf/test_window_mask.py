@@ -7,7 +7,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from moefit.engine.varlen import UnpackableError, WindowMask, window_mask
+from moefit.serve.hf.attention import UnpackableError, WindowMask, window_mask
 
 
 def test_transformers_masks_are_parsed() -> None:
