@@ -9,7 +9,7 @@ import typer
 from moefit import demo as demonstration
 from moefit.cli.app import command, console, print_json, say, stopped
 from moefit.cli.loading import dropout_line
-from moefit.cli.options import Dtype, Json, Model, option, torch_dtype
+from moefit.cli.options import Dtype, Json, Model, advanced, option, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.loading import check_family, load_full_model, locate
@@ -76,26 +76,26 @@ class TrainableName(StrEnum):
 @command("adapt")
 def adapt(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="folder to write")],
-    text: Annotated[list[str], option("text file or folder to train on; may be repeated")],
-    steps: Annotated[int, option("training steps", min=1)] = 200,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    text: Annotated[list[str], option("Text file or folder to train on; may be repeated.")],
+    steps: Annotated[int, option("Number of training steps.", min=1)] = 200,
     trainable: Annotated[
-        TrainableName, option("all weights, or routers and norms only")
+        TrainableName, option("all: all weights; routers: routers and norms only.")
     ] = TrainableName.all,
     order: Annotated[
-        OrderName, option("random, nested or mixed, as for expert_dropout.order")
+        OrderName, advanced("Which experts stay, as in expert_dropout.order.")
     ] = OrderName.mixed,
-    share: Annotated[float, option("share of the sequences with few experts", min=0, max=1)] = 0.5,
+    share: Annotated[float, advanced("Share of sequences with few experts.", min=0, max=1)] = 0.5,
     least: Annotated[
-        int | None, option("fewest experts; those of a token if not given", min=1)
+        int | None, advanced("Minimum number of experts. Default: those of one token.", min=1)
     ] = None,
-    lr: Annotated[float, option("peak learning rate", min=0)] = 5e-4,
-    batch_size: Annotated[int, option("sequences per step", min=1)] = 8,
-    seq_len: Annotated[int | None, option("tokens per sequence; 256 if not given", min=2)] = None,
-    seed: Annotated[int, option("seed of batches and dropout", min=0)] = 0,
+    lr: Annotated[float, option("Peak learning rate.", min=0)] = 5e-4,
+    batch_size: Annotated[int, option("Sequences per step.", min=1)] = 8,
+    seq_len: Annotated[int | None, advanced("Tokens per sequence. Default: 256.", min=2)] = None,
+    seed: Annotated[int, advanced("Random seed of batches and dropout.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """The same command goes on where a run was stopped."""
+    """Resume where the same command was stopped."""
     folder = locate(model)
     check_family(folder)
     settings = {
@@ -112,7 +112,7 @@ def adapt(
     with display(console) as callback:
         result = run_training(config, callback)
     if result.stopped_by is not None:
-        say(f"{result.stopped_by}: stopped at step {result.step}; the same command goes on")
+        say(f"{result.stopped_by}: stopped at step {result.step}; the same command resumes there")
         raise stopped(result.stopped_by)
     write_adapted(folder, result.checkpoint, out)
     record = dropout_record(load_full_model(str(out))[0].config)
