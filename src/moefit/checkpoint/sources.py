@@ -25,14 +25,17 @@ class ExpertSource(Protocol):
     @property
     def spans(self) -> tuple[Span, ...]:
         """Byte ranges of the checkpoint's files that are read."""
+        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes read from the checkpoint's files."""
+        ...
 
     @property
     def staging_bytes(self) -> int:
         """Upper bound on the bytes held in memory while reading, besides the target tensors."""
+        ...
 
     def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         """Fill the expert's tensors in host memory, given by short name, in the model's dtypes.
@@ -42,9 +45,11 @@ class ExpertSource(Protocol):
                 then undefined.
             UnsupportedModelError: Conversion results in a shape that the model does not use.
         """
+        ...
 
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
         """Yield the values in one or more tensors of any shape; raise as `read_into` does."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,12 +47,15 @@ class Runner(Protocol):
 
     def open(self, request: str, tokens: int) -> None:
         """Reserve KV cache for a request of `tokens` tokens."""
+        ...
 
     def close(self, request: str) -> None:
         """Free a request's KV cache."""
+        ...
 
     def step(self, inputs: Sequence[RunnerInput]) -> Tensor:
         """Return the requested logits [N, V], in the order of the inputs."""
+        ...
 
 
 class VarlenRunner:

@@ -28,9 +28,11 @@ class EvaluatedModel(Protocol):
 
     def check(self, rule: Rule) -> None:
         """Raise ConfigError or UnsupportedModelError if the model does not support the rule."""
+        ...
 
     def use(self, rule: Rule) -> AbstractContextManager[None]:
         """Use the rule for the duration of the context."""
+        ...
 
     def active(self, rule: Rule, mlp: float | None, attention: float | None) -> int:
         """Return the parameters of `total` that one token uses.
@@ -40,9 +42,11 @@ class EvaluatedModel(Protocol):
             mlp: Mean active MLP experts, for rules with a threshold.
             attention: Mean active attention experts, for `threshold`.
         """
+        ...
 
     def default_rules(self) -> tuple[Rule, ...]:
         """Return the rules to compare by default."""
+        ...
 
 
 def evaluated_model(model: PreTrainedModel) -> EvaluatedModel:

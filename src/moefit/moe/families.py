@@ -59,12 +59,15 @@ class Layout(Protocol):
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """Return the parameter's name in the experts module, and the row (None: all of it)."""
+        ...
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return one expert's unweighted output [R, D]."""
+        ...
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
         """Return what the block passes to its experts after the tokens, as a `Routing`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

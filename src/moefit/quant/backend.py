@@ -29,24 +29,29 @@ class Backend(Protocol):
         self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Return x W^T, [T, O] in `dtype`."""
+        ...
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
+        ...
 
     def experts(
         self, x_TD: Tensor, mlps: Sequence[KernelMlp], tokens: Sequence[Sequence[int] | Tensor]
     ) -> Tensor:
         """Compute each expert for its tokens; return unweighted float32 y_RD, expert by expert."""
+        ...
 
     def one_token(
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
         """Write each expert's unweighted output to its row of float32 y_KD."""
+        ...
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return the weighted sum of outputs; see `plain_weighted_sum`."""
+        ...
 
 
 def backend(device: torch.device) -> Backend | None:

@@ -49,32 +49,40 @@ class Format(Protocol):
     @property
     def name(self) -> str:
         """Name as given to `--precision`."""
+        ...
 
     @property
     def is_encoded(self) -> bool:
         """Whether experts are encoded, instead of being stored in the model's dtype."""
+        ...
 
     @property
     def encoder(self) -> str:
         """Name of the encoder; empty if nothing is encoded."""
+        ...
 
     @property
     def uses_calibration(self) -> bool:
         """Whether recorded inputs can change how an expert is encoded."""
+        ...
 
     @property
     def expected_error(self) -> float:
         """Relative squared error of the weights if they are normally distributed."""
+        ...
 
     @property
     def dense_format(self) -> "GroupedFormat | None":
         """The format of dense weights in this precision; None if they are not encoded."""
+        ...
 
     def nbytes(self, specs: Specs) -> int:
         """Return the size of a slot of this format in bytes, a multiple of the page size."""
+        ...
 
     def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
         """Return the expert's tensors as views into a slot's buffer."""
+        ...
 
     def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
         """Fill bound tensors from an expert's tensors in the model's dtype.
@@ -82,24 +90,31 @@ class Format(Protocol):
         Raises:
             CheckpointError: The format cannot represent a weight.
         """
+        ...
 
     def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
         """Return the tensors that the family's code computes with; encoded ones in `dtype`."""
+        ...
 
     def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
         """Return |W - W^|^2 / |W|^2 over the encoded matrices; 0 if nothing is encoded."""
+        ...
 
     def encoding_bytes(self, specs: Specs) -> int:
         """Return an upper bound on the bytes that encoding an expert needs besides its slot."""
+        ...
 
     def decoding_bytes(self, specs: Specs) -> int:
         """Return the bytes that a decoded expert occupies besides its slot."""
+        ...
 
     def prefers_kernels(self, dtype: torch.dtype) -> bool:
         """Return whether kernels are faster than torch for experts with weights of this dtype."""
+        ...
 
     def max_kernel_rows(self, kernels: Backend) -> int:
         """Return the most rows for one expert up to which kernels are faster than torch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

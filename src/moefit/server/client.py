@@ -164,6 +164,7 @@ class ChatBackend(Protocol):
 
         Closing the iterator cancels the request.
         """
+        ...
 
 
 class RemoteChat:

@@ -126,18 +126,23 @@ class ResponseBuilder(Protocol):
     @property
     def streams_usage(self) -> bool:
         """Whether a stream ends with the usage."""
+        ...
 
     def check(self) -> None:
         """Raise APIError if the request is not supported."""
+        ...
 
     def engine_requests(self) -> Sequence[EngineRequest]:
         """Return one engine request per choice; may be slow."""
+        ...
 
     async def full_response(self, engine_events: EngineEvents) -> BaseModel:
         """Return the complete response."""
+        ...
 
     def chunks(self, engine_events: EngineEvents) -> AsyncIterator[BaseModel]:
         """Yield response chunks as they are generated."""
+        ...
 
 
 async def respond(

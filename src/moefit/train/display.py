@@ -75,15 +75,19 @@ class TrainingCallback(Protocol):
 
     def on_prepare(self, stage: str, done: int, total: int | None) -> None:
         """Called during data preparation with bytes of text done and in total, if known."""
+        ...
 
     def on_start(self, *, step: int, steps: int, info: dict[str, Any]) -> None:
         """Called before the first step; `info` describes model, data and device."""
+        ...
 
     def on_step(self, step: int, values: dict[str, float]) -> None:
         """Called after each step with the latest loss, speed and so on."""
+        ...
 
     def on_message(self, text: str) -> None:
         """Called for other events."""
+        ...
 
 
 LINE_EVERY_SECONDS = 30.0

@@ -121,6 +121,7 @@ class LossFunction(Protocol):
         allowed_LBE: Tensor | None = None,
     ) -> Losses:
         """Return language-model loss, router loss, MLP and attention router logits by layer."""
+        ...
 
 
 def distillation_loss(student_CNV: Tensor, teacher_CNV: Tensor) -> Tensor:
@@ -167,12 +168,10 @@ def make_losses(
     ) -> Losses:
         options = {} if rule is None else {"rule": rule}
         given = len(ids_BN1)
-        few_B = None
+        ids, limits, few_B = ids_BN1, allowed_LBE, None
         if distill and allowed_LBE is not None:
             few_B = ~allowed_LBE.all(-1).all(0)
-        ids, limits = (
-            (ids_BN1, allowed_LBE) if few_B is None else _twice(ids_BN1, allowed_LBE, few_B)
-        )
+            ids, limits = _twice(ids_BN1, allowed_LBE, few_B)
         if allowed is not None:
             options |= allowed.arguments(limits)
         output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)

@@ -31,6 +31,7 @@ class EvictionPolicy(Protocol):
             tokens: How far the step advances its sequences: 1 in decoding at any batch size, the
                 chunk's length in prefill.
         """
+        ...
 
     def victim(self, residents: Collection[int], needed: Collection[int]) -> int:
         """Return the resident to evict.
@@ -45,6 +46,7 @@ class EvictionPolicy(Protocol):
         Raises:
             ValueError: Every resident is needed.
         """
+        ...
 
 
 class LeastRecentlyUsed:

@@ -150,6 +150,7 @@ class ExpertReader(Protocol):
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot. If this raises, the slot's content is undefined."""
+        ...
 
 
 class HostCache:

@@ -33,6 +33,7 @@ class TokenHolder(Protocol):
 
     def tokens_held(self) -> int:
         """Return the tokens of all sequences, including those of the coming step."""
+        ...
 
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

@@ -29,18 +29,22 @@ class CopyEngine(Protocol):
 
     def buffer(self, size: int) -> Tensor:
         """Return host memory to copy from, unmapped with the last reference."""
+        ...
 
     def ordered(self) -> AbstractContextManager[None]:
         """Return a context for copies that wait for the computation requested so far.
 
         Call this on the computing thread, and enter the context on the copying thread.
         """
+        ...
 
     def copy(self, source_B: Tensor, target_B: Tensor) -> None:
         """Copy, and return when the target is complete and the source may be overwritten."""
+        ...
 
     def settle(self) -> None:
         """Wait until the device has completed all requested work."""
+        ...
 
 
 class CpuCopies:
