@@ -63,19 +63,19 @@ def memory_table(memory: dict[str, Any]) -> Table:
     table.title = f"{memory['model']}, mode {memory['mode']}"
     table.add_column("memory", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    ledger = memory["budget"]
+    parts = memory["budget"]
     for name in PARTS:
         label = part_label(name, memory["kv_cache_dtype"])
-        table.add_row(label, format_bytes(ledger[name]))
+        table.add_row(label, format_bytes(parts[name]))
     blocks = memory["blocks"]
     slots = sum(block["slots"] for block in blocks)
     experts = sum(block["experts"] for block in blocks)
     table.add_row(f"{slots:,} slots for {experts:,} experts", format_bytes(memory["slot_bytes"]))
     table.add_section()
-    total = ledger["total"]
+    total = parts["total"]
     table.add_row("budget", "none" if total is None else format_bytes(total))
     for meaning, size in (
-        ("floor", memory["floor"]),
+        ("minimum", memory["floor"]),
         *_all_experts(memory),
         ("the process now", memory["process_bytes"]),
         ("at its peak", memory["peak_process_bytes"]),

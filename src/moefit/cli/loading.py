@@ -236,19 +236,19 @@ def minimums(
         "serve": server,
     }
     alone = replace(settings, memory=None, **{**dict.fromkeys(server, 0), "sequences": 1})
-    floors: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for command, more in own.items():
         one = memory_budget(skeleton, replace(alone, **more), packed)
         measured = budget.process - settings.helpers + one.slack - budget.slack
-        floors[command] = replace(one, process=measured + more.get("helpers", 0)).min_bytes
-    return floors
+        sizes[command] = replace(one, process=measured + more.get("helpers", 0)).min_bytes
+    return sizes
 
 
-def minimums_line(floors: Mapping[str, int], settings: LoadSettings) -> str:
+def minimums_line(sizes: Mapping[str, int], settings: LoadSettings) -> str:
     """Return the minimum budgets in one line, in bytes for --memory."""
     requests = _CONCURRENCY if settings.sequences == 1 else settings.sequences
     words = {"serve": f"serve --max-concurrency {requests}"}
-    parts = ", ".join(f"{words.get(name, name)} {size}" for name, size in floors.items())
+    parts = ", ".join(f"{words.get(name, name)} {size}" for name, size in sizes.items())
     return f"least --memory with --context {settings.context}: {parts}"
 
 
@@ -302,7 +302,7 @@ def _in(precision: str) -> str:
     return "" if precision == NATIVE_PRECISION else f" in {precision}"
 
 
-def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Table:
+def estimate_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Table:
     """Return a memory estimate as a table: parts, slots and totals."""
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("memory", no_wrap=True)
@@ -325,7 +325,7 @@ def ledger_table(budget: MemoryBudget, start: InitialFormats, title: str) -> Tab
     everything = f"all experts{_in(start.smallest)}"
     rows = {
         "sum": budget.fixed + start.nbytes,
-        "floor": budget.min_bytes,
+        "minimum": budget.min_bytes,
         everything: budget.all_resident_bytes,
         **{f"all experts in {name}": size for name, size in budget.all_resident_bytes_in().items()},
     }

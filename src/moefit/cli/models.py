@@ -19,9 +19,9 @@ from moefit.checkpoint.safetensors import Checkpoint
 from moefit.cli.app import command, console, print_json
 from moefit.cli.loading import (
     dropout_line,
+    estimate_table,
     import_serving_commands,
     is_served,
-    ledger_table,
     load_served,
     minimums,
     minimums_line,
@@ -242,7 +242,7 @@ def _describe_memory(
     packed = open_packed(skeleton, settings.formats())
     budget = memory_budget(skeleton, settings, packed)
     start = initial_formats(skeleton, settings, budget, packed)  # raises below the minimum
-    floors = minimums(skeleton, settings, packed, budget)
+    least = minimums(skeleton, settings, packed, budget)
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {
@@ -254,15 +254,15 @@ def _describe_memory(
                 for group, (number, size) in skeleton.left_out().items()
             },
         }
-        held = {"everything_in": budget.all_resident_bytes_in(), "minimum": floors}
+        held = {"everything_in": budget.all_resident_bytes_in(), "minimum": least}
         trained = _dropout(skeleton.model.config)
         print_json(
             {**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict(), **trained}
         )
         return
     title = f"{model} ({_described(skeleton, options)}) in {options.memory or 'no budget'}"
-    Console().print(ledger_table(budget, start, title))
-    Console().print(minimums_line(floors, settings), soft_wrap=True)
+    Console().print(estimate_table(budget, start, title))
+    Console().print(minimums_line(least, settings), soft_wrap=True)
     if unused := _left_out(skeleton):
         Console().print(escape(unused), soft_wrap=True)
     _print_dropout(skeleton.model.config)

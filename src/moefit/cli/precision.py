@@ -21,12 +21,12 @@ from moefit.quant.encode import encode
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
-from moefit.serve.memory.budget import MemoryBudget, format_bytes
+from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import (
     InitialFormats,
+    encoding_peak,
     initial_formats,
     memory_budget,
-    weight_bytes,
 )
 from moefit.serve.packed.store import PackedStore, open_packed
 
@@ -145,21 +145,13 @@ def _candidates(
 
 def _candidate(skeleton: Skeleton, settings: LoadSettings) -> Candidate:
     budget = memory_budget(skeleton, settings)
-    encoding = _encoding_peak(skeleton, settings, budget)
+    encoding = encoding_peak(skeleton, settings, budget)
     return Candidate(
         precision=settings.precision,
         dense_precision=settings.dense_precision,
         resident_bytes=max(budget.all_resident_bytes, encoding),
         min_bytes=max(budget.min_bytes, encoding),
     )
-
-
-def _encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> int:
-    """Return what the process holds while dense weights, in memory as they are, get encoded."""
-    if settings.dense_format() is None:
-        return 0
-    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
-    return budget.process + budget.tokenizer + own
 
 
 def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:

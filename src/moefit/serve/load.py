@@ -40,9 +40,9 @@ from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
 from moefit.serve.memory.estimate import (
     PlacementBudget,
     check_system_memory,
+    encoding_peak,
     held_bytes,
     memory_budget,
-    weight_bytes,
 )
 from moefit.serve.memory.tokenizer_size import TOKENIZER_CACHES
 from moefit.serve.model import ServedModel
@@ -204,15 +204,12 @@ def _make_slots(parts: ServedParts, device: torch.device, placement: Placement |
 
 def _check_encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
     """Raise BudgetTooSmallError if dense weights do not fit before they are encoded."""
-    if settings.dense_format() is None or budget.total is None:
-        return
-    native = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
-    needed = budget.process + budget.tokenizer + native
-    if needed > budget.total:
+    needed = encoding_peak(skeleton, settings, budget)
+    if budget.total is not None and needed > budget.total:
+        own = format_bytes(needed - budget.process - budget.tokenizer)
         raise BudgetTooSmallError(
-            f"a budget of {format_bytes(budget.total)} cannot hold the {format_bytes(native)} "
-            f"of dense weights while they are being encoded as {settings.dense_precision}; give "
-            f"{at_least(needed)}"
+            f"a budget of {format_bytes(budget.total)} cannot hold the {own} of dense weights "
+            f"while they are being encoded as {settings.dense_precision}; give {at_least(needed)}"
         )
 
 

@@ -166,6 +166,14 @@ def weight_bytes(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtyp
     )
 
 
+def encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> int:
+    """Return the bytes of the process while dense weights are encoded; 0 if they are not."""
+    if settings.dense_format() is None:
+        return 0
+    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
+    return budget.process + budget.tokenizer + own
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialFormats:
     """The formats of slots right after loading.
