@@ -71,7 +71,7 @@ def differing(a, b):
 
 def test_it_keeps_class_settings_and_dtype(olmoe, corpus, tmp_path):
     result = adapted(olmoe, tmp_path / "out", corpus, "--steps", "3", "--batch-size", "4")
-    assert "trained with expert dropout (mixed)" in " ".join(result.output.split())
+    assert "trained with expert dropout (nested)" in " ".join(result.output.split())
     before, after = (json.loads((x / "config.json").read_text()) for x in (olmoe, tmp_path / "out"))
     assert after.pop("expert_dropout")["least"] == 2
     assert after == before
@@ -107,7 +107,7 @@ def test_the_same_command_goes_on(olmoe, corpus, tmp_path):
     adapted(olmoe, tmp_path / "out", corpus, "--steps", "2")  # nothing is left to do
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     with pytest.raises(ConfigError, match="a run with other settings"):
-        adapted(olmoe, tmp_path / "out", corpus, "--steps", "2", "--order", "nested")
+        adapted(olmoe, tmp_path / "out", corpus, "--steps", "2", "--order", "mixed")
 
 
 def test_what_cannot_be_adapted(olmoe, corpus, tmp_path):

@@ -67,7 +67,7 @@ def test_draws_follow_from_seed_and_number_alone(sparse):
 
 @pytest.mark.parametrize(("order", "nested"), [("random", 0.0), ("nested", 1.0), ("mixed", 0.5)])
 def test_shares_are_those_asked_for(sparse, order, nested):
-    sparse["expert_dropout"] = {"order": order, "share": 0.75, "least": 3}
+    sparse["expert_dropout"] = {"order": order, "share": 0.75, "least": 3, "sizes": "uniform"}
     resident_order = [[7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5, 7]]
     allowed_LBE = dropout_of(sparse).draw(0, 4000, resident_order)
     count_LB = allowed_LBE.sum(-1)

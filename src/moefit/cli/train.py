@@ -66,6 +66,13 @@ class OrderName(StrEnum):
     mixed = "mixed"
 
 
+class SizesName(StrEnum):
+    """How many experts stay."""
+
+    uniform = "uniform"
+    few = "few"
+
+
 class TrainableName(StrEnum):
     """Which weights an adaptation trains."""
 
@@ -84,7 +91,10 @@ def adapt(
     ] = TrainableName.all,
     order: Annotated[
         OrderName, advanced("Which experts stay, as in expert_dropout.order.")
-    ] = OrderName.mixed,
+    ] = OrderName.nested,
+    sizes: Annotated[
+        SizesName, advanced("Distribution of their number, as in expert_dropout.sizes.")
+    ] = SizesName.few,
     share: Annotated[float, advanced("Share of sequences with few experts.", min=0, max=1)] = 0.5,
     least: Annotated[
         int | None, advanced("Minimum number of experts. Default: those of one token.", min=1)
@@ -100,7 +110,13 @@ def adapt(
     check_family(folder)
     settings = {
         "data": {"sources": text},
-        "expert_dropout": {"order": order.value, "share": share, "least": least, "begin": 0.0},
+        "expert_dropout": {
+            "order": order.value,
+            "share": share,
+            "sizes": sizes.value,
+            "least": least,
+            "begin": 0.0,
+        },
         "trainable": trainable.value,
         "optimizer": {"lr": lr},
         "steps": steps,

@@ -145,7 +145,7 @@ class ExpertDropoutConfig(_Strict):
     least: int | None = Field(default=None, ge=1)
     """Least S. By default the number of experts that the model's rules choose per token; a quarter
     of the experts if no rule fixes a number."""
-    sizes: Literal["uniform", "few"] = "uniform"
+    sizes: Literal["uniform", "few"] = "few"
     """Distribution of S: `uniform`, or `few`, in proportion to 1 / S^2."""
     begin: float = Field(default=0.6, ge=0, lt=1)
     """Fraction of training before experts are dropped."""
