@@ -33,13 +33,20 @@ def try_lock(descriptor: int) -> bool:
 
 
 @contextmanager
-def exclusive_folder(folder: Path, *, busy: str, lock: str = ".lock") -> Iterator[None]:
+def exclusive_folder(
+    folder: Path,
+    *,
+    busy: str,
+    lock: str = ".lock",
+    elsewhere: str = "set XDG_CACHE_HOME to a writable folder",
+) -> Iterator[None]:
     """Create a folder and hold its lock for the duration of the context.
 
     Args:
         folder: Created with its parents.
         busy: Message of the error if another process holds the lock.
         lock: Name of the lock file; different names allow different work in one folder.
+        elsewhere: What to do if the folder cannot be written, for the error.
 
     Raises:
         ConfigError: Another process holds the lock.
@@ -50,8 +57,7 @@ def exclusive_folder(folder: Path, *, busy: str, lock: str = ".lock") -> Iterato
         file = (folder / lock).open("ab")
     except OSError as error:
         raise CheckpointError(
-            f"cannot write into {folder}: {error.strerror or error}; set XDG_CACHE_HOME to a "
-            "writable folder"
+            f"cannot write into {folder}: {error.strerror or error}; {elsewhere}"
         ) from error
     with file:
         if not try_lock(file.fileno()):

@@ -7,45 +7,33 @@ checkpoint.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moefit.errors import CheckpointError, ConfigError
-from moefit.folders import try_lock
+from moefit.folders import exclusive_folder
 from moefit.train.checkpoint import checkpoints
 from moefit.train.config import TrainConfig, make_config
 from moefit.yaml_text import load_yaml
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG = "config.yaml"
+_ELSEWHERE = "free disk space or give another folder with out=FOLDER"
 
 # Settings that may change when a run is resumed. `RunState` compares the precision that `auto`
 # resolves to.
 CHANGEABLE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision")
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Create the folder and hold its lock for the duration of the context.
-
-    Raises:
-        ConfigError: Another process holds the lock.
-        CheckpointError: The folder cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("ab")
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    with file:
-        if not try_lock(file.fileno()):
-            raise ConfigError(
-                f"another process is training in {out}; wait for it or stop it, or give another "
-                "folder with out=FOLDER"
-            )
-        yield
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Return a context that creates the folder and holds its lock; see `exclusive_folder`."""
+    busy = (
+        f"another process is training in {out}; wait for it or stop it, or give another folder "
+        "with out=FOLDER"
+    )
+    return exclusive_folder(out, busy=busy, elsewhere=_ELSEWHERE)
 
 
 def check_same_config(out: Path, config: TrainConfig) -> None:
@@ -118,10 +106,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _unwritable(out: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write into {out}: {error.strerror or error}; free disk space or give another "
-        "folder with out=FOLDER"
-    )
+    return CheckpointError(f"cannot write into {out}: {error.strerror or error}; {_ELSEWHERE}")
 
 
 LOG = "log.jsonl"
