@@ -284,7 +284,7 @@ def _as_int8(layer: Any, limit: Callable[[], int | None]) -> Any:
         return layer
     rounded = _empty_int8_layer(limit)
     if layer.get_seq_length():
-        rounded.update(layer.keys, layer.values)
+        rounded.update(cast(Tensor, layer.keys), cast(Tensor, layer.values))
     return rounded
 
 
