@@ -21,19 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import record
+from cache_simulation import Belady, CacheCount, simulate
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from moefit.serve.cache.eviction import (
     POLICIES,
-    Belady,
-    CacheCount,
     EvictionPolicy,
     LeastFrequentlyUsed,
     LeastImportant,
     LeastRecentlyUsed,
-    simulate,
 )
 
 SLOTS = (4, 6, 8, 12, 16, 24)

@@ -43,7 +43,7 @@ from moefit.api import folder_of
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.passage import held_out_text, text_of_file
 from moefit.plan.configuration import Configuration, uniform
-from moefit.plan.experiments import FORMATS, Shapes, by_output_energy
+from moefit.plan.experiments import FORMATS, Shapes, by_output_energy, policy_choices
 from moefit.plan.fitting import rank_correlation
 from moefit.plan.measure import MeasuredModel, fill_slots
 from moefit.plan.plan_file import DEFAULT_LOSS
@@ -59,7 +59,7 @@ from moefit.plan.reference import (
     measure_windows,
     windows_of,
 )
-from moefit.plan.search import Models, placement_bytes, policy_choices
+from moefit.plan.search import Models, placement_bytes
 from moefit.quant.format import parse_format
 from moefit.serve.config import BlockPlacement
 from moefit.serve.hf.skeleton import build_skeleton
@@ -253,11 +253,11 @@ class Study:
                 },
             }.items():
                 yield Rule(name=name, configuration=by_output_energy(self.shapes, shares, bits))
-        if still := self.planner.front_for_slots(room, fetching=False):
+        if still := swapmoe_planner.front_for_slots(self.planner, room, fetching=False):
             best = min(still, key=lambda one: one.loss)
             yield Rule(name="planned", configuration=best.configuration)
         yield from self._swapmoe(room)
-        front = self.planner.front_for_slots(room)
+        front = swapmoe_planner.front_for_slots(self.planner, room)
         good = [one for one in front if one.loss <= DEFAULT_LOSS]
         if good:
             free = min(good, key=lambda one: one.seconds)

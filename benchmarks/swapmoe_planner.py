@@ -1,4 +1,6 @@
-"""SwapMoE's own planner, the baseline of `planner.py`: a small network and a genetic search.
+"""What `planner.py` compares plans with: fronts for bytes of slots, and SwapMoE's own planner.
+
+SwapMoE's planner is a small network and a genetic search.
 
 The network predicts quality from configurations that were measured. NSGA-II of pymoo crosses and
 mutates configurations whose genes are one option per block, the policy and the format of the dense
@@ -17,13 +19,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefit.plan.configuration import Configuration
+from moefit.plan.experiments import DENSE_FORMATS
 from moefit.plan.fitting import Features, HeldOutError, held_out, held_out_error
+from moefit.plan.planner import Planner
 from moefit.plan.profile import Profile
 from moefit.plan.quality import FLOOR, quality_samples
 from moefit.plan.reference import Sample
-from moefit.plan.search import Models, Point, pareto
+from moefit.plan.search import Models, Point, allocator_points, pareto
 
 _POPULATION, _GENERATIONS = 48, 25
+_MAX_WAITS = 0.05  # experts that a token may wait for on average without counting as fetching
+
+
+def front_for_slots(planner: Planner, nbytes: int, *, fetching: bool = True) -> list[Point]:
+    """Return the Pareto front of configurations whose slots take at most `nbytes`.
+
+    Args:
+        planner: Of the model.
+        nbytes: Of all slots.
+        fetching: Whether configurations may be included that wait for experts, other than for
+            one expert in twenty tokens.
+    """
+    points = allocator_points(planner.models, {DENSE_FORMATS[0]: nbytes})
+    misses = planner.features.misses  # in virtual mode only while slots are empty
+    return pareto(
+        [
+            one
+            for one in points
+            if fetching
+            or one.configuration.mode == "virtual"
+            or sum(misses(one.configuration)) < _MAX_WAITS
+        ]
+    )
 
 
 def available() -> bool:

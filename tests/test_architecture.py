@@ -27,8 +27,6 @@ LAYERS = (
     {"cli"},
 )
 MOST_FILES = 15
-# Folders that may hold more, each with its reason.
-LARGER = {"server/page": "one file per ES module, which browsers load without a build step"}
 
 
 def parts(path: Path) -> list[str]:
@@ -96,7 +94,7 @@ def test_folders_have_few_files() -> None:
             for path in folder.iterdir()
             if path.suffix in {".py", ".js", ".cpp", ".h"} and path.name != "__init__.py"
         ]
-        if len(files) > MOST_FILES and name not in LARGER:
+        if len(files) > MOST_FILES:
             large[name] = len(files)
     assert not large
 

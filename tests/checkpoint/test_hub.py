@@ -191,7 +191,7 @@ def test_unsupported_weights_raise(tmp_path: Path, name: str, configured: bool) 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", 7])
 def test_index_with_outside_path_raises(folder: Path, tmp_path: Path, shard: Any) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
-    with pytest.raises(CheckpointError, match=r"names .* which is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"names .* is no (safetensors )?file|has 7 where"):
         fetch(folder, tmp_path)
 
 

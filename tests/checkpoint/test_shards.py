@@ -174,7 +174,7 @@ def test_reads_stay_within_buffer(tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         span = checkpoint.spans["weight0"]
         memory = bytearray(b"x" * (span.nbytes + 20))
-        checkpoint.read_into(span, memoryview(memory)[7 : 7 + span.nbytes])
+        checkpoint.reader.read_into(span, memoryview(memory)[7 : 7 + span.nbytes])
         assert memory[:7] == b"x" * 7 and memory[7 + span.nbytes :] == b"x" * 13
         assert memory[7 : 7 + span.nbytes] == matrix()["weight0"].numpy().tobytes()
 

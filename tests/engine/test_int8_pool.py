@@ -107,7 +107,7 @@ def test_scales_move_with_their_rows() -> None:
     moved, kept = (Request("it", 40, 3, torch.float32) for _ in range(2))
     step(cache, [moved.take(cache, 35)])
     step(still, [kept.take(still, 35)])
-    cache.pool.release("gone")
+    cache.pool.extents.release("gone")
     cache.pool.allocate("new", 35)  # the 30 places in front and 10 behind are in two pieces
     assert cache.pool.extents.start("it") == 0
     after, before = step(cache, [moved.take(cache, 1)]), step(still, [kept.take(still, 1)])

@@ -215,7 +215,7 @@ def test_stream_panic_ends_with_error_event(served, monkeypatch) -> None:
 
 def test_failed_metrics_do_not_block_events(served, monkeypatch) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
-        monkeypatch.setattr(service.telemetry, "finished", panics)
+        monkeypatch.setattr(service.telemetry.whole, "observe", panics)
         heard: list[Any] = []
         listener = service.telemetry.wrap_listener(heard.append)
         with pytest.raises(Panic):

@@ -124,7 +124,7 @@ def test_moved_keys_stay_valid() -> None:
     texts = Texts()
     for new in STEPS[:3]:
         texts.step(new)
-    texts.cache.pool.release("0")
+    texts.cache.pool.extents.release("0")
     texts.cache.pool.allocate("new", 22)  # 20 at the front and 4 behind: the others move together
     assert texts.cache.pool.extents.start("1") == 0
     texts.cache.pool.check()

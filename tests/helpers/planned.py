@@ -23,7 +23,7 @@ from moefit.plan.experiments import (
 )
 from moefit.plan.fitting import Features, features_of
 from moefit.plan.latency import part_times, parts_of
-from moefit.plan.profile import VERSION, BlockFacts, Profile, ProfileFacts, machine
+from moefit.plan.profile import VERSION, Profile, ProfileFacts, machine
 from moefit.plan.profiler import wanted
 from moefit.plan.quality import compare_quality
 from moefit.plan.reference import Sample
@@ -50,15 +50,15 @@ def planned_model() -> PreTrainedModel:
 
 
 def shapes(num_experts: int = EXPERTS) -> dict[str, BlockShape]:
-    return {name: facts.shape for name, facts in _blocks(num_experts).items()}
+    return dict(_blocks(num_experts))
 
 
 @cache
-def _blocks(num_experts: int) -> dict[str, BlockFacts]:
+def _blocks(num_experts: int) -> dict[str, BlockShape]:
     found = {block.name: block.layout.specs for block in find_blocks(planned_model())}
     assert list(found) == list(SENSITIVITY)
     return {
-        name: BlockFacts(
+        name: BlockShape(
             name=name,
             num_experts=num_experts,
             weights=weights_in(specs),

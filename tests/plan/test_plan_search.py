@@ -5,20 +5,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, SENSITIVITY, profile, shapes
 
+from moefit.plan.configuration import PolicyChoice
+from moefit.plan.experiments import policy_choices
 from moefit.plan.fitting import features_of
 from moefit.plan.latency import fit_latency
 from moefit.plan.quality import fit_quality
 from moefit.plan.search import (
     Models,
     Point,
-    PolicyChoice,
     PolicyOptions,
     allocate_options,
     allocator_points,
     mixed_placements,
     pareto,
     placement_bytes,
-    policy_choices,
 )
 
 WHOLE = sum(one.slot_bytes["native"] * one.num_experts for one in shapes().values())

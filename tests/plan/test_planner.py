@@ -11,11 +11,12 @@ from planned import planned_model, profile
 from tiny_served import saved, tokens
 
 import moefit
+from benchmarks.swapmoe_planner import front_for_slots
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.plan.configuration import uniform
 from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.search import PlanConstraints, Point, total_bytes
+from moefit.plan.search import PlanConstraints, Point
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import memory_budget
@@ -43,7 +44,7 @@ def budgets(count: int = 5) -> list[int]:
 def test_plans_fit_serving_estimate() -> None:
     for memory in budgets():
         for point in planner().front(memory):
-            assert total_bytes(planner().slot_budgets.estimate(point.configuration)) <= memory
+            assert planner().slot_budgets.estimate(point.configuration).planned_bytes <= memory
 
 
 @pytest.mark.parametrize("rest", ["native", "int8"])
@@ -99,7 +100,9 @@ def test_sequences_include_logits() -> None:
     per_token = many._per_token(plan.configuration)
     row = planned_model().config.vocab_size * (4 + 2)
     taken = (
-        total_bytes(many.slot_budgets.estimate(plan.configuration)) - CONTEXT * per_token - 64 * row
+        many.slot_budgets.estimate(plan.configuration).planned_bytes
+        - CONTEXT * per_token
+        - 64 * row
     )
     assert taken + fits[16] * (16 * per_token + row) <= memory
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
@@ -117,7 +120,7 @@ def test_more_memory_never_increases_loss() -> None:
 def test_plan_without_fetching_has_no_waits() -> None:
     known = planner().features
     room = sum(one.slot_bytes["int4"] * one.num_experts for one in known.shapes.values())
-    still = planner().front_for_slots(room, fetching=False)
+    still = front_for_slots(planner(), room, fetching=False)
     exact = [one.configuration for one in still if one.configuration.mode != "virtual"]
     assert exact and all(sum(known.misses(one)) < 0.05 for one in exact)
     best = min(one.loss for one in still)
@@ -125,10 +128,7 @@ def test_plan_without_fetching_has_no_waits() -> None:
 
 
 def test_loads_are_cold_without_page_cache() -> None:
-    machine = {
-        **planner().profile.facts.machine,
-        "memory": planner().slot_budgets.all_resident_bytes,
-    }
+    machine = {**planner().profile.facts.machine, "memory": 0}
     done = replace(planner().profile, facts=replace(planner().profile.facts, machine=machine))
     tight = Planner(planner()._skeleton, done, context=CONTEXT)
     floor = planner().slot_budgets.min_bytes

@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, K, walk
 
+from benchmarks.cache_simulation import simulate
 from moefit.plan.trace import (
     Step,
     replaceable,
@@ -11,7 +12,7 @@ from moefit.plan.trace import (
     replay_virtual,
     substitutes,
 )
-from moefit.serve.cache.eviction import LeastFrequentlyUsed, simulate
+from moefit.serve.cache.eviction import LeastFrequentlyUsed
 from moefit.serve.cache.scores import VirtualExpertManager
 
 SLOTS = st.integers(1, EXPERTS)

@@ -4,10 +4,11 @@ import pytest
 from planned import profile, shapes
 
 from benchmarks.swapmoe_planner import available, fit_network, network_error, search
+from moefit.plan.experiments import policy_choices
 from moefit.plan.fitting import features_of, rank_correlation
 from moefit.plan.latency import fit_latency
 from moefit.plan.quality import fit_quality, quality_samples
-from moefit.plan.search import Models, policy_choices
+from moefit.plan.search import Models
 
 
 def test_network_fits_samples() -> None:

@@ -19,7 +19,6 @@ from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
 
 CONFIG = "config.json"
-_MAX_BYTES = 8 << 20  # real ones have a few KiB, with a table of labels a few hundred
 _MAX_DEPTH = 32  # real ones have four levels
 # Families with the architecture of another one. Kimi K2 is DeepSeek-V3 with other sizes
 # (architectures: DeepseekV3ForCausalLM).
@@ -51,9 +50,6 @@ _MAX_RATIO, _MAX_EXTRA_BYTES = 16, 256 << 20
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the values of a checkpoint's config.json, without keys that select code or kernels.
 
-    Args:
-        folder: The checkpoint.
-
     Raises:
         CheckpointError: The file is missing, damaged, too large or too deeply nested, or has
             control characters in its names.
@@ -64,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; give a folder that save_pretrained wrote"
         )
     try:
-        values = read_json(file, limit=_MAX_BYTES)
+        values = read_json(file)
         for where, value in _walk(values):
             _refuse_control_characters(where, value)
             if "_token_id." in f"{where}.":

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,8 +128,6 @@ def map_checkpoint(
 
     Args:
         model: On the meta device, with its own experts modules.
-        checkpoint: Its checkpoint.
-        blocks: Its MoE blocks.
 
     Raises:
         CheckpointError: The checkpoint lacks an expert, or has it in another shape.
@@ -159,7 +157,6 @@ def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -
     Args:
         model: On the meta device.
         folder: Where the checkpoint is, or will be.
-        tensors: The names of its tensors.
 
     Raises:
         UnsupportedModelError: There are such tensors.
@@ -235,7 +232,7 @@ class _Names:
         (MTP), and biases of weights that are loaded.
         """
         loaded = checkpoint.spans.keys() - set(unused)
-        layers = _layers(loaded)
+        layers = {layer for name in loaded if (layer := _layer(name)) is not None}
         suffixes = {suffix for _, _, suffix in layers}
         last = {before: max(n for one, n, _ in layers if one == before) for before, _, _ in layers}
         num_mtp_layers = getattr(config, "num_nextn_predict_layers", None) or 0
@@ -284,10 +281,6 @@ def _layer(name: str) -> tuple[str, int, str] | None:
     """
     found = re.match(r"(.*?)\.(\d{1,9})\.(.+)$", name)
     return (found[1], int(found[2]), found[3]) if found else None
-
-
-def _layers(names: Iterable[str]) -> set[tuple[str, int, str]]:
-    return {layer for name in names if (layer := _layer(name)) is not None}
 
 
 def _collect(
@@ -375,33 +368,20 @@ def _of_expert(
     if row is None:
         return {pattern: tuple(spans) for pattern, spans in entry.spans.items()}
     sources: dict[str, tuple[Span, ...]] = {}
+    operations = entry.converter.operations if entry.converter else [None]
+    is_list = num_experts > 1 or isinstance(operations[0], MergeModulelist)
     for pattern, spans in entry.spans.items():
-        if len(spans) == num_experts and (num_experts > 1 or _stacks_list(entry.converter)):
+        if len(spans) == num_experts and is_list:
             sources[pattern] = (spans[row],)
         elif len(spans) == 1 and spans[0].shape[:1] == (num_experts,):
             one = spans[0].row(row)
-            sources[pattern] = (_as_stack_of_one(one) if entry.converter else one,)
+            sources[pattern] = (replace(one, shape=(1, *one.shape)) if entry.converter else one,)
         else:
             raise CheckpointError(
                 f"{target} needs {num_experts} experts, but the checkpoint has {len(spans)} "
                 f"tensors of shape {list(spans[0].shape)} for it ({spans[0].name}, ...)"
             )
     return sources
-
-
-def _stacks_list(converter: WeightConverter | None) -> bool:
-    return converter is not None and isinstance(converter.operations[0], MergeModulelist)
-
-
-def _as_stack_of_one(span: Span) -> Span:
-    return Span(
-        name=span.name,
-        path=span.path,
-        offset=span.offset,
-        nbytes=span.nbytes,
-        dtype=span.dtype,
-        shape=(1, *span.shape),
-    )
 
 
 def _byte_ranges(

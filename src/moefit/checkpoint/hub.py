@@ -4,16 +4,16 @@ The caller checks the small files, so that an unsupported model is rejected befo
 downloaded. huggingface_hub downloads, caches and resumes.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
 from moefit.checkpoint.model_folder import ADAPTER, named_weights
-from moefit.checkpoint.safetensors import INDEX, SINGLE
+from moefit.checkpoint.safetensors import INDEX, SINGLE, weight_map
 from moefit.errors import CheckpointError
 
 # Configuration, tokenizer and templates.
@@ -41,7 +41,6 @@ def download(
         name: The repository, such as "Qwen/Qwen3-30B-A3B".
         refuse: Called with the folder before any weights are in it; raises for a model that
             cannot be served.
-        endpoint: Address of another Hub.
         where: Further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir`.
 
     Raises:
@@ -60,7 +59,7 @@ def download(
     # Use the commit of the small files for all files.
     fetched = Path(
         snapshot_download(
-            name, revision=folder.name, allow_patterns=[_literal(one) for one in weights], **where
+            name, revision=folder.name, allow_patterns=[escape(one) for one in weights], **where
         )
     )
     if missing := [shard for shard in weights if not (fetched / shard).is_file()]:
@@ -75,25 +74,13 @@ def download(
 
 def _shards(folder: Path) -> Sequence[str]:
     """Return the files that the index names."""
-    try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        shards = sorted(set(found))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / INDEX} cannot be read: {type(error).__name__}: {error}; tell the "
-            "repository's authors, or give another one"
-        ) from error
+    shards = sorted(set(weight_map(folder / INDEX).values()))
     if wrong := [one for one in shards if not re.fullmatch(r"[\w.-]+\.safetensors", str(one))]:
         raise CheckpointError(
             f"{folder / INDEX} names {wrong[0]!r}, which is no safetensors file beside it; give "
             "another repository of the model"
         )
     return shards
-
-
-def _literal(file: str) -> str:
-    """Return a pattern that matches only this file."""
-    return re.sub(r"([\[*?])", r"[\1]", file)
 
 
 def _no_model(name: str, endpoint: str | None) -> CheckpointError:

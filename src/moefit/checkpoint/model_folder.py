@@ -15,7 +15,6 @@ from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 ADAPTER = "adapter_config.json"
 LFS = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
 LFS_POINTER = "it is a Git LFS pointer in place of the file; run `git lfs pull` in its folder"
-_MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
 # Files with a vocabulary, by name or suffix; any one of them is enough for a tokenizer.
 _VOCABULARIES = (
     "tokenizer.json",
@@ -33,19 +32,14 @@ _CONVERT = (
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise if a model's folder has an adapter, which would otherwise be ignored.
-
-    Args:
-        folder: The model's folder.
-
-    Raises:
-        UnsupportedModelError: There is an adapter with or without a model.
-    """
+    """Raise UnsupportedModelError if a folder has an adapter, with or without a model."""
     if not (folder / ADAPTER).is_file():
         return
-    base = _base_of(folder)
+    base = read_json_or_empty(folder / ADAPTER).get("base_model_name_or_path") or "another model"
     whole = (folder / "config.json").is_file()
-    what = "has an adapter (LoRA) beside its model" if whole else f"is an adapter (LoRA) of {base}"
+    what = (
+        "has an adapter (LoRA) beside its model" if whole else f"is an adapter (LoRA) of {base!r}"
+    )
     alone = f", or take {ADAPTER} out of the folder to use the model without it" if whole else ""
     raise UnsupportedModelError(
         f"{folder} {what}, as its {ADAPTER} says, and adapters are not applied. Merge it with peft "
@@ -72,7 +66,6 @@ def named_weights(names: Iterable[str], where: str) -> str | None:
     """Describe weights that cannot be read, given file names; see `other_weights`.
 
     Args:
-        names: Names of all files.
         where: Folder or repository, for the message.
     """
     files = sorted(names)
@@ -113,14 +106,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def refuse_without_tokenizer(folder: Path) -> None:
-    """Raise if a folder has no vocabulary, or a Git LFS pointer instead; reads no vocabulary.
-
-    Args:
-        folder: The model's folder.
-
-    Raises:
-        CheckpointError: The tokenizer cannot be loaded.
-    """
+    """Raise CheckpointError if a folder has no vocabulary, or Git LFS pointers; reads none."""
     for name in (*_vocabularies(folder), "tokenizer_config.json"):
         if _is_pointer(folder / name):
             raise CheckpointError(
@@ -136,14 +122,7 @@ def refuse_without_tokenizer(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model's folder without running code from the folder.
-
-    Args:
-        folder: The model's folder.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged.
-    """
+    """Load a folder's tokenizer without running code from it. Raises CheckpointError."""
     refuse_without_tokenizer(folder)
     try:
         tokenizer = _tokenizer(folder)
@@ -174,18 +153,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     transformers would require the custom code for a family that it does not know either.
     """
-    own_code = "auto_map" in _json(folder / "tokenizer_config.json")
+    own_code = "auto_map" in read_json_or_empty(folder / "tokenizer_config.json")
     if own_code and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def read_json(path: Path, *, limit: int) -> dict[str, Any]:
+def read_json(path: Path, *, limit: int = 8 << 20) -> dict[str, Any]:
     """Return the JSON object in a file that comes with a checkpoint.
 
     Args:
-        path: The file.
-        limit: The most bytes it may have.
+        limit: The most bytes it may have. Configurations have a few KiB.
 
     Raises:
         OSError: The file cannot be read.
@@ -216,7 +194,7 @@ def _vocabularies(folder: Path) -> list[str]:
 
 def _needs_none(folder: Path) -> bool:
     """Whether the tokenizer is of bytes, as ByT5's and Perceiver's are."""
-    kind = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+    kind = read_json_or_empty(folder / "tokenizer_config.json").get("tokenizer_class")
     return kind in ("ByT5Tokenizer", "PerceiverTokenizer", "CanineTokenizer")
 
 
@@ -228,12 +206,9 @@ def _is_pointer(file: Path) -> bool:
         return False  # not a pointer; errors are reported when the file is read
 
 
-def _base_of(folder: Path) -> str:
-    return repr(_json(folder / ADAPTER).get("base_model_name_or_path") or "another model")
-
-
-def _json(file: Path) -> dict[str, Any]:
+def read_json_or_empty(file: Path) -> dict[str, Any]:
+    """Return as `read_json`; empty if the file cannot be read, which is reported elsewhere."""
     try:
-        return read_json(file, limit=_MAX_JSON)
+        return read_json(file)
     except (OSError, ValueError, RecursionError):
-        return {}  # used for the text of a message only
+        return {}

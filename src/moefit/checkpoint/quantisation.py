@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.model_folder import read_json_or_empty
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, Span
 from moefit.errors import UnsupportedModelError
 
-_MAX_JSON = 8 << 20  # bytes; configurations have a few KiB
 _DEPTH = 3  # nesting of configurations: a thinker's text_config is the third level
 _BY_DEQUANTISING = (
     "load it once in transformers with {config}(dequantize=True), save it with save_pretrained, "
@@ -51,16 +50,10 @@ _OF_CACHE = re.compile(r"[._](([kqv]|kv|prob|kv_cache)_scale|[kv]_proj\.output_s
 
 
 def refuse_declared(folder: Path) -> None:
-    """Raise if a folder's configuration files declare quantised weights.
+    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights.
 
     The declaration is at the top level of config.json, in a nested configuration, or in modelopt's
-    hf_quant_config.json.
-
-    Args:
-        folder: The model's folder. Missing or damaged files are ignored here.
-
-    Raises:
-        UnsupportedModelError: The weights are quantised.
+    hf_quant_config.json. Missing or damaged files are ignored here.
     """
     if (declared := _declared(folder)) is None:
         return
@@ -71,14 +64,10 @@ def refuse_declared(folder: Path) -> None:
 
 
 def refuse_integers(source: Span, parameter: str) -> None:
-    """Raise if a tensor's dtype shows that it is a quantised weight.
+    """Raise UnsupportedModelError for integers or floats of 8 bits or less.
 
     Args:
-        source: Location of the tensor.
-        parameter: Name of the model's floating-point parameter that it would fill.
-
-    Raises:
-        UnsupportedModelError: It has integers or floats of 8 bits or less.
+        parameter: Name of the model's floating-point parameter that they would fill.
     """
     if source.dtype.is_floating_point and source.dtype.itemsize > 1:
         return
@@ -91,10 +80,9 @@ def refuse_integers(source: Span, parameter: str) -> None:
 
 
 def refuse_stored(folder: Path) -> None:
-    """Raise if a folder is quantised, for a model with only floating-point parameters.
+    """Refuse a quantised folder, for a model with only floating-point parameters.
 
-    Args:
-        folder: The model's folder. Without safetensors, only its configuration is checked.
+    Without safetensors, only the configuration is checked.
 
     Raises:
         UnsupportedModelError: The weights are quantised.
@@ -132,14 +120,10 @@ def sign_of(name: str) -> tuple[str, str] | None:
 
 
 def refuse_scales(folder: Path, names: Iterable[str]) -> None:
-    """Raise if there are tensors of quantised weights that the model has no parameter for.
+    """Raise UnsupportedModelError if there are tensors of quantised weights, and say of which kind.
 
     Args:
-        folder: The model's folder.
         names: Names for which `sign_of` returns a result; may be empty.
-
-    Raises:
-        UnsupportedModelError: There is one; the message says which quantisation uses such names.
     """
     found = sorted(names)
     for pattern, meaning in _SIGNS:
@@ -160,9 +144,10 @@ def _refusal(what: str, remedy: str = _ORIGINAL) -> UnsupportedModelError:
 
 def _declared(folder: Path) -> tuple[str, str] | None:
     """Return the file and key that declare a quantisation, and its method."""
-    for where, found in _quantisations(_json(folder / "config.json"), ""):
-        return f"config.json ({where})", str(found.get("quant_method") or _algorithm(found))
-    modelopt = _json(folder / "hf_quant_config.json").get("quantization")
+    for where, found in _quantisations(read_json_or_empty(folder / "config.json"), ""):
+        names = (found.get(key) for key in ("quant_method", "quant_algo", "format"))
+        return f"config.json ({where})", str(next(filter(None, names), "unknown method"))
+    modelopt = read_json_or_empty(folder / "hf_quant_config.json").get("quantization")
     if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):
         return "hf_quant_config.json", f"modelopt, {modelopt['quant_algo']}"
     return None
@@ -179,14 +164,3 @@ def _quantisations(config: Any, where: str, depth: int = _DEPTH) -> Iterator[tup
                 yield f"{where}{key}", value
         else:
             yield from _quantisations(value, f"{where}{key}.", depth - 1)
-
-
-def _algorithm(config: Mapping[str, Any]) -> str:
-    return str(config.get("quant_algo") or config.get("format") or "unknown method")
-
-
-def _json(file: Path) -> Mapping[str, Any]:
-    try:
-        return read_json(file, limit=_MAX_JSON)
-    except (OSError, ValueError, RecursionError):
-        return {}  # reported where the file is needed

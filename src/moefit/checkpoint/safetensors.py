@@ -6,12 +6,13 @@ of this process.
 """
 
 import json
+import math
 import os
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -55,15 +56,8 @@ _MAX_TENSORS = 1_000_000  # of a whole checkpoint; the largest models have about
 _MAX_DIMS = 16
 _MAX_READ = 1 << 30  # bytes per call; Linux reads at most 2 GiB minus a page
 _ATTEMPTS = 3
-_PARSE_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,  # deeply nested JSON
-    struct.error,
-)
+# RecursionError: deeply nested JSON.
+_PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Read = Callable[[int, memoryview, int], int]
 """Like `os.preadv` with one buffer: (file descriptor, buffer, offset) -> number of bytes read."""
 
@@ -82,12 +76,11 @@ class Span:
     def row(self, index: int) -> "Span":
         """Return the span of row `index` of the first axis."""
         size = self.nbytes // self.shape[0]
-        return Span(
+        return replace(
+            self,
             name=f"{self.name}[{index}]",
-            path=self.path,
             offset=self.offset + index * size,
             nbytes=size,
-            dtype=self.dtype,
             shape=self.shape[1:],
         )
 
@@ -158,7 +151,6 @@ class Checkpoint:
     """An open folder of safetensors files. Thread-safe; also a context manager.
 
     Attributes:
-        folder: The folder.
         spans: Location of each tensor by name.
 
     Raises:
@@ -168,7 +160,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, read: Read = pread):
         self.folder = folder
         self.spans: Mapping[str, Span] = dict(_all_spans(folder))
-        self._reader = SpanReader(read)
+        self.reader = SpanReader(read)
 
     def __enter__(self) -> Self:
         return self
@@ -178,17 +170,13 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close all files."""
-        self._reader.close()
-
-    def read_into(self, span: Span, buffer: memoryview) -> None:
-        """Read a span; see `SpanReader.read_into`."""
-        self._reader.read_into(span, buffer)
+        self.reader.close()
 
     def tensor(self, span: Span) -> Tensor:
         """Read a span into a new tensor."""
         data = torch.empty(span.nbytes, dtype=torch.uint8)
         if span.nbytes:
-            self.read_into(span, bytes_of(data))
+            self.reader.read_into(span, bytes_of(data))
         return data.view(span.dtype).view(span.shape)
 
 
@@ -228,8 +216,8 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
             )
         yield from ((span.name, span) for span in read_header(folder / SINGLE)[1])
         return
-    weight_map = _weight_map(index)
-    shards = sorted(set(weight_map.values()))
+    shard_of = weight_map(index)
+    shards = sorted(set(shard_of.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:3])}); "
@@ -243,21 +231,22 @@ def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:
                 f"{folder} has more than {_MAX_TENSORS:,} tensors, which no known model has; copy "
                 "or download it again"
             )
-    if absent := sorted(set(weight_map) - set(spans)):
+    if absent := sorted(set(shard_of) - set(spans)):
         raise CheckpointError(
             f"{INDEX} names {len(absent)} tensors that its shards lack ({', '.join(absent[:3])})"
         )
     yield from spans.items()
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the shard of each tensor. Raises CheckpointError."""
     try:
-        weight_map: dict[str, str] = read_json(index, limit=4 * _MAX_HEADER)["weight_map"]
-        for shard in weight_map.values():
+        found: dict[str, str] = read_json(index, limit=4 * _MAX_HEADER)["weight_map"]
+        for shard in found.values():
             _refuse_outside(shard)
     except _PARSE_ERRORS as error:
         raise CheckpointError(f"{index} cannot be read: {in_brief(error)}") from error
-    return weight_map
+    return found
 
 
 def _refuse_outside(shard: Any) -> None:
@@ -296,7 +285,7 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], list[Span]]:
         if len(header) > _MAX_TENSORS:
             raise ValueError(f"it has {len(header):,} tensors, which no known model has")
         spans = [_span(path, 8 + length, name, entry) for name, entry in header.items()]
-    except _PARSE_ERRORS as error:
+    except (*_PARSE_ERRORS, struct.error) as error:
         raise CheckpointError(
             f"{path} is damaged: {in_brief(error)}; copy or download it again"
         ) from error
@@ -330,10 +319,7 @@ def _span(path: Path, start: int, name: str, entry: dict[str, Any]) -> Span:
         raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
     if len(shape) > _MAX_DIMS:
         raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MAX_DIMS}")
-    elements = 1
-    for dim in shape:
-        elements *= dim
-    if end - begin != elements * dtype.itemsize:
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} {list(shape)} {entry['dtype']} cannot be {end - begin} bytes")
     return Span(
         name=name, path=path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape

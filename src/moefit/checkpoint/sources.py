@@ -5,10 +5,11 @@ transformers' own operations to checkpoint tensors, and `CompositeSource` joins 
 expert. `expert_map.py` finds the sources of a model.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,24 +20,27 @@ from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 from moefit.moe.families import Tensors, TensorSpec
 
 
-class ExpertSource(Protocol):
+class ExpertSource(ABC):
     """Where the tensors of one expert, or some of them, come from."""
 
+    __slots__ = ()
+
     @property
+    @abstractmethod
     def spans(self) -> tuple[Span, ...]:
         """Byte ranges of the checkpoint's files that are read."""
-        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes read from the checkpoint's files."""
-        ...
+        return sum(span.nbytes for span in self.spans)
 
     @property
+    @abstractmethod
     def staging_bytes(self) -> int:
         """Upper bound on the bytes held in memory while reading, besides the target tensors."""
-        ...
 
+    @abstractmethod
     def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         """Fill the expert's tensors in host memory, given by short name, in the model's dtypes.
 
@@ -45,15 +49,14 @@ class ExpertSource(Protocol):
                 then undefined.
             UnsupportedModelError: Conversion results in a shape that the model does not use.
         """
-        ...
 
+    @abstractmethod
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
         """Yield the values in one or more tensors of any shape; raise as `read_into` does."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ByteRange:
+class ByteRange(ExpertSource):
     """Bytes of a file that are copied unchanged into one of the expert's tensors.
 
     Attributes:
@@ -72,11 +75,6 @@ class ByteRange:
         return (self.span,)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the span."""
-        return self.span.nbytes
-
-    @property
     def staging_bytes(self) -> int:
         """0: bytes are read straight into place."""
         return 0
@@ -84,7 +82,7 @@ class ByteRange:
     def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         """Read the span into its part of the tensor."""
         part = bytes_of(tensors[self.tensor])[self.start : self.start + self.nbytes]
-        checkpoint.read_into(self.span, part)
+        checkpoint.reader.read_into(self.span, part)
 
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
         """Yield the span as one tensor."""
@@ -92,7 +90,7 @@ class ByteRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
+class Conversion(ExpertSource):
     """One of the expert's tensors, made from checkpoint tensors by transformers' operations.
 
     Attributes:
@@ -115,11 +113,6 @@ class Conversion:
     def spans(self) -> tuple[Span, ...]:
         """Spans of all source tensors."""
         return tuple(span for _, spans in self.sources for span in spans)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all source tensors."""
-        return sum(span.nbytes for span in self.spans)
 
     @property
     def staging_bytes(self) -> int:
@@ -203,7 +196,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class CompositeSource:
+class CompositeSource(ExpertSource):
     """A source made of several, which together fill all of an expert's tensors."""
 
     parts: tuple[ExpertSource, ...]
@@ -212,11 +205,6 @@ class CompositeSource:
     def spans(self) -> tuple[Span, ...]:
         """Spans of all parts, in order."""
         return tuple(span for part in self.parts for span in part.spans)
-
-    @property
-    def nbytes(self) -> int:
-        """Sum over the parts."""
-        return sum(part.nbytes for part in self.parts)
 
     @property
     def staging_bytes(self) -> int:

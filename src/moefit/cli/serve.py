@@ -29,7 +29,7 @@ from moefit.evaluate.loading import REFERENCE
 from moefit.plan.plan_file import Plan
 from moefit.serve.model import ServedModel
 from moefit.server.middleware import ServerSettings, is_loopback
-from moefit.server.run import Deadline, HttpServer, bind, url_of
+from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
 
@@ -133,7 +133,7 @@ def _serve(
         refuse_without_tokenizer(folder_of(model))
         served, plan = _loaded(model, options, engine_settings, following)
         say_generation(served.generation)
-        deadline = Deadline(LEAVING)
+        deadline = exit_timer(LEAVING)
         with ExitStack() as closing:  # what is entered last is closed first
             closing.callback(deadline.cancel)
             closing.enter_context(served)

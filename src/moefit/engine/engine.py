@@ -68,7 +68,6 @@ class CommandQueue:
             self._waiting.popleft()[1].set_exception(error)
 
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 2048  # tokens, if the budget does not set it
 _FAILED_MESSAGE = "the engine has failed; restart the process (see the log for the error)"
@@ -116,11 +115,7 @@ class Engine:
         self._rate = TokenRate()
 
     def start(self) -> None:
-        """Start the engine's thread.
-
-        Raises:
-            RefusedError: If the engine has been closed.
-        """
+        """Start the engine's thread. Raises RefusedError if the engine has been closed."""
         with self._changed:
             if self._closing:
                 raise RefusedError("the engine is closed; create a new one")
@@ -169,9 +164,6 @@ class Engine:
     def drain(self, timeout: float) -> bool:
         """Reject new requests and wait until the current ones have finished.
 
-        Args:
-            timeout: Seconds to wait.
-
         Returns:
             Whether all requests have finished.
         """
@@ -185,8 +177,6 @@ class Engine:
         """Queue a request and return its id.
 
         Args:
-            prompt_ids: Token ids of the prompt.
-            sampling: Sampling parameters.
             listener: Called in the engine's thread with each event of the request.
 
         Returns:
@@ -204,8 +194,9 @@ class Engine:
             if self._draining:
                 raise RefusedError("the server is shutting down and accepts no more requests")
             name = next(self._names)
-            state = RequestState(name, prompt_ids, sampling, listener, self._remove)
-            state.set_decoding(self._limits.decoding)
+            state = RequestState(
+                name, prompt_ids, sampling, self._limits.decoding, listener, self._remove
+            )
             max_chunk = None if sampling.prompt_logprobs is None else self._prompt_logits_rows()
             self._scheduler.submit(
                 name,
@@ -297,7 +288,9 @@ class Engine:
         """Step until the engine is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(self._has_work)
+                self._changed.wait_for(
+                    lambda: self._closing or self._commands or self._cancelled or self._requests
+                )
                 if self._closing:
                     return
             try:
@@ -305,9 +298,6 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - a panic in a Rust library is not an Exception
                 _LOG.exception("the engine failed between steps")
                 self._finish_all("error", _error_text(error))
-
-    def _has_work(self) -> bool:
-        return bool(self._closing or self._commands or self._cancelled or self._requests)
 
     def _iterate(self) -> None:
         """Run queued commands, finish cancelled requests, admit waiting ones, then run one step."""

@@ -48,7 +48,6 @@ class Extents:
         """Assign `size` places to a name.
 
         Args:
-            name: Owner of the range.
             size: Number of places, at most `free`.
 
         Returns:
@@ -122,15 +121,10 @@ class KvPool:
         for move in self.extents.allocate(name, size):
             self._move(move)
 
-    def release(self, name: str) -> None:
-        """Free a request's places."""
-        self.extents.release(name)
-
     def layer(self, index: int, key_1GRC: Tensor, value_1GRC: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [G, P, C] of a layer, creating them on first use.
 
         Args:
-            index: Layer index.
             key_1GRC: New keys, which determine shape, dtype and device.
             value_1GRC: New values, likewise.
         """

@@ -58,10 +58,6 @@ class RequestState:
     """Prompt, completion and sampler of one request.
 
     Args:
-        name: Request id.
-        prompt: Prompt token ids.
-        sampling: Sampling parameters.
-        listener: Receives the events.
         ended: Called with `name` just before the last event.
     """
 
@@ -70,14 +66,21 @@ class RequestState:
         name: str,
         prompt: Sequence[int],
         sampling: SamplingParams,
+        decoding: TextDecoding,
         listener: Listener,
         ended: Callable[[str], None],
     ):
-        self.name, self.sampling = name, sampling
-        self.prompt, self.sampler = tuple(prompt), Sampler(sampling)
+        self.name, self.prompt, self.sampling = name, tuple(prompt), sampling
         self._listener, self._ended, self._tokens = listener, ended, list(prompt)
         self._text: IncrementalDetokenizer | None = None
-        self._stop_ids: frozenset[int] = frozenset()
+        if decoding.tokenizer is not None:
+            after = self.prompt if decoding.decoder_only else ()
+            self._text = IncrementalDetokenizer(decoding.tokenizer, sampling.stop, after=after)
+        eos_ids = frozenset() if sampling.ignore_eos else decoding.eos_ids
+        self._stop_ids = eos_ids | sampling.stop_ids
+        start = () if decoding.start is None else (decoding.start,)
+        context = self.prompt if decoding.decoder_only else start
+        self.sampler = Sampler(sampling, context=context, suppressed=decoding.suppressed)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._arrival, self._queue_seconds = monotonic(), 0.0
         self.finished = False
@@ -86,17 +89,6 @@ class RequestState:
     def num_generated(self) -> int:
         """Number of generated tokens."""
         return len(self._tokens) - len(self.prompt)
-
-    def set_decoding(self, decoding: TextDecoding) -> None:
-        """Set tokenizer, end tokens and suppressed tokens."""
-        if decoding.tokenizer is not None:
-            after = self.prompt if decoding.decoder_only else ()
-            self._text = IncrementalDetokenizer(decoding.tokenizer, self.sampling.stop, after=after)
-        eos_ids = frozenset() if self.sampling.ignore_eos else decoding.eos_ids
-        self._stop_ids = eos_ids | self.sampling.stop_ids
-        start = () if decoding.start is None else (decoding.start,)
-        context = self.prompt if decoding.decoder_only else start
-        self.sampler = Sampler(self.sampling, context=context, suppressed=decoding.suppressed)
 
     def mark_admitted(self) -> None:
         """Record the time at which the request was admitted."""
@@ -232,7 +224,6 @@ def model_limits(served: ServedModel, wanted: int | None, context: int) -> Model
     """Return the limits of a model.
 
     Args:
-        served: Loaded model.
         wanted: Requested `max_model_len`, or None.
         context: Tokens that the KV cache holds.
 

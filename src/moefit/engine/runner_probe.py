@@ -34,7 +34,6 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
     """Return the fastest runner that reproduces the model's logits.
 
     Args:
-        served: Loaded model.
         places: Tokens that the KV pool holds.
 
     Returns:

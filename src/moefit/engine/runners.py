@@ -26,8 +26,6 @@ class RunnerInput:
     """Tokens of one request in a step.
 
     Attributes:
-        request: Request id.
-        tokens: Token ids.
         past: Tokens of this request computed before.
         num_logits: Return logits of this many tokens, the last ones.
     """
@@ -85,7 +83,7 @@ class VarlenRunner:
     def close(self, request: str) -> None:
         """Free a request's KV cache, if any: `open` may have failed."""
         self._lengths.pop(request, None)
-        self.cache.pool.release(request)
+        self.cache.pool.extents.release(request)
 
     def step(self, inputs: Sequence[RunnerInput]) -> Tensor:
         """Return the requested logits [N, V]."""

@@ -19,8 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache
 
 from moefit.engine.kv_pool import KvPool
-from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
-from moefit.quant.cpu_kernels import kernels
+from moefit.quant.attention import AttentionOptions, KeySegment, attend_by_kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of, write_rows
 from moefit.serve.hf.attention import (
     UnpackableError,
@@ -64,7 +63,6 @@ class Segments:
         """Return the additive mask [T, L - first_key] of a segment's new tokens.
 
         Args:
-            segment: Segment of this step.
             window: Sliding window in tokens, or None.
             like: Tensor that determines dtype and device.
         """
@@ -85,7 +83,6 @@ class VarlenCache(Cache):
     """The KV pool as the cache of a model during one step.
 
     Attributes:
-        pool: The KV pool.
         gather: Return the step's keys and values contiguously instead of the pool itself; for
             families that transform them before attention (latent attention).
     """
@@ -103,7 +100,6 @@ class VarlenCache(Cache):
         Args:
             segments: Segments in places of the pool.
             held: Tokens of all requests after this step.
-            device: Device of the model.
 
         Returns:
             The segments as attention sees them.
@@ -188,15 +184,12 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
     """Attend within each segment; transformers calls this by name.
 
     Args:
-        module: Attention module, unused.
         query: [1, H, T, C], or [B, H, 1, C] when decoding.
         key: [1, G, P or L, C].
         value: [1, G, P or L, C].
         attention_mask: The `WindowMask` of the layer.
-        segments: Segments of the step.
         scaling: Factor of the scores; C ** -0.5 if None.
         sliding_window: Window in tokens; must equal the mask's.
-        softcap: Soft limit of the scores.
         s_aux: Attention sinks [H].
         others: Further arguments; tensors among them are not supported.
 
@@ -266,10 +259,7 @@ def _kernel_attention(
         )
         for one in segments.rows
     ]
-    compiled = kernels()
-    if compiled is None or not can_attend(query_THC, keys[0]):
-        return None
-    return attend(compiled, query_THC, keys, options)
+    return attend_by_kernels(query_THC, keys, options)
 
 
 def register_varlen_attention() -> None:

@@ -1,1 +1,1 @@
-"""The planner: what a memory budget costs and gains, before it is paid."""
+"""The planner: predict what a memory budget costs, and choose a configuration."""

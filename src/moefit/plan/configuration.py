@@ -10,6 +10,21 @@ from moefit.serve.config import BlockPlacement, Mode, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyChoice:
+    """A serving mode with its parameter."""
+
+    mode: Mode
+    bound: float = 0.0
+    every: int = 1
+
+    @property
+    def key(self) -> str:
+        """Name of the policy's curves."""
+        value = {"exact": "", "bounded": f":{self.bound:g}", "virtual": f":{self.every}"}
+        return self.mode + value[self.mode]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """What the planner chooses.
 
@@ -33,12 +48,12 @@ class Configuration:
         return sum(one.slots for one in self.placement.values())
 
     @property
-    def policy(self) -> tuple[Mode, float, int]:
+    def policy(self) -> PolicyChoice:
         """Mode, bound and interval; values without effect in the mode are normalized."""
-        return (
-            self.mode,
-            self.bound if self.mode == "bounded" else 0.0,
-            self.every if self.mode == "virtual" else 1,
+        return PolicyChoice(
+            mode=self.mode,
+            bound=self.bound if self.mode == "bounded" else 0.0,
+            every=self.every if self.mode == "virtual" else 1,
         )
 
     @property
@@ -116,8 +131,6 @@ def uniform(
     """Return a configuration with one format for all experts.
 
     Args:
-        experts: Number of experts by block.
-        format: The format.
         slots: Number of slots by block; None for one per expert.
         more: Further fields of `Configuration`.
     """

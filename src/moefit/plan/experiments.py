@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moefit.plan.configuration import Configuration, uniform
+from moefit.plan.configuration import Configuration, PolicyChoice, uniform
 from moefit.serve.config import BlockPlacement, Mode
 from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
 
@@ -26,15 +26,15 @@ _BITS = (3.0, 3.6, 4.5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """The properties of a block that experiments depend on.
+    """The properties of a block that experiments depend on; a profile stores them.
 
     Attributes:
-        num_experts: Number of experts.
         weights: Number of weights in one expert.
         slot_bytes: Bytes of a slot, by format.
         errors: Relative squared error of each expert's weights, by format.
     """
 
+    name: str = ""
     num_experts: int
     weights: int
     slot_bytes: Mapping[str, int]
@@ -69,8 +69,6 @@ def quality_configuration(
     """Return the configuration of a name from `quality_names`.
 
     Args:
-        name: The name.
-        shapes: The blocks.
         output_energy: Each expert's share of its block's output energy, by block.
     """
     kind, _, what = name.partition("/")
@@ -90,7 +88,10 @@ def quality_configuration(
         centre = generator.choice(range(2, len(FORMATS)))
         near = FORMATS[centre - 2 : centre + 2]
         formats = {block: generator.choice(near) for block in shapes}
-    return Configuration(placement=_all_resident(formats, experts))
+    placement = {
+        block: BlockPlacement(slots=experts[block], formats=(formats[block],)) for block in shapes
+    }
+    return Configuration(placement=placement)
 
 
 def by_output_energy(
@@ -99,9 +100,7 @@ def by_output_energy(
     """Allocate formats by expert according to output energy, as `--precision auto` does.
 
     Args:
-        shapes: The blocks.
         output_energy: Each expert's share of its block's output energy, by block.
-        bits: Mean bits per weight.
     """
     ladders = {
         (name, expert): ladder(
@@ -166,8 +165,6 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
     Where not all experts are resident, the number of slots varies between blocks.
 
     Args:
-        name: The name.
-        shapes: The blocks.
         packed: Formats that the experts are packed in. Configurations that fetch use the
             checkpoint's own format in place of others, because encoding at each fetch is slow.
     """
@@ -195,21 +192,16 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
     )
 
 
-def _all_resident(
-    formats: Mapping[str, str], experts: Mapping[str, int]
-) -> dict[str, BlockPlacement]:
-    return {
-        block: BlockPlacement(slots=experts[block], formats=(formats[block],)) for block in experts
-    }
+def policy_choices(*, known_rules: bool = True) -> list[PolicyChoice]:
+    """Return the policies that curves are computed for.
 
-
-def policies() -> list[str]:
-    """Return the policies that curves are computed for: mode, and bound or update interval."""
-    return [
-        "exact",
-        *(f"bounded:{bound:g}" for bound in BOUNDS),
-        *(f"virtual:{every}" for every in EVERY),
-    ]
+    Args:
+        known_rules: Whether the routers' scoring rules are known; without, only exact is possible.
+    """
+    exact = [PolicyChoice(mode="exact")]
+    bounded = [PolicyChoice(mode="bounded", bound=bound) for bound in BOUNDS]
+    virtual = [PolicyChoice(mode="virtual", every=every) for every in EVERY]
+    return [*exact, *bounded, *virtual] if known_rules else exact
 
 
 def slot_counts(num_experts: int) -> list[int]:

@@ -6,7 +6,7 @@ configuration. `nonnegative_least_squares` fits, and `held_out` cross-validates.
 Shapes: N samples, F coefficients, E experts, L blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 from moefit.plan.configuration import Configuration
 from moefit.plan.experiments import Shapes
 from moefit.plan.profile import Profile
-from moefit.plan.trace import Curves, interpolated, policy_key, read_curves
+from moefit.plan.trace import Curves, ReplayResult, interpolated, read_curves
 from moefit.serve.config import BlockPlacement
 
 
@@ -46,13 +46,7 @@ class Features:
     blocks: Mapping[str, BlockFeatures]
 
     def noise(self, name: str, placement: BlockPlacement, power: float = 1.0) -> float:
-        """Return the squared error of a block's output, relative to its energy.
-
-        Args:
-            name: The block.
-            placement: Its formats.
-            power: Exponent of each expert's error.
-        """
+        """Return the squared error of a block's output, relative to its energy."""
         shape, known = self.shapes[name], self.blocks[name]
         if not placement.by_expert:
             errors = shape.errors[placement.formats[0]]
@@ -79,27 +73,21 @@ class Features:
 
     def misses(self, configuration: Configuration) -> list[float]:
         """Return the experts that a token waits for in each block, L."""
-        key = policy_key(*configuration.policy)
-        return [
-            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).misses
-            for name in self.shapes
-        ]
+        return [one.misses for one in self._replayed(configuration)]
 
     def swaps(self, configuration: Configuration) -> list[float]:
         """Return the experts loaded in the background per token, L."""
-        key = policy_key(*configuration.policy)
-        return [
-            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).swaps
-            for name in self.shapes
-        ]
+        return [one.swaps for one in self._replayed(configuration)]
 
     def moved(self, configuration: Configuration) -> list[float]:
         """Return the share of a token's router weight that is substituted in each block, L."""
-        key = policy_key(*configuration.policy)
-        return [
-            interpolated(self.blocks[name].curves, key, configuration.placement[name].slots).moved
-            for name in self.shapes
-        ]
+        return [one.moved for one in self._replayed(configuration)]
+
+    def _replayed(self, configuration: Configuration) -> Iterator[ReplayResult]:
+        key = configuration.policy.key
+        for name in self.shapes:
+            slots = configuration.placement[name].slots
+            yield interpolated(self.blocks[name].curves, key, slots)
 
 
 def features_of(profile: Profile) -> Features:
@@ -130,14 +118,8 @@ def nonnegative_least_squares(
     normal equations.
 
     Args:
-        x_NF: Inputs.
-        y_N: Outputs.
         prior_F: Prior of the coefficients. The deviation from a prior of zero is measured relative
             to the mean prior.
-        strength: Weight of the prior.
-
-    Returns:
-        The coefficients, F.
     """
     scale_F = np.where(prior_F > 0, prior_F, prior_F.mean() or 1.0)
     pull_F = strength / scale_F**2
@@ -177,7 +159,6 @@ def held_out(
 
     Args:
         fit: Fits a model to cases and returns its prediction function.
-        cases: All cases.
         folds: Number of parts that the cases are divided into.
 
     Returns:
@@ -219,10 +200,7 @@ class HeldOutError:
 
     Attributes:
         model: Name of the model.
-        cases: Number of predictions.
         mean: Mean error, where an error counts as at most 1.
-        median: Median error.
-        worst: Largest error.
         correlation: Rank correlation of predicted and measured values.
     """
 

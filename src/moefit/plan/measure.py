@@ -6,7 +6,7 @@ and measures divergence, speed, times of parts and routes.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,8 @@ class MeasuredModel:
     """The model that is profiled.
 
     Attributes:
-        folder: The model's folder.
         dtype: Data type to load it in; None for the checkpoint's own.
         rule: Inference rule of a DS-MoE; None for the model's own.
-        device: Where it runs.
     """
 
     folder: Path
@@ -68,7 +66,6 @@ class MeasuredModel:
         """Load the model in a configuration.
 
         Args:
-            configuration: How it is served.
             context: Tokens that the KV cache is reserved for.
             memory: The budget in bytes; None for no limit.
 
@@ -147,11 +144,8 @@ class MeasurementContext:
     """A model and the text that it is measured on.
 
     Attributes:
-        model: The model.
         skeleton: The same model without weights.
-        packed: Its packed experts.
         windows_BT: Windows of the text.
-        shapes: Its blocks.
         sidecar: File for the full model's output on the windows.
     """
 
@@ -272,28 +266,28 @@ class Measurements:
             self._context.packed,
         )
         with self._load(self._uniform(format)) as served:
-            return time_format(served, store, self._reference_of(served)).as_dict()
+            return asdict(time_format(served, store, self._ensured_reference()))
 
     def _dense_weights(self, format: str) -> dict[str, float]:
         one_slot = dict.fromkeys(self._context.shapes, 1)
         configuration = self._uniform("native", slots=one_slot, dense_precision=format)
         with self._load(configuration) as served:
             return {
-                "seconds": time_dense_weights(served, self._reference_of(served)),
+                "seconds": time_dense_weights(served, self._ensured_reference()),
                 "weights": served.budget.weights,
             }
 
     def _quality(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
         served = self._cache.served(configuration)
-        return measure_windows(served, configuration, self._reference_of(served)).as_dict()
+        return measure_windows(served, configuration, self._ensured_reference()).as_dict()
 
     def _stepwise(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
         reference = self._reference_or_none()
         with self._load(configuration) as served:
             if reference is None:
-                reference = self._reference_of(served)
+                reference = self._ensured_reference()
             fill_slots(served)
             length = self._context.windows_BT.shape[1] - 1 - _PROMPT
             steps = Steps(windows=2, prompt=_PROMPT, tokens=min(64, length))
@@ -309,7 +303,7 @@ class Measurements:
     def _clamped(self, configuration: Configuration) -> Configuration:
         """Reduce slots to the available memory, which changes speed but not quality."""
         budget = self._estimate(configuration, self._max_bytes)
-        if budget.planned is None or budget.fixed + budget.planned.nbytes <= self._max_bytes:
+        if budget.planned is None or budget.planned_bytes <= self._max_bytes:
             return configuration
         return _with_fewer_slots(
             configuration, self._max_bytes - budget.fixed, self._context.shapes
@@ -341,7 +335,7 @@ class Measurements:
             self._reference = read_reference(self._context.sidecar)
         return self._reference
 
-    def _reference_of(self, served: ServedModel) -> Reference:
+    def _ensured_reference(self) -> Reference:
         """Return the full model's output; create it again if its file is missing."""
         if (found := self._reference_or_none()) is None:
             with self._load(self._uniform("native")) as full:

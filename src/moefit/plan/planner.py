@@ -11,7 +11,7 @@ import numpy as np
 
 from moefit.errors import BudgetTooSmallError
 from moefit.plan.configuration import Configuration
-from moefit.plan.experiments import FORMATS
+from moefit.plan.experiments import FORMATS, policy_choices
 from moefit.plan.fitting import Features, HeldOutError, features_of
 from moefit.plan.latency import LatencyModel, fit_latency
 from moefit.plan.plan_file import DEFAULT_LOSS, Plan, PlanChooser, Prediction, Target
@@ -27,8 +27,6 @@ from moefit.plan.search import (
     allocator_points,
     pareto,
     placed_bytes,
-    policy_choices,
-    total_bytes,
 )
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import at_least, format_bytes
@@ -95,18 +93,17 @@ def _other_machine(profile: Profile, device: str) -> str | None:
     )
 
 
-_MAX_WAITS = 0.05  # experts that a token may wait for on average without counting as fetching
-
-
 class Planner:
     """Plans for one model.
 
     Args:
         skeleton: The model without weights.
-        profile: Its finished profile.
         context: Tokens that the KV cache is reserved for.
         device: Where the model will be served.
         constraints: What else the budget must hold, and what must not change.
+
+    Attributes:
+        models: Predict loss and time, with loads from the page cache.
     """
 
     def __init__(
@@ -133,10 +130,10 @@ class Planner:
         self.latency: LatencyModel = fit_latency(profile, self.features)
         known = all(one.rule_known for one in self.features.blocks.values())
         self._policies = policy_choices(known_rules=known)
-        self._models = Models(self.quality, self.latency, self._policies)
+        self.models = Models(self.quality, self.latency, self._policies)
         self._cold_models: Models | None = None
         self._uniform = [
-            self._models.predict(one, placed_bytes(one, self.features.shapes), "one format for all")
+            self.models.predict(one, placed_bytes(one, self.features.shapes), "one format for all")
             for name in constraints.dense_formats
             for one in self.slot_budgets.uniform_configurations(name)
         ]
@@ -163,35 +160,12 @@ class Planner:
         proposed = [point for some in slot_budgets for point in allocator_points(models, some)]
         return pareto(self.slot_budgets.fitting([*plain, *proposed], memory))
 
-    def front_for_slots(self, nbytes: int, *, fetching: bool = True) -> list[Point]:
-        """Return the Pareto front of configurations whose slots take at most `nbytes`.
-
-        Args:
-            nbytes: Bytes of all slots.
-            fetching: Whether configurations may be included that wait for experts, other than for
-                one expert in twenty tokens.
-
-        Returns:
-            The front; empty if nothing fits.
-        """
-        budgets = {self._constraints.dense_formats[0]: nbytes}
-        points = allocator_points(self._models, budgets)
-        return pareto(points if fetching else self._without_waits(points))
-
-    def _without_waits(self, points: Sequence[Point]) -> list[Point]:
-        misses = self.features.misses  # in virtual mode only while slots are empty
-        return [
-            one
-            for one in points
-            if one.configuration.mode == "virtual" or sum(misses(one.configuration)) < _MAX_WAITS
-        ]
-
     def _models_for(self, memory: int) -> Models:
         """Return the models; loads are cold if the page cache cannot hold the files."""
         shapes = self.features.shapes.values()
         files = sum(one.slot_bytes[FORMATS[0]] * one.num_experts for one in shapes)
         if files <= self.profile.facts.machine["memory"] - memory:
-            return self._models
+            return self.models
         if self._cold_models is None:
             cold = fit_latency(self.profile, self.features, cold=True)
             self._cold_models = Models(self.quality, cold, self._policies)
@@ -202,7 +176,6 @@ class Planner:
 
         Args:
             memory: The budget in bytes.
-            target: What the plan must satisfy.
 
         Returns:
             The plan, and the front that it was chosen from.
@@ -288,7 +261,7 @@ class Planner:
         if plan.memory is None:
             return {}
         token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
-        now = total_bytes(self.slot_budgets.estimate(plan.configuration))
+        now = self.slot_budgets.estimate(plan.configuration).planned_bytes
         taken = now - self.context * token - self._constraints.sequences * row
         longest = getattr(
             self._skeleton.model.config.get_text_config(decoder=True),

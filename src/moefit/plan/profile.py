@@ -68,7 +68,6 @@ class RecordKind:
         """Read a file.
 
         Args:
-            path: The file.
             made_of: Converts its values; may raise LookupError, TypeError, ValueError,
                 AttributeError or ArithmeticError for damaged ones.
 
@@ -112,39 +111,16 @@ _PROFILE = RecordKind(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockFacts:
-    """One MoE block; the fields are those of `BlockShape`."""
-
-    name: str
-    num_experts: int
-    weights: int
-    slot_bytes: dict[str, int]
-    errors: dict[str, list[float]]
-
-    @property
-    def shape(self) -> BlockShape:
-        """The block as experiments and models use it."""
-        return BlockShape(
-            num_experts=self.num_experts,
-            weights=self.weights,
-            slot_bytes=self.slot_bytes,
-            errors=self.errors,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFacts:
     """What a profile was measured on, known before any measurement.
 
     Attributes:
         version: Version of the file format.
-        fingerprint: Identifies the checkpoint.
         source: Folder of the checkpoint.
         dtype: Name of the torch dtype that the model is loaded in.
         rule: Inference rule of a DS-MoE; None for the model's own.
         machine: What times depend on; see `machine`.
         text: Name of the text.
-        text_digest: Identifies the text.
         tokens: Tokens of the text that are predicted.
         context: Tokens of each window.
         blocks: The MoE blocks. Errors are |W - W^|^2 / |W|^2 of each expert, by format.
@@ -161,13 +137,13 @@ class ProfileFacts:
     text_digest: str
     tokens: int
     context: int
-    blocks: tuple[BlockFacts, ...]
+    blocks: tuple[BlockShape, ...]
     wanted: tuple[str, ...]
 
     @property
     def shapes(self) -> Shapes:
         """The blocks by name."""
-        return {one.name: one.shape for one in self.blocks}
+        return {one.name: one for one in self.blocks}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,11 +216,7 @@ def path_for(skeleton: Skeleton, facts: ProfileFacts) -> Path:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile atomically.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
+    """Write a profile atomically. Raises ConfigError if the file cannot be written."""
     _PROFILE.write({"facts": asdict(profile.facts), "items": dict(profile.items)}, path)
 
 
@@ -259,7 +231,7 @@ def read_profile(path: Path) -> Profile:
 
 def _profile(values: Mapping[str, Any]) -> Profile:
     facts = values["facts"]
-    blocks = tuple(BlockFacts(**one) for one in facts["blocks"])
+    blocks = tuple(BlockShape(**one) for one in facts["blocks"])
     given = {field.name: facts[field.name] for field in fields(ProfileFacts)}
     given |= {"blocks": blocks, "wanted": tuple(facts["wanted"])}
     return Profile(facts=ProfileFacts(**given), items=dict(values["items"]))

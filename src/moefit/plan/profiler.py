@@ -15,11 +15,10 @@ from moefit.errors import UnsupportedModelError
 from moefit.folders import exclusive_folder
 from moefit.moe.routing import Rule
 from moefit.plan import experiments
-from moefit.plan.experiments import Shapes
+from moefit.plan.experiments import BlockShape, Shapes
 from moefit.plan.measure import MeasuredModel, MeasurementContext, Measurements
 from moefit.plan.profile import (
     VERSION,
-    BlockFacts,
     Profile,
     ProfileFacts,
     machine,
@@ -81,7 +80,7 @@ class Profiler:
             skeleton=self._skeleton,
             packed=self._packed,
             windows_BT=windows_BT,
-            shapes=self.shapes,
+            shapes=self.facts.shapes,
             sidecar=self.path.with_suffix(".npz"),
         )
         self._measurements = Measurements(measured, memory)
@@ -127,14 +126,9 @@ class Profiler:
             return Profile(facts=self.facts, items={})
         return read_profile(self.path)
 
-    @property
-    def shapes(self) -> Shapes:
-        """Shapes of the blocks, by name."""
-        return self.facts.shapes
-
     def _facts(self) -> ProfileFacts:
         blocks = tuple(self._block_facts())
-        shapes = {one.name: one.shape for one in blocks}
+        shapes = {one.name: one for one in blocks}
         return ProfileFacts(
             version=VERSION,
             fingerprint=fingerprint(self._skeleton),
@@ -150,7 +144,7 @@ class Profiler:
             wanted=tuple(wanted(shapes)),
         )
 
-    def _block_facts(self) -> Iterator[BlockFacts]:
+    def _block_facts(self) -> Iterator[BlockShape]:
         for block in self._skeleton.blocks:
             specs = block.layout.specs
             errors: dict[str, list[float]] = {}
@@ -161,7 +155,7 @@ class Profiler:
                     if format != NATIVE and self._packed.has(block.name, format)
                     else [format.expected_error] * block.num_experts
                 )
-            yield BlockFacts(
+            yield BlockShape(
                 name=block.name,
                 num_experts=block.num_experts,
                 weights=weights_in(specs),

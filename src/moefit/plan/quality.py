@@ -5,7 +5,7 @@ cross-validation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,10 +59,6 @@ class AdditiveModel:
     moved: Mapping[str, tuple[float, float]]
     scales: tuple[float, float]
 
-    def power_of(self, name: str) -> float:
-        """Return the exponent of a block's errors."""
-        return self.powers[name]
-
     def precision(self, configuration: Configuration) -> float:
         """Return the KL due to formats, in nats per token."""
         noises = self.features.noises(configuration, self.powers)
@@ -90,8 +86,6 @@ class AdditiveModel:
         """Return one block's part of `nats` in a linear approximation, for the allocation.
 
         Args:
-            name: The block.
-            placement: Its slots and formats.
             mode: What happens when an expert is not resident.
             moved: Share of router weight that is substituted.
         """
@@ -109,8 +103,6 @@ def fit_additive(
     """Fit sensitivities and curvature to exact samples, then substitution costs, then scales.
 
     Args:
-        samples: Measured configurations.
-        features: Computes errors and substituted weight.
         power: Exponent of errors; None to fit one per block, to samples that quantize it alone.
         curved: Whether to fit a curvature.
     """
@@ -132,8 +124,8 @@ def fit_additive(
         scales=(1.0, 1.0),
     )
     moved = {mode: _fit_substitution(samples, model, mode) for mode in _EXPONENTS}
-    model = _with(model, moved=moved)
-    return _with(model, scales=(_scale(exact, model), _scale(non_exact, model)))
+    model = replace(model, moved=moved)
+    return replace(model, scales=(_scale(exact, model), _scale(non_exact, model)))
 
 
 def additive_name(power: float | None, *, curved: bool) -> str:
@@ -145,26 +137,17 @@ def additive_name(power: float | None, *, curved: bool) -> str:
 def _fit_power(samples: Sequence[Sample], features: Features, name: str) -> float:
     """Fit the slope of log KL over log error to samples that quantize this block alone."""
     points: dict[str, tuple[float, float]] = {}
+    most = max(map(len, groups(features.shapes)))  # blocks that are probed together
     for one in samples:
         placement = one.configuration.placement
         quantized = [other for other, some in placement.items() if some.formats != ("native",)]
-        if name in quantized and len(quantized) <= _largest_group(features) and one.divergence > 0:
+        if name in quantized and len(quantized) <= most and one.divergence > 0:
             noise = features.noise(name, placement[name])
             points[placement[name].formats[0]] = (np.log(noise), np.log(one.divergence))
     if len(points) < 2:
         return 1.0
     (x0, y0), (x1, y1) = min(points.values()), max(points.values())
     return float(np.clip((y1 - y0) / (x1 - x0), 1.0, 2.0)) if x1 > x0 else 1.0
-
-
-def _largest_group(features: Features) -> int:
-    """Return the number of blocks that are probed together at most."""
-    return max(len(one) for one in groups(features.shapes))
-
-
-def _with(model: AdditiveModel, **changes: object) -> AdditiveModel:
-    values = {name: getattr(model, name) for name in AdditiveModel.__slots__}
-    return AdditiveModel(**{**values, **changes})
 
 
 def _fit_sensitivities(
@@ -278,9 +261,6 @@ def compare_quality(profile: Profile, features: Features) -> dict[str, Any]:
     """Compare all candidates by cross-validation.
 
     This is slow, so a profile stores the result once all its samples are measured.
-
-    Returns:
-        Plain values for JSON.
     """
     samples = quality_samples(profile)
     fits = candidates(features)

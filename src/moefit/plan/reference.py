@@ -35,7 +35,6 @@ class Reference:
     Attributes:
         windows_BT: Token ids; one more per window than the other tensors have positions.
         ids_BTN: The most likely next tokens.
-        logp_BTN: Their log-probabilities.
         nll_BT: Loss of the actual next token, in nats.
     """
 
@@ -48,8 +47,6 @@ class Reference:
         """Compare log-probabilities with the full model's.
 
         Args:
-            logp_TV: Log-probabilities of consecutive positions.
-            window: Index of the window.
             first: Position of the first row in the window.
 
         Returns:
@@ -149,9 +146,6 @@ MIN_WINDOWS = 4
 
 def windows_of(text: Text) -> Tensor:
     """Return windows spread over a text.
-
-    Args:
-        text: The text.
 
     Returns:
         Token ids [B, context + 1].

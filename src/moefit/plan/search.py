@@ -9,20 +9,19 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moefit.device import planned_device
-from moefit.plan.configuration import Configuration, uniform
+from moefit.plan.configuration import Configuration, PolicyChoice, uniform
 from moefit.plan.experiments import (
     DENSE_FORMATS,
     FORMATS,
     BlockShape,
     Shapes,
-    policies,
     slot_counts,
 )
 from moefit.plan.fitting import Features
 from moefit.plan.latency import LatencyModel
 from moefit.plan.quality import AdditiveModel, QualityModel
-from moefit.plan.trace import interpolated, policy_key
-from moefit.serve.config import BlockPlacement, LoadSettings, Mode
+from moefit.plan.trace import interpolated
+from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.estimate import held_bytes, memory_budget
@@ -32,43 +31,10 @@ _MIXTURES = 14  # sizes of placements with formats by expert that are tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyChoice:
-    """A serving mode with its parameter."""
-
-    mode: Mode
-    bound: float = 0.0
-    every: int = 1
-
-    @property
-    def key(self) -> str:
-        """Name of the policy's curves."""
-        return policy_key(self.mode, self.bound, self.every)
-
-
-def policy_choices(*, known_rules: bool = True) -> list[PolicyChoice]:
-    """Return the policies that profiles have curves for.
-
-    Args:
-        known_rules: Whether the routers' scoring rules are known; without, only exact is possible.
-    """
-    found: list[PolicyChoice] = []
-    for name in policies():
-        mode, _, value = name.partition(":")
-        if mode == "exact":
-            found.append(PolicyChoice(mode="exact"))
-        elif mode == "bounded" and known_rules:
-            found.append(PolicyChoice(mode="bounded", bound=float(value)))
-        elif known_rules:
-            found.append(PolicyChoice(mode="virtual", every=int(value)))
-    return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One way to serve one block.
 
     Attributes:
-        placement: Slots and formats.
         nbytes: Bytes of the slots.
         nats: Predicted increase of the loss per token.
         seconds: Predicted time per token.
@@ -130,9 +96,7 @@ def mixed_placements(name: str, features: Features, power: float) -> list[BlockP
     Experts whose output has more energy get more bits.
 
     Args:
-        name: The block.
         features: Errors and output energy of its experts.
-        power: Exponent of the errors.
     """
     shape, output_energy_E = features.shapes[name], features.blocks[name].output_energy_E
     ladders = {
@@ -221,7 +185,7 @@ class Models:
         additive = quality.additive
         features = additive.features
         mixtures = {
-            name: mixed_placements(name, features, additive.power_of(name))
+            name: mixed_placements(name, features, additive.powers[name])
             for name in features.shapes
         }
         self.by_policy = [
@@ -251,7 +215,6 @@ def allocator_points(models: Models, slot_budgets: Mapping[str, int]) -> list[Po
     """Return the configurations that the allocation proposes.
 
     Args:
-        models: Options and their predictions.
         slot_budgets: Bytes available for slots, by format of the dense weights.
     """
     scale = _typical_rate(models)
@@ -292,7 +255,6 @@ def allocate_options(
     """Choose one option per block that minimizes the sum of nats + rate * seconds.
 
     Args:
-        policy_options: The options of each block.
         rate: Nats that a second per token is worth.
         max_bytes: Bytes that all slots may take together.
 
@@ -385,14 +347,14 @@ class SlotBudget:
     @property
     def min_bytes(self) -> int:
         """The smallest budget that any configuration fits in."""
-        return min(total_bytes(one) for some in self._uniform.values() for one in some) + SLACK
+        return min(one.planned_bytes for some in self._uniform.values() for one in some) + SLACK
 
     @property
     def all_resident_bytes(self) -> int:
         """The budget that holds all experts in the checkpoint's own format."""
         dense = self._constraints.dense_formats[0]
         configuration = uniform(self._experts, FORMATS[0], dense_precision=dense)
-        return total_bytes(self.estimate(configuration)) + SLACK
+        return self.estimate(configuration).planned_bytes + SLACK
 
     @property
     def fixed(self) -> int:
@@ -429,7 +391,6 @@ class SlotBudget:
         """Estimate the memory of a configuration as loading does.
 
         Args:
-            configuration: How the model is served.
             context: Tokens of the KV cache; None for the planned context.
             sequences: Concurrent sequences; None for the planned number.
         """
@@ -467,9 +428,3 @@ class SlotBudget:
             {name: memory - some[index] - SLACK for name, some in fixed.items()}
             for index in (0, -1)
         ]
-
-
-def total_bytes(budget: MemoryBudget) -> int:
-    """Return all bytes of an estimate with planned slots."""
-    assert budget.planned is not None
-    return budget.fixed + budget.planned.nbytes

@@ -9,18 +9,19 @@ Shapes: B sequences, T tokens, D model width, K chosen per token, E experts.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from moefit.plan.experiments import policies, slot_counts
+from moefit.plan.configuration import PolicyChoice
+from moefit.plan.experiments import policy_choices, slot_counts
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.scores import ExpertImportanceEstimator, VirtualExpertManager
 from moefit.serve.cache.slot_table import SlotTable
-from moefit.serve.config import Mode, Policy
+from moefit.serve.config import Policy
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.model import ServedModel
 
@@ -30,8 +31,6 @@ class Step:
     """The routing of one token in one block.
 
     Attributes:
-        chosen: Chosen experts.
-        weights: Their router weights.
         scores: Scores of all experts.
         norm: Norm of the block's input.
     """
@@ -119,9 +118,6 @@ def replay_bounded(
     """Replay bounded mode.
 
     Args:
-        steps: The recorded routing.
-        num_experts: Experts of the block.
-        slots: Its slots.
         bound: Maximum share of a token's router weight that is substituted; other missing experts
             are fetched.
         protected: Number of chosen experts of largest weight that are never substituted.
@@ -224,7 +220,6 @@ def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
 
     Args:
         served: The model, in exact mode.
-        windows_BT: Token ids.
     """
     steps: dict[str, list[Step]] = {name: [] for name in served.blocks}
     for experts in served.blocks.values():
@@ -297,43 +292,30 @@ Curves = Mapping[str, Mapping[int, ReplayResult]]
 """Results by policy, then by number of slots."""
 
 
-def policy_key(mode: Mode, bound: float, every: int) -> str:
-    """Return the name of a policy, as in `experiments.policies`."""
-    return {"exact": "exact", "bounded": f"bounded:{bound:g}", "virtual": f"virtual:{every}"}[mode]
-
-
 def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dict[str, Any]]:
     """Compute all curves of one block.
 
     Args:
-        routes: The recorded routing.
-        num_experts: Experts of the block.
         depth: Position of the block in the model, 0 to 1.
-
-    Returns:
-        Plain values for JSON.
     """
     return {
-        policy: {
-            str(slots): _point(_replayed(policy, routes, num_experts, slots, depth))
+        policy.key: {
+            str(slots): list(astuple(_replayed(policy, routes, num_experts, slots, depth)))
             for slots in slot_counts(num_experts)
         }
-        for policy in policies()
+        for policy in policy_choices()
     }
 
 
-def _point(one: ReplayResult) -> list[float]:
-    return [one.misses, one.swaps, one.moved]
-
-
-def _replayed(policy: str, routes: Routes, experts: int, slots: int, depth: float) -> ReplayResult:
-    mode, _, value = policy.partition(":")
-    if mode == "exact":
+def _replayed(
+    policy: PolicyChoice, routes: Routes, experts: int, slots: int, depth: float
+) -> ReplayResult:
+    if policy.mode == "exact":
         return replay_exact(routes.steps, experts, slots)
-    if mode == "bounded":
-        bound = Policy(bound=float(value)).bound_at(depth)
+    if policy.mode == "bounded":
+        bound = Policy(bound=policy.bound).bound_at(depth)
         return replay_bounded(routes.steps, experts, slots, bound=bound)
-    manager = VirtualExpertManager(every=int(value))
+    manager = VirtualExpertManager(every=policy.every)
     return replay_virtual(routes.steps, experts, slots, manager)
 
 

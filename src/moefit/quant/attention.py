@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of
 
 LANES = 16  # widths of keys and values are multiples of it
@@ -102,6 +102,16 @@ def _is_known_cache(cache_GLC: Tensor, dtype: torch.dtype) -> bool:
 
 
 MAX_GROUP_HEADS = 32  # query heads of one KV head: ROWS of csrc/attention.h
+
+
+def attend_by_kernels(
+    query_THC: Tensor, segments: Sequence[KeySegment], options: AttentionOptions
+) -> Tensor | None:
+    """Return `attend` with this processor's kernels; None if they do not support the tensors."""
+    compiled = kernels()
+    if compiled is None or not segments or not can_attend(query_THC, segments[0]):
+        return None
+    return attend(compiled, query_THC, segments, options)
 
 
 def attend(

@@ -49,8 +49,6 @@ def encode(
     """Return an encoded matrix.
 
     Args:
-        weight_RC: Weights.
-        bits: Bits per code.
         encoder: `fitted` minimises the squared error, `nearest` rounds.
         moments_C: Mean squares of the inputs, which weight the error; None for equal weights.
 
@@ -126,7 +124,7 @@ def _encode_rows(
     if bits == 8:
         return _encode_symmetric(weight_RGI)
     scale_RG1, min_RG1 = _spread(weight_RGI, bits, 1.0)
-    scale_RG1, min_RG1 = _half_scale(scale_RG1), _half(min_RG1)
+    scale_RG1, min_RG1 = _half_scale(scale_RG1), to_half(min_RG1)
     if encoder == "fitted":
         moments_C = weight_RC.new_ones(cols) if moments_C is None else moments_C
         moment_GI = F.pad(moments_C, (0, padding)).view(groups, GROUP)
@@ -138,19 +136,20 @@ def _encode_rows(
 
 def _encode_symmetric(weight_RGI: Tensor) -> tuple[Tensor, Tensor]:
     scale_RG1 = _half_scale(weight_RGI.abs().amax(-1, keepdim=True) / 127)
-    codes_RGI = (weight_RGI / _divisor(scale_RG1)).round().clamp(-127, 127)
+    codes_RGI = (weight_RGI / divisor(scale_RG1)).round().clamp(-127, 127)
     codes_NG = (codes_RGI + 128).to(torch.uint8).view(-1, GROUP)
     return pack(codes_NG, 8), scale_RG1.transpose(1, 2).half()
 
 
-def _half(value_RG1: Tensor) -> Tensor:
+def to_half(value_RG1: Tensor) -> Tensor:
+    """Round to float16, limited to its finite values."""
     return value_RG1.clamp(-LARGEST, LARGEST).half().float()
 
 
 def _half_scale(scale_RG1: Tensor) -> Tensor:
     """Round to float16; round subnormal scales up, so that codes still cover the range."""
     subnormal_RG1 = (scale_RG1 / _STEP).ceil() * _STEP
-    return subnormal_RG1.where(scale_RG1 < _NORMAL, _half(scale_RG1))
+    return subnormal_RG1.where(scale_RG1 < _NORMAL, to_half(scale_RG1))
 
 
 def _normalise(moments_C: Tensor) -> Tensor:
@@ -167,11 +166,11 @@ def _spread(weight_RGI: Tensor, bits: int, share: float) -> tuple[Tensor, Tensor
 
 
 def _nearest(weight_RGI: Tensor, scale_RG1: Tensor, min_RG1: Tensor, bits: int) -> Tensor:
-    codes_RGI = (weight_RGI - min_RG1).div_(_divisor(scale_RG1))
+    codes_RGI = (weight_RGI - min_RG1).div_(divisor(scale_RG1))
     return codes_RGI.round_().clamp_(0, 2**bits - 1)
 
 
-def _divisor(scale_RG1: Tensor) -> Tensor:
+def divisor(scale_RG1: Tensor) -> Tensor:
     """Replace scale 0, of a group of equal weights whose codes have no effect, by 1."""
     return scale_RG1.where(scale_RG1.abs() > 0, torch.ones_like(scale_RG1))
 
@@ -185,7 +184,7 @@ def _fit(
         for _ in range(_ROUNDS):
             codes_RGI = _nearest(weight_RGI, scale_RG1, min_RG1, bits)
             scale_RG1, min_RG1 = _regress(weight_RGI, codes_RGI, moment_GI, scale_RG1, min_RG1)
-        scale_RG1, min_RG1 = _half_scale(scale_RG1), _half(min_RG1)
+        scale_RG1, min_RG1 = _half_scale(scale_RG1), to_half(min_RG1)
         error_RG1 = _error(weight_RGI, moment_GI, bits, scale_RG1, min_RG1)
         better_RG1 = error_RG1 < best_RG1
         best_RG1 = error_RG1.where(better_RG1, best_RG1)

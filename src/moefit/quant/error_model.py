@@ -39,21 +39,14 @@ def relative_error(matrices: Iterable[tuple[GroupedMatrix, Tensor]]) -> float:
     """
     error = square = 0.0
     for matrix, weight_RC in matrices:
-        for first in range(0, matrix.rows, _CHUNK_ROWS):
-            chunk_RC = weight_RC[first : first + _CHUNK_ROWS].float()
+        chunks = zip(matrix.split(_CHUNK_ROWS), weight_RC.split(_CHUNK_ROWS), strict=True)
+        for chunk, part_RC in chunks:
+            chunk_RC = part_RC.float()
             square += _sum_of_squares(chunk_RC)
-            error += _sum_of_squares(_decode_chunk(matrix, first).sub_(chunk_RC))
+            error += _sum_of_squares(decoded(chunk, torch.float32).sub_(chunk_RC))
     return error / square if square else 0.0
 
 
 def _sum_of_squares(chunk_RC: Tensor) -> float:
     chunk_I = chunk_RC.flatten()
     return float(chunk_I @ chunk_I)
-
-
-def _decode_chunk(matrix: GroupedMatrix, first: int) -> Tensor:
-    last = first + _CHUNK_ROWS
-    rows = GroupedMatrix(
-        matrix.bits, matrix.cols, matrix.codes_RB[first:last], matrix.meta_RMG[first:last]
-    )
-    return decoded(rows, torch.float32)

@@ -119,37 +119,13 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NativeFormat:
-    """The model's own dtype, each tensor aligned to a cache line."""
+    """The model's own dtype, each tensor aligned to a cache line; nothing is encoded."""
 
-    @property
-    def name(self) -> str:
-        """`native`."""
-        return "native"
-
-    @property
-    def is_encoded(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def encoder(self) -> str:
-        """Empty."""
-        return ""
-
-    @property
-    def uses_calibration(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def expected_error(self) -> float:
-        """0."""
-        return 0.0
-
-    @property
-    def dense_format(self) -> None:
-        """None: dense weights are not encoded."""
-        return None
+    name = "native"
+    is_encoded = uses_calibration = False
+    encoder = ""
+    expected_error = 0.0
+    dense_format = None
 
     def nbytes(self, specs: Specs) -> int:
         """Return the size of the aligned tensors."""
@@ -198,16 +174,12 @@ class GroupedFormat:
 
     bits: int
     encoder: Encoder = "fitted"
+    is_encoded = True
 
     @property
     def name(self) -> str:
         """`int4`, or `int4-nearest` if the encoder is not the default."""
         return f"int{self.bits}" if self.encoder == "fitted" else f"int{self.bits}-{self.encoder}"
-
-    @property
-    def is_encoded(self) -> bool:
-        """True."""
-        return True
 
     @property
     def uses_calibration(self) -> bool:

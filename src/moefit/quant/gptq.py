@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from moefit.errors import CheckpointError
 from moefit.moe.families import Layout, Tensors
 from moefit.quant.cpu_kernels import kernels
-from moefit.quant.encode import LARGEST, check_finite, encode, encode_into
+from moefit.quant.encode import LARGEST, check_finite, divisor, encode, encode_into, to_half
 from moefit.quant.format import Format, Weights
 from moefit.quant.grouped_int import GROUP, GroupedMatrix, groups_of, pack, to_slabs
 from moefit.quant.moments import SecondMoments, moments_of
@@ -68,8 +68,6 @@ def encode_gptq(
     """Encode into an existing matrix with GPTQ, then improve codes, scales and minima.
 
     Args:
-        target: The matrix to fill.
-        weight_RC: Weights.
         moments: Second moments of consecutive columns, C in all.
         sweeps: Passes of improvement over all groups; formats with 8 bits need none.
 
@@ -135,7 +133,7 @@ class _ColumnSpan:
     def _round_group(self, group: int, here: slice, target_IR: Tensor, factor_II: Tensor) -> Tensor:
         """Round one group; return each column's error divided by the diagonal of the factor."""
         scale_R, min_R = self._scale_GR[group], self._min_GR[group]
-        divisor_R, error_IR = _divisor(scale_R), torch.empty_like(target_IR)
+        divisor_R, error_IR = divisor(scale_R), torch.empty_like(target_IR)
         for i, target_R in enumerate(target_IR):
             code_R = ((target_R - min_R) / divisor_R).round_().clamp_(self._lowest, self._highest)
             self._code_PR[here.start + i] = code_R
@@ -161,8 +159,8 @@ class _ColumnSpan:
         det_R = a_R * c - b_R.square()
         valid_R = det_R > 1e-4 * a_R * c  # equal codes do not determine scale and minimum
         det_R = det_R.where(valid_R, 1.0)
-        scale_R = _half_row(self._scale_GR[group] + (c * u_R - b_R * v_R) / det_R)
-        min_R = _half_row(self._min_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
+        scale_R = to_half(self._scale_GR[group] + (c * u_R - b_R * v_R) / det_R)
+        min_R = to_half(self._min_GR[group] + (a_R * v_R - b_R * u_R) / det_R)
         s_R, t_R = scale_R - self._scale_GR[group], min_R - self._min_GR[group]
         gain_R = 2 * (s_R * u_R + t_R * v_R)
         gain_R -= s_R.square() * a_R + 2 * s_R * t_R * b_R + t_R.square() * c
@@ -176,7 +174,7 @@ class _ColumnSpan:
     def _recode(self, group: int, here: slice, pull_IR: Tensor, moments_II: Tensor) -> None:
         """Choose the best code of each column in turn; `pull_IR` is overwritten."""
         scale_R, off_IR = self._scale_GR[group], self._off_PR[here]
-        divisor_R = _divisor(scale_R)
+        divisor_R = divisor(scale_R)
         for i, code_R in enumerate(self._code_PR[here]):
             best_R = code_R + pull_IR[i] / (moments_II[i, i] * divisor_R)
             best_R.round_().clamp_(self._lowest, self._highest)
@@ -200,22 +198,11 @@ class _ColumnSpan:
             target.meta_RMG[:, 1, first : first + groups] = self._min_GR.T
 
 
-def _half_row(value_R: Tensor) -> Tensor:
-    return value_R.clamp(-LARGEST, LARGEST).half().float()
-
-
-def _divisor(scale_R: Tensor) -> Tensor:
-    """Replace scale 0, of a group of equal weights whose codes have no effect, by 1."""
-    return scale_R.where(scale_R.abs() > 0, 1.0)
-
-
 class CalibratedExpert:
     """An expert's tensors with recorded inputs, used to encode it and to measure its error.
 
     Args:
-        layout: The family's layout.
         native: The expert's tensors in the model's dtype.
-        x_ND: Recorded inputs.
         count_N: Weight of each input in the error.
     """
 

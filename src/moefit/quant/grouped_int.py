@@ -64,8 +64,6 @@ class GroupedMatrix:
     Codes and metadata are interleaved in slabs of 16 rows, so only slices of whole slabs are valid.
 
     Attributes:
-        bits: Bits per code.
-        cols: C.
         codes_RB: Codes in bit planes, uint8 [R, G * bits * 8].
         meta_RMG: Scales and then minima, float16 [R, 2, G]; only scales, [R, 1, G], with 8 bits.
     """
@@ -97,7 +95,8 @@ class GroupedMatrix:
         """Return copies of codes and metadata in row-major order, of all rows or of `ids_T`."""
         if ids_T is None:
             ids_T = torch.arange(self.rows, device=self.codes_RB.device)
-        codes_RW, (groups, meta) = self.codes_RB.view(torch.int32), self._meta_shape()
+        codes_RW = self.codes_RB.view(torch.int32)
+        groups, meta = groups_of(self.cols), meta_per_group(self.bits)
         codes_TW = _rows_of_slabs(codes_RW, ids_T)
         meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, groups * meta), ids_T)
         tail_T = ids_T >= self.rows // SLAB * SLAB
@@ -105,9 +104,6 @@ class GroupedMatrix:
         codes_TW[tail_T] = codes_RW[ids_T[tail_T]]
         meta_TMG[tail_T] = self.meta_RMG[ids_T[tail_T]]
         return codes_TW.view(torch.uint8), meta_TMG
-
-    def _meta_shape(self) -> tuple[int, int]:
-        return groups_of(self.cols), meta_per_group(self.bits)
 
     def take(self, ids_T: Tensor) -> "GroupedMatrix":
         """Return a matrix of these rows, copied."""

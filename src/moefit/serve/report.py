@@ -28,9 +28,6 @@ class BlockView:
     """State of one block for display.
 
     Args:
-        name: Of the block.
-        experts: Number of experts.
-        slots: Number of slots.
         resident: Ids of resident experts.
         formats: By expert; None for absent ones.
         importance: By expert, relative to the most important one, rounded to four digits; zeros
@@ -68,16 +65,13 @@ class ServedParts:
     """What loading has put together.
 
     Args:
-        folder: Of the model.
         model: The Hugging Face model, with served experts.
         tokenizer: Or the message of the error to raise when it is requested.
-        generation: Defaults of generation.
         budget: The estimate after loading.
         blocks: Served experts by block name.
         store: Reads experts from storage.
         host_cache: In front of the store on a GPU; None on a CPU.
         shared: State of all blocks.
-        placement_budget: Estimates other placements.
         int8_cache: Whether KV caches are int8.
         hooks: To remove on close.
     """
@@ -103,10 +97,6 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
     torch has reserved. `load_seconds` is the sum over concurrent `loads`. `load_failures` counts
     failed reads, on demand and in the background; `loads_failing` tells whether reading fails now.
     Keys `host_...` exist on a GPU only (`HostCache.report`).
-
-    Args:
-        parts: Of the model.
-        budget: In force.
     """
     blocks, shared, device = parts.blocks, parts.shared, parts.model.device
     return {
@@ -120,7 +110,10 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "peak_process_bytes": peak_held_bytes(device),
         "slots": {name: one.slot_table.num_slots for name, one in blocks.items()},
         "experts": {name: one.num_experts for name, one in blocks.items()},
-        "formats": {name: _formats_of(one) for name, one in blocks.items()},
+        "formats": {
+            name: dict(Counter(slot.format.name for slot in one.slots.values()))
+            for name, one in blocks.items()
+        },
         "resident": {name: sorted(one.slot_table.residents) for name, one in blocks.items()},
         "experts_from": parts.store.source(
             {name: _encoded_format(one) for name, one in blocks.items()}
@@ -140,8 +133,3 @@ def _encoded_format(experts: VirtualExperts) -> Format:
     """Return an encoded format among the block's slots; native if there is none."""
     formats = [slot.format for slot in experts.slots.values()] or [experts.format]
     return next((one for one in formats if one.is_encoded), NATIVE)
-
-
-def _formats_of(experts: VirtualExperts) -> dict[str, int]:
-    """Return the number of slots by format."""
-    return dict(Counter(slot.format.name for slot in experts.slots.values()))

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 
 import moefit
-from moefit.server import admin, chat, completions, info
+from moefit.server import admin, chat, completions
 from moefit.server.errors import ERROR_RESPONSES, APIError, PanicMiddleware, install_handlers
 from moefit.server.middleware import AccessMiddleware, BodyBudget, BodyLimitMiddleware
 from moefit.server.service import Service
@@ -85,9 +85,15 @@ def create_app(service: Service) -> FastAPI:
         responses=ERROR_RESPONSES,
     )
     install_handlers(app)
-    for part in (completions, chat, info, admin):
-        app.include_router(part.router(service))
-    app.include_router(static_router())
+    routers = (
+        completions.router,
+        chat.router,
+        admin.model_router,
+        admin.status_router,
+        admin.memory_router,
+    )
+    for made in (*(router(service) for router in routers), static_router()):
+        app.include_router(made)
     app.openapi_schema = _remove_422(app.openapi())
     settings = service.settings
     app.add_middleware(PanicMiddleware)

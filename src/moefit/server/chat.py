@@ -53,7 +53,6 @@ def conversation_ids(
     """Return the token ids of a conversation.
 
     Args:
-        tokenizer: The model's tokenizer.
         body: Request with messages and `chat_template_kwargs`.
 
     Raises:
@@ -164,19 +163,13 @@ class ChatBuilder:
                 if event.text:
                     yield self._chunk(number, Delta(content=event.text))
                 yield self._end(number, event)
-        if self.streams_usage:
+        if self._body.streams_usage:
             yield ChatCompletionChunk(**self._head(), choices=[], usage=self._usage.usage())
 
     def _end(self, number: int, event: FinishedEvent) -> ChatCompletionChunk:
         assert event.reason in ("stop", "length"), "other finish reasons raise errors"
         choice = DeltaChoice(index=number, delta=Delta(), logprobs=None, finish_reason=event.reason)
         return ChatCompletionChunk(**self._head(), choices=[choice])
-
-    @property
-    def streams_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        options = self._body.stream_options
-        return bool(options and options.include_usage)
 
     def _chunk(
         self, number: int, delta: Delta, logprobs: ChatLogprobs | None = None
@@ -224,6 +217,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", responses=responses, response_model=None)
     async def chat(body: Annotated[ChatCompletionRequest, Body()], request: Request) -> Response:
         """Generate the next message of a conversation. `stream` returns server-sent events."""
-        return await respond(service, ChatBuilder(service, body), request, stream=bool(body.stream))
+        return await respond(service, ChatBuilder(service, body), request, body)
 
     return routes

@@ -213,14 +213,8 @@ class CompletionBuilder:
                 self._usage.add(number, event)
             if chunk.text or chunk.logprobs or chunk.finish_reason:
                 yield self._frame([chunk])
-        if self.streams_usage:
+        if self._body.streams_usage:
             yield self._frame([]).model_copy(update={"usage": self._usage.usage()})
-
-    @property
-    def streams_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        options = self._body.stream_options
-        return bool(options and options.include_usage)
 
     def _frame(self, choices: list[CompletionChoice]) -> CompletionResponse:
         settings = self._service.settings
@@ -252,8 +246,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", responses=responses, response_model=None)
     async def completions(body: Annotated[CompletionRequest, Body()], request: Request) -> Response:
         """Continue prompts, with `n` completions each. `stream` returns server-sent events."""
-        return await respond(
-            service, CompletionBuilder(service, body), request, stream=bool(body.stream)
-        )
+        return await respond(service, CompletionBuilder(service, body), request, body)
 
     return routes

@@ -88,7 +88,6 @@ class APIError(HTTPException):
         status: HTTP status.
         message: What was given, why it is rejected, and what works.
         param: Name of the parameter.
-        code: Machine-readable code.
     """
 
     def __init__(
@@ -128,15 +127,6 @@ class PanicMiddleware:
             await self._app(scope, receive, send)
 
 
-def error_body(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return the JSON of an error, with message and parameter shortened and valid UTF-8."""
-    message, param = _printable(message, 2000), None if param is None else _printable(param, 200)
-    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def _printable(text: str, most: int) -> str:
     """Return text as valid UTF-8, without unpaired surrogates, and shortened."""
     whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -144,9 +134,16 @@ def _printable(text: str, most: int) -> str:
 
 
 def error_json(error: HTTPException) -> dict[str, Any]:
-    """Return the JSON of an HTTP exception."""
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    return error_body(error.status_code, str(error.detail), param, code)
+    """Return the JSON of an HTTP exception, with message and parameter shortened."""
+    status, param = error.status_code, getattr(error, "param", None)
+    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = {
+        "message": _printable(str(error.detail), 2000),
+        "type": kind,
+        "param": None if param is None else _printable(param, 200),
+        "code": getattr(error, "code", None),
+    }
+    return {"error": body}
 
 
 def error_response(error: HTTPException) -> JSONResponse:
@@ -159,18 +156,10 @@ def error_response(error: HTTPException) -> JSONResponse:
     return JSONResponse(error_json(error), error.status_code, headers)
 
 
-def api_error_of(error: MoefitError) -> APIError:
-    """Return the response for an error of moefit."""
-    kind = next((one for one in type(error).__mro__ if one in _STATUS_OF), None)
-    status, code = (500, None) if kind is None else _STATUS_OF[kind]
-    return APIError(status, str(error), code=code)
-
-
 def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> APIError:
     """Return the response for pydantic's errors, without the values themselves.
 
     Args:
-        errors: Errors as pydantic reports them.
         body: The request body, which distinguishes field names from names of union members.
     """
     first = errors[0]
@@ -243,9 +232,10 @@ def http_error_of(error: Exception) -> HTTPException:
     if isinstance(error, RequestValidationError):
         return validation_error(error.errors(), error.body)
     if isinstance(error, MoefitError):
-        response = api_error_of(error)
-        if response.status_code < 500 or response.code is not None:
-            return response  # others, such as CheckpointError, contain local paths
+        kind = next((one for one in type(error).__mro__ if one in _STATUS_OF), None)
+        if kind is not None:  # the messages of others, such as CheckpointError, have local paths
+            status, code = _STATUS_OF[kind]
+            return APIError(status, str(error), code=code)
     _LOG.error("a request failed: %s: %s", type(error).__name__, error)
     return APIError(500, "internal server error; see the server's log")
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import ceil
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import (
@@ -21,7 +21,7 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
-from moefit.engine.api import Event, FinishedEvent, Listener, PromptEvent
+from moefit.engine.api import EngineStats, Event, FinishedEvent, Listener, PromptEvent
 
 
 class Window:
@@ -68,9 +68,9 @@ class Telemetry:
     def __init__(self, model: str):
         self.model, self.registry = model, CollectorRegistry()
         self._lock = threading.Lock()
-        self._first, self._between = Window(), Window()
+        self.first, self.between = Window(), Window()
         self.changes: Tally[str] = Tally()
-        self._finished = Counter(
+        self.success = Counter(
             f"{PREFIX}request_success", "Finished requests by reason",
             ["model_name", "finished_reason"], registry=self.registry,
         )  # fmt: skip
@@ -78,19 +78,19 @@ class Telemetry:
             f"{PREFIX}budget_changes", "Requested changes of budget or mode by result",
             ["model_name", "result"], registry=self.registry,
         )  # fmt: skip
-        self._time_to_first = self._histogram(
+        self.time_to_first = self._histogram(
             "time_to_first_token_seconds", "Time to first token", _SLOW
         )
-        self._inter_token = self._histogram(
+        self.inter_token = self._histogram(
             "inter_token_latency_seconds", "Time between tokens", _FAST
         )
-        self._whole = self._histogram(
+        self.whole = self._histogram(
             "e2e_request_latency_seconds", "End-to-end request latency", _SLOW
         )
-        self._queued = self._histogram("request_queue_time_seconds", "Time in the queue", _SLOW)
-        self._reading = self._histogram("request_prefill_time_seconds", "Time in prefill", _SLOW)
-        self._decoding = self._histogram("request_decode_time_seconds", "Time in decode", _SLOW)
-        self._running = self._histogram(
+        self.queued = self._histogram("request_queue_time_seconds", "Time in the queue", _SLOW)
+        self.reading = self._histogram("request_prefill_time_seconds", "Time in prefill", _SLOW)
+        self.decoding = self._histogram("request_decode_time_seconds", "Time in decode", _SLOW)
+        self.running = self._histogram(
             "request_inference_time_seconds", "Time from admission to end", _SLOW
         )
 
@@ -118,54 +118,24 @@ class Telemetry:
             self.changes[result] += 1
         self._changes.labels(self.model, result).inc()
 
+    def add_recent(self, window: Window, seconds: float, now: float) -> None:
+        """Add a latency to one of the windows."""
+        with self._lock:
+            window.add(seconds, at=now)
+
     def latency(self) -> dict[str, float | None]:
         """Return p50 and p99 of time to first token and inter-token latency, in seconds."""
         now = monotonic()
         with self._lock:
-            ttft = self._first.percentiles(0.5, 0.99, at=now)
-            itl = self._between.percentiles(0.5, 0.99, at=now)
+            ttft = self.first.percentiles(0.5, 0.99, at=now)
+            itl = self.between.percentiles(0.5, 0.99, at=now)
         return {"ttft_p50": ttft[0], "ttft_p99": ttft[1], "itl_p50": itl[0], "itl_p99": itl[1]}
-
-    def prompt_read(self, waited: float, seconds: float) -> None:
-        """Record queue time and prefill time of a prompt, in seconds."""
-        self._queued.observe(waited)
-        self._reading.observe(seconds)
-
-    def first_token(self, seconds: float, now: float) -> None:
-        """Record the time to first token, in seconds."""
-        self._time_to_first.observe(seconds)
-        with self._lock:
-            self._first.add(seconds, at=now)
-
-    def next_token(self, seconds: float, now: float) -> None:
-        """Record an inter-token latency, in seconds."""
-        self._inter_token.observe(seconds)
-        with self._lock:
-            self._between.add(seconds, at=now)
-
-    def finished(
-        self, reason: str, seconds: float, *, running: float | None, decoding: float | None
-    ) -> None:
-        """Record the end of a request.
-
-        Args:
-            reason: Finish reason.
-            seconds: Time since the request was received.
-            running: Time since it was admitted, or None.
-            decoding: Time from first to last token, or None.
-        """
-        self._finished.labels(self.model, reason).inc()
-        self._whole.observe(seconds)
-        if running is not None:
-            self._running.observe(running)
-        if decoding is not None:
-            self._decoding.observe(decoding)
 
 
 class _Timing:
-    """Timestamps of one request, recorded in the engine's thread."""
+    """Timestamps of one request, recorded in the engine's thread; all times are in seconds."""
 
-    def __init__(self, telemetry: Telemetry):
+    def __init__(self, telemetry: "Telemetry"):
         self._telemetry, self._began = telemetry, monotonic()
         self._placed: float | None = None
         self._first: float | None = None
@@ -175,47 +145,33 @@ class _Timing:
         telemetry = self._telemetry
         if isinstance(event, PromptEvent):
             self._placed = min(now, self._began + event.waited)
-            telemetry.prompt_read(event.waited, now - self._placed)
+            telemetry.queued.observe(event.waited)
+            telemetry.reading.observe(now - self._placed)
         elif isinstance(event, FinishedEvent):
-            telemetry.finished(
-                event.reason,
-                now - self._began,
-                running=None if self._placed is None else now - self._placed,
-                decoding=None if self._first is None else self._last - self._first,
-            )
+            telemetry.success.labels(telemetry.model, event.reason).inc()
+            telemetry.whole.observe(now - self._began)
+            if self._placed is not None:
+                telemetry.running.observe(now - self._placed)
+            if self._first is not None:
+                telemetry.decoding.observe(self._last - self._first)
         elif self._first is None:
             self._first = self._last = now
-            telemetry.first_token(now - self._began, now)
+            telemetry.time_to_first.observe(now - self._began)
+            telemetry.add_recent(telemetry.first, now - self._began, now)
         else:
-            telemetry.next_token(now - self._last, now)
+            telemetry.inter_token.observe(now - self._last)
+            telemetry.add_recent(telemetry.between, now - self._last, now)
             self._last = now
 
 
 _LABELS = ["model_name"]
 
 
-class Stats(Protocol):
-    """Engine statistics that are exported; see `EngineStats`."""
-
-    @property
-    def running(self) -> int: ...  # noqa: D102
-    @property
-    def waiting(self) -> int: ...  # noqa: D102
-    @property
-    def kv_tokens_used(self) -> int: ...  # noqa: D102
-    @property
-    def kv_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def prompt_tokens_total(self) -> int: ...  # noqa: D102
-    @property
-    def generation_tokens_total(self) -> int: ...  # noqa: D102
-
-
 class ModelCollector:
     """Prometheus collector over the engine's `stats()` and the model's `report()`."""
 
     def __init__(
-        self, model: str, stats: Callable[[], Stats], report: Callable[[], dict[str, Any]]
+        self, model: str, stats: Callable[[], EngineStats], report: Callable[[], dict[str, Any]]
     ):
         self._model, self._stats, self._report = model, stats, report
 
@@ -251,7 +207,7 @@ class ModelCollector:
         family.add_metric([self._model], count_value=count, sum_value=total)
         return family
 
-    def _of_engine(self, stats: Stats) -> Iterator[Metric]:
+    def _of_engine(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("num_requests_running", "Running requests", stats.running)
         yield self._gauge("num_requests_waiting", "Waiting requests", stats.waiting)
         used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0

@@ -66,7 +66,12 @@ class BodyLimitMiddleware:
             if held + size > self._max_body_size:
                 raise _too_large(self._max_body_size)
             if not self._bodies.reserve(size):
-                raise _too_many(self._bodies.most)
+                raise APIError(
+                    429,
+                    f"the bodies of all running requests exceed {self._bodies.most:,} bytes with "
+                    "this one; try again later",
+                    code="too_many_bodies",
+                )
             held += size
             return message
 
@@ -78,14 +83,6 @@ class BodyLimitMiddleware:
 
 def _too_large(limit: int) -> APIError:
     return APIError(413, f"the body exceeds {limit:,} bytes", code="body_too_large")
-
-
-def _too_many(most: int) -> APIError:
-    return APIError(
-        429,
-        f"the bodies of all running requests exceed {most:,} bytes with this one; try again later",
-        code="too_many_bodies",
-    )
 
 
 MIB = 1 << 20

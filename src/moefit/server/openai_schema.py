@@ -123,6 +123,11 @@ class GenerationRequest(StrictModel):
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 
+    @property
+    def streams_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""

@@ -326,7 +326,6 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address, not listening yet.
 
     Args:
-        host: Host name or IP address.
         port: Port; 0 selects a free one.
 
     Raises:
@@ -378,40 +377,27 @@ def _config(service: Service) -> uvicorn.Config:
     )
 
 
-class Deadline:
-    """Exit the process if closing takes too long.
+def exit_timer(seconds: float) -> threading.Timer:
+    """Return a timer that exits the process, for when closing takes too long.
 
     A step that never ends, a read from a failed disk or a template in a loop blocks its thread;
     Python waits for threads and cannot stop them.
-
-    Args:
-        seconds: Time limit.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._timer = threading.Timer(seconds, self._exit)
-        self._timer.daemon = True
-
-    def start(self) -> None:
-        """Start the timer."""
-        self._timer.start()
-
-    def cancel(self) -> None:
-        """Stop the timer, after everything has been closed."""
-        self._timer.cancel()
-
-    def _exit(self) -> None:
-        sys.stderr.write(f"not all work ended within {self.seconds:g} s; exiting anyway\n")
+    def give_up() -> None:
+        sys.stderr.write(f"not all work ended within {seconds:g} s; exiting anyway\n")
         sys.stderr.flush()
         os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    return timer
 
 
 class HttpServer:
     """HTTP server in its own thread, so that the main thread can handle signals.
 
     Args:
-        service: What to serve.
         bound: Socket from `bind`.
     """
 

@@ -33,7 +33,6 @@ class LivePlan:
 
     Args:
         engine: Engine whose model is served by the plan.
-        plan: Current plan.
         make: Returns a plan for a budget in bytes.
 
     Attributes:
@@ -126,11 +125,7 @@ class Service:
     """One model behind one address.
 
     Attributes:
-        engine: The engine.
-        settings: Server settings.
-        tokenizer: Tokenizer of requests.
         decoder_only: Whether completions continue the prompt.
-        telemetry: Metrics.
         draining: Whether to finish current requests and reject new ones.
         live_plan: The plan, if the server was started with one.
     """
@@ -216,12 +211,8 @@ class Service:
         if self.draining:
             raise APIError(503, "the server is shutting down", code="shutting_down")
 
-    def check_choices(self, body: GenerationRequest, prompts: int) -> int:
-        """Return n, the number of choices per prompt.
-
-        Raises:
-            APIError: If the request has too many choices, or stream_options without stream.
-        """
+    def check_choices(self, body: GenerationRequest, prompts: int) -> None:
+        """Raise APIError for too many choices, or stream_options without stream."""
         n = body.n or 1
         if n * prompts > self.settings.answers:
             raise APIError(
@@ -231,9 +222,8 @@ class Service:
                 param="n",
                 code="too_many_answers",
             )
-        if body.stream_options and body.stream_options.include_usage and not body.stream:
+        if body.streams_usage and not body.stream:
             raise APIError(400, "stream_options requires stream=true", param="stream_options")
-        return n
 
     def check_logprobs(self, engine_requests: Sequence[EngineRequest]) -> None:
         """Raise APIError if a request may need too many log-probabilities."""
@@ -305,11 +295,8 @@ def sampling_per_choice(sampling: SamplingParams, n: int) -> Sequence[SamplingPa
     """Return sampling parameters for each of n choices, with consecutive seeds if one is given."""
     if sampling.seed is None:
         return [sampling] * n
-    return [replace(sampling, seed=_wrapped(sampling.seed + number)) for number in range(n)]
-
-
-def _wrapped(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63
+    seeds = ((sampling.seed + number + 2**63) % 2**64 - 2**63 for number in range(n))
+    return [replace(sampling, seed=seed) for seed in seeds]
 
 
 def new_id(kind: str) -> str:

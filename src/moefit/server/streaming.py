@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from moefit.engine.api import Event, FinishedEvent
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
-from moefit.server.openai_schema import Usage
+from moefit.server.openai_schema import GenerationRequest, Usage
 from moefit.server.service import EngineRequest, Service
 
 
@@ -123,11 +123,6 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 class ResponseBuilder(Protocol):
     """Builds engine requests and responses for one HTTP request."""
 
-    @property
-    def streams_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        ...
-
     def check(self) -> None:
         """Raise APIError if the request is not supported."""
         ...
@@ -146,15 +141,13 @@ class ResponseBuilder(Protocol):
 
 
 async def respond(
-    service: Service, builder: ResponseBuilder, request: Request, *, stream: bool
+    service: Service, builder: ResponseBuilder, request: Request, body: GenerationRequest
 ) -> Response:
     """Run a request and return its response.
 
     Args:
-        service: The service.
-        builder: Builds engine requests and responses.
         request: HTTP request, watched for a disconnect.
-        stream: Whether to return server-sent events.
+        body: Its parameters.
 
     Raises:
         APIError: If the request is rejected.
@@ -162,10 +155,9 @@ async def respond(
     builder.check()
     engine_events = EngineEvents(service, request)
     await engine_events.submit(await service.run_in_thread(builder.engine_requests))
-    if stream:
-        return EventStream(
-            builder.chunks(engine_events), engine_events, usage=builder.streams_usage
-        )
+    if body.stream:
+        chunks = builder.chunks(engine_events)
+        return EventStream(chunks, engine_events, usage=body.streams_usage)
     try:
         return JSONResponse((await builder.full_response(engine_events)).model_dump())
     except ClientGoneError:

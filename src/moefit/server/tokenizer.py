@@ -152,7 +152,6 @@ class Renderer:
         Args:
             messages: Messages with `role`, `content` (text or a list of text parts) and any other
                 keys that the template reads.
-            values: Other variables of the template.
             longest: Largest number of characters to return.
 
         Raises:
@@ -267,7 +266,6 @@ class RequestTokenizer:
         """Return the token ids of a text.
 
         Args:
-            text: Text to tokenize.
             special: Whether to add the special tokens that the model expects around it.
 
         Raises:
@@ -328,11 +326,7 @@ class RequestTokenizer:
 
     @property
     def template(self) -> str:
-        """The tokenizer's current chat template.
-
-        Raises:
-            ConfigError: If there is none.
-        """
+        """The tokenizer's current chat template. Raises ConfigError if there is none."""
         try:
             return self._required().get_chat_template()
         except ValueError as error:

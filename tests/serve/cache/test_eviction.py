@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.cache_simulation import Belady, CacheCount, simulate
 from moefit.serve.cache.eviction import (
     DEFAULT_POLICY,
     POLICIES,
-    Belady,
-    CacheCount,
     EvictionPolicy,
     LeastFrequentlyUsed,
     LeastImportant,
     LeastRecentlyUsed,
-    simulate,
 )
 
 Event = Mapping[int, float]

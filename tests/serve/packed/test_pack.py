@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 from moefit.checkpoint.safetensors import SINGLE, SpanReader
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
+from moefit.folders import exclusive_folder
 from moefit.quant.format import FORMATS, parse_format
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.packed import build, file
-from moefit.serve.packed.build import PackResult, check_packed, locked, pack
+from moefit.serve.packed.build import PackResult, check_packed, pack
 from moefit.serve.packed.store import PackedLocation
 
 INT4, INT8 = parse_format("int4"), parse_format("int8")
@@ -155,7 +156,10 @@ def test_unwritable_cache_raises(folder: Path, packed_cache: Path) -> None:
 
 def test_second_process_raises(folder: Path) -> None:
     place = PackedLocation(build_skeleton(folder))
-    with locked(place.folder), pytest.raises(ConfigError, match="another process is packing"):
+    with (
+        exclusive_folder(place.folder, busy=""),
+        pytest.raises(ConfigError, match="another process is packing"),
+    ):
         packed(folder)
     assert packed(folder).files == 4
 

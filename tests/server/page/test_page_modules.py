@@ -142,7 +142,7 @@ def test_events_are_complete_for_any_chunks(modules):
       const reader = new m.EventReader();
       return [...reader.push(v[0].slice(0, cut)), ...reader.push(v[0].slice(cut))];
     })"""
-    for events in modules.module("events", code, stream):
+    for events in modules.module("client", code, stream):
         assert events == ['{"text": "é\\n"}', "a\nb", "[DONE]"]
 
 

@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 )
 
 from moefit.errors import UnsupportedModelError
-from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend
+from moefit.quant.attention import AttentionOptions, KeySegment, attend_by_kernels
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of
 
@@ -57,7 +57,6 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     """Return attention as transformers' `sdpa` does.
 
     Args:
-        module: The attention module.
         query: [B, H, T, C].
         key: [B, G, L, C].
         value: [B, G, L, C].
@@ -97,7 +96,6 @@ def _by_kernels(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor | None:
     """Compute attention with kernels; return None if they do not support the tensors."""
-    compiled = kernels()
     batch, _, new, _ = query.shape
     segments = [
         KeySegment(
@@ -109,10 +107,8 @@ def _by_kernels(
         for b in range(batch)
     ]
     query_THC = query.transpose(1, 2).flatten(0, 1)
-    if compiled is None or not segments or not can_attend(query_THC, segments[0]):
-        return None
-    out_THZ = attend(compiled, query_THC, segments, options)
-    return out_THZ.view(batch, new, *out_THZ.shape[1:])
+    out_THZ = attend_by_kernels(query_THC, segments, options)
+    return None if out_THZ is None else out_THZ.view(batch, new, *out_THZ.shape[1:])
 
 
 class UnpackableError(UnsupportedModelError):

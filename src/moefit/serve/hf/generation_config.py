@@ -5,7 +5,6 @@ engine applies to requests. Without the file, settings in config.json are used, 
 does, but not those for sampling.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -14,6 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moefit.checkpoint.model_folder import read_json
 from moefit.errors import CheckpointError
 
 FILE = "generation_config.json"
@@ -130,7 +130,6 @@ def use_generation_config(
 
     Args:
         model: The model; its `generation_config` is replaced.
-        folder: Folder of the checkpoint.
         tokenizer: Its end-of-text token is an end token too if generation_config.json has none.
         follow: `auto`; `none` to use only the checkpoint's special tokens; `ignore` to read no
             file, for measurements, which generate nothing.
@@ -149,7 +148,11 @@ def use_generation_config(
         return GenerationDefaults()
     settings, own = _read_settings(folder, follow)
     generation = _generation_config(settings, own, folder)
-    unfollowed = tuple(name for name in _NOT_FOR_ENGINE if _has_effect(generation, name))
+    unfollowed = tuple(
+        name
+        for name, without_effect in _NOT_FOR_ENGINE.items()
+        if getattr(generation, name, None) not in (None, *without_effect)
+    )
     generation.stop_strings = None  # these two need a tokenizer at each call
     generation.token_healing = False
     for name in HUB_CODE:
@@ -181,12 +184,9 @@ def _read_settings(folder: Path, follow: str) -> tuple[dict[str, Any], bool]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error) or type(error).__name__) from error
-    if not isinstance(found, dict):
-        raise _damaged(file, "it is no JSON object")
-    return found
 
 
 def _generation_config(settings: dict[str, Any], own: bool, folder: Path) -> GenerationConfig:
@@ -256,10 +256,6 @@ def _suppressed(generation: GenerationConfig, size: int) -> Suppressed:
     """Return the suppressed tokens within the vocabulary.
 
     End tokens are not suppressed by `bad_words_ids`, as in transformers.
-
-    Args:
-        generation: The generation configuration.
-        size: Size of the vocabulary.
     """
     bad = [
         tuple(one) for one in generation.bad_words_ids or () if all(token < size for token in one)
@@ -271,12 +267,6 @@ def _suppressed(generation: GenerationConfig, size: int) -> Suppressed:
         first=frozenset(token for token in _ids(generation.begin_suppress_tokens) if token < size),
         sequences=tuple(one for one in bad if len(one) > 1),
     )
-
-
-def _has_effect(generation: GenerationConfig, name: str) -> bool:
-    """Return whether a setting has an effect."""
-    value = getattr(generation, name, None)
-    return value is not None and value not in _NOT_FOR_ENGINE[name]
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:

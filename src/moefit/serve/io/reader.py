@@ -24,8 +24,9 @@ from moefit.serve.packed.store import PackedStore
 class ExpertStore:
     """All experts of a checkpoint, by block name and number. Thread-safe.
 
+    `bytes_read` counts the bytes read from storage so far.
+
     Args:
-        checkpoint: The model's files.
         experts: By block name, where each expert's bytes are.
         blocks: The MoE blocks by name.
         packed: Experts in other formats, already encoded.
@@ -41,12 +42,7 @@ class ExpertStore:
         self._checkpoint, self._experts, self._blocks = checkpoint, experts, blocks
         self.packed = packed or PackedStore({})
         self._lock = threading.Lock()
-        self._bytes_read = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from storage so far."""
-        return self._bytes_read
+        self.bytes_read = 0
 
     @property
     def staging_bytes(self) -> int:
@@ -79,14 +75,23 @@ class ExpertStore:
             return {self.packed.path(block, format)}
         return {span.path for source in self._experts[block] for span in source.spans}
 
+    @torch.inference_mode()  # the slot may have been allocated in it
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot in host memory.
 
         Raises:
             CheckpointError: The expert cannot be read; the slot's content is then undefined.
         """
-        with torch.inference_mode():  # the slot may have been allocated in it
-            self._read(block, expert, into)
+        source = self._experts[block][expert]
+        count = source.nbytes
+        if not into.format.is_encoded:
+            source.read_into(self._checkpoint, cast(Tensors, into.tensors))
+        elif self.packed.has(block, into.format):
+            count = self.packed.read(block, expert, into)
+        else:
+            self.encode(block, expert, self.native(block, expert), into)
+        with self._lock:
+            self.bytes_read += count
 
     def native(self, block: str, expert: int) -> Tensors:
         """Return an expert in the model's dtypes, in new tensors. Raises CheckpointError."""
@@ -106,25 +111,12 @@ class ExpertStore:
         except CheckpointError as error:
             raise CheckpointError(f"expert {expert} of {block}: {error}") from error
 
-    def _read(self, block: str, expert: int, into: Slot) -> None:
-        source = self._experts[block][expert]
-        count = source.nbytes
-        if not into.format.is_encoded:
-            source.read_into(self._checkpoint, cast(Tensors, into.tensors))
-        elif self.packed.has(block, into.format):
-            count = self.packed.read(block, expert, into)
-        else:
-            self.encode(block, expert, self.native(block, expert), into)
-        with self._lock:
-            self._bytes_read += count
-
     def norms(self, block: str) -> list[float]:
         """Return the Frobenius norm of each expert over all its tensors (SwapMoE's |E_i|).
 
         Reads every expert of the block once.
         """
-        return [self._norm(source) for source in self._experts[block]]
-
-    def _norm(self, source: ExpertSource) -> float:
-        values = source.values(self._checkpoint)
-        return sum(float(value.float().norm()) ** 2 for value in values) ** 0.5
+        return [
+            sum(float(one.float().norm()) ** 2 for one in source.values(self._checkpoint)) ** 0.5
+            for source in self._experts[block]
+        ]

@@ -36,7 +36,7 @@ class FusedExperts:
 
     def __init__(self, layout: Layout, kernels: Backend):
         assert layout.mlp is not None
-        self._layout, self._shape, self._kernels = layout, layout.mlp, kernels
+        self._layout, self._shape, self.kernels = layout, layout.mlp, kernels
         self._mlps: WeakKeyDictionary[Slot, KernelMlp] = WeakKeyDictionary()
 
     def use_kernels(self, slots: Collection[Slot]) -> bool:
@@ -47,13 +47,7 @@ class FusedExperts:
     def one_token(self, x_1D: Tensor, slot_of_row: Mapping[int, Slot], y_KD: Tensor) -> None:
         """Write each expert's output for one token into its row of y_KD (float32)."""
         mlps = [self._mlp(slot) for slot in slot_of_row.values()]
-        self._kernels.one_token(x_1D, mlps, [*slot_of_row], y_KD)
-
-    def weighted_sum(
-        self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return y_TD, and with `energy` each row's |weight * output|^2 as energy_R."""
-        return self._kernels.weighted_sum(y_RD, weights_TK, dtype, energy=energy)
+        self.kernels.one_token(x_1D, mlps, [*slot_of_row], y_KD)
 
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
@@ -64,14 +58,12 @@ class FusedExperts:
         matrices once and multiplying in torch is faster.
 
         Args:
-            x_TD: Inputs.
             batch: Each expert's slot and its rows of the flattened choice.
             num_choices: K, the number of experts per token.
-            y_RD: Output, one row per choice.
         """
         small: list[tuple[Slot, Tensor]] = []
         for slot, rows_R in batch:
-            if len(rows_R) <= slot.format.max_kernel_rows(self._kernels):
+            if len(rows_R) <= slot.format.max_kernel_rows(self.kernels):
                 small.append((slot, rows_R))
                 continue
             x_RD = x_TD[rows_R // num_choices]
@@ -80,7 +72,7 @@ class FusedExperts:
         if small:
             tokens = [rows_R // num_choices for _, rows_R in small]
             mlps = [self._mlp(slot) for slot, _ in small]
-            output_RD = self._kernels.experts(x_TD, mlps, tokens)
+            output_RD = self.kernels.experts(x_TD, mlps, tokens)
             y_RD[torch.cat([rows_R for _, rows_R in small])] = output_RD.to(y_RD.dtype)
 
     def _mlp(self, slot: Slot) -> KernelMlp:
@@ -106,19 +98,13 @@ def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
     return FusedExperts(layout, kernels) if supported else None
 
 
-_ReadyExpert = tuple[int, Slot]
-"""An expert and the slot that holds it."""
-
-
 class ExpertInvoker:
     """Compute y_TD = sum over a token's experts of weight * expert(x), from slots.
 
     Args:
-        block: The MoE block.
         slot_table: Which expert is in which slot.
         slots: The block's slots by index. They are looked up at every step, so slots may be added
             and removed between steps.
-        transfer: Loads missing experts.
         counters: Counts hits and fetches.
 
     Attributes:
@@ -145,7 +131,6 @@ class ExpertInvoker:
         """Compute the block's output.
 
         Args:
-            x_TD: Inputs.
             routing: Experts and weights of each token.
 
         Returns:
@@ -205,7 +190,7 @@ class ExpertInvoker:
     def _fused_sum(
         self, fused: FusedExperts, x_TD: Tensor, y_RD: Tensor, routing: Routing
     ) -> Tensor:
-        y_TD, energy_R = fused.weighted_sum(
+        y_TD, energy_R = fused.kernels.weighted_sum(
             y_RD, routing.weights_TK, x_TD.dtype, energy=self.collect_stats
         )
         if self.collect_stats:
@@ -233,14 +218,15 @@ class ExpertInvoker:
     def _output(self, slot: Slot, x_RD: Tensor) -> Tensor:
         return expert_output(self._block.layout, slot.format, slot.tensors, x_RD)
 
-    def _batches(self, needed: Sequence[int], *, together: bool) -> Iterator[list[_ReadyExpert]]:
+    def _batches(
+        self, needed: Sequence[int], *, together: bool
+    ) -> Iterator[list[tuple[int, Slot]]]:
         """Yield batches of experts with their slots, residents first.
 
         A slot is valid until the next batch is requested. Loads start as early as slots allow: into
         an empty slot, or one whose expert this step has already computed or does not need.
 
         Args:
-            needed: The experts of this step.
             together: Yield all residents as one batch instead of one by one.
         """
         residents = self._slot_table.residents

@@ -70,7 +70,6 @@ def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
 
     Args:
         wanted: A size; None or 0 means one buffer per reader.
-        largest: Bytes of the largest expert.
         readers: Number of threads that read experts.
 
     Raises:
@@ -96,8 +95,6 @@ class BlockNeeds:
     """Sizes of one MoE block.
 
     Args:
-        name: Of the block.
-        num_experts: Its routed experts.
         slot_bytes: Bytes of a slot.
         min_slots: The smallest number of slots with which the block runs.
     """
@@ -118,7 +115,6 @@ class PlannedSlots:
     """Slots of a placement.
 
     Args:
-        counts: Slots per block.
         nbytes: Bytes of all slots.
         spares: Bytes of spare slots that are needed only without the placement, because then the
             experts of any block may be swapped.
@@ -136,12 +132,10 @@ class MemoryBudget:
     Args:
         total: The budget; None means as much as it takes for all experts to be resident.
         process: Interpreter and libraries when loading starts, including `slack`.
-        weights: Dense weights.
         kv_cache: For `context` tokens.
         kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
         workspace: Activations of a forward pass over `context` tokens.
         staging: Buffers between storage and slots, and spare slots.
-        blocks: The MoE blocks.
         context: Tokens of all sequences together; None if no estimate was made.
         host: Limit of the host cache, which is not part of a GPU's budget; None on a CPU.
         planned: Slots of a placement, instead of equal shares, for totals in which they fit.
@@ -173,6 +167,12 @@ class MemoryBudget:
     def fixed(self) -> int:
         """Everything but slots."""
         return sum(getattr(self, name) for name in PARTS)
+
+    @property
+    def planned_bytes(self) -> int:
+        """Everything, with the slots of the placement, which must be planned."""
+        assert self.planned is not None
+        return self.fixed + self.planned.nbytes
 
     @property
     def min_bytes(self) -> int:
@@ -207,7 +207,7 @@ class MemoryBudget:
         """Return the same parts with less slack, if that makes the minimum fit in the total."""
         needed = self.min_bytes
         if self.planned is not None:
-            needed = max(self.fixed + self.planned.nbytes, self.process + self.reading)
+            needed = max(self.planned_bytes, self.process + self.reading)
         excess = 0 if self.total is None else needed - self.total
         if not 0 < excess <= self.slack:
             return self
@@ -253,7 +253,7 @@ class MemoryBudget:
     def total_for_slots(self, counts: Sequence[int]) -> int:
         """Return the total with these numbers of slots per block."""
         if self.planned is not None and tuple(counts) == self.planned.counts:
-            return self.fixed + self.planned.nbytes
+            return self.planned_bytes
         pairs = zip(self.blocks, counts, strict=True)
         return self.fixed + sum(block.slot_bytes * count for block, count in pairs)
 
@@ -283,7 +283,7 @@ class MemoryBudget:
         }
 
     def _planned_slots(self, planned: PlannedSlots) -> tuple[int, ...]:
-        needed = max(self.fixed + planned.nbytes, self.process + self.reading)
+        needed = max(self.planned_bytes, self.process + self.reading)
         if self.total is not None and needed > self.total:
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(self.total)} is too small for the plan, which takes "

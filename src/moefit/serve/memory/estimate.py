@@ -95,7 +95,6 @@ def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
     cannot fit is an error here, and one that may not fit is logged as a warning.
 
     Args:
-        budget: The budget with its total.
         device: Of the model; budgets of a GPU are not checked.
 
     Raises:
@@ -181,7 +180,6 @@ class InitialFormats:
     Args:
         smallest: The format in which the budget counts slots.
         formats: Number of slots by format.
-        nbytes: Of all slots.
         bits_per_weight: Mean over all slots.
     """
 
@@ -393,11 +391,9 @@ class PlacementBudget:
     """Estimate other placements of a model that is being served.
 
     Args:
-        folder: Of the model.
         settings: With which it was loaded.
         process: Bytes of the process, measured while loading.
         tokenizer: Bytes of the tokenizer, measured while loading.
-        packed: Experts encoded already.
     """
 
     folder: Path
@@ -430,9 +426,9 @@ class PlacementBudget:
         all_experts = {block.name: block.num_experts for block in skeleton.blocks}
         one_slot = dict.fromkeys(all_experts, 1)
         smallest = min(
-            _total_bytes(self._uniform(one_slot, name, skeleton)) for name in AUTO_FORMATS
+            self._uniform(one_slot, name, skeleton).planned_bytes for name in AUTO_FORMATS
         )
-        return smallest, _total_bytes(self._uniform(all_experts, NATIVE_PRECISION, skeleton))
+        return smallest, self._uniform(all_experts, NATIVE_PRECISION, skeleton).planned_bytes
 
     def _uniform(self, slots: dict[str, int], format: str, skeleton: Skeleton) -> MemoryBudget:
         placement = {
@@ -449,8 +445,3 @@ class PlacementBudget:
 
     def _skeleton(self) -> Skeleton:
         return build_skeleton(self.folder, self.settings.dtype)
-
-
-def _total_bytes(budget: MemoryBudget) -> int:
-    assert budget.planned is not None
-    return budget.fixed + budget.planned.nbytes

@@ -5,11 +5,13 @@ ones, loaded by transformers 5.23 (tests/serve/memory/test_tokenizer_size.py com
 with the operating system's figures).
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
+
+from moefit.checkpoint.model_folder import read_json_or_empty
 
 # A tokenizer's cache of 10,000 words, a server's cache of tokens' texts (`server/tokenizer.py`),
 # and modules of transformers that only tokenizers need.
@@ -70,11 +72,8 @@ def tokenizer_size(folder: Path) -> TokenizerSize:
 
 def _is_generic(folder: Path) -> bool:
     """Return whether transformers stores no second copy of the vocabulary in Python."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("tokenizer_class") in _GENERIC
+    config = read_json_or_empty(folder / "tokenizer_config.json")
+    return config.get("tokenizer_class") in _GENERIC
 
 
 def inner_nodes(words: list[bytes]) -> int:
@@ -86,17 +85,11 @@ def inner_nodes(words: list[bytes]) -> int:
     nodes = leaves = 0
     before = b""
     for word in sorted(words):
-        shared = _common_prefix(before, word)
+        shared = len(commonprefix([before, word]))  # noqa: RUF071 - of bytes, as meant
         nodes += len(word) - shared
         leaves += shared < len(before)
         before = word
     return nodes - leaves - bool(before) + 1
-
-
-def _common_prefix(one: bytes, other: bytes) -> int:
-    """Return the length of the common prefix of two words."""
-    shortest = min(len(one), len(other))
-    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
 def _is_unigram(file: Path) -> bool:

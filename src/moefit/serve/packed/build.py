@@ -7,7 +7,7 @@ per block and format. Files are written under a temporary name and renamed when 
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -53,12 +53,10 @@ class PackResult:
     Attributes:
         folder: The folder of the packed files.
         text: Name of the calibration text; empty without calibration.
-        files: Files written.
         skipped: Files that existed already.
         replaced: Files among `files` that existed, but with another calibration.
         bytes_read: Bytes of experts read from the checkpoint.
         bytes_written: Bytes of the files written.
-        seconds: Duration.
         relative_errors: Mean error over all experts by format: |W - W^|^2 / |W|^2 of weights, or
             with calibration |y - y^|^2 / |y|^2 of outputs.
     """
@@ -84,23 +82,18 @@ def pack(
     *,
     calibration: CalibrationText | None = None,
     force: bool = False,
-    progress: Progress | None = None,
-    calibrating: Progress | None = None,
+    progress: Progress = lambda done, total: None,
+    calibrating: Progress = lambda done, total: None,
 ) -> PackResult:
     """Pack every expert of a model in the given formats; existing files are skipped.
 
     Args:
-        skeleton: The model.
         formats: Formats to pack, other than native.
         calibration: Encode experts to minimise the error of their outputs on this text. Files
             packed without it, or with another text, are replaced. If None, existing files are kept
             whatever they were calibrated on.
-        force: Replace existing files.
         progress: Callback for packing, in bytes of the checkpoint's experts.
         calibrating: Callback for the calibration run, in windows of the text.
-
-    Returns:
-        What was done.
 
     Raises:
         ConfigError: A format cannot be packed or calibrated, or another process is packing.
@@ -120,22 +113,23 @@ def pack(
                 f"{format.name} without a text"
             )
     location = PackedLocation(skeleton)
-    with locked(location.folder):
-        _remove_incomplete(location.folder)
+    busy = (
+        f"another process is packing this model into {location.folder}; wait for it to end, then "
+        "run the same command again: finished files are skipped"
+    )
+    with exclusive_folder(location.folder, busy=busy):
+        for leftover in location.folder.glob(f"*/.*{WRITING}"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
         job = _PackJob(skeleton, location, formats, calibration, force=force)
         job.check_disk_space()
         try:
-            job.record_inputs(calibrating or _no_progress)
-            result = job.run(progress or _no_progress)
+            job.record_inputs(calibrating)
+            result = job.run(progress)
         finally:
             job.close()
         if calibration:
             shutil.rmtree(location.folder / _RECORDING, ignore_errors=True)
         return result
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Ignore progress."""
 
 
 class _PackJob:
@@ -204,7 +198,8 @@ class _PackJob:
 
     def run(self, progress: Progress) -> PackResult:
         began, done = perf_counter(), 0
-        total = sum(self._native_bytes(index) for index, some in self._todo.items() if some)
+        sources = [self._skeleton.map.experts[block.name] for block in self._skeleton.blocks]
+        total = sum(s.nbytes for index, some in self._todo.items() if some for s in sources[index])
         result = PackResult(folder=self._location.folder, replaced=self._replaced)
         result.text = self._calibration.text if self._calibration else ""
         progress(0, total)
@@ -224,10 +219,6 @@ class _PackJob:
         result.bytes_read, result.seconds = done, perf_counter() - began
         result.relative_errors = {format.name: self._mean_error(format) for format in self._formats}
         return result
-
-    def _native_bytes(self, index: int) -> int:
-        sources = self._skeleton.map.experts[self._skeleton.blocks[index].name]
-        return sum(source.nbytes for source in sources)
 
     def _pack_block(
         self, index: int, formats: Sequence[Format], report: Callable[[int], None]
@@ -321,25 +312,6 @@ def _check_finite(
             )
 
 
-def locked(folder: Path) -> AbstractContextManager[None]:
-    """Create the folder and hold its lock.
-
-    Raises:
-        ConfigError: Another process is packing into it.
-    """
-    busy = (
-        f"another process is packing this model into {folder}; wait for it to end, then run the "
-        "same command again: finished files are skipped"
-    )
-    return exclusive_folder(folder, busy=busy)
-
-
-def _remove_incomplete(folder: Path) -> None:
-    """Remove incomplete files of processes that were killed."""
-    for leftover in folder.glob(f"*/.*{WRITING}"):
-        leftover.unlink(missing_ok=True)
-
-
 @dataclass(slots=True, kw_only=True)
 class CheckResult:
     """What `check_packed` found; `problems` lists damaged experts, invalid and missing files."""
@@ -362,7 +334,6 @@ def check_packed(
     """Verify the packed files of a checkpoint.
 
     Args:
-        skeleton: The model.
         formats: Formats to check; None for all that are packed.
         progress: Callback with the bytes checked and in total.
 

@@ -32,7 +32,6 @@ from moefit.serve.memory.budget import format_bytes
 MAX_OTHER_TOKENS = 512  # tokens of a block that an expert was not chosen for
 OTHER_TOKENS_WEIGHT = 64  # total weight of these, in units of one token of the expert's own
 _METADATA = "calibration.json"
-_MAX_METADATA_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +112,9 @@ def record_block_inputs(
     """Record the inputs of all blocks on a text, or reuse the recording in `folder`.
 
     Args:
-        skeleton: The model to calibrate.
         calibration: The text and the memory budget.
         folder: Where the recording is stored. A recording of another text is replaced.
         progress: Callback with the number of windows done and in total.
-
-    Returns:
-        The recorded inputs.
 
     Raises:
         UnsupportedModelError: The model is an encoder-decoder.
@@ -156,7 +151,7 @@ def _weights_file(folder: Path, index: int) -> Path:
 def _read_metadata(folder: Path) -> dict[str, Any] | None:
     """Return the metadata of a finished recording; None if missing, damaged or inconsistent."""
     try:
-        metadata = read_json(folder / _METADATA, limit=_MAX_METADATA_BYTES)
+        metadata = read_json(folder / _METADATA)
         consistent = all(
             _has_size(_inputs_file(folder, index), block, "width", getattr(torch, block["dtype"]))
             and _has_size(_weights_file(folder, index), block, "experts", torch.float32)

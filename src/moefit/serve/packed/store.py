@@ -49,8 +49,6 @@ class PackedStore:
         """Read an expert into a slot.
 
         Args:
-            block: Name of the block.
-            expert: Number of the expert.
             into: The slot; its format must be packed.
 
         Returns:
@@ -100,7 +98,6 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
 
     Args:
         skeleton: The model; its dtype must be the one that was packed.
-        formats: Formats to look for.
     """
     wanted = [format for format in formats if format.is_encoded]
     if not wanted:
@@ -125,7 +122,6 @@ class PackedLocation:
 
     Attributes:
         fingerprint: See `fingerprint`.
-        source: The checkpoint's folder.
         folder: The folder of the packed files.
     """
 

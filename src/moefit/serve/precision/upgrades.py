@@ -48,7 +48,6 @@ class Upgrades:
     Args:
         blocks: The served blocks by name.
         ladders: Each block's ladders, one per expert.
-        transfer: Loads experts.
         device: The device of the slots.
 
     Attributes:

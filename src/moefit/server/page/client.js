@@ -1,7 +1,5 @@
 // HTTP client of the server's API. Stores the API key.
 
-import { EventReader } from "./events.js";
-
 const KEY = "moefit-api-key";
 
 /** An error response with the server's message. Errors within a stream have no status. */
@@ -74,4 +72,21 @@ async function errorMessage(response) {
   } catch {
     return `the server returned ${response.status} ${response.statusText}`;
   }
+}
+
+/** Parser of server-sent events. */
+export class EventReader {
+  #rest = "";
+
+  /** Return the data of all events complete so far; chunks may end anywhere. */
+  push(text) {
+    const events = (this.#rest + text).replace(/\r\n/g, "\n").split("\n\n");
+    this.#rest = events.pop();
+    return events.map(data).filter((one) => one !== null);
+  }
+}
+
+function data(event) {
+  const lines = event.split("\n").filter((line) => line.startsWith("data:"));
+  return lines.length ? lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n") : null;
 }
