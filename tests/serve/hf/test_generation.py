@@ -234,7 +234,7 @@ def test_decoder_start_is_a_token(tmp_path, start) -> None:
     ("generation", "says"),
     [
         ("{", "cannot be used: Expecting"),
-        ("[1]", "no JSON object"),
+        ("[1]", "where an object belongs"),
         ("[" * 100_000, "cannot be used"),
         ({"temperature": "hot"}, "temperature is 'hot', but it is a number, 0 or more"),
         ({"temperature": -1}, "temperature is -1"),
