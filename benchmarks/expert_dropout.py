@@ -12,7 +12,8 @@ Two measurements on the same text, which none of them has seen:
   the residents are the first ones of the order that the model records, or, where it records none,
   the most important ones of other windows of the same text.
 
-With `--points FILE` a run that was stopped goes on where it was.
+`--shares ""` leaves out the second. With `--points FILE` a run that was stopped goes on where it
+was.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main() -> None:
     for name, model in models.items():
         subject = Subject(model, None, arguments, precision=arguments.precision)
         points = []
-        for share in map(float, arguments.shares.split(",")):
+        for share in map(float, filter(None, arguments.shares.split(","))):
             for mode in modes if share < 1 else modes[:1]:
                 key = (name, mode, round(share, 4))
                 if key not in known:
@@ -81,7 +82,8 @@ def main() -> None:
             "without swaps"
         )
         path = record.write("expert-dropout", results, notes=notes, suffix=arguments.save)
-        draw(results, path.with_suffix(".png"))
+        if arguments.shares:
+            draw(results, path.with_suffix(".png"))
         print(path)
 
 
