@@ -37,7 +37,7 @@ class Int8Rows(Tensor):
     """
 
     scales: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def of(cls, codes: Tensor, scales: Tensor) -> "Int8Rows":
