@@ -203,7 +203,7 @@ def test_stop_text(engine):
 
 
 def test_seed_in_batch(engine):
-    """In float32: in bfloat16, batching may change rounding and thereby a token."""
+    """In float32: in bfloat16 and without kernels, batching may change rounding and a token."""
     sampling = SamplingParams(max_tokens=12, seed=4, top_p=0.9)
     alone = ask(engine, ids(engine), sampling).wait().tokens
     with paused(engine) as go:
@@ -221,7 +221,7 @@ def test_seed_in_batch(engine):
     ("dtype", "most", "mean"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.5, 0.1)]
 )
 def test_logprobs_in_batch_differ_by_rounding(dtype, most, mean):
-    """Bounds are in nats; neighbouring prompt positions differ by 2."""
+    """Without kernels; bounds are in nats; neighbouring prompt positions differ by 2."""
     with load_by_name("reference", context=512, dtype=dtype) as served, running(served) as engine:
         prompt = ids(engine, STORY)
         alone = logprobs(ask(engine, prompt, greedy(1, prompt_logprobs=0)))

@@ -4,6 +4,9 @@ Weights are those of `GroupedMatrix.dense`. A product has the error of float32 s
 integers also that of activations in steps of 2^-15 of the largest of 64.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,10 +126,37 @@ def test_products_of_any_shape(kind, rows, cols, tokens, size, seed: int) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
     """Decoding and prompts of any length agree bitwise."""
-    weight, x_TI = weight_of(kind, 37, 200), normal(9, 200)
-    together_TO = at(level).linear(x_TI, weight)
-    for t in range(9):
-        assert torch.equal(at(level).linear(x_TI[t : t + 1], weight)[0], together_TO[t])
+    weight, run = weight_of(kind, 37, 200), at(level)
+    for dtype in (torch.float32, torch.bfloat16):
+        x_TI = normal(70, 200).to(dtype)
+        alone_TO = torch.cat([run.linear(x_TI[t : t + 1], weight, dtype) for t in range(70)])
+        for count in (2, 3, 5, 8, 15, 16, 17, 21, 22, 33, 48, 70):
+            together_TO = run.linear(x_TI[:count], weight, dtype)
+            assert torch.equal(together_TO, alone_TO[:count]), (dtype, count)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_integer_products_are_equal_at_all_levels_with_vectors_of_16_floats(bits: int) -> None:
+    """Sums of integers are exact, and AMX adds groups in the order of AVX-512."""
+    equal = [level for level in HERE if level.startswith(("avx512", "amx"))]
+    weight, x_TI = weight_of(bits, 50, 200), normal(40, 200).bfloat16()
+    made = [at(level).linear(x_TI, weight, torch.bfloat16) for level in equal]
+    assert all(torch.equal(one, made[0]) for one in made)
+
+
+@levels
+@pytest.mark.parametrize("kind", [4, "bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_bias_is_added_before_rounding(level: str, kind, tokens: int) -> None:
+    weight, bias_O = weight_of(kind, 50, 100), normal(50, seed=3)
+    x_TI = normal(tokens, 100).bfloat16()
+    if kind == "float32":
+        x_TI = x_TI.float()
+    exact_TO = at(level).linear(x_TI, weight, torch.float32) + bias_O
+    y_TO = at(level).linear(x_TI, weight, x_TI.dtype, bias_O)
+    torch.testing.assert_close(y_TO, exact_TO.to(x_TI.dtype), rtol=2**-8, atol=1e-3)
+    assert (y_TO == exact_TO.to(x_TI.dtype)).float().mean() > 0.9  # rounded once
 
 
 @levels
@@ -379,7 +409,7 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
     x_TD, tokens = normal(7, 200), [[0, 1, 2, 3, 4, 5, 6], [], [3, 3]]
     made = []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             run = at(level)
             matrix = weight_of(4, 90, 200)
@@ -388,7 +418,26 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
             made.append((run.experts(x_TD, mlps, tokens), run.linear(x_TD, matrix), decoded))
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(one, two) for one, two in zip(*made, strict=True))
+    for other in made[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(made[0], other, strict=True))
+
+
+@compiled
+def test_kernels_called_from_several_threads_and_after_a_fork() -> None:
+    """One call has the pool, the others compute alone; a forked process makes a pool of its own."""
+    weight, x_TI, run = weight_of(4, 300, 200), normal(20, 200), at(HERE[-1])
+    wanted_TO = run.linear(x_TI, weight)
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(run.linear, x_TI, weight) for _ in range(200)]
+            assert all(torch.equal(one.result(), wanted_TO) for one in futures)
+        child = os.fork()
+        if not child:
+            os._exit(0 if torch.equal(run.linear(x_TI, weight), wanted_TO) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(1)
 
 
 # Which there are
@@ -409,7 +458,7 @@ def test_best_available_level_is_used(monkeypatch, fresh) -> None:
 
 def test_unknown_level_raises(monkeypatch, fresh) -> None:
     monkeypatch.setenv(SWITCH, "avx")
-    with pytest.raises(ConfigError, match="MOEFIT_KERNELS='avx' is none of portable, avx2, avx512"):
+    with pytest.raises(ConfigError, match="='avx' is none of portable, avx2, avx2_vnni"):
         kernels()
 
 

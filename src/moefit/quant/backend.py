@@ -20,15 +20,14 @@ from moefit.quant.grouped_int import GroupedMatrix
 class Backend(Protocol):
     """Kernels that compute from encoded weights without decoding them to memory."""
 
-    max_grouped_rows: int
-    """Rows of input per matrix above which decoding once and multiplying in torch is faster."""
-    max_native_rows: int
-    """The same limit for weights that need no decoding."""
-
     def linear(
-        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
+        self,
+        x_TI: Tensor,
+        weight: Weight | KernelMatrix,
+        dtype: torch.dtype = torch.float32,
+        bias_O: Tensor | None = None,
     ) -> Tensor:
-        """Return x W^T, [T, O] in `dtype`."""
+        """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         ...
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:

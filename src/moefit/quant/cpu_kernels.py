@@ -43,10 +43,10 @@ def plain_weighted_sum(
     return total_TD.to(dtype), energy_R
 
 
-Level = Literal["portable", "avx2", "avx512", "amx"]
-LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "amx")
+Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 7  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 8  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -88,9 +88,6 @@ class KernelMlp:
 class Kernels:
     """The compiled library at one instruction set level; see `Backend`."""
 
-    max_grouped_rows = 16
-    max_native_rows = 4
-
     def __init__(self, library: ctypes.CDLL, level: Level):
         self._library, self.level = library, level
         self._level = LEVELS.index(level)
@@ -100,6 +97,7 @@ class Kernels:
             c_void_p,
             c_int64,
             c_int64,
+            c_void_p,
             c_void_p,
         ]
         library.moefit_decode.argtypes = [c_int64, POINTER(_Matrix), c_void_p, c_int64]
@@ -130,16 +128,20 @@ class Kernels:
         library.moefit_write_rows.argtypes = [c_int64, c_void_p]
 
     def linear(
-        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
+        self,
+        x_TI: Tensor,
+        weight: Weight | KernelMatrix,
+        dtype: torch.dtype = torch.float32,
+        bias_O: Tensor | None = None,
     ) -> Tensor:
-        """Return x W^T, [T, O] in `dtype`."""
+        """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         weight = weight if isinstance(weight, KernelMatrix) else KernelMatrix(weight)
         assert x_TI.shape[1] == weight.cols
         x_TI = _contiguous(x_TI if x_TI.dtype == dtype else x_TI.float())
         y_TO = x_TI.new_empty(len(x_TI), weight.rows)
         self._library.moefit_linear(
             self._level, weight.matrix, x_TI.data_ptr(), len(x_TI), _KINDS[x_TI.dtype],
-            y_TO.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(),
         )  # fmt: skip
         return y_TO.to(dtype)
 
@@ -313,8 +315,16 @@ def kernels(level: str | None = None) -> Kernels | None:
     library = _library() if wanted in LEVELS else None
     if library is None:
         return None
-    best = int(library.moefit_best_level())
-    return Kernels(library, LEVELS[min(best, LEVELS.index(cast(Level, wanted)))])
+    allowed = LEVELS[: LEVELS.index(cast(Level, wanted)) + 1]
+    return Kernels(library, [level for level in allowed if level in available_levels()][-1])
+
+
+@cache
+def available_levels() -> tuple[Level, ...]:
+    """Return the levels that this processor has; none if the kernels are not compiled."""
+    library = _library()
+    found = int(library.moefit_levels()) if library else 0
+    return tuple(level for number, level in enumerate(LEVELS) if found >> number & 1)
 
 
 def status() -> str:
@@ -330,7 +340,7 @@ def _library() -> ctypes.CDLL | None:
         with suppress(OSError):  # built for another system
             library = ctypes.CDLL(str(path))
             if _version(library) == VERSION:
-                library.moefit_best_level.restype = c_int64
+                library.moefit_levels.restype = c_int64
                 return library
     return None
 

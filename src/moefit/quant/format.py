@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import Layout, Tensors, TensorSpec
-from moefit.quant.backend import Backend, decoded
+from moefit.quant.backend import decoded
 from moefit.quant.cpu_kernels import Weight
 from moefit.quant.encode import Encoder, encode_into
 from moefit.quant.error_model import GAUSSIAN, relative_error
@@ -108,14 +108,6 @@ class Format(Protocol):
         """Return the bytes that a decoded expert occupies besides its slot."""
         ...
 
-    def prefers_kernels(self, dtype: torch.dtype) -> bool:
-        """Return whether kernels are faster than torch for experts with weights of this dtype."""
-        ...
-
-    def max_kernel_rows(self, kernels: Backend) -> int:
-        """Return the most rows for one expert up to which kernels are faster than torch."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class NativeFormat:
@@ -158,14 +150,6 @@ class NativeFormat:
     def decoding_bytes(self, specs: Specs) -> int:
         """Return 0."""
         return 0
-
-    def prefers_kernels(self, dtype: torch.dtype) -> bool:
-        """Return whether weights have 16 bits; float32 products are torch's own strength."""
-        return dtype in (torch.bfloat16, torch.float16)
-
-    def max_kernel_rows(self, kernels: Backend) -> int:
-        """Return the backend's limit for weights that need no decoding."""
-        return kernels.max_native_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,14 +247,6 @@ class GroupedFormat:
     def decoding_bytes(self, specs: Specs) -> int:
         """Return the size of the expert in the model's dtype."""
         return sum(spec.nbytes for spec in specs.values())
-
-    def prefers_kernels(self, dtype: torch.dtype) -> bool:
-        """Return True: torch would have to decode whole matrices."""
-        return True
-
-    def max_kernel_rows(self, kernels: Backend) -> int:
-        """Return the backend's limit for grouped integers."""
-        return kernels.max_grouped_rows
 
 
 NATIVE = NativeFormat()

@@ -44,13 +44,15 @@ class TritonKernels:
     """Triton kernels, run on the GPU of their inputs; see `Backend`."""
 
     level = "triton"
-    # No limit: decoding separately would write the weights to memory.
-    max_grouped_rows = max_native_rows = 1 << 30
 
     def linear(
-        self, x_TI: Tensor, weight: Weight | KernelMatrix, dtype: torch.dtype = torch.float32
+        self,
+        x_TI: Tensor,
+        weight: Weight | KernelMatrix,
+        dtype: torch.dtype = torch.float32,
+        bias_O: Tensor | None = None,
     ) -> Tensor:
-        """Return x W^T, [T, O] in `dtype`."""
+        """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         weight = weight.weight if isinstance(weight, KernelMatrix) else weight
         x_TI = _contiguous(x_TI)
         (rows, cols), tokens = _shape(weight), len(x_TI)
@@ -65,7 +67,7 @@ class TritonKernels:
                     x_TI, codes, meta, y_TO, tokens, rows, cols,
                     KIND=kind, TOKENS=tile, ROWS=_TILES[tile], GROUPS=_GROUPS, **_OPTIONS,
                 )  # fmt: skip
-        return y_TO.to(dtype)
+        return (y_TO if bias_O is None else y_TO.add_(bias_O)).to(dtype)
 
     def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""

@@ -20,6 +20,7 @@ from moefit.serve.config import BlockPlacement, Mode, Placement, Policy
 from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
+from moefit.serve.hf.native_linear import use_linear_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
@@ -51,7 +52,10 @@ class ServedModel:
             reserve_caches(self.model, self._context, int8=parts.int8_cache),
         )
         self.int8_cache = parts.int8_cache
-        self._undo_attention = use_kernels(self.model, int8=parts.int8_cache)
+        self._undo_kernels = (
+            use_kernels(self.model, int8=parts.int8_cache),
+            use_linear_kernels(self.model),
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -376,7 +380,8 @@ class ServedModel:
         with self._shared.lock:
             for hook in self._hooks:
                 hook.remove()
-            self._undo_attention()
+            for undo in self._undo_kernels:
+                undo()
         self._shared.transfer.close()
         if self._host_cache is not None:
             self._host_cache.close()

@@ -21,7 +21,7 @@ from moefit.moe.families import MoeBlock, TensorSpec
 from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
 from moefit.quant import cpu_kernels as kernels_module
-from moefit.quant.cpu_kernels import LEVELS, SWITCH, Kernels
+from moefit.quant.cpu_kernels import LEVELS, SWITCH
 from moefit.quant.format import FORMATS, Format, GroupedFormat
 from moefit.serve.cache.eviction import LeastRecentlyUsed
 from moefit.serve.cache.slot import Slot, allocate_slot
@@ -150,7 +150,7 @@ def test_block_of_encoded_slots(make, computing, family: str, formats) -> None:
     """Token counts below and above the limit for decoding experts."""
     made = make(*block_of(family), formats)
     with torch.inference_mode():
-        for count in (1, 5, 3 * Kernels.max_grouped_rows):
+        for count in (1, 5, 3 * 16):
             x_TD, routing = case(count, 3)
             assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))
 
@@ -186,10 +186,10 @@ def test_padding_and_duplicates(count, k, padding, twice, seed: int) -> None:
 @pytest.mark.parametrize("over", [0, 1])
 def test_expert_with_rows_around_kernel_limit(make, computing, over: int) -> None:
     made = make(*block_of("Mixtral"), MIXED)
-    x_TD, _ = case(Kernels.max_grouped_rows + over, 1)
+    x_TD, _ = case(16 + over, 1)
     routing = Routing(
-        torch.full((Kernels.max_grouped_rows + over, 1), 1),
-        torch.ones(Kernels.max_grouped_rows + over, 1),
+        torch.full((16 + over, 1), 1),
+        torch.ones(16 + over, 1),
     )
     with torch.inference_mode():
         assert_close(made.invoke(x_TD, routing), made.reference(x_TD, routing))

@@ -9,6 +9,7 @@
 
 #include "half.h"
 #include "matrix.h"
+#include "pool.h"
 
 namespace {
 
@@ -122,20 +123,16 @@ std::vector<Tile> tiles_of(const Attention &a, const Segment *segments, int64_t 
 
 // One thread per tile.
 void by_tiles(const Level &level, const Attention &a, const std::vector<Tile> &tiles, const void *query, void *out) {
-#pragma omp parallel
-    {
+    each(tiles.size(), [&](int64_t i) {
         Work work(a);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tiles.size(); i++) {
-            const Tile &tile = tiles[i];
-            work.begin(level, a, tile, query);
-            for (int64_t span = tile.begin(a) / SPAN, n = tile.spans(a); n > 0; n--, span++) {
-                const Seen &seen = work.see(level, a, tile, span);
-                work.join(a, seen.largest, seen.sum, seen.value);
-            }
-            work.finish(level, a, tile, out);
+        const Tile &tile = tiles[i];
+        work.begin(level, a, tile, query);
+        for (int64_t span = tile.begin(a) / SPAN, n = tile.spans(a); n > 0; n--, span++) {
+            const Seen &seen = work.see(level, a, tile, span);
+            work.join(a, seen.largest, seen.sum, seen.value);
         }
-    }
+        work.finish(level, a, tile, out);
+    });
 }
 
 // One thread per span of a tile, if there are few tiles.
@@ -149,19 +146,15 @@ void by_spans(const Level &level, const Attention &a, const std::vector<Tile> &t
         for (int64_t n = 0; n < tile.spans(a); n++) items.push_back({&tile, tile.begin(a) / SPAN + n});
     int64_t width = a.value_width + 2;
     std::vector<float> partial(items.size() * ROWS * width);
-#pragma omp parallel
-    {
+    each(items.size(), [&](int64_t i) {
         Work work(a);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < items.size(); i++) {
-            work.begin(level, a, *items[i].tile, query);
-            const Seen &seen = work.see(level, a, *items[i].tile, items[i].span);
-            float *to = &partial[i * ROWS * width];
-            std::memcpy(to, seen.largest, sizeof seen.largest);
-            std::memcpy(to + ROWS, seen.sum, sizeof seen.sum);
-            std::memcpy(to + 2 * ROWS, seen.value, 4 * work.rows() * a.value_width);
-        }
-    }
+        work.begin(level, a, *items[i].tile, query);
+        const Seen &seen = work.see(level, a, *items[i].tile, items[i].span);
+        float *to = &partial[i * ROWS * width];
+        std::memcpy(to, seen.largest, sizeof seen.largest);
+        std::memcpy(to + ROWS, seen.sum, sizeof seen.sum);
+        std::memcpy(to + 2 * ROWS, seen.value, 4 * work.rows() * a.value_width);
+    });
     Work work(a);
     size_t i = 0;
     for (const Tile &tile : tiles) {

@@ -98,10 +98,10 @@ void moefit_compensate(int64_t level, const Matrix *from, int64_t first, int64_t
     const GroupCoder &coder = group_coder(level);
     void (*encode)(const Job &, const GroupCoder &, int64_t, Rows &) = plain_compensate::encode;
 #if defined(__x86_64__)
-    if (level == 1) encode = avx2_compensate::encode;
-    if (level >= 2) encode = avx512_compensate::encode;
+    if (level >= IS_AVX2) encode = avx2_compensate::encode;
+    if (level >= IS_AVX512) encode = avx512_compensate::encode;
 #endif
-    bool tiles = level >= 3;
+    bool tiles = level >= IS_AMX;
     int64_t groups = job.groups(), panel = job.padded() * GROUP;
     Many<uint32_t> split_factor(tiles ? groups * panel : 0), split_moments(tiles ? groups * panel : 0);
     if (tiles) job.split_factor = split_factor.at(0), job.split_moments = split_moments.at(0);

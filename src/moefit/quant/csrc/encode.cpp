@@ -72,8 +72,8 @@ TARGET_END
 
 const GroupCoder &group_coder(int64_t level) {
 #if defined(__x86_64__)
-    if (level >= 2) return avx512_encode::CODER;
-    if (level == 1) return avx2_encode::CODER;
+    if (level >= IS_AVX512) return avx512_encode::CODER;
+    if (level >= IS_AVX2) return avx2_encode::CODER;
 #endif
     (void)level;
     return plain_encode::CODER;
@@ -88,8 +88,8 @@ int64_t moefit_encode(int64_t level, const Matrix *from, int64_t bits, int64_t f
     Job job = {from, bits, codes, meta, moments, fitted != 0};
     int64_t (*encode)(const Job &, int64_t) = plain_encode::any_row;
 #if defined(__x86_64__)
-    if (level == 1) encode = avx2_encode::any_row;
-    if (level >= 2) encode = avx512_encode::any_row;
+    if (level >= IS_AVX2) encode = avx2_encode::any_row;
+    if (level >= IS_AVX512) encode = avx512_encode::any_row;
 #endif
     (void)level;
     int64_t bad = from->rows * from->cols;

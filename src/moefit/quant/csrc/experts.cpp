@@ -1,11 +1,13 @@
 // C interface: a linear layer, the experts of one MoE block, decoding, and the weighted sum of outputs.
 //
 // Work is divided by output rows, and each output is summed by one thread in a fixed order, so results do
-// not depend on the number of threads. OpenMP's symbols are resolved by the runtime that torch has loaded:
-// a second thread pool would compete for the same processors.
+// not depend on the number of threads. Decoding uses OpenMP, whose symbols are resolved by the runtime that
+// torch has loaded; kernels that every token calls use the pool of pool.h.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -14,11 +16,13 @@
 #endif
 
 #include "matrix.h"
+#include "pool.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 32;  // output rows that one thread takes at a time
+constexpr int64_t CHUNK = 32;       // output rows that one thread takes at a time
+constexpr int64_t SLICE = 1 << 19;  // inputs of the tokens that one product is of: they stay in a cache of 2 MB
 
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY };
 
@@ -48,45 +52,88 @@ void hidden_units(float *h, const float *up, int64_t number, int64_t activation,
     }
 }
 
-// Activations in both forms that kernels use, `cols` floats each.
+// Activations in the forms that kernels use, `cols` each.
 class Inputs {
 public:
-    Inputs(const Level &level, int64_t number, int64_t cols)
-        : level_(level), cols_(cols), groups_(groups_of(cols)), high_(number * groups_ * GROUP),
-          low_(number * groups_ * GROUP), scale_(number * groups_), sum_(number * groups_), inputs_(number) {}
+    Inputs(const Level &level, int64_t number, int64_t cols, int64_t kind, bool digits)
+        : level_(level), cols_(cols), groups_(groups_of(cols)), kind_(kind), digits_(digits ? number * groups_ * 2 * GROUP : 0),
+          scale_(digits ? number * groups_ : 0), sum_(scale_.size()), inputs_(number) {}
 
     // May be one past the last, for an expert without rows.
     const Input *operator[](int64_t i) const { return inputs_.data() + i; }
 
-    // From floats padded with zeros to whole groups, which must stay valid.
-    void set(int64_t i, const float *x) {
+    // From floats padded with zeros to whole groups and, if the model's activations are bfloat16, the same values in
+    // it. Both must stay valid.
+    void set(int64_t i, const float *x, const uint16_t *bfloat16) {
         int64_t at = i * groups_;
-        inputs_[i] = {x, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]};
+        inputs_[i] = {x, bfloat16, nullptr, nullptr, nullptr};
+        if (digits_.empty()) return;
+        int8_t *digits = &digits_[at * 2 * GROUP];
+        inputs_[i] = {x, bfloat16, digits, &scale_[at], &sum_[at]};
         for (int64_t g = 0; g < groups_; g++, at++)
-            level_.integers(x + g * GROUP, &high_[at * GROUP], &low_[at * GROUP], &scale_[at], &sum_[at]);
+            level_.integers(x + g * GROUP, digits + g * 2 * GROUP, &scale_[at], &sum_[at]);
     }
 
-    // From token i of x; `floats` has room for all tokens.
-    void set(int64_t i, const void *x, int64_t kind, std::vector<float> &floats) {
+    // From token i of x, where `floats` has room for all tokens.
+    void set(int64_t i, const void *x, std::vector<float> &floats) {
+        const char *at = (const char *)x + i * cols_ * (kind_ == BF16 ? 2 : 4);
+        if (floats.empty()) {
+            inputs_[i] = {nullptr, (const uint16_t *)at, nullptr, nullptr, nullptr};
+            return;
+        }
         float *mine = &floats[i * groups_ * GROUP];
-        level_.widen((const char *)x + i * cols_ * (kind == BF16 ? 2 : 4), kind, cols_, mine, groups_ * GROUP);
-        set(i, mine);
+        level_.widen(at, kind_, cols_, mine, groups_ * GROUP);
+        set(i, mine, kind_ == BF16 ? (const uint16_t *)at : nullptr);
     }
 
 private:
     const Level &level_;
-    int64_t cols_, groups_;
-    std::vector<int8_t> high_, low_;
+    int64_t cols_, groups_, kind_;
+    std::vector<int8_t> digits_;
     std::vector<float> scale_, sum_;
     std::vector<Input> inputs_;
 };
 
-// Rows first to last - 1 of a matrix times all of these tokens.
-void dots(const Level &level, const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-          float *const *y) {
-    for (int64_t t = 0; t < tokens; t += TOKENS)
-        level.dot(m, first, last, x + t, std::min(TOKENS, tokens - t), y + t);
-}
+// The tokens of several products, each packed for its matrix.
+class Panels {
+public:
+    explicit Panels(const Level &level) : level_(level) {}
+
+    // Add the tokens of a product, whose inputs are set.
+    void add(const Matrix &m, const Input *x, int64_t tokens) {
+        int64_t bytes = tokens ? level_.token_bytes(m, x) : 0;
+        panels_.push_back({x, nullptr, tokens});
+        for (int64_t t = 0; t < tokens && bytes; t += BLOCK, size_ += (BLOCK * bytes + 63) / 64 * 64)
+            blocks_.push_back({&m, x + t, std::min(BLOCK, tokens - t), size_, (int64_t)panels_.size() - 1});
+    }
+
+    // Allocate memory for all. Returns the number of blocks to pack.
+    int64_t allocate() {
+        packed_.reset(size_ ? (uint8_t *)std::aligned_alloc(64, size_) : nullptr);
+        for (size_t i = blocks_.size(); i-- > 0;) panels_[blocks_[i].panel].packed = packed_.get() + blocks_[i].at;
+        return blocks_.size();
+    }
+
+    void pack(int64_t i) {
+        const Block &one = blocks_[i];
+        level_.pack(*one.m, one.x, one.tokens, packed_.get() + one.at);
+    }
+
+    const Panel &operator[](int64_t i) const { return panels_[i]; }
+
+private:
+    struct Block {
+        const Matrix *m;
+        const Input *x;
+        int64_t tokens, at, panel;
+    };
+
+    const Level &level_;
+    std::vector<Panel> panels_;
+    std::vector<Block> blocks_;
+    int64_t size_ = 0;
+    std::unique_ptr<uint8_t, decltype(&std::free)> packed_{nullptr, &std::free};
+};
 
 }  // namespace
 
@@ -100,7 +147,7 @@ struct Expert {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 7; }
+int64_t moefit_version() { return 8; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -110,43 +157,58 @@ static bool half_floats_here() {
 }
 #endif
 
-// The best level that this processor has: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 also with AMX.
-int64_t moefit_best_level() {
+// The levels that this processor has: bit n is set for LevelNumber n.
+int64_t moefit_levels() {
+    int64_t found = 1 << IS_PORTABLE;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats_here())) return 0;
-    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vnni");
-    return !avx512 ? 1 : tiles_here() ? 3 : 2;
-#else
-    return 0;
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_floats_here())) return found;
+    found |= 1 << IS_AVX2;
+    if (avx_vnni_here()) found |= 1 << IS_AVX2_VNNI;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vnni")))
+        return found;
+    found |= 1 << IS_AVX512;
+    if (__builtin_cpu_supports("avx512bf16")) found |= 1 << IS_AVX512_BF16;
+    if (__builtin_cpu_supports("avx512bf16") && tiles_here()) found |= 1 << IS_AMX;
 #endif
+    return found;
 }
 
-// y_TO = x_TI W^T, both float32 or both bfloat16.
-void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tokens, int64_t kind, void *y_TO) {
+// y_TO = x_TI W^T + bias, both float32 or both bfloat16; bias is null or float32.
+void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tokens, int64_t kind, const float *bias,
+                   void *y_TO) {
+    if (!tokens) return;
     const Level &use = level_of(level);
-    Inputs inputs(use, tokens, m->cols);
-    std::vector<float> floats(tokens * groups_of(m->cols) * GROUP);
-#pragma omp parallel
-    {
-#pragma omp for
-        for (int64_t t = 0; t < tokens; t++) inputs.set(t, x_TI, kind, floats);
-#pragma omp for schedule(dynamic)
-        for (int64_t c = 0; c < m->rows; c += CHUNK) {
-            int64_t last = std::min(c + CHUNK, m->rows);
-            for (int64_t t = 0; t < tokens; t += TOKENS) {
-                float made[TOKENS][CHUNK], *y[TOKENS];
-                int64_t number = std::min(TOKENS, tokens - t);
-                for (int64_t i = 0; i < number; i++)
-                    y[i] = kind == F32 ? (float *)y_TO + (t + i) * m->rows : made[i] - c;
-                use.dot(*m, c, last, inputs[t], number, y);
-                for (int64_t i = 0; i < number && kind == BF16; i++)
-                    use.narrow(made[i], last - c, (uint16_t *)y_TO + (t + i) * m->rows + c);
-            }
+    Inputs inputs(use, tokens, m->cols, kind, m->meta);
+    bool pairs = use.reads_bfloat16 && m->kind == BF16 && kind == BF16;  // then nothing reads floats
+    std::vector<float> floats(pairs ? 0 : tokens * groups_of(m->cols) * GROUP);
+    Panels panels(use);
+    int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
+    auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
+    int64_t slices = (tokens + slice - 1) / slice, chunks = (m->rows + CHUNK - 1) / CHUNK;
+    each(tokens > BLOCK ? slices : 0, [&](int64_t n) {
+        for (int64_t t = n * slice; t < std::min((n + 1) * slice, tokens); t++) inputs.set(t, x_TI, floats);
+    });
+    for (int64_t t = 0; t < tokens && tokens <= BLOCK; t++) inputs.set(t, x_TI, floats);
+    for (int64_t t = 0; t < tokens; t += slice) panels.add(*m, inputs[t], std::min(slice, tokens - t));
+    each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
+    each(slices * chunks, [&](int64_t item) {
+        static thread_local std::vector<float> made;
+        static thread_local std::vector<float *> y;
+        int64_t c = item % chunks * CHUNK, last = std::min(c + CHUNK, m->rows), t0 = item / chunks * slice;
+        const Panel &panel = panels[item / chunks];
+        made.resize(panel.tokens * CHUNK), y.resize(panel.tokens);
+        for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * CHUNK] - c;
+        use.dot(*m, c, last, panel, y.data());
+        for (int64_t t = 0; t < panel.tokens; t++) {
+            float *from = &made[t * CHUNK];
+            for (int64_t r = c; r < last && bias; r++) from[r - c] += bias[r];
+            if (kind == BF16) write(from, last - c, (uint16_t *)y_TO + (t0 + t) * m->rows + c);
+            else std::memcpy((float *)y_TO + (t0 + t) * m->rows + c, from, 4 * (last - c));
         }
-    }
+    });
 }
 
 // Every routed row through its expert, unweighted: y_RD, as many rows as are routed; rows of no
@@ -161,42 +223,46 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     const Level &use = level_of(level);
     int64_t F = experts[0].down.cols, D = experts[0].down.rows;
     int64_t f_chunks = (F + CHUNK - 1) / CHUNK, d_chunks = (D + CHUNK - 1) / CHUNK;
-    Inputs tokens(use, T, experts[0].in.cols), hidden(use, routed, F);
+    bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return e.in.meta || e.down.meta; });
+    Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
     std::vector<float> floats(T * groups_of(experts[0].in.cols) * GROUP);
+    std::vector<uint16_t> halves(kind == BF16 ? routed * F : 0);
+    Panels panels(use), hidden_panels(use);
     std::vector<Input> x(routed);
     std::vector<float *> h(routed), y(routed);
     for (int64_t r = 0; r < routed; r++) h[r] = h_RQ + r * Q, y[r] = y_RD + r * D;
-#pragma omp parallel
-    {
-#pragma omp for
-        for (int64_t t = 0; t < T; t++) tokens.set(t, x_TD, kind, floats);
-#pragma omp single
-        for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < number * f_chunks; item++) {
-            const Expert &e = experts[item / f_chunks];
-            int64_t f0 = item % f_chunks * CHUNK, f1 = std::min(f0 + CHUNK, F);
-            const Input *mine = x.data() + e.first;
-            float *const *to = h.data() + e.first;
-            dots(use, e.in, f0, f1, mine, e.rows, to);
-            if (gated) dots(use, e.in, F + f0, F + f1, mine, e.rows, to);
-            for (int64_t r = e.first; r < e.first + e.rows; r++)
-                hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, kind == BF16);
+    each((T + BLOCK - 1) / BLOCK, [&](int64_t n) {
+        for (int64_t t = n * BLOCK; t < std::min((n + 1) * BLOCK, T); t++) tokens.set(t, x_TD, floats);
+    });
+    for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
+    for (int64_t n = 0; n < number; n++) panels.add(experts[n].in, x.data() + experts[n].first, experts[n].rows);
+    each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
+    each(number * f_chunks, [&](int64_t item) {
+        const Expert &e = experts[item / f_chunks];
+        if (!e.rows) return;
+        int64_t f0 = item % f_chunks * CHUNK, f1 = std::min(f0 + CHUNK, F);
+        const Panel &panel = panels[item / f_chunks];
+        float *const *to = h.data() + e.first;
+        use.dot(e.in, f0, f1, panel, to);
+        if (gated) use.dot(e.in, F + f0, F + f1, panel, to);
+        for (int64_t r = e.first; r < e.first + e.rows; r++)
+            hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, kind == BF16);
+    });
+    each(number, [&](int64_t n) {
+        for (int64_t r = experts[n].first; r < experts[n].first + experts[n].rows; r++) {
+            // The padding overwrites the up projection, which is no longer needed.
+            std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
+            if (kind == BF16) use.narrow(h[r], F, &halves[r * F]);
+            hidden.set(r, h[r], kind == BF16 ? &halves[r * F] : nullptr);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < number; n++)
-            for (int64_t r = experts[n].first; r < experts[n].first + experts[n].rows; r++) {
-                // The padding overwrites the up projection, which is no longer needed.
-                std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
-                hidden.set(r, h[r]);
-            }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < number * d_chunks; item++) {
-            const Expert &e = experts[item / d_chunks];
-            int64_t d0 = item % d_chunks * CHUNK, d1 = std::min(d0 + CHUNK, D);
-            dots(use, e.down, d0, d1, hidden[e.first], e.rows, y.data() + e.first);
-        }
-    }
+    });
+    for (int64_t n = 0; n < number; n++) hidden_panels.add(experts[n].down, hidden[experts[n].first], experts[n].rows);
+    each(hidden_panels.allocate(), [&](int64_t i) { hidden_panels.pack(i); });
+    each(number * d_chunks, [&](int64_t item) {
+        const Expert &e = experts[item / d_chunks];
+        int64_t d0 = item % d_chunks * CHUNK, d1 = std::min(d0 + CHUNK, D);
+        if (e.rows) use.dot(e.down, d0, d1, hidden_panels[item / d_chunks], y.data() + e.first);
+    });
 }
 
 // Sum of each token's outputs, in order: y_TD = sum of weight * y over K, rounded wherever torch would.
@@ -210,8 +276,7 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
     std::vector<float> weight(T * K);
     PORTABLE.widen(weights_R, weights_kind, T * K, weight.data(), T * K);
     bool round = kind == BF16, round_products = round && weights_kind == BF16;
-#pragma omp parallel for if (T > 1)
-    for (int64_t t = 0; t < T; t++) {
+    each(T, [&](int64_t t) {
         std::vector<float> total(D), output(D);
         for (int64_t r = t * K; r < (t + 1) * K; r++) {
             float squares[LANES] = {};
@@ -226,7 +291,7 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
         }
         if (kind == BF16) PORTABLE.narrow(total.data(), D, (uint16_t *)y_TD + t * D);
         else std::memcpy((float *)y_TD + t * D, total.data(), 4 * D);
-    }
+    });
 }
 
 // All weights of a matrix, [rows, cols], as float32 or, rounded to nearest even, bfloat16.

@@ -25,14 +25,16 @@ struct Matrix {
 // own rounding.
 struct Input {
     const float *x;
-    const int8_t *high, *low;
-    const float *scale;  // of the group's integers
-    const float *sum;    // of the group's values as the integers represent them
+    const uint16_t *bfloat16;  // the same values, not padded; null if the model's activations are float32
+    const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; null if not needed
+    const float *scale;        // of the group's integers
+    const float *sum;          // of the group's values as the integers represent them
 };
 
 constexpr int64_t GROUP = 64;
 constexpr int64_t SLAB = 16;   // rows that are interleaved
-constexpr int64_t TOKENS = 8;  // share one pass over the weights
+constexpr int64_t TOKENS = 8;  // whose sums are in registers at once
+constexpr int64_t BLOCK = 16;  // tokens that are packed together
 constexpr float SMALLEST = 1e-30f;  // largest activation of a group below which it is 0: the reciprocal must be finite
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
@@ -83,33 +85,61 @@ inline void fill_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *met
         put_row(r - row, groups_of(m.cols), size, more, m.codes + r * size, m.meta + r * more, codes, meta);
 }
 
+// Tokens of one product: each by itself, and together in the order in which `dot` reads them.
+struct Panel {
+    const Input *x;
+    const uint8_t *packed;
+    int64_t tokens;
+};
+
 struct Level {
-    // y[t][row] = weights[row] . x[t] for rows first to last - 1 and 1 to TOKENS tokens.
-    void (*dot)(const Matrix &, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y);
+    // y[t][row] = weights[row] . x[t] for rows first to last - 1.
+    void (*dot)(const Matrix &, int64_t first, int64_t last, const Panel &, float *const *y);
+    // Bytes of each token in Panel::packed for a product with this matrix; 0 if it reads inputs one by one.
+    int64_t (*token_bytes)(const Matrix &, const Input *x);
+    // Write Panel::packed, which has room for whole BLOCKs. Any number of blocks may be packed by themselves.
+    void (*pack)(const Matrix &, const Input *x, int64_t tokens, uint8_t *packed);
     // One row's weights as float, padding included.
     void (*decode)(const Matrix &, int64_t row, float *out);
     // Round floats to bfloat16.
     void (*narrow)(const float *, int64_t number, uint16_t *out);
+    // The same without leaving the results in a cache, where that is faster for strided rows.
+    void (*narrow_past)(const float *, int64_t number, uint16_t *out);
     // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
     // Convert a group of activations to the integers of `Input`.
-    void (*integers)(const float *x, int8_t *high, int8_t *low, float *scale, float *sum);
+    void (*integers)(const float *x, int8_t *digits, float *scale, float *sum);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
     void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
     // Round one row of keys or values to INT8 and return its scale.
     float (*quantize)(const void *row, int64_t kind, int64_t width, int8_t *codes);
+    // Whether products of two bfloat16 read Input::bfloat16 and not Input::x.
+    bool reads_bfloat16 = false;
 };
 
 extern const Level PORTABLE;
 #if defined(__x86_64__)
 extern const Level AVX2;
 extern const Level AVX512;  // with VNNI
+const Level &avx2_vnni_level();
+const Level &avx512_bf16_level();
+const Level &amx_level();
+
+bool avx_vnni_here();
 #endif
+
+// In the order of LEVELS in quant/cpu_kernels.py.
+enum LevelNumber : int64_t { IS_PORTABLE, IS_AVX2, IS_AVX2_VNNI, IS_AVX512, IS_AVX512_BF16, IS_AMX };
 
 inline const Level &level_of(int64_t level) {
 #if defined(__x86_64__)
-    if (level >= 2) return AVX512;
-    if (level == 1) return AVX2;
+    switch (level) {
+        case IS_AVX2: return AVX2;
+        case IS_AVX2_VNNI: return avx2_vnni_level();
+        case IS_AVX512: return AVX512;
+        case IS_AVX512_BF16: return avx512_bf16_level();
+        case IS_AMX: return amx_level();
+    }
 #endif
     (void)level;
     return PORTABLE;

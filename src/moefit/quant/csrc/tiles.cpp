@@ -1,11 +1,5 @@
 #include "tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>)
-#define TILES
-#endif
-#endif
-
 #ifdef TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -31,6 +25,7 @@ const Configuration CONFIGURATION;  // not local: the compiler would not see tha
 bool tiles_here() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("amx-int8") &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 

@@ -5,6 +5,12 @@
 
 #include "matrix.h"
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define TILES  // the compiler knows them
+#endif
+#endif
+
 constexpr int64_t LANES = 128;  // rows of a matrix that are processed together: a panel is loaded once for all of them
 constexpr int64_t DEEP = 32;    // columns that one product of tiles sums over
 constexpr int64_t WIDE = 32;    // lanes, and columns of a panel, whose products are summed at once

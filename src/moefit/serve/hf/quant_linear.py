@@ -30,6 +30,7 @@ from moefit.quant.grouped_int import (
 from moefit.serve.cache.slot import host_bytes
 
 _MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
+_ALIGNMENT = 64  # bytes: a cache line
 _MAX_DECODED_BYTES = 16 << 20  # decoded at a time; the output head has as many rows as tokens
 
 
@@ -44,6 +45,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._float_bias = None if bias is None else bias.float()
 
     @property
     def matrix(self) -> GroupedMatrix:
@@ -55,15 +57,13 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
-        compiled = backend(x.device)
-        if compiled and x_TI.shape[0] <= compiled.max_grouped_rows:
+        if compiled := backend(x.device):
             if self._kernel_matrix is None:
                 self._kernel_matrix = KernelMatrix(self.matrix)
-            y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype)
+            y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype, self._float_bias)
         else:
             y_TO = self._decode_and_multiply(x_TI)
-        if isinstance(self.bias, Tensor):
-            y_TO = y_TO + self.bias
+            y_TO = y_TO if self.bias is None else y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def _decode_and_multiply(self, x_TI: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ class GroupedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Moving or converting the buffers invalidates the pointers that the kernels use.
         self._kernel_matrix = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._float_bias = None if self.bias is None else self.bias.float()
+        return self
 
 
 class GroupedEmbedding(nn.Module):
@@ -153,8 +155,9 @@ def quantize_dense_weights(
     """
     modules = quantizable_modules(model, blocks)
     weights = _group_by_weight(modules)
+    arena = _Arena(weights, format.bits)
     for done, (weight, names) in enumerate(weights.items(), start=1):
-        matrix = _allocate(weight, format.bits)
+        matrix = arena.allocate(weight)
         encode_into(matrix, weight.detach(), format.encoder)
         for name in names:
             model.set_submodule(name, _quantized_module(modules[name], matrix, weight.dtype))
@@ -163,15 +166,34 @@ def quantize_dense_weights(
     return tuple(modules)
 
 
-def _allocate(weight: Tensor, bits: int) -> GroupedMatrix:
-    """Return an empty matrix for a weight; on a CPU in huge pages, as slots are."""
-    rows, cols = weight.shape
-    codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
-    if weight.device.type != "cpu" or not codes:
-        return GroupedMatrix.empty(rows, cols, bits)
-    codes_B, meta_B = host_bytes(codes + meta).split([codes, meta])
-    meta_RMG = meta_B.view(torch.float16).view(rows, meta_per_group(bits), -1)
-    return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
+class _Arena:
+    """Memory for encoded matrices on a CPU in one mapping, so that nearly all of it is huge pages.
+
+    A page is allocated when it is first written, so the arena may exist before weights are freed.
+    """
+
+    def __init__(self, weights: Collection[Tensor], bits: int):
+        self._bits = bits
+        on_cpu = [weight for weight in weights if weight.device.type == "cpu"]
+        total = sum(map(self._size, on_cpu))
+        self._free_B = host_bytes(total) if total else torch.empty(0, dtype=torch.uint8)
+
+    def allocate(self, weight: Tensor) -> GroupedMatrix:
+        """Return an empty matrix for one of the weights."""
+        (rows, cols), bits = weight.shape, self._bits
+        if weight.device.type != "cpu" or not weight.numel():
+            return GroupedMatrix.empty(rows, cols, bits)
+        codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
+        size = self._size(weight)
+        mine_B, self._free_B = self._free_B[:size], self._free_B[size:]
+        codes_B, meta_B, _ = mine_B.split([codes, meta, size - codes - meta])
+        meta_RMG = meta_B.view(torch.float16).view(rows, meta_per_group(bits), -1)
+        return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
+
+    def _size(self, weight: Tensor) -> int:
+        rows, cols = weight.shape
+        size = codes_bytes(rows, cols, self._bits) + meta_bytes(rows, cols, self._bits)
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _group_by_weight(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:

@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,8 @@ from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer, end_all
 from moefit.serve.stats import Counters
 
+_MAX_ROWS = 1024  # that one kernel call computes
+
 
 class FusedExperts:
     """Kernel calls for the experts of one block.
@@ -39,11 +41,6 @@ class FusedExperts:
         self._layout, self._shape, self.kernels = layout, layout.mlp, kernels
         self._mlps: WeakKeyDictionary[Slot, KernelMlp] = WeakKeyDictionary()
 
-    def use_kernels(self, slots: Collection[Slot]) -> bool:
-        """Return whether kernels are faster than torch for a step over these slots."""
-        dtype = self._layout.specs[self._shape.w_in].dtype
-        return any(slot.format.prefers_kernels(dtype) for slot in slots)
-
     def one_token(self, x_1D: Tensor, slot_of_row: Mapping[int, Slot], y_KD: Tensor) -> None:
         """Write each expert's output for one token into its row of y_KD (float32)."""
         mlps = [self._mlp(slot) for slot in slot_of_row.values()]
@@ -54,26 +51,15 @@ class FusedExperts:
     ) -> None:
         """Write the outputs of several experts into y_RD.
 
-        Experts with few rows are computed by kernels in one call; with many rows, decoding the
-        matrices once and multiplying in torch is faster.
-
         Args:
             batch: Each expert's slot and its rows of the flattened choice.
             num_choices: K, the number of experts per token.
         """
-        small: list[tuple[Slot, Tensor]] = []
-        for slot, rows_R in batch:
-            if len(rows_R) <= slot.format.max_kernel_rows(self.kernels):
-                small.append((slot, rows_R))
-                continue
-            x_RD = x_TD[rows_R // num_choices]
-            output_RD = expert_output(self._layout, slot.format, slot.tensors, x_RD)
-            y_RD[rows_R] = output_RD.to(y_RD.dtype)
-        if small:
-            tokens = [rows_R // num_choices for _, rows_R in small]
-            mlps = [self._mlp(slot) for slot, _ in small]
+        for part in _limit_rows(batch):
+            tokens = [rows_R // num_choices for _, rows_R in part]
+            mlps = [self._mlp(slot) for slot, _ in part]
             output_RD = self.kernels.experts(x_TD, mlps, tokens)
-            y_RD[torch.cat([rows_R for _, rows_R in small])] = output_RD.to(y_RD.dtype)
+            y_RD[torch.cat([rows_R for _, rows_R in part])] = output_RD.to(y_RD.dtype)
 
     def _mlp(self, slot: Slot) -> KernelMlp:
         if (cached := self._mlps.get(slot)) is not None:
@@ -86,6 +72,20 @@ class FusedExperts:
             gated=shape.gated,
         )
         return self._mlps[slot]
+
+
+def _limit_rows(batch: Sequence[tuple[Slot, Tensor]]) -> Iterator[list[tuple[Slot, Tensor]]]:
+    """Yield parts of at most `_MAX_ROWS` rows, which limits the memory of hidden units."""
+    part, number = list[tuple[Slot, Tensor]](), 0
+    for slot, rows_R in batch:
+        for some_R in rows_R.split(_MAX_ROWS):
+            if part and number + len(some_R) > _MAX_ROWS:
+                yield part
+                part, number = [], 0
+            part.append((slot, some_R))
+            number += len(some_R)
+    if part:
+        yield part
 
 
 def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
@@ -140,7 +140,7 @@ class ExpertInvoker:
             CheckpointError: An expert cannot be read.
         """
         fused = self._fused_on(x_TD.device)
-        if fused and fused.use_kernels(self._slots.values()):
+        if fused:
             compute = self._fused_token if x_TD.shape[0] == 1 else self._fused_tokens
             return compute(fused, x_TD, routing)
         if x_TD.shape[0] == 1:

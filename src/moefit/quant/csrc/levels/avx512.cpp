@@ -8,10 +8,10 @@
 #include <cstring>
 #include <limits>
 
-#include "attention.h"
-#include "kinds.h"
-#include "matrix.h"
-#include "target.h"
+#include "../attention.h"
+#include "../kinds.h"
+#include "../matrix.h"
+#include "../target.h"
 
 TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 
@@ -70,14 +70,16 @@ static inline void dot_native(const Matrix &m, int64_t row, const Input *x, floa
     __m512 sum[ROWS][T];
     for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < m.cols; c += 16)
+    for (int64_t c = 0; c < m.cols; c += 16) {
+        __m512 token[T];
+        for (int t = 0; t < T; t++) token[t] = _mm512_loadu_ps(x[t].x + c);
         for (int r = 0; r < ROWS; r++) {
             __m512 w = sixteen<KIND>(m, (row + r) * m.cols + c, m.cols - c);
             constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
             _mm_prefetch((const char *)m.codes + ((row + r + ROWS) * m.cols + c) * SIZE, _MM_HINT_T0);
-            for (int t = 0; t < T; t++)
-                sum[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x[t].x + c), sum[r][t]);
+            for (int t = 0; t < T; t++) sum[r][t] = _mm512_fmadd_ps(w, token[t], sum[r][t]);
         }
+    }
     for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < T; t++) y[t][row + r] = _mm512_reduce_add_ps(sum[r][t]);
 }
@@ -136,16 +138,30 @@ static void decode(const Matrix &m, int64_t row, float *out) {
     }
 }
 
-static void narrow(const float *from, int64_t number, uint16_t *out) {
+// 16 floats rounded to bfloat16.
+static inline __m256i rounded(__m512 value) {
     const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x40);
+    __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
+    __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(word, half), _mm512_and_si512(high, one));
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(_mm512_srli_epi32(nearest, 16), nan, high, quiet));
+}
+
+static void narrow(const float *from, int64_t number, uint16_t *out) {
     for (int64_t i = 0; i < number; i += 16) {
         __mmask16 mask = number - i >= 16 ? 0xffff : (1u << (number - i)) - 1;
-        __m512 value = _mm512_maskz_loadu_ps(mask, from + i);
-        __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
-        __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(word, half), _mm512_and_si512(high, one));
-        __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        nearest = _mm512_mask_or_epi32(_mm512_srli_epi32(nearest, 16), nan, high, quiet);
-        _mm256_mask_storeu_epi16(out + i, mask, _mm512_cvtepi32_epi16(nearest));
+        _mm256_mask_storeu_epi16(out + i, mask, rounded(_mm512_maskz_loadu_ps(mask, from + i)));
+    }
+}
+
+// The same, past the caches. The rows of a product with many tokens are often powers of two apart, which
+// evict each other.
+static void narrow_past(const float *from, int64_t number, uint16_t *out) {
+    if (number % 32 || (uintptr_t)out % 64) return narrow(from, number, out);
+    for (int64_t i = 0; i < number; i += 32) {
+        __m512i two = _mm512_castsi256_si512(rounded(_mm512_loadu_ps(from + i)));
+        two = _mm512_inserti64x4(two, rounded(_mm512_loadu_ps(from + i + 16)), 1);
+        _mm512_stream_si512((__m512i *)(out + i), two);
     }
 }
 
@@ -169,25 +185,32 @@ static inline __attribute__((always_inline)) V bytes16(const int8_t *at) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
+typedef VI RI;
+typedef V RV;
+
+static inline RV row_halves(const uint16_t *at) { return halves16(at); }
+static inline RV row_muladd(RV a, RV b, RV c) { return muladd(a, b, c); }
+
 constexpr int WIDEST = 8, UNROLL = 16;
 constexpr bool SIGNED_BYTES = false;
 
 template <int64_t KIND>
-static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
+static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_t four) {
     return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
 }
 
 #include "slabs.inc"
 
-static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-                    float *const *y) {
-    if (!any_slab_dot(m, first, last, x, tokens, y)) native_dot(m, first, last, x, tokens, y);
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
+    if (any_slab_dot(m, first, last, panel, y)) return;
+    for (int64_t t = 0; t < panel.tokens; t += TOKENS)
+        native_dot(m, first, last, panel.x + t, std::min(TOKENS, panel.tokens - t), y + t);
 }
 
 }  // namespace avx512
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::any_decode, avx512::narrow, avx512::widen, avx512::integers,
-                      avx512::any_attend, avx512::any_quantize};
+const Level AVX512 = {avx512::any_dot, avx512::token_bytes, avx512::pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
+    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize};
 #endif

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <limits>
 
-#include "attention.h"
-#include "kinds.h"
-#include "matrix.h"
+#include "../attention.h"
+#include "../kinds.h"
+#include "../matrix.h"
 
 namespace plain {
 #include "plain.inc"
@@ -30,11 +30,17 @@ static inline V bytes16(const int8_t *at) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
+typedef VI RI;
+typedef V RV;
+
+static inline RV row_halves(const uint16_t *at) { return halves16(at); }
+static inline RV row_muladd(RV a, RV b, RV c) { return muladd(a, b, c); }
+
 constexpr int WIDEST = 1, UNROLL = 1;
 constexpr bool SIGNED_BYTES = false;
 
 template <int64_t KIND>
-static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_t four) {
+static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_t four) {
     typedef uint32_t Words __attribute__((vector_size(64)));
     for (int i = 0; i < 4; i++) {
         VI code = (VI)(((Words)codes >> 8 * i) & 255);
@@ -45,11 +51,12 @@ static inline __attribute__((always_inline)) VI product(VI sum, VB codes, int32_
 
 #include "slabs.inc"
 
-static void any_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-                    float *const *y) {
-    if (!any_slab_dot(m, first, last, x, tokens, y)) native_dot(m, first, last, x, tokens, y);
+static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
+    if (any_slab_dot(m, first, last, panel, y)) return;
+    for (int64_t t = 0; t < panel.tokens; t += TOKENS)
+        native_dot(m, first, last, panel.x + t, std::min(TOKENS, panel.tokens - t), y + t);
 }
 }
 
-const Level PORTABLE = {plain::any_dot, plain::any_decode, plain::narrow, plain::widen, plain::integers,
-                        plain::any_attend, plain::any_quantize};
+const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::narrow, plain::narrow,
+    plain::widen, plain::integers, plain::any_attend, plain::any_quantize};

@@ -1,0 +1,110 @@
+"""An answer depends on its request alone: bit-equal in any batch, with any chunks and threads.
+
+Sequences of families whose operations are all covered: linear layers, experts and attention by
+kernels, everything else row by row. Without kernels torch's products depend on the batch.
+"""
+
+import pytest
+import torch
+from engines import ask, greedy, paused, running
+from levels import compiled
+from tiny_families import token_ids
+from tiny_served import saved, tiny
+
+from moefit.api import load as load_by_name
+from moefit.engine.api import TokenEvent
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
+
+pytestmark = compiled
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Kernels compute attention whose heads are multiples of 16 wide; those of other tests are 8.
+# torch's sigmoid and silu round differently past the last whole 32 elements.
+WIDER: dict[str, dict[str, int]] = {
+    "Mixtral": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "Olmoe": {"num_attention_heads": 2, "num_key_value_heads": 2},
+    "DeepseekV3": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}
+
+
+def logprobs(heard) -> torch.Tensor:
+    """Log probabilities of the prompt's tokens and of the answer's."""
+    prompt = [one.logprob for one in heard.wait().prompt.logprobs[1:]]
+    answer = [one.logprob.logprob for one in heard.events if isinstance(one, TokenEvent)]
+    return torch.tensor(prompt + answer, dtype=torch.float64)
+
+
+def text(length: int) -> list[int]:
+    return token_ids(length, seed=length).clamp(max=60).tolist()
+
+
+def request(engine, tokens):
+    return ask(engine, tokens, greedy(6, prompt_logprobs=0, logprobs=0))
+
+
+def check(load) -> None:
+    """Compare one request alone with itself among others, in chunks and with two threads."""
+    prompt, others = text(40), [3, 17, 30, 1, 9]
+    with load() as served:
+        served.model.generation_config.eos_token_id = None
+        with running(served, prefill_chunk=64) as engine:
+            alone = logprobs(request(engine, prompt))
+        assert len(alone) == 45
+        for chunk, threads in ((64, 1), (1, 1), (7, 2)):
+            torch.set_num_threads(threads)
+            try:
+                with (
+                    running(served, prefill_chunk=chunk, max_concurrency=6) as engine,
+                    paused(engine) as go,
+                ):
+                    crowd = [
+                        request(engine, token_ids(n, seed=n).clamp(max=60).tolist()) for n in others
+                    ]
+                    among = request(engine, prompt)
+                    go.set()
+                    assert torch.equal(logprobs(among), alone), (chunk, threads)
+                    for one in crowd:
+                        one.wait()
+            finally:
+                torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WIDER)
+def test_families_in_their_dtype(family, dtype, tmp_path):
+    folder = saved(tiny(family, **WIDER[family]), tmp_path)
+    check(lambda: load_model(folder, LoadSettings(context=256, dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("int8-nearest", torch.bfloat16),
+        ("int4-nearest", torch.bfloat16),
+        ("int3-nearest", torch.float32),
+        ("int5-nearest", torch.float16),
+    ],
+)
+def test_quantised_experts_and_dense_weights(precision, dtype, tmp_path):
+    folder = saved(tiny("Olmoe", **WIDER["Olmoe"]), tmp_path)
+    settings = LoadSettings(
+        context=256, dtype=dtype, precision=precision, dense_precision=precision
+    )
+    check(lambda: load_model(folder, settings))
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_the_reference_model_resident_and_fetched(fetched, dtype=torch.bfloat16):
+    memory = None
+    if fetched:
+        with load_by_name("reference", context=256, dtype=dtype) as served:
+            budget = served.budget
+            memory = budget.fixed + sum(block.slot_bytes for block in budget.blocks) * 2 + (8 << 20)
+    check(lambda: load_by_name("reference", context=256, dtype=dtype, memory=memory))
