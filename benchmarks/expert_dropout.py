@@ -39,9 +39,12 @@ from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps
 from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.model import ServedModel
+from moefit.train.config import read_config
 from moefit.train.expert_dropout import AllowedExperts, first_experts, measured_order
+from moefit.train.run_folder import CONFIG
 
 SHARES = (1.0, 0.5, 1 / 3, 0.25, 0.125)
+SETTINGS = ("expert_dropout", "loss", "optimizer", "steps", "batch_size", "seq_len", "seed")
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
     "bounded": {"mode": "bounded"},
@@ -109,12 +112,16 @@ def known_points(file: Path | None) -> dict[tuple[str, str, float], dict[str, An
     return {(one["model"], one["mode"], one["share"]): one for one in found}
 
 
-def trained(model: str) -> dict[str, Any] | None:
-    """The settings of the expert dropout that the model was trained with."""
+def trained(model: str) -> dict[str, Any]:
+    """How the model was trained, as far as its folder says."""
+    run = Path(model) / CONFIG
     found = dropout_record(load_full_model(model)[0].config)
-    if found is None:
-        return None
-    return {key: value for key, value in found.as_dict().items() if key != "resident_order"}
+    settings: dict[str, Any] = {}
+    if run.is_file():
+        config = read_config(run, []).model_dump(mode="json", exclude={"out", "data", "model"})
+        settings = {name: config[name] for name in SETTINGS}
+    losses = None if found is None else found.as_dict()["held_out_loss"]
+    return {**settings, "held_out_loss_by_experts": losses}
 
 
 @torch.inference_mode()
