@@ -5,6 +5,8 @@ integers also that of activations in steps of 2^-15 of the largest of 64.
 """
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -438,6 +440,28 @@ def test_kernels_called_from_several_threads_and_after_a_fork() -> None:
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(1)
+
+
+WITHOUT_THREADS = """
+import ctypes, torch
+from moefit.quant.cpu_kernels import kernels
+
+run, weight_OI, x_TI = kernels(), torch.randn(300, 200), torch.randn(20, 200)
+wanted_TO = run.linear(x_TI, weight_OI)
+libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+libc.pthread_attr_init(attributes)
+libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 47))  # which no process can map
+assert libc.pthread_setattr_default_np(attributes) == 0
+torch.set_num_threads(3)
+assert torch.equal(run.linear(x_TI, weight_OI), wanted_TO)
+"""
+
+
+@compiled
+def test_kernels_compute_where_the_system_allows_no_more_threads() -> None:
+    command = [sys.executable, "-c", WITHOUT_THREADS]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 # Which there are

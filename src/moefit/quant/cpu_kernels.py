@@ -75,6 +75,10 @@ class KernelMatrix:
         self.matrix = _matrix(weight)
         self.rows, self.cols = self.matrix.rows, self.matrix.cols
 
+    def __reduce__(self) -> tuple[type["KernelMatrix"], tuple[Weight]]:
+        """Copy and pickle the weight; pointers are made anew."""
+        return KernelMatrix, (self.weight,)
+
 
 class KernelMlp:
     """An expert's two matrices and activation: down(act(gate) * up), or down(act(in))."""
@@ -316,7 +320,7 @@ def kernels(level: str | None = None) -> Kernels | None:
     if library is None:
         return None
     allowed = LEVELS[: LEVELS.index(cast(Level, wanted)) + 1]
-    return Kernels(library, [level for level in allowed if level in available_levels()][-1])
+    return Kernels(library, [one for one in allowed if one in available_levels()][-1])
 
 
 @cache

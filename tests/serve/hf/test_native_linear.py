@@ -1,5 +1,9 @@
 """Linear layers in the model's dtype by kernels: which are replaced, values, and undoing it."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from levels import compiled
@@ -114,3 +118,69 @@ def test_other_operations_and_shapes_are_torchs(calls) -> None:
     assert F.linear(torch.randn(24), weight).shape == (24,)
     assert F.linear(x.double(), weight.double()).dtype == torch.float64
     assert calls == [torch.float32] * 3
+
+
+@torch.inference_mode()
+def test_a_weight_of_another_shape_at_the_same_address_is_read_anew() -> None:
+    model = Model(torch.float32)
+    use_linear_kernels(model)
+    x, head = torch.randn(2, 24), model.head
+    whole = head(x)
+    head.weight.data = head.weight.data[:8]
+    assert torch.equal(head(x), whole[:, :8])
+
+
+@torch.inference_mode()
+def test_what_kernels_do_not_support_is_torchs(calls) -> None:
+    """A bias of one element, a lazily negated input, and input that is refused."""
+    model = Model(torch.float32)
+    use_linear_kernels(model)
+    weight, x = model.layer.weight, torch.randn(2, 24)
+    torch.testing.assert_close(F.linear(x, weight, torch.ones(1)), x @ weight.T + 1)
+    torch.testing.assert_close(F.linear(torch._neg_view(x), weight), -(x @ weight.T))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        F.linear(torch.randn(2, 23), weight)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        F.linear(x, weight, torch.ones(24).bfloat16())
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        F.linear(torch.zeros(()), weight)
+    assert not calls
+
+
+def test_gradients_of_biases_are_torchs(calls) -> None:
+    model = Model(torch.float32)
+    use_linear_kernels(model)
+    model.layer(torch.randn(3, 24)).sum().backward()
+    assert torch.equal(model.layer.bias.grad, torch.full((24,), 3.0)) and not calls
+
+
+def test_copies_of_a_model_are_computed_by_kernels_and_stay_tied(calls) -> None:
+    model, ids = Model(), torch.arange(5)
+    use_linear_kernels(model)
+    with torch.inference_mode():
+        wanted = model(ids)
+        other = copy.deepcopy(model)
+        model.layer.weight.zero_()
+        del calls[:]
+        made = other(ids)
+    assert all(torch.equal(one, two) for one, two in zip(made, wanted, strict=True))
+    assert len(calls) == 3 and other.head.weight is other.embedding.weight
+    assert isinstance(other.layer.weight, nn.Parameter)
+
+
+@torch.inference_mode()
+def test_saved_weights_are_torchs_own() -> None:
+    """`torch.load` reads them without this package."""
+    model, ids = Model(), torch.arange(5)
+    use_linear_kernels(model)
+    wanted = model(ids)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert {type(one) for one in state.values()} == {Tensor}
+    assert torch.equal(state["layer.weight"], model.layer.weight)
+    other = pickle.loads(pickle.dumps(model))
+    assert type(other.layer.weight) is nn.Parameter and other.head.weight is other.embedding.weight
+    for one, two in zip(other(ids), wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)

@@ -1,5 +1,7 @@
 """Dense weights in grouped integers."""
 
+import copy
+
 import pytest
 import torch
 from tiny_served import VOCABULARY, saved, tiny
@@ -73,6 +75,16 @@ def test_large_matrix_is_decoded_in_parts_without_kernels(rows_at_once: int, mon
     slabs = max(1, rows_at_once // 16)
     assert max(seen) == min(16 * slabs, 199)
     assert sum(seen) == 199
+
+
+def test_a_layer_that_has_computed_can_be_copied() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = GroupedLinear(encode(torch.randn(50, 100, generator=generator), 4), None, torch.float32)
+    x_TI = torch.randn(3, 100, generator=generator)
+    wanted_TO = layer(x_TI)
+    other = copy.deepcopy(layer)
+    layer.get_buffer("codes_RB").zero_()
+    assert torch.equal(other(x_TI), wanted_TO)
 
 
 def test_decoded_bytes_are_bounded(monkeypatch) -> None:

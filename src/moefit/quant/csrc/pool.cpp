@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -31,12 +32,9 @@ inline void pause() {
 
 class Pool {
 public:
-    // Threads besides the caller's; they are started when they are first needed.
+    // `threads` besides the caller's, or as many as the system allows.
     void run(int64_t number, void (*body)(void *, int64_t), void *context, int64_t threads) {
-        while (started_ < threads) {
-            std::thread(&Pool::work, this, started_).detach();
-            started_++;
-        }
+        start(threads);
         body_ = body, context_ = context, number_ = number, helpers_.store(threads, std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
         uint64_t loop = (next_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -50,6 +48,14 @@ public:
     }
 
 private:
+    // Threads are started when they are first needed.
+    void start(int64_t threads) {
+        try {
+            for (; started_ < threads; started_++) std::thread(&Pool::work, this, started_).detach();
+        } catch (const std::system_error &) {  // a limit of threads or memory
+        }
+    }
+
     // Take items of this loop until none is left. An item is taken by reducing the lower half of `next_`, which
     // fails if the loop has ended since; until then its description does not change.
     void take_items(uint64_t loop) {
@@ -81,17 +87,20 @@ private:
             }
             pause();
             if (turn % 64 == 0 && std::chrono::steady_clock::now() - idle > SPIN) {
-                sleep(seen);
+                sleep(number, seen);
                 idle = std::chrono::steady_clock::now();
             }
         }
     }
 
-    // Until another loop than `seen` has been opened.
-    void sleep(uint64_t seen) {
+    // Until another loop than `seen` has been opened that wants this thread.
+    void sleep(int64_t number, uint64_t seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return next_.load(std::memory_order_seq_cst) >> 32 != seen; });
+        wake_.wait(lock, [&] {
+            bool opened = next_.load(std::memory_order_seq_cst) >> 32 != seen;
+            return opened && number < helpers_.load(std::memory_order_relaxed);
+        });
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
     }
 

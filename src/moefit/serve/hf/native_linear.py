@@ -12,7 +12,7 @@ Shapes: T tokens, I input features, O output features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,32 @@ class KernelWeight(Tensor):
 
     def kernel_matrix(self) -> KernelMatrix:
         """Return the weight as kernels take it; made anew if the memory has changed."""
-        if self._matrix is None or self._matrix.matrix.codes != self.data_ptr():
-            self._matrix = KernelMatrix(self.detach().as_subclass(Tensor))
-        return self._matrix
+        known = self._matrix
+        if (
+            known is None
+            or known.matrix.codes != self.data_ptr()
+            or (known.rows, known.cols) != self.shape
+            or cast(Tensor, known.weight).dtype != self.dtype
+        ):
+            known = self._matrix = KernelMatrix(self.detach().as_subclass(Tensor))
+        return known
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return a copy that the kernels compute too."""
+        if id(self) not in memo:
+            copy = self.detach().as_subclass(Tensor).clone().as_subclass(KernelWeight)
+            memo[id(self)] = nn.Parameter(copy, self.requires_grad) if _is_parameter(self) else copy
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the weight as torch's own class, so that any process can read it."""
+        plain = self.detach().as_subclass(Tensor)
+        plain = nn.Parameter(plain, self.requires_grad) if _is_parameter(self) else plain
+        return plain.__reduce_ex__(protocol)
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    return isinstance(weight, nn.Parameter)
 
 
 def _usable(weight: object) -> bool:
@@ -73,15 +96,25 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         compiled is None
         or not isinstance(weight, KernelWeight)
         or not _usable(weight)
-        or input.dtype != weight.dtype
-        or input.device.type != "cpu"
-        or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        or not _fits(input, weight, bias)
     ):
         return None
     x_TI = input.reshape(-1, input.shape[-1])
     bias_O = None if bias is None else bias.float().contiguous()
     y_TO = compiled.linear(x_TI, weight.kernel_matrix(), input.dtype, bias_O)
     return y_TO.view(*input.shape[:-1], y_TO.shape[-1])
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether kernels support a product; torch computes the others or says what is wrong."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    return (
+        all(one.dtype == weight.dtype and one.device.type == "cpu" for one in tensors)
+        and input.shape[-1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and not input.is_neg()
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+    )
 
 
 def use_linear_kernels(model: nn.Module) -> Callable[[], None]:
