@@ -21,10 +21,13 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 32;       // output rows that one thread takes at a time
+constexpr int64_t CHUNK = 32, LARGEST_CHUNK = 128;  // output rows that one thread takes at a time
 constexpr int64_t SLICE = 1 << 19;  // inputs of the tokens that one product is of: they stay in a cache of 2 MB
 
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY };
+
+// As many rows as leave some items to each thread: where threads take turns, reading begins anew.
+int64_t chunk_of(int64_t rows) { return std::min(std::max(CHUNK, rows / 16 / CHUNK * CHUNK), LARGEST_CHUNK); }
 
 float activate(float x, int64_t activation) {
     switch (activation) {
@@ -187,7 +190,7 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     Panels panels(use);
     int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
     auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
-    int64_t slices = (tokens + slice - 1) / slice, chunks = (m->rows + CHUNK - 1) / CHUNK;
+    int64_t slices = (tokens + slice - 1) / slice, chunk = chunk_of(m->rows), chunks = (m->rows + chunk - 1) / chunk;
     each(tokens > BLOCK ? slices : 0, [&](int64_t n) {
         for (int64_t t = n * slice; t < std::min((n + 1) * slice, tokens); t++) inputs.set(t, x_TI, floats);
     });
@@ -197,13 +200,13 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     each(slices * chunks, [&](int64_t item) {
         static thread_local std::vector<float> made;
         static thread_local std::vector<float *> y;
-        int64_t c = item % chunks * CHUNK, last = std::min(c + CHUNK, m->rows), t0 = item / chunks * slice;
+        int64_t c = item % chunks * chunk, last = std::min(c + chunk, m->rows), t0 = item / chunks * slice;
         const Panel &panel = panels[item / chunks];
-        made.resize(panel.tokens * CHUNK), y.resize(panel.tokens);
-        for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * CHUNK] - c;
+        made.resize(panel.tokens * chunk), y.resize(panel.tokens);
+        for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * chunk] - c;
         use.dot(*m, c, last, panel, y.data());
         for (int64_t t = 0; t < panel.tokens; t++) {
-            float *from = &made[t * CHUNK];
+            float *from = &made[t * chunk];
             for (int64_t r = c; r < last && bias; r++) from[r - c] += bias[r];
             if (kind == BF16) write(from, last - c, (uint16_t *)y_TO + (t0 + t) * m->rows + c);
             else std::memcpy((float *)y_TO + (t0 + t) * m->rows + c, from, 4 * (last - c));
@@ -222,7 +225,8 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     if (!number) return;
     const Level &use = level_of(level);
     int64_t F = experts[0].down.cols, D = experts[0].down.rows;
-    int64_t f_chunks = (F + CHUNK - 1) / CHUNK, d_chunks = (D + CHUNK - 1) / CHUNK;
+    int64_t f_chunk = chunk_of(number * F), d_chunk = chunk_of(number * D);
+    int64_t f_chunks = (F + f_chunk - 1) / f_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
     bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return e.in.meta || e.down.meta; });
     Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
     std::vector<float> floats(T * groups_of(experts[0].in.cols) * GROUP);
@@ -240,7 +244,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     each(number * f_chunks, [&](int64_t item) {
         const Expert &e = experts[item / f_chunks];
         if (!e.rows) return;
-        int64_t f0 = item % f_chunks * CHUNK, f1 = std::min(f0 + CHUNK, F);
+        int64_t f0 = item % f_chunks * f_chunk, f1 = std::min(f0 + f_chunk, F);
         const Panel &panel = panels[item / f_chunks];
         float *const *to = h.data() + e.first;
         use.dot(e.in, f0, f1, panel, to);
@@ -260,7 +264,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     each(hidden_panels.allocate(), [&](int64_t i) { hidden_panels.pack(i); });
     each(number * d_chunks, [&](int64_t item) {
         const Expert &e = experts[item / d_chunks];
-        int64_t d0 = item % d_chunks * CHUNK, d1 = std::min(d0 + CHUNK, D);
+        int64_t d0 = item % d_chunks * d_chunk, d1 = std::min(d0 + d_chunk, D);
         if (e.rows) use.dot(e.down, d0, d1, hidden_panels[item / d_chunks], y.data() + e.first);
     });
 }
