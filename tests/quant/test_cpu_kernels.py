@@ -424,6 +424,19 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
         assert all(torch.equal(one, two) for one, two in zip(made[0], other, strict=True))
 
 
+@levels
+@pytest.mark.parametrize("kind", [4, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_few_rows_of_many_tokens(level: str, kind, dtype: torch.dtype) -> None:
+    mlps = [make_mlp(kind, kind, width=100, inner=70, seed=e) for e in range(3)]
+    x_TD, tokens = normal(90, 100).to(dtype), [[89, 2, 2], [], [17]]
+    made_RD = at(level).experts(x_TD, mlps, tokens)
+    for row, (expert, token) in enumerate(((0, 89), (0, 2), (0, 2), (2, 17))):
+        alone_1D = torch.empty(1, 100)
+        at(level).one_token(x_TD[token : token + 1], [mlps[expert]], [0], alone_1D)
+        assert torch.equal(made_RD[row], alone_1D[0])
+
+
 @compiled
 def test_kernels_called_from_several_threads_and_after_a_fork() -> None:
     """One call has the pool, the others compute alone; a forked process makes a pool of its own."""

@@ -236,7 +236,10 @@ class Kernels:
         y_RD = torch.empty(first, x_TD.shape[1])
         if not first:
             return y_RD
-        self._run(mlps, array, join_tokens(tokens), x_TD, y_RD)
+        token_R = join_tokens(tokens)
+        if first < len(x_TD):  # the kernel prepares all tokens that it is given
+            x_TD, token_R = x_TD[token_R], torch.arange(first)
+        self._run(mlps, array, token_R, x_TD, y_RD)
         return y_RD
 
     def one_token(

@@ -229,7 +229,9 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     int64_t f_chunks = (F + f_chunk - 1) / f_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
     bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return e.in.meta || e.down.meta; });
     Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
-    std::vector<float> floats(T * groups_of(experts[0].in.cols) * GROUP);
+    bool pairs = use.reads_bfloat16 && kind == BF16 &&
+                 std::all_of(experts, experts + number, [](const Expert &e) { return e.in.kind == BF16; });
+    std::vector<float> floats(pairs ? 0 : T * groups_of(experts[0].in.cols) * GROUP);
     std::vector<uint16_t> halves(kind == BF16 ? routed * F : 0);
     Panels panels(use), hidden_panels(use);
     std::vector<Input> x(routed);
