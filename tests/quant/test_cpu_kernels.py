@@ -189,6 +189,20 @@ def test_nan_affects_only_its_token(level: str, kind) -> None:
 
 
 @levels
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("cols", [1, 37, 64, 75])
+def test_nan_weights_affect_only_their_row(level: str, kind, cols: int) -> None:
+    """Vectors that are wider than what is left of a row read nothing of the next."""
+    weight_RC = weight_of(kind, 9, cols)
+    assert isinstance(weight_RC, Tensor)
+    weight_RC[5] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        y_TR = at(level).linear(normal(7, cols).to(dtype), weight_RC, dtype)
+        assert y_TR[:, 5].isnan().all()
+        assert y_TR[:, [0, 1, 2, 3, 4, 6, 7, 8]].isfinite().all()
+
+
+@levels
 @widths
 def test_tiny_activations_give_tiny_results(level: str, bits: int) -> None:
     """The reciprocal of their scale is not finite."""

@@ -171,15 +171,37 @@ static void any_decode(const Matrix &m, int64_t row, float *out) {
 }
 
 typedef float V __attribute__((vector_size(64)));
+constexpr int SUMS = 16;
 
 static inline V muladd(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
-static inline V halves16(const uint16_t *at) {
+static inline V from_halves(const uint16_t *at) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
-static inline __attribute__((always_inline)) V bytes16(const int8_t *at) {
+static inline __attribute__((always_inline)) V from_bytes(const int8_t *at) {
     return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+}
+
+// Reduce 16 vectors to one with the sum of each, all added in the same order.
+static inline __attribute__((always_inline)) V reduced(V *a) {
+    for (int i = 0; i < 8; i++) {
+        V x = a[2 * i], y = a[2 * i + 1];
+        a[i] = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < 4; i++) {
+        V x = a[2 * i], y = a[2 * i + 1];
+        a[i] = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    for (int i = 0; i < 2; i++) {
+        V x = a[2 * i], y = a[2 * i + 1];
+        a[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    return __builtin_shufflevector(a[0], a[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a[0], a[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
 #include "attention.inc"
@@ -188,7 +210,7 @@ typedef uint8_t VB __attribute__((vector_size(64)));
 typedef VI RI;
 typedef V RV;
 
-static inline RV row_halves(const uint16_t *at) { return halves16(at); }
+static inline RV row_halves(const uint16_t *at) { return from_halves(at); }
 static inline RV row_muladd(RV a, RV b, RV c) { return muladd(a, b, c); }
 
 constexpr int WIDEST = 8, UNROLL = 16;
