@@ -64,6 +64,12 @@ SERVED = {
     *("qwen4_exp", "qwen4_exp_multimodal", "solar_open", "unlimited_ocr", "zaya"),
 }
 
+ROUNDING_GROWS = {
+    *("qwen3_5_moe", "qwen3_5_moe_multimodal", "qwen3_next", "qwen4_exp", "qwen4_exp_multimodal")
+}
+"""Linear attention in which rounding grows: transformers' own logits change as much, by up to 6e-5
+of the largest, when weights change by half a unit in the last place."""
+
 SHOWN = {
     *("afmoe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "ernie4_5_vl_moe"),
     *("gemma4_multimodal", "gpt_oss", "granitemoe", "jamba", "kolibri1", "mixtral"),
@@ -152,7 +158,8 @@ def test_exact_at_minimum_budget(saved):
     with load_model(saved.folder, LoadSettings(context=64)) as served:
         served.set_memory(served.budget.min_bytes)
         assert all(experts.slot_table.num_slots == 1 for experts in served.blocks.values())
-        assert_same(logits_of(served.model), saved.logits)
+        tolerance = 1e-4 if saved.family in ROUNDING_GROWS else TOLERANCE
+        assert_same(logits_of(served.model), saved.logits, tolerance)
         served.check()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_served import FAMILIES, saved, tiny, tokens
+from transformers import Qwen2MoeConfig
 
 from moefit.checkpoint.safetensors import SINGLE, Checkpoint
 from moefit.host import peak_process_bytes, process_bytes
@@ -40,6 +41,17 @@ def test_kv_estimate_equals_cache_after_generation(family: str, dtype: torch.dty
     # The last token is never put through the model; a sliding window holds less.
     estimate = 3 * (5 + 7 - 1) * kv_bytes_per_token(model.config, dtype)
     assert held <= estimate if family == "GptOss" else held == estimate
+
+
+def test_workspace_includes_the_widest_shared_expert() -> None:
+    narrow, wide = (
+        Qwen2MoeConfig(
+            intermediate_size=64, moe_intermediate_size=64, shared_expert_intermediate_size=width
+        )
+        for width in (64, 9064)
+    )
+    more = (workspace_bytes(one, 100, torch.bfloat16) for one in (wide, narrow))
+    assert next(more) - next(more) == 3 * 9000 * 100 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

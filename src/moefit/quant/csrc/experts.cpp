@@ -77,16 +77,20 @@ public:
             level_.integers(x + g * GROUP, digits + g * 2 * GROUP, &scale_[at], &sum_[at]);
     }
 
-    // From token i of x, where `floats` has room for all tokens.
+    // From token i of x. `floats` has room for all tokens, or is empty if products read bfloat16 or digits.
     void set(int64_t i, const void *x, std::vector<float> &floats) {
+        static thread_local std::vector<float> row;
         const char *at = (const char *)x + i * cols_ * (kind_ == BF16 ? 2 : 4);
-        if (floats.empty()) {
-            inputs_[i] = {nullptr, (const uint16_t *)at, nullptr, nullptr, nullptr};
+        const uint16_t *bfloat16 = kind_ == BF16 ? (const uint16_t *)at : nullptr;
+        if (floats.empty() && digits_.empty()) {
+            inputs_[i] = {nullptr, bfloat16, nullptr, nullptr, nullptr};
             return;
         }
-        float *mine = &floats[i * groups_ * GROUP];
+        if (floats.empty()) row.resize(groups_ * GROUP);
+        float *mine = floats.empty() ? row.data() : &floats[i * groups_ * GROUP];
         level_.widen(at, kind_, cols_, mine, groups_ * GROUP);
-        set(i, mine, kind_ == BF16 ? (const uint16_t *)at : nullptr);
+        set(i, mine, bfloat16);
+        if (floats.empty()) inputs_[i].x = nullptr;
     }
 
 private:
@@ -185,8 +189,8 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     if (!tokens) return;
     const Level &use = level_of(level);
     Inputs inputs(use, tokens, m->cols, kind, m->meta);
-    bool pairs = use.reads_bfloat16 && m->kind == BF16 && kind == BF16;  // then nothing reads floats
-    std::vector<float> floats(pairs ? 0 : tokens * groups_of(m->cols) * GROUP);
+    bool pairs = use.reads_bfloat16 && m->kind == BF16 && kind == BF16;
+    std::vector<float> floats(pairs || m->meta ? 0 : tokens * groups_of(m->cols) * GROUP);
     Panels panels(use);
     int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
     auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;

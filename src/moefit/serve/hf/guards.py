@@ -62,7 +62,8 @@ def guard(model: PreTrainedModel, experts: Collection[str]) -> None:
         module = model.get_submodule(name)
         cast(Any, module)._apply = _no_conversion(module)
     cast(Any, model).save_pretrained = _no_saving
-    cast(Any, model).generate = _with_finite_logits(cast(Any, model).generate)
+    if hasattr(model, "generate"):  # a classifier of tokens has none
+        cast(Any, model).generate = _with_finite_logits(cast(Any, model).generate)
 
 
 def _no_conversion(module: nn.Module) -> Callable[..., nn.Module]:

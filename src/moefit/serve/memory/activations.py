@@ -77,7 +77,13 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     width = _first(text, "hidden_size", "d_model") or 0
     wide = max(
         _first(text, name) or 0
-        for name in ("intermediate_size", "moe_intermediate_size", "d_ff", "decoder_ffn_dim")
+        for name in (
+            "intermediate_size",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "d_ff",
+            "decoder_ffn_dim",
+        )
     )
     k = _experts_per_token(text)
     vocabulary = _first(text, "vocab_size") or 0
