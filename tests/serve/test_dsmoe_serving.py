@@ -60,8 +60,8 @@ def test_one_slot_per_block_equals_model(rule, folder, inputs):
     with serving(folder) as served:
         served.model.set_inference_rule(rule)
         assert set(served.report()["slots"].values()) == {1}
-        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-6
-        assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-6
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
+        assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-5
         assert served.report()["fetches"] > len(served.blocks)
 
 
@@ -76,7 +76,7 @@ def test_one_slot_per_block_equals_model(rule, folder, inputs):
 def test_every_kind_of_model(changes, tmp_path, inputs):
     model = tiny_model(**changes)
     with serving(saved(model, tmp_path)) as served:
-        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-6
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
 
 
 def test_bfloat16(tmp_path, inputs):
