@@ -86,12 +86,6 @@ def test_bfloat16(tmp_path, inputs):
         assert_same_but_for_rounding(served, model, inputs)
 
 
-def test_bitwise_equal_for_same_number_of_rows(folder, inputs):
-    """In float32 rows are not padded and torch computes, so sums are equal."""
-    with serving(folder) as served:
-        assert torch.equal(logits(served.model, inputs), logits(large(), inputs))
-
-
 @pytest.mark.parametrize("rule", ["threshold:0.48", "top_k:4", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_shipped_model(rule, dtype):
