@@ -99,7 +99,7 @@ def test_unsupported_weights_raise(folder: Path, name: str, words: str) -> None:
         load_model(folder, LoadSettings())
     (folder / "config.json").unlink()
     for given in (folder, folder / name):
-        with pytest.raises(CheckpointError, match=rf"no model folder.*{name}.*{words}"):
+        with pytest.raises(CheckpointError, match=rf"not a model folder.*{name}.*{words}"):
             locate(str(given))
 
 
@@ -113,6 +113,6 @@ def test_single_file_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("config.json", "model-00001-of-00002.safetensors"):
         (tmp_path / name).touch()
-        with pytest.raises(CheckpointError, match="one file of a model; give the folder") as said:
+        with pytest.raises(CheckpointError, match="one file of a model; give its folder") as said:
             locate(str(tmp_path / name))
         assert str(said.value).endswith(f"{str(tmp_path)!r}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from serving import differs_by
 from tiny_served import logits, saved, tiny, tokens
 
 from moefit.evaluate.baselines import native_reference
@@ -30,7 +31,7 @@ def test_native_reference_equals_checkpoint(folder, model, memory: str | None) -
         assert twin is not None
         with twin:
             ids = tokens(1, 9)
-            torch.testing.assert_close(logits(twin.model, ids), logits(model, ids))
+            assert differs_by(logits(twin.model, ids), logits(model, ids)) < 1e-4
             assert not torch.allclose(logits(served.model, ids), logits(model, ids), atol=1e-2)
             if memory is not None:
                 both = twin.budget.total + served.budget.total_for_slots(served.budget.slots())

@@ -47,7 +47,7 @@ def switch_config(**changes):
         "num_heads": 4,
         "num_experts": EXPERTS,
         "decoder_start_token_id": 0,
-        "initializer_factor": 3.0,
+        "initializer_factor": 1.5,  # attention without a scale amplifies rounding beyond that
     }
     return SwitchTransformersConfig(**(sizes | changes))
 
@@ -96,10 +96,11 @@ def both(source):
     return source | {"decoder_input_ids": ids}
 
 
+ROUNDING = 1e-4  # of sums in float32 in another order
 MODELS = {
-    "switch": (switch, {}, 0.0),
-    "switch, tokens dropped": (switch, {"expert_capacity": 1}, 0.0),
-    "switch, router bias": (switch, {"router_bias": True, "dense_act_fn": "gelu"}, 0.0),
+    "switch": (switch, {}, ROUNDING),
+    "switch, tokens dropped": (switch, {"expert_capacity": 1}, ROUNDING),
+    "switch, router bias": (switch, {"router_bias": True, "dense_act_fn": "gelu"}, ROUNDING),
     "nllb": (nllb, {}, 1e-6),
     "nllb, tokens dropped": (nllb, {"moe_eval_capacity_token_fraction": 0.1}, 1e-6),
     "nllb, best tokens first": (
@@ -175,10 +176,10 @@ def test_bounded_mode_substitutes_top_1_only_with_full_bound(tmp_path, both):
     theirs = logits(model, both)
     with serving(saved(model, tmp_path), slots=2) as served:
         hold(served, [0, 3], "bounded", bound=0.9, ramp=0.0, protected=0)
-        assert torch.equal(logits(served.model, both), theirs)
+        assert differs_by(logits(served.model, both), theirs) < ROUNDING
         hold(served, [0, 3], "bounded", bound=1.0, ramp=0.0, protected=0)
         served.reset()
-        assert not torch.allclose(logits(served.model, both), theirs)
+        assert differs_by(logits(served.model, both), theirs) > 10 * ROUNDING
         assert served.report()["fetches"] == 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import differs_by
 from tiny_served import (
     FAMILIES,
     Disk,
@@ -61,8 +62,9 @@ def slots_of(served: ServedModel) -> set[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_equals_model_at_any_budget(serve, family: str, slots: int) -> None:
     served, _ = serve(family, slots=slots)
-    torch.testing.assert_close(
-        logits(served.model, tokens(2, 7)), logits(model_of(family), tokens(2, 7))
+    assert (
+        differs_by(logits(served.model, tokens(2, 7)), logits(model_of(family), tokens(2, 7)))
+        < 1e-4
     )
     assert generated(served) == generated(model_of(family))
     served.check()
@@ -206,7 +208,7 @@ def test_all_resident_makes_every_mode_exact(serve, family: str) -> None:
     expected = logits(model_of(family), tokens(2, 9))
     for mode in ("virtual", "bounded"):
         served.set_mode(mode, prefill=mode)
-        torch.testing.assert_close(logits(served.model, tokens(2, 9)), expected)
+        assert differs_by(logits(served.model, tokens(2, 9)), expected) < 1e-4
         assert served.report()["substituted_mass"] == 0.0
 
 
