@@ -46,15 +46,19 @@ def unrounded(rows: Tensor) -> Tensor:
     return rows
 
 
+def in_bfloat16(rows: Tensor) -> Tensor:
+    return rows.bfloat16().float()
+
+
 HEAD = rounded(8, None)
 WAYS: dict[str, tuple[Rounding, Rounding]] = {
-    "bfloat16": (lambda rows: rows.bfloat16().float(),) * 2,
+    "bfloat16": (in_bfloat16, in_bfloat16),
     "int8, scale per head": (HEAD, HEAD),
     "int8, scale per head, keys only": (HEAD, unrounded),
     "int8, scale per head, values only": (unrounded, HEAD),
-    "int8, scale per 32 values": (rounded(8, 32),) * 2,
-    "int6, scale per head": (rounded(6, None),) * 2,
-    "int4, scale per 32 values": (rounded(4, 32),) * 2,
+    "int8, scale per 32 values": (rounded(8, 32), rounded(8, 32)),
+    "int6, scale per head": (rounded(6, None), rounded(6, None)),
+    "int4, scale per 32 values": (rounded(4, 32), rounded(4, 32)),
 }
 
 

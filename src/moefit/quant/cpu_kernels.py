@@ -322,8 +322,9 @@ def kernels(level: str | None = None) -> Kernels | None:
     library = _library() if wanted in LEVELS else None
     if library is None:
         return None
-    allowed = LEVELS[: LEVELS.index(cast(Level, wanted)) + 1]
-    return Kernels(library, [one for one in allowed if one in available_levels()][-1])
+    last = LEVELS.index(cast(Level, wanted))
+    allowed = [one for one in available_levels() if LEVELS.index(one) <= last]
+    return Kernels(library, allowed[-1])
 
 
 @cache

@@ -45,7 +45,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self._float_bias = None if bias is None else bias.float()
+        self._float_bias: Tensor | None = None if bias is None else bias.float()
 
     @property
     def matrix(self) -> GroupedMatrix:
@@ -63,7 +63,8 @@ class GroupedLinear(nn.Module):
             y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype, self._float_bias)
         else:
             y_TO = self._decode_and_multiply(x_TI)
-            y_TO = y_TO if self.bias is None else y_TO + self.bias
+            if self.bias is not None:
+                y_TO = y_TO + self.get_buffer("bias")
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def _decode_and_multiply(self, x_TI: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class GroupedLinear(nn.Module):
         # Moving or converting the buffers invalidates the pointers that the kernels use.
         self._kernel_matrix = None
         super()._apply(fn, recurse)
-        self._float_bias = None if self.bias is None else self.bias.float()
+        self._float_bias = None if self.bias is None else self.get_buffer("bias").float()
         return self
 
 
