@@ -323,7 +323,7 @@ def kernels(level: str | None = None) -> Kernels | None:
     if library is None:
         return None
     last = LEVELS.index(cast(Level, wanted))
-    allowed = [one for one in available_levels() if LEVELS.index(one) <= last]
+    allowed: list[Level] = [one for one in available_levels() if LEVELS.index(one) <= last]
     return Kernels(library, allowed[-1])
 
 
