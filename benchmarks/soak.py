@@ -3,8 +3,8 @@
     python benchmarks/soak.py MODEL --least 706MiB --most 726MiB [--minutes 30] [--clients 6]
         [--dtype float32] [--save]
 
-In exact mode every complete greedy response must equal the model's own output (in bfloat16 except
-at near ties, since batches round differently). A third of the clients disconnect mid-stream; every
+In exact mode every complete greedy response must equal the model's own output; in bfloat16, where
+transformers rounds differently, the output of a served model that computes nothing else. A third of the clients disconnect mid-stream; every
 5 s the budget changes between --least and --most; occasionally a shard (of a copy of the
 checkpoint) cannot be read for a few seconds. Counted: wrong responses, requests that do not end,
 samples above the current budget, growth of the process.
@@ -28,6 +28,7 @@ import httpx2 as httpx
 import record
 import torch
 
+import moefit
 from moefit.api import folder_of
 from moefit.evaluate.loading import load_full_model
 from moefit.serve.memory.budget import format_bytes, parse_bytes
@@ -89,13 +90,21 @@ def main() -> None:
 
 
 def own_answers(model: str, dtype: str) -> dict[tuple[str, int], str]:
-    """Return the model's greedy continuation of each prompt."""
-    loaded, tokenizer = load_full_model(model, dtype=getattr(torch, dtype))
+    """Return the greedy continuation of each prompt, computed alone."""
+    if dtype == "float32":
+        loaded, tokenizer = load_full_model(model, dtype=torch.float32)
+        return continuations(loaded, tokenizer)
+    with moefit.load(model, dtype=getattr(torch, dtype)) as served:
+        return continuations(served, served.tokenizer)
+
+
+def continuations(loaded: Any, tokenizer: Any) -> dict[tuple[str, int], str]:
+    """Return what `loaded.generate` makes of each prompt, at each length."""
     answers = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            out = loaded.generate(ids, max_new_tokens=max(TOKENS), do_sample=False)  # pyright: ignore
+            out = loaded.generate(ids, max_new_tokens=max(TOKENS), do_sample=False)
         for tokens in TOKENS:
             new = out[0, ids.shape[1] :][:tokens]
             answers[prompt, tokens] = tokenizer.decode(new, skip_special_tokens=True)
