@@ -4,10 +4,10 @@
         [--dtype float32] [--save]
 
 In exact mode every complete greedy response must equal the model's own output; in bfloat16, where
-transformers rounds differently, the output of a served model that computes nothing else. A third of the clients disconnect mid-stream; every
-5 s the budget changes between --least and --most; occasionally a shard (of a copy of the
-checkpoint) cannot be read for a few seconds. Counted: wrong responses, requests that do not end,
-samples above the current budget, growth of the process.
+transformers rounds differently, the output of a served model that computes nothing else. A third
+of the clients disconnect mid-stream; every 5 s the budget changes between --least and --most;
+occasionally a shard (of a copy of the checkpoint) cannot be read for a few seconds. Counted: wrong
+responses, requests that do not end, samples above the current budget, growth of the process.
 """
 
 import argparse
