@@ -114,12 +114,12 @@ private:
     std::condition_variable wake_;
 };
 
-std::mutex busy;       // held while a loop runs
-Pool *pool = nullptr;  // never destroyed: its threads run until the process ends
+std::atomic<bool> busy{false};  // whether a loop runs
+Pool *pool = nullptr;           // never destroyed: its threads run until the process ends
 
 // Only the calling thread survives a fork.
 void after_fork() {
-    new (&busy) std::mutex;
+    busy = false;
     pool = nullptr;
 }
 
@@ -127,8 +127,7 @@ void after_fork() {
 
 void run_items(int64_t number, void (*body)(void *, int64_t), void *context) {
     int64_t threads = std::min<int64_t>(omp_get_max_threads(), number) - 1;
-    std::unique_lock<std::mutex> lock(busy, std::defer_lock);
-    if (threads <= 0 || number > MAX_NUMBER || !lock.try_lock()) {
+    if (threads <= 0 || number > MAX_NUMBER || busy.exchange(true, std::memory_order_acquire)) {
         for (int64_t item = 0; item < number; item++) body(context, item);
         return;
     }
@@ -138,4 +137,5 @@ void run_items(int64_t number, void (*body)(void *, int64_t), void *context) {
         pool = new Pool;
     }
     pool->run(number, body, context, threads);
+    busy.store(false, std::memory_order_release);
 }
