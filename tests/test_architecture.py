@@ -57,6 +57,19 @@ def layer(module: str) -> tuple[int, str]:
     raise AssertionError(f"{module} has no place in LAYERS; give it one in docs and here")
 
 
+def test_architecture_page_lists_every_module() -> None:
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
+    listed: set[str] = set()
+    folder = ""
+    for line in page.split("```")[1].strip().splitlines():
+        first, *names = line.split()
+        folder = folder if line[0] == " " else "" if first == "(top)" else first
+        names = [first, *names] if line[0] == " " else names
+        listed |= {folder + name for name in names}
+    actual = {p.relative_to(ROOT).with_suffix("").as_posix() for p in MODULES.values()}
+    assert listed == {one for one in actual if not one.endswith(("__init__", "__main__"))}
+
+
 def test_every_module_has_a_layer() -> None:
     for module in MODULES.keys() - {"moefit", "moefit.__main__"}:
         layer(module)

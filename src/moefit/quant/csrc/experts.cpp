@@ -93,6 +93,14 @@ public:
         if (floats.empty()) inputs_[i].x = nullptr;
     }
 
+    // From all tokens of x.
+    void set_all(const void *x, std::vector<float> &floats) {
+        int64_t number = inputs_.size();
+        each((number + BLOCK - 1) / BLOCK, [&](int64_t n) {
+            for (int64_t i = n * BLOCK; i < std::min((n + 1) * BLOCK, number); i++) set(i, x, floats);
+        });
+    }
+
 private:
     const Level &level_;
     int64_t cols_, groups_, kind_;
@@ -195,10 +203,7 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
     auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
     int64_t slices = (tokens + slice - 1) / slice, chunk = chunk_of(m->rows), chunks = (m->rows + chunk - 1) / chunk;
-    each(tokens > BLOCK ? slices : 0, [&](int64_t n) {
-        for (int64_t t = n * slice; t < std::min((n + 1) * slice, tokens); t++) inputs.set(t, x_TI, floats);
-    });
-    for (int64_t t = 0; t < tokens && tokens <= BLOCK; t++) inputs.set(t, x_TI, floats);
+    inputs.set_all(x_TI, floats);
     for (int64_t t = 0; t < tokens; t += slice) panels.add(*m, inputs[t], std::min(slice, tokens - t));
     each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
     each(slices * chunks, [&](int64_t item) {
@@ -241,9 +246,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     std::vector<Input> x(routed);
     std::vector<float *> h(routed), y(routed);
     for (int64_t r = 0; r < routed; r++) h[r] = h_RQ + r * Q, y[r] = y_RD + r * D;
-    each((T + BLOCK - 1) / BLOCK, [&](int64_t n) {
-        for (int64_t t = n * BLOCK; t < std::min((n + 1) * BLOCK, T); t++) tokens.set(t, x_TD, floats);
-    });
+    tokens.set_all(x_TD, floats);
     for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
     for (int64_t n = 0; n < number; n++) panels.add(experts[n].in, x.data() + experts[n].first, experts[n].rows);
     each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
