@@ -32,8 +32,8 @@ AUTO_SHARES = {**SHARES, "1/5": 1 / 5}
 INITIAL_MEMORY = "16GiB"  # until the budget is set
 CONTEXT = 128
 ROUNDING = (
-    "(agree: with one forward pass over all experts. In bfloat16, decoding and a single pass round "
-    "differently, so the most likely token may differ even if all experts are resident.)"
+    "(agree: with one forward pass over all experts. Without compiled kernels, bfloat16 decoding "
+    "rounds differently, so the most likely token may differ even if all experts are resident.)"
 )
 TOKENS = 256  # including the prompts of the windows
 

@@ -6,6 +6,9 @@ The `Rule` by which experts are chosen is read from the configuration in each fo
 Shapes: B sequences, T tokens, D model width, V vocabulary, L layers, E experts.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -248,13 +251,7 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         }
         loss = aux_loss = None
         if labels is not None:
-            real_T = _real_tokens(attention_mask, labels.shape[1])
-            aux_loss = router_loss(
-                routers["router_logits"],
-                routers["attention_router_logits"],
-                router_loss_weights(self.config),
-                real_T,
-            )
+            aux_loss = self._router_loss(routers, _real_tokens(attention_mask, labels.shape[1]))
             loss = language_model_loss(logits, labels) + aux_loss
         output = MoeCausalLMOutputWithPast(
             loss=loss,
@@ -267,6 +264,15 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         for name, logits_by_layer in routers.items():
             output[name] = logits_by_layer
         return output
+
+    def _router_loss(self, routers: Mapping[str, Any], real_T: Tensor | None) -> Tensor:
+        """Return the weighted losses of the routers of both kinds, over real tokens."""
+        return router_loss(
+            routers["router_logits"],
+            routers["attention_router_logits"],
+            router_loss_weights(self.config),
+            real_T,
+        )
 
 
 def router_loss_weights(config: DsMoeConfig) -> RouterLossWeights:
