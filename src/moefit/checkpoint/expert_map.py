@@ -128,6 +128,8 @@ def map_checkpoint(
 
     Args:
         model: On the meta device, with its own experts modules.
+        checkpoint: Its checkpoint.
+        blocks: Its MoE blocks.
 
     Raises:
         CheckpointError: The checkpoint lacks an expert, or has it in another shape.
@@ -157,6 +159,7 @@ def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -
     Args:
         model: On the meta device.
         folder: Where the checkpoint is, or will be.
+        tensors: The names of its tensors.
 
     Raises:
         UnsupportedModelError: There are such tensors.

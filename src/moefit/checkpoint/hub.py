@@ -41,6 +41,7 @@ def download(
         name: The repository, such as "Qwen/Qwen3-30B-A3B".
         refuse: Called with the folder before any weights are in it; raises for a model that
             cannot be served.
+        endpoint: Address of another Hub.
         where: Further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir`.
 
     Raises:

@@ -66,6 +66,7 @@ def named_weights(names: Iterable[str], where: str) -> str | None:
     """Describe weights that cannot be read, given file names; see `other_weights`.
 
     Args:
+        names: Names of all files.
         where: Folder or repository, for the message.
     """
     files = sorted(names)
@@ -163,6 +164,7 @@ def read_json(path: Path, *, limit: int = 8 << 20) -> dict[str, Any]:
     """Return the JSON object in a file that comes with a checkpoint.
 
     Args:
+        path: The file.
         limit: The most bytes it may have. Configurations have a few KiB.
 
     Raises:

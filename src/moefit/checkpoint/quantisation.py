@@ -67,6 +67,7 @@ def refuse_integers(source: Span, parameter: str) -> None:
     """Raise UnsupportedModelError for integers or floats of 8 bits or less.
 
     Args:
+        source: Location of the tensor.
         parameter: Name of the model's floating-point parameter that they would fill.
     """
     if source.dtype.is_floating_point and source.dtype.itemsize > 1:
@@ -123,6 +124,7 @@ def refuse_scales(folder: Path, names: Iterable[str]) -> None:
     """Raise UnsupportedModelError if there are tensors of quantised weights, and say of which kind.
 
     Args:
+        folder: The model's folder.
         names: Names for which `sign_of` returns a result; may be empty.
     """
     found = sorted(names)

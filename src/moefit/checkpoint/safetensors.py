@@ -152,6 +152,7 @@ class Checkpoint:
 
     Attributes:
         spans: Location of each tensor by name.
+        folder: The folder.
 
     Raises:
         CheckpointError: The folder has no safetensors, or a shard is missing or damaged.

@@ -21,6 +21,7 @@ class IncrementalDetokenizer:
     stop text, without an incomplete last character. Invalid UTF-8 becomes U+FFFD.
 
     Args:
+        tokenizer: The model's tokenizer.
         stop: Texts that end the completion and are not emitted; the one that is complete first
             counts. A stop text that contains a special token's text, such as "<|im_end|>", is
             matched against all tokens, any other against the emitted text.
@@ -134,6 +135,7 @@ class _StopMatcher:
         """Append a special token's text and return what cannot belong to a stop text.
 
         Args:
+            new: The special token's text.
             pending: Returns the text of earlier tokens that is not final. It is emitted later
                 unless a stop text is complete here.
         """

@@ -177,6 +177,8 @@ class Engine:
         """Queue a request and return its id.
 
         Args:
+            prompt_ids: Token ids of the prompt.
+            sampling: Sampling parameters.
             listener: Called in the engine's thread with each event of the request.
 
         Returns:

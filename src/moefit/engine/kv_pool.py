@@ -48,6 +48,7 @@ class Extents:
         """Assign `size` places to a name.
 
         Args:
+            name: Owner of the range.
             size: Number of places, at most `free`.
 
         Returns:
@@ -125,6 +126,7 @@ class KvPool:
         """Return keys and values [G, P, C] of a layer, creating them on first use.
 
         Args:
+            index: Layer index.
             key_1GRC: New keys, which determine shape, dtype and device.
             value_1GRC: New values, likewise.
         """

@@ -58,6 +58,10 @@ class RequestState:
     """Prompt, completion and sampler of one request.
 
     Args:
+        name: Request id.
+        prompt: Prompt token ids.
+        sampling: Sampling parameters.
+        listener: Receives the events.
         ended: Called with `name` just before the last event.
     """
 
@@ -224,6 +228,7 @@ def model_limits(served: ServedModel, wanted: int | None, context: int) -> Model
     """Return the limits of a model.
 
     Args:
+        served: Loaded model.
         wanted: Requested `max_model_len`, or None.
         context: Tokens that the KV cache holds.
 

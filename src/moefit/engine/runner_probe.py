@@ -34,6 +34,7 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
     """Return the fastest runner that reproduces the model's logits.
 
     Args:
+        served: Loaded model.
         places: Tokens that the KV pool holds.
 
     Returns:

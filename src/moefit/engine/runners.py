@@ -26,6 +26,8 @@ class RunnerInput:
     """Tokens of one request in a step.
 
     Attributes:
+        request: Request id.
+        tokens: Token ids.
         past: Tokens of this request computed before.
         num_logits: Return logits of this many tokens, the last ones.
     """

@@ -69,6 +69,7 @@ class Sampler:
     """Choose the tokens of one request.
 
     Args:
+        sampling: Sampling parameters.
         context: Tokens before the completion, for the repetition penalty and suppressed sequences.
         suppressed: Tokens that the model's generation_config.json excludes.
     """
@@ -213,6 +214,7 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | None
 
     Args:
         logits_NV: Logits of the model, one row per request.
+        samplers: Sampler of each row.
     """
     chosen: list[Choice | None] = []
     step = _chunk_rows(logits_NV)
@@ -243,6 +245,8 @@ def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[Toke
     """Return the log-probability of a token in each row, with the row's `top` most probable ones.
 
     Args:
+        logits_NV: Logits of the model.
+        tokens: Token id of each row.
         top: Number of most probable tokens; 0 returns none.
 
     Returns:

@@ -37,6 +37,8 @@ class ScheduledTokens:
     """Tokens `start` to `stop` of a request, to be computed in a step.
 
     Attributes:
+        request: Request id.
+        start: First token.
         stop: End of the range, exclusive.
         last: Whether no known tokens follow, so that the step's logits give the next token.
     """
@@ -88,7 +90,9 @@ class Scheduler:
         """Queue a request. The caller checks that it fits into the limits.
 
         Args:
+            name: Request id.
             prompt: Prompt tokens.
+            max_new_tokens: Tokens to generate at most.
             max_chunk: Limit on prompt tokens per step, shared by all requests that have one.
 
         Raises:

@@ -63,6 +63,7 @@ class Segments:
         """Return the additive mask [T, L - first_key] of a segment's new tokens.
 
         Args:
+            segment: Segment of this step.
             window: Sliding window in tokens, or None.
             like: Tensor that determines dtype and device.
         """
@@ -85,6 +86,7 @@ class VarlenCache(Cache):
     Attributes:
         gather: Return the step's keys and values contiguously instead of the pool itself; for
             families that transform them before attention (latent attention).
+        pool: The KV pool.
     """
 
     def __init__(self, pool: KvPool):
@@ -100,6 +102,7 @@ class VarlenCache(Cache):
         Args:
             segments: Segments in places of the pool.
             held: Tokens of all requests after this step.
+            device: Device of the model.
 
         Returns:
             The segments as attention sees them.
@@ -184,12 +187,15 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
     """Attend within each segment; transformers calls this by name.
 
     Args:
+        module: Attention module, unused.
         query: [1, H, T, C], or [B, H, 1, C] when decoding.
         key: [1, G, P or L, C].
         value: [1, G, P or L, C].
         attention_mask: The `WindowMask` of the layer.
+        segments: Segments of the step.
         scaling: Factor of the scores; C ** -0.5 if None.
         sliding_window: Window in tokens; must equal the mask's.
+        softcap: Soft limit of the scores.
         s_aux: Attention sinks [H].
         others: Further arguments; tensors among them are not supported.
 

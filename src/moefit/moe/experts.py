@@ -58,7 +58,9 @@ def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights)
     (DenseMoE of IBM/dolomite-engine, DS-MoE section 3.2). Outputs per expert are never stored.
 
     Args:
+        x_TD: Inputs.
         scores_TE: Weights of the experts; None for all ones, a plain MLP.
+        weights: The experts' matrices.
 
     Returns:
         Outputs [T, D].

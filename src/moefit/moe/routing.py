@@ -102,6 +102,8 @@ def active_experts(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) 
     """Return a boolean mask [T, E] of the experts that each token uses.
 
     Args:
+        scores_TE: Router scores.
+        rule: The inference rule.
         real_T: False for padding tokens, which `threshold_top_k` leaves out of its mean.
     """
     if rule.kind == "dense":

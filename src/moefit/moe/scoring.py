@@ -88,6 +88,7 @@ class ScoringRule:
         """Return the values [T, E] whose largest are selected; -inf for experts of other groups.
 
         Args:
+            logits_TE: Router logits.
             bias_E: Added to the scores if the rule is `biased`.
         """
         selection_TE = logits_TE.float() if self.by_logits else self.scores(logits_TE)
@@ -133,6 +134,7 @@ class ScoringRule:
         scale of training. SparseMixer is: it compares logits with the largest that remains.
 
         Args:
+            logits_TE: Router logits.
             like: The routing whose number of experts per token is used.
             bias_E: Added to the scores if the rule is `biased`.
             allowed_E: Experts that may be selected; all if None.
@@ -186,6 +188,7 @@ class RouterExample:
     """Recorded inputs and outputs of a router.
 
     Attributes:
+        logits_TE: Router logits.
         routing: Selected experts and weights.
         vectors: Per-expert vectors [E] of the router, each of which may be a bias of the selection
             or a factor of the weights.

@@ -131,6 +131,8 @@ def uniform(
     """Return a configuration with one format for all experts.
 
     Args:
+        experts: Number of experts by block.
+        format: The format.
         slots: Number of slots by block; None for one per expert.
         more: Further fields of `Configuration`.
     """

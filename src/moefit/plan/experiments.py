@@ -29,6 +29,7 @@ class BlockShape:
     """The properties of a block that experiments depend on; a profile stores them.
 
     Attributes:
+        num_experts: Number of experts.
         weights: Number of weights in one expert.
         slot_bytes: Bytes of a slot, by format.
         errors: Relative squared error of each expert's weights, by format.
@@ -69,6 +70,8 @@ def quality_configuration(
     """Return the configuration of a name from `quality_names`.
 
     Args:
+        name: The name.
+        shapes: The blocks.
         output_energy: Each expert's share of its block's output energy, by block.
     """
     kind, _, what = name.partition("/")
@@ -100,7 +103,9 @@ def by_output_energy(
     """Allocate formats by expert according to output energy, as `--precision auto` does.
 
     Args:
+        shapes: The blocks.
         output_energy: Each expert's share of its block's output energy, by block.
+        bits: Mean bits per weight.
     """
     ladders = {
         (name, expert): ladder(
@@ -165,6 +170,8 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
     Where not all experts are resident, the number of slots varies between blocks.
 
     Args:
+        name: The name.
+        shapes: The blocks.
         packed: Formats that the experts are packed in. Configurations that fetch use the
             checkpoint's own format in place of others, because encoding at each fetch is slow.
     """

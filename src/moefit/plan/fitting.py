@@ -118,8 +118,11 @@ def nonnegative_least_squares(
     normal equations.
 
     Args:
+        x_NF: Inputs.
+        y_N: Outputs.
         prior_F: Prior of the coefficients. The deviation from a prior of zero is measured relative
             to the mean prior.
+        strength: Weight of the prior.
     """
     scale_F = np.where(prior_F > 0, prior_F, prior_F.mean() or 1.0)
     pull_F = strength / scale_F**2
@@ -159,6 +162,7 @@ def held_out(
 
     Args:
         fit: Fits a model to cases and returns its prediction function.
+        cases: All cases.
         folds: Number of parts that the cases are divided into.
 
     Returns:
@@ -200,7 +204,10 @@ class HeldOutError:
 
     Attributes:
         model: Name of the model.
+        cases: Number of predictions.
         mean: Mean error, where an error counts as at most 1.
+        median: Median error.
+        worst: Largest error.
         correlation: Rank correlation of predicted and measured values.
     """
 

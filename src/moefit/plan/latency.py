@@ -67,6 +67,7 @@ def part_times(profile: Profile, *, cold: bool) -> PartTimes:
     """Return the times of a profile.
 
     Args:
+        profile: A finished profile.
         cold: Whether loads come from storage instead of the page cache.
     """
     formats = {name: FormatTimes(**one) for name, one in profile.those("format/").items()}
@@ -119,6 +120,9 @@ class LatencyModel:
         """Return one block's part of `seconds`, which is `fixed` plus the sum over blocks.
 
         Args:
+            name: The block.
+            placement: Its slots and formats.
+            policy: Name of the policy's curves.
             misses: Experts that a token waits for.
             swaps: Experts loaded in the background per token.
         """
@@ -156,6 +160,8 @@ def fit_latency(profile: Profile, features: Features, *, cold: bool = False) -> 
     """Fit the candidate with the smallest held-out error to all runs, which are measured warm.
 
     Args:
+        profile: A finished profile.
+        features: Computes misses and swaps.
         cold: Whether the model predicts loads from storage instead of the page cache.
     """
     warm = part_times(profile, cold=False)

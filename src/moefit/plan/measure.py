@@ -51,8 +51,10 @@ class MeasuredModel:
     """The model that is profiled.
 
     Attributes:
+        folder: The model's folder.
         dtype: Data type to load it in; None for the checkpoint's own.
         rule: Inference rule of a DS-MoE; None for the model's own.
+        device: Where it runs.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class MeasuredModel:
         """Load the model in a configuration.
 
         Args:
+            configuration: How it is served.
             context: Tokens that the KV cache is reserved for.
             memory: The budget in bytes; None for no limit.
 
@@ -144,8 +147,11 @@ class MeasurementContext:
     """A model and the text that it is measured on.
 
     Attributes:
+        model: The model.
         skeleton: The same model without weights.
+        packed: Its packed experts.
         windows_BT: Windows of the text.
+        shapes: Its blocks.
         sidecar: File for the full model's output on the windows.
     """
 

@@ -74,6 +74,7 @@ class PlanChooser:
 
         Args:
             front: Candidates within the budget; at least one.
+            target: What the point must satisfy.
             memory: The budget in bytes, for the error message.
 
         Raises:
@@ -167,9 +168,11 @@ class Plan:
         configuration: How the model is served.
         memory: The memory budget in bytes; None if all experts are in memory.
         context: Tokens that the KV cache is reserved for.
+        fingerprint: Identifies the checkpoint.
         dtype: Name of the torch dtype that the model is loaded in.
         rule: Inference rule of a DS-MoE; None for the model's own.
         source: Folder of the checkpoint when the model was profiled.
+        predicted: Loss and speed.
         sequences: Concurrent sequences whose logits fit, as in `LoadSettings`.
         prompt_logits: Bytes reserved for the logits of prompts, as in `LoadSettings`.
         target: What the plan was chosen to satisfy.

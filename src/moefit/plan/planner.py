@@ -98,6 +98,7 @@ class Planner:
 
     Args:
         skeleton: The model without weights.
+        profile: Its finished profile.
         context: Tokens that the KV cache is reserved for.
         device: Where the model will be served.
         constraints: What else the budget must hold, and what must not change.
@@ -176,6 +177,7 @@ class Planner:
 
         Args:
             memory: The budget in bytes.
+            target: What the plan must satisfy.
 
         Returns:
             The plan, and the front that it was chosen from.

@@ -68,6 +68,7 @@ class RecordKind:
         """Read a file.
 
         Args:
+            path: The file.
             made_of: Converts its values; may raise LookupError, TypeError, ValueError,
                 AttributeError or ArithmeticError for damaged ones.
 
@@ -116,11 +117,13 @@ class ProfileFacts:
 
     Attributes:
         version: Version of the file format.
+        fingerprint: Identifies the checkpoint.
         source: Folder of the checkpoint.
         dtype: Name of the torch dtype that the model is loaded in.
         rule: Inference rule of a DS-MoE; None for the model's own.
         machine: What times depend on; see `machine`.
         text: Name of the text.
+        text_digest: Identifies the text.
         tokens: Tokens of the text that are predicted.
         context: Tokens of each window.
         blocks: The MoE blocks. Errors are |W - W^|^2 / |W|^2 of each expert, by format.

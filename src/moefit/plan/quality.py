@@ -86,6 +86,8 @@ class AdditiveModel:
         """Return one block's part of `nats` in a linear approximation, for the allocation.
 
         Args:
+            name: The block.
+            placement: Its slots and formats.
             mode: What happens when an expert is not resident.
             moved: Share of router weight that is substituted.
         """
@@ -103,6 +105,8 @@ def fit_additive(
     """Fit sensitivities and curvature to exact samples, then substitution costs, then scales.
 
     Args:
+        samples: Measured configurations.
+        features: Computes errors and substituted weight.
         power: Exponent of errors; None to fit one per block, to samples that quantize it alone.
         curved: Whether to fit a curvature.
     """

@@ -35,6 +35,7 @@ class Reference:
     Attributes:
         windows_BT: Token ids; one more per window than the other tensors have positions.
         ids_BTN: The most likely next tokens.
+        logp_BTN: Their log-probabilities.
         nll_BT: Loss of the actual next token, in nats.
     """
 
@@ -47,6 +48,8 @@ class Reference:
         """Compare log-probabilities with the full model's.
 
         Args:
+            logp_TV: Log-probabilities of consecutive positions.
+            window: Index of the window.
             first: Position of the first row in the window.
 
         Returns:

@@ -35,6 +35,7 @@ class Option:
     """One way to serve one block.
 
     Attributes:
+        placement: Slots and formats.
         nbytes: Bytes of the slots.
         nats: Predicted increase of the loss per token.
         seconds: Predicted time per token.
@@ -96,7 +97,9 @@ def mixed_placements(name: str, features: Features, power: float) -> list[BlockP
     Experts whose output has more energy get more bits.
 
     Args:
+        name: The block.
         features: Errors and output energy of its experts.
+        power: Exponent of the errors.
     """
     shape, output_energy_E = features.shapes[name], features.blocks[name].output_energy_E
     ladders = {
@@ -215,6 +218,7 @@ def allocator_points(models: Models, slot_budgets: Mapping[str, int]) -> list[Po
     """Return the configurations that the allocation proposes.
 
     Args:
+        models: Options and their predictions.
         slot_budgets: Bytes available for slots, by format of the dense weights.
     """
     scale = _typical_rate(models)
@@ -255,6 +259,7 @@ def allocate_options(
     """Choose one option per block that minimizes the sum of nats + rate * seconds.
 
     Args:
+        policy_options: The options of each block.
         rate: Nats that a second per token is worth.
         max_bytes: Bytes that all slots may take together.
 
@@ -391,6 +396,7 @@ class SlotBudget:
         """Estimate the memory of a configuration as loading does.
 
         Args:
+            configuration: How the model is served.
             context: Tokens of the KV cache; None for the planned context.
             sequences: Concurrent sequences; None for the planned number.
         """

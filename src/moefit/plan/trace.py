@@ -31,6 +31,8 @@ class Step:
     """The routing of one token in one block.
 
     Attributes:
+        chosen: Chosen experts.
+        weights: Their router weights.
         scores: Scores of all experts.
         norm: Norm of the block's input.
     """
@@ -118,6 +120,9 @@ def replay_bounded(
     """Replay bounded mode.
 
     Args:
+        steps: The recorded routing.
+        num_experts: Experts of the block.
+        slots: Its slots.
         bound: Maximum share of a token's router weight that is substituted; other missing experts
             are fetched.
         protected: Number of chosen experts of largest weight that are never substituted.
@@ -220,6 +225,7 @@ def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
 
     Args:
         served: The model, in exact mode.
+        windows_BT: Token ids.
     """
     steps: dict[str, list[Step]] = {name: [] for name in served.blocks}
     for experts in served.blocks.values():
@@ -296,6 +302,8 @@ def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dic
     """Compute all curves of one block.
 
     Args:
+        routes: The recorded routing.
+        num_experts: Experts of the block.
         depth: Position of the block in the model, 0 to 1.
     """
     return {

@@ -30,6 +30,8 @@ def plain_weighted_sum(
 
     Args:
         y_RD: Outputs, K rows per token.
+        weights_TK: Weights.
+        dtype: Dtype of the result.
         energy: Whether to also return |weight * output|^2 of each row.
 
     Returns:
@@ -175,6 +177,8 @@ class Kernels:
         """Encode weights on a CPU into `target`.
 
         Args:
+            weight_RC: Weights.
+            target: Matrix to fill.
             fitted: Whether to minimise the squared error instead of rounding to nearest.
             moments_C: Mean squares of the inputs, which weight the columns' errors.
 
@@ -206,6 +210,7 @@ class Kernels:
 
         Args:
             weight_RC: Finite weights on a CPU.
+            target: Matrix to fill.
             first: First column, a multiple of 64.
             known: Second moments of the columns, which also give their number.
             sweeps: Passes of improvement over all groups.

@@ -49,6 +49,8 @@ def encode(
     """Return an encoded matrix.
 
     Args:
+        weight_RC: Weights.
+        bits: Bits per code.
         encoder: `fitted` minimises the squared error, `nearest` rounds.
         moments_C: Mean squares of the inputs, which weight the error; None for equal weights.
 

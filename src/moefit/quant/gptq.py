@@ -68,6 +68,8 @@ def encode_gptq(
     """Encode into an existing matrix with GPTQ, then improve codes, scales and minima.
 
     Args:
+        target: The matrix to fill.
+        weight_RC: Weights.
         moments: Second moments of consecutive columns, C in all.
         sweeps: Passes of improvement over all groups; formats with 8 bits need none.
 
@@ -202,7 +204,9 @@ class CalibratedExpert:
     """An expert's tensors with recorded inputs, used to encode it and to measure its error.
 
     Args:
+        layout: The family's layout.
         native: The expert's tensors in the model's dtype.
+        x_ND: Recorded inputs.
         count_N: Weight of each input in the error.
     """
 

@@ -64,6 +64,8 @@ class GroupedMatrix:
     Codes and metadata are interleaved in slabs of 16 rows, so only slices of whole slabs are valid.
 
     Attributes:
+        bits: Bits per code.
+        cols: C.
         codes_RB: Codes in bit planes, uint8 [R, G * bits * 8].
         meta_RMG: Scales and then minima, float16 [R, 2, G]; only scales, [R, 1, G], with 8 bits.
     """

@@ -30,6 +30,9 @@ class SecondMoments:
     """Second moments of columns that compensate each other. Padding columns are zero.
 
     Attributes:
+        cols: Number of columns.
+        moments_GPI: H in panels.
+        factor_GPI: U in panels.
         count_P: Weight of the remaining error of each column, relative to the mean of its group.
     """
 

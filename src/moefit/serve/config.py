@@ -55,6 +55,7 @@ class Policy:
         """Return this policy in another mode, with other settings changed.
 
         Args:
+            mode: The new mode.
             settings: Other fields. `prefill` is by default virtual in virtual mode, else exact.
 
         Raises:
@@ -101,6 +102,7 @@ class BlockPlacement:
     """Slots and formats of one block.
 
     Args:
+        slots: Number of slots.
         formats: One format name for all slots, or one per expert; the latter requires a slot for
             every expert, and makes all of them resident.
     """
@@ -187,6 +189,7 @@ class LoadSettings:
             unencoded while being encoded.
         dtype: Of unencoded weights; None is the checkpoint's own.
         readers: Threads that read experts.
+        half_life_tokens: Of expert importance.
         manager: Plans swaps in virtual mode.
         placement: Slots and formats per block, instead of equal shares in one precision.
         sequences: How many sequences a step may return logits for.

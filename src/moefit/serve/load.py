@@ -65,6 +65,9 @@ def load_model(
     """Load a model inside a memory budget.
 
     Args:
+        folder: With the model's checkpoint.
+        settings: How to load it.
+        progress: Called as loading advances.
         policy: Fields of `Policy`.
 
     Returns:

@@ -28,6 +28,9 @@ class BlockView:
     """State of one block for display.
 
     Args:
+        name: Of the block.
+        experts: Number of experts.
+        slots: Number of slots.
         resident: Ids of resident experts.
         formats: By expert; None for absent ones.
         importance: By expert, relative to the most important one, rounded to four digits; zeros
@@ -65,13 +68,16 @@ class ServedParts:
     """What loading has put together.
 
     Args:
+        folder: Of the model.
         model: The Hugging Face model, with served experts.
         tokenizer: Or the message of the error to raise when it is requested.
+        generation: Defaults of generation.
         budget: The estimate after loading.
         blocks: Served experts by block name.
         store: Reads experts from storage.
         host_cache: In front of the store on a GPU; None on a CPU.
         shared: State of all blocks.
+        placement_budget: Estimates other placements.
         int8_cache: Whether KV caches are int8.
         hooks: To remove on close.
     """

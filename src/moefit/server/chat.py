@@ -53,6 +53,7 @@ def conversation_ids(
     """Return the token ids of a conversation.
 
     Args:
+        tokenizer: The model's tokenizer.
         body: Request with messages and `chat_template_kwargs`.
 
     Raises:

@@ -88,6 +88,7 @@ class APIError(HTTPException):
         status: HTTP status.
         message: What was given, why it is rejected, and what works.
         param: Name of the parameter.
+        code: Machine-readable code.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> A
     """Return the response for pydantic's errors, without the values themselves.
 
     Args:
+        errors: Errors as pydantic reports them.
         body: The request body, which distinguishes field names from names of union members.
     """
     first = errors[0]

@@ -326,6 +326,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address, not listening yet.
 
     Args:
+        host: Host name or IP address.
         port: Port; 0 selects a free one.
 
     Raises:
@@ -398,6 +399,7 @@ class HttpServer:
     """HTTP server in its own thread, so that the main thread can handle signals.
 
     Args:
+        service: What to serve.
         bound: Socket from `bind`.
     """
 

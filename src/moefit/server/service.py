@@ -33,6 +33,7 @@ class LivePlan:
 
     Args:
         engine: Engine whose model is served by the plan.
+        plan: Current plan; None after a change that was not planned.
         make: Returns a plan for a budget in bytes.
 
     Attributes:
@@ -128,6 +129,8 @@ class Service:
         decoder_only: Whether completions continue the prompt.
         draining: Whether to finish current requests and reject new ones.
         live_plan: The plan, if the server was started with one.
+        engine: The engine.
+        settings: Server settings.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings):

@@ -146,6 +146,8 @@ async def respond(
     """Run a request and return its response.
 
     Args:
+        service: The service.
+        builder: Builds engine requests and responses.
         request: HTTP request, watched for a disconnect.
         body: Its parameters.
 

@@ -152,6 +152,7 @@ class Renderer:
         Args:
             messages: Messages with `role`, `content` (text or a list of text parts) and any other
                 keys that the template reads.
+            values: Other variables of the template.
             longest: Largest number of characters to return.
 
         Raises:
@@ -266,6 +267,7 @@ class RequestTokenizer:
         """Return the token ids of a text.
 
         Args:
+            text: Text to tokenize.
             special: Whether to add the special tokens that the model expects around it.
 
         Raises:

@@ -34,6 +34,7 @@ class EvictionPolicy(Protocol):
         """Return the resident to evict.
 
         Args:
+            residents: Experts in memory.
             needed: Experts that must not be evicted.
 
         Returns:

@@ -25,6 +25,7 @@ class Lease:
     """Permission to use a buffer until it is released; complete buffers may have several leases.
 
     Args:
+        key: The expert.
         buffer: Index of the buffer.
         fresh: The buffer has no content yet, and the holder must `complete` or `abandon` it.
         dropped: Buffers to free before this one is allocated.

@@ -88,6 +88,7 @@ def allocate_spares(
     """Allocate spare slots for swaps.
 
     Args:
+        blocks: All blocks of the model.
         device: Where slots are allocated.
         placed: Whether a placement is in force; blocks in which it makes all experts resident then
             get no spares, because their experts are never swapped.

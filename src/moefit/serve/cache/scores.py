@@ -54,6 +54,7 @@ class DecayedCounter(Generic[Key]):
 
         Args:
             amounts: By key; they count in full.
+            elapsed: Time since the previous call.
         """
         self._half_lives_passed += elapsed / self._half_life
         if self._half_lives_passed > _RESCALE:
@@ -138,6 +139,7 @@ class VirtualExpertManager:
         """Return the swaps that raise the residents' scores most, best first.
 
         Args:
+            residents: Experts that may be evicted.
             scores: By expert.
             empty: Number of empty slots; these are filled first, without an eviction.
             filling: Experts that are being loaded already.

@@ -31,6 +31,7 @@ class SharedState:
         transfer: Loads experts into slots.
         counters: Statistics for `report()`.
         lock: Held during each step of a block and each change.
+        spares: Slots for swaps.
         on_step: Called before each step of the model's first block.
     """
 

@@ -57,6 +57,7 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     """Return attention as transformers' `sdpa` does.
 
     Args:
+        module: The attention module.
         query: [B, H, T, C].
         key: [B, G, L, C].
         value: [B, G, L, C].

@@ -130,6 +130,7 @@ def use_generation_config(
 
     Args:
         model: The model; its `generation_config` is replaced.
+        folder: Folder of the checkpoint.
         tokenizer: Its end-of-text token is an end token too if generation_config.json has none.
         follow: `auto`; `none` to use only the checkpoint's special tokens; `ignore` to read no
             file, for measurements, which generate nothing.

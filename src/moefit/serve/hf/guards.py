@@ -50,6 +50,7 @@ def guard(model: PreTrainedModel, experts: Collection[str]) -> None:
     """Override conversion, saving and generation of a served model.
 
     Args:
+        model: The served model.
         experts: Names of its served experts modules.
     """
     parents = {""} | {

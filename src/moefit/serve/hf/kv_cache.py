@@ -43,6 +43,7 @@ def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> Removabl
     """Make the model raise ConfigError for steps that would hold too many tokens.
 
     Args:
+        model: The model.
         limit: Returns the maximum number of tokens over all sequences, including the cached ones;
             None for no limit.
     """
@@ -224,6 +225,7 @@ def reserve_caches(
     sliding window. Other subclasses store other states.
 
     Args:
+        model: The model.
         limit: See `ReservedLayer`.
         int8: Use `Int8Layer`, also for caches that the model would make itself.
 

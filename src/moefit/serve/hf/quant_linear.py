@@ -148,6 +148,7 @@ def quantize_dense_weights(
 
     Args:
         model: The model, with its dense weights loaded.
+        format: The format to encode in.
         blocks: The model's MoE blocks; their experts and routers are not replaced.
         progress: Callback with the number of matrices done and in total.
 
@@ -226,6 +227,8 @@ def decoded_bytes(model: nn.Module, blocks: Collection[MoeBlock], itemsize: int)
 
     Args:
         model: A model, possibly on the meta device.
+        blocks: Its MoE blocks.
+        itemsize: Bytes per decoded weight.
     """
     shapes = [
         one.weight.shape
@@ -245,6 +248,9 @@ def saved_bytes(
 
     Args:
         model: A model, possibly on the meta device.
+        format: The format to encode in.
+        blocks: Its MoE blocks.
+        itemsize: Bytes per weight before encoding.
     """
     return sum(
         weight.numel() * itemsize

@@ -44,7 +44,9 @@ class Skeleton:
 
     Attributes:
         model: The model on the meta device.
+        blocks: Its MoE blocks.
         map: Where each expert's bytes are, and which tensors are dense weights.
+        checkpoint: The checkpoint's files.
         dtype: The dtype to compute in.
     """
 
@@ -82,6 +84,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     """Read a model's configuration and headers; no weights are read or allocated.
 
     Args:
+        folder: Folder of the checkpoint.
         dtype: The dtype to compute in; None for the checkpoint's own.
 
     Raises:
@@ -149,7 +152,9 @@ def load_dense_weights(
     """Replace the experts by served ones and load all other weights.
 
     Args:
+        skeleton: The model.
         experts: The served experts modules by block name.
+        device: The device to load onto.
 
     Returns:
         The model in eval mode.

@@ -25,6 +25,7 @@ class Transfer:
     """Fill slots from a source on background threads. Call `close` at the end.
 
     Args:
+        source: Reads experts.
         readers: Threads for the loads that steps wait for; there are `BACKGROUND_READERS` more.
         engine: The engine with which the source copies into slots; by default within host memory.
     """
@@ -48,6 +49,9 @@ class Transfer:
         Call this on the thread that requested the computation which last used the slot.
 
         Args:
+            block: Name of the MoE block.
+            expert: Its index in the block.
+            slot: The memory to fill.
             background: Whether no step waits for this load.
 
         Returns:

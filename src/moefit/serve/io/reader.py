@@ -27,6 +27,7 @@ class ExpertStore:
     `bytes_read` counts the bytes read from storage so far.
 
     Args:
+        checkpoint: The model's files.
         experts: By block name, where each expert's bytes are.
         blocks: The MoE blocks by name.
         packed: Experts in other formats, already encoded.

@@ -52,8 +52,10 @@ class FusedExperts:
         """Write the outputs of several experts into y_RD.
 
         Args:
+            x_TD: Inputs.
             batch: Each expert's slot and its rows of the flattened choice.
             num_choices: K, the number of experts per token.
+            y_RD: Output, one row per choice.
         """
         for part in _limit_rows(batch):
             tokens = [rows_R // num_choices for _, rows_R in part]
@@ -102,9 +104,11 @@ class ExpertInvoker:
     """Compute y_TD = sum over a token's experts of weight * expert(x), from slots.
 
     Args:
+        block: The MoE block.
         slot_table: Which expert is in which slot.
         slots: The block's slots by index. They are looked up at every step, so slots may be added
             and removed between steps.
+        transfer: Loads missing experts.
         counters: Counts hits and fetches.
 
     Attributes:
@@ -131,6 +135,7 @@ class ExpertInvoker:
         """Compute the block's output.
 
         Args:
+            x_TD: Inputs.
             routing: Experts and weights of each token.
 
         Returns:
@@ -227,6 +232,7 @@ class ExpertInvoker:
         an empty slot, or one whose expert this step has already computed or does not need.
 
         Args:
+            needed: The experts of this step.
             together: Yield all residents as one batch instead of one by one.
         """
         residents = self._slot_table.residents

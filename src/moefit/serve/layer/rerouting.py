@@ -38,6 +38,7 @@ def mask_absent(scored: ScoredRouting, resident_E: Tensor) -> Routing:
     """Return each token's K best resident experts (masked gating, SwapMoE section 3).
 
     Args:
+        scored: The router's choice.
         resident_E: True for resident experts.
     """
     routing = scored.rule.route(scored.logits_TE, scored.routing, scored.bias_E, resident_E)
@@ -55,6 +56,7 @@ def substitute_absent(
     the family's rule.
 
     Args:
+        scored: The router's choice.
         resident_E: True for resident experts.
         bound: Largest share of a token's router weight to substitute, 0 to 1.
         protected: Number of a token's heaviest experts that are never replaced.

@@ -71,7 +71,9 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     them.
 
     Args:
+        config: The model's transformers configuration.
         tokens: In the pass, over all sequences.
+        dtype: Of activations.
     """
     text = config.get_text_config(decoder=True)
     width = _first(text, "hidden_size", "d_model") or 0
@@ -100,6 +102,8 @@ def extra_logits_bytes(
     """Return the bytes of a step's logits that `workspace_bytes` does not include.
 
     Args:
+        config: The model's transformers configuration.
+        tokens: In the step.
         dtype: Of logits; those of sampled tokens exist in float32 too.
         sequences: In the step; one of them is in `workspace_bytes`.
         prompt_logits: The largest size in bytes of a prompt's own logits.

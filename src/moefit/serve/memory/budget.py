@@ -70,6 +70,7 @@ def host_limit(wanted: str | int | None, *, largest: int, readers: int) -> int:
 
     Args:
         wanted: A size; None or 0 means one buffer per reader.
+        largest: Bytes of the largest expert.
         readers: Number of threads that read experts.
 
     Raises:
@@ -95,6 +96,8 @@ class BlockNeeds:
     """Sizes of one MoE block.
 
     Args:
+        name: Of the block.
+        num_experts: Its routed experts.
         slot_bytes: Bytes of a slot.
         min_slots: The smallest number of slots with which the block runs.
     """
@@ -115,6 +118,7 @@ class PlannedSlots:
     """Slots of a placement.
 
     Args:
+        counts: Slots per block.
         nbytes: Bytes of all slots.
         spares: Bytes of spare slots that are needed only without the placement, because then the
             experts of any block may be swapped.
@@ -132,10 +136,12 @@ class MemoryBudget:
     Args:
         total: The budget; None means as much as it takes for all experts to be resident.
         process: Interpreter and libraries when loading starts, including `slack`.
+        weights: Dense weights.
         kv_cache: For `context` tokens.
         kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
         workspace: Activations of a forward pass over `context` tokens.
         staging: Buffers between storage and slots, and spare slots.
+        blocks: The MoE blocks.
         context: Tokens of all sequences together; None if no estimate was made.
         host: Limit of the host cache, which is not part of a GPU's budget; None on a CPU.
         planned: Slots of a placement, instead of equal shares, for totals in which they fit.

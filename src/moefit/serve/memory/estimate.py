@@ -95,6 +95,7 @@ def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
     cannot fit is an error here, and one that may not fit is logged as a warning.
 
     Args:
+        budget: The budget with its total.
         device: Of the model; budgets of a GPU are not checked.
 
     Raises:
@@ -180,6 +181,7 @@ class InitialFormats:
     Args:
         smallest: The format in which the budget counts slots.
         formats: Number of slots by format.
+        nbytes: Of all slots.
         bits_per_weight: Mean over all slots.
     """
 
@@ -391,9 +393,11 @@ class PlacementBudget:
     """Estimate other placements of a model that is being served.
 
     Args:
+        folder: Of the model.
         settings: With which it was loaded.
         process: Bytes of the process, measured while loading.
         tokenizer: Bytes of the tokenizer, measured while loading.
+        packed: Experts encoded already.
     """
 
     folder: Path

@@ -53,10 +53,12 @@ class PackResult:
     Attributes:
         folder: The folder of the packed files.
         text: Name of the calibration text; empty without calibration.
+        files: Files written.
         skipped: Files that existed already.
         replaced: Files among `files` that existed, but with another calibration.
         bytes_read: Bytes of experts read from the checkpoint.
         bytes_written: Bytes of the files written.
+        seconds: Duration.
         relative_errors: Mean error over all experts by format: |W - W^|^2 / |W|^2 of weights, or
             with calibration |y - y^|^2 / |y|^2 of outputs.
     """
@@ -88,10 +90,12 @@ def pack(
     """Pack every expert of a model in the given formats; existing files are skipped.
 
     Args:
+        skeleton: The model.
         formats: Formats to pack, other than native.
         calibration: Encode experts to minimise the error of their outputs on this text. Files
             packed without it, or with another text, are replaced. If None, existing files are kept
             whatever they were calibrated on.
+        force: Replace existing files.
         progress: Callback for packing, in bytes of the checkpoint's experts.
         calibrating: Callback for the calibration run, in windows of the text.
 
@@ -334,6 +338,7 @@ def check_packed(
     """Verify the packed files of a checkpoint.
 
     Args:
+        skeleton: The model.
         formats: Formats to check; None for all that are packed.
         progress: Callback with the bytes checked and in total.
 

@@ -112,6 +112,7 @@ def record_block_inputs(
     """Record the inputs of all blocks on a text, or reuse the recording in `folder`.
 
     Args:
+        skeleton: The model to calibrate.
         calibration: The text and the memory budget.
         folder: Where the recording is stored. A recording of another text is replaced.
         progress: Callback with the number of windows done and in total.

@@ -32,6 +32,7 @@ class PackedMetadata:
     """What a packed file was made from.
 
     Attributes:
+        fingerprint: Identifies the checkpoint.
         format: Name of the format.
         encoder: Name of the format's encoder.
         dtype: Dtype of the checkpoint's weights.

@@ -49,6 +49,8 @@ class PackedStore:
         """Read an expert into a slot.
 
         Args:
+            block: Name of the block.
+            expert: Number of the expert.
             into: The slot; its format must be packed.
 
         Returns:
@@ -98,6 +100,7 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
 
     Args:
         skeleton: The model; its dtype must be the one that was packed.
+        formats: Formats to look for.
     """
     wanted = [format for format in formats if format.is_encoded]
     if not wanted:

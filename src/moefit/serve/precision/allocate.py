@@ -68,6 +68,7 @@ def allocate(
     Args:
         ladders: The choices of each key, as returned by `ladder`.
         sensitivity: Factor of each key's error in the total.
+        nbytes: Bytes for all keys together.
     """
     chosen = dict.fromkeys(ladders, 0)
     free = nbytes - sum(steps[0].nbytes for steps in ladders.values())
@@ -122,6 +123,7 @@ def initial_choices(
     """Choose formats before any token was seen, with equal sensitivity for all experts.
 
     Args:
+        ladders: The choices of each expert.
         extra_bytes: Bytes to spend beyond those of the smallest formats.
     """
     smallest = sum(ladder[0].nbytes for ladder in ladders.values())

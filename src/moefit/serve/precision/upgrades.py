@@ -48,6 +48,7 @@ class Upgrades:
     Args:
         blocks: The served blocks by name.
         ladders: Each block's ladders, one per expert.
+        transfer: Loads experts.
         device: The device of the slots.
 
     Attributes:
