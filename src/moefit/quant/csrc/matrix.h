@@ -37,6 +37,14 @@ constexpr int64_t TOKENS = 8;  // whose sums are in registers at once
 constexpr int64_t BLOCK = 16;  // tokens that are packed together
 constexpr float SMALLEST = 1e-30f;  // largest activation of a group below which it is 0: the reciprocal must be finite
 
+// A value, such as a vector, from memory of any alignment.
+template <typename T>
+static inline __attribute__((always_inline)) T at_any(const void *from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
 
 inline uint16_t to_bfloat16(float x) {

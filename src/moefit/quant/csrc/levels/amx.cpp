@@ -179,13 +179,6 @@ typedef float V __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));
 typedef uint8_t VB __attribute__((vector_size(64)));
 
-template <typename T>
-static inline __attribute__((always_inline)) T at_any(const void *from) {
-    T value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 #include "codes.inc"
 
 constexpr int64_t FEW = 6;  // tokens left over for which vectors are faster than a tile that is not full

@@ -21,13 +21,6 @@ TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 
 namespace avx2_vnni {
 
-template <typename T>
-static inline __attribute__((always_inline)) T at_any(const void *from) {
-    T value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 typedef uint8_t VB __attribute__((vector_size(32)));
 typedef int32_t RI __attribute__((vector_size(32)));
 typedef float RV __attribute__((vector_size(32)));
