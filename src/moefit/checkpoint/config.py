@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -19,6 +20,7 @@ from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
 
 CONFIG = "config.json"
+SUPPORTED_TRANSFORMERS = "5.23"  # as in pyproject.toml
 _MAX_DEPTH = 32  # real ones have four levels
 # Families with the architecture of another one. Kimi K2 is DeepSeek-V3 with other sizes
 # (architectures: DeepseekV3ForCausalLM).
@@ -79,13 +81,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def check_transformers() -> None:
+    """Refuse versions of transformers with which a model would be computed wrongly.
+
+    transformers 5.24 passes the KV cache under another name. A model that knows the old one goes on
+    without a cache, and a limit on the context is not seen.
+
+    Raises:
+        ConfigError: The installed version is not 5.23.
+    """
+    found = transformers.__version__
+    if ".".join(found.split(".")[:2]) != SUPPORTED_TRANSFORMERS:
+        raise ConfigError(
+            f"transformers {found} is installed, but moefit supports {SUPPORTED_TRANSFORMERS} only; "
+            f"run pip install 'transformers=={SUPPORTED_TRANSFORMERS}.*'"
+        )
+
+
 def config_from(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
     """Return transformers' configuration for the values of `read_config`.
 
     Raises:
         CheckpointError: transformers does not know the family, or rejects the values.
-        ConfigError: The values of a DS-MoE model contradict each other.
+        ConfigError: The values of a DS-MoE model contradict each other, or the installed version of
+            transformers is not supported.
     """
+    check_transformers()
     family = _family(values)
     try:
         if family not in CONFIG_MAPPING:
