@@ -93,8 +93,8 @@ def check_transformers() -> None:
     found = transformers.__version__
     if ".".join(found.split(".")[:2]) != SUPPORTED_TRANSFORMERS:
         raise ConfigError(
-            f"transformers {found} is installed, but moefit supports {SUPPORTED_TRANSFORMERS} only; "
-            f"run pip install 'transformers=={SUPPORTED_TRANSFORMERS}.*'"
+            f"transformers {found} is installed, but moefit supports {SUPPORTED_TRANSFORMERS} "
+            f"only; run pip install 'transformers=={SUPPORTED_TRANSFORMERS}.*'"
         )
 
 
