@@ -16,6 +16,7 @@ from moefit import demo_serving
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError
+from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, load_full_model, locate
 from moefit.evaluate.passage import held_out_text
 from moefit.evaluate.perplexity import Score, score
@@ -158,6 +159,7 @@ def _steps_in(config: TrainConfig, seconds: int, callback: TrainingCallback) -> 
 
 def _scores(model: str) -> list[Score]:
     loaded, tokenizer = load_full_model(model)
+    use_kernels(loaded)
     assert isinstance(loaded, DsMoeForCausalLM)
     text = held_out_text(tokenizer, context=256, max_tokens=EVAL_TOKENS)
     return score(loaded, text, default_rules(loaded.config.num_experts))
@@ -166,6 +168,7 @@ def _scores(model: str) -> list[Score]:
 def _sample() -> dict[str, Any]:
     """Generate text with the shipped model and few experts; return it and the active share."""
     loaded, tokenizer = load_full_model(REFERENCE)
+    use_kernels(loaded)
     assert isinstance(loaded, DsMoeForCausalLM)
     loaded.set_inference_rule(SAMPLE_RULE)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)

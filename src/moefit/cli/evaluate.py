@@ -24,6 +24,7 @@ from moefit.cli.precision import resolve_precision
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
 from moefit.evaluate.evaluated_model import evaluated_model
+from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, load_full_model
 from moefit.evaluate.passage import read_text
 from moefit.evaluate.perplexity import Text, score
@@ -75,6 +76,7 @@ def evaluate(
         loaded, tokenizer = load_full_model(
             str(folder_of(model)), device=options.device, dtype=torch_dtype(options.dtype)
         )
+        use_kernels(loaded)
         passage = read_text(text, tokenizer, options.context, max_tokens)
         title = f"{model} on {text or 'the held-out standard library'}"
         _score_rules(loaded, passage, rules, title, as_json=as_json)

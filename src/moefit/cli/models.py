@@ -51,6 +51,7 @@ from moefit.dsmoe.presets import preset_names
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.evaluated_model import evaluated_model
+from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
 from moefit.evaluate.speed import measure_speed
 from moefit.moe.expert_dropout import KEY, dropout_record
@@ -156,6 +157,7 @@ def generate(
     loaded, tokenizer = load_full_model(
         str(folder), device=options.device, dtype=torch_dtype(options.dtype)
     )
+    use_kernels(loaded)
     say_generation(use_generation_config(loaded, folder, tokenizer, following), engine=False)
     with nullcontext() if rule is None else evaluated_model(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, how)

@@ -45,7 +45,7 @@ def dense_experts_forward(
     Raises:
         UnsupportedModelError: The experts are not plain stacked matrices.
     """
-    if reasons := _unsupported(experts):
+    if reasons := unsupported(experts):
         raise UnsupportedModelError(
             f"{type(experts).__name__} cannot be computed as one wide MLP: {'; '.join(reasons)}. "
             'The nearest that works is model.set_experts_implementation("eager")'
@@ -56,7 +56,7 @@ def dense_experts_forward(
     return wide_experts(hidden_states, scores_TE, weights)
 
 
-def _unsupported(experts: Any) -> list[str]:
+def unsupported(experts: Any) -> list[str]:
     """Return the properties of experts that the wide MLP does not support."""
     own_gate = type(experts)._apply_gate is not _default_apply_gate
     reasons = {
