@@ -2,6 +2,7 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 namespace {
 
 constexpr int64_t MAX_NUMBER = (int64_t(1) << 31) - 1;   // items of a loop
+constexpr auto ALONE = std::chrono::microseconds(20);   // without work, before a thread offers its core to others
 constexpr auto SPIN = std::chrono::microseconds(1000);  // without work, before a thread sleeps
 
 inline void pause() {
@@ -86,9 +88,13 @@ private:
                 }
             }
             pause();
-            if (turn % 64 == 0 && std::chrono::steady_clock::now() - idle > SPIN) {
+            if (turn % 64) continue;
+            auto waited = std::chrono::steady_clock::now() - idle;
+            if (waited > SPIN) {
                 sleep(number, seen);
                 idle = std::chrono::steady_clock::now();
+            } else if (waited > ALONE) {
+                sched_yield();
             }
         }
     }
