@@ -1,16 +1,21 @@
 """What does a model that was trained with experts absent lose when only some are in memory?
 
-    python benchmarks/expert_dropout.py base=MODEL NAME=MODEL... --text FILE [--save NAME]
+    python benchmarks/expert_dropout.py base=MODEL[,MODEL...] NAME=MODEL[,MODEL...]... --text FILE
+        [--formats int4,int2] [--save NAME]
 
-The first model is the base that the others are compared with; all must have the same tokenizer.
-Two measurements on the same text, which none of them has seen:
+The first name is the base that the others are compared with; all must have the same tokenizer.
+Several models of one name are seeds: the first is compared with the base's first, and so on, and
+means over seeds come with their standard errors. `expert_dropout_runs.py` trains such models.
+Measurements on the same text, which none of them has seen:
 
 - in one pass per window, over `--full-tokens`: perplexity with all experts and its difference to
   the base's, and with few experts per layer, chosen as for `fixed` below;
 - with few experts: step by step over `--tokens`, as a server decodes, with a share of each layer's
   experts in memory, against the same model with all of them. `fixed` is virtual mode without swaps:
   the residents are the first ones of the order that the model records, or, where it records none,
-  the most important ones of other windows of the same text.
+  the most important ones of other windows of the same text;
+- with `--formats`: `fixed` with experts in these formats, all and a third of them, against the same
+  model with all experts in its own dtype.
 
 `--shares ""` leaves out the second. With `--points FILE` a run that was stopped goes on where it
 was.
@@ -19,6 +24,9 @@ was.
 import argparse
 import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -55,61 +63,129 @@ MODES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = parse()
-    models = dict(pair.split("=", 1) for pair in arguments.models)
-    modes = arguments.modes.split(",")
-    full = full_memory(models, arguments)
-    known = known_points(arguments.points)
+    pairs = (pair.split("=", 1) for pair in arguments.models)
+    models = {name: folders.split(",") for name, folders in pairs}
+    if len({len(folders) for folders in models.values()}) > 1:
+        raise SystemExit("give as many models (seeds) of each name as of the base")
+    seeds = range(len(next(iter(models.values()))))
+    full = [
+        full_memory({name: folders[seed] for name, folders in models.items()}, arguments)
+        for seed in seeds
+    ]
+    known = Points(arguments.points)
     results: dict[str, Any] = {}
-    for name, model in models.items():
-        subject = Subject(model, None, arguments, precision=arguments.precision)
-        points = []
-        for share in map(float, filter(None, arguments.shares.split(","))):
-            for mode in modes if share < 1 else modes[:1]:
-                key = (name, mode, round(share, 4))
-                if key not in known:
-                    labels = {"model": name, "mode": mode, "share": round(share, 4)}
-                    known[key] = {**labels, **measured(subject, mode, share)}
-                    if arguments.points:
-                        with arguments.points.open("a") as file:
-                            file.write(json.dumps(known[key]) + "\n")
-                points.append(known[key])
-        results[name] = {"trained": trained(model), "full_memory": full[name], "points": points}
+    for name, folders in models.items():
+        of_seeds = [
+            {
+                "trained": trained(folders[seed]),
+                "full_memory": full[seed][name],
+                "points": points_of(name, seed, folders[seed], arguments, known),
+            }
+            for seed in seeds
+        ]
+        results[name] = {"mean": mean(of_seeds), "seeds": of_seeds}
         Console(width=120).print(table(name, results[name], results[next(iter(models))]))
     if arguments.save:
-        notes = (
-            "full_memory: perplexity with all experts; to_base: the difference to the first "
-            "model's, with its standard error over windows; few: with only so many experts per "
-            "layer, chosen as for fixed, in one pass per window; loss: perplexity step by step "
-            "over that of the same model with all experts, less one; error: the standard error of "
-            "its logarithm over windows; bytes_per_token: read from storage; fixed: virtual mode "
-            "without swaps"
-        )
-        path = record.write("expert-dropout", results, notes=notes, suffix=arguments.save)
+        path = record.write("expert-dropout", results, notes=NOTES, suffix=arguments.save)
         if arguments.shares:
             draw(results, path.with_suffix(".png"))
         print(path)
 
 
+NOTES = (
+    "mean: over seeds, with the standard error of the mean over seeds (null for one seed); "
+    "full_memory: perplexity with all experts; to_base: the difference to the base of the same "
+    "seed, with its standard error over windows; few: with only so many experts per layer, chosen "
+    "as for fixed, in one pass per window; loss: perplexity step by step over that of the same "
+    "model with all experts in its own dtype, less one; error: the standard error of its logarithm "
+    "over windows; bytes_per_token: read from storage; fixed: virtual mode without swaps"
+)
+
+
+class Points:
+    """Measured points, kept in a file if there is one, so that a stopped run goes on."""
+
+    def __init__(self, file: Path | None):
+        lines = file.read_text().splitlines() if file and file.exists() else []
+        self._file, self._known = file, {self._key(one): one for one in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(labels: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(labels[name] for name in ("model", "seed", "format", "mode", "share"))
+
+    def measured(self, labels: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Any:
+        """Return the point with these labels; measure it if it is not known."""
+        key = self._key(labels)
+        if key not in self._known:
+            self._known[key] = {**labels, **measure()}
+            if self._file:
+                with self._file.open("a") as file:
+                    file.write(json.dumps(self._known[key]) + "\n")
+        return self._known[key]
+
+
+def points_of(
+    name: str, seed: int, model: str, arguments: argparse.Namespace, known: Points
+) -> list[dict[str, Any]]:
+    """Measure a model step by step."""
+    modes, formats = arguments.modes.split(","), list(filter(None, arguments.formats.split(",")))
+    shares = list(map(float, filter(None, arguments.shares.split(","))))
+    wanted = [
+        ("native", mode, share) for share in shares for mode in (modes if share < 1 else modes[:1])
+    ]
+    wanted += [(format_, "fixed", share) for format_ in formats for share in (1.0, 1 / 3)]
+    if not wanted:
+        return []
+    subject = Subject(model, None, arguments)
+    points = []
+    for format_, mode, share in wanted:
+        labels = {"model": name, "seed": seed, "format": format_, "mode": mode}
+        labels["share"] = round(share, 4)
+        measure = partial(measured, subject, format_, mode, share)
+        points.append(known.measured(labels, measure))
+    return points
+
+
+def mean(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the means over seeds of what a table shows."""
+    full = [one["full_memory"] for one in of_seeds]
+    few = {
+        count: {key: _mean([one["few"][count][key] for one in full]) for key in ("loss", "to_base")}
+        for count in full[0]["few"]
+    }
+    points = [
+        {
+            **{key: same[0][key] for key in ("format", "mode", "share")},
+            **{key: _mean([one[key] for one in same]) for key in ("loss", "bytes_per_token")},
+        }
+        for same in zip(*(one["points"] for one in of_seeds), strict=True)
+    ]
+    return {
+        "perplexity": _mean([one["perplexity"] for one in full]),
+        "to_base": _mean([one["to_base"] for one in full]),
+        "few": few,
+        "points": points,
+    }
+
+
+def _mean(values: list[float]) -> dict[str, float | None]:
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": fmean(values), "error": error}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL[,MODEL...]")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--full-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--shares", default=",".join(f"{share:.4f}" for share in SHARES))
-    parser.add_argument("--precision", default="native")
-    parser.add_argument("--points", type=Path, help="measured points, kept from run to run")
+    parser.add_argument("--formats", default="", help="formats of experts, such as int4,int2")
+    parser.add_argument("--points", type=Path, help="measured points, kept")
     parser.add_argument("--save", metavar="NAME")
     return parser.parse_args()
-
-
-def known_points(file: Path | None) -> dict[tuple[str, str, float], dict[str, Any]]:
-    """What an earlier run measured."""
-    lines = file.read_text().splitlines() if file and file.exists() else []
-    found = [json.loads(line) for line in lines]
-    return {(one["model"], one["mode"], one["share"]): one for one in found}
 
 
 def trained(model: str) -> dict[str, Any]:
@@ -188,18 +264,23 @@ def _loss(model: Any, window_L: Tensor, limit: dict[str, Any]) -> float:
     return F.cross_entropy(logits_TV.float(), window_L[1:]).item()
 
 
-def measured(subject: Subject, mode: str, share: float) -> dict[str, Any]:
+def measured(subject: Subject, format_: str, mode: str, share: float) -> dict[str, Any]:
     """One mode at one share of the experts of each layer, on a model loaded for it."""
     ids_T = torch.cat(subject.calibration)
     context = len(ids_T) if mode == "fixed" else subject.context
-    with subject.load(context=context, **MODES[mode]) as served:
+    own = nullcontext() if format_ == "native" else subject.load(mode="exact")
+    settings = {"context": context, "precision": format_, **MODES[mode]}
+    with own as reference, subject.load(**settings) as served:
         counts = [max(1, round(share * one.num_experts)) for one in served.blocks.values()]
         served.set_memory(served.budget.total_for_slots(counts))
         if mode == "fixed":
             _fix(served, ids_T)
         else:
             score_steps(served, as_text(subject.calibration[0]))  # warm
-        scores = [score_steps(served, as_text(window_L)) for window_L in subject.scored]
+        scores = [
+            score_steps(served, as_text(window_L), reference=reference)
+            for window_L in subject.scored
+        ]
     return summarised(scores)
 
 
@@ -214,37 +295,30 @@ def _fix(served: ServedModel, ids_T: Tensor) -> None:
 
 
 def table(name: str, result: dict[str, Any], base: dict[str, Any]) -> Table:
-    full = result["full_memory"]
+    means = result["mean"]
     out = Table(
-        title=f"{name}: perplexity {full['perplexity']:.2f} in full memory, "
-        f"{full['to_base']:+.2%} +- {full['error']:.2%} to the base; with few experts "
-        + ", ".join(f"{few} {one['loss']:+.1%}" for few, one in full["few"].items()),
+        title=f"{name}: perplexity {means['perplexity']['mean']:.2f} in full memory, "
+        f"{_shown(means['to_base'])} to the base; with few experts "
+        + ", ".join(f"{few} {_shown(one['loss'])}" for few, one in means["few"].items()),
         title_justify="left",
     )
-    for heading in (
-        "experts",
-        "mode",
-        "loss",
-        "error",
-        "base's loss",
-        "agree",
-        "hits",
-        "read/token",
-    ):
+    for heading in ("format", "experts", "mode", "loss", "base's", "read/token", "base's"):
         out.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
-    others = {(one["mode"], one["share"]): one for one in base["points"]}
-    for one in result["points"]:
+    for one, other in zip(means["points"], base["mean"]["points"], strict=True):
         out.add_row(
-            f"{one['slots']}/{one['experts']}",
+            one["format"],
+            f"{one['share']:.0%}",
             one["mode"],
-            f"{one['loss']:+.1%}",
-            f"{one['error']:.1%}",
-            f"{others[one['mode'], one['share']]['loss']:+.1%}",
-            f"{one['agreement']:.0%}",
-            f"{one['hit_rate']:.0%}",
-            f"{one['bytes_per_token'] / 1024:.0f} KiB",
+            _shown(one["loss"]),
+            _shown(other["loss"]),
+            *(f"{x['bytes_per_token']['mean'] / 1024:.0f} KiB" for x in (one, other)),
         )
     return out
+
+
+def _shown(value: dict[str, Any]) -> str:
+    error = "" if value["error"] is None else f" +- {value['error']:.1%}"
+    return f"{value['mean']:+.1%}{error}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -252,10 +326,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = {"virtual": "loss", "fixed": "loss", "exact": "bytes_per_token"}
     for axes, (mode, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name, result in results.items():
-            line = [one for one in result["points"] if one["mode"] == mode]
+            points = [one for one in result["mean"]["points"] if one["format"] == "native"]
+            line = [one for one in points if one["mode"] == mode]
             scale = 100 if key == "loss" else 1 / 1024
-            xs = [100 * one["share"] for one in line]
-            axes.plot(xs, [scale * one[key] for one in line], "o-", ms=4, label=name)
+            axes.errorbar(
+                [100 * one["share"] for one in line],
+                [scale * one[key]["mean"] for one in line],
+                [scale * (one[key]["error"] or 0) for one in line],
+                fmt="o-",
+                ms=4,
+                capsize=2,
+                label=name,
+            )
         axes.set_title(mode)
         axes.set_xlabel("experts in memory, %")
         axes.set_ylabel("perplexity above all experts, %" if key == "loss" else "KiB per token")

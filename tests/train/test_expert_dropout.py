@@ -253,6 +253,38 @@ def test_steps_before_dropout_are_unchanged(sparse, callback, tmp_path):
     assert "expert_dropout" not in json.loads((last[1] / "config.json").read_text())
 
 
+def test_another_recipe_continues_from_a_checkpoint(sparse, callback, tmp_path):
+    """The steps that two runs share are computed once; the others are as if computed alone."""
+    sparse |= {"steps": 8, "checkpoint": {"every": 4, "keep": 9}}
+    plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}
+    train(make_config(plain | {"out": str(tmp_path / "plain")}), callback)
+    middle = tmp_path / "plain" / "step-00000004"
+    branch = sparse | {"out": str(tmp_path / "branch"), "continue_from": str(middle)}
+    continued = train(make_config(branch), callback)
+    assert f"continuing from {middle}" in callback.messages
+    whole = train(make_config(sparse), callback)
+    weights = [(one.checkpoint / "model.safetensors").read_bytes() for one in (continued, whole)]
+    assert weights[0] == weights[1]
+    assert json.loads((continued.checkpoint / "config.json").read_text())["expert_dropout"]
+    assert train(make_config(branch), callback) == continued  # nothing is left to do
+
+
+def test_checkpoints_that_cannot_be_continued(sparse, callback, tmp_path):
+    plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}
+    last = train(make_config(plain | {"out": str(tmp_path / "plain")}), callback).checkpoint
+    assert last.name == "step-00000008"
+    sparse["continue_from"] = str(last)
+    with pytest.raises(ConfigError, match=r"at step 8, but steps=8; the fewest that work are 9"):
+        train(make_config(sparse), callback)
+    with pytest.raises(ConfigError, match=r"begin=0.5 is step 5, but .*step 8; .*works is 0.8"):
+        train(make_config(sparse | {"steps": 10}), callback)
+    sparse["continue_from"] = str(tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"plain' is not a checkpoint; .* step-NUMBER"):
+        train(make_config(sparse), callback)
+    with pytest.raises(ConfigError, match="start_from and continue_from both give the weights"):
+        make_config(sparse | {"start_from": "elsewhere"})
+
+
 def test_changed_dropout_raises_on_resume(sparse, callback):
     train(make_config(sparse), callback)
     sparse["expert_dropout"]["order"] = "nested"

@@ -196,6 +196,11 @@ class TrainConfig(_Strict):
     model: ModelConfig = ModelConfig(preset="dsmoe-tiny")
     start_from: str | None = None
     """A run or model folder with initial weights; None initialises them randomly."""
+    continue_from: str | None = None
+    """A checkpoint of another run, whose step, optimizer and random state this run starts with.
+
+    Runs that differ only in settings without effect until then, such as `expert_dropout` before its
+    `begin`, share the steps before it."""
     trainable: Literal["all", "routers"] = "all"
     """`routers`: of the weights of `start_from`, only routers and norms are trained."""
     data: DataConfig = DataConfig()
@@ -252,6 +257,11 @@ class TrainConfig(_Strict):
         start, end = self.loss.mi_ramp
         if start > end:
             raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
+        if self.start_from is not None and self.continue_from is not None:
+            raise ValueError(
+                "start_from and continue_from both give the weights; give start_from to train them "
+                "from step 0, or continue_from to go on at its step"
+            )
         if self.trainable == "routers" and self.start_from is None:
             raise ValueError(
                 "trainable=routers would leave all other weights random; give start_from, or "

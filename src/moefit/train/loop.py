@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moefit.device import parse_device
 from moefit.dsmoe.losses import router_statistics
-from moefit.errors import DivergenceError
+from moefit.errors import ConfigError, DivergenceError
 from moefit.moe.expert_dropout import dropout_record
 from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest, stop_on_signal
@@ -171,12 +171,36 @@ class Trainer:
     def _resume(self) -> tuple[int, float]:
         """Restore the newest checkpoint, or seed; return step and seconds so far."""
         found = checkpoint.checkpoints(self.out)
-        if not found:
-            torch.manual_seed(self.config.seed)
-            return 0, 0.0
-        resumed = self.state.restore(found[-1])
-        self.callback.on_message(f"resuming from {found[-1]}")
-        return resumed
+        if found:
+            resumed = self.state.restore(found[-1])
+            self.callback.on_message(f"resuming from {found[-1]}")
+            return resumed
+        if self.config.continue_from is not None:
+            return self._continue_from(Path(self.config.continue_from).expanduser())
+        torch.manual_seed(self.config.seed)
+        return 0, 0.0
+
+    def _continue_from(self, folder: Path) -> tuple[int, float]:
+        """Restore a checkpoint of another run, whose later steps this run computes its own way."""
+        if not (folder / checkpoint.MANIFEST).is_file():
+            raise ConfigError(
+                f"continue_from={str(folder)!r} is not a checkpoint; give one of a run's folders "
+                "step-NUMBER"
+            )
+        step, seconds = self.state.restore(folder)
+        if step >= self.config.steps:
+            raise ConfigError(
+                f"continue_from={str(folder)!r} is at step {step}, but steps={self.config.steps}; "
+                f"the fewest that work are {step + 1}"
+            )
+        if self.dropout is not None and self.dropout.begin_step < step:
+            raise ConfigError(
+                f"expert_dropout.begin={self.dropout.settings.begin:g} is step "
+                f"{self.dropout.begin_step}, but continue_from={str(folder)!r} is at step {step}; "
+                f"the least that works is {step / self.config.steps:g}"
+            )
+        self.callback.on_message(f"continuing from {folder}")
+        return step, seconds
 
     def run(self, request: StopRequest) -> TrainResult:
         """Perform all remaining steps; on a signal, finish the current one and save."""

@@ -1,0 +1,113 @@
+"""Train the models that expert_dropout.py compares, from shared first halves.
+
+    python benchmarks/expert_dropout_runs.py --text NOVELS --held-out FILE --out RUNS
+        [--seeds 1,2,3] [--recipes base,nested,...] [--model sparse]
+
+Per seed, the base is trained plainly to the end. Recipes that have no effect before `begin` go on
+from the base's checkpoint at that step (`continue_from`), so that they share its weights, batches
+and optimizer up to there and cost only the steps after it. Runs that were stopped resume, and
+finished ones are left as they are. All run one after the other, on the threads that torch has.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moefit.train.checkpoint import checkpoints, step_of
+from moefit.train.config import make_config
+from moefit.train.display import display
+from moefit.train.loop import train
+
+STEPS, TOKENS = 640, 1024  # steps of a run, and tokens of a step
+EVERY = 64  # steps between checkpoints: `begin` of every recipe is a multiple
+SHAPE = {
+    "hidden_size": 192,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "num_experts": 16,
+    "qk_norm": True,
+    "tie_word_embeddings": True,
+}
+_TOP_4 = {"training_rule": "top_k:4:renormalize", "inference_rule": "top_k:4:renormalize"}
+MODELS: dict[str, dict[str, Any]] = {
+    "sparse": {
+        "model": {**SHAPE, **_TOP_4, "routed_scaling_factor": 4},
+        "loss": {"load_balancing": 0.0025},
+    },
+    "dsmoe": {
+        "model": {**SHAPE, "routed_scaling_factor": 16, "inference_rule": "top_k:4:renormalize"},
+        "loss": {"mlp_mi": 0.01, "mi_ramp": [0.3, 0.6]},
+    },
+}
+NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
+RECIPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "nested": {"expert_dropout": NESTED},
+    "early": {"expert_dropout": {**NESTED, "begin": 0.3}},
+    "local": {"loss": {"routing_locality": 0.5}, "begin": 0.5},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="file or folder to train on")
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--model", choices=list(MODELS), default="sparse")
+    arguments = parser.parse_args()
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in arguments.recipes.split(","):
+            tree = settings(name, seed, arguments)
+            with display(Console()) as callback:
+                print(name, seed, train(make_config(tree), callback))
+
+
+def settings(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of one run."""
+    recipe, model = RECIPES[name], MODELS[arguments.model]
+    dropout = recipe.get("expert_dropout")
+    tree = {
+        **model,
+        "loss": {**model["loss"], **recipe.get("loss", {})},
+        "expert_dropout": dropout,
+        "data": {
+            "sources": [str(arguments.text)],
+            "held_out": [str(arguments.held_out)],
+            "vocab_size": 2048,
+        },
+        "optimizer": {"lr": 2e-3, "warmup_steps": 50},
+        "log": {"eval_every": 160, "eval_tokens": 16384},
+        "checkpoint": {"every": EVERY, "keep": STEPS // EVERY},
+        "steps": STEPS,
+        "seq_len": 256,
+        "batch_size": TOKENS // 256,
+        "seed": seed,
+        "out": str(_folder(arguments, name, seed)),
+    }
+    if name != "base":
+        begin = recipe.get("begin") or recipe["expert_dropout"]["begin"]
+        tree["continue_from"] = str(_shared(_folder(arguments, "base", seed), begin))
+    return tree
+
+
+def _folder(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    return arguments.out / f"{arguments.model}-{name}-{seed}"
+
+
+def _shared(base: Path, begin: float) -> Path:
+    """Return the base's checkpoint in which a recipe begins."""
+    step = round(begin * STEPS)
+    found = [one for one in checkpoints(base) if step_of(one) == step]
+    if not found:
+        raise SystemExit(f"{base} has no checkpoint of step {step}; train `base` first")
+    return found[0]
+
+
+if __name__ == "__main__":
+    main()
