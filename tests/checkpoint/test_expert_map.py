@@ -133,7 +133,7 @@ def test_unused_layers_are_skipped(tmp_path: Path, layer: str) -> None:
         more[f"{layer}.eh_proj.weight"] = torch.ones(4, 8)
     save_file(tensors | more, folder / SINGLE, {"format": "pt"})
     after = build_skeleton(folder)
-    assert after.map.dense_weights == before.map.dense_weights
+    assert after.map.dense_weights.keys() == before.map.dense_weights.keys()
     assert after.map.experts.keys() == before.map.experts.keys()
     assert set(after.map.unused) == more.keys() and not before.map.unused
     group = "mtp" if layer.startswith("mtp") else layer

@@ -146,17 +146,17 @@ def test_a_model_in_one_file(tmp_path: Path) -> None:
 
 
 def test_quantised_models_raise_before_download(folder: Path, tmp_path: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedModelError, match=r"is quantised \(awq\)"):
+    change_config(folder, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \(hqq\)"):
         fetch(folder, tmp_path)
 
 
-def test_scales_in_index_raise(folder: Path, tmp_path: Path) -> None:
+def test_parts_of_unknown_formats_in_the_index_raise(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     name = next(name for name in index["weight_map"] if "q_proj" in name)
-    index["weight_map"][f"{name}_scale_inv"] = index["weight_map"][name]
+    index["weight_map"][f"{name}.absmax"] = index["weight_map"][name]
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UnsupportedModelError, match=r"8-bit floats in blocks.*q_proj.weight_scale"):
+    with pytest.raises(UnsupportedModelError, match=r"bitsandbytes.*q_proj.weight.absmax"):
         fetch(folder, tmp_path)
 
 

@@ -29,6 +29,8 @@ _SAME_AS = {"kimi_k2": "deepseek_v3"}
 # the Hub.
 _DROPPED_KEYS = (
     "auto_map",
+    "quantization_config",  # `formats/` reads it; transformers would look for its own libraries
+    "compression_config",
     "custom_pipelines",
     "attn_implementation",
     "_attn_implementation",

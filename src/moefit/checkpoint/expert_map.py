@@ -27,9 +27,17 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moefit.checkpoint.formats.encoding import EncodedTensor
+from moefit.checkpoint.formats.find import part_of
 from moefit.checkpoint.quantisation import refuse_integers, refuse_scales, sign_of
-from moefit.checkpoint.safetensors import Checkpoint, Span
-from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion, ExpertSource
+from moefit.checkpoint.safetensors import Checkpoint, Span, StoredTensor, value_bytes
+from moefit.checkpoint.sources import (
+    ByteRange,
+    CompositeSource,
+    Conversion,
+    DecodedRange,
+    ExpertSource,
+)
 from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
 
@@ -102,7 +110,7 @@ class _Collected:
     """The checkpoint tensors for one parameter of the model."""
 
     converter: WeightConverter | None = None
-    spans: dict[str, list[Span]] = field(default_factory=lambda: defaultdict(list))
+    stored: dict[str, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +119,13 @@ class CheckpointMap:
 
     Attributes:
         experts: The source of each expert, by block name.
-        dense_weights: Names of the other tensors that the model loads.
+        dense_weights: The other tensors that the model loads, by name.
         unused: Names of tensors that the model does not load, such as those of multi-token
             prediction layers (MTP).
     """
 
     experts: Mapping[str, tuple[ExpertSource, ...]]
-    dense_weights: tuple[str, ...]
+    dense_weights: Mapping[str, StoredTensor]
     unused: tuple[str, ...] = ()
 
 
@@ -148,13 +156,13 @@ def map_checkpoint(
         )
         for block in blocks
     }
-    names.refuse_other_shapes(checkpoint, dense_weights)
+    names.refuse_other_shapes(dense_weights)
     names.refuse_unused(checkpoint, unused, model.config.get_text_config(decoder=True))
-    return CheckpointMap(experts=experts, dense_weights=tuple(dense_weights), unused=tuple(unused))
+    return CheckpointMap(experts=experts, dense_weights=dense_weights, unused=tuple(unused))
 
 
 def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -> None:
-    """Refuse a checkpoint that has scales or other parts of quantised weights, by name alone.
+    """Refuse a checkpoint that has parts of quantised weights of an unknown format, by name alone.
 
     Args:
         model: On the meta device.
@@ -165,7 +173,7 @@ def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -
         UnsupportedModelError: There are such tensors.
     """
     names = _Names.of(model)
-    unused = (name for name in tensors if sign_of(name) is not None)
+    unused = (name for name in tensors if sign_of(name) is not None and part_of(name) is None)
     refuse_scales(
         folder, names.scales(name for name in unused if names.target(name)[0] not in names.expected)
     )
@@ -191,6 +199,7 @@ class _Names:
     prefix: str
     expected: Mapping[str, Tensor]
     ignored: tuple[str, ...]
+    float32: tuple[str, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "_Names":
@@ -201,6 +210,7 @@ class _Names:
             prefix=model.base_model_prefix,
             expected=model.state_dict(),
             ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+            float32=tuple(model._get_dtype_plan(model.dtype)),
         )
 
     def target(self, name: str) -> tuple[str, str | None]:
@@ -211,15 +221,23 @@ class _Names:
             return rename_source_key(name, [], [], self.prefix, expected)
         return found
 
-    def refuse_other_shapes(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    def in_its_dtype(self, stored: StoredTensor, target: str) -> StoredTensor:
+        """Return a quantised weight with values in the dtype that the model loads it in."""
+        if not isinstance(stored, EncodedTensor):
+            return stored
+        stored.check()
+        kept = any(re.search(pattern.replace("*", r"\d+"), target) for pattern in self.float32)
+        return replace(stored, dtype=torch.float32 if kept else self.expected[target].dtype)
+
+    def refuse_other_shapes(self, dense_weights: Mapping[str, StoredTensor]) -> None:
         """Raise CheckpointError if tensors without a rule have other shapes than the model.
 
         transformers would first allocate the model's tensors, which may have any size.
         """
         differing: list[str] = []
-        for name in names:
+        for name, stored in dense_weights.items():
             target, pattern = self.target(name)
-            shape, wanted = checkpoint.spans[name].shape, tuple(self.expected[target].shape)
+            shape, wanted = stored.shape, tuple(self.expected[target].shape)
             if pattern is None and shape != wanted:
                 differing.append(f"{name} is {list(shape)}, not {list(wanted)}")
         if differing:
@@ -234,7 +252,7 @@ class _Names:
         These are layers after the model's last one, unless they are for multi-token prediction
         (MTP), and biases of weights that are loaded.
         """
-        loaded = checkpoint.spans.keys() - set(unused)
+        loaded = checkpoint.weights.keys() - set(unused)
         layers = {layer for name in loaded if (layer := _layer(name)) is not None}
         suffixes = {suffix for _, _, suffix in layers}
         last = {before: max(n for one, n, _ in layers if one == before) for before, _, _ in layers}
@@ -288,26 +306,27 @@ def _layer(name: str) -> tuple[str, int, str] | None:
 
 def _collect(
     names: _Names, checkpoint: Checkpoint, owners: Mapping[str, MoeBlock]
-) -> tuple[dict[str, _Collected], list[str], list[str]]:
-    """Return the tensors of each expert parameter, and names of dense and of unused tensors."""
+) -> tuple[dict[str, _Collected], dict[str, StoredTensor], list[str]]:
+    """Return the tensors of each expert parameter, dense ones, and names of unused ones."""
     by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
     collected: dict[str, _Collected] = {}
-    dense_weights: list[str] = []
+    dense_weights: dict[str, StoredTensor] = {}
     unused: list[str] = []
-    for name in sorted(checkpoint.spans, key=dot_natural_key):
+    for name in sorted(checkpoint.weights, key=dot_natural_key):
         target, pattern = names.target(name)
         if target not in names.expected:
             unused.append(name)
             continue
+        stored = names.in_its_dtype(checkpoint.weights[name], target)
         if names.expected[target].is_floating_point():
-            refuse_integers(checkpoint.spans[name], target)
+            refuse_integers(stored, target)
         if target not in owners:
-            dense_weights.append(name)
+            dense_weights[name] = stored
             continue
         entry = collected.setdefault(target, _Collected())
         if pattern is not None:
             entry.converter = by_pattern[pattern]
-        entry.spans[pattern or name].append(checkpoint.spans[name])
+        entry.stored[pattern or name].append(stored)
     return collected, dense_weights, unused
 
 
@@ -318,9 +337,11 @@ def _divide(collected: Mapping[str, _Collected], config: Any) -> Iterator[tuple[
         if rule is None or len(rule.target_patterns) == 1:
             yield target, entry
             continue
-        lengths = {pattern: len(spans) for pattern, spans in entry.spans.items()}
+        lengths = {pattern: len(group) for pattern, group in entry.stored.items()}
         for name, rows in positions(rule, target, lengths, config).items():
-            part = {pattern: [spans[row] for row in rows] for pattern, spans in entry.spans.items()}
+            part = {
+                pattern: [group[row] for row in rows] for pattern, group in entry.stored.items()
+            }
             yield name, _Collected(stacking(rule, name), part)
 
 
@@ -366,23 +387,23 @@ def _source(
 
 def _of_expert(
     entry: _Collected, row: int | None, num_experts: int, target: str
-) -> dict[str, tuple[Span, ...]]:
-    """Return the spans of one expert: an entry of a list, or a row of a stacked tensor."""
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """Return the tensors of one expert: an entry of a list, or a row of a stacked tensor."""
     if row is None:
-        return {pattern: tuple(spans) for pattern, spans in entry.spans.items()}
-    sources: dict[str, tuple[Span, ...]] = {}
+        return {pattern: tuple(group) for pattern, group in entry.stored.items()}
+    sources: dict[str, tuple[StoredTensor, ...]] = {}
     operations = entry.converter.operations if entry.converter else [None]
     is_list = num_experts > 1 or isinstance(operations[0], MergeModulelist)
-    for pattern, spans in entry.spans.items():
-        if len(spans) == num_experts and is_list:
-            sources[pattern] = (spans[row],)
-        elif len(spans) == 1 and spans[0].shape[:1] == (num_experts,):
-            one = spans[0].row(row)
-            sources[pattern] = (replace(one, shape=(1, *one.shape)) if entry.converter else one,)
+    for pattern, group in entry.stored.items():
+        if len(group) == num_experts and is_list:
+            sources[pattern] = (group[row],)
+        elif len(group) == 1 and group[0].shape[:1] == (num_experts,):
+            one = group[0].row(row)
+            sources[pattern] = (one.in_stack() if entry.converter else one,)
         else:
             raise CheckpointError(
-                f"{target} needs {num_experts} experts, but the checkpoint has {len(spans)} "
-                f"tensors of shape {list(spans[0].shape)} for it ({spans[0].name}, ...)"
+                f"{target} needs {num_experts} experts, but the checkpoint has {len(group)} "
+                f"tensors of shape {list(group[0].shape)} for it ({group[0].name}, ...)"
             )
     return sources
 
@@ -391,29 +412,33 @@ def _byte_ranges(
     short: str,
     spec: TensorSpec,
     converter: WeightConverter | None,
-    sources: Mapping[str, tuple[Span, ...]],
+    sources: Mapping[str, tuple[StoredTensor, ...]],
     *,
     stacked: bool,
-) -> list[ByteRange]:
-    """Return the tensor as byte ranges; empty if it needs a conversion."""
+) -> list[ExpertSource]:
+    """Return the tensor as ranges that are filled in place; empty if it needs a conversion."""
     if converter is None:
-        spans = [span for group in sources.values() for span in group]
+        stored = [one for group in sources.values() for one in group]
     elif stacked and _only_stacks(converter):
-        spans = [s for pattern in converter.source_patterns for s in sources.get(pattern, ())]
-        if any(span.shape[1:] != spec.shape[1:] for span in spans):
+        stored = [s for pattern in converter.source_patterns for s in sources.get(pattern, ())]
+        if any(one.shape[1:] != spec.shape[1:] for one in stored):
             return []
     else:
         return []
-    if any(span.dtype != spec.dtype for span in spans):
+    if any(one.dtype != spec.dtype for one in stored):
         return []
-    if len(spans) == 1 and spans[0].shape != spec.shape:
+    if len(stored) == 1 and stored[0].shape != spec.shape:
         return []
-    if sum(span.nbytes for span in spans) != spec.nbytes:
+    if sum(map(value_bytes, stored)) != spec.nbytes:
         return []
-    ranges, start = [], 0
-    for span in spans:
-        ranges.append(ByteRange(tensor=short, start=start, span=span))
-        start += span.nbytes
+    ranges: list[ExpertSource] = []
+    start = 0
+    for one in stored:
+        if isinstance(one, EncodedTensor):
+            ranges.append(DecodedRange(tensor=short, start=start, weight=one))
+        elif isinstance(one, Span):
+            ranges.append(ByteRange(tensor=short, start=start, span=one))
+        start += value_bytes(one)
     return ranges
 
 

@@ -1,28 +1,21 @@
-"""Detect quantised checkpoints from configuration files and tensor names.
+"""Refuse quantised weights that cannot be read, from configuration files and tensor names.
 
 Quantised weights are integers or 8-bit floats whose scales are stored in separate tensors.
 Converted to a model's dtype without the scales, they would give a model that loads but computes
-nonsense, so such checkpoints are rejected. No weights are read.
+nonsense. What `formats/` reads has been replaced by the weights that it stands for before this;
+what is left of such tensors is refused here. No weights are read.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from moefit.checkpoint.model_folder import read_json_or_empty
-from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, Span
+from moefit.checkpoint.formats.declared import Declared, declared
+from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, StoredTensor
 from moefit.errors import UnsupportedModelError
 
-_DEPTH = 3  # nesting of configurations: a thinker's text_config is the third level
-_BY_DEQUANTISING = (
-    "load it once in transformers with {config}(dequantize=True), save it with save_pretrained, "
-    "and give that folder"
-)
-_METHODS = {
-    "fp8": ("8-bit floats in blocks", _BY_DEQUANTISING.format(config="FineGrainedFP8Config")),
-    "mxfp4": ("MXFP4, 4-bit floats in blocks", _BY_DEQUANTISING.format(config="Mxfp4Config")),
-}
+READABLE = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "fbgemm_fp8")
+"""Methods, as configurations name them, whose weights `formats/` knows."""
 _ORIGINAL = "give the model that it was made from, in bfloat16 or float16"
 # Names of tensors that belong to a quantised weight, most specific first.
 _SIGNS = tuple(
@@ -37,8 +30,8 @@ _SIGNS = tuple(
             r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.[\w.]+$|[._](SCB|weight_format)$",
             "bitsandbytes, 4 or 8 bits",
         ),
-        (r"_(blocks|scales)$", _METHODS["mxfp4"][0]),
-        (r"[._]weight_scale_inv$", _METHODS["fp8"][0]),
+        (r"_(blocks|scales)$", "MXFP4, 4-bit floats in blocks"),
+        (r"[._]weight_scale_inv$", "8-bit floats in blocks"),
         (r"[._](weight_scale_2|pre_quant_scale)$", "4-bit floats or integers of modelopt"),
         (r"[._](weight|input|activation|act)_scale$", "8-bit floats or integers"),
         (r"[._]scales$", "integers in groups"),
@@ -49,21 +42,30 @@ _SIGNS = tuple(
 _OF_CACHE = re.compile(r"[._](([kqv]|kv|prob|kv_cache)_scale|[kv]_proj\.output_scale)$")
 
 
-def refuse_declared(folder: Path) -> None:
-    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights.
+def refuse_unknown_method(folder: Path) -> Declared | None:
+    """Return what a folder's configuration files declare, if its format can be read.
 
-    The declaration is at the top level of config.json, in a nested configuration, or in modelopt's
-    hf_quant_config.json. Missing or damaged files are ignored here.
+    Raises:
+        UnsupportedModelError: The format that they declare cannot be read.
     """
-    if (declared := _declared(folder)) is None:
-        return
-    where, method = declared
-    meaning, remedy = _METHODS.get(method.lower(), (None, _ORIGINAL))
-    what = method if meaning is None else f"{method}: {meaning}"
-    raise _refusal(f"{folder} is quantised ({what}), as its {where} says", remedy)
+    if (found := declared(folder)) is None or found.method in READABLE:
+        return found
+    raise UnsupportedModelError(
+        f"{folder} is quantised ({found.method}), as its {found.where} says; the formats that can "
+        f"be read are {', '.join(READABLE)}. Instead, {_ORIGINAL}"
+    )
 
 
-def refuse_integers(source: Span, parameter: str) -> None:
+def refuse_declared(folder: Path) -> None:
+    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights."""
+    if (found := declared(folder)) is not None:
+        raise _refusal(
+            f"{folder} is quantised ({found.method}), as its {found.where} says, and only commands "
+            "that serve a model read that: give one of those a budget (--memory), or here"
+        )
+
+
+def refuse_integers(source: StoredTensor, parameter: str) -> None:
     """Raise UnsupportedModelError for integers or floats of 8 bits or less.
 
     Args:
@@ -74,9 +76,9 @@ def refuse_integers(source: Span, parameter: str) -> None:
         return
     dtype = str(source.dtype).removeprefix("torch.")
     raise _refusal(
-        f"{source.path.name}: {source.name} is {dtype}, but {parameter} takes floating-point "
-        "numbers of 16 bits or more: the checkpoint is quantised, also if its config.json does "
-        "not say so"
+        f"{source.spans[0].path.name}: {source.name} is {dtype}, but {parameter} takes "
+        "floating-point numbers of 16 bits or more: the checkpoint is quantised, also if its "
+        "config.json does not say so"
     )
 
 
@@ -138,31 +140,4 @@ def refuse_scales(folder: Path, names: Iterable[str]) -> None:
 
 
 def _refusal(what: str, remedy: str = _ORIGINAL) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{what}; only checkpoints in float32, bfloat16 or float16 can be used so far. Instead, "
-        f"{remedy}; --precision int8 or less makes it small again"
-    )
-
-
-def _declared(folder: Path) -> tuple[str, str] | None:
-    """Return the file and key that declare a quantisation, and its method."""
-    for where, found in _quantisations(read_json_or_empty(folder / "config.json"), ""):
-        names = (found.get(key) for key in ("quant_method", "quant_algo", "format"))
-        return f"config.json ({where})", str(next(filter(None, names), "unknown method"))
-    modelopt = read_json_or_empty(folder / "hf_quant_config.json").get("quantization")
-    if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):
-        return "hf_quant_config.json", f"modelopt, {modelopt['quant_algo']}"
-    return None
-
-
-def _quantisations(config: Any, where: str, depth: int = _DEPTH) -> Iterator[tuple[str, Mapping]]:
-    if not isinstance(config, Mapping) or not depth:
-        return
-    for key, value in config.items():
-        if not isinstance(value, Mapping):
-            continue
-        if key in ("quantization_config", "compression_config"):
-            if value:
-                yield f"{where}{key}", value
-        else:
-            yield from _quantisations(value, f"{where}{key}.", depth - 1)
+    return UnsupportedModelError(f"{what}; {remedy}")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +62,57 @@ Read = Callable[[int, memoryview, int], int]
 """Like `os.preadv` with one buffer: (file descriptor, buffer, offset) -> number of bytes read."""
 
 
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint: a `Span`, or several that a format of `formats/` decodes."""
+
+    @property
+    def name(self) -> str:
+        """Its name in an unquantised checkpoint."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its values once read."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape once read."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """How it is stored, for reports: a dtype, or the name of a format."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        ...
+
+    @property
+    def spans(self) -> "tuple[Span, ...]":
+        """The byte ranges that hold it."""
+        ...
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes held in memory while reading, besides the values."""
+        ...
+
+    def row(self, index: int) -> "StoredTensor":
+        """Return row `index` of the first axis."""
+        ...
+
+    def in_stack(self) -> "StoredTensor":
+        """Return it as the only row of a first axis."""
+        ...
+
+    def read(self, reader: "SpanReader") -> Tensor:
+        """Read it into a new tensor. Raises CheckpointError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """Location of one tensor in a file: `nbytes` bytes from `offset`, in row-major order."""
@@ -73,6 +124,21 @@ class Span:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def format(self) -> str:
+        """Name of the dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def spans(self) -> "tuple[Span, ...]":
+        """This span alone."""
+        return (self,)
+
+    @property
+    def working_bytes(self) -> int:
+        """0: bytes are read straight into place."""
+        return 0
+
     def row(self, index: int) -> "Span":
         """Return the span of row `index` of the first axis."""
         size = self.nbytes // self.shape[0]
@@ -83,6 +149,22 @@ class Span:
             nbytes=size,
             shape=self.shape[1:],
         )
+
+    def in_stack(self) -> "Span":
+        """Return the span as the only row of a first axis."""
+        return replace(self, shape=(1, *self.shape))
+
+    def read(self, reader: "SpanReader") -> Tensor:
+        """Read the span into a new tensor. Raises CheckpointError."""
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        if self.nbytes:
+            reader.read_into(self, bytes_of(data))
+        return data.view(self.dtype).view(self.shape)
+
+
+def value_bytes(tensor: StoredTensor) -> int:
+    """Return the bytes of a tensor's values in memory."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def pread(descriptor: int, buffer: memoryview, offset: int) -> int:
@@ -152,6 +234,8 @@ class Checkpoint:
 
     Attributes:
         spans: Location of each tensor by name.
+        weights: The tensors of a model by name: the spans, or what `formats/find.py` makes of them
+            in a quantised checkpoint.
         folder: The folder.
 
     Raises:
@@ -161,6 +245,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, read: Read = pread):
         self.folder = folder
         self.spans: Mapping[str, Span] = dict(_all_spans(folder))
+        self.weights: Mapping[str, StoredTensor] = self.spans
         self.reader = SpanReader(read)
 
     def __enter__(self) -> Self:
@@ -173,12 +258,9 @@ class Checkpoint:
         """Close all files."""
         self.reader.close()
 
-    def tensor(self, span: Span) -> Tensor:
-        """Read a span into a new tensor."""
-        data = torch.empty(span.nbytes, dtype=torch.uint8)
-        if span.nbytes:
-            self.reader.read_into(span, bytes_of(data))
-        return data.view(span.dtype).view(span.shape)
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        """Read a tensor into memory of its own."""
+        return stored.read(self.reader)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -191,19 +273,19 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class LazyTensor:
     """A tensor that is read when indexed, with the interface that transformers' loader uses."""
 
-    def __init__(self, checkpoint: Checkpoint, span: Span):
-        self._checkpoint, self._span = checkpoint, span
+    def __init__(self, checkpoint: Checkpoint, stored: StoredTensor):
+        self._checkpoint, self._stored = checkpoint, stored
 
     def __getitem__(self, key: Any) -> Tensor:
-        return self._checkpoint.tensor(self._span)[key]
+        return self._checkpoint.tensor(self._stored)[key]
 
     def get_shape(self) -> list[int]:
         """Return the shape, as safetensors' slices do."""
-        return list(self._span.shape)
+        return list(self._stored.shape)
 
     def get_dtype(self) -> str:
         """Return the dtype's name in the safetensors format."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self._span.dtype)
+        return next(name for name, dtype in DTYPES.items() if dtype == self._stored.dtype)
 
 
 def _all_spans(folder: Path) -> Iterator[tuple[str, Span]]:

@@ -1,7 +1,8 @@
 """Read one expert's tensors from a checkpoint.
 
-`ExpertSource` is the interface. `ByteRange` reads bytes straight into place, `Conversion` applies
-transformers' own operations to checkpoint tensors, and `CompositeSource` joins the parts of one
+`ExpertSource` is the interface. `ByteRange` reads bytes straight into place, `DecodedRange` decodes
+a quantised weight into place, `Conversion` applies transformers' own operations to checkpoint
+tensors, and `CompositeSource` joins the parts of one
 expert. `expert_map.py` finds the sources of a model.
 """
 
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from moefit.checkpoint.safetensors import Checkpoint, Span, bytes_of
+from moefit.checkpoint.formats.encoding import EncodedTensor
+from moefit.checkpoint.safetensors import (
+    Checkpoint,
+    Span,
+    StoredTensor,
+    bytes_of,
+    value_bytes,
+)
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
 from moefit.moe.families import Tensors, TensorSpec
 
@@ -29,6 +37,11 @@ class ExpertSource(ABC):
     @abstractmethod
     def spans(self) -> tuple[Span, ...]:
         """Byte ranges of the checkpoint's files that are read."""
+
+    @property
+    @abstractmethod
+    def formats(self) -> frozenset[str]:
+        """How the checkpoint stores them, for reports: dtypes, and formats of quantised weights."""
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +88,11 @@ class ByteRange(ExpertSource):
         return (self.span,)
 
     @property
+    def formats(self) -> frozenset[str]:
+        """The span's dtype."""
+        return frozenset({self.span.format})
+
+    @property
     def staging_bytes(self) -> int:
         """0: bytes are read straight into place."""
         return 0
@@ -90,6 +108,47 @@ class ByteRange(ExpertSource):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedRange(ExpertSource):
+    """A quantised weight that is decoded into one of the expert's tensors, or into a part of it.
+
+    Attributes:
+        tensor: Short name of the tensor.
+        start: Offset in the tensor, in bytes.
+        weight: The weight, in the tensor's dtype.
+    """
+
+    tensor: str
+    start: int
+    weight: EncodedTensor
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Codes, scales, and whatever else the weight consists of."""
+        return self.weight.spans
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """The weight's format."""
+        return frozenset({self.weight.format})
+
+    @property
+    def staging_bytes(self) -> int:
+        """The stored tensors, and some rows in float32."""
+        return self.weight.working_bytes
+
+    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Decode the weight into its part of the tensor."""
+        one = self.weight
+        size = value_bytes(one)
+        part = tensors[self.tensor].view(-1).view(torch.uint8)[self.start : self.start + size]
+        one.read_into(checkpoint.reader, part.view(one.dtype).view(one.shape))
+
+    def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Yield the weight as one tensor."""
+        yield checkpoint.tensor(self.weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion(ExpertSource):
     """One of the expert's tensors, made from checkpoint tensors by transformers' operations.
 
@@ -98,7 +157,7 @@ class Conversion(ExpertSource):
         target: Full name of the model's parameter.
         spec: Shape and dtype of the tensor.
         converter: The operations; None if the only source is used as it is.
-        sources: Pairs of source pattern and the spans that match it.
+        sources: Pairs of source pattern and the checkpoint's tensors that match it.
         config: The model's configuration, which some operations read.
     """
 
@@ -106,18 +165,29 @@ class Conversion(ExpertSource):
     target: str
     spec: TensorSpec
     converter: WeightConverter | None
-    sources: tuple[tuple[str, tuple[Span, ...]], ...]
+    sources: tuple[tuple[str, tuple[StoredTensor, ...]], ...]
     config: Any
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """All source tensors."""
+        return tuple(one for _, group in self.sources for one in group)
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """Spans of all source tensors."""
-        return tuple(span for _, spans in self.sources for span in spans)
+        return tuple(span for one in self.stored for span in one.spans)
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Those of all source tensors."""
+        return frozenset(one.format for one in self.stored)
 
     @property
     def staging_bytes(self) -> int:
         """The source tensors, and as many bytes again for the operations' results."""
-        return 2 * self.nbytes
+        working = max((one.working_bytes for one in self.stored), default=0)
+        return 2 * sum(map(value_bytes, self.stored)) + working
 
     def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         """Copy the converted tensor into place."""
@@ -176,9 +246,9 @@ class Conversion(ExpertSource):
         return value.to(self.spec.dtype)
 
     def _source_names(self) -> str:
-        spans = self.spans
-        more = f" and {len(spans) - 3} more" if len(spans) > 3 else ""
-        return ", ".join(f"{span.name} {list(span.shape)}" for span in spans[:3]) + more
+        found = self.stored
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return ", ".join(f"{one.name} {list(one.shape)}" for one in found[:3]) + more
 
     def _convert(self, loaded: dict[str, list[Tensor]]) -> Tensor:
         converter = deepcopy(cast(WeightConverter, self.converter))
@@ -205,6 +275,11 @@ class CompositeSource(ExpertSource):
     def spans(self) -> tuple[Span, ...]:
         """Spans of all parts, in order."""
         return tuple(span for part in self.parts for span in part.spans)
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Those of all parts."""
+        return frozenset().union(*(part.formats for part in self.parts))
 
     @property
     def staging_bytes(self) -> int:

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from moefit.api import folder_of, load
+from moefit.checkpoint.formats.declared import declared
 from moefit.cli.app import console, say
 from moefit.cli.options import MemoryOptions, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
@@ -180,15 +181,19 @@ def is_served(model: str, options: ServingOptions) -> bool:
     """Return whether a model is loaded for serving.
 
     DS-MoE and OLMoE models without such options are computed by their own modules, in which the
-    inference rule may change from text to text. These report a damaged configuration.
+    inference rule may change from text to text. These report a damaged configuration, and do not
+    read quantised weights.
     """
     if options.is_served:
         return True
+    folder = folder_of(model)
     try:
-        config = json.loads((folder_of(model) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") not in ARCHITECTURES
+    if not isinstance(config, dict):
+        return False
+    return config.get("model_type") not in ARCHITECTURES or declared(folder) is not None
 
 
 def shared_steps(requests: int | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ from moefit.serve.hf.generation_config import IGNORE, use_generation_config
 from moefit.serve.hf.guards import FiniteLogits
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import use_rule
-from moefit.serve.memory.budget import format_bytes
+from moefit.serve.memory.budget import MemoryBudget, format_bytes
 from moefit.serve.memory.estimate import initial_formats, memory_budget
 from moefit.serve.packed.store import open_packed
 
@@ -251,6 +252,7 @@ def _describe_memory(
             "precision": options.experts,
             "rest": options.dense,
             "kv_cache_dtype": budget.kv_dtype,
+            "checkpoint": asdict(skeleton.stored()),
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()
@@ -265,6 +267,7 @@ def _describe_memory(
     title = f"{model} ({_described(skeleton, options)}) in {options.memory or 'no budget'}"
     Console().print(estimate_table(budget, start, title))
     Console().print(minimums_line(least, settings), soft_wrap=True)
+    Console().print(escape(_stored(skeleton, budget)), soft_wrap=True)
     if unused := _left_out(skeleton):
         Console().print(escape(unused), soft_wrap=True)
     _print_dropout(skeleton.model.config)
@@ -292,6 +295,15 @@ def _left_out(skeleton: Skeleton) -> str:
     return (
         f"left out: {number:,} tensors with {format_bytes(size)} that the model does not use "
         f"({', '.join(some)})"
+    )
+
+
+def _stored(skeleton: Skeleton, budget: MemoryBudget) -> str:
+    """Return how the checkpoint stores an expert, and what a slot takes, as a line."""
+    stored, slot = skeleton.stored(), max(block.slot_bytes for block in budget.blocks)
+    return (
+        f"an expert in the checkpoint: {format_bytes(stored.expert_bytes)} "
+        f"({', '.join(stored.experts)}); in a slot: {format_bytes(slot)}"
     )
 
 

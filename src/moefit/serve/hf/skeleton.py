@@ -26,8 +26,9 @@ from moefit.checkpoint.config import (
     refuse_other_size,
 )
 from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint, refuse_parts
+from moefit.checkpoint.formats.find import find_weights, part_of
 from moefit.checkpoint.model_folder import refuse_adapter
-from moefit.checkpoint.quantisation import refuse_declared
+from moefit.checkpoint.quantisation import refuse_unknown_method
 from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
@@ -36,6 +37,21 @@ from moefit.moe.layouts import find_blocks
 
 _MAX_COUNT = 2048  # layers or experts; models with more take long to build
 _MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFormats:
+    """How a checkpoint stores a model.
+
+    Attributes:
+        experts: Names of the formats of experts: dtypes, or formats of quantised weights.
+        dense: Names of the formats of all other weights.
+        expert_bytes: Bytes of the largest expert in the files.
+    """
+
+    experts: tuple[str, ...]
+    dense: tuple[str, ...]
+    expert_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +82,17 @@ class Skeleton:
         for name in self.map.unused:
             group = _group(name)
             number, size = groups.get(group, (0, 0))
-            groups[group] = number + 1, size + self.checkpoint.spans[name].nbytes
+            groups[group] = number + 1, size + self.checkpoint.weights[name].nbytes
         return groups
+
+    def stored(self) -> StoredFormats:
+        """Return how the checkpoint stores the weights."""
+        sources = [source for some in self.map.experts.values() for source in some]
+        return StoredFormats(
+            experts=tuple(sorted(frozenset().union(*(one.formats for one in sources)))),
+            dense=tuple(sorted({one.format for one in self.map.dense_weights.values()})),
+            expert_bytes=max(one.nbytes for one in sources),
+        )
 
 
 def _group(name: str) -> str:
@@ -89,16 +114,18 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged.
-        UnsupportedModelError: The model has no experts that can be served, or is quantised.
+        UnsupportedModelError: The model has no experts that can be served, or is quantised in a
+            format that cannot be read.
     """
     refuse_adapter(folder)
-    refuse_declared(folder)
+    quantisation = refuse_unknown_method(folder)
     register()
     values = read_config(folder)
     checkpoint = Checkpoint(folder)
     refuse_absurd_counts(values, checkpoint)
     config = config_from(values, folder)
     compute_dtype = dtype or _own_dtype(config, checkpoint)
+    checkpoint.weights = find_weights(checkpoint.spans, quantisation, compute_dtype)
     with _config_errors(folder):
         model = _on_meta(config, compute_dtype)
         refuse_other_size(model, checkpoint)
@@ -116,10 +143,11 @@ def refuse_unservable(folder: Path) -> None:
 
     Raises:
         CheckpointError: The configuration is missing or damaged.
-        UnsupportedModelError: It is an adapter, quantised, or a model without servable experts.
+        UnsupportedModelError: It is an adapter, quantised in a format that cannot be read, or a
+            model without servable experts.
     """
     refuse_adapter(folder)
-    refuse_declared(folder)
+    refuse_unknown_method(folder)
     register()
     config = config_from(read_config(folder), folder)
     if not _is_quick_to_build(config):
@@ -172,8 +200,8 @@ def load_dense_weights(
         _skip_initialisation(model.get_submodule(block.parent))
     _untie_experts(model)
     lazy = {
-        name: LazyTensor(skeleton.checkpoint, skeleton.checkpoint.spans[name])
-        for name in skeleton.map.dense_weights
+        name: LazyTensor(skeleton.checkpoint, stored)
+        for name, stored in skeleton.map.dense_weights.items()
     }
     plan = LoadStateDictConfig(
         device_map={"": device},
@@ -270,5 +298,9 @@ def _own_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(own, torch.dtype):
         return own
-    floating = [span.dtype for span in checkpoint.spans.values() if span.dtype.is_floating_point]
-    return floating[0] if floating else torch.float32
+    floating = [
+        span.dtype
+        for name, span in checkpoint.spans.items()
+        if span.dtype.is_floating_point and span.dtype.itemsize > 1 and part_of(name) is None
+    ]
+    return floating[0] if floating else torch.bfloat16

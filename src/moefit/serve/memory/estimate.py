@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moefit.checkpoint.safetensors import Checkpoint
+from moefit.checkpoint.safetensors import StoredTensor
 from moefit.device import planned_device
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.host import (
@@ -155,14 +156,11 @@ def slot_bytes(size: int, device: torch.device) -> int:
     return -(-segment // (segment // size))
 
 
-def weight_bytes(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> int:
+def weight_bytes(stored: Iterable[StoredTensor], dtype: torch.dtype) -> int:
     """Return the bytes of these tensors once loaded in `dtype`; integers retain their dtype."""
-    spans = [checkpoint.spans[name] for name in names]
     return sum(
-        span.nbytes // span.dtype.itemsize * dtype.itemsize
-        if span.dtype.is_floating_point
-        else span.nbytes
-        for span in spans
+        prod(one.shape) * (dtype if one.dtype.is_floating_point else one.dtype).itemsize
+        for one in stored
     )
 
 
@@ -170,7 +168,7 @@ def encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudg
     """Return the bytes of the process while dense weights are encoded; 0 if they are not."""
     if settings.dense_format() is None:
         return 0
-    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
+    own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
     return budget.process + budget.tokenizer + own
 
 
@@ -278,7 +276,7 @@ def memory_budget(
 
 def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
     """Return the bytes of dense weights in the format that they are held in."""
-    own = weight_bytes(skeleton.checkpoint, skeleton.map.dense_weights, skeleton.dtype)
+    own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
     if (dense := settings.dense_format()) is None:
         return own
     return own - saved_bytes(skeleton.model, dense, skeleton.blocks, skeleton.dtype.itemsize)

@@ -1,0 +1,196 @@
+"""Weights of 2, 4 or 8-bit integers packed into int32, with scales and zero points per group.
+
+Three layouts: compressed-tensors packs a row's columns one after the other (`weight_packed`, also
+Kimi-K2's); GPTQ and AWQ store the transposed matrix, GPTQ packing input units (`qweight`,
+`desc_act` gives each one a group by `g_idx`), AWQ output units in an order of its own. A value is
+`(code - zero) * scale`, computed in the dtype of the scales.
+
+Shapes: R rows (output units), C columns (input units), G groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefit.checkpoint.formats.encoding import Encoding, Parts
+from moefit.checkpoint.formats.scaling import Grid, look_up, scale_into, values_in_bytes
+from moefit.errors import CheckpointError
+
+BITS = (2, 4, 8)
+_TABLES = {bits: values_in_bytes(torch.arange(1 << bits).float()) for bits in BITS}
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+# The column, among eight, of each 4-bit code of an int32 of AWQ, from the lowest.
+_AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_CODES = torch.tensor([_AWQ_COLUMNS.index(column) for column in range(8)])
+
+
+def unpack(packed_RP: Tensor, bits: int) -> Tensor:
+    """Return the codes [R, P * 32 / bits] of int32 [R, P] in float32, the lowest bits first."""
+    return look_up(_TABLES[bits], packed_RP.contiguous().view(torch.uint8))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows(Encoding):
+    """compressed-tensors: codes in rows, offset by half their range; zero points in columns."""
+
+    bits: int
+
+    @property
+    def format(self) -> str:
+        """With the number of bits."""
+        return f"int{self.bits} (compressed-tensors)"
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return rows, and columns as far as whole int32 go."""
+        *stack, packed = parts["weight"].shape
+        return (*stack, packed * 32 // self.bits)
+
+    def check(self, parts: Parts) -> None:
+        """Check that scales, zero points and groups fit the codes."""
+        rows, cols = self.shape(parts)
+        scale = parts["scale"]
+        _check_scales(scale.dtype)
+        if len(scale.shape) != 2 or scale.shape[0] not in (1, rows) or cols % scale.shape[1]:
+            raise CheckpointError(
+                f"{list(scale.shape)} scales do not divide a weight of {[rows, cols]}"
+            )
+        zeros, expected = parts.get("zeros"), (-(-rows * self.bits // 32), scale.shape[1])
+        if zeros is not None and (zeros.shape != expected or zeros.dtype != torch.int32):
+            raise CheckpointError(f"zero points are {list(zeros.shape)}, not {list(expected)}")
+        if (groups := parts.get("groups")) is not None and groups.shape != (cols,):
+            raise CheckpointError(f"g_idx is {list(groups.shape)}, not {[cols]}")
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write `(code - zero) * scale`; without zero points half the range is zero."""
+        packed, scale = parts["weight"], parts["scale"]
+        if "shape" in parts and parts["shape"].tolist() != list(out.shape):
+            raise CheckpointError(
+                f"weight_shape is {parts['shape'].tolist()}, but the tensors hold {[*out.shape]}"
+            )
+        rows, cols = out.shape
+        groups = parts.get("groups")
+        if groups is not None and bool((groups < 0).all()):
+            groups = None  # a placeholder for columns in order
+        grid = self._grid(scale.float().expand(rows, -1), groups, cols)
+        zeros = None
+        if "zeros" in parts:
+            codes = unpack(parts["zeros"].T, self.bits)[:, :rows].T
+            zeros = self._grid(codes, groups, cols)
+
+        def values(chunk: slice) -> Tensor:
+            found = unpack(packed[chunk], self.bits)
+            if zeros is None:
+                return found.sub_(1 << (self.bits - 1))
+            zeros.apply(Tensor.sub_, found, chunk)
+            return found
+
+        scale_into(out, values, grid, scale.dtype)
+
+    @staticmethod
+    def _grid(values_RG: Tensor, groups: Tensor | None, cols: int) -> Grid:
+        count = values_RG.shape[1]
+        return Grid(
+            values_rc=values_RG,
+            row_of=torch.arange(len(values_RG)),
+            width=cols // count,
+            column_of=None if groups is None else _checked(groups, count),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedColumns(Encoding):
+    """GPTQ and AWQ: the transposed matrix [C, R].
+
+    Attributes:
+        bits: Of a code.
+        awq: AWQ's packing of output units, instead of GPTQ's of input units.
+        offset: Added to stored zero points: 1 in GPTQ's first format, 0 in its second and in AWQ.
+    """
+
+    bits: int
+    awq: bool = False
+    offset: int = 0
+
+    @property
+    def format(self) -> str:
+        """GPTQ or AWQ."""
+        return f"int{self.bits} ({'AWQ' if self.awq else 'GPTQ'})"
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the model's matrix."""
+        rows, cols = parts["weight"].shape
+        per_word = 32 // self.bits
+        return (cols * per_word, rows) if self.awq else (cols, rows * per_word)
+
+    def check(self, parts: Parts) -> None:
+        """Check that scales, zero points and groups fit the codes."""
+        rows, cols = self.shape(parts)
+        scale, zeros = parts["scale"], parts.get("zeros")
+        _check_scales(scale.dtype)
+        if len(scale.shape) != 2 or scale.shape[1] != rows:
+            raise CheckpointError(f"scales are {list(scale.shape)}, not [groups, {rows}]")
+        count = scale.shape[0]
+        if "groups" not in parts and cols % count:
+            raise CheckpointError(f"{count} groups do not divide {cols} input units")
+        expected = count, -(-rows * self.bits // 32)
+        if zeros is not None and (zeros.shape != expected or zeros.dtype != torch.int32):
+            raise CheckpointError(f"zero points are {list(zeros.shape)}, not {list(expected)}")
+        if (groups := parts.get("groups")) is not None and groups.shape != (cols,):
+            raise CheckpointError(f"g_idx is {list(groups.shape)}, not {[cols]}")
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write `(code - zero) * scale`."""
+        packed, scale = parts["weight"], parts["scale"]
+        rows, cols = out.shape
+        if "groups" in parts:
+            row_of = _checked(parts["groups"], len(scale))
+        else:
+            row_of = torch.arange(cols) // (cols // len(scale))
+        half = float(1 << (self.bits - 1))
+        zeros_GR = torch.full((len(scale), rows), half)
+        if "zeros" in parts:
+            codes = self._unpacked_columns(parts["zeros"])[:, :rows]
+            zeros_GR = (codes + self.offset).remainder_(1 << self.bits)
+        zeros = Grid(values_rc=zeros_GR, row_of=row_of, width=1)
+
+        def values(chunk: slice) -> Tensor:
+            found = self._codes(packed, chunk)
+            zeros.apply(Tensor.sub_, found, chunk)
+            return found
+
+        grid = Grid(values_rc=scale.float(), row_of=row_of, width=1)
+        scale_into(out.T, values, grid, scale.dtype)
+
+    def _codes(self, packed: Tensor, chunk: slice) -> Tensor:
+        """Return codes [n, R] of some input units."""
+        if self.awq:
+            return self._unpacked_columns(packed[chunk])
+        per_word = 32 // self.bits
+        first, last = chunk.start // per_word, -(-chunk.stop // per_word)
+        words = packed[first:last]
+        codes = unpack(words.reshape(-1, 1), self.bits).view(*words.shape, per_word)
+        codes_CR = codes.transpose(1, 2).reshape(-1, words.shape[1])
+        return codes_CR[chunk.start - first * per_word : chunk.stop - first * per_word]
+
+    def _unpacked_columns(self, packed: Tensor) -> Tensor:
+        codes = unpack(packed, self.bits)
+        if not self.awq:
+            return codes
+        return codes.view(len(packed), -1, 8)[:, :, _AWQ_CODES].reshape(len(packed), -1)
+
+
+def _check_scales(dtype: torch.dtype) -> None:
+    if dtype not in _SCALES:
+        raise CheckpointError(f"scales of {dtype} are not known")
+
+
+def _checked(groups: Tensor, count: int) -> Tensor:
+    """Return g_idx as an index. Raises CheckpointError if it leads outside the groups."""
+    least, most = int(groups.min()), int(groups.max())
+    if least < 0 or most >= count:
+        raise CheckpointError(
+            f"g_idx has values from {least} to {most}, but there are {count} groups"
+        )
+    return groups.long()
