@@ -121,6 +121,10 @@ def test_the_least_follows_the_rules(sparse):
     ("settings", "message"),
     [
         ({"share": 0}, "expert_dropout.share: .*greater than 0"),
+        (
+            {"share": 1, "self_distillation": False},
+            "expert_dropout: share=1 with self_distillation=false would .* give a share below 1",
+        ),
         ({"share": 1.1}, "expert_dropout.share: .*less than or equal to 1"),
         ({"begin": 1}, "expert_dropout.begin: .*less than 1"),
         ({"begin": -0.1}, "expert_dropout.begin: .*greater than or equal to 0"),

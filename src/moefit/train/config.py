@@ -154,6 +154,15 @@ class ExpertDropoutConfig(_Strict):
     with few, where the prediction with all experts is. A step then computes up to twice as many
     sequences."""
 
+    @model_validator(mode="after")
+    def _check_all_experts_are_trained(self) -> Self:
+        if self.share == 1 and not self.self_distillation:
+            raise ValueError(
+                "share=1 with self_distillation=false would leave no sequence that trains all "
+                "experts; give a share below 1, or self_distillation=true"
+            )
+        return self
+
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
