@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,13 @@ def test_record_round_trips():
 
 def test_costs_are_relative_perplexities():
     assert RECORD.costs() == {3: 0, 2: pytest.approx(0.10517, abs=1e-5)}
+
+
+def test_model_card_says_what_each_budget_costs():
+    text = RECORD.model_card()
+    assert "expert dropout (nested): in 50% of the sequences, from 60% of the training on" in text
+    assert text.endswith("|---|---|\n| 3 of 3 | +0.0% |\n| 2 of 3 | +10.5% |\n")
+    assert "|" not in replace(RECORD, held_out_loss=None).model_card()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_it_keeps_class_settings_and_dtype(olmoe, corpus, tmp_path):
     model, tokenizer = load_full_model(str(tmp_path / "out"))
     assert model.dtype == torch.bfloat16
     assert len(tokenizer) == model.config.vocab_size
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {count} of 6 | " in card for count in (6, 4, 3, 2))
     assert differing(olmoe, tmp_path / "out")
 
 

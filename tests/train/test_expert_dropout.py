@@ -328,6 +328,7 @@ def test_export_keeps_dropout_record(sparse, callback, tmp_path):
         export_olmoe(model, tmp_path / "olmoe", experts_per_token=2, tokenizer=tokenizer)
     exported = load_full_model(str(tmp_path / "olmoe"))[0]
     assert dropout_record(exported.config) == dropout_record(model.config) != None  # noqa: E711
+    assert "| 8 of 8 | +0.0% |" in (tmp_path / "olmoe" / "README.md").read_text()
 
 
 def test_locality_loss_is_added(sparse, callback, tmp_path):

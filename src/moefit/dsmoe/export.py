@@ -26,7 +26,7 @@ from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moefit.moe.expert_dropout import KEY, dropout_record
+from moefit.moe.expert_dropout import CARD, KEY, dropout_record
 from moefit.moe.routing import Rule
 
 # Fields that mean the same in both configurations.
@@ -184,6 +184,8 @@ def export_olmoe(
         olmoe.save_pretrained(partial)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
+        if (record := dropout_record(config)) is not None:
+            (partial / CARD).write_text(record.model_card(), encoding="utf-8")
         _check_written(partial, olmoe, model)
     return out_dir
 

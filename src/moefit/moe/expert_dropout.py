@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 from moefit.errors import CheckpointError
 
 KEY = "expert_dropout"
+CARD = "README.md"
 Order = Literal["random", "nested", "mixed"]
 
 
@@ -65,6 +66,25 @@ class ExpertDropoutRecord:
         full = losses[max(losses)]
         # A damaged file may hold any number; math.exp raises above 709.
         return {count: math.expm1(min(loss - full, 700.0)) for count, loss in losses.items()}
+
+    def model_card(self) -> str:
+        """Return the text of a README.md: how the model was trained, and what each budget costs."""
+        how = f"in {self.share:.0%} of the sequences, from {self.begin:.0%} of the training on"
+        text = (
+            f"# Model card\n\nTrained with expert dropout ({self.order}): {how}, only some of the "
+            f"experts of each layer could be used, {self.least} or more. The model therefore loses "
+            "little when a server holds only some of its experts: `moefit serve MODEL --memory "
+            "BUDGET --mode virtual`.\n"
+        )
+        costs = self.costs()
+        if not costs:
+            return text
+        rows = [
+            f"| {count} of {max(costs)} | {cost:+.1%} |"
+            for count, cost in sorted(costs.items(), reverse=True)
+        ]
+        head = "| experts of each layer in memory | perplexity on held-out text, to all experts |"
+        return "\n".join([text, head, "|---|---|", *rows]) + "\n"
 
 
 def dropout_record(config: Any) -> ExpertDropoutRecord | None:

@@ -18,7 +18,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import register
 from moefit.dsmoe.presets import field_names
 from moefit.errors import CheckpointError, UnsupportedModelError
-from moefit.moe.expert_dropout import KEY, dropout_record
+from moefit.moe.expert_dropout import CARD, KEY, dropout_record
 from moefit.train.checkpoint import MANIFEST, STATE
 from moefit.train.config import TrainConfig, make_config
 from moefit.train.model import TOKENIZER_FIELDS
@@ -109,6 +109,7 @@ def write_adapted(folder: Path, checkpoint: Path, out: Path) -> None:
             ignore=shutil.ignore_patterns(MANIFEST, STATE, CONFIG, "*.safetensors*"),
         )
         model.save_pretrained(unfinished)
+        (unfinished / CARD).write_text(record.model_card(), encoding="utf-8")
         names = sorted((path.name for path in unfinished.iterdir()), key=lambda n: n == CONFIG)
         for name in names:
             (unfinished / name).replace(out / name)
