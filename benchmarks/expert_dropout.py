@@ -47,6 +47,7 @@ from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps
 from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 from moefit.train.config import read_config
 from moefit.train.expert_dropout import AllowedExperts, first_experts, measured_order
 from moefit.train.run_folder import CONFIG
@@ -288,7 +289,7 @@ def _fix(served: ServedModel, ids_T: Tensor) -> None:
     """Fix the residents: by the model's order, or by importance on other windows."""
     record_ = dropout_record(served.model.config)
     if record_ is None or not record_.resident_order:
-        fix_residents(served, "importance", calibration_ids_T=ids_T)
+        fix_residents(served, "importance", calibration=Windows(ids_T[None]))
     else:
         served.set_mode("virtual", residency="fixed")
         served.hold_first_experts()

@@ -65,6 +65,7 @@ from moefit.serve.config import BlockPlacement
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.build import pack
+from moefit.serve.windows import Windows
 
 SHARES = (0.33, 0.25, 0.19, 0.14)
 PACKED = ("int8", "int6", "int5", "int4", "int3", "int2")
@@ -122,13 +123,13 @@ class Study:
         tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
         cut = (tokenizer, arguments.context, arguments.tokens)
         text = held_out_text(*cut) if arguments.text is None else text_of_file(arguments.text, *cut)
-        windows_BT = windows_of(text)
-        self.calibration_BT, held_BT = windows_BT[::2], windows_BT[1::2]
+        windows = windows_of(text)
+        self.calibration, held = windows[::2], windows[1::2]
         skeleton = build_skeleton(self.subject.folder, torch.bfloat16)
         pack(skeleton, [parse_format(name) for name in PACKED])
         began = time.perf_counter()
         self.profile = Profiler(
-            self.subject, self.calibration_BT, text=arguments.text.name if arguments.text else ""
+            self.subject, self.calibration, text=arguments.text.name if arguments.text else ""
         ).run()
         profiled = time.perf_counter()
         self.planner = Planner(skeleton, self.profile, context=arguments.context)
@@ -143,7 +144,7 @@ class Study:
         # Stays loaded to measure the machine's present speed.
         self.full = self.subject.load(self._native(), context=2 * arguments.context)
         fill_slots(self.full)
-        self.reference: Reference = make_reference(self.full, held_BT)
+        self.reference: Reference = make_reference(self.full, held)
 
     def results(self) -> dict[str, Any]:
         held = [self._held_out(one) for one in track(list(self._drawn()), "held out")]
@@ -330,8 +331,8 @@ class Study:
 
     def _settle(self, served: ServedModel, rule: Rule) -> None:
         if rule.fixed:
-            ids_T = self.calibration_BT[:4].flatten()
-            fix_residents(served, rule.fixed, calibration_ids_T=ids_T)  # pyright: ignore
+            ids_T = self.calibration.ids_BT[:4].flatten()
+            fix_residents(served, rule.fixed, calibration=Windows(ids_T[None]))  # pyright: ignore
         else:
             fill_slots(served)
 

@@ -28,6 +28,7 @@ from subject import Subject, as_text, summarised
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.stepwise import score_steps
 from moefit.serve.cache.scores import VirtualExpertManager
+from moefit.serve.windows import Windows
 
 Settings = dict[str, Any]
 
@@ -153,7 +154,7 @@ def measured(subject: Subject, share: float, settings: Settings) -> dict[str, An
         experts = budget.all_resident_bytes - budget.fixed
         served.set_memory(budget.fixed + round(share * experts))
         if fixed:
-            fix_residents(served, fixed, calibration_ids_T=ids_T, seed=seed)
+            fix_residents(served, fixed, calibration=Windows(ids_T[None]), seed=seed)
         else:
             score_steps(served, as_text(subject.calibration[0]))
         scores = [score_steps(served, as_text(window_L)) for window_L in subject.scored]

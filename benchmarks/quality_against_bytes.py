@@ -37,12 +37,13 @@ from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps
-from moefit.plan.reference import digest_of, windows_of
+from moefit.plan.reference import windows_of
 from moefit.quant.format import parse_format, weights_in
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.build import pack
 from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.windows import Windows
 
 BITS = (8, 6, 5.33, 5, 4, 3.5, 3, 2.75)
 WAYS = ("fitted", "nearest", "auto", "virtual", "pruned", "calibrated", "calibrated-auto")
@@ -101,12 +102,10 @@ def alone() -> Iterator[None]:
 
 def pack_by(subject: Subject, text: Path) -> None:
     """Pack all formats, calibrated as `moefit pack --text` does."""
-    windows_BT = windows_of(
+    windows = windows_of(
         text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
-    what = CalibrationText(
-        text=text.name, digest=digest_of(windows_BT), windows_BT=windows_BT[:, :-1]
-    )
+    what = CalibrationText(text=text.name, digest=windows.digest, windows=windows)
     skeleton = build_skeleton(subject.folder, torch.bfloat16)
     made = pack(skeleton, [parse_format(name) for name in UNIFORM], calibration=what)
     print(f"packed with {text.name} in {made.seconds:.0f} s")
@@ -172,7 +171,7 @@ class Bytes:
     def _stepwise(self, served: ServedModel, way: str) -> float:
         if way == "pruned":
             ids_T = self.subject.calibration[0]
-            fix_residents(served, "frequency", calibration_ids_T=ids_T)
+            fix_residents(served, "frequency", calibration=Windows(ids_T[None]))
         else:
             served.set_mode("virtual", prefill="exact")
             score_steps(served, as_text(self.subject.calibration[0]))

@@ -16,8 +16,9 @@ from moefit.plan.measure import MeasuredModel, Measurements, _with_fewer_slots
 from moefit.plan.profile import Profile
 from moefit.plan.profiler import Profiler
 from moefit.plan.reference import Reference, read_reference
+from moefit.serve.windows import Windows
 
-WINDOWS = tokens(3, 33)
+WINDOWS = Windows(tokens(3, 33))
 
 
 @cache
@@ -99,7 +100,7 @@ def test_damaged_reference_is_recreated(tmp_path: Path) -> None:
     """Damaged files and inconsistent arrays are read as None."""
     path = tmp_path / "reference.npz"
     whole = Reference(
-        windows_BT=torch.zeros(2, 5, dtype=torch.int64),
+        windows=Windows(torch.zeros(2, 5, dtype=torch.int64)),
         ids_BTN=torch.zeros(2, 4, 3, dtype=torch.int32),
         logp_BTN=torch.zeros(2, 4, 3),
         nll_BT=torch.zeros(2, 4),
@@ -119,7 +120,8 @@ def test_damaged_reference_is_recreated(tmp_path: Path) -> None:
     for other in (
         replace(whole, ids_BTN=whole.ids_BTN[:, 1:]),
         replace(whole, nll_BT=whole.nll_BT.double()),
-        replace(whole, windows_BT=whole.windows_BT[0]),
+        replace(whole, windows=Windows(whole.windows.ids_BT[0])),
+        replace(whole, windows=Windows(whole.windows.ids_BT, torch.zeros(1, 5, dtype=torch.int64))),
     ):
         other.save(path)
         assert read_reference(path) is None

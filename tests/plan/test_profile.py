@@ -29,8 +29,9 @@ from moefit.plan.profile import (
 from moefit.plan.profiler import Profiler
 from moefit.plan.reference import windows_of
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.windows import Windows
 
-WINDOWS = tokens(5, 33)
+WINDOWS = Windows(tokens(5, 33))
 
 
 @cache
@@ -247,5 +248,5 @@ def test_too_short_text_names_minimum(count: int) -> None:
 
 
 def test_text_is_cut_into_full_windows() -> None:
-    assert windows_of(text(129)).shape == (4, 33)
-    assert windows_of(text(140)).shape == (4, 33)
+    assert windows_of(text(129)).ids_BT.shape == (4, 33)
+    assert windows_of(text(140)).ids_BT.shape == (4, 33)

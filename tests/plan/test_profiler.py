@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_served import saved, tiny, tokens
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moefit
-from moefit.errors import UnsupportedModelError
 from moefit.plan.measure import MeasuredModel
 from moefit.plan.planner import Planner
 from moefit.plan.profile import Profile, find_profile
 from moefit.plan.profiler import Profiler
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.windows import Windows
 
-WINDOWS = tokens(5, 33)
+IDS_BT = tokens(5, 33)
+WINDOWS = Windows(IDS_BT)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +52,7 @@ def test_plan_from_profile_matches_prediction(profile: Profile, model: Path) -> 
     plan, front = planner.plan(planner.slot_budgets.all_resident_bytes)
     assert front and plan.predicted.loss < 0.05
     with moefit.load(model, **{**plan.settings(), "memory": None}) as served, torch.no_grad():
-        ours = served.model(WINDOWS).logits.log_softmax(-1)
-        full = tiny("Mixtral", initializer_range=0.1)(WINDOWS).logits.log_softmax(-1)
+        ours = served.model(IDS_BT).logits.log_softmax(-1)
+        full = tiny("Mixtral", initializer_range=0.1)(IDS_BT).logits.log_softmax(-1)
         divergence = float((full.exp() * (full - ours)).sum(-1).mean())
     assert divergence < math.log1p(plan.predicted.loss) + 0.05
-
-
-def test_encoder_decoders_raise(tmp_path: Path) -> None:
-    config = SwitchTransformersConfig(
-        vocab_size=61, d_model=32, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
-        d_kv=8, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
-    )  # fmt: skip
-    folder = saved(SwitchTransformersForConditionalGeneration(config), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="only decoders"):
-        Profiler(MeasuredModel(folder=folder), WINDOWS, text="random")

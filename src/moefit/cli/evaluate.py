@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -21,12 +22,13 @@ from moefit.cli.options import (
     torch_dtype,
 )
 from moefit.cli.precision import resolve_precision
+from moefit.engine.runners import start_token
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
 from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, load_full_model
-from moefit.evaluate.passage import read_text
+from moefit.evaluate.passage import read_pairs, read_text
 from moefit.evaluate.perplexity import Text, score
 from moefit.evaluate.report import score_table, step_table
 from moefit.evaluate.stepwise import score_steps
@@ -35,6 +37,7 @@ from moefit.serve.config import NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 
 _WINDOW = ServingOptions(context=256)
 
@@ -90,7 +93,7 @@ def evaluate(
         served = stack.enter_context(load_served(model, options, **how))
         if only is not None:
             use_rule(served.model, only)
-        passage = read_text(text, served.tokenizer, options.context, max_tokens or 2048)
+        passage = _passage(served, text, options.context, max_tokens or 2048)
         reference = _reference(served, options)
         if reference.model is not None:
             full = stack.enter_context(reference.model)
@@ -98,6 +101,16 @@ def evaluate(
                 use_rule(full.model, only)
         name = _fix(served, passage, baseline, residency)
         _score_served(served, passage, name, reference, as_json=as_json)
+
+
+def _passage(
+    served: ServedModel, text: Path | None, context: int, max_tokens: int
+) -> Text | Windows:
+    """Return the text, or the pairs that an encoder-decoder is scored on."""
+    if not served.model.config.is_encoder_decoder:
+        return read_text(text, served.tokenizer, context, max_tokens)
+    start = start_token(served.model)
+    return read_pairs(text, served.tokenizer, start, context, max_tokens)
 
 
 def _only(rules: list[Rule]) -> Rule | None:
@@ -147,12 +160,18 @@ def _reference(served: ServedModel, options: ServingOptions) -> _Reference:
 
 
 def _fix(
-    served: ServedModel, text: Text, baseline: BaselineName | None, residency: str | None
+    served: ServedModel,
+    text: Text | Windows,
+    baseline: BaselineName | None,
+    residency: str | None,
 ) -> str:
     """Fix the resident set if that is requested; return the name of what is scored."""
     if baseline is not None:
-        calibration_T = text.ids_T[-min(2048, len(text.ids_T)) :]
-        fix_residents(served, baseline.value, calibration_ids_T=calibration_T)
+        if isinstance(text, Text):
+            calibration = Windows(text.ids_T[None, -min(2048, len(text.ids_T)) :])
+        else:
+            calibration = text
+        fix_residents(served, baseline.value, calibration=calibration)
         return f"fixed by {baseline}"
     if residency not in (None, served.policy.residency):
         served.set_mode(served.policy.mode, prefill=served.policy.prefill, residency=residency)
@@ -160,7 +179,7 @@ def _fix(
 
 
 def _score_served(
-    served: ServedModel, text: Text, name: str, reference: _Reference, *, as_json: bool
+    served: ServedModel, text: Text | Windows, name: str, reference: _Reference, *, as_json: bool
 ) -> None:
     with console.status("scoring") as status:
 

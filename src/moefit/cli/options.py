@@ -145,7 +145,12 @@ InferenceRule = Annotated[
     str | None, advanced("Inference rule of a DS-MoE, such as top_k:4. Default: the model's own.")
 ]
 TextFile = Annotated[
-    Path | None, option("UTF-8 text file. Default: the held-out standard library.", "--text")
+    Path | None,
+    option(
+        "UTF-8 text file. Default: the held-out standard library. For encoder-decoders: a source "
+        "and its target per line, separated by a tab.",
+        "--text",
+    ),
 ]
 GenerationConfig = Annotated[
     Following,

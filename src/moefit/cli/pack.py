@@ -19,8 +19,7 @@ from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.cli.app import command, console, print_json, say
 from moefit.cli.options import DtypeOption, Json, Model, option, torch_dtype
 from moefit.errors import CheckpointError, ConfigError
-from moefit.evaluate.passage import text_of_file
-from moefit.plan.reference import digest_of, windows_of
+from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, Format, parse_format
 from moefit.serve.config import NATIVE_PRECISION as NATIVE
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
@@ -45,7 +44,10 @@ def pack_model(
     dtype: DtypeOption = None,
     text: Annotated[
         Path | None,
-        option("UTF-8 text to calibrate on (GPTQ); use one like that to be served."),
+        option(
+            "UTF-8 text to calibrate on (GPTQ); use one like that to be served. For "
+            "encoder-decoders: a source and its target per line, separated by a tab."
+        ),
     ] = None,
     tokens: Annotated[int, option("With --text: number of its tokens to use.", min=2)] = 16384,
     context: Annotated[int, option("With --text: window length in tokens.", min=32)] = 256,
@@ -102,11 +104,11 @@ def _calibration(
     skeleton: Skeleton, text: Path, tokens: int, context: int, memory: str | None
 ) -> CalibrationText:
     tokenizer = read_tokenizer(skeleton.checkpoint.folder)
-    windows_BT = windows_of(text_of_file(text, tokenizer, context, tokens))
+    windows = read_windows(skeleton.model, text, tokenizer, context, tokens)
     return CalibrationText(
         text=text.name,
-        digest=digest_of(windows_BT),
-        windows_BT=windows_BT[:, :-1],
+        digest=windows.digest,
+        windows=windows,
         memory=None if memory is None else parse_bytes(memory),
     )
 

@@ -33,14 +33,14 @@ from moefit.cli.options import (
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
-from moefit.evaluate.passage import read_text
+from moefit.plan.configuration import Lengths
 from moefit.plan.experiments import DENSE_FORMATS
 from moefit.plan.measure import MeasuredModel
 from moefit.plan.plan_file import Plan, Target, write_plan
 from moefit.plan.planner import Planner
-from moefit.plan.profile import find_profile
+from moefit.plan.profile import Profile, find_profile
 from moefit.plan.profiler import Profiler, Progress
-from moefit.plan.reference import windows_of
+from moefit.plan.reference import read_windows
 from moefit.plan.search import PlanConstraints, Point
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import parse_bytes
@@ -65,10 +65,11 @@ def profile_model(
 ) -> None:
     """Skip what was measured before, so that an interrupted run resumes."""
     folder = folder_of(model)
-    windows_BT = windows_of(read_text(text, read_tokenizer(folder), context, tokens))
+    skeleton = build_skeleton(folder, torch_dtype(dtype))
+    windows = read_windows(skeleton.model, text, read_tokenizer(folder), context, tokens)
     profiler = Profiler(
         MeasuredModel(folder=folder, dtype=torch_dtype(dtype), rule=rule, device=device),
-        windows_BT,
+        windows,
         text=text.name if text else "held-out standard library",
         memory=None if memory is None else parse_bytes(memory),
     )
@@ -114,6 +115,14 @@ def plan_model(
     max_concurrency: ForConcurrency = None,
     dense_precision: DensePrecision = None,
     rest: Rest = None,
+    source_tokens: Annotated[
+        float | None,
+        option("For encoder-decoders: tokens of a source. Default: the profile's mean.", min=1),
+    ] = None,
+    target_tokens: Annotated[
+        float | None,
+        option("For encoder-decoders: tokens of an output. Default: the profile's mean.", min=1),
+    ] = None,
     process_bytes: Annotated[
         int | None, option("Memory of the process that will serve.", min=0, hidden=True)
     ] = None,
@@ -139,7 +148,14 @@ def plan_model(
         dense_formats=_dense_formats(dense_precision or rest),
         **shared_steps(max_concurrency),
     )
-    planner = Planner(skeleton, known, context=context, device=device, constraints=constraints)
+    planner = Planner(
+        skeleton,
+        known,
+        context=context,
+        device=device,
+        constraints=constraints,
+        lengths=_lengths(known, source_tokens, target_tokens),
+    )
     plan, front = _planned(planner, memory, target)
     fronts = dict(planner.fronts_by_budget(budgets)) if budgets else {}
     if save is not None and plan is not None:
@@ -151,6 +167,14 @@ def plan_model(
         return
     print_plan(planner, plan, fronts, model, smallest=memory is None)
     _say_written(model, save, picture)
+
+
+def _lengths(profile: Profile, source: float | None, target: float | None) -> Lengths | None:
+    """Return the lengths of requests, if any are given."""
+    if source is None and target is None:
+        return None
+    known = profile.facts.lengths or Lengths(source=1, target=1)
+    return Lengths(source=source or known.source, target=target or known.target)
 
 
 def _dense_formats(name: str | None) -> tuple[str, ...]:

@@ -194,3 +194,8 @@ def print_plan(
     out.print(held_table(planner.latency.comparison, "speed models on runs not fitted to"))
     facts = planner.profile.facts
     say(f"profile: {facts.tokens:,} tokens of {facts.text}")
+    if planner.lengths is not None:
+        say(
+            f"tokens/s are of outputs of {planner.lengths.target:.0f} tokens, with the time to "
+            f"encode sources of {planner.lengths.source:.0f}"
+        )

@@ -17,6 +17,7 @@ from moefit.cli.app import error_of, say
 from moefit.cli.options import ServingOptions
 from moefit.device import planned_device
 from moefit.errors import ConfigError
+from moefit.plan.configuration import Lengths
 from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
@@ -37,6 +38,7 @@ class PlanProcess:
         concurrency: Of a server, how many requests run at once.
         dtype: That the model is loaded in already, if it is.
         dense_precision: That dense weights are loaded in already, if they are.
+        lengths: Of an encoder-decoder's requests; None for the profile's.
     """
 
     model: str
@@ -48,6 +50,7 @@ class PlanProcess:
     concurrency: int | None = None
     dtype: str | None = None
     dense_precision: str | None = None
+    lengths: Lengths | None = None
 
     def arguments(self, save: Path) -> list[str]:
         """Return the arguments of the command `moefit`."""
@@ -61,6 +64,8 @@ class PlanProcess:
             "max-concurrency": self.concurrency,
             "dtype": self.dtype,
             "dense-precision": self.dense_precision,
+            "source-tokens": self.lengths and self.lengths.source,
+            "target-tokens": self.lengths and self.lengths.target,
             "budgets": 0,
             "save": save,
         }

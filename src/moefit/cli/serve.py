@@ -195,6 +195,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         concurrency=engine.settings.max_concurrency,
         dtype=plan.dtype,
         dense_precision=plan.configuration.dense_precision,
+        lengths=plan.lengths,
     )
     return lambda memory: replace(process, memory=memory).run()
 

@@ -159,7 +159,7 @@ class SeparateRunner:
         self._caches: dict[str, Any] = {}
         self._encoded: dict[str, Any] = {}
         self._has_logits_to_keep = _accepts(model, "logits_to_keep")
-        self._start = _start_token(model) if model.config.is_encoder_decoder else None
+        self._start = start_token(model) if model.config.is_encoder_decoder else None
 
     def open(self, request: str, tokens: int) -> None:
         """Register a request; the model creates its cache in the first step."""
@@ -193,7 +193,8 @@ class SeparateRunner:
         return output.logits[0, output.logits.shape[1] - one.num_logits :]
 
 
-def _start_token(model: PreTrainedModel) -> int:
+def start_token(model: PreTrainedModel) -> int:
+    """Return the token that an encoder-decoder's output begins with."""
     for config in (model.generation_config, model.config):
         token = getattr(config, "decoder_start_token_id", None)
         if isinstance(token, int):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.host import available_bytes
@@ -15,6 +14,7 @@ from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.load import load_model
 from moefit.serve.memory.estimate import held_bytes
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 
 
 def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel | None:
@@ -49,8 +49,9 @@ def native_reference(served: ServedModel, settings: LoadSettings) -> ServedModel
 Baseline = Literal["norm", "frequency", "importance", "random"]
 
 
+@torch.inference_mode()
 def fix_residents(
-    served: ServedModel, kind: Baseline, *, calibration_ids_T: Tensor | None = None, seed: int = 0
+    served: ServedModel, kind: Baseline, *, calibration: Windows | None = None, seed: int = 0
 ) -> Mapping[str, list[int]]:
     """Load a fixed set of experts that fills the slots, and use it in virtual mode.
 
@@ -58,7 +59,7 @@ def fix_residents(
         served: The model.
         kind: How experts are ranked: by the norm of their weights, by how often they are chosen,
             by SwapMoE's importance, or randomly.
-        calibration_ids_T: Tokens for `frequency` and `importance`, processed once in exact mode.
+        calibration: Tokens for `frequency` and `importance`, processed once in exact mode.
         seed: For `random`.
 
     Returns:
@@ -70,11 +71,12 @@ def fix_residents(
     if kind not in get_args(Baseline):
         raise ConfigError(f"baseline {kind!r} is not one of {', '.join(get_args(Baseline))}")
     if kind in ("frequency", "importance"):
-        if calibration_ids_T is None:
-            raise ConfigError(f"baseline {kind} needs calibration_ids_T, tokens to calibrate on")
+        if calibration is None:
+            raise ConfigError(f"baseline {kind} needs calibration, tokens to calibrate on")
         served.set_mode("exact", residency="manager")
         served.reset()
-        served.model(input_ids=calibration_ids_T[None].to(served.model.device), use_cache=False)
+        for row in range(len(calibration)):
+            served.model(**calibration.inputs(row, served.model.device), use_cache=False)
     order = _orders(served, kind, seed)
     chosen = {
         name: sorted(order[name][: experts.slot_table.num_slots])

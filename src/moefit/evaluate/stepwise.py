@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.errors import DataError, UnsupportedModelError
+from moefit.errors import DataError
+from moefit.evaluate.decoding import Decoding
 from moefit.evaluate.perplexity import Text
 from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 
 Progress = Callable[[int, int], None]
 """Called with the number of tokens, done and in total."""
@@ -90,7 +92,7 @@ class _Sums:
 @torch.inference_mode()
 def score_steps(
     served: ServedModel,
-    text: Text,
+    text: Text | Windows,
     *,
     prompt: int = 16,
     reference: ServedModel | None = None,
@@ -100,51 +102,62 @@ def score_steps(
 
     Args:
         served: The model; its resident experts carry over from window to window.
-        text: The text.
-        prompt: Tokens at the start of each window that are prefilled and not scored.
+        text: The text; for an encoder-decoder, pairs of sources and targets.
+        prompt: Tokens at the start of each window that are prefilled and not scored. An
+            encoder-decoder has none but its source.
         reference: The full model, such as one at another precision; None for `served`.
         progress: Called after each window.
 
     Raises:
         DataError: No window is longer than the prompt.
-        UnsupportedModelError: The model is an encoder-decoder.
         CheckpointError: The model's output is not finite.
     """
-    if served.model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(served.model).__name__} is an encoder-decoder; stepwise perplexity is for "
-            "decoders"
-        )
-    windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
-    windows = [window_L for window_L in windows if len(window_L) > prompt + 1]
+    windows = list(_windows(text))
+    prompt = 0 if windows and windows[0].source_S is not None else prompt
+    windows = [one for one in windows if len(one.ids_L) > prompt + 1]
     if not windows:
         raise DataError(
             f"no window of the text is longer than the {prompt + 1} tokens of the prompt; give "
             "more text or a longer context"
         )
-    sums, total = _Sums(), sum(len(window_L) - 1 - prompt for window_L in windows)
+    sums, total = _Sums(), sum(len(one.ids_L) - 1 - prompt for one in windows)
     served.reset()
-    for window_L in windows:
-        _score_window(served, window_L.to(served.model.device), prompt, reference or served, sums)
+    for window in windows:
+        _score_window(served, window, prompt, reference or served, sums)
         if progress is not None:
             progress(sums.tokens, total)
     return _summary(served, sums)
 
 
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Ids of the decoder, and what an encoder reads, if there is one."""
+
+    ids_L: Tensor
+    source_S: Tensor | None
+
+
+def _windows(text: Text | Windows) -> Iterator[_Window]:
+    if isinstance(text, Text):
+        yield from (_Window(window_L, None) for ids_BL in text.batches() for window_L in ids_BL)
+        return
+    yield from (_Window(text.ids(row), text.source(row)) for row in range(len(text)))
+
+
 def _score_window(
-    served: ServedModel, ids_L: Tensor, prompt: int, reference: ServedModel, sums: _Sums
+    served: ServedModel, window: _Window, prompt: int, reference: ServedModel, sums: _Sums
 ) -> None:
     """Add a window to the sums, holding the logits of one pass at a time."""
-    targets_T = ids_L[prompt + 1 :]
+    targets_T = window.ids_L[prompt + 1 :].to(served.model.device)
     with served.isolated(served.policy):
-        sums.wide += _total_loss(_logits(served, ids_L, prompt), targets_T)
+        sums.wide += _total_loss(_logits(served, window, prompt), targets_T)
     # In exact mode, without effects on resident experts, scores and counters.
     with reference.isolated(replace(reference.policy, mode="exact", prefill="exact")):
-        full_TV = _logits(reference, ids_L.to(reference.model.device), prompt).to(ids_L.device)
+        full_TV = _logits(reference, window, prompt).to(targets_T.device)
     sums.full += _total_loss(full_TV, targets_T)
     read = served.report()["bytes_read"]
     for full_V, step_V, target in zip(
-        full_TV, _decode(served, ids_L, prompt, sums), targets_T.tolist(), strict=True
+        full_TV, _decode(served, window, prompt, sums), targets_T.tolist(), strict=True
     ):
         full_V = full_V.float().log_softmax(-1)
         sums.stepwise -= float(step_V[target])
@@ -152,11 +165,13 @@ def _score_window(
         sums.agreed += int(full_V.argmax() == step_V.argmax())
     sums.bytes_read += served.report()["bytes_read"] - read
     sums.tokens += len(targets_T)
-    sums.steps += len(ids_L) - 1
+    sums.steps += len(window.ids_L) - 1
 
 
-def _logits(served: ServedModel, ids_L: Tensor, prompt: int) -> Tensor:
-    logits_TV = served.model(input_ids=ids_L[None, :-1], use_cache=False).logits[0, prompt:]
+def _logits(served: ServedModel, window: _Window, prompt: int) -> Tensor:
+    row = Windows(window.ids_L[None], None if window.source_S is None else window.source_S[None])
+    inputs = row.inputs(0, served.model.device)
+    logits_TV = served.model(**inputs, use_cache=False).logits[0, prompt:]
     refuse_no_numbers(logits_TV)
     return logits_TV
 
@@ -170,16 +185,17 @@ def _total_loss(logits_TV: Tensor, targets_T: Tensor) -> float:
     )
 
 
-def _decode(served: ServedModel, ids_L: Tensor, prompt: int, sums: _Sums) -> Iterator[Tensor]:
+def _decode(served: ServedModel, window: _Window, prompt: int, sums: _Sums) -> Iterator[Tensor]:
     """Yield the log-probabilities after each token following the prompt; add up the seconds."""
-    cache, inputs = None, [ids_L[None, :prompt]] if prompt else []
-    inputs += [one_1[None] for one_1 in ids_L[prompt:-1].split(1)]
-    for number, ids_1T in enumerate(inputs):
+    began = time.perf_counter()
+    decoding = Decoding(served, window.source_S)
+    sums.seconds += time.perf_counter() - began
+    inputs = [window.ids_L[:prompt]] if prompt else []
+    for number, ids_T in enumerate([*inputs, *window.ids_L[prompt:-1].split(1)]):
         began = time.perf_counter()
-        output = served.model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        refuse_no_numbers(output.logits[0, -1])
-        row_V = output.logits[0, -1].float().log_softmax(-1)
+        last_V = decoding(ids_T)[-1]
+        refuse_no_numbers(last_V)
+        row_V = last_V.float().log_softmax(-1)
         sums.seconds += time.perf_counter() - began
         if number or not prompt:
             yield row_V

@@ -10,12 +10,21 @@ from moefit.serve.config import BlockPlacement, Mode, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of an encoder-decoder's requests: of the source, and of the output."""
+
+    source: float
+    target: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyChoice:
     """A serving mode with its parameter."""
 
     mode: Mode
     bound: float = 0.0
     every: int = 1
+    prefill: Mode = "exact"
 
     @property
     def key(self) -> str:
@@ -34,6 +43,7 @@ class Configuration:
         mode: What happens when an expert is not resident.
         bound: Maximum share of router weight that may be substituted; bounded mode only.
         every: Block steps between two updates of the resident experts; virtual mode only.
+        prefill: The same as `mode` for prompts and sources.
     """
 
     placement: Placement
@@ -41,6 +51,7 @@ class Configuration:
     mode: Mode = "exact"
     bound: float = 0.0
     every: int = 1
+    prefill: Mode = "exact"
 
     @property
     def slots(self) -> int:
@@ -54,6 +65,7 @@ class Configuration:
             mode=self.mode,
             bound=self.bound if self.mode == "bounded" else 0.0,
             every=self.every if self.mode == "virtual" else 1,
+            prefill=self.prefill,
         )
 
     @property
@@ -73,7 +85,7 @@ class Configuration:
     def policy_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `Policy`."""
         bound = {"bound": self.bound} if self.mode == "bounded" else {}
-        return {"prefill": "exact", **bound}
+        return {"prefill": self.prefill, **bound}
 
     def describe(self) -> str:
         """Return a one-line summary: slots by format, the mode, the dense weights' format."""
@@ -97,6 +109,7 @@ class Configuration:
             "mode": self.mode,
             "bound": self.bound,
             "every": self.every,
+            "prefill": self.prefill,
             "rest": self.dense_precision,
             "blocks": {
                 name: {"slots": one.slots, "formats": list(one.formats)}
@@ -122,6 +135,7 @@ def configuration_from(values: Mapping[str, Any]) -> Configuration:
         mode=values["mode"],
         bound=values["bound"],
         every=values["every"],
+        prefill=values.get("prefill", "exact"),  # absent in plans for decoders written before
     )
 
 

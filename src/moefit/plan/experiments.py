@@ -33,6 +33,7 @@ class BlockShape:
         weights: Number of weights in one expert.
         slot_bytes: Bytes of a slot, by format.
         errors: Relative squared error of each expert's weights, by format.
+        in_encoder: Whether the block is in the encoder of an encoder-decoder.
     """
 
     name: str = ""
@@ -40,6 +41,7 @@ class BlockShape:
     weights: int
     slot_bytes: Mapping[str, int]
     errors: Mapping[str, Sequence[float]]
+    in_encoder: bool = False
 
 
 Shapes = Mapping[str, BlockShape]
@@ -195,19 +197,36 @@ def stepwise_configuration(name: str, shapes: Shapes, packed: Collection[str]) -
         mode=one.mode,
         bound=one.bound,
         every=one.every,
+        prefill=_prefill(one.mode, has_encoder(shapes)),
         dense_precision=one.dense_precision,
     )
 
 
-def policy_choices(*, known_rules: bool = True) -> list[PolicyChoice]:
+def has_encoder(shapes: Shapes) -> bool:
+    """Return whether any of the blocks is in an encoder."""
+    return any(one.in_encoder for one in shapes.values())
+
+
+def _prefill(mode: Mode, encoder: bool) -> Mode:
+    """Return the mode of prompts and sources.
+
+    Prompts are exact. So are sources but in virtual mode: half of the experts are used for nothing
+    else, and it is meant never to wait for any.
+    """
+    return "virtual" if encoder and mode == "virtual" else "exact"
+
+
+def policy_choices(*, known_rules: bool = True, encoder: bool = False) -> list[PolicyChoice]:
     """Return the policies that curves are computed for.
 
     Args:
         known_rules: Whether the routers' scoring rules are known; without, only exact is possible.
+        encoder: Whether the model has an encoder with experts.
     """
     exact = [PolicyChoice(mode="exact")]
     bounded = [PolicyChoice(mode="bounded", bound=bound) for bound in BOUNDS]
-    virtual = [PolicyChoice(mode="virtual", every=every) for every in EVERY]
+    prefill = _prefill("virtual", encoder)
+    virtual = [PolicyChoice(mode="virtual", every=every, prefill=prefill) for every in EVERY]
     return [*exact, *bounded, *virtual] if known_rules else exact
 
 

@@ -8,14 +8,20 @@ Shapes: N samples, F coefficients, E experts, L blocks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from moefit.plan.configuration import Configuration
-from moefit.plan.experiments import Shapes
+from moefit.plan.configuration import Configuration, Lengths
+from moefit.plan.experiments import BlockShape, Shapes
 from moefit.plan.profile import Profile
-from moefit.plan.trace import Curves, ReplayResult, interpolated, read_curves
+from moefit.plan.trace import (
+    Curves,
+    ReplayResult,
+    interpolated,
+    read_curves,
+    read_source_curves,
+)
 from moefit.serve.config import BlockPlacement
 
 
@@ -40,10 +46,23 @@ class BlockFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Computes features of configurations; blocks are in the order of the model."""
+    """Computes features of configurations; blocks are in the order of the model.
+
+    Attributes:
+        shapes: The blocks.
+        blocks: Their measured properties.
+        lengths: Of an encoder-decoder's requests; None for decoders.
+    """
 
     shapes: Shapes
     blocks: Mapping[str, BlockFeatures]
+    lengths: Lengths | None = None
+
+    def steps(self, name: str) -> float:
+        """Return how often a block computes per token of the output."""
+        if self.lengths is None or not self.shapes[name].in_encoder:
+            return 1.0
+        return 1 / self.lengths.target
 
     def noise(self, name: str, placement: BlockPlacement, power: float = 1.0) -> float:
         """Return the squared error of a block's output, relative to its energy."""
@@ -90,20 +109,33 @@ class Features:
             yield interpolated(self.blocks[name].curves, key, slots)
 
 
-def features_of(profile: Profile) -> Features:
-    """Return the features of a profile."""
+def features_of(profile: Profile, lengths: Lengths | None = None) -> Features:
+    """Return the features of a profile.
+
+    Args:
+        profile: With routes.
+        lengths: Of an encoder-decoder's requests; by default those of the profile's pairs.
+    """
     shapes = profile.facts.shapes
+    lengths = lengths or profile.facts.lengths
     blocks = {
         name: BlockFeatures(
             mass_E=one["mass"],
             output_energy_E=one["loudness"],
             experts=one["experts"],
-            curves=read_curves(one["curves"], shapes[name].num_experts),
+            curves=_curves(one["curves"], shapes[name], lengths),
             rule_known=one["rule_known"],
         )
         for name, one in profile.items["routes"].items()
     }
-    return Features(shapes=shapes, blocks=blocks)
+    return Features(shapes=shapes, blocks=blocks, lengths=lengths)
+
+
+def _curves(values: Mapping[str, Any], shape: BlockShape, lengths: Lengths | None) -> Curves:
+    if not shape.in_encoder:
+        return read_curves(values, shape.num_experts)
+    assert lengths is not None, "a profile of an encoder has lengths"
+    return read_source_curves(values, shape.num_experts, lengths)
 
 
 Case = TypeVar("Case")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moefit.plan.configuration import Configuration
+from moefit.plan.configuration import Configuration, Lengths
 from moefit.plan.fitting import (
     Features,
     HeldOutError,
+    features_of,
     held_out,
     held_out_error,
     nonnegative_least_squares,
@@ -39,23 +40,26 @@ class PartTimes:
     """Measured times of parts, in seconds.
 
     Attributes:
-        dense: Everything except experts, per token, by format of the dense weights.
+        dense: Everything except experts, per token, by format of the dense weights. With an
+            encoder, it includes the token's share of the source.
         block: The experts of one block, per token, by format.
+        encoder_block: The same of an encoder's block, whose sources are shared by their tokens.
         load: Loading one expert, by format, from the page cache or from storage.
     """
 
     dense: Mapping[str, float]
     block: Mapping[str, float]
+    encoder_block: Mapping[str, float]
     load: Mapping[str, float]
 
     def computed(self, name: str, placement: BlockPlacement, features: Features) -> float:
         """Return the time of one block's experts, weighted by use where formats differ."""
+        block = self.encoder_block if features.shapes[name].in_encoder else self.block
         if not placement.by_expert:
-            return self.block[placement.formats[0]]
+            return block[placement.formats[0]]
         mass_E = features.blocks[name].mass_E
         return sum(
-            share * self.block[format]
-            for share, format in zip(mass_E, placement.formats, strict=True)
+            share * block[format] for share, format in zip(mass_E, placement.formats, strict=True)
         )
 
     def loaded(self, placement: BlockPlacement) -> float:
@@ -63,13 +67,16 @@ class PartTimes:
         return self.load[placement.formats[0]]
 
 
-def part_times(profile: Profile, *, cold: bool) -> PartTimes:
+def part_times(profile: Profile, *, cold: bool, lengths: Lengths | None = None) -> PartTimes:
     """Return the times of a profile.
 
     Args:
         profile: A finished profile.
         cold: Whether loads come from storage instead of the page cache.
+        lengths: Of an encoder-decoder's requests; by default those of the profile's pairs.
     """
+    lengths = lengths or profile.facts.lengths
+    share = 0.0 if lengths is None else lengths.source / lengths.target
     formats = {name: FormatTimes(**one) for name, one in profile.those("format/").items()}
     native = formats["native"]
     per_byte = (native.cold if cold else native.warm) / native.nbytes
@@ -80,10 +87,27 @@ def part_times(profile: Profile, *, cold: bool) -> PartTimes:
         return per_byte * one.nbytes  # predicts the time once it is packed
 
     return PartTimes(
-        dense={name: one["seconds"] for name, one in profile.those("rest/").items()},
+        dense={
+            name: one["seconds"] + share * one.get("source_token_seconds", 0.0)
+            for name, one in profile.those("rest/").items()
+        },
         block={name: one.block["1"] for name, one in formats.items()},
+        encoder_block={name: _of_source(one, lengths) for name, one in formats.items()},
         load={name: load(one) for name, one in formats.items()},
     )
+
+
+def _of_source(one: FormatTimes, lengths: Lengths | None) -> float:
+    """Return the seconds of one block's experts for a source, per token of the output.
+
+    Beyond the longest measured pass they grow in proportion.
+    """
+    if lengths is None:
+        return 0.0
+    known = {int(tokens): seconds for tokens, seconds in one.block.items()}
+    longest = max(known)
+    seconds = float(np.interp(lengths.source, list(known), list(known.values())))
+    return seconds * max(1.0, lengths.source / longest) / lengths.target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +156,7 @@ class LatencyModel:
             computed * self.times.computed(name, placement, self.features)
             + fetched * misses * load
             + swapped * swaps * load
-            + rerouted * (0.0 if policy == "exact" else _REROUTING)
+            + rerouted * (0.0 if policy == "exact" else _REROUTING * self.features.steps(name))
         )
 
 
@@ -151,18 +175,22 @@ def parts_of(
         1.0,
         times.dense[configuration.dense_precision] + computed,
         float(np.dot(misses, load)),
-        0.0 if configuration.mode == "exact" else _REROUTING * len(placement),
+        0.0 if configuration.mode == "exact" else _REROUTING * sum(map(features.steps, placement)),
         float(np.dot(swaps, load)),
     )
 
 
-def fit_latency(profile: Profile, features: Features, *, cold: bool = False) -> LatencyModel:
+def fit_latency(
+    profile: Profile, features: Features, *, cold: bool = False, lengths: Lengths | None = None
+) -> LatencyModel:
     """Fit the candidate with the smallest held-out error to all runs, which are measured warm.
 
     Args:
         profile: A finished profile.
         features: Computes misses and swaps.
         cold: Whether the model predicts loads from storage instead of the page cache.
+        lengths: Of the requests that are predicted for an encoder-decoder; by default those of the
+            profile's pairs.
     """
     warm = part_times(profile, cold=False)
     runs = [sample_from(one) for one in profile.those("steps/").values()]
@@ -174,8 +202,8 @@ def fit_latency(profile: Profile, features: Features, *, cold: bool = False) -> 
     best = min(comparison, key=lambda one: one.mean)
     return LatencyModel(
         name=best.model,
-        times=part_times(profile, cold=cold),
-        features=features,
+        times=part_times(profile, cold=cold, lengths=lengths),
+        features=features if lengths is None else features_of(profile, lengths),
         coefficients=tuple(float(c) for c in fits[best.model](runs)),
         comparison=tuple(comparison),
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.bandwidth import measure_bandwidth
@@ -32,7 +31,7 @@ from moefit.plan.reference import (
     read_reference,
 )
 from moefit.plan.timing import time_dense_weights, time_format
-from moefit.plan.trace import make_curves, record_routes
+from moefit.plan.trace import Routes, make_curves, make_source_curves, record_routes
 from moefit.quant.format import parse_format
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
@@ -44,6 +43,7 @@ from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
+from moefit.serve.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +140,7 @@ class ModelCache:
 _REPLAYED_TOKENS = 1024
 _DEFAULT_SHARE = 0.75  # of available memory, without a budget
 _PROMPT = 16
+_REQUESTS = 8  # of an encoder-decoder, decoded step by step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ class MeasurementContext:
         model: The model.
         skeleton: The same model without weights.
         packed: Its packed experts.
-        windows_BT: Windows of the text.
+        windows: Windows of the text.
         shapes: Its blocks.
         sidecar: File for the full model's output on the windows.
     """
@@ -158,7 +159,7 @@ class MeasurementContext:
     model: MeasuredModel
     skeleton: Skeleton
     packed: PackedStore
-    windows_BT: Tensor
+    windows: Windows
     shapes: Shapes
     sidecar: Path
 
@@ -181,7 +182,7 @@ class Measurements:
             self._check_min_memory(memory)
         self._max_bytes = memory or max(1, int(_DEFAULT_SHARE * available_bytes()))
         self._reference: Reference | None = None
-        self._cache = ModelCache(context.model, context=context.windows_BT.shape[1])
+        self._cache = ModelCache(context.model, context=context.windows.context + 1)
 
     def close(self) -> None:
         """Close the cached model."""
@@ -246,23 +247,27 @@ class Measurements:
         """Measure shares and curves of experts; create the reference if it does not exist."""
         with self._load(self._uniform("native")) as served:
             self._ensure_reference(served)
-            count = max(1, _REPLAYED_TOKENS // (self._context.windows_BT.shape[1] - 1))
-            routes = record_routes(served, self._context.windows_BT[:count, :-1])
-        names = list(self._context.shapes)
+            windows = self._context.windows
+            count = max(1, _REPLAYED_TOKENS * len(windows) // windows.targets)
+            routes = record_routes(served, windows[:count])
         return {
             name: {
                 "mass": list(one.mass_E),
                 "loudness": list(one.output_energy_E),
                 "experts": one.experts,
                 "rule_known": one.rule_known,
-                "curves": make_curves(
-                    one,
-                    self._context.shapes[name].num_experts,
-                    (names.index(name) + 0.5) / len(names),
-                ),
+                "curves": self._curves(name, one),
             }
             for name, one in routes.items()
         }
+
+    def _curves(self, name: str, routes: Routes) -> dict[str, Any]:
+        """Return a block's curves; those of an encoder's block by length of the source."""
+        names, shape = list(self._context.shapes), self._context.shapes[name]
+        depth = (names.index(name) + 0.5) / len(names)
+        if not shape.in_encoder:
+            return make_curves(routes, shape.num_experts, depth)
+        return make_source_curves(routes, shape.num_experts, self._context.windows.source_tokens)
 
     def _format(self, format: str) -> dict[str, Any]:
         store = ExpertStore(
@@ -278,10 +283,9 @@ class Measurements:
         one_slot = dict.fromkeys(self._context.shapes, 1)
         configuration = self._uniform("native", slots=one_slot, dense_precision=format)
         with self._load(configuration) as served:
-            return {
-                "seconds": time_dense_weights(served, self._ensured_reference()),
-                "weights": served.budget.weights,
-            }
+            decoded, encoded = time_dense_weights(served, self._ensured_reference())
+            found = {"seconds": decoded, "weights": served.budget.weights}
+            return found | ({"source_token_seconds": encoded} if encoded else {})
 
     def _quality(self, configuration: Configuration) -> dict[str, Any]:
         configuration = self._clamped(configuration)
@@ -295,12 +299,15 @@ class Measurements:
             if reference is None:
                 reference = self._ensured_reference()
             fill_slots(served)
-            length = self._context.windows_BT.shape[1] - 1 - _PROMPT
-            steps = Steps(windows=2, prompt=_PROMPT, tokens=min(64, length))
+            windows = self._context.windows
+            if windows.sources_BS is None:
+                steps = Steps(windows=2, prompt=_PROMPT, tokens=min(64, windows.context - _PROMPT))
+            else:
+                steps = Steps(windows=_REQUESTS, prompt=0, tokens=64)
             return measure_steps(served, configuration, reference, steps).as_dict()
 
     def _load(self, configuration: Configuration) -> ServedModel:
-        return self._context.model.load(configuration, context=self._context.windows_BT.shape[1])
+        return self._context.model.load(configuration, context=self._context.windows.context + 1)
 
     def _uniform(self, format: str, **more: Any) -> Configuration:
         experts = {name: shape.num_experts for name, shape in self._context.shapes.items()}
@@ -319,7 +326,7 @@ class Measurements:
         """Estimate memory with the process's first size, which excludes a cached model."""
         settings = LoadSettings(
             memory=memory,
-            context=self._context.windows_BT.shape[1],
+            context=self._context.windows.context + 1,
             dtype=self._context.model.dtype,
             placement=configuration.placement,
             dense_precision=configuration.dense_precision,
@@ -331,7 +338,7 @@ class Measurements:
 
     def _ensure_reference(self, served: ServedModel) -> None:
         if self._reference_or_none() is None:
-            made = make_reference(served, self._context.windows_BT)
+            made = make_reference(served, self._context.windows)
             self._context.sidecar.parent.mkdir(parents=True, exist_ok=True)
             made.save(self._context.sidecar)
             self._reference = made

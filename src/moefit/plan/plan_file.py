@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moefit.errors import ConfigError
-from moefit.plan.configuration import Configuration, configuration_from
+from moefit.plan.configuration import Configuration, Lengths, configuration_from
 from moefit.plan.profile import RecordKind
 from moefit.plan.search import Point
 from moefit.serve.hf.skeleton import Skeleton
@@ -176,6 +176,7 @@ class Plan:
         sequences: Concurrent sequences whose logits fit, as in `LoadSettings`.
         prompt_logits: Bytes reserved for the logits of prompts, as in `LoadSettings`.
         target: What the plan was chosen to satisfy.
+        lengths: Of an encoder-decoder's requests that speed is predicted for; None for decoders.
     """
 
     configuration: Configuration
@@ -189,6 +190,7 @@ class Plan:
     sequences: int = 1
     prompt_logits: int = 0
     target: Target = field(default_factory=Target)
+    lengths: Lengths | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `moefit.load` that load the model as planned."""
@@ -215,6 +217,7 @@ class Plan:
             "sequences": self.sequences,
             "prompt_logits": self.prompt_logits,
             "promise": asdict(self.target),
+            "lengths": self.lengths and asdict(self.lengths),
             "predicted": asdict(self.predicted),
             "configuration": self.configuration.as_dict(),
         }
@@ -249,6 +252,7 @@ def _plan_from(values: Mapping[str, Any]) -> Plan:
         sequences=values.get("sequences", 1),  # absent in plans written before servers used them
         prompt_logits=values.get("prompt_logits", 0),
         target=Target(**values.get("promise", {})),
+        lengths=Lengths(**lengths) if (lengths := values.get("lengths")) else None,
     )
 
 

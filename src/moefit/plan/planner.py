@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moefit.errors import BudgetTooSmallError
-from moefit.plan.configuration import Configuration
-from moefit.plan.experiments import FORMATS, policy_choices
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.plan.configuration import Configuration, Lengths
+from moefit.plan.experiments import FORMATS, has_encoder, policy_choices
 from moefit.plan.fitting import Features, HeldOutError, features_of
 from moefit.plan.latency import LatencyModel, fit_latency
 from moefit.plan.plan_file import DEFAULT_LOSS, Plan, PlanChooser, Prediction, Target
@@ -93,6 +93,21 @@ def _other_machine(profile: Profile, device: str) -> str | None:
     )
 
 
+def _check_lengths(profile: Profile, lengths: Lengths | None) -> None:
+    if lengths is None:
+        return
+    if profile.facts.lengths is None:
+        raise ConfigError(
+            "lengths of sources and outputs are for encoder-decoders, and this model is a decoder, "
+            "whose plans are per decoded token; leave them out"
+        )
+    if not (lengths.source >= 1 and lengths.target >= 1):
+        raise ConfigError(
+            f"a source of {lengths.source:g} tokens and an output of {lengths.target:g}: give 1 or "
+            "more of each"
+        )
+
+
 class Planner:
     """Plans for one model.
 
@@ -102,6 +117,7 @@ class Planner:
         context: Tokens that the KV cache is reserved for.
         device: Where the model will be served.
         constraints: What else the budget must hold, and what must not change.
+        lengths: Of an encoder-decoder's requests; by default those of the profile's pairs.
 
     Attributes:
         models: Predict loss and time, with loads from the page cache.
@@ -115,8 +131,11 @@ class Planner:
         context: int = 2048,
         device: str = "cpu",
         constraints: PlanConstraints = NO_CONSTRAINTS,
+        lengths: Lengths | None = None,
     ):
         self.profile, self.context = profile, context
+        self.lengths = lengths or profile.facts.lengths
+        _check_lengths(profile, lengths)
         self._skeleton, self._constraints, self._device = skeleton, constraints, device
         # First, because it may measure this process before the models below take memory.
         self.slot_budgets = SlotBudget(
@@ -128,9 +147,10 @@ class Planner:
         )
         self.features: Features = features_of(profile)
         self.quality: QualityModel = fit_quality(profile, self.features)
-        self.latency: LatencyModel = fit_latency(profile, self.features)
+        self.latency: LatencyModel = fit_latency(profile, self.features, lengths=lengths)
         known = all(one.rule_known for one in self.features.blocks.values())
-        self._policies = policy_choices(known_rules=known)
+        encoder = has_encoder(profile.facts.shapes)
+        self._policies = policy_choices(known_rules=known, encoder=encoder)
         self.models = Models(self.quality, self.latency, self._policies)
         self._cold_models: Models | None = None
         self._uniform = [
@@ -168,7 +188,7 @@ class Planner:
         if files <= self.profile.facts.machine["memory"] - memory:
             return self.models
         if self._cold_models is None:
-            cold = fit_latency(self.profile, self.features, cold=True)
+            cold = fit_latency(self.profile, self.features, cold=True, lengths=self.lengths)
             self._cold_models = Models(self.quality, cold, self._policies)
         return self._cold_models
 
@@ -213,12 +233,13 @@ class Planner:
             sequences=self._constraints.sequences,
             prompt_logits=self._constraints.prompt_logits,
             target=target or Target(),
+            lengths=self.lengths,
             predicted=Prediction(
                 loss=point.loss,
                 margin=self.quality.margin,
                 speed=point.speed,
                 expert_bytes=point.nbytes,
-                misses=float(np.mean(self.features.misses(configuration))),
+                misses=float(np.mean(self.latency.features.misses(configuration))),
                 moved=float(np.mean(self.features.moved(configuration))),
             ),
         )

@@ -17,6 +17,7 @@ import torch
 
 from moefit.errors import ConfigError
 from moefit.folders import cache_root
+from moefit.plan.configuration import Lengths
 from moefit.plan.experiments import BlockShape, Shapes
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.store import fingerprint
@@ -128,6 +129,8 @@ class ProfileFacts:
         context: Tokens of each window.
         blocks: The MoE blocks. Errors are |W - W^|^2 / |W|^2 of each expert, by format.
         wanted: Names of all items, measured or not.
+        source_tokens: Mean length of an encoder-decoder's sources; 0 for decoders.
+        target_tokens: The same of their targets.
     """
 
     version: int
@@ -142,11 +145,20 @@ class ProfileFacts:
     context: int
     blocks: tuple[BlockShape, ...]
     wanted: tuple[str, ...]
+    source_tokens: float = 0.0
+    target_tokens: float = 0.0
 
     @property
     def shapes(self) -> Shapes:
         """The blocks by name."""
         return {one.name: one for one in self.blocks}
+
+    @property
+    def lengths(self) -> Lengths | None:
+        """Mean lengths of the pairs that an encoder-decoder was measured on; None for decoders."""
+        if not self.source_tokens:
+            return None
+        return Lengths(source=self.source_tokens, target=self.target_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +247,9 @@ def read_profile(path: Path) -> Profile:
 def _profile(values: Mapping[str, Any]) -> Profile:
     facts = values["facts"]
     blocks = tuple(BlockShape(**one) for one in facts["blocks"])
-    given = {field.name: facts[field.name] for field in fields(ProfileFacts)}
+    # Absent in profiles of decoders written before encoder-decoders could be profiled.
+    given = {"source_tokens": 0.0, "target_tokens": 0.0} | facts
+    given = {field.name: given[field.name] for field in fields(ProfileFacts)}
     given |= {"blocks": blocks, "wanted": tuple(facts["wanted"])}
     return Profile(facts=ProfileFacts(**given), items=dict(values["items"]))
 

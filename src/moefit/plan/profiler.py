@@ -8,10 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from torch import Tensor
-
 from moefit.device import parse_device
-from moefit.errors import UnsupportedModelError
 from moefit.folders import exclusive_folder
 from moefit.moe.routing import Rule
 from moefit.plan import experiments
@@ -27,12 +24,12 @@ from moefit.plan.profile import (
     read_profile,
     write_profile,
 )
-from moefit.plan.reference import digest_of
 from moefit.quant.format import FORMATS as ALL_FORMATS
 from moefit.quant.format import NATIVE, parse_format, weights_in
-from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import check_rule
 from moefit.serve.packed.store import fingerprint, open_packed
+from moefit.serve.windows import Windows
 
 Progress = Callable[[str, int, int], None]
 """Called with the next item, and the number of items done and in total."""
@@ -44,7 +41,7 @@ class Profiler:
 
     Args:
         subject: The model.
-        windows_BT: Windows of the text.
+        windows: Windows of the text; of an encoder-decoder, pairs.
         text: The text's name.
         memory: Bytes to measure in; None for most of the free memory.
 
@@ -53,23 +50,17 @@ class Profiler:
         path: The profile's file.
 
     Raises:
-        UnsupportedModelError: The model is an encoder-decoder.
         ConfigError: The model does not support the rule.
         BudgetTooSmallError: There is too little memory.
         MoefitError: As `build_skeleton` does.
     """
 
     def __init__(
-        self, subject: MeasuredModel, windows_BT: Tensor, *, text: str, memory: int | None = None
+        self, subject: MeasuredModel, windows: Windows, *, text: str, memory: int | None = None
     ):
         parse_device(subject.device)
-        self._subject, self._windows_BT, self._text = subject, windows_BT, text
+        self._subject, self._windows, self._text = subject, windows, text
         self._skeleton = build_skeleton(subject.folder, subject.dtype)
-        if self._skeleton.model.config.is_encoder_decoder:
-            raise UnsupportedModelError(
-                f"{type(self._skeleton.model).__name__} is an encoder-decoder; only decoders can "
-                "be profiled; describe and bench work"
-            )
         if subject.rule is not None:
             check_rule(self._skeleton.model, Rule.parse(subject.rule))
         self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
@@ -79,7 +70,7 @@ class Profiler:
             model=subject,
             skeleton=self._skeleton,
             packed=self._packed,
-            windows_BT=windows_BT,
+            windows=windows,
             shapes=self.facts.shapes,
             sidecar=self.path.with_suffix(".npz"),
         )
@@ -137,14 +128,19 @@ class Profiler:
             rule=self._subject.rule,
             machine=machine(self._subject.device),
             text=self._text,
-            text_digest=digest_of(self._windows_BT),
-            tokens=self._windows_BT.shape[0] * (self._windows_BT.shape[1] - 1),
-            context=self._windows_BT.shape[1] - 1,
+            text_digest=self._windows.digest,
+            tokens=self._windows.targets,
+            context=self._windows.context,
             blocks=blocks,
             wanted=tuple(wanted(shapes)),
+            source_tokens=self._windows.source_tokens,
+            target_tokens=self._windows.targets / len(self._windows)
+            if self._windows.source_tokens
+            else 0.0,
         )
 
     def _block_facts(self) -> Iterator[BlockShape]:
+        in_encoder = encoder_blocks(self._skeleton)
         for block in self._skeleton.blocks:
             specs = block.layout.specs
             errors: dict[str, list[float]] = {}
@@ -161,7 +157,18 @@ class Profiler:
                 weights=weights_in(specs),
                 slot_bytes={f: ALL_FORMATS[f].nbytes(specs) for f in experiments.FORMATS},
                 errors=errors,
+                in_encoder=block.name in in_encoder,
             )
+
+
+def encoder_blocks(skeleton: Skeleton) -> set[str]:
+    """Return the names of the blocks in a model's encoder; none for decoders."""
+    model = skeleton.model
+    if not model.config.is_encoder_decoder:
+        return set()
+    encoder = set(model.get_encoder().modules())
+    names = {name for name, module in model.named_modules() if module in encoder}
+    return names & {block.name for block in skeleton.blocks}
 
 
 def wanted(shapes: Shapes) -> list[str]:

@@ -6,7 +6,6 @@
 Shapes: B sequences, T tokens, N most likely tokens, V vocabulary.
 """
 
-import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moefit.engine.runners import start_token
 from moefit.errors import DataError
+from moefit.evaluate.decoding import Decoding
+from moefit.evaluate.passage import read_pairs, read_text
 from moefit.evaluate.perplexity import Text
 from moefit.plan.configuration import Configuration, configuration_from
 from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 
 TOP_TOKENS = 512
 _MAX_LOGITS = 64 << 20  # bytes of float32 logits in one forward pass
@@ -33,13 +38,13 @@ class Reference:
     """The full model's output on a text.
 
     Attributes:
-        windows_BT: Token ids; one more per window than the other tensors have positions.
+        windows: Token ids; one more per window than the other tensors have positions.
         ids_BTN: The most likely next tokens.
         logp_BTN: Their log-probabilities.
         nll_BT: Loss of the actual next token, in nats.
     """
 
-    windows_BT: Tensor
+    windows: Windows
     ids_BTN: Tensor
     logp_BTN: Tensor
     nll_BT: Tensor
@@ -63,16 +68,18 @@ class Reference:
         if ids_TN.shape[-1] < logp_TV.shape[-1]:
             left_T, other_left_T = _remaining(full_TN), _remaining(other_TN)
             kl_T += left_T * (left_T.log() - other_left_T.log())
-        targets_T = self.windows_BT[window, first + 1 : last + 1]
+        targets_T = self.windows.ids_BT[window, first + 1 : last + 1]
         return kl_T, -logp_TV.gather(-1, targets_T[:, None])[:, 0]
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
         part = path.with_name(f".{path.name}.part")
+        sources_BS = self.windows.sources_BS
         with part.open("wb") as file:
             np.savez(
                 file,
-                windows=self.windows_BT.numpy(),
+                windows=self.windows.ids_BT.numpy(),
+                **({} if sources_BS is None else {"sources": sources_BS.numpy()}),
                 ids=self.ids_BTN.numpy(),
                 logp=self.logp_BTN.numpy(),
                 nll=self.nll_BT.numpy(),
@@ -87,17 +94,23 @@ def read_reference(path: Path) -> Reference | None:
             windows, ids, logp, nll = (
                 torch.from_numpy(arrays[name]) for name in ("windows", "ids", "logp", "nll")
             )
+            sources = torch.from_numpy(arrays["sources"]) if "sources" in arrays else None
     except Exception:  # noqa: BLE001 - BadZipFile, MemoryError, ...: numpy documents no list of exceptions
         return None
-    found = Reference(windows_BT=windows, ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
+    found = Reference(windows=Windows(windows, sources), ids_BTN=ids, logp_BTN=logp, nll_BT=nll)
     return found if _is_sound(found) else None
 
 
 def _is_sound(reference: Reference) -> bool:
     """Return whether shapes and dtypes are those of `make_reference`."""
-    windows_BT, ids_BTN = reference.windows_BT, reference.ids_BTN
+    windows_BT, ids_BTN = reference.windows.ids_BT, reference.ids_BTN
+    sources_BS = reference.windows.sources_BS
     dtypes = [one.dtype for one in (windows_BT, ids_BTN, reference.logp_BTN, reference.nll_BT)]
     if dtypes != [torch.int64, torch.int32, torch.float32, torch.float32] or windows_BT.dim() != 2:
+        return False
+    if sources_BS is not None and (
+        sources_BS.dtype != torch.int64 or sources_BS.shape[:1] != windows_BT.shape[:1]
+    ):
         return False
     followed = (windows_BT.shape[0], windows_BT.shape[1] - 1)
     return (
@@ -108,31 +121,39 @@ def _is_sound(reference: Reference) -> bool:
     )
 
 
-def make_reference(served: ServedModel, windows_BT: Tensor) -> Reference:
+def make_reference(served: ServedModel, windows: Windows) -> Reference:
     """Run windows through the model, which must be in exact mode."""
     ids, logp, nll = [], [], []
-    for window, logp_TV in window_logprobs(served, windows_BT):
+    for window, logp_TV in window_logprobs(served, windows):
         best_TN = logp_TV.topk(min(TOP_TOKENS, logp_TV.shape[-1]), dim=-1)
         ids.append(best_TN.indices.int())
         logp.append(best_TN.values)
-        targets_T = windows_BT[window, 1:]
+        targets_T = windows.ids(window)[1:]
         nll.append(-logp_TV.gather(-1, targets_T[:, None])[:, 0])
     return Reference(
-        windows_BT=windows_BT,
-        ids_BTN=torch.stack(ids),
-        logp_BTN=torch.stack(logp),
-        nll_BT=torch.stack(nll),
+        windows=windows,
+        ids_BTN=pad_sequence(ids, batch_first=True),
+        logp_BTN=pad_sequence(logp, batch_first=True),
+        nll_BT=pad_sequence(nll, batch_first=True),
     )
 
 
 @torch.inference_mode()
-def window_logprobs(served: ServedModel, windows_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
+def window_logprobs(served: ServedModel, windows: Windows) -> Iterator[tuple[int, Tensor]]:
     """Yield each window's index and log-probabilities [T, V]."""
+    if windows.sources_BS is not None:  # of different lengths
+        for row in range(len(windows)):
+            logits_TV = served.model(
+                **windows.inputs(row, served.model.device), use_cache=False
+            ).logits[0]
+            refuse_no_numbers(logits_TV)
+            yield row, logits_TV.float().log_softmax(-1).cpu()
+        return
     vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
-    length = windows_BT.shape[1] - 1
+    length = windows.ids_BT.shape[1] - 1
     at_once = max(1, _MAX_LOGITS // (4 * vocabulary * length))
-    for first in range(0, len(windows_BT), at_once):
-        part_BT = windows_BT[first : first + at_once, :-1].to(served.model.device)
+    for first in range(0, len(windows), at_once):
+        part_BT = windows.ids_BT[first : first + at_once, :-1].to(served.model.device)
         logits_BTV = served.model(input_ids=part_BT, use_cache=False).logits
         refuse_no_numbers(logits_BTV)
         for number, logits_TV in enumerate(logits_BTV):
@@ -147,11 +168,8 @@ def _remaining(logp_TN: Tensor) -> Tensor:
 MIN_WINDOWS = 4
 
 
-def windows_of(text: Text) -> Tensor:
-    """Return windows spread over a text.
-
-    Returns:
-        Token ids [B, context + 1].
+def windows_of(text: Text) -> Windows:
+    """Return windows of the text's context, spread over it.
 
     Raises:
         DataError: There are fewer than `MIN_WINDOWS`.
@@ -172,12 +190,37 @@ def windows_of(text: Text) -> Tensor:
             f"tokens, too few to calibrate on; give a text (and --tokens) of at least "
             f"{MIN_WINDOWS * text.context + 1:,} tokens, or a shorter --context"
         )
-    return torch.stack(whole)
+    return Windows(torch.stack(whole))
 
 
-def digest_of(windows_BT: Tensor) -> str:
-    """Return a digest that identifies a text."""
-    return hashlib.sha256(windows_BT.numpy().tobytes()).hexdigest()[:16]
+def read_windows(
+    model: PreTrainedModel,
+    path: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+) -> Windows:
+    """Return what a model is measured or calibrated on.
+
+    Args:
+        model: An encoder-decoder reads pairs, other models windows of a text.
+        path: The file; None for the held-out standard library.
+        tokenizer: The model's.
+        context: Tokens per window; longer sources and targets are cut.
+        max_tokens: Most tokens to predict.
+
+    Raises:
+        DataError: The file cannot be read, or gives fewer than `MIN_WINDOWS`.
+    """
+    if not model.config.is_encoder_decoder:
+        return windows_of(read_text(path, tokenizer, context, max_tokens))
+    windows = read_pairs(path, tokenizer, start_token(model), context, max_tokens)
+    if len(windows) < MIN_WINDOWS:
+        raise DataError(
+            f"{path} gives {len(windows)} pairs of source and target, too few to calibrate on; "
+            f"give a file (and --tokens) with {MIN_WINDOWS} or more"
+        )
+    return windows
 
 
 RUN = 16  # tokens that a mean time is taken over
@@ -223,7 +266,7 @@ def measure_windows(
     """Measure quality over all windows of the reference, each in one forward pass."""
     kl = loss = full = 0.0
     tokens = 0
-    for window, logp_TV in window_logprobs(served, reference.windows_BT):
+    for window, logp_TV in window_logprobs(served, reference.windows):
         kl_T, nll_T = reference.distance(logp_TV, window)
         kl, loss, tokens = kl + float(kl_T.sum()), loss + float(nll_T.sum()), tokens + len(kl_T)
         full += float(reference.nll_BT[window].sum())
@@ -238,7 +281,10 @@ def measure_windows(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Which tokens are decoded: number of windows, tokens of the prompt, tokens after it."""
+    """Which tokens are decoded: number of windows, tokens of the prompt, tokens after it.
+
+    An encoder-decoder has no prompt but its source, which is encoded before the first token.
+    """
 
     windows: int
     prompt: int
@@ -260,10 +306,12 @@ def measure_steps(
     _decode_steps(served, reference, 0, steps)
     served.reset()
     misses = 0
-    numbers = [(1 + number) % len(reference.windows_BT) for number in range(steps.windows)]
+    numbers = [(1 + number) % len(reference.windows) for number in range(steps.windows)]
+    encodes = reference.windows.sources_BS is not None
     for window in numbers:
         logp, times, fetched = _decode_steps(served, reference, window, steps)
-        seconds += times
+        # The source's time is spread over the request's tokens.
+        seconds += [statistics.fmean(times)] * len(times) if encodes else times
         misses += fetched
         kl_T, nll_T = reference.distance(torch.stack(logp), window, steps.prompt)
         kl += kl_T.tolist()
@@ -291,20 +339,22 @@ def median_of_means(seconds: list[float]) -> float:
 def _decode_steps(
     served: ServedModel, reference: Reference, window: int, steps: Steps
 ) -> tuple[list[torch.Tensor], list[float], int]:
-    """Return log-probabilities and seconds of each step, and the number of fetched experts."""
-    ids_1T = reference.windows_BT[window][None].to(served.model.device)
-    last = min(steps.prompt + steps.tokens, ids_1T.shape[1] - 1)
-    output = served.model(input_ids=ids_1T[:, : steps.prompt], use_cache=True)
-    cache, rows, seconds = output.past_key_values, [], []
-    before = served.report()["fetches"]
+    """Return log-probabilities and seconds of each step, and the number of fetched experts.
+
+    The first step of an encoder-decoder includes its source.
+    """
+    ids_T, source_S = reference.windows.ids(window), reference.windows.source(window)
+    last = min(steps.prompt + steps.tokens, len(ids_T) - 1)
+    began, before = time.perf_counter(), served.report()["fetches"]
+    decoding = Decoding(served, source_S)
+    if source_S is None:
+        decoding(ids_T[: steps.prompt])
+        began, before = time.perf_counter(), served.report()["fetches"]
+    rows, seconds = [], []
     for at in range(steps.prompt, last):
-        began = time.perf_counter()
-        output = served.model(
-            input_ids=ids_1T[:, at : at + 1], past_key_values=cache, use_cache=True
-        )
-        rows.append(output.logits[0, -1].float().log_softmax(-1).cpu())
+        rows.append(decoding(ids_T[at : at + 1])[-1].float().log_softmax(-1).cpu())
         seconds.append(time.perf_counter() - began)
-        cache = output.past_key_values
+        began = time.perf_counter()
     for row_V in rows:  # outside the timed part
         refuse_no_numbers(row_V)
     return rows, seconds, served.report()["fetches"] - before

@@ -57,6 +57,7 @@ def block_options(
     """Return the options of one block under one policy."""
     features = quality.features
     shape, curves = features.shapes[name], features.blocks[name].curves
+    timed_curves = latency.features.blocks[name].curves  # for requests of other lengths, perhaps
     counts = [*slot_counts(shape.num_experts), shape.num_experts]
     if shape.num_experts <= 16:
         counts = list(range(1, shape.num_experts + 1))
@@ -66,12 +67,13 @@ def block_options(
     found: list[Option] = []
     for placement in (*placements, *mixtures[name]):
         here = interpolated(curves, policy.key, placement.slots)
+        loads = interpolated(timed_curves, policy.key, placement.slots)
         found.append(
             Option(
                 placement=placement,
                 nbytes=placement_bytes(placement, shape),
                 nats=quality.block(name, placement, policy.mode, here.moved),
-                seconds=latency.block(name, placement, policy.key, here.misses, here.swaps),
+                seconds=latency.block(name, placement, policy.key, loads.misses, loads.swaps),
             )
         )
     return found
@@ -170,6 +172,7 @@ class PolicyOptions:
             mode=self.policy.mode,
             bound=self.policy.bound,
             every=self.policy.every,
+            prefill=self.policy.prefill,
         )
 
 

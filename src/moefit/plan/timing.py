@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moefit.evaluate.decoding import Decoding
 from moefit.plan.reference import Reference
 from moefit.serve.cache.slot import allocate_slot
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import PADDING, Windows
 
 TOKENS = (1, 4, 16, 64)
 _REPEATS = 12
@@ -53,8 +55,8 @@ def time_format(served: ServedModel, store: ExpertStore, reference: Reference) -
     experts = list(served.blocks.values())[len(served.blocks) // 2]
     block: dict[str, float] = {}
     for count in TOKENS:
-        ids_T = reference.windows_BT.flatten()[:count]
-        arguments = _arguments(served, experts, ids_T)
+        ids_BT = reference.windows.ids_BT
+        arguments = _arguments(served, experts, ids_BT[ids_BT != PADDING][:count])
         experts(*arguments)  # fetches what is missing
         block[str(count)] = statistics.median(_timed(experts, arguments))
     cold, warm = _loads(experts, store)
@@ -73,7 +75,11 @@ def _arguments(served: ServedModel, experts: VirtualExperts, ids_T: Tensor) -> S
     seen: list[tuple[Tensor, ...]] = []
     hook = experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     try:
-        served.model(input_ids=ids_T[None].to(served.model.device), use_cache=False)
+        ids_1T = ids_T[None].to(served.model.device)
+        both = served.model.config.is_encoder_decoder
+        served.model(
+            input_ids=ids_1T, use_cache=False, **({"decoder_input_ids": ids_1T} if both else {})
+        )
     finally:
         hook.remove()
     return seen[0]
@@ -111,23 +117,30 @@ def drop_page_cache(files: Iterable[Path]) -> None:
 
 
 @torch.inference_mode()
-def time_dense_weights(served: ServedModel, reference: Reference) -> float:
-    """Return the median seconds to decode one token without experts."""
-    for experts in served.blocks.values():
-        experts.recorder = lambda _: None
-    try:
-        return statistics.median(_steps(served, reference.windows_BT[0, :_DENSE_TOKENS]))
-    finally:
-        for experts in served.blocks.values():
-            experts.recorder = None
+def time_dense_weights(served: ServedModel, reference: Reference) -> tuple[float, float]:
+    """Return the median seconds to decode one token without experts, and to encode one.
+
+    The latter is the time of a whole source over its tokens; zero for decoders.
+    """
+    windows = reference.windows
+    with served.zero_experts():
+        decoding = Decoding(served, windows.source(0))
+        ids_T = windows.ids(0)[:_DENSE_TOKENS]
+        decoded = statistics.median(_steps(decoding, ids_T))
+        if windows.sources_BS is None:
+            return decoded, 0.0
+        return decoded, statistics.median(_encoded(served, windows)) / windows.source_tokens
 
 
-def _steps(served: ServedModel, window_T: Tensor) -> Iterable[float]:
-    cache = None
-    for at in range(len(window_T)):
-        ids_11 = window_T[None, at : at + 1].to(served.model.device)
+def _steps(decoding: Decoding, ids_T: Tensor) -> Iterable[float]:
+    for at in range(len(ids_T)):
         began = time.perf_counter()
-        output = served.model(input_ids=ids_11, past_key_values=cache, use_cache=True)
-        output.logits[0, -1].float().log_softmax(-1)
+        decoding(ids_T[at : at + 1])[-1].float().log_softmax(-1)
         yield time.perf_counter() - began
-        cache = output.past_key_values
+
+
+def _encoded(served: ServedModel, windows: Windows) -> Iterable[float]:
+    for row in range(min(_REPEATS, len(windows))):
+        began = time.perf_counter()
+        Decoding(served, windows.source(row))
+        yield time.perf_counter() - began

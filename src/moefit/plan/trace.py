@@ -2,7 +2,8 @@
 
 `record_routes` runs the model in exact mode and records what each block's router chose. Replaying
 the record gives misses, swaps and substituted weight for any number of slots and any policy,
-without the model. `Curves` hold them at a few slot counts per block.
+without the model. `Curves` hold them at a few slot counts per block. Blocks of an encoder compute a
+whole source at once, so that theirs are per source, for a few lengths of sources.
 
 Shapes: B sequences, T tokens, D model width, K chosen per token, E experts.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from moefit.plan.configuration import PolicyChoice
+from moefit.plan.configuration import Lengths, PolicyChoice
 from moefit.plan.experiments import policy_choices, slot_counts
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.scores import ExpertImportanceEstimator, VirtualExpertManager
@@ -24,23 +25,26 @@ from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.config import Policy
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.model import ServedModel
+from moefit.serve.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The routing of one token in one block.
+    """The routing of one step in one block: of one token, or of all tokens of a source.
 
     Attributes:
         chosen: Chosen experts.
         weights: Their router weights.
-        scores: Scores of all experts.
+        scores: Scores of all experts; of several tokens none.
         norm: Norm of the block's input.
+        tokens: Number of tokens.
     """
 
     chosen: Sequence[int]
     weights: Sequence[float]
     scores: Sequence[float]
     norm: float = 1.0
+    tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +83,8 @@ class _Block:
             expert: step.norm * weight
             for expert, weight in zip(step.chosen, step.weights, strict=True)
         }
-        self.eviction.observe(weights)
-        self.importance.observe(weights)
+        self.eviction.observe(weights, step.tokens)
+        self.importance.observe(weights, step.tokens)
 
     def fetch(self, needed: Sequence[int]) -> int:
         """Load the missing experts one by one and return their number."""
@@ -220,20 +224,19 @@ class Routes:
 
 
 @torch.inference_mode()
-def record_routes(served: ServedModel, windows_BT: Tensor) -> dict[str, Routes]:
+def record_routes(served: ServedModel, windows: Windows) -> dict[str, Routes]:
     """Run windows one after the other and record the routing of each block.
 
     Args:
         served: The model, in exact mode.
-        windows_BT: Token ids.
+        windows: Token ids.
     """
     steps: dict[str, list[Step]] = {name: [] for name in served.blocks}
     for experts in served.blocks.values():
         experts.enable_stats()
     with _recording(served, steps):
-        for window_T in windows_BT:
-            ids_1T = window_T[None].to(served.model.device)
-            served.model(input_ids=ids_1T, use_cache=False)
+        for row in range(len(windows)):
+            served.model(**windows.inputs(row, served.model.device), use_cache=False)
     return {name: _routes(steps[name], served.blocks[name]) for name in steps}
 
 
@@ -315,6 +318,67 @@ def make_curves(routes: Routes, num_experts: int, depth: float) -> dict[str, dic
     }
 
 
+SOURCE_LENGTHS = (1 / 4, 1 / 2, 1, 2, 4, 8)  # of the recorded sources' mean
+_LEAST_SOURCES = 4
+
+
+def make_source_curves(
+    routes: Routes, num_experts: int, source_tokens: float
+) -> dict[str, dict[str, Any]]:
+    """Compute the curves of an encoder's block, by length of the source in tokens.
+
+    Sources of other lengths than the recorded ones are made of consecutive recorded tokens.
+
+    Args:
+        routes: The recorded routing.
+        num_experts: Experts of the block.
+        source_tokens: Mean length of the recorded sources.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for length in sorted({max(1, round(share * source_tokens)) for share in SOURCE_LENGTHS}):
+        starts = range(0, len(routes.steps) - length + 1, length)
+        sources = [merged(routes.steps[start : start + length]) for start in starts]
+        if len(sources) < _LEAST_SOURCES and found:
+            break
+        found[str(length)] = {
+            policy.key: {
+                str(slots): list(
+                    astuple(
+                        replay_virtual(
+                            sources, num_experts, slots, VirtualExpertManager(every=policy.every)
+                        )
+                        if policy.mode == "virtual"
+                        else replay_exact(sources, num_experts, slots)
+                    )
+                )
+                for slots in slot_counts(num_experts)
+            }
+            for policy in policy_choices()
+        }
+    return found
+
+
+def merged(steps: Sequence[Step]) -> Step:
+    """Return the tokens of one pass as one step, which needs all experts that any of them chose.
+
+    >>> one = Step(chosen=[1], weights=[0.5], scores=[])
+    >>> merged([one, Step(chosen=[1, 0], weights=[1, 2], scores=[])])
+    Step(chosen=(1, 0), weights=(1.5, 2), scores=(), norm=1.0, tokens=2)
+    """
+    weights: dict[int, float] = {}
+    for step in steps:
+        for expert, weight in zip(step.chosen, step.weights, strict=True):
+            weights[expert] = weights.get(expert, 0) + weight
+    norm = sum(step.norm for step in steps) / len(steps)
+    return Step(
+        chosen=tuple(weights),
+        weights=tuple(weights.values()),
+        scores=(),
+        norm=norm,
+        tokens=len(steps),
+    )
+
+
 def _replayed(
     policy: PolicyChoice, routes: Routes, experts: int, slots: int, depth: float
 ) -> ReplayResult:
@@ -342,6 +406,34 @@ def read_curves(values: Mapping[str, Any], num_experts: int) -> Curves:
     }
 
 
+def read_source_curves(values: Mapping[str, Any], num_experts: int, lengths: Lengths) -> Curves:
+    """Return the curves that `make_source_curves` computed, for requests of these lengths.
+
+    Misses and swaps are per token of the output. Between two known lengths of sources they are
+    interpolated; the shortest and the longest stand for what is beyond them.
+    """
+    by_length = {int(one): read_curves(some, num_experts) for one, some in values.items()}
+    nearest = min(max(lengths.source, min(by_length)), max(by_length))
+    below = max(one for one in by_length if one <= nearest)
+    above = min(one for one in by_length if one >= nearest)
+    share = (nearest - below) / max(1, above - below)
+    return {
+        policy: {
+            slots: _per_token(_between(low, by_length[above][policy][slots], share), lengths)
+            for slots, low in points.items()
+        }
+        for policy, points in by_length[below].items()
+    }
+
+
+def _per_token(source: ReplayResult, lengths: Lengths) -> ReplayResult:
+    return ReplayResult(
+        misses=source.misses / lengths.target,
+        swaps=source.swaps / lengths.target,
+        moved=source.moved,
+    )
+
+
 def interpolated(curves: Curves, policy: str, slots: int) -> ReplayResult:
     """Interpolate linearly between two points of a curve."""
     points = curves[policy]
@@ -349,8 +441,10 @@ def interpolated(curves: Curves, policy: str, slots: int) -> ReplayResult:
         return points[slots]
     below = max(known for known in points if known < slots)
     above = min(known for known in points if known > slots)
-    share = (slots - below) / (above - below)
-    low, high = points[below], points[above]
+    return _between(points[below], points[above], (slots - below) / (above - below))
+
+
+def _between(low: ReplayResult, high: ReplayResult, share: float) -> ReplayResult:
     return ReplayResult(
         misses=low.misses + share * (high.misses - low.misses),
         swaps=low.swaps + share * (high.swaps - low.swaps),

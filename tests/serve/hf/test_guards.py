@@ -26,6 +26,7 @@ from moefit.plan.reference import window_logprobs
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.guards import refuse_no_numbers
 from moefit.serve.load import load_model
+from moefit.serve.windows import Windows
 
 
 @pytest.fixture
@@ -133,14 +134,14 @@ def test_request_with_nan_weights_ends_with_error(folder: Path, mode: Any) -> No
 
 def test_nan_scores_raise(folder: Path) -> None:
     text = Text(ids_T=tokens(40), text_bytes=40, context=8)
-    windows_BT = torch.stack([*tokens(20).split(10)])
+    windows = Windows(torch.stack([*tokens(20).split(10)]))
     with load_model(folder, LoadSettings()) as served:
         give_slots(served, 1)
         spoil(folder, "experts")
         scorers: list[Callable[[], Any]] = [
             lambda: score(served.model, text, [Rule.parse("top_k:3")]),
             lambda: score_steps(served, text, prompt=2),
-            lambda: list(window_logprobs(served, windows_BT)),
+            lambda: list(window_logprobs(served, windows)),
         ]
         for scorer in scorers:
             with pytest.raises(CheckpointError, match="logits are not finite"):

@@ -28,6 +28,7 @@ from moefit.serve.packed.build import PackResult, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText, record_block_inputs
 from moefit.serve.packed.store import PackedLocation, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
+from moefit.serve.windows import Windows
 from tests.serve.packed.test_pack import run
 
 INT2, INT3, INT4 = (parse_format(f"int{bits}") for bits in (2, 3, 4))
@@ -38,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("packed_cache")
 
 def calibration(digest: str = "one", seed: int = 1, windows: int = 24) -> CalibrationText:
     text = f"{digest}.txt"
-    return CalibrationText(text=text, digest=digest, windows_BT=tokens(windows, 32, seed=seed))
+    return CalibrationText(
+        text=text, digest=digest, windows=Windows(tokens(windows, 33, seed=seed))
+    )
 
 
 def packed(folder: Path, *formats: Format, **how: Any) -> PackResult:
@@ -164,11 +167,12 @@ def test_unused_expert_is_calibrated_by_other_tokens(tmp_path: Path) -> None:
 
 KILLED = killed_packing(
     """
-what = CalibrationText(text="one.txt", digest="one", windows_BT=tokens(24, 32))
+what = CalibrationText(text="one.txt", digest="one", windows=Windows(tokens(24, 33)))
 pack(build(Path(sys.argv[1])), [parse_format("int2")], calibration=what)
 """,
     """
 from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.windows import Windows
 from tiny_served import tokens
 """,
 )

@@ -10,8 +10,11 @@ import torch
 from tiny_served import saved, tiny, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, SwitchTransformersForConditionalGeneration
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersExperts,
+)
 
-from moefit.errors import BudgetTooSmallError, CheckpointError, UnsupportedModelError
+from moefit.errors import BudgetTooSmallError, CheckpointError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import memory_budget
@@ -23,12 +26,15 @@ from moefit.serve.packed.calibrate import (
     CalibrationText,
     record_block_inputs,
 )
+from moefit.serve.windows import Windows, padded
 from tests.serve.test_encoder_decoder_serving import switch_config
 
 
-def calibration(windows: int = 3, length: int = 16, **changes: Any) -> CalibrationText:
+def calibration(windows: int | Windows = 3, length: int = 16, **changes: Any) -> CalibrationText:
     facts: dict[str, Any] = {"text": "a text", "digest": "one"}
-    return CalibrationText(windows_BT=tokens(windows, length), **(facts | changes))
+    if isinstance(windows, int):
+        windows = Windows(tokens(windows, length + 1))
+    return CalibrationText(windows=windows, **(facts | changes))
 
 
 def own_inputs(folder: Path, ids_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -62,7 +68,7 @@ def test_recorded_inputs_equal_transformers(tmp_path: Path, family: str) -> None
     kept = record_block_inputs(
         build_skeleton(folder), what, tmp_path / "kept", lambda *done: reported.append(done)
     )
-    for index, (x_TD, weight_TE) in enumerate(own_inputs(folder, what.windows_BT)):
+    for index, (x_TD, weight_TE) in enumerate(own_inputs(folder, what.windows.ids_BT[:, :-1])):
         block = kept.block(index)
         assert block is not None
         assert torch.allclose(block.x_TD, x_TD, atol=1e-4)
@@ -135,11 +141,30 @@ def test_full_disk_raises(folder: Path, tmp_path: Path, monkeypatch: Any) -> Non
         record_block_inputs(build_skeleton(folder), calibration(), tmp_path / "kept")
 
 
-def test_encoder_decoders_raise(tmp_path: Path) -> None:
+def test_pairs_are_recorded_in_encoder_and_decoder(tmp_path: Path) -> None:
+    """Each pair is read once, without padding, by the side that it is for."""
     model = SwitchTransformersForConditionalGeneration(switch_config()).eval()
-    skeleton = build_skeleton(saved(model, tmp_path / "switch"))
-    with pytest.raises(UnsupportedModelError, match="only decoders can be calibrated"):
-        record_block_inputs(skeleton, calibration(), tmp_path / "kept")
+    folder = saved(model, tmp_path / "switch")
+    sources, targets = [tokens(1, n)[0] for n in (5, 9)], [tokens(1, n)[0] for n in (8, 3)]
+    windows = Windows(padded(targets), padded(sources))
+    kept = record_block_inputs(
+        build_skeleton(folder), calibration(windows=windows), tmp_path / "kept"
+    )
+    seen: dict[str, list[Tensor]] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, SwitchTransformersExperts):
+            hook = lambda _, given, name=name: seen.setdefault(name, []).append(given[0])  # noqa: E731
+            part.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for source_S, target_T in zip(sources, targets, strict=True):
+            model(input_ids=source_S[None], decoder_input_ids=target_T[None, :-1])
+    assert len(seen) == 4
+    for index, (name, inputs_) in enumerate(seen.items()):
+        block = kept.block(index)
+        assert block is not None
+        assert len(block.x_TD) == (5 + 9 if name.startswith("encoder") else 7 + 2)
+        assert torch.allclose(block.x_TD, torch.cat(inputs_), atol=1e-4)
+        assert (block.weight_TE > 0).sum(-1).tolist() == [1] * len(block.x_TD)
 
 
 def inputs(weights: list[list[float]]) -> BlockInputs:

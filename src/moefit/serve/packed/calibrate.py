@@ -5,7 +5,7 @@ and writes the inputs and router weights of each block to two files. An interrup
 metadata file, so its data is discarded. `BlockInputs.rows` selects the rows that one expert is
 calibrated on.
 
-Shapes: B windows, T tokens, D model width, E experts, N rows of one expert.
+Shapes: T tokens, D model width, E experts, N rows of one expert.
 """
 
 import json
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from moefit.checkpoint.model_folder import read_json
 from moefit.checkpoint.safetensors import bytes_of
-from moefit.errors import CheckpointError, UnsupportedModelError
+from moefit.errors import CheckpointError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.load import load_model
 from moefit.serve.memory.budget import format_bytes
+from moefit.serve.windows import Windows
 
 MAX_OTHER_TOKENS = 512  # tokens of a block that an expert was not chosen for
 OTHER_TOKENS_WEIGHT = 64  # total weight of these, in units of one token of the expert's own
@@ -41,13 +42,13 @@ class CalibrationText:
     Args:
         text: Name of the text, for display.
         digest: Identifies the text and its tokenization.
-        windows_BT: Token ids, one row per window.
+        windows: Token ids; of an encoder-decoder, pairs.
         memory: Budget in bytes for running the model over the text; None for no limit.
     """
 
     text: str
     digest: str
-    windows_BT: Tensor
+    windows: Windows
     memory: int | None = None
 
 
@@ -118,7 +119,6 @@ def record_block_inputs(
         progress: Callback with the number of windows done and in total.
 
     Raises:
-        UnsupportedModelError: The model is an encoder-decoder.
         CheckpointError: The disk has too little free space, or a block's inputs are not finite.
         MoefitError: The model cannot be loaded; see `load_model`.
     """
@@ -126,11 +126,6 @@ def record_block_inputs(
     recorded = None if metadata is None else (metadata["digest"], len(metadata["blocks"]))
     if metadata is not None and recorded == (calibration.digest, len(skeleton.blocks)):
         return RecordedInputs(folder, metadata)
-    if skeleton.model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__} is an encoder-decoder, and only decoders can be "
-            "calibrated; pack without --text instead"
-        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _check_disk_space(skeleton, calibration, folder)
@@ -173,7 +168,9 @@ def _check_disk_space(skeleton: Skeleton, calibration: CalibrationText, folder: 
     per_token = sum(
         width * skeleton.dtype.itemsize + 4 * block.num_experts for block in skeleton.blocks
     )
-    needed, free = calibration.windows_BT.numel() * per_token, shutil.disk_usage(folder).free
+    windows = calibration.windows  # a token is read by one side of an encoder-decoder
+    tokens = windows.targets + round(windows.source_tokens * len(windows))
+    needed, free = tokens * per_token, shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
             f"calibration takes {format_bytes(needed)} in {folder} until packing ends, but only "
@@ -189,10 +186,10 @@ def _record(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Run the text through the model, write the files and return their metadata."""
-    windows_BT = calibration.windows_BT
+    windows = calibration.windows
     settings = LoadSettings(
         memory=calibration.memory,
-        context=windows_BT.shape[1],
+        context=windows.context,
         dtype=skeleton.dtype,
         generation_config=IGNORE,
     )
@@ -202,11 +199,12 @@ def _record(
             stack.enter_context(_Recorder(experts, folder, index))
             for index, experts in enumerate(served.blocks.values())
         ]
-        progress(0, len(windows_BT))
+        progress(0, len(windows))
         with torch.inference_mode():
-            for done, window_T in enumerate(windows_BT, start=1):
-                served.model.base_model(input_ids=window_T[None], use_cache=False)
-                progress(done, len(windows_BT))
+            for row in range(len(windows)):
+                inputs = windows.inputs(row, served.model.device)
+                served.model.base_model(**inputs, use_cache=False)
+                progress(row + 1, len(windows))
         return {
             "digest": calibration.digest,
             "text": calibration.text,
