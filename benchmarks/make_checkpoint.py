@@ -39,6 +39,16 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
         "SwitchTransformersForConditionalGeneration",
         torch.float32,
     ),
+    # google/switch-base-16, the smallest of SwapMoE's
+    "switch-base-16": (
+        SwitchTransformersConfig(
+            d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12,
+            num_experts=16, expert_capacity=64, num_sparse_encoder_layers=6,
+            num_sparse_decoder_layers=6, router_jitter_noise=0.0, **START,
+        ),
+        "SwitchTransformersForConditionalGeneration",
+        torch.bfloat16,
+    ),
     # allenai/OLMoE-1B-7B-0924: 16 layers, 64 experts of 2048 x 1024, 8 per token
     "olmoe-1b-7b": (
         OlmoeConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=1024),
