@@ -4,11 +4,12 @@
         [--shares 1,0.67,0.5,0.36,0.25] [--policies exact@int8,exact@auto+int8] [--rivals llama.cpp]
         [--rival-python PYTHON] [--new-tokens 24] [--warm-up 8] [--threads 2] [--save NAME]
 
-Limits are shares of the GGUF file's bytes (make_gguf.py, Q8_0). Each run is a process of its own in
-a cgroup with this limit, created by COMMAND, for example `systemd-run --scope -p
-MemoryMax={mib}M`. moefit's budget is 3% below the limit; page cache counts in a cgroup and is
-dropped before each run. Policies are those of serving_speed.py; their formats must be packed. All
-decode the same random tokens, whose nearly uniform routing is the worst case for caches.
+Limits are shares of the bytes of the GGUF file (moefit export --format gguf --type q8_0). Each run
+is a process of its own in a cgroup with this limit, created by COMMAND, for example `systemd-run
+--scope -p MemoryMax={mib}M`. moefit's budget is 3% below the limit; page cache counts in a cgroup
+and is dropped before each run. Policies are those of serving_speed.py; their formats must be
+packed. All decode the same random tokens, whose nearly uniform routing is the worst case for
+caches.
 """
 
 import argparse

@@ -10,7 +10,7 @@ others are moefit's modes. POLICY@FORMAT uses a format for experts and dense wei
 first), POLICY@FORMAT+native for experts only. `--replay` replaces the routers' output by recorded
 routing (arrays experts [tokens, layers, K] and probs), so that consecutive tokens use related
 experts; without it, routing of a random model is nearly uniform. Rivals (rivals.py) cannot be
-combined with it; they decode the same tokens. `--gguf` is written by make_gguf.py. The page cache
+combined with it; they decode the same tokens. `moefit export` writes `--gguf`. The page cache
 of the checkpoint is dropped before each run. Page cache counts in a memory cgroup: run all in one
 to bound the peak, or each process in its own with `--under`, whose command is prepended to that
 policy's or rival's ("*" for all) and may print lines after it.
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     if arguments.rivals and arguments.replay:
         parser.error("rivals cannot replay recorded routing; measure them without --replay")
     if "llama.cpp" in arguments.rivals and not arguments.gguf:
-        parser.error("llama.cpp needs --gguf FILE (benchmarks/make_gguf.py writes it)")
+        parser.error("llama.cpp needs --gguf FILE (moefit export --format gguf writes it)")
     return arguments
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"quant"},
     {"dsmoe"},
     {"train", "serve"},
-    {"engine"},
+    {"engine", "gguf"},
     {"evaluate"},
     {"plan"},
     {"api"},

@@ -257,6 +257,31 @@ def test_export(saved, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe").config.num_experts_per_tok == 2
 
 
+def test_export_as_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf (moefit[gguf])")
+    tokenizer = train_bpe(["some text to learn from"], 300)
+    config = OlmoeConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), "--format", "gguf"]
+    shown = run(*command, str(tmp_path / "a.gguf"), "--type", "q8_0", "--json").stdout
+    found = json.loads(shown)
+    assert (found["architecture"], found["type"], found["tokenizer"]) == ("olmoe", "q8_0", True)
+    assert found["bytes"] == (tmp_path / "a.gguf").stat().st_size
+    run(*command, str(tmp_path / "b.gguf"), "--no-tokenizer")
+    types = {one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert types == {"F16", "F32"}
+
+
 def test_export_of_threshold_model(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
@@ -338,6 +363,9 @@ def test_version():
         (["eval", "MODEL", "--rule", "best"], "is not an inference rule"),
         (["generate", "MODEL", ""], "the prompt is empty"),
         (["export", "MODEL", "OUT", "-k", "6"], "6"),
+        (["export", "MODEL", "OUT"], "give --experts-per-token K, or --format gguf"),
+        (["export", "MODEL", "OUT", "-k", "2", "--type", "f16"], "--type is an option of"),
+        (["export", "MODEL", "OUT", "--format", "gguf", "-k", "2"], "--experts-per-token is an"),
     ],
 )
 def test_invalid_arguments_raise(saved, tmp_path, arguments, words, monkeypatch):

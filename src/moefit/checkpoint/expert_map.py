@@ -161,6 +161,17 @@ def map_checkpoint(
     return CheckpointMap(experts=experts, dense_weights=dense_weights, unused=tuple(unused))
 
 
+def parameter_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """Return the name of the parameter that each tensor of a checkpoint fills.
+
+    Args:
+        model: On the meta device, with its own experts modules.
+        tensors: Names in the checkpoint, such as `CheckpointMap.dense_weights`.
+    """
+    names = _Names.of(model)
+    return {name: names.target(name)[0] for name in tensors}
+
+
 def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -> None:
     """Refuse a checkpoint that has parts of quantised weights of an unknown format, by name alone.
 

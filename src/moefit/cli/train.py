@@ -1,4 +1,4 @@
-"""Commands that train, adapt and export models: train, adapt, export, demo."""
+"""Commands that train models: train, adapt, demo."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -9,12 +9,9 @@ import typer
 from moefit import demo as demonstration
 from moefit.cli.app import command, console, print_json, say, stopped
 from moefit.cli.loading import dropout_line
-from moefit.cli.options import Dtype, Json, Model, advanced, option, torch_dtype
-from moefit.dsmoe.export import export_olmoe
-from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.cli.options import Json, Model, advanced, option
 from moefit.evaluate.loading import check_family, load_full_model, locate
 from moefit.moe.expert_dropout import dropout_record
-from moefit.moe.routing import Rule
 from moefit.train.adapt import adapt_config, write_adapted
 from moefit.train.config import read_config
 from moefit.train.display import display
@@ -136,32 +133,6 @@ def adapt(
     if as_json:
         print_json({"out": str(out), "expert_dropout": record.as_dict()})
     say(f"wrote {out}: {dropout_line(record)}")
-
-
-@command("export")
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    experts_per_token: Annotated[
-        int, option("Number of experts that each token uses.", "--experts-per-token", "-k", min=1)
-    ],
-    dtype: Annotated[
-        Dtype | None, option("Dtype of the checkpoint. Default: the model's own.")
-    ] = None,
-) -> None:
-    """Write a checkpoint whose logits are verified to equal the model's at top_k:K."""
-    loaded, tokenizer = load_full_model(model)
-    if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
-        renormalize = Rule.parse(loaded.config.inference_rule).renormalize
-        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
-    export_olmoe(
-        loaded,
-        out,
-        experts_per_token=experts_per_token,
-        tokenizer=tokenizer,
-        dtype=torch_dtype(dtype),
-    )
-    say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
 
 
 @command("demo")

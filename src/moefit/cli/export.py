@@ -1,0 +1,129 @@
+"""The command `export`: write a model for other engines."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from moefit.api import folder_of
+from moefit.cli.app import command, console, print_json, say
+from moefit.cli.options import Dtype, Json, Model, option, torch_dtype
+from moefit.dsmoe.export import export_olmoe
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import ConfigError
+from moefit.evaluate.loading import load_full_model
+from moefit.gguf.write import TYPES, write_gguf
+from moefit.moe.routing import Rule
+from moefit.serve.memory.budget import format_bytes
+
+
+class FormatName(StrEnum):
+    """What can be written."""
+
+    olmoe = "olmoe"
+    gguf = "gguf"
+
+
+@command("export")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder (olmoe) or file (gguf) to write.")],
+    format: Annotated[
+        FormatName,
+        option("olmoe: a checkpoint of DS-MoE or OLMoE models. gguf: a file for llama.cpp."),
+    ] = FormatName.olmoe,
+    experts_per_token: Annotated[
+        int | None,
+        option(
+            "With olmoe, required: number of experts that each token uses.",
+            "--experts-per-token",
+            "-k",
+            min=1,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, option("With olmoe: dtype of the checkpoint. Default: the model's own.")
+    ] = None,
+    type: Annotated[
+        str | None,
+        option(f"With gguf: type of the matrices: {', '.join(TYPES)}. Default: f16."),
+    ] = None,
+    tokenizer: Annotated[
+        bool | None,
+        option("With gguf: whether to write the tokenizer. Without, the file takes token ids."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check what is written: olmoe against the model's logits at top_k:K, gguf by its settings."""
+    if format is FormatName.gguf:
+        _refuse_others("gguf", experts_per_token=experts_per_token, dtype=dtype)
+        _write_gguf(model, out, type or "f16", tokenizer is not False, as_json=as_json)
+        return
+    _refuse_others("olmoe", type=type, tokenizer=tokenizer)
+    if experts_per_token is None:
+        raise ConfigError(
+            "an OLMoE has one number of experts for all tokens; give --experts-per-token K, or "
+            "--format gguf for a file with the checkpoint's own number"
+        )
+    _write_olmoe(model, out, experts_per_token, dtype)
+    if as_json:
+        print_json({"out": str(out), "format": "olmoe", "experts_per_token": experts_per_token})
+    say(f"wrote {out}: an OLMoE checkpoint with {experts_per_token} experts per token")
+
+
+def _refuse_others(format: str, **options: object) -> None:
+    """Raise ConfigError for options of the other format."""
+    for name, value in options.items():
+        if value is not None:
+            other = "olmoe" if format == "gguf" else "gguf"
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is an option of --format {other}, and the format is "
+                f"{format}; leave it out, or give --format {other}"
+            )
+
+
+def _write_olmoe(model: str, out: Path, experts_per_token: int, dtype: Dtype | None) -> None:
+    loaded, tokenizer = load_full_model(model)
+    if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
+        renormalize = Rule.parse(loaded.config.inference_rule).renormalize
+        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
+    export_olmoe(
+        loaded,
+        out,
+        experts_per_token=experts_per_token,
+        tokenizer=tokenizer,
+        dtype=torch_dtype(dtype),
+    )
+
+
+def _write_gguf(model: str, out: Path, type: str, with_tokenizer: bool, *, as_json: bool) -> None:
+    folder = folder_of(model)
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        made = write_gguf(
+            folder,
+            out,
+            type=type.lower(),
+            with_tokenizer=with_tokenizer,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json(
+            {
+                "out": str(made.path),
+                "format": "gguf",
+                "architecture": made.architecture,
+                "type": made.type,
+                "bytes": made.nbytes,
+                "tokenizer": made.has_vocabulary,
+            }
+        )
+    takes = "" if made.has_vocabulary else "; it has no tokenizer and takes token ids"
+    say(
+        f"wrote {out}: {made.architecture} in {made.type}, {format_bytes(made.nbytes)}, for "
+        f"llama.cpp{takes}"
+    )

@@ -1,0 +1,1 @@
+"""Write checkpoints as GGUF files, which llama.cpp loads."""

@@ -1,0 +1,248 @@
+"""Describe a model family as llama.cpp computes it: architecture, tensor names and metadata.
+
+`FAMILIES` has the families that can be written. llama.cpp has a fixed graph for each, so that a
+setting which the graph does not have is refused here: the file would load and compute another
+model. Knows nothing of files.
+
+Shapes: E experts, F expert width, D model width, R rows of queries or keys.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.export import olmoe_incompatibilities
+from moefit.errors import UnsupportedModelError
+from moefit.moe.routing import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family's graph in llama.cpp.
+
+    Attributes:
+        architecture: Its name there.
+        renormalizes: Whether the weights of the chosen experts are scaled to a sum of 1.
+        rotates_pairs: Whether rotary embeddings rotate neighbours, rather than the two halves of a
+            head as transformers does. Rows of queries and keys are then stored in another order.
+        groups_heads: Whether several heads of queries may share one of keys and values.
+        fields: Settings of the configuration that the graph reads: the name of `GGUFWriter`'s
+            method after `add_`, and of the setting.
+    """
+
+    architecture: str
+    renormalizes: bool
+    rotates_pairs: bool = False
+    groups_heads: bool = True
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+_EXPERT_WIDTH = ("expert_feed_forward_length", "moe_intermediate_size")
+_SHARED_WIDTH = ("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
+FAMILIES = {
+    "olmoe": Family(architecture="olmoe", renormalizes=False, groups_heads=False),
+    "mixtral": Family(architecture="llama", renormalizes=True, rotates_pairs=True),
+    "qwen2_moe": Family(
+        architecture="qwen2moe", renormalizes=False, fields=(_EXPERT_WIDTH, _SHARED_WIDTH)
+    ),
+    "qwen3_moe": Family(architecture="qwen3moe", renormalizes=True, fields=(_EXPERT_WIDTH,)),
+}
+"""By transformers' `model_type`."""
+
+# Common to the families: parameter in the model, and name in the file.
+_MODEL = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+}
+_ROTATED = re.compile(r"\.attn_[qk]\.weight$")
+_ROUTER = re.compile(r"\.ffn_gate_inp(_shexp)?\.weight$")
+
+
+def dense_name(parameter: str) -> str:
+    """Return the name in the file of a parameter outside the experts.
+
+    Raises:
+        UnsupportedModelError: llama.cpp's graph has no such tensor.
+
+    >>> dense_name("model.layers.3.mlp.gate.weight")
+    'blk.3.ffn_gate_inp.weight'
+    """
+    if parameter in _MODEL:
+        return _MODEL[parameter]
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", parameter)
+    if found is None or found[2] not in _LAYER:
+        raise UnsupportedModelError(
+            f"llama.cpp's graph of this family has no tensor for {parameter}, so that a GGUF file "
+            "would compute another model; serve the checkpoint itself with moefit"
+        )
+    return f"blk.{found[1]}.{_LAYER[found[2]]}"
+
+
+def expert_name(layer: int, part: str) -> str:
+    """Return the name of the tensor with one part of all experts, [E, F, D].
+
+    The down projections are [E, D, F].
+    """
+    return f"blk.{layer}.ffn_{part}_exps.weight"
+
+
+def expert_parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split one expert's tensors, as transformers has them, into gate, up and down."""
+    gate_FD, up_FD = tensors["gate_up_proj"].chunk(2)
+    return {"gate": gate_FD, "up": up_FD, "down": tensors["down_proj"]}
+
+
+def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is stored in float32 in files of any type: norms, biases, routers."""
+    return len(shape) == 1 or _ROUTER.search(name) is not None
+
+
+def arranged(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+    """Return a dense tensor with its elements in llama.cpp's order.
+
+    Args:
+        family: The model's family.
+        config: The model's configuration.
+        name: The tensor's name in the file.
+        tensor: As transformers has it.
+    """
+    if name.endswith("ffn_gate_inp_shexp.weight"):
+        return tensor.reshape(-1)
+    if family.rotates_pairs and _ROTATED.search(name):
+        is_query = ".attn_q." in name
+        heads = config.num_attention_heads if is_query else config.num_key_value_heads
+        halves = tensor.reshape(heads, 2, -1, tensor.shape[-1])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a configuration, which llama.cpp computes as transformers does.
+
+    Raises:
+        UnsupportedModelError: It does not; the message names the nearest thing that works.
+    """
+    if isinstance(config, DsMoeConfig):
+        raise UnsupportedModelError(_refusal_of_dsmoe(config))
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} models cannot be written as GGUF; {', '.join(FAMILIES)} can. "
+            "llama.cpp's own convert_hf_to_gguf.py knows further families"
+        )
+    family = FAMILIES[config.model_type]
+    if problems := _differences(config, family):
+        raise UnsupportedModelError(
+            f"llama.cpp's {family.architecture} graph computes another model than this one: "
+            f"{'; '.join(problems)}. A GGUF file would be wrong; serve the checkpoint itself with "
+            "moefit"
+        )
+    return family
+
+
+def _refusal_of_dsmoe(config: DsMoeConfig) -> str:
+    problems = olmoe_incompatibilities(config, config.num_experts)
+    if Rule.parse(config.inference_rule).renormalize:
+        problems.append(
+            f"inference_rule={config.inference_rule!r}, but llama.cpp's OLMoE does not "
+            "renormalise: a rule without renormalize"
+        )
+    begin = "a DS-MoE model cannot be written as GGUF, because llama.cpp has no graph for it"
+    if problems:
+        return (
+            f"{begin}, nor for its form as OLMoE: {'; '.join(problems)}. Serve the model with "
+            "moefit instead"
+        )
+    return (
+        f"{begin}; write it as OLMoE first (moefit export MODEL FOLDER --experts-per-token K), "
+        "then give that folder"
+    )
+
+
+def _differences(config: Any, family: Family) -> list[str]:
+    """Return the settings that llama.cpp's graph ignores, each with the value that it assumes."""
+
+    def value(name: str, default: Any = None) -> Any:
+        return getattr(config, name, default)
+
+    rope = value("rope_parameters") or {}
+    renormalizes = value("norm_topk_prob", family.renormalizes)
+    sliding = value("use_sliding_window", value("sliding_window") is not None)
+    only_mlp = [*(value("mlp_only_layers") or ()), *([0] * (value("decoder_sparse_step", 1) != 1))]
+    heads, shared = value("num_attention_heads"), value("num_key_value_heads")
+    problems = {
+        f"num_key_value_heads={shared}: num_attention_heads={heads}": (
+            heads != shared and not family.groups_heads
+        ),
+        f"norm_topk_prob={renormalizes}: {family.renormalizes}": (
+            renormalizes != family.renormalizes
+        ),
+        f"hidden_act={value('hidden_act')!r}: 'silu'": value("hidden_act") != "silu",
+        f"clip_qkv={value('clip_qkv')}: null": value("clip_qkv") is not None,
+        f"attention_bias={value('attention_bias')}: false": bool(value("attention_bias")),
+        f"sliding_window={value('sliding_window')}: null, which equals it for shorter contexts": (
+            bool(sliding)
+        ),
+        f"rope_type={rope.get('rope_type')!r}: 'default'": (
+            rope.get("rope_type", "default") != "default"
+        ),
+        f"partial_rotary_factor={rope.get('partial_rotary_factor')}: 1": (
+            rope.get("partial_rotary_factor", 1) != 1
+        ),
+        "layers without experts (mlp_only_layers, decoder_sparse_step): none": bool(only_mlp),
+    }
+    return [problem for problem, applies in problems.items() if applies]
+
+
+def describe(writer: Any, family: Family, config: Any, query_rows: int) -> None:
+    """Write the metadata of the model's shape.
+
+    Args:
+        writer: A `gguf.GGUFWriter` of the family's architecture.
+        family: The family.
+        config: The model's configuration.
+        query_rows: Rows R of the query projection: heads times head width.
+    """
+    width = query_rows // config.num_attention_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(number_of_experts(config))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    for method, setting in family.fields:
+        getattr(writer, f"add_{method}")(getattr(config, setting))
+
+
+def number_of_experts(config: Any) -> int:
+    """Return E, which families call num_experts or num_local_experts."""
+    return int(getattr(config, "num_experts", None) or config.num_local_experts)
