@@ -1,17 +1,24 @@
-"""Measure the bandwidth at which kernels read weights, by format, and the machine's bandwidth.
+"""Measure kernels against what the processor can read and multiply: a roofline in numbers.
 
-    python benchmarks/kernel_bandwidth.py [--formats native,int8,int4] [--threads 1,2] [--save NAME]
-        [--gib 1] [--rounds 7]
+    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2] [--threads 1,2]
+        [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
 
-Two operations of decoding: eight experts of OLMoE's shape with one token, and a quantised linear
-layer with one token. Weights are read in turn from more memory than the caches hold; they are
-random bytes, which does not affect speed. The ceiling is the faster of torch's sum of float32 and
-product with a vector, interleaved with the kernels. Best and median of rounds.
+Two operations: eight experts of OLMoE's shape with one token, and a linear layer with any number.
+Weights of one token's products are read in turn from more memory than the caches hold, in huge
+pages as in a server. The ceilings, in turn with the kernels, are plain reading, and products in
+registers (ceilings.cpp): float32 multiply-adds for matrices of floats, and for integers int16
+products added to int32 sums. These are instructions of AVX2; kernels of wider levels, for which
+rates are not shown, may be faster. A product counts as two operations. Medians of rounds.
 """
 
 import argparse
+import ctypes
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,19 +31,34 @@ from torch import Tensor
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.quant.grouped_int import GroupedMatrix
+from moefit.serve.cache.slot import host_bytes
 
 WIDTH, EXPERT = 2048, 1024  # OLMoE's
 TOP_K = 8
-ROWS = 8192  # of a linear layer
-NATIVE = "native"  # bfloat16
-CEILINGS = ("sum", "product")
+ROWS = 8192  # of a linear layer that one token is multiplied by,
+FEW_ROWS = 2048  # and many
+FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
+BURST = 4_000_000  # of 12 vectors of products
+CEILING_VECTORS = {"float rate": 12 * 8, "integer rate": 12 * 16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A call, the bytes that it reads and its operations, of one thread if they add up."""
+
+    call: Callable[[int], object]
+    """Takes the number of threads."""
+    nbytes: int = 0
+    operations: int = 0
+    each_thread: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--formats", default="native,int8,int6,int5,int4,int3,int2")
+    parser.add_argument("--formats", default="bf16,f32,int8,int4,int3,int2")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--gib", type=float, default=1.0, help="weights read in a round")
+    parser.add_argument("--tokens", default="1,64,512")
+    parser.add_argument("--gib", type=float, default=0.5, help="weights read by one token")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
@@ -44,72 +66,90 @@ def main() -> None:
     if compiled is None:
         parser.error(f"there are no kernels to measure ({status()})")
     threads = [int(one) for one in arguments.threads.split(",")]
+    tokens = [int(one) for one in arguments.tokens.split(",")]
     size = round(arguments.gib * (1 << 30))
-    rates: dict[tuple[str, str, int], list[float]] = {}
-    for name in arguments.formats.split(","):
-        calls = dict(ways(compiled, name, size))
-        for _ in range(arguments.rounds):
-            for number in threads:
-                torch.set_num_threads(number)
-                for way, call in calls.items():
-                    rates.setdefault((name, way, number), []).append(bytes_per_second(call))
-    results = {
-        "level": compiled.level,
-        "points": [
-            {
-                "format": name,
-                "call": way,
-                "threads": number,
-                "best": max(found),
-                "median": median(found),
-                "of_ceiling": median(found)
-                / max(median(rates[name, one, number]) for one in CEILINGS),
-            }
-            for (name, way, number), found in rates.items()
-        ],
-    }
-    Console(width=100).print(table(results))
+    points: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        limits = ceilings(Path(folder), size)
+        for name in arguments.formats.split(","):
+            work = limits | dict(ways(compiled, name, tokens, size))
+            points += measured(name, work, threads, arguments.rounds)
+    results = {"level": compiled.level, "points": points}
+    Console(width=110).print(table(results))
     if arguments.save:
         notes = (
-            "bytes a second of weights, scales and minima included; the ceiling is the faster of "
-            "torch's sum of float32 and product with a vector, in turn with the others; medians"
+            "bytes of weights, scales and minima; two operations a product; medians; shares are "
+            "of plain reading and of AVX2's products in registers, measured in turn"
         )
-        print(record.write("kernel-bandwidth", results, notes=notes, suffix=arguments.save))
+        print(record.write("kernel-roofline", results, notes=notes, suffix=arguments.save))
 
 
-Call = Callable[[], int]
-"""Reads weights and returns their bytes."""
+def ceilings(folder: Path, size: int) -> dict[str, Work]:
+    """Compile and return plain reading and products in registers."""
+    source, made = Path(__file__).with_name("ceilings.cpp"), folder / "ceilings.so"
+    flags = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(made)], check=True)
+    library = ctypes.CDLL(str(made))
+    library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    for function in (library.float_products, library.integer_products):
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    memory = host_bytes(size).fill_(1)
+    vectors = CEILING_VECTORS
+    return {
+        "reading": Work(
+            call=lambda threads: library.read_memory(memory.data_ptr(), size, threads), nbytes=size
+        ),
+        "float rate": Work(
+            call=lambda threads: library.float_products(BURST, threads),
+            operations=2 * BURST * vectors["float rate"],
+            each_thread=True,
+        ),
+        "integer rate": Work(
+            call=lambda threads: library.integer_products(BURST, threads),
+            operations=2 * BURST * vectors["integer rate"],
+            each_thread=True,
+        ),
+    }
 
 
-def ways(compiled: Kernels, name: str, size: int) -> Iterator[tuple[str, Call]]:
-    data_RC = torch.ones(size >> 15, 1 << 13)
-    ones_C = torch.ones(1 << 13)
-    yield "sum", lambda: data_RC.nbytes * bool(data_RC.sum() > 0)
-    yield "product", lambda: data_RC.nbytes * bool(data_RC.mv(ones_C)[0] > 0)
-    x_1D = torch.randn(1, WIDTH).bfloat16()
-    mlps, held = [], 0
+def ways(compiled: Kernels, name: str, tokens: list[int], size: int) -> Iterator[tuple[str, Work]]:
+    dtype = torch.float32 if name == "f32" else torch.bfloat16
+    if 1 in tokens:
+        yield "experts, 1 token", experts(compiled, name, dtype, size)
+    for number in tokens:
+        layers = [random_matrix(name, ROWS if number == 1 else FEW_ROWS, WIDTH)]
+        while number == 1 and len(layers) * nbytes(layers[0]) < size:
+            layers.append(random_matrix(name, ROWS, WIDTH))
+        yield f"linear, {number} token{'s' * (number > 1)}", linear(compiled, layers, number, dtype)
+
+
+def experts(compiled: Kernels, name: str, dtype: torch.dtype, size: int) -> Work:
+    x_1D = torch.randn(1, WIDTH).to(dtype)
+    mlps, held, weights = [], 0, 0
     while held < size or len(mlps) % TOP_K:
         w_in = random_matrix(name, 2 * EXPERT, WIDTH)
         w_out = random_matrix(name, WIDTH, EXPERT)
         mlps.append(KernelMlp(w_in=w_in, w_out=w_out, activation="silu", gated=True))
         held += nbytes(w_in) + nbytes(w_out)
+        weights += 3 * WIDTH * EXPERT
 
-    def experts() -> int:
+    def call(_threads: int) -> None:
         for first in range(0, len(mlps), TOP_K):
             compiled.experts(x_1D, mlps[first : first + TOP_K], [(0,)] * TOP_K)
-        return held
 
-    yield "experts", experts
-    layers: list[KernelMatrix] = []
-    while sum(nbytes(layer.weight) for layer in layers) < size:
-        layers.append(KernelMatrix(random_matrix(name, ROWS, WIDTH)))
+    return Work(call=call, nbytes=held, operations=2 * weights)
 
-    def linear() -> int:
+
+def linear(compiled: Kernels, weights: list[Weight], tokens: int, dtype: torch.dtype) -> Work:
+    layers = [KernelMatrix(weight) for weight in weights]
+    x_TI = torch.randn(tokens, WIDTH).to(dtype)
+
+    def call(_threads: int) -> None:
         for layer in layers:
-            compiled.linear(x_1D, layer)
-        return sum(nbytes(layer.weight) for layer in layers)
+            compiled.linear(x_TI, layer, dtype)
 
-    yield "linear", linear
+    products = tokens * sum(layer.rows * layer.cols for layer in layers)
+    return Work(call=call, nbytes=sum(map(nbytes, weights)), operations=2 * products)
 
 
 def nbytes(weight: Weight) -> int:
@@ -119,34 +159,66 @@ def nbytes(weight: Weight) -> int:
 
 
 def random_matrix(name: str, rows: int, cols: int) -> Weight:
-    if name == NATIVE:
-        return (torch.rand(rows, cols) - 0.5).bfloat16()
+    """Return random weights in memory as slots have it; their values do not affect speed."""
+    if name in FLOATS:
+        weight = (torch.rand(rows, cols) - 0.5).to(FLOATS[name])
+        return host_bytes(weight.nbytes).view(weight.dtype).view(rows, cols).copy_(weight)
     format = parse_format(name)
     assert isinstance(format, GroupedFormat), name
     made = GroupedMatrix.empty(rows, cols, format.bits)
-    made.codes_RB.random_(256)
-    made.meta_RMG.fill_(1e-3)
-    return made
+    memory = host_bytes(nbytes(made)).random_(256)
+    codes = memory[: made.codes_RB.nbytes].view(made.codes_RB.shape)
+    meta = memory[made.codes_RB.nbytes :].view(torch.float16).view(made.meta_RMG.shape)
+    return GroupedMatrix(format.bits, cols, codes, meta.fill_(1e-3))
 
 
-def bytes_per_second(call: Call) -> float:
-    began = time.perf_counter()
-    read = call()
-    return read / (time.perf_counter() - began)
+def measured(
+    name: str, work: dict[str, Work], threads: list[int], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield each call's medians and their shares of the ceilings."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds + 1):
+        for number in threads:
+            torch.set_num_threads(number)
+            for way, one in work.items():
+                began = time.perf_counter()
+                one.call(number)
+                seconds.setdefault((way, number), []).append(time.perf_counter() - began)
+    rates = {key: median(found[1:]) for key, found in seconds.items()}  # the first only warms up
+    rate = "float rate" if name in FLOATS else "integer rate"
+    for (way, number), median_seconds in rates.items():
+        one = work[way]
+        times = number if one.each_thread else 1
+        reading = work["reading"].nbytes / rates["reading", number]
+        products = work[rate].operations * number / rates[rate, number]
+        yield {
+            "format": name,
+            "call": way,
+            "threads": number,
+            "seconds": median_seconds,
+            "bytes": one.nbytes,
+            "operations": one.operations * times,
+            "bytes_per_second": one.nbytes / median_seconds,
+            "operations_per_second": one.operations * times / median_seconds,
+            "of_reading": one.nbytes / median_seconds / reading,
+            "of_rate": one.operations * times / median_seconds / products,
+        }
 
 
 def table(results: dict[str, Any]) -> Table:
-    out = Table(title=f"weights read, {results['level']}", title_justify="left")
-    for name in ("format", "call", "threads", "best GB/s", "median", "of the ceiling"):
+    out = Table(title=f"kernels, {results['level']}", title_justify="left")
+    names = "format", "call", "threads", "GB/s", "of reading", "Gop/s", "of products' rate"
+    for name in names:
         out.add_column(name, justify="left" if name in ("format", "call") else "right")
     for one in results["points"]:
         out.add_row(
             one["format"],
             one["call"],
             str(one["threads"]),
-            f"{one['best'] / 1e9:.1f}",
-            f"{one['median'] / 1e9:.1f}",
-            f"{one['of_ceiling']:.0%}",
+            f"{one['bytes_per_second'] / 1e9:.1f}" if one["bytes"] else "",
+            f"{one['of_reading']:.0%}" if one["bytes"] else "",
+            f"{one['operations_per_second'] / 1e9:.0f}" if one["operations"] else "",
+            f"{one['of_rate']:.0%}" if one["operations"] else "",
         )
     return out
 

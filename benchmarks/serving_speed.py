@@ -3,7 +3,7 @@
     python benchmarks/serving_speed.py FOLDER --memory 4.7GiB --save NAME
         [--policies all,on-demand,exact,bounded,virtual] [--replay TRACE.npz]
         [--rivals llama.cpp,llama.cpp-repacked,accelerate] [--gguf FILE] [--rival-python PYTHON]
-        [--new-tokens 24] [--context 256] [--threads 2] [--under NAME=COMMAND]
+        [--new-tokens 24] [--context 256] [--threads 2] [--rounds 1] [--under NAME=COMMAND]
 
 Policies: `all` has no budget; `on-demand` is exact with LRU eviction, the paper's baseline; the
 others are moefit's modes. POLICY@FORMAT uses a format for experts and dense weights (pack it
@@ -11,9 +11,10 @@ first), POLICY@FORMAT+native for experts only. `--replay` replaces the routers' 
 routing (arrays experts [tokens, layers, K] and probs), so that consecutive tokens use related
 experts; without it, routing of a random model is nearly uniform. Rivals (rivals.py) cannot be
 combined with it; they decode the same tokens. `moefit export` writes `--gguf`. The page cache
-of the checkpoint is dropped before each run. Page cache counts in a memory cgroup: run all in one
-to bound the peak, or each process in its own with `--under`, whose command is prepended to that
-policy's or rival's ("*" for all) and may print lines after it.
+of the checkpoint is dropped before each run. With `--rounds` policies and rivals take turns, and
+results are medians; `rounds` has the speeds of each. Page cache counts in a memory cgroup: run all
+in one to bound the peak, or each process in its own with `--under`, whose command is prepended to
+that policy's or rival's ("*" for all) and may print lines after it.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -50,6 +53,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "virtual": {"mode": "virtual"},
 }
 SEED = 1
+SPEEDS = ("tokens_per_second", "median_seconds", "prefill_tokens_per_second")
 
 
 def main() -> None:
@@ -58,17 +62,38 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(arguments, arguments.one)))
         return
-    results = {}
-    for name in filter(None, arguments.policies.split(",")):
-        command = [sys.executable, *sys.argv, "--one", name]
-        results[name] = in_own_process(name, command, arguments.under)
-    for name in filter(None, arguments.rivals.split(",")):
-        command = [arguments.rival_python, rivals.__file__, name]
-        results[name] = in_own_process(name, command, arguments.under, work(arguments))
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(arguments.rounds):
+        for name, result in one_round(arguments):
+            rounds.setdefault(name, []).append(result)
+    results = {name: medians(found) for name, found in rounds.items()}
     Console().print(table(results))
     if arguments.save:
         kind = "recorded routing" if arguments.replay else "random tokens, near-uniform routing"
         print(record.write("serving-speed", results, notes=f"{kind}", suffix=arguments.save))
+
+
+def one_round(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in filter(None, arguments.policies.split(",")):
+        command = [sys.executable, *sys.argv, "--one", name]
+        yield name, in_own_process(name, command, arguments.under)
+    for name in filter(None, arguments.rivals.split(",")):
+        command = [arguments.rival_python, rivals.__file__, name]
+        yield name, in_own_process(name, command, arguments.under, work(arguments))
+
+
+def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median of each number over rounds, and each round's speeds."""
+    last = rounds[-1]
+    if len(rounds) == 1 or any("failed" in one for one in rounds):
+        return next((one for one in rounds if "failed" in one), last)
+    out = {
+        name: median(one[name] for one in rounds)
+        if isinstance(value, float) or name.endswith("bytes")
+        else value
+        for name, value in last.items()
+    }
+    return {**out, "rounds": {name: [one[name] for one in rounds] for name in SPEEDS}}
 
 
 def parse() -> argparse.Namespace:
@@ -86,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--save", metavar="NAME")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -227,7 +253,17 @@ class _Replayed:
 
 def table(results: dict[str, Any]) -> Table:
     out = Table(title="decoding one sequence", title_justify="left")
-    for name in ("policy", "slots", "tok/s", "ceiling", "hits", "moved", "read/token", "peak"):
+    for name in (
+        "policy",
+        "slots",
+        "tok/s",
+        "prompt",
+        "ceiling",
+        "hits",
+        "moved",
+        "read/token",
+        "peak",
+    ):
         out.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for name, one in results.items():
         if "failed" in one:
@@ -237,6 +273,7 @@ def table(results: dict[str, Any]) -> Table:
             name,
             f"{one['slots']}/{one['experts']}" if "slots" in one else "",
             f"{one['tokens_per_second']:.2f}",
+            f"{one['prefill_tokens_per_second']:.0f}",
             f"{one['ceiling']:.1f}" if "ceiling" in one else "",
             f"{one['hit_rate']:.1%}" if "hit_rate" in one else "",
             f"{one['substituted_mass']:.1%}" if "substituted_mass" in one else "",

@@ -137,11 +137,38 @@ def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
             assert torch.equal(together_TO, alone_TO[:count]), (dtype, count)
 
 
+@levels
+@pytest.mark.parametrize("kind", [8, 3, *NATIVE])
+def test_many_tokens_and_columns_agree_with_single_ones(level: str, kind) -> None:
+    """More columns than are converted at once, and more tokens than are summed at once."""
+    weight, run, x_TI = weight_of(kind, 29, 1100), at(level), normal(290, 1100)
+    together_TO = run.linear(x_TI, weight)
+    for t in (0, 15, 16, 255, 256, 271, 272, 287, 288, 289):
+        assert torch.equal(run.linear(x_TI[t : t + 1], weight)[0], together_TO[t]), t
+    assert_product(together_TO, x_TI, weight, level)
+
+
+@levels
+@widths
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_largest_codes_and_activations_do_not_overflow(level: str, bits: int, tokens: int) -> None:
+    """All products of a group have one sign and the largest size."""
+    for byte in (0, 255):
+        weight = GroupedMatrix.empty(16, 128, bits)
+        weight.codes_RB.fill_(byte)
+        weight.meta_RMG.fill_(0.25)
+        for value in (1.0, -1.0):
+            x_TI = torch.full((tokens, 128), value)
+            assert_product(at(level).linear(x_TI, weight), x_TI, weight, level)
+            x_TI[:, ::3] *= 0.9921  # low parts of the largest size
+            assert_product(at(level).linear(x_TI, weight), x_TI, weight, level)
+
+
 @compiled
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_integer_products_are_equal_at_all_levels_with_vectors_of_16_floats(bits: int) -> None:
-    """Sums of integers are exact, and AMX adds groups in the order of AVX-512."""
-    equal = [level for level in HERE if level.startswith(("avx512", "amx"))]
+@pytest.mark.parametrize("bits", PLANES)
+def test_integer_products_are_equal_at_all_levels_with_fused_multiply_add(bits: int) -> None:
+    """Sums of integers are exact, and all add groups in the same order."""
+    equal = [level for level in HERE if level != "portable"]
     weight, x_TI = weight_of(bits, 50, 200), normal(40, 200).bfloat16()
     made = [at(level).linear(x_TI, weight, torch.bfloat16) for level in equal]
     assert all(torch.equal(one, made[0]) for one in made)

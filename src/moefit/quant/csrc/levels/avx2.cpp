@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "../attention.h"
 #include "../kinds.h"
@@ -18,82 +19,7 @@ namespace avx2 {
 #include "plain.inc"
 #include "inputs.inc"
 
-// 8 weights of a native matrix from `at` on, zero past `left`.
-template <int64_t KIND>
-static inline __attribute__((always_inline)) __m256 eight(const Matrix &m, int64_t at, int64_t left) {
-    constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
-    const uint8_t *from = m.codes + at * SIZE;
-    alignas(32) uint8_t padded[32];
-    if (left < 8) {
-        std::memset(padded, 0, sizeof padded);
-        std::memcpy(padded, from, left * SIZE);
-        from = padded;
-    }
-    if constexpr (KIND == F32) return _mm256_loadu_ps((const float *)from);
-    __m128i half = _mm_loadu_si128((const __m128i *)from);
-    if constexpr (KIND == F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-// Add the products of 8 columns of ROWS rows with T tokens.
-template <int64_t KIND, int ROWS, int T>
-static inline __attribute__((always_inline)) void add_eight(const Matrix &m, int64_t row, int64_t c, int64_t left,
-                                                            const Input *x, __m256 (*sum)[T]) {
-    __m256 token[T];
-    for (int t = 0; t < T; t++) token[t] = _mm256_loadu_ps(x[t].x + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-        __m256 w = eight<KIND>(m, (row + r) * m.cols + c, left);
-        for (int t = 0; t < T; t++) sum[r][t] = _mm256_fmadd_ps(w, token[t], sum[r][t]);
-    }
-}
-
-static inline float total(__m256 x) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-// ROWS rows times T tokens. Each output has a sum of its own, so it does not depend on the others.
-template <int64_t KIND, int ROWS, int T>
-static inline void dot_native(const Matrix &m, int64_t row, const Input *x, float *const *y) {
-    constexpr int64_t SIZE = KIND == F32 ? 4 : 2, LINE = 64 / SIZE;
-    __m256 sum[ROWS][T];
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) sum[r][t] = _mm256_setzero_ps();
-    int64_t c = 0;
-    for (; c + LINE <= m.cols; c += LINE) {
-        for (int r = 0; r < ROWS; r++)
-            _mm_prefetch((const char *)m.codes + ((row + r + ROWS) * m.cols + c) * SIZE, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < LINE; i += 8) add_eight<KIND, ROWS, T>(m, row, c + i, 8, x, sum);
-    }
-    for (; c < m.cols; c += 8) add_eight<KIND, ROWS, T>(m, row, c, m.cols - c, x, sum);
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) y[t][row + r] = total(sum[r][t]);
-}
-
-template <int64_t KIND, int ROWS, int T>
-static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, float *const *y) {
-    int64_t row = first;
-    for (; row + ROWS <= last; row += ROWS) dot_native<KIND, ROWS, T>(m, row, x, y);
-    for (; row < last; row++) dot_native<KIND, 1, T>(m, row, x, y);
-}
-
-template <int64_t KIND>
-static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y) {
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dot<KIND, 2, 4>(m, first, last, x + t, y + t);
-    for (; t + 2 <= tokens; t += 2) dot<KIND, 4, 2>(m, first, last, x + t, y + t);
-    if (t < tokens) dot<KIND, 4, 1>(m, first, last, x + t, y + t);
-}
-
-static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-                       float *const *y) {
-    if (m.kind == F32) dot<F32>(m, first, last, x, tokens, y);
-    else if (m.kind == BF16) dot<BF16>(m, first, last, x, tokens, y);
-    else dot<F16>(m, first, last, x, tokens, y);
-}
+#include "avx2_floats.inc"
 
 typedef float V __attribute__((vector_size(32)));
 constexpr int SUMS = 8;
@@ -128,33 +54,31 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 #include "attention.inc"
 
 typedef uint8_t VB __attribute__((vector_size(32)));
-typedef VI RI;
-typedef V RV;
-constexpr int WIDEST = 2, UNROLL = 16;
-constexpr bool SIGNED_BYTES = true;
 
-static inline RV row_halves(const uint16_t *at) { return from_halves(at); }
-static inline RV row_muladd(RV a, RV b, RV c) { return muladd(a, b, c); }
-
-// With codes of at most 6 bits a sum of two products fits in 16 bits; with 8 bits, if they are signed.
-template <int64_t KIND>
-static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_t four) {
-    __m256i pairs, x = _mm256_set1_epi32(four), code = (__m256i)codes;
-    if constexpr (KIND == INT8) {
-        __m256i value = _mm256_xor_si256(code, _mm256_set1_epi8(-128));
-        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
-    } else {
-        pairs = _mm256_maddubs_epi16(code, x);
-    }
-    return (RI)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-#include "slabs.inc"
+#include "codes.inc"
+#include "avx2_integers.inc"
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
-    if (any_slab_dot(m, first, last, panel, y)) return;
-    for (int64_t t = 0; t < panel.tokens; t += TOKENS)
-        native_dot(m, first, last, panel.x + t, std::min(TOKENS, panel.tokens - t), y + t);
+    switch (m.kind) {
+        case INT2: return integer_dot<INT2>(m, first, last, panel, y);
+        case INT3: return integer_dot<INT3>(m, first, last, panel, y);
+        case INT4: return integer_dot<INT4>(m, first, last, panel, y);
+        case INT5: return integer_dot<INT5>(m, first, last, panel, y);
+        case INT6: return integer_dot<INT6>(m, first, last, panel, y);
+        case INT8: return integer_dot<INT8>(m, first, last, panel, y);
+    }
+    if (m.kind == F32) float_dot<F32>(m, first, last, panel, y);
+    else if (m.kind == BF16) float_dot<BF16>(m, first, last, panel, y);
+    else float_dot<F16>(m, first, last, panel, y);
+}
+
+static int64_t token_bytes(const Matrix &m, const Input *) {
+    return m.meta ? groups_of(m.cols) * DIGITS : eights(m.cols) * EIGHT;
+}
+
+static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
+    if (m.meta) pack_integers(m, x, tokens, packed);
+    else if (tokens == BLOCK) pack_floats(m, x, packed);
 }
 }
 

@@ -25,7 +25,6 @@ typedef uint8_t VB __attribute__((vector_size(32)));
 typedef int32_t RI __attribute__((vector_size(32)));
 typedef float RV __attribute__((vector_size(32)));
 constexpr int WIDEST = 4, UNROLL = 16;
-constexpr bool SIGNED_BYTES = false;
 
 static inline RV row_halves(const uint16_t *at) { return (RV)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
 static inline RV row_muladd(RV a, RV b, RV c) { return (RV)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -39,6 +38,15 @@ static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
     if (!any_slab_dot(m, first, last, panel, y)) AVX2.dot(m, first, last, panel, y);
+}
+
+static int64_t any_token_bytes(const Matrix &m, const Input *x) {
+    return m.meta ? token_bytes(m, x) : AVX2.token_bytes(m, x);
+}
+
+static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
+    if (m.meta) pack(m, x, tokens, packed);
+    else AVX2.pack(m, x, tokens, packed);
 }
 
 }  // namespace avx2_vnni
@@ -55,7 +63,7 @@ bool avx_vnni_here() {
 const Level &avx2_vnni_level() {
     static const Level level = [] {
         Level made = AVX2;
-        made.dot = avx2_vnni::any_dot, made.token_bytes = avx2_vnni::token_bytes, made.pack = avx2_vnni::pack;
+        made.dot = avx2_vnni::any_dot, made.token_bytes = avx2_vnni::any_token_bytes, made.pack = avx2_vnni::any_pack;
         return made;
     }();
     return level;

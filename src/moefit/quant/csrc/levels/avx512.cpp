@@ -214,7 +214,6 @@ static inline RV row_halves(const uint16_t *at) { return from_halves(at); }
 static inline RV row_muladd(RV a, RV b, RV c) { return muladd(a, b, c); }
 
 constexpr int WIDEST = 8, UNROLL = 16;
-constexpr bool SIGNED_BYTES = false;
 
 template <int64_t KIND>
 static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_t four) {
