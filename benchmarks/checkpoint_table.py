@@ -28,6 +28,7 @@ from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.memory.estimate import memory_budget
 
+READ_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")  # without further libraries
 TOKENS, NEW = (2, 24), 12
 
 
@@ -64,17 +65,22 @@ def of_transformers(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def bit_equal_weights(folder: Path, plain: Path, dtype: torch.dtype) -> str:
-    """Compare transformers' own loading of both folders."""
+    """Compare transformers' own loading of both folders, in the weights that it dequantises."""
+    config = json.loads((folder / "config.json").read_text())
+    declared = config.get("quantization_config", config.get("text_config", {}))
+    if "quantization_config" in declared:
+        declared = declared["quantization_config"]
+    if declared.get("quant_method") not in READ_BY_TRANSFORMERS:
+        return "not read by transformers"
     try:
         own = of_transformers(folder, dtype).state_dict()
     except Exception as error:  # noqa: BLE001 - what transformers cannot load fails in many ways
         return f"transformers cannot load it: {type(error).__name__}"
     ours = of_transformers(plain, dtype).state_dict()
-    if any(one.dtype.itemsize == 1 for one in own.values()):
-        return "transformers keeps it quantised"
-    same = [name for name in ours if name in own and torch.equal(ours[name], own[name])]
-    other = [name for name in ours if name not in same]
-    return f"{len(same)} of {len(ours)}" + (f", not {', '.join(other[:3])}" if other else "")
+    both = [name for name in ours if name in own]  # others stay packed until they are used
+    same = [name for name in both if torch.equal(ours[name], own[name])]
+    other = [name for name in both if name not in same]
+    return f"{len(same)} of {len(both)}" + (f", not {', '.join(other[:6])}" if other else "")
 
 
 def measure(folder: Path) -> dict[str, Any]:

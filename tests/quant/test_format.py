@@ -153,7 +153,10 @@ def test_output_equals_family_with_decoded_tensors(
                 decoded[short] = tensor
         x_RD = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
         y_RD = expert_output(block.layout, format, slot.tensors, x_RD)
-        assert torch.equal(y_RD, block.layout.output(decoded, x_RD))
+        expected_RD = block.layout.output(decoded, x_RD)
+        # Kernels round activations to 15 bits.
+        slack = 0 if kernel_level == "torch" else 2e-4 * expected_RD.abs().max()
+        assert bool(((y_RD - expected_RD).abs() <= slack).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

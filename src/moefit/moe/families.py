@@ -17,6 +17,8 @@ from moefit.moe.routing import Routing
 
 Tensors = Mapping[str, Tensor]
 """One expert's tensors by short name, such as `gate_up_proj`."""
+Product = Callable[[str, Tensor, Tensor | None], Tensor]
+"""x W^T + bias, [R, O], from the short name of the matrix W, x_RI and a bias or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,14 @@ class Layout(Protocol):
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return one expert's unweighted output [R, D]."""
+        ...
+
+    def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor | None:
+        """Return the same with matrix products computed by `product`, whose rounding may differ.
+
+        `tensors` has biases and other tensors that are no matrices. None if the family's code does
+        not show its products.
+        """
         ...
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:

@@ -20,7 +20,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from moefit.errors import UnsupportedModelError
-from moefit.moe.families import MlpShape, MoeBlock, Tensors, TensorSpec
+from moefit.moe.families import MlpShape, MoeBlock, Product, Tensors, TensorSpec
 from moefit.moe.routing import Routing
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -155,10 +155,14 @@ class StackedLayout:
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return down(gate(in(x))), normalised if the family does so."""
-        h_RI = self._linear(tensors, self._input, x_RD)
+        return self.output_by(partial(self._linear, tensors), tensors, x_RD)
+
+    def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """Return the same with other products."""
+        h_RI = product(self._input, x_RD, tensors.get(f"{self._input}_bias"))
         activate = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
         h_RF = activate(h_RI)
-        y_RD = self._linear(tensors, "down_proj", h_RF)
+        y_RD = product("down_proj", h_RF, tensors.get("down_proj_bias"))
         return self._experts.post_expert_norm(y_RD) if self._has_norm else y_RD
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
@@ -170,8 +174,8 @@ class StackedLayout:
     def _has_norm(self) -> bool:
         return getattr(self._experts, "has_post_expert_norm", False)
 
-    def _linear(self, tensors: Tensors, short: str, x_RI: Tensor) -> Tensor:
-        weight, bias = tensors[short], tensors.get(f"{short}_bias")
+    def _linear(self, tensors: Tensors, short: str, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        weight = tensors[short]
         if self._experts.is_transposed:
             y_RO = x_RI @ weight
             return y_RO if bias is None else y_RO + bias
@@ -212,6 +216,11 @@ class JetMoeLayout:
         gate_RF, up_RF = F.linear(x_RD, tensors["input_linear.weight"]).chunk(2, dim=-1)
         return F.linear(self._activation(gate_RF) * up_RF, tensors["output_linear.weight"])
 
+    def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """Return the same with other products."""
+        gate_RF, up_RF = product("input_linear.weight", x_RD, None).chunk(2, dim=-1)
+        return product("output_linear.weight", self._activation(gate_RF) * up_RF, None)
+
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
         """Return the (ids_TK, weights_TK) of `ServedJetMoe`."""
         ids_TK, weights_TK = arguments
@@ -248,6 +257,9 @@ class SwitchLayout:
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Call the family's own expert module with these tensors."""
         return functional_call(self._template, dict(tensors), (x_RD,))
+
+    def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> None:
+        """Return None: the products are the module's own."""
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
         """Convert the mask; a token beyond an expert's capacity gets the padding id E."""

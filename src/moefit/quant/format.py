@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from math import prod
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import Layout, Tensors, TensorSpec
-from moefit.quant.backend import decoded
+from moefit.quant.backend import Backend, backend, decoded
 from moefit.quant.cpu_kernels import Weight
 from moefit.quant.encode import Encoder, encode_into
 from moefit.quant.error_model import GAUSSIAN, relative_error
@@ -280,16 +281,30 @@ def _nearest_name(name: str) -> str:
 
 
 def expert_output(layout: Layout, format: Format, weights: Weights, x_RD: Tensor) -> Tensor:
-    """Return one expert's unweighted output y_RD, computed in torch from decoded weights.
+    """Return one expert's unweighted output y_RD, for experts that no kernel computes as a whole.
 
-    On a CPU, 16-bit inputs are padded to one of few row counts: oneDNN compiles a program for every
-    shape and caches a thousand of them, which took hundreds of MiB
-    (tests/serve/memory/test_peak_memory.py).
+    Products with encoded matrices are computed by kernels where the layout allows it, everything
+    else in torch from decoded weights. On a CPU, 16-bit inputs of those are padded to one of few
+    row counts: oneDNN compiles a program for every shape and caches a thousand of them, which took
+    hundreds of MiB (tests/serve/memory/test_peak_memory.py).
     """
+    kernels = backend(x_RD.device)
+    if kernels and format.is_encoded and x_RD.dtype in (torch.float32, torch.bfloat16):
+        product = partial(_kernel_product, kernels, weights)
+        others = {short: one for short, one in weights.items() if isinstance(one, Tensor)}
+        if (found_RD := layout.output_by(product, others, x_RD)) is not None:
+            return found_RD
     rows = len(x_RD)
     if x_RD.device.type == "cpu" and x_RD.dtype.itemsize == 2:
         x_RD = F.pad(x_RD, (0, 0, 0, round_rows(rows) - rows))
     return layout.output(format.decode(weights, layout.specs, x_RD.dtype), x_RD)[:rows]
+
+
+def _kernel_product(
+    kernels: Backend, weights: Weights, short: str, x_RI: Tensor, bias: Tensor | None
+) -> Tensor:
+    bias_O = None if bias is None else bias.float()
+    return kernels.linear(x_RI, weights[short], x_RI.dtype, bias_O)
 
 
 def round_rows(rows: int) -> int:
