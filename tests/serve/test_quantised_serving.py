@@ -91,7 +91,10 @@ def test_experts_are_those_of_the_plain_model_bit_for_bit(both: tuple[Path, Path
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "w4a16", "mxfp4"])
-def test_packed_experts_are_those_of_the_plain_model(tmp_path: Path, kind: str) -> None:
+def test_packed_experts_are_those_of_the_plain_model(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     ids, found = tokens(1, 7), []
     for folder in written(tmp_path, kind, torch.bfloat16):
         packed = pack(build_skeleton(folder), [parse_format("int4-nearest")])
@@ -143,6 +146,22 @@ def test_damaged_scales_of_one_expert_raise_and_leave_the_model_usable(tmp_path:
     with pytest.raises(CheckpointError, match=r"experts.3.up_proj.weight .*not finite"):
         store.native(block.name, 3)
     assert store.native(block.name, 2)["down_proj"].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_the_model_has_not_must_be_zero(tmp_path: Path, value: float) -> None:
+    _, folder = written(tmp_path, "gptq")
+    file = folder / quantised.SINGLE
+    tensors = quantised.load_file(file)
+    for name in [name for name in tensors if name.endswith("w1.qweight")]:
+        size = tensors[name].shape[1]
+        tensors[name.replace("qweight", "bias")] = torch.full((size,), value).half()
+    quantised.save_file(tensors, file, {"format": "pt"})
+    if value:
+        with pytest.raises(CheckpointError, match=r"config.json leaves out.*w1.bias"):
+            build_skeleton(folder)
+    else:
+        build_skeleton(folder)
 
 
 def test_quantised_router_is_read(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ class _Names:
         """Raise CheckpointError if config.json omits weights that change the model's outputs.
 
         These are layers after the model's last one, unless they are for multi-token prediction
-        (MTP), and biases of weights that are loaded.
+        (MTP), and biases of weights that are loaded. GPTQ gives every weight one, of zeros.
         """
         loaded = checkpoint.weights.keys() - set(unused)
         layers = {layer for name in loaded if (layer := _layer(name)) is not None}
@@ -281,7 +281,11 @@ class _Names:
         missing += [
             name
             for name, _ in found
-            if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in loaded
+            if name.endswith(".bias")
+            and (weight := f"{name.removesuffix('bias')}weight") in loaded
+            and not (
+                isinstance(checkpoint.weights[weight], EncodedTensor) and _is_zero(checkpoint, name)
+            )
         ]
         if missing:
             raise CheckpointError(
@@ -303,6 +307,10 @@ class _Names:
 
     def _ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def _is_zero(checkpoint: Checkpoint, name: str) -> bool:
+    return not bool(checkpoint.tensor(checkpoint.weights[name]).any())
 
 
 def _layer(name: str) -> tuple[str, int, str] | None:
