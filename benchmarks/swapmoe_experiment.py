@@ -10,7 +10,7 @@ written greedily one after the other, with a share of each layer's experts in me
 
 - `exact`: missing experts are fetched (by recent use; `on-demand`: the least recently used makes
   room); the full model's output.
-- `bounded`: for models with one expert per token the same, unless all of its weight may move.
+- `bounded`: for models with one expert per token the same, so that it is not measured.
 - `virtual`: resident experts only; with swaps, as SwapMoE has it, or the experts that a model was
   trained to keep with expert dropout (`virtual, swaps`: such a model with swaps all the same).
 - `frequency`: the most used experts on other sentences, fixed. `pruned`: those of largest norm, as
@@ -56,7 +56,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
 
 SHARES = (1.0, 0.67, 0.5, 0.33, 0.25)
-CALIBRATION, CONTEXT, LONGEST, WARM = 200, 64, 40, 5
+CALIBRATION, CONTEXT, LONGEST, WARM, BATCH = 200, 64, 20, 3, 50
 POLICIES: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
     "on-demand": {"mode": "exact", "eviction": "lru"},
@@ -68,7 +68,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pruned, dropped": {"mode": "virtual"},
 }
 FIXED = {"frequency": "frequency", "pruned": "norm", "pruned, dropped": "frequency"}
-SAME = ("on-demand", "bounded")  # the full model's output too, so that Rouge is not measured again
+SAME = ("exact", "on-demand", "bounded")  # the full model's output: Rouge is measured once
+TIMED = ("exact", "on-demand", "virtual", "frequency")
 
 
 class Points:
@@ -143,7 +144,7 @@ class Subject:
     @contextmanager
     def served(self, policy: str, share: float) -> Iterator[ServedModel]:
         """Load the model with a share of each layer's experts, ready for the policy."""
-        with moefit.load(self.folder, context=CONTEXT, **POLICIES[policy]) as served:
+        with moefit.load(self.folder, context=BATCH * CONTEXT, **POLICIES[policy]) as served:
             counts = [max(1, round(share * one.num_experts)) for one in served.blocks.values()]
             served.set_memory(served.budget.total_for_slots(counts))
             if policy in FIXED:
@@ -166,11 +167,28 @@ class Subject:
         made = served.generate(input_ids=ids, max_new_tokens=LONGEST, do_sample=False)
         return served.tokenizer.decode(made[0], skip_special_tokens=True), made.shape[1] - 1
 
-    def scored(self, served: ServedModel) -> dict[str, Any]:
-        """Restore all test sentences; return Rouge-2 and what was read."""
+    def write_all(self, served: ServedModel) -> list[tuple[str, int]]:
+        """Restore all test sentences, many at once."""
+        found = []
+        for at in range(0, len(self.test), BATCH):
+            sources = [one.source for one in self.test[at : at + BATCH]]
+            given = served.tokenizer(sources, padding=True, return_tensors="pt")
+            given.pop("token_type_ids", None)
+            made = served.generate(**given, max_new_tokens=LONGEST, do_sample=False)
+            texts = served.tokenizer.batch_decode(made, skip_special_tokens=True)
+            found += [(text, len(text.split()) + 1) for text in texts]
+        return found
+
+    def scored(self, served: ServedModel, *, together: bool = False) -> dict[str, Any]:
+        """Restore all test sentences; return Rouge-2 and what was read.
+
+        Args:
+            served: The model.
+            together: Many at once, which gives the same where residents stay the same.
+        """
         served.reset()
         read = served.report()["bytes_read"]
-        made = [self.write(served, one) for one in self.test]
+        made = self.write_all(served) if together else [self.write(served, o) for o in self.test]
         report = served.report()
         scores = rouge_2([text for text, _ in made], [one.target for one in self.test])
         tokens = sum(count for _, count in made)
@@ -217,11 +235,12 @@ def quality(subject: Subject, points: Points, arguments: argparse.Namespace) -> 
 
     def measured(policy: str, share: float) -> dict[str, Any]:
         with subject.served(policy, share) as served:
-            return subject.scored(served)
+            together = share == 1 or served.policy.residency == "fixed"
+            return subject.scored(served, together=together)
 
     for share in SHARES:
         for policy in subject.policies if share < 1 else ["exact"]:
-            if policy in SAME:
+            if share < 1 and policy in SAME:
                 continue
             key = {"stage": "quality", "model": subject.name, "policy": policy, "share": share}
             points.measure(key, lambda policy=policy, share=share: measured(policy, share))
@@ -236,7 +255,7 @@ def latency(subject: Subject, points: Points, arguments: argparse.Namespace) -> 
 
     some = subject.test[: arguments.timed]
     for share in SHARES:
-        for policy in subject.policies if share < 1 else ["exact"]:
+        for policy in TIMED if share < 1 else ["exact"]:
             key = {"stage": "latency", "model": subject.name, "policy": policy, "share": share}
             key["rate"] = arguments.rate
             points.measure(key, lambda policy=policy, share=share: measured(policy, share))

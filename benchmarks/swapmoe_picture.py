@@ -21,7 +21,7 @@ def draw(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(13.5, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     _rouge(left, found)
-    _bytes(middle, found["quality"])
+    _bytes(middle, found["latency"])
     _latency(right, found.get("shape", []))
     for axes in (left, middle, right):
         axes.set_xlabel("experts in memory, %")
@@ -48,11 +48,11 @@ def _rouge(axes: Any, found: Mapping[str, list[dict[str, Any]]]) -> None:
 
 
 def _bytes(axes: Any, points: list[dict[str, Any]]) -> None:
-    for policy in ("exact", "virtual"):
-        line = [one for one in points if (one["model"], one["policy"]) == ("plain", policy)]
-        axes.plot([100 * one["share"] for one in line],
-                  [one["bytes_per_token"] / 1024 for one in line], "o-", ms=4,
-                  label=policy)  # fmt: skip
+    for policy, color in TIMED.items():
+        line = [one for one in points if (one["policy"], one["rate"]) == (policy, None)]
+        xs = [100 * one["share"] for one in line]
+        ys = [one["bytes_per_token"] / 1024 for one in line]
+        axes.plot(xs, ys, "o-", ms=4, color=color, label=policy)
     axes.set_title("KiB read per token (small model)")
 
 
