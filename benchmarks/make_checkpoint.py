@@ -47,7 +47,7 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
             num_sparse_decoder_layers=6, router_jitter_noise=0.0, **START,
         ),
         "SwitchTransformersForConditionalGeneration",
-        torch.bfloat16,
+        torch.float32,
     ),
     # allenai/OLMoE-1B-7B-0924: 16 layers, 64 experts of 2048 x 1024, 8 per token
     "olmoe-1b-7b": (
