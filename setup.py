@@ -34,7 +34,9 @@ setup(
         Extension(
             "moefit.quant._kernels",
             sources=sorted(glob(f"{CSRC}/**/*.cpp", recursive=True)),
-            depends=sorted(glob(f"{CSRC}/*.h") + glob(f"{CSRC}/**/*.inc", recursive=True)),
+            depends=sorted(
+                file for end in ("h", "inc") for file in glob(f"{CSRC}/**/*.{end}", recursive=True)
+            ),
             # Every level is compiled and one is chosen at run time: no flag names a processor.
             # OpenMP is compiled for, but not linked: torch's own runtime serves (csrc/experts.cpp).
             extra_compile_args=[

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from serving import differs_by
 from tiny_served import COMMON, FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -155,7 +156,7 @@ def test_budget_at_load_becomes_slots(tmp_path: Path, family: str) -> None:
         assert report["slot_bytes"] + report["spare_bytes"] <= some + slack - (
             served.budget.fixed - served.budget.staging
         )
-        torch.testing.assert_close(logits(served.model, tokens(1, 6)), logits(model, tokens(1, 6)))
+        assert differs_by(logits(served.model, tokens(1, 6)), logits(model, tokens(1, 6))) < 1e-4
 
 
 def test_no_budget_makes_all_resident(folder: Path) -> None:

@@ -4,6 +4,7 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
+from serving import differs_by
 from tiny_served import logits, saved, tiny, tokens
 
 import moefit
@@ -32,7 +33,7 @@ SEATED = placed(BlockPlacement(slots=8, formats=MIXED), BlockPlacement(slots=2, 
 
 def test_uneven_slots_equal_model() -> None:
     with moefit.load(folder(), placement=FEW) as served:
-        torch.testing.assert_close(logits(served.model, IDS), logits(tiny("Mixtral"), IDS))
+        assert differs_by(logits(served.model, IDS), logits(tiny("Mixtral"), IDS)) < 1e-4
         assert served.report()["slots"] == {FIRST: 3, SECOND: 6}
         served.check()
 

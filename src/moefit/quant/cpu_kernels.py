@@ -48,7 +48,7 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 8  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 9  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -132,6 +132,8 @@ class Kernels:
             c_void_p,
         ]
         library.moefit_write_rows.argtypes = [c_int64, c_void_p]
+        library.moefit_norm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_void_p]
+        library.moefit_rotate.argtypes = [c_int64, *[c_void_p] * 7]
 
     def linear(
         self,
@@ -290,6 +292,25 @@ class Kernels:
     def write_rows(self, rows: Any) -> None:
         """Round keys or values into an int8 cache; called by `quant.kv_int8.write_rows`."""
         self._library.moefit_write_rows(self._level, rows)
+
+    def norm(self, address: int, x: Tensor, rows: int, y: Tensor) -> None:
+        """Compute a norm into y; called by `quant.layer_operations.NormKernel`."""
+        self._library.moefit_norm(self._level, address, x.data_ptr(), rows, y.data_ptr())
+
+    def rotate(
+        self,
+        rotation: Structure,
+        cos: Tensor,
+        sin: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Rotate queries and keys; called by `quant.layer_operations.RotaryKernel`."""
+        (x0, y0), *others = pairs
+        x1, y1 = others[0] if others else (x0, y0)
+        self._library.moefit_rotate(
+            self._level, byref(rotation), cos.data_ptr(), sin.data_ptr(),
+            x0.data_ptr(), y0.data_ptr(), x1.data_ptr(), y1.data_ptr(),
+        )  # fmt: skip
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False

@@ -21,6 +21,8 @@ from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
 from moefit.serve.hf.native_linear import use_linear_kernels
+from moefit.serve.hf.norms import use_norm_kernels
+from moefit.serve.hf.rotary import use_rotary_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
@@ -55,6 +57,8 @@ class ServedModel:
         self._undo_kernels = (
             use_kernels(self.model, int8=parts.int8_cache),
             use_linear_kernels(self.model),
+            use_norm_kernels(self.model, self.model.dtype),
+            use_rotary_kernels(self.model, self.model.dtype),
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -13,12 +13,6 @@
 
 namespace {
 
-// Rounds as the hardware conversion does, including infinities and NaN.
-uint16_t half_of(float x) {
-    if (x != x) return 0x7e00;
-    return std::fabs(x) < 65520 ? to_half(x) : x < 0 ? 0xfc00 : 0x7c00;
-}
-
 int64_t bytes_of(int64_t kind) { return kind == INT8 ? 1 : kind == F32 ? 4 : 2; }
 
 // A tile: some queries of one request that share a KV head.

@@ -21,6 +21,12 @@ static inline uint16_t to_half(float x) {
     return uint16_t(sign | ((nearest >> 13) - (112 << 10)));
 }
 
+// Rounded as the hardware's conversion does, including infinities and NaN.
+static inline uint16_t half_of(float x) {
+    if (x != x) return 0x7e00;
+    return std::fabs(x) < 65520 ? to_half(x) : x < 0 ? 0xfc00 : 0x7c00;
+}
+
 static inline float from_half(uint16_t bits) {
     uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
     if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * float(mantissa);

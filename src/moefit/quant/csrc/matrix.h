@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "levels/rows.h"
 
 enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };
 
@@ -121,6 +122,10 @@ struct Level {
     void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
     // Round one row of keys or values to INT8 and return its scale.
     float (*quantize)(const void *row, int64_t kind, int64_t width, int8_t *codes);
+    // One row (levels/rows.h).
+    void (*norm)(const Norm &, const void *x, void *y);
+    // The rotated elements of one head.
+    void (*rotate)(const Rotary &, const void *cos, const void *sin, const void *x, void *y);
     // Whether products of two bfloat16 read Input::bfloat16 and not Input::x.
     bool reads_bfloat16 = false;
 };

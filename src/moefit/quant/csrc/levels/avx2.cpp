@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "../attention.h"
+#include "../half.h"
 #include "../kinds.h"
 #include "../matrix.h"
 #include "../target.h"
@@ -52,6 +53,7 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 }
 
 #include "attention.inc"
+#include "rows.inc"
 
 typedef uint8_t VB __attribute__((vector_size(32)));
 
@@ -85,5 +87,5 @@ static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packe
 TARGET_END
 
 const Level AVX2 = {avx2::any_dot, avx2::token_bytes, avx2::pack, avx2::any_decode, avx2::narrow, avx2::narrow,
-    avx2::widen, avx2::integers, avx2::any_attend, avx2::any_quantize};
+    avx2::widen, avx2::integers, avx2::any_attend, avx2::any_quantize, avx2::any_norm, avx2::any_rotate};
 #endif

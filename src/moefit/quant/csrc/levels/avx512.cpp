@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../attention.h"
+#include "../half.h"
 #include "../kinds.h"
 #include "../matrix.h"
 #include "../target.h"
@@ -205,6 +206,7 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 }
 
 #include "attention.inc"
+#include "rows.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
 typedef VI RI;
@@ -233,5 +235,5 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 TARGET_END
 
 const Level AVX512 = {avx512::any_dot, avx512::token_bytes, avx512::pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
-    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize};
+    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate};
 #endif

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "../attention.h"
+#include "../half.h"
 #include "../kinds.h"
 #include "../matrix.h"
 
@@ -73,6 +74,7 @@ static inline V reduced(V *a) {
 }
 
 #include "attention.inc"
+#include "rows.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
 typedef int32_t RI __attribute__((vector_size(64)));
@@ -108,4 +110,4 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 
 const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::narrow, plain::narrow,
-    plain::widen, plain::integers, plain::any_attend, plain::any_quantize};
+    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate};

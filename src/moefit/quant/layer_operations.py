@@ -1,0 +1,221 @@
+"""Norms and rotary embeddings of a layer, each as one call of the compiled kernels.
+
+`NormKernel` and `RotaryKernel` hold what does not change between calls. `plain_norm` and
+`plain_rotate` are the references in torch, with the same roundings at the same places; what is
+recognised as one of these forms (`serve/hf/norms.py`, `serve/hf/rotary.py`) can be computed here.
+
+Shapes: B sequences, T tokens, H heads, C head width, D width of a row.
+"""
+
+from collections.abc import Sequence
+from ctypes import Structure, addressof, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormForm:
+    """How x / sqrt(mean(x^2) + eps) * (weight + added) is rounded.
+
+    Attributes:
+        eps: Added to the mean of squares.
+        added: Added to the weight: 0 or 1.
+        round_first: Whether the normalised row is rounded to x's dtype before it is multiplied by
+            the weight, as well as after it. The weight is then in x's dtype.
+    """
+
+    eps: float
+    added: int = 0
+    round_first: bool = False
+
+
+def plain_norm(x_RD: Tensor, weight_D: Tensor | None, form: NormForm) -> Tensor:
+    """Return root-mean-square normalised rows in the dtype of `x_RD`; float64 stays float64."""
+    wide_RD = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
+    y_RD = wide_RD * torch.rsqrt(wide_RD.pow(2).mean(-1, keepdim=True) + form.eps)
+    if form.round_first:
+        y_RD = y_RD.to(x_RD.dtype)
+    if weight_D is not None:
+        factor_D = weight_D if form.round_first else weight_D.to(wide_RD.dtype)
+        y_RD = y_RD * (factor_D + form.added if form.added else factor_D)
+    return y_RD.to(x_RD.dtype)
+
+
+class _Norm(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        *((name, c_int64) for name in ("width", "kind", "weight_kind", "round_first")),
+        ("eps", c_float),
+        ("added", c_float),
+    )
+
+
+class NormKernel:
+    """Root-mean-square norm of rows in one dtype.
+
+    Args:
+        kernels: The compiled library.
+        weight_D: The weight; None for none.
+        form: The form.
+        dtype: The dtype of rows.
+        width: D, if there is no weight.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        weight_D: Tensor | None,
+        form: NormForm,
+        dtype: torch.dtype,
+        width: int = 0,
+    ):
+        kind = NATIVE_DTYPES[dtype]
+        self.dtype, self.width = dtype, width if weight_D is None else len(weight_D)
+        self.weight = None if weight_D is None else weight_D.data_ptr()
+        self._kernels, self._weight_D = kernels, weight_D  # keeps its memory
+        self._struct = _Norm(
+            self.weight, self.width, kind,
+            kind if weight_D is None else NATIVE_DTYPES[weight_D.dtype],
+            form.round_first, form.eps, form.added,
+        )  # fmt: skip
+        self._address = addressof(self._struct)
+
+    def fits(self, x: Tensor, weight_D: Tensor | None) -> bool:
+        """Return whether rows and weight are still of the same width, dtype and memory."""
+        weight = None if weight_D is None else weight_D.data_ptr()
+        return weight == self.weight and x.shape[-1] == self.width and x.dtype == self.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., D]."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._kernels.norm(self._address, x, x.numel() // self.width, y)
+        return y
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryForm:
+    """Which elements of a head are a pair (a, b), rotated to (a cos - b sin, b cos + a sin).
+
+    Attributes:
+        pairs_in: Whether a pair is two neighbours; else it is elements i and i + width / 2.
+        pairs_out: The same for the result.
+        halves: Whether cosines and sines of the second elements are the second half of theirs, so
+            that there are as many as rotated elements; else both use the first.
+        doubled: Whether there are twice as many cosines and sines as are used.
+    """
+
+    pairs_in: bool = False
+    pairs_out: bool = False
+    halves: bool = True
+    doubled: bool = False
+
+    def rotated(self, cosines: int) -> int:
+        """Return how many elements of a head are rotated by so many cosines."""
+        return cosines if self.halves or self.doubled else 2 * cosines
+
+
+def plain_rotate(x_BHTC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, form: RotaryForm) -> Tensor:
+    """Return heads with their first elements rotated; products and sums are rounded one by one."""
+    width = form.rotated(cos_BTR.shape[-1])
+    half, x, rest = width // 2, x_BHTC[..., :width], x_BHTC[..., width:]
+    a, b = (x[..., 0::2], x[..., 1::2]) if form.pairs_in else (x[..., :half], x[..., half:])
+    second = half if form.halves else 0
+    cos_a, cos_b, sin_a, sin_b = (
+        one[:, None, :, start : start + half] for one in (cos_BTR, sin_BTR) for start in (0, second)
+    )
+    pair = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    out = torch.stack(pair, dim=-1).flatten(-2) if form.pairs_out else torch.cat(pair, dim=-1)
+    return torch.cat([out, rest], dim=-1)
+
+
+class _Heads(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "size", "x_batch", "x_head", "x_token")),
+        *((name, c_int64) for name in ("y_batch", "y_head", "y_token")),
+    )
+
+
+class _Rotation(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("width", "kind", "pairs_in", "pairs_out", "second")),
+        *((name, c_int64) for name in ("batch", "tokens", "angle_batch", "angle_token")),
+        ("heads", _Heads * 2),
+    )
+
+
+class RotaryKernel:
+    """Rotary embedding of queries and keys in one call.
+
+    Args:
+        kernels: The compiled library.
+        form: The form.
+    """
+
+    def __init__(self, kernels: Kernels, form: RotaryForm):
+        self._kernels, self._form = kernels, form
+        self._known: dict[tuple[Any, ...], _Rotation | None] = {}  # by shapes, strides and dtypes
+
+    def __call__(self, cos_BTR: Tensor, sin_BTR: Tensor, *heads: Tensor) -> list[Tensor] | None:
+        """Return `plain_rotate` of one or two tensors; None if kernels do not support them.
+
+        Args:
+            cos_BTR: Cosines; B may be 1.
+            sin_BTR: Sines.
+            heads: Queries [B, H, T, C], and keys, whose number of heads may differ.
+        """
+        key = tuple([(x.dtype, x.shape, x.stride(), x.is_cpu) for x in (cos_BTR, sin_BTR, *heads)])
+        if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = self._rotation(cos_BTR, sin_BTR, heads)
+        rotation = self._known[key]
+        if rotation is None:
+            return None
+        made = [torch.empty_like(x) for x in heads]
+        self._kernels.rotate(rotation, cos_BTR, sin_BTR, list(zip(heads, made, strict=True)))
+        return made
+
+    def _rotation(
+        self, cos_BTR: Tensor, sin_BTR: Tensor, heads: Sequence[Tensor]
+    ) -> _Rotation | None:
+        if not can_rotate(heads, cos_BTR, sin_BTR, self._form):
+            return None
+        batch, _, tokens, _ = heads[0].shape
+        width = self._form.rotated(cos_BTR.shape[-1])
+        array = (_Heads * 2)()
+        for number, x in enumerate(heads):
+            y = torch.empty_like(x)
+            array[number] = _Heads(x.shape[1], x.shape[3], *x.stride()[:3], *y.stride()[:3])
+        return _Rotation(
+            width, NATIVE_DTYPES[cos_BTR.dtype], self._form.pairs_in, self._form.pairs_out,
+            width // 2 if self._form.halves else 0, batch, tokens,
+            cos_BTR.stride(0) if cos_BTR.shape[0] > 1 else 0, cos_BTR.stride(1), array,
+        )  # fmt: skip
+
+
+_MOST_KNOWN = 64  # layouts that one kernel remembers
+
+
+def can_rotate(heads: Sequence[Tensor], cos_BTR: Tensor, sin_BTR: Tensor, form: RotaryForm) -> bool:
+    """Return whether kernels support heads [B, H, T, C] and their cosines and sines [B, T, R]."""
+    tensors = (cos_BTR, sin_BTR, *heads)
+    if cos_BTR.dim() != 3 or any(one.dim() != 4 for one in heads):
+        return False
+    width = form.rotated(cos_BTR.shape[2])
+    batch, _, tokens, _ = heads[0].shape
+    return (
+        all(x.is_cpu and x.dtype == cos_BTR.dtype and x.stride(-1) == 1 for x in tensors)
+        and cos_BTR.dtype in NATIVE_DTYPES
+        and (cos_BTR.shape, cos_BTR.stride()) == (sin_BTR.shape, sin_BTR.stride())
+        and tuple(cos_BTR.shape[:2]) in ((batch, tokens), (1, tokens))
+        and width % 2 == 0
+        and all((x.shape[0], x.shape[2]) == (batch, tokens) for x in heads)
+        and all(x.numel() and width <= x.shape[3] for x in heads)
+        and torch.empty_like(heads[-1]).stride(-1) == 1
+    )
