@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all test-processors check docs wheel bench setup clean
+.PHONY: demo test test-all test-processors test-transformers check docs wheel bench setup clean
 
 setup: $(READY)
 
@@ -18,7 +18,7 @@ demo: $(READY)  ## train a small DS-MoE for a minute, then measure and serve the
 	$(BIN)/moefit demo
 
 # One thread a worker: two workers share two cores, and tiny tensors gain nothing from more.
-test test-all test-processors: export OMP_NUM_THREADS = 1
+test test-all test-processors test-transformers: export OMP_NUM_THREADS = 1
 
 test: $(READY)  ## everything that runs in a few minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -39,6 +39,18 @@ test-processors: $(PROCESSORS:%=test-as-%)  ## those tests as on other processor
 
 test-as-%: $(READY)  ## one of them, as on one of PROCESSORS; TESTS=tests for the whole suite
 	env $($*) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(or $(TESTS),$(PROCESSOR_TESTS))
+
+# Tests of what depends on the version of transformers. constraints.txt has the one of all others.
+TRANSFORMERS_TESTS := $(addprefix tests/, checkpoint dsmoe engine evaluate plan serve/hf \
+	serve/test_families.py test_cache_argument.py test_reference_model.py)
+VERSION ?= 5.24.*
+
+test-transformers: $(READY)  ## those tests with another version: make test-transformers VERSION=5.24.*
+	rm -rf build/transformers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/transformers 'transformers==$(VERSION)'
+	PYTHONPATH=build/transformers $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+		$(or $(TESTS),$(TRANSFORMERS_TESTS))
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 import moefit
+from moefit.cache_argument import forward_with_cache
 from moefit.errors import BudgetTooSmallError
 from moefit.host import process_bytes
 from moefit.serve.memory.budget import format_bytes
@@ -135,9 +136,9 @@ def decode(served: ServedModel, sequences: int | None, new_tokens: int, run: Run
         output: list[Checked] = []
         for _ in range(new_tokens):
             began = time.perf_counter()
-            step = served.model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+            step, cache = forward_with_cache(served.model, cache, input_ids=ids_1T)
             run.steps.append((began, time.perf_counter()))
-            cache, ids_1T = step.past_key_values, step.logits[:, -1:].argmax(-1)
+            ids_1T = step.logits[:, -1:].argmax(-1)
             output.append((int(ids_1T), bits(step.logits[0, -1])))
         yield output
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
+from moefit.cache_argument import forward_with_cache
 from moefit.evaluate.loading import load_full_model
 from moefit.evaluate.stepwise import score_steps
 from moefit.quant.kv_int8 import KV_CACHES
@@ -112,7 +113,7 @@ def compare_ways(subject: Subject) -> list[dict[str, Any]]:
 
 def log_probabilities(model: Any, window_L: Tensor, keys: Rounding, values: Rounding) -> Tensor:
     cache = RoundingCache(model.config, keys, values)
-    output = model(input_ids=window_L[None, :-1], past_key_values=cache, use_cache=True)
+    output, _ = forward_with_cache(model, cache, input_ids=window_L[None, :-1])
     return output.logits[0].log_softmax(-1)
 
 

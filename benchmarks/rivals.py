@@ -111,6 +111,8 @@ def accelerate(work: Work) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from moefit.cache_argument import forward_with_cache
+
     few = max(2, (len(work.decode) - work.warm_up) // 8)
     work = replace(work, warm_up=1, decode=work.decode[: 1 + few])
     torch.set_num_threads(work.threads)
@@ -136,7 +138,7 @@ def accelerate(work: Work) -> dict[str, Any]:
         def feed(tokens: list[int]) -> None:
             nonlocal cache
             ids = torch.tensor([tokens])
-            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            _, cache = forward_with_cache(model, cache, input_ids=ids)
 
         with torch.inference_mode():
             figures = measured(work, feed, bytes_per_token(model))

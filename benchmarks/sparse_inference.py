@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moefit.cache_argument import forward_with_cache
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.presets import preset
@@ -50,11 +51,11 @@ def prefill(model: DsMoeForCausalLM, ids: torch.Tensor) -> float:
 @torch.inference_mode()
 def decode(model: DsMoeForCausalLM, ids: torch.Tensor, tokens: int) -> float:
     """Return seconds per token after a short prompt."""
-    output = model(ids[:, :8], use_cache=True, logits_to_keep=1)
+    _, cache = forward_with_cache(model, None, input_ids=ids[:, :8], logits_to_keep=1)
     began = time.perf_counter()
     for position in range(tokens):
         token = ids[:, 8 + position : 9 + position]
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        _, cache = forward_with_cache(model, cache, input_ids=token)
     return (time.perf_counter() - began) / tokens
 
 

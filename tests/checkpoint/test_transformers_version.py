@@ -11,18 +11,20 @@ from moefit.checkpoint.config import SUPPORTED_TRANSFORMERS, check_transformers
 from moefit.errors import ConfigError
 
 
-@pytest.mark.parametrize("version", ["5.24.0", "5.22.1", "6.0.0.dev0"])
+@pytest.mark.parametrize("version", ["5.25.0", "5.22.1", "6.0.0.dev0"])
 def test_other_versions_are_refused_before_anything_is_loaded(version, monkeypatch) -> None:
     monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(ConfigError, match=rf"{version} is installed.*pip install .*5\.23"):
+    with pytest.raises(ConfigError, match=rf"{version} is installed.*pip install .*5\.24"):
         moefit.load("reference")
 
 
-def test_the_declared_dependency_is_the_supported_version() -> None:
+def test_the_declared_dependency_allows_the_supported_versions() -> None:
     check_transformers()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     (declared,) = (
         one for one in project["project"]["dependencies"] if one.startswith("transformers")
     )
-    major, minor = SUPPORTED_TRANSFORMERS.split(".")
-    assert declared == f"transformers>={major}.{minor},<{major}.{int(minor) + 1}"
+    major, newest = SUPPORTED_TRANSFORMERS[-1].split(".")
+    minors = [int(one.removeprefix(f"{major}.")) for one in SUPPORTED_TRANSFORMERS]
+    assert minors == list(range(minors[0], int(newest) + 1))
+    assert declared == f"transformers>={major}.{minors[0]},<{major}.{int(newest) + 1}"

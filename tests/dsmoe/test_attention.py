@@ -6,6 +6,7 @@ from transformers import OlmoeConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
+from moefit.cache_argument import CACHE_NAME, forward_with_cache
 from moefit.dsmoe.attention import DsMoeAttention, attention_reference
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.moe.routing import Rule
@@ -127,7 +128,8 @@ def test_cached_decoding_equals_full_forward(backend: str, rule: str) -> None:
     cache, steps = DynamicCache(config=model.config), []
     with torch.no_grad():
         for start, stop in [(0, 4), *((t, t + 1) for t in range(4, LENGTH))]:
-            steps.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+            output, cache = forward_with_cache(model, cache, input_ids=ids[:, start:stop])
+            steps.append(output.logits)
         whole = model(ids, use_cache=False)
-    assert whole.past_key_values is None
+    assert whole.get(CACHE_NAME) is None
     torch.testing.assert_close(torch.cat(steps, dim=1), whole.logits, rtol=1e-4, atol=1e-4)

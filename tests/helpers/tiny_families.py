@@ -165,6 +165,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"layer_types": HALF},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "hy_v4_vl": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+            }
+        }
+    },
+    "inkling2_loop": {"unpadded_vocab_size": VOCABULARY},
+    "inkling2_loop_multimodal": {"vision_config": {"text_hidden_size": 32}},
     "inkling2_multimodal": {"vision_config": {"text_hidden_size": 32}},
     "kimi_linear": {"layer_types": HALF},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

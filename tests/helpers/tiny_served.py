@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from moefit.cache_argument import forward_with_cache
 from moefit.checkpoint.safetensors import Checkpoint, pread
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
@@ -99,8 +100,8 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 @torch.no_grad()
 def logits(model: Any, ids_BT: Tensor) -> Tensor:
     """Return logits of all positions at once, then of one more token with the cache."""
-    first = model(ids_BT[:, :-1], use_cache=True)
-    last = model(ids_BT[:, -1:], past_key_values=first.past_key_values)
+    first, cache = forward_with_cache(model, None, input_ids=ids_BT[:, :-1])
+    last, _ = forward_with_cache(model, cache, input_ids=ids_BT[:, -1:])
     return torch.cat([first.logits, last.logits], dim=1)
 
 

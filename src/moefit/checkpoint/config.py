@@ -20,7 +20,7 @@ from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
 
 CONFIG = "config.json"
-SUPPORTED_TRANSFORMERS = "5.23"  # as in pyproject.toml
+SUPPORTED_TRANSFORMERS = ("5.23", "5.24")  # as in pyproject.toml
 _MAX_DEPTH = 32  # real ones have four levels
 # Families with the architecture of another one. Kimi K2 is DeepSeek-V3 with other sizes
 # (architectures: DeepseekV3ForCausalLM).
@@ -84,19 +84,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_transformers() -> None:
-    """Refuse versions of transformers with which a model would be computed wrongly.
+    """Refuse versions of transformers with which a model might be computed wrongly.
 
-    transformers 5.24 passes the KV cache under another name. A model that knows the old one goes on
-    without a cache, and a limit on the context is not seen.
+    A new version may name an argument of the forward pass otherwise, as 5.24 did with the KV cache,
+    and a model goes on without what it does not know.
 
     Raises:
-        ConfigError: The installed version is not 5.23.
+        ConfigError: The installed version is not among `SUPPORTED_TRANSFORMERS`.
     """
     found = transformers.__version__
-    if ".".join(found.split(".")[:2]) != SUPPORTED_TRANSFORMERS:
+    if ".".join(found.split(".")[:2]) not in SUPPORTED_TRANSFORMERS:
         raise ConfigError(
-            f"transformers {found} is installed, but moefit supports {SUPPORTED_TRANSFORMERS} "
-            f"only; run pip install 'transformers=={SUPPORTED_TRANSFORMERS}.*'"
+            f"transformers {found} is installed, but moefit supports "
+            f"{' and '.join(SUPPORTED_TRANSFORMERS)}; run pip install "
+            f"'transformers=={SUPPORTED_TRANSFORMERS[-1]}.*'"
         )
 
 

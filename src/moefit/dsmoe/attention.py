@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb, eager_attention_forward
 
+from moefit.cache_argument import one_cache
 from moefit.dsmoe.block import DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.moe.routing import Rule, active_experts, masked_scores
@@ -73,6 +74,7 @@ class DsMoeAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         rule: Rule,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -83,6 +85,7 @@ class DsMoeAttention(nn.Module):
             position_embeddings: Cosines and sines of the rotary positions.
             attention_mask: As transformers' attention functions expect it.
             past_key_values: The KV cache.
+            cache: The same under its newer name; give one of them.
             rule: Inference rule of the attention experts.
             kwargs: Passed on to the attention function.
 
@@ -95,8 +98,8 @@ class DsMoeAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states)).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (kv_cache := one_cache(past_key_values, cache)) is not None:
+            key, value = kv_cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward

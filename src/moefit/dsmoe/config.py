@@ -69,7 +69,7 @@ class DsMoeConfig(PreTrainedConfig):
     """
 
     model_type = "dsmoe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' class field
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers' class field
 
     vocab_size: int = 4096
     hidden_size: int = 256

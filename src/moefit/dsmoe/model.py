@@ -27,6 +27,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from moefit.cache_argument import CACHE_NAME, one_cache
 from moefit.dsmoe.attention import DsMoeAttention, DsMoeRMSNorm
 from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts, DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
@@ -69,7 +70,7 @@ class DsMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DsMoeDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -122,6 +123,7 @@ class DsMoeModel(DsMoePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         rule: str | None = None,
@@ -135,6 +137,7 @@ class DsMoeModel(DsMoePreTrainedModel):
             attention_mask: [B, cached + T].
             position_ids: [B, T].
             past_key_values: The KV cache.
+            cache: The same under its newer name; give one of them.
             inputs_embeds: [B, T, D], instead of `input_ids`.
             use_cache: Whether to return a KV cache.
             rule: Which experts are used; None for the configuration's rule.
@@ -149,17 +152,14 @@ class DsMoeModel(DsMoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(past_key_values, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + seen
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, x_BTD, attention_mask, cache, position_ids=position_ids
         )
         if rule is None:
             rule = self.config.training_rule if self.training else self.config.inference_rule
@@ -168,14 +168,13 @@ class DsMoeModel(DsMoePreTrainedModel):
             "real_T": _real_tokens(attention_mask, x_BTD.shape[1]),
             "position_embeddings": self.rotary_emb(x_BTD, position_ids),
             "attention_mask": causal_mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: cache,
         }
         for index, layer in enumerate(self.layers):
             allowed_BE = None if allowed_LBE is None else allowed_LBE[index]
             x_BTD = layer(x_BTD, **shared, allowed_BE=allowed_BE, **kwargs)
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
-        )
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **named)
 
 
 def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -257,9 +256,9 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
         for name, logits_by_layer in routers.items():
             output[name] = logits_by_layer

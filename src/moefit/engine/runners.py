@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moefit.cache_argument import cache_name, forward_with_cache
 from moefit.engine.kv_pool import KvPool
 from moefit.engine.varlen import Segment, VarlenCache, varlen_attention_enabled
 from moefit.errors import UnsupportedModelError
@@ -71,6 +72,7 @@ class VarlenRunner:
         self._storages: set[int] = set()
         self._settled = False
         self._has_logits_to_keep = _accepts(model, "logits_to_keep")
+        self._cache = {cache_name(model): self.cache}
 
     def settle(self) -> None:
         """Set after trial steps whether the model needs gathered keys and values."""
@@ -115,7 +117,7 @@ class VarlenRunner:
             logits = self.model(
                 input_ids=torch.tensor(ids, device=self._device).view(shape),
                 position_ids=torch.tensor(positions, device=self._device).view(shape),
-                past_key_values=self.cache,
+                **self._cache,
                 use_cache=True,
                 segments=plan,
                 **extra,
@@ -188,8 +190,7 @@ class SeparateRunner:
         if self._has_logits_to_keep:
             inputs["logits_to_keep"] = max(1, one.num_logits)
         cache = self._caches[one.request]
-        output = self.model(**inputs, past_key_values=cache, use_cache=True)
-        self._caches[one.request] = output.past_key_values
+        output, self._caches[one.request] = forward_with_cache(self.model, cache, **inputs)
         return output.logits[0, output.logits.shape[1] - one.num_logits :]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moefit.cache_argument import forward_with_cache
 from moefit.serve.model import ServedModel
 
 
@@ -29,6 +30,5 @@ class Decoding:
     def __call__(self, ids_T: Tensor) -> Tensor:
         """Append tokens and return the logits after each, T x V."""
         ids = {self._name: ids_T[None].to(self._model.device)}
-        output = self._model(**ids, past_key_values=self._cache, use_cache=True, **self._fixed)
-        self._cache = output.past_key_values
+        output, self._cache = forward_with_cache(self._model, self._cache, **ids, **self._fixed)
         return output.logits[0]

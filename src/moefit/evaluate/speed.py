@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefit.cache_argument import forward_with_cache
 from moefit.errors import ConfigError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.serve.model import ServedModel
@@ -180,12 +181,12 @@ def _prefill(served: ServedModel, prompt_T: Tensor, seed: int | None) -> Callabl
         name, fixed = "input_ids", {}
         has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         last = {"logits_to_keep": 1} if has_keep else {}
-        output = model(input_ids=prompt_1T, use_cache=True, **last)
-        ids, cache = next_token(output.logits), output.past_key_values
+        output, cache = forward_with_cache(model, None, input_ids=prompt_1T, **last)
+        ids = next_token(output.logits)
 
     def step() -> None:
         nonlocal ids, cache
-        output = model(**{name: ids}, past_key_values=cache, use_cache=True, **fixed)
-        ids, cache = next_token(output.logits), output.past_key_values
+        output, cache = forward_with_cache(model, cache, **{name: ids}, **fixed)
+        ids = next_token(output.logits)
 
     return step

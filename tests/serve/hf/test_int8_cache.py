@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import moefit
+from moefit.cache_argument import forward_with_cache
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.quant.kv_int8 import Int8Rows, quantize_rows
 from moefit.serve.config import LoadSettings
@@ -128,14 +129,13 @@ def test_logits_are_those_of_rounded_keys_and_values(name, tmp_path) -> None:
 
     with moefit.load(folder) as plain:
         cache = Rounded(config=plain.model.config)
-        wanted = plain.model(input_ids=ids_BT, past_key_values=cache, use_cache=True).logits
+        wanted = forward_with_cache(plain.model, cache, input_ids=ids_BT)[0].logits
         exact = plain.model(input_ids=ids_BT, use_cache=False).logits
     with moefit.load(folder, kv_cache="int8") as served:
         assert served.budget.kv_dtype == "int8"
         cache, rows = None, []
         for part in ids_BT.split([7, 5, 1, 1, 1, 1, 1, 7], 1):
-            output = served.model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output, cache = forward_with_cache(served.model, cache, input_ids=part)
             rows.append(output.logits)
         found = torch.cat(rows, dim=1)
         alone = served.model(input_ids=ids_BT, use_cache=False).logits

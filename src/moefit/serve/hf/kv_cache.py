@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+from moefit.cache_argument import forward_with_cache, given_cache, with_cache
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
 from moefit.quant.kv_int8 import Int8Rows, write_rows
 
@@ -65,15 +66,15 @@ def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> Removabl
 
 def _tokens_after_step(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     """Return the tokens of all sequences after a step, of the encoder or decoder if longer."""
-    if isinstance(shared := named.get("past_key_values"), TokenHolder):
-        return shared.tokens_held()
+    cache: Any = given_cache(named)
+    if isinstance(cache, TokenHolder):
+        return cache.tokens_held()
     given = [*inputs[:1], *(named.get(name) for name in _TOKENS)]
     tensors = [one for one in given if isinstance(one, Tensor) and one.dim() >= 2]
     if not tensors:
         return 0
     sequences = max(one.shape[0] for one in tensors)
     new = max(one.shape[1] for one in tensors)
-    cache: Any = named.get("past_key_values")
     past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     return sequences * (int(past) + new)
 
@@ -239,7 +240,7 @@ def reserve_caches(
         return limit()
 
     def convert(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        cache = named.get("past_key_values")
+        cache = given_cache(named)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if isinstance(cache, Cache) and not torch.is_grad_enabled():
@@ -258,7 +259,7 @@ def _int8_hook(model: nn.Module, limit: Callable[[], int | None]) -> Any:
     def convert(
         _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache, config = named.get("past_key_values"), cast(Any, model.config)
+        cache, config = given_cache(named), cast(Any, model.config)
         if torch.is_grad_enabled():
             return None
         uses_cache = getattr(config.get_text_config(decoder=True), "use_cache", True)
@@ -269,7 +270,7 @@ def _int8_hook(model: nn.Module, limit: Callable[[], int | None]) -> Any:
         cache.layers[:] = [_as_int8(layer, current_limit) for layer in cache.layers]
         if cache.layer_class_to_replicate is DynamicLayer:  # for layers that are added later
             cache.layer_class_to_replicate = cast(Any, partial(_empty_int8_layer, current_limit))
-        return inputs, {**named, "past_key_values": cache}
+        return inputs, with_cache(named, cache, model)
 
     return convert
 
@@ -343,8 +344,7 @@ def _int8_difference(model: Any, ids_1T: Tensor, chunks: Sequence[int]) -> str |
     for number in chunks:
         part_1T = ids_1T[:, start : start + number]
         if part_1T.numel():
-            output = model(input_ids=part_1T, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output, cache = forward_with_cache(model, cache, input_ids=part_1T)
             rows.append(output.logits[0])
         start += number
     layers = cache.layers if isinstance(cache, Cache) else [cache]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moefit.cache_argument import cache_name
 from moefit.checkpoint.config import (
     CONFIG,
     config_from,
@@ -128,6 +129,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     checkpoint.weights = find_weights(checkpoint.spans, quantisation, compute_dtype)
     with _config_errors(folder):
         model = _on_meta(config, compute_dtype)
+        cache_name(model)  # raises for a model that takes no KV cache
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
     return Skeleton(
@@ -154,6 +156,7 @@ def refuse_unservable(folder: Path) -> None:
         return  # checked against the headers of the weights before it is built
     with _config_errors(folder):
         model = _on_meta(config, torch.float32)
+        cache_name(model)
         find_blocks(model)
     refuse_parts(model, folder, _index_names(folder))
 
