@@ -1,9 +1,11 @@
 """Memory figures of the operating system: of this process, the machine and its control groups.
 
 Reads /proc and /sys/fs/cgroup: resident set and peak, free memory, and the limits of control groups
-(versions 1 and 2), with which containers, systemd and Slurm bound memory.
+(versions 1 and 2), with which containers, systemd and Slurm bound memory. Also which addresses are
+this machine's own.
 """
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,3 +180,11 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether `host` is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -1,5 +1,6 @@
 """Imports of the command line: nothing heavy for help, no training code for serving."""
 
+import json
 import subprocess
 import sys
 
@@ -38,6 +39,35 @@ def command(*arguments: str) -> str:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(option: str) -> None:
     assert loaded_after(command(option), HEAVY) == []
+
+
+LIGHT_BUDGET = """
+import json, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({{"asked": self.path}}).encode())
+
+server = HTTPServer(("127.0.0.1", 0), Answer)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+import sys
+sys.argv = ["moefit", "budget", "get", "--json", "--url", f"http://127.0.0.1:{{server.server_port}}"]
+from moefit.cli import main
+try: main()
+except SystemExit as end: assert not end.code, end.code
+print(*[n for n in {heavy!r} if n in sys.modules])
+"""
+
+
+def test_budget_get_imports_nothing_heavy() -> None:
+    """It answers while a server computes, and may be asked every second."""
+    heavy = (*HEAVY, "fastapi", "starlette")
+    *answer, loaded = run(LIGHT_BUDGET.format(heavy=heavy)).splitlines()
+    assert json.loads("".join(answer)) == {"asked": "/v1/memory"}
+    assert loaded == ""
 
 
 def test_help_lists_all_commands_and_version_matches_package() -> None:

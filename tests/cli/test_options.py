@@ -9,14 +9,8 @@ from typer.main import get_command_from_info
 from typer.testing import CliRunner
 
 from moefit.cli import app as cli
-from moefit.cli.app import ADVANCED, COMMANDS
-from moefit.cli.options import (
-    MemoryOptions,
-    ModeName,
-    SamplingOptions,
-    ServingOptions,
-    expand_options,
-)
+from moefit.cli.app import ADVANCED, COMMANDS, ModeName
+from moefit.cli.options import MemoryOptions, SamplingOptions, ServingOptions, expand_options
 from moefit.errors import ConfigError
 from moefit.serve.config import Policy
 

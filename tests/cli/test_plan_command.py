@@ -151,7 +151,7 @@ def test_planned_options_match_command(profiled: Path) -> None:
     order = PlanProcess(
         model=str(folder()), memory="4GiB", context=64, device="cpu", process=1 << 30,
         target=Target(min_speed=0.1), concurrency=16, dtype="bfloat16",
-        dense_precision="int8",
+        dense_precision="int8", kv_cache="int8",
     )  # fmt: skip
     file = profiled / "plan.json"
     done = run(*order.arguments(file))
@@ -159,6 +159,7 @@ def test_planned_options_match_command(profiled: Path) -> None:
     plan = read_plan(file)
     assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS_BYTES)
     assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
+    assert plan.kv_cache == "int8"
     assert (plan.target, plan.configuration.dense_precision) == (order.target, "int8")
     floor = json.loads(done.stdout)["floor"]
     larger = run(*replace(order, process=2 << 30).arguments(file))

@@ -10,7 +10,8 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from moefit.cli import app
-from moefit.cli.options import KvCache, MemoryOptions, ModeName, ServingOptions
+from moefit.cli.app import ModeName
+from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
 from moefit.cli.precision import (
     Candidate,
     _candidates,

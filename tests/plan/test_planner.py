@@ -17,8 +17,10 @@ from moefit.plan.configuration import uniform
 from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan, write_plan
 from moefit.plan.planner import Planner
 from moefit.plan.search import PlanConstraints, Point
+from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.activations import kv_bytes_per_token
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed.store import fingerprint
 
@@ -106,6 +108,23 @@ def test_sequences_include_logits() -> None:
     )
     assert taken + fits[16] * (16 * per_token + row) <= memory
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
+
+
+def test_int8_kv_cache_leaves_more_for_experts(tmp_path: Path) -> None:
+    own, rounded = (
+        server_planner(PlanConstraints(process=1 << 30, kv_cache=name))
+        for name in (MODEL_CACHE, INT8_CACHE)
+    )
+    config, dtype = planned_model().config, planned_model().dtype
+    less = CONTEXT * (
+        kv_bytes_per_token(config, dtype) - kv_bytes_per_token(config, dtype, int8=True)
+    )
+    assert own.slot_budgets.min_bytes - rounded.slot_budgets.min_bytes == less > 0
+    plan = rounded.plan(rounded.slot_budgets.all_resident_bytes)[0]
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+    with moefit.load(folder(), **{**plan.settings(), "memory": None}) as served:
+        assert served.budget.kv_dtype == INT8_CACHE
 
 
 def test_more_memory_never_increases_loss() -> None:
@@ -264,16 +283,17 @@ def test_invalid_plan_raises(tmp_path: Path, content: str, says: str) -> None:
 
 def test_old_plan_is_for_one_request(tmp_path: Path) -> None:
     values = some_plan().as_dict()
-    for name in ("sequences", "prompt_logits", "promise"):
+    for name in ("sequences", "prompt_logits", "promise", "kv_cache"):
         del values[name]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(values))
     assert read_plan(file) == replace(some_plan(), target=Target())
 
 
-def test_damaged_dtype_raises(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["dtype", "kv_cache"])
+def test_damaged_names_raise(tmp_path: Path, field: str) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps({**some_plan().as_dict(), "dtype": "load"}))
+    file.write_text(json.dumps({**some_plan().as_dict(), field: "load"}))
     with pytest.raises(ConfigError, match="damaged"):
         read_plan(file)
 

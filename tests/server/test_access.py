@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_http import client_of, error_of, fake_service
 
+from moefit.host import is_loopback
 from moefit.serve.model import ServedModel
 from moefit.server import errors as refusal
 from moefit.server.middleware import (
     host_name,
     is_allowed_host,
     is_allowed_origin,
-    is_loopback,
     is_valid_key,
 )
 

@@ -16,7 +16,8 @@ from serving_http import fake_service
 
 from moefit.errors import ConfigError
 from moefit.serve.model import ServedModel
-from moefit.server.client import ChatOptions, Client, RemoteChat, ServerError
+from moefit.server.chat_backend import ChatOptions, RemoteChat
+from moefit.server.client import Client, ServerError
 from moefit.server.run import HttpServer, bind, url_of
 from moefit.server.service import Service
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -71,6 +72,39 @@ app = typer.Typer(
     help="Train mixture-of-experts models, and serve them inside a memory budget.",
 )
 console = Console(stderr=True)
+
+
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """Return an option; `settings` are those of `typer.Option`."""
+    return typer.Option(*names, help=help, **settings)
+
+
+def advanced(help: str, *names: str, **settings: Any) -> Any:
+    """Return an option that `--help` shows in the panel "Advanced"."""
+    return option(help, *names, rich_help_panel=ADVANCED, **settings)
+
+
+class ModeName(StrEnum):
+    """What happens when an expert is not resident."""
+
+    exact = "exact"
+    bounded = "bounded"
+    virtual = "virtual"
+
+
+Json = Annotated[bool, option("Print JSON instead of tables.", "--json")]
+Mode = Annotated[
+    ModeName | None,
+    option(
+        "For experts that are not in memory. exact: fetch; bounded: substitute up to --bound; "
+        "virtual: always substitute (SwapMoE). Default at start: exact."
+    ),
+]
+Prefill = Annotated[
+    ModeName | None, advanced("Mode for prompts. Default: exact, or virtual in mode virtual.")
+]
+BOUND = "Mode bounded: maximum share of a token's router weight that is substituted."
+ApiKey = Annotated[str | None, advanced("API key of the server.", envvar="MOEFIT_API_KEY")]
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -7,13 +7,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.app import COMMANDS, app, print_json
-from moefit.cli.options import ApiKey, Bound, Json, Mode, Prefill, option
+from moefit.cli.app import (
+    BOUND,
+    COMMANDS,
+    ApiKey,
+    Json,
+    Mode,
+    Prefill,
+    advanced,
+    app,
+    option,
+    print_json,
+)
 from moefit.serve.memory.budget import PARTS, format_bytes, part_label
 from moefit.server.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 Url = Annotated[str, option("URL of the server.", envvar="MOEFIT_URL")]
+Bound = Annotated[float | None, advanced(BOUND, min=0, max=1)]
 
 budget = typer.Typer(no_args_is_help=True, help=COMMANDS["budget"][1])
 app.add_typer(budget, name="budget")

@@ -6,23 +6,27 @@ from typing import Annotated
 
 import typer
 
-from moefit.cli.app import command, say
+from moefit.cli.app import ApiKey, advanced, command, option, say
 from moefit.cli.loading import load_served, say_generation
 from moefit.cli.options import (
     SAMPLING,
     SERVING,
-    ApiKey,
     Following,
     GenerationConfig,
     SamplingOptions,
     ServingOptions,
-    advanced,
     expand_options,
-    option,
 )
 from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
-from moefit.server.client import ChatBackend, ChatOptions, ChatTurn, Client, LocalChat, RemoteChat
+from moefit.server.chat_backend import (
+    ChatBackend,
+    ChatOptions,
+    ChatTurn,
+    LocalChat,
+    RemoteChat,
+)
+from moefit.server.client import Client
 from moefit.server.tokenizer import RENDER_RESIDENT
 
 HELP = "/new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"

@@ -9,18 +9,9 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from moefit.api import folder_of
-from moefit.cli.app import command, console, print_json
+from moefit.cli.app import Json, advanced, command, console, option, print_json
 from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
-from moefit.cli.options import (
-    Json,
-    Model,
-    ServingOptions,
-    TextFile,
-    advanced,
-    expand_options,
-    option,
-    torch_dtype,
-)
+from moefit.cli.options import Model, ServingOptions, TextFile, expand_options, torch_dtype
 from moefit.cli.precision import resolve_precision
 from moefit.engine.runners import start_token
 from moefit.errors import ConfigError

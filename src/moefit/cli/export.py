@@ -9,8 +9,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
-from moefit.cli.app import command, console, print_json, say
-from moefit.cli.options import Dtype, Json, Model, option, torch_dtype
+from moefit.cli.app import Json, command, console, option, print_json, say
+from moefit.cli.options import Dtype, Model, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError

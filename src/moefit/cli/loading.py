@@ -18,7 +18,7 @@ from rich.table import Table
 from moefit.api import folder_of, load
 from moefit.checkpoint.formats.declared import declared
 from moefit.cli.app import console, say
-from moefit.cli.options import MemoryOptions, ServingOptions
+from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
@@ -88,7 +88,9 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
     device = {"host_memory": options.host_memory, "device": options.device}
-    chosen = {**device, "kv_cache": options.kv_cache.value, **plan.settings(), **settings}
+    chosen = {**device, **plan.settings(), **settings}
+    if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
+        chosen["kv_cache"] = options.kv_cache.value
     if options.memory is not None:
         chosen["memory"] = options.memory
     with loading() as progress, _explain_sequences(plan, chosen["sequences"]):

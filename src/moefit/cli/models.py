@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
 from moefit.checkpoint.safetensors import Checkpoint
-from moefit.cli.app import command, console, print_json
+from moefit.cli.app import Json, advanced, command, console, option, print_json
 from moefit.cli.loading import (
     dropout_line,
     estimate_table,
@@ -36,14 +36,11 @@ from moefit.cli.options import (
     ForConcurrency,
     GenerationConfig,
     InferenceRule,
-    Json,
     MemoryOptions,
     Model,
     SamplingOptions,
     ServingOptions,
-    advanced,
     expand_options,
-    option,
     torch_dtype,
 )
 from moefit.cli.precision import resolve_precision

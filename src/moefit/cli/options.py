@@ -1,4 +1,4 @@
-"""Every option of the command line, defined once; records of options; and `--config FILE.yaml`.
+"""Options of commands that load a model, records of options, and `--config FILE.yaml`.
 
 A command takes an option as a parameter annotated with its alias (`Json`, `Device`, ...), or a
 record of options (`ServingOptions`), which `expand_options` replaces by its fields.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefit.cli.app import ADVANCED, say
+from moefit.cli.app import BOUND, Mode, ModeName, Prefill, advanced, option, say
 from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
 from moefit.quant.format import FORMATS
@@ -27,16 +27,6 @@ from moefit.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     import torch
-
-
-def option(help: str, *names: str, **settings: Any) -> Any:
-    """Return an option; `settings` are those of `typer.Option`."""
-    return typer.Option(*names, help=help, **settings)
-
-
-def advanced(help: str, *names: str, **settings: Any) -> Any:
-    """Return an option that `--help` shows in the panel "Advanced"."""
-    return option(help, *names, rich_help_panel=ADVANCED, **settings)
 
 
 class Dtype(StrEnum):
@@ -55,14 +45,6 @@ class Dtype(StrEnum):
 def torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
     """Return the torch dtype of an option; None if it is not given."""
     return None if dtype is None else dtype.torch
-
-
-class ModeName(StrEnum):
-    """What happens when an expert is not resident."""
-
-    exact = "exact"
-    bounded = "bounded"
-    virtual = "virtual"
 
 
 class KvCache(StrEnum):
@@ -89,7 +71,6 @@ def _warn_renamed(value: Any) -> Any:
 Model = Annotated[
     str, typer.Argument(help="Model folder, training run, name on the Hub, or 'reference'.")
 ]
-Json = Annotated[bool, option("Print JSON instead of tables.", "--json")]
 Device = Annotated[str, advanced("auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[
     Dtype | None, advanced("Dtype of weights that are not encoded. Default: the checkpoint's.")
@@ -122,24 +103,9 @@ MIN_SPEED = "Plan for the lowest loss with at least this many tokens/s."
 ForConcurrency = Annotated[
     int | None, option("Estimate for a server that runs this many requests at once.", min=1)
 ]
-Mode = Annotated[
-    ModeName | None,
-    option(
-        "For experts that are not in memory. exact: fetch; bounded: substitute up to --bound; "
-        "virtual: always substitute (SwapMoE). Default at start: exact."
-    ),
-]
-Prefill = Annotated[
-    ModeName | None, advanced("Mode for prompts. Default: exact, or virtual in mode virtual.")
-]
 Bound = Annotated[
     float | None,
-    advanced(
-        "Mode bounded: maximum share of a token's router weight that is substituted. "
-        f"Default: {Policy().bound}.",
-        min=0,
-        max=1,
-    ),
+    advanced(f"{BOUND} Default: {Policy().bound}.", min=0, max=1),
 ]
 InferenceRule = Annotated[
     str | None, advanced("Inference rule of a DS-MoE, such as top_k:4. Default: the model's own.")
@@ -159,7 +125,6 @@ GenerationConfig = Annotated[
         "end tokens are used."
     ),
 ]
-ApiKey = Annotated[str | None, advanced("API key of the server.", envvar="MOEFIT_API_KEY")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import command, console, print_json, say
-from moefit.cli.options import DtypeOption, Json, Model, option, torch_dtype
+from moefit.cli.app import Json, command, console, option, print_json, say
+from moefit.cli.options import DtypeOption, Model, torch_dtype
 from moefit.errors import CheckpointError, ConfigError
 from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, Format, parse_format

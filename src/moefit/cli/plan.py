@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import command, console, print_json, say
+from moefit.cli.app import Json, advanced, command, console, option, print_json, say
 from moefit.cli.loading import import_serving_commands, shared_steps
 from moefit.cli.options import (
     MAX_LOSS,
@@ -22,12 +22,11 @@ from moefit.cli.options import (
     DtypeOption,
     ForConcurrency,
     InferenceRule,
-    Json,
+    KvCache,
+    KvCacheOption,
     Model,
     Rest,
     TextFile,
-    advanced,
-    option,
     torch_dtype,
 )
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
@@ -112,6 +111,7 @@ def plan_model(
     max_loss: Annotated[str | None, option(MAX_LOSS)] = None,
     min_speed: Annotated[float | None, option(MIN_SPEED)] = None,
     context: Context = 2048,
+    kv_cache: KvCacheOption = KvCache.model,
     max_concurrency: ForConcurrency = None,
     dense_precision: DensePrecision = None,
     rest: Rest = None,
@@ -146,6 +146,7 @@ def plan_model(
     constraints = PlanConstraints(
         process=process_bytes,
         dense_formats=_dense_formats(dense_precision or rest),
+        kv_cache=kv_cache.value,
         **shared_steps(max_concurrency),
     )
     planner = Planner(

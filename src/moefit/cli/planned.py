@@ -19,6 +19,7 @@ from moefit.device import planned_device
 from moefit.errors import ConfigError
 from moefit.plan.configuration import Lengths
 from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
+from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import held_bytes
@@ -39,6 +40,7 @@ class PlanProcess:
         dtype: That the model is loaded in already, if it is.
         dense_precision: That dense weights are loaded in already, if they are.
         lengths: Of an encoder-decoder's requests; None for the profile's.
+        kv_cache: What the KV cache holds.
     """
 
     model: str
@@ -51,12 +53,14 @@ class PlanProcess:
     dtype: str | None = None
     dense_precision: str | None = None
     lengths: Lengths | None = None
+    kv_cache: str = MODEL_CACHE
 
     def arguments(self, save: Path) -> list[str]:
         """Return the arguments of the command `moefit`."""
         options = {
             "memory": self.memory,
             "context": self.context,
+            "kv-cache": self.kv_cache,
             "device": self.device,
             "process-bytes": self.process,
             "max-loss": None if self.target.max_loss is None else f"{100 * self.target.max_loss}%",
@@ -125,6 +129,7 @@ def plan_for(
         model=model,
         memory=options.memory,
         context=options.context,
+        kv_cache=options.kv_cache.value,
         device=options.device,
         process=held_bytes(planned_device(options.device)) + helpers,
         target=target_of(options.max_loss, options.min_speed),

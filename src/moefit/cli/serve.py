@@ -10,7 +10,7 @@ import typer
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import refuse_without_tokenizer
-from moefit.cli.app import command, say, stopped
+from moefit.cli.app import advanced, command, option, say, stopped
 from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (
     SERVING,
@@ -18,17 +18,17 @@ from moefit.cli.options import (
     Following,
     GenerationConfig,
     ServingOptions,
-    advanced,
     expand_options,
-    option,
 )
 from moefit.cli.planned import PlanProcess
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.evaluate.loading import REFERENCE
+from moefit.host import is_loopback
 from moefit.plan.plan_file import Plan
+from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.model import ServedModel
-from moefit.server.middleware import ServerSettings, is_loopback
+from moefit.server.middleware import ServerSettings
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
@@ -189,6 +189,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         model=model,
         memory=0,
         context=plan.context,
+        kv_cache=INT8_CACHE if engine.served.int8_cache else MODEL_CACHE,
         device=str(engine.served.model.device),
         process=engine.served.budget.process,
         target=plan.target,

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from moefit import demo as demonstration
-from moefit.cli.app import command, console, print_json, say, stopped
+from moefit.cli.app import Json, advanced, command, console, option, print_json, say, stopped
 from moefit.cli.loading import dropout_line
-from moefit.cli.options import Json, Model, advanced, option
+from moefit.cli.options import Model
 from moefit.evaluate.loading import check_family, load_full_model, locate
 from moefit.moe.expert_dropout import dropout_record
 from moefit.train.adapt import adapt_config, write_adapted

@@ -17,6 +17,7 @@ from moefit.errors import ConfigError
 from moefit.plan.configuration import Configuration, Lengths, configuration_from
 from moefit.plan.profile import RecordKind
 from moefit.plan.search import Point
+from moefit.quant.kv_int8 import KV_CACHES, MODEL_CACHE
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.packed.store import fingerprint
@@ -177,6 +178,7 @@ class Plan:
         prompt_logits: Bytes reserved for the logits of prompts, as in `LoadSettings`.
         target: What the plan was chosen to satisfy.
         lengths: Of an encoder-decoder's requests that speed is predicted for; None for decoders.
+        kv_cache: What the KV cache holds, as in `LoadSettings`.
     """
 
     configuration: Configuration
@@ -191,6 +193,7 @@ class Plan:
     prompt_logits: int = 0
     target: Target = field(default_factory=Target)
     lengths: Lengths | None = None
+    kv_cache: str = MODEL_CACHE
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `moefit.load` that load the model as planned."""
@@ -199,6 +202,7 @@ class Plan:
             "context": self.context,
             "sequences": self.sequences,
             "prompt_logits": self.prompt_logits,
+            "kv_cache": self.kv_cache,
             "dtype": getattr(torch, self.dtype),
             **self.configuration.load_settings(),
             **self.configuration.policy_settings(),
@@ -216,6 +220,7 @@ class Plan:
             "context": self.context,
             "sequences": self.sequences,
             "prompt_logits": self.prompt_logits,
+            "kv_cache": self.kv_cache,
             "promise": asdict(self.target),
             "lengths": self.lengths and asdict(self.lengths),
             "predicted": asdict(self.predicted),
@@ -240,6 +245,8 @@ def read_plan(path: Path) -> Plan:
 def _plan_from(values: Mapping[str, Any]) -> Plan:
     if values["dtype"] not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {values['dtype']!r}")
+    if values.get("kv_cache", MODEL_CACHE) not in KV_CACHES:
+        raise ValueError(f"kv_cache {values['kv_cache']!r}")
     return Plan(
         configuration=configuration_from(values["configuration"]),
         memory=values["memory"],
@@ -253,6 +260,7 @@ def _plan_from(values: Mapping[str, Any]) -> Plan:
         prompt_logits=values.get("prompt_logits", 0),
         target=Target(**values.get("promise", {})),
         lengths=Lengths(**lengths) if (lengths := values.get("lengths")) else None,
+        kv_cache=values.get("kv_cache", MODEL_CACHE),
     )
 
 

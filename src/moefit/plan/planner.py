@@ -232,6 +232,7 @@ class Planner:
             source=facts.source,
             sequences=self._constraints.sequences,
             prompt_logits=self._constraints.prompt_logits,
+            kv_cache=self._constraints.kv_cache,
             target=target or Target(),
             lengths=self.lengths,
             predicted=Prediction(

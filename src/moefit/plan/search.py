@@ -21,6 +21,7 @@ from moefit.plan.fitting import Features
 from moefit.plan.latency import LatencyModel
 from moefit.plan.quality import AdditiveModel, QualityModel
 from moefit.plan.trace import interpolated
+from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import MemoryBudget
@@ -309,6 +310,7 @@ class PlanConstraints:
         process: Bytes of the process that will serve, with libraries and helpers; None for this
             process as it is now.
         dense_formats: Formats that the dense weights may have.
+        kv_cache: As in `LoadSettings`.
     """
 
     sequences: int = 1
@@ -316,6 +318,7 @@ class PlanConstraints:
     helpers: int = 0
     process: int | None = None
     dense_formats: Sequence[str] = DENSE_FORMATS
+    kv_cache: str = MODEL_CACHE
 
 
 NO_CONSTRAINTS = PlanConstraints()
@@ -411,6 +414,7 @@ class SlotBudget:
             dense_precision=configuration.dense_precision,
             sequences=sequences or self._constraints.sequences,
             prompt_logits=self._constraints.prompt_logits,
+            kv_cache=self._constraints.kv_cache,
         )
         return replace(memory_budget(self._skeleton, settings), process=self._process)
 

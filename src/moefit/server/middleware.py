@@ -5,7 +5,6 @@ in memory.
 """
 
 import hmac
-import ipaddress
 from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -14,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moefit.errors import ConfigError
+from moefit.host import is_loopback
 from moefit.server.errors import APIError, error_response
 
 
@@ -160,14 +160,6 @@ def is_valid_key(key: str, authorization: str | None) -> bool:
     scheme, _, given = (authorization or "").partition(" ")
     same = hmac.compare_digest(given.strip().encode(), key.encode())
     return scheme.lower() == "bearer" and same
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether `host` is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def host_name(header: str | None) -> str:

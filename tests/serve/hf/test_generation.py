@@ -25,8 +25,8 @@ from moefit.engine.api import SamplingParams
 from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import reference_path
 from moefit.serve.hf.generation_config import GenerationDefaults, Suppressed, use_generation_config
-from moefit.server import client as talk
-from moefit.server.client import ChatOptions
+from moefit.server import chat_backend as talk
+from moefit.server.chat_backend import ChatOptions
 
 PROMPT = tokens(1, 7)
 Written = Callable[..., Path]
