@@ -16,7 +16,7 @@ slots.
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -100,14 +100,19 @@ def alone() -> Iterator[None]:
         yield
 
 
-def pack_by(subject: Subject, text: Path) -> None:
-    """Pack all formats, calibrated as `moefit pack --text` does."""
+def pack_by(
+    subject: Subject,
+    text: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    formats: Sequence[str] = UNIFORM,
+) -> None:
+    """Pack formats, calibrated as `moefit pack --text` does."""
     windows = windows_of(
         text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
     what = CalibrationText(text=text.name, digest=windows.digest, windows=windows)
-    skeleton = build_skeleton(subject.folder, torch.bfloat16)
-    made = pack(skeleton, [parse_format(name) for name in UNIFORM], calibration=what)
+    skeleton = build_skeleton(subject.folder, dtype)
+    made = pack(skeleton, [parse_format(name) for name in formats], calibration=what)
     print(f"packed with {text.name} in {made.seconds:.0f} s")
 
 
