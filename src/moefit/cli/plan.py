@@ -117,11 +117,11 @@ def plan_model(
     rest: Rest = None,
     source_tokens: Annotated[
         float | None,
-        option("For encoder-decoders: tokens of a source. Default: the profile's mean.", min=1),
+        advanced("For encoder-decoders: tokens of a source. Default: the profile's mean.", min=1),
     ] = None,
     target_tokens: Annotated[
         float | None,
-        option("For encoder-decoders: tokens of an output. Default: the profile's mean.", min=1),
+        advanced("For encoder-decoders: tokens of an output. Default: the profile's mean.", min=1),
     ] = None,
     process_bytes: Annotated[
         int | None, option("Memory of the process that will serve.", min=0, hidden=True)

@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from moefit.errors import DataError
 from moefit.evaluate.perplexity import Text
 from moefit.serve.windows import Windows, padded
-from moefit.train.config import DataConfig
-from moefit.train.data.split import split
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int | None) -> Text:
@@ -27,6 +25,9 @@ def held_out_text(tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: 
         context: Tokens per window.
         max_tokens: Most tokens to predict; None for all.
     """
+    from moefit.train.config import DataConfig  # serving imports this module without training
+    from moefit.train.data.split import split
+
     documents = split(DataConfig()).held_out()
     return _tokenize((document.text for document in documents), tokenizer, context, max_tokens)
 
