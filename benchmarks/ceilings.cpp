@@ -15,9 +15,9 @@ template <typename F>
 int64_t on_threads(int64_t threads, const F &f) {
     std::vector<std::thread> all;
     std::vector<int64_t> found(threads);
-    for (int64_t t = 0; t < threads; t++) all.emplace_back([&, t] { found[t] = f(t); });
-    int64_t sum = 0;
-    for (int64_t t = 0; t < threads; t++) all[t].join(), sum += found[t];
+    for (int64_t t = 1; t < threads; t++) all.emplace_back([&, t] { found[t] = f(t); });
+    int64_t sum = f(0);
+    for (int64_t t = 1; t < threads; t++) all[t - 1].join(), sum += found[t];
     return sum;
 }
 

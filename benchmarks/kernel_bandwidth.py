@@ -38,6 +38,7 @@ TOP_K = 8
 ROWS = 8192  # of a linear layer that one token is multiplied by,
 FEW_ROWS = 2048  # and many
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
+PAUSE = 0.01  # seconds, until no thread of the kernels' pool spins
 BURST = 4_000_000  # of 12 vectors of products
 CEILING_VECTORS = {"float rate": 12 * 8, "integer rate": 12 * 16}
 
@@ -181,6 +182,7 @@ def measured(
         for number in threads:
             torch.set_num_threads(number)
             for way, one in work.items():
+                time.sleep(PAUSE)
                 began = time.perf_counter()
                 one.call(number)
                 seconds.setdefault((way, number), []).append(time.perf_counter() - began)
