@@ -69,7 +69,7 @@ def subject(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, torch
     torch.manual_seed(0)
     config = preset(options.model, num_hidden_layers=options.layers)
     ids = torch.randint(config.vocab_size, (1, length))
-    return DsMoeForCausalLM(config).to(dtype).eval(), ids
+    return DsMoeForCausalLM(config).to(dtype).eval(), ids  # pyright: ignore
 
 
 @torch.inference_mode()

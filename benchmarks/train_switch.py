@@ -122,7 +122,7 @@ def new_model(
         num_experts=arguments.experts,
         router_jitter_noise=0.0,
         dropout_rate=0.0,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # pyright: ignore
     )
     model = SwitchTransformersForConditionalGeneration(config)
     for router in routers(model):  # transformers' own gives logits of deviation sqrt(width)

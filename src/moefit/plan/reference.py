@@ -79,7 +79,7 @@ class Reference:
             np.savez(
                 file,
                 windows=self.windows.ids_BT.numpy(),
-                **({} if sources_BS is None else {"sources": sources_BS.numpy()}),
+                **({} if sources_BS is None else {"sources": sources_BS.numpy()}),  # pyright: ignore
                 ids=self.ids_BTN.numpy(),
                 logp=self.logp_BTN.numpy(),
                 nll=self.nll_BT.numpy(),

@@ -144,8 +144,8 @@ def _with_kernels(forward: FunctionType, dtype: torch.dtype) -> FunctionType | N
     found: dict[str, RotaryFunction] = {}
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
-        if _may_rotate(function) and (rule := rotary_rule(function, dtype)) is not None:
-            found[name] = RotaryFunction(function, rule)
+        if _may_rotate(function) and (rule := rotary_rule(function, dtype)) is not None:  # pyright: ignore
+            found[name] = RotaryFunction(function, rule)  # pyright: ignore
     if not found:
         return None
     copy = FunctionType(
