@@ -98,7 +98,8 @@ def measure(folder: Path) -> dict[str, Any]:
     ids_BT = torch.randint(3, 480, TOKENS, generator=torch.Generator().manual_seed(5))
     with tempfile.TemporaryDirectory() as name:
         plain = Path(name)
-        (plain / "own").mkdir(), (plain / "wide").mkdir()
+        (plain / "own").mkdir()
+        (plain / "wide").mkdir()
         plain_copy(skeleton, plain / "own")
         row["weights_equal_transformers"] = bit_equal_weights(folder, plain / "own", dtype)
         plain_copy(build_skeleton(folder, torch.float32), plain / "wide")

@@ -146,7 +146,8 @@ class MeanSquares:
                 module = getattr(layer.self_attn, f"{short}_proj")
                 hook = self.dense(f"blk.{number}.attn_{name}.weight")
                 hooks.append(module.register_forward_pre_hook(hook))
-            hooks.append(layer.mlp.experts.register_forward_pre_hook(self.experts(number)))
+            experts = layer.get_submodule("mlp.experts")
+            hooks.append(experts.register_forward_pre_hook(self.experts(number)))
         for window_L in windows:
             self.model(window_L[None], use_cache=False)
         for hook in hooks:
