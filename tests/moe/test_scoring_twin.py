@@ -178,6 +178,17 @@ def test_low_precision_is_tolerated(name: str) -> None:
     }  # fmt: skip
 
 
+def test_router_that_rounds_before_it_selects_is_identified() -> None:
+    """Switch Transformers: logits in float32, but the best of the scores in bfloat16."""
+    logits_TE = some_logits(1, 512) / 8
+    scores_TE = logits_TE.softmax(-1)
+    weights_T1, ids_T1 = scores_TE.bfloat16().max(-1, keepdim=True)
+    assert (ids_T1 != scores_TE.argmax(-1, keepdim=True)).any()
+    found = identify(RouterExample(logits_TE=logits_TE, routing=Routing(ids_T1, weights_T1)))
+    assert found is not None
+    assert (found.rule.score, found.rule.chosen, found.rule.scale) == ("softmax", "kept", 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_never_are_nan(dtype: torch.dtype) -> None:
     padding_TK = torch.full((2, K), NUM_EXPERTS)

@@ -257,7 +257,7 @@ def _match(rule: ScoringRule, example: RouterExample, bias: int | None) -> Scori
     """Return the rule with the example's scale if it reproduces the example, else None."""
     bias_E = None if bias is None else example.vectors[bias]
     routing = rule.route(example.logits_TE, example.routing, bias_E)
-    untied_T = _untied(rule, rule.preference(example.logits_TE, bias_E), example.routing)
+    untied_T = _untied(rule, rule.preference(example.logits_TE, bias_E), example)
     expected = _dense(example.routing, example)[untied_T]
     found = _dense(routing, example)[untied_T]
     if len(found) < len(untied_T) / 2 or not torch.equal(expected != 0, found != 0):
@@ -272,9 +272,15 @@ def _match(rule: ScoringRule, example: RouterExample, bias: int | None) -> Scori
     return replace(rule, scale=scale)
 
 
-def _untied(rule: ScoringRule, selection_TE: Tensor, routing: Routing) -> Tensor:
-    """Return a mask [T] of tokens without ties, which implementations break differently."""
-    k = routing.ids_TK.shape[-1]
+def _untied(rule: ScoringRule, selection_TE: Tensor, example: RouterExample) -> Tensor:
+    """Return a mask [T] of tokens without ties, which implementations break differently.
+
+    Scores that differ only before they are rounded to the dtype of the weights count as ties,
+    because some routers round first and then select (Switch Transformers).
+    """
+    k, dtype = example.routing.ids_TK.shape[-1], example.routing.weights_TK.dtype
+    if dtype.itemsize < example.logits_TE.dtype.itemsize:
+        selection_TE = selection_TE.to(dtype)
     best_TK = selection_TE.topk(min(k + 1, selection_TE.shape[-1]), dim=-1).values.cpu()
     distinct_TK = best_TK[:, :-1] > best_TK[:, 1:]
     # The weights of SparseMixer depend on the order of all K, those of other rules on the set.
