@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure perplexity and cost, by inference rule or in a memory budget."),
     "describe": ("models", "Show a model's parameters and memory estimate without loading it."),
     "pack": ("pack", "Encode a model's experts once, so that serving need not."),
+    "cache": ("pack", "Show or remove what is kept in the cache folder, such as packed experts."),
     "profile": ("plan", "Measure a model on this machine, for `moefit plan`."),
     "plan": ("plan", "Predict what a memory budget costs, and choose a configuration."),
     "budget": ("budget", "Show or change the memory budget of a running server."),

@@ -1,10 +1,15 @@
-"""The command `pack`: write and verify packed stores."""
+"""The commands `pack` and `cache`: write and verify packed stores, and show and remove them."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
+import typer
+from rich import box
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     TaskID,
@@ -13,12 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
 from moefit.api import folder_of
 from moefit.checkpoint.model_folder import read_tokenizer
-from moefit.cli.app import Json, command, console, option, print_json, say
+from moefit.cli.app import COMMANDS, Json, app, command, console, option, print_json, say
 from moefit.cli.options import DtypeOption, Model, torch_dtype
 from moefit.errors import CheckpointError, ConfigError
+from moefit.folders import cache_root
 from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, Format, parse_format
 from moefit.serve.config import NATIVE_PRECISION as NATIVE
@@ -26,9 +34,15 @@ from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.packed.kept import KINDS, Entry, entries, find, remove, remove_leftovers, unneeded
 
 _FORMATS = [name for name in FORMATS if name != NATIVE]
 _DEFAULT = "int8,int4"
+
+cache = typer.Typer(no_args_is_help=True, help=COMMANDS["cache"][1])
+app.add_typer(cache, name="cache")
+DryRun = Annotated[bool, option("Show what would be removed, and remove nothing.", "--dry-run")]
+Yes = Annotated[bool, option("Remove without asking.", "--yes", "-y")]
 
 
 @command("pack")
@@ -168,3 +182,96 @@ def _bars() -> Iterator[Callable[[str, Callable[[int], str]], Progress]]:
             return show
 
         yield make
+
+
+@cache.command(name="ls", help="Show what the cache folder holds, and which of it nothing reads.")
+def cache_ls(as_json: Json = False) -> None:
+    """Print the entries, the largest first."""
+    found = entries()
+    if as_json:
+        total = sum(one.nbytes for one in found)
+        rows = [one.as_dict() for one in found]
+        print_json({"folder": str(cache_root()), "bytes": total, "entries": rows})
+    elif found:
+        Console().print(_cache_table(found))
+    else:
+        say(f"{cache_root()} is empty")
+
+
+@cache.command(name="rm", help="Remove entries by name, or all that were made from a checkpoint.")
+def cache_rm(
+    names: Annotated[list[str], typer.Argument(help="Names of `ls`, or checkpoint folders.")],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Everything can be made again by the command that made it."""
+    chosen = [(one, f"made by `{KINDS[one.kind]}`") for one in find(names, entries())]
+    _remove_entries(chosen, 0, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+@cache.command(name="prune", help="Remove what nothing reads: of other versions, of lost models.")
+def cache_prune(
+    older_than: Annotated[
+        float | None, option("Also remove what was written more than DAYS ago.", min=0)
+    ] = None,
+    keep: Annotated[
+        str | None, option("Also remove the oldest until this size is left, such as 50GiB.")
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Files that killed processes left are removed too."""
+    found = entries()
+    keep_bytes = None if keep is None else parse_bytes(keep)
+    chosen = unneeded(found, older_than_days=older_than, keep_bytes=keep_bytes)
+    paths = {one.path for one, _ in chosen}
+    others = [one for one in found if one.leftovers and one.path not in paths]
+    freed = 0 if dry_run else sum(map(remove_leftovers, others))
+    _remove_entries(chosen, freed, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def _remove_entries(
+    chosen: Sequence[tuple[Entry, str]], freed: int, *, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Ask, then remove; `freed` bytes are removed already."""
+    total = sum(one.nbytes for one, _ in chosen)
+    for one, reason in chosen:
+        say(f"{one.name}: {format_bytes(one.nbytes)}, {one.source or 'unknown source'}; {reason}")
+    if chosen and not dry_run:
+        _ask(f"Remove {format_bytes(total)}?", yes=yes)
+        for one, _ in chosen:
+            remove(one)
+    if as_json:
+        rows = [one.as_dict() | {"reason": reason} for one, reason in chosen]
+        print_json({"removed": not dry_run, "bytes": total + freed, "entries": rows})
+    elif dry_run:
+        say(f"would free {format_bytes(total)}")
+    else:
+        say(f"freed {format_bytes(total + freed)}")
+
+
+def _ask(question: str, *, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("removing asks first, and standard input is no terminal; give --yes")
+    typer.confirm(question, abort=True, err=True)
+
+
+def _cache_table(found: Sequence[Entry]) -> Table:
+    total = format_bytes(sum(one.nbytes for one in found))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.title = f"{cache_root()}: {total}"
+    for name in ("entry", "size", "written", "holds", "made from"):
+        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    for one in found:
+        kind, _, rest = one.name.partition("/")
+        written = datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")
+        source = Text(one.source)  # not a string: a path may have brackets
+        if one.stale:
+            source.append(f"\nunused: {one.stale}", style="yellow")
+        holds = Text(", ".join(one.contents))
+        table.add_row(f"{kind}/{rest[:12]}", format_bytes(one.nbytes), written, holds, source)
+    return table
