@@ -1,7 +1,7 @@
 """Measure kernels against what the processor can read and multiply: a roofline in numbers.
 
-    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2] [--threads 1,2]
-        [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
+    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,int4-32]
+        [--threads 1,2] [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
 
 Two operations: eight experts of OLMoE's shape with one token, and a linear layer with any number.
 Weights of one token's products are read in turn from more memory than the caches hold, in huge
@@ -28,15 +28,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moefit.moe.families import ScaledCodes
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.quant.grouped_int import GroupedMatrix
+from moefit.quant.scaled.matrix import ScaledMatrix, scaled_bytes
 from moefit.serve.cache.slot import host_bytes
 
 WIDTH, EXPERT = 2048, 1024  # OLMoE's
 TOP_K = 8
 ROWS = 8192  # of a linear layer that one token is multiplied by,
 FEW_ROWS = 2048  # and many
+CODES = {
+    "mxfp4": ScaledCodes("mxfp4", "e2m1", "e8m0", 32),
+    "int4-32": ScaledCodes("int4 in groups of 32", "int4", "float16", 32),
+    "int8-32": ScaledCodes("int8 in groups of 32", "int8", "float16", 32),
+}
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
 PAUSE = 0.01  # seconds, until no thread of the kernels' pool spins
 BURST = 4_000_000  # of 12 vectors of products
@@ -164,6 +171,12 @@ def random_matrix(name: str, rows: int, cols: int) -> Weight:
     if name in FLOATS:
         weight = (torch.rand(rows, cols) - 0.5).to(FLOATS[name])
         return host_bytes(weight.nbytes).view(weight.dtype).view(rows, cols).copy_(weight)
+    if name in CODES:
+        size, more = scaled_bytes(rows, cols, CODES[name])
+        memory = host_bytes(size + more).random_(256)
+        # Exponents of 2^-7 and halves of 0.0067: no product is beyond float32 or subnormal.
+        memory[size:].view(torch.int16).fill_(0x7878 if name == "mxfp4" else 0x1EDC)
+        return ScaledMatrix.of(CODES[name], cols, memory[:size], memory[size:])
     format = parse_format(name)
     assert isinstance(format, GroupedFormat), name
     made = GroupedMatrix.empty(rows, cols, format.bits)

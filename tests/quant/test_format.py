@@ -28,7 +28,7 @@ from moefit.serve.cache.slot import Slot, allocate_slot
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-GROUPED = [name for name in FORMATS if name != "native"]
+GROUPED = [name for name, format in FORMATS.items() if format.is_encoded]
 specs = st.dictionaries(
     st.text("abc_", min_size=1),
     st.builds(
@@ -47,7 +47,7 @@ def leaves(slot: Slot) -> list[torch.Tensor]:
         leaf
         for weight in slot.tensors.values()
         for leaf in (
-            (weight.codes_RB, weight.meta_RMG) if isinstance(weight, GroupedMatrix) else (weight,)
+            (weight,) if isinstance(weight, torch.Tensor) else (weight.codes_RB, weight.meta_RMG)
         )
     ]
 

@@ -7,7 +7,7 @@ expert. `expert_map.py` finds the sources of a model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from moefit.checkpoint.formats.encoding import EncodedTensor
+from moefit.checkpoint.formats.encoding import CodesTarget, EncodedTensor
 from moefit.checkpoint.safetensors import (
     Checkpoint,
     Span,
@@ -25,7 +25,10 @@ from moefit.checkpoint.safetensors import (
     value_bytes,
 )
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
-from moefit.moe.families import Tensors, TensorSpec
+from moefit.moe.families import ScaledCodes, TensorSpec
+
+Targets = Mapping[str, Tensor | CodesTarget]
+"""One expert's tensors by short name, or what holds them as they are stored."""
 
 
 class ExpertSource(ABC):
@@ -53,9 +56,17 @@ class ExpertSource(ABC):
     def staging_bytes(self) -> int:
         """Upper bound on the bytes held in memory while reading, besides the target tensors."""
 
+    @property
     @abstractmethod
-    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        """Fill the expert's tensors in host memory, given by short name, in the model's dtypes.
+    def held(self) -> Mapping[str, ScaledCodes | None]:
+        """How memory can hold each tensor as it is stored; None if it cannot."""
+
+    @abstractmethod
+    def read_into(self, checkpoint: Checkpoint, tensors: Targets) -> None:
+        """Fill the expert's tensors in host memory, given by short name.
+
+        Tensors are in the model's dtypes; those that `held` describes may be `CodesTarget`s
+        instead.
 
         Raises:
             CheckpointError: The checkpoint cannot be read or converted. The tensors' content is
@@ -93,13 +104,18 @@ class ByteRange(ExpertSource):
         return frozenset({self.span.format})
 
     @property
+    def held(self) -> Mapping[str, ScaledCodes | None]:
+        """No codes."""
+        return {self.tensor: None}
+
+    @property
     def staging_bytes(self) -> int:
         """0: bytes are read straight into place."""
         return 0
 
-    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+    def read_into(self, checkpoint: Checkpoint, tensors: Targets) -> None:
         """Read the span into its part of the tensor."""
-        part = bytes_of(tensors[self.tensor])[self.start : self.start + self.nbytes]
+        part = bytes_of(_tensor(tensors, self.tensor))[self.start : self.start + self.nbytes]
         checkpoint.reader.read_into(self.span, part)
 
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
@@ -132,15 +148,24 @@ class DecodedRange(ExpertSource):
         return frozenset({self.weight.format})
 
     @property
+    def held(self) -> Mapping[str, ScaledCodes | None]:
+        """The weight's codes."""
+        return {self.tensor: self.weight.scaled_codes}
+
+    @property
     def staging_bytes(self) -> int:
         """The stored tensors, and some rows in float32."""
         return self.weight.working_bytes
 
-    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        """Decode the weight into its part of the tensor."""
-        one = self.weight
+    def read_into(self, checkpoint: Checkpoint, tensors: Targets) -> None:
+        """Decode the weight into its part of the tensor, or copy its codes."""
+        one, target = self.weight, tensors[self.tensor]
         size = value_bytes(one)
-        part = tensors[self.tensor].view(-1).view(torch.uint8)[self.start : self.start + size]
+        if not isinstance(target, Tensor):
+            codes = one.read_codes(checkpoint.reader)
+            target.fill(len(codes.codes_RB) * self.start // size, codes)
+            return
+        part = target.view(-1).view(torch.uint8)[self.start : self.start + size]
         one.read_into(checkpoint.reader, part.view(one.dtype).view(one.shape))
 
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
@@ -184,14 +209,19 @@ class Conversion(ExpertSource):
         return frozenset(one.format for one in self.stored)
 
     @property
+    def held(self) -> Mapping[str, ScaledCodes | None]:
+        """No codes: operations are applied to values."""
+        return {self.tensor: None}
+
+    @property
     def staging_bytes(self) -> int:
         """The source tensors, and as many bytes again for the operations' results."""
         working = max((one.working_bytes for one in self.stored), default=0)
         return 2 * sum(map(value_bytes, self.stored)) + working
 
-    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+    def read_into(self, checkpoint: Checkpoint, tensors: Targets) -> None:
         """Copy the converted tensor into place."""
-        tensors[self.tensor].copy_(self.materialize(checkpoint))
+        _tensor(tensors, self.tensor).copy_(self.materialize(checkpoint))
 
     def values(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
         """Yield the converted tensor."""
@@ -282,11 +312,19 @@ class CompositeSource(ExpertSource):
         return frozenset().union(*(part.formats for part in self.parts))
 
     @property
+    def held(self) -> Mapping[str, ScaledCodes | None]:
+        """Those of all parts; a tensor whose parts differ has none."""
+        found: dict[str, ScaledCodes | None] = {}
+        for name, codes in (item for part in self.parts for item in part.held.items()):
+            found[name] = codes if found.setdefault(name, codes) == codes else None
+        return found
+
+    @property
     def staging_bytes(self) -> int:
         """Sum over the parts."""
         return sum(part.staging_bytes for part in self.parts)
 
-    def read_into(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+    def read_into(self, checkpoint: Checkpoint, tensors: Targets) -> None:
         """Read one part after the other."""
         for part in self.parts:
             part.read_into(checkpoint, tensors)
@@ -295,6 +333,12 @@ class CompositeSource(ExpertSource):
         """Yield the values of one part after the other."""
         for part in self.parts:
             yield from part.values(checkpoint)
+
+
+def _tensor(tensors: Targets, name: str) -> Tensor:
+    target = tensors[name]
+    assert isinstance(target, Tensor), name
+    return target
 
 
 class _OneExpert:

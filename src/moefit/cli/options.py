@@ -19,7 +19,7 @@ import typer
 from moefit.cli.app import BOUND, Mode, ModeName, Prefill, advanced, option, say
 from moefit.engine.sampler import REPETITION
 from moefit.errors import ConfigError
-from moefit.quant.format import FORMATS
+from moefit.quant.format import DECODED, FORMATS, NATIVE
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
 from moefit.serve.precision.allocate import AUTO_FORMATS
@@ -173,7 +173,7 @@ class MemoryOptions:
     @property
     def is_native(self) -> bool:
         """Whether nothing is encoded."""
-        return self.experts == self.dense == NATIVE_PRECISION
+        return {self.experts, self.dense} <= {NATIVE.name, DECODED.name}
 
     @property
     def sets_memory(self) -> bool:

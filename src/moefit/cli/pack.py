@@ -29,14 +29,13 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import cache_root
 from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, Format, parse_format
-from moefit.serve.config import NATIVE_PRECISION as NATIVE
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText
 from moefit.serve.packed.kept import KINDS, Entry, entries, find, remove, remove_leftovers, unneeded
 
-_FORMATS = [name for name in FORMATS if name != NATIVE]
+_FORMATS = [name for name, format in FORMATS.items() if format.is_encoded]
 _DEFAULT = "int8,int4"
 
 cache = typer.Typer(no_args_is_help=True, help=COMMANDS["cache"][1])

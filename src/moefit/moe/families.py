@@ -22,6 +22,25 @@ Product = Callable[[str, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledCodes:
+    """A quantised matrix as memory can hold it: codes, and scales of groups of a row's inputs.
+
+    Attributes:
+        name: As reports call it, such as `mxfp4`.
+        codes: `e2m1` (floats of 4 bits), `int4` or `int8`.
+        scales: `e8m0` (exponents of two), `float16` or `bfloat16`.
+        group: 32 if any 32 inputs may have a scale of their own, else 64; larger groups repeat it.
+        zeros: Whether groups have zero points.
+    """
+
+    name: str
+    codes: str
+    scales: str
+    group: int
+    zeros: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and dtype of one expert's part of a parameter.
 
@@ -29,11 +48,13 @@ class TensorSpec:
         shape: Shape of the part.
         dtype: Dtype of the model's parameter.
         inputs_first: Whether rows of a matrix are input units, so that it computes x @ W.
+        stored: How the checkpoint stores it, if slots can hold that.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     inputs_first: bool = False
+    stored: ScaledCodes | None = None
 
     @property
     def nbytes(self) -> int:

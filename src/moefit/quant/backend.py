@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moefit.quant.cpu_kernels import SWITCH, KernelMatrix, KernelMlp, Weight, kernels, status
 from moefit.quant.grouped_int import GroupedMatrix
+from moefit.quant.scaled.matrix import ScaledMatrix
 
 
 class Backend(Protocol):
@@ -30,7 +31,7 @@ class Backend(Protocol):
         """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         ...
 
-    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         ...
 
@@ -78,7 +79,7 @@ def backend_status(device: torch.device) -> str:
     return f"torch: no kernels for {device.type}"
 
 
-def decoded(matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+def decoded(matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
     """Return the weights [O, I], decoded by kernels if available."""
     found = backend(matrix.codes_RB.device)
     return found.decode(matrix, dtype) if found else matrix.dense(dtype)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from moefit.errors import ConfigError
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
+from moefit.quant.scaled.matrix import ScaledMatrix
 
 
 def plain_weighted_sum(
@@ -48,11 +49,11 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 9  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 10  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
-Weight = Tensor | GroupedMatrix
+Weight = Tensor | GroupedMatrix | ScaledMatrix
 
 
 class _Matrix(Structure):
@@ -107,6 +108,9 @@ class Kernels:
             c_void_p,
         ]
         library.moefit_decode.argtypes = [c_int64, POINTER(_Matrix), c_void_p, c_int64]
+        library.moefit_fill.argtypes = [
+            POINTER(_Matrix), c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
         library.moefit_encode.restype = c_int64
         library.moefit_encode.argtypes = [
             c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
@@ -153,7 +157,25 @@ class Kernels:
         )  # fmt: skip
         return y_TO.to(dtype)
 
-    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    def fill(
+        self, matrix: ScaledMatrix, first: int, codes_RB: Tensor, flip: int, meta_RMG: Tensor
+    ) -> None:
+        """Fill rows from `first` on; see `quant.scaled.fill.fill_rows`.
+
+        Args:
+            matrix: In host memory.
+            first: The first row.
+            codes_RB: Codes as the checkpoint has them, consecutive rows.
+            flip: Number that each byte is combined with by exclusive or.
+            meta_RMG: Metadata, row by row.
+        """
+        assert codes_RB.is_contiguous() and meta_RMG.is_contiguous()
+        self._library.moefit_fill(
+            _matrix(matrix), first, len(codes_RB), codes_RB.data_ptr(), codes_RB.shape[1], flip,
+            meta_RMG.data_ptr(),
+        )  # fmt: skip
+
+    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
         if dtype in (torch.float32, torch.bfloat16):
@@ -163,7 +185,7 @@ class Kernels:
             target_OI.copy_(self._decode(part, torch.empty(target_OI.shape)))
         return out_OI
 
-    def _decode(self, matrix: GroupedMatrix, out_OI: Tensor) -> Tensor:
+    def _decode(self, matrix: GroupedMatrix | ScaledMatrix, out_OI: Tensor) -> Tensor:
         half = int(out_OI.dtype == torch.bfloat16)
         self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
         return out_OI
@@ -406,9 +428,10 @@ def _padded(x_TI: Tensor) -> Tensor:
 
 
 def _matrix(weight: Weight) -> _Matrix:
-    if isinstance(weight, GroupedMatrix):
+    if not isinstance(weight, Tensor):
         assert weight.codes_RB.is_contiguous() and weight.meta_RMG.is_contiguous()
         codes, meta = weight.codes_RB.data_ptr(), weight.meta_RMG.data_ptr()
-        return _Matrix(codes, meta, weight.rows, weight.cols, weight.bits)
+        kind = weight.bits if isinstance(weight, GroupedMatrix) else weight.kind
+        return _Matrix(codes, meta, weight.rows, weight.cols, kind)
     assert weight.is_contiguous()
     return _Matrix(weight.data_ptr(), None, *weight.shape, NATIVE_DTYPES[weight.dtype])

@@ -1,4 +1,4 @@
-"""Formats in which an expert is held in memory: the model's own dtype, or grouped integers.
+"""Formats in which an expert is held in memory: the checkpoint's own, or grouped integers.
 
 `Format` is the interface that the rest of the package uses. A format defines which tensors are
 encoded, where each lies in a slot's buffer, how they are encoded and decoded, how large the error
@@ -36,6 +36,7 @@ from moefit.quant.grouped_int import (
     meta_bytes,
     meta_per_group,
 )
+from moefit.quant.scaled.matrix import ScaledMatrix, scaled_bytes
 
 _ALIGNMENT = 64  # bytes: a cache line, and the width of the widest vector instructions
 Specs = Mapping[str, TensorSpec]
@@ -112,33 +113,55 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NativeFormat:
-    """The model's own dtype, each tensor aligned to a cache line; nothing is encoded."""
+    """As the checkpoint has the tensors, or in the model's dtype; nothing is rounded.
 
-    name = "native"
+    Codes of a quantised checkpoint are held as they are if `TensorSpec.stored` says how.
+
+    Args:
+        decoded: Whether quantised matrices are held in the model's dtype too.
+    """
+
+    decoded: bool = False
     is_encoded = uses_calibration = False
     encoder = ""
     expected_error = 0.0
     dense_format = None
 
+    @property
+    def name(self) -> str:
+        """`native` or `decoded`."""
+        return "decoded" if self.decoded else "native"
+
     def nbytes(self, specs: Specs) -> int:
         """Return the size of the aligned tensors."""
-        return _round_to_pages(sum(_align(spec.nbytes) for spec in specs.values()))
+        return _round_to_pages(sum(sum(map(_align, self._sizes(one))) for one in specs.values()))
+
+    def _sizes(self, spec: TensorSpec) -> tuple[int, ...]:
+        if spec.stored is None or self.decoded:
+            return (spec.nbytes,)
+        return scaled_bytes(*matrix_shape(spec), spec.stored)
 
     def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
-        """Return one view per tensor."""
+        """Return a view per tensor, or a `ScaledMatrix`."""
         cut = _BufferCutter(buffer_B)
-        return {short: cut.take_tensor(spec) for short, spec in specs.items()}
+        return {short: self._take(cut, spec) for short, spec in specs.items()}
+
+    def _take(self, cut: "_BufferCutter", spec: TensorSpec) -> Weight:
+        if spec.stored is None or self.decoded:
+            return cut.take_tensor(spec)
+        codes_B, meta_B = (cut.take(size) for size in self._sizes(spec))
+        return ScaledMatrix.of(spec.stored, matrix_shape(spec)[1], codes_B, meta_B)
 
     def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
-        """Copy the tensors."""
+        """Copy the tensors, none of which may be held as codes."""
         for short, tensor in native.items():
             target = weights[short]
             assert isinstance(target, Tensor)
             target.copy_(tensor)
 
     def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
-        """Return the bound tensors themselves."""
-        return {short: weight for short, weight in weights.items() if isinstance(weight, Tensor)}
+        """Return decoded matrices, and the other tensors themselves."""
+        return _decode(weights, specs, dtype)
 
     def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
         """Return 0."""
@@ -149,8 +172,9 @@ class NativeFormat:
         return 0
 
     def decoding_bytes(self, specs: Specs) -> int:
-        """Return 0."""
-        return 0
+        """Return the size of matrices in the model's dtype that are held as codes."""
+        held = (one for one in specs.values() if one.stored is not None and not self.decoded)
+        return sum(one.nbytes for one in held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +240,7 @@ class GroupedFormat:
             if isinstance(target, Tensor):
                 target.copy_(tensor)
                 continue
+            assert isinstance(target, GroupedMatrix)
             try:
                 encode_into(target, _output_rows(tensor, specs[short]), self.encoder)
             except CheckpointError as error:
@@ -223,12 +248,7 @@ class GroupedFormat:
 
     def decode(self, weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
         """Return the decoded matrices and the other tensors themselves."""
-        return {
-            short: weight
-            if isinstance(weight, Tensor)
-            else _output_rows(decoded(weight, dtype), specs[short])
-            for short, weight in weights.items()
-        }
+        return _decode(weights, specs, dtype)
 
     def relative_error(self, weights: Weights, native: Tensors, specs: Specs) -> float:
         """Return the error over all matrices together."""
@@ -250,11 +270,12 @@ class GroupedFormat:
         return sum(spec.nbytes for spec in specs.values())
 
 
-NATIVE = NativeFormat()
+NATIVE, DECODED = NativeFormat(), NativeFormat(decoded=True)
 FORMATS: Mapping[str, Format] = {
-    "native": NATIVE,
+    NATIVE.name: NATIVE,
     **{f"int{bits}": GroupedFormat(bits) for bits in PLANES if bits > 1},
     **{f"int{bits}-nearest": GroupedFormat(bits, "nearest") for bits in PLANES if bits > 1},
+    DECODED.name: DECODED,
 }
 
 
@@ -289,7 +310,8 @@ def expert_output(layout: Layout, format: Format, weights: Weights, x_RD: Tensor
     hundreds of MiB (tests/serve/memory/test_peak_memory.py).
     """
     kernels = backend(x_RD.device)
-    if kernels and format.is_encoded and x_RD.dtype in (torch.float32, torch.bfloat16):
+    held = any(not isinstance(one, Tensor) for one in weights.values())
+    if kernels and held and x_RD.dtype in (torch.float32, torch.bfloat16):
         product = partial(_kernel_product, kernels, weights)
         others = {short: one for short, one in weights.items() if isinstance(one, Tensor)}
         if (found_RD := layout.output_by(product, others, x_RD)) is not None:
@@ -321,6 +343,12 @@ def round_rows(rows: int) -> int:
     return size
 
 
+def slot_kind(format: Format, specs: Specs) -> str:
+    """Return a name that is equal for slots of equal size only if experts of both can fill them."""
+    stored = sorted({one.stored.name for one in specs.values() if one.stored is not None})
+    return format.name if format.is_encoded else "+".join([format.name, *stored])
+
+
 def is_matrix(spec: TensorSpec) -> bool:
     """Return whether encoded formats encode this tensor, rather than copying it."""
     return len(spec.shape) == 2 and spec.dtype.is_floating_point
@@ -335,6 +363,15 @@ def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
 def weights_in(specs: Specs) -> int:
     """Return the number of weights in an expert's matrices."""
     return sum(prod(spec.shape) for spec in specs.values() if is_matrix(spec))
+
+
+def _decode(weights: Weights, specs: Specs, dtype: torch.dtype) -> Tensors:
+    return {
+        short: weight
+        if isinstance(weight, Tensor)
+        else _output_rows(decoded(weight, dtype), specs[short])
+        for short, weight in weights.items()
+    }
 
 
 def _output_rows(weight: Tensor, spec: TensorSpec) -> Tensor:

@@ -23,6 +23,7 @@ from moefit.quant.cpu_kernels import (
     plain_weighted_sum,
 )
 from moefit.quant.grouped_int import GroupedMatrix, groups_of
+from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.quant.triton_kernels import (
     MIXED,
     decode_kernel,
@@ -30,6 +31,7 @@ from moefit.quant.triton_kernels import (
     hidden_kernel,
     linear_kernel,
 )
+from moefit.quant.triton_planes import SCALED
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens in a tile: output units in it. Tensor cores need 16 tokens or more; one token uses none.
@@ -69,16 +71,16 @@ class TritonKernels:
                 )  # fmt: skip
         return (y_TO if bias_O is None else y_TO.add_(bias_O)).to(dtype)
 
-    def decode(self, matrix: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
-        codes_RB, meta_RMG, bits = matrix.codes_RB, matrix.meta_RMG, matrix.bits
+        codes_RB, meta_RMG, kind = _parts(matrix)
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=codes_RB.device)
         if out_OI.numel():
             grid = cdiv(matrix.rows, _TILES[1]), cdiv(groups_of(matrix.cols), _GROUPS)
             with torch.cuda.device_of(out_OI):
                 decode_kernel[grid](
                     codes_RB, meta_RMG, out_OI, *out_OI.shape,
-                    KIND=bits, ROWS=_TILES[1], GROUPS=_GROUPS, **_OPTIONS,
+                    KIND=kind, ROWS=_TILES[1], GROUPS=_GROUPS, **_OPTIONS,
                 )  # fmt: skip
         return out_OI
 
@@ -146,7 +148,11 @@ def _table(mlps: Sequence[KernelMlp], counts: Sequence[int], tile: int) -> list[
 
 
 def _kind(kinds: set[int]) -> int:
-    return kinds.pop() if len(kinds) == 1 else MIXED.value
+    if len(kinds) == 1:
+        return kinds.pop()
+    scaled = [kind for kind in kinds if kind >= SCALED.value]
+    assert len(scaled) <= 1, "the experts of a block are stored alike"
+    return -scaled[0] if scaled else MIXED.value
 
 
 def _tile(tokens: int, dtype: torch.dtype) -> int:
@@ -167,7 +173,7 @@ def _contiguous(x_TI: Tensor) -> Tensor:
 
 
 def _shape(weight: Weight) -> tuple[int, int]:
-    if isinstance(weight, GroupedMatrix):
+    if not isinstance(weight, Tensor):
         return weight.rows, weight.cols
     rows, cols = weight.shape
     return rows, cols
@@ -177,4 +183,6 @@ def _parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
     """Return codes, scales and kind; a native matrix is passed as both codes and scales."""
     if isinstance(weight, GroupedMatrix):
         return weight.codes_RB, weight.meta_RMG, weight.bits
+    if isinstance(weight, ScaledMatrix):
+        return weight.codes_RB, weight.meta_RMG, weight.kind
     return weight, weight, NATIVE_DTYPES[weight.dtype]

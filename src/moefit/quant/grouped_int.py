@@ -95,17 +95,7 @@ class GroupedMatrix:
 
     def by_row(self, ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of codes and metadata in row-major order, of all rows or of `ids_T`."""
-        if ids_T is None:
-            ids_T = torch.arange(self.rows, device=self.codes_RB.device)
-        codes_RW = self.codes_RB.view(torch.int32)
-        groups, meta = groups_of(self.cols), meta_per_group(self.bits)
-        codes_TW = _rows_of_slabs(codes_RW, ids_T)
-        meta_TH = _rows_of_slabs(self.meta_RMG.reshape(self.rows, groups * meta), ids_T)
-        tail_T = ids_T >= self.rows // SLAB * SLAB
-        meta_TMG = meta_TH.view(len(ids_T), groups, meta).transpose(1, 2).contiguous()
-        codes_TW[tail_T] = codes_RW[ids_T[tail_T]]
-        meta_TMG[tail_T] = self.meta_RMG[ids_T[tail_T]]
-        return codes_TW.view(torch.uint8), meta_TMG
+        return rows_of(self.codes_RB, self.meta_RMG, ids_T)
 
     def take(self, ids_T: Tensor) -> "GroupedMatrix":
         """Return a matrix of these rows, copied."""
@@ -147,6 +137,29 @@ def to_slabs(codes_RB: Tensor, meta_RMG: Tensor) -> None:
     meta = meta_RMG[:whole]
     before = meta.clone().view(-1, SLAB, *meta.shape[1:])
     meta.copy_(before.permute(0, 3, 2, 1).reshape(meta.shape))
+
+
+def rows_of(
+    codes_RB: Tensor, meta_RMG: Tensor, ids_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return copies of rows in row-major order: the inverse of `to_slabs`.
+
+    Args:
+        codes_RB: Codes in slabs.
+        meta_RMG: Metadata of 16 bits in slabs.
+        ids_T: The rows; None for all.
+    """
+    rows, meta, groups = meta_RMG.shape
+    if ids_T is None:
+        ids_T = torch.arange(rows, device=codes_RB.device)
+    codes_RW = codes_RB.view(torch.int32)
+    codes_TW = _rows_of_slabs(codes_RW, ids_T)
+    meta_TH = _rows_of_slabs(meta_RMG.reshape(rows, groups * meta), ids_T)
+    tail_T = ids_T >= rows // SLAB * SLAB
+    meta_TMG = meta_TH.view(len(ids_T), groups, meta).transpose(1, 2).contiguous()
+    codes_TW[tail_T] = codes_RW[ids_T[tail_T]]
+    meta_TMG[tail_T] = meta_RMG[ids_T[tail_T]]
+    return codes_TW.view(torch.uint8), meta_TMG
 
 
 def _rows_of_slabs(units_RU: Tensor, ids_T: Tensor) -> Tensor:

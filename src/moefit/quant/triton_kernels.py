@@ -15,14 +15,24 @@ Shapes: T tokens, N output units, G groups, I the 64 weights of a group, C colum
 import triton
 import triton.language as tl
 
-from moefit.quant.triton_planes import GROUP, INTERPRETED, group, rounded, weights
+from moefit.quant.triton_planes import (
+    GROUP,
+    INTERPRETED,
+    SCALED,
+    group,
+    rounded,
+    scaled_group,
+    weights,
+)
 
 FLOAT32, BFLOAT16, FLOAT16 = (
     tl.constexpr(0),
     tl.constexpr(1),
     tl.constexpr(16),
 )  # kinds of native matrices
-MIXED = tl.constexpr(-1)  # kind: differs by tile; native matrices must have the tokens' dtype
+# Kind of matrices that differ by tile; native ones must have the tokens' dtype. Smaller numbers are
+# the negative kind of a checkpoint's codes that are among them.
+MIXED = tl.constexpr(-1)
 FIELDS = tl.constexpr(8)  # of a tile: codes, meta, kind of both matrices; first routed row, rows
 
 
@@ -120,7 +130,7 @@ def _any_product(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`_product` with matrices given as addresses, of a constant or a per-tile kind."""
-    if KIND != MIXED:
+    if KIND >= 0:
         y_NT = _at(x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS)
     else:
         y_NT = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -142,6 +152,11 @@ def _any_product(
                         ROWS,
                         GROUPS,
                     )
+        if KIND < MIXED:
+            if kind == -KIND:
+                y_NT = _at(
+                    x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, -KIND, TOKENS, ROWS, GROUPS
+                )
         NATIVE: tl.constexpr = _native(x.dtype.element_ty)
         if kind == NATIVE:
             y_NT = _at(
@@ -164,7 +179,11 @@ def _at(
     else:
         codes = codes.to(tl.pointer_type(tl.uint8))
     codes = tl.multiple_of(codes, 16)
-    meta = tl.multiple_of(meta.to(tl.pointer_type(tl.float16)), 16)
+    if KIND >= SCALED:
+        meta = meta.to(tl.pointer_type(tl.int16))
+    else:
+        meta = meta.to(tl.pointer_type(tl.float16))
+    meta = tl.multiple_of(meta, 16)
     return _product(x, row_T, is_T, codes, meta, n_N, is_N, cols, rows, KIND, TOKENS, ROWS, GROUPS)
 
 
@@ -191,6 +210,9 @@ def _product(
                 place_NI = n_N.to(tl.int64)[:, None] * cols + col_I[None, :]
                 is_NI = is_N[:, None] & (col_I < cols)[None, :]
                 y_NT = _dot(tl.load(codes + place_NI, mask=is_NI, other=0), x_IT, y_NT)
+            elif KIND >= SCALED:
+                weight_NI = scaled_group(codes, meta, n_N, is_N, g, groups, rows, KIND)
+                y_NT = _dot(rounded(weight_NI, x_IT.dtype), x_IT, y_NT)
             else:
                 code_NI, scale_N, least_N = group(codes, meta, n_N, is_N, g, groups, rows, KIND)
                 if KIND == 8:

@@ -13,12 +13,21 @@ import triton.language as tl
 
 GROUP = tl.constexpr(64)
 SLAB = tl.constexpr(16)
+SCALED = tl.constexpr(64)  # kinds from here on are of quant/scaled/matrix.py
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def weights(codes, meta, n_N, is_N, g_G, groups, rows, BITS: tl.constexpr):
-    """Return float32 weights of some groups of some rows, [N, G, I], zeros outside."""
+    """Return float32 weights of some groups of some rows, [N, G, I], zeros outside.
+
+    `BITS` is a number of bits, or the kind of a checkpoint's codes.
+    """
+    if BITS >= SCALED:
+        n_N11, g_1G1 = n_N[:, None, None], g_G[None, :, None]
+        here_NG1 = is_N[:, None, None] & (g_G < groups)[None, :, None]
+        i_11I = tl.arange(0, GROUP)[None, None, :]
+        return _scaled(codes, meta, n_N11, g_1G1, i_11I, here_NG1, groups, rows, BITS)
     is_NG = is_N[:, None] & (g_G < groups)[None, :]
     i_I = tl.arange(0, GROUP)[None, None, :]
     n_N11, g_1G1 = n_N[:, None, None], g_G[None, :, None]
@@ -34,6 +43,54 @@ def group(codes, meta, n_N, is_N, g, groups, rows, BITS: tl.constexpr):
     code_NI = _codes(codes, n_N[:, None], g, i_I, is_N[:, None], groups, rows, BITS)
     scale_N, least_N = _scale_and_min(meta, n_N, g, is_N, groups, rows, BITS)
     return code_NI.to(tl.float32), scale_N, least_N
+
+
+@triton.jit
+def scaled_group(codes, meta, n_N, is_N, g, groups, rows, KIND: tl.constexpr):
+    """Return float32 weights [N, I] of one group of a checkpoint's codes, zeros outside."""
+    i_1I = tl.arange(0, GROUP)[None, :]
+    return _scaled(codes, meta, n_N[:, None], g, i_1I, is_N[:, None], groups, rows, KIND)
+
+
+@triton.jit
+def _scaled(codes, meta, n, g, i, here, groups, rows, KIND: tl.constexpr):
+    """Return scale * (value of code - zero); see quant/scaled/matrix.py."""
+    CODES: tl.constexpr = KIND % 4
+    SCALES: tl.constexpr = KIND // 4 % 4
+    TWO: tl.constexpr = KIND // 16 % 2
+    COUNT: tl.constexpr = 1 + TWO * (SCALES != 0)
+    half = i // 32 * TWO
+    code = _codes(codes, n, g, i, here, groups, rows, 8 if CODES == 2 else 4)
+    if SCALES == 0:
+        word = _part(meta, n, g, 0, here, groups, rows, KIND)
+        exponent = (word >> (8 * half)) & 255
+        scale = tl.maximum(exponent << 23, 1 << 22).to(tl.float32, bitcast=True)
+    else:
+        word = _part(meta, n, g, half, here, groups, rows, KIND)
+        if SCALES == 1:
+            scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            scale = (word << 16).to(tl.float32, bitcast=True)
+    if CODES == 0:  # the magnitude's codes 5, 6 and 7 are 1, 2 and 5 more half steps
+        size = code & 7
+        size += (size > 4).to(tl.int32) + (size > 5).to(tl.int32) + 3 * (size > 6).to(tl.int32)
+        value = tl.where(code > 7, -size, size).to(tl.float32) * 0.5
+    elif KIND // 32 % 2 == 1:
+        zero = (_part(meta, n, g, COUNT, here, groups, rows, KIND) >> (i // 32 * 8)) & 255
+        value = (code - zero).to(tl.float32)
+    else:
+        value = (code - (128 if CODES == 2 else 8)).to(tl.float32)
+    return value * scale
+
+
+@triton.jit
+def _part(meta, n, g, part, here, groups, rows, KIND: tl.constexpr):
+    """Return 16 bits of a group's metadata; a row has a part of all groups before the next."""
+    TWO: tl.constexpr = KIND // 16 % 2
+    PARTS: tl.constexpr = 1 + TWO * (KIND // 4 % 4 != 0) + KIND // 32 % 2
+    unit = tl.where(n < rows // SLAB * SLAB, g * PARTS + part, part * groups + g)
+    word = tl.load(meta + _place(n, unit, PARTS * groups, rows), mask=here, other=0)
+    return word.to(tl.int32) & 0xFFFF
 
 
 @triton.jit

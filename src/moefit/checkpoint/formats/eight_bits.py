@@ -11,18 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.checkpoint.formats.encoding import Encoding, Parts
+from moefit.checkpoint.formats.encoding import HeldEncoding, Parts, StoredCodes
 from moefit.checkpoint.formats.scaling import (
     FP8,
+    HELD_SCALES,
     Block,
     Grid,
     grid_shape,
+    held_group,
     look_up,
     scale_into,
     scale_values,
 )
 from moefit.checkpoint.safetensors import Span
 from moefit.errors import CheckpointError
+from moefit.moe.families import ScaledCodes
 
 INT8 = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
 CODES = {torch.float8_e4m3fn: FP8, torch.int8: INT8}
@@ -32,7 +35,7 @@ DEFAULT_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EightBits(Encoding):
+class EightBits(HeldEncoding):
     """Values of one byte, multiplied by a grid of scales.
 
     Attributes:
@@ -70,6 +73,34 @@ class EightBits(Encoding):
                 f"{_described(zeros)} has one zero point per scale, but those are "
                 f"{list(scale.shape)}"
             )
+
+    def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
+        """Return integers whose scales are of 16 bits and of whole rows or groups of them."""
+        weight, scale = parts["weight"], parts["scale"]
+        name = HELD_SCALES.get(scale.dtype)
+        if weight.dtype != torch.int8 or name is None:
+            return None
+        (rows, cols), block = weight.shape, self._block_of(weight.shape, scale.shape)
+        group = held_group(block[1], cols)
+        if group is None or block[0] not in (1, rows):
+            return None
+        return ScaledCodes(self.format, "int8", name, group, "zeros" in parts)
+
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the bytes themselves; zero points become those of unsigned codes."""
+        weight, scale = parts["weight"], parts["scale"]
+        rows, group = len(weight), self._block_of(tuple(weight.shape), tuple(scale.shape))[1]
+        zeros = parts.get("zeros")
+        if zeros is not None:
+            zeros = (zeros.view(torch.uint8) ^ 128).reshape(-1, -(-weight.shape[1] // group))
+            zeros = zeros.expand(rows, -1)
+        return StoredCodes(
+            codes_RB=weight.view(torch.uint8),
+            scales_RG=scale.reshape(-1, -(-weight.shape[1] // group)).expand(rows, -1).contiguous(),
+            group=group,
+            zeros_RG=zeros,
+            signed=True,
+        )
 
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write `code * scale`, or `(code - zero) * scale`."""

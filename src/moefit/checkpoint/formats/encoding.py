@@ -13,17 +13,46 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moefit.checkpoint.safetensors import Span, SpanReader
 from moefit.errors import CheckpointError
+from moefit.moe.families import ScaledCodes
 
 CHUNK = 1 << 17  # values decoded at a time: they and their codes stay in a core's cache
 _CHUNK_BYTES = 16  # per value of a chunk: codes, indices, and float32 twice
 Parts = Mapping[str, Span]
 """Where the tensors of one weight are, by what they are for: "weight", "scale", "zeros", ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCodes:
+    """Some rows of a matrix as the checkpoint has them: codes, and scales of groups of columns.
+
+    Attributes:
+        codes_RB: A row's codes in bytes, the first in the lowest bits.
+        scales_RG: Scales; bytes are exponents with a bias of 127.
+        group: Columns that share a scale.
+        zeros_RG: Zero points, uint8, if there are any.
+        signed: Whether codes of 8 bits are two's complement.
+    """
+
+    codes_RB: Tensor
+    scales_RG: Tensor
+    group: int
+    zeros_RG: Tensor | None = None
+    signed: bool = False
+
+
+class CodesTarget(Protocol):
+    """A matrix in memory that holds codes as a checkpoint stores them."""
+
+    def fill(self, first: int, stored: StoredCodes) -> None:
+        """Fill rows from `first` on."""
+        ...
 
 
 class Encoding(ABC):
@@ -60,6 +89,27 @@ class Encoding(ABC):
         Raises:
             CheckpointError: A scale is not finite, or an index out of range. The message needs no
                 name. The content of `out` is then undefined.
+        """
+
+
+class HeldEncoding(Encoding):
+    """A format that memory can hold as it is stored, at least in some checkpoints."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
+        """Return how memory can hold one matrix as it is stored; None if it cannot."""
+
+    @abstractmethod
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the codes and scales of one matrix.
+
+        Args:
+            parts: Tensors that `check` has accepted and of which `scaled_codes` is not None.
+
+        Raises:
+            CheckpointError: The values cannot be held so. The message needs no name.
         """
 
 
@@ -156,9 +206,38 @@ class EncodedTensor:
             self.encoding.decode_into(tensors, out.view(self.shape[-2:]))
 
     @property
+    def scaled_codes(self) -> ScaledCodes | None:
+        """How memory can hold the matrix as it is stored; None if it cannot."""
+        if self._is_stack or not isinstance(self.encoding, HeldEncoding):
+            return None
+        return self.encoding.scaled_codes(dict(self.parts))
+
+    def read_codes(self, reader: SpanReader) -> StoredCodes:
+        """Read the matrix as it is stored, of which `scaled_codes` is not None.
+
+        Raises:
+            CheckpointError: The tensors cannot be read, or their values are damaged.
+        """
+        assert isinstance(self.encoding, HeldEncoding)
+        tensors = {purpose: span.read(reader) for purpose, span in self.parts}
+        with _named(self):
+            found = self.encoding.stored_codes(tensors)
+            if not _are_sound(found.scales_RG):  # decoding knows which of them are meant
+                values = torch.empty(self.shape[-2:], dtype=self.dtype)
+                self.encoding.decode_into(tensors, values)
+        return found
+
+    @property
     def _is_stack(self) -> bool:
         """Whether the stored tensors have an axis of matrices, unlike after `in_stack`."""
         return len(self.encoding.shape(dict(self.parts))) == 3
+
+
+def _are_sound(scales: Tensor) -> bool:
+    """Return whether all scales are finite and none is zero."""
+    if scales.dtype == torch.uint8:
+        return not bool((scales == 255).any())
+    return bool((scales.isfinite() & (scales != 0)).all())
 
 
 def _is_shared(span: Span) -> bool:

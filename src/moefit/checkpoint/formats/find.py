@@ -132,7 +132,8 @@ def _integers(name: str, parts: Parts, declared: Declared | None) -> Encoding | 
         return None
     if weight.shape[1] == scale.shape[1]:
         first = declared is None or declared.values.get("checkpoint_format") != "gptq_v2"
-        return PackedColumns(bits=bits, offset=int(first))
+        in_order = declared is not None and declared.values.get("desc_act") is False
+        return PackedColumns(bits=bits, offset=int(first), in_order=in_order)
     if weight.shape[1] * 8 == scale.shape[1] and bits == 4:
         return PackedColumns(bits=bits, awq=True)
     return None

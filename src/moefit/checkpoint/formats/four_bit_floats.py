@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.checkpoint.formats.encoding import Encoding, Parts
+from moefit.checkpoint.formats.encoding import HeldEncoding, Parts, StoredCodes
 from moefit.checkpoint.formats.scaling import (
     FP4,
     Grid,
@@ -22,14 +22,16 @@ from moefit.checkpoint.formats.scaling import (
     values_in_bytes,
 )
 from moefit.errors import CheckpointError
+from moefit.moe.families import ScaledCodes
 
 _VALUES = values_in_bytes(FP4)
 MX_GROUP, NV_GROUP = 32, 16
-_SCALES = (torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+_SCALES = (*_EXPONENTS, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FourBitFloats(Encoding):
+class FourBitFloats(HeldEncoding):
     """Pairs of E2M1 values with a scale per group.
 
     Attributes:
@@ -73,6 +75,18 @@ class FourBitFloats(Encoding):
                 f"{list(scale.shape)} scales do not divide {values:,} values into groups of "
                 f"{self.group}"
             )
+
+    def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
+        """Return MXFP4, whose values are exact in bfloat16; groups of NVFP4 are half as long."""
+        if self.group != MX_GROUP or "global" in parts or parts["scale"].dtype not in _EXPONENTS:
+            return None
+        return ScaledCodes(self.format, "e2m1", "e8m0", MX_GROUP)
+
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the bytes themselves."""
+        codes_RB = parts["weight"].view(torch.uint8).flatten(1)
+        scales_RG = parts["scale"].view(torch.uint8).view(len(codes_RB), -1)
+        return StoredCodes(codes_RB=codes_RB, scales_RG=scales_RG, group=self.group)
 
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write `value * scale`."""

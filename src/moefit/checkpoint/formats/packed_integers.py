@@ -14,9 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.checkpoint.formats.encoding import Encoding, Parts
-from moefit.checkpoint.formats.scaling import Grid, look_up, scale_into, values_in_bytes
+from moefit.checkpoint.formats.encoding import HeldEncoding, Parts, StoredCodes
+from moefit.checkpoint.formats.scaling import (
+    HELD_SCALES,
+    Grid,
+    held_group,
+    look_up,
+    scale_into,
+    values_in_bytes,
+)
+from moefit.checkpoint.safetensors import Span
 from moefit.errors import CheckpointError
+from moefit.moe.families import ScaledCodes
 
 BITS = (2, 4, 8)
 _TABLES = {bits: values_in_bytes(torch.arange(1 << bits).float()) for bits in BITS}
@@ -32,7 +41,7 @@ def unpack(packed_RP: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedRows(Encoding):
+class PackedRows(HeldEncoding):
     """compressed-tensors: codes in rows, offset by half their range; zero points in columns."""
 
     bits: int
@@ -62,13 +71,31 @@ class PackedRows(Encoding):
         if (groups := parts.get("groups")) is not None and groups.shape != (cols,):
             raise CheckpointError(f"g_idx is {list(groups.shape)}, not {[cols]}")
 
+    def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
+        """Return codes of 4 or 8 bits in groups of consecutive columns."""
+        if self.bits == 2 or "groups" in parts:
+            return None
+        cols, scale = self.shape(parts)[1], parts["scale"]
+        return _held(self, scale, cols // scale.shape[1], cols, zeros="zeros" in parts)
+
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the bytes themselves."""
+        packed, scale, zeros = parts["weight"], parts["scale"], parts.get("zeros")
+        rows, cols = len(packed), packed.shape[1] * 32 // self.bits
+        _check_shape(parts, [rows, cols])
+        if zeros is not None:
+            zeros = unpack(zeros.T, self.bits)[:, :rows].T.to(torch.uint8)
+        return StoredCodes(
+            codes_RB=packed.view(torch.uint8),
+            scales_RG=scale.expand(rows, -1).contiguous(),
+            group=cols // scale.shape[1],
+            zeros_RG=zeros,
+        )
+
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write `(code - zero) * scale`; without zero points half the range is zero."""
         packed, scale = parts["weight"], parts["scale"]
-        if "shape" in parts and parts["shape"].tolist() != list(out.shape):
-            raise CheckpointError(
-                f"weight_shape is {parts['shape'].tolist()}, but the tensors hold {[*out.shape]}"
-            )
+        _check_shape(parts, list(out.shape))
         rows, cols = out.shape
         groups = parts.get("groups")
         if groups is not None and bool((groups < 0).all()):
@@ -100,18 +127,20 @@ class PackedRows(Encoding):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedColumns(Encoding):
+class PackedColumns(HeldEncoding):
     """GPTQ and AWQ: the transposed matrix [C, R].
 
     Attributes:
         bits: Of a code.
         awq: AWQ's packing of output units, instead of GPTQ's of input units.
         offset: Added to stored zero points: 1 in GPTQ's first format, 0 in its second and in AWQ.
+        in_order: Whether the declaration says that groups are of consecutive input units.
     """
 
     bits: int
     awq: bool = False
     offset: int = 0
+    in_order: bool = False
 
     @property
     def format(self) -> str:
@@ -140,6 +169,43 @@ class PackedColumns(Encoding):
         if (groups := parts.get("groups")) is not None and groups.shape != (cols,):
             raise CheckpointError(f"g_idx is {list(groups.shape)}, not {[cols]}")
 
+    def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
+        """Return codes of 4 or 8 bits, if groups are of consecutive input units."""
+        scale, cols = parts["scale"], self.shape(parts)[1]
+        in_order = self.in_order or "groups" not in parts
+        if self.bits == 2 or not in_order or cols % scale.shape[0]:
+            return None
+        return _held(self, scale, cols // scale.shape[0], cols, zeros="zeros" in parts)
+
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the transposed codes."""
+        scale = parts["scale"]
+        if self.awq:
+            codes_RC = self._unpacked_columns(parts["weight"]).to(torch.uint8).T
+            codes_RB = codes_RC[:, ::2] | codes_RC[:, 1::2] << 4
+        else:  # an int32 is of consecutive input units
+            codes_RB = parts["weight"].T.contiguous().view(torch.uint8)
+        group = codes_RB.shape[1] * 8 // self.bits // len(scale)
+        if (groups := parts.get("groups")) is not None and bool(
+            (groups != torch.arange(len(groups)) // group).any()
+        ):
+            raise CheckpointError(
+                "g_idx is not in order, but the declaration has no desc_act; give --precision "
+                "decoded, or correct quantization_config"
+            )
+        zeros = self._zeros(parts, codes_RB.shape[0]) if "zeros" in parts else None
+        return StoredCodes(
+            codes_RB=codes_RB,
+            scales_RG=scale.T.contiguous(),
+            group=group,
+            zeros_RG=None if zeros is None else zeros.T.to(torch.uint8),
+        )
+
+    def _zeros(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+        """Return zero points [G, R] in float32."""
+        codes = self._unpacked_columns(parts["zeros"])[:, :rows]
+        return (codes + self.offset).remainder_(1 << self.bits)
+
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write `(code - zero) * scale`."""
         packed, scale = parts["weight"], parts["scale"]
@@ -151,8 +217,7 @@ class PackedColumns(Encoding):
         half = float(1 << (self.bits - 1))
         zeros_GR = torch.full((len(scale), rows), half)
         if "zeros" in parts:
-            codes = self._unpacked_columns(parts["zeros"])[:, :rows]
-            zeros_GR = (codes + self.offset).remainder_(1 << self.bits)
+            zeros_GR = self._zeros(parts, rows)
         zeros = Grid(values_rc=zeros_GR, row_of=row_of, width=1)
 
         def values(chunk: slice) -> Tensor:
@@ -179,6 +244,23 @@ class PackedColumns(Encoding):
         if not self.awq:
             return codes
         return codes.view(len(packed), -1, 8)[:, :, _AWQ_CODES].reshape(len(packed), -1)
+
+
+def _held(
+    encoding: "PackedRows | PackedColumns", scale: Span, group: int, cols: int, *, zeros: bool
+) -> ScaledCodes | None:
+    """Return how memory can hold integers with scales of 16 bits; None if it cannot."""
+    name, held = HELD_SCALES.get(scale.dtype), held_group(group, cols)
+    if name is None or held is None:
+        return None
+    return ScaledCodes(encoding.format, f"int{encoding.bits}", name, held, zeros)
+
+
+def _check_shape(parts: Mapping[str, Tensor], found: list[int]) -> None:
+    if "shape" in parts and parts["shape"].tolist() != found:
+        raise CheckpointError(
+            f"weight_shape is {parts['shape'].tolist()}, but the tensors hold {found}"
+        )
 
 
 def _check_scales(dtype: torch.dtype) -> None:

@@ -66,6 +66,21 @@ def row_chunks(rows: int, cols: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + size))
 
 
+def held_group(group: int, cols: int) -> int | None:
+    """Return the `group` of `ScaledCodes` for groups of so many columns; None if none fits.
+
+    >>> held_group(32, 96), held_group(128, 256), held_group(96, 96), held_group(16, 64)
+    (32, 64, 64, None)
+    """
+    if group >= cols or group % 64 == 0:
+        return 64
+    return 32 if group % 32 == 0 else None
+
+
+HELD_SCALES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""Names in `ScaledCodes` of the dtypes of scales."""
+
+
 def grid_shape(shape: tuple[int, int], block: Block) -> tuple[int, int]:
     """Return the shape of a grid of scales.
 

@@ -60,7 +60,7 @@ class Inputs {
 public:
     Inputs(const Level &level, int64_t number, int64_t cols, int64_t kind, bool digits)
         : level_(level), cols_(cols), groups_(groups_of(cols)), kind_(kind), digits_(digits ? number * groups_ * 2 * GROUP : 0),
-          scale_(digits ? number * groups_ : 0), sum_(scale_.size()), inputs_(number) {}
+          scale_(digits ? number * groups_ : 0), sum_(scale_.size()), halves_(2 * scale_.size()), inputs_(number) {}
 
     // May be one past the last, for an expert without rows.
     const Input *operator[](int64_t i) const { return inputs_.data() + i; }
@@ -69,12 +69,12 @@ public:
     // it. Both must stay valid.
     void set(int64_t i, const float *x, const uint16_t *bfloat16) {
         int64_t at = i * groups_;
-        inputs_[i] = {x, bfloat16, nullptr, nullptr, nullptr};
+        inputs_[i] = {x, bfloat16, nullptr, nullptr, nullptr, nullptr};
         if (digits_.empty()) return;
         int8_t *digits = &digits_[at * 2 * GROUP];
-        inputs_[i] = {x, bfloat16, digits, &scale_[at], &sum_[at]};
+        inputs_[i] = {x, bfloat16, digits, &scale_[at], &sum_[at], &halves_[2 * at]};
         for (int64_t g = 0; g < groups_; g++, at++)
-            level_.integers(x + g * GROUP, digits + g * 2 * GROUP, &scale_[at], &sum_[at]);
+            level_.integers(x + g * GROUP, digits + g * 2 * GROUP, &scale_[at], &sum_[at], &halves_[2 * at]);
     }
 
     // From token i of x. `floats` has room for all tokens, or is empty if products read bfloat16 or digits.
@@ -83,7 +83,7 @@ public:
         const char *at = (const char *)x + i * cols_ * (kind_ == BF16 ? 2 : 4);
         const uint16_t *bfloat16 = kind_ == BF16 ? (const uint16_t *)at : nullptr;
         if (floats.empty() && digits_.empty()) {
-            inputs_[i] = {nullptr, bfloat16, nullptr, nullptr, nullptr};
+            inputs_[i] = {nullptr, bfloat16, nullptr, nullptr, nullptr, nullptr};
             return;
         }
         if (floats.empty()) row.resize(groups_ * GROUP);
@@ -106,6 +106,7 @@ private:
     int64_t cols_, groups_, kind_;
     std::vector<int8_t> digits_;
     std::vector<float> scale_, sum_;
+    std::vector<int32_t> halves_;
     std::vector<Input> inputs_;
 };
 
@@ -162,7 +163,7 @@ struct Expert {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 9; }
+int64_t moefit_version() { return 10; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.

@@ -4,7 +4,8 @@
 // takes bits * 8 bytes of `codes`; `meta` has the row's G scales as halves, then, below 8 bits, its G
 // minima. 16 rows form a slab, in which codes are interleaved by words of 4 bytes, and metadata by group: 16
 // scales, then 16 minima. Rows after the last slab are consecutive. quant/grouped_int.py implements the same
-// layout in torch and is the reference that tests compare with.
+// layout in torch and is the reference that tests compare with. Codes of a checkpoint with scales of its own
+// (scaled/kinds.h, quant/scaled/matrix.py) lie in slabs in the same way.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,8 +13,9 @@
 
 #include "attention.h"
 #include "levels/rows.h"
+#include "scaled/kinds.h"
 
-enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };
+enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };  // others: scaled/kinds.h
 
 struct Matrix {
     const uint8_t *codes;
@@ -30,6 +32,7 @@ struct Input {
     const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; null if not needed
     const float *scale;        // of the group's integers
     const float *sum;          // of the group's values as the integers represent them
+    const int32_t *halves;     // sums of the integers of the first and of the last 32 inputs of the group
 };
 
 constexpr int64_t GROUP = 64;
@@ -55,9 +58,13 @@ inline uint16_t to_bfloat16(float x) {
     return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could overflow
 }
 
+// Bits of a code, and values of 2 bytes of metadata per group, of a grouped format.
+inline int64_t bits_of(int64_t kind) { return is_scaled(kind) ? bits_of_codes(kind) : kind; }
+inline int64_t parts_of(int64_t kind) { return is_scaled(kind) ? parts_of_scales(kind) : kind == INT8 ? 1 : 2; }
+
 // Bytes of a row of a grouped format.
-inline int64_t code_bytes(const Matrix &m) { return groups_of(m.cols) * m.kind * 8; }
-inline int64_t meta_bytes(const Matrix &m) { return groups_of(m.cols) * (m.kind == INT8 ? 2 : 4); }
+inline int64_t code_bytes(const Matrix &m) { return groups_of(m.cols) * bits_of(m.kind) * 8; }
+inline int64_t meta_bytes(const Matrix &m) { return groups_of(m.cols) * parts_of(m.kind) * 2; }
 inline int64_t rows_in_slabs(const Matrix &m) { return m.rows / SLAB * SLAB; }
 
 // Copy one row's codes and meta to consecutive memory.
@@ -117,7 +124,7 @@ struct Level {
     // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
     // Convert a group of activations to the integers of `Input`.
-    void (*integers)(const float *x, int8_t *digits, float *scale, float *sum);
+    void (*integers)(const float *x, int8_t *digits, float *scale, float *sum, int32_t *halves);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
     void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
     // Round one row of keys or values to INT8 and return its scale.

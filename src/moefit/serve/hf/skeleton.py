@@ -5,9 +5,10 @@ itself converts and renames the dense weights: it is given a checkpoint and a mo
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from moefit.checkpoint.formats.find import find_weights, part_of
 from moefit.checkpoint.model_folder import refuse_adapter
 from moefit.checkpoint.quantisation import refuse_unknown_method
 from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
+from moefit.checkpoint.sources import ExpertSource
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
 from moefit.moe.families import MoeBlock
@@ -48,11 +50,13 @@ class StoredFormats:
         experts: Names of the formats of experts: dtypes, or formats of quantised weights.
         dense: Names of the formats of all other weights.
         expert_bytes: Bytes of the largest expert in the files.
+        held: Names of the formats of experts whose codes slots hold as they are.
     """
 
     experts: tuple[str, ...]
     dense: tuple[str, ...]
     expert_bytes: int
+    held: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,14 @@ class Skeleton:
             experts=tuple(sorted(frozenset().union(*(one.formats for one in sources)))),
             dense=tuple(sorted({one.format for one in self.map.dense_weights.values()})),
             expert_bytes=max(one.nbytes for one in sources),
+            held=held_formats(self.blocks),
         )
+
+
+def held_formats(blocks: Iterable[MoeBlock]) -> tuple[str, ...]:
+    """Return the names of the formats whose codes slots hold as the checkpoint does."""
+    specs = (spec for block in blocks for spec in block.layout.specs.values())
+    return tuple(sorted({spec.stored.name for spec in specs if spec.stored is not None}))
 
 
 def _group(name: str) -> str:
@@ -132,9 +143,29 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
         cache_name(model)  # raises for a model that takes no KV cache
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
-    return Skeleton(
-        model, blocks, map_checkpoint(model, checkpoint, blocks), checkpoint, compute_dtype
-    )
+    found = map_checkpoint(model, checkpoint, blocks)
+    blocks = tuple(_as_stored(block, found.experts[block.name]) for block in blocks)
+    return Skeleton(model, blocks, found, checkpoint, compute_dtype)
+
+
+def _as_stored(block: MoeBlock, experts: Sequence[ExpertSource]) -> MoeBlock:
+    """Return a block whose specs say which matrices slots can hold as the checkpoint does.
+
+    None in float32, where activations of 15 bits and weights that are not rounded to 16 bits, as
+    transformers rounds those of integers, would be seen.
+    """
+    held = [source.held for source in experts]
+    specs = {
+        short: replace(spec, stored=first)
+        if (first := held[0].get(short))
+        and spec.dtype.itemsize == 2
+        and all(one.get(short) == first for one in held)
+        else spec
+        for short, spec in block.layout.specs.items()
+    }
+    layout = copy(block.layout)
+    layout.specs = specs
+    return replace(block, layout=layout)
 
 
 def refuse_unservable(folder: Path) -> None:

@@ -1,22 +1,25 @@
 """Read experts from storage into slots in host memory.
 
-Byte ranges are read directly into the slot where the checkpoint's layout allows it; other layouts
-go through transformers' own conversion. If the slot's format is not the checkpoint's, the expert
+Byte ranges are read directly into the slot where the checkpoint's layout allows it, and codes of a
+quantised one are copied as they are where slots can hold them; other layouts go through
+transformers' own conversion. If the slot's format is not the checkpoint's, the expert
 comes from the packed store if that has it, and is encoded while reading otherwise.
 """
 
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
+from torch import Tensor
 
 from moefit.checkpoint.safetensors import Checkpoint
-from moefit.checkpoint.sources import ExpertSource
+from moefit.checkpoint.sources import ExpertSource, Targets
 from moefit.errors import CheckpointError
 from moefit.moe.families import MoeBlock, Tensors
 from moefit.quant.format import Format
+from moefit.quant.grouped_int import GroupedMatrix
+from moefit.quant.scaled.fill import FilledMatrix
 from moefit.serve.cache.slot import Slot
 from moefit.serve.packed.store import PackedStore
 
@@ -86,7 +89,7 @@ class ExpertStore:
         source = self._experts[block][expert]
         count = source.nbytes
         if not into.format.is_encoded:
-            source.read_into(self._checkpoint, cast(Tensors, into.tensors))
+            source.read_into(self._checkpoint, _targets(into))
         elif self.packed.has(block, into.format):
             count = self.packed.read(block, expert, into)
         else:
@@ -121,3 +124,12 @@ class ExpertStore:
             sum(float(one.float().norm()) ** 2 for one in source.values(self._checkpoint)) ** 0.5
             for source in self._experts[block]
         ]
+
+
+def _targets(slot: Slot) -> Targets:
+    """Return what a source fills in a slot of the checkpoint's own format."""
+    targets: dict[str, Tensor | FilledMatrix] = {}
+    for short, weight in slot.tensors.items():
+        assert not isinstance(weight, GroupedMatrix)
+        targets[short] = weight if isinstance(weight, Tensor) else FilledMatrix(weight)
+    return targets

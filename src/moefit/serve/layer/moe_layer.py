@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.quant.format import NATIVE, Format
+from moefit.quant.format import NATIVE, Format, slot_kind
 from moefit.serve.cache.eviction import EvictionPolicy
 from moefit.serve.cache.scores import ExpertImportanceEstimator
 from moefit.serve.cache.slot import Slot
@@ -250,8 +250,8 @@ class VirtualExperts(nn.Module):
 
     @property
     def spares_key(self) -> tuple[str, int]:
-        """Return the key of the spare slots for this block's swaps (format name, slot bytes)."""
-        return self.format.name, self.block_slot_bytes
+        """Return the key of the spare slots for this block's swaps (kind, slot bytes)."""
+        return slot_kind(self.format, self.block.layout.specs), self.block_slot_bytes
 
     @property
     def block_slot_bytes(self) -> int:

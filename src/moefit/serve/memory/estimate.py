@@ -27,7 +27,7 @@ from moefit.host import (
     tightest_limit,
     total_bytes,
 )
-from moefit.quant.format import FORMATS, NATIVE, weights_in
+from moefit.quant.format import FORMATS, NATIVE, slot_kind, weights_in
 from moefit.quant.kv_int8 import INT8_CACHE
 from moefit.serve.config import (
     AUTO_PRECISION,
@@ -309,17 +309,19 @@ def _host_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
 
 
 def _format_totals(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str, int], ...]:
-    """Return the bytes of all experts in each format that precision auto uses."""
-    return tuple(
-        (
-            name,
-            sum(
-                block.num_experts * slot_bytes(FORMATS[name].nbytes(block.layout.specs), device)
-                for block in skeleton.blocks
-            ),
+    """Return the bytes of all experts in each format that precision auto uses, smallest first.
+
+    Formats that take more than the checkpoint's own are not used.
+    """
+    totals = {
+        name: sum(
+            block.num_experts * slot_bytes(FORMATS[name].nbytes(block.layout.specs), device)
+            for block in skeleton.blocks
         )
         for name in AUTO_FORMATS
-    )
+    }
+    own = NATIVE.name
+    return tuple(one for one in totals.items() if one[1] < totals[own] or one[0] == own)
 
 
 def _spare_sizes(skeleton: Skeleton, settings: LoadSettings) -> tuple[list[int], list[int]]:
@@ -332,7 +334,8 @@ def _spare_sizes(skeleton: Skeleton, settings: LoadSettings) -> tuple[list[int],
     fully_resident: set[tuple[str, int]] = set()
     for block in skeleton.blocks:
         format = settings.format(block)
-        kind = format.name, slot_bytes(format.nbytes(block.layout.specs), device)
+        specs = block.layout.specs
+        kind = slot_kind(format, specs), slot_bytes(format.nbytes(specs), device)
         all_resident = placement is not None and placement[block.name].slots == block.num_experts
         (fully_resident if all_resident else swapped).add(kind)
     return [size for _, size in swapped], [size for _, size in fully_resident - swapped]

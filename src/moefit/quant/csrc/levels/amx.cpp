@@ -179,12 +179,18 @@ typedef float V __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));
 typedef uint8_t VB __attribute__((vector_size(64)));
 
+static inline VB table_values(VB codes) { return codes; }  // only integers are multiplied in tiles
+
 #include "codes.inc"
 
 constexpr int64_t FEW = 6;  // tokens left over for which vectors are faster than a tile that is not full
 constexpr int64_t GROUP_TILE = WIDTH * GROUP;
 
-int64_t in_tiles(int64_t tokens) { return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens; }
+// Tokens that are multiplied in tiles. Codes of a checkpoint are not: they have two sums in a group.
+int64_t in_tiles(const Matrix &m, int64_t tokens) {
+    if (is_scaled(m.kind)) return 0;
+    return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens;
+}
 
 // For each block and group a tile of high digits and one of low ones, a row per token.
 void pack_digits(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
@@ -278,7 +284,7 @@ int64_t token_bytes(const Matrix &m, const Input *x) {
 void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
     if (of_pairs(m, x)) return pack_pairs(m, x, tokens, packed);
     if (!m.meta) return AVX512.pack(m, x, tokens, packed);
-    int64_t tiles = in_tiles(tokens);
+    int64_t tiles = in_tiles(m, tokens);
     pack_digits(m, x, tiles, packed);
     if (tiles < tokens)
         AVX512.pack(m, x + tiles, tokens - tiles, packed + tiles * groups_of(m.cols) * 2 * GROUP);
@@ -286,7 +292,7 @@ void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
 
 void dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
     if (of_pairs(m, panel.x)) return native_dot(m, first, last, panel, y);
-    int64_t tiles = m.meta ? in_tiles(panel.tokens) : 0;
+    int64_t tiles = m.meta ? in_tiles(m, panel.tokens) : 0;
     Panel some = {panel.x, panel.packed, tiles};
     if (tiles) switch (m.kind) {
         case INT2: grouped_dot<INT2>(m, first, last, some, y); break;

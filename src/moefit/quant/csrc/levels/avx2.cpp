@@ -57,10 +57,17 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 
 typedef uint8_t VB __attribute__((vector_size(32)));
 
+static inline __attribute__((always_inline)) VB table_values(VB codes) {
+    const __m256i table = _mm256_broadcastsi128_si256(at_any<__m128i>(E2M1_VALUES));
+    return (VB)_mm256_shuffle_epi8(table, (__m256i)codes);
+}
+
 #include "codes.inc"
 #include "avx2_integers.inc"
+#include "../scaled/avx2.inc"
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
+    if (is_scaled(m.kind)) return scaled_dot(m, first, last, panel, y);
     switch (m.kind) {
         case INT2: return integer_dot<INT2>(m, first, last, panel, y);
         case INT3: return integer_dot<INT3>(m, first, last, panel, y);

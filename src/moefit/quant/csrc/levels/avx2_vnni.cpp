@@ -34,6 +34,11 @@ static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_
     return (RI)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(four));
 }
 
+static inline __attribute__((always_inline)) VB table_values(VB codes) {
+    const __m256i table = _mm256_broadcastsi128_si256(at_any<__m128i>(E2M1_VALUES));
+    return (VB)_mm256_shuffle_epi8(table, (__m256i)codes);
+}
+
 #include "slabs.inc"
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {

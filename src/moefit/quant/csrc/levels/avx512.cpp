@@ -167,6 +167,7 @@ static void narrow_past(const float *from, int64_t number, uint16_t *out) {
 }
 
 static void any_decode(const Matrix &m, int64_t row, float *out) {
+    if (is_scaled(m.kind)) return decode_scaled(m, row, out);
 #define DECODE(kind) decode<kind>(m, row, out)
     FOR_KIND(m.kind, DECODE)
 }
@@ -220,6 +221,11 @@ constexpr int WIDEST = 8, UNROLL = 16;
 template <int64_t KIND>
 static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_t four) {
     return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
+}
+
+static inline __attribute__((always_inline)) VB table_values(VB codes) {
+    const __m512i table = _mm512_broadcast_i32x4(at_any<__m128i>(E2M1_VALUES));
+    return (VB)_mm512_shuffle_epi8(table, (__m512i)codes);
 }
 
 #include "slabs.inc"

@@ -100,6 +100,14 @@ static inline __attribute__((always_inline)) RI product(RI sum, VB codes, int32_
     return sum;
 }
 
+// The magnitude's codes 5, 6 and 7 have values that are 1, 2 and 5 more.
+static inline VB table_values(VB codes) {
+    typedef int8_t Signed __attribute__((vector_size(64)));
+    Signed size = (Signed)(codes & 7), sign = (Signed)(codes > 7);
+    size -= (Signed)(size > 4) + (Signed)(size > 5) + 3 * (Signed)(size > 6);
+    return (VB)(((size ^ sign) - sign) + int8_t(E2M1_ZERO));
+}
+
 #include "slabs.inc"
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
