@@ -404,6 +404,24 @@ def test_experts_write_only_their_rows(level: str) -> None:
 
 
 @levels
+def test_token_is_the_weighted_sum_of_its_experts(level: str) -> None:
+    first, second = make_mlp(4, 8, seed=0), make_mlp("float32", 3, seed=1)
+    for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x_1D = normal(1, 72).to(x_dtype)
+        for weights_dtype in (torch.float32, torch.bfloat16):
+            for mlps in ([first], [first, second, first]):  # an expert may be chosen twice
+                weights_1K = normal(1, len(mlps), seed=5).to(weights_dtype)
+                y_KD = torch.empty(len(mlps), 72)
+                at(level).one_token(x_1D, mlps, range(len(mlps)), y_KD)
+                wanted = at(level).weighted_sum(y_KD, weights_1K, x_dtype, energy=True)
+                found = at(level).token(x_1D, mlps, weights_1K, energy=True)
+                assert found[0].dtype == x_dtype and torch.equal(found[0], wanted[0])
+                assert found[1] is not None and wanted[1] is not None
+                assert torch.equal(found[1], wanted[1])
+                assert at(level).token(x_1D, mlps, weights_1K)[1] is None
+
+
+@levels
 @pytest.mark.parametrize("tokens", [1, 3, 6])
 def test_product_has_requested_dtype(level: str, tokens: int) -> None:
     weight = weight_of(5, 75, 150)

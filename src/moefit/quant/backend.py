@@ -47,6 +47,12 @@ class Backend(Protocol):
         """Write each expert's unweighted output to its row of float32 y_KD."""
         ...
 
+    def token(
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], weights_1K: Tensor, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one token's weighted sum of experts: `one_token`, then `weighted_sum`."""
+        ...
+
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Array, Structure, byref, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, addressof, byref, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -90,6 +90,7 @@ class KernelMlp:
         self.w_in, self.w_out = w_in, w_out
         self.activation, self.gated = activation, gated
         self.argument = _Expert(_matrix(w_in), _matrix(w_out), 0, 0)
+        self.address = addressof(self.argument)
 
 
 class Kernels:
@@ -122,6 +123,10 @@ class Kernels:
         library.moefit_experts.argtypes = [
             c_int64, POINTER(_Expert), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
             c_void_p, c_int64, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
+        library.moefit_token.argtypes = [
+            c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64,
+            c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_weighted_sum.argtypes = [
             c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
@@ -280,6 +285,28 @@ class Kernels:
             array[number] = mlp.argument
             array[number].first, array[number].rows = row, 1
         self._run(mlps, array, None, x_1D, y_KD)
+
+    def token(
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], weights_1K: Tensor, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one token's weighted sum of experts: `one_token`, then `weighted_sum`."""
+        one = mlps[0]
+        assert all(mlp.argument.w_in.cols == x_1D.shape[1] for mlp in mlps)
+        if x_1D.dtype not in _KINDS or weights_1K.dtype not in _KINDS:
+            y_KD = torch.empty(len(mlps), one.argument.w_out.rows)
+            self.one_token(x_1D, mlps, range(len(mlps)), y_KD)
+            return self.weighted_sum(y_KD, weights_1K, x_1D.dtype, energy=energy)
+        x_1D, weights_1K = x_1D.contiguous(), weights_1K.contiguous()
+        y_1D = x_1D.new_empty(1, one.argument.w_out.rows)
+        energy_K = torch.empty(len(mlps)) if energy else None
+        addresses = (c_void_p * len(mlps))(*[mlp.address for mlp in mlps])
+        self._library.moefit_token(
+            self._level, addresses, len(mlps), x_1D.data_ptr(), _KINDS[x_1D.dtype],
+            weights_1K.data_ptr(), _KINDS[weights_1K.dtype], int(one.gated),
+            ACTIVATIONS.index(one.activation), y_1D.data_ptr(),
+            None if energy_K is None else energy_K.data_ptr(),
+        )  # fmt: skip
+        return y_1D, energy_K
 
     def _run(
         self,

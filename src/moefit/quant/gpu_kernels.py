@@ -129,6 +129,13 @@ class TritonKernels:
         made_ND = self.experts(x_1D, mlps, [(0,)] * len(mlps))
         y_KD[_on(torch.tensor(rows), y_KD.device)] = made_ND
 
+    def token(
+        self, x_1D: Tensor, mlps: Sequence[KernelMlp], weights_1K: Tensor, *, energy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one token's weighted sum of experts: `one_token`, then `weighted_sum`."""
+        y_KD = self.experts(x_1D, mlps, [(0,)] * len(mlps))
+        return self.weighted_sum(y_KD, weights_1K, x_1D.dtype, energy=energy)
+
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:

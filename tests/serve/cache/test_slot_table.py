@@ -122,6 +122,15 @@ def full_table() -> SlotTable:
     return table
 
 
+def test_slots_of_several_experts_are_those_of_each() -> None:
+    table = full_table()
+    one, other = table.residents
+    assert table.slots_of([other, one, other]) == [*map(table.slot, (other, one, other))]
+    assert table.slots_of([one, 7]) is None
+    table.reserve(7)
+    assert table.slots_of([7]) is None  # until it is loaded
+
+
 def test_expert_is_not_loaded_twice() -> None:
     table = full_table()
     with pytest.raises(AssertionError):

@@ -190,12 +190,14 @@ struct CacheRows {
 void moefit_write_rows(int64_t level, const CacheRows *r) {
     const Level &use = level_of(level);
     int64_t size = bytes_of(r->kind);
-#pragma omp parallel for if (r->heads * r->tokens > 1024)
-    for (int64_t row = 0; row < r->heads * r->tokens; row++) {
-        int64_t head = row / r->tokens, token = row % r->tokens, place = r->places[token];
-        const char *from = (const char *)r->rows + (head * r->row_head + token * r->row_token) * size;
-        int8_t *codes = r->codes + head * r->code_head + place * r->code_token;
-        r->scales[head * r->scale_head + place] = use.quantize(from, r->kind, r->width, codes);
-    }
+    int64_t rows = r->heads * r->tokens, at_once = 64;
+    each((rows + at_once - 1) / at_once, [&](int64_t part) {
+        for (int64_t row = part * at_once; row < std::min(rows, (part + 1) * at_once); row++) {
+            int64_t head = row / r->tokens, token = row % r->tokens, place = r->places[token];
+            const char *from = (const char *)r->rows + (head * r->row_head + token * r->row_token) * size;
+            int8_t *codes = r->codes + head * r->code_head + place * r->code_token;
+            r->scales[head * r->scale_head + place] = use.quantize(from, r->kind, r->width, codes);
+        }
+    });
 }
 }

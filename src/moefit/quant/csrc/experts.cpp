@@ -295,12 +295,17 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
         for (int64_t r = t * K; r < (t + 1) * K; r++) {
             float squares[LANES] = {};
             PORTABLE.widen((const char *)y_RD + r * D * (y_kind == BF16 ? 2 : 4), y_kind, D, output.data(), D);
-            for (int64_t d = 0; d < D; d++) {
-                float y = round ? rounded(output[d]) : output[d], product = y * weight[r];
-                product = round_products ? rounded(product) : product;
-                total[d] += product;
-                squares[d % LANES] += product * product;
-            }
+            auto add = [&](int64_t d, int64_t lanes) {
+                for (int64_t i = 0; i < lanes; i++) {
+                    float y = round ? rounded(output[d + i]) : output[d + i], product = y * weight[r];
+                    product = round_products ? rounded(product) : product;
+                    total[d + i] += product;
+                    squares[i] += product * product;
+                }
+            };
+            int64_t whole = D / LANES * LANES;
+            for (int64_t d = 0; d < whole; d += LANES) add(d, LANES);  // a constant, for vectors
+            add(whole, D - whole);
             if (energy_R) energy_R[r] = std::accumulate(squares, squares + LANES, 0.0f);
         }
         if (kind == BF16) PORTABLE.narrow(total.data(), D, (uint16_t *)y_TD + t * D);
@@ -308,13 +313,25 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
     });
 }
 
+// One token's output: the weighted sum of its K experts, as moefit_experts and moefit_weighted_sum would compute
+// it. `first` and `rows` of the experts are not read; an expert may be given twice.
+void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const void *x_D, int64_t kind,
+                  const void *weights_K, int64_t weights_kind, int64_t gated, int64_t activation, void *y_D,
+                  float *energy_K) {
+    std::vector<Expert> chosen(K);
+    for (int64_t k = 0; k < K; k++) chosen[k] = {experts[k]->in, experts[k]->down, k, 1};
+    int64_t D = chosen[0].down.rows;
+    int64_t Q = groups_of(std::max(chosen[0].in.rows, chosen[0].down.cols)) * GROUP;
+    std::unique_ptr<float[]> h_KQ(new float[K * Q]), y_KD(new float[K * D]);
+    moefit_experts(level, chosen.data(), K, nullptr, K, x_D, 1, kind, h_KQ.get(), Q, gated, activation, y_KD.get());
+    moefit_weighted_sum(y_KD.get(), F32, 1, K, D, weights_K, weights_kind, kind, y_D, energy_K);
+}
+
 // All weights of a matrix, [rows, cols], as float32 or, rounded to nearest even, bfloat16.
 void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t bfloat16) {
-#pragma omp parallel
-    {
+    each((m->rows + SLAB - 1) / SLAB, [&](int64_t slab) {
         std::vector<float> row(groups_of(m->cols) * GROUP);
-#pragma omp for schedule(dynamic, SLAB)
-        for (int64_t r = 0; r < m->rows; r++) {
+        for (int64_t r = slab * SLAB; r < std::min(m->rows, (slab + 1) * SLAB); r++) {
             level_of(level).decode(*m, r, row.data());
             if (!bfloat16) {
                 std::memcpy((float *)out + r * m->cols, row.data(), 4 * m->cols);
@@ -322,6 +339,6 @@ void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t bfloat16) 
             }
             level_of(level).narrow(row.data(), m->cols, (uint16_t *)out + r * m->cols);
         }
-    }
+    });
 }
 }

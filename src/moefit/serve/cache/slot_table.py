@@ -57,6 +57,13 @@ class SlotTable:
         """Return the slot of a resident expert."""
         return self._slot_of[expert]
 
+    def slots_of(self, experts: Collection[int]) -> list[int] | None:
+        """Return the slots of these experts; None unless all are resident."""
+        try:
+            return [self._slot_of[expert] for expert in experts]
+        except KeyError:
+            return None
+
     def reserve(self, expert: int, protected: Collection[int] = ()) -> int | None:
         """Reserve a slot for an expert to be loaded, evicting another one if no slot is empty.
 

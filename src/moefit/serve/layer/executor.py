@@ -46,6 +46,13 @@ class FusedExperts:
         mlps = [self._mlp(slot) for slot in slot_of_row.values()]
         self.kernels.one_token(x_1D, mlps, [*slot_of_row], y_KD)
 
+    def token(
+        self, x_1D: Tensor, slots: Sequence[Slot], weights_1K: Tensor, *, energy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the weighted sum of the outputs of one token's experts, and their energies."""
+        mlps = [self._mlp(slot) for slot in slots]
+        return self.kernels.token(x_1D, mlps, weights_1K, energy=energy)
+
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
     ) -> None:
@@ -179,6 +186,15 @@ class ExpertInvoker:
     def _fused_token(self, fused: FusedExperts, x_1D: Tensor, routing: Routing) -> Tensor:
         """Compute one token: no grouping by expert, all residents in one kernel call."""
         ids = routing.ids_TK[0].tolist()
+        if ids and (found := self._slot_table.slots_of(ids)) is not None:
+            self._counters.hits += len(set(ids))
+            y_1D, self.output_energy_R = fused.token(
+                x_1D,
+                [self._slots[slot] for slot in found],
+                routing.weights_TK,
+                energy=self.collect_stats,
+            )
+            return y_1D
         row_of: dict[int, int] = {}
         for row, expert in enumerate(ids):
             if expert < self._block.num_experts:
