@@ -48,6 +48,7 @@ from moefit.evaluate.stepwise import score_steps
 from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
+from moefit.train.adapt import RUN
 from moefit.train.config import read_config
 from moefit.train.expert_dropout import AllowedExperts, first_experts, measured_order
 from moefit.train.run_folder import CONFIG
@@ -89,8 +90,7 @@ def main() -> None:
         Console(width=120).print(table(name, results[name], results[next(iter(models))]))
     if arguments.save:
         path = record.write("expert-dropout", results, notes=NOTES, suffix=arguments.save)
-        if arguments.shares:
-            draw(results, path.with_suffix(".png"))
+        draw(results, path.with_suffix(".png"))
         print(path)
 
 
@@ -191,11 +191,13 @@ def parse() -> argparse.Namespace:
 
 
 def trained(model: str) -> dict[str, Any]:
-    """How the model was trained, as far as its folder says."""
-    run = Path(model) / CONFIG
+    """How the model was trained, as far as the folder of a run or an adaptation says."""
+    folder = Path(model)
+    runs = (one / CONFIG for one in (folder, folder.parent, folder / RUN))
+    run = next((one for one in runs if one.is_file()), None)
     found = dropout_record(load_full_model(model)[0].config)
     settings: dict[str, Any] = {}
-    if run.is_file():
+    if run is not None:
         config = read_config(run, []).model_dump(mode="json", exclude={"out", "data", "model"})
         settings = {name: config[name] for name in SETTINGS}
     losses = None if found is None else found.as_dict()["held_out_loss"]
@@ -243,6 +245,7 @@ def _compared(own: dict[int, list[float]], base: dict[int, list[float]]) -> dict
         "to_base": to_base,
         "error": error,
         "windows": len(own[everything]),
+        "experts": everything,
         "few": {
             count: {
                 "loss": loss,
@@ -324,30 +327,35 @@ def _shown(value: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    panels = {"virtual": "loss", "bounded": "loss", "exact": "bytes_per_token"}
-    for axes, (mode, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name, result in results.items():
+    """Draw the losses with few experts, and a panel for each mode that was measured."""
+    measured = {point["mode"] for result in results.values() for point in result["mean"]["points"]}
+    modes = [mode for mode in ("virtual", "bounded", "exact") if mode in measured]
+    figure = Figure(figsize=(4.3 * (1 + len(modes)), 4.2), layout="constrained")
+    panels = figure.subplots(1, 1 + len(modes), squeeze=False)[0]
+    for name, result in results.items():
+        few = result["mean"]["few"].items()
+        experts = int(result["seeds"][0]["full_memory"]["experts"])
+        _line(panels[0], name, [(100 * int(n) / experts, one["loss"], 100) for n, one in few])
+        for axes, mode in zip(panels[1:], modes, strict=True):
+            key, scale = ("bytes_per_token", 1 / 1024) if mode == "exact" else ("loss", 100)
             points = [one for one in result["mean"]["points"] if one["format"] == "native"]
             line = [one for one in points if one["mode"] == mode]
-            scale = 100 if key == "loss" else 1 / 1024
-            axes.errorbar(
-                [100 * one["share"] for one in line],
-                [scale * one[key]["mean"] for one in line],
-                [scale * (one[key]["error"] or 0) for one in line],
-                fmt="o-",
-                ms=4,
-                capsize=2,
-                label=name,
-            )
-        axes.set_title(mode)
+            _line(axes, name, [(100 * one["share"], one[key], scale) for one in line])
+    for axes, title in zip(panels, ("fixed, one pass per window", *modes), strict=True):
+        axes.set_title(title)
         axes.set_xlabel("experts in memory, %")
-        axes.set_ylabel("perplexity above all experts, %" if key == "loss" else "KiB per token")
+        axes.set_ylabel("KiB per token" if title == "exact" else "perplexity above all experts, %")
         axes.grid(alpha=0.3)
-        if key == "loss":
+        if title != "exact":
             axes.set_yscale("symlog", linthresh=5)
-    figure.axes[0].legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _line(axes: Any, name: str, points: list[tuple[float, dict[str, Any], float]]) -> None:
+    xs, values = [x for x, _, _ in points], [one["mean"] * scale for _, one, scale in points]
+    errors = [(one["error"] or 0) * scale for _, one, scale in points]
+    axes.errorbar(xs, values, errors, fmt="o-", ms=4, capsize=2, label=name)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.evaluate.loading import load_full_model
 from moefit.moe.expert_dropout import dropout_record
 from moefit.train.adapt import adapt_config
-from moefit.train.config import make_config
+from moefit.train.config import make_config, read_config
 from moefit.train.data.tokenizer import train_bpe
 
 TOKENIZER = train_bpe(["expert router token slot budget dense sparse memory " * 9], 300)
@@ -70,7 +70,7 @@ def differing(a, b):
 
 
 def test_it_keeps_class_settings_and_dtype(olmoe, corpus, tmp_path):
-    result = adapted(olmoe, tmp_path / "out", corpus, "--steps", "3", "--batch-size", "4")
+    result = adapted(olmoe, tmp_path / "out", corpus, "--steps", "3")
     assert "trained with expert dropout (nested)" in " ".join(result.output.split())
     before, after = (json.loads((x / "config.json").read_text()) for x in (olmoe, tmp_path / "out"))
     assert after.pop("expert_dropout")["least"] == 2
@@ -81,6 +81,14 @@ def test_it_keeps_class_settings_and_dtype(olmoe, corpus, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {count} of 6 | " in card for count in (6, 4, 3, 2))
     assert differing(olmoe, tmp_path / "out")
+
+
+def test_defaults_are_those_that_were_measured_best(olmoe, corpus, tmp_path):
+    adapted(olmoe, tmp_path / "out", corpus, "--steps", "1")
+    config = read_config(tmp_path / "out/run/config.yaml", [])
+    assert config.expert_dropout is not None
+    assert (config.expert_dropout.order, config.expert_dropout.share) == ("nested", 0.75)
+    assert (config.batch_size, config.optimizer.lr) == (4, 1.2e-3)
 
 
 def test_routers_alone(olmoe, dsmoe, corpus, tmp_path):

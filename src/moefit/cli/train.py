@@ -82,7 +82,7 @@ def adapt(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     text: Annotated[list[str], option("Text file or folder to train on; may be repeated.")],
-    steps: Annotated[int, option("Number of training steps.", min=1)] = 200,
+    steps: Annotated[int, option("Number of training steps.", min=1)] = 400,
     trainable: Annotated[
         TrainableName, option("all: all weights; routers: routers and norms only.")
     ] = TrainableName.all,
@@ -92,12 +92,12 @@ def adapt(
     sizes: Annotated[
         SizesName, advanced("Distribution of their number, as in expert_dropout.sizes.")
     ] = SizesName.few,
-    share: Annotated[float, advanced("Share of sequences with few experts.", min=0, max=1)] = 0.5,
+    share: Annotated[float, advanced("Share of sequences with few experts.", min=0, max=1)] = 0.75,
     least: Annotated[
         int | None, advanced("Minimum number of experts. Default: those of one token.", min=1)
     ] = None,
-    lr: Annotated[float, option("Peak learning rate.", min=0)] = 5e-4,
-    batch_size: Annotated[int, option("Sequences per step.", min=1)] = 8,
+    lr: Annotated[float, option("Peak learning rate.", min=0)] = 1.2e-3,
+    batch_size: Annotated[int, option("Sequences per step.", min=1)] = 4,
     seq_len: Annotated[int | None, advanced("Tokens per sequence. Default: 256.", min=2)] = None,
     seed: Annotated[int, advanced("Random seed of batches and dropout.", min=0)] = 0,
     as_json: Json = False,
