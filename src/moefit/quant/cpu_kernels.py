@@ -49,7 +49,7 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 10  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 11  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
