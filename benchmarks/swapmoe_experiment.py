@@ -152,6 +152,8 @@ class Subject:
                 fix_residents(served, FIXED[policy], calibration=calibration)  # pyright: ignore
             elif policy == "virtual, swaps":
                 served.set_mode("virtual", residency="manager")
+            if served.policy.residency != "fixed":
+                fill_slots(served)
             for one in self.test[-WARM:]:
                 self.write(served, one)
             with drop_absent(served) if policy == "pruned, dropped" else nullcontext():

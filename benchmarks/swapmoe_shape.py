@@ -26,6 +26,7 @@ from train_switch import LimitedRouters
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import moefit
+from moefit.plan.measure import fill_slots
 from moefit.serve.model import ServedModel
 
 MEASURED = ("exact", "on-demand", "virtual", "frequency")
@@ -38,14 +39,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--points", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=10)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
     parser.add_argument("--rate", help="bytes per second that storage gives, such as 0.4GB")
     arguments = parser.parse_args()
     words = AutoTokenizer.from_pretrained(arguments.run).get_vocab()
     test = pairs(arguments.texts, words, held_out=True)
     recorded = [*record(arguments.run, test[: arguments.requests + 2])]
-    points = Points(arguments.points)
+    points, given = Points(arguments.points), list(map(float, arguments.shares.split(",")))
     for policy in MEASURED:
-        shares = SHARES if policy == "exact" else SHARES[1:]
+        shares = [one for one in given if policy == "exact" or one < 1]
         keys = [{"policy": policy, "share": share, "rate": arguments.rate} for share in shares]
         if all(any(key.items() <= one.items() for one in points.all) for key in keys):
             continue
@@ -125,6 +127,7 @@ def measured(
     if key["policy"] == "frequency":
         served.set_mode("virtual", residency="fixed")
         served.set_residents(dict(zip(served.blocks, map(range, counts), strict=True)))
+    fill_slots(served)
     requests = [request_of(served, replay, one) for one in recorded]
     with limited_to(key["rate"]):
         timed(served, requests[:2])
