@@ -39,6 +39,7 @@ def test_serve_defaults(given) -> None:
     assert following == "auto"
     assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
+    assert not engine.deterministic
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
     assert (settings.api_key, settings.origins) == (None, ())
 
@@ -48,7 +49,7 @@ def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     file.write_text(
         "model: from-file\nport: 1\nmemory: 1GiB\nmax-concurrency: 3\nmode: virtual\n"
         "cors_origin: [https://a.example, https://b.example]\nhost: ::1\napi_key: file\n"
-        "generation-config: none\n"
+        "generation-config: none\ndeterministic: true\n"
     )
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
@@ -57,6 +58,7 @@ def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     assert following == "none"
     assert (settings.port, options.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, options.mode) == ("from-file", 3, "virtual")
+    assert engine.deterministic
     assert settings.origins == ("https://a.example", "https://b.example")
     assert settings.host == "::1"
     named = {"MOEFIT_CONFIG": str(file), "MOEFIT_MODEL": "other"}
@@ -72,7 +74,7 @@ def test_every_option_has_environment_variable(given) -> None:
         "MOEFIT_SERVED_MODEL_NAME": "me", "MOEFIT_MAX_MODEL_LEN": "50", "MOEFIT_MAX_WAITING": "5",
         "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
-        "MOEFIT_GENERATION_CONFIG": "none",
+        "MOEFIT_GENERATION_CONFIG": "none", "MOEFIT_DETERMINISTIC": "1",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
     ((_, options, engine, settings, following),) = given
@@ -81,6 +83,7 @@ def test_every_option_has_environment_variable(given) -> None:
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
     assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")
     assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
+    assert engine.deterministic
     assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))
 
@@ -291,6 +294,7 @@ def test_server_process_drains_and_exits(tmp_path: Path) -> None:
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert process.wait(timeout=60) == 0
         assert "finishing running requests" in process.stderr.read()
+        assert any("answer" in line and "other requests" in line for line in lines), lines
     finally:
         process.kill()
         process.wait()

@@ -6,13 +6,12 @@ kernels, everything else row by row. Without kernels torch's products depend on 
 
 import pytest
 import torch
-from engines import ask, greedy, paused, running
+from engines import logprobs, paused, running, scored, text
 from levels import compiled
 from tiny_families import token_ids
 from tiny_served import saved, tiny
 
 from moefit.api import load as load_by_name
-from moefit.engine.api import TokenEvent
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 
@@ -34,28 +33,14 @@ WIDER: dict[str, dict[str, int]] = {
 }
 
 
-def logprobs(heard) -> torch.Tensor:
-    """Log probabilities of the prompt's tokens and of the answer's."""
-    prompt = [one.logprob for one in heard.wait().prompt.logprobs[1:]]
-    answer = [one.logprob.logprob for one in heard.events if isinstance(one, TokenEvent)]
-    return torch.tensor(prompt + answer, dtype=torch.float64)
-
-
-def text(length: int) -> list[int]:
-    return token_ids(length, seed=length).clamp(max=60).tolist()
-
-
-def request(engine, tokens):
-    return ask(engine, tokens, greedy(6, prompt_logprobs=0, logprobs=0))
-
-
 def check(load) -> None:
     """Compare one request alone with itself among others, in chunks and with two threads."""
     prompt, others = text(40), [3, 17, 30, 1, 9]
     with load() as served:
         served.model.generation_config.eos_token_id = None
         with running(served, prefill_chunk=64) as engine:
-            alone = logprobs(request(engine, prompt))
+            assert engine.invariance.covered, engine.invariance
+            alone = logprobs(scored(engine, prompt))
         assert len(alone) == 45
         for chunk, threads in ((64, 1), (1, 1), (7, 2)):
             torch.set_num_threads(threads)
@@ -65,9 +50,9 @@ def check(load) -> None:
                     paused(engine) as go,
                 ):
                     crowd = [
-                        request(engine, token_ids(n, seed=n).clamp(max=60).tolist()) for n in others
+                        scored(engine, token_ids(n, seed=n).clamp(max=60).tolist()) for n in others
                     ]
-                    among = request(engine, prompt)
+                    among = scored(engine, prompt)
                     go.set()
                     assert torch.equal(logprobs(among), alone), (chunk, threads)
                     for one in crowd:

@@ -40,6 +40,20 @@ def test_prompt_is_prefilled_in_chunks() -> None:
     assert told(step(scheduler)) == {"a": (24, 25, True)}
 
 
+def test_fixed_chunks_do_not_depend_on_other_requests() -> None:
+    """Alone or among others, a prompt is computed in the same pieces, in the order of arrival."""
+    scheduler = Scheduler(limits(fixed_chunks=True))
+    scheduler.submit("first", prompt=2, max_new_tokens=20)
+    step(scheduler)
+    scheduler.submit("long", prompt=23, max_new_tokens=9)
+    scheduler.submit("limited", prompt=9, max_new_tokens=9, max_chunk=4)
+    pieces = [told(step(scheduler)) for _ in range(6)]
+    assert all("first" in one for one in pieces)
+    assert [one["long"] for one in pieces[:3]] == [(0, 10, False), (10, 20, False), (20, 23, True)]
+    assert [one.get("limited") for one in pieces[:3]] == [None, None, None]
+    assert [one["limited"] for one in pieces[3:]] == [(0, 4, False), (4, 8, False), (8, 9, True)]
+
+
 def test_decoding_and_long_prefill_share_steps() -> None:
     scheduler = Scheduler(limits())
     scheduler.submit("short", prompt=2, max_new_tokens=20)

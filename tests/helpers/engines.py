@@ -7,7 +7,9 @@ from threading import Event as Flag
 from typing import Any
 
 import torch
+from tiny_families import token_ids
 from tiny_served import tokens
+from torch import Tensor
 
 from moefit.engine.api import (
     EngineSettings,
@@ -143,3 +145,23 @@ def check_crowd(engine: Engine, lengths: Sequence[int] = LENGTHS, max_tokens: in
         assert {one.end.reason for one in heard} <= {"length", "stop"}, heard[0].end
     for one, tokens_of_one in zip(heard, expected, strict=True):
         assert one.tokens == tokens_of_one
+
+
+def text(length: int) -> list[int]:
+    """Return token ids of the tiny models."""
+    return token_ids(length, seed=length).clamp(max=60).tolist()
+
+
+def scored(engine: Engine, tokens: Sequence[int]) -> Heard:
+    """Ask for a greedy answer with all log-probabilities."""
+    return ask(engine, tokens, greedy(6, prompt_logprobs=0, logprobs=0))
+
+
+def logprobs(heard: Heard) -> Tensor:
+    """Log probabilities of the prompt's tokens and of the answer's."""
+    known = heard.wait().prompt.logprobs
+    assert known is not None
+    prompt = [one.logprob for one in known if one is not None]
+    answer = [one.logprob for one in heard.events if isinstance(one, TokenEvent)]
+    numbers = prompt + [one.logprob for one in answer if one is not None]
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -18,6 +18,7 @@ from moefit.engine.api import (
     TokenLogprob,
 )
 from moefit.engine.detokenize import IncrementalDetokenizer
+from moefit.engine.invariance import Invariance
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
 from moefit.serve.model import ServedModel
 
@@ -52,6 +53,7 @@ class FakeEngine:
         self.full = False
         self.failure: str | None = None
         self.steps_fail = False
+        self.invariance = Invariance(not_covered=())
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)

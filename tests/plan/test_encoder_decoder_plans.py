@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import EXPERTS, walk
+from planned import profile as invented_profile
 from tiny_served import saved, tiny, tokens
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -209,9 +210,10 @@ def test_virtual_plans_never_wait_for_sources(profile: Profile) -> None:
         assert policy.policy.prefill == ("virtual" if policy.policy.mode == "virtual" else "exact")
 
 
-def test_lengths_of_decoders_are_refused(profile: Profile) -> None:
-    decoder = replace(profile, facts=replace(profile.facts, source_tokens=0.0))
+def test_lengths_of_decoders_are_refused() -> None:
+    decoder = invented_profile()
     with pytest.raises(ConfigError, match="are for encoder-decoders"):
         Planner(build_skeleton(folder()), decoder, lengths=Lengths(source=4, target=4))
+    pairs_too = replace(decoder, facts=replace(decoder.facts, source_tokens=12.5))
     with pytest.raises(ConfigError, match="1 or more"):
-        Planner(build_skeleton(folder()), profile, lengths=Lengths(source=0.5, target=4))
+        Planner(build_skeleton(folder()), pairs_too, lengths=Lengths(source=0.5, target=4))

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_http import client_of, error_of, fake_service
 
 import moefit
+from moefit.engine.invariance import Invariance, Uncovered
 from moefit.serve.model import ServedModel
 from moefit.serve.stats import RECOVERY, LoadFailures
 from moefit.server import tokenizer
@@ -70,6 +71,19 @@ def test_memory_state(running, served) -> None:
         resident = [e for e, format in enumerate(block["formats"]) if format is not None]
         assert resident == block["resident"]
         assert max(block["importance"]) == 1.0 and min(block["importance"]) >= 0.0
+
+
+def test_memory_state_says_what_answers_depend_on(running) -> None:
+    client, engine, _ = running
+    covered = {"covered": True, "deterministic": False, "not_covered": []}
+    assert client.get(URL).json()["invariance"] == covered
+    one = Uncovered("model.layers.*.mamba", "a convolution computed by torch")
+    engine.invariance = Invariance(not_covered=(one,), deterministic=True)
+    assert client.get(URL).json()["invariance"] == {
+        "covered": False,
+        "deterministic": True,
+        "not_covered": [{"module": one.module, "reason": one.reason}],
+    }
 
 
 def test_memory_change_resizes_slots(running, served) -> None:

@@ -388,7 +388,9 @@ def _use_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         known = {str(one.name): one for one in context.command.params if one.name != "config"}
         options = {
-            name: as_given(name, value, several=bool(getattr(known[name], "multiple", False)))
+            name: value
+            if isinstance(value, bool) and getattr(known[name], "is_flag", False)
+            else as_given(name, value, several=bool(getattr(known[name], "multiple", False)))
             for name, value in read_options(path, list(known)).items()
         }
         context.default_map = {**(context.default_map or {}), **options}

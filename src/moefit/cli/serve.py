@@ -59,6 +59,14 @@ class ServerOptions:
     prefill_chunk: Annotated[
         int, advanced("Maximum prompt tokens per step, between steps of running requests.", min=1)
     ] = 128
+    deterministic: Annotated[
+        bool,
+        advanced(
+            "Let no answer depend on other requests: where they would change each other's last "
+            "bits, compute them one by one.",
+            "--deterministic",
+        ),
+    ] = False
     chat_tokens: Annotated[
         int, advanced("Default max_tokens of chat completion requests.", min=1)
     ] = 512
@@ -78,6 +86,7 @@ class ServerOptions:
             max_model_len=self.max_model_len,
             prefill_chunk=self.prefill_chunk,
             max_waiting=self.max_waiting,
+            deterministic=self.deterministic,
         )
 
     def server(self, model: str) -> ServerSettings:
@@ -213,6 +222,7 @@ def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:
         f"serving {settings.name!r}: {limits.max_concurrency} requests at once, "
         f"{engine.max_model_len:,} tokens each at most, {engine.stats().kv_tokens:,} together"
     )
+    say(engine.invariance.describe())
     key = "with the key" if settings.api_key else "no key"
     say(f"API at {url}/v1 ({key}), page at {url}/, metrics at {url}/metrics")
     if settings.api_key is None and not is_loopback(settings.host):

@@ -83,18 +83,24 @@ class EngineSettings:
             bounded by the KV cache.
         prefill_chunk: Prompt tokens per step, so that decoding continues between chunks.
         max_waiting: Requests that may wait in the queue.
+        deterministic: Compute requests one by one where they would otherwise change each other's
+            answers, settle formats of experts before the first, and refuse modes in which answers
+            depend on resident experts.
     """
 
     max_concurrency: int = 16
     max_model_len: int | None = None
     prefill_chunk: int = 128
     max_waiting: int = 1024
+    deterministic: bool = False
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "max_model_len":
+                continue
+            if field.name == "deterministic":
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{field.name}={value!r}: must be a whole number, 1 or more")

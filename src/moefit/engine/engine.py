@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import count
 from threading import Condition, Thread, current_thread
 from time import monotonic
@@ -25,8 +26,9 @@ from moefit.engine.api import (
     SamplingParams,
     TokenRate,
 )
+from moefit.engine.invariance import Invariance, of_policy
 from moefit.engine.request_state import RequestState, model_limits
-from moefit.engine.runner_probe import choose_runner
+from moefit.engine.runner_probe import prepared
 from moefit.engine.sampler import NOT_FINITE, Choice, sample
 from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
 from moefit.errors import RefusedError
@@ -92,7 +94,9 @@ class Engine:
         context = served.budget.context or self.settings.max_model_len or _DEFAULT_CONTEXT
         self._limits = model_limits(served, self.settings.max_model_len, context)
         self.max_model_len = self._limits.max_model_len
-        self._runner = choose_runner(served, context)
+        self._runner, self._invariance = prepared(
+            served, self.settings, context, self.max_model_len
+        )
         self._scheduler = Scheduler(
             Limits(
                 tokens=context,
@@ -100,6 +104,7 @@ class Engine:
                 prefill_chunk=self.settings.prefill_chunk,
                 max_waiting=self.settings.max_waiting,
                 whole_prompts=self._runner.whole_prompts,
+                fixed_chunks=self._invariance.deterministic and not self._invariance.covered,
             )
         )
         self._requests: dict[str, RequestState] = {}
@@ -130,6 +135,12 @@ class Engine:
         After a failure the engine rejects every request until the process is restarted.
         """
         return self._failure
+
+    @property
+    def invariance(self) -> Invariance:
+        """Whether answers depend on other requests, in the mode in force."""
+        also = of_policy(self.served.policy, adapts=self.served.adapts_precision)
+        return replace(self._invariance, not_covered=(*also, *self._invariance.not_covered))
 
     @property
     def steps_fail(self) -> bool:

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.engine.api import EngineSettings
+from moefit.engine.invariance import Invariance, StepSizes, Uncovered, find_uncovered
 from moefit.engine.runners import Runner, RunnerInput, SeparateRunner, VarlenRunner
 from moefit.engine.varlen import register_varlen_attention
 from moefit.moe.routing import Rule
@@ -30,12 +32,13 @@ _LENGTHS, _DECODED = (13, 9), 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
-def choose_runner(served: ServedModel, places: int) -> Runner:
+def choose_runner(served: ServedModel, places: int, *, packed: bool = True) -> Runner:
     """Return the fastest runner that reproduces the model's logits.
 
     Args:
         served: Loaded model.
         places: Tokens that the KV pool holds.
+        packed: Whether requests may share a forward pass.
 
     Returns:
         A `VarlenRunner` if its logits equal the model's own up to rounding, otherwise a
@@ -44,7 +47,8 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
     model = served.model
     texts = _texts(model, places)
     with torch.inference_mode(), served.zero_experts():
-        if (reason := _varlen_obstacle(model.config)) is None:
+        reason = _varlen_obstacle(model.config) if packed else "each is to be computed alone"
+        if reason is None:
             register_varlen_attention()
             runner, reason = _varlen_runner(model, places, texts, int8=served.int8_cache)
             if reason is None:
@@ -56,6 +60,53 @@ def choose_runner(served: ServedModel, places: int) -> Runner:
             separate = SeparateRunner(model, whole_prompts=False)
             whole = _difference(separate, texts, tolerance) is not None
         return SeparateRunner(model, whole_prompts=whole)
+
+
+def prepared(
+    served: ServedModel, settings: EngineSettings, places: int, longest: int
+) -> tuple[Runner, Invariance]:
+    """Return the runner of a model, and what its answers depend on.
+
+    Args:
+        served: Loaded model.
+        settings: Of the engine.
+        places: Tokens that the KV pool holds.
+        longest: Tokens of the longest request.
+
+    Raises:
+        ConfigError: Answers are to be deterministic, but the mode in force is not exact.
+    """
+    if settings.deterministic:
+        served.make_deterministic()
+    runner = choose_runner(served, places)
+    step = settings.prefill_chunk + settings.max_concurrency
+    sizes = StepSizes(
+        tokens=longest if runner.whole_prompts else step, threads=torch.get_num_threads()
+    )
+    found = uncovered_operations(served, runner, places, sizes)
+    if found and settings.deterministic and not isinstance(runner, SeparateRunner):
+        runner = choose_runner(served, places, packed=False)
+    return runner, Invariance(not_covered=found, deterministic=settings.deterministic)
+
+
+def uncovered_operations(
+    served: ServedModel, runner: Runner, places: int, sizes: StepSizes
+) -> tuple[Uncovered, ...]:
+    """Return the operations with which other requests may change an answer.
+
+    Args:
+        served: Loaded model.
+        runner: That computes its requests.
+        places: Tokens that the KV pool holds.
+        sizes: How large steps become.
+    """
+    texts = _texts(served.model, places)
+
+    def run() -> object:
+        with torch.inference_mode(), served.zero_experts():
+            return _run_in_chunks(runner, texts)
+
+    return find_uncovered(served.model, served.blocks.values(), served.model.device, sizes, run)
 
 
 def _varlen_runner(
@@ -140,10 +191,12 @@ def _run_in_chunks(
 ) -> list[list[tuple[int, Tensor]]]:
     """Return each sequence's logits as pairs of end position and rows.
 
-    Prompts are computed in chunks beside each other, then decoded. The second sequence begins one
-    step later, so that one decodes while the other is in prefill.
+    Prompts are computed in chunks beside each other, or whole where the runner wants them so, then
+    decoded. The second sequence begins one step later, so that one decodes while the other is in
+    prefill.
     """
-    plans = [[(0, 0, 0)] * number + _cuts(len(text)) for number, text in enumerate(texts)]
+    cut = _whole_prompt if runner.whole_prompts else _cuts
+    plans = [[(0, 0, 0)] * number + cut(len(text)) for number, text in enumerate(texts)]
     outputs: list[list[tuple[int, Tensor]]] = [[] for _ in texts]
     for number, text in enumerate(texts):
         runner.open(str(number), len(text))
@@ -179,6 +232,12 @@ def _cuts(length: int) -> list[tuple[int, int, int]]:
     thirds = {prompt * part // 3 for part in range(4)}
     at = sorted(thirds | set(range(prompt, length + 1)))
     return [(a, b, 1 if a else b) for a, b in pairwise(at)]
+
+
+def _whole_prompt(length: int) -> list[tuple[int, int, int]]:
+    """Return the same with the prompt in one piece, and one row: encoders have no logits."""
+    prompt = max(1, length - _DECODED)
+    return [(0, prompt, 1), *((at, at + 1, 1) for at in range(prompt, length))]
 
 
 def _relative_error(one: Tensor, other: Tensor) -> float:

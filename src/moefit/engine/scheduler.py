@@ -23,6 +23,7 @@ class Limits:
         max_waiting: Requests in the queue.
         whole_prompts: Process each prompt in one step and one prompt per step, for encoders and
             families whose prefill cannot be split.
+        fixed_chunks: Process one prompt per step, in chunks that do not depend on other requests.
     """
 
     tokens: int
@@ -30,6 +31,7 @@ class Limits:
     prefill_chunk: int
     max_waiting: int
     whole_prompts: bool = False
+    fixed_chunks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +131,9 @@ class Scheduler:
             if not request.prefilling
         ]
         prefilling = [request for request in self._running.values() if request.prefilling]
-        if self.limits.whole_prompts:
-            return (
-                *scheduled,
-                *(_scheduled_tokens(request, request.prompt) for request in prefilling[:1]),
-            )
+        if self.limits.whole_prompts or self.limits.fixed_chunks:
+            first = prefilling[:1]
+            return (*scheduled, *(_scheduled_tokens(one, self._own_chunk(one)) for one in first))
         shares = split_evenly(self.limits.prefill_chunk, _prompt_shares(prefilling))
         scheduled += [
             _scheduled_tokens(request, share)
@@ -141,6 +141,13 @@ class Scheduler:
             if share
         ]
         return tuple(scheduled)
+
+    def _own_chunk(self, request: _Request) -> int:
+        """Return how many tokens of a prompt a step computes if it computes no other prompt."""
+        if self.limits.whole_prompts:
+            return request.prompt
+        most = min(self.limits.prefill_chunk, request.prompt - request.computed)
+        return most if request.max_chunk is None else min(most, request.max_chunk)
 
     def advance(self, chunk: ScheduledTokens) -> None:
         """Record that these tokens have been computed."""

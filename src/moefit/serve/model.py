@@ -45,6 +45,7 @@ class ServedModel:
         self._store, self._host_cache, self._shared = parts.store, parts.host_cache, parts.shared
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
+        self._deterministic = False
         record = dropout_record(self.model.config)
         self._keeps_order = record is not None and record.order == "nested"
         guard(self.model, self.blocks)
@@ -147,6 +148,9 @@ class ServedModel:
             finally:
                 if self._upgrades:
                     self._upgrades.set_capacity(self._budget.remaining_bytes())
+        if self._deterministic and self._upgrades:
+            self._settle()
+            self._upgrades.settle()
         self._restore_order()
         return budget
 
@@ -247,6 +251,30 @@ class ServedModel:
             if self._upgrades:
                 self._upgrades.settle()
 
+    @property
+    def adapts_precision(self) -> bool:
+        """Whether formats of experts follow their use."""
+        return self._upgrades is not None and not self._deterministic
+
+    def make_deterministic(self) -> None:
+        """Let answers depend on nothing that other requests change.
+
+        Modes in which they depend on resident experts are refused from now on. Under precision auto
+        formats are settled now, and after each change of the budget, and no longer follow the use
+        of experts.
+
+        Raises:
+            ConfigError: Such a mode is in force.
+        """
+        with self._shared.lock:
+            _refuse_substitution(self.policy)
+            self._deterministic = True
+            if self._upgrades:
+                self._shared.on_step = None
+                self._upgrades.ignore_use()
+                self._settle()
+                self._upgrades.settle()
+
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode and other fields of `Policy` from the next step on.
 
@@ -292,6 +320,8 @@ class ServedModel:
         if self._keeps_order:
             settings.setdefault("residency", "fixed" if mode == "virtual" else "manager")
         policy = self._shared.policy.changed(mode, **settings)
+        if self._deterministic:
+            _refuse_substitution(policy)
         unknown = [
             name for name, one in self.blocks.items() if one.scoring is None and one.reachable
         ]
@@ -395,3 +425,13 @@ class ServedModel:
         """Wait for all swaps in progress."""
         for experts in self.blocks.values():
             experts.swaps.settle()
+
+
+def _refuse_substitution(policy: Policy) -> None:
+    """Raise ConfigError for modes in which answers depend on resident experts."""
+    for mode in (policy.mode, policy.prefill):
+        if mode != "exact":
+            raise ConfigError(
+                f"in mode {mode} answers depend on which experts are in memory, and so on earlier "
+                "requests, which deterministic answers rule out; mode exact works"
+            )

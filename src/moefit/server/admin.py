@@ -4,6 +4,7 @@ GET and POST /v1/memory return the state that the page and `moefit budget` show,
 and mode while requests run.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Response
@@ -11,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 import moefit
+from moefit.engine.invariance import Invariance
 from moefit.errors import MoefitError
 from moefit.plan.plan_file import Plan
 from moefit.serve.memory.budget import parse_bytes
@@ -72,6 +74,28 @@ class PlanSummary(BaseModel):
     tokens_per_second: float
 
 
+class UncoveredOperation(BaseModel):
+    """An operation with which other requests may change an answer: where, and what it is."""
+
+    module: str
+    reason: str
+
+
+class InvarianceState(BaseModel):
+    """Whether answers are independent of other requests and of the number of threads.
+
+    Attributes:
+        covered: Whether all operations are.
+        deterministic: Whether the server was started with `--deterministic`: answers then do not
+            depend on other requests in any case.
+        not_covered: Operations that are not.
+    """
+
+    covered: bool
+    deterministic: bool
+    not_covered: list[UncoveredOperation]
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -84,6 +108,7 @@ class MemoryState(BaseModel):
         kv_tokens: Tokens that the KV cache holds.
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
+        invariance: Whether answers depend on other requests.
     """
 
     model: str
@@ -109,6 +134,7 @@ class MemoryState(BaseModel):
     latency: Latency
     counters: dict[str, Any]
     problems: list[str]
+    invariance: InvarianceState
 
 
 def memory_state(service: Service) -> MemoryState:
@@ -139,8 +165,17 @@ def memory_state(service: Service) -> MemoryState:
         latency=Latency(**service.telemetry.latency()),
         counters=counters,
         problems=service.problems(),
+        invariance=_invariance(engine.invariance),
         **limits,
         **{name: report[name] for name in same},
+    )
+
+
+def _invariance(known: Invariance) -> InvarianceState:
+    return InvarianceState(
+        covered=known.covered,
+        deterministic=known.deterministic,
+        not_covered=[UncoveredOperation(**asdict(one)) for one in known.not_covered],
     )
 
 

@@ -9,12 +9,18 @@ from safetensors.torch import save_file
 from tiny_served import FAMILIES, saved, tiny, tokens
 from transformers import Qwen2MoeConfig
 
+from moefit.cache_argument import returned_cache
 from moefit.checkpoint.safetensors import SINGLE, Checkpoint
 from moefit.host import peak_process_bytes, process_bytes
 from moefit.quant.cpu_kernels import kernels
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
-from moefit.serve.memory.activations import FIRST_USE, kv_bytes_per_token, workspace_bytes
+from moefit.serve.memory.activations import (
+    FIRST_USE,
+    KERNEL_FIRST_USE,
+    kv_bytes_per_token,
+    workspace_bytes,
+)
 from moefit.serve.memory.estimate import (
     held_bytes,
     memory_budget,
@@ -38,10 +44,17 @@ def test_kv_estimate_equals_cache_after_generation(family: str, dtype: torch.dty
     made = model.generate(
         ids_BT, max_new_tokens=7, min_new_tokens=7, do_sample=False, return_dict_in_generate=True
     )
-    held = cache_bytes(made.past_key_values)
+    held = cache_bytes(returned_cache(made))
     # The last token is never put through the model; a sliding window holds less.
     estimate = 3 * (5 + 7 - 1) * kv_bytes_per_token(model.config, dtype)
     assert held <= estimate if family == "GptOss" else held == estimate
+
+
+def test_kv_estimate_counts_repeated_layers() -> None:
+    config = tiny("Mixtral").config
+    once = kv_bytes_per_token(config, torch.bfloat16)
+    config.total_num_hidden_layers = 5
+    assert kv_bytes_per_token(config, torch.bfloat16) * config.num_hidden_layers == 5 * once
 
 
 def test_workspace_includes_the_widest_shared_expert() -> None:
@@ -146,9 +159,31 @@ def test_estimate_includes_first_use(tmp_path: Path) -> None:
     )  # fmt: skip
     process, peak, everything = (int(word) for word in done.stdout.split())
     assert peak <= everything
-    assert peak - process <= FIRST_USE
+    assert peak - process <= (FIRST_USE if kernels() is None else KERNEL_FIRST_USE)
     if kernels() is None:  # torch's products then allocate far more
         assert peak - process > FIRST_USE // 8, "far less than what is reserved for it"
+
+
+@pytest.mark.parametrize("precision", ["native", "int4-nearest"])
+def test_kernels_reserve_nothing_for_decoding(precision: str, tmp_path: Path, monkeypatch) -> None:
+    """Experts with biases are computed by torch, from decoded weights, in any case."""
+    settings = LoadSettings(context=64, precision=precision, dense_precision=precision)
+    plain, biased = (
+        build_skeleton(saved(tiny(family, hidden_size=64), tmp_path / family))
+        for family in ("Mixtral", "GptOss")
+    )
+    specs = plain.blocks[0].layout.specs
+    with_kernels = [memory_budget(one, settings) for one in (plain, biased)]
+    for module in ("memory.estimate.kernels", "layer.executor.backend", "hf.attention.kernels"):
+        monkeypatch.setattr(f"moefit.serve.{module}", lambda *_: None)
+    by_torch = [memory_budget(one, settings) for one in (plain, biased)]
+    if kernels() is not None:
+        less = FIRST_USE - KERNEL_FIRST_USE
+        assert by_torch[0].workspace - with_kernels[0].workspace == less
+        decoded = settings.format(plain.blocks[0]).decoding_bytes(specs)
+        assert by_torch[0].staging - with_kernels[0].staging >= decoded
+    assert by_torch[1].workspace == with_kernels[1].workspace
+    assert by_torch[1].staging == with_kernels[1].staging
 
 
 def reset_peak() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_served import saved, tiny
 
+from moefit.quant.cpu_kernels import kernels
 from moefit.serve.memory.activations import FIRST_USE
 
 MIB = 1 << 20
@@ -61,9 +62,9 @@ def test_peak_stays_below_budget(folder: Path, share: float, mode: str) -> None:
     memory, peak, slots, everything = (int(word) for word in done.stdout.split())
     assert abs(slots - max(1, 16 * share)) <= 2
     assert peak <= memory
-    # Of the reserve for what first use touches, this small model needs a third: were experts held
-    # beyond the budget, the rest of it would hide them.
-    assert peak <= memory - FIRST_USE + 48 * MIB
+    # Of what is reserved for torch's first use, this small model needs a third: were experts held
+    # beyond the budget, the rest of it would hide them. For kernels little is reserved.
+    assert peak <= memory - (FIRST_USE - 48 * MIB if kernels() is None else 0)
     assert memory < everything - 30 * MIB, "the budget is a real constraint"
 
 

@@ -352,12 +352,11 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
         A function that undoes the change.
     """
     before = model.config._attn_implementation
-    on_cpu = model.device.type == "cpu"
     if int8:
         AttentionInterface.register(INT8_NAME, int8_attention)
         AttentionMaskInterface.register(INT8_NAME, window_or_full_mask)
         model.config._attn_implementation = INT8_NAME
-    elif before == "sdpa" and on_cpu and kernels() is not None and not _depends_on_name(model):
+    elif model.device.type == "cpu" and attention_by_kernels(model):
         AttentionInterface.register(NAME, cpu_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.config._attn_implementation = NAME
@@ -366,6 +365,12 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
         model.config._attn_implementation = before
 
     return undo
+
+
+def attention_by_kernels(model: PreTrainedModel) -> bool:
+    """Return whether kernels can compute a model's attention on a CPU."""
+    own = model.config._attn_implementation
+    return own == "sdpa" and kernels() is not None and not _depends_on_name(model)
 
 
 _COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")

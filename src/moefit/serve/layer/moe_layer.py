@@ -210,6 +210,13 @@ class VirtualExperts(nn.Module):
         """Start to accumulate each expert's contribution to the output in `output_energy`."""
         self._invoke.collect_stats = True
 
+    def reset_stats(self) -> None:
+        """Forget `output_energy`, and stop to accumulate it."""
+        self._invoke.collect_stats, self._invoke.output_energy_R = False, None
+        self.output_energy = ExpertImportanceEstimator(
+            self.num_experts, half_life_tokens=SENSITIVITY_HALF_LIFE
+        )
+
     def _observe_outputs(self, routing: Routing, output_energy_R: Tensor) -> None:
         energy_E1 = torch.zeros(self.num_experts + 1)  # the last entry is padding
         energy_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), output_energy_R.cpu())

@@ -10,13 +10,18 @@ import torch
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.quant.kv_int8 import bytes_per_row
 
-# Pages of libraries and of the allocator that only computing touches. The first forward and
-# generate of a model of 50 kB were measured to raise the resident set by 60 to 75 MiB
-# (tests/serve/memory/test_estimate.py compares the sum with the operating system's figure).
+# Pages of libraries and of the allocator that only computing touches. With torch's own products the
+# first forward and generate of a model of 50 kB were measured to raise the resident set by 60 to 75
+# MiB, with kernels by 4 to 10 (tests/serve/memory/test_estimate.py compares the sum with the
+# operating system's figure).
 FIRST_USE = 96 << 20
+KERNEL_FIRST_USE = 24 << 20
 # Bytes per token of the vocabulary while one token is sampled: logits in float64, sorted, with
 # their indices, as probabilities and as sums; the same in transformers' `generate`, in float32.
 _SAMPLING = 64
+# The first is of models that compute some layers repeatedly, each time with a cache of its own.
+_LAYERS = ("total_num_hidden_layers", "num_decoder_layers", "num_hidden_layers")
+_LAYERS += ("decoder_layers", "num_layers")
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
 
 
@@ -33,7 +38,7 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -
     """
     text = config.get_text_config(decoder=True)
     heads = _first(text, *_HEADS)
-    layers = _first(text, "num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
+    layers = _first(text, *_LAYERS)
     if not heads or not layers:
         return 0
     sides = 2 if config.is_encoder_decoder else 1  # self-attention and cross-attention
@@ -61,7 +66,9 @@ def _expanded_widths(text: Any) -> tuple[int, int]:
     return key, _first(text, "v_head_dim") or key
 
 
-def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def workspace_bytes(
+    config: Any, tokens: int, dtype: torch.dtype, *, first_use: int = FIRST_USE
+) -> int:
     """Return the bytes that a forward pass needs besides weights and cache.
 
     Per token: 16 tensors of the model's width for the residual stream and a block's intermediates,
@@ -74,6 +81,7 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
         config: The model's transformers configuration.
         tokens: In the pass, over all sequences.
         dtype: Of activations.
+        first_use: `FIRST_USE`, or `KERNEL_FIRST_USE` for a model that kernels compute.
     """
     text = config.get_text_config(decoder=True)
     width = _first(text, "hidden_size", "d_model") or 0
@@ -93,7 +101,7 @@ def workspace_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
     scores = _score_bytes(config, tokens)
     logits = vocabulary * (2 * (4 + dtype.itemsize) + _SAMPLING)
-    return FIRST_USE + tokens * per_token + scores + logits
+    return first_use + tokens * per_token + scores + logits
 
 
 def extra_logits_bytes(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 
 from moefit.checkpoint.safetensors import StoredTensor
 from moefit.device import planned_device
@@ -27,6 +28,7 @@ from moefit.host import (
     tightest_limit,
     total_bytes,
 )
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.format import FORMATS, NATIVE, slot_kind, weights_in
 from moefit.quant.kv_int8 import INT8_CACHE
 from moefit.serve.config import (
@@ -37,13 +39,16 @@ from moefit.serve.config import (
     Placement,
     check_placement,
 )
+from moefit.serve.hf.attention import attention_by_kernels
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
 from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
 from moefit.serve.io.reader import ExpertStore
+from moefit.serve.layer.executor import fused_experts
 from moefit.serve.memory.activations import (
     FIRST_USE,
+    KERNEL_FIRST_USE,
     extra_logits_bytes,
     kv_bytes_per_token,
     workspace_bytes,
@@ -255,7 +260,7 @@ def memory_budget(
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
-        workspace=workspace_bytes(config, context, dtype)
+        workspace=workspace_bytes(config, context, dtype, first_use=_first_use(skeleton, device))
         + extra_logits_bytes(config, context, dtype, settings.sequences, settings.prompt_logits),
         staging=_staging_bytes(skeleton, settings, packed),
         host=_host_bytes(skeleton, settings) if on_gpu else None,
@@ -378,15 +383,38 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
     )
 
 
-def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
-    """Return what a step of many tokens decodes at a time: an expert, or a dense matrix."""
-    formats, dense = settings.formats(), 0
-    expert = max(
-        format.decoding_bytes(block.layout.specs) for block in skeleton.blocks for format in formats
+def _first_use(skeleton: Skeleton, device: torch.device) -> int:
+    """Return the bytes that only the first use of libraries touches.
+
+    Products of torch take several times as much as kernels: its own are used for experts that are
+    no plain MLPs, attention other than SDPA, and convolutions (state-space layers).
+    """
+    model = skeleton.model
+    by_kernels = (
+        device.type == "cpu"
+        and all(fused_experts(block.layout, device) for block in skeleton.blocks)
+        and attention_by_kernels(model)
+        and not any(isinstance(one, _ConvNd) for one in model.modules())
     )
-    if settings.dense_format() is not None:
+    return KERNEL_FIRST_USE if by_kernels else FIRST_USE
+
+
+def _decoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+    """Return what a step of many tokens decodes at a time: an expert, or a dense matrix.
+
+    Kernels of a CPU decode neither.
+    """
+    device, formats, dense = planned_device(settings.device), settings.formats(), 0
+    on_cpu = device.type == "cpu"
+    decoded = [
+        format.decoding_bytes(block.layout.specs)
+        for block in skeleton.blocks
+        if not (on_cpu and fused_experts(block.layout, device))
+        for format in formats
+    ]
+    if settings.dense_format() is not None and not (on_cpu and kernels()):
         dense = decoded_bytes(skeleton.model, skeleton.blocks, skeleton.dtype.itemsize)
-    return max(expert, dense)
+    return max([dense, *decoded])
 
 
 @dataclass(frozen=True)

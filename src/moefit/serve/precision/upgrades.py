@@ -123,6 +123,11 @@ class Upgrades:
         while self._start_loads():
             self._publish(wait=True)
 
+    def ignore_use(self) -> None:
+        """Let plans follow from the experts' weights alone from now on."""
+        for experts in self._blocks.values():
+            experts.reset_stats()
+
     @property
     def extra_bytes(self) -> int:
         """Return the bytes that slots take beyond the smallest format."""
