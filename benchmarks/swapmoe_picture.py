@@ -61,6 +61,8 @@ def _latency(axes: Any, points: list[dict[str, Any]]) -> None:
         for rate, style in ((None, ":"), ("0.4GB", "-")):
             line = [one for one in points if (one["policy"], one["rate"]) == (policy, rate)]
             first = [one for one in points if one["share"] == 1 and one["rate"] == rate]
+            if not line:
+                continue
             line = line if policy == "exact" else [*first, *line]
             where = "page cache" if rate is None else "0.4 GB/s"
             axes.plot([100 * one["share"] for one in line], [one["seconds"] for one in line],
