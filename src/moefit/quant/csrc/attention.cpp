@@ -10,6 +10,7 @@
 #include "half.h"
 #include "matrix.h"
 #include "pool.h"
+#include "rounding.h"
 
 namespace {
 

@@ -10,11 +10,7 @@
 #include "matrix.h"
 #include "target.h"
 
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "rounding.h"
 #include "half.h"
 
 namespace {

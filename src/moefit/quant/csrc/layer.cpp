@@ -6,6 +6,7 @@
 
 #include "matrix.h"
 #include "pool.h"
+#include "rounding.h"
 
 namespace {
 

@@ -1,4 +1,5 @@
 // Kernels for AVX2 with FMA and F16C: 16 registers of 8 floats.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>
@@ -13,7 +14,6 @@
 #include "../matrix.h"
 #include "../target.h"
 
-#if defined(__x86_64__)
 TARGET_BEGIN("avx2,fma,f16c")
 
 namespace avx2 {

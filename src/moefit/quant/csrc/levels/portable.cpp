@@ -1,4 +1,4 @@
-// Kernels for any processor.
+// Kernels for any processor, with the same results on each.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,6 +8,7 @@
 #include "../half.h"
 #include "../kinds.h"
 #include "../matrix.h"
+#include "../rounding.h"
 
 namespace plain {
 #include "plain.inc"
