@@ -230,6 +230,7 @@ class CalibratedExpert:
             if isinstance(target, Tensor):
                 target.copy_(tensor)
                 continue
+            assert isinstance(target, GroupedMatrix)
             weight_RC = tensor.T if self._layout.specs[short].inputs_first else tensor
             try:
                 if short in self._moments:
