@@ -41,6 +41,8 @@ def _rouge(axes: Any, found: Mapping[str, list[dict[str, Any]]]) -> None:
                       color=f"C{number}")  # fmt: skip
     for name, marker in {"ours": "*", "SwapMoE's": "P", "ours, native experts": "X"}.items():
         some = [one for one in found.get("plans", []) if one["plan"] == name]
+        if not some:
+            continue
         axes.plot([100 * one["share"] for one in some], [one["rouge_2"] for one in some], marker,
                   ms=8, color="k", label=f"planner: {name}")  # fmt: skip
     axes.axhline(found["copied"][0]["rouge_2"], color="C7", ls=":", label="source as it is")
