@@ -8,7 +8,14 @@ from levels import HERE, compiled, levels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.quant.attention import AttentionOptions, KeySegment, attend, can_attend, plain_attention
+from moefit.quant.attention import (
+    AttentionOptions,
+    KeySegment,
+    attend,
+    attend_alone,
+    can_attend,
+    plain_attention,
+)
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, quantize_rows
 from moefit.serve.hf import attention as attention_module
@@ -210,6 +217,35 @@ def test_nan_row_of_int8_cache_propagates() -> None:
     assert isinstance(segment.keys_GLC, Int8Rows)
     segment.keys_GLC.scales[0, 70] = torch.nan
     assert out_of(normal(1, 2, 16), [segment]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("past, new", [(0, 1), (70, 1), (0, 9), (33, 5)])
+def test_one_sequence_alone_has_the_same_bits(past: int, new: int, dtype: str) -> None:
+    (segment,) = segments_of([(past, new)], 2, 32, 16, DTYPES[dtype])
+    query_HTC = normal(4, new, 32).to(DTYPES[dtype])
+    for options in (AttentionOptions(), AttentionOptions(scale=0.3, window=7, softcap=2.0)):
+        expected = out_of(query_HTC.transpose(0, 1), [segment], options)
+        alone = attend_alone(query_HTC, segment.keys_GLC, segment.values_GLZ, options)
+        assert alone is not None and torch.equal(alone, expected)
+
+
+def test_what_one_sequence_alone_does_not_support() -> None:
+    plain, query = AttentionOptions(), normal(4, 1, 32)
+    (one,) = segments_of([(9, 1)], 2, 32, 32, torch.float32)
+    keys, values = one.keys_GLC, one.values_GLZ
+    (int8,) = segments_of([(9, 1)], 2, 32, 32, torch.float32, int8=True)
+    assert attend_alone(query, keys, values, plain) is not None
+    for tensors in (
+        (query[..., :30], keys[..., :30], values),  # no whole vectors
+        (query.half(), keys, values),
+        (query[:3], keys, values),  # heads that groups do not divide
+        (normal(4, 11, 32), keys, values),  # more queries than keys
+        (query, keys.transpose(1, 2).contiguous().transpose(1, 2), values),
+        (query, int8.keys_GLC, int8.values_GLZ),
+    ):
+        assert attend_alone(*tensors, plain) is None
+    assert attend_alone(query, keys, values, AttentionOptions(sinks_H=torch.zeros(4))) is None
 
 
 class Causal(nn.Module):

@@ -47,6 +47,9 @@ class _Segment(Structure):
     )
 
 
+_OneSegment = _Segment * 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySegment:
     """One request's part of a batch.
@@ -158,6 +161,61 @@ def attend(
         row += one.new
     out_THZ = query_THC.new_empty(tokens, heads, value_width)
     kernels.attention(struct, array, query_THC, out_THZ)
+    return out_THZ
+
+
+def attend_alone(
+    query_HTC: Tensor, keys_GLC: Tensor, values_GLZ: Tensor, options: AttentionOptions
+) -> Tensor | None:
+    """Return `attend` for one sequence and its last T tokens, with less work around the kernel.
+
+    Args:
+        query_HTC: Queries, heads first.
+        keys_GLC: All keys.
+        values_GLZ: All values.
+        options: Variant of attention.
+
+    Returns:
+        Outputs [T, H, Z]; None if kernels do not support the tensors, or if this is not the plain
+        case that is worth a path of its own: a cache in the queries' dtype, and no sinks.
+    """
+    compiled, dtype = kernels(), query_HTC.dtype
+    kind = NATIVE_DTYPES.get(dtype)
+    if (
+        compiled is None
+        or kind is None
+        or options.sinks_H is not None
+        or not (query_HTC.is_cpu and keys_GLC.is_cpu and values_GLZ.is_cpu)
+        or not (keys_GLC.dtype is dtype and values_GLZ.dtype is dtype)
+        or isinstance(keys_GLC, Int8Rows)
+    ):
+        return None
+    heads, tokens, width = query_HTC.shape
+    groups, seen, value_width = values_GLZ.shape
+    (q_head, q_token, q_one), (k_group, k_token, k_one), (v_group, v_token, v_one) = (
+        query_HTC.stride(), keys_GLC.stride(), values_GLZ.stride(),
+    )  # fmt: skip
+    if (
+        keys_GLC.shape != (groups, seen, width)
+        or width % LANES
+        or value_width % LANES
+        or q_one != 1
+        or k_one != 1
+        or v_one != 1
+        or heads % groups
+        or heads > groups * MAX_GROUP_HEADS
+        or not 0 < tokens <= seen
+    ):
+        return None
+    struct = _Attention(
+        heads, groups, width, value_width, kind, kind, q_token, q_head, k_group, k_token, v_group,
+        v_token, 0, 0, options.window or 0,
+        width**-0.5 if options.scale is None else options.scale, options.softcap or 0.0, None,
+    )  # fmt: skip
+    keys, values = keys_GLC.data_ptr(), values_GLZ.data_ptr()
+    segment = _OneSegment((keys, values, None, None, seen - tokens, tokens, 0))
+    out_THZ = query_HTC.new_empty(tokens, heads, value_width)
+    compiled.attention(struct, segment, query_HTC, out_THZ)
     return out_THZ
 
 

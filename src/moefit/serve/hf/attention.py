@@ -26,7 +26,12 @@ from transformers.masking_utils import (
 )
 
 from moefit.errors import UnsupportedModelError
-from moefit.quant.attention import AttentionOptions, KeySegment, attend_by_kernels
+from moefit.quant.attention import (
+    AttentionOptions,
+    KeySegment,
+    attend_alone,
+    attend_by_kernels,
+)
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of
 
@@ -74,8 +79,14 @@ def cpu_attention(  # noqa: PLR0913 - transformers' signature
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     new, length = query.shape[2], key.shape[2]
     plain = attention_mask is None and not dropout and (new == 1 or (causal and new == length))
-    extra = any(isinstance(others[name], Tensor) for name in others.keys() - _IGNORED_ARGUMENTS)
-    extra = extra or any(others.get(name) is not None for name in _OTHER_ATTENTION)
+    extra = any(
+        value is not None
+        and (
+            name in _OTHER_ATTENTION
+            or (isinstance(value, Tensor) and name not in _IGNORED_ARGUMENTS)
+        )
+        for name, value in others.items()
+    )
     if plain and not extra and not (torch.is_grad_enabled() and query.requires_grad):
         out = _by_kernels(query, key, value, AttentionOptions(scale=scaling))
         if out is not None:
@@ -98,6 +109,10 @@ def _by_kernels(
 ) -> Tensor | None:
     """Compute attention with kernels; return None if they do not support the tensors."""
     batch, _, new, _ = query.shape
+    if batch == 1 and not isinstance(key, Int8Rows):
+        out_THZ = attend_alone(query[0], key[0], value[0], options)
+        if out_THZ is not None:
+            return out_THZ[None]
     segments = [
         KeySegment(
             keys_GLC=part_of(key, b),
