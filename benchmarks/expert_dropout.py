@@ -346,7 +346,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("experts in memory, %")
         axes.set_ylabel("KiB per token" if title == "exact" else "perplexity above all experts, %")
         axes.grid(alpha=0.3)
-        if title != "exact":
+        if title not in ("bounded", "exact"):
             axes.set_yscale("symlog", linthresh=5)
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
