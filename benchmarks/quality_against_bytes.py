@@ -33,7 +33,7 @@ from rich.table import Table
 from subject import Subject, as_text, summarised
 from torch import Tensor
 
-from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.stepwise import score_steps

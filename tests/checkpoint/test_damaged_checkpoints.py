@@ -19,8 +19,8 @@ from tiny_served import logits, saved, tiny, tokens
 from typer.testing import CliRunner
 
 from moefit.checkpoint import config
-from moefit.checkpoint.model_folder import read_tokenizer
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
 from moefit.evaluate.loading import load_full_model as load_plainly

@@ -10,8 +10,8 @@ from tiny_served import saved, tiny, tokens
 from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
-from moefit.checkpoint.model_folder import read_tokenizer, refuse_without_tokenizer
 from moefit.checkpoint.safetensors import SINGLE
+from moefit.checkpoint.tokenizer import read_tokenizer, refuse_without_tokenizer
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
 from moefit.evaluate.loading import load_full_model as load_whole
@@ -88,7 +88,7 @@ def test_adapter_without_model_raises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("model-Q4_K_M.gguf", "llama.cpp"), ("pytorch_model.bin", "pickled.*save_pretrained"),
+    [("pytorch_model.bin", "pickled.*save_pretrained"),
      ("consolidated.00.pth", "pickled.*save_pretrained"), ("model.onnx", "another framework"),
      ("consolidated.safetensors", "makers' own names"),
      ("model-00001-of-00002.safetensors", "index.json, which says")],

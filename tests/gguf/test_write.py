@@ -19,9 +19,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moefit.checkpoint.gguf.families import expert_name
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.gguf import write
-from moefit.gguf.families import expert_name, family_of
+from moefit.gguf.families import family_of
 from moefit.gguf.write import TYPES, write_gguf
 from moefit.train.data.tokenizer import train_bpe
 

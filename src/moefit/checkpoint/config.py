@@ -15,7 +15,9 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.gguf.header import read_gguf
+from moefit.checkpoint.gguf.settings import settings_of
+from moefit.checkpoint.model_folder import is_gguf, read_json, settings_file
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
 
@@ -54,10 +56,16 @@ _MAX_RATIO, _MAX_EXTRA_BYTES = 16, 256 << 20
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the values of a checkpoint's config.json, without keys that select code or kernels.
 
+    Those of a GGUF file are made from its metadata.
+
     Raises:
         CheckpointError: The file is missing, damaged, too large or too deeply nested, or has
             control characters in its names.
+        UnsupportedModelError: The model has code of its own, or is of another family than can be
+            read from GGUF files.
     """
+    if is_gguf(folder):
+        return settings_of(read_gguf(folder))
     file = folder / CONFIG
     if not file.is_file():
         raise CheckpointError(
@@ -124,19 +132,21 @@ def config_from(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # values of the wrong kind lead a family's code to any of them
         raise CheckpointError(
-            f"{folder / CONFIG} (model_type {family!r}) cannot be read: {in_brief(error)}"
+            f"{settings_file(folder)} (model_type {family!r}) cannot be read: {in_brief(error)}"
         ) from error
 
 
 def _refuse_impossible_choice(config: Any) -> None:
     """Check the number of experts per token, which cannot be derived from any weight's shape."""
     chosen = getattr(config, "num_experts_per_tok", None)
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "zero_expert_num")
+    names = ("num_experts", "num_local_experts", "n_routed_experts")  # or two names of one number
     there = [number for name in names if type(number := getattr(config, name, None)) is int]
-    if type(chosen) is int and there and sum(there) > 0 and not 1 <= chosen <= sum(there):
+    without_weights = getattr(config, "zero_expert_num", None) or 0
+    most = max(there, default=0) + without_weights
+    if type(chosen) is int and most > 0 and not 1 <= chosen <= most:
         raise ValueError(
             f"num_experts_per_tok is {chosen}, but a token has at least one expert and at most "
-            f"the {max(there)} that there are"
+            f"the {most} that there are"
         )
 
 
@@ -164,9 +174,9 @@ def refuse_absurd_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None
         most = layers if _LAYERS.search(key) else experts if _EXPERTS.search(key) else None
         if most is not None and isinstance(value, int | float) and not 0 <= value <= most:
             raise CheckpointError(
-                f"{checkpoint.folder / CONFIG} has {where}={value!r}, but the checkpoint's files "
-                f"hold {tensors:,} tensors, the largest dimension being {largest:,}; give the "
-                "config.json that belongs to them"
+                f"{settings_file(checkpoint.folder)} has {where}={value!r}, but the checkpoint's "
+                f"files hold {tensors:,} tensors, the largest dimension being {largest:,}; give "
+                "the settings that belong to them"
             )
 
 
@@ -179,8 +189,8 @@ def refuse_other_size(model: nn.Module, checkpoint: Checkpoint) -> None:
     stored = sum(span.nbytes for span in checkpoint.spans.values())
     if model_bytes > _MAX_RATIO * stored + _MAX_EXTRA_BYTES:
         raise CheckpointError(
-            f"{checkpoint.folder / CONFIG} describes {model_bytes:,} bytes of weights, but the "
-            f"checkpoint's files hold {stored:,}; give the config.json that belongs to them"
+            f"{settings_file(checkpoint.folder)} describes {model_bytes:,} bytes of weights, but "
+            f"the checkpoint's files hold {stored:,}; give the settings that belong to them"
         )
 
 

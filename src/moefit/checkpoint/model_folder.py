@@ -1,6 +1,6 @@
-"""Check a model's folder: adapters, weights in unsupported formats, tokenizer and JSON files.
+"""Check a model's folder: adapters, weights in unsupported formats, and JSON files.
 
-Errors for weights in other formats (GGUF, pickles, adapters) name the nearest thing that works.
+Errors for weights in other formats (pickles, adapters) name the nearest thing that works.
 """
 
 import json
@@ -8,27 +8,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from moefit.errors import CheckpointError, UnsupportedModelError, in_brief
+from moefit.errors import UnsupportedModelError
 
 ADAPTER = "adapter_config.json"
 LFS = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
 LFS_POINTER = "it is a Git LFS pointer in place of the file; run `git lfs pull` in its folder"
-# Files with a vocabulary, by name or suffix; any one of them is enough for a tokenizer.
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "byte_maps.json",
-)
-_ENDINGS = (".tiktoken", ".spm", ".vocab", ".model")
 _CONVERT = (
     "load it once in transformers and write it with save_pretrained, which makes safetensors, or "
     "give a repository of the model that has safetensors"
 )
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def settings_file(path: Path) -> Path:
+    """Return the file with a model's settings: config.json, or the GGUF file itself."""
+    return path if is_gguf(path) else path / "config.json"
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -80,8 +80,8 @@ def named_weights(names: Iterable[str], where: str) -> str | None:
 _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (".gguf",),
-        "GGUF files are llama.cpp's, and cannot be read here; give the Hugging Face model that "
-        "they were made from (a folder with config.json and safetensors)",
+        "of GGUF files one is given by its own path (of a split one the first part); from the Hub, "
+        "download it first (hf download REPOSITORY FILE)",
     ),
     (
         ("adapter_model.safetensors", "adapter_model.bin", ADAPTER),
@@ -106,58 +106,12 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def refuse_without_tokenizer(folder: Path) -> None:
-    """Raise CheckpointError if a folder has no vocabulary, or Git LFS pointers; reads none."""
-    for name in (*_vocabularies(folder), "tokenizer_config.json"):
-        if _is_pointer(folder / name):
-            raise CheckpointError(
-                f"{folder / name} is a Git LFS pointer in place of the file; run `git lfs pull` in "
-                "its folder, or download the file again"
-            )
-    if not _vocabularies(folder) and not _needs_none(folder):
-        raise CheckpointError(
-            f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES[:4])}, ...), so that it "
-            "can neither read nor write text; copy the tokenizer's files there from where the "
-            "model was made. The model itself takes token ids (moefit.load in Python)"
-        )
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer without running code from it. Raises CheckpointError."""
-    refuse_without_tokenizer(folder)
-    try:
-        tokenizer = _tokenizer(folder)
-        size = len(tokenizer)
-    except Exception as error:  # a damaged file gives KeyError, TypeError, bare Exception, ...
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read: {in_brief(error)}; copy the "
-            "tokenizer files there again from where the model was made"
-        ) from error
-    if not size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has an empty vocabulary; copy the tokenizer files there "
-            "again from where the model was made"
-        )
-    return tokenizer
-
-
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files into a folder; raises OSError if they cannot be written."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise OSError(f"the tokenizer could not be saved: {error}") from error
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load with transformers; if the tokenizer has custom code, from tokenizer.json where present.
-
-    transformers would require the custom code for a family that it does not know either.
-    """
-    own_code = "auto_map" in read_json_or_empty(folder / "tokenizer_config.json")
-    if own_code and (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_json(path: Path, *, limit: int = 8 << 20) -> dict[str, Any]:
@@ -188,24 +142,6 @@ def read_json(path: Path, *, limit: int = 8 << 20) -> dict[str, Any]:
 
 def _names(folder: Path) -> list[str]:
     return [file.name for file in folder.iterdir()] if folder.is_dir() else []
-
-
-def _vocabularies(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if name in _VOCABULARIES or name.endswith(_ENDINGS)]
-
-
-def _needs_none(folder: Path) -> bool:
-    """Whether the tokenizer is of bytes, as ByT5's and Perceiver's are."""
-    kind = read_json_or_empty(folder / "tokenizer_config.json").get("tokenizer_class")
-    return kind in ("ByT5Tokenizer", "PerceiverTokenizer", "CanineTokenizer")
-
-
-def _is_pointer(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(LFS)) == LFS
-    except OSError:
-        return False  # not a pointer; errors are reported when the file is read
 
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moefit.checkpoint.formats.declared import Declared, declared
+from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, StoredTensor
 from moefit.errors import UnsupportedModelError
 
@@ -57,7 +58,15 @@ def refuse_unknown_method(folder: Path) -> Declared | None:
 
 
 def refuse_declared(folder: Path) -> None:
-    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights."""
+    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights.
+
+    A GGUF file counts as quantised, whatever its types.
+    """
+    if is_gguf(folder):
+        raise UnsupportedModelError(
+            f"{folder} is a GGUF file, and only commands that serve a model read that: give one of "
+            "those a budget (--memory), or here the model that it was made from, in safetensors"
+        )
     if (found := declared(folder)) is not None:
         raise _refusal(
             f"{folder} is quantised ({found.method}), as its {found.where} says, and only commands "

@@ -230,21 +230,28 @@ class SpanReader:
 
 
 class Checkpoint:
-    """An open folder of safetensors files. Thread-safe; also a context manager.
+    """An open folder of safetensors files, or GGUF file. Thread-safe; also a context manager.
 
     Attributes:
         spans: Location of each tensor by name.
         weights: The tensors of a model by name: the spans, or what `formats/find.py` makes of them
             in a quantised checkpoint.
-        folder: The folder.
+        folder: The folder, or the GGUF file.
+
+    Args:
+        folder: As above.
+        spans: The tensors of a file in another format; None to read those of safetensors.
+        read: Reads from a file.
 
     Raises:
         CheckpointError: The folder has no safetensors, or a shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path, *, read: Read = pread):
+    def __init__(
+        self, folder: Path, spans: Mapping[str, Span] | None = None, *, read: Read = pread
+    ):
         self.folder = folder
-        self.spans: Mapping[str, Span] = dict(_all_spans(folder))
+        self.spans: Mapping[str, Span] = dict(_all_spans(folder)) if spans is None else spans
         self.weights: Mapping[str, StoredTensor] = self.spans
         self.reader = SpanReader(read)
 

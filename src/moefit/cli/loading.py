@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moefit.api import folder_of, load
 from moefit.checkpoint.formats.declared import declared
+from moefit.checkpoint.model_folder import is_gguf
 from moefit.cli.app import console, say
 from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
@@ -189,6 +190,8 @@ def is_served(model: str, options: ServingOptions) -> bool:
     if options.is_served:
         return True
     folder = folder_of(model)
+    if is_gguf(folder):
+        return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

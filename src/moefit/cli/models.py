@@ -15,8 +15,9 @@ from rich.table import Table
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
-from moefit.checkpoint.model_folder import refuse_without_tokenizer
+from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import Checkpoint
+from moefit.checkpoint.tokenizer import refuse_without_tokenizer
 from moefit.cli.app import Json, advanced, command, console, option, print_json
 from moefit.cli.loading import (
     dropout_line,
@@ -341,7 +342,8 @@ def bench(
 ) -> None:
     """Decode random tokens, so that a model with random weights does not repeat one."""
     folder, how = folder_of(model), {"eviction": eviction, "generation_config": IGNORE}
-    Checkpoint(folder).close()  # raises for missing and damaged files
+    if not is_gguf(folder):
+        Checkpoint(folder).close()  # raises for missing and damaged files
     with console.status("measuring bandwidths"):  # before the model takes the memory
         bandwidth = measure_bandwidth(folder, torch.get_num_threads())
     with load_served(model, options, **how) as served:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moefit.api import folder_of
-from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.cli.app import COMMANDS, Json, app, command, console, option, print_json, say
 from moefit.cli.options import DtypeOption, Model, torch_dtype
 from moefit.errors import CheckpointError, ConfigError

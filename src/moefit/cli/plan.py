@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
-from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.cli.app import Json, advanced, command, console, option, print_json, say
 from moefit.cli.loading import import_serving_commands, shared_steps
 from moefit.cli.options import (

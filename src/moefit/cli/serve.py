@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moefit.api import folder_of
-from moefit.checkpoint.model_folder import refuse_without_tokenizer
+from moefit.checkpoint.tokenizer import refuse_without_tokenizer
 from moefit.cli.app import advanced, command, option, say, stopped
 from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
 from moefit.cli.options import (

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moefit.checkpoint.model_folder import is_gguf
 from moefit.errors import ConfigError
 from moefit.host import available_bytes
 
@@ -36,13 +37,14 @@ def measure_bandwidth(folder: Path, threads: int) -> Bandwidth:
     """Return the bandwidths of the storage that a model is on, and of memory.
 
     Args:
-        folder: With the model's safetensors files.
+        folder: With the model's safetensors files, or its GGUF file.
         threads: Number of threads that read memory; one thread alone reads less.
 
     Raises:
         ConfigError: The measuring process failed.
     """
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    files = [folder] if is_gguf(folder) else folder.glob("*.safetensors")
+    file = max(files, key=lambda path: path.stat().st_size)
     done = subprocess.run(
         [sys.executable, "-m", "moefit.evaluate.bandwidth", str(file)],
         env={**os.environ, **dict.fromkeys(_THREADS, str(threads))},

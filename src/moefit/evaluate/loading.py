@@ -25,9 +25,11 @@ from moefit.checkpoint.config import (
     refuse_absurd_counts,
     refuse_other_size,
 )
-from moefit.checkpoint.model_folder import other_weights, read_tokenizer, refuse_adapter
+from moefit.checkpoint.gguf.header import first_part
+from moefit.checkpoint.model_folder import is_gguf, other_weights, refuse_adapter
 from moefit.checkpoint.quantisation import refuse_stored
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.device import parse_device
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
@@ -44,10 +46,10 @@ def reference_path() -> Path:
 
 
 def locate(model: str) -> Path:
-    """Return the folder of a model.
+    """Return the folder of a model, or its GGUF file.
 
     Args:
-        model: `reference`, a model folder or a training run's folder.
+        model: `reference`, a model folder, a GGUF file or a training run's folder.
 
     Raises:
         CheckpointError: There is no such model, or its weights have an unsupported format.
@@ -56,6 +58,8 @@ def locate(model: str) -> Path:
     if model == REFERENCE:
         return reference_path()
     path = Path(model).expanduser()
+    if is_gguf(path) and path.exists():
+        return first_part(path)
     if (path / "config.json").is_file():
         return path
     refuse_adapter(path)
@@ -64,6 +68,8 @@ def locate(model: str) -> Path:
     found = checkpoint.checkpoints(path)
     if found:
         return found[-1]
+    if len(ggufs := {first_part(file) for file in path.glob("*.gguf")}) == 1:
+        return ggufs.pop()
     if not path.exists():
         raise CheckpointError(
             f"there is no folder {model!r}; give a model folder, a training run's folder, or "

@@ -1,111 +1,45 @@
-"""Describe a model family as llama.cpp computes it: architecture, tensor names and metadata.
+"""Describe a model to llama.cpp: which families can be written, and with which metadata.
 
-`FAMILIES` has the families that can be written. llama.cpp has a fixed graph for each, so that a
-setting which the graph does not have is refused here: the file would load and compute another
-model. Knows nothing of files.
+llama.cpp has a fixed graph for each family (`checkpoint/gguf/families.py`), so that a setting which
+the graph does not have is refused here: the file would load and compute another model. Knows
+nothing of files.
 
 Shapes: E experts, F expert width, D model width, R rows of queries or keys.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from moefit.checkpoint.gguf.families import (
+    FAMILIES,
+    ROTATED,
+    SHARED_ROUTER,
+    Family,
+    name_in_file,
+)
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.export import olmoe_incompatibilities
 from moefit.errors import UnsupportedModelError
 from moefit.moe.routing import Rule
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A family's graph in llama.cpp.
-
-    Attributes:
-        architecture: Its name there.
-        renormalizes: Whether the weights of the chosen experts are scaled to a sum of 1.
-        rotates_pairs: Whether rotary embeddings rotate neighbours, rather than the two halves of a
-            head as transformers does. Rows of queries and keys are then stored in another order.
-        groups_heads: Whether several heads of queries may share one of keys and values.
-        fields: Settings of the configuration that the graph reads: the name of `GGUFWriter`'s
-            method after `add_`, and of the setting.
-    """
-
-    architecture: str
-    renormalizes: bool
-    rotates_pairs: bool = False
-    groups_heads: bool = True
-    fields: tuple[tuple[str, str], ...] = ()
-
-
-_EXPERT_WIDTH = ("expert_feed_forward_length", "moe_intermediate_size")
-_SHARED_WIDTH = ("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
-FAMILIES = {
-    "olmoe": Family(architecture="olmoe", renormalizes=False, groups_heads=False),
-    "mixtral": Family(architecture="llama", renormalizes=True, rotates_pairs=True),
-    "qwen2_moe": Family(
-        architecture="qwen2moe", renormalizes=False, fields=(_EXPERT_WIDTH, _SHARED_WIDTH)
-    ),
-    "qwen3_moe": Family(architecture="qwen3moe", renormalizes=True, fields=(_EXPERT_WIDTH,)),
-}
-"""By transformers' `model_type`."""
-
-# Common to the families: parameter in the model, and name in the file.
-_MODEL = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
-    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
-    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
-    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
-}
-_ROTATED = re.compile(r"\.attn_[qk]\.weight$")
+WRITABLE = {name: family for name, family in FAMILIES.items() if family.writable}
 _ROUTER = re.compile(r"\.ffn_gate_inp(_shexp)?\.weight$")
 
 
-def dense_name(parameter: str) -> str:
+def dense_name(family: Family, parameter: str) -> str:
     """Return the name in the file of a parameter outside the experts.
 
     Raises:
         UnsupportedModelError: llama.cpp's graph has no such tensor.
-
-    >>> dense_name("model.layers.3.mlp.gate.weight")
-    'blk.3.ffn_gate_inp.weight'
     """
-    if parameter in _MODEL:
-        return _MODEL[parameter]
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", parameter)
-    if found is None or found[2] not in _LAYER:
+    if (found := name_in_file(family, parameter)) is None:
         raise UnsupportedModelError(
             f"llama.cpp's graph of this family has no tensor for {parameter}, so that a GGUF file "
             "would compute another model; serve the checkpoint itself with moefit"
         )
-    return f"blk.{found[1]}.{_LAYER[found[2]]}"
-
-
-def expert_name(layer: int, part: str) -> str:
-    """Return the name of the tensor with one part of all experts, [E, F, D].
-
-    The down projections are [E, D, F].
-    """
-    return f"blk.{layer}.ffn_{part}_exps.weight"
+    return found
 
 
 def expert_parts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,12 +62,12 @@ def arranged(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
         name: The tensor's name in the file.
         tensor: As transformers has it.
     """
-    if name.endswith("ffn_gate_inp_shexp.weight"):
+    if name.endswith(SHARED_ROUTER):
         return tensor.reshape(-1)
-    if family.rotates_pairs and _ROTATED.search(name):
+    if family.rotates_pairs and ROTATED.search(name):
         is_query = ".attn_q." in name
         heads = config.num_attention_heads if is_query else config.num_key_value_heads
-        halves = tensor.reshape(heads, 2, -1, tensor.shape[-1])
+        halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
         return halves.transpose(1, 2).reshape(tensor.shape)
     return tensor
 
@@ -146,12 +80,12 @@ def family_of(config: Any) -> Family:
     """
     if isinstance(config, DsMoeConfig):
         raise UnsupportedModelError(_refusal_of_dsmoe(config))
-    if config.model_type not in FAMILIES:
+    if config.model_type not in WRITABLE:
         raise UnsupportedModelError(
-            f"{config.model_type!r} models cannot be written as GGUF; {', '.join(FAMILIES)} can. "
+            f"{config.model_type!r} models cannot be written as GGUF; {', '.join(WRITABLE)} can. "
             "llama.cpp's own convert_hf_to_gguf.py knows further families"
         )
-    family = FAMILIES[config.model_type]
+    family = WRITABLE[config.model_type]
     if problems := _differences(config, family):
         raise UnsupportedModelError(
             f"llama.cpp's {family.architecture} graph computes another model than this one: "

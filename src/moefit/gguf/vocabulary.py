@@ -15,18 +15,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from moefit.checkpoint.gguf.tokenizer import IGNORES_MERGES, SPLITS
 from moefit.errors import UnsupportedModelError
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
-_SYMBOLS = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 # Ways to split text before byte-level BPE: llama.cpp's name of each.
 _SPLITS = {
     "digits, then GPT-2's": "smollm",
     "GPT-2's": "gpt-2",
-    f"{_CONTRACTIONS}|\\p{{N}}|{_SYMBOLS}": "qwen2",
-    f"{_CONTRACTIONS}|\\p{{N}}{{1,3}}|{_SYMBOLS}": "llama-bpe",
+    SPLITS["qwen2"][0]: "qwen2",
+    SPLITS["llama-bpe"][0]: "llama-bpe",
 }
-_IGNORES_MERGES = ("llama-bpe",)  # whole words of the vocabulary are tokens, whatever the merges
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPECIAL = ("bos", "eos", "unk", "pad")
 _ADVICE = "; give --no-tokenizer for a file that takes token ids only"
@@ -190,7 +188,7 @@ def _split_name(stored: dict[str, Any]) -> str:
             f"{json.dumps(stored['pre_tokenizer'])[:160]}){_ADVICE}"
         )
     name = _SPLITS[split]
-    if bool(stored["model"].get("ignore_merges")) != (name in _IGNORES_MERGES):
+    if bool(stored["model"].get("ignore_merges")) != (name in IGNORES_MERGES):
         raise UnsupportedModelError(
             f"the tokenizer splits text as llama.cpp's {name!r}, but with ignore_merges="
             f"{stored['model'].get('ignore_merges')}, which llama.cpp has the other way round"

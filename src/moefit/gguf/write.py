@@ -23,16 +23,15 @@ from torch import Tensor
 
 from moefit.checkpoint.config import config_from, read_config
 from moefit.checkpoint.expert_map import parameter_names
-from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.gguf.families import Family, expert_name
 from moefit.checkpoint.quantisation import refuse_declared
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moefit.gguf.families import (
-    Family,
     arranged,
     dense_name,
     describe,
-    expert_name,
     expert_parts,
     family_of,
     stays_float32,
@@ -181,7 +180,7 @@ def _dense(family: Family, skeleton: Skeleton) -> Iterator[tuple[str, str, tuple
     experts = tuple(f"{block.name}." for block in skeleton.blocks)
     for parameter, tensor in skeleton.model.state_dict().items():
         if not parameter.startswith(experts):
-            name = dense_name(parameter)
+            name = dense_name(family, parameter)
             yield parameter, name, tuple(arranged(family, config, name, tensor).shape)
 
 

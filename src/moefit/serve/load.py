@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moefit.checkpoint.model_folder import read_tokenizer
+from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.device import parse_device
 from moefit.errors import BudgetTooSmallError, CheckpointError
 from moefit.moe.expert_dropout import dropout_record, order_of_blocks

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moefit.checkpoint.model_folder import read_json
+from moefit.checkpoint.config import read_config
+from moefit.checkpoint.model_folder import is_gguf, read_json, settings_file
 from moefit.errors import CheckpointError
 
 FILE = "generation_config.json"
@@ -175,8 +176,9 @@ def use_generation_config(
 def _read_settings(folder: Path, follow: str) -> tuple[dict[str, Any], bool]:
     """Return the checkpoint's settings, and whether they are from generation_config.json."""
     own = (folder / FILE).is_file()
-    file = folder / (FILE if own else "config.json")
-    settings = {name: value for name, value in _read(file).items() if name not in _NOT_FOR_GENERATE}
+    file = folder / FILE if own else settings_file(folder)
+    found = read_config(folder) if is_gguf(folder) else _read(file)
+    settings = {name: value for name, value in found.items() if name not in _NOT_FOR_GENERATE}
     if follow == NONE:
         settings = {name: settings[name] for name in _TOKENS if name in settings}
     _check(file, settings, _KINDS if own else _KINDS.keys() - {*SAMPLING, "do_sample"})
@@ -196,7 +198,7 @@ def _generation_config(settings: dict[str, Any], own: bool, folder: Path) -> Gen
     try:
         generation = make(settings)
     except Exception as error:  # validation raises many types
-        file = folder / (FILE if own else "config.json")
+        file = folder / FILE if own else settings_file(folder)
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
     for name in _NOT_FOR_GENERATE:  # from_model_config also reads nested configs
         setattr(generation, name, None)

@@ -21,7 +21,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moefit.cache_argument import cache_name
 from moefit.checkpoint.config import (
-    CONFIG,
     config_from,
     read_config,
     refuse_absurd_counts,
@@ -29,7 +28,10 @@ from moefit.checkpoint.config import (
 )
 from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint, refuse_parts
 from moefit.checkpoint.formats.find import find_weights, part_of
-from moefit.checkpoint.model_folder import refuse_adapter
+from moefit.checkpoint.gguf.header import read_gguf
+from moefit.checkpoint.gguf.settings import settings_of
+from moefit.checkpoint.gguf.weights import weights_of
+from moefit.checkpoint.model_folder import is_gguf, refuse_adapter, settings_file
 from moefit.checkpoint.quantisation import refuse_unknown_method
 from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
 from moefit.checkpoint.sources import ExpertSource
@@ -121,7 +123,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     """Read a model's configuration and headers; no weights are read or allocated.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: Folder of the checkpoint, or GGUF file.
         dtype: The dtype to compute in; None for the checkpoint's own.
 
     Raises:
@@ -132,12 +134,16 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
     refuse_adapter(folder)
     quantisation = refuse_unknown_method(folder)
     register()
-    values = read_config(folder)
-    checkpoint = Checkpoint(folder)
+    header = read_gguf(folder) if is_gguf(folder) else None
+    values = read_config(folder) if header is None else settings_of(header)
+    checkpoint = Checkpoint(folder, None if header is None else header.spans)
     refuse_absurd_counts(values, checkpoint)
     config = config_from(values, folder)
     compute_dtype = dtype or _own_dtype(config, checkpoint)
-    checkpoint.weights = find_weights(checkpoint.spans, quantisation, compute_dtype)
+    if header is None:
+        checkpoint.weights = find_weights(checkpoint.spans, quantisation, compute_dtype)
+    else:
+        checkpoint.weights = weights_of(header, values, compute_dtype)
     with _config_errors(folder):
         model = _on_meta(config, compute_dtype)
         cache_name(model)  # raises for a model that takes no KV cache
@@ -303,8 +309,8 @@ def _config_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{folder / CONFIG} describes a model that cannot be built: {in_brief(error)}; "
-            "use the config.json that belongs to the weights"
+            f"{settings_file(folder)} describes a model that cannot be built: {in_brief(error)}; "
+            "use the settings that belong to the weights"
         ) from error
 
 

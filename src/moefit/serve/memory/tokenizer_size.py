@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 
-from moefit.checkpoint.model_folder import read_json_or_empty
+from moefit.checkpoint.gguf.header import read_gguf
+from moefit.checkpoint.gguf.tokenizer import has_vocabulary, vocabulary_size
+from moefit.checkpoint.model_folder import is_gguf, read_json_or_empty
 
 # A tokenizer's cache of 10,000 words, a server's cache of tokens' texts (`server/tokenizer.py`),
 # and modules of transformers that only tokenizers need.
@@ -48,11 +50,14 @@ def tokenizer_size(folder: Path) -> TokenizerSize:
     read, its file exists as text and parsed, and its vocabulary both in Python and in Rust.
 
     Args:
-        folder: Of the model. Files are scanned, not loaded.
+        folder: Of the model, or its GGUF file. Files are scanned, not loaded.
 
     Returns:
         The sizes; both are zero for a folder without a tokenizer.
     """
+    if is_gguf(folder):
+        header = read_gguf(folder)
+        return _size(*vocabulary_size(header)) if has_vocabulary(header) else TokenizerSize(0, 0)
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     if not files:
         return TokenizerSize(0, 0)
@@ -65,6 +70,10 @@ def tokenizer_size(folder: Path) -> TokenizerSize:
         held = _MODULES + 430 * len(pieces) + 360 * inner_nodes(pieces) + copies
         held += TOKENIZER_CACHES
         return TokenizerSize(held=held, reading=held + 290 * len(pieces))
+    return _size(entries, nbytes, copies)
+
+
+def _size(entries: int, nbytes: int, copies: int = 0) -> TokenizerSize:
     held = _MODULES + 250 * entries + 2 * nbytes + copies
     reading = max(held, _MODULES + 1100 * entries + 5 * nbytes)
     return TokenizerSize(held=TOKENIZER_CACHES + held, reading=TOKENIZER_CACHES + reading)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from moefit.checkpoint.config import read_config
+from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
@@ -202,13 +204,13 @@ def outdated(location: PackedLocation) -> list[str]:
 def fingerprint(skeleton: Skeleton) -> str:
     """Return a hash that identifies a checkpoint without reading all of it.
 
-    The hash covers config.json, each tensor's name, dtype, shape and position (from the headers),
+    The hash covers the settings, each tensor's name, dtype, shape and position (from the headers),
     the sizes of the files, and 4 KiB of up to 16 experts per block. It distinguishes other models,
     conversions and further training, and does not depend on the folder's path or time stamps. It
     misses changes of a few weights or of dense weights alone; run `moefit pack --force` then.
     """
     checkpoint = skeleton.checkpoint
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    digest = hashlib.sha256(_settings(checkpoint.folder))
     for name, span in sorted(checkpoint.spans.items()):
         entry = (name, span.path.name, span.offset, span.nbytes, str(span.dtype), *span.shape)
         digest.update(repr(entry).encode())
@@ -219,6 +221,13 @@ def fingerprint(skeleton: Skeleton) -> str:
             for expert in range(0, len(sources), -(-len(sources) // _SAMPLED_EXPERTS)):
                 digest.update(_sample(reader, sources[expert], expert))
     return digest.hexdigest()[:32]
+
+
+def _settings(folder: Path) -> bytes:
+    """Return config.json, or the settings that a GGUF file has in its place."""
+    if is_gguf(folder):
+        return repr(sorted(read_config(folder).items())).encode()
+    return (folder / "config.json").read_bytes()
 
 
 def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:

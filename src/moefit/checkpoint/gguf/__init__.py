@@ -1,0 +1,1 @@
+"""Read GGUF files as checkpoints: header, types of weights, families and tokenizers."""

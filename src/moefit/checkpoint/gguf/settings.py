@@ -1,0 +1,235 @@
+"""Translate a GGUF file's metadata into the values that config.json would have.
+
+What the metadata does not say, the architecture implies (`families.py`). Metadata that changes the
+outputs in a way that is not computed here is refused. Reads no weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moefit.checkpoint.gguf.families import FAMILIES, Family, expert_of, of_architecture
+from moefit.checkpoint.gguf.header import GgufHeader
+from moefit.errors import CheckpointError, UnsupportedModelError
+
+# Key of the metadata after the architecture, name in config.json, and kind of value.
+_COMMON: tuple[tuple[str, str, type], ...] = (
+    ("embedding_length", "hidden_size", int),
+    ("block_count", "num_hidden_layers", int),
+    ("feed_forward_length", "intermediate_size", int),
+    ("attention.head_count", "num_attention_heads", int),
+    ("context_length", "max_position_embeddings", int),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
+    ("expert_used_count", "num_experts_per_tok", int),
+)
+_SPECIAL = ("bos", "eos", "pad")
+# Values with which a graph computes what transformers' model of the family does.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "swin_norm": (False,),
+}
+_TOKENS_OF_END = ("eot", "eom")  # further ends of an answer
+
+
+def settings_of(header: GgufHeader) -> dict[str, Any]:
+    """Return the values of config.json.
+
+    Raises:
+        CheckpointError: The metadata lacks a value, or has one of the wrong kind.
+        UnsupportedModelError: The architecture cannot be read, or has a setting that is not
+            computed here.
+    """
+    found = of_architecture(header.architecture)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{header.path} has the architecture {header.architecture!r}; the GGUF files that can "
+            f"be read are of {', '.join(one.architecture for one in FAMILIES.values())}. Give the "
+            "model that it was made from, a folder with config.json and safetensors"
+        )
+    model_type, family = found
+    metadata = _Metadata(header)
+    if not metadata.get("expert_count", int, 0):
+        raise UnsupportedModelError(
+            f"{header.path} is a {header.architecture} model without experts "
+            f"({header.architecture}.expert_count); give a mixture-of-experts model"
+        )
+    _refuse_settings(metadata, family)
+    values: dict[str, Any] = {"model_type": model_type, **family.constants}
+    for key, name, kind in _COMMON:
+        values[name] = metadata.get(key, kind)
+    for key, name in family.fields:
+        values[name] = metadata.get(key, int)
+    values[family.count] = metadata.get("expert_count", int)
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = metadata.get("attention.head_count_kv", int, heads)
+    own_width = values["hidden_size"] // max(1, heads)
+    values["head_dim"] = metadata.get("attention.key_length", int, own_width)
+    values["rope_parameters"] = _rotary(metadata, family, values["head_dim"])
+    values["tie_word_embeddings"] = "output.weight" not in header.tensors
+    values["dtype"] = _dtype(header)
+    values["vocab_size"] = _vocabulary(header)
+    values.update(_special_tokens(header))
+    return values | (_ADDED[model_type](header, values) if model_type in _ADDED else {})
+
+
+class _Metadata:
+    """Values of the architecture's own keys."""
+
+    def __init__(self, header: GgufHeader):
+        self._header = header
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return a value. Raises CheckpointError if it is missing without a default, or odd."""
+        name = f"{self._header.architecture}.{key}"
+        value: Any = self._header.metadata.get(name, default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # one per layer, all equal
+        if value is None:
+            raise CheckpointError(
+                f"{self._header.path} has no {name} in its metadata; it is damaged, or was written "
+                "by a program that llama.cpp would not understand either"
+            )
+        if kind is float and type(value) in (int, float):
+            value = float(str(np.float32(value)))  # 1e-5, not the nearest float32 in 17 digits
+        if type(value) is not kind or (kind is int and value < 0):
+            raise CheckpointError(
+                f"{self._header.path} has {name}={value!r}, but it is one number"
+                f"{' for all layers here' if isinstance(value, list) else ''}"
+            )
+        return value
+
+    @property
+    def path(self) -> Any:
+        """The file."""
+        return self._header.path
+
+    def neutral(self, key: str, values: tuple[Any, ...]) -> bool:
+        """Return whether a value is absent, or one of these."""
+        name = f"{self._header.architecture}.{key}"
+        return self._header.metadata.get(name, values[0]) in values
+
+    def text(self, key: str, default: str) -> str:
+        """Return a text."""
+        return str(self._header.metadata.get(f"{self._header.architecture}.{key}", default))
+
+
+def _refuse_settings(metadata: _Metadata, family: Family) -> None:
+    odd = [
+        key
+        for key, values in _NEUTRAL.items()
+        if key not in family.reads and not metadata.neutral(key, values)
+    ]
+    if odd:
+        raise UnsupportedModelError(
+            f"{metadata.path} sets {', '.join(odd)}, which models of this architecture do not have "
+            "in transformers; give the model that it was made from"
+        )
+
+
+def _rotary(metadata: _Metadata, family: Family, width: int) -> dict[str, Any]:
+    """Return transformers' `rope_parameters`."""
+    rotated = metadata.get("rope.dimension_count", int, width)
+    partial = "rope.dimension_count" in family.reads
+    if rotated != width and not partial:
+        raise UnsupportedModelError(
+            f"{metadata.path} rotates {rotated} of the {width} units of a head "
+            "(rope.dimension_count), which models of this architecture do not in transformers"
+        )
+    found: dict[str, Any] = {"rope_theta": metadata.get("rope.freq_base", float, 10000.0)}
+    if partial:
+        found["partial_rotary_factor"] = rotated / max(1, width)
+    kind = metadata.text("rope.scaling.type", "none")
+    if kind == "none":
+        return found | {"rope_type": "default"}
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(
+            f"{metadata.path} has rope.scaling.type {kind!r}; none, linear and yarn can be read"
+        )
+    found |= {"rope_type": kind, "factor": metadata.get("rope.scaling.factor", float, 1.0)}
+    if kind == "yarn":
+        found["original_max_position_embeddings"] = metadata.get(
+            "rope.scaling.original_context_length", int
+        )
+        found["beta_fast"] = metadata.get("rope.scaling.yarn_beta_fast", float, 32.0)
+        found["beta_slow"] = metadata.get("rope.scaling.yarn_beta_slow", float, 1.0)
+    return found
+
+
+def _dtype(header: GgufHeader) -> str:
+    """Return the dtype to compute in: the experts' own, or bfloat16 for quantised ones."""
+    sizes: dict[str, int] = {}
+    for name, one in header.tensors.items():
+        if expert_of(name) is not None:
+            own = str(one.type.dtype or "torch.bfloat16").removeprefix("torch.")
+            sizes[own] = sizes.get(own, 0) + one.span.nbytes
+    return max(sizes, key=lambda name: sizes[name], default="bfloat16")
+
+
+def _vocabulary(header: GgufHeader) -> int:
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"{header.path} has no matrix token_embd.weight; copy or download it again"
+        )
+    return embedding.shape[0]
+
+
+def _special_tokens(header: GgufHeader) -> dict[str, Any]:
+    """Return the ids of special tokens; several where a text may end with one of several."""
+    size = _vocabulary(header)
+
+    def token(name: str) -> int | None:
+        value = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return value if type(value) is int and 0 <= value < size else None
+
+    values: dict[str, Any] = {f"{name}_token_id": token(name) for name in _SPECIAL}
+    ends = {one for name in ("eos", *_TOKENS_OF_END) if (one := token(name)) is not None}
+    if len(ends) > 1:
+        values["eos_token_id"] = sorted(ends)
+    return values
+
+
+def _of_gpt_oss(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    rotary = values["rope_parameters"]
+    return {"rope_parameters": rotary | {"truncate": False}} if "factor" in rotary else {}
+
+
+def _of_glm4(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    metadata = _Metadata(header)
+    if not metadata.neutral("expert_gating_func", (2, 0)):
+        raise UnsupportedModelError(
+            f"{header.path} has expert_gating_func other than sigmoid (2), with which models of "
+            "this architecture choose experts"
+        )
+    predicts = metadata.get("nextn_predict_layers", int, 0)
+    return {
+        "num_hidden_layers": values["num_hidden_layers"] - predicts,
+        "num_nextn_predict_layers": predicts,
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
+        "routed_scaling_factor": metadata.get("expert_weights_scale", float, 0.0) or 1.0,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in header.tensors,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+
+
+def _of_qwen2(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": "blk.0.attn_q.bias" in header.tensors}
+
+
+_ADDED: dict[str, Callable[[GgufHeader, dict[str, Any]], dict[str, Any]]] = {
+    "glm4_moe": _of_glm4,
+    "gpt_oss": _of_gpt_oss,
+    "qwen2_moe": _of_qwen2,
+}
