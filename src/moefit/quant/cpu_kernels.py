@@ -49,7 +49,7 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 11  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 12  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -142,6 +142,7 @@ class Kernels:
         ]
         library.moefit_write_rows.argtypes = [c_int64, c_void_p]
         library.moefit_norm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_void_p]
+        library.moefit_route.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         library.moefit_rotate.argtypes = [c_int64, *[c_void_p] * 7]
 
     def linear(
@@ -345,6 +346,12 @@ class Kernels:
     def norm(self, address: int, x: Tensor, rows: int, y: Tensor) -> None:
         """Compute a norm into y; called by `quant.layer_operations.NormKernel`."""
         self._library.moefit_norm(self._level, address, x.data_ptr(), rows, y.data_ptr())
+
+    def route(self, address: int, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> None:
+        """Compute a router's choice; called by `quant.layer_operations.RoutingKernel`."""
+        self._library.moefit_route(
+            address, logits_TE.data_ptr(), len(logits_TE), weights_TK.data_ptr(), ids_TK.data_ptr()
+        )
 
     def rotate(
         self,

@@ -1,10 +1,11 @@
-"""Norms and rotary embeddings of a layer, each as one call of the compiled kernels.
+"""Norms, rotary embeddings and routing of a layer, each as one call of the compiled kernels.
 
-`NormKernel` and `RotaryKernel` hold what does not change between calls. `plain_norm` and
-`plain_rotate` are the references in torch, with the same roundings at the same places; what is
-recognised as one of these forms (`serve/hf/norms.py`, `serve/hf/rotary.py`) can be computed here.
+`NormKernel`, `RotaryKernel` and `RoutingKernel` hold what does not change between calls.
+`plain_norm`, `plain_rotate` and `ScoringRule.route` are the references in torch, with the same
+roundings at the same places; what is recognised as one of these forms (`serve/hf/norms.py`,
+`serve/hf/rotary.py`, `serve/layer/router_kernels.py`) can be computed here.
 
-Shapes: B sequences, T tokens, H heads, C head width, D width of a row.
+Shapes: B sequences, T tokens, H heads, C head width, D width of a row, E experts, K chosen.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefit.moe.routing import Routing
+from moefit.moe.scoring import ScoringRule
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
 
 
@@ -219,3 +222,71 @@ def can_rotate(heads: Sequence[Tensor], cos_BTR: Tensor, sin_BTR: Tensor, form: 
         and all(x.numel() and width <= x.shape[3] for x in heads)
         and torch.empty_like(heads[-1]).stride(-1) == 1
     )
+
+
+class _Routing(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("experts", "chosen", "kind", "weights_kind")),
+        *((name, c_int64) for name in ("score", "weighting", "by_logits", "rounded")),
+        *((name, c_int64) for name in ("groups", "kept_groups", "two_of_group")),
+        ("scale", c_float),
+        ("bias", c_void_p),
+        ("factor", c_void_p),
+    )
+
+
+_SCORES = ("softmax", "sigmoid", "sqrt_softplus", "given")
+_WEIGHTINGS = ("kept", "normalised", "softmax")
+
+
+def can_route(rule: ScoringRule, experts: int) -> bool:
+    """Return whether the kernel computes a rule."""
+    return rule.chosen in _WEIGHTINGS and (rule.groups is None or experts % rule.groups.number == 0)
+
+
+class RoutingKernel:
+    """A router's choice by a rule; among experts of equal preference, torch's.
+
+    Args:
+        kernels: The compiled library.
+        rule: The rule; `can_route` must hold.
+        bias_E: Added to the scores if the rule is `biased`.
+        experts: E.
+        chosen: K.
+        dtypes: Of logits and of weights.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        rule: ScoringRule,
+        bias_E: Tensor | None,
+        *,
+        experts: int,
+        chosen: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ):
+        self._kernels, self._chosen, self._dtype = kernels, chosen, dtypes[1]
+        biased = rule.biased and bias_E is not None
+        self._vectors = [  # keeps their memory
+            None if one is None else one.detach().float().contiguous()
+            for one in (bias_E if biased else None, rule.factor_E)
+        ]
+        groups = rule.groups
+        self._struct = _Routing(
+            experts, chosen, NATIVE_DTYPES[dtypes[0]], NATIVE_DTYPES[dtypes[1]],
+            _SCORES.index(rule.score), _WEIGHTINGS.index(rule.chosen), rule.by_logits, rule.rounded,
+            groups.number if groups else 1, groups.kept if groups else 1,
+            groups is not None and groups.score == "top_2", rule.scale,
+            *(None if one is None else one.data_ptr() for one in self._vectors),
+        )  # fmt: skip
+        self._address = addressof(self._struct)
+
+    def __call__(self, logits_TE: Tensor) -> Routing:
+        """Return ids and weights [T, K], in descending order of preference."""
+        logits_TE = logits_TE.contiguous()
+        shape = len(logits_TE), self._chosen
+        ids_TK = torch.empty(shape, dtype=torch.int64)
+        weights_TK = torch.empty(shape, dtype=self._dtype)
+        self._kernels.route(self._address, logits_TE, weights_TK, ids_TK)
+        return Routing(ids_TK, weights_TK)

@@ -23,6 +23,7 @@ from moefit.serve.hf.kv_cache import limit_context, reserve_caches
 from moefit.serve.hf.native_linear import use_linear_kernels
 from moefit.serve.hf.norms import use_norm_kernels
 from moefit.serve.hf.rotary import use_rotary_kernels
+from moefit.serve.layer.router_kernels import use_router_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
@@ -60,6 +61,7 @@ class ServedModel:
             use_linear_kernels(self.model),
             use_norm_kernels(self.model, self.model.dtype),
             use_rotary_kernels(self.model, self.model.dtype),
+            use_router_kernels(self.model, self.blocks, self.model.dtype),
         )
 
     def __iter__(self) -> Iterator[Any]:

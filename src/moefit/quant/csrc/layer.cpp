@@ -1,9 +1,13 @@
-// C interface: norms and rotary embeddings of all tokens of a step.
+// C interface: norms, rotary embeddings and the router's choice, of all tokens of a step.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
+#include "half.h"
 #include "matrix.h"
 #include "pool.h"
 #include "rounding.h"
@@ -25,6 +29,109 @@ void each_row(int64_t number, int64_t width, const F &f) {
     each((number + share - 1) / share, [&](int64_t item) {
         for (int64_t row = item * share; row < std::min((item + 1) * share, number); row++) f(row);
     });
+}
+
+float load(const void *from, int64_t kind, int64_t at) {
+    if (kind == F32) return ((const float *)from)[at];
+    uint16_t half = ((const uint16_t *)from)[at];
+    if (kind == F16) return from_half(half);
+    uint32_t word = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+void store(float value, void *to, int64_t kind, int64_t at) {
+    if (kind == F32) ((float *)to)[at] = value;
+    else ((uint16_t *)to)[at] = kind == F16 ? half_of(value) : to_bfloat16(value);
+}
+
+float rounded(float value, int64_t kind) {
+    uint16_t half;
+    if (kind == F32) return value;
+    store(value, &half, kind, 0);
+    return load(&half, kind, 0);
+}
+
+// How a router chooses, as moe/scoring.py's ScoringRule does; `bias` and `factor` are null or [experts].
+struct Routing {
+    int64_t experts, chosen, kind, weights_kind;
+    int64_t score, weighting, by_logits, rounded;
+    int64_t groups, kept_groups, two_of_group;  // a group's score is its largest, or the sum of its two largest
+    float scale;
+    const float *bias, *factor;
+};
+
+enum Score : int64_t { SOFTMAX, SIGMOID, SQRT_SOFTPLUS, GIVEN };
+enum Weighting : int64_t { KEPT, NORMALISED, SOFTMAX_OF_CHOSEN };
+
+// In double precision, which is then rounded once: the same on every processor.
+void softmax(const float *x, int64_t number, float *out) {
+    double total = 0;
+    float most = x[0];
+    for (int64_t i = 0; i < number; i++) most = x[i] > most || x[i] != x[i] ? x[i] : most;
+    std::vector<double> shares(number);
+    for (int64_t i = 0; i < number; i++) total += shares[i] = std::exp(double(x[i]) - most);
+    for (int64_t i = 0; i < number; i++) out[i] = float(shares[i] / total);
+}
+
+void scores_of(const Routing &r, const float *logits, float *out) {
+    if (r.score == SOFTMAX) softmax(logits, r.experts, out);
+    for (int64_t e = 0; e < r.experts; e++) {
+        double x = logits[e];
+        if (r.score == GIVEN) out[e] = logits[e];
+        if (r.score == SIGMOID) out[e] = float(1 / (1 + std::exp(-x)));
+        if (r.score == SQRT_SOFTPLUS) out[e] = std::sqrt(x > 20 ? logits[e] : float(std::log1p(std::exp(x))));
+        if (r.rounded) out[e] = rounded(out[e], r.kind);
+    }
+}
+
+bool greater(float a, float b) { return a > b || (a != a && b == b); }  // NaN is the greatest
+
+// The indices of the greatest values, in descending order. Of equal values those that torch's topk takes, which
+// selects with the same algorithms of the standard library.
+void greatest(const float *values, int64_t number, int64_t wanted, int64_t *ids) {
+    static thread_local std::vector<std::pair<float, int64_t>> queue;
+    queue.resize(number);
+    for (int64_t i = 0; i < number; i++) queue[i] = {values[i], i};
+    auto before = [](const auto &a, const auto &b) { return greater(a.first, b.first); };
+    auto begin = queue.begin();
+    if (wanted * 64 <= number) {
+        std::partial_sort(begin, begin + wanted, queue.end(), before);
+    } else {
+        std::nth_element(begin, begin + wanted - 1, queue.end(), before);
+        std::sort(begin, begin + wanted - 1, before);
+    }
+    for (int64_t k = 0; k < wanted; k++) ids[k] = queue[k].second;
+}
+
+// Set the preference for experts outside the best groups to minus infinity.
+void keep_groups(const Routing &r, float *preference) {
+    int64_t size = r.experts / r.groups, two = std::min<int64_t>(r.two_of_group ? 2 : 1, size), best[2];
+    std::vector<float> score(r.groups);
+    std::vector<int64_t> kept(r.groups);
+    for (int64_t g = 0; g < r.groups; g++) {
+        greatest(preference + g * size, size, two, best);
+        score[g] = preference[g * size + best[0]] + (two > 1 ? preference[g * size + best[1]] : 0);
+    }
+    greatest(score.data(), r.groups, r.kept_groups, kept.data());
+    for (int64_t g = 0; g < r.groups; g++)
+        if (std::find(kept.begin(), kept.begin() + r.kept_groups, g) == kept.begin() + r.kept_groups)
+            std::fill(preference + g * size, preference + (g + 1) * size, -INFINITY);
+}
+
+void weights_of(const Routing &r, const float *logits, const float *scores, const int64_t *ids, float *out) {
+    float total = 0;
+    for (int64_t k = 0; k < r.chosen; k++) {
+        out[k] = r.weighting == SOFTMAX_OF_CHOSEN ? logits[ids[k]] : scores[ids[k]];
+        total += out[k];
+    }
+    if (r.weighting == SOFTMAX_OF_CHOSEN) softmax(out, r.chosen, out);
+    for (int64_t k = 0; k < r.chosen; k++) {
+        if (r.weighting == NORMALISED) out[k] /= total < 1e-20f ? 1e-20f : total;
+        if (r.factor) out[k] *= r.factor[ids[k]];
+        out[k] *= r.scale;
+    }
 }
 
 }  // namespace
@@ -72,6 +179,21 @@ void moefit_rotate(int64_t level, const Rotation *all, const void *cos, const vo
                 std::memcpy(y + form.width * bytes, x + form.width * bytes, (one.size - form.width) * bytes);
             }
         }
+    });
+}
+void moefit_route(const Routing *r, const void *logits_TE, int64_t tokens, void *weights_TK, int64_t *ids_TK) {
+    each_row(tokens, 16 * r->experts, [&](int64_t t) {
+        static thread_local std::vector<float> logits, scores, preference, weights;
+        logits.resize(r->experts), scores.resize(r->experts), preference.resize(r->experts), weights.resize(r->chosen);
+        for (int64_t e = 0; e < r->experts; e++) logits[e] = load(logits_TE, r->kind, t * r->experts + e);
+        scores_of(*r, logits.data(), scores.data());
+        for (int64_t e = 0; e < r->experts; e++)
+            preference[e] = (r->by_logits ? logits[e] : scores[e]) + (r->bias ? r->bias[e] : 0);
+        if (r->groups > 1) keep_groups(*r, preference.data());
+        int64_t *ids = ids_TK + t * r->chosen;
+        greatest(preference.data(), r->experts, r->chosen, ids);
+        weights_of(*r, logits.data(), scores.data(), ids, weights.data());
+        for (int64_t k = 0; k < r->chosen; k++) store(weights[k], weights_TK, r->weights_kind, t * r->chosen + k);
     });
 }
 }

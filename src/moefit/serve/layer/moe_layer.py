@@ -43,6 +43,7 @@ class VirtualExperts(nn.Module):
     Attributes:
         format: Format of newly allocated slots.
         scoring: The router's scoring rule; None if unknown, then only exact mode is possible.
+        router: Name of the module that outputs the logits, None if unknown.
         bias_E: Bias that the router adds to the scores for its choice, if any.
         resident_order: All experts in the order in which virtual mode holds them, if the model was
             trained for one (`expert_dropout` in config.json).
@@ -75,6 +76,7 @@ class VirtualExperts(nn.Module):
         )
         self.scoring: ScoringRule | None = None
         self.bias_E: Tensor | None = None
+        self.router: str | None = None
         self.resident_order: Sequence[int] | None = None
         self.depth = 0.5
         self.reachable = True

@@ -124,6 +124,7 @@ def attach_hooks(
             "use the config.json that belongs to the weights"
         ) from error
     known = _known_forms(model.config)
+    names = {module: name for name, module in model.named_modules()}
     hooks: list[RemovableHandle] = []
     for name, experts in served.items():
         parent = model.get_submodule(experts.block.parent)
@@ -137,6 +138,7 @@ def attach_hooks(
         output, rule = found
         experts.scoring = rule.rule
         experts.bias_E = None if rule.bias is None else vectors[rule.bias]
+        experts.router = names[output.module]
         hooks.append(output.module.register_forward_hook(_logits_hook(experts, output.index)))
     return tuple(hooks)
 

@@ -1,0 +1,177 @@
+"""How long a layer's small operations take, by torch and by the kernels, and what a token gains.
+
+    python benchmarks/layer_operations.py FOLDER [--precision int4-nearest] [--context 256]
+        [--rounds 9] [--tokens 12] [--threads 2] [--save NAME]
+
+FOLDER is a model with experts, such as make_checkpoint.py writes. Each operation is called on the
+first layer's own module with one token, as the family computes it and as it is served, in turn.
+Whole tokens are decoded with and without the kernels of small operations, in interleaved rounds of
+one process; all products and attention are the kernels' in both.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import record
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import moefit
+from moefit.quant.cpu_kernels import status
+from moefit.serve.model import ServedModel
+
+CALLS = 200  # of an operation in one round
+Way = Callable[[], Any]
+
+
+@contextmanager
+def own_operations(model: nn.Module) -> Iterator[None]:
+    """Compute norms, rotary embeddings and routers by the family's own code within the block."""
+    changed = {one: vars(one).pop("forward") for one in model.modules() if "forward" in vars(one)}
+    try:
+        yield
+    finally:
+        for module, forward in changed.items():
+            vars(module)["forward"] = forward
+
+
+def seconds(call: Way, number: int) -> float:
+    began = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - began) / number
+
+
+def rotary_calls(model: nn.Module) -> dict[str, tuple[Way, Way]]:
+    """Return the rotary embedding of one token's queries and keys, by torch and by the kernel."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        for function in getattr(forward, "__globals__", {}).values():
+            if hasattr(function, "own") and hasattr(module, "head_dim"):
+                width: int = module.head_dim
+                query = torch.randn(1, 1, 16, width).to(model.dtype).transpose(1, 2)
+                angles = torch.randn(2, 1, 1, width).to(model.dtype)
+                given = (query, query.clone(), *angles)
+                return {
+                    "rotary embedding": (
+                        lambda: function.own(*given),  # noqa: B023 - returned at once
+                        lambda: function(*given),  # noqa: B023
+                    )
+                }
+    return {}
+
+
+def norm_calls(model: nn.Module) -> dict[str, tuple[Way, Way]]:
+    """Return one norm of each width, by torch and by the kernel."""
+    found: dict[str, tuple[Way, Way]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if "forward" in vars(module) and weight is not None and weight.dim() == 1:
+            x = torch.randn(1, 1, len(weight)).to(model.dtype)
+            own, kernel = type(module).forward, module.forward
+            found.setdefault(
+                f"norm of {len(weight)}",
+                (lambda m=module, x=x, f=own: f(m, x), lambda x=x, f=kernel: f(x)),
+            )
+    return found
+
+
+def router_calls(served: ServedModel) -> dict[str, tuple[Way, Way]]:
+    """Return the first layer's router for one token, its matrix product included."""
+    first = next(iter(served.blocks.values()))
+    module = served.model.get_submodule(first.router) if first.router else None
+    if module is None or "forward" not in vars(module):
+        return {}
+    weight = module._parameters["weight"]
+    assert weight is not None
+    x, own = torch.randn(1, weight.shape[1]).to(served.model.dtype), type(module).forward
+    return {"router": (lambda: own(module, x), lambda: module.forward(x))}
+
+
+def decoder(served: ServedModel, context: int) -> Way:
+    """Process a prompt; return a function that decodes one random token behind it."""
+    vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (1, context), generator=generator)
+    cache = served.model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def step() -> None:
+        ids = torch.randint(0, vocabulary, (1, 1), generator=generator)
+        served.model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    return step
+
+
+@torch.inference_mode()
+def measure(served: ServedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    model = served.model
+    calls = norm_calls(model) | rotary_calls(model) | router_calls(served)
+    single: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    step = decoder(served, arguments.context)
+    whole: dict[str, list[float]] = {"torch": [], "kernels": []}
+    for _ in range(8):
+        step()
+    for _ in range(arguments.rounds):
+        for name, (own, kernel) in calls.items():
+            single[name][0].append(seconds(own, CALLS))
+            single[name][1].append(seconds(kernel, CALLS))
+        with own_operations(model):
+            step()
+            whole["torch"].append(seconds(step, arguments.tokens))
+        step()
+        whole["kernels"].append(seconds(step, arguments.tokens))
+    pairs = zip(whole["torch"], whole["kernels"], strict=True)
+    return {
+        "level": status(),
+        "operations": {
+            name: {"torch": median(own), "kernels": median(kernel)}
+            for name, (own, kernel) in single.items()
+        },
+        "token": {name: median(found) for name, found in whole.items()} | {"rounds": whole},
+        "saved": median(own - kernel for own, kernel in pairs),
+        "layers": len(served.blocks),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", default="int4-nearest")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", metavar="NAME")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    precision = {"precision": arguments.precision, "dense_precision": arguments.precision}
+    with moefit.load(arguments.folder, context=2 * arguments.context + 512, **precision) as served:
+        everyone = {name: range(one.num_experts) for name, one in served.blocks.items()}
+        served.set_residents(everyone)
+        results = measure(served, arguments)
+    out = Table(title=f"one token, {results['level']}", title_justify="left")
+    for column in ("operation", "torch", "kernels"):
+        out.add_column(column, justify="left" if column == "operation" else "right")
+    for name, found in results["operations"].items():
+        out.add_row(name, *(f"{found[way] * 1e6:.1f} us" for way in ("torch", "kernels")))
+    out.add_row(
+        "whole token", *(f"{results['token'][way] * 1e3:.2f} ms" for way in ("torch", "kernels"))
+    )
+    Console(width=100).print(out)
+    if arguments.save:
+        notes = (
+            "seconds; medians of rounds that alternate; an operation is called with its data in "
+            "the caches; the whole token differs in norms, rotary embeddings and routers alone"
+        )
+        print(record.write("layer-operations", results, notes=notes, suffix=arguments.save))
+
+
+if __name__ == "__main__":
+    main()
