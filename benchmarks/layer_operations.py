@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import record
 import torch
@@ -55,9 +55,9 @@ def rotary_calls(model: nn.Module) -> dict[str, tuple[Way, Way]]:
         forward = vars(module).get("forward")
         for function in getattr(forward, "__globals__", {}).values():
             if hasattr(function, "own") and hasattr(module, "head_dim"):
-                width: int = module.head_dim
-                query = torch.randn(1, 1, 16, width).to(model.dtype).transpose(1, 2)
-                angles = torch.randn(2, 1, 1, width).to(model.dtype)
+                width, dtype = int(cast(Any, module).head_dim), cast(Any, model).dtype
+                query = torch.randn(1, 1, 16, width).to(dtype).transpose(1, 2)
+                angles = torch.randn(2, 1, 1, width).to(dtype)
                 given = (query, query.clone(), *angles)
                 return {
                     "rotary embedding": (
@@ -74,7 +74,7 @@ def norm_calls(model: nn.Module) -> dict[str, tuple[Way, Way]]:
     for module in model.modules():
         weight = module._parameters.get("weight")
         if "forward" in vars(module) and weight is not None and weight.dim() == 1:
-            x = torch.randn(1, 1, len(weight)).to(model.dtype)
+            x = torch.randn(1, 1, len(weight)).to(cast(Any, model).dtype)
             own, kernel = type(module).forward, module.forward
             found.setdefault(
                 f"norm of {len(weight)}",

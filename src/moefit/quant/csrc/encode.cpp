@@ -10,7 +10,7 @@
 #include "matrix.h"
 #include "target.h"
 
-#include "rounding.h"
+#include "levels/rounding.h"
 #include "half.h"
 
 namespace {

@@ -17,7 +17,7 @@
 
 #include "matrix.h"
 #include "pool.h"
-#include "rounding.h"
+#include "levels/rounding.h"
 #include "tiles.h"
 
 namespace {

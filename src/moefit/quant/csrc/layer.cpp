@@ -10,7 +10,7 @@
 #include "half.h"
 #include "matrix.h"
 #include "pool.h"
-#include "rounding.h"
+#include "levels/rounding.h"
 
 namespace {
 

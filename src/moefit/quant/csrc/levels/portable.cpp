@@ -8,7 +8,7 @@
 #include "../half.h"
 #include "../kinds.h"
 #include "../matrix.h"
-#include "../rounding.h"
+#include "rounding.h"
 
 namespace plain {
 #include "plain.inc"
