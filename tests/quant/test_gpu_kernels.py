@@ -7,12 +7,14 @@ The bounds are those of `test_cpu_kernels.py`. Where more than one token is mult
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scaled_codes import CASES, scaled
 from torch import Tensor
 
 from moefit.moe.layouts import ACTIVATIONS
@@ -45,7 +47,7 @@ def placed(weight: Weight) -> Weight:
     if isinstance(weight, Tensor):
         return weight.to(HERE)
     codes_RB, meta_RMG = weight.codes_RB.to(HERE), weight.meta_RMG.to(HERE)
-    return GroupedMatrix(weight.bits, weight.cols, codes_RB, meta_RMG)
+    return replace(weight, codes_RB=codes_RB, meta_RMG=meta_RMG)
 
 
 def linear(x_TI: Tensor, weight: Weight) -> Tensor:
@@ -85,6 +87,36 @@ def test_product_equals_dense_matrix(kind) -> None:
     for number, ((rows, cols), tokens) in enumerate(shapes):
         x_TI = normal(tokens, cols, seed=number).to(DTYPES[number % 3])
         assert_product(x_TI, weight_of(kind, rows, cols))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_of_checkpoints_are_multiplied_as_their_values(name: str) -> None:
+    """Values are decoded exactly, and are rounded to the tokens' dtype if there are several."""
+    matrix = scaled(name, 17, 128)
+    weight_OI, dtype = matrix.dense().double(), DTYPES[len(name) % 3]
+    assert torch.equal(RUN.decode(placed(matrix), torch.float32).cpu().double(), weight_OI)
+    for tokens in (1, 3):
+        x_TI = normal(tokens, matrix.cols).to(dtype)
+        size_TO = x_TI.abs().double() @ weight_OI.abs().T
+        step = 2.0**-18 if tokens == 1 else HALF_STEP[dtype] + 2.0**-18
+        error_TO = (linear(x_TI, matrix).double() - x_TI.double() @ weight_OI.T).abs()
+        assert (error_TO <= size_TO * step).all()
+
+
+def test_codes_of_checkpoints_and_other_formats_are_mixed() -> None:
+    x_TD = normal(3, 96)
+    mlps = [
+        KernelMlp(w_in=placed(w_in), w_out=placed(w_out), activation="silu", gated=True)
+        for w_in, w_out in (
+            (scaled("mxfp4", 128, 96), scaled("mxfp4", 96, 64)),
+            (weight_of(4, 128, 96), weight_of(3, 96, 64)),
+        )
+    ]
+    tokens = [(0, 2), (1, 2)]
+    apart = [
+        RUN.experts(x_TD.to(HERE), [mlp], [some]) for mlp, some in zip(mlps, tokens, strict=True)
+    ]
+    assert torch.equal(RUN.experts(x_TD.to(HERE), mlps, tokens), torch.cat(apart))
 
 
 @settings(deadline=None, max_examples=20)
