@@ -91,9 +91,7 @@ class _Metadata:
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Return a value. Raises CheckpointError if it is missing without a default, or odd."""
         name = f"{self._header.architecture}.{key}"
-        value: Any = self._header.metadata.get(name, default)
-        if isinstance(value, list) and value and len(set(value)) == 1:
-            value = value[0]  # one per layer, all equal
+        value = _one_of_equals(self._header.metadata.get(name, default))
         if value is None:
             raise CheckpointError(
                 f"{self._header.path} has no {name} in its metadata; it is damaged, or was written "
@@ -121,6 +119,12 @@ class _Metadata:
     def text(self, key: str, default: str) -> str:
         """Return a text."""
         return str(self._header.metadata.get(f"{self._header.architecture}.{key}", default))
+
+
+def _one_of_equals(value: Any) -> Any:
+    """Return the number that a list with one per layer has, if all are equal."""
+    equal = isinstance(value, list) and value and len(set(value)) == 1
+    return value[0] if equal else value
 
 
 def _refuse_settings(metadata: _Metadata, family: Family) -> None:
