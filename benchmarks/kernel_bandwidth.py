@@ -1,6 +1,6 @@
 """Measure kernels against what the processor can read and multiply: a roofline in numbers.
 
-    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,int4-32]
+    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,fp8]
         [--threads 1,2] [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
 
 Two operations: eight experts of OLMoE's shape with one token, and a linear layer with any number.
@@ -32,6 +32,7 @@ from moefit.moe.families import ScaledCodes
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.quant.grouped_int import GroupedMatrix
+from moefit.quant.scaled.fp8 import Fp8Matrix, fp8_bytes
 from moefit.quant.scaled.matrix import ScaledMatrix, scaled_bytes
 from moefit.serve.cache.slot import host_bytes
 
@@ -171,6 +172,12 @@ def random_matrix(name: str, rows: int, cols: int) -> Weight:
     if name in FLOATS:
         weight = (torch.rand(rows, cols) - 0.5).to(FLOATS[name])
         return host_bytes(weight.nbytes).view(weight.dtype).view(rows, cols).copy_(weight)
+    if name == "fp8":
+        size, more = fp8_bytes(rows, cols)
+        memory = host_bytes(size + more)
+        memory[:size].random_(126)
+        memory[size:].view(torch.float32).fill_(1.0)
+        return Fp8Matrix.of(cols, memory[:size], memory[size:])
     if name in CODES:
         size, more = scaled_bytes(rows, cols, CODES[name])
         memory = host_bytes(size + more).random_(256)
@@ -200,7 +207,7 @@ def measured(
                 one.call(number)
                 seconds.setdefault((way, number), []).append(time.perf_counter() - began)
     rates = {key: median(found[1:]) for key, found in seconds.items()}  # the first only warms up
-    rate = "float rate" if name in FLOATS else "integer rate"
+    rate = "float rate" if name in (*FLOATS, "fp8") else "integer rate"
     for (way, number), median_seconds in rates.items():
         one = work[way]
         times = number if one.each_thread else 1

@@ -6,6 +6,7 @@ from torch import Tensor
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.moe.families import ScaledCodes
 from moefit.quant.scaled.fill import fill
+from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -63,3 +64,22 @@ def scaled(name: str, rows: int, cols: int, *, seed: int = 0) -> ScaledMatrix:
     matrix = ScaledMatrix.empty(rows, cols, CASES[name][0])
     fill(matrix, 0, random_codes(name, rows, cols, seed=seed))
     return matrix
+
+
+def fp8_codes(rows: int, cols: int, group: int = 128, *, seed: int = 0) -> StoredCodes:
+    """Codes with all kinds of values, subnormal ones and both zeros too."""
+    random = torch.Generator().manual_seed(seed)
+    spread_RC = 4.0 ** torch.randn(rows, cols, generator=random)
+    codes_RC = torch.randn(rows, cols, generator=random) * spread_RC
+    scales_RG = torch.randn(rows, -(-cols // group), generator=random) / 50
+    return StoredCodes(
+        codes_RB=codes_RC.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8),
+        scales_RG=scales_RG,
+        group=group,
+    )
+
+
+def matrix_of(rows: int, cols: int, group: int = 128, *, seed: int = 0) -> Fp8Matrix:
+    made = Fp8Matrix.empty(rows, cols)
+    made.fill(0, fp8_codes(rows, cols, group, seed=seed))
+    return made

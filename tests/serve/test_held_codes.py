@@ -20,6 +20,7 @@ from moefit.moe.families import MoeBlock
 from moefit.quant import cpu_kernels
 from moefit.quant.cpu_kernels import SWITCH
 from moefit.quant.format import DECODED, NATIVE
+from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.config import LoadSettings
@@ -39,6 +40,8 @@ KINDS = {
     "int8-channels": (8.25, 0.0),
     "gptq": (4.75, 2.0**-7),
     "awq": (4.75, 2.0**-7),
+    "fp8-tensor": (None, 0.0),  # 32 bits of 128 inputs or fewer
+    "fp8-channels": (None, 0.0),
 }
 BF16 = torch.bfloat16
 
@@ -75,7 +78,7 @@ def test_slots_hold_the_codes_and_decode_to_the_values(tmp_path: Path, kind: str
         decoded = NATIVE.decode(slot.tensors, specs, BF16)
         for short, value in values.items():
             matrix = slot.tensors[short]
-            assert isinstance(matrix, ScaledMatrix) == (value.dim() == 2)
+            assert isinstance(matrix, ScaledMatrix | Fp8Matrix) == (value.dim() == 2)
             assert ((decoded[short] - value).abs() <= distance * value.abs()).all()
             if isinstance(matrix, ScaledMatrix):
                 padded = matrix.rows * -(-matrix.cols // 64) * 64
@@ -84,11 +87,11 @@ def test_slots_hold_the_codes_and_decode_to_the_values(tmp_path: Path, kind: str
         assert slot.nbytes == NATIVE.nbytes(specs) <= DECODED.nbytes(specs)
 
 
-def test_float32_models_and_scales_hold_values(tmp_path: Path) -> None:
+def test_float32_models_and_other_formats_hold_values(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     _, block = store_of(made(tmp_path / "a", "mxfp4", torch.float32)[1])
     assert all(spec.stored is None for spec in block.layout.specs.values())
-    _, block = store_of(written(tmp_path, "fp8-tensor", BF16)[1])
+    _, block = store_of(written(tmp_path, "nvfp4", BF16)[1])
     assert all(spec.stored is None for spec in block.layout.specs.values())
 
 
@@ -108,7 +111,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "w4a16"])
+@pytest.mark.parametrize("kind", ["mxfp4", "w4a16", "fp8-channels"])
 @pytest.mark.usefixtures("computing")
 def test_served_model_is_as_near_as_transformers(tmp_path: Path, kind: str) -> None:
     plain, folder = made(tmp_path, kind)
@@ -129,6 +132,23 @@ def test_served_model_is_as_near_as_transformers(tmp_path: Path, kind: str) -> N
         assert error(logits(served.model, ids), exact) <= 1.5 * allowed
         one = next(iter(served.blocks.values()))
         assert one.block_slot_bytes == DECODED.nbytes(one.block.layout.specs)
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+def test_blocks_of_fp8_are_held(tmp_path: Path, scales: torch.dtype) -> None:
+    """Of 128 x 128, of which the last ones are shorter, with gate above up in one matrix."""
+    sizes = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 8, "num_hidden_layers": 1}
+    plain = saved(tiny("Mixtral", dtype=BF16, **sizes), tmp_path / "plain")
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+    def store(matrix: Tensor) -> quantised.Stored:
+        return quantised.fp8_blocks(matrix, 128, scales)
+
+    store_, block = store_of(quantised.quantise(plain, tmp_path / "fp8", store, config))
+    slot, values = held(store_, block, 2), store_.native(block.name, 2)
+    decoded = NATIVE.decode(slot.tensors, block.layout.specs, BF16)
+    assert all(isinstance(matrix, Fp8Matrix) for matrix in slot.tensors.values())
+    assert all(torch.equal(decoded[short], value) for short, value in values.items())
 
 
 def test_auto_begins_with_the_checkpoints_own_format(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ class ScaledCodes:
 
     Attributes:
         name: As reports call it, such as `mxfp4`.
-        codes: `e2m1` (floats of 4 bits), `int4` or `int8`.
-        scales: `e8m0` (exponents of two), `float16` or `bfloat16`.
-        group: 32 if any 32 inputs may have a scale of their own, else 64; larger groups repeat it.
+        codes: `e2m1` (floats of 4 bits), `int4`, `int8` or `e4m3` (floats of 8 bits).
+        scales: `e8m0` (exponents of two), `float16` or `bfloat16`; `float32` of `e4m3`.
+        group: 32 if any 32 inputs may have a scale of their own, else 64; 128 for `e4m3`. Larger
+            groups repeat it.
         zeros: Whether groups have zero points.
     """
 

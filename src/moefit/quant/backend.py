@@ -13,9 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import SWITCH, KernelMatrix, KernelMlp, Weight, kernels, status
-from moefit.quant.grouped_int import GroupedMatrix
-from moefit.quant.scaled.matrix import ScaledMatrix
+from moefit.quant.cpu_kernels import (
+    SWITCH,
+    EncodedMatrix,
+    KernelMatrix,
+    KernelMlp,
+    Weight,
+    kernels,
+    status,
+)
 
 
 class Backend(Protocol):
@@ -31,7 +37,7 @@ class Backend(Protocol):
         """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         ...
 
-    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         ...
 
@@ -85,7 +91,7 @@ def backend_status(device: torch.device) -> str:
     return f"torch: no kernels for {device.type}"
 
 
-def decoded(matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
+def decoded(matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
     """Return the weights [O, I], decoded by kernels if available."""
     found = backend(matrix.codes_RB.device)
     return found.decode(matrix, dtype) if found else matrix.dense(dtype)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from moefit.errors import ConfigError
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
+from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
 
 
@@ -49,11 +50,12 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 12  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 13  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
-Weight = Tensor | GroupedMatrix | ScaledMatrix
+EncodedMatrix = GroupedMatrix | ScaledMatrix | Fp8Matrix
+Weight = Tensor | EncodedMatrix
 
 
 class _Matrix(Structure):
@@ -181,7 +183,7 @@ class Kernels:
             meta_RMG.data_ptr(),
         )  # fmt: skip
 
-    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
         if dtype in (torch.float32, torch.bfloat16):
@@ -191,7 +193,7 @@ class Kernels:
             target_OI.copy_(self._decode(part, torch.empty(target_OI.shape)))
         return out_OI
 
-    def _decode(self, matrix: GroupedMatrix | ScaledMatrix, out_OI: Tensor) -> Tensor:
+    def _decode(self, matrix: EncodedMatrix, out_OI: Tensor) -> Tensor:
         half = int(out_OI.dtype == torch.bfloat16)
         self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
         return out_OI

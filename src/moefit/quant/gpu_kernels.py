@@ -16,6 +16,7 @@ from triton import cdiv
 
 from moefit.quant.cpu_kernels import (
     NATIVE_DTYPES,
+    EncodedMatrix,
     KernelMatrix,
     KernelMlp,
     Weight,
@@ -23,7 +24,6 @@ from moefit.quant.cpu_kernels import (
     plain_weighted_sum,
 )
 from moefit.quant.grouped_int import GroupedMatrix, groups_of
-from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.quant.triton_kernels import (
     MIXED,
     decode_kernel,
@@ -31,7 +31,7 @@ from moefit.quant.triton_kernels import (
     hidden_kernel,
     linear_kernel,
 )
-from moefit.quant.triton_planes import SCALED
+from moefit.quant.triton_planes import FP8, SCALED
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens in a tile: output units in it. Tensor cores need 16 tokens or more; one token uses none.
@@ -71,7 +71,7 @@ class TritonKernels:
                 )  # fmt: skip
         return (y_TO if bias_O is None else y_TO.add_(bias_O)).to(dtype)
 
-    def decode(self, matrix: GroupedMatrix | ScaledMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         codes_RB, meta_RMG, kind = _parts(matrix)
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=codes_RB.device)
@@ -157,7 +157,7 @@ def _table(mlps: Sequence[KernelMlp], counts: Sequence[int], tile: int) -> list[
 def _kind(kinds: set[int]) -> int:
     if len(kinds) == 1:
         return kinds.pop()
-    scaled = [kind for kind in kinds if kind >= SCALED.value]
+    scaled = [kind for kind in kinds if kind == FP8.value or kind >= SCALED.value]
     assert len(scaled) <= 1, "the experts of a block are stored alike"
     return -scaled[0] if scaled else MIXED.value
 
@@ -190,6 +190,6 @@ def _parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
     """Return codes, scales and kind; a native matrix is passed as both codes and scales."""
     if isinstance(weight, GroupedMatrix):
         return weight.codes_RB, weight.meta_RMG, weight.bits
-    if isinstance(weight, ScaledMatrix):
+    if not isinstance(weight, Tensor):
         return weight.codes_RB, weight.meta_RMG, weight.kind
     return weight, weight, NATIVE_DTYPES[weight.dtype]

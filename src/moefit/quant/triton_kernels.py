@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 
 from moefit.quant.triton_planes import (
+    FP8,
     GROUP,
     INTERPRETED,
     SCALED,
+    fp8_weights,
     group,
     rounded,
     scaled_group,
@@ -105,10 +107,13 @@ def decode_kernel(
     """Decode the weights [N, C] into the dtype of `out`."""
     n_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g_G = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    weight_NGI = weights(codes, meta, n_N, n_N < rows, g_G, tl.cdiv(cols, GROUP), rows, KIND)
     col_GI = g_G[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     place_NGI = n_N.to(tl.int64)[:, None, None] * cols + col_GI[None]
     is_NGI = (n_N < rows)[:, None, None] & (col_GI < cols)[None]
+    if KIND == FP8:
+        weight_NGI = fp8_weights(codes, meta, n_N[:, None, None], col_GI[None], is_NGI, cols)
+    else:
+        weight_NGI = weights(codes, meta, n_N, n_N < rows, g_G, tl.cdiv(cols, GROUP), rows, KIND)
     tl.store(out + place_NGI, rounded(weight_NGI, out.dtype.element_ty), mask=is_NGI)
 
 
@@ -179,7 +184,9 @@ def _at(
     else:
         codes = codes.to(tl.pointer_type(tl.uint8))
     codes = tl.multiple_of(codes, 16)
-    if KIND >= SCALED:
+    if KIND == FP8:
+        meta = meta.to(tl.pointer_type(tl.float32))
+    elif KIND >= SCALED:
         meta = meta.to(tl.pointer_type(tl.int16))
     else:
         meta = meta.to(tl.pointer_type(tl.float16))
@@ -210,6 +217,10 @@ def _product(
                 place_NI = n_N.to(tl.int64)[:, None] * cols + col_I[None, :]
                 is_NI = is_N[:, None] & (col_I < cols)[None, :]
                 y_NT = _dot(tl.load(codes + place_NI, mask=is_NI, other=0), x_IT, y_NT)
+            elif KIND == FP8:
+                is_NI = is_N[:, None] & (col_I < cols)[None, :]
+                weight_NI = fp8_weights(codes, meta, n_N[:, None], col_I[None, :], is_NI, cols)
+                y_NT = _dot(rounded(weight_NI, x_IT.dtype), x_IT, y_NT)
             elif KIND >= SCALED:
                 weight_NI = scaled_group(codes, meta, n_N, is_N, g, groups, rows, KIND)
                 y_NT = _dot(rounded(weight_NI, x_IT.dtype), x_IT, y_NT)
@@ -239,6 +250,9 @@ def _one_token(
             place_NGI = n_N.to(tl.int64)[:, None, None] * cols + col_GI[None]
             is_NGI = is_N[:, None, None] & (col_GI < cols)[None]
             weight_NGI = tl.load(codes + place_NGI, mask=is_NGI, other=0).to(tl.float32)
+        elif KIND == FP8:
+            is_NGI = is_N[:, None, None] & (col_GI < cols)[None]
+            weight_NGI = fp8_weights(codes, meta, n_N[:, None, None], col_GI[None], is_NGI, cols)
         else:
             weight_NGI = weights(codes, meta, n_N, is_N, g_G, groups, rows, KIND)
         sum_NGI += weight_NGI * x_GI[None]

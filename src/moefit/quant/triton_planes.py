@@ -14,6 +14,8 @@ import triton.language as tl
 GROUP = tl.constexpr(64)
 SLAB = tl.constexpr(16)
 SCALED = tl.constexpr(64)  # kinds from here on are of quant/scaled/matrix.py
+FP8 = tl.constexpr(17)
+FP8_GROUP = tl.constexpr(128)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -43,6 +45,15 @@ def group(codes, meta, n_N, is_N, g, groups, rows, BITS: tl.constexpr):
     code_NI = _codes(codes, n_N[:, None], g, i_I, is_N[:, None], groups, rows, BITS)
     scale_N, least_N = _scale_and_min(meta, n_N, g, is_N, groups, rows, BITS)
     return code_NI.to(tl.float32), scale_N, least_N
+
+
+@triton.jit
+def fp8_weights(codes, meta, n, column, here, cols):
+    """Return float32 weights of 8-bit floats, zeros outside; see quant/scaled/fp8.py."""
+    code = tl.load(codes + n.to(tl.int64) * cols + column, mask=here, other=0).to(tl.int32)
+    half = ((code & 128) << 8 | (code & 127) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    place = n.to(tl.int64) * tl.cdiv(cols, FP8_GROUP) + column // FP8_GROUP
+    return half.to(tl.float32) * tl.load(meta + place, mask=here, other=0)
 
 
 @triton.jit

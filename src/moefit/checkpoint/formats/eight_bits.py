@@ -32,6 +32,7 @@ CODES = {torch.float8_e4m3fn: FP8, torch.int8: INT8}
 """Values by code, for each dtype."""
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 DEFAULT_BLOCK = (128, 128)
+FP8_COLUMNS = 128  # that share a scale in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +76,34 @@ class EightBits(HeldEncoding):
             )
 
     def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
-        """Return integers whose scales are of 16 bits and of whole rows or groups of them."""
+        """Return integers with scales of 16 bits per row or group, or FP8 in blocks of columns."""
         weight, scale = parts["weight"], parts["scale"]
-        name = HELD_SCALES.get(scale.dtype)
-        if weight.dtype != torch.int8 or name is None:
-            return None
         (rows, cols), block = weight.shape, self._block_of(weight.shape, scale.shape)
-        group = held_group(block[1], cols)
-        if group is None or block[0] not in (1, rows):
+        if weight.dtype != torch.int8:
+            held = block[1] >= cols or block[1] % FP8_COLUMNS == 0
+            return ScaledCodes(self.format, "e4m3", "float32", FP8_COLUMNS) if held else None
+        name, group = HELD_SCALES.get(scale.dtype), held_group(block[1], cols)
+        if name is None or group is None or block[0] not in (1, rows):
             return None
         return ScaledCodes(self.format, "int8", name, group, "zeros" in parts)
 
     def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
         """Return the bytes themselves; zero points become those of unsigned codes."""
-        weight, scale = parts["weight"], parts["scale"]
-        rows, group = len(weight), self._block_of(tuple(weight.shape), tuple(scale.shape))[1]
-        zeros = parts.get("zeros")
+        weight, scale, zeros = parts["weight"], parts["scale"], parts.get("zeros")
+        shape = len(weight), weight.shape[1]
+        block = self._block_of(shape, tuple(scale.shape))
+        row_of = torch.arange(shape[0]) // block[0]
+        grid = grid_shape(shape, block)
+        if weight.dtype != torch.int8:
+            scale = scale_values(scale)
         if zeros is not None:
-            zeros = (zeros.view(torch.uint8) ^ 128).reshape(-1, -(-weight.shape[1] // group))
-            zeros = zeros.expand(rows, -1)
+            zeros = (zeros.view(torch.uint8) ^ 128).view(grid)[row_of]
         return StoredCodes(
             codes_RB=weight.view(torch.uint8),
-            scales_RG=scale.reshape(-1, -(-weight.shape[1] // group)).expand(rows, -1).contiguous(),
-            group=group,
+            scales_RG=scale.view(grid)[row_of],
+            group=block[1],
             zeros_RG=zeros,
-            signed=True,
+            signed=weight.dtype == torch.int8,
         )
 
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:

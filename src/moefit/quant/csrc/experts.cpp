@@ -164,7 +164,7 @@ struct Expert {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 12; }
+int64_t moefit_version() { return 13; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -198,9 +198,9 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
                    void *y_TO) {
     if (!tokens) return;
     const Level &use = level_of(level);
-    Inputs inputs(use, tokens, m->cols, kind, m->meta);
+    Inputs inputs(use, tokens, m->cols, kind, has_digits(*m));
     bool pairs = use.reads_bfloat16 && m->kind == BF16 && kind == BF16;
-    std::vector<float> floats(pairs || m->meta ? 0 : tokens * groups_of(m->cols) * GROUP);
+    std::vector<float> floats(pairs || has_digits(*m) ? 0 : tokens * groups_of(m->cols) * GROUP);
     Panels panels(use);
     int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
     auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
@@ -238,7 +238,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     int64_t F = experts[0].down.cols, D = experts[0].down.rows;
     int64_t f_chunk = chunk_of(number * F), d_chunk = chunk_of(number * D);
     int64_t f_chunks = (F + f_chunk - 1) / f_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
-    bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return e.in.meta || e.down.meta; });
+    bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return has_digits(e.in) || has_digits(e.down); });
     Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
     bool pairs = use.reads_bfloat16 && kind == BF16 &&
                  std::all_of(experts, experts + number, [](const Expert &e) { return e.in.kind == BF16; });

@@ -5,6 +5,7 @@
         case F32: call(F32); break;                                                                \
         case BF16: call(BF16); break;                                                              \
         case F16: call(F16); break;                                                                \
+        case FP8: call(FP8); break;                                                                \
         case INT2: call(INT2); break;                                                              \
         case INT3: call(INT3); break;                                                              \
         case INT4: call(INT4); break;                                                              \

@@ -15,8 +15,10 @@
 #include "levels/rows.h"
 #include "scaled/kinds.h"
 
-enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };  // others: scaled/kinds.h
+enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, FP8 = 17, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };  // others: scaled/kinds.h
 
+// FP8 is E4M3, a byte for each weight in consecutive rows; `meta` has a float for each row and FP8_GROUP of its inputs:
+// 256 times the scale, because a code's bits, moved, are a half of 1 / 256 of its value.
 struct Matrix {
     const uint8_t *codes;
     const uint8_t *meta;
@@ -36,6 +38,7 @@ struct Input {
 };
 
 constexpr int64_t GROUP = 64;
+constexpr int64_t FP8_GROUP = 128;  // inputs
 constexpr int64_t SLAB = 16;   // rows that are interleaved
 constexpr int64_t TOKENS = 8;  // whose sums are in registers at once
 constexpr int64_t BLOCK = 16;  // tokens that are packed together
@@ -56,6 +59,17 @@ inline uint16_t to_bfloat16(float x) {
     std::memcpy(&word, &x, 4);
     uint32_t nearest = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // ties to even
     return uint16_t(x == x ? nearest : word >> 16 | 0x40);          // NaN, which rounding could overflow
+}
+
+// Whether products are of integers.
+inline bool has_digits(const Matrix &m) { return m.meta && m.kind != FP8; }
+
+// Bytes of a weight of a matrix of floats.
+constexpr int64_t float_bytes(int64_t kind) { return kind == F32 ? 4 : kind == FP8 ? 1 : 2; }
+
+inline float fp8_scale(const Matrix &m, int64_t row, int64_t column) {
+    int64_t number = (m.cols + FP8_GROUP - 1) / FP8_GROUP;
+    return at_any<float>(m.meta + 4 * (row * number + column / FP8_GROUP));
 }
 
 // Bits of a code, and values of 2 bytes of metadata per group, of a grouped format.

@@ -130,6 +130,6 @@ def _targets(slot: Slot) -> Targets:
     """Return what a source fills in a slot of the checkpoint's own format."""
     targets: dict[str, Tensor | FilledMatrix] = {}
     for short, weight in slot.tensors.items():
-        assert not isinstance(weight, GroupedMatrix)
+        assert not isinstance(weight, GroupedMatrix), "it is not of the checkpoint's own format"
         targets[short] = weight if isinstance(weight, Tensor) else FilledMatrix(weight)
     return targets

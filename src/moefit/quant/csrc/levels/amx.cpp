@@ -188,7 +188,7 @@ constexpr int64_t GROUP_TILE = WIDTH * GROUP;
 
 // Tokens that are multiplied in tiles. Codes of a checkpoint are not: they have two sums in a group.
 int64_t in_tiles(const Matrix &m, int64_t tokens) {
-    if (is_scaled(m.kind)) return 0;
+    if (is_scaled(m.kind) || !has_digits(m)) return 0;
     return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens;
 }
 
@@ -283,7 +283,7 @@ int64_t token_bytes(const Matrix &m, const Input *x) {
 
 void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
     if (of_pairs(m, x)) return pack_pairs(m, x, tokens, packed);
-    if (!m.meta) return AVX512.pack(m, x, tokens, packed);
+    if (!has_digits(m)) return AVX512.pack(m, x, tokens, packed);
     int64_t tiles = in_tiles(m, tokens);
     pack_digits(m, x, tiles, packed);
     if (tiles < tokens)

@@ -78,15 +78,16 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
     }
     if (m.kind == F32) float_dot<F32>(m, first, last, panel, y);
     else if (m.kind == BF16) float_dot<BF16>(m, first, last, panel, y);
+    else if (m.kind == FP8) float_dot<FP8>(m, first, last, panel, y);
     else float_dot<F16>(m, first, last, panel, y);
 }
 
 static int64_t token_bytes(const Matrix &m, const Input *) {
-    return m.meta ? groups_of(m.cols) * DIGITS : eights(m.cols) * EIGHT;
+    return has_digits(m) ? groups_of(m.cols) * DIGITS : eights(m.cols) * EIGHT;
 }
 
 static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
-    if (m.meta) pack_integers(m, x, tokens, packed);
+    if (has_digits(m)) pack_integers(m, x, tokens, packed);
     else if (tokens == BLOCK) pack_floats(m, x, packed);
 }
 }

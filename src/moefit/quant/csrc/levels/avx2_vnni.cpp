@@ -46,11 +46,11 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 
 static int64_t any_token_bytes(const Matrix &m, const Input *x) {
-    return m.meta ? token_bytes(m, x) : AVX2.token_bytes(m, x);
+    return has_digits(m) ? token_bytes(m, x) : AVX2.token_bytes(m, x);
 }
 
 static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
-    if (m.meta) pack(m, x, tokens, packed);
+    if (has_digits(m)) pack(m, x, tokens, packed);
     else AVX2.pack(m, x, tokens, packed);
 }
 

@@ -55,11 +55,17 @@ static inline __m512i group_codes(const uint8_t *at) {
     return pairs<0>(at);
 }
 
-// 16 weights of a native matrix from `at` on, zero past `left`.
+// 16 weights of a row from a column on, zero past `left`.
 template <int64_t KIND>
-static inline __m512 sixteen(const Matrix &m, int64_t at, int64_t left) {
+static inline __m512 sixteen(const Matrix &m, int64_t row, int64_t column, int64_t left) {
+    const int64_t at = row * m.cols + column;
     __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
     if constexpr (KIND == F32) return _mm512_maskz_loadu_ps(mask, (const float *)m.codes + at);
+    if constexpr (KIND == FP8) {
+        __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(mask, m.codes + at)), 8);
+        __m256i half = _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(int16_t(0xbfff)));
+        return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(fp8_scale(m, row, column)));
+    }
     __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)m.codes + at);
     if constexpr (KIND == F16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -75,8 +81,8 @@ static inline void dot_native(const Matrix &m, int64_t row, const Input *x, floa
         __m512 token[T];
         for (int t = 0; t < T; t++) token[t] = _mm512_loadu_ps(x[t].x + c);
         for (int r = 0; r < ROWS; r++) {
-            __m512 w = sixteen<KIND>(m, (row + r) * m.cols + c, m.cols - c);
-            constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
+            __m512 w = sixteen<KIND>(m, row + r, c, m.cols - c);
+            constexpr int64_t SIZE = float_bytes(KIND);
             _mm_prefetch((const char *)m.codes + ((row + r + ROWS) * m.cols + c) * SIZE, _MM_HINT_T0);
             for (int t = 0; t < T; t++) sum[r][t] = _mm512_fmadd_ps(w, token[t], sum[r][t]);
         }
@@ -104,6 +110,7 @@ static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input
                        float *const *y) {
     if (m.kind == F32) dot<F32>(m, first, last, x, tokens, y);
     else if (m.kind == BF16) dot<BF16>(m, first, last, x, tokens, y);
+    else if (m.kind == FP8) dot<FP8>(m, first, last, x, tokens, y);
     else dot<F16>(m, first, last, x, tokens, y);
 }
 
@@ -128,9 +135,9 @@ static inline void grouped_weights(const uint8_t *codes, const uint8_t *meta, in
 template <int64_t KIND>
 static void decode(const Matrix &m, int64_t row, float *out) {
     int64_t groups = groups_of(m.cols);
-    if constexpr (KIND == F32 || KIND == BF16 || KIND == F16) {
+    if constexpr (KIND == F32 || KIND == BF16 || KIND == F16 || KIND == FP8) {
         for (int64_t c = 0; c < groups * GROUP; c += 16)
-            _mm512_storeu_ps(out + c, sixteen<KIND>(m, row * m.cols + c, m.cols - c));
+            _mm512_storeu_ps(out + c, sixteen<KIND>(m, row, c, m.cols - c));
     } else {
         std::vector<uint8_t> bytes(code_bytes(m) + meta_bytes(m));
         uint8_t *meta = bytes.data() + code_bytes(m);

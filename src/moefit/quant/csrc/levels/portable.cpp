@@ -40,6 +40,7 @@ static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input
                        float *const *y) {
     if (m.kind == F32) dot<F32>(m, first, last, x, tokens, y);
     else if (m.kind == BF16) dot<BF16>(m, first, last, x, tokens, y);
+    else if (m.kind == FP8) dot<FP8>(m, first, last, x, tokens, y);
     else dot<F16>(m, first, last, x, tokens, y);
 }
 
