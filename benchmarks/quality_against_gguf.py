@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import OlmoeForCausalLM
 
-from moefit.gguf.families import expert_name
+from moefit.checkpoint.gguf.families import expert_name
 from moefit.gguf.write import write_gguf
 from moefit.quant.format import weights_in
 
