@@ -1,4 +1,4 @@
-"""The cache folder, and locks on folders that several processes may use."""
+"""The cache folder, locks on folders that several processes may use, and kinds of files."""
 
 import os
 from collections.abc import Iterator
@@ -17,6 +17,11 @@ def cache_root() -> Path:
     """Return the folder for reproducible files: $XDG_CACHE_HOME/moefit, or ~/.cache/moefit."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "moefit"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def try_lock(descriptor: int) -> bool:

@@ -219,7 +219,7 @@ def test_eval_names_reference_of_encoded_model(saved, text):
     assert beside["full"] == pytest.approx(json.loads(native.stdout)["full"])
     assert beside["stepwise"] != beside["full"]
     ledger = json.loads(run("describe", saved, "--precision", "int2", "--json").stdout)
-    alone = run(*asked, "--memory", str(ledger["everything"] + (64 << 20)))
+    alone = run(*asked, "--memory", str(ledger["everything"] + (16 << 20)))
     assert "against itself, all experts in int2" in " ".join(alone.stdout.split())
 
 

@@ -5,7 +5,10 @@ own output in bfloat16 is, with the same dequantised weights.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import quantised
@@ -16,7 +19,7 @@ from torch import Tensor
 
 import moefit
 from moefit.errors import CheckpointError
-from moefit.moe.families import MoeBlock
+from moefit.moe.families import MoeBlock, ScaledCodes
 from moefit.quant import cpu_kernels
 from moefit.quant.cpu_kernels import SWITCH
 from moefit.quant.format import DECODED, NATIVE
@@ -24,7 +27,7 @@ from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.config import LoadSettings
-from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.hf.skeleton import _as_stored, build_skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed.store import open_packed
@@ -182,6 +185,34 @@ def test_experts_of_different_formats_are_held_as_values(tmp_path: Path) -> None
 
     _, block = store_of(quantised.quantise(plain, tmp_path / "mixed", store, quantised.CT))
     assert all(spec.stored is None for spec in block.layout.specs.values())
+
+
+def test_matrices_with_input_units_in_rows_are_all_held_or_none(tmp_path: Path) -> None:
+    """A product takes both as stored, with output units in rows, or both as the model has them."""
+    block = build_skeleton(saved(tiny("GptOss"), tmp_path), BF16).blocks[0]
+    turned = [short for short, spec in block.layout.specs.items() if len(spec.shape) == 2]
+    codes = ScaledCodes("mxfp4", "e2m1", "e8m0", 32, transposed=True)
+    rows = replace(codes, transposed=False)
+    for held, expected in (
+        (dict.fromkeys(turned, codes), codes),
+        ({turned[0]: codes, turned[1]: None}, None),
+        ({turned[0]: None, turned[1]: codes}, None),
+        (dict.fromkeys(turned, rows), None),  # codes of the model's rows, which are inputs
+    ):
+        sources = cast(Any, [SimpleNamespace(held=held)] * block.num_experts)
+        specs = _as_stored(block, sources).layout.specs
+        assert [specs[short].stored for short in turned] == [expected] * 2
+
+
+def test_slots_that_swaps_free_are_found_by_the_next(tmp_path: Path) -> None:
+    folder = made(tmp_path, "mxfp4")[1]
+    for precision in ("native", "decoded"):
+        with moefit.load(folder, context=64, precision=precision) as served:
+            for one in served.blocks.values():
+                spares = one.shared.spares
+                before = len(spares.get(one.spares_key, ()))
+                one.swaps._return_spare()
+                assert len(spares[one.spares_key]) == before + 1
 
 
 def test_damaged_scales_are_an_error_of_one_expert(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.settings import settings_of
-from moefit.checkpoint.model_folder import is_gguf, read_json, settings_file
+from moefit.checkpoint.model_folder import read_json, settings_file
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief, printable
+from moefit.folders import is_gguf
 
 CONFIG = "config.json"
 SUPPORTED_TRANSFORMERS = ("5.23", "5.24")  # as in pyproject.toml

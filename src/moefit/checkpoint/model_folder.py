@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import UnsupportedModelError
+from moefit.folders import is_gguf
 
 ADAPTER = "adapter_config.json"
 LFS = b"version https://git-lfs"  # first bytes of a Git LFS pointer file
@@ -19,11 +20,6 @@ _CONVERT = (
     "load it once in transformers and write it with save_pretrained, which makes safetensors, or "
     "give a repository of the model that has safetensors"
 )
-
-
-def is_gguf(path: Path) -> bool:
-    """Return whether a path is that of a GGUF file, by its name."""
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def settings_file(path: Path) -> Path:

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moefit.checkpoint.formats.declared import Declared, declared
-from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, StoredTensor
 from moefit.errors import UnsupportedModelError
+from moefit.folders import is_gguf
 
 READABLE = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "fbgemm_fp8")
 """Methods, as configurations name them, whose weights `formats/` knows."""

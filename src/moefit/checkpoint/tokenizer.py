@@ -6,8 +6,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.tokenizer import has_vocabulary, tokenizer_of
-from moefit.checkpoint.model_folder import LFS, is_gguf, read_json_or_empty
+from moefit.checkpoint.model_folder import LFS, read_json_or_empty
 from moefit.errors import CheckpointError, in_brief
+from moefit.folders import is_gguf
 
 # Files with a vocabulary, by name or suffix; any one of them is enough for a tokenizer.
 _VOCABULARIES = (

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from moefit.api import folder_of, load
 from moefit.checkpoint.formats.declared import declared
-from moefit.checkpoint.model_folder import is_gguf
 from moefit.cli.app import console, say
 from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
@@ -27,6 +26,7 @@ from moefit.errors import BudgetTooSmallError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import ARCHITECTURES
 from moefit.evaluate.speed import Speed
+from moefit.folders import is_gguf
 from moefit.moe.expert_dropout import ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan

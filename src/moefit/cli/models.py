@@ -15,7 +15,6 @@ from rich.table import Table
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from moefit.api import folder_of
-from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.checkpoint.tokenizer import refuse_without_tokenizer
 from moefit.cli.app import Json, advanced, command, console, option, print_json
@@ -53,6 +52,7 @@ from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
 from moefit.evaluate.speed import measure_speed
+from moefit.folders import is_gguf
 from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.moe.routing import Rule, default_rules
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
@@ -319,6 +319,8 @@ def _has_card(model: str) -> bool:
     """Return whether `dsmoe/card.py` describes the model; others have the memory estimate."""
     if model in preset_names() or model == REFERENCE:
         return True
+    if is_gguf(Path(model).expanduser()):
+        return False
     file = Path(model).expanduser() / "config.json"
     try:
         family = json.loads(file.read_text(encoding="utf-8"))["model_type"]

@@ -206,7 +206,7 @@ def cache_rm(
 ) -> None:
     """Everything can be made again by the command that made it."""
     chosen = [(one, f"made by `{KINDS[one.kind]}`") for one in find(names, entries())]
-    _remove_entries(chosen, 0, dry_run=dry_run, yes=yes, as_json=as_json)
+    _remove_entries(chosen, (), dry_run=dry_run, yes=yes, as_json=as_json)
 
 
 @cache.command(name="prune", help="Remove what nothing reads: of other versions, of lost models.")
@@ -227,28 +227,34 @@ def cache_prune(
     chosen = unneeded(found, older_than_days=older_than, keep_bytes=keep_bytes)
     paths = {one.path for one, _ in chosen}
     others = [one for one in found if one.leftovers and one.path not in paths]
-    freed = 0 if dry_run else sum(map(remove_leftovers, others))
-    _remove_entries(chosen, freed, dry_run=dry_run, yes=yes, as_json=as_json)
+    _remove_entries(chosen, others, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
 def _remove_entries(
-    chosen: Sequence[tuple[Entry, str]], freed: int, *, dry_run: bool, yes: bool, as_json: bool
+    chosen: Sequence[tuple[Entry, str]],
+    unfinished: Sequence[Entry],
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
-    """Ask, then remove; `freed` bytes are removed already."""
-    total = sum(one.nbytes for one, _ in chosen)
+    """Ask, then remove entries, and from others the files that killed processes left."""
+    left = sum(one.leftover_bytes for one in unfinished)
+    total = sum(one.nbytes for one, _ in chosen) + left
     for one, reason in chosen:
         say(f"{one.name}: {format_bytes(one.nbytes)}, {one.source or 'unknown source'}; {reason}")
-    if chosen and not dry_run:
+    if left:
+        say(f"files that were not finished: {format_bytes(left)}")
+    if total and not dry_run:
         _ask(f"Remove {format_bytes(total)}?", yes=yes)
         for one, _ in chosen:
             remove(one)
+        total += sum(map(remove_leftovers, unfinished)) - left
     if as_json:
         rows = [one.as_dict() | {"reason": reason} for one, reason in chosen]
-        print_json({"removed": not dry_run, "bytes": total + freed, "entries": rows})
-    elif dry_run:
-        say(f"would free {format_bytes(total)}")
+        print_json({"removed": not dry_run, "bytes": total, "entries": rows})
     else:
-        say(f"freed {format_bytes(total + freed)}")
+        say(f"{'would free' if dry_run else 'freed'} {format_bytes(total)}")
 
 
 def _ask(question: str, *, yes: bool) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moefit.checkpoint.model_folder import is_gguf
 from moefit.errors import ConfigError
+from moefit.folders import is_gguf
 from moefit.host import available_bytes
 
 _READ = 256 << 20  # bytes of a file, to time storage by

@@ -26,7 +26,7 @@ from moefit.checkpoint.config import (
     refuse_other_size,
 )
 from moefit.checkpoint.gguf.header import first_part
-from moefit.checkpoint.model_folder import is_gguf, other_weights, refuse_adapter
+from moefit.checkpoint.model_folder import other_weights, refuse_adapter
 from moefit.checkpoint.quantisation import refuse_stored
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
 from moefit.checkpoint.tokenizer import read_tokenizer
@@ -35,6 +35,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
+from moefit.folders import is_gguf
 
 REFERENCE = "reference"
 ARCHITECTURES = ("dsmoe", "olmoe")

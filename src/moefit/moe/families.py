@@ -32,6 +32,8 @@ class ScaledCodes:
         group: 32 if any 32 inputs may have a scale of their own, else 64; 128 for `e4m3`. Larger
             groups repeat it.
         zeros: Whether groups have zero points.
+        transposed: Whether the model's tensor has input units in rows; rows of codes are output
+            units in any case.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ScaledCodes:
     scales: str
     group: int
     zeros: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from moefit.dsmoe.config import DsMoeConfig
 # Width of the square matrix product that is timed, and products per synchronisation. Synchronising
 # after every product would leave a GPU idle between them.
 CPU_PRODUCTS = (2048, 1)
+_FIRST_WIDTH, _SHORT = 256, 0.02  # on a CPU, the width doubles while a product takes less seconds
 CUDA_PRODUCTS = (8192, 10)
 
 
@@ -45,7 +46,9 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
         dtype: Of both matrices.
         seconds: Duration of the measurement.
     """
-    width, repeats = CUDA_PRODUCTS if device.type == "cuda" else CPU_PRODUCTS
+    width, repeats = CUDA_PRODUCTS
+    if device.type != "cuda":
+        width, repeats = _cpu_width(dtype), CPU_PRODUCTS[1]
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     for _ in range(2):  # warm-up
         torch.mm(a, b)
@@ -55,6 +58,20 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
             torch.mm(a, b)
         count += repeats
     return count * 2 * width**3 / elapsed
+
+
+def _cpu_width(dtype: torch.dtype) -> int:
+    """Return the width to measure with: without matrix units, 16 bits may take a second for 512."""
+    width = min(_FIRST_WIDTH, CPU_PRODUCTS[0])
+    while width < CPU_PRODUCTS[0]:
+        a_WW = torch.ones(width, width, dtype=dtype)
+        torch.mm(a_WW, a_WW)  # warm-up
+        start = time.perf_counter()
+        torch.mm(a_WW, a_WW)
+        if time.perf_counter() - start > _SHORT:
+            break
+        width *= 2
+    return width
 
 
 def _synchronized_time(device: torch.device) -> float:

@@ -149,8 +149,9 @@ class EncodedTensor:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes held in memory while reading, besides the values."""
-        return self.nbytes + _CHUNK_BYTES * min(prod(self.shape), 2 * CHUNK)
+        """Bytes held in memory while reading, besides the values; codes are rearranged."""
+        copies = 1 if self.scaled_codes is None else 3
+        return copies * self.nbytes + _CHUNK_BYTES * min(prod(self.shape), 2 * CHUNK)
 
     def row(self, index: int) -> "EncodedTensor":
         """Return one matrix of a stack."""

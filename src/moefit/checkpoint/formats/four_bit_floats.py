@@ -80,7 +80,7 @@ class FourBitFloats(HeldEncoding):
         """Return MXFP4, whose values are exact in bfloat16; groups of NVFP4 are half as long."""
         if self.group != MX_GROUP or "global" in parts or parts["scale"].dtype not in _EXPONENTS:
             return None
-        return ScaledCodes(self.format, "e2m1", "e8m0", MX_GROUP)
+        return ScaledCodes(self.format, "e2m1", "e8m0", MX_GROUP, transposed=self.transposed)
 
     def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
         """Return the bytes themselves."""

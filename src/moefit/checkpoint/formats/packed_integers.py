@@ -32,6 +32,7 @@ _TABLES = {bits: values_in_bytes(torch.arange(1 << bits).float()) for bits in BI
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 # The column, among eight, of each 4-bit code of an int32 of AWQ, from the lowest.
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+_UNITS_AT_ONCE = 256  # that are unpacked, which takes eight times their bytes
 _AWQ_CODES = torch.tensor([_AWQ_COLUMNS.index(column) for column in range(8)])
 
 
@@ -181,8 +182,7 @@ class PackedColumns(HeldEncoding):
         """Return the transposed codes."""
         scale = parts["scale"]
         if self.awq:
-            codes_RC = self._unpacked_columns(parts["weight"]).to(torch.uint8).T
-            codes_RB = codes_RC[:, ::2] | codes_RC[:, 1::2] << 4
+            codes_RB = self._joined(parts["weight"])
         else:  # an int32 is of consecutive input units
             codes_RB = parts["weight"].T.contiguous().view(torch.uint8)
         group = codes_RB.shape[1] * 8 // self.bits // len(scale)
@@ -200,6 +200,14 @@ class PackedColumns(HeldEncoding):
             group=group,
             zeros_RG=None if zeros is None else zeros.T.to(torch.uint8),
         )
+
+    def _joined(self, packed: Tensor) -> Tensor:
+        """Return AWQ's codes with two input units per byte, some units at a time."""
+        columns = []
+        for part in packed.split(_UNITS_AT_ONCE):
+            codes_CR = self._unpacked_columns(part).to(torch.uint8)
+            columns.append((codes_CR[::2] | codes_CR[1::2] << 4).T)
+        return torch.cat(columns, dim=1)
 
     def _zeros(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
         """Return zero points [G, R] in float32."""

@@ -70,7 +70,9 @@ class GgmlBlocks(HeldEncoding):
         codes, scales, _ = _HELD[self.type]
         block = BY_NAME[self.type].values
         group = held_group(block, self._stored_shape(parts["weight"].shape)[-1])
-        return None if group is None else ScaledCodes(self.type, codes, scales, group)
+        if group is None:
+            return None
+        return ScaledCodes(self.type, codes, scales, group, transposed=self.transposed)
 
     def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
         """Return the codes in the order of columns: a block has the first half in low bits."""
@@ -79,8 +81,7 @@ class GgmlBlocks(HeldEncoding):
         blocks_RGB = stored.view(len(stored), -1, type.nbytes)
         bytes_RGB, scales_RGB = blocks_RGB[..., begin:], blocks_RGB[..., :begin]
         if codes != "int8":
-            halves = torch.cat([bytes_RGB & 15, bytes_RGB >> 4], dim=-1)
-            bytes_RGB = halves[..., ::2] | halves[..., 1::2] << 4
+            bytes_RGB = torch.cat([_neighbours(part) for part in bytes_RGB.split(_ROWS_AT_ONCE)])
         scales_RG = scales_RGB.contiguous().view(*scales_RGB.shape[:2], -1)
         return StoredCodes(
             codes_RB=bytes_RGB.flatten(1),
@@ -164,6 +165,15 @@ class Interleaved(HeldEncoding):
         """Write the values of both."""
         self.gate.decode_into({"weight": parts["gate"]}, out[..., 0::2])
         self.up.decode_into({"weight": parts["up"]}, out[..., 1::2])
+
+
+def _neighbours(bytes_RGB: Tensor) -> Tensor:
+    """Return codes of 4 bits with neighbours in a byte, from blocks whose halves share bytes."""
+    halves = torch.cat([bytes_RGB & 15, bytes_RGB >> 4], dim=-1)
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+_ROWS_AT_ONCE = 256  # whose codes are moved, which takes four times their bytes
 
 
 def unpaired(rows: int, heads: int) -> Tensor:

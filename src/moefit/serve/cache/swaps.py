@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import RLock
 
+from moefit.quant.format import slot_kind
 from moefit.serve.cache.scores import Swap, VirtualExpertManager
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
@@ -178,5 +179,5 @@ class Swaps:
         """Move one slot to the spares: an empty one, else that of the expert the policy selects."""
         for index in self._slot_table.shrink(1):
             slot = self._slots.pop(index)
-            kind = slot.format.name, slot.nbytes
+            kind = slot_kind(slot.format, slot.specs), slot.nbytes
             self._shared.spares.setdefault(kind, []).append(slot)

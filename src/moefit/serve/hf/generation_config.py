@@ -14,8 +14,9 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.config import read_config
-from moefit.checkpoint.model_folder import is_gguf, read_json, settings_file
+from moefit.checkpoint.model_folder import read_json, settings_file
 from moefit.errors import CheckpointError
+from moefit.folders import is_gguf
 
 FILE = "generation_config.json"
 AUTO, NONE, IGNORE = "auto", "none", "ignore"

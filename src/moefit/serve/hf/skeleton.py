@@ -31,12 +31,13 @@ from moefit.checkpoint.formats.find import find_weights, part_of
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.settings import settings_of
 from moefit.checkpoint.gguf.weights import weights_of
-from moefit.checkpoint.model_folder import is_gguf, refuse_adapter, settings_file
+from moefit.checkpoint.model_folder import refuse_adapter, settings_file
 from moefit.checkpoint.quantisation import refuse_unknown_method
 from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
 from moefit.checkpoint.sources import ExpertSource
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, in_brief
+from moefit.folders import is_gguf
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 
@@ -161,10 +162,18 @@ def _as_stored(block: MoeBlock, experts: Sequence[ExpertSource]) -> MoeBlock:
     transformers rounds those of integers, would be seen.
     """
     held = [source.held for source in experts]
+    turned = [
+        short
+        for short, spec in block.layout.specs.items()
+        if spec.inputs_first and len(spec.shape) == 2
+    ]
+    if not all((codes := held[0].get(short)) and codes.transposed for short in turned):
+        held = [{} for _ in held]  # products take such matrices as codes or as values, never both
     specs = {
         short: replace(spec, stored=first)
         if (first := held[0].get(short))
         and spec.dtype.itemsize == 2
+        and first.transposed == spec.inputs_first
         and all(one.get(short) == first for one in held)
         else spec
         for short, spec in block.layout.specs.items()

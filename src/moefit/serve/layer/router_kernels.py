@@ -168,8 +168,9 @@ def router_form(
         return None
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(_TOKENS, weight_ED.shape[1], generator=generator)
-    # Scores from far to close, which a router that rounds them does not tell apart.
-    x_TD *= 8.0 ** -(torch.arange(_TOKENS) % 4)[:, None]
+    # Scores from far, where a router that caps them shows it, to close, which one that rounds them
+    # does not tell apart.
+    x_TD *= 8.0 ** (1 - torch.arange(_TOKENS) % 5)[:, None]
     x_TD = x_TD.to(dtype)
     try:
         found = module(x_TD.clone())

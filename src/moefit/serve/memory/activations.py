@@ -16,6 +16,7 @@ from moefit.quant.kv_int8 import bytes_per_row
 # operating system's figure).
 FIRST_USE = 96 << 20
 KERNEL_FIRST_USE = 24 << 20
+_KERNEL_ROWS = 1024  # routed rows of one kernel call at most; see serve/layer/executor.py
 # Bytes per token of the vocabulary while one token is sampled: logits in float64, sorted, with
 # their indices, as probabilities and as sums; the same in transformers' `generate`, in float32.
 _SAMPLING = 64
@@ -101,7 +102,10 @@ def workspace_bytes(
     per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
     scores = _score_bytes(config, tokens)
     logits = vocabulary * (2 * (4 + dtype.itemsize) + _SAMPLING)
-    return first_use + tokens * per_token + scores + logits
+    # Rows of one kernel call: hidden units in float32, halves, digits and panels; float32 outputs.
+    expert = _first(text, "moe_intermediate_size", "intermediate_size", "d_ff") or 0
+    routed = min(_KERNEL_ROWS, k * tokens) * (14 * expert + 8 * width)
+    return first_use + tokens * per_token + scores + logits + routed
 
 
 def extra_logits_bytes(

@@ -325,8 +325,7 @@ def _format_totals(skeleton: Skeleton, device: torch.device) -> tuple[tuple[str,
         )
         for name in AUTO_FORMATS
     }
-    own = NATIVE.name
-    return tuple(one for one in totals.items() if one[1] < totals[own] or one[0] == own)
+    return tuple(one for one in totals.items() if one[1] <= totals[NATIVE.name])
 
 
 def _spare_sizes(skeleton: Skeleton, settings: LoadSettings) -> tuple[list[int], list[int]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.tokenizer import has_vocabulary, vocabulary_size
-from moefit.checkpoint.model_folder import is_gguf, read_json_or_empty
+from moefit.checkpoint.model_folder import read_json_or_empty
+from moefit.folders import is_gguf
 
 # A tokenizer's cache of 10,000 words, a server's cache of tokens' texts (`server/tokenizer.py`),
 # and modules of transformers that only tokenizers need.

@@ -33,6 +33,7 @@ from moefit.serve.packed.calibrate import (
 )
 from moefit.serve.packed.file import (
     NO_DISK_SPACE,
+    RECORDING,
     WRITING,
     PackedFile,
     PackedMetadata,
@@ -41,7 +42,6 @@ from moefit.serve.packed.file import (
 )
 from moefit.serve.packed.store import PackedLocation
 
-_RECORDING = ".calibration"
 Progress = Callable[[int, int], None]
 """Callback with the bytes (or windows) done and in total."""
 
@@ -132,7 +132,7 @@ def pack(
         finally:
             job.close()
         if calibration:
-            shutil.rmtree(location.folder / _RECORDING, ignore_errors=True)
+            shutil.rmtree(location.folder / RECORDING, ignore_errors=True)
         return result
 
 
@@ -184,7 +184,7 @@ class _PackJob:
     def record_inputs(self, calibrating: Progress) -> None:
         """Record the inputs of experts on the calibration text, if any file is to be written."""
         if self._calibration is not None and any(self._todo.values()):
-            folder = self._location.folder / _RECORDING
+            folder = self._location.folder / RECORDING
             self._recorded = record_block_inputs(
                 self._skeleton, self._calibration, folder, calibrating
             )

@@ -23,6 +23,7 @@ from moefit.errors import CheckpointError
 
 LAYOUT = 3  # increase when the bytes of a slot or the header change
 WRITING = ".writing"  # suffix of incomplete files
+RECORDING = ".calibration"  # folder of inputs that were recorded for calibration
 _KIND = "experts packed by moefit"
 NO_DISK_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moefit.checkpoint.model_folder import settings_file
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import cache_root, exclusive_folder
 from moefit.quant.format import parse_format
-from moefit.serve.packed.file import WRITING, read_packed
+from moefit.serve.packed.file import RECORDING, WRITING, read_packed
 
 KINDS = {"packed": "moefit pack", "profiles": "moefit profile", "data": "moefit train"}
 """Folders of the cache, and the command that makes what is in them."""
 _DAY = 86400.0
+_FRESH = 3600.0  # seconds after which an unfinished file is of a process that was killed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,11 @@ class Entry:
     def name(self) -> str:
         """Return the name that `find` takes."""
         return f"{self.kind}/{self.path.name}"
+
+    @property
+    def leftover_bytes(self) -> int:
+        """Return the bytes of `leftovers`."""
+        return sum(path.stat().st_size for path in self.leftovers if path.is_file())
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-serialisable values."""
@@ -171,7 +178,8 @@ def _entry(kind: str, folder: Path) -> Entry:
                 state = path.stat()
                 nbytes += state.st_size
                 changed = max(changed, state.st_mtime)
-                if path.name.endswith((WRITING, ".part")):
+                unfinished = path.name.endswith((WRITING, ".part"))
+                if unfinished and state.st_mtime < time.time() - _FRESH:
                     leftovers.append(path)
     about = {"packed": _packed, "profiles": _profiles}.get(kind, lambda folder: ("", (), ""))
     source, contents, stale = about(folder)
@@ -193,6 +201,8 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
     for one in _subfolders(folder):
         first = next(iter(sorted(one.glob("block-*.safetensors"))), None)
         if first is None:
+            if one.name == RECORDING:
+                formats.append("a recording for calibration")
             continue
         try:
             metadata = read_packed(first).metadata
@@ -204,7 +214,7 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
             formats.append(f"{one.name} with text" if metadata.calibration else one.name)
         else:
             reasons.append(f"{one.name} was encoded by another version")
-    if source and not (Path(source) / "config.json").is_file():
+    if source and not settings_file(Path(source)).is_file():
         return source, tuple(formats), f"its checkpoint is no longer in {source}"
     return source, tuple(formats), "" if formats else "; ".join(reasons) or "it is empty"
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from moefit.checkpoint.config import read_config
-from moefit.checkpoint.model_folder import is_gguf
 from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
-from moefit.folders import cache_root
+from moefit.folders import cache_root, is_gguf
 from moefit.quant.format import Format
 from moefit.serve.cache.slot import Slot
 from moefit.serve.hf.skeleton import Skeleton
