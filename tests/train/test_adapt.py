@@ -88,7 +88,7 @@ def test_defaults_are_those_that_were_measured_best(olmoe, corpus, tmp_path):
     config = read_config(tmp_path / "out/run/config.yaml", [])
     assert config.expert_dropout is not None
     assert (config.expert_dropout.order, config.expert_dropout.share) == ("nested", 0.75)
-    assert (config.batch_size, config.optimizer.lr) == (4, 1.2e-3)
+    assert (config.batch_size, config.optimizer.lr) == (4, 5e-4)
 
 
 def test_routers_alone(olmoe, dsmoe, corpus, tmp_path):

@@ -96,7 +96,7 @@ def adapt(
     least: Annotated[
         int | None, advanced("Minimum number of experts. Default: those of one token.", min=1)
     ] = None,
-    lr: Annotated[float, option("Peak learning rate.", min=0)] = 1.2e-3,
+    lr: Annotated[float, option("Peak learning rate.", min=0)] = 5e-4,
     batch_size: Annotated[int, option("Sequences per step.", min=1)] = 4,
     seq_len: Annotated[int | None, advanced("Tokens per sequence. Default: 256.", min=2)] = None,
     seed: Annotated[int, advanced("Random seed of batches and dropout.", min=0)] = 0,
