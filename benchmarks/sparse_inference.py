@@ -69,7 +69,8 @@ def subject(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, torch
     torch.manual_seed(0)
     config = preset(options.model, num_hidden_layers=options.layers)
     ids = torch.randint(config.vocab_size, (1, length))
-    return DsMoeForCausalLM(config).to(dtype).eval(), ids  # pyright: ignore
+    made: Any = DsMoeForCausalLM(config)  # torch's `to` has no type for a dtype in a variable
+    return made.to(dtype).eval(), ids
 
 
 @torch.inference_mode()

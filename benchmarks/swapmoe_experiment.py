@@ -167,7 +167,8 @@ class Subject:
         """Restore a sentence; return it and the number of its tokens."""
         ids = served.tokenizer(one.source, return_tensors="pt")["input_ids"]
         made = served.generate(input_ids=ids, max_new_tokens=LONGEST, do_sample=False)
-        return served.tokenizer.decode(made[0], skip_special_tokens=True), made.shape[1] - 1  # pyright: ignore
+        text: Any = served.tokenizer.decode(made[0], skip_special_tokens=True)  # one sequence
+        return text, made.shape[1] - 1
 
     def write_all(self, served: ServedModel) -> list[tuple[str, int]]:
         """Restore all test sentences, many at once."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def test_rm_takes_a_model_or_the_beginning_of_a_name(packed: PackedLocation) -> 
     assert not packed.folder.exists() and said("ls")["entries"] == []
     with pytest.raises(ConfigError, match="it is empty"):
         said("rm", packed.source, "--yes")
+
+
+def test_rm_finds_a_models_folder_however_it_is_named(
+    packed: PackedLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(packed.source)
+    monkeypatch.chdir(folder.parent)
+    (one,) = said("rm", folder.name, "--dry-run")["entries"]
+    assert one["source"] == packed.source
+
+
+def test_store_of_a_gguf_file_is_kept(packed: PackedLocation, monkeypatch) -> None:
+    file = Path(packed.source).with_name("m.gguf")
+
+    def read(path: Path) -> packed_file.PackedFile:
+        found = packed_file.read_packed(path)
+        return replace(found, metadata=replace(found.metadata, source=str(file)))
+
+    monkeypatch.setattr("moefit.serve.packed.kept.read_packed", read)
+    assert "no longer in" in said("ls")["entries"][0]["stale"]
+    file.write_bytes(b"")
+    assert said("ls")["entries"][0]["stale"] == ""
 
 
 def test_rm_waits_for_no_process_that_packs(packed: PackedLocation) -> None:

@@ -5,13 +5,10 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from tiny_gguf import configs
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
 )
 
 from moefit.gguf.write import write_gguf
@@ -20,24 +17,8 @@ from moefit.train.data.tokenizer import train_bpe
 pytest.importorskip("gguf", reason="needs the package gguf (moefit[gguf])")
 llama = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (moefit[rivals])")
 
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-NARROW = {"moe_intermediate_size": 32, "num_experts": 6}
-CONFIGS = {
-    "olmoe": OlmoeConfig(**SIZES | {"num_key_value_heads": 4}, num_experts=6),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, head_dim=16),
-    "qwen2moe": Qwen2MoeConfig(**SIZES, **NARROW, shared_expert_intermediate_size=64),
-    "qwen3moe": Qwen3MoeConfig(**SIZES, **NARROW, norm_topk_prob=True, head_dim=32),
-}
+VOCABULARY = 400
+CONFIGS = configs(vocab_size=VOCABULARY)
 TEXTS = (
     "the cat sat on the mat",
     "It's 1234 cats,  isn't it?\n\n\tdef cat(x):\n        return x ** 2",
@@ -94,7 +75,7 @@ def silence():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_tokens_equal_ours(tmp_path, name):
     torch.manual_seed(0)
-    tokenizer = train_bpe(TEXTS, SIZES["vocab_size"])
+    tokenizer = train_bpe(TEXTS, VOCABULARY)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:

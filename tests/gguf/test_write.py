@@ -7,16 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny_gguf import OLMOE, VOCABULARY, configs
 from tiny_models import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    MixtralConfig,
     OlmoeConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
 )
 
 from moefit.checkpoint.gguf.families import expert_name
@@ -28,26 +25,7 @@ from moefit.train.data.tokenizer import train_bpe
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (moefit[gguf])")
 
-VOCABULARY = 300
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-NARROW = {"moe_intermediate_size": 32, "num_experts": 6}
-OLMOE = SIZES | {"num_key_value_heads": 4, "num_experts": 6}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "olmoe": OlmoeConfig(**OLMOE),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, head_dim=16),
-    "qwen2moe": Qwen2MoeConfig(**SIZES, **NARROW, shared_expert_intermediate_size=64),
-    "qwen3moe": Qwen3MoeConfig(**SIZES, **NARROW, norm_topk_prob=True, head_dim=32),
-}
+CONFIGS = configs()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Levels of the compiled kernels as test parameters; missing levels are skipped.
+"""Levels of the compiled kernels as test parameters, and inputs; missing levels are skipped.
 
 A level is missing if the processor lacks it, or if MOEFIT_KERNELS excludes it:
 `MOEFIT_KERNELS=avx2` tests a machine with AVX2 only, and `torch` one without a compiler.
@@ -7,8 +7,17 @@ A level is missing if the processor lacks it, or if MOEFIT_KERNELS excludes it:
 import os
 
 import pytest
+import torch
+from torch import Tensor
 
-from moefit.quant.cpu_kernels import LEVELS, SWITCH, Level, available_levels, kernels
+from moefit.quant.cpu_kernels import (
+    LEVELS,
+    SWITCH,
+    Kernels,
+    Level,
+    available_levels,
+    kernels,
+)
 
 BEST = kernels(LEVELS[-1])
 MACHINE = available_levels()
@@ -34,6 +43,18 @@ def missing(level: str) -> str | None:
     if BEST is None:
         return "the kernels were not compiled"
     return f"this processor lacks {level}: its best level is {BEST.level}"
+
+
+def at(level: str) -> Kernels:
+    """Return the kernels at this level."""
+    found = kernels(level)
+    assert found is not None and found.level == level
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Return random numbers that depend on nothing else."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def at_level(level: str):

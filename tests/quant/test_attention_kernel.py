@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, compiled, levels
+from levels import HERE, compiled, levels, normal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +24,6 @@ from moefit.serve.hf.attention import cpu_attention
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 pytestmark = compiled
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 CACHES = pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, MACHINE, compiled, levels
+from levels import HERE, MACHINE, at, compiled, levels, normal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +24,6 @@ from moefit.quant.cpu_kernels import (
     LEVELS,
     SWITCH,
     KernelMlp,
-    Kernels,
     Weight,
     kernels,
     plain_weighted_sum,
@@ -48,16 +47,6 @@ def fresh():
     yield
     for one in caches:
         one.cache_clear()
-
-
-def at(level: str) -> Kernels:
-    found = kernels(level)
-    assert found is not None and found.level == level
-    return found
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weight_of(kind, rows: int, cols: int, *, seed: int = 0) -> Weight:

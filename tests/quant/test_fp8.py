@@ -4,27 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, compiled, levels
+from levels import HERE, at, compiled, levels, normal
 from scaled_codes import fp8_codes, matrix_of
 from torch import Tensor
 
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.errors import CheckpointError
 from moefit.quant.backend import decoded
-from moefit.quant.cpu_kernels import KernelMlp, Kernels, kernels
+from moefit.quant.cpu_kernels import KernelMlp
 from moefit.quant.scaled.fp8 import Fp8Matrix, fp8_bytes
 
 torch.set_num_threads(1)
-
-
-def at(level: str) -> Kernels:
-    found = kernels(level)
-    assert found is not None and found.level == level
-    return found
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_product(y_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, compiled, levels
+from levels import HERE, compiled, levels, normal
 from torch import Tensor
 
 from moefit.quant import kv_int8
@@ -14,10 +14,6 @@ from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, bytes_per_row, quantize_rows, write_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def same(one: Int8Rows, other: Int8Rows) -> bool:

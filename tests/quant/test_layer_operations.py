@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from levels import compiled, levels
+from levels import at, compiled, levels
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import Kernels, kernels
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.layer_operations import (
     NormForm,
     NormKernel,
@@ -22,12 +22,6 @@ FORMS = [
     NormForm(eps=1e-6, added=1),
     NormForm(eps=1e-2, round_first=True),
 ]
-
-
-def at(level: str) -> Kernels:
-    found = kernels(level)
-    assert found is not None and found.level == level
-    return found
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, compiled, levels
+from levels import HERE, at, compiled, levels, normal
 from scaled_codes import CASES, SHAPES, random_codes, scaled, values
 from torch import Tensor
 
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.quant.backend import decoded
-from moefit.quant.cpu_kernels import KernelMlp, Kernels, kernels
+from moefit.quant.cpu_kernels import KernelMlp
 from moefit.quant.grouped_int import rows_of
 from moefit.quant.scaled import fill as module
 from moefit.quant.scaled.fill import fill, fill_rows, meta_of
@@ -22,16 +22,6 @@ from moefit.quant.scaled.matrix import ScaledMatrix, kind_of, scaled_bytes
 
 torch.set_num_threads(1)
 cases = pytest.mark.parametrize("name", CASES)
-
-
-def at(level: str) -> Kernels:
-    found = kernels(level)
-    assert found is not None and found.level == level
-    return found
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bound(x_TI: Tensor, weight_RC: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,8 @@ from moefit.api import folder_of
 from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.cli.app import COMMANDS, Json, app, command, console, option, print_json, say
 from moefit.cli.options import DtypeOption, Model, torch_dtype
-from moefit.errors import CheckpointError, ConfigError
+from moefit.errors import CheckpointError, ConfigError, MoefitError
+from moefit.evaluate.loading import locate
 from moefit.folders import cache_root
 from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, Format, parse_format
@@ -183,7 +184,7 @@ def _bars() -> Iterator[Callable[[str, Callable[[int], str]], Progress]]:
         yield make
 
 
-@cache.command(name="ls", help="Show what the cache folder holds, and which of it nothing reads.")
+@cache.command(name="ls", help="Show what the cache folder holds, and which of it can go.")
 def cache_ls(as_json: Json = False) -> None:
     """Print the entries, the largest first."""
     found = entries()
@@ -199,13 +200,14 @@ def cache_ls(as_json: Json = False) -> None:
 
 @cache.command(name="rm", help="Remove entries by name, or all that were made from a checkpoint.")
 def cache_rm(
-    names: Annotated[list[str], typer.Argument(help="Names of `ls`, or checkpoint folders.")],
+    names: Annotated[list[str], typer.Argument(help="Names of `ls`, or models.")],
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Everything can be made again by the command that made it."""
-    chosen = [(one, f"made by `{KINDS[one.kind]}`") for one in find(names, entries())]
+    wanted = [_place_of(name) for name in names]
+    chosen = [(one, f"made by `{KINDS[one.kind]}`") for one in find(wanted, entries())]
     _remove_entries(chosen, (), dry_run=dry_run, yes=yes, as_json=as_json)
 
 
@@ -228,6 +230,13 @@ def cache_prune(
     paths = {one.path for one, _ in chosen}
     others = [one for one in found if one.leftovers and one.path not in paths]
     _remove_entries(chosen, others, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def _place_of(name: str) -> str:
+    """Return a model's folder or file, for a name that a command takes; other names as they are."""
+    with suppress(MoefitError):
+        return str(locate(name).absolute())
+    return name
 
 
 def _remove_entries(
@@ -276,7 +285,7 @@ def _cache_table(found: Sequence[Entry]) -> Table:
         written = datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")
         source = Text(one.source)  # not a string: a path may have brackets
         if one.stale:
-            source.append(f"\nunused: {one.stale}", style="yellow")
+            source.append(f"\n{one.stale}", style="yellow")
         holds = Text(", ".join(one.contents))
         table.add_row(f"{kind}/{rest[:12]}", format_bytes(one.nbytes), written, holds, source)
     return table

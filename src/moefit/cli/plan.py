@@ -143,18 +143,17 @@ def plan_model(
         import_serving_commands()
     skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
     known = find_profile(skeleton, model=model, path=profile)
-    constraints = PlanConstraints(
-        process=process_bytes,
-        dense_formats=_dense_formats(dense_precision or rest),
-        kv_cache=kv_cache.value,
-        **shared_steps(max_concurrency),
-    )
     planner = Planner(
         skeleton,
         known,
         context=context,
         device=device,
-        constraints=constraints,
+        constraints=PlanConstraints(
+            process=process_bytes,
+            dense_formats=_dense_formats(dense_precision or rest),
+            kv_cache=kv_cache.value,
+            **shared_steps(max_concurrency),
+        ),
         lengths=_lengths(known, source_tokens, target_tokens),
     )
     plan, front = _planned(planner, memory, target)

@@ -20,7 +20,7 @@ from moefit.errors import ConfigError
 from moefit.quant.encode import encode
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
-from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton, held_formats
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import (
     InitialFormats,
@@ -164,9 +164,9 @@ def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:
     held = f"all {experts:,} experts" if slots == experts else f"{slots:,} of {experts:,} experts"
     fetched = "" if slots == experts else "; the others are fetched from storage when needed"
     if settings.precision == NATIVE_PRECISION and settings.dense_precision == NATIVE_PRECISION:
-        dtype = str(skeleton.dtype).removeprefix("torch.")
+        own = "/".join(held_formats(skeleton.blocks)) or str(skeleton.dtype).removeprefix("torch.")
         loss = "no loss but that of the int8 KV cache" if settings.int8_cache else "no loss"
-        return f"precision: {dtype}, the checkpoint's own: {held} {where}{fetched}; {loss}"
+        return f"precision: {own}, the checkpoint's own: {held} {where}{fetched}; {loss}"
     dense = settings.dense_precision
     others = "" if dense == NATIVE_PRECISION else f", dense weights in {dense}"
     cost = known_cost(start.bits_per_weight)

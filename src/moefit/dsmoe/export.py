@@ -161,6 +161,25 @@ def export_olmoe(
         UserWarning: Another engine computes the model differently; see `olmoe_warnings`.
     """
     out_dir = Path(out_dir).resolve()
+    config = _checked_config(model, out_dir, experts_per_token, tokenizer)
+    olmoe = _olmoe_model(model, config, dtype)
+    with _atomic_folder(out_dir) as partial:
+        olmoe.save_pretrained(partial)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial)
+        if (record := dropout_record(config)) is not None:
+            (partial / CARD).write_text(record.model_card(), encoding="utf-8")
+        _check_written(partial, olmoe, model)
+    return out_dir
+
+
+def _checked_config(
+    model: DsMoeForCausalLM | OlmoeForCausalLM,
+    out_dir: Path,
+    experts_per_token: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> OlmoeConfig:
+    """Return the configuration to write; raise and warn as `export_olmoe` does."""
     if not isinstance(model, DsMoeForCausalLM | OlmoeForCausalLM):
         raise UnsupportedModelError(
             f"a {type(model).__name__} cannot be written as OLMoE; a DsMoeForCausalLM and an "
@@ -178,16 +197,8 @@ def export_olmoe(
         )
     if problems := olmoe_warnings(config):
         message = f"not every engine computes this model correctly: {'; '.join(problems)}"
-        warnings.warn(message, stacklevel=2)
-    olmoe = _olmoe_model(model, config, dtype)
-    with _atomic_folder(out_dir) as partial:
-        olmoe.save_pretrained(partial)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, partial)
-        if (record := dropout_record(config)) is not None:
-            (partial / CARD).write_text(record.model_card(), encoding="utf-8")
-        _check_written(partial, olmoe, model)
-    return out_dir
+        warnings.warn(message, stacklevel=3)
+    return config
 
 
 def _olmoe_model(

@@ -4,7 +4,7 @@ Runs two token sequences together, in chunks and then token by token, and compar
 the model's own forward pass over each. Experts return zeros meanwhile, so that nothing is read,
 moved or counted; they process tokens independently of batching. What short sequences cannot show is
 read from the configuration: position embeddings that change with length, and routing rules that
-depend on the batch.
+depend on the batch. `prepared` also finds what may change an answer beside others (`invariance`).
 
 Shapes: T tokens, V vocabulary.
 """

@@ -215,22 +215,26 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
     key_GPC, value_GPC = part_of(key, 0), part_of(value, 0)
     if (out_THZ := _kernel_attention(rows_THC, key_GPC, value_GPC, segments, options)) is not None:
         return (out_THZ[None] if query.shape[0] == 1 else out_THZ[:, None]), None
+    return _torch_attention(query, (key_GPC, value_GPC), segments, options), None
+
+
+def _torch_attention(
+    query: Tensor, cached: tuple[Tensor, Tensor], segments: Segments, options: AttentionOptions
+) -> Tensor:
+    """Return the output of `varlen_attention`, segment by segment."""
     if query.shape[0] == 1:
         parts = query[0].split([one.new for one in segments.rows], dim=1)  # [H, T, C]
     else:
         parts = query.unbind(0)  # [H, 1, C]
-    outputs = []
+    outputs, window = [], options.window
     for part_HTC, segment in zip(parts, segments.rows, strict=True):
         seen = slice(segment.start + first_key(segment, window), segment.end)
-        pair = (
-            floats_of(part_of(key_GPC, slice(None), seen), query.dtype),
-            floats_of(part_of(value_GPC, slice(None), seen), query.dtype),
-        )
+        key, value = (floats_of(part_of(one, slice(None), seen), query.dtype) for one in cached)
         mask_TL = None if segment.new == 1 else segments.mask(segment, window, query)
-        outputs.append(torch_attention(part_HTC, pair, mask_TL, options))
+        outputs.append(torch_attention(part_HTC, (key, value), mask_TL, options))
     if query.shape[0] == 1:
-        return torch.cat([out_HTC.transpose(0, 1) for out_HTC in outputs])[None], None
-    return torch.stack(outputs).transpose(1, 2), None
+        return torch.cat([out_HTC.transpose(0, 1) for out_HTC in outputs])[None]
+    return torch.stack(outputs).transpose(1, 2)
 
 
 def _checked_window(

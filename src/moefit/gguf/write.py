@@ -102,24 +102,15 @@ def write_gguf(
         UnsupportedModelError: llama.cpp computes another model or tokenises differently, or the
             type does not fit the model.
     """
-    gguf = _package()
-    if type not in TYPES:
-        raise ConfigError(f"type {type!r} cannot be written; {', '.join(TYPES)} can. {_OTHERS}")
-    path = path.expanduser().resolve()
-    if path.exists():
-        raise CheckpointError(f"{path} exists; give a new name, or remove it first")
-    refuse_declared(folder)
+    gguf, path = _package(), path.expanduser().resolve()
+    _refuse_request(folder, path, type)
     register()
     family = family_of(config_from(read_config(folder), folder))
     skeleton = build_skeleton(folder)
     try:
         writer = gguf.GGUFWriter(None, family.architecture)
         _describe(writer, gguf, family, skeleton, type)
-        if with_tokenizer:
-            config: Any = skeleton.model.config
-            vocabulary_of(read_tokenizer(folder), config.vocab_size).write(writer)
-        else:
-            writer.add_tokenizer_model("no_vocab")
+        _write_vocabulary(writer, skeleton, with_tokenizer=with_tokenizer)
         places = _places(gguf, family, skeleton, type)
         with _new_file(path, _size(gguf, places)) as partial:
             start = _write_header(writer, gguf, places, partial)
@@ -142,6 +133,23 @@ def write_gguf(
         nbytes=path.stat().st_size,
         has_vocabulary=with_tokenizer,
     )
+
+
+def _refuse_request(folder: Path, path: Path, type: str) -> None:
+    if type not in TYPES:
+        raise ConfigError(f"type {type!r} cannot be written; {', '.join(TYPES)} can. {_OTHERS}")
+    if path.exists():
+        raise CheckpointError(f"{path} exists; give a new name, or remove it first")
+    refuse_declared(folder)
+
+
+def _write_vocabulary(writer: Any, skeleton: Skeleton, *, with_tokenizer: bool) -> None:
+    if with_tokenizer:
+        config: Any = skeleton.model.config
+        tokenizer = read_tokenizer(skeleton.checkpoint.folder)
+        vocabulary_of(tokenizer, config.vocab_size).write(writer)
+    else:
+        writer.add_tokenizer_model("no_vocab")
 
 
 _OTHERS = "For K-quants and others, write f16 or bf16 and run llama.cpp's llama-quantize on it"

@@ -74,16 +74,17 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write the file atomically."""
         part = path.with_name(f".{path.name}.part")
-        sources_BS = self.windows.sources_BS
+        tensors = {
+            "windows": self.windows.ids_BT,
+            "ids": self.ids_BTN,
+            "logp": self.logp_BTN,
+            "nll": self.nll_BT,
+        }
+        if self.windows.sources_BS is not None:
+            tensors["sources"] = self.windows.sources_BS
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         with part.open("wb") as file:
-            np.savez(
-                file,
-                windows=self.windows.ids_BT.numpy(),
-                **({} if sources_BS is None else {"sources": sources_BS.numpy()}),  # pyright: ignore
-                ids=self.ids_BTN.numpy(),
-                logp=self.logp_BTN.numpy(),
-                nll=self.nll_BT.numpy(),
-            )
+            np.savez(file, **arrays)
         part.replace(path)
 
 

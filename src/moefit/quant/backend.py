@@ -13,15 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import (
-    SWITCH,
-    EncodedMatrix,
-    KernelMatrix,
-    KernelMlp,
-    Weight,
-    kernels,
-    status,
-)
+from moefit.quant.cpu_kernels import SWITCH, KernelMatrix, KernelMlp, Weight, kernels, status
+from moefit.quant.grouped_int import EncodedRows
 
 
 class Backend(Protocol):
@@ -37,7 +30,7 @@ class Backend(Protocol):
         """Return x W^T + bias, [T, O] in `dtype`; the bias is float32 and added before rounding."""
         ...
 
-    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         ...
 
@@ -91,7 +84,7 @@ def backend_status(device: torch.device) -> str:
     return f"torch: no kernels for {device.type}"
 
 
-def decoded(matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
+def decoded(matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
     """Return the weights [O, I], decoded by kernels if available."""
     found = backend(matrix.codes_RB.device)
     return found.decode(matrix, dtype) if found else matrix.dense(dtype)

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import ConfigError
-from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, GroupedMatrix, groups_of
+from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, EncodedRows, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
-from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
 
 
@@ -54,8 +53,7 @@ VERSION = 13  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
-EncodedMatrix = GroupedMatrix | ScaledMatrix | Fp8Matrix
-Weight = Tensor | EncodedMatrix
+Weight = Tensor | EncodedRows
 
 
 class _Matrix(Structure):
@@ -183,7 +181,7 @@ class Kernels:
             meta_RMG.data_ptr(),
         )  # fmt: skip
 
-    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
         if dtype in (torch.float32, torch.bfloat16):
@@ -193,7 +191,7 @@ class Kernels:
             target_OI.copy_(self._decode(part, torch.empty(target_OI.shape)))
         return out_OI
 
-    def _decode(self, matrix: EncodedMatrix, out_OI: Tensor) -> Tensor:
+    def _decode(self, matrix: EncodedRows, out_OI: Tensor) -> Tensor:
         half = int(out_OI.dtype == torch.bfloat16)
         self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
         return out_OI
@@ -467,7 +465,6 @@ def _matrix(weight: Weight) -> _Matrix:
     if not isinstance(weight, Tensor):
         assert weight.codes_RB.is_contiguous() and weight.meta_RMG.is_contiguous()
         codes, meta = weight.codes_RB.data_ptr(), weight.meta_RMG.data_ptr()
-        kind = weight.bits if isinstance(weight, GroupedMatrix) else weight.kind
-        return _Matrix(codes, meta, weight.rows, weight.cols, kind)
+        return _Matrix(codes, meta, weight.rows, weight.cols, weight.kind)
     assert weight.is_contiguous()
     return _Matrix(weight.data_ptr(), None, *weight.shape, NATIVE_DTYPES[weight.dtype])

@@ -352,8 +352,9 @@ def round_rows(rows: int) -> int:
 
 def slot_kind(format: Format, specs: Specs) -> str:
     """Return a name that is equal for slots of equal size only if experts of both can fill them."""
-    stored = sorted({one.stored.name for one in specs.values() if one.stored is not None})
-    return format.name if format.is_encoded else "+".join([format.name, *stored])
+    if format.is_encoded or format == DECODED:
+        return format.name
+    return "+".join([format.name, *(str(one.stored) for one in specs.values() if one.stored)])
 
 
 def is_matrix(spec: TensorSpec) -> bool:

@@ -16,14 +16,13 @@ from triton import cdiv
 
 from moefit.quant.cpu_kernels import (
     NATIVE_DTYPES,
-    EncodedMatrix,
     KernelMatrix,
     KernelMlp,
     Weight,
     join_tokens,
     plain_weighted_sum,
 )
-from moefit.quant.grouped_int import GroupedMatrix, groups_of
+from moefit.quant.grouped_int import EncodedRows, groups_of
 from moefit.quant.triton_kernels import (
     MIXED,
     decode_kernel,
@@ -71,7 +70,7 @@ class TritonKernels:
                 )  # fmt: skip
         return (y_TO if bias_O is None else y_TO.add_(bias_O)).to(dtype)
 
-    def decode(self, matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
+    def decode(self, matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         codes_RB, meta_RMG, kind = _parts(matrix)
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype, device=codes_RB.device)
@@ -188,8 +187,6 @@ def _shape(weight: Weight) -> tuple[int, int]:
 
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
     """Return codes, scales and kind; a native matrix is passed as both codes and scales."""
-    if isinstance(weight, GroupedMatrix):
-        return weight.codes_RB, weight.meta_RMG, weight.bits
     if not isinstance(weight, Tensor):
         return weight.codes_RB, weight.meta_RMG, weight.kind
     return weight, weight, NATIVE_DTYPES[weight.dtype]

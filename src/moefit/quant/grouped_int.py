@@ -1,15 +1,18 @@
 """Weight matrices in grouped integers: codes in bit planes, with a scale and a minimum per group.
 
-Defines the memory layout that every kernel reads. A row is divided into groups of 64 weights; each
-group has its codes packed in bit planes, one scale and, for asymmetric formats, one minimum.
+Defines the memory layout that every kernel reads, and `EncodedRows`, what these matrices have in
+common with those of a checkpoint's own codes (`scaled/`). A row is divided into groups of 64
+weights; each group has its codes packed in bit planes, one scale and, for asymmetric formats, one
+minimum.
 Everything here is plain torch and serves as the reference for the compiled kernels.
 
 Shapes: R rows, C columns, G groups of a row, N groups, B bytes, M values of metadata per group.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -57,8 +60,50 @@ SLAB = 16  # rows that are interleaved
 ROWS_AT_ONCE = 256  # limits the memory that encoding and decoding need besides the matrix
 
 
+class EncodedRows(ABC):
+    """What matrices of codes and metadata have in common.
+
+    Attributes:
+        codes_RB: Codes, uint8.
+        meta_RMG: Metadata.
+    """
+
+    __slots__ = ()
+    codes_RB: Tensor
+    meta_RMG: Tensor
+    cols: int
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return len(self.codes_RB)
+
+    @property
+    @abstractmethod
+    def kind(self) -> int:
+        """The number by which kernels know the format (csrc/matrix.h)."""
+
+    def split(self, rows: int = ROWS_AT_ONCE) -> Iterator[Self]:
+        """Yield views of `rows` rows each, a multiple of 16."""
+        assert rows % SLAB == 0
+        parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
+        for codes_RB, meta_RMG in zip(*parts, strict=True):
+            yield replace(cast(Any, self), codes_RB=codes_RB, meta_RMG=meta_RMG)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights [R, C], decoded in torch; the reference for every kernel."""
+        weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
+        for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
+            target_RC.copy_(part._dense())
+        return weight_RC
+
+    @abstractmethod
+    def _dense(self) -> Tensor:
+        """Return the weights in float32."""
+
+
 @dataclass(frozen=True, slots=True)
-class GroupedMatrix:
+class GroupedMatrix(EncodedRows):
     """A matrix with weight = scale * code + minimum; with 8 bits, weight = scale * (code - 128).
 
     Codes and metadata are interleaved in slabs of 16 rows, so only slices of whole slabs are valid.
@@ -89,9 +134,9 @@ class GroupedMatrix:
         return cls(bits, cols, codes_RB, meta_RMG)
 
     @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.codes_RB)
+    def kind(self) -> int:
+        """The number by which kernels know the format: the bits per code."""
+        return self.bits
 
     def by_row(self, ids_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of codes and metadata in row-major order, of all rows or of `ids_T`."""
@@ -100,20 +145,6 @@ class GroupedMatrix:
     def take(self, ids_T: Tensor) -> "GroupedMatrix":
         """Return a matrix of these rows, copied."""
         return GroupedMatrix.from_rows(self.bits, self.cols, *self.by_row(ids_T))
-
-    def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[GroupedMatrix]":
-        """Yield views of `rows` rows each, a multiple of 16."""
-        assert rows % SLAB == 0
-        parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
-        for codes_RB, meta_RMG in zip(*parts, strict=True):
-            yield GroupedMatrix(self.bits, self.cols, codes_RB, meta_RMG)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights [R, C], decoded in torch; the reference for every kernel."""
-        weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
-        for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
-            target_RC.copy_(part._dense())
-        return weight_RC
 
     def _dense(self) -> Tensor:
         groups = groups_of(self.cols)

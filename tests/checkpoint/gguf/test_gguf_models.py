@@ -6,15 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_gguf import SIZES, VOCABULARY, configs
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
     GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
 )
 from typer.testing import CliRunner
 
@@ -35,25 +31,7 @@ from moefit.train.data.tokenizer import train_bpe
 gguf: Any = pytest.importorskip("gguf", reason="needs the package gguf (moefit[gguf])")
 from gguf_files import read_file, write_file  # noqa: E402 - needs the package
 
-VOCABULARY = 300
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-NARROW = {"moe_intermediate_size": 32, "num_experts": 6}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "olmoe": OlmoeConfig(**SIZES | {"num_key_value_heads": 4}, num_experts=6),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, head_dim=16),
-    "qwen2moe": Qwen2MoeConfig(**SIZES, **NARROW, shared_expert_intermediate_size=64),
-    "qwen3moe": Qwen3MoeConfig(**SIZES, **NARROW, norm_topk_prob=True, head_dim=32),
-}
+CONFIGS = configs()
 IDS = torch.arange(24).view(2, 12) * 11 % (VOCABULARY - 1)
 MIXED = {"gate": "q8_0", "up": "q5_1", "down": "q4_0"}
 DENSE = {"attn_q": "q4_1", "attn_k": "bf16", "attn_v": "f16", "attn_output": "q5_0"}
@@ -271,6 +249,7 @@ def test_commands_read_a_file(files: dict[str, Path], tmp_path: Path) -> None:
     described = json.loads(run("describe", path, "--memory", "4GiB", "--json"))
     assert described["checkpoint"]["experts"] == ["q4_0", "q5_0", "q5_1", "q8_0"]
     assert "q8_0" in run("describe", path, "--memory", "4GiB")
+    assert "q8_0" in run("describe", path)
     assert run("generate", path, "some text", "--max-new-tokens", "2")
     run("generate", path, "some", "--memory", "4GiB", "--precision", "int8", "--max-new-tokens=2")
     with pytest.raises(UnsupportedModelError, match="is a GGUF file, and only"):
@@ -296,6 +275,7 @@ def test_commands_read_a_file(files: dict[str, Path], tmp_path: Path) -> None:
         ({"olmoe.rope.scaling.type": "longrope"}, "'longrope'; none, linear and yarn"),
         ({"olmoe.expert_gating_func": 2}, "sets expert_gating_func"),
         ({"olmoe.expert_weights_scale": 2.5}, "sets expert_weights_scale"),
+        ({"olmoe.rope.scaling.attn_factor": 1.5}, "sets rope.scaling.attn_factor"),
     ],
 )
 def test_metadata_that_contradicts_raises(

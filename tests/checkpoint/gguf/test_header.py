@@ -115,6 +115,17 @@ def test_other_files_raise(file: Path, begin: bytes, match: str) -> None:
         read_gguf(file)
 
 
+def test_length_of_a_text_is_limited(file: Path) -> None:
+    """A sparse file may claim to be as long as it likes."""
+    data = file.read_bytes()
+    at = data.index(b"general.architecture") + len(b"general.architecture") + 4
+    file.write_bytes(data[:at] + struct.pack("<Q", 1 << 36) + data[at + 8 :])
+    with file.open("r+b") as opened:
+        opened.truncate(1 << 37)
+    with pytest.raises(CheckpointError, match="a text of its header would have 68,719,476,736"):
+        read_gguf(file)
+
+
 def test_split_files(tmp_path: Path) -> None:
     parts = [write(tmp_path / f"m-{n + 1:05}-of-00003.gguf", split=(n, 3)) for n in range(3)]
     found = read_gguf(parts[0])
@@ -123,6 +134,15 @@ def test_split_files(tmp_path: Path) -> None:
     assert first_part(parts[2]) == parts[0]
     with pytest.raises(CheckpointError, match="whose first is needed"):
         read_gguf(parts[1])
+    as_number = struct.pack("<I", gguf.GGUFValueType.INT32) + struct.pack("<i", 9)
+    as_text = struct.pack("<IQ", gguf.GGUFValueType.STRING, 1) + b"9"
+    damaged = tmp_path / "odd" / parts[0].name
+    shutil.copytree(tmp_path, damaged.parent, ignore=shutil.ignore_patterns("odd"))
+    key = b"split.tensors.count"
+    assert key + as_number in parts[0].read_bytes()
+    damaged.write_bytes(parts[0].read_bytes().replace(key + as_number, key + as_text))
+    with pytest.raises(CheckpointError):  # the tensors' data moved too
+        read_gguf(damaged)
     parts[2].rename(tmp_path / "elsewhere.gguf")
     with pytest.raises(CheckpointError, match=r"lacks 1 of its 3 parts \(m-00003-of-00003"):
         read_gguf(parts[0])

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from levels import compiled
+from levels import compiled, normal
 from tiny_families import families, tiny_family
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,10 +46,6 @@ RULES = {
     "given": ScoringRule(score="given", chosen="kept"),
     "rounded": ScoringRule(score="softmax", chosen="kept", rounded=True),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def kernel(rule: ScoringRule, bias_E: Tensor, dtype: torch.dtype, chosen: int = 5) -> RoutingKernel:
@@ -217,7 +213,9 @@ class Router(nn.Module):
         logits = F.linear(x.reshape(-1, 16), self.weight)
         if self.manner == "squared logits":
             logits = logits**2
-        scores = logits.softmax(-1)
+        if self.manner == "capped logits":
+            logits = 20 * torch.tanh(logits / 20)
+        scores = logits.softmax(-1, dtype=torch.float32)
         if self.manner == "scores are rounded":
             scores = scores.bfloat16().float()
         weights, ids = scores.topk(2)
@@ -244,6 +242,24 @@ def test_other_routers_are_left_alone() -> None:
     assert router_form(nn.Linear(16, 8), rule, None, torch.float32) is None
     other = ScoringRule(score="softmax", chosen="normalised")
     assert router_form(Router(), other, None, torch.float32) is None
+
+
+def test_cap_that_common_inputs_do_not_reach_is_seen() -> None:
+    rule = ScoringRule(score="softmax", chosen="kept")
+    for manner, known in (("", True), ("capped logits", False)):
+        router = Router(manner).bfloat16()
+        router.weight.data *= 0.05
+        assert (router_form(router, rule, None, torch.bfloat16) is not None) == known
+
+
+def test_inputs_of_other_shapes_are_the_routers_own() -> None:
+    router, rule = Router(), ScoringRule(score="softmax", chosen="kept")
+    form = router_form(router, rule, None, torch.float32)
+    assert form is not None
+    x_BTD = normal(2, 3, 16)
+    with torch.no_grad():
+        made = RouterForward(router, form)(x_BTD)
+        assert all(torch.equal(a, b) for a, b in zip(made, router(x_BTD), strict=True))
 
 
 def test_gradients_other_dtypes_and_copies() -> None:

@@ -31,6 +31,7 @@ _LONG = 1024  # entries; longer lists are read when they are needed
 _MAX_ENTRIES = 100_000  # of metadata; real files have some fifty
 _MAX_TENSORS = 1_000_000
 _MAX_DIMS = 4
+_MAX_STRING = 64 << 20  # bytes; the longest are chat templates
 _ALIGNMENT = 32
 _PARSE_ERRORS = (OSError, ValueError, LookupError, OverflowError, struct.error)
 
@@ -127,7 +128,7 @@ def read_gguf(path: Path) -> GgufHeader:
         if expected != len(tensors):
             raise CheckpointError(
                 f"the {count} parts of {path} have {len(tensors):,} tensors, but should have "
-                f"{expected:,}; copy or download them again"
+                f"{expected!r}; copy or download them again"
             )
     return GgufHeader(path=path, metadata=metadata, tensors=tensors)
 
@@ -323,7 +324,9 @@ class _Reader:
         return self._bytes(self._length()).decode(errors="replace")
 
     def _length(self) -> int:
-        return struct.unpack("<Q", self._bytes(8))[0]
+        if (length := self.number("<Q")) > _MAX_STRING:
+            raise ValueError(f"a text of its header would have {length:,} bytes")
+        return length
 
     def _bytes(self, count: int) -> bytes:
         if count > self._size or len(found := self._file.read(count)) < count:

@@ -36,6 +36,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "swin_norm": (False,),
 }
 _TOKENS_OF_END = ("eot", "eom")  # further ends of an answer
@@ -94,8 +98,8 @@ class _Metadata:
         value = _one_of_equals(self._header.metadata.get(name, default))
         if value is None:
             raise CheckpointError(
-                f"{self._header.path} has no {name} in its metadata; it is damaged, or was written "
-                "by a program that llama.cpp would not understand either"
+                f"{self._header.path} has no {name} in its metadata; convert the model again with "
+                "a newer program, or give the model that it was made from"
             )
         if kind is float and type(value) in (int, float):
             value = float(str(np.float32(value)))  # 1e-5, not the nearest float32 in 17 digits

@@ -7,7 +7,6 @@ its value. Everything here is plain torch and is the reference for the kernels.
 Shapes: R rows, C columns, G groups of 128 columns, B bytes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.errors import CheckpointError
-from moefit.quant.grouped_int import ROWS_AT_ONCE
+from moefit.quant.grouped_int import EncodedRows
 
 KIND = 17  # csrc/matrix.h
 GROUP = 128
@@ -29,7 +28,7 @@ def fp8_bytes(rows: int, cols: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Matrix:
+class Fp8Matrix(EncodedRows):
     """A matrix with weight = code * scale, in float32.
 
     Attributes:
@@ -56,29 +55,14 @@ class Fp8Matrix:
         )
 
     @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.codes_RB)
-
-    @property
     def kind(self) -> int:
         """The number by which kernels know the format."""
         return KIND
 
-    def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[Fp8Matrix]":
-        """Yield views of `rows` rows each."""
-        parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
-        for codes_RB, meta_RMG in zip(*parts, strict=True):
-            yield Fp8Matrix(self.cols, codes_RB, meta_RMG)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights [R, C], decoded in torch; the reference for every kernel."""
-        weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
-        for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
-            scale_RG = part.meta_RMG[:, 0] / _OF_A_HALF
-            scale_RC = scale_RG.repeat_interleave(GROUP, dim=1)[:, : self.cols]
-            target_RC.copy_(part.codes_RB.view(torch.float8_e4m3fn).float() * scale_RC)
-        return weight_RC
+    def _dense(self) -> Tensor:
+        scale_RG = self.meta_RMG[:, 0] / _OF_A_HALF
+        scale_RC = scale_RG.repeat_interleave(GROUP, dim=1)[:, : self.cols]
+        return self.codes_RB.view(torch.float8_e4m3fn).float() * scale_RC
 
     def fill(self, first: int, stored: StoredCodes) -> None:
         """Fill rows from `first` on.

@@ -8,7 +8,6 @@ halves, a byte each. Everything here is plain torch and is the reference for the
 Shapes: R rows, C columns, G groups of a row, B bytes, M values of metadata per group.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefit.moe.families import ScaledCodes
-from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, SLAB, groups_of, rows_of, unpack
+from moefit.quant.grouped_int import GROUP, EncodedRows, groups_of, rows_of, unpack
 
 HALF = 32  # inputs of half a group
 CODES = ("e2m1", "int4", "int8")
@@ -53,7 +52,7 @@ def scaled_bytes(rows: int, cols: int, codes: ScaledCodes) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledMatrix:
+class ScaledMatrix(EncodedRows):
     """A matrix with weight = scale * (value of code - zero).
 
     Codes and metadata are interleaved in slabs of 16 rows, so only slices of whole slabs are valid.
@@ -85,28 +84,9 @@ class ScaledMatrix:
         return cls.of(stored, cols, *(torch.empty(size, dtype=torch.uint8) for size in sizes))
 
     @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.codes_RB)
-
-    @property
     def kind(self) -> int:
         """The number by which kernels know the format."""
         return kind_of(self.stored)
-
-    def split(self, rows: int = ROWS_AT_ONCE) -> "Iterator[ScaledMatrix]":
-        """Yield views of `rows` rows each, a multiple of 16."""
-        assert rows % SLAB == 0
-        parts = self.codes_RB.split(rows), self.meta_RMG.split(rows)
-        for codes_RB, meta_RMG in zip(*parts, strict=True):
-            yield ScaledMatrix(self.stored, self.cols, codes_RB, meta_RMG)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights [R, C], decoded in torch; the reference for every kernel."""
-        weight_RC = torch.empty(self.rows, self.cols, dtype=dtype, device=self.codes_RB.device)
-        for part, target_RC in zip(self.split(), weight_RC.split(ROWS_AT_ONCE), strict=True):
-            target_RC.copy_(part._dense())
-        return weight_RC
 
     def _dense(self) -> Tensor:
         groups, kind = groups_of(self.cols), self.stored

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +144,8 @@ def _with_kernels(forward: FunctionType, dtype: torch.dtype) -> FunctionType | N
     found: dict[str, RotaryFunction] = {}
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
-        if _may_rotate(function) and (rule := rotary_rule(function, dtype)) is not None:  # pyright: ignore
-            found[name] = RotaryFunction(function, rule)  # pyright: ignore
+        if _may_rotate(function) and (rule := rotary_rule(function, dtype)) is not None:
+            found[name] = RotaryFunction(function, rule)
     if not found:
         return None
     copy = FunctionType(
@@ -160,7 +160,7 @@ def _with_kernels(forward: FunctionType, dtype: torch.dtype) -> FunctionType | N
     return copy
 
 
-def _may_rotate(function: object) -> bool:
+def _may_rotate(function: object) -> TypeGuard[FunctionType]:
     """Return whether something is a function of cosines and sines."""
     return isinstance(function, FunctionType) and {"cos", "sin"} <= set(
         inspect.signature(function).parameters

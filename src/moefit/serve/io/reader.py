@@ -18,8 +18,9 @@ from moefit.checkpoint.sources import ExpertSource, Targets
 from moefit.errors import CheckpointError
 from moefit.moe.families import MoeBlock, Tensors
 from moefit.quant.format import Format
-from moefit.quant.grouped_int import GroupedMatrix
 from moefit.quant.scaled.fill import FilledMatrix
+from moefit.quant.scaled.fp8 import Fp8Matrix
+from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.serve.cache.slot import Slot
 from moefit.serve.packed.store import PackedStore
 
@@ -130,6 +131,11 @@ def _targets(slot: Slot) -> Targets:
     """Return what a source fills in a slot of the checkpoint's own format."""
     targets: dict[str, Tensor | FilledMatrix] = {}
     for short, weight in slot.tensors.items():
-        assert not isinstance(weight, GroupedMatrix), "it is not of the checkpoint's own format"
-        targets[short] = weight if isinstance(weight, Tensor) else FilledMatrix(weight)
+        if isinstance(weight, Tensor):
+            targets[short] = weight
+        else:
+            assert isinstance(weight, ScaledMatrix | Fp8Matrix), (
+                "not of the checkpoint's own format"
+            )
+            targets[short] = FilledMatrix(weight)
     return targets

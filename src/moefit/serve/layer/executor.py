@@ -25,7 +25,7 @@ from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer, end_all
 from moefit.serve.stats import Counters
 
-_MAX_ROWS = 1024  # that one kernel call computes
+MAX_ROWS = 1024  # that one kernel call computes
 
 
 class FusedExperts:
@@ -84,11 +84,11 @@ class FusedExperts:
 
 
 def _limit_rows(batch: Sequence[tuple[Slot, Tensor]]) -> Iterator[list[tuple[Slot, Tensor]]]:
-    """Yield parts of at most `_MAX_ROWS` rows, which limits the memory of hidden units."""
+    """Yield parts of at most `MAX_ROWS` rows, which limits the memory of hidden units."""
     part, number = list[tuple[Slot, Tensor]](), 0
     for slot, rows_R in batch:
-        for some_R in rows_R.split(_MAX_ROWS):
-            if part and number + len(some_R) > _MAX_ROWS:
+        for some_R in rows_R.split(MAX_ROWS):
+            if part and number + len(some_R) > MAX_ROWS:
                 yield part
                 part, number = [], 0
             part.append((slot, some_R))

@@ -71,6 +71,7 @@ class RouterForward:
             compiled is None
             or others
             or named
+            or x.dim() != 2
             or x.dtype != form.dtype
             or not x.is_cpu
             or not x.numel()
@@ -80,9 +81,7 @@ class RouterForward:
         matrix = self._matrix
         if matrix is None or matrix.matrix.codes != weight_ED.data_ptr():
             matrix = self._prepare(compiled, weight_ED)
-        logits_TE = compiled.linear(
-            x.reshape(-1, matrix.cols), matrix, form.product, self._bias_E
-        ).to(form.logits)
+        logits_TE = compiled.linear(x, matrix, form.product, self._bias_E).to(form.logits)
         routing = self.choose(logits_TE)
         made: list[Tensor] = [logits_TE] * 3
         made[form.order[1]], made[form.order[2]] = routing.weights_TK, routing.ids_TK

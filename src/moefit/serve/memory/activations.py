@@ -9,6 +9,7 @@ import torch
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.quant.kv_int8 import bytes_per_row
+from moefit.serve.layer.executor import MAX_ROWS
 
 # Pages of libraries and of the allocator that only computing touches. With torch's own products the
 # first forward and generate of a model of 50 kB were measured to raise the resident set by 60 to 75
@@ -16,7 +17,6 @@ from moefit.quant.kv_int8 import bytes_per_row
 # operating system's figure).
 FIRST_USE = 96 << 20
 KERNEL_FIRST_USE = 24 << 20
-_KERNEL_ROWS = 1024  # routed rows of one kernel call at most; see serve/layer/executor.py
 # Bytes per token of the vocabulary while one token is sampled: logits in float64, sorted, with
 # their indices, as probabilities and as sums; the same in transformers' `generate`, in float32.
 _SAMPLING = 64
@@ -74,9 +74,10 @@ def workspace_bytes(
 
     Per token: 16 tensors of the model's width for the residual stream and a block's intermediates,
     three of the widest MLP, three of K rows for the routed experts, and three of one layer's
-    expanded keys and values of latent attention. In addition two rows of logits, also in float32,
-    with what sampling makes of one, and one layer's attention scores where no fused kernel avoids
-    them.
+    expanded keys and values of latent attention. Per row of one call of the experts' kernel: hidden
+    units in float32, 16 bits, digits and panels, and outputs in float32. In addition two rows of
+    logits, also in float32, with what sampling makes of one, and one layer's attention scores where
+    no fused kernel avoids them.
 
     Args:
         config: The model's transformers configuration.
@@ -102,9 +103,8 @@ def workspace_bytes(
     per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
     scores = _score_bytes(config, tokens)
     logits = vocabulary * (2 * (4 + dtype.itemsize) + _SAMPLING)
-    # Rows of one kernel call: hidden units in float32, halves, digits and panels; float32 outputs.
-    expert = _first(text, "moe_intermediate_size", "intermediate_size", "d_ff") or 0
-    routed = min(_KERNEL_ROWS, k * tokens) * (14 * expert + 8 * width)
+    expert = _first(text, "moe_intermediate_size", "intermediate_size", "d_ff", "decoder_ffn_dim")
+    routed = min(MAX_ROWS, k * tokens) * (14 * (expert or 0) + 8 * width)
     return first_use + tokens * per_token + scores + logits + routed
 
 

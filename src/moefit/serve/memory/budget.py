@@ -151,6 +151,7 @@ class MemoryBudget:
         reading: Peak while the tokenizer is read, which happens before anything else is loaded.
         slack: Part of `process` that only allows for a larger process than the measured one, since
             process sizes differ between runs.
+        first_use: Part of `workspace` that only the first use of libraries touches, at most.
     """
 
     total: int | None
@@ -167,6 +168,7 @@ class MemoryBudget:
     tokenizer: int = 0
     reading: int = 0
     slack: int = 0
+    first_use: int = 0
     kv_dtype: str | None = None
 
     @property

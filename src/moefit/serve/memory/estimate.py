@@ -116,8 +116,8 @@ def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
     where = "this machine's memory"
     if limit is not None and limit.nbytes == system_limit:
         where = f"the limit of this process's control group ({limit.file})"
-    exceeds = not swap_bytes() and needed - FIRST_USE > system_limit
-    if exceeds and budget.min_bytes - FIRST_USE > system_limit:
+    exceeds = not swap_bytes() and needed - budget.first_use > system_limit
+    if exceeds and budget.min_bytes - budget.first_use > system_limit:
         raise BudgetTooSmallError(
             f"{where} is {format_bytes(system_limit)}, but this model needs at least "
             f"{format_bytes(budget.min_bytes)}; raise it to {at_least(budget.min_bytes)}, or give "
@@ -250,6 +250,7 @@ def memory_budget(
     packed = packed or open_packed(skeleton, settings.formats())
     on_gpu, is_auto = device.type != "cpu", settings.precision == AUTO_PRECISION
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
+    first_use = _first_use(skeleton, device)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
@@ -260,8 +261,9 @@ def memory_budget(
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
-        workspace=workspace_bytes(config, context, dtype, first_use=_first_use(skeleton, device))
+        workspace=workspace_bytes(config, context, dtype, first_use=first_use)
         + extra_logits_bytes(config, context, dtype, settings.sequences, settings.prompt_logits),
+        first_use=first_use,
         staging=_staging_bytes(skeleton, settings, packed),
         host=_host_bytes(skeleton, settings) if on_gpu else None,
         blocks=tuple(

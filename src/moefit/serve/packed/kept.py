@@ -2,8 +2,8 @@
 
 Everything in the folder can be made again: packed stores by `moefit pack`, profiles by
 `moefit profile`, tokens of a training text by `moefit train`. An entry is one folder of one of
-these kinds. Entries are stale if nothing reads them: their checkpoint is no longer where it was, or
-they have a layout or an encoder of another version.
+these kinds. Entries are stale if their checkpoint is no longer where it was, so that nothing reads
+them unless it was moved, or if they have a layout or an encoder of another version.
 """
 
 import json
@@ -38,7 +38,7 @@ class Entry:
         changed: When its newest file was written, in seconds since 1970.
         source: The checkpoint that it was made from, as far as it is known.
         contents: What it holds, such as names of formats.
-        stale: Why nothing reads it; empty if something may.
+        stale: Why nothing is expected to read it; empty if something may.
         leftovers: Files that a killed process did not finish.
     """
 
