@@ -210,7 +210,7 @@ class Router(nn.Module):
         self.weight, self.manner = nn.Parameter(torch.randn(8, 16)), manner
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        logits = F.linear(x.reshape(-1, 16), self.weight)
+        logits = F.linear(x if self.manner == "sequences" else x.reshape(-1, 16), self.weight)
         if self.manner == "squared logits":
             logits = logits**2
         if self.manner == "capped logits":
@@ -252,14 +252,18 @@ def test_cap_that_common_inputs_do_not_reach_is_seen() -> None:
         assert (router_form(router, rule, None, torch.bfloat16) is not None) == known
 
 
-def test_inputs_of_other_shapes_are_the_routers_own() -> None:
-    router, rule = Router(), ScoringRule(score="softmax", chosen="kept")
+@pytest.mark.parametrize("manner", ["", "sequences"])
+def test_sequences_are_given_as_the_router_itself_would(manner: str) -> None:
+    """A router that puts their tokens in a row is computed by kernels; another is left alone."""
+    router, rule = Router(manner), ScoringRule(score="softmax", chosen="kept")
     form = router_form(router, rule, None, torch.float32)
-    assert form is not None
-    x_BTD = normal(2, 3, 16)
+    assert form is not None and form.flattens == (not manner)
+    forward, x_BTD = RouterForward(router, form), normal(2, 3, 16)
+    wanted = router if manner else forward
     with torch.no_grad():
-        made = RouterForward(router, form)(x_BTD)
-        assert all(torch.equal(a, b) for a, b in zip(made, router(x_BTD), strict=True))
+        made = forward(x_BTD)
+        own = wanted(x_BTD if manner else x_BTD.flatten(0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(made, own, strict=True))
 
 
 def test_gradients_other_dtypes_and_copies() -> None:

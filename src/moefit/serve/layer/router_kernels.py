@@ -40,6 +40,7 @@ class RouterForm:
         weights: The dtype of weights.
         chosen: K.
         order: Positions of logits, weights and ids in the output.
+        flattens: Whether tokens may also be given as [B, T, D], with the same output.
     """
 
     rule: ScoringRule
@@ -51,6 +52,7 @@ class RouterForm:
     weights: torch.dtype
     chosen: int
     order: tuple[int, int, int]
+    flattens: bool
 
 
 class RouterForward:
@@ -71,7 +73,7 @@ class RouterForward:
             compiled is None
             or others
             or named
-            or x.dim() != 2
+            or not (x.dim() == 2 or (form.flattens and x.dim() == 3))
             or x.dtype != form.dtype
             or not x.is_cpu
             or not x.numel()
@@ -81,7 +83,8 @@ class RouterForward:
         matrix = self._matrix
         if matrix is None or matrix.matrix.codes != weight_ED.data_ptr():
             matrix = self._prepare(compiled, weight_ED)
-        logits_TE = compiled.linear(x, matrix, form.product, self._bias_E).to(form.logits)
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE = compiled.linear(x_TD, matrix, form.product, self._bias_E).to(form.logits)
         routing = self.choose(logits_TE)
         made: list[Tensor] = [logits_TE] * 3
         made[form.order[1]], made[form.order[2]] = routing.weights_TK, routing.ids_TK
@@ -179,6 +182,7 @@ def router_form(
     if order is None:
         return None
     logits_TE, weights_TK, ids_TK = (found[at] for at in order)
+    flattens = _flattens(module, x_TD, found)
     for form in _forms(module, rule, bias_E, dtype):
         form = RouterForm(
             **form,
@@ -186,6 +190,7 @@ def router_form(
             weights=weights_TK.dtype,
             chosen=ids_TK.shape[1],
             order=order,
+            flattens=flattens,
         )
         if _agrees(form, module, x_TD, found):
             return form
@@ -206,6 +211,18 @@ def _order(found: object, num_experts: int) -> tuple[int, int, int] | None:
     wide = [at for at in floats if found[at].shape[1] == num_experts]
     narrow = [at for at in floats if found[at].shape[1] == chosen and at not in wide]
     return (wide[0], narrow[0], ids[0]) if len(wide) == len(narrow) == 1 else None
+
+
+def _flattens(module: nn.Module, x_TD: Tensor, found: Sequence[Tensor]) -> bool:
+    """Return whether a router gives the same for tokens as a batch of sequences."""
+    try:
+        other = module(x_TD.view(2, -1, x_TD.shape[-1]))
+    except Exception:  # noqa: BLE001 - it wants tokens in a row
+        return False
+    return len(other) == len(found) and all(
+        isinstance(one, Tensor) and one.shape == own.shape
+        for one, own in zip(other, found, strict=True)
+    )
 
 
 def _forms(
