@@ -1,4 +1,4 @@
-"""Tiny random models of every family behind transformers' experts interface.
+"""Tiny random models of every family behind transformers' experts interface, and some others.
 
 Families are found by scanning transformers' sources for the interface's decorator, so that families
 of new versions are tested. A model's configuration is the family's default, shrunk by field name;
@@ -96,12 +96,21 @@ REQUIRED = ("num_experts", "n_routed_experts", "num_experts_per_tok", "top_k_exp
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 HALF = ["linear_attention", "full_attention"] * 2
+OWN_EXPERTS = ("dbrx", "llama4", "longcat_flash", "step3p7")
+"""Families with experts of their own kind, besides those that have tests of their own."""
+
 MODEL_CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 """The part of a family that takes text, where it is not the one that a rule finds."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HALF},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "dbrx": {
+        "n_layers": 3,
+        "n_heads": 4,
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 2},
+        "ffn_config": {"moe_top_k": TOP_K, "ffn_hidden_size": 24},
+    },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "diffusion_gemma": {
@@ -180,6 +189,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": HALF},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "muse_spark": {"audio_config": {"hidden_sizes": [8, 8, 8, 8]}},
+    "llama4": {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
+    "llama4_multimodal": {
+        "vision_config": {
+            **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32),
+            "vision_output_dim": 32,
+            "intermediate_size": 128,
+        }
+    },
+    "longcat_flash": {
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "ffn_hidden_size": 24,
+        "expert_ffn_hidden_size": 16,
+        "zero_expert_num": 4,
+    },
+    "step3p7": {"text_config": {"sliding_window": 8, "share_expert_dim": 16}},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "qwen4_exp": {
         "hc_lowrank": 4,
@@ -205,9 +231,10 @@ def families() -> dict[str, tuple[str, str]]:
     found = {}
     for file in sorted(models.glob("*/modeling_*.py")):
         source = file.read_text(encoding="utf-8")
-        if not re.search(r"^@use_experts_implementation", source, re.M):
-            continue
         folder = file.parent.name
+        interface = re.search(r"^@use_experts_implementation", source, re.M)
+        if not interface and folder not in OWN_EXPERTS:
+            continue
         texts, multimodal = _heads(source, "CausalLM"), _heads(source, "ConditionalGeneration")
         first = MODEL_CLASSES.get(folder) or [*texts, *multimodal, *_heads(source, r"\w+")][0]
         found[folder] = folder, first

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import JetMoeConfig, JetMoeForCausalLM
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 
-from moefit.moe.layouts import JetMoeLayout, ServedJetMoe
+from moefit.moe.layouts import GatedLayout, ServedJetMoe
 
 EXPERTS = 5
 
@@ -138,7 +138,9 @@ class FromTheStack(nn.Module):
 
     def __init__(self, block: JetMoeMoE):
         super().__init__()
-        self._layout = JetMoeLayout(block)
+        self._layout = GatedLayout(
+            block, "input_linear.weight", "output_linear.weight", block.activation
+        )
         self._stacks = {short: block.get_parameter(short) for short in self._layout.specs}
 
     def forward(self, x_TD, ids_TK, weights_TK):

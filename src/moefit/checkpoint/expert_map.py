@@ -384,7 +384,8 @@ def _source(
                 "incomplete, or of another model than its config.json says"
             )
         entry = collected[target]
-        sources = _of_expert(entry, row, block.num_experts, target)
+        rows = model.get_parameter(target).shape[0] if row is not None else block.num_experts
+        sources = _of_expert(entry, row, (block.num_experts, rows), target)
         ranges = _byte_ranges(short, spec, entry.converter, sources, stacked=row is not None)
         if ranges:
             parts.extend(ranges)
@@ -405,24 +406,36 @@ def _source(
 
 
 def _of_expert(
-    entry: _Collected, row: int | None, num_experts: int, target: str
+    entry: _Collected, row: int | None, counts: tuple[int, int], target: str
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """Return the tensors of one expert: an entry of a list, or a row of a stacked tensor."""
+    """Return the tensors of one expert: an entry of a list, or some rows of a stacked tensor.
+
+    Args:
+        entry: The tensors of all experts.
+        row: The expert; None if the tensors are its own.
+        counts: The number of experts, and of rows of the model's parameter: those of LongCat-Flash
+            are more, of DBRX several for each expert.
+        target: The parameter, for errors.
+    """
     if row is None:
         return {pattern: tuple(group) for pattern, group in entry.stored.items()}
     sources: dict[str, tuple[StoredTensor, ...]] = {}
     operations = entry.converter.operations if entry.converter else [None]
+    num_experts, num_rows = counts
     is_list = num_experts > 1 or isinstance(operations[0], MergeModulelist)
     for pattern, group in entry.stored.items():
-        if len(group) == num_experts and is_list:
+        first = group[0]
+        if len(group) in counts and is_list:
             sources[pattern] = (group[row],)
-        elif len(group) == 1 and group[0].shape[:1] == (num_experts,):
-            one = group[0].row(row)
+        elif len(group) == 1 and first.shape[:1] == (num_experts,):
+            one = first.row(row)
             sources[pattern] = (one.in_stack() if entry.converter else one,)
+        elif len(group) == 1 and first.shape[:1] == (num_rows,) and isinstance(first, Span):
+            sources[pattern] = (first.part(row, num_experts),)
         else:
             raise CheckpointError(
                 f"{target} needs {num_experts} experts, but the checkpoint has {len(group)} "
-                f"tensors of shape {list(group[0].shape)} for it ({group[0].name}, ...)"
+                f"tensors of shape {list(first.shape)} for it ({first.name}, ...)"
             )
     return sources
 

@@ -150,6 +150,11 @@ class Span:
             shape=self.shape[1:],
         )
 
+    def part(self, index: int, count: int) -> "Span":
+        """Return part `index` of `count` equal parts of the first axis."""
+        rows = self.shape[0] // count
+        return replace(self, shape=(count, rows, *self.shape[1:])).row(index)
+
     def in_stack(self) -> "Span":
         """Return the span as the only row of a first axis."""
         return replace(self, shape=(1, *self.shape))

@@ -120,6 +120,7 @@ class MoeBlock:
     name: str
     layout: Layout
     shell: Callable[[nn.Module], nn.Module] | None = None
+    weighs_inputs: bool = False
 
     @property
     def parent(self) -> str:

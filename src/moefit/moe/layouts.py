@@ -1,8 +1,11 @@
 """Find the MoE blocks of a Hugging Face model, and describe how each computes one expert.
 
 One layout class per way of storing experts; families with the same storage share it. Activation
-functions are recognised by their values, not by their class. The experts of JetMoE are part of its
-block, so its block gets a replacement that calls an experts module.
+functions are recognised by their values, not by their class. The blocks of JetMoE, Llama 4 and
+LongCat-Flash do more with experts than `experts(x_TD, ids_TK, weights_TK) -> y_TD`, so they get a
+replacement that calls an experts module.
+
+Shapes: B sequences, T tokens, D model width, E experts, K chosen per token, F expert width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
-from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
-from transformers.models.switch_transformers.modeling_switch_transformers import (
-    SwitchTransformersExperts,
-)
 
 from moefit.errors import UnsupportedModelError
 from moefit.moe.families import MlpShape, MoeBlock, Product, Tensors, TensorSpec
@@ -65,7 +63,7 @@ def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str
 class ServedJetMoe(nn.Module):
     """JetMoE's block with its experts replaced by `experts(x_TD, ids_TK, weights_TK) -> y_TD`."""
 
-    def __init__(self, block: JetMoeMoE, experts: nn.Module):
+    def __init__(self, block: Any, experts: nn.Module):
         super().__init__()
         self.router, self.bias, self.experts = block.router, block.bias, experts
 
@@ -78,6 +76,40 @@ class ServedJetMoe(nn.Module):
         logits_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=-1)
         y_TD = self.experts(x_TD, ids_TK, logits_TK.softmax(-1).type_as(x_TD))
         return y_TD.view_as(x_BTD) + self.bias
+
+
+class ServedLlama4(nn.Module):
+    """Llama 4's block with served experts, whose inputs are scaled by the router's weights."""
+
+    def __init__(self, block: Any, experts: nn.Module):
+        super().__init__()
+        self.router, self.shared_expert, self.top_k = block.router, block.shared_expert, block.top_k
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output [T, D] and the router's logits [T, E]."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE, logits_TE = self.router(x_TD)
+        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)  # 0 where not chosen
+        return self.shared_expert(x_TD) + self.experts(x_TD, ids_TK, weights_TK), logits_TE
+
+
+class ServedLongcat(nn.Module):
+    """LongCat-Flash's block with served experts: further ones return their input (zero experts)."""
+
+    def __init__(self, block: Any, experts: nn.Module):
+        super().__init__()
+        self.router, self.experts = block.router, experts
+        self._num_experts = int(block.experts.num_routed_experts)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Map [B, T, D] to [B, T, D]."""
+        _, weights_TK, ids_TK = self.router(x_BTD)
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        is_zero_TK = ids_TK >= self._num_experts
+        y_TD = self.experts(x_TD, ids_TK.masked_fill(is_zero_TK, self._num_experts), weights_TK)
+        kept_T1 = (weights_TK * is_zero_TK).sum(-1, keepdim=True)
+        return (y_TD + (x_TD * kept_T1).type_as(x_TD)).view_as(x_BTD)
 
 
 def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
@@ -93,7 +125,7 @@ def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts that can be served one by one: none behind "
-            "transformers' experts interface, no Switch Transformers, NLLB-MoE or JetMoE layout; "
+            f"transformers' experts interface, and none of {', '.join(sorted(_OF_FAMILIES))}; "
             "a model without experts is served by transformers itself"
         )
     return found
@@ -101,13 +133,10 @@ def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
 
 def _blocks(model: nn.Module) -> Iterator[MoeBlock]:
     for name, module in model.named_modules():
-        if isinstance(module, SwitchTransformersExperts):
-            yield MoeBlock(name=name, layout=SwitchLayout(module))
-        elif isinstance(module, NllbMoeExperts):
-            yield MoeBlock(name=name, layout=NllbLayout(module))
-        elif isinstance(module, JetMoeMoE):
-            shell = partial(ServedJetMoe, module)
-            yield MoeBlock(name=name, layout=JetMoeLayout(module), shell=shell)
+        kind = type(module)
+        own = kind.__module__.startswith("transformers.models.")
+        if own and (make := _OF_FAMILIES.get(kind.__name__)) is not None:
+            yield make(name, module)
         elif _uses_experts_interface(module):
             yield MoeBlock(name=name, layout=StackedLayout(module))
 
@@ -129,20 +158,21 @@ class StackedLayout:
         self._experts = cast(Any, experts)
         parameters = dict(experts.named_parameters(recurse=False))
         self.num_experts = self._experts.down_proj.shape[0]
-        self._input = "gate_up_proj" if self._experts.has_gate else "up_proj"
+        # Step 3.7 has the interface's form without its flags.
+        self._has_gate = bool(getattr(experts, "has_gate", True))
+        self._is_transposed = bool(getattr(experts, "is_transposed", False))
+        self._input = "gate_up_proj" if self._has_gate else "up_proj"
         self.specs: Mapping[str, TensorSpec] = {
-            short: TensorSpec(
-                tuple(parameter.shape[1:]), parameter.dtype, bool(self._experts.is_transposed)
-            )
+            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype, self._is_transposed)
             for short, parameter in parameters.items()
             if parameter.shape[0] == self.num_experts
         }
         self.mlp = self._mlp()
 
     def _mlp(self) -> MlpShape | None:
-        if self._has_norm or self._experts.is_transposed or len(self.specs) != 2:
+        if self._has_norm or self._is_transposed or len(self.specs) != 2:
             return None
-        gated = bool(self._experts.has_gate)
+        gated = self._has_gate
         activate = self._experts._apply_gate if gated else self._experts.act_fn
         activation = activation_name(activate, gated=gated)
         if activation is None:
@@ -160,7 +190,7 @@ class StackedLayout:
     def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return the same with other products."""
         h_RI = product(self._input, x_RD, tensors.get(f"{self._input}_bias"))
-        activate = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
+        activate = self._experts._apply_gate if self._has_gate else self._experts.act_fn
         h_RF = activate(h_RI)
         y_RD = product("down_proj", h_RF, tensors.get("down_proj_bias"))
         return self._experts.post_expert_norm(y_RD) if self._has_norm else y_RD
@@ -176,36 +206,43 @@ class StackedLayout:
 
     def _linear(self, tensors: Tensors, short: str, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         weight = tensors[short]
-        if self._experts.is_transposed:
+        if self._is_transposed:
             y_RO = x_RI @ weight
             return y_RO if bias is None else y_RO + bias
         return F.linear(x_RI, weight, bias)
 
 
-class JetMoeLayout:
-    """JetMoE's MLP: stacked `input_linear` (gate and up) and `output_linear` of the block itself.
+class GatedLayout:
+    """Stacked matrices of a block itself: one with gate above up, and one for the output.
 
-    Its attention experts (MoA) are not served from slots: their matrices are used before and after
-    attention, so they belong to the dense weights.
+    Args:
+        block: The block.
+        w_in: Name of the first parameter below the block, [E, 2F, D].
+        w_out: Name of the second, [E, D, F].
+        activation: Of the gate.
+        inputs_first: Whether the matrices are transposed, [E, D, 2F] and [E, F, D].
     """
 
-    def __init__(self, block: nn.Module):
-        self._activation = cast(Any, block).activation
+    def __init__(
+        self,
+        block: nn.Module,
+        w_in: str,
+        w_out: str,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        inputs_first: bool = False,
+    ):
+        self._in, self._out, self._activation = w_in, w_out, activation
+        own = {short: block.get_parameter(short) for short in (w_in, w_out)}
+        self.num_experts = own[w_out].shape[0]
         self.specs: Mapping[str, TensorSpec] = {
-            short: TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
-            for short, parameter in block.named_parameters()
-            if short in ("input_linear.weight", "output_linear.weight")
+            short: TensorSpec(tuple(one.shape[1:]), one.dtype, inputs_first)
+            for short, one in own.items()
         }
-        self.num_experts = int(cast(Any, block).input_linear.num_experts)
-        activation = activation_name(self._activation, gated=False)
+        known = None if inputs_first else activation_name(activation, gated=False)
         self.mlp: MlpShape | None = None
-        if activation is not None:
-            self.mlp = MlpShape(
-                w_in="input_linear.weight",
-                w_out="output_linear.weight",
-                activation=activation,
-                gated=True,
-            )
+        if known is not None:
+            self.mlp = MlpShape(w_in=w_in, w_out=w_out, activation=known, gated=True)
 
     def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
         """Return the stacked parameter and the expert's row."""
@@ -213,18 +250,58 @@ class JetMoeLayout:
 
     def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return output(act(gate) * up)."""
-        gate_RF, up_RF = F.linear(x_RD, tensors["input_linear.weight"]).chunk(2, dim=-1)
-        return F.linear(self._activation(gate_RF) * up_RF, tensors["output_linear.weight"])
+        return self.output_by(partial(_product, self.specs, tensors), tensors, x_RD)
 
     def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor:
         """Return the same with other products."""
-        gate_RF, up_RF = product("input_linear.weight", x_RD, None).chunk(2, dim=-1)
-        return product("output_linear.weight", self._activation(gate_RF) * up_RF, None)
+        gate_RF, up_RF = product(self._in, x_RD, None).chunk(2, dim=-1)
+        return product(self._out, self._activation(gate_RF) * up_RF, None)
 
     def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
-        """Return the (ids_TK, weights_TK) of `ServedJetMoe`."""
+        """Return the (ids_TK, weights_TK) of the block's replacement."""
         ids_TK, weights_TK = arguments
         return Routing(ids_TK.view(num_tokens, -1), weights_TK.view(num_tokens, -1))
+
+
+class DbrxLayout:
+    """DBRX: matrices of all experts above each other, [E * F, D]; the last one is transposed."""
+
+    def __init__(self, experts: nn.Module):
+        mlp = cast(Any, experts).mlp
+        self.num_experts = int(mlp.moe_num_experts)
+        self._activation = mlp.activation_fn
+        shape = (int(mlp.ffn_hidden_size), int(mlp.hidden_size))
+        self.specs: Mapping[str, TensorSpec] = {
+            f"mlp.{short}": TensorSpec(shape, getattr(mlp, short).dtype, short == "w2")
+            for short in ("w1", "v1", "w2")
+        }
+        self.mlp: MlpShape | None = None
+
+    def parameter(self, short: str, expert: int) -> tuple[str, int | None]:
+        """Return the parameter of all experts and the expert's row."""
+        return short, expert
+
+    def output(self, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """Return (act(x W1^T) * x V1^T) W2."""
+        return self.output_by(partial(_product, self.specs, tensors), tensors, x_RD)
+
+    def output_by(self, product: Product, tensors: Tensors, x_RD: Tensor) -> Tensor:
+        """Return the same with other products."""
+        h_RF = self._activation(product("mlp.w1", x_RD, None)) * product("mlp.v1", x_RD, None)
+        return product("mlp.w2", h_RF, None)
+
+    def routing(self, num_tokens: int, *arguments: Tensor) -> Routing:
+        """Return the block's (ids_TK, weights_TK)."""
+        ids_TK, weights_TK = arguments
+        return Routing(ids_TK.view(num_tokens, -1), weights_TK.view(num_tokens, -1))
+
+
+def _product(
+    specs: Mapping[str, TensorSpec], tensors: Tensors, short: str, x_RI: Tensor, _bias: None
+) -> Tensor:
+    """Return x W^T, or x W for matrices whose rows are inputs."""
+    weight = tensors[short]
+    return x_RI @ weight if specs[short].inputs_first else F.linear(x_RI, weight)
 
 
 class SwitchLayout:
@@ -291,3 +368,41 @@ class NllbLayout(SwitchLayout):
         return Routing(
             ids_TK.masked_fill(weights_TK == 0, self.num_experts), weights_TK * self._kept
         )
+
+
+def _jetmoe(name: str, block: nn.Module) -> MoeBlock:
+    """Return JetMoE's block.
+
+    Its attention experts (MoA) are not served from slots: their matrices are used before and after
+    attention, so they belong to the dense weights.
+    """
+    names = ("input_linear.weight", "output_linear.weight")
+    layout = GatedLayout(block, *names, cast(Any, block).activation)
+    return MoeBlock(name=name, layout=layout, shell=partial(ServedJetMoe, block))
+
+
+def _llama4(name: str, block: nn.Module) -> MoeBlock:
+    names = ("experts.gate_up_proj", "experts.down_proj")
+    layout = GatedLayout(block, *names, cast(Any, block).experts.act_fn, inputs_first=True)
+    shell = partial(ServedLlama4, block)
+    return MoeBlock(name=name, layout=layout, shell=shell, weighs_inputs=True)
+
+
+def _longcat(name: str, block: nn.Module) -> MoeBlock:
+    names = ("experts.gate_up_proj", "experts.down_proj")
+    layout = GatedLayout(block, *names, cast(Any, block).experts.act_fn)
+    return MoeBlock(name=name, layout=layout, shell=partial(ServedLongcat, block))
+
+
+_OF_FAMILIES: Mapping[str, Callable[[str, Any], MoeBlock]] = {
+    "DbrxExperts": lambda name, experts: MoeBlock(name=name, layout=DbrxLayout(experts)),
+    "JetMoeMoE": _jetmoe,
+    "Llama4TextMoe": _llama4,
+    "LongcatFlashMoE": _longcat,
+    "NllbMoeExperts": lambda name, experts: MoeBlock(name=name, layout=NllbLayout(experts)),
+    "Step3p7Experts": lambda name, experts: MoeBlock(name=name, layout=StackedLayout(experts)),
+    "SwitchTransformersExperts": lambda name, experts: MoeBlock(
+        name=name, layout=SwitchLayout(experts)
+    ),
+}
+"""By the name of the class that is replaced; importing the classes would load all families."""

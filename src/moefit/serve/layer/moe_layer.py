@@ -130,7 +130,7 @@ class VirtualExperts(nn.Module):
         routing = chosen if mode == "exact" else self._reroute(mode, policy, chosen)
         residents = set(self.slot_table.residents)
         try:
-            y_TD = self._invoke(x_TD, routing)
+            y_TD = self._compute(x_TD, routing)
         finally:
             if policy.residency == "fixed":
                 self._restore(residents)
@@ -144,6 +144,18 @@ class VirtualExperts(nn.Module):
         ):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
+
+    def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted sum over a token's experts."""
+        if not self.block.weighs_inputs:
+            return self._invoke(x_TD, routing)
+        num_choices = routing.ids_TK.shape[1]
+        weights_R1 = routing.weights_TK.reshape(-1, 1).type_as(x_TD)
+        x_RD = x_TD.repeat_interleave(num_choices, dim=0) * weights_R1
+        y_RD = self._invoke(
+            x_RD, Routing(routing.ids_TK.reshape(-1, 1), torch.ones_like(weights_R1))
+        )
+        return y_RD.view(len(x_TD), num_choices, -1).sum(1)
 
     def _step_mode(self, policy: Policy) -> Mode:
         """Return the mode of this step; virtual is exact while there are empty slots to fill."""
