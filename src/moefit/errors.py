@@ -9,7 +9,9 @@
     ├── UnsupportedModelError  the model is valid, but this operation does not support it
     ├── QueueFullError         the queue of waiting requests is full
     ├── RefusedError           the engine accepts no more requests
-    └── DivergenceError        the training loss is not finite
+    ├── DivergenceError        the training loss is not finite
+    ├── LostProcessError       another process of the same run ended or does not answer
+    └── ElsewhereError         another process of the same run reports the error
 
 Each message says what was given, why it is not possible, and the nearest thing that works. Broken
 invariants of moefit itself are `assert`s instead.
@@ -86,3 +88,11 @@ class RefusedError(MoefitError):
 
 class DivergenceError(MoefitError):
     """The training loss is not finite."""
+
+
+class LostProcessError(MoefitError):
+    """Another process of the same run ended or does not answer."""
+
+
+class ElsewhereError(MoefitError):
+    """Another process of the same run reports the error; this one ends without a message."""

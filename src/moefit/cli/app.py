@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import moefit
 from moefit import errors
-from moefit.errors import ConfigError, MoefitError
+from moefit.errors import ConfigError, ElsewhereError, MoefitError
 
 # How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
 # own; the default of a thousand each takes hundreds of MiB.
@@ -162,6 +162,8 @@ def main() -> NoReturn:
         os.environ.setdefault(cache, "128")
     try:
         app()
+    except ElsewhereError:
+        sys.exit(2)
     except MoefitError as error:
         console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         say(str(error))

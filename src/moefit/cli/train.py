@@ -1,5 +1,6 @@
 """Commands that train models: train, adapt, demo."""
 
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,9 @@ from moefit.evaluate.loading import check_family, load_full_model, locate
 from moefit.moe.expert_dropout import dropout_record
 from moefit.train.adapt import adapt_config, write_adapted
 from moefit.train.config import read_config
-from moefit.train.display import display
+from moefit.train.display import NoDisplay, display
 from moefit.train.loop import train as run_training
+from moefit.train.parallel.processes import joined_processes
 
 
 @command("train")
@@ -33,9 +35,12 @@ def train(
     first, *rest = arguments or [""]
     has_file = bool(first) and "=" not in first
     overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
-    config = read_config(Path(first) if has_file else None, overrides)
-    with display(console) as callback:
-        result = run_training(config, callback)
+    with joined_processes() as processes:
+        config = processes.agreed(lambda: read_config(Path(first) if has_file else None, overrides))
+        with display(console) if processes.is_main else nullcontext(NoDisplay()) as callback:
+            result = run_training(config, callback, processes)
+    if not processes.is_main:
+        raise typer.Exit if result.stopped_by is None else stopped(result.stopped_by)
     if as_json:
         print_json(
             {

@@ -1,7 +1,7 @@
 """Mixture of attention heads as gated grouped-query attention (DS-MoE section 3.2, eq. 7-8).
 
 Includes the root-mean-square normalisation (arXiv 1910.07467) that attention and the decoder layers
-use, computed in float32 for any input dtype.
+use, computed in float32 (float64 for such inputs).
 
 Shapes: B sequences, T tokens, D model width, E attention experts, H query heads, G KV heads, C head
 width.
@@ -19,7 +19,7 @@ from transformers.models.olmoe.modeling_olmoe import apply_rotary_pos_emb, eager
 from moefit.cache_argument import one_cache
 from moefit.dsmoe.block import DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.moe.routing import Rule, active_experts, masked_scores
+from moefit.moe.routing import Rule, active_experts, at_least_float32, masked_scores
 
 
 class DsMoeRMSNorm(nn.Module):
@@ -36,7 +36,8 @@ class DsMoeRMSNorm(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         """Return x [.., D] normalised over its last dimension."""
-        y_D = F.rms_norm(x_D.float(), self.weight.shape, self.weight.float(), self.eps)
+        wide_D, weight_D = at_least_float32(x_D), at_least_float32(self.weight)
+        y_D = F.rms_norm(wide_D, self.weight.shape, weight_D, self.eps)
         return y_D.to(x_D.dtype)
 
 

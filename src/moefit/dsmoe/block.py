@@ -16,7 +16,14 @@ from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
-from moefit.moe.routing import Routing, Rule, masked_route, route, route_allowed
+from moefit.moe.routing import (
+    Routing,
+    Rule,
+    at_least_float32,
+    masked_route,
+    route,
+    route_allowed,
+)
 
 
 class DsMoeRouter(nn.Module):
@@ -35,11 +42,11 @@ class DsMoeRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return logits [.., E] for x [.., D]."""
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
+            x_TD = at_least_float32(x_TD)
             if self.hidden is not None:
-                bias = self.hidden.bias.float()
-                x_TD = F.gelu(F.linear(x_TD, self.hidden.weight.float(), bias))
-            return F.linear(x_TD, self.weight.float())
+                weight, bias = map(at_least_float32, (self.hidden.weight, self.hidden.bias))
+                x_TD = F.gelu(F.linear(x_TD, weight, bias))
+            return F.linear(x_TD, at_least_float32(self.weight))
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """Return the softmax over all experts [.., E]."""

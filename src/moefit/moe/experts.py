@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefit.moe.routing import Routing
+from moefit.moe.routing import Routing, at_least_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def wide_experts(x_TD: Tensor, scores_TE: Tensor | None, weights: ExpertWeights)
 def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Compute only the selected experts, each over all of its tokens at once; return [T, D].
 
-    Weighted outputs are summed in float32 for inputs of any dtype.
+    Weighted outputs are summed in float32, or in float64 for such inputs.
     """
     num_experts = weights.w_in_EID.shape[0]
     ids_R = routing.ids_TK.flatten()
@@ -85,7 +85,7 @@ def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> T
     routed = sum(counts_E)  # padding ids are sorted to the end and dropped
     order_R = ids_R.argsort(stable=True)[:routed]
     token_R = order_R // routing.ids_TK.shape[1]
-    weight_R1 = routing.weights_TK.flatten()[order_R].unsqueeze(1).float()
+    weight_R1 = at_least_float32(routing.weights_TK.flatten()[order_R].unsqueeze(1))
     # One gather, one unbind and one scatter need one backward pass over whole tensors each;
     # indexing rows and weights per expert would need E times as many.
     parts = zip(
@@ -99,9 +99,9 @@ def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> T
         for x_RD, w_in_ID, w_out_DF in parts
         if len(x_RD)
     ]
-    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    y_TD = torch.zeros_like(at_least_float32(x_TD))
     if outputs:
-        y_TD = y_TD.index_add(0, token_R, torch.cat(outputs).float() * weight_R1)
+        y_TD = y_TD.index_add(0, token_R, at_least_float32(torch.cat(outputs)) * weight_R1)
     return y_TD.to(x_TD.dtype)
 
 

@@ -18,6 +18,11 @@ RuleKind = Literal["dense", "threshold", "top_k", "threshold_top_k"]
 _Number = TypeVar("_Number", int, float)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor of 16 bits in float32, and float32 or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """Selected experts and their weights [T, K]. The id E is padding and has weight 0."""

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.model_folder import save_tokenizer
-from moefit.errors import CheckpointError, ConfigError, DataError
-from moefit.moe.expert_dropout import KEY, dropout_record
+from moefit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
@@ -71,21 +70,44 @@ def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
     Raises:
         CheckpointError: It cannot be written. Earlier checkpoints have not changed.
     """
-    target = out / f"{PREFIX}{snapshot.step:08d}"
-    building = out / f".{target.name}{BUILDING}"
-    for leftover in out.glob(f".{PREFIX}*"):  # of processes that were killed
+    try:
+        building = begin(out, snapshot.step)
+        try:
+            _write(building, snapshot)
+            return publish(out, building, snapshot.step, keep=keep)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise unwritable(out, snapshot.step, error) from error
+
+
+def begin(out: Path, step: int) -> Path:
+    """Create and return the folder in which a checkpoint is built; remove those of killed runs."""
+    for leftover in out.glob(f".{PREFIX}*"):
         if leftover.suffix in (BUILDING, REMOVING):
             shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-        _write(building, snapshot)
-        replaced = _hide(target) if target.exists() else None
-        building.rename(target)
-        _sync(out)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(_cannot_write(out, target, error)) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    building = out / f".{PREFIX}{step:08d}{BUILDING}"
+    building.mkdir(parents=True)
+    return building
+
+
+def publish(out: Path, building: Path, step: int, *, keep: int) -> Path:
+    """Add the manifest, rename a checkpoint to its final name and remove the oldest ones.
+
+    Args:
+        out: The run's folder.
+        building: All other files of the checkpoint.
+        step: Its step.
+        keep: Number of checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    _write_manifest(building, step)
+    target = out / f"{PREFIX}{step:08d}"
+    replaced = _hide(target) if target.exists() else None
+    building.rename(target)
+    _sync(out)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(out)[:-keep]:
@@ -105,13 +127,20 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     snapshot.model.save_pretrained(folder)
     save_tokenizer(snapshot.tokenizer, folder)
     torch.save({**snapshot.state, "step": snapshot.step}, folder / STATE)
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {
-        path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "crc32": _crc32(path),
+        }
+        for path in paths
     }
-    manifest = {"format": "moefit-checkpoint-1", "step": snapshot.step, "files": files}
+    manifest = {"format": "moefit-checkpoint-1", "step": step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
 
@@ -133,26 +162,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(out: Path, target: Path, error: Exception) -> str:
+def unwritable(out: Path, step: int, error: BaseException) -> CheckpointError:
+    """Return the error of a checkpoint that cannot be written."""
     reason = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         existing = next(path for path in (out, *out.absolute().parents) if path.exists())
         reason = f"no disk space ({shutil.disk_usage(existing).free:,} bytes free)"
     kept = checkpoints(out)
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-    return (
-        f"cannot write the checkpoint {target}: {reason}; {last}; free disk space or give another "
-        "folder with out=FOLDER, then run the same command again"
+    return CheckpointError(
+        f"cannot write the checkpoint {out / f'{PREFIX}{step:08d}'}: {reason}; {last}; free disk "
+        "space or give another folder with out=FOLDER, then run the same command again"
     )
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Verify a checkpoint and return its trainer state.
+def load_state(folder: Path, *, checked: bool = False) -> dict[str, Any]:
+    """Verify a checkpoint, unless it is `checked`, and return its trainer state.
 
     Raises:
         CheckpointError: The folder is not a checkpoint of moefit, or a file is damaged.
     """
-    verify(folder)
+    if not checked:
+        verify(folder)
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -191,86 +222,3 @@ def _manifest(folder: Path) -> dict[str, tuple[int, int]]:
             f"({type(error).__name__}: {error}); if it belongs to a run, remove the folder to "
             "resume from the previous checkpoint"
         ) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """The state of a run that checkpoints save and restore.
-
-    Attributes:
-        model: The model.
-        optimizer: Its optimizer.
-        device: Where it is trained.
-        precision: `fp32` or `bf16`, not `auto`.
-        fingerprint: Of text and tokenizer.
-    """
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    precision: str
-    fingerprint: str
-
-    def state_dict(self, seconds: float) -> dict[str, Any]:
-        """Return the state without the model's weights, after `seconds` of training."""
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "seconds": seconds,
-            "precision": self.precision,
-            "data": self.fingerprint,
-        }
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def restore(self, folder: Path) -> tuple[int, float]:
-        """Restore a checkpoint after verifying its files.
-
-        Returns:
-            Its step, and the seconds of training until then.
-
-        Raises:
-            CheckpointError: A file is damaged, or of another model.
-            DataError: Text or tokenizer have changed.
-            ConfigError: The precision has changed.
-        """
-        state = load_state(folder)
-        self._check_same_run(folder, state)
-        self._load(folder, state)
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            if "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-            else:  # the run began on the CPU
-                torch.cuda.manual_seed(torch.initial_seed())
-        return state["step"], state["seconds"]
-
-    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
-        if state.get("data", self.fingerprint) != self.fingerprint:
-            raise DataError(
-                f"the text or the tokenizer has changed since step {state['step']} of this run "
-                f"({folder}): its fingerprint was {state['data']} and is {self.fingerprint}; "
-                "restore what data.sources, data.held_out and data.tokenizer name, or start a new "
-                "run with out=FOLDER"
-            )
-        before = state.get("precision", self.precision)
-        if before != self.precision:
-            raise ConfigError(
-                f"{folder} was trained in {before}, but would continue in {self.precision} on "
-                f"{self.device}; give precision={before}, or start a new run with out=FOLDER"
-            )
-
-    def _load(self, folder: Path, state: dict[str, Any]) -> None:
-        try:
-            saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
-            self.model.load_state_dict(saved.state_dict())
-            if (record := dropout_record(saved.config)) is not None:
-                setattr(self.model.config, KEY, record.as_dict())
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder} is undamaged, but is not of the model that these settings describe: "
-                f"{error}; give the settings that it was trained with, or another folder with "
-                "out=FOLDER"
-            ) from error

@@ -197,6 +197,18 @@ class CheckpointConfig(_Strict):
     keep: int = Field(default=2, gt=0)
 
 
+class ParallelConfig(_Strict):
+    """How a run of many processes, started by torchrun, spreads the model over them."""
+
+    replicate: int = Field(default=1, gt=0)
+    """Copies of the model, each sharded over an equal number of consecutive processes (HSDP). The
+    default shards one copy over all processes; the number of machines saves traffic between them.
+    """
+    reshard: bool = True
+    """Free a layer's weights after its forward pass and gather them again for the backward pass:
+    less memory, half as much traffic again."""
+
+
 class TrainConfig(_Strict):
     """One training run."""
 
@@ -219,10 +231,11 @@ class TrainConfig(_Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
     steps: int = Field(default=1000, gt=0)
     seq_len: int = Field(default=256, gt=1)
     batch_size: int = Field(default=16, gt=0)
-    """Sequences per forward pass."""
+    """Sequences per forward pass, of all processes together."""
     accumulation: int = Field(default=1, gt=0)
     """Forward passes per optimizer step."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -90,6 +90,22 @@ class TrainingCallback(Protocol):
         ...
 
 
+class NoDisplay:
+    """A `TrainingCallback` that shows nothing: of all processes but the main one."""
+
+    def on_prepare(self, stage: str, done: int, total: int | None) -> None:
+        """Do nothing."""
+
+    def on_start(self, *, step: int, steps: int, info: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def on_message(self, text: str) -> None:
+        """Do nothing."""
+
+
 LINE_EVERY_SECONDS = 30.0
 
 
@@ -117,7 +133,7 @@ class Display:
             f"{info['parameters'] / 1e6:.2f} M parameters, {info['train_tokens'] / 1e6:.2f} M "
             f"training tokens ({info['epochs']:.2f} epochs), {info['precision']} on "
             f"{info['device']} with {info['threads']} threads, "
-            f"peak {info['peak_flops'] / 1e9:,.0f} GFLOP/s"
+            f"peak {info['peak_flops'] / 1e9:,.0f} GFLOP/s{_processes(info)}"
         )
         self._restart("training", steps)
         assert self._task is not None
@@ -148,6 +164,14 @@ class Display:
             self._progress.remove_task(self._task)
         self._stage = stage
         self._task = self._progress.add_task(stage, total=total, numbers="")
+
+
+def _processes(info: dict[str, Any]) -> str:
+    """Return how many processes train, if there are several."""
+    if info.get("processes", 1) == 1:
+        return ""
+    machines = f" on {info['nodes']} machines" if info["nodes"] > 1 else ""
+    return f", {info['processes']} processes{machines}"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ _ELSEWHERE = "free disk space or give another folder with out=FOLDER"
 
 # Settings that may change when a run is resumed. `RunState` compares the precision that `auto`
 # resolves to.
-CHANGEABLE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision")
+CHANGEABLE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision", "parallel")
 
 
 def locked(out: Path) -> AbstractContextManager[None]:
@@ -167,6 +167,16 @@ class RunLog:
             f"cannot write the log {self._path}: {error.strerror or error}; free disk space, then "
             "run the same command again to resume from the last checkpoint"
         )
+
+
+class NoLog:
+    """The log of all processes but the main one: nothing."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:

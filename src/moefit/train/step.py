@@ -6,7 +6,7 @@ C sequences with few experts.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
 
@@ -16,11 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
+from moefit.dsmoe.losses import (
+    RouterLossWeights,
+    Total,
+    identity,
+    language_model_loss,
+    router_loss,
+)
 from moefit.errors import DivergenceError
 from moefit.moe.locality import routing_locality_loss
 from moefit.train.data.batches import windows
 from moefit.train.expert_dropout import AllowedExperts
+from moefit.train.parallel.parallelism import Clock, Parallelism, Single
+from moefit.train.parallel.processes import OneProcess, Processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +41,7 @@ class HeldOutEvaluator:
         batch_size: Windows per forward pass.
         limit: Most tokens to evaluate.
         bf16: Whether to autocast to bfloat16.
+        processes: Those that share the windows.
     """
 
     tokens: np.ndarray
@@ -40,6 +49,7 @@ class HeldOutEvaluator:
     batch_size: int
     limit: int
     bf16: bool
+    processes: Processes = field(default_factory=OneProcess)
 
     @torch.no_grad()
     def loss(
@@ -52,7 +62,8 @@ class HeldOutEvaluator:
 
         Args:
             model: The model; in train mode afterwards.
-            stop: Checked before each batch; if it returns True, the result is None.
+            stop: Checked before each batch, alike in all processes; if it returns True, the result
+                is None.
             limit: Returns further arguments of a forward pass, given its number of sequences.
         """
         total, count = 0.0, 0
@@ -62,11 +73,16 @@ class HeldOutEvaluator:
             for window_BN1 in _batched(found, self.batch_size):
                 if stop():
                     return None
-                ids_BN1 = torch.from_numpy(window_BN1.astype(np.int64)).to(model.device)
-                total += self._total_loss(model, ids_BN1, limit(len(ids_BN1)))
-                count += ids_BN1.shape[0] * (ids_BN1.shape[1] - 1)
+                mine = np.array_split(window_BN1, self.processes.size)[self.processes.rank]
+                # A process without a window of its own still gathers weights with the others.
+                used = mine if len(mine) else window_BN1[:1]
+                ids_BN1 = torch.from_numpy(used.astype(np.int64)).to(model.device)
+                loss = self._total_loss(model, ids_BN1, limit(len(ids_BN1)))
+                total += loss if len(mine) else 0.0
+                count += mine.shape[0] * (mine.shape[1] - 1)
         finally:
             model.train()
+        total, count = self.processes.sums((total, count))
         return total / count
 
     def _total_loss(self, model: PreTrainedModel, ids_BN1: Tensor, limit: dict[str, Any]) -> float:
@@ -91,7 +107,10 @@ def _batched(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Mean losses over the step's micro-batches, and the last one's router logits by layer."""
+    """Mean losses over the step's micro-batches, and the last one's router logits by layer.
+
+    Losses are of all processes together, logits of this process.
+    """
 
     lm_loss: float
     router_loss: float
@@ -139,7 +158,7 @@ def _twice(ids_BN1: Tensor, allowed_LBE: Tensor, few_B: Tensor) -> tuple[Tensor,
     return torch.cat([ids_BN1, ids_BN1[few_B]]), limits_LBE
 
 
-def make_losses(
+def make_losses(  # noqa: PLR0913 - the parts of a loss
     model: PreTrainedModel,
     weights: RouterLossWeights,
     *,
@@ -147,6 +166,7 @@ def make_losses(
     locality: float = 0.0,
     allowed: AllowedExperts | None = None,
     distill: bool = False,
+    total: Total = identity,
 ) -> LossFunction:
     """Return the loss function of a DS-MoE or OLMoE model.
 
@@ -161,6 +181,7 @@ def make_losses(
         allowed: Limits which experts each sequence may use.
         distill: Whether sequences with few experts are computed twice: with all experts, where the
             text is the target, and with few, where the prediction with all experts is.
+        total: Adds the sums that router losses depend on over the processes of a batch.
     """
 
     def losses(
@@ -184,7 +205,7 @@ def make_losses(
             tuple(logits[: len(logits) * given // len(ids)] for logits in layers)
             for layers in (output.router_logits, output.get("attention_router_logits", ()))
         )
-        router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale)
+        router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale, total=total)
         if locality:
             by_sequence = (logits.view(*ids_BN1.shape, -1) for logits in mlp_logits)
             router = router + locality * sum(map(routing_locality_loss, by_sequence))
@@ -195,7 +216,7 @@ def make_losses(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepper:
-    """Performs optimizer steps on a model."""
+    """Performs optimizer steps on a model, spread over processes by `parallel`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -203,6 +224,7 @@ class Stepper:
     device: torch.device
     bf16: bool
     clip: float
+    parallel: Parallelism = field(default_factory=lambda: Single(clock=Clock(torch.device("cpu"))))
 
     def step(
         self,
@@ -216,7 +238,7 @@ class Stepper:
         """Accumulate gradients, clip them and update the weights.
 
         Args:
-            micro_batches: Token ids [B, N + 1] of each forward pass.
+            micro_batches: Token ids [B, N + 1] of each forward pass, of all processes together.
             count: Number of micro-batches.
             mi_scale: Factor on the MI weights.
             rule: Which experts are used; None for the model's training rule.
@@ -232,9 +254,10 @@ class Stepper:
         scale = torch.tensor(mi_scale, device=self.device)
         limits = chain(allowed, repeat(None))
         for ids_BN1, allowed_LBE in zip(micro_batches, limits, strict=False):
-            ids_BN1 = ids_BN1.to(self.device, non_blocking=True)
+            ids_BN1 = self.parallel.share(ids_BN1).to(self.device, non_blocking=True)
             if allowed_LBE is not None:
-                allowed_LBE = allowed_LBE.to(self.device, non_blocking=True)
+                share = self.parallel.share(allowed_LBE, dim=1)
+                allowed_LBE = share.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 lm_loss, router, mlp_logits, attention_logits = self.losses(
                     ids_BN1, scale, rule, allowed_LBE
@@ -242,7 +265,11 @@ class Stepper:
             ((lm_loss + router) / count).backward()
             lm_total += lm_loss.item() / count
             router_total += router.item() / count
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        norm = self.parallel.clip(self.model, self.clip)
+        processes = self.parallel.processes
+        lm_total, router_total = (
+            value / processes.size for value in processes.sums((lm_total, router_total))
+        )
         if not (math.isfinite(lm_total + router_total) and math.isfinite(norm)):
             raise DivergenceError(
                 f"loss {lm_total:g}, router loss {router_total:g}, gradient norm {norm:g}"

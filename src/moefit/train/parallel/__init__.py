@@ -1,0 +1,1 @@
+"""Training on many processes: one model, one batch, any number of processes."""

@@ -1,0 +1,220 @@
+"""How a model is spread over processes: `Parallelism`, of one process and of many.
+
+`DataParallel` is FSDP2: each process holds a part of every weight, gradient and optimizer state,
+and computes its share of each micro-batch. Losses that depend on a whole micro-batch are computed
+from sums over all processes, so results do not depend on the number of processes.
+
+Shapes: B sequences of a micro-batch, N tokens per sequence.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from moefit.dsmoe.config import nearest_multiple
+from moefit.errors import ConfigError
+from moefit.train.config import TrainConfig
+from moefit.train.parallel.processes import OneProcess, Processes
+
+
+class Parallelism(Protocol):
+    """Spreads a model and its batches over the processes of a run."""
+
+    processes: Processes
+    clock: "Clock"
+
+    def wrap(self, model: PreTrainedModel) -> None:
+        """Spread a model that every process has built alike; in place."""
+        ...
+
+    def share(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Return the part of a micro-batch that this process computes."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sum over processes; differentiable."""
+        ...
+
+    def clip(self, model: nn.Module, limit: float) -> float:
+        """Scale all gradients to a norm of at most `limit`; return the norm before."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of the micro-batch."""
+        ...
+
+
+class Clock:
+    """Measures the seconds that a device communicates, between two calls of `seconds`."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the calls inside the context, on the current stream of a GPU."""
+        if self._on_gpu:
+            ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            ends[0].record()
+            yield
+            ends[1].record()
+            self._events.append(ends)
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Return the seconds measured since the last call."""
+        for _, end in self._events[-1:]:
+            end.synchronize()
+        total = self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+        self._seconds, self._events = 0.0, []
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Single:
+    """The trivial case: one process, which has everything."""
+
+    clock: Clock
+    processes: Processes = field(default_factory=OneProcess)
+
+    def wrap(self, model: PreTrainedModel) -> None:
+        """Leave the model as it is."""
+
+    def share(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Return all rows."""
+        return rows
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sums."""
+        return sums
+
+    def clip(self, model: nn.Module, limit: float) -> float:
+        """Scale all gradients to a norm of at most `limit`; return the norm before."""
+        return float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows."""
+        return rows
+
+
+class _TimedAllGather(DefaultAllGather):
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._clock.running():
+            return super().__call__(*arguments, **options)
+
+
+class _TimedReduceScatter(DefaultReduceScatter):
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._clock.running():
+            return super().__call__(*arguments, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataParallel:
+    """FSDP2 over all processes; with a mesh of two dimensions HSDP.
+
+    Attributes:
+        mesh: `(data,)`, or `(replicate, data)`: weights are sharded over `data` and copied over
+            `replicate`.
+        reshard: Free a layer's gathered weights after its forward pass.
+    """
+
+    processes: Processes
+    mesh: DeviceMesh
+    reshard: bool
+    clock: Clock
+
+    def wrap(self, model: PreTrainedModel) -> None:
+        """Shard a model that every process has built alike, layer by layer."""
+        layers = cast("Sequence[nn.Module]", model.get_submodule("model.layers"))
+        for module in (*layers, model):
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=self.reshard)
+            assert isinstance(module, FSDPModule)
+            module.set_custom_all_gather(_TimedAllGather(self.clock))
+            module.set_custom_reduce_scatter(_TimedReduceScatter(self.clock))
+
+    def share(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Return the part of a micro-batch that this process computes."""
+        return rows.chunk(self.processes.size, dim=dim)[self.processes.rank]
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sum over processes; differentiable.
+
+        The gradients of all processes are summed in the backward pass, and FSDP takes the mean
+        over processes: together that is the gradient of one process with the whole batch.
+        """
+        with self.clock.running():
+            return funcol.wait_tensor(funcol.all_reduce(sums, "sum", dist.group.WORLD))
+
+    def clip(self, model: nn.Module, limit: float) -> float:
+        """Scale all gradients to a norm of at most `limit`; return the norm before."""
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of the micro-batch."""
+        parts = [torch.empty_like(rows) for _ in range(self.processes.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+
+def parallelism(config: TrainConfig, processes: Processes, device: torch.device) -> Parallelism:
+    """Return how a run's model is spread over its processes.
+
+    Args:
+        config: The run's configuration.
+        processes: All of them take part.
+        device: Of this process.
+
+    Raises:
+        ConfigError: The batch or the processes do not divide.
+    """
+    size, replicate = processes.size, config.parallel.replicate
+    if size % replicate:
+        fits = max(n for n in range(1, min(size, replicate) + 1) if size % n == 0)
+        raise ConfigError(
+            f"parallel.replicate={replicate} does not divide the {size} processes; the nearest "
+            f"that works is {fits}"
+        )
+    if config.batch_size % size:
+        nearest = nearest_multiple(config.batch_size, size)
+        raise ConfigError(
+            f"batch_size={config.batch_size} sequences do not divide among {size} processes; the "
+            f"nearest that works is batch_size={nearest}"
+        )
+    clock = Clock(device)
+    if size == 1:
+        return Single(clock=clock, processes=processes)
+    shape, names = (size,), ("data",)
+    if replicate > 1:
+        shape, names = (replicate, size // replicate), ("replicate", "data")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return DataParallel(
+        processes=processes, mesh=mesh, reshard=config.parallel.reshard, clock=clock
+    )

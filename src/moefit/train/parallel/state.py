@@ -1,0 +1,204 @@
+"""The state of a run that checkpoints save and restore, by any number of processes.
+
+One process writes weights as a model folder and the optimizer's state beside it. Many write both by
+torch.distributed.checkpoint into the subfolder `sharded`, each its own part. Either is restored by
+any number of processes.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from moefit.errors import CheckpointError, ConfigError, DataError
+from moefit.moe.expert_dropout import KEY, dropout_record
+from moefit.train.checkpoint import load_state, verify
+from moefit.train.parallel.processes import OneProcess, Processes
+
+SHARDED = "sharded"
+"""Subfolder of a checkpoint with the parts of many processes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The state of a run, as one of its processes holds it.
+
+    Attributes:
+        model: The model, or this process's part.
+        optimizer: Its optimizer.
+        device: Where it is trained.
+        precision: `fp32` or `bf16`, not `auto`.
+        fingerprint: Of text and tokenizer.
+        seed: Of the run.
+        processes: Of the run.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str
+    fingerprint: str
+    seed: int = 0
+    processes: Processes = field(default_factory=OneProcess)
+
+    def state_dict(self, seconds: float) -> dict[str, Any]:
+        """Return the state of one process without weights, after `seconds` of training."""
+        state = {"optimizer": self.optimizer.state_dict(), **self._facts(seconds)}
+        return {**state, **self._generators()}
+
+    def shared_state(self, seconds: float) -> dict[str, Any]:
+        """Return what the processes of a run know apart from sharded tensors; all call it."""
+        generators = self.processes.every(self._generators())
+        return {**self._facts(seconds), "generators": generators}
+
+    def sharded_tensors(self) -> dict[str, Any]:
+        """Return weights and the optimizer's state by name, each tensor this process's part."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def _facts(self, seconds: float) -> dict[str, Any]:
+        return {"seconds": seconds, "precision": self.precision, "data": self.fingerprint}
+
+    def _generators(self) -> dict[str, Tensor]:
+        states = {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def restore(self, folder: Path) -> tuple[int, float]:
+        """Restore a checkpoint after verifying its files; all processes call it.
+
+        Returns:
+            Its step, and the seconds of training until then.
+
+        Raises:
+            CheckpointError: A file is damaged, of another model, or not visible here.
+            DataError: Text or tokenizer have changed.
+            ConfigError: The precision has changed.
+        """
+        self.processes.on_main(lambda: verify(folder))
+        state = self.processes.agreed(lambda: load_state(folder, checked=True))
+        self.processes.agreed(lambda: self._check_same_run(folder, state))
+        self.processes.agreed(lambda: self._load(folder, state))
+        self._restore_generators(state)
+        return state["step"], state["seconds"]
+
+    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
+        if state.get("data", self.fingerprint) != self.fingerprint:
+            raise DataError(
+                f"the text or the tokenizer has changed since step {state['step']} of this run "
+                f"({folder}): its fingerprint was {state['data']} and is {self.fingerprint}; "
+                "restore what data.sources, data.held_out and data.tokenizer name, or start a new "
+                "run with out=FOLDER"
+            )
+        before = state.get("precision", self.precision)
+        if before != self.precision:
+            raise ConfigError(
+                f"{folder} was trained in {before}, but would continue in {self.precision} on "
+                f"{self.device}; give precision={before}, or start a new run with out=FOLDER"
+            )
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
+        try:
+            if (folder / SHARDED).is_dir():
+                config = type(self.model.config).from_pretrained(folder)
+                self._load_sharded(folder / SHARDED)
+            else:
+                config = self._load_whole(folder, state["optimizer"])
+            if (record := dropout_record(config)) is not None:
+                setattr(self.model.config, KEY, record.as_dict())
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+            raise CheckpointError(
+                f"{folder} is undamaged, but is not of the model that these settings describe: "
+                f"{error}; give the settings that it was trained with, or another folder with "
+                "out=FOLDER"
+            ) from error
+
+    def _load_sharded(self, folder: Path) -> None:
+        tensors = self.sharded_tensors()
+        if self.processes.size == 1:
+            load_alone(tensors, folder)
+        else:
+            dcp.load(tensors, checkpoint_id=folder)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+
+    def _load_whole(self, folder: Path, optimizer: dict[str, Any]) -> Any:
+        """Load the checkpoint of one process; return the model's configuration."""
+        saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
+        if self.processes.size == 1:
+            self.model.load_state_dict(saved.state_dict())
+            self.optimizer.load_state_dict(optimizer)
+            return saved.config
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, saved.state_dict(), options=whole)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = {
+            index: {name: _part(value, parameters[index]) for name, value in one.items()}
+            for index, one in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict({**optimizer, "state": states})
+        return saved.config
+
+    def _restore_generators(self, state: Mapping[str, Any]) -> None:
+        """Restore random states; other numbers of processes have new ones."""
+        everyone = state.get("generators", [state])
+        if len(everyone) != self.processes.size:
+            seed_process(self.seed, self.processes.rank, state["step"])
+            return
+        mine = everyone[self.processes.rank]
+        torch.set_rng_state(mine["rng"])
+        if self.device.type == "cuda":
+            if "cuda_rng" in mine:
+                torch.cuda.set_rng_state(mine["cuda_rng"], self.device)
+            else:  # the run began on the CPU
+                torch.cuda.manual_seed(torch.initial_seed())
+
+
+def load_alone(tensors: dict[str, Any], folder: Path) -> None:
+    """Read whole tensors from a folder of parts, without other processes; in place."""
+    with warnings.catch_warnings():  # torch suspects a mistake
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """Return this process's part of a whole tensor that belongs to a sharded parameter."""
+    if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
+        return value
+    if not value.ndim:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def seed_process(seed: int, rank: int, step: int = 0) -> None:
+    """Seed the random numbers of a process: each has its own, those of one process are `seed`'s.
+
+    Args:
+        seed: Of the run.
+        rank: Of the process.
+        step: At which it begins.
+    """
+    first = rank == 0 and step == 0
+    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(2)
+    torch.manual_seed(seed if first else int(mixed[0]) << 31 | int(mixed[1]))

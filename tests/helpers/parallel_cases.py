@@ -1,0 +1,187 @@
+"""What the tests of parallel training do in each of several processes; see `processes.start`.
+
+Arguments: a folder, with `tree.json` (settings of a small run), and names of cases. Process 0
+prints the results of the cases by name.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from moefit.errors import ElsewhereError, MoefitError
+from moefit.train.config import make_config
+from moefit.train.display import NoDisplay
+from moefit.train.loop import train
+from moefit.train.model import build_model, loss_weights
+from moefit.train.parallel.parallelism import parallelism
+from moefit.train.parallel.processes import OneProcess, Processes, joined_processes
+from moefit.train.schedule import make_optimizer
+from moefit.train.step import Stepper, make_losses
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+}
+MODELS = {
+    "dsmoe": (
+        {**SHAPE, "num_attention_experts": 2},
+        {"mlp_mi": 0.05, "attention_mi": 0.05, "z": 1e-3},
+    ),
+    "dense": ({**SHAPE, "num_experts": 1}, {}),
+    "sparse": ({**SHAPE, "training_rule": "top_k:2"}, {"load_balancing": 0.01}),
+    "olmoe": (
+        {"architecture": "olmoe", **SHAPE, "num_experts_per_tok": 2},
+        {"load_balancing": 0.01, "mlp_mi": 0.05},
+    ),
+}
+
+
+def steps(name: str, processes: Processes, dtype: torch.dtype, replicate: int = 1):
+    """Return losses and gradient norms of 5 steps of 2 micro-batches each, and the weights."""
+    model, loss = MODELS[name]
+    config = make_config(
+        {
+            "model": model, "loss": loss, "batch_size": 4, "seq_len": 16, "accumulation": 2,
+            "steps": 5, "optimizer": {"warmup_steps": 0}, "parallel": {"replicate": replicate},
+        }
+    )  # fmt: skip
+    made = build_model(config, vocab_size=64, eos_token_id=0).to(dtype)
+    made.train()
+    cpu = torch.device("cpu")
+    parallel = parallelism(config, processes, cpu)
+    parallel.wrap(made)
+    losses = make_losses(made, loss_weights(config, made), compile=False, total=parallel.total)
+    stepper = Stepper(
+        model=made, optimizer=make_optimizer(made, config.optimizer), losses=losses, device=cpu,
+        bf16=False, clip=1.0, parallel=parallel,
+    )  # fmt: skip
+    chance = torch.Generator().manual_seed(1)
+    rows = []
+    for _ in range(5):
+        batches = [torch.randint(0, 64, (4, 17), generator=chance) for _ in range(2)]
+        result = stepper.step(batches, 2)
+        rows.append((result.lm_loss, result.router_loss, result.gradient_norm))
+    whole = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in made.parameters()]
+    return rows, whole
+
+
+def equality(processes: Processes, replicate: int = 1) -> dict[str, list[float]]:
+    """Return, per model, the differences from one process: of numbers, and of weights.
+
+    Numbers are in float32 and in float64, or in float64 alone for all but the first model, if there
+    are two processes; weights are in float64.
+    """
+    found = {}
+    for name in MODELS:
+        numbers, weights = steps(name, processes, torch.float64, replicate)
+        expected, wanted = steps(name, OneProcess(), torch.float64)
+        if name == "dsmoe" or processes.size > 2:
+            numbers += steps(name, processes, torch.float32, replicate)[0]
+            expected += steps(name, OneProcess(), torch.float32)[0]
+        found[name] = [
+            float((torch.tensor(numbers) - torch.tensor(expected)).abs().max()),
+            max(float((a - b).abs().max()) for a, b in zip(weights, wanted, strict=True)),
+        ]
+    return found
+
+
+class Signals(NoDisplay):
+    """Sends a signal to its own process after a step."""
+
+    def __init__(self, step: int, number: signal.Signals):
+        self.step, self.number = step, number
+
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        """Send the signal at its step."""
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def run(tree: dict, processes: Processes, name: str, stop: int = 0) -> str:
+    """Train in the subfolder `name`, stopped by SIGTERM to process 0 alone at step `stop`."""
+    config = make_config({**tree, "out": str(Path(sys.argv[1]) / name)})
+    result = train(config, Signals(stop, signal.SIGTERM), processes)
+    assert (result.stopped_by == "SIGTERM") == bool(stop)
+    return str(result.checkpoint)
+
+
+def failures(tree: dict, processes: Processes) -> list[str]:
+    """Return what process 0 reports for settings that cannot be trained with."""
+    rank = processes.rank
+    attempts = [
+        {**tree, "seed": rank},
+        {**tree, "batch_size": 3},
+        {**tree, "parallel": {"replicate": 3}},
+        {**tree, "optimizer": {"lr": 1e20, "warmup_steps": 0, "clip": 1e20}},
+    ]
+    said = []
+    for index, one in enumerate(attempts):
+        config = make_config({**one, "out": str(Path(sys.argv[1]) / f"failed{index}")})
+        try:
+            train(config, NoDisplay(), processes)
+        except ElsewhereError:
+            assert rank > 0
+        except MoefitError as error:
+            assert rank == 0 or index in (1, 2, 3), error
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def killed(tree: dict, processes: Processes) -> None:
+    """Train until the last process kills itself after step 6, the third that is saved."""
+    tree = {**tree, "checkpoint": {"every": 2}, "log": {"every": 1, "eval_every": 100}}
+    config = make_config({**tree, "out": str(Path(sys.argv[1]) / "killed")})
+    if processes.rank == processes.size - 1:
+        processes = _Dying(processes, decisions=6)
+    train(config, NoDisplay(), processes)
+
+
+class _Dying:
+    """The processes of a run, of which this one is killed at a decision whether to stop."""
+
+    def __init__(self, real: Processes, decisions: int):
+        self._real, self._left = real, decisions
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def most(self, value: int) -> int:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._real.most(value)
+
+
+def main() -> None:
+    """Run the cases."""
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    tree = json.loads((folder / "tree.json").read_text())
+    torch.set_num_threads(1)
+    done: dict[str, object] = {}
+    with joined_processes() as processes:
+        for case in cases:
+            name, _, detail = case.partition(":")
+            match name:
+                case "equality":
+                    done[case] = equality(processes, int(detail or 1))
+                case "run":
+                    done[case] = run(tree, processes, detail)
+                case "stop":
+                    done[case] = run(tree, processes, detail, stop=5)
+                case "failures":
+                    done[case] = failures(tree, processes)
+                case "killed":
+                    killed(tree, processes)
+    if processes.is_main:
+        sys.stdout.write(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()
