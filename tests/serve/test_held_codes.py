@@ -131,6 +131,7 @@ def test_served_model_is_as_near_as_transformers(tmp_path: Path, kind: str) -> N
             assert error(found, exact) <= 1.5 * allowed
             one = next(iter(served.blocks.values()))
             assert all(slot.format == NATIVE for slot in one.slots.values())
+        assert served.report()["checkpoint"]["held"], "codes, by their names"
     with moefit.load(folder, mode="exact", context=64, precision="decoded") as served:
         assert error(logits(served.model, ids), exact) <= 1.5 * allowed
         one = next(iter(served.blocks.values()))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from threading import Thread
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake_engine import FakeEngine
@@ -18,6 +18,7 @@ from moefit.engine.invariance import Invariance, Uncovered
 from moefit.serve.model import ServedModel
 from moefit.serve.stats import RECOVERY, LoadFailures
 from moefit.server import tokenizer
+from moefit.server.metrics import ModelCollector
 from moefit.server.service import Service
 from moefit.server.tokenizer import Renderer
 
@@ -65,6 +66,8 @@ def test_memory_state(running, served) -> None:
     assert memory["latency"]["ttft_p50"] is None
     assert memory["counters"]["hits"] > 0
     report = served.report()
+    assert memory["checkpoint"] == report["checkpoint"]
+    assert memory["checkpoint"]["experts"] and memory["checkpoint"]["expert_bytes"] > 0
     for block in memory["blocks"]:
         assert block["resident"] == report["resident"][block["name"]]
         assert len(block["formats"]) == len(block["importance"]) == block["experts"]
@@ -178,6 +181,17 @@ def test_budget_and_mode_change_together(running, served) -> None:
     assert (memory["budget"]["total"], memory["mode"], memory["bound"]) == (3 << 30, "bounded", 0.1)
     assert len(commands) == 1
     assert service.telemetry.changes == {"ok": 1}
+
+
+def test_slots_are_counted_by_format() -> None:
+    """Slots with the checkpoint's codes have their name."""
+    collector = ModelCollector("tiny", stats=cast(Any, None), report=dict)
+    formats = {"a": {"native": 2, "int4": 1}, "b": {"native": 3}}
+    for held, name in ((["mxfp4"], "mxfp4"), ([], "native")):
+        report = {"formats": formats, "checkpoint": {"held": held}, "resident": {}, "slots": {}}
+        *_, family = collector.blocks(report)
+        found = {sample.labels["format"]: sample.value for sample in family.samples}
+        assert found == {name: 5, "int4": 1}
 
 
 def test_metrics_have_vllm_names(running, served) -> None:

@@ -287,13 +287,20 @@ def _summary(served: ServedModel, precision: str) -> str:
     slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
     total = served.budget.total
     budget = "no budget" if total is None else f"a budget of {format_bytes(total)}"
-    native = precision == NATIVE_PRECISION
-    formats = "" if native else f", experts in {_precision(report)}, {report['experts_from']}"
+    formats = _formats(report, precision)
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {budget}: {slots:,} slots for {experts:,} experts, "
         f"mode {report['mode']}{formats}{kernels}"
     )
+
+
+def _formats(report: dict[str, Any], precision: str) -> str:
+    """Return what experts are held in, unless it is the model's own dtype."""
+    if precision != NATIVE_PRECISION:
+        return f", experts in {_precision(report)}, {report['experts_from']}"
+    held = " and ".join(report["checkpoint"]["held"])
+    return f", experts in {held}, as the checkpoint has them" if held else ""
 
 
 def _precision(report: dict[str, Any]) -> str:

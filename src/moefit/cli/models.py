@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -250,7 +249,7 @@ def _describe_memory(
             "precision": options.experts,
             "rest": options.dense,
             "kv_cache_dtype": budget.kv_dtype,
-            "checkpoint": asdict(skeleton.stored()),
+            "checkpoint": skeleton.stored().as_dict(),
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()

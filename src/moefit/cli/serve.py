@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Annotated
 
 import typer
@@ -137,6 +138,7 @@ def _serve(
     settings: ServerSettings,
     following: str,
 ) -> None:
+    began = monotonic()
     with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
@@ -157,19 +159,20 @@ def _serve(
             closing.callback(running.stop)
             closing.callback(engine.close, timeout=LEAVING / 3)
             closing.callback(deadline.start)
+            url = url_of(bound, settings.host)
             engine.start()
-            _run(running, engine, settings, url_of(bound, settings.host))
+            _run(running, engine, lambda: _announce(engine, settings, url, monotonic() - began))
 
 
-def _run(running: HttpServer, engine: Engine, settings: ServerSettings, url: str) -> None:
+def _run(running: HttpServer, engine: Engine, announce: Callable[[], None]) -> None:
     """Serve until a signal arrives, or the engine or HTTP server fails."""
     try:
         with stop_on_signal() as request:
             running.start()
-            _announce(engine, settings, url)
+            announce()
             running.wait(lambda: request.received is not None or engine.failure is not None)
             if request.received is not None:
-                _drain(running, settings, request.received.name)
+                _drain(running, request.received.name)
                 return
     except KeyboardInterrupt:  # a second signal
         running.stop(at_once=True)
@@ -210,16 +213,17 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
     return lambda memory: replace(process, memory=memory).run()
 
 
-def _drain(running: HttpServer, settings: ServerSettings, signal: str) -> None:
+def _drain(running: HttpServer, signal: str) -> None:
     say(f"{signal}: finishing running requests; send it again to stop at once")
     if not running.drain():
-        say(f"not all ended within {settings.drain_seconds:g} s; cancelling the rest")
+        say("not all ended within --drain-seconds; cancelling the rest")
 
 
-def _announce(engine: Engine, settings: ServerSettings, url: str) -> None:
+def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float) -> None:
     limits = engine.settings
     say(
-        f"serving {settings.name!r}: {limits.max_concurrency} requests at once, "
+        f"serving {settings.name!r}, ready after {seconds:.1f} s: "
+        f"{limits.max_concurrency} requests at once, "
         f"{engine.max_model_len:,} tokens each at most, {engine.stats().kv_tokens:,} together"
     )
     say(engine.invariance.describe())

@@ -167,6 +167,7 @@ def _load_parts(
     return_freed_memory()
     return ServedParts(
         folder=folder,
+        stored=skeleton.stored(),
         model=model,
         tokenizer=tokenizer,
         generation=generation,

@@ -17,6 +17,7 @@ from moefit.quant.format import NATIVE, Format
 from moefit.serve.cache.host_cache import HostCache
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.hf.generation_config import GenerationDefaults
+from moefit.serve.hf.skeleton import StoredFormats
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.budget import MemoryBudget
@@ -69,6 +70,7 @@ class ServedParts:
 
     Args:
         folder: Of the model.
+        stored: How the checkpoint stores the weights.
         model: The Hugging Face model, with served experts.
         tokenizer: Or the message of the error to raise when it is requested.
         generation: Defaults of generation.
@@ -83,6 +85,7 @@ class ServedParts:
     """
 
     folder: Path
+    stored: StoredFormats
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | str
     generation: GenerationDefaults
@@ -124,6 +127,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "experts_from": parts.store.source(
             {name: _encoded_format(one) for name, one in blocks.items()}
         ),
+        "checkpoint": parts.stored.as_dict(),
         "packed_ignored": list(parts.store.packed.ignored),
         "calibrated_on": parts.store.packed.texts,
         "bytes_read": parts.store.bytes_read,

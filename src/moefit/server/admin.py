@@ -96,6 +96,23 @@ class InvarianceState(BaseModel):
     not_covered: list[UncoveredOperation]
 
 
+class CheckpointFormats(BaseModel):
+    """How the checkpoint stores the weights, by names of formats.
+
+    Attributes:
+        experts: Formats of experts.
+        dense: Formats of all other weights.
+        expert_bytes: Bytes of the largest expert in the files.
+        held: Formats of experts whose codes slots of the format `native` hold as they are; those of
+            others hold values in the model's dtype.
+    """
+
+    experts: list[str]
+    dense: list[str]
+    expert_bytes: int
+    held: list[str]
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -104,6 +121,7 @@ class MemoryState(BaseModel):
         everything: Budget that holds all experts.
         most: Budget that holds all experts in the best format.
         everything_in: Budget that holds all experts, by format, where formats differ.
+        checkpoint: Formats of the checkpoint, and which of them slots hold.
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds.
         plan: The plan in force; null if there is none or settings were changed since.
@@ -125,6 +143,7 @@ class MemoryState(BaseModel):
     slot_bytes: int
     spare_bytes: int
     plan: PlanSummary | None
+    checkpoint: CheckpointFormats
     kv_cache_dtype: str | None
     kv_tokens: int
     kv_tokens_used: int
@@ -149,7 +168,7 @@ def memory_state(service: Service) -> MemoryState:
         limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
     same = (
         *("mode", "prefill", "kv_cache_dtype"),
-        *("process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes"),
+        *("process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes", "checkpoint"),
     )
     return MemoryState(
         model=service.settings.name,

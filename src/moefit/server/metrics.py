@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 
 from moefit.engine.api import EngineStats, Event, FinishedEvent, Listener, PromptEvent
+from moefit.quant.format import NATIVE
 
 
 class Window:
@@ -184,7 +185,7 @@ class ModelCollector:
         yield from self._of_engine(self._stats())
         report = self._report()
         yield from self._of_experts(report)
-        yield from self._of_blocks(report)
+        yield from self.blocks(report)
 
     def _gauge(self, name: str, meaning: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, meaning, labels=_LABELS)
@@ -256,7 +257,8 @@ class ModelCollector:
             "expert_wait_seconds", "Time steps spent waiting for experts", report["wait_seconds"]
         )
 
-    def _of_blocks(self, report: dict[str, Any]) -> Iterator[Metric]:
+    def blocks(self, report: dict[str, Any]) -> Iterator[Metric]:
+        """Yield the metrics of slots and residents."""
         resident = {name: len(experts) for name, experts in report["resident"].items()}
         for name, meaning, values in (
             ("expert_resident", "Experts in memory", resident),
@@ -266,3 +268,16 @@ class ModelCollector:
             for layer, value in values.items():
                 family.add_metric([self._model, layer], value)
             yield family
+        yield self._slots_by_format(report)
+
+    def _slots_by_format(self, report: dict[str, Any]) -> Metric:
+        """Return the numbers of slots; those with the checkpoint's codes by the codes' format."""
+        family = GaugeMetricFamily(
+            PREFIX + "expert_slots_by_format", "Slots for experts", labels=[*_LABELS, "format"]
+        )
+        counts = sum((Tally(one) for one in report["formats"].values()), Tally[str]())
+        own = "+".join(report["checkpoint"]["held"])
+        for name, count in counts.items():
+            shown = own if name == NATIVE.name and own else name
+            family.add_metric([self._model, shown], count)
+        return family

@@ -42,6 +42,19 @@ def test_adjacent_slider_sizes_differ(modules):
     assert modules.module("numbers", "m.formatFine(27 * 2 ** 30, 2 ** 28)") == "27.0 GiB"
 
 
+def test_formats_are_named_as_the_checkpoint_names_them(modules):
+    memory = Pretender().memory()
+    stored = {"experts": ["mxfp4"], "held": ["mxfp4"]}
+    code = """(() => {
+        const map = m.grid(v[0], v[1]), row = map.rows[0], first = row.cells[row.order[0]];
+        return [map.held, m.describe(row, first, map.held), m.formatName("int4", map.held)];
+    })()"""
+    held, described, encoded = modules.module("residency", code, memory["blocks"], stored)
+    assert held == "mxfp4" and "in memory as mxfp4;" in described and encoded == "int4"
+    plain, described, _ = modules.module("residency", code, memory["blocks"], {"held": []})
+    assert plain == "" and "in memory;" in described
+
+
 def test_slider_positions_round_trip(modules):
     ends = {"floor": 393347073, "top": 405143553}
     there = modules.module("dial", "[...Array(1001).keys()].map((p) => m.bytesAt(p, v[0]))", ends)

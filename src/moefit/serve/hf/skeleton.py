@@ -61,6 +61,15 @@ class StoredFormats:
     expert_bytes: int
     held: tuple[str, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values for JSON."""
+        return {
+            "experts": [*self.experts],
+            "dense": [*self.dense],
+            "expert_bytes": self.expert_bytes,
+            "held": [*self.held],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:

@@ -36,7 +36,7 @@ function onValue(memory) {
 function show(memory) {
   byId("main").hidden = false;
   showProblems(memory);
-  const cells = grid(memory.blocks);
+  const cells = grid(memory.blocks, memory.checkpoint);
   document.title = `${memory.model} · moefit`;
   say("model", memory.model);
   say("mode", memory.mode);

@@ -7,9 +7,10 @@ export const NATIVE = "native";
  * Convert the blocks of GET /v1/memory to a grid.
  *
  * A cell's `shade` is its importance relative to the largest in its layer, 0 to 1; `rank` counts
- * from 1. `mixed`: resident experts differ in format.
+ * from 1. `mixed`: resident experts differ in format. `held`: name of the checkpoint's codes that
+ * memory holds as the format "native", empty if it holds values.
  */
-export function grid(blocks) {
+export function grid(blocks, checkpoint = null) {
   const labels = shortNames(blocks.map((block) => block.name));
   const rows = blocks.map((block, index) => row(block, labels[index]));
   const formats = new Map();
@@ -26,6 +27,7 @@ export function grid(blocks) {
     slots: sum(rows, (one) => one.slots),
     formats: new Map([...formats].sort(([a], [b]) => level(b) - level(a))),
     mixed: formats.size > 1,
+    held: checkpoint?.held.join(" and ") ?? "",
   };
 }
 
@@ -74,11 +76,15 @@ export function summary(map) {
     `${covered} of ${map.rows.length} layers.`;
 }
 
+/** Name of a cell's format for readers; empty for values in the model's own precision. */
+export function formatName(format, held) {
+  return format === NATIVE ? held : format ?? "";
+}
+
 /** Describe one cell. */
-export function describe(one, cell) {
-  const where = cell.resident
-    ? `in memory${cell.format && cell.format !== NATIVE ? ` as ${cell.format}` : ""}`
-    : "in storage";
+export function describe(one, cell, held = "") {
+  const name = formatName(cell.format, held);
+  const where = cell.resident ? `in memory${name && ` as ${name}`}` : "in storage";
   return `Layer ${one.label}, expert ${cell.expert}: ${where}; importance ` +
     `${cell.importance.toFixed(3)}, ${ordinal(cell.rank)} of ${one.cells.length}`;
 }
