@@ -1,7 +1,9 @@
 """A tensor of a GGUF file as an encoded weight: rows of blocks, in the file's order of rows.
 
-`GgmlBlocks` is one matrix; `Interleaved` makes one matrix of two, as gpt-oss has its gate and up
-projections. Shapes: R rows (output units), C columns (input units).
+`GgmlBlocks` is one matrix; the others make one matrix of two: gate and up projections as gpt-oss
+(`Interleaved`) and Granite (`GateAboveUp`) have them, keys and values of MLA (`LatentHeads`).
+
+Shapes: R rows (output units), C columns (input units).
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moefit.checkpoint.formats.encoding import HeldEncoding, Parts, StoredCodes
+from moefit.checkpoint.formats.encoding import Encoding, HeldEncoding, Parts, StoredCodes
 from moefit.checkpoint.formats.scaling import held_group, row_chunks
 from moefit.checkpoint.gguf.blocks import decode_blocks, require_package
 from moefit.checkpoint.gguf.types import BY_NAME
@@ -49,7 +51,7 @@ class GgmlBlocks(HeldEncoding):
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         """Return the shape of the values."""
-        shape = self._stored_shape(parts["weight"].shape)
+        shape = self.stored_shape(parts["weight"].shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def check(self, parts: Parts) -> None:
@@ -69,7 +71,7 @@ class GgmlBlocks(HeldEncoding):
             return None
         codes, scales, _ = _HELD[self.type]
         block = BY_NAME[self.type].values
-        group = held_group(block, self._stored_shape(parts["weight"].shape)[-1])
+        group = held_group(block, self.stored_shape(parts["weight"].shape)[-1])
         if group is None:
             return None
         return ScaledCodes(self.type, codes, scales, group, transposed=self.transposed)
@@ -105,7 +107,8 @@ class GgmlBlocks(HeldEncoding):
             values = decode_blocks(self.type, stored[chunk].reshape(-1, type.nbytes))
             matrix_RC[chunk] = values.view(-1, cols)
 
-    def _stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the values of a tensor of this shape, in the file's order."""
         type = BY_NAME[self.type]
         *rows, last = shape
         cols = last if type.dtype else last // type.nbytes * type.values
@@ -113,10 +116,8 @@ class GgmlBlocks(HeldEncoding):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Interleaved(HeldEncoding):
-    """Two matrices [R, C], `gate` and `up`, as the columns of one [C, 2 * R] in turn.
-
-    Vectors [R] become one of [2 * R].
+class _GateAndUp(HeldEncoding):
+    """Two matrices [R, C], `gate` and `up`, that are one in the model; or two vectors.
 
     Attributes:
         gate: How the first is stored.
@@ -130,11 +131,6 @@ class Interleaved(HeldEncoding):
     def format(self) -> str:
         """The types' names."""
         return "/".join(sorted({self.gate.format, self.up.format}))
-
-    def shape(self, parts: Parts) -> tuple[int, ...]:
-        """Return the shape of the joint matrix, or vector."""
-        *rows, cols = self.gate.shape({"weight": parts["gate"]})
-        return (*rows, 2 * cols)
 
     def check(self, parts: Parts) -> None:
         """Check both, and that their shapes are equal."""
@@ -151,10 +147,23 @@ class Interleaved(HeldEncoding):
         found = self.gate.scaled_codes({"weight": parts["gate"]})
         return found if found == self.up.scaled_codes({"weight": parts["up"]}) else None
 
+    def _stored(self, parts: Mapping[str, Tensor]) -> tuple[StoredCodes, StoredCodes]:
+        gate = self.gate.stored_codes({"weight": parts["gate"]})
+        return gate, self.up.stored_codes({"weight": parts["up"]})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interleaved(_GateAndUp):
+    """Gate and up as columns of one matrix [C, 2 * R] in turn; vectors become one of [2 * R]."""
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the joint matrix, or vector."""
+        *rows, cols = self.gate.shape({"weight": parts["gate"]})
+        return (*rows, 2 * cols)
+
     def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
         """Return the rows of both in turn."""
-        gate = self.gate.stored_codes({"weight": parts["gate"]})
-        up = self.up.stored_codes({"weight": parts["up"]})
+        gate, up = self._stored(parts)
         return replace(
             gate,
             codes_RB=torch.stack([gate.codes_RB, up.codes_RB], dim=1).flatten(0, 1),
@@ -165,6 +174,93 @@ class Interleaved(HeldEncoding):
         """Write the values of both."""
         self.gate.decode_into({"weight": parts["gate"]}, out[..., 0::2])
         self.up.decode_into({"weight": parts["up"]}, out[..., 1::2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateAboveUp(_GateAndUp):
+    """Gate and up as one matrix [2 * R, C], gate first."""
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the joint matrix, or stack of matrices."""
+        *rest, rows, cols = self.gate.shape({"weight": parts["gate"]})
+        return (*rest, 2 * rows, cols)
+
+    def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
+        """Return the rows of gate, then those of up."""
+        gate, up = self._stored(parts)
+        return replace(
+            gate,
+            codes_RB=torch.cat([gate.codes_RB, up.codes_RB]),
+            scales_RG=torch.cat([gate.scales_RG, up.scales_RG]),
+        )
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the values of both."""
+        gate_RC, up_RC = out.chunk(2)
+        self.gate.decode_into({"weight": parts["gate"]}, gate_RC)
+        self.up.decode_into({"weight": parts["up"]}, up_RC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentHeads(Encoding):
+    """The projection from the latent state of MLA to heads, [H * (N + V), L].
+
+    llama.cpp stores it per head: the part for keys transposed, [H, L, N], because it multiplies
+    queries by it, and the part for values, [H, V, L]. H heads, L width of the latent state, N and V
+    units of a key that are not rotated, and of a value.
+
+    Attributes:
+        keys: How the first is stored.
+        values: How the second is stored.
+    """
+
+    keys: GgmlBlocks
+    values: GgmlBlocks
+
+    @property
+    def format(self) -> str:
+        """The types' names."""
+        return "/".join(sorted({self.keys.format, self.values.format}))
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the projection."""
+        (heads, latent, keys), values = self._shapes(parts)
+        return (heads * (keys + values[1]), latent)
+
+    def check(self, parts: Parts) -> None:
+        """Check both, and that heads and the latent state are the same."""
+        self.keys.check({"weight": parts["keys"]})
+        self.values.check({"weight": parts["values"]})
+        keys, values = self._shapes(parts)
+        if keys[0] != values[0] or keys[1] != values[2]:
+            raise CheckpointError(f"keys are {[*keys]}, but values {[*values]}")
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the rows of each head: first those for keys, then those for values."""
+        keys_HLN, values_HVL = (
+            _stack(how, parts[name]) for how, name in ((self.keys, "keys"), (self.values, "values"))
+        )
+        out_HRL = out.view(len(keys_HLN), -1, out.shape[-1])
+        number = keys_HLN.shape[-1]
+        out_HRL[:, :number] = keys_HLN.transpose(1, 2)
+        out_HRL[:, number:] = values_HVL
+
+    def _shapes(self, parts: Parts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        keys = self.keys.shape({"weight": parts["keys"]})
+        values = self.values.shape({"weight": parts["values"]})
+        if len(keys) != 3 or len(values) != 3:
+            raise CheckpointError(
+                f"keys are {[*keys]} and values {[*values]}, not one matrix a head"
+            )
+        return keys, values
+
+
+def _stack(how: GgmlBlocks, stored: Tensor) -> Tensor:
+    """Return the values of a stack of matrices in float32."""
+    shape = how.stored_shape(tuple(stored.shape))
+    values = torch.empty(shape)
+    how.decode_into({"weight": stored.flatten(0, 1)}, values.flatten(0, 1))
+    return values
 
 
 def _neighbours(bytes_RGB: Tensor) -> Tensor:

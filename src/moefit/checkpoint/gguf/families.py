@@ -10,13 +10,50 @@ Shapes: E experts, F expert width, D model width.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 _EXPERT_WIDTH = ("expert_feed_forward_length", "moe_intermediate_size")
 _SHARED_WIDTH = ("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
 PARTS = ("gate", "up", "down")
 _LLAMA = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+Joined = Literal["", "in_turn", "above"]
+"""How a model holds gate and up of all experts in one tensor: not, rows in turn, gate above up."""
+_MLPS = {
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+}
+_LATENT = {
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
+}
+_GRANITE = {
+    "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+    "shared_mlp.output_linear.weight": "ffn_down_shexp.weight",
+}
+_DEEPSEEK_FIELDS = (
+    _EXPERT_WIDTH,
+    ("leading_dense_block_count", "first_k_dense_replace"),
+    ("expert_shared_count", "n_shared_experts"),
+    ("attention.kv_lora_rank", "kv_lora_rank"),
+    ("rope.dimension_count", "qk_rope_head_dim"),
+)
+_DEEPSEEK_READS = (
+    "expert_gating_func",
+    "expert_group_count",
+    "expert_weights_scale",
+    "rope.dimension_count",
+    "rope.scaling.yarn_log_multiplier",
+)
+_GRANITE_READS = ("attention.scale", "embedding_scale", "logit_scale", "residual_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +70,9 @@ class Family:
             config.json.
         count: Name of the number of experts in config.json.
         layer: Names of a layer's tensors that differ from those of most families.
-        experts: Name of each part of an expert in checkpoints; empty if the model holds the parts
-            of all experts in one tensor, gate and up in turn (gpt-oss).
+        experts: Name of each part of an expert in checkpoints; empty if `joined`.
+        joined: How the model holds gate and up in one tensor, if it does.
+        block: Name of the module with router and experts in a layer.
         constants: Settings of config.json that the graph implies.
         reads: Settings of the metadata that most graphs do not have.
         writable: Whether `moefit export` writes it.
@@ -48,6 +86,8 @@ class Family:
     count: str = "num_experts"
     layer: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, str] = field(default_factory=lambda: _LLAMA)
+    joined: Joined = ""
+    block: str = "mlp"
     constants: Mapping[str, object] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writable: bool = True
@@ -96,6 +136,7 @@ FAMILIES = {
             "mlp.router.bias": "ffn_gate_inp.bias",
         },
         experts={},
+        joined="in_turn",
         writable=False,
     ),
     "glm4_moe": Family(
@@ -110,14 +151,52 @@ FAMILIES = {
         layer={
             "post_attention_layernorm.weight": "post_attention_norm.weight",
             "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-            "mlp.gate_proj.weight": "ffn_gate.weight",
-            "mlp.up_proj.weight": "ffn_up.weight",
-            "mlp.down_proj.weight": "ffn_down.weight",
-            "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
-            "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
-            "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+            **_MLPS,
         },
         reads=("expert_gating_func", "expert_weights_scale", "rope.dimension_count"),
+        writable=False,
+    ),
+    "deepseek_v2": Family(
+        architecture="deepseek2",
+        renormalizes=False,
+        fields=_DEEPSEEK_FIELDS,
+        count="n_routed_experts",
+        layer={**_MLPS, **_LATENT},
+        reads=_DEEPSEEK_READS,
+        writable=False,
+    ),
+    "deepseek_v3": Family(  # the same graph with a sigmoid
+        architecture="deepseek2",
+        renormalizes=True,
+        fields=_DEEPSEEK_FIELDS,
+        count="n_routed_experts",
+        layer={"mlp.gate.e_score_correction_bias": "exp_probs_b.bias", **_MLPS, **_LATENT},
+        reads=_DEEPSEEK_READS,
+        writable=False,
+    ),
+    "granitemoe": Family(
+        architecture="granitemoe",
+        renormalizes=True,
+        rotates_pairs=True,
+        count="num_local_experts",
+        layer=_GRANITE,
+        experts={},
+        joined="above",
+        block="block_sparse_moe",
+        reads=_GRANITE_READS,
+        writable=False,
+    ),
+    "granitemoeshared": Family(  # the same graph with shared experts
+        architecture="granitemoe",
+        renormalizes=True,
+        rotates_pairs=True,
+        fields=(("expert_shared_feed_forward_length", "shared_intermediate_size"),),
+        count="num_local_experts",
+        layer=_GRANITE,
+        experts={},
+        joined="above",
+        block="block_sparse_moe",
+        reads=_GRANITE_READS,
         writable=False,
     ),
 }
@@ -148,6 +227,10 @@ _LAYER = {
     "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
 }
 ROTATED = re.compile(r"\.attn_[qk]\.(weight|bias)$")
+# Tensors that are parts of one in the model: heads' keys and values (after llama.cpp absorbed
+# their projection into others), and gate and up of shared experts.
+LATENT_PARTS = {"attn_k_b.weight": "keys", "attn_v_b.weight": "values"}
+SHARED_PARTS = {"ffn_gate_shexp.weight": "gate", "ffn_up_shexp.weight": "up"}
 SHARED_ROUTER = "ffn_gate_inp_shexp.weight"  # [D] in the file, [1, D] in the model
 
 

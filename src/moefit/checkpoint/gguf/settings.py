@@ -42,6 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "swin_norm": (False,),
 }
+_SIGMOID = 2  # of `expert_gating_func`
 _TOKENS_OF_END = ("eot", "eom")  # further ends of an answer
 
 
@@ -57,11 +58,12 @@ def settings_of(header: GgufHeader) -> dict[str, Any]:
     if found is None:
         raise UnsupportedModelError(
             f"{header.path} has the architecture {header.architecture!r}; the GGUF files that can "
-            f"be read are of {', '.join(one.architecture for one in FAMILIES.values())}. Give the "
+            f"be read are of {', '.join(dict.fromkeys(_architectures()))}. Give the "
             "model that it was made from, a folder with config.json and safetensors"
         )
-    model_type, family = found
     metadata = _Metadata(header)
+    model_type = _variant(found[0], metadata, header)
+    family = FAMILIES[model_type]
     if not metadata.get("expert_count", int, 0):
         raise UnsupportedModelError(
             f"{header.path} is a {header.architecture} model without experts "
@@ -72,7 +74,7 @@ def settings_of(header: GgufHeader) -> dict[str, Any]:
     for key, name, kind in _COMMON:
         values[name] = metadata.get(key, kind)
     for key, name in family.fields:
-        values[name] = metadata.get(key, int)
+        values[name] = metadata.get(key, int, _implied(key, header))
     values[family.count] = metadata.get("expert_count", int)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = metadata.get("attention.head_count_kv", int, heads)
@@ -84,6 +86,40 @@ def settings_of(header: GgufHeader) -> dict[str, Any]:
     values["vocab_size"] = _vocabulary(header)
     values.update(_special_tokens(header))
     return values | (_ADDED[model_type](header, values) if model_type in _ADDED else {})
+
+
+def _architectures() -> list[str]:
+    return [one.architecture for one in FAMILIES.values()]
+
+
+def _variant(model_type: str, metadata: "_Metadata", header: GgufHeader) -> str:
+    """Return transformers' family, of the two that share some architectures."""
+    if model_type == "deepseek_v2":
+        biased = any(name.endswith(".exp_probs_b.bias") for name in header.tensors)
+        sigmoid = metadata.get("expert_gating_func", int, _SIGMOID if biased else 0) == _SIGMOID
+        return "deepseek_v3" if sigmoid else model_type
+    if model_type == "granitemoe" and metadata.get("expert_shared_feed_forward_length", int, 0):
+        return "granitemoeshared"
+    return model_type
+
+
+def _implied(key: str, header: GgufHeader) -> int | None:
+    """Return the width of experts, which older files show by their tensors only."""
+    if key == "expert_feed_forward_length":
+        shapes = (
+            one.shape[-2]
+            for name, one in header.tensors.items()
+            if (expert := expert_of(name)) and expert.part == "up" and len(one.shape) > 1
+        )
+    elif key == "expert_shared_feed_forward_length":
+        shapes = (
+            one.shape[-2]
+            for name, one in header.tensors.items()
+            if name.endswith(".ffn_up_shexp.weight") and len(one.shape) > 1
+        )
+    else:
+        return None
+    return next(shapes, None)
 
 
 class _Metadata:
@@ -214,7 +250,7 @@ def _of_gpt_oss(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
 
 def _of_glm4(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     metadata = _Metadata(header)
-    if not metadata.neutral("expert_gating_func", (2, 0)):
+    if not metadata.neutral("expert_gating_func", (_SIGMOID, 0)):
         raise UnsupportedModelError(
             f"{header.path} has expert_gating_func other than sigmoid (2), with which models of "
             "this architecture choose experts"
@@ -236,8 +272,63 @@ def _of_qwen2(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": "blk.0.attn_q.bias" in header.tensors}
 
 
+def _of_deepseek(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what latent attention (MLA) and groups of experts need.
+
+    Older files have the widths of heads under the keys of other models, newer ones those of the
+    latent state there and the heads' under keys of their own.
+    """
+    metadata, rotated = _Metadata(header), values["qk_rope_head_dim"]
+    if not metadata.neutral("expert_gating_func", (0, 1, _SIGMOID)):
+        raise UnsupportedModelError(
+            f"{header.path} has expert_gating_func other than softmax (1) and sigmoid (2), with "
+            "which models of this architecture choose experts"
+        )
+    keys = metadata.get("attention.key_length_mla", int, values["head_dim"])
+    if keys <= rotated:
+        raise CheckpointError(f"{header.path} rotates {rotated} of the {keys} units of a head")
+    rotary = {k: v for k, v in values["rope_parameters"].items() if k != "partial_rotary_factor"}
+    if rotary["rope_type"] == "yarn":
+        slope = metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+        rotary |= {"attention_factor": 1.0, "mscale_all_dim": round(10 * slope, 6)}
+    values_width = metadata.get("attention.value_length", int, keys)
+    groups = max(1, metadata.get("expert_group_count", int, 1))
+    predicts = metadata.get("nextn_predict_layers", int, 0)
+    is_v2 = values["model_type"] == "deepseek_v2"
+    grouped = {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"} if is_v2 else {}
+    return grouped | {
+        "num_hidden_layers": values["num_hidden_layers"] - predicts,
+        "num_nextn_predict_layers": predicts,
+        "num_key_value_heads": values["num_attention_heads"],
+        "head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": metadata.get("attention.value_length_mla", int, values_width),
+        "q_lora_rank": metadata.get("attention.q_lora_rank", int, 0) or None,
+        "rope_parameters": rotary,
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
+        "routed_scaling_factor": metadata.get("expert_weights_scale", float, 0.0) or 1.0,
+        "n_group": groups,
+        "topk_group": metadata.get("expert_group_used_count", int, 1) if groups > 1 else 1,
+    }
+
+
+def _of_granite(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    metadata = _Metadata(header)
+    return {
+        "attention_multiplier": metadata.get("attention.scale", float, 0.0)
+        or values["head_dim"] ** -0.5,
+        "embedding_multiplier": metadata.get("embedding_scale", float, 0.0) or 1.0,
+        "logits_scaling": metadata.get("logit_scale", float, 0.0) or 1.0,
+        "residual_multiplier": metadata.get("residual_scale", float, 0.0) or 1.0,
+    }
+
+
 _ADDED: dict[str, Callable[[GgufHeader, dict[str, Any]], dict[str, Any]]] = {
+    "deepseek_v2": _of_deepseek,
+    "deepseek_v3": _of_deepseek,
     "glm4_moe": _of_glm4,
     "gpt_oss": _of_gpt_oss,
+    "granitemoe": _of_granite,
+    "granitemoeshared": _of_granite,
     "qwen2_moe": _of_qwen2,
 }

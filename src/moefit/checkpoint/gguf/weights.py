@@ -9,17 +9,19 @@ Shapes: E experts, F expert width, D model width.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moefit.checkpoint.formats.encoding import EncodedTensor
-from moefit.checkpoint.gguf.encoding import GgmlBlocks, Interleaved
+from moefit.checkpoint.gguf.encoding import GateAboveUp, GgmlBlocks, Interleaved, LatentHeads
 from moefit.checkpoint.gguf.families import (
     FAMILIES,
+    LATENT_PARTS,
     ROTATED,
+    SHARED_PARTS,
     SHARED_ROUTER,
     ExpertTensor,
     Family,
@@ -50,21 +52,23 @@ def weights_of(
     family = FAMILIES[settings["model_type"]]
     weights: dict[str, StoredTensor] = {}
     stacks: dict[tuple[int, str], dict[str, GgufTensor]] = {}
+    pieces: dict[str, dict[str, GgufTensor]] = {}
     unknown: list[str] = []
     for name, one in header.tensors.items():
         if _predicts(settings, name):
             weights[f"mtp.{name}"] = one.span
         elif (expert := expert_of(name)) is not None:
-            if family.experts:
+            if not family.joined:
                 weights.update(_of_experts(family, expert, one, dtype))
             else:
                 stacks.setdefault((expert.layer, expert.suffix), {})[expert.part] = one
+        elif (piece := _piece_of(family, name)) is not None:
+            pieces.setdefault(piece[0], {})[piece[1]] = one
         elif (parameter := name_in_model(family, name)) is not None:
             weights[parameter] = _dense(family, settings, name, parameter, one, dtype)
         else:
             unknown.append(name)
-    for (layer, suffix), parts in stacks.items():
-        weights.update(_joined(layer, suffix, parts, dtype))
+    weights.update(_joined(family, stacks, pieces, dtype, weights))
     if unknown:
         raise UnsupportedModelError(
             f"{header.path} has {len(unknown)} tensors that {header.architecture} models do not "
@@ -81,6 +85,50 @@ def _predicts(settings: Mapping[str, Any], name: str) -> bool:
     return found is not None and 0 <= int(found[1]) - layers < settings.get(
         "num_nextn_predict_layers", 0
     )
+
+
+def _piece_of(family: Family, name: str) -> tuple[str, str] | None:
+    """Return the parameter that a tensor is a part of, and which part; None for others."""
+    found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if found is None:
+        return None
+    layer = f"model.layers.{found[1]}"
+    if "self_attn.kv_b_proj.weight" in family.layer and found[2] in LATENT_PARTS:
+        return f"{layer}.self_attn.kv_b_proj.weight", LATENT_PARTS[found[2]]
+    if "shared_mlp.output_linear.weight" in family.layer and found[2] in SHARED_PARTS:
+        return f"{layer}.shared_mlp.input_linear.weight", SHARED_PARTS[found[2]]
+    return None
+
+
+def _of_pieces(parameter: str, parts: Mapping[str, GgufTensor], dtype: torch.dtype) -> StoredTensor:
+    """Return a dense weight that a file has in two tensors."""
+    names = ("keys", "values") if "keys" in parts or "values" in parts else _BOTH
+    _refuse_missing(parameter, parts, names)
+    first, second = (GgmlBlocks(type=parts[name].type.name) for name in names)
+    if names == _BOTH:
+        return _two(parameter, GateAboveUp(gate=first, up=second), parts, dtype)
+    return _two(parameter, LatentHeads(keys=first, values=second), parts, dtype)
+
+
+def _two(
+    name: str,
+    encoding: GateAboveUp | Interleaved | LatentHeads,
+    parts: Mapping[str, GgufTensor],
+    dtype: torch.dtype,
+) -> EncodedTensor:
+    """Return a weight of two tensors."""
+    spans = {part: one.span for part, one in parts.items()}
+    shape = encoding.shape(spans)
+    return EncodedTensor(
+        name=name, shape=shape, dtype=dtype, encoding=encoding, parts=tuple(spans.items())
+    )
+
+
+def _refuse_missing(where: str, parts: Mapping[str, GgufTensor], wanted: tuple[str, ...]) -> None:
+    if missing := sorted({*wanted} - parts.keys()):
+        raise CheckpointError(
+            f"{where} has no {', '.join(missing)}; copy or download the file again"
+        )
 
 
 def _dense(
@@ -104,7 +152,7 @@ def _of_experts(
     family: Family, which: ExpertTensor, one: GgufTensor, dtype: torch.dtype
 ) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the weights of each expert in a tensor, by the name in the family's checkpoints."""
-    experts, number = f"model.layers.{which.layer}.mlp.experts", which.number
+    experts, number = f"model.layers.{which.layer}.{family.block}.experts", which.number
     if which.part == "gate_up":
         yield f"{experts}.gate_up_proj", _weight(f"{experts}.gate_up_proj", one, dtype)
         return
@@ -141,30 +189,47 @@ def _weight(
 
 
 def _joined(
-    layer: int, suffix: str, parts: Mapping[str, GgufTensor], dtype: torch.dtype
+    family: Family,
+    stacks: Mapping[tuple[int, str], Mapping[str, GgufTensor]],
+    pieces: Mapping[str, Mapping[str, GgufTensor]],
+    dtype: torch.dtype,
+    known: Container[str],
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the weights that a file has in several tensors, except known ones.
+
+    Some files have the projections of latent attention twice, as one tensor and as two.
+    """
+    for (layer, suffix), parts in stacks.items():
+        join = _in_turn if family.joined == "in_turn" else _above
+        yield from join(f"model.layers.{layer}.{family.block}", suffix, parts, dtype)
+    for parameter, parts in pieces.items():
+        if parameter not in known:
+            yield parameter, _of_pieces(parameter, parts, dtype)
+
+
+def _in_turn(
+    block: str, suffix: str, parts: Mapping[str, GgufTensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, StoredTensor]]:
     """Yield stacks as gpt-oss has them: matrices transposed, gate and up in turn."""
-    if missing := sorted({*_BOTH, "down"} - parts.keys()):
-        raise CheckpointError(
-            f"layer {layer} has no experts' {suffix} for {', '.join(missing)}; copy or download "
-            "the file again"
-        )
-    experts = f"model.layers.{layer}.mlp.experts"
+    _refuse_missing(f"{block}.experts ({suffix})", parts, (*_BOTH, "down"))
     is_bias = suffix == "bias"
     end = "_bias" if is_bias else ""
-    name = f"{experts}.down_proj{end}"
+    name = f"{block}.experts.down_proj{end}"
     yield name, _weight(name, parts["down"], dtype, transposed=not is_bias)
     gate, up = (GgmlBlocks(type=parts[part].type.name, transposed=not is_bias) for part in _BOTH)
-    encoding = Interleaved(gate=gate, up=up)
-    spans = {part: parts[part].span for part in _BOTH}
-    name = f"{experts}.gate_up_proj{end}"
-    yield (
-        name,
-        EncodedTensor(
-            name=name,
-            shape=encoding.shape(spans),
-            dtype=dtype,
-            encoding=encoding,
-            parts=tuple(spans.items()),
-        ),
-    )
+    name = f"{block}.experts.gate_up_proj{end}"
+    both = {part: parts[part] for part in _BOTH}
+    yield name, _two(name, Interleaved(gate=gate, up=up), both, dtype)
+
+
+def _above(
+    block: str, suffix: str, parts: Mapping[str, GgufTensor], dtype: torch.dtype
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield stacks as Granite has them: gate above up."""
+    _refuse_missing(f"{block}.experts ({suffix})", parts, (*_BOTH, "down"))
+    name = f"{block}.experts.down_proj"
+    yield name, _weight(name, parts["down"], dtype)
+    gate, up = (GgmlBlocks(type=parts[part].type.name) for part in _BOTH)
+    name = f"{block}.experts.gate_up_proj"
+    both = {part: parts[part] for part in _BOTH}
+    yield name, _two(name, GateAboveUp(gate=gate, up=up), both, dtype)
