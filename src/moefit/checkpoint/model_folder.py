@@ -38,9 +38,10 @@ def refuse_adapter(folder: Path) -> None:
     )
     alone = f", or take {ADAPTER} out of the folder to use the model without it" if whole else ""
     raise UnsupportedModelError(
-        f"{folder} {what}, as its {ADAPTER} says, and adapters are not applied. Merge it with peft "
-        f"(PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload(), then "
-        f"save_pretrained) and give that folder{alone}"
+        f"{folder} {what}, as its {ADAPTER} says. Commands that serve a model apply it: give "
+        f"{'the same folder' if whole else 'the model'} and --adapter {folder}. Or merge it with "
+        "peft (merge_and_unload, then save_pretrained) and give "
+        f"that folder{alone}"
     )
 
 
@@ -81,8 +82,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("adapter_model.safetensors", "adapter_model.bin", ADAPTER),
-        "an adapter (LoRA), no model; merge it into its base with peft (merge_and_unload, then "
-        "save_pretrained) and give that folder",
+        "an adapter (LoRA), no model; give its base as the model, and it as --adapter",
     ),
     (
         (".bin", ".pt", ".pth", ".ckpt"),

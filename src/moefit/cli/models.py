@@ -238,7 +238,7 @@ def _describe_memory(
     model: str, options: MemoryOptions, settings: LoadSettings, *, as_json: bool
 ) -> None:
     """Print the memory estimate, and the minimum budget of each command."""
-    skeleton = build_skeleton(folder_of(model), settings.dtype)
+    skeleton = build_skeleton(folder_of(model), settings.dtype, settings.adapter)
     packed = open_packed(skeleton, settings.formats())
     budget = memory_budget(skeleton, settings, packed)
     start = initial_formats(skeleton, settings, budget, packed)  # raises below the minimum

@@ -159,6 +159,10 @@ class MemoryOptions:
     rest: Rest = None
     dtype: DtypeOption = None
     device: Device = "cpu"
+    adapter: Annotated[
+        Path | None,
+        advanced("Folder of a LoRA adapter (PEFT) of dense weights, merged while loading."),
+    ] = None
 
     @property
     def experts(self) -> str:
@@ -177,8 +181,11 @@ class MemoryOptions:
 
     @property
     def sets_memory(self) -> bool:
-        """Whether a budget, a format or exactness is given."""
-        limits = self.memory is self.host_memory is None and self.kv_cache is KvCache.model
+        """Whether a budget, a format, exactness or an adapter is given."""
+        limits = (
+            self.memory is self.host_memory is self.adapter is None
+            and self.kv_cache is KvCache.model
+        )
         return self.exact or not (limits and self.is_native)
 
     @property
@@ -197,6 +204,7 @@ class MemoryOptions:
             "kv_cache": self.kv_cache.value,
             "dtype": torch_dtype(self.dtype),
             "device": self.device,
+            "adapter": self.adapter,
         }
 
 

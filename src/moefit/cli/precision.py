@@ -106,7 +106,7 @@ def resolve_precision(
     decided = options.exact or options.precision is not None or serving.sets_mode
     if options.memory is None or decided or serving.has_plan:
         return options
-    skeleton = build_skeleton(folder_of(model), torch_dtype(options.dtype))
+    skeleton = build_skeleton(folder_of(model), torch_dtype(options.dtype), options.adapter)
     base = LoadSettings(**{**options.load_settings(), **settings})
     dense = _DENSE if options.dense == NATIVE_PRECISION else (options.dense,)
     total = memory_budget(skeleton, base).total

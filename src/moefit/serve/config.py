@@ -7,6 +7,7 @@ are frozen; `check` validates them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -199,6 +200,7 @@ class LoadSettings:
             bits with a scale per token and head.
         generation_config: `auto` follows the checkpoint's generation_config.json, `none` takes
             only special tokens from it, `ignore` does not read it.
+        adapter: Folder of a LoRA adapter (PEFT), which is merged into dense weights.
     """
 
     memory: str | int | None = None
@@ -219,6 +221,7 @@ class LoadSettings:
     helpers: int = 0
     kv_cache: str = MODEL_CACHE
     generation_config: str = AUTO
+    adapter: str | Path | None = None
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""

@@ -81,7 +81,7 @@ def load_model(
     """
     device = parse_device(settings.device)
     settings.check()
-    skeleton = build_skeleton(Path(folder), settings.dtype)
+    skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter)
     packed = open_packed(skeleton, _formats_to_encode(settings))
     budget = memory_budget(skeleton, settings, packed)
     budget.slots()  # raises for a budget below the minimum

@@ -20,13 +20,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moefit.cache_argument import cache_name
+from moefit.checkpoint.adapter import Adapter, read_adapter
 from moefit.checkpoint.config import (
     config_from,
     read_config,
     refuse_absurd_counts,
     refuse_other_size,
 )
-from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint, refuse_parts
+from moefit.checkpoint.expert_map import (
+    CheckpointMap,
+    map_checkpoint,
+    parameter_names,
+    refuse_parts,
+)
 from moefit.checkpoint.formats.find import find_weights, part_of
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.settings import settings_of
@@ -129,19 +135,23 @@ def _group(name: str) -> str:
     return layer[0] if layer else name.partition(".")[0]
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
+def build_skeleton(
+    folder: Path, dtype: torch.dtype | None = None, adapter: str | Path | None = None
+) -> Skeleton:
     """Read a model's configuration and headers; no weights are read or allocated.
 
     Args:
         folder: Folder of the checkpoint, or GGUF file.
         dtype: The dtype to compute in; None for the checkpoint's own.
+        adapter: Folder of a LoRA adapter to apply to dense weights.
 
     Raises:
-        CheckpointError: The checkpoint is incomplete or damaged.
+        CheckpointError: The checkpoint or the adapter is incomplete or damaged.
         UnsupportedModelError: The model has no experts that can be served, or is quantised in a
             format that cannot be read.
     """
-    refuse_adapter(folder)
+    if adapter is None:
+        refuse_adapter(folder)
     quantisation = refuse_unknown_method(folder)
     register()
     header = read_gguf(folder) if is_gguf(folder) else None
@@ -160,8 +170,36 @@ def build_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
     found = map_checkpoint(model, checkpoint, blocks)
+    if adapter is not None:
+        found = _adapted(read_adapter(Path(adapter).expanduser()), found, model, blocks)
     blocks = tuple(_as_stored(block, found.experts[block.name]) for block in blocks)
     return Skeleton(model, blocks, found, checkpoint, compute_dtype)
+
+
+def _adapted(
+    adapter: Adapter, found: CheckpointMap, model: PreTrainedModel, blocks: Sequence[MoeBlock]
+) -> CheckpointMap:
+    """Return the map of a checkpoint with an adapter applied to the dense weights."""
+    sources: dict[str, list[str]] = {}
+    for name, parameter in parameter_names(model, found.dense_weights).items():
+        sources.setdefault(parameter, []).append(name)
+
+    def find(weight: str) -> str | None:
+        if weight in found.dense_weights:
+            return weight
+        parameter = parameter_names(model, [weight])[weight]
+        for block in blocks:
+            if parameter.startswith(f"{block.name}.") and parameter not in sources:
+                raise UnsupportedModelError(
+                    f"{adapter.folder} adapts experts ({weight}), and only adapters of attention "
+                    "and other dense weights are applied; merge it with peft and give the merged "
+                    "model"
+                )
+        names = sources.get(parameter, [])
+        return names[0] if len(names) == 1 else None
+
+    dense = adapter.applied_to(found.dense_weights, find, model.dtype)
+    return replace(found, dense_weights=dense)
 
 
 def _as_stored(block: MoeBlock, experts: Sequence[ExpertSource]) -> MoeBlock:

@@ -478,4 +478,4 @@ class PlacementBudget:
         return replace(budget, process=self.process, slack=0, tokenizer=self.tokenizer, reading=0)
 
     def _skeleton(self) -> Skeleton:
-        return build_skeleton(self.folder, self.settings.dtype)
+        return build_skeleton(self.folder, self.settings.dtype, self.settings.adapter)
