@@ -1,9 +1,12 @@
-"""The cache folder, locks on folders that several processes may use, and kinds of files."""
+"""The cache folder, folders that are written whole or not at all, locks, and kinds of files."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from moefit.errors import CheckpointError, ConfigError
 
@@ -22,6 +25,25 @@ def cache_root() -> Path:
 def is_gguf(path: Path) -> bool:
     """Return whether a path is that of a GGUF file, by its name."""
     return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Create a temporary folder and rename it to `out` when the context ends without error.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -88,7 +88,7 @@ def test_adapter_without_model_raises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("pytorch_model.bin", "pickled.*save_pretrained"),
+    [("pytorch_model.bin", "pickled.*moefit convert"),
      ("consolidated.00.pth", "pickled.*save_pretrained"), ("model.onnx", "another framework"),
      ("consolidated.safetensors", "makers' own names"),
      ("model-00001-of-00002.safetensors", "index.json, which says")],

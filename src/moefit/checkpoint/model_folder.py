@@ -85,6 +85,11 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
         "an adapter (LoRA), no model; give its base as the model, and it as --adapter",
     ),
     (
+        ("pytorch_model.bin", *(f"{number}.bin" for number in range(10))),
+        "pickled weights of PyTorch, which can run code and are not read in place; write a local "
+        "copy as safetensors once, with `moefit convert FOLDER OUT`",
+    ),
+    (
         (".bin", ".pt", ".pth", ".ckpt"),
         f"pickled weights of PyTorch, which can run code and are not read; {_CONVERT}",
     ),

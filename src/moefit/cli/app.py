@@ -42,6 +42,7 @@ COMMANDS = {
     "train": ("train", "Train a model: CONFIG.yaml, then settings such as optimizer.lr=3e-4."),
     "adapt": ("train", "Fine-tune a model so that it loses little with few experts in memory."),
     "export": ("export", "Write a model as OLMoE for transformers and vLLM, or as GGUF."),
+    "convert": ("export", "Write a model with pickled weights (.bin) as safetensors."),
     "demo": ("train", "Train a small DS-MoE for a minute, then evaluate and serve a shipped one."),
 }
 """Module in `moefit.cli` and help text of each command, in the order of `moefit --help`."""

@@ -1,5 +1,7 @@
-"""The command `export`: write a model for other engines."""
+"""The commands `export` and `convert`: write a model for other engines, or as safetensors."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +11,13 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
+from moefit.checkpoint.pickled import convert_pickled
 from moefit.cli.app import Json, command, console, option, print_json, say
 from moefit.cli.options import Dtype, Model, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError
-from moefit.evaluate.loading import load_full_model
+from moefit.evaluate.loading import load_full_model, locate
 from moefit.gguf.write import TYPES, write_gguf
 from moefit.moe.routing import Rule
 from moefit.serve.memory.budget import format_bytes
@@ -101,15 +104,9 @@ def _write_olmoe(model: str, out: Path, experts_per_token: int, dtype: Dtype | N
 
 def _write_gguf(model: str, out: Path, type: str, with_tokenizer: bool, *, as_json: bool) -> None:
     folder = folder_of(model)
-    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("writing", total=None)
+    with _writing() as progress:
         made = write_gguf(
-            folder,
-            out,
-            type=type.lower(),
-            with_tokenizer=with_tokenizer,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            folder, out, type=type.lower(), with_tokenizer=with_tokenizer, progress=progress
         )
     if as_json:
         print_json(
@@ -127,3 +124,29 @@ def _write_gguf(model: str, out: Path, type: str, with_tokenizer: bool, *, as_js
         f"wrote {out}: {made.architecture} in {made.type}, {format_bytes(made.nbytes)}, for "
         f"llama.cpp{takes}"
     )
+
+
+@command("convert")
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder of the model.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Read tensors alone, run no code, and name the folder when it is complete."""
+    with _writing() as progress:
+        made = convert_pickled(locate(model), out, progress)
+    if as_json:
+        print_json(made.as_dict())
+    say(
+        f"wrote {made.folder}: {made.tensors:,} tensors in {made.files:,} "
+        f"file{'s' if made.files > 1 else ''}, {format_bytes(made.nbytes)}"
+    )
+
+
+@contextmanager
+def _writing() -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar of bytes, and yield what advances it."""
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

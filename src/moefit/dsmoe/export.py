@@ -6,14 +6,10 @@ it gets its final name.
 
 import copy
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +22,7 @@ from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.folders import atomic_folder
 from moefit.moe.expert_dropout import CARD, KEY, dropout_record
 from moefit.moe.routing import Rule
 
@@ -163,7 +160,7 @@ def export_olmoe(
     out_dir = Path(out_dir).resolve()
     config = _checked_config(model, out_dir, experts_per_token, tokenizer)
     olmoe = _olmoe_model(model, config, dtype)
-    with _atomic_folder(out_dir) as partial:
+    with atomic_folder(out_dir) as partial:
         olmoe.save_pretrained(partial)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
@@ -227,21 +224,6 @@ def _scale(model: DsMoeForCausalLM | OlmoeForCausalLM) -> float:
 
 def _rescaled(name: str, tensor: Tensor, factor: float) -> Tensor:
     return tensor * factor if name.endswith("experts.down_proj") and factor != 1.0 else tensor
-
-
-@contextmanager
-def _atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """Create a temporary folder and rename it to `out_dir` when the context ends without error."""
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(out_dir)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out_dir} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_written(
