@@ -70,7 +70,8 @@ def test_served_model_is_the_merged_one(folder: Path, tmp_path: Path) -> None:
     ids = tokens(2, 9)
     with load_model(folder, LoadSettings(context=64, adapter=str(path))) as served:
         served.set_memory(served.budget.min_bytes)  # builds the model's description again
-        torch.testing.assert_close(logits(served.model, ids), logits(model, ids))
+        expected = logits(model, ids)
+        torch.testing.assert_close(logits(served.model, ids), expected, atol=1e-4, rtol=0)
     with load_model(folder, LoadSettings(context=64)) as plain:
         assert not torch.allclose(logits(plain.model, ids), logits(model, ids), atol=0.1)
 

@@ -57,7 +57,8 @@ def test_written_model_is_the_same(tmp_path: Path, kind: str) -> None:
     assert not list(out.glob("*.bin*")) and not list(tmp_path.glob(".out*"))
     with load_model(out, LoadSettings(context=64)) as served:
         ids = tokens(2, 9)
-        torch.testing.assert_close(logits(served.model, ids), logits(tiny("Mixtral"), ids))
+        expected = logits(tiny("Mixtral"), ids)
+        torch.testing.assert_close(logits(served.model, ids), expected, atol=1e-4, rtol=0)
 
 
 def test_shared_and_transposed_tensors_are_written_whole(tmp_path: Path) -> None:
