@@ -16,6 +16,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
+from moefit.moe.locmoe import grouped_average_pooling
 from moefit.moe.routing import (
     Routing,
     Rule,
@@ -51,6 +52,26 @@ class DsMoeRouter(nn.Module):
     def scores(self, x_TD: Tensor) -> Tensor:
         """Return the softmax over all experts [.., E]."""
         return self(x_TD).softmax(-1)
+
+
+class GrapRouter(DsMoeRouter):
+    """LocMoE's router without weights, grouped average pooling, computed in float32."""
+
+    def __init__(self, config: DsMoeConfig):
+        nn.Module.__init__(self)
+        self.num_experts = config.num_experts
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return logits [.., E] for x [.., D]."""
+        return grouped_average_pooling(at_least_float32(x_TD), self.num_experts)
+
+
+def _mlp_router(config: DsMoeConfig) -> DsMoeRouter | None:
+    if config.num_experts == 1:
+        return None
+    if config.router_type == "grap":
+        return GrapRouter(config)
+    return DsMoeRouter(config, config.num_experts)
 
 
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
@@ -111,7 +132,7 @@ class DsMoeBlock(nn.Module):
 
     def __init__(self, config: DsMoeConfig):
         super().__init__()
-        self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
+        self.gate = _mlp_router(config)
         self.scale = config.routed_scaling_factor
         self.experts = (DsMoeGatedExperts if config.mlp_type == "swiglu" else DsMoeExperts)(config)
         # Threshold rules use the padding id, which transformers skips only with this attribute.

@@ -197,13 +197,14 @@ def model_card(config: DsMoeConfig) -> ModelCard:
     norms = layers * 2 * width + width
     if config.qk_norm:
         norms += layers * (query_width + key_value_width)
+    linear = config.router_type == "linear"
     parameters = Parameters(
         embeddings=embeddings,
         head=0 if config.tie_word_embeddings else embeddings,
         attention=layers * 2 * width * (query_width + key_value_width),
         attention_routers=layers * _router(config, config.num_attention_experts),
         mlp_experts=layers * config.num_experts * matrices * width * config.intermediate_size,
-        mlp_routers=layers * _router(config, config.num_experts),
+        mlp_routers=layers * (_router(config, config.num_experts) if linear else 0),
         norms=norms,
     )
     routers = (config.num_experts > 1) + (config.num_attention_experts > 1)

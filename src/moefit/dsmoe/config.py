@@ -56,6 +56,8 @@ class DsMoeConfig(PreTrainedConfig):
             are `num_attention_experts * num_key_value_heads`, N_att experts of N_head heads each.
         intermediate_size: Hidden width of one expert.
         mlp_type: `gelu` (two matrices, as in the paper) or `swiglu` (three).
+        router_type: Of MLP experts: `linear`, or `grap`, LocMoE's grouped average pooling, which
+            has no weights; `num_experts` then divides `hidden_size`.
         router_hidden_size: Hidden width of a two-layer router; None for a linear router.
         routed_scaling_factor: Factor on the MLP experts' weights (DeepSeek's name). It compensates
             for scores that start at 1 / E.
@@ -81,6 +83,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_attention_experts: int = 1
     num_experts: int = 16
     mlp_type: str = "swiglu"
+    router_type: str = "linear"
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0
@@ -146,6 +149,7 @@ class DsMoeConfig(PreTrainedConfig):
             self.mlp_type in ("gelu", "swiglu"),
             f"mlp_type={self.mlp_type!r} is unknown; use 'gelu' or 'swiglu'",
         )
+        self._check_router()
         for name in ("training_rule", "inference_rule"):
             value = getattr(self, name)
             _require(
@@ -156,6 +160,26 @@ class DsMoeConfig(PreTrainedConfig):
             self.rope_parameters is None or isinstance(self.rope_parameters, dict),
             f"rope_parameters={self.rope_parameters!r}, but it must be a mapping, such as "
             "{rope_theta: 10000.0}, or null",
+        )
+
+    def _check_router(self) -> None:
+        _require(
+            self.router_type in ("linear", "grap"),
+            f"router_type={self.router_type!r} is unknown; use 'linear' or 'grap'",
+        )
+        if self.router_type == "linear":
+            return
+        _require(
+            self.num_experts > 1 and self.router_hidden_size is None,
+            f"router_type='grap' has no hidden layer and needs several experts, but "
+            f"num_experts={self.num_experts} and router_hidden_size={self.router_hidden_size}; "
+            "give num_experts=2 or more and router_hidden_size=null, or router_type='linear'",
+        )
+        nearest = nearest_multiple(self.hidden_size, self.num_experts)
+        _require(
+            self.hidden_size % self.num_experts == 0,
+            f"router_type='grap' divides hidden_size={self.hidden_size} into num_experts="
+            f"{self.num_experts} equal slices; the nearest that works is hidden_size={nearest}",
         )
 
     def _check_tokens(self) -> None:

@@ -84,6 +84,9 @@ def olmoe_incompatibilities(config: DsMoeConfig, experts_per_token: int) -> list
         f"router_hidden_size={config.router_hidden_size}, but its router is linear: null": (
             config.router_hidden_size is not None
         ),
+        f"router_type={config.router_type!r}, but its router is linear: 'linear'": (
+            config.router_type != "linear"
+        ),
         "qk_norm=False, but it always normalises queries and keys: True": not config.qk_norm,
         f"num_experts={config.num_experts}, but its blocks have a router: 2 or more": (
             config.num_experts < 2

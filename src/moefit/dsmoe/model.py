@@ -29,7 +29,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moefit.cache_argument import CACHE_NAME, one_cache
 from moefit.dsmoe.attention import DsMoeAttention, DsMoeRMSNorm
-from moefit.dsmoe.block import DsMoeBlock, DsMoeExperts, DsMoeGatedExperts, DsMoeRouter
+from moefit.dsmoe.block import (
+    DsMoeBlock,
+    DsMoeExperts,
+    DsMoeGatedExperts,
+    DsMoeRouter,
+    GrapRouter,
+)
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
 from moefit.moe.routing import Rule
@@ -97,7 +103,7 @@ class DsMoePreTrainedModel(PreTrainedModel):
         if isinstance(module, DsMoeGatedExperts | DsMoeExperts):
             for weight in module.parameters():
                 init.normal_(weight, std=std)
-        elif isinstance(module, DsMoeRouter):
+        elif isinstance(module, DsMoeRouter) and not isinstance(module, GrapRouter):
             init.normal_(module.weight, std=std)
 
 

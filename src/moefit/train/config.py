@@ -62,6 +62,9 @@ class DataConfig(_Strict):
     tokenizer: str | None = None
     """A tokenizer.json or a folder with one; None trains a BPE on the corpus."""
     vocab_size: int = Field(default=4096, ge=257)
+    shard_by: Literal["none", "source"] = "none"
+    """`source`: with N machines, machine n trains on sources n, n + N, ..., an equal share of each
+    batch. `none`: all machines train on all text."""
     cache_dir: str | None = None
     """Folder for token files; None is $XDG_CACHE_HOME/moefit/data or ~/.cache/moefit/data."""
 
@@ -101,11 +104,17 @@ class LossConfig(_Strict):
     """Fractions of training between which both MI weights rise from zero to their full value."""
     routing_locality: float = Field(default=0.0, ge=0)
     """Weight of the mean squared change of routing from one token to the next."""
+    locality: float = Field(default=0.0, ge=0)
+    """mu of LocMoE's locality loss, which keeps tokens on the machine that they are on; summed over
+    layers. Needs `parallel.experts: all_to_all`, and pays with `data.shard_by: source` only."""
+    locality_ramp: tuple[_Fraction, _Fraction] = (0.0, 0.0)
+    """Fractions of training between which mu rises from zero to its full value."""
 
     @property
     def weights(self) -> dict[str, float]:
         """Weights that were given, by name."""
-        return self.model_dump(exclude_none=True, exclude={"mi_ramp", "routing_locality"})
+        names = ("mlp_mi", "attention_mi", "load_balancing", "z")
+        return self.model_dump(exclude_none=True, include=set(names))
 
 
 class SparseConfig(_Strict):
@@ -207,6 +216,27 @@ class ParallelConfig(_Strict):
     reshard: bool = True
     """Free a layer's weights after its forward pass and gather them again for the backward pass:
     less memory, half as much traffic again."""
+    experts: Literal["data", "all_to_all"] = "data"
+    """`data`: experts are sharded like all weights. `all_to_all`: each process has an equal part of
+    every layer's experts, and tokens are sent to them; for sparse models."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """With `all_to_all`, the most tokens that a process sends to an expert, in units of an even
+    share; what is beyond has no output of the layer. None is no limit."""
+    nodes: int | None = Field(default=None, gt=0)
+    """Number of machines that processes are divided among; None is what torchrun says."""
+    node_bias: float = Field(default=0.0, ge=0)
+    """Added in training to the router logits of experts on the token's own machine."""
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        given = {"capacity_factor": self.capacity_factor, "node_bias": self.node_bias}
+        for name, value in given.items():
+            if value and self.experts != "all_to_all":
+                raise ValueError(
+                    f"{name}={value:g} has no effect with experts=data; leave it out, or give "
+                    "experts=all_to_all"
+                )
+        return self
 
 
 class TrainConfig(_Strict):
@@ -279,6 +309,20 @@ class TrainConfig(_Strict):
         start, end = self.loss.mi_ramp
         if start > end:
             raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
+        if self.loss.locality and self.parallel.experts != "all_to_all":
+            raise ValueError(
+                f"loss.locality={self.loss.locality:g} has no effect with parallel.experts=data; "
+                "leave it out, or give parallel.experts=all_to_all"
+            )
+        if self.compile and self.parallel.experts == "all_to_all":
+            raise ValueError(
+                "compile=true does not support parallel.experts=all_to_all; give compile=false"
+            )
+        start, end = self.loss.locality_ramp
+        if start > end:
+            raise ValueError(
+                f"loss.locality_ramp=[{start}, {end}] ends before it starts; swap them"
+            )
         if self.start_from is not None and self.continue_from is not None:
             raise ValueError(
                 "start_from and continue_from both give the weights; give start_from to train them "

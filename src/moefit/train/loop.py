@@ -12,8 +12,9 @@ from moefit.errors import DataError
 from moefit.signals import stop_on_signal
 from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
-from moefit.train.data.tokens import PreparedData, prepare
+from moefit.train.data.tokens import PreparedData, prepare, prepare_shards
 from moefit.train.display import NoDisplay, TrainingCallback, draw_curve
+from moefit.train.parallel.parallelism import machines
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.run_folder import check_same_config, last_record, locked, read_log, save_config
 from moefit.train.trainer import Trainer, TrainResult
@@ -83,14 +84,14 @@ def _train(
     out: Path, config: TrainConfig, callback: TrainingCallback, processes: Processes
 ) -> TrainResult:
     data = _prepared(config, callback, processes)
-    trainer = Trainer(config, out, data, callback, processes)
+    trainer = processes.agreed(lambda: Trainer(config, out, data, callback, processes))
     with closing(trainer.log):
         # After validation, so that an invalid configuration is never stored.
         processes.on_main(lambda: save_config(out, config))
         trainer.log.write("run", trainer.first_step, trainer.info)
         callback.on_start(step=trainer.first_step, steps=config.steps, info=trainer.info)
         with stop_on_signal() as request:
-            return trainer.run(request)
+            return processes.agreed(lambda: trainer.run(request))
 
 
 def _prepared(
@@ -99,14 +100,20 @@ def _prepared(
     """Return the data, which the main process prepares while others wait."""
 
     def check() -> None:
-        if not (data.train.is_complete() and data.held_out.is_complete()):
+        if not all(file.is_complete() for file in (data.train, data.held_out, *data.shards)):
             raise DataError(
                 f"{socket.gethostname()} does not see the token files in {data.train.path.parent} "
                 "that process 0 wrote; give a folder that all machines share with data.cache_dir="
             )
 
-    data = processes.on_main(
-        lambda: prepare(config.data, seq_len=config.seq_len, progress=callback.on_prepare)
-    )
+    def prepare_all() -> PreparedData:
+        settings, length, progress = config.data, config.seq_len, callback.on_prepare
+        whole = prepare(settings, seq_len=length, progress=progress)
+        count = machines(config, processes)
+        if settings.shard_by == "none" or count == 1:
+            return whole
+        return prepare_shards(settings, whole, count, seq_len=length, progress=progress)
+
+    data = processes.on_main(prepare_all)
     processes.agreed(check)
     return data

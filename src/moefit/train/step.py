@@ -27,7 +27,9 @@ from moefit.errors import DivergenceError
 from moefit.moe.locality import routing_locality_loss
 from moefit.train.data.batches import windows
 from moefit.train.expert_dropout import AllowedExperts
-from moefit.train.parallel.parallelism import Clock, Parallelism, Single
+from moefit.train.parallel.clock import Clock
+from moefit.train.parallel.locality import NodeLocality
+from moefit.train.parallel.parallelism import Parallelism, Single
 from moefit.train.parallel.processes import OneProcess, Processes
 
 
@@ -167,6 +169,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
     allowed: AllowedExperts | None = None,
     distill: bool = False,
     total: Total = identity,
+    nodes: NodeLocality | None = None,
 ) -> LossFunction:
     """Return the loss function of a DS-MoE or OLMoE model.
 
@@ -182,6 +185,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         distill: Whether sequences with few experts are computed twice: with all experts, where the
             text is the target, and with few, where the prediction with all experts is.
         total: Adds the sums that router losses depend on over the processes of a batch.
+        nodes: Adds LocMoE's locality loss.
     """
 
     def losses(
@@ -209,6 +213,8 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         if locality:
             by_sequence = (logits.view(*ids_BN1.shape, -1) for logits in mlp_logits)
             router = router + locality * sum(map(routing_locality_loss, by_sequence))
+        if nodes is not None:
+            router = router + nodes.loss(mlp_logits)
         return lm_loss, router, mlp_logits, attention_logits
 
     return torch.compile(losses) if compile else losses

@@ -24,7 +24,7 @@ from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
-from moefit.train.data.batches import Batches
+from moefit.train.data.batches import Batches, BatchesByMachine
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
 from moefit.train.display import TrainingCallback
@@ -46,6 +46,8 @@ from moefit.train.model import (
     select_trainable,
     use_bf16,
 )
+from moefit.train.parallel.dispatch import capacity_line, check_spreadable
+from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import parallelism
 from moefit.train.parallel.processes import OneProcess, Processes, local_device
 from moefit.train.parallel.saver import ShardedSaver, WholeSaver
@@ -97,7 +99,9 @@ class Trainer:
         self.bf16 = use_bf16(config, self.device)
         self.parallel = parallelism(config, self.processes, self.device)
         self.model = self.processes.agreed(self._build_model)
+        self.processes.agreed(self._check_model)
         self.parallel.wrap(self.model)
+        self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.dropout = ExpertDropout.of(config, self.model)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -112,18 +116,14 @@ class Trainer:
                 allowed=self.allowed,
                 distill=self.dropout is not None and self.dropout.settings.self_distillation,
                 total=self.parallel.total,
+                nodes=self.nodes,
             ),
             device=self.device,
             bf16=self.bf16,
             clip=config.optimizer.clip,
             parallel=self.parallel,
         )
-        self.batches = Batches(
-            tokens=data.train.open(),
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        self.batches = self._batches()
         self.held_out = HeldOutEvaluator(
             tokens=data.held_out.open(),
             seq_len=config.seq_len,
@@ -142,6 +142,7 @@ class Trainer:
             precision=self.info["precision"],
             fingerprint=data.fingerprint,
             seed=config.seed,
+            shards=len(data.shards) or 1,
             processes=self.processes,
         )
         saver = WholeSaver if self.processes.size == 1 else ShardedSaver
@@ -152,6 +153,33 @@ class Trainer:
         evaluated = evaluated or {"loss": None, "step": 0}
         self.held_out_loss: float | None = evaluated["loss"]
         self._evaluated_step: int = evaluated["step"]
+
+    def _batches(self) -> Batches | BatchesByMachine:
+        files = self.data.shards or (self.data.train,)
+        rows = self.config.batch_size // len(files)
+        shares = tuple(
+            Batches(
+                tokens=file.open(),
+                seq_len=self.config.seq_len,
+                batch_size=rows,
+                seed=self.config.seed,
+            )
+            for file in files
+        )
+        return shares[0] if len(shares) == 1 else BatchesByMachine(shares=shares)
+
+    def _check_model(self) -> None:
+        """Raise ConfigError for a model that cannot be spread as configured."""
+        if self.config.parallel.experts == "all_to_all":
+            if self.processes.size == 1:
+                self.callback.on_message("one process: settings of parallel have no effect")
+            config = self.model.config
+            rule = getattr(config, "training_rule", None) or f"top_k:{config.num_experts_per_tok}"
+            check_spreadable(int(config.num_experts), self.processes.size, rule)
+            rows = self.config.batch_size * self.config.seq_len * chosen_experts(self.model)
+            factor = self.config.parallel.capacity_factor
+            line = capacity_line(config, rows // self.processes.size, factor)
+            self.callback.on_message(line)
 
     def _device(self) -> torch.device:
         one = self.processes.size == 1
@@ -277,7 +305,9 @@ class Trainer:
         peak = peak_process_bytes()
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(self.device)
+        sent = {} if self.parallel.dispatch is None else self.parallel.dispatch.report(steps)
         return {
+            **sent,
             "tokens_per_second_per_process": speed / size,
             "communication_seconds": self.processes.sums((self.parallel.clock.seconds(),))[0]
             / (size * steps),
@@ -289,6 +319,9 @@ class Trainer:
         rate = learning_rate(step - 1, self.config.steps, self.config.optimizer)
         set_learning_rate(self.optimizer, rate)
         scale = mi_scale(step, self.config.steps, self.config.loss.mi_ramp)
+        if self.nodes is not None:
+            ramp = mi_scale(step, self.config.steps, self.config.loss.locality_ramp)
+            self.nodes.weight.fill_(self.config.loss.locality * ramp)
         sparse = self.config.sparse
         rule = sparse.rule if is_sparse(step, self.config.steps, sparse) else None
         count = self.config.accumulation

@@ -11,12 +11,14 @@ from pathlib import Path
 import parallel_cases
 import pytest
 import torch
+import yaml
 from processes import finish, results, start
 from transformers import AutoModelForCausalLM
 
 from moefit.dsmoe.model import register
+from moefit.errors import ConfigError
 from moefit.train import checkpoint
-from moefit.train.config import make_config
+from moefit.train.config import ParallelConfig, make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.run_folder import read_log
@@ -49,9 +51,9 @@ def test_two_processes_train_resume_and_refuse_together(folder, tree):
     train(make_config({**tree, "out": str(folder / "one_two")}), stop)
     done = results(
         2, CASES, str(folder), "equality", "run:two", "stop:again", "run:again", "stop:two_one",
-        "run:one_two", "failures",
+        "run:one_two", "spread", "locmoe:loc", "stop_locmoe:loc_one", "failures",
     )  # fmt: skip
-    for name, (numbers, parameters) in done["equality"].items():
+    for name, (numbers, parameters) in (done["equality"] | done["spread"]).items():
         assert numbers < 1e-6, name
         assert parameters < 1e-9, name
     whole = alone(folder, "one")
@@ -69,13 +71,37 @@ def test_two_processes_train_resume_and_refuse_together(folder, tree):
     assert held_out == pytest.approx(
         [r["loss"] for r in read_log(folder / "one") if r["kind"] == "eval"], abs=1e-5
     )
+    check_locmoe(folder)
     said = done["failures"]
     assert "process 1 of 2:" in said[0]
     assert "other settings than process 0 (seed)" in said[0]
     assert "batch_size=3" in said[1]
     assert "nearest that works is batch_size=4" in said[1]
     assert "parallel.replicate=3 does not divide the 2 processes" in said[2]
-    assert "diverged at step" in said[3]
+    assert "needs a sparse model" in said[3]
+    assert "all processes are on one machine" in said[4]
+    assert "diverged at step" in said[5]
+
+
+def check_locmoe(folder):
+    """Tokens stay on their machine more and more; one process can go on with such a run."""
+    records = [r for r in read_log(folder / "loc") if r["kind"] == "train"]
+    assert records[0]["cross_node_share"] == pytest.approx(0.5, abs=0.2)
+    assert records[-1]["cross_node_share"] < 0.7 * records[0]["cross_node_share"]
+    for name in ("all_to_all_seconds", "all_to_all_bytes", "load_cv"):
+        assert records[-1][name] > 0
+    # Each row of 32 floats that leaves comes back, and so does its gradient.
+    rows = records[0]["cross_node_share"] * 2 * 4 * 16
+    assert records[0]["cross_node_bytes"] == pytest.approx(rows * 32 * 4 * 4, rel=0.1)
+    config = make_config(yaml.safe_load((folder / "loc_one" / "config.yaml").read_text()))
+    with pytest.raises(ConfigError, match=r"divided among 2 machines.*give parallel\.nodes=2"):
+        train(
+            config.model_copy(update={"parallel": ParallelConfig(experts="all_to_all")}),
+            NoDisplay(),
+        )
+    train(config, NoDisplay())
+    one = [r["step"] for r in read_log(folder / "loc_one") if r["kind"] == "train"]
+    assert one == list(range(1, 25))
 
 
 def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(folder):
@@ -84,7 +110,7 @@ def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(folder):
     assert survivor[0] > 0
     assert "process 0 of 2 lost contact with another process" in survivor[2]
     kept = checkpoint.checkpoints(folder / "killed")
-    assert checkpoint.step_of(kept[-1]) >= 2  # that of step 4 may still have been written
+    assert checkpoint.step_of(kept[-1]) >= 4  # that of step 6 may still have been written
     assert alone(folder, "killed").name == "step-00000008"
     assert losses(folder / "killed") == pytest.approx(losses(alone(folder, "one").parent), abs=1e-6)
     assert not list((folder / "killed").glob(".step-*"))

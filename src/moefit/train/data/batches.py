@@ -64,7 +64,26 @@ class Batches:
         return int(starts_W[position])
 
 
-@lru_cache(maxsize=2)  # a batch can span two epochs
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchesByMachine:
+    """Batches of which each machine's share is of its own text.
+
+    Attributes:
+        shares: Per machine.
+    """
+
+    shares: tuple[Batches, ...]
+
+    def epoch(self, step: int) -> float:
+        """Return the number of epochs before a step, of the machine with the least text."""
+        return max(share.epoch(step) for share in self.shares)
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the token ids [B, L + 1] of a step: the rows of machine 0, then those of 1, ..."""
+        return torch.cat([share.batch(step) for share in self.shares])
+
+
+@lru_cache(maxsize=64)  # a batch can span two epochs, of each machine's text
 def _starts_W(windows: int, stride: int, max_offset: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.default_rng([seed, epoch])
     offset = generator.integers(max_offset, endpoint=True)

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moefit.checkpoint.model_folder import save_tokenizer
-from moefit.errors import DataError
+from moefit.errors import ConfigError, DataError
 from moefit.folders import cache_root
 from moefit.train.config import DataConfig
 from moefit.train.data.corpus import Document
@@ -151,12 +151,16 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """Token files and tokenizer; equal fingerprints mean equal tokens."""
+    """Token files and tokenizer; equal fingerprints mean equal tokens.
+
+    `shards` has the text of each machine if it is divided among them.
+    """
 
     train: TokenFile
     held_out: TokenFile
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
+    shards: tuple[TokenFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +210,36 @@ def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None)
             raise _unwritable(folder, error) from error
     _check_length(prepared, seq_len)
     return prepared
+
+
+def prepare_shards(
+    data: DataConfig, whole: PreparedData, machines: int, *, seq_len: int, progress: Progress
+) -> PreparedData:
+    """Tokenise the sources of each machine apart, with the tokenizer of the whole corpus.
+
+    Args:
+        data: The corpus.
+        whole: As `prepare` returned it.
+        machines: Their number.
+        seq_len: Tokens per training sequence.
+        progress: Called as data is read and tokenised.
+
+    Raises:
+        ConfigError: There are fewer sources than machines.
+        DataError: As for `prepare`, of one machine's sources.
+    """
+    if len(data.sources) < machines:
+        raise ConfigError(
+            f"data.shard_by=source divides {len(data.sources)} sources among {machines} machines; "
+            f"give at least {machines} sources, or data.shard_by=none"
+        )
+    tokenizer = str(whole.train.path.parent / TOKENIZER)
+    parts = [
+        data.model_copy(update={"sources": data.sources[n::machines], "tokenizer": tokenizer})
+        for n in range(machines)
+    ]
+    shards = tuple(prepare(one, seq_len=seq_len, progress=progress).train for one in parts)
+    return replace(whole, shards=shards)
 
 
 def cache_folder(data: DataConfig) -> Path:

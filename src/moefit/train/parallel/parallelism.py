@@ -7,9 +7,7 @@ from sums over all processes, so results do not depend on the number of processe
 Shapes: B sequences of a micro-batch, N tokens per sequence.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -29,6 +27,8 @@ from transformers import PreTrainedModel
 from moefit.dsmoe.config import nearest_multiple
 from moefit.errors import ConfigError
 from moefit.train.config import TrainConfig
+from moefit.train.parallel.clock import Clock
+from moefit.train.parallel.dispatch import Dispatch, spread_experts
 from moefit.train.parallel.processes import OneProcess, Processes
 
 
@@ -36,7 +36,8 @@ class Parallelism(Protocol):
     """Spreads a model and its batches over the processes of a run."""
 
     processes: Processes
-    clock: "Clock"
+    clock: Clock
+    dispatch: Dispatch | None
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Spread a model that every process has built alike; in place."""
@@ -59,43 +60,13 @@ class Parallelism(Protocol):
         ...
 
 
-class Clock:
-    """Measures the seconds that a device communicates, between two calls of `seconds`."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure the calls inside the context, on the current stream of a GPU."""
-        if self._on_gpu:
-            ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            ends[0].record()
-            yield
-            ends[1].record()
-            self._events.append(ends)
-            return
-        began = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - began
-
-    def seconds(self) -> float:
-        """Return the seconds measured since the last call."""
-        for _, end in self._events[-1:]:
-            end.synchronize()
-        total = self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-        self._seconds, self._events = 0.0, []
-        return total
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Single:
     """The trivial case: one process, which has everything."""
 
     clock: Clock
     processes: Processes = field(default_factory=OneProcess)
+    dispatch: None = None
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
@@ -143,18 +114,26 @@ class DataParallel:
         mesh: `(data,)`, or `(replicate, data)`: weights are sharded over `data` and copied over
             `replicate`.
         reshard: Free a layer's gathered weights after its forward pass.
+        dispatch: Spreads experts whole instead of sharding them; None to shard everything.
     """
 
     processes: Processes
     mesh: DeviceMesh
     reshard: bool
     clock: Clock
+    dispatch: Dispatch | None = None
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Shard a model that every process has built alike, layer by layer."""
         layers = cast("Sequence[nn.Module]", model.get_submodule("model.layers"))
+        apart = spread_experts(model, self.dispatch) if self.dispatch is not None else None
         for module in (*layers, model):
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=self.reshard)
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                reshard_after_forward=self.reshard,
+                ignored_params=apart,
+            )
             assert isinstance(module, FSDPModule)
             module.set_custom_all_gather(_TimedAllGather(self.clock))
             module.set_custom_reduce_scatter(_TimedReduceScatter(self.clock))
@@ -193,28 +172,65 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
         device: Of this process.
 
     Raises:
-        ConfigError: The batch or the processes do not divide.
+        ConfigError: The batch, the processes or their settings do not fit each other.
     """
-    size, replicate = processes.size, config.parallel.replicate
-    if size % replicate:
-        fits = max(n for n in range(1, min(size, replicate) + 1) if size % n == 0)
-        raise ConfigError(
-            f"parallel.replicate={replicate} does not divide the {size} processes; the nearest "
-            f"that works is {fits}"
+    _check_sizes(config, processes)
+    clock = Clock(device)
+    if processes.size == 1:
+        return Single(clock=clock, processes=processes)
+    settings = config.parallel
+    shape, names = (processes.size,), ("data",)
+    if settings.replicate > 1:
+        shape, names = (settings.replicate, processes.size // settings.replicate), _HSDP
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    dispatch = None
+    if settings.experts == "all_to_all":
+        dispatch = Dispatch(
+            mesh=mesh,
+            rank=processes.rank,
+            own_machine=own_machine(config, processes),
+            capacity_factor=settings.capacity_factor,
+            clock=Clock(device),
         )
+    return DataParallel(
+        processes=processes, mesh=mesh, reshard=settings.reshard, clock=clock, dispatch=dispatch
+    )
+
+
+_HSDP = ("replicate", "data")
+
+
+def machines(config: TrainConfig, processes: Processes) -> int:
+    """Return the number of machines: as given, or as torchrun says."""
+    return config.parallel.nodes or processes.nodes
+
+
+def own_machine(config: TrainConfig, processes: Processes) -> tuple[bool, ...]:
+    """Return, per process, whether it is on the machine of this one."""
+    per_machine = processes.size // machines(config, processes)
+    mine = processes.rank // per_machine
+    return tuple(rank // per_machine == mine for rank in range(processes.size))
+
+
+def _check_sizes(config: TrainConfig, processes: Processes) -> None:
+    size, settings, nodes = processes.size, config.parallel, machines(config, processes)
     if config.batch_size % size:
         nearest = nearest_multiple(config.batch_size, size)
         raise ConfigError(
             f"batch_size={config.batch_size} sequences do not divide among {size} processes; the "
             f"nearest that works is batch_size={nearest}"
         )
-    clock = Clock(device)
     if size == 1:
-        return Single(clock=clock, processes=processes)
-    shape, names = (size,), ("data",)
-    if replicate > 1:
-        shape, names = (replicate, size // replicate), ("replicate", "data")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return DataParallel(
-        processes=processes, mesh=mesh, reshard=config.parallel.reshard, clock=clock
-    )
+        return  # settings of many processes have no effect, so that one process can go on
+    for name, value in (("replicate", settings.replicate), ("nodes", nodes)):
+        if size % value:
+            fits = max(n for n in range(1, min(size, value) + 1) if size % n == 0)
+            raise ConfigError(
+                f"parallel.{name}={value} does not divide the {size} processes; the nearest that "
+                f"works is {fits}"
+            )
+    if settings.replicate > 1 and settings.experts == "all_to_all":
+        raise ConfigError(
+            f"parallel.replicate={settings.replicate} copies all weights, but parallel.experts="
+            "all_to_all keeps each expert in one process; give replicate=1, or experts=data"
+        )

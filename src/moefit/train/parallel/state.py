@@ -45,6 +45,7 @@ class RunState:
         precision: `fp32` or `bf16`, not `auto`.
         fingerprint: Of text and tokenizer.
         seed: Of the run.
+        shards: Machines that the text is divided among.
         processes: Of the run.
     """
 
@@ -54,6 +55,7 @@ class RunState:
     precision: str
     fingerprint: str
     seed: int = 0
+    shards: int = 1
     processes: Processes = field(default_factory=OneProcess)
 
     def state_dict(self, seconds: float) -> dict[str, Any]:
@@ -72,7 +74,8 @@ class RunState:
         return {"model": model, "optimizer": optimizer}
 
     def _facts(self, seconds: float) -> dict[str, Any]:
-        return {"seconds": seconds, "precision": self.precision, "data": self.fingerprint}
+        facts = {"seconds": seconds, "precision": self.precision, "data": self.fingerprint}
+        return {**facts, "shards": self.shards}
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"rng": torch.get_rng_state()}
@@ -89,7 +92,7 @@ class RunState:
         Raises:
             CheckpointError: A file is damaged, of another model, or not visible here.
             DataError: Text or tokenizer have changed.
-            ConfigError: The precision has changed.
+            ConfigError: The precision, or the machines that text is divided among, have changed.
         """
         self.processes.on_main(lambda: verify(folder))
         state = self.processes.agreed(lambda: load_state(folder, checked=True))
@@ -105,6 +108,14 @@ class RunState:
                 f"({folder}): its fingerprint was {state['data']} and is {self.fingerprint}; "
                 "restore what data.sources, data.held_out and data.tokenizer name, or start a new "
                 "run with out=FOLDER"
+            )
+        shards = state.get("shards", 1)
+        if shards != self.shards:
+            raise ConfigError(
+                f"{folder} was trained with text divided among {shards} machines "
+                f"(data.shard_by=source), but there are {self.shards}, which would see other text; "
+                f"start it on {shards}, give parallel.nodes={shards}, or start a new run with "
+                "out=FOLDER"
             )
         before = state.get("precision", self.precision)
         if before != self.precision:

@@ -1,0 +1,38 @@
+"""Measure how long a device communicates."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Measures the seconds that a device communicates, between two calls of `seconds`."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the calls inside the context, on the current stream of a GPU."""
+        if self._on_gpu:
+            ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            ends[0].record()
+            yield
+            ends[1].record()
+            self._events.append(ends)
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Return the seconds measured since the last call."""
+        for _, end in self._events[-1:]:
+            end.synchronize()
+        total = self._seconds + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+        self._seconds, self._events = 0.0, []
+        return total

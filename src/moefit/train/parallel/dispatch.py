@@ -1,0 +1,291 @@
+"""Spread the experts of a sparse model over processes; tokens travel to them and back.
+
+Each process has an equal part of every layer's experts. A token is sent to the processes of its
+experts by one all-to-all, and the outputs come back by another; gradients take the same ways.
+Implemented as an experts implementation of transformers, so the model has no code of its own.
+
+Shapes: T tokens of this process, D model width, E experts, K chosen per token, R rows (pairs of a
+token and one of its experts), P processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from moefit.errors import ConfigError
+from moefit.moe.experts import ExpertWeights, expert_weights, grouped_experts
+from moefit.moe.locmoe import capacity, least_capacity
+from moefit.moe.routing import Routing
+from moefit.train.parallel.clock import Clock
+
+ALL_TO_ALL = "moefit_all_to_all"
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this process sent since the last report.
+
+    Attributes:
+        counts: Rows by expert, of each call of a MoE layer.
+        dropped: Rows beyond the capacity.
+        sent: Bytes to other processes, both ways and in both passes.
+        sent_away: Those to other machines.
+    """
+
+    counts: list[Tensor] = field(default_factory=list)
+    dropped: int = 0
+    sent: int = 0
+    sent_away: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatch:
+    """How tokens of one process reach the experts of all.
+
+    Attributes:
+        mesh: One dimension: all processes.
+        rank: Of this process.
+        own_machine: Per process, whether it is on this machine.
+        capacity_factor: c_f of `capacity`; None for no limit.
+        clock: Measures all-to-all.
+        waiting: If given, measures a barrier before each all-to-all, so that `clock` does not
+            contain waiting for others.
+        num_experts: E; set by `spread_experts`.
+        counting: Whether traffic is counted: in training.
+        traffic: Since the last report.
+    """
+
+    mesh: DeviceMesh
+    rank: int
+    own_machine: tuple[bool, ...]
+    capacity_factor: float | None
+    clock: Clock
+    waiting: Clock | None = None
+    num_experts: int = 0
+    counting: bool = True
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def per_process(self) -> int:
+        """Experts of one process."""
+        return self.num_experts // len(self.own_machine)
+
+    @property
+    def own_E(self) -> Tensor:
+        """True for experts of this machine."""
+        return torch.tensor(self.own_machine).repeat_interleave(self.per_process)
+
+    def report(self, steps: int) -> dict[str, float]:
+        """Return the traffic of all processes since the last report; all call it.
+
+        - `all_to_all_seconds`: mean over processes, per step, both ways and passes.
+        - `cross_node_share`: of the tokens sent, those that went to another machine.
+        - `all_to_all_bytes`, `cross_node_bytes`: of all processes together, per step.
+        - `dropped_share`: of the tokens, those beyond the capacity.
+        - `idle_experts`: fraction of experts without a token in a micro-batch.
+        - `load_cv`: standard deviation of tokens per expert, divided by the mean.
+
+        Args:
+            steps: Optimizer steps since the last report.
+        """
+        found, self.traffic = self.traffic, Traffic()
+        load_NE = torch.stack(found.counts).double()
+        away = load_NE[:, ~self.own_E.to(load_NE.device)].sum()
+        seconds = self.clock.seconds()
+        sums = [seconds, found.dropped, found.sent, found.sent_away, float(away)]
+        total = torch.tensor(sums, dtype=torch.float64, device=load_NE.device)
+        dist.all_reduce(total)
+        dist.all_reduce(load_NE)
+        seconds, dropped, sent, sent_away, away = total.tolist()
+        rows = float(load_NE.sum())
+        uneven_N = load_NE.std(dim=1, correction=0) / load_NE.mean(dim=1).clamp_min(1e-9)
+        return {
+            "all_to_all_seconds": seconds / (steps * len(self.own_machine)),
+            "cross_node_share": away / max(1.0, rows),
+            "all_to_all_bytes": sent / steps,
+            "cross_node_bytes": sent_away / steps,
+            "dropped_share": dropped / max(1.0, rows + dropped),
+            "idle_experts": float((load_NE == 0).double().mean()),
+            "load_cv": float(uneven_N.mean()),
+        }
+
+    def exchange(self, rows_RD: Tensor, sizes: list[int], received: list[int]) -> Tensor:
+        """Send consecutive rows to the processes; return what they send, in their order."""
+        out = rows_RD.new_empty(sum(received), *rows_RD.shape[1:])
+        if not self.counting:
+            dist.all_to_all_single(out, rows_RD.contiguous(), received, sizes)
+            return out
+        if self.waiting is not None:
+            with self.waiting.running():
+                dist.barrier()
+        with self.clock.running():
+            dist.all_to_all_single(out, rows_RD.contiguous(), received, sizes)
+        width = rows_RD.shape[1:].numel() * rows_RD.element_size()
+        others = [size for process, size in enumerate(sizes) if process != self.rank]
+        away = [s for s, own in zip(sizes, self.own_machine, strict=True) if not own]
+        self.traffic.sent += width * sum(others)
+        self.traffic.sent_away += width * sum(away)
+        return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, dispatch: Dispatch, sizes: list[int], received: list[int]
+    ) -> Tensor:
+        ctx.ways = dispatch, received, sizes
+        return dispatch.exchange(rows_RD, sizes, received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        dispatch, sizes, received = ctx.ways
+        return dispatch.exchange(gradients[0], sizes, received), None, None, None
+
+
+def spread_experts(model: PreTrainedModel, dispatch: Dispatch) -> set[nn.Parameter]:
+    """Keep this process's part of every layer's experts, and send tokens to the others'.
+
+    Args:
+        model: Built alike in every process; its experts are replaced in place.
+        dispatch: How tokens travel.
+
+    Returns:
+        The experts' parameters, which FSDP leaves alone.
+    """
+    ExpertsInterface.register(ALL_TO_ALL, all_to_all_experts)
+    parameters: set[nn.Parameter] = set()
+    dispatch.num_experts = int(model.config.num_experts)
+    first = dispatch.rank * dispatch.per_process
+    for module in _expert_modules(model):
+        for name, whole in list(module.named_parameters(recurse=False)):
+            part = whole.data[first : first + dispatch.per_process].clone()
+            spread = DTensor.from_local(part, dispatch.mesh, [Shard(0)], run_check=False)
+            parameter = nn.Parameter(spread, requires_grad=whole.requires_grad)
+            module.register_parameter(name, parameter)
+            parameters.add(parameter)
+        module.dispatch = dispatch
+    model.set_experts_implementation(ALL_TO_ALL)
+    return parameters
+
+
+def _expert_modules(model: PreTrainedModel) -> Iterator[Any]:
+    for layer in model.get_submodule("model.layers").children():
+        yield layer.get_submodule("mlp.experts")
+
+
+def check_spreadable(num_experts: int, processes: int, rule: str) -> None:
+    """Raise ConfigError for models whose experts cannot be spread.
+
+    Args:
+        num_experts: E.
+        processes: P.
+        rule: The model's training rule.
+    """
+    if num_experts < 2 or not rule.startswith("top_k"):
+        raise ConfigError(
+            f"parallel.experts=all_to_all needs a sparse model, but this one has model.num_experts="
+            f"{num_experts} and model.training_rule={rule}; give model.training_rule=top_k:1 and "
+            "model.inference_rule=top_k:1, or parallel.experts=data"
+        )
+    if num_experts % processes:
+        nearest = max(1, round(num_experts / processes)) * processes
+        raise ConfigError(
+            f"model.num_experts={num_experts} do not divide among {processes} processes; the "
+            f"nearest that works is model.num_experts={nearest}"
+        )
+
+
+def capacity_line(config: Any, tokens: int, factor: float | None) -> str:
+    """Return one line on the capacity of experts, beside LocMoE's lower bound.
+
+    Args:
+        config: The model's configuration.
+        tokens: Rows that one process sends per MoE layer.
+        factor: c_f; None for no limit.
+    """
+    experts, bound = int(config.num_experts), least_capacity(config.hidden_size, config.num_experts)
+    limit = "no limit" if factor is None else f"{capacity(tokens, experts, factor)} tokens"
+    return (
+        f"capacity of an expert per process and layer: {limit}; an even share of {tokens} tokens "
+        f"is {tokens / experts:.1f}, LocMoE's lower bound {bound:.2f}"
+    )
+
+
+def all_to_all_experts(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute the chosen experts where they are, as transformers' `ExpertsInterface` requires.
+
+    Args:
+        experts: A module of `spread_experts`.
+        hidden_states: x_TD.
+        top_k_index: ids_TK.
+        top_k_weights: weights_TK.
+
+    Returns:
+        y_TD, 0 for tokens beyond the capacity of their experts.
+    """
+    dispatch: Dispatch = experts.dispatch
+    ids_R, weights_R = top_k_index.flatten(), top_k_weights.flatten()
+    order_R = _sent(ids_R, dispatch, limited=experts.training)
+    token_R = order_R // top_k_index.shape[1]
+    counts_E = torch.bincount(ids_R[order_R], minlength=dispatch.num_experts)
+    dispatch.counting = experts.training
+    if dispatch.counting:
+        dispatch.traffic.counts.append(counts_E)
+        dispatch.traffic.dropped += len(ids_R) - len(order_R)
+    processes = len(dispatch.own_machine)
+    equal = [dispatch.per_process] * processes
+    received_E = dispatch.exchange(counts_E, equal, equal)  # by process, then by own expert
+    sizes = counts_E.view(processes, -1).sum(1).tolist()
+    received = received_E.view(processes, -1).sum(1).tolist()
+    rows_RD = _AllToAll.apply(hidden_states[token_R], dispatch, sizes, received)
+    y_RD = _own_experts(experts, rows_RD, received_E, processes)
+    back_RD = _AllToAll.apply(y_RD, dispatch, received, sizes)
+    weighted_RD = back_RD * weights_R[order_R].unsqueeze(1).to(back_RD.dtype)
+    return torch.zeros_like(hidden_states).index_add(
+        0, token_R, weighted_RD.to(hidden_states.dtype)
+    )
+
+
+def _sent(ids_R: Tensor, dispatch: Dispatch, *, limited: bool) -> Tensor:
+    """Return the rows that are sent, in the order of experts: the first ones, up to capacity."""
+    num_experts = dispatch.num_experts
+    order_R = ids_R.argsort(stable=True)
+    sorted_R = ids_R[order_R]
+    kept_R = sorted_R < num_experts  # the id E is padding
+    if limited and dispatch.capacity_factor is not None:
+        counts_E = torch.bincount(sorted_R, minlength=num_experts + 1)
+        first_E = counts_E.cumsum(0) - counts_E
+        place_R = torch.arange(len(sorted_R), device=sorted_R.device) - first_E[sorted_R]
+        kept_R &= place_R < capacity(len(ids_R), num_experts, dispatch.capacity_factor)
+    return order_R[kept_R]
+
+
+def _own_experts(experts: Any, rows_RD: Tensor, received_E: Tensor, processes: int) -> Tensor:
+    """Compute this process's experts for the rows of all processes."""
+    own = torch.arange(len(received_E) // processes, device=rows_RD.device)
+    ids_R1 = own.repeat(processes).repeat_interleave(received_E).unsqueeze(1)
+    ones_R1 = torch.ones_like(ids_R1, dtype=rows_RD.dtype)
+    weights = _local_weights(expert_weights(experts), processes)
+    return grouped_experts(rows_RD, Routing(ids_R1, ones_R1), weights)
+
+
+def _local_weights(weights: ExpertWeights, processes: int) -> ExpertWeights:
+    """Return this process's weights, whose gradients are means over processes as FSDP's are."""
+
+    def local(spread: Any) -> Tensor:
+        part = spread.to_local()
+        if part.requires_grad:
+            part.register_hook(lambda gradient: gradient / processes)
+        return part
+
+    return replace(weights, w_in_EID=local(weights.w_in_EID), w_out_EDF=local(weights.w_out_EDF))

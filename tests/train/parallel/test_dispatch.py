@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from moefit.errors import ConfigError
+from moefit.train.config import make_config
+from moefit.train.parallel.clock import Clock
+from moefit.train.parallel.dispatch import Dispatch, _sent, capacity_line, check_spreadable
+
+
+def dispatch(factor):
+    return Dispatch(
+        mesh=None,
+        rank=0,
+        own_machine=(True, False),
+        capacity_factor=factor,
+        clock=Clock(torch.device("cpu")),
+        num_experts=4,
+    )
+
+
+def test_tokens_beyond_the_capacity_are_dropped_in_order():
+    ids_R = torch.tensor([2, 0, 2, 2, 4, 1, 2, 0])  # 4 is padding
+    everything = _sent(ids_R, dispatch(None), limited=True)
+    assert everything.tolist() == [1, 7, 5, 0, 2, 3, 6]
+    assert _sent(ids_R, dispatch(1.0), limited=True).tolist() == [1, 7, 5, 0, 2]
+    assert _sent(ids_R, dispatch(1.0), limited=False).tolist() == everything.tolist()
+    assert dispatch(None).own_E.tolist() == [True, True, False, False]
+
+
+def test_models_that_cannot_be_spread_raise():
+    with pytest.raises(ConfigError, match=r"training_rule=dense; give model\.training_rule"):
+        check_spreadable(8, 2, "dense")
+    with pytest.raises(ConfigError, match=r"nearest that works is model\.num_experts=9"):
+        check_spreadable(8, 3, "top_k:2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parallel": {"capacity_factor": 1.5}}, "capacity_factor=1.5 has no effect"),
+        ({"parallel": {"node_bias": 2}}, "node_bias=2 has no effect"),
+        ({"loss": {"locality": 1}}, "loss.locality=1 has no effect"),
+        ({"loss": {"locality_ramp": [1, 0]}}, "ends before it starts"),
+        ({"compile": True, "parallel": {"experts": "all_to_all"}}, "give compile=false"),
+    ],
+)
+def test_settings_without_effect_raise(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(settings)
+
+
+def test_capacity_is_said_beside_the_lower_bound():
+    class Config:
+        num_experts, hidden_size = 16, 5120
+
+    line = capacity_line(Config(), 100, 1.25)
+    assert "8 tokens; an even share of 100 tokens is 6.2, LocMoE's lower bound 0.20" in line
