@@ -176,6 +176,8 @@ def work(folder: Path, steps: int, rates: list[str], repeats: int) -> None:
             found[name] = {"held_out": losses, "training_seconds": time.perf_counter() - began}
             if processes.is_main:
                 print(name, found[name], flush=True)
+        if processes.is_main:
+            print("timing", flush=True)
         timed = time_steps(folder, contestants, batches, rates, repeats, processes)
         found = {name: {**one, "rates": timed[name]} for name, one in found.items()}
         if processes.is_main:
@@ -262,8 +264,7 @@ def drive(options: list[str]) -> dict[str, Any]:
             return follow(Path(name), options)
     finally:
         for node in (0, 1):
-            pids = shell(f"ip netns pids moefit{node}").split()
-            for pid in pids:
+            for pid in shell(f"ip netns pids moefit{node}").split():
                 shell(f"kill -9 {pid}")
             shell(f"ip netns del moefit{node}")
 

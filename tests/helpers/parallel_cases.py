@@ -37,6 +37,7 @@ MODELS = {
     ),
     "dense": ({**SHAPE, "num_experts": 1}, {}),
     "sparse": ({**SHAPE, "training_rule": "top_k:2"}, {"load_balancing": 0.01}),
+    "lopsided": ({**SHAPE, "training_rule": "top_k:2"}, {}),  # all tokens to the same experts
     "olmoe": (
         {"architecture": "olmoe", **SHAPE, "num_experts_per_tok": 2},
         {"load_balancing": 0.01, "mlp_mi": 0.05},
@@ -59,6 +60,10 @@ def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings
     )  # fmt: skip
     made = build_model(config, vocab_size=64, eos_token_id=0).to(dtype)
     made.train()
+    if name == "lopsided":
+        for layer in made.model.layers:
+            layer.mlp.gate.weight.data.zero_()
+            layer.mlp.gate.weight.requires_grad = False
     cpu = torch.device("cpu")
     parallel = parallelism(config, processes, cpu)
     parallel.wrap(made)
@@ -189,9 +194,11 @@ def main() -> None:
     with joined_processes() as processes:
         actions: dict[str, Callable[[str], object]] = {
             "equality": lambda copies: equality(
-                processes, list(MODELS), {"replicate": int(copies or 1)}
+                processes,
+                [name for name in MODELS if name != "lopsided"],
+                {"replicate": int(copies or 1)},
             ),
-            "spread": lambda _: equality(processes, ["sparse", "olmoe"], SPREAD),
+            "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
             "run": lambda name: run(tree, processes, name),
             "stop": lambda name: run(tree, processes, name, stop=5),
             "locmoe": lambda name: run(locmoe(tree), processes, name),

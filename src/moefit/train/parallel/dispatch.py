@@ -276,6 +276,9 @@ def _own_experts(experts: Any, rows_RD: Tensor, received_E: Tensor, processes: i
     ids_R1 = own.repeat(processes).repeat_interleave(received_E).unsqueeze(1)
     ones_R1 = torch.ones_like(ids_R1, dtype=rows_RD.dtype)
     weights = _local_weights(expert_weights(experts), processes)
+    if not len(rows_RD):
+        # Its backward pass must exchange gradients too, or others would wait for it.
+        return rows_RD + 0 * (weights.w_in_EID.sum() + weights.w_out_EDF.sum())
     return grouped_experts(rows_RD, Routing(ids_R1, ones_R1), weights)
 
 
