@@ -20,6 +20,7 @@ LAYERS = (
     {"engine", "gguf"},
     {"evaluate"},
     {"plan"},
+    {"advise"},
     {"api"},
     {"server"},
     {"demo_serving"},

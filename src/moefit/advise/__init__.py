@@ -1,0 +1,1 @@
+"""What to train for a training budget and serving limits, by published or fitted scaling laws."""

@@ -1,0 +1,86 @@
+"""Runs from CSV files: what is left out, and what is refused."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from moefit.advise.runs import read_runs
+from moefit.errors import ConfigError, DataError
+
+
+def table(folder: Path, *rows: str, header: str = "name,parameters,tokens,experts,loss") -> Path:
+    path = folder / "runs.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_nan_and_diverged_runs_are_left_out_by_name(tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        "good,1e6,1e8,4,3.5,",
+        "nan,1e6,1e8,4,nan,",
+        "infinite,1e6,1e8,4,inf,",
+        "missing,1e6,1e8,4,,",
+        "blown-up,1e6,1e8,4,9.5,true",
+        header="name,parameters,tokens,experts,loss,diverged",
+    )
+    runs = read_runs([path])
+    assert [one.name for one in runs.used] == ["good"]
+    assert runs.left_out == {
+        "nan": "its loss is nan",
+        "infinite": "its loss is inf",
+        "missing": "its loss is missing",
+        "blown-up": "it diverged",
+    }
+
+
+def test_columns_may_have_other_names_and_files_may_be_compressed(tmp_path: Path) -> None:
+    text = "N,D,L\n1e6,1e8,3.5\n2e6,1e8,3.25\n"
+    path = tmp_path / "runs.csv.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    columns = {"parameters": "N", "tokens": "D", "loss": "L"}
+    runs = read_runs([path], columns=columns, drop=["line 3"])
+    assert [(one.parameters, one.experts, one.loss) for one in runs.used] == [(1e6, 1.0, 3.5)]
+    assert list(runs.left_out) == ["line 3"]
+    assert runs.points.tokens.tolist() == [1e8]
+    with pytest.raises(ConfigError, match="there is no such run; names are such as line 2, line 3"):
+        read_runs([path], columns=columns, drop=["line 9"])
+
+
+@pytest.mark.parametrize("quantity", ["tokenizer", "data"])
+def test_runs_of_different_tokenizers_or_texts_are_refused(quantity: str, tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        "a,1e6,1e8,4,3.5,gpt2",
+        "b,2e6,1e8,4,3.4,llama",
+        "c,2e6,2e8,4,3.3,gpt2",
+        header=f"name,parameters,tokens,experts,loss,{quantity}",
+    )
+    with pytest.raises(DataError, match=rf"differ in {quantity}: gpt2 \(2 runs.*llama \(1 runs"):
+        read_runs([path])
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "words"),
+    [
+        (["a,1e6,1e8"], "name,parameters,tokens", "no column 'loss' for loss; it has name"),
+        (["a,many,1e8,1,3"], None, "line 2: parameters is 'many', not a number"),
+        (["a,1e6,-1,1,3"], None, "line 2: tokens is -1; it must be positive"),
+        (["a,1e6,1e8,0,3"], None, "line 2: experts is 0; it must be positive"),
+        ([], None, "has no runs"),
+    ],
+)
+def test_tables_that_are_no_runs(
+    rows: list[str], header: str | None, words: str, tmp_path: Path
+) -> None:
+    path = table(tmp_path, *rows, header=header or "name,parameters,tokens,experts,loss")
+    with pytest.raises(DataError, match=words):
+        read_runs([path])
+
+
+def test_paths_that_are_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read as CSV"):
+        read_runs([tmp_path / "none.csv"])
+    with pytest.raises(DataError, match="no finished run of `moefit train`"):
+        read_runs([tmp_path])
