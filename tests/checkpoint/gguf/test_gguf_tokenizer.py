@@ -106,6 +106,19 @@ def test_our_own_tokenizer_is_read_back() -> None:
     assert mine.eos_token_id == expected.eos_token_id
 
 
+def test_deepseek_splits_at_cases_and_scripts() -> None:
+    def pieces(name: str, text: str) -> list[str]:
+        splitter = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in SPLITS[name]]
+        )
+        return [piece for piece, _ in splitter.pre_tokenize_str(text)]
+
+    assert pieces("deepseek-llm", "ab Cd, 漢字12 𝐀\n") == [
+        *("ab", " Cd", ",", " ", "漢字", "12", " 𝐀", "\n")
+    ]
+    assert pieces("deepseek-coder", "ab, 漢字12") == ["ab", ",", " ", "漢字", "1", "2"]
+
+
 @pytest.mark.parametrize("name", ["qwen2", "llama-bpe"])
 def test_byte_level_is_read_back(name: str) -> None:
     backend = byte_level(name)

@@ -47,6 +47,17 @@ _DEEPSEEK = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?"
     f"[\\p{{L}}\\p{{M}}]+| ?[\\p{{P}}\\p{{S}}]+[\\r\\n]*|{_SPACES}",
 )
+_HAN = "[一-龥ࠀ-一가-퟿]+"
+# Cased letters except mathematical ones, then signs of ASCII and their wide forms.
+_DEEPSEEK_LLM = (
+    "[\\r\\n]",
+    "\\s?(?:(?![\U0001d400-\U0001d7ff])[\\p{Lu}\\p{Ll}\\p{Lt}])+",
+    "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+    "\\s+$",
+    _HAN,
+    "\\p{N}+",
+)
+_DEEPSEEK_CODER = ("[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", _HAN, "\\p{N}")
 _DEFAULT = ("[\\p{P}\\$\\+<=>\\^~\\|]+", _GPT2, "\\p{N}+", "[0-9][0-9][0-9]")
 SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
@@ -67,6 +78,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-4o": (_GPT4O,),
     "minimax-m2": (_GPT4O,),
     "tekken": (_TEKKEN,),
+    "deepseek-llm": _DEEPSEEK_LLM,
+    "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK,
     "default": _DEFAULT,
 }
