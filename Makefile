@@ -8,7 +8,7 @@ READY := .venv/.ready
 setup: $(READY)
 
 # torch first and by its exact version: anything looser may pull a much larger build.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/moefit/quant/csrc/* src/moefit/quant/csrc/levels/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/moefit/quant/csrc/*.* src/moefit/quant/csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'

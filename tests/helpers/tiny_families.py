@@ -247,15 +247,18 @@ def _heads(source: str, kind: str) -> list[str]:
     return re.findall(rf"^class (\w+For{kind})\(", source, re.M)
 
 
-def tiny_family(name: str, *, seed: int = 0) -> Any:
-    """Return a random float32 model of the family whose routing differs by token."""
+def tiny_family(name: str, *, seed: int = 0, **changed: Any) -> Any:
+    """Return a random float32 model of the family whose routing differs by token.
+
+    `changed` are fields of its configuration.
+    """
     folder, class_name = families()[name]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     model_class = getattr(module, class_name)
     changes = OVERRIDES.get(folder, {})
     if name.endswith("_multimodal"):
         changes = {"text_config": changes} | OVERRIDES.get(name, {})
-    config = tiny_family_config(model_class.config_class, changes)
+    config = tiny_family_config(model_class.config_class, changes | changed)
     torch.manual_seed(seed)
     model = model_class(config).float().eval()
     _randomise(model)

@@ -26,7 +26,7 @@ from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
 
-TOLERANCE = 1e-5  # of the largest logit
+TOLERANCE = 2e-5  # of the largest logit
 STEPS = 3
 
 NOT_SERVED = {

@@ -135,6 +135,10 @@ class KvPool:
             self._layers[index] = pair
         return pair
 
+    def known(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values [G, P, C] of a layer; None before its first use."""
+        return self._layers.get(index)
+
     def storages(self) -> frozenset[int]:
         """Return the addresses of all storages, to recognise views of them."""
         return frozenset(

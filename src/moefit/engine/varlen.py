@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from moefit.engine.kv_pool import KvPool
 from moefit.quant.attention import AttentionOptions, KeySegment, attend_by_kernels
+from moefit.quant.attention_block import CacheRows
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of, write_rows
 from moefit.serve.hf.attention import (
     UnpackableError,
@@ -95,6 +96,7 @@ class VarlenCache(Cache):
         self._segments: tuple[Segment, ...] = ()
         self._places_R = self._gathered_N = torch.empty(0, dtype=torch.long)
         self._held = 0
+        self._requests: tuple[tuple[int, int, int], ...] = ()
 
     def begin(self, segments: Sequence[Segment], held: int, device: torch.device) -> Segments:
         """Begin a step.
@@ -108,6 +110,7 @@ class VarlenCache(Cache):
             The segments as attention sees them.
         """
         self._segments, self._held = tuple(segments), held
+        self._requests = tuple([(one.start, one.past, one.new) for one in segments])
         places = [p for one in segments for p in range(one.start + one.past, one.end)]
         self._places_R = torch.tensor(places, device=device)
         if not self.gather:
@@ -149,6 +152,14 @@ class VarlenCache(Cache):
             return pair[0][None, :, one.start : one.end], pair[1][None, :, one.start : one.end]
         key, value = (one.index_select(1, self._gathered_N)[None] for one in pair)
         return key, value
+
+    def rows(self, layer_idx: int, window: int | None) -> CacheRows | None:
+        """Return where this step's tokens belong; None before the first step or if gathered."""
+        if self.gather or (pair := self.pool.known(layer_idx)) is None:
+            return None
+        return CacheRows(
+            keys_GLC=pair[0], values_GLZ=pair[1], requests=self._requests, window=window
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Raise UnpackableError: lengths differ, and positions are passed with the tokens."""

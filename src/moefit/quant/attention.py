@@ -21,7 +21,9 @@ from moefit.quant.kv_int8 import Int8Rows, floats_of
 LANES = 16  # widths of keys and values are multiples of it
 
 
-class _Attention(Structure):
+class AttentionStruct(Structure):
+    """`Attention` of csrc/attention.h."""
+
     _fields_ = (
         *((name, c_int64) for name in ("heads", "groups", "width", "value_width")),
         *((name, c_int64) for name in ("kind", "cache")),
@@ -35,7 +37,9 @@ class _Attention(Structure):
     )
 
 
-class _Segment(Structure):
+class SegmentStruct(Structure):
+    """`Segment` of csrc/attention.h."""
+
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
@@ -47,7 +51,7 @@ class _Segment(Structure):
     )
 
 
-_OneSegment = _Segment * 1
+_OneSegment = SegmentStruct * 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +144,7 @@ def attend(
     assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
     sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
     kind = NATIVE_DTYPES[query_THC.dtype]
-    struct = _Attention(
+    struct = AttentionStruct(
         heads, groups, width, value_width, kind,
         _INT8 if isinstance(first.keys_GLC, Int8Rows) else kind,
         *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
@@ -148,13 +152,13 @@ def attend(
         options.window or 0, width**-0.5 if options.scale is None else options.scale,
         options.softcap or 0.0, None if sinks_H is None else sinks_H.data_ptr(),
     )  # fmt: skip
-    array, row = (_Segment * len(segments))(), 0
+    array, row = (SegmentStruct * len(segments))(), 0
     for number, one in enumerate(segments):
         keys, values = one.keys_GLC, one.values_GLZ
         assert keys.shape[1] >= one.past + one.new
         assert _strides(keys) == _strides(first.keys_GLC)
         assert _strides(values) == _strides(first.values_GLZ)
-        array[number] = _Segment(
+        array[number] = SegmentStruct(
             keys.data_ptr(), values.data_ptr(), _scales(keys), _scales(values),
             one.past, one.new, row,
         )  # fmt: skip
@@ -207,7 +211,7 @@ def attend_alone(
         or not 0 < tokens <= seen
     ):
         return None
-    struct = _Attention(
+    struct = AttentionStruct(
         heads, groups, width, value_width, kind, kind, q_token, q_head, k_group, k_token, v_group,
         v_token, 0, 0, options.window or 0,
         width**-0.5 if options.scale is None else options.scale, options.softcap or 0.0, None,

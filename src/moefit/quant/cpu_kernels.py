@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import ConfigError
+from moefit.moe.routing import Routing
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, EncodedRows, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
 from moefit.quant.scaled.matrix import ScaledMatrix
@@ -49,14 +50,17 @@ def plain_weighted_sum(
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 13  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 14  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
+ACTIVATION_DTYPES = tuple(_KINDS)
 Weight = Tensor | EncodedRows
 
 
-class _Matrix(Structure):
+class MatrixStruct(Structure):
+    """`Matrix` of csrc/matrix.h."""
+
     _fields_ = (
         ("codes", c_void_p),
         ("meta", c_void_p),
@@ -67,7 +71,12 @@ class _Matrix(Structure):
 
 
 class _Expert(Structure):
-    _fields_ = (("w_in", _Matrix), ("w_out", _Matrix), ("first", c_int64), ("rows", c_int64))
+    _fields_ = (
+        ("w_in", MatrixStruct),
+        ("w_out", MatrixStruct),
+        ("first", c_int64),
+        ("rows", c_int64),
+    )
 
 
 class KernelMatrix:
@@ -101,23 +110,23 @@ class Kernels:
         self._level = LEVELS.index(level)
         library.moefit_linear.argtypes = [
             c_int64,
-            POINTER(_Matrix),
+            POINTER(MatrixStruct),
             c_void_p,
             c_int64,
             c_int64,
             c_void_p,
             c_void_p,
         ]
-        library.moefit_decode.argtypes = [c_int64, POINTER(_Matrix), c_void_p, c_int64]
+        library.moefit_decode.argtypes = [c_int64, POINTER(MatrixStruct), c_void_p, c_int64]
         library.moefit_fill.argtypes = [
-            POINTER(_Matrix), c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+            POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
         ]  # fmt: skip
         library.moefit_encode.restype = c_int64
         library.moefit_encode.argtypes = [
-            c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
+            c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_compensate.argtypes = [
-            c_int64, POINTER(_Matrix), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
+            c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
             c_int64, c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_experts.argtypes = [
@@ -143,6 +152,12 @@ class Kernels:
         library.moefit_write_rows.argtypes = [c_int64, c_void_p]
         library.moefit_norm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_void_p]
         library.moefit_route.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
+        library.moefit_block.argtypes = [
+            c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 5,
+        ]  # fmt: skip
+        library.moefit_router.argtypes = [
+            c_int64, c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3,
+        ]  # fmt: skip
         library.moefit_rotate.argtypes = [c_int64, *[c_void_p] * 7]
 
     def linear(
@@ -353,6 +368,13 @@ class Kernels:
             address, logits_TE.data_ptr(), len(logits_TE), weights_TK.data_ptr(), ids_TK.data_ptr()
         )
 
+    def router(self, address: int, x_TD: Tensor, logits_TE: Tensor, made: Routing) -> None:
+        """Compute a router; called by `quant.layer_operations.RouterKernel`."""
+        self._library.moefit_router(
+            self._level, address, x_TD.data_ptr(), _KINDS[x_TD.dtype], len(x_TD),
+            logits_TE.data_ptr(), made.weights_TK.data_ptr(), made.ids_TK.data_ptr(),
+        )  # fmt: skip
+
     def rotate(
         self,
         rotation: Structure,
@@ -366,6 +388,24 @@ class Kernels:
         self._library.moefit_rotate(
             self._level, byref(rotation), cos.data_ptr(), sin.data_ptr(),
             x0.data_ptr(), y0.data_ptr(), x1.data_ptr(), y1.data_ptr(),
+        )  # fmt: skip
+
+    def block(  # noqa: PLR0913 - the arguments of the C function
+        self,
+        address: int,
+        segments: Array[Any],
+        tokens: int,
+        x_TD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        results: tuple[Tensor, Tensor],
+        choice: Structure | None,
+    ) -> None:
+        """Compute an attention block; called by `quant.attention_block.AttentionBlockKernel`."""
+        self._library.moefit_block(
+            self._level, address, segments, len(segments), x_TD.data_ptr(), tokens,
+            cos_TR.data_ptr(), sin_TR.data_ptr(), results[0].data_ptr(), results[1].data_ptr(),
+            None if choice is None else addressof(choice),
         )  # fmt: skip
 
     def weighted_sum(
@@ -461,10 +501,10 @@ def _padded(x_TI: Tensor) -> Tensor:
     return F.pad(x_TI, (0, missing)) if missing else x_TI
 
 
-def _matrix(weight: Weight) -> _Matrix:
+def _matrix(weight: Weight) -> MatrixStruct:
     if not isinstance(weight, Tensor):
         assert weight.codes_RB.is_contiguous() and weight.meta_RMG.is_contiguous()
         codes, meta = weight.codes_RB.data_ptr(), weight.meta_RMG.data_ptr()
-        return _Matrix(codes, meta, weight.rows, weight.cols, weight.kind)
+        return MatrixStruct(codes, meta, weight.rows, weight.cols, weight.kind)
     assert weight.is_contiguous()
-    return _Matrix(weight.data_ptr(), None, *weight.shape, NATIVE_DTYPES[weight.dtype])
+    return MatrixStruct(weight.data_ptr(), None, *weight.shape, NATIVE_DTYPES[weight.dtype])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, Kernels, MatrixStruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,9 @@ def plain_norm(x_RD: Tensor, weight_D: Tensor | None, form: NormForm) -> Tensor:
     return y_RD.to(x_RD.dtype)
 
 
-class _Norm(Structure):
+class NormStruct(Structure):
+    """`Norm` of csrc/levels/rows.h."""
+
     _fields_ = (
         ("weight", c_void_p),
         *((name, c_int64) for name in ("width", "kind", "weight_kind", "round_first")),
@@ -81,7 +83,7 @@ class NormKernel:
         self.dtype, self.width = dtype, width if weight_D is None else len(weight_D)
         self.weight = None if weight_D is None else weight_D.data_ptr()
         self._kernels, self._weight_D = kernels, weight_D  # keeps its memory
-        self._struct = _Norm(
+        self._struct = NormStruct(
             self.weight, self.width, kind,
             kind if weight_D is None else NATIVE_DTYPES[weight_D.dtype],
             form.round_first, form.eps, form.added,
@@ -144,9 +146,24 @@ class _Heads(Structure):
     )
 
 
+class RotaryStruct(Structure):
+    """`Rotary` of csrc/levels/rows.h."""
+
+    _fields_ = tuple(
+        (name, c_int64) for name in ("width", "kind", "pairs_in", "pairs_out", "second")
+    )
+
+
+def rotary_struct(form: RotaryForm, dtype: torch.dtype, cosines: int) -> RotaryStruct:
+    """Return the structure for heads of a dtype, with so many cosines per token."""
+    width = form.rotated(cosines)
+    second = width // 2 if form.halves else 0
+    return RotaryStruct(width, NATIVE_DTYPES[dtype], form.pairs_in, form.pairs_out, second)
+
+
 class _Rotation(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("width", "kind", "pairs_in", "pairs_out", "second")),
+        ("form", RotaryStruct),
         *((name, c_int64) for name in ("batch", "tokens", "angle_batch", "angle_token")),
         ("heads", _Heads * 2),
     )
@@ -190,14 +207,12 @@ class RotaryKernel:
         if not can_rotate(heads, cos_BTR, sin_BTR, self._form):
             return None
         batch, _, tokens, _ = heads[0].shape
-        width = self._form.rotated(cos_BTR.shape[-1])
         array = (_Heads * 2)()
         for number, x in enumerate(heads):
             y = torch.empty_like(x)
             array[number] = _Heads(x.shape[1], x.shape[3], *x.stride()[:3], *y.stride()[:3])
         return _Rotation(
-            width, NATIVE_DTYPES[cos_BTR.dtype], self._form.pairs_in, self._form.pairs_out,
-            width // 2 if self._form.halves else 0, batch, tokens,
+            rotary_struct(self._form, cos_BTR.dtype, cos_BTR.shape[-1]), batch, tokens,
             cos_BTR.stride(0) if cos_BTR.shape[0] > 1 else 0, cos_BTR.stride(1), array,
         )  # fmt: skip
 
@@ -273,20 +288,71 @@ class RoutingKernel:
             for one in (bias_E if biased else None, rule.factor_E)
         ]
         groups = rule.groups
-        self._struct = _Routing(
+        self.struct = _Routing(
             experts, chosen, NATIVE_DTYPES[dtypes[0]], NATIVE_DTYPES[dtypes[1]],
             _SCORES.index(rule.score), _WEIGHTINGS.index(rule.chosen), rule.by_logits, rule.rounded,
             groups.number if groups else 1, groups.kept if groups else 1,
             groups is not None and groups.score == "top_2", rule.scale,
             *(None if one is None else one.data_ptr() for one in self._vectors),
         )  # fmt: skip
-        self._address = addressof(self._struct)
+        self._address = addressof(self.struct)
+
+    def empty(self, tokens: int) -> Routing:
+        """Return ids and weights [T, K] without values."""
+        shape = tokens, self._chosen
+        return Routing(torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=self._dtype))
 
     def __call__(self, logits_TE: Tensor) -> Routing:
         """Return ids and weights [T, K], in descending order of preference."""
-        logits_TE = logits_TE.contiguous()
-        shape = len(logits_TE), self._chosen
-        ids_TK = torch.empty(shape, dtype=torch.int64)
-        weights_TK = torch.empty(shape, dtype=self._dtype)
-        self._kernels.route(self._address, logits_TE, weights_TK, ids_TK)
-        return Routing(ids_TK, weights_TK)
+        logits_TE, made = logits_TE.contiguous(), self.empty(len(logits_TE))
+        self._kernels.route(self._address, logits_TE, made.weights_TK, made.ids_TK)
+        return made
+
+
+class _Router(Structure):
+    _fields_ = (
+        ("matrix", MatrixStruct),
+        ("bias", c_void_p),
+        ("product", c_int64),
+        ("rule", _Routing),
+    )
+
+
+class RouterKernel:
+    """A router: its linear layer and its choice in one call.
+
+    Args:
+        kernels: The compiled library.
+        matrix: The weight [E, D].
+        bias_E: The linear layer's bias in float32; None for none.
+        product: The dtype in which logits are computed, one of `ACTIVATION_DTYPES`.
+        logits: The dtype to which they are rounded.
+        routing: The choice.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        matrix: KernelMatrix,
+        bias_E: Tensor | None,
+        *,
+        product: torch.dtype,
+        logits: torch.dtype,
+        routing: RoutingKernel,
+    ):
+        self._kernels, self.matrix, self._bias_E, self.routing = kernels, matrix, bias_E, routing
+        self._logits = logits
+        bias = None if bias_E is None else bias_E.data_ptr()
+        self._struct = _Router(matrix.matrix, bias, NATIVE_DTYPES[product], routing.struct)
+        self.address = addressof(self._struct)
+
+    def empty(self, tokens: int) -> tuple[Tensor, Routing]:
+        """Return logits [T, E] and a choice without values."""
+        logits_TE = torch.empty(tokens, self.matrix.rows, dtype=self._logits)
+        return logits_TE, self.routing.empty(tokens)
+
+    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        """Return logits and the choice for consecutive tokens in one of `ACTIVATION_DTYPES`."""
+        logits_TE, made = self.empty(len(x_TD))
+        self._kernels.router(self.address, x_TD.contiguous(), logits_TE, made)
+        return logits_TE, made

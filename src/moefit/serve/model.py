@@ -23,6 +23,7 @@ from moefit.serve.hf.kv_cache import limit_context, reserve_caches
 from moefit.serve.hf.native_linear import use_linear_kernels
 from moefit.serve.hf.norms import use_norm_kernels
 from moefit.serve.hf.rotary import use_rotary_kernels
+from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.layer.router_kernels import use_router_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
@@ -63,6 +64,9 @@ class ServedModel:
             use_rotary_kernels(self.model, self.model.dtype),
             use_router_kernels(self.model, self.blocks, self.model.dtype),
         )
+        with self.zero_experts():
+            undo = use_layer_kernels(self.model, self.model.dtype, self._context())
+        self._undo_kernels = (undo, *self._undo_kernels)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

@@ -64,7 +64,7 @@ class Bench:
         x_TD = torch.randn(len(logits_TE), WIDTH, generator=torch.Generator().manual_seed(seed))
         best_TK, ids_TK = logits_TE.softmax(-1).topk(K)
         routing = Routing(ids_TK, best_TK / best_TK.sum(-1, keepdim=True))
-        self.experts.logits_TE, self.experts.prefilling = logits_TE, prefilling
+        self.experts.state.logits_TE, self.experts.state.prefilling = logits_TE, prefilling
         with torch.inference_mode():
             y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
         return y_TD, x_TD, routing

@@ -17,6 +17,7 @@
 
 #include "matrix.h"
 #include "pool.h"
+#include "products.h"
 #include "levels/rounding.h"
 #include "tiles.h"
 
@@ -154,6 +155,46 @@ private:
 
 }  // namespace
 
+void multiply(const Level &use, const Product *products, int64_t number, const void *x_TI, int64_t tokens, int64_t kind) {
+    if (!tokens) return;
+    int64_t cols = products->m->cols, slice = std::max(2 * BLOCK, SLICE / cols / (2 * BLOCK) * 2 * BLOCK);
+    int64_t slices = (tokens + slice - 1) / slice;
+    bool digits = false, floats_needed = false;
+    std::vector<int64_t> chunk(number), first(number + 1);  // rows of an item, and the number of items before a product's
+    for (int64_t n = 0; n < number; n++) {
+        const Matrix &m = *products[n].m;
+        digits |= has_digits(m), floats_needed |= !has_digits(m) && !(use.reads_bfloat16 && m.kind == BF16 && kind == BF16);
+        chunk[n] = chunk_of(m.rows), first[n + 1] = first[n] + slices * ((m.rows + chunk[n] - 1) / chunk[n]);
+    }
+    Inputs inputs(use, tokens, cols, kind, digits);
+    std::vector<float> floats(floats_needed ? tokens * groups_of(cols) * GROUP : 0);
+    Panels panels(use);
+    auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
+    inputs.set_all(x_TI, floats);
+    for (int64_t n = 0; n < number; n++)
+        for (int64_t t = 0; t < tokens; t += slice) panels.add(*products[n].m, inputs[t], std::min(slice, tokens - t));
+    each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
+    each(first[number], [&](int64_t item) {
+        static thread_local std::vector<float> made;
+        static thread_local std::vector<float *> y;
+        int64_t n = std::upper_bound(first.begin(), first.end(), item) - first.begin() - 1;
+        const Product &product = products[n];
+        int64_t rows = product.m->rows, chunks = (rows + chunk[n] - 1) / chunk[n], at = item - first[n];
+        int64_t c = at % chunks * chunk[n], last = std::min(c + chunk[n], rows), part = at / chunks;
+        const Panel &panel = panels[n * slices + part];
+        made.resize(panel.tokens * chunk[n]), y.resize(panel.tokens);
+        for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * chunk[n]] - c;
+        use.dot(*product.m, c, last, panel, y.data());
+        for (int64_t t = 0; t < panel.tokens; t++) {
+            float *from = &made[t * chunk[n]];
+            int64_t to = (part * slice + t) * rows + c;
+            for (int64_t r = c; r < last && product.bias; r++) from[r - c] += product.bias[r];
+            if (kind == BF16) write(from, last - c, (uint16_t *)product.y_TO + to);
+            else std::memcpy((float *)product.y_TO + to, from, 4 * (last - c));
+        }
+    });
+}
+
 extern "C" {
 
 // One expert: its matrices, and its routed rows first to first + rows - 1.
@@ -164,7 +205,7 @@ struct Expert {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 13; }
+int64_t moefit_version() { return 14; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -196,33 +237,8 @@ int64_t moefit_levels() {
 // y_TO = x_TI W^T + bias, both float32 or both bfloat16; bias is null or float32.
 void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tokens, int64_t kind, const float *bias,
                    void *y_TO) {
-    if (!tokens) return;
-    const Level &use = level_of(level);
-    Inputs inputs(use, tokens, m->cols, kind, has_digits(*m));
-    bool pairs = use.reads_bfloat16 && m->kind == BF16 && kind == BF16;
-    std::vector<float> floats(pairs || has_digits(*m) ? 0 : tokens * groups_of(m->cols) * GROUP);
-    Panels panels(use);
-    int64_t slice = std::max(2 * BLOCK, SLICE / m->cols / (2 * BLOCK) * 2 * BLOCK);
-    auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
-    int64_t slices = (tokens + slice - 1) / slice, chunk = chunk_of(m->rows), chunks = (m->rows + chunk - 1) / chunk;
-    inputs.set_all(x_TI, floats);
-    for (int64_t t = 0; t < tokens; t += slice) panels.add(*m, inputs[t], std::min(slice, tokens - t));
-    each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
-    each(slices * chunks, [&](int64_t item) {
-        static thread_local std::vector<float> made;
-        static thread_local std::vector<float *> y;
-        int64_t c = item % chunks * chunk, last = std::min(c + chunk, m->rows), t0 = item / chunks * slice;
-        const Panel &panel = panels[item / chunks];
-        made.resize(panel.tokens * chunk), y.resize(panel.tokens);
-        for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * chunk] - c;
-        use.dot(*m, c, last, panel, y.data());
-        for (int64_t t = 0; t < panel.tokens; t++) {
-            float *from = &made[t * chunk];
-            for (int64_t r = c; r < last && bias; r++) from[r - c] += bias[r];
-            if (kind == BF16) write(from, last - c, (uint16_t *)y_TO + (t0 + t) * m->rows + c);
-            else std::memcpy((float *)y_TO + (t0 + t) * m->rows + c, from, 4 * (last - c));
-        }
-    });
+    Product product = {m, bias, y_TO};
+    multiply(level_of(level), &product, 1, x_TI, tokens, kind);
 }
 
 // Every routed row through its expert, unweighted: y_RD, as many rows as are routed; rows of no

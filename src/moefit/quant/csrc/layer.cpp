@@ -10,6 +10,7 @@
 #include "half.h"
 #include "matrix.h"
 #include "pool.h"
+#include "products.h"
 #include "levels/rounding.h"
 
 namespace {
@@ -181,6 +182,7 @@ void moefit_rotate(int64_t level, const Rotation *all, const void *cos, const vo
         }
     });
 }
+
 void moefit_route(const Routing *r, const void *logits_TE, int64_t tokens, void *weights_TK, int64_t *ids_TK) {
     each_row(tokens, 16 * r->experts, [&](int64_t t) {
         static thread_local std::vector<float> logits, scores, preference, weights;
@@ -195,5 +197,30 @@ void moefit_route(const Routing *r, const void *logits_TE, int64_t tokens, void 
         weights_of(*r, logits.data(), scores.data(), ids, weights.data());
         for (int64_t k = 0; k < r->chosen; k++) store(weights[k], weights_TK, r->weights_kind, t * r->chosen + k);
     });
+}
+
+// A router: logits = x W^T + bias, computed in `product` (float32, or the kind of x) and rounded to the kind of the
+// rule's logits, and the choice.
+struct Router {
+    Matrix matrix;
+    const float *bias;  // null: none
+    int64_t product;
+    Routing rule;
+};
+
+// x: [tokens, width], float32 or bfloat16 (kind).
+void moefit_router(int64_t level, const Router *router, const void *x, int64_t kind, int64_t tokens, void *logits_TE,
+                   void *weights_TK, int64_t *ids_TK) {
+    const Level &use = level_of(level);
+    const Routing &rule = router->rule;
+    int64_t size = tokens * router->matrix.cols, made = tokens * rule.experts;
+    std::vector<float> widened(router->product == kind ? 0 : size), wide(router->product == rule.kind ? 0 : made);
+    if (!widened.empty()) use.widen(x, kind, size, widened.data(), size);
+    void *product = wide.empty() ? logits_TE : wide.data();
+    Product one = {&router->matrix, router->bias, product};
+    multiply(use, &one, 1, widened.empty() ? x : widened.data(), tokens, router->product);
+    for (int64_t i = 0; i < made && !wide.empty(); i++)
+        store(load(wide.data(), router->product, i), logits_TE, rule.kind, i);
+    moefit_route(&rule, logits_TE, tokens, weights_TK, ids_TK);
 }
 }

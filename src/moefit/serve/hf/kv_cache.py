@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 
 from moefit.cache_argument import forward_with_cache, given_cache, with_cache
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
-from moefit.quant.kv_int8 import Int8Rows, write_rows
+from moefit.quant.kv_int8 import Int8Rows, part_of, write_rows
 
 
 @runtime_checkable
@@ -114,6 +114,24 @@ class ReservedLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
+    def room(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Append `tokens` places without writing to them.
+
+        Returns:
+            All keys and values, as `update` does; None if a buffer is full or there is none yet.
+        """
+        extended: list[Tensor] = []
+        for name, past_BHND in (("keys", self.keys), ("values", self.values)):
+            buffer = self._buffers.get(name)
+            if buffer is None or past_BHND is None or not past_BHND.numel():
+                return None
+            total = past_BHND.shape[-2] + tokens
+            if total > buffer.shape[-2] or not _is_start(past_BHND, buffer):
+                return None
+            extended.append(part_of(buffer, slice(None), slice(None), slice(total)))
+        self.keys, self.values = extended
+        return extended[0], extended[1]
+
     def _append(self, name: str, past_BHND: Tensor | None, new_BHND: Tensor) -> Tensor:
         past = 0 if past_BHND is None or not past_BHND.numel() else past_BHND.shape[-2]
         total = past + new_BHND.shape[-2]
@@ -149,10 +167,15 @@ def _can_append(buffer: Tensor, past_BHND: Tensor | None, new_BHND: Tensor, tota
         return False
     if past_BHND is None or not past_BHND.numel():
         return buffer.shape[:2] == new_BHND.shape[:2] and buffer.shape[-1] == new_BHND.shape[-1]
+    return _is_start(past_BHND, buffer) and buffer.shape[:-2] == new_BHND.shape[:-2]
+
+
+def _is_start(past_BHND: Tensor, buffer: Tensor) -> bool:
+    """Return whether the past is a view of the buffer's start, of all sequences and heads."""
     return (
         past_BHND.data_ptr() == buffer.data_ptr()
         and past_BHND.stride() == buffer.stride()
-        and past_BHND.shape[:-2] == buffer.shape[:-2] == new_BHND.shape[:-2]
+        and past_BHND.shape[:-2] == buffer.shape[:-2]
     )
 
 
@@ -214,7 +237,7 @@ def _int8_fits(buffer: Int8Rows, past_BHND: Tensor | None, new_BHND: Tensor) -> 
     if not past:
         return buffer.shape[-1] == new_BHND.shape[-1]
     assert past_BHND is not None
-    return past_BHND.data_ptr() == buffer.data_ptr() and past_BHND.stride() == buffer.stride()
+    return _is_start(past_BHND, buffer)
 
 
 def reserve_caches(

@@ -25,7 +25,7 @@ class _KernelForward:
     """The `forward` of one norm: by the kernel, or the module's own for other inputs."""
 
     def __init__(self, module: nn.Module, form: NormForm, dtype: torch.dtype):
-        self._module, self._form, self._dtype = module, form, dtype
+        self._module, self.form, self._dtype = module, form, dtype
         self._own: Callable[..., Tensor] = type(module).forward
         self._kernel: NormKernel | None = None
 
@@ -43,12 +43,12 @@ class _KernelForward:
             return self._own(self._module, x, *others, **named)
         kernel = self._kernel
         if kernel is None or not kernel.fits(x, weight):
-            kernel = self._kernel = _kernel(compiled, x, weight, self._form)
+            kernel = self._kernel = _kernel(compiled, x, weight, self.form)
         return kernel(x)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the kernel, whose pointers are of this process."""
-        return _KernelForward, (self._module, self._form, self._dtype)
+        return _KernelForward, (self._module, self.form, self._dtype)
 
 
 def _needs_gradient(x: Tensor, weight: Tensor | None) -> bool:
@@ -84,6 +84,12 @@ def use_norm_kernels(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]
             vars(module).pop("forward", None)
 
     return undo
+
+
+def norm_of(module: nn.Module) -> NormForm | None:
+    """Return the form of a norm that kernels compute, or None for another module."""
+    forward = vars(module).get("forward")
+    return forward.form if isinstance(forward, _KernelForward) else None
 
 
 def _candidates(model: nn.Module) -> Iterator[nn.Module]:

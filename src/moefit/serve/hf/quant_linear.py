@@ -45,7 +45,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self._float_bias: Tensor | None = None if bias is None else bias.float()
+        self.float_bias: Tensor | None = None if bias is None else bias.float()
 
     @property
     def matrix(self) -> GroupedMatrix:
@@ -54,13 +54,18 @@ class GroupedLinear(nn.Module):
             self._bits, self.in_features, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
         )
 
+    @property
+    def kernel_matrix(self) -> KernelMatrix:
+        """Return W as kernels take it."""
+        if self._kernel_matrix is None:
+            self._kernel_matrix = KernelMatrix(self.matrix)
+        return self._kernel_matrix
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
         if compiled := backend(x.device):
-            if self._kernel_matrix is None:
-                self._kernel_matrix = KernelMatrix(self.matrix)
-            y_TO = compiled.linear(x_TI, self._kernel_matrix, x.dtype, self._float_bias)
+            y_TO = compiled.linear(x_TI, self.kernel_matrix, x.dtype, self.float_bias)
         else:
             y_TO = self._decode_and_multiply(x_TI)
             if self.bias is not None:
@@ -81,7 +86,7 @@ class GroupedLinear(nn.Module):
         # Moving or converting the buffers invalidates the pointers that the kernels use.
         self._kernel_matrix = None
         super()._apply(fn, recurse)
-        self._float_bias = None if self.bias is None else self.get_buffer("bias").float()
+        self.float_bias = None if self.bias is None else self.get_buffer("bias").float()
         return self
 
 

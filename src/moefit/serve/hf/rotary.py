@@ -78,6 +78,10 @@ class RotaryFunction:
                 return tuple(made) if self._rule.tensors > 1 else made[0]
         return self.own(*arguments, **named)
 
+    def form(self, cosines: int, width: int) -> RotaryForm | None:
+        """Return the form for a number of cosines and a width of heads; None if it is unknown."""
+        return self._rule.form(cosines, width)
+
     def _rotated(
         self, heads: list[Tensor], cos: Tensor, sin: Tensor, head_dim: int
     ) -> list[Tensor] | None:
@@ -90,7 +94,7 @@ class RotaryFunction:
             head_dim: Dimension that cosines lack.
         """
         compiled = kernels()
-        form = self._rule.form(cos.shape[-1], heads[0].shape[-1])
+        form = self.form(cos.shape[-1], heads[0].shape[-1])
         if form is None or compiled is None or head_dim not in (1, 2) or _need_gradients(heads):
             return None
         if (kernel := self._kernels.get(form)) is None:
@@ -133,6 +137,23 @@ def use_rotary_kernels(model: nn.Module, dtype: torch.dtype) -> Callable[[], Non
             vars(module).pop("forward", None)
 
     return undo
+
+
+def rotary_of(module: nn.Module, cosines: int, width: int) -> RotaryForm | None:
+    """Return how a module's `forward` rotates queries and keys by kernels; None if it does not.
+
+    Args:
+        module: An attention module.
+        cosines: Number of cosines per token.
+        width: Width of heads.
+    """
+    forward = vars(module).get("forward")
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return None
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    found = [one for one in named if isinstance(one, RotaryFunction)]
+    return found[0].form(cosines, width) if len(found) == 1 else None
 
 
 @cache

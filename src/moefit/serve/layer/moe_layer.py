@@ -10,6 +10,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R = T * K rows.
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,21 @@ from moefit.serve.layer.rerouting import (
 SENSITIVITY_HALF_LIFE = 1024.0  # tokens; half-life of the scores that precision is chosen by
 
 
+@dataclass(slots=True)
+class StepState:
+    """What the experts of a block know of a step; plain, since a module's attributes are slow.
+
+    Attributes:
+        logits_TE: The router's logits, set by the router's hook.
+        prefilling: Whether the step has more than one token per sequence, set by a hook.
+        number: Steps computed so far.
+    """
+
+    logits_TE: Tensor | None = None
+    prefilling: bool = False
+    number: int = 0
+
+
 class VirtualExperts(nn.Module):
     """The experts of one MoE block, computed from slots.
 
@@ -50,8 +66,7 @@ class VirtualExperts(nn.Module):
         depth: Position among the model's blocks, 0 to 1.
         is_first: Whether this is the model's first block, where `SharedState.on_step` runs.
         reachable: False for a block that text never reaches, such as one of a vision tower.
-        logits_TE: The router's logits of this step, set by the router's hook.
-        prefilling: Whether the step has more than one token per sequence, set by a hook.
+        state: What the experts know of this step.
         recorder: If set, `forward` passes the routing to it and returns zeros.
         use_counts: Tokens per expert by the router's choice; the last entry is padding.
     """
@@ -80,23 +95,24 @@ class VirtualExperts(nn.Module):
         self.resident_order: Sequence[int] | None = None
         self.depth = 0.5
         self.reachable = True
-        self.logits_TE: Tensor | None = None
-        self.prefilling = False
+        self.state = StepState()
         self.recorder: Callable[[Routing], None] | None = None
         self._invoke = ExpertInvoker(block, slot_table, slots, shared.transfer, shared.counters)
         self.swaps = Swaps(block.name, shared, slot_table, slots)
         self.use_counts = [0] * (self.num_experts + 1)
-        self._steps = 0
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
         """Compute the experts; arguments and result are those of the family's own module."""
         x_TD = x.reshape(-1, x.shape[-1])
-        chosen = self.block.layout.routing(len(x_TD), *arguments)
+        return self.compute(x_TD, self.block.layout.routing(len(x_TD), *arguments)).view_as(x)
+
+    def compute(self, x_TD: Tensor, chosen: Routing) -> Tensor:
+        """Compute the experts for a router's choice; `state` must be that of the step."""
         if self.recorder is not None:
             self.recorder(chosen)
-            return torch.zeros_like(x)
+            return torch.zeros_like(x_TD)
         with self.shared.lock:
-            return self._step(x_TD, chosen).view_as(x)
+            return self._step(x_TD, chosen)
 
     def fill(self) -> None:
         """Start loading absent experts into empty slots: the first, or the most important ones."""
@@ -136,11 +152,11 @@ class VirtualExperts(nn.Module):
                 self._restore(residents)
         if policy.residency == "manager" and self._invoke.output_energy_R is not None:
             self._observe_outputs(routing, self._invoke.output_energy_R)
-        self._steps += 1
+        self.state.number += 1
         if (
             policy.residency == "manager"
             and mode == "virtual"
-            and self.shared.manager.due(self._steps)
+            and self.shared.manager.due(self.state.number)
         ):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
@@ -159,7 +175,7 @@ class VirtualExperts(nn.Module):
 
     def _step_mode(self, policy: Policy) -> Mode:
         """Return the mode of this step; virtual is exact while there are empty slots to fill."""
-        mode = policy.prefill if self.prefilling else policy.mode
+        mode = policy.prefill if self.state.prefilling else policy.mode
         if self.scoring is None:  # only unreachable blocks; set_mode raises for others
             return "exact"
         fetches = mode == "virtual" and self.slot_table.empty and policy.residency != "fixed"
@@ -216,7 +232,7 @@ class VirtualExperts(nn.Module):
             self.use_counts = [a + b for a, b in zip(self.use_counts, counts, strict=True)]
         # Scores decay per token of a sequence. How many sequences the rows belong to is not known
         # here; decoding counts as one token, which is exact for one token per sequence.
-        tokens = len(x_TD) if self.prefilling else 1
+        tokens = len(x_TD) if self.state.prefilling else 1
         self.importance.observe(weights, tokens)
         self.eviction.observe(weights, tokens)
 
@@ -235,15 +251,15 @@ class VirtualExperts(nn.Module):
         energy_E1 = torch.zeros(self.num_experts + 1)  # the last entry is padding
         energy_E1.scatter_add_(0, routing.ids_TK.flatten().cpu(), output_energy_R.cpu())
         energy = dict(enumerate(energy_E1[: self.num_experts].tolist()))
-        self.output_energy.observe(energy, len(routing.ids_TK) if self.prefilling else 1)
+        self.output_energy.observe(energy, len(routing.ids_TK) if self.state.prefilling else 1)
 
     def _reroute(self, mode: Mode, policy: Policy, chosen: Routing) -> Routing:
         """Return the routing of the bounded or virtual mode, and count what it substitutes."""
         assert self.scoring is not None, "only exact mode without a scoring rule"
-        assert self.logits_TE is not None, "the router's hook has not run"
+        assert self.state.logits_TE is not None, "the router's hook has not run"
         scored = ScoredRouting(
             rule=self.scoring,
-            logits_TE=self.logits_TE.reshape(-1, self.num_experts),
+            logits_TE=self.state.logits_TE.reshape(-1, self.num_experts),
             bias_E=self.bias_E,
             routing=chosen,
         )
@@ -285,7 +301,7 @@ def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[i
     ids_TK, weights_TK = chosen.ids_TK, chosen.weights_TK
     if len(x_TD) == 1:
         weights: dict[int, float] = {}
-        norm = float(x_TD.norm(dtype=torch.float32))
+        norm = float(torch.linalg.vector_norm(x_TD, dtype=torch.float32))
         for expert, weight in zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True):
             if expert < num_experts:
                 weights[expert] = weights.get(expert, 0.0) + norm * abs(weight)

@@ -18,8 +18,14 @@ from torch import Tensor, nn
 
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, Kernels, kernels
-from moefit.quant.layer_operations import RoutingKernel, can_route
+from moefit.quant.cpu_kernels import (
+    ACTIVATION_DTYPES,
+    NATIVE_DTYPES,
+    KernelMatrix,
+    Kernels,
+    kernels,
+)
+from moefit.quant.layer_operations import RouterKernel, RoutingKernel, can_route
 from moefit.serve.layer.moe_layer import VirtualExperts
 
 _TOKENS = 256  # of the example
@@ -61,9 +67,8 @@ class RouterForward:
     def __init__(self, module: nn.Module, form: RouterForm):
         self._module, self.form = module, form
         self._own: Callable[..., Any] = type(module).forward
-        self._matrix: KernelMatrix | None = None
+        self._kernel: RouterKernel | None = None
         self._bias_E: Tensor | None = None
-        self._routing: RoutingKernel | None = None
 
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:
         """Return what the router's own `forward` does."""
@@ -80,27 +85,40 @@ class RouterForward:
             or (torch.is_grad_enabled() and (x.requires_grad or weight_ED.requires_grad))
         ):
             return self._own(self._module, x, *others, **named)
-        matrix = self._matrix
-        if matrix is None or matrix.matrix.codes != weight_ED.data_ptr():
-            matrix = self._prepare(compiled, weight_ED)
+        kernel = self._kernel
+        if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():
+            kernel = self._prepare(compiled, weight_ED)
         x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE = compiled.linear(x_TD, matrix, form.product, self._bias_E).to(form.logits)
-        routing = self.choose(logits_TE)
+        if {form.dtype, form.product} <= {*ACTIVATION_DTYPES}:
+            logits_TE, routing = kernel(x_TD)
+        else:
+            product_TE = compiled.linear(x_TD, kernel.matrix, form.product, self._bias_E)
+            logits_TE = product_TE.to(form.logits)
+            routing = kernel.routing(logits_TE)
         made: list[Tensor] = [logits_TE] * 3
         made[form.order[1]], made[form.order[2]] = routing.weights_TK, routing.ids_TK
         return tuple(made)
 
     def choose(self, logits_TE: Tensor) -> Routing:
         """Return the choice for logits, after a first call."""
-        assert self._routing is not None
-        return self._routing(logits_TE)
+        assert self._kernel is not None
+        return self._kernel.routing(logits_TE)
 
-    def _prepare(self, compiled: Kernels, weight_ED: Tensor) -> KernelMatrix:
+    def kernel(self) -> RouterKernel | None:
+        """Return the router as one call; None if it is of another dtype or there are no kernels."""
+        compiled, weight_ED = kernels(), cast(Tensor, self._module._parameters["weight"])
+        if compiled is None or not {self.form.dtype, self.form.product} <= {*ACTIVATION_DTYPES}:
+            return None
+        kernel = self._kernel
+        if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():
+            kernel = self._prepare(compiled, weight_ED)
+        return kernel
+
+    def _prepare(self, compiled: Kernels, weight_ED: Tensor) -> RouterKernel:
         form, plain_ED = self.form, weight_ED.detach().as_subclass(Tensor)
-        matrix = self._matrix = KernelMatrix(plain_ED)
         bias = form.linear_bias and self._module._parameters[form.linear_bias]
         self._bias_E = bias.detach().float().contiguous() if isinstance(bias, Tensor) else None
-        self._routing = RoutingKernel(
+        routing = RoutingKernel(
             compiled,
             form.rule,
             form.bias_E,
@@ -108,7 +126,15 @@ class RouterForward:
             chosen=form.chosen,
             dtypes=(form.logits, form.weights),
         )
-        return matrix
+        self._kernel = RouterKernel(
+            compiled,
+            KernelMatrix(plain_ED),
+            self._bias_E,
+            product=form.product,
+            logits=form.logits,
+            routing=routing,
+        )
+        return self._kernel
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the kernels, whose pointers are of this process."""

@@ -221,7 +221,7 @@ def _output_hook(recording: _Recording, num_experts: int) -> Any:
 
 def _logits_hook(experts: VirtualExperts, index: int | None) -> Any:
     def store_logits(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        experts.logits_TE = output if index is None else output[index]
+        experts.state.logits_TE = output if index is None else output[index]
 
     return store_logits
 
@@ -232,7 +232,7 @@ def _length_hook(experts: VirtualExperts) -> Any:
     def set_prefilling(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
         hidden = next((v for v in tensors if v.is_floating_point() and v.dim() in (2, 3)), None)
-        experts.prefilling = hidden is not None and hidden.shape[-2] > 1
+        experts.state.prefilling = hidden is not None and hidden.shape[-2] > 1
 
     return set_prefilling
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "matrix.h"
+#include "../matrix.h"
 
 struct GroupCoder {
     // A row's weights from column `first` on, as floats; past the row's end its last one is repeated.

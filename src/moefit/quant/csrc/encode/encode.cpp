@@ -7,11 +7,11 @@
 #include <cstring>
 
 #include "encode.h"
-#include "matrix.h"
-#include "target.h"
+#include "../matrix.h"
+#include "../target.h"
 
-#include "levels/rounding.h"
-#include "half.h"
+#include "../levels/rounding.h"
+#include "../half.h"
 
 namespace {
 

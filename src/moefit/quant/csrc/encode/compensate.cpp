@@ -9,10 +9,10 @@
 #include <new>
 
 #include "encode.h"
-#include "half.h"
-#include "matrix.h"
-#include "target.h"
-#include "tiles.h"
+#include "../half.h"
+#include "../matrix.h"
+#include "../target.h"
+#include "../tiles.h"
 
 namespace {
 

@@ -1,0 +1,151 @@
+// C interface: the attention block of a decoder layer, from its input to that of its feed-forward block, and the
+// router that reads it, in one call. A token that decodes takes some ten operations here of 10 to 100 microseconds each, and as much time
+// between them if each is called by itself. Every operation is that of its own call, so results are the same.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "attention.h"
+#include "matrix.h"
+#include "products.h"
+
+struct Router;
+
+extern "C" {
+void moefit_norm(int64_t level, const Norm *n, const void *x, int64_t rows, void *y);
+void moefit_attention(int64_t level, const Attention *a, const Segment *segments, int64_t number, const void *query,
+                      void *out);
+
+void moefit_router(int64_t level, const Router *router, const void *x, int64_t kind, int64_t tokens, void *logits_TE,
+                   void *weights_TK, int64_t *ids_TK);
+
+struct Linear {
+    Matrix matrix;
+    const float *bias;  // null: none
+};
+
+// Norms of queries and keys have the width of a head or of all heads; 0: there is none. `attention` has all but the
+// strides of queries, which are consecutive.
+struct Block {
+    Norm before, after, of_queries, of_keys;
+    Linear query, key, value, output;
+    Rotary rotary;
+    int64_t angles;  // elements between the cosines of two tokens
+    Attention attention;
+};
+
+// What the router of `normed` makes; null: there is none.
+struct Choice {
+    const Router *router;
+    void *logits_TE, *weights_TK;
+    int64_t *ids_TK;
+};
+}
+
+namespace {
+
+// Consecutive results of one call.
+class Scratch {
+public:
+    explicit Scratch(int64_t bytes) : memory_((char *)std::aligned_alloc(64, (bytes + 64 * COUNT) / 64 * 64), &std::free) {}
+
+    char *take(int64_t bytes) {
+        char *mine = memory_.get() + used_;
+        used_ += (bytes + 63) / 64 * 64;
+        return mine;
+    }
+
+    static constexpr int64_t COUNT = 8;  // results at most
+
+private:
+    std::unique_ptr<char, decltype(&std::free)> memory_;
+    int64_t used_ = 0;
+};
+
+float wide(uint16_t x) {
+    uint32_t word = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+void add(const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
+    if (kind == F32)
+        for (int64_t i = 0; i < number; i++) ((float *)sum)[i] = ((const float *)a)[i] + ((const float *)b)[i];
+    else
+        for (int64_t i = 0; i < number; i++)
+            ((uint16_t *)sum)[i] = to_bfloat16(wide(((const uint16_t *)a)[i]) + wide(((const uint16_t *)b)[i]));
+}
+
+// Heads of one token, rotated.
+void rotate(const Level &use, const Block &b, const char *cos, const char *sin, const char *x, int64_t heads, char *y,
+            int64_t y_head) {
+    int64_t width = b.attention.width, size = b.rotary.kind == F32 ? 4 : 2;
+    for (int64_t h = 0; h < heads; h++, x += width * size, y += y_head) {
+        use.rotate(b.rotary, cos, sin, x, y);
+        std::memcpy(y + b.rotary.width * size, x + b.rotary.width * size, (width - b.rotary.width) * size);
+    }
+}
+
+// Put the heads of one token's keys or values into an INT8 cache.
+void quantize(const Level &use, int64_t kind, const char *x, int64_t heads, int64_t width, int8_t *codes,
+              int64_t head_codes, float *scales, int64_t head_scales) {
+    for (int64_t h = 0; h < heads; h++)
+        scales[h * head_scales] = use.quantize(x + h * width * (kind == F32 ? 4 : 2), kind, width, codes + h * head_codes);
+}
+
+}  // namespace
+
+extern "C" {
+
+// x, sum and normed: [tokens, width], float32 or bfloat16. sum = x + attention of norm(x), and normed = norm of the
+// sum. Segments describe the caches, which get the keys and values of these tokens. cos and sin: [tokens, ...].
+// choice: null, or the router that reads `normed`.
+void moefit_block(int64_t level, const Block *block, const Segment *segments, int64_t number, const void *x,
+                  int64_t tokens, const void *cos, const void *sin, void *sum, void *normed, const Choice *choice) {
+    const Level &use = level_of(level);
+    const Block &b = *block;
+    const Attention &a = b.attention;
+    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, D = b.before.width;
+    int64_t Q = a.heads * a.width, K = a.groups * a.width, V = a.groups * a.value_width, O = a.heads * a.value_width;
+    Scratch scratch(tokens * size * (2 * std::max(D, Q) + 2 * Q + 2 * K + V + O));
+    char *n = scratch.take(tokens * D * size), *q = scratch.take(tokens * Q * size), *k = scratch.take(tokens * K * size);
+    char *v = scratch.take(tokens * V * size), *rotated = scratch.take(tokens * Q * size);
+    char *key = scratch.take(K * size), *attended = scratch.take(tokens * O * size);
+
+    moefit_norm(level, &b.before, x, tokens, n);
+    Product products[3] = {{&b.query.matrix, b.query.bias, q}, {&b.key.matrix, b.key.bias, k}, {&b.value.matrix, b.value.bias, v}};
+    multiply(use, products, 3, n, tokens, kind);
+    if (b.of_queries.width) moefit_norm(level, &b.of_queries, q, tokens * Q / b.of_queries.width, q);
+    if (b.of_keys.width) moefit_norm(level, &b.of_keys, k, tokens * K / b.of_keys.width, k);
+
+    for (const Segment *one = segments; one < segments + number; one++)
+        for (int64_t i = 0; i < one->fresh; i++) {
+            int64_t token = one->row + i, place = one->past + i, angle = token * b.angles * size;
+            const char *c = (const char *)cos + angle, *s = (const char *)sin + angle, *own = v + token * V * size;
+            rotate(use, b, c, s, q + token * Q * size, a.heads, rotated + token * Q * size, a.width * size);
+            if (a.cache == INT8) {
+                rotate(use, b, c, s, k + token * K * size, a.groups, key, a.width * size);
+                quantize(use, kind, key, a.groups, a.width, (int8_t *)one->keys + place * a.key_token, a.key_group,
+                         (float *)one->key_scales + place, a.key_scale_group);
+                quantize(use, kind, own, a.groups, a.value_width, (int8_t *)one->values + place * a.value_token,
+                         a.value_group, (float *)one->value_scales + place, a.value_scale_group);
+                continue;
+            }
+            rotate(use, b, c, s, k + token * K * size, a.groups, (char *)one->keys + place * a.key_token * size,
+                   a.key_group * size);
+            for (int64_t g = 0; g < a.groups; g++)
+                std::memcpy((char *)one->values + (place * a.value_token + g * a.value_group) * size,
+                            own + g * a.value_width * size, a.value_width * size);
+        }
+
+    moefit_attention(level, &a, segments, number, rotated, attended);
+    Product output = {&b.output.matrix, b.output.bias, n};
+    multiply(use, &output, 1, attended, tokens, kind);
+    add(x, n, tokens * D, kind, sum);
+    moefit_norm(level, &b.after, sum, tokens, normed);
+    if (choice)
+        moefit_router(level, choice->router, normed, kind, tokens, choice->logits_TE, choice->weights_TK, choice->ids_TK);
+}
+}

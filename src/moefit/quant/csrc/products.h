@@ -1,0 +1,13 @@
+// Linear layers of the same inputs, computed together.
+#pragma once
+#include "matrix.h"
+
+struct Product {
+    const Matrix *m;
+    const float *bias;  // null: none
+    void *y_TO;
+};
+
+// y_TO = x_TI W^T + bias of each product, all float32 or all bfloat16 (kind). Results do not depend on which
+// products are computed together.
+void multiply(const Level &use, const Product *products, int64_t number, const void *x_TI, int64_t tokens, int64_t kind);

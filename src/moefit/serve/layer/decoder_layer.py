@@ -1,0 +1,340 @@
+"""Compute the attention block of decoder layers in one call while few tokens are computed.
+
+A layer makes some ten kernel calls before its feed-forward block, and as much time passes in
+Python between them. Layers of the common form (norm, attention with rotary embeddings, residual,
+norm) are recognised by what they return (`layer_probe.py`), and get a `forward` of their own on the
+instance. Where the feed-forward block is a router and experts, the router is part of the call;
+otherwise it stays the family's own module.
+
+Shapes: B sequences, T tokens, D model width, R cosines per token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moefit.cache_argument import CACHE_NAMES
+from moefit.quant.attention import AttentionOptions
+from moefit.quant.attention_block import (
+    AttentionBlock,
+    AttentionBlockKernel,
+    BlockOutput,
+    CacheRows,
+    Linear,
+    Norm,
+)
+from moefit.quant.cpu_kernels import kernels
+from moefit.quant.kv_int8 import part_of
+from moefit.quant.layer_operations import RouterKernel
+from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
+from moefit.serve.hf.native_linear import KernelWeight
+from moefit.serve.hf.norms import norm_of
+from moefit.serve.hf.quant_linear import GroupedLinear
+from moefit.serve.hf.rotary import rotary_of
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.layer.router_kernels import RouterForward
+
+MOST_TOKENS = 32  # of a step that is computed so: with more, calls take longer than what is between
+_IGNORED = {"position_ids", "use_cache", "cache_position", "segments"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutedExperts:
+    """A feed-forward block that is a router and experts, and nothing else.
+
+    Attributes:
+        experts: The experts.
+        router: The router's module.
+        forward: Its `forward`.
+    """
+
+    experts: VirtualExperts
+    router: nn.Module
+    forward: RouterForward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerParts:
+    """The modules of a layer that may be of the common form.
+
+    Attributes:
+        attention: The attention module.
+        feed_forward: The module that reads the second norm.
+        replaced: All modules that one call computes.
+        index: Position of the layer in caches.
+        routed: What the feed-forward block may be; None if it has no experts.
+    """
+
+    attention: nn.Module
+    feed_forward: nn.Module
+    replaced: tuple[nn.Module, ...]
+    index: int
+    routed: RoutedExperts | None
+
+
+class LayerForward:
+    """The `forward` of one layer: by one call and its feed-forward block, or the module's own.
+
+    Args:
+        module: The layer.
+        parts: Its parts.
+        dtype: The dtype of hidden states.
+        direct: Whether the feed-forward block is what `parts.routed` says, so that its router is
+            part of the call and its experts are called with the choice.
+    """
+
+    def __init__(self, module: nn.Module, parts: LayerParts, dtype: torch.dtype, *, direct: bool):
+        self._module, self.parts, self._dtype = module, parts, dtype
+        self._own: Callable[..., Any] = type(module).forward
+        self._kernel: AttentionBlockKernel | None = None
+        self._window = getattr(parts.attention, "sliding_window", None)
+        self.direct, self._routed = direct, parts.routed if direct else None
+        self._weights: tuple[int, ...] = ()
+        self._hooks = self._count_hooks()
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Return what the layer's own `forward` does."""
+        x = given[0] if given else named.get("hidden_states")
+        if (
+            len(given) <= 1
+            and isinstance(x, Tensor)
+            and x.dim() == 3
+            and 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS
+            and x.dtype == self._dtype
+            and x.is_cpu
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts.replaced)
+        ):
+            routed = self._usable_routed()
+            router = None if routed is None else routed.forward.kernel()
+            if (made := self.compute(x, named, router=router)) is not None:
+                return (made.sum_TD + self._feed(made, x, routed)).view(x.shape)
+        return self._own(self._module, *given, **named)
+
+    def _feed(self, made: BlockOutput, x: Tensor, routed: RoutedExperts | None) -> Tensor:
+        """Return the output of the feed-forward block [T, D]."""
+        if routed is not None and made.routing is not None:
+            state = routed.experts.state
+            state.logits_TE, state.prefilling = made.logits_TE, x.shape[1] > 1
+            return routed.experts.compute(made.normed_TD, made.routing)
+        output = self.parts.feed_forward(made.normed_TD.view(x.shape))
+        output = output[0] if isinstance(output, tuple) else output
+        return output.view(made.sum_TD.shape)
+
+    def _usable_routed(self) -> RoutedExperts | None:
+        """Return the router and experts, unless a hook or another `forward` wants to be called."""
+        routed = self._routed
+        if routed is None or vars(routed.router).get("forward") is not routed.forward:
+            return None
+        return routed if self._hooks == self._count_hooks() else None
+
+    def _count_hooks(self) -> int:
+        """Return the number of hooks of the feed-forward block, its router and its experts."""
+        routed = self._routed
+        modules = () if routed is None else (self.parts.feed_forward, routed.router, routed.experts)
+        return sum([len(one._forward_hooks) + len(one._forward_pre_hooks) for one in modules])
+
+    def compute(
+        self,
+        x: Tensor,
+        named: Mapping[str, Any],
+        *,
+        rows: CacheRows | None = None,
+        router: RouterKernel | None = None,
+    ) -> BlockOutput | None:
+        """Return what the call makes; None if it does not support the arguments.
+
+        Args:
+            x: Hidden states [B, T, D].
+            named: The layer's other arguments.
+            rows: Where tokens belong in a cache; None for the cache among the arguments.
+            router: A router that the call includes.
+        """
+        mask, cache, angles = None, None, None
+        for name, value in named.items():
+            if name == "attention_mask":
+                mask = value
+            elif name in CACHE_NAMES:
+                cache = value
+            elif name == "position_embeddings":
+                angles = value
+            elif name not in _IGNORED and name != "hidden_states" and value not in (None, False):
+                return None
+        if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
+            return None
+        cos, sin = angles
+        tokens = x.shape[0] * x.shape[1]
+        if cos.numel() != tokens * cos.shape[-1] or not cos.is_contiguous() or cos.dtype != x.dtype:
+            return None
+        if not sin.is_contiguous() or (kernel := self._known(cos.shape[-1])) is None:
+            return None
+        rows = rows or self._rows(cache, mask, tokens)
+        return None if rows is None else kernel(x.reshape(tokens, -1), cos, sin, rows, router)
+
+    def _rows(self, cache: Any, mask: Tensor | None, tokens: int) -> CacheRows | None:
+        """Return where tokens belong in the cache, which is then as long as after the step."""
+        window = None if mask is None else getattr(mask, "window", -1)
+        if window == -1 or self._window not in (None, window):
+            return None
+        if (rows := getattr(cache, "rows", None)) is not None:
+            return None if mask is None else rows(self.parts.index, window)
+        layers = getattr(cache, "layers", ())
+        layer = layers[self.parts.index] if self.parts.index < len(layers) else None
+        if layer is None or type(layer) not in (ReservedLayer, Int8Layer) or tokens != 1:
+            return None
+        if (room := layer.room(1)) is None:
+            return None
+        keys_1GLC, values_1GLZ = room
+        return own_rows(keys_1GLC, values_1GLZ, window)
+
+    def _known(self, cosines: int) -> AttentionBlockKernel | None:
+        kernel, compiled = self._kernel, kernels()
+        if compiled is None:
+            return None
+        weights = tuple([address for one in self.parts.replaced for address in _addresses(one)])
+        if kernel is None or kernel.cosines != cosines or self._weights != weights:
+            block = block_of(self._module, self.parts, cosines)
+            if block is None or not block.supported(self._dtype, cosines):
+                return None
+            kernel = self._kernel = AttentionBlockKernel(compiled, block, self._dtype, cosines)
+            self._weights = weights
+        return kernel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the kernel, whose pointers are of this process."""
+        arguments = self._module, self.parts, self._dtype
+        return partial(LayerForward, direct=self.direct), arguments
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    """Return the addresses of a module's weights: others if they are replaced or moved."""
+    if isinstance(module, GroupedLinear):
+        return [id(module.kernel_matrix)]
+    return [one.data_ptr() for one in module._parameters.values() if one is not None]
+
+
+def own_rows(keys_1GLC: Tensor, values_1GLZ: Tensor, window: int | None) -> CacheRows | None:
+    """Return the rows of the last token of a sequence with a cache of its own."""
+    if keys_1GLC.shape[0] != 1:
+        return None
+    return CacheRows(
+        keys_GLC=part_of(keys_1GLC, 0),
+        values_GLZ=part_of(values_1GLZ, 0),
+        requests=((0, keys_1GLC.shape[2] - 1, 1),),
+        window=window,
+    )
+
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[nn.Module, LayerParts]]:
+    """Yield modules with the children of a layer of the common form."""
+    for module in model.modules():
+        children = dict(module.named_children())
+        norms = [children.pop(name, None) for name in _NORMS]
+        attentions = [one for one in children.values() if _is_attention(one)]
+        if (
+            "forward" in vars(module)
+            or len(children) != 2
+            or len(attentions) != 1
+            or any(one is None or norm_of(one) is None for one in norms)
+        ):
+            continue
+        (attention,) = attentions
+        (feed_forward,) = (one for one in children.values() if one is not attention)
+        known = [one for one in norms if one is not None]
+        yield (
+            module,
+            LayerParts(
+                attention=attention,
+                feed_forward=feed_forward,
+                replaced=(attention, *attention.children(), *known),
+                index=cast(int, attention.layer_idx),
+                routed=_routed(feed_forward),
+            ),
+        )
+
+
+def _routed(feed_forward: nn.Module) -> RoutedExperts | None:
+    """Return the router and the experts of a feed-forward block, if it has one of each."""
+    children = list(feed_forward.children())
+    experts = [one for one in children if isinstance(one, VirtualExperts)]
+    routers = [one for one in children if isinstance(vars(one).get("forward"), RouterForward)]
+    if len(experts) != 1 or len(routers) != 1:
+        return None
+    (router,) = routers
+    return RoutedExperts(experts=experts[0], router=router, forward=vars(router)["forward"])
+
+
+def _is_attention(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    linears = [children.pop(name, None) for name in _LINEARS]
+    return (
+        all(one is not None and linear_of(one) is not None for one in linears)
+        and all(name in _HEAD_NORMS and norm_of(one) is not None for name, one in children.items())
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and isinstance(getattr(module, "head_dim", None), int)
+    )
+
+
+def linear_of(module: nn.Module) -> Linear | None:
+    """Return a linear layer that kernels compute, or None for another module."""
+    if isinstance(module, GroupedLinear):
+        return Linear(weight=module.kernel_matrix, bias_O=module.float_bias)
+    if type(module) is nn.Linear and isinstance(weight := module.weight, KernelWeight):
+        bias = None if module.bias is None else module.bias.detach().float().contiguous()
+        return Linear(weight=weight.kernel_matrix(), bias_O=bias)
+    return None
+
+
+def block_of(module: nn.Module, parts: LayerParts, cosines: int) -> AttentionBlock | None:
+    """Return what a layer's attention block may compute; None if it has another form.
+
+    Args:
+        module: The layer.
+        parts: Its parts.
+        cosines: R.
+    """
+    attention = parts.attention
+    width = cast(int, attention.head_dim)
+    linears = [linear_of(attention.get_submodule(name)) for name in _LINEARS]
+    before, after = (_norm(module.get_submodule(name)) for name in _NORMS)
+    of_queries, of_keys = (_norm(getattr(attention, name, None)) for name in _HEAD_NORMS)
+    rotary = rotary_of(attention, cosines, width)
+    if any(one is None for one in (*linears, before, after, rotary)):
+        return None
+    query, key, value, output = cast(list[Linear], linears)
+    if query.weight.rows % width or key.weight.rows % width:
+        return None
+    scale = getattr(attention, "scaling", None)
+    return AttentionBlock(
+        before=cast(Norm, before),
+        after=cast(Norm, after),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        of_queries=of_queries,
+        of_keys=of_keys,
+        heads=query.weight.rows // width,
+        groups=key.weight.rows // width,
+        rotary=cast(Any, rotary),
+        options=AttentionOptions(scale=scale if isinstance(scale, float) else None),
+    )
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    if module is None or (form := norm_of(module)) is None:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None
+    plain_D = weight.detach().as_subclass(Tensor)
+    return Norm(form=form, weight_D=plain_D, width=len(plain_D))

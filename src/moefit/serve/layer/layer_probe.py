@@ -1,0 +1,268 @@
+"""Recognise the decoder layers whose attention block one call of the kernels computes.
+
+A step of the model itself is recorded: a layer is recognised if the call gives the same bits, and
+if the layer uses no operation of torch that the call does not know.
+
+Shapes: G KV heads, L tokens of a cache, C head width, T tokens, D model width, K experts per token.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from moefit.cache_argument import CACHE_NAMES, forward_with_cache
+from moefit.moe.routing import Routing
+from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, kernels
+from moefit.quant.kv_int8 import Int8Rows
+from moefit.serve.layer.decoder_layer import (
+    LayerForward,
+    LayerParts,
+    RoutedExperts,
+    candidates,
+    own_rows,
+)
+from moefit.serve.layer.moe_layer import VirtualExperts
+
+_LOG = logging.getLogger(__name__)
+
+
+def use_layer_kernels(
+    model: PreTrainedModel, dtype: torch.dtype, context: int | None
+) -> Callable[[], None]:
+    """Use one call for the attention block of every layer that is recognised, until it is undone.
+
+    Args:
+        model: The model, whose linear layers, norms, rotary embeddings and attention use kernels
+            already, and whose experts return zeros.
+        dtype: The dtype of hidden states.
+        context: Tokens that a sequence may have; None for any number.
+
+    Returns:
+        A function that undoes the change.
+    """
+    changed: list[nn.Module] = []
+
+    def undo() -> None:
+        for module in changed:
+            vars(module).pop("forward", None)
+
+    if kernels() is None or dtype not in ACTIVATION_DTYPES or model.config.is_encoder_decoder:
+        return undo
+    found = dict(candidates(model))
+    if not found or (context is not None and context < _PROMPT + 1):
+        return undo
+    for module, step in _recorded(model, found).items():
+        parts = found[module]
+        if _agrees(LayerForward(module, parts, dtype, direct=False), step):
+            direct = parts.routed is not None and _is_routed(parts.routed, step)
+            cast(Any, module).forward = LayerForward(module, parts, dtype, direct=direct)
+            changed.append(module)
+    return undo
+
+
+@dataclass(slots=True)
+class _Step:
+    """One token's way through a layer.
+
+    Attributes:
+        x: The layer's input.
+        named: Its other arguments.
+        before: Keys and values of its cache before.
+        after: The same after.
+        feed: What the feed-forward block was given and returned.
+        output: The layer's output.
+        routed: The hidden states, experts and weights that experts were given.
+        operations: Names of torch's operations in the layer, those in its feed-forward block aside.
+    """
+
+    x: Tensor | None = None
+    named: dict[str, Any] = field(default_factory=dict)
+    before: tuple[Tensor, Tensor] | None = None
+    after: tuple[Tensor, Tensor] | None = None
+    feed: tuple[Any, Any] | None = None
+    output: Any = None
+    routed: tuple[Tensor, Routing] | None = None
+    operations: list[str] = field(default_factory=list)
+
+
+_PROMPT = 5  # tokens before the recorded one
+
+
+@torch.inference_mode()
+def _recorded(
+    model: PreTrainedModel, candidates: Mapping[nn.Module, LayerParts]
+) -> dict[nn.Module, _Step]:
+    """Return a token's way through each layer; empty if the model cannot be run so."""
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    low, generator = min(3, vocabulary - 1), torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(low, vocabulary, (1, _PROMPT + 1), generator=generator)
+    try:
+        _, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :-1])
+        recorder = _Recorder()
+        with recorder.following(candidates):
+            forward_with_cache(model, cache, input_ids=ids_1T[:, -1:])
+    except Exception:  # noqa: BLE001 - any error in a family's code
+        _LOG.debug("layers are computed by the family's own modules", exc_info=True)
+        return {}
+    return recorder.steps
+
+
+class _Recorder(TorchDispatchMode):
+    """Records a token's way through layers, with the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[nn.Module, _Step] = {}
+        self._inside: _Step | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and record it if it is neither a view nor an allocation."""
+        name = func._schema.name.partition("::")[2]
+        if self._inside is not None and not func.is_view and name not in _HARMLESS:
+            self._inside.operations.append(name)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def following(self, candidates: Mapping[nn.Module, LayerParts]) -> Iterator[None]:
+        """Record within the block."""
+        hooks = []
+        for module, parts in candidates.items():
+            step, feed = _Step(), parts.feed_forward
+            begin, end = self._layer_hooks(module, parts.index, step)
+            hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(end))
+            begin, end = self._feed_hooks(step)
+            hooks.append(feed.register_forward_pre_hook(begin))
+            hooks.append(feed.register_forward_hook(end))
+            if parts.routed is not None:
+                hooks.append(parts.routed.experts.register_forward_hook(_experts_hook(step)))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _layer_hooks(self, module: nn.Module, index: int, step: _Step) -> tuple[Any, Any]:
+        def begin(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            step.x, step.named = given[0].clone(), named
+            step.before = _cached(named, index)
+            self._inside = step
+
+        def end(_module: nn.Module, _given: Any, output: Any) -> None:
+            self._inside = None
+            step.output, step.after = output, _cached(step.named, index)
+            self.steps[module] = step
+
+        return begin, end
+
+    def _feed_hooks(self, step: _Step) -> tuple[Any, Any]:
+        def begin(_module: nn.Module, given: tuple[Any, ...]) -> None:
+            self._inside, step.feed = None, (given[0].clone(), None)
+
+        def end(_module: nn.Module, _given: Any, output: Any) -> None:
+            assert step.feed is not None
+            output = output[0] if isinstance(output, tuple) else output
+            step.feed, self._inside = (step.feed[0], output.clone()), step
+
+        return begin, end
+
+
+def _experts_hook(step: _Step) -> Any:
+    """Return a hook that records what experts are given, and lets them return it."""
+
+    def end(experts: VirtualExperts, given: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        x_TD = given[0].reshape(-1, given[0].shape[-1])
+        step.routed = x_TD.clone(), experts.block.layout.routing(len(x_TD), *given[1:])
+        return given[0].clone()
+
+    return end
+
+
+_HARMLESS = {
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "copy_", "clone"),
+    *("_to_copy", "lift_fresh", "_unsafe_view", "_reshape_alias", "arange"),
+}
+
+
+def _cached(named: Mapping[str, Any], index: int) -> tuple[Tensor, Tensor] | None:
+    """Return copies of a layer's keys and values [1, G, L, C]."""
+    cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+    layers = getattr(cache, "layers", ())
+    if index >= len(layers):
+        return None
+    keys, values = (getattr(layers[index], name, None) for name in ("keys", "values"))
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        return None
+    return _copy(keys), _copy(values)
+
+
+def _copy(cache: Tensor) -> Tensor:
+    return cache.changed(Tensor.clone) if isinstance(cache, Int8Rows) else cache.clone()
+
+
+def _is_routed(routed: RoutedExperts, step: _Step) -> bool:
+    """Return whether a feed-forward block is its router and its experts, and nothing else.
+
+    In the recorded step experts returned what they were given, so the block must return its input.
+    """
+    kernel = routed.forward.kernel()
+    if kernel is None or step.routed is None or step.feed is None:
+        return False
+    x_TD, chosen = step.routed
+    _, made = kernel(step.feed[0].view(x_TD.shape))
+    return (
+        torch.equal(x_TD, step.feed[0].view(x_TD.shape))
+        and torch.equal(step.feed[1], step.feed[0])
+        and made.weights_TK.dtype == chosen.weights_TK.dtype
+        and torch.equal(made.ids_TK, chosen.ids_TK)
+        and torch.equal(made.weights_TK, chosen.weights_TK)
+    )
+
+
+def _agrees(forward: LayerForward, step: _Step) -> bool:
+    """Return whether one call gives the bits of a recorded step.
+
+    Besides kernels, the layer may use nothing but the additions of its two residuals: what has no
+    effect on this token, such as a limit of values, may have one on others.
+    """
+    if step.operations != ["add", "add"] or not isinstance(step.output, Tensor):
+        return False
+    if step.x is None or step.before is None or step.after is None or step.feed is None:
+        return False
+    if not all(isinstance(one, Tensor) and one.shape == step.x.shape for one in step.feed):
+        return False
+    keys, values = (_with_room(one) for one in step.before)
+    made = forward.compute(step.x, step.named, rows=own_rows(keys, values, None))
+    if made is None:
+        return False
+    sum_TD, normed_TD = (one.view(step.x.shape) for one in (made.sum_TD, made.normed_TD))
+    return (
+        torch.equal(normed_TD, step.feed[0])
+        and torch.equal(sum_TD + step.feed[1], step.output)
+        and all(map(_equal, (keys, values), step.after))
+    )
+
+
+def _with_room(cache: Tensor) -> Tensor:
+    """Return cached keys or values [1, G, L, C] with room for another token."""
+    if isinstance(cache, Int8Rows):
+        shape = cache.shape[0], cache.shape[1], cache.shape[2] + 1, cache.shape[3]
+        longer = Int8Rows.zeros(*shape)
+        longer.codes()[:, :, :-1], longer.scales[:, :, :-1] = cache.codes(), cache.scales
+        return longer
+    return torch.cat([cache, torch.zeros_like(cache[:, :, :1])], dim=2)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if isinstance(one, Int8Rows) and isinstance(other, Int8Rows):
+        same = torch.equal(one.codes(), other.codes())
+        return same and torch.equal(one.scales, other.scales)
+    return torch.equal(one, other)

@@ -1,0 +1,213 @@
+"""Decoder layers in one call: recognised by results, and equal to the family's own bit by bit."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from levels import compiled
+from tiny_families import tiny_family
+from tiny_served import saved, tiny, tokens
+from torch import Tensor, nn
+
+from moefit.cache_argument import forward_with_cache
+from moefit.engine.runner_probe import choose_runner
+from moefit.engine.runners import RunnerInput, VarlenRunner
+from moefit.serve.config import LoadSettings
+from moefit.serve.layer.decoder_layer import MOST_TOKENS, LayerForward
+from moefit.serve.load import load_model
+from moefit.serve.model import ServedModel
+
+pytestmark = compiled
+# Whether the router is part of the call: not where shared experts are added, or the block chooses.
+FAMILIES = {
+    "olmoe": True,
+    "mixtral": True,
+    "qwen3_moe": True,
+    "qwen2_moe": False,
+    "glm4_moe": False,
+    "minimax_m2": False,
+}
+OTHERS = ("gpt_oss", "granitemoe", "phimoe", "qwen3_next", "hunyuan_v1_moe")
+
+
+def layers_of(model: nn.Module) -> list[LayerForward]:
+    found = (vars(module).get("forward") for module in model.modules())
+    return [one for one in found if isinstance(one, LayerForward)]
+
+
+@contextmanager
+def own_modules(model: nn.Module) -> Iterator[None]:
+    """Compute layers by the family's own modules within the block."""
+    kept = {
+        module: vars(module).pop("forward")
+        for module in model.modules()
+        if isinstance(vars(module).get("forward"), LayerForward)
+    }
+    try:
+        yield
+    finally:
+        for module, forward in kept.items():
+            vars(module)["forward"] = forward
+
+
+@torch.inference_mode()
+def decoded(model: Any, **named: Any) -> Tensor:
+    """Return logits of a prompt of 7 tokens, then of 6 tokens one by one."""
+    ids_1T = tokens(1, 13)
+    output, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :7])
+    rows = [output.logits]
+    for at in range(7, 13):
+        output, cache = forward_with_cache(model, cache, input_ids=ids_1T[:, at : at + 1], **named)
+        rows.append(output.logits)
+    return torch.cat(rows, dim=1)
+
+
+@contextmanager
+def served(name: str, folder: Path, **settings: Any) -> Iterator[ServedModel]:
+    model = tiny_family(name, head_dim=16, hidden_size=64)
+    model.to(settings.pop("dtype", torch.bfloat16))
+    with load_model(saved(model, folder), LoadSettings(context=128, **settings)) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_of_the_family(name: str, tmp_path: Path) -> None:
+    """In float32, bfloat16 and int8; with a cache of its own, and among other requests."""
+    for number, settings in enumerate(
+        ({"dtype": torch.float32}, {}, {"precision": "int8", "dense_precision": "int8"})
+    ):
+        with served(name, tmp_path / str(number), **settings) as loaded:
+            found = layers_of(loaded.model)
+            assert len(found) == loaded.model.config.num_hidden_layers
+            assert {one.direct for one in found if one.parts.routed} <= {FAMILIES[name]}
+            mine, packed = decoded(loaded.model), in_a_crowd(loaded)
+            with own_modules(loaded.model):
+                assert torch.equal(mine, decoded(loaded.model))
+                assert torch.equal(packed, in_a_crowd(loaded))
+            assert torch.equal(mine, decoded(loaded.model))
+
+
+@torch.inference_mode()
+def in_a_crowd(loaded: ServedModel) -> Tensor:
+    """Return logits of three requests that the engine's runner decodes together."""
+    runner = choose_runner(loaded, 96)
+    assert isinstance(runner, VarlenRunner)
+    ids, rows = tokens(3, 16).tolist(), []
+    for number in range(3):
+        runner.open(str(number), 16)
+    for past, new in ((0, 9), (9, 1), (10, 1), (11, 3), (14, 1)):
+        inputs = [
+            RunnerInput(request=str(n), tokens=ids[n][past : past + new], past=past, num_logits=new)
+            for n in range(3)
+        ]
+        rows.append(runner.step(inputs))
+    return torch.cat(rows)
+
+
+def test_int8_cache(tmp_path: Path) -> None:
+    with served("qwen3_moe", tmp_path, kv_cache="int8") as loaded:
+        assert layers_of(loaded.model)
+        mine, packed = decoded(loaded.model), in_a_crowd(loaded)
+        with own_modules(loaded.model):
+            assert torch.equal(mine, decoded(loaded.model))
+            assert torch.equal(packed, in_a_crowd(loaded))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_another_form_are_left_alone(name: str, tmp_path: Path) -> None:
+    with served(name, tmp_path) as loaded:
+        assert not layers_of(loaded.model)
+
+
+def test_operation_without_effect_on_one_token_is_seen(tmp_path: Path) -> None:
+    """OLMoE may limit queries, keys and values; the recorded token's are within the limit."""
+    model = tiny("Olmoe", hidden_size=64)
+    with load_model(saved(model, tmp_path / "unlimited"), LoadSettings(context=32)) as loaded:
+        assert layers_of(loaded.model)
+    model.config.clip_qkv = 1e6
+    with load_model(saved(model, tmp_path / "limited"), LoadSettings(context=32)) as loaded:
+        assert not layers_of(loaded.model)
+
+
+def test_hooks_are_called(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path) as loaded:
+        layer, wanted, seen = loaded.model.model.layers[1], decoded(loaded.model), []
+        for module in (layer, layer.self_attn, layer.post_attention_layernorm, layer.mlp.gate):
+            with_hook = module.register_forward_hook(lambda module, *_: seen.append(module))
+            assert torch.equal(decoded(loaded.model), wanted)
+            assert len(seen) == 7 and set(seen) == {module}
+            with_hook.remove()
+            seen.clear()
+        with torch.inference_mode():
+            _, cache = forward_with_cache(loaded.model, None, input_ids=tokens(1, 4))
+            states = {"output_hidden_states": True, "output_router_logits": True}
+            output, _ = forward_with_cache(
+                loaded.model, cache, input_ids=tokens(1, 1, seed=2), **states
+            )
+        assert len(output.hidden_states) == 5 and len(output.router_logits) == 4
+
+
+def test_long_steps_gradients_and_batches_are_the_familys_own(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path, dtype=torch.float32) as loaded:
+        model, calls = loaded.model, []
+        for one in layers_of(model):
+            one.compute = lambda x, named, *, own=one.compute, **more: (
+                calls.append(made := own(x, named, **more)) or made
+            )
+        with torch.inference_mode():
+            model(input_ids=tokens(1, MOST_TOKENS + 1))
+            assert not calls
+            _, cache = forward_with_cache(model, None, input_ids=tokens(2, 5))
+            forward_with_cache(model, cache, input_ids=tokens(2, 1))
+            assert calls and not any(calls)  # two sequences with one cache
+        embedded = model.get_input_embeddings()(tokens(1, 3)).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.sum().backward()
+        assert embedded.grad is not None and bool(embedded.grad.any())
+
+
+def test_swaps_and_budgets_follow_the_choice(tmp_path: Path) -> None:
+    """The router's choice reaches eviction, misses and substitution as by the hooks."""
+    results = []
+    for own in (False, True):
+        with served("olmoe", tmp_path / str(own), memory=None) as loaded:
+            loaded.set_memory(loaded.budget.total_for_slots([4] * 4))
+            for mode in ("exact", "bounded", "virtual"):
+                loaded.set_mode(mode)
+                with own_modules(loaded.model) if own else _nothing():
+                    results.append((decoded(loaded.model), counts(loaded)))
+    half = len(results) // 2
+    for (logits, counters), (own_logits, own_counters) in zip(
+        results[:half], results[half:], strict=True
+    ):
+        assert torch.equal(logits, own_logits)
+        assert counters == own_counters
+
+
+def counts(loaded: ServedModel) -> tuple[float, ...]:
+    counters = loaded._shared.counters
+    return counters.hits, counters.fetches, counters.substituted, counters.routed
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def test_undone_moved_and_copied(tmp_path: Path) -> None:
+    with served("mixtral", tmp_path) as loaded:
+        model, wanted = loaded.model, decoded(loaded.model)
+        forward = layers_of(model)[0]
+        copied = copy.copy(forward)
+        assert copied.direct and copied.parts is forward.parts
+        layer = model.model.layers[0]
+        weight = layer.input_layernorm.weight
+        layer.input_layernorm.weight = nn.Parameter(weight * 2, requires_grad=False)
+        changed = decoded(model)
+        assert not torch.equal(changed, wanted)
+        with own_modules(model):
+            assert torch.equal(changed, decoded(model))
+    assert not layers_of(model)
