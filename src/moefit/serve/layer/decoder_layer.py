@@ -39,7 +39,7 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_kernels import RouterForward
 
 MOST_TOKENS = 32  # of a step that is computed so: with more, calls take longer than what is between
-_IGNORED = {"position_ids", "use_cache", "cache_position", "segments"}
+IGNORED = {"position_ids", "use_cache", "cache_position", "segments"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,16 +82,24 @@ class LayerForward:
     Args:
         module: The layer.
         parts: Its parts.
+        options: With which the layer calls attention.
         dtype: The dtype of hidden states.
         direct: Whether the feed-forward block is what `parts.routed` says, so that its router is
             part of the call and its experts are called with the choice.
     """
 
-    def __init__(self, module: nn.Module, parts: LayerParts, dtype: torch.dtype, *, direct: bool):
-        self._module, self.parts, self._dtype = module, parts, dtype
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: LayerParts,
+        options: AttentionOptions,
+        dtype: torch.dtype,
+        *,
+        direct: bool,
+    ):
+        self._module, self.parts, self._options, self._dtype = module, parts, options, dtype
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: AttentionBlockKernel | None = None
-        self._window = getattr(parts.attention, "sliding_window", None)
         self.direct, self._routed = direct, parts.routed if direct else None
         self._weights: tuple[int, ...] = ()
         self._hooks = self._count_hooks()
@@ -162,7 +170,7 @@ class LayerForward:
                 cache = value
             elif name == "position_embeddings":
                 angles = value
-            elif name not in _IGNORED and name != "hidden_states" and value not in (None, False):
+            elif name not in IGNORED and name != "hidden_states" and value not in (None, False):
                 return None
         if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
             return None
@@ -178,7 +186,7 @@ class LayerForward:
     def _rows(self, cache: Any, mask: Tensor | None, tokens: int) -> CacheRows | None:
         """Return where tokens belong in the cache, which is then as long as after the step."""
         window = None if mask is None else getattr(mask, "window", -1)
-        if window == -1 or self._window not in (None, window):
+        if window == -1 or self._options.window not in (None, window):
             return None
         if (rows := getattr(cache, "rows", None)) is not None:
             return None if mask is None else rows(self.parts.index, window)
@@ -197,7 +205,7 @@ class LayerForward:
             return None
         weights = tuple([address for one in self.parts.replaced for address in _addresses(one)])
         if kernel is None or kernel.cosines != cosines or self._weights != weights:
-            block = block_of(self._module, self.parts, cosines)
+            block = block_of(self._module, self.parts, self._options, cosines)
             if block is None or not block.supported(self._dtype, cosines):
                 return None
             kernel = self._kernel = AttentionBlockKernel(compiled, block, self._dtype, cosines)
@@ -206,7 +214,7 @@ class LayerForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the kernel, whose pointers are of this process."""
-        arguments = self._module, self.parts, self._dtype
+        arguments = self._module, self.parts, self._options, self._dtype
         return partial(LayerForward, direct=self.direct), arguments
 
 
@@ -294,12 +302,15 @@ def linear_of(module: nn.Module) -> Linear | None:
     return None
 
 
-def block_of(module: nn.Module, parts: LayerParts, cosines: int) -> AttentionBlock | None:
+def block_of(
+    module: nn.Module, parts: LayerParts, options: AttentionOptions, cosines: int
+) -> AttentionBlock | None:
     """Return what a layer's attention block may compute; None if it has another form.
 
     Args:
         module: The layer.
         parts: Its parts.
+        options: With which it calls attention.
         cosines: R.
     """
     attention = parts.attention
@@ -313,7 +324,9 @@ def block_of(module: nn.Module, parts: LayerParts, cosines: int) -> AttentionBlo
     query, key, value, output = cast(list[Linear], linears)
     if query.weight.rows % width or key.weight.rows % width:
         return None
-    scale = getattr(attention, "scaling", None)
+    own = [one for one in attention._parameters.values() if one is not None]
+    if len(own) != (options.sinks_H is not None) or not all(one is options.sinks_H for one in own):
+        return None  # a weight that is not known, or other sinks than those of the recorded step
     return AttentionBlock(
         before=cast(Norm, before),
         after=cast(Norm, after),
@@ -326,7 +339,7 @@ def block_of(module: nn.Module, parts: LayerParts, cosines: int) -> AttentionBlo
         heads=query.weight.rows // width,
         groups=key.weight.rows // width,
         rotary=cast(Any, rotary),
-        options=AttentionOptions(scale=scale if isinstance(scale, float) else None),
+        options=options,
     )
 
 

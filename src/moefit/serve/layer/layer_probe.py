@@ -15,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moefit.cache_argument import CACHE_NAMES, forward_with_cache
 from moefit.moe.routing import Routing
+from moefit.quant.attention import AttentionOptions
 from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, kernels
 from moefit.quant.kv_int8 import Int8Rows
 from moefit.serve.layer.decoder_layer import (
+    IGNORED,
     LayerForward,
     LayerParts,
     RoutedExperts,
@@ -31,6 +33,7 @@ from moefit.serve.layer.decoder_layer import (
 from moefit.serve.layer.moe_layer import VirtualExperts
 
 _LOG = logging.getLogger(__name__)
+_NAME = "moefit_recorded"
 
 
 def use_layer_kernels(
@@ -59,11 +62,14 @@ def use_layer_kernels(
     if not found or (context is not None and context < _PROMPT + 1):
         return undo
     for module, step in _recorded(model, found).items():
-        parts = found[module]
-        if _agrees(LayerForward(module, parts, dtype, direct=False), step):
-            direct = parts.routed is not None and _is_routed(parts.routed, step)
-            cast(Any, module).forward = LayerForward(module, parts, dtype, direct=direct)
-            changed.append(module)
+        parts, options = found[module], step.options
+        if options is None or not _agrees(
+            LayerForward(module, parts, options, dtype, direct=False), step
+        ):
+            continue
+        direct = parts.routed is not None and _is_routed(parts.routed, step)
+        cast(Any, module).forward = LayerForward(module, parts, options, dtype, direct=direct)
+        changed.append(module)
     return undo
 
 
@@ -79,6 +85,7 @@ class _Step:
         feed: What the feed-forward block was given and returned.
         output: The layer's output.
         routed: The hidden states, experts and weights that experts were given.
+        options: With which attention was called; None if it was called with others.
         operations: Names of torch's operations in the layer, those in its feed-forward block aside.
     """
 
@@ -89,6 +96,7 @@ class _Step:
     feed: tuple[Any, Any] | None = None
     output: Any = None
     routed: tuple[Tensor, Routing] | None = None
+    options: AttentionOptions | None = None
     operations: list[str] = field(default_factory=list)
 
 
@@ -106,7 +114,7 @@ def _recorded(
     try:
         _, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :-1])
         recorder = _Recorder()
-        with recorder.following(candidates):
+        with recorder.following(candidates), recorder.attention(model, candidates):
             forward_with_cache(model, cache, input_ids=ids_1T[:, -1:])
     except Exception:  # noqa: BLE001 - any error in a family's code
         _LOG.debug("layers are computed by the family's own modules", exc_info=True)
@@ -150,6 +158,29 @@ class _Recorder(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def attention(
+        self, model: PreTrainedModel, candidates: Mapping[nn.Module, LayerParts]
+    ) -> Iterator[None]:
+        """Record within the block with which options attention is called, and by whom."""
+        before = model.config._attn_implementation
+        own, own_mask = AttentionInterface()[before], AttentionMaskInterface()[before]
+        layer_of = {parts.attention: module for module, parts in candidates.items()}
+
+        def recorded(module: nn.Module, *given: Any, **named: Any) -> Any:
+            if module in layer_of and self._inside is not None:
+                self._inside.options = _options(named)
+            return own(module, *given, **named)
+
+        AttentionInterface.register(_NAME, recorded)
+        AttentionMaskInterface.register(_NAME, own_mask)
+        model.config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = before
+            AttentionInterface.register(_NAME, own)  # forgets this recorder
+
     def _layer_hooks(self, module: nn.Module, index: int, step: _Step) -> tuple[Any, Any]:
         def begin(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             step.x, step.named = given[0].clone(), named
@@ -173,6 +204,22 @@ class _Recorder(TorchDispatchMode):
             step.feed, self._inside = (step.feed[0], output.clone()), step
 
         return begin, end
+
+
+def _options(named: Mapping[str, Any]) -> AttentionOptions | None:
+    """Return the options of a call of attention; None if it has others."""
+    known = {name: named.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
+    others = {name: value for name, value in named.items() if name not in known}
+    if others.get("is_causal") is False or others.get("dropout"):
+        return None
+    if any(isinstance(value, Tensor) for name, value in others.items() if name not in IGNORED):
+        return None
+    return AttentionOptions(
+        scale=known["scaling"],
+        window=known["sliding_window"],
+        softcap=known["softcap"],
+        sinks_H=known["s_aux"],
+    )
 
 
 def _experts_hook(step: _Step) -> Any:
