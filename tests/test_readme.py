@@ -35,7 +35,13 @@ needs_reference = pytest.mark.skipif(
 
 
 @needs_reference
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("README") else pytest.mark.slow)
+        for name in EXAMPLES
+    ],
+)
 def test_python_examples_run(name):
     """Run in a separate process, whose size is like a user's."""
     command = [sys.executable, "-c", EXAMPLES[name]]

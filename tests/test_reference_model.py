@@ -35,6 +35,7 @@ def test_reference_model_has_config_and_log(loaded):
         assert max(json.loads(line)["step"] for line in log) == steps
 
 
+@pytest.mark.slow
 def test_quarter_of_experts_is_enough(loaded):
     model, tokenizer = loaded
     text = held_out_text(tokenizer, 256, 8192)

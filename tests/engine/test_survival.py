@@ -264,6 +264,7 @@ def _complete(url: str) -> str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_server_with_hung_step() -> None:
     with serving("with self.served._shared.lock: time.sleep(999)") as (process, answer):
         time.sleep(0.5)

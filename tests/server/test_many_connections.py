@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FLOOD = """
 import resource, socket
 from serving_http import fake_service
@@ -27,6 +29,7 @@ with moefit.load("reference") as served, fake_service(served, connections=2) as 
 """
 
 
+@pytest.mark.slow
 def test_connections_are_limited_by_open_files() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FLOOD],

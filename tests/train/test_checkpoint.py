@@ -181,6 +181,7 @@ def small_parts():
     return DsMoeForCausalLM(config), train_bpe([Path(__file__).read_text()], 800)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_checkpoints(tmp_path):
     """The kernel rejects writes beyond a size, as on a full disk, for each file."""
     done = subprocess.run(

@@ -208,8 +208,18 @@ def test_the_order_is_that_of_router_weight(sparse):
     assert model.training
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 6])
-@pytest.mark.parametrize("model", ["sparse", "dense", "olmoe"])
+@pytest.mark.parametrize(
+    ("model", "stop_after"),
+    [
+        ("sparse", 2),
+        ("dense", 4),
+        ("olmoe", 6),
+        *(
+            pytest.param(model, step, marks=pytest.mark.slow)
+            for model, step in (("sparse", 4), ("dense", 2), ("olmoe", 4))
+        ),
+    ],
+)
 def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after, model):
     """Bitwise equality after stops before, at and after the start of dropout."""
     if model == "dense":

@@ -85,6 +85,7 @@ KILLED = killed_packing(
 )
 
 
+@pytest.mark.slow
 def test_killed_packing_resumes(folder: Path, packed_cache: Path) -> None:
     packed(folder)
     whole = files_in(packed_cache)
