@@ -1,6 +1,7 @@
 """The commands advise, law list and law fit, from options to a run that trains."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,30 @@ def test_recommendation_trains_and_its_run_can_be_read(
     assert 4 < one.loss < 7
     with pytest.raises(DataError, match="1 usable runs are too few"):
         run("law", "fit", "run", "--form", "clark")
+    check_other_runs(Path("run"))
     with pytest.raises(ConfigError, match=r"config\.yaml exists"):
         run("advise", "--flops", "4e14", "--hardware", laptop, "--write", "config.yaml")
+
+
+def check_other_runs(finished: Path) -> None:
+    """Runs of other texts are refused; diverged and unfinished ones are left out by name."""
+    for name, file, old, new in (
+        ("other", "config.yaml", "book.txt", "poems.txt"),
+        ("stopped", "config.yaml", "steps: 2", "steps: 9"),
+    ):
+        shutil.copytree(finished, name)
+        path = Path(name, file)
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+    shutil.copytree(finished, "diverged")
+    log = Path("diverged", "log.jsonl")
+    log.write_text(f'{log.read_text()}{{"kind": "eval", "step": 2, "loss": 9.0}}\n')
+    with pytest.raises(DataError, match=r"differ in data: .*book\.txt.*poems\.txt"):
+        read_runs([finished, Path("other")])
+    runs = read_runs([finished, Path("stopped"), Path("diverged")])
+    assert [one.name for one in runs.used] == ["run"]
+    assert runs.left_out["stopped"] == "it stopped at step 2 of 9"
+    assert runs.left_out["diverged"].startswith("it diverged: its loss rose from")
 
 
 def test_json_has_the_answer_and_the_run(laptop: str) -> None:

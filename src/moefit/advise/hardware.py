@@ -6,12 +6,12 @@ beyond them is that of the shipped model, whose weights are small.
 """
 
 import difflib
+import os
 import time
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -166,11 +166,19 @@ def measure_this(formats: tuple[str, ...] = _FORMATS) -> Device:
         memory=total_bytes(),
         bandwidth=max(rates.values()),
         flops=_flops(compiled),
-        source=f"kernels of level {compiled.level}, {torch.get_num_threads()} threads",
+        source=f"kernels of level {compiled.level}, {torch.get_num_threads()} threads{_load()}",
         rates=rates,
         layer_seconds=_layer_seconds(rates[NATIVE.name]),
         is_gpu=False,
     )
+
+
+def _load() -> str:
+    """Return a note if other processes use the processors, so that what is measured is too low."""
+    load, processors = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < processors + 0.5:
+        return ""
+    return f"; the machine is busy (load {load:.1f} on {processors} processors): measure again"
 
 
 def _layer_seconds(rate: float) -> float:
@@ -199,7 +207,7 @@ def _read_rate(compiled: Kernels, name: str) -> float:
         for one in matrices:
             compiled.linear(x_1I, one, torch.bfloat16)
         seconds.append(time.perf_counter() - began)
-    return size * len(matrices) / median(seconds[1:])
+    return size * len(matrices) / min(seconds)
 
 
 def _flops(compiled: Kernels) -> float:
@@ -211,7 +219,7 @@ def _flops(compiled: Kernels) -> float:
         began = time.perf_counter()
         compiled.linear(x_TI, matrix, torch.bfloat16)
         seconds.append(time.perf_counter() - began)
-    return 2 * _MANY * _ROWS * _COLUMNS / median(seconds[1:])
+    return 2 * _MANY * _ROWS * _COLUMNS / min(seconds)
 
 
 def _random_matrix(name: str) -> Weight:

@@ -242,6 +242,8 @@ def _limit(question: Question, chosen: Candidate, target: float | None) -> str:
             context=question.limits.context,
             is_gpu=question.device.is_gpu,
         )
+        if question.limits.storage_bandwidth is not None:
+            return f"the memory: the next larger one takes {format_bytes(sizes.budget.min_bytes)}"
         return f"the memory: the next larger one takes {format_bytes(sizes.resident)}"
     speed = question.limits.min_speed
     if speed is not None and larger.speed < speed:

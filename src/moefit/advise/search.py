@@ -92,28 +92,53 @@ class Question:
         return {key: shapes for key, shapes in found.items() if shapes}
 
     def _no_shape(self) -> str:
-        """Return why no shape can be trained, and the nearest budget with which one can."""
-        shape = next(family(self.law.experts[0], 1, self.vocabulary))
-        limit = "" if self.max_tokens is None else f" and {short_count(self.max_tokens)} tokens"
-        ranges = self.law.ranges
-        low, high = ranges.get("parameters", (0.0, math.inf))
-        sizes = [
-            one
-            for one in family(self.law.experts[0], 1, self.vocabulary)
-            if low / REFUSED_BEYOND <= one.count(self.law.counts) <= high * REFUSED_BEYOND
-        ]
-        shape = sizes[0] if sizes else shape
-        tokens = self.law.fixed_tokens or max(
-            ranges.get("tokens", (1.0, 1.0))[0] / REFUSED_BEYOND,
-            ranges.get("tokens_per_parameter", (1.0, 1.0))[0] / REFUSED_BEYOND * shape.active,
-            LEAST_TOKENS_PER_PARAMETER * shape.active,
-        )
+        """Return why no shape can be trained, and the budgets with which one can."""
+        least, most, smallest = self._budgets()
+        if self.max_tokens is not None and least <= self.flops <= most:
+            return (
+                f"{short_count(self.max_tokens)} training tokens are too few: {self.law.name} says "
+                f"something from {short_count(least / smallest.training_flops(1))} on, for "
+                f"{short_count(smallest.active)} active parameters; give --max-tokens of that, or "
+                "a law fitted to your own runs (moefit law fit)"
+            )
+        if self.flops < least:
+            why = (
+                f"the smallest has {short_count(smallest.active)} active parameters and needs "
+                f"{short_count(least / smallest.training_flops(1))} tokens: give at least "
+                f"{_rounded_up(least):.2g}"
+            )
+        else:
+            why = (
+                f"a law is refused beyond {REFUSED_BEYOND:g} times its runs: give at most "
+                f"{_rounded_down(most):.2g}"
+            )
         return (
-            f"a budget of {self.flops:.3g} FLOPs{limit} trains no model of which {self.law.name} "
-            f"says anything: the smallest, with {short_count(shape.active)} active parameters, "
-            f"needs {short_count(tokens)} tokens, {shape.training_flops(tokens):.2g} FLOPs, and "
-            f"beyond {REFUSED_BEYOND:g} times its runs a law is refused; give a budget in between, "
-            "or another --law, such as one fitted to your own runs (moefit law fit)"
+            f"with a budget of {self.flops:.3g} FLOPs there is no model of which {self.law.name} "
+            f"says anything; {why}, or another --law, such as one fitted to your own runs (moefit "
+            "law fit)"
+        )
+
+    def _budgets(self) -> tuple[float, float, Shape]:
+        """Return the least and most FLOPs for which the law says something, and its first shape."""
+        ranges, law = self.law.ranges, self.law
+        low, high = ranges.get("parameters", (0.0, math.inf))
+        shapes = [
+            one
+            for one in family(law.experts[0], law.granularities[0], self.vocabulary)
+            if low / REFUSED_BEYOND <= one.count(law.counts) <= high * REFUSED_BEYOND
+        ] or list(family(law.experts[0], law.granularities[0], self.vocabulary))[:1]
+        few, many = ranges.get("tokens", (0.0, math.inf))
+        rare, dense = ranges.get("tokens_per_parameter", (0.0, math.inf))
+        smallest, largest = shapes[0], shapes[-1]
+        least_tokens = law.fixed_tokens or max(
+            few / REFUSED_BEYOND,
+            max(rare / REFUSED_BEYOND, LEAST_TOKENS_PER_PARAMETER) * smallest.active,
+        )
+        most_tokens = law.fixed_tokens or REFUSED_BEYOND * min(many, dense * largest.active)
+        return (
+            smallest.training_flops(least_tokens),
+            largest.training_flops(most_tokens),
+            smallest,
         )
 
     @cached_property
@@ -367,6 +392,16 @@ def _unserved(question: Question) -> ConfigError | BudgetTooSmallError:
         f"serves at most {capacity:.3g} with the smallest model; give --requests "
         f"{_rounded_down(rate)}, or more --devices"
     )
+
+
+def _rounded_up(value: float) -> float:
+    """Round up to two significant digits.
+
+    >>> _rounded_up(1.941e14)
+    200000000000000.0
+    """
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step) * step:.6g}")
 
 
 def _rounded_down(value: float) -> float:

@@ -28,7 +28,7 @@ def print_advice(out: Console, advice: Advice) -> None:
     out.print(_front_table(advice))
     if advice.over_training is not None:
         for line in _over_training(advice, advice.over_training):
-            say(line)
+            out.print(line, markup=False, highlight=False)
     out.print(_opinions(advice))
     for warning in advice.warnings:
         say(f"warning: {warning}")
@@ -41,41 +41,58 @@ def print_advice(out: Console, advice: Advice) -> None:
 
 def _recommended(advice: Advice) -> Table:
     chosen, question = advice.chosen, advice.question
-    shape, limits = chosen.shape, question.limits
+    shape = chosen.shape
     table = narrow_table(f"train: {shape.describe()}")
     table.add_column("")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("why")
-    memory = limits.memory or question.device.memory
-    wanted = "" if limits.min_speed is None else f", {limits.min_speed:g} wanted"
-    precision = "bf16" if chosen.precision == "native" else chosen.precision
-    resident = (
-        f"{format_bytes(chosen.memory.resident)} served in {precision}, of {format_bytes(memory)}"
-    )
-    table.add_row(
-        "active parameters",
-        short_count(shape.active),
-        f"a token reads {format_bytes(chosen.memory.read)}: {chosen.speed:.3g} tokens/s{wanted}",
-    )
-    table.add_row("total parameters", short_count(shape.total), resident)
-    ratio = f"{chosen.tokens / shape.active:.3g} per active parameter"
+    table.add_row("active parameters", short_count(shape.active), _speed_words(advice))
+    table.add_row("total parameters", short_count(shape.total), _memory_words(advice))
+    ratio = f"{_digits(chosen.tokens / shape.active)} per active parameter"
     table.add_row("training tokens", short_count(chosen.tokens), ratio)
     cost = QUANTISATION_NATS[chosen.precision]
-    added = f", of which {cost:g} for {precision}" if cost else ""
+    added = f", of which {cost:g} for {chosen.precision}" if cost else ""
     table.add_row("loss", f"{chosen.loss:.3f} nats", f"by {question.law.name}'s law{added}")
     table.add_row("learning rate", f"{shape.learning_rate:.3g}", "peak, Ludziejewski et al. 2025")
     table.add_row("no larger because of", "", advice.limited_by)
-    if chosen.traffic is not None and question.traffic is not None:
-        traffic = chosen.traffic
-        cost_words = (
+    if (traffic := chosen.traffic) is not None and question.traffic is not None:
+        words = (
             f"{traffic.sequences:.0f} sequences at once on {traffic.devices} device(s); "
-            f"{question.traffic.tokens_per_second:.3g} tokens/s wanted"
+            f"{_digits(question.traffic.tokens_per_second)} tokens/s wanted"
         )
-        table.add_row("serves", f"{chosen.traffic.capacity:.3g} tok/s", cost_words)
-        price = f"{1e6 * chosen.traffic.device_seconds:.3g} s"
+        table.add_row("serves", f"{_digits(traffic.capacity)} tok/s", words)
+        price = f"{1e6 * traffic.device_seconds:.3g} s"
         table.add_row("per million tokens", price, "of one device")
     table.add_row("speeds are from", "", question.device.basis)
     return table
+
+
+def _speed_words(advice: Advice) -> str:
+    """Return the bytes that a token reads, and the speed of one sequence."""
+    cost, wanted = advice.chosen.memory, advice.question.limits.min_speed
+    fetched = f" and {format_bytes(cost.fetched)} from storage" if cost.fetched else ""
+    read = f"a token reads {format_bytes(cost.read)}{fetched}"
+    speed = f"{read}: {_digits(advice.chosen.speed)} tokens/s"
+    return speed if wanted is None else f"{speed}, {wanted:g} wanted"
+
+
+def _memory_words(advice: Advice) -> str:
+    """Return the bytes that the model takes when it is served, and those that there are."""
+    chosen, question = advice.chosen, advice.question
+    precision = "bf16" if chosen.precision == "native" else chosen.precision
+    memory = format_bytes(question.limits.memory or question.device.memory)
+    count = "" if chosen.traffic is None else f"{chosen.traffic.devices} x "
+    held = format_bytes(chosen.memory.resident)
+    return f"{held} served in {precision}, of {count}{memory}"
+
+
+def _digits(value: float) -> str:
+    """Return a number with three digits, or all before the point.
+
+    >>> _digits(10.26), _digits(5821.4)
+    ('10.3', '5,821')
+    """
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _alternatives(advice: Advice) -> Table:
@@ -110,7 +127,7 @@ def _add_candidate(table: Table, one: Candidate, chosen: Candidate) -> None:
         short_count(one.tokens),
         "bf16" if one.precision == "native" else one.precision,
         format_bytes(one.memory.resident),
-        f"{speed:.3g}",
+        _digits(speed),
         f"{one.loss:.3f}",
         "<-" if one == chosen else "",
     )
