@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.tokenizer import has_vocabulary, tokenizer_of
 from moefit.checkpoint.model_folder import LFS, read_json_or_empty
+from moefit.checkpoint.tiktoken_file import has_ranked_tokens, read_ranked_tokens
 from moefit.errors import CheckpointError, in_brief
 from moefit.folders import is_gguf
 
@@ -64,10 +65,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load with transformers; if the tokenizer has custom code, from tokenizer.json where present.
+    """Load with transformers; if the tokenizer has custom code, from files that need none.
 
     transformers would require the custom code for a family that it does not know either.
     """
+    if has_ranked_tokens(folder):
+        return read_ranked_tokens(folder)
     own_code = "auto_map" in read_json_or_empty(folder / "tokenizer_config.json")
     if own_code and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -297,7 +297,11 @@ class DbrxLayout:
 
 
 def _product(
-    specs: Mapping[str, TensorSpec], tensors: Tensors, short: str, x_RI: Tensor, _bias: None
+    specs: Mapping[str, TensorSpec],
+    tensors: Tensors,
+    short: str,
+    x_RI: Tensor,
+    _bias: Tensor | None,
 ) -> Tensor:
     """Return x W^T, or x W for matrices whose rows are inputs."""
     weight = tensors[short]

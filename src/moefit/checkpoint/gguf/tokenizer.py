@@ -58,6 +58,14 @@ _DEEPSEEK_LLM = (
     "\\p{N}+",
 )
 _DEEPSEEK_CODER = ("[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", _HAN, "\\p{N}")
+_CASES = (  # capitals, then small letters, without Han
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]%s"
+    "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]%s"
+)
+_KIMI = (
+    f"\\p{{Han}}+|{_CASES % ('*', '+')}{_ENDINGS}?|{_CASES % ('+', '*')}{_ENDINGS}?|"
+    f"\\p{{N}}{{1,3}}|{_SYMBOLS}"
+)
 _DEFAULT = ("[\\p{P}\\$\\+<=>\\^~\\|]+", _GPT2, "\\p{N}+", "[0-9][0-9][0-9]")
 SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
@@ -81,6 +89,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK,
+    "kimi-k2": (_KIMI,),
     "default": _DEFAULT,
 }
 """Regular expressions that split text before byte-level BPE, one after the other, by llama.cpp's
