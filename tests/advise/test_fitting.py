@@ -1,5 +1,6 @@
 """Fits to synthetic runs with known coefficients, and what they report."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from moefit.advise.forms import CHINCHILLA, CLARK, FITTED_FORMS, FORMS, JOINT, Y
 from moefit.advise.laws import published_laws
 from moefit.advise.runs import Run, Runs
 from moefit.advise.shapes import Count, Shape
-from moefit.errors import DataError
+from moefit.errors import ConfigError, DataError
 
 NO_BOOTSTRAP = FitSettings(bootstrap=0)
 COEFFICIENTS: Mapping[str, Mapping[str, float]] = {
@@ -136,6 +137,12 @@ def test_a_fit_becomes_a_law_with_the_range_of_its_runs() -> None:
     assert law.counts is Count.active
 
 
+def test_without_scipy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ConfigError, match=r"pip install 'moefit\[laws\]'"):
+        fit_law(runs_of(CLARK), CLARK, NO_BOOTSTRAP)
+
+
 def test_too_few_runs_say_how_many_are_needed() -> None:
     runs = runs_of(JOINT)
     few = replace(runs, used=runs.used[:9])
@@ -150,3 +157,12 @@ def test_a_quantity_that_does_not_vary_is_refused() -> None:
         fit_law(dense, CLARK, NO_BOOTSTRAP)
     with pytest.raises(DataError, match="only 1 different tokens"):
         fit_law(runs, CHINCHILLA, NO_BOOTSTRAP)
+
+
+def test_a_quantity_without_a_term_must_not_vary() -> None:
+    with pytest.raises(
+        DataError, match=r"tokens from 1e\+09 to 6.4e\+10, and the form clark has no"
+    ):
+        fit_law(runs_of(JOINT), CLARK, NO_BOOTSTRAP)
+    with pytest.raises(DataError, match="experts from 1 to 128, and the form chinchilla has no"):
+        fit_law(runs_of(JOINT), CHINCHILLA, NO_BOOTSTRAP)

@@ -67,7 +67,7 @@ def test_runs_of_different_tokenizers_or_texts_are_refused(quantity: str, tmp_pa
         (["a,1e6,1e8"], "name,parameters,tokens", "no column 'loss' for loss; it has name"),
         (["a,many,1e8,1,3"], None, "line 2: parameters is 'many', not a number"),
         (["a,1e6,-1,1,3"], None, "line 2: tokens is -1; it must be positive"),
-        (["a,1e6,1e8,0,3"], None, "line 2: experts is 0; it must be positive"),
+        (["a,1e6,1e8,0,3"], None, "line 2: experts is 0; the least is 1"),
         ([], None, "has no runs"),
     ],
 )

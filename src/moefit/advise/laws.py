@@ -87,15 +87,16 @@ class Law(BaseModel):
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Numbers of experts to which the law applies, of powers of two."""
+        """Numbers of experts to which the law applies: powers of two, or the nearest number."""
         least, most = self.ranges.get("experts", (1, 1))
-        return tuple(one for one in _EXPERTS if least <= one <= most)
+        found = tuple(one for one in _EXPERTS if least <= one <= most)
+        return found or (max(1, round(least)),)
 
     @property
     def granularities(self) -> tuple[int, ...]:
         """Granularities to which the law applies, of powers of two."""
         least, most = self.ranges.get("granularity", (1, 1))
-        return tuple(one for one in _GRANULARITIES if least <= one <= most)
+        return tuple(one for one in _GRANULARITIES if least <= one <= most) or (1,)
 
     def loss(self, shape: Shape, tokens: float) -> float:
         """Return the loss in nats per token.

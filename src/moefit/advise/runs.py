@@ -29,6 +29,7 @@ REQUIRED = ("parameters", "tokens", "loss")
 OPTIONAL = ("name", "experts", "tokenizer", "data", "diverged")
 _DIVERGED = 0.5  # nats above the run's lowest held-out loss
 _SPARE_RUNS = 2  # beyond the number of coefficients
+_EQUAL = 1.01  # largest ratio of quantities that count as equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,14 @@ def check_enough(runs: Sequence[Run], form: Form) -> None:
                 f"the runs have only {len(values)} different {quantity}, and the form {form.name} "
                 f"needs at least {least}; add runs that differ in it, or fit another --form"
             )
+    for quantity in {"tokens", "experts"} - set(form.varying):
+        values = [getattr(one, quantity) for one in runs]
+        if max(values) > _EQUAL * min(values):
+            raise DataError(
+                f"the runs have {quantity} from {min(values):.3g} to {max(values):.3g}, and the "
+                f"form {form.name} has no term for them; fit runs of equal {quantity}, or another "
+                "--form"
+            )
 
 
 def _read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[Run]:
@@ -191,6 +200,10 @@ def _run_of_row(path: Path, number: int, row: Mapping[str, str]) -> Run:
             values[name] = float(text)
         except ValueError:
             raise DataError(f"{path}, line {number}: {name} is {text!r}, not a number") from None
+        if name == "experts" and not 1 <= values[name] < math.inf:
+            raise DataError(
+                f"{path}, line {number}: experts is {text}; the least is 1, a dense model"
+            )
         if name != "loss" and not 0 < values[name] < math.inf:
             raise DataError(
                 f"{path}, line {number}: {name} is {text}; it must be positive and finite"

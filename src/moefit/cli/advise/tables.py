@@ -61,7 +61,7 @@ def _recommended(advice: Advice) -> Table:
             f"{_digits(question.traffic.tokens_per_second)} tokens/s wanted"
         )
         table.add_row("serves", f"{_digits(traffic.capacity)} tok/s", words)
-        price = f"{1e6 * traffic.device_seconds:.3g} s"
+        price = f"{_digits(1e6 * traffic.device_seconds)} s"
         table.add_row("per million tokens", price, "of one device")
     table.add_row("speeds are from", "", question.device.basis)
     return table
@@ -81,7 +81,8 @@ def _memory_words(advice: Advice) -> str:
     chosen, question = advice.chosen, advice.question
     precision = "bf16" if chosen.precision == "native" else chosen.precision
     memory = format_bytes(question.limits.memory or question.device.memory)
-    count = "" if chosen.traffic is None else f"{chosen.traffic.devices} x "
+    devices = 1 if chosen.traffic is None else chosen.traffic.devices
+    count = "" if devices == 1 else f"{devices} x "
     held = format_bytes(chosen.memory.resident)
     return f"{held} served in {precision}, of {count}{memory}"
 
