@@ -17,6 +17,7 @@ from moefit.advise.shapes import Shape
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.errors import BudgetTooSmallError
 from moefit.moe.families import TensorSpec
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.format import NATIVE, Format, GroupedFormat, parse_format
 from moefit.quant.grouped_int import codes_bytes, meta_bytes
 from moefit.serve.memory.activations import (
@@ -123,7 +124,7 @@ def served_sizes(shape: Shape, precision: str, *, context: int, is_gpu: bool) ->
     size = slot_bytes(format.nbytes(_specs(shape)), device)
     held, read = _dense_bytes(shape, dense)
     kv_per_token = kv_bytes_per_token(config, _DTYPE)
-    first_use = FIRST_USE if is_gpu else KERNEL_FIRST_USE
+    first_use = FIRST_USE if is_gpu or kernels() is None else KERNEL_FIRST_USE
     block = BlockNeeds(name="", num_experts=shape.num_experts, slot_bytes=size, min_slots=1)
     budget = MemoryBudget(
         total=None,
