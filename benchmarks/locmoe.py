@@ -249,10 +249,10 @@ def main() -> None:
     show(rows)
     if arguments.save:
         notes = (
-            f"medians of {arguments.repeats} interleaved steps; all-to-all without waiting for other "
-            f"processes, which a barrier before each measures; {WIDTH} wide, {LAYERS} layers, "
-            f"{EXPERTS} experts, {BATCH} x {LENGTH} bytes of text a step, {arguments.steps} steps "
-            "of training, one seed; 4 processes on the machine's cores"
+            f"medians of {arguments.repeats} interleaved steps; all-to-all without waiting for "
+            f"others, which a barrier before each measures; {WIDTH} wide, {LAYERS} layers, "
+            f"{EXPERTS} experts, {BATCH} x {LENGTH} bytes of text a step, {arguments.steps} "
+            "steps of training, one seed; 4 processes on the machine's cores"
         )
         path = record.write("locmoe-traffic", {"summary": rows, "runs": found}, notes=notes)
         draw(rows, path.with_suffix(".png"))
@@ -348,8 +348,9 @@ def median(steps: list[dict[str, float]], name: str) -> float:
 
 def show(rows: list[dict[str, Any]]) -> None:
     names = (
-        "router", "mbit", "step_seconds", "all_to_all_seconds", "waiting_seconds", "wire_seconds", "cross_node_share",
-        "base_all_to_all_share", "saving", "ceiling", "loss_code", "loss_prose", "loss_change",
+        "router", "mbit", "step_seconds", "all_to_all_seconds", "waiting_seconds", "wire_seconds",
+        "cross_node_share", "base_all_to_all_share", "saving", "ceiling", "loss_code",
+        "loss_prose", "loss_change",
     )  # fmt: skip
     table = Table(*names)
     for row in rows:
