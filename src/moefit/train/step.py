@@ -57,15 +57,15 @@ class HeldOutEvaluator:
     def loss(
         self,
         model: PreTrainedModel,
-        stop: Callable[[], bool],
+        stop: Callable[[], int],
         limit: Callable[[int], dict[str, Any]] = lambda sequences: {},
     ) -> float | None:
         """Return the mean cross-entropy in nats per token, with the model in eval mode.
 
         Args:
             model: The model; in train mode afterwards.
-            stop: Checked before each batch, alike in all processes; if it returns True, the result
-                is None.
+            stop: Checked before each batch, alike in all processes; if it returns not 0, the
+                result is None.
             limit: Returns further arguments of a forward pass, given its number of sequences.
         """
         total, count = 0.0, 0

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.train.data.batches import Batches, windows
+from moefit.train.data.batches import Batches, BatchesByMachine, windows
 
 
 @st.composite
@@ -93,3 +93,14 @@ def test_limited_windows_are_evenly_spread() -> None:
     assert starts == [120, 370, 620, 870]
     # Just more than the limit used to become every second window.
     assert len(list(windows(np.arange(1001), 10, limit=990))) == 99
+
+
+def test_machines_read_their_own_text() -> None:
+    shares = tuple(
+        Batches(tokens=np.arange(40, dtype=np.uint16) + first, seq_len=4, batch_size=2, seed=0)
+        for first in (0, 100)
+    )
+    ids_BL1 = BatchesByMachine(shares=shares).batch(3)
+    assert ids_BL1.shape == (4, 5)
+    assert (ids_BL1[:2] < 100).all()
+    assert torch.equal(ids_BL1[2:] - 100, ids_BL1[:2])

@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from moefit.errors import DataError
+from moefit.errors import ConfigError, DataError
 from moefit.train.config import DataConfig
 from moefit.train.data import tokens as token_file
 from moefit.train.data.corpus import Document
 from moefit.train.data.split import split
 from moefit.train.data.tokenizer import train_bpe
-from moefit.train.data.tokens import PreparedData, cache_folder, prepare, write_tokens
+from moefit.train.data.tokens import (
+    PreparedData,
+    cache_folder,
+    prepare,
+    prepare_shards,
+    write_tokens,
+)
 
 
 @pytest.fixture
@@ -117,6 +123,20 @@ def test_concurrent_prepare_shares_result(data: DataConfig) -> None:
         a, b = pool.map(lambda _: prepare(data, seq_len=16), range(2))
     assert (a.train, a.held_out, a.fingerprint) == (b.train, b.held_out, b.fingerprint)
     assert [p.name for p in cache_folder(data).iterdir()] == [a.fingerprint]
+
+
+def test_shards_have_the_sources_of_their_machine(data: DataConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "texts", other)
+    for path in other.iterdir():
+        path.write_text("A dog barks. " * 8)
+    both = data.model_copy(update={"sources": (*data.sources, str(other))})
+    whole = prepare(both, seq_len=8)
+    found = prepare_shards(both, whole, 2, seq_len=8, progress=lambda *_: None)
+    decoded = [whole.tokenizer.decode(shard.open().tolist()) for shard in found.shards]
+    assert [("cat" in text, "dog" in text) for text in decoded] == [(True, False), (False, True)]
+    with pytest.raises(ConfigError, match="divides 2 sources among 3 machines; give at least 3"):
+        prepare_shards(both, whole, 3, seq_len=8, progress=lambda *_: None)
 
 
 def test_progress_reports_stages(data: DataConfig) -> None:

@@ -35,9 +35,20 @@ from moefit.train.parallel.processes import OneProcess, Processes
 class Parallelism(Protocol):
     """Spreads a model and its batches over the processes of a run."""
 
-    processes: Processes
-    clock: Clock
-    dispatch: Dispatch | None
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        ...
+
+    @property
+    def clock(self) -> Clock:
+        """Measures gathering of weights and reducing of gradients and sums."""
+        ...
+
+    @property
+    def dispatch(self) -> Dispatch | None:
+        """Sends tokens to experts of other processes; None if every process has all."""
+        ...
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Spread a model that every process has built alike; in place."""
@@ -214,12 +225,14 @@ def own_machine(config: TrainConfig, processes: Processes) -> tuple[bool, ...]:
 
 def _check_sizes(config: TrainConfig, processes: Processes) -> None:
     size, settings, nodes = processes.size, config.parallel, machines(config, processes)
-    if config.batch_size % size:
-        nearest = nearest_multiple(config.batch_size, size)
-        raise ConfigError(
-            f"batch_size={config.batch_size} sequences do not divide among {size} processes; the "
-            f"nearest that works is batch_size={nearest}"
-        )
+    parts = {"processes": size, "machines": nodes if config.data.shard_by == "source" else 1}
+    for name, count in parts.items():
+        if config.batch_size % count:
+            nearest = nearest_multiple(config.batch_size, count)
+            raise ConfigError(
+                f"batch_size={config.batch_size} sequences do not divide among {count} {name}; "
+                f"the nearest that works is batch_size={nearest}"
+            )
     if size == 1:
         return  # settings of many processes have no effect, so that one process can go on
     for name, value in (("replicate", settings.replicate), ("nodes", nodes)):

@@ -27,19 +27,27 @@ _ADVICE = (
 
 
 class Processes(Protocol):
-    """The processes of a run, as one of them sees them.
+    """The processes of a run, as one of them sees them."""
 
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-        node: Number of this process's machine, from 0.
-        nodes: Number of machines.
-    """
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        ...
 
-    rank: int
-    size: int
-    node: int
-    nodes: int
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def node(self) -> int:
+        """Number of this process's machine, from 0."""
+        ...
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines."""
+        ...
 
     @property
     def is_main(self) -> bool:
