@@ -44,13 +44,13 @@ def read_ranked_tokens(folder: Path) -> PreTrainedTokenizerFast:
     vocabulary = {texts[token]: rank for token, rank in ranks.items()}
     merges = [(texts[left], texts[right]) for left, right in _merges(ranks)]
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(one), "isolated") for one in SPLITS["kimi-k2"]),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
         [AddedToken(name, normalized=False) for name in _special(config, len(ranks))]
     )

@@ -146,7 +146,7 @@ class VirtualExperts(nn.Module):
         routing = chosen if mode == "exact" else self._reroute(mode, policy, chosen)
         residents = set(self.slot_table.residents)
         try:
-            y_TD = self._compute(x_TD, routing)
+            y_TD = self._sum_of_experts(x_TD, routing)
         finally:
             if policy.residency == "fixed":
                 self._restore(residents)
@@ -161,7 +161,7 @@ class VirtualExperts(nn.Module):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
 
-    def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _sum_of_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sum over a token's experts."""
         if not self.block.weighs_inputs:
             return self._invoke(x_TD, routing)
