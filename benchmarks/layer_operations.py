@@ -5,8 +5,8 @@
 
 FOLDER is a model with experts, such as make_checkpoint.py writes. Each operation is called on the
 first layer's own module with one token, as the family computes it and as it is served, in turn.
-Whole tokens are decoded with and without the kernels of small operations, in interleaved rounds of
-one process; all products and attention are the kernels' in both.
+Whole tokens are decoded with torch's small operations, with a kernel call for each, and with two
+calls a layer, in interleaved rounds of one process; products and attention are always the kernels'.
 """
 
 import argparse
@@ -25,16 +25,29 @@ from torch import nn
 
 import moefit
 from moefit.quant.cpu_kernels import status
+from moefit.serve.layer.decoder_layer import LayerForward
 from moefit.serve.model import ServedModel
 
 CALLS = 200  # of an operation in one round
 Way = Callable[[], Any]
 
 
+WAYS: dict[str, type | tuple[type, ...]] = {
+    "torch": object,
+    "kernels": LayerForward,
+    "two calls a layer": (),
+}
+"""Ways of computing whole tokens, each with the kinds of `forward` that it does without."""
+
+
 @contextmanager
-def own_operations(model: nn.Module) -> Iterator[None]:
-    """Compute norms, rotary embeddings and routers by the family's own code within the block."""
-    changed = {one: vars(one).pop("forward") for one in model.modules() if "forward" in vars(one)}
+def without(model: nn.Module, kinds: Any) -> Iterator[None]:
+    """Compute modules by the family's own code within the block, those with such a `forward`."""
+    changed = {
+        one: vars(one).pop("forward")
+        for one in model.modules()
+        if "forward" in vars(one) and isinstance(vars(one)["forward"], kinds)
+    }
     try:
         yield
     finally:
@@ -115,19 +128,17 @@ def measure(served: ServedModel, arguments: argparse.Namespace) -> dict[str, Any
     calls = norm_calls(model) | rotary_calls(model) | router_calls(served)
     single: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     step = decoder(served, arguments.context)
-    whole: dict[str, list[float]] = {"torch": [], "kernels": []}
+    whole: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(8):
         step()
     for _ in range(arguments.rounds):
         for name, (own, kernel) in calls.items():
             single[name][0].append(seconds(own, CALLS))
             single[name][1].append(seconds(kernel, CALLS))
-        with own_operations(model):
-            step()
-            whole["torch"].append(seconds(step, arguments.tokens))
-        step()
-        whole["kernels"].append(seconds(step, arguments.tokens))
-    pairs = zip(whole["torch"], whole["kernels"], strict=True)
+        for name, kinds in WAYS.items():
+            with without(model, kinds):
+                step()
+                whole[name].append(seconds(step, arguments.tokens))
     return {
         "level": status(),
         "operations": {
@@ -135,7 +146,10 @@ def measure(served: ServedModel, arguments: argparse.Namespace) -> dict[str, Any
             for name, (own, kernel) in single.items()
         },
         "token": {name: median(found) for name, found in whole.items()} | {"rounds": whole},
-        "saved": median(own - kernel for own, kernel in pairs),
+        "saved": {
+            name: median(a - b for a, b in zip(whole["torch"], found, strict=True))
+            for name, found in whole.items()
+        },
         "layers": len(served.blocks),
     }
 
@@ -161,14 +175,13 @@ def main() -> None:
         out.add_column(column, justify="left" if column == "operation" else "right")
     for name, found in results["operations"].items():
         out.add_row(name, *(f"{found[way] * 1e6:.1f} us" for way in ("torch", "kernels")))
-    out.add_row(
-        "whole token", *(f"{results['token'][way] * 1e3:.2f} ms" for way in ("torch", "kernels"))
-    )
+    for way in WAYS:
+        out.add_row(f"whole token, {way}", f"{results['token'][way] * 1e3:.2f} ms", "")
     Console(width=100).print(out)
     if arguments.save:
         notes = (
             "seconds; medians of rounds that alternate; an operation is called with its data in "
-            "the caches; the whole token differs in norms, rotary embeddings and routers alone"
+            "the caches; whole tokens differ in small operations and the calls between them alone"
         )
         print(record.write("layer-operations", results, notes=notes, suffix=arguments.save))
 
