@@ -20,7 +20,7 @@ LAYERS = (
     {"engine", "gguf"},
     {"evaluate"},
     {"plan"},
-    {"advise"},
+    {"advise", "simulate"},
     {"api"},
     {"server"},
     {"demo_serving"},

@@ -40,6 +40,10 @@ COMMANDS = {
     "plan": ("plan", "Predict what a memory budget costs, and choose a configuration."),
     "advise": ("advise.advise", "Choose what to train for a training budget and serving limits."),
     "law": ("advise.law", "Show scaling laws, or fit one to training runs."),
+    "simulate": (
+        "advise.simulate",
+        "Simulate which experts to fetch to a GPU and which to compute where they lie.",
+    ),
     "budget": ("budget", "Show or change the memory budget of a running server."),
     "train": ("train", "Train a model: CONFIG.yaml, then settings such as optimizer.lr=3e-4."),
     "adapt": ("train", "Fine-tune a model so that it loses little with few experts in memory."),
