@@ -132,7 +132,7 @@ def locmoe(tree: dict) -> dict:
         "data": {**tree["data"], "sources": sources, "shard_by": "source"},
         "optimizer": {"lr": 1e-2, "warmup_steps": 0},
         "parallel": SPREAD,
-        "steps": 24,
+        "steps": 16,
     }
 
 

@@ -101,7 +101,7 @@ def check_locmoe(folder):
         )
     train(config, NoDisplay())
     one = [r["step"] for r in read_log(folder / "loc_one") if r["kind"] == "train"]
-    assert one == list(range(1, 25))
+    assert one == list(range(1, 17))
 
 
 def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(folder):

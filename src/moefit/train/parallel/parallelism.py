@@ -160,7 +160,9 @@ class DataParallel:
         over processes: together that is the gradient of one process with the whole batch.
         """
         with self.clock.running():
-            return funcol.wait_tensor(funcol.all_reduce(sums, "sum", dist.group.WORLD))
+            return funcol.wait_tensor(
+                funcol.all_reduce(sums, "sum", cast(dist.ProcessGroup, dist.group.WORLD))
+            )
 
     def clip(self, model: nn.Module, limit: float) -> float:
         """Scale all gradients to a norm of at most `limit`; return the norm before."""

@@ -13,9 +13,9 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.model_folder import save_tokenizer
@@ -96,7 +96,7 @@ class ShardedSaver:
         facts = {**self._state.shared_state(seconds), "step": step}
         parts = cast(
             "Future[Any]",
-            dcp.async_save(
+            async_save(
                 self._state.sharded_tensors(),
                 checkpoint_id=building / SHARDED,
                 process_group=self._group,

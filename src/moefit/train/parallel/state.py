@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -145,7 +145,7 @@ class RunState:
         if self.processes.size == 1:
             load_alone(tensors, folder)
         else:
-            dcp.load(tensors, checkpoint_id=folder)
+            load(tensors, checkpoint_id=folder)
         set_state_dict(
             self.model,
             self.optimizer,
@@ -189,7 +189,7 @@ def load_alone(tensors: dict[str, Any], folder: Path) -> None:
     """Read whole tensors from a folder of parts, without other processes; in place."""
     with warnings.catch_warnings():  # torch suspects a mistake
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        load(tensors, checkpoint_id=folder, no_dist=True)
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
