@@ -159,10 +159,11 @@ class DataParallel:
         The gradients of all processes are summed in the backward pass, and FSDP takes the mean
         over processes: together that is the gradient of one process with the whole batch.
         """
+        group = cast(dist.ProcessGroup, dist.group.WORLD)
+        if torch.compiler.is_compiling():  # a compiled function cannot look at the clock
+            return funcol.wait_tensor(funcol.all_reduce(sums, "sum", group))
         with self.clock.running():
-            return funcol.wait_tensor(
-                funcol.all_reduce(sums, "sum", cast(dist.ProcessGroup, dist.group.WORLD))
-            )
+            return funcol.wait_tensor(funcol.all_reduce(sums, "sum", group))
 
     def clip(self, model: nn.Module, limit: float) -> float:
         """Scale all gradients to a norm of at most `limit`; return the norm before."""
