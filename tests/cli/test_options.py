@@ -116,6 +116,8 @@ def test_help_shows_at_most_ten_options_and_the_others_under_advanced() -> None:
             assert len(shown(loaded.budget, "set")) <= 10
         elif name == "cache":
             assert len(shown(loaded.cache, "prune")) <= 10
+        elif name == "law":
+            assert len(shown(loaded.law, "fit")) <= 10
         else:
             assert len(shown(cli, name)) <= 10, name
     served = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "200"}).output
