@@ -271,9 +271,9 @@ def _steps(experts: VirtualExperts, x: Tensor, *arguments: Tensor) -> Iterator[S
 
 def _scores(experts: VirtualExperts, tokens: int) -> list[list[float]]:
     """Return the scores that substitutes are chosen by; zeros if the scoring rule is unknown."""
-    if experts.scoring is None or experts.logits_TE is None:
+    if experts.scoring is None or experts.state.logits_TE is None:
         return [[0.0] * experts.num_experts] * tokens
-    logits_TE = experts.logits_TE.reshape(-1, experts.num_experts)
+    logits_TE = experts.state.logits_TE.reshape(-1, experts.num_experts)
     return experts.scoring.preference(logits_TE, experts.bias_E).float().tolist()
 
 

@@ -124,6 +124,16 @@ class AttentionBlock:
         """Return Z."""
         return self.value.weight.rows // self.groups
 
+    def fits(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether a cache [..., G, L, C] has the block's heads, in a dtype or int8."""
+        rounded = isinstance(keys, Int8Rows) and isinstance(values, Int8Rows)
+        return (
+            keys.shape[-3] == values.shape[-3] == self.groups
+            and keys.shape[-1] == self.head_width
+            and values.shape[-1] == self.value_width
+            and (rounded or keys.dtype == values.dtype == dtype)
+        )
+
     def supported(self, dtype: torch.dtype, cosines: int) -> bool:
         """Return whether kernels compute the block for tokens of a dtype and R cosines each."""
         width, heads, groups = self.before.width, self.heads, self.groups
@@ -223,6 +233,10 @@ class _Block(Structure):
         ("angles", c_int64),
         ("attention", AttentionStruct),
     )
+
+
+_INT8 = 8  # of csrc/matrix.h
+_MOST_KNOWN = 64  # layouts that one kernel remembers
 
 
 class _Choice(Structure):
@@ -327,19 +341,15 @@ class AttentionBlockKernel:
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
         block, kind, options = self.block, NATIVE_DTYPES[self._dtype], self.block.options
-        rounded = isinstance(keys, Int8Rows) and isinstance(values, Int8Rows)
         scale = block.head_width**-0.5 if options.scale is None else options.scale
         attention = AttentionStruct(
             block.heads, block.groups, block.head_width, block.value_width,
-            kind, _INT8 if rounded else kind, block.heads * block.head_width, block.head_width,
+            kind, _INT8 if isinstance(keys, Int8Rows) else kind,
+            block.heads * block.head_width, block.head_width,
             *keys.stride()[:2], *values.stride()[:2],
-            keys.scales.stride(0) if rounded else 0, values.scales.stride(0) if rounded else 0,
+            *(one.scales.stride(0) if isinstance(one, Int8Rows) else 0 for one in (keys, values)),
             window or 0, scale, options.softcap or 0.0,
             None if self._sinks_H is None else self._sinks_H.data_ptr(),
         )  # fmt: skip
         found = self._known[key] = _Block(*self._parts, attention)
         return found, found.attention
-
-
-_INT8 = 8  # of csrc/matrix.h
-_MOST_KNOWN = 64  # layouts that one kernel remembers

@@ -1,6 +1,5 @@
 """Decoder layers in one call: recognised by results, and equal to the family's own bit by bit."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,14 @@ from levels import compiled
 from tiny_families import tiny_family
 from tiny_served import saved, tiny, tokens
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from moefit.cache_argument import forward_with_cache
 from moefit.engine.runner_probe import choose_runner
 from moefit.engine.runners import RunnerInput, VarlenRunner
 from moefit.serve.config import LoadSettings
 from moefit.serve.layer.decoder_layer import MOST_TOKENS, LayerForward
+from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
 
@@ -138,6 +139,34 @@ def test_operation_without_effect_on_one_token_is_seen(tmp_path: Path) -> None:
         assert not layers_of(loaded.model)
 
 
+@torch.no_grad()
+def begun(model: Any, tokens_B5: Tensor) -> Any:
+    """Return a cache behind a prompt and one token, after which it has room for others."""
+    _, cache = forward_with_cache(model, None, input_ids=tokens_B5[:, :4])
+    return forward_with_cache(model, cache, input_ids=tokens_B5[:, 4:])[1]
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[bool]]:
+    """Count calls: whether each made something."""
+    calls: list[bool] = []
+
+    def counting(own: Any) -> Any:
+        def compute(x: Tensor, named: Any, **more: Any) -> Any:
+            made = own(x, named, **more)
+            calls.append(made is not None)
+            return made
+
+        return compute
+
+    found = layers_of(model)
+    for one in found:
+        vars(one)["compute"] = counting(one.compute)
+    yield calls
+    for one in found:
+        del vars(one)["compute"]
+
+
 def test_hooks_are_called(tmp_path: Path) -> None:
     with served("olmoe", tmp_path) as loaded:
         layer, wanted, seen = loaded.model.model.layers[1], decoded(loaded.model), []
@@ -147,31 +176,86 @@ def test_hooks_are_called(tmp_path: Path) -> None:
             assert len(seen) == 7 and set(seen) == {module}
             with_hook.remove()
             seen.clear()
+        own = next(iter(layer.mlp.gate._forward_hooks))  # as many hooks, but others
+        kept = layer.mlp.gate._forward_hooks.pop(own)
+        layer.mlp.gate.register_forward_hook(lambda module, *_: seen.append(module))
+        decoded(loaded.model)
+        assert len(seen) == 7
+        layer.mlp.gate._forward_hooks.clear()
+        layer.mlp.gate._forward_hooks[own] = kept
+        cache = begun(loaded.model, tokens(1, 5))
+        states = {"output_hidden_states": True, "output_router_logits": True}
         with torch.inference_mode():
-            _, cache = forward_with_cache(loaded.model, None, input_ids=tokens(1, 4))
-            states = {"output_hidden_states": True, "output_router_logits": True}
             output, _ = forward_with_cache(
                 loaded.model, cache, input_ids=tokens(1, 1, seed=2), **states
             )
         assert len(output.hidden_states) == 5 and len(output.router_logits) == 4
 
 
-def test_long_steps_gradients_and_batches_are_the_familys_own(tmp_path: Path) -> None:
+def test_what_the_call_does_not_know_is_the_familys_own(tmp_path: Path) -> None:
     with served("olmoe", tmp_path, dtype=torch.float32) as loaded:
-        model, calls = loaded.model, []
-        for one in layers_of(model):
-            one.compute = lambda x, named, *, own=one.compute, **more: (
-                calls.append(made := own(x, named, **more)) or made
-            )
-        with torch.inference_mode():
+        model, next_11 = loaded.model, tokens(1, 1, seed=2)
+        with counted(model) as calls, torch.inference_mode():
+            forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+            assert calls[-4:] == [True] * 4  # one token of one sequence
+            calls.clear()
             model(input_ids=tokens(1, MOST_TOKENS + 1))
             assert not calls
-            _, cache = forward_with_cache(model, None, input_ids=tokens(2, 5))
-            forward_with_cache(model, cache, input_ids=tokens(2, 1))
-            assert calls and not any(calls)  # two sequences with one cache
-        embedded = model.get_input_embeddings()(tokens(1, 3)).detach().requires_grad_()
-        model(inputs_embeds=embedded).logits.sum().backward()
-        assert embedded.grad is not None and bool(embedded.grad.any())
+            other = torch.zeros(1)  # an argument that the call does not know
+            forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11, other=other)
+            forward_with_cache(model, begun(model, tokens(2, 5)), input_ids=tokens(2, 1))
+            forward_with_cache(model, Rounding(config=model.config), input_ids=tokens(1, 5))
+            assert calls and not any(calls[-8:])
+        with counted(model) as calls:
+            forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+            model.train()
+            with torch.no_grad():
+                forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+            model.eval()
+            assert not any(calls[-8:])
+
+
+class Rounding(DynamicCache):
+    """A user's own cache."""
+
+    def update(self, *given: Any, **named: Any) -> Any:
+        keys, values = super().update(*given, **named)
+        return keys.round(), values.round()
+
+
+@torch.inference_mode()
+def test_own_caches_are_updated_and_others_do_not_fit(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path, dtype=torch.float32) as loaded:
+        model, ids_16 = loaded.model, tokens(1, 6)
+
+        def rounded() -> Tensor:
+            cache = Rounding(config=model.config)
+            for part in ids_16.split([4, 1, 1], dim=1):
+                output, cache = forward_with_cache(model, cache, input_ids=part)
+            return output.logits
+
+        mine = rounded()
+        with own_modules(model):
+            assert torch.equal(mine, rounded())
+        cache = begun(model, tokens(1, 5))
+        for layer in cache.layers:  # of a model with fewer heads
+            layer.keys, layer.values = layer.keys[:, :1], layer.values[:, :1]
+        with counted(model) as calls:
+            forward_with_cache(model, cache, input_ids=tokens(1, 1))
+        assert calls and not any(calls)
+
+
+def test_columns_as_hidden_states(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path) as loaded, torch.inference_mode():
+        columns = torch.randn(64, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
+        x_1TD = columns.T[None, 3:4]
+        assert not x_1TD[0].is_contiguous() or x_1TD.stride(-1) != 1
+        results = []
+        for given in (x_1TD, x_1TD.contiguous()):
+            cache = begun(loaded.model, tokens(1, 5))
+            output, _ = forward_with_cache(loaded.model, cache, inputs_embeds=given)
+            results.append(output.logits)
+        assert torch.equal(*results)
 
 
 def test_swaps_and_budgets_follow_the_choice(tmp_path: Path) -> None:
@@ -202,17 +286,59 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def test_undone_moved_and_copied(tmp_path: Path) -> None:
+class Adapted(nn.Module):
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.own(x)
+
+
+def test_replaced_modules_and_weights_are_used(tmp_path: Path) -> None:
     with served("mixtral", tmp_path) as loaded:
         model, wanted = loaded.model, decoded(loaded.model)
-        forward = layers_of(model)[0]
-        copied = copy.copy(forward)
-        assert copied.direct and copied.parts is forward.parts
         layer = model.model.layers[0]
+
+        def check() -> None:
+            changed = decoded(model)
+            assert not torch.equal(changed, wanted)
+            with own_modules(model):
+                assert torch.equal(changed, decoded(model))
+
         weight = layer.input_layernorm.weight
         layer.input_layernorm.weight = nn.Parameter(weight * 2, requires_grad=False)
-        changed = decoded(model)
-        assert not torch.equal(changed, wanted)
-        with own_modules(model):
-            assert torch.equal(changed, decoded(model))
+        check()
+        layer.input_layernorm.weight = weight
+        for owner, name in ((layer.self_attn, "q_proj"), (layer, "post_attention_layernorm")):
+            own = getattr(owner, name)
+            setattr(owner, name, Adapted(own))
+            check()
+            setattr(owner, name, own)
+        assert torch.equal(decoded(model), wanted)
     assert not layers_of(model)
+
+
+class Limited(nn.Module):
+    """A feed-forward block with a step after its experts."""
+
+    def __init__(self, own: Any):
+        super().__init__()
+        self.gate, self.experts, self.own = own.gate, own.experts, type(own).forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self, x).clamp(-1e4, 1e4)
+
+
+def test_steps_around_experts_are_kept(tmp_path: Path) -> None:
+    """A limit that the recorded token does not reach."""
+    with served("olmoe", tmp_path) as loaded:
+        model = loaded.model
+        for layer in model.model.layers:
+            vars(layer).pop("forward")
+            layer.mlp = Limited(layer.mlp)
+        with loaded.zero_experts():
+            undo = use_layer_kernels(model, model.dtype, 128)
+        found = layers_of(model)
+        assert len(found) == 4 and not any(one.direct for one in found)
+        undo()

@@ -95,6 +95,25 @@ void quantize(const Level &use, int64_t kind, const char *x, int64_t heads, int6
         scales[h * head_scales] = use.quantize(x + h * width * (kind == F32 ? 4 : 2), kind, width, codes + h * head_codes);
 }
 
+// Put one token's keys, rotated, and values into their place of the cache. `room` has room for the keys.
+void write(const Level &use, const Block &b, const Segment &to, int64_t place, const char *cos, const char *sin,
+           const char *keys, const char *values, char *room) {
+    const Attention &a = b.attention;
+    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2;
+    if (a.cache == INT8) {
+        rotate(use, b, cos, sin, keys, a.groups, room, a.width * size);
+        quantize(use, kind, room, a.groups, a.width, (int8_t *)to.keys + place * a.key_token, a.key_group,
+                 (float *)to.key_scales + place, a.key_scale_group);
+        quantize(use, kind, values, a.groups, a.value_width, (int8_t *)to.values + place * a.value_token, a.value_group,
+                 (float *)to.value_scales + place, a.value_scale_group);
+        return;
+    }
+    rotate(use, b, cos, sin, keys, a.groups, (char *)to.keys + place * a.key_token * size, a.key_group * size);
+    for (int64_t g = 0; g < a.groups; g++)
+        std::memcpy((char *)to.values + (place * a.value_token + g * a.value_group) * size,
+                    values + g * a.value_width * size, a.value_width * size);
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,22 +141,10 @@ void moefit_block(int64_t level, const Block *block, const Segment *segments, in
 
     for (const Segment *one = segments; one < segments + number; one++)
         for (int64_t i = 0; i < one->fresh; i++) {
-            int64_t token = one->row + i, place = one->past + i, angle = token * b.angles * size;
-            const char *c = (const char *)cos + angle, *s = (const char *)sin + angle, *own = v + token * V * size;
+            int64_t token = one->row + i, angle = token * b.angles * size;
+            const char *c = (const char *)cos + angle, *s = (const char *)sin + angle;
             rotate(use, b, c, s, q + token * Q * size, a.heads, rotated + token * Q * size, a.width * size);
-            if (a.cache == INT8) {
-                rotate(use, b, c, s, k + token * K * size, a.groups, key, a.width * size);
-                quantize(use, kind, key, a.groups, a.width, (int8_t *)one->keys + place * a.key_token, a.key_group,
-                         (float *)one->key_scales + place, a.key_scale_group);
-                quantize(use, kind, own, a.groups, a.value_width, (int8_t *)one->values + place * a.value_token,
-                         a.value_group, (float *)one->value_scales + place, a.value_scale_group);
-                continue;
-            }
-            rotate(use, b, c, s, k + token * K * size, a.groups, (char *)one->keys + place * a.key_token * size,
-                   a.key_group * size);
-            for (int64_t g = 0; g < a.groups; g++)
-                std::memcpy((char *)one->values + (place * a.value_token + g * a.value_group) * size,
-                            own + g * a.value_width * size, a.value_width * size);
+            write(use, b, *one, one->past + i, c, s, k + token * K * size, v + token * V * size, key);
         }
 
     moefit_attention(level, &a, segments, number, rotated, attended);

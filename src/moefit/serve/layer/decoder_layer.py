@@ -11,11 +11,11 @@ Shapes: B sequences, T tokens, D model width, R cosines per token.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from moefit.cache_argument import CACHE_NAMES
 from moefit.quant.attention import AttentionOptions
@@ -38,8 +38,8 @@ from moefit.serve.hf.rotary import rotary_of
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_kernels import RouterForward
 
-MOST_TOKENS = 32  # of a step that is computed so: with more, calls take longer than what is between
-IGNORED = {"position_ids", "use_cache", "cache_position", "segments"}
+MOST_TOKENS = 32  # of a step that is computed so: with more, the time between calls hardly counts
+IGNORED = {"position_ids", "use_cache", "cache_position", "segments", "output_router_logits"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,26 +102,42 @@ class LayerForward:
         self._kernel: AttentionBlockKernel | None = None
         self.direct, self._routed = direct, parts.routed if direct else None
         self._weights: tuple[int, ...] = ()
-        self._hooks = self._count_hooks()
+        self._made_for, self._hooks = self._parts_in_use(), self._hooks_in_use()
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Return what the layer's own `forward` does."""
         x = given[0] if given else named.get("hidden_states")
-        if (
-            len(given) <= 1
-            and isinstance(x, Tensor)
-            and x.dim() == 3
-            and 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS
-            and x.dtype == self._dtype
-            and x.is_cpu
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts.replaced)
-        ):
+        if len(given) <= 1 and isinstance(x, Tensor) and self._supports(x):
             routed = self._usable_routed()
             router = None if routed is None else routed.forward.kernel()
             if (made := self.compute(x, named, router=router)) is not None:
                 return (made.sum_TD + self._feed(made, x, routed)).view(x.shape)
         return self._own(self._module, *given, **named)
+
+    def _supports(self, x: Tensor) -> bool:
+        """Return whether hidden states, modes and the layer's modules are supported."""
+        return (
+            x.dim() == 3
+            and 0 < x.shape[0] * x.shape[1] <= MOST_TOKENS
+            and x.dtype == self._dtype
+            and x.is_cpu
+            and not torch.is_grad_enabled()
+            and not self._module.training
+            and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts.replaced)
+            and self._parts_in_use() == self._made_for
+        )
+
+    def _parts_in_use(self) -> tuple[int, ...]:
+        """Return what identifies the layer's modules and their `forward`, which users may replace.
+
+        Adapters, for example, put modules of their own around linear layers.
+        """
+        owners = self._module, self.parts.attention, self.parts.feed_forward
+        modules = [one for owner in owners for one in owner._modules.values()]
+        return (
+            *[id(one) for one in modules],
+            *[id(one.__dict__.get("forward")) for one in modules if one is not None],
+        )
 
     def _feed(self, made: BlockOutput, x: Tensor, routed: RoutedExperts | None) -> Tensor:
         """Return the output of the feed-forward block [T, D]."""
@@ -131,20 +147,19 @@ class LayerForward:
             return routed.experts.compute(made.normed_TD, made.routing)
         output = self.parts.feed_forward(made.normed_TD.view(x.shape))
         output = output[0] if isinstance(output, tuple) else output
-        return output.view(made.sum_TD.shape)
+        return output.reshape(made.sum_TD.shape)
 
     def _usable_routed(self) -> RoutedExperts | None:
-        """Return the router and experts, unless a hook or another `forward` wants to be called."""
-        routed = self._routed
-        if routed is None or vars(routed.router).get("forward") is not routed.forward:
-            return None
-        return routed if self._hooks == self._count_hooks() else None
+        """Return the router and the experts, unless there are hooks of others on them."""
+        return self._routed if self._hooks == self._hooks_in_use() else None
 
-    def _count_hooks(self) -> int:
-        """Return the number of hooks of the feed-forward block, its router and its experts."""
+    def _hooks_in_use(self) -> tuple[int, ...]:
+        """Return the numbers of the hooks of the feed-forward block, its router and its experts."""
         routed = self._routed
         modules = () if routed is None else (self.parts.feed_forward, routed.router, routed.experts)
-        return sum([len(one._forward_hooks) + len(one._forward_pre_hooks) for one in modules])
+        return tuple(
+            [key for one in modules for key in (*one._forward_hooks, *one._forward_pre_hooks)]
+        )
 
     def compute(
         self,
@@ -170,29 +185,44 @@ class LayerForward:
                 cache = value
             elif name == "position_embeddings":
                 angles = value
-            elif name not in IGNORED and name != "hidden_states" and value not in (None, False):
+            elif (
+                name not in IGNORED
+                and name != "hidden_states"
+                and value is not None
+                and value is not False
+            ):
                 return None
         if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
             return None
         cos, sin = angles
         tokens = x.shape[0] * x.shape[1]
-        if cos.numel() != tokens * cos.shape[-1] or not cos.is_contiguous() or cos.dtype != x.dtype:
+        if not _are_angles(cos, sin, tokens, x.dtype):
             return None
-        if not sin.is_contiguous() or (kernel := self._known(cos.shape[-1])) is None:
+        if (kernel := self._known(cos.shape[-1])) is None:
             return None
-        rows = rows or self._rows(cache, mask, tokens)
-        return None if rows is None else kernel(x.reshape(tokens, -1), cos, sin, rows, router)
+        rows = rows or self._rows(cache, mask, tokens, kernel.block)
+        if rows is None:
+            return None
+        return kernel(x.reshape(tokens, -1).contiguous(), cos, sin, rows, router)
 
-    def _rows(self, cache: Any, mask: Tensor | None, tokens: int) -> CacheRows | None:
+    def _rows(
+        self, cache: Any, mask: Tensor | None, tokens: int, block: AttentionBlock
+    ) -> CacheRows | None:
         """Return where tokens belong in the cache, which is then as long as after the step."""
         window = None if mask is None else getattr(mask, "window", -1)
         if window == -1 or self._options.window not in (None, window):
             return None
         if (rows := getattr(cache, "rows", None)) is not None:
-            return None if mask is None else rows(self.parts.index, window)
-        layers = getattr(cache, "layers", ())
-        layer = layers[self.parts.index] if self.parts.index < len(layers) else None
+            found = None if mask is None else rows(self.parts.index, window)
+            fits = found is not None and block.fits(found.keys_GLC, found.values_GLZ, self._dtype)
+            return found if fits else None
+        if type(cache).update is not Cache.update:
+            return None  # a user's own cache
+        layer = cache.layers[self.parts.index] if self.parts.index < len(cache.layers) else None
         if layer is None or type(layer) not in (ReservedLayer, Int8Layer) or tokens != 1:
+            return None
+        keys, values = layer.keys, layer.values
+        if keys is None or values is None or not block.fits(keys, values, self._dtype):
             return None
         if (room := layer.room(1)) is None:
             return None
@@ -212,10 +242,16 @@ class LayerForward:
             self._weights = weights
         return kernel
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the kernel, whose pointers are of this process."""
-        arguments = self._module, self.parts, self._options, self._dtype
-        return partial(LayerForward, direct=self.direct), arguments
+
+def _are_angles(cos: Tensor, sin: Tensor, tokens: int, dtype: torch.dtype) -> bool:
+    """Return whether cosines and sines are one consecutive row per token, in a dtype."""
+    return (
+        cos.dtype == sin.dtype == dtype
+        and cos.shape == sin.shape
+        and cos.numel() == tokens * cos.shape[-1]
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
 
 
 def _addresses(module: nn.Module) -> list[int]:

@@ -61,13 +61,15 @@ def use_layer_kernels(
     found = dict(candidates(model))
     if not found or (context is not None and context < _PROMPT + 1):
         return undo
-    for module, step in _recorded(model, found).items():
-        parts, options = found[module], step.options
-        if options is None or not _agrees(
-            LayerForward(module, parts, options, dtype, direct=False), step
-        ):
+    for module, steps in _recorded(model, found, context).items():
+        parts, options = found[module], steps[0].options
+        if options is None or not all(_same(options, step.options) for step in steps):
             continue
-        direct = parts.routed is not None and _is_routed(parts.routed, step)
+        trial = LayerForward(module, parts, options, dtype, direct=False)
+        if not all(_agrees(trial, step) for step in steps):
+            continue
+        routed = parts.routed
+        direct = routed is not None and all(_is_routed(routed, step) for step in steps)
         cast(Any, module).forward = LayerForward(module, parts, options, dtype, direct=direct)
         changed.append(module)
     return undo
@@ -75,7 +77,7 @@ def use_layer_kernels(
 
 @dataclass(slots=True)
 class _Step:
-    """One token's way through a layer.
+    """What a layer computes for one token.
 
     Attributes:
         x: The layer's input.
@@ -85,8 +87,10 @@ class _Step:
         feed: What the feed-forward block was given and returned.
         output: The layer's output.
         routed: The hidden states, experts and weights that experts were given.
-        options: With which attention was called; None if it was called with others.
-        operations: Names of torch's operations in the layer, those in its feed-forward block aside.
+        options: With which attention was called; None if it was called with others, or with other
+            keys and values than the cache's.
+        operations: Names of torch's operations in the layer, outside of its feed-forward block.
+        feed_operations: The same in that block, outside of its router and its experts.
     """
 
     x: Tensor | None = None
@@ -98,43 +102,57 @@ class _Step:
     routed: tuple[Tensor, Routing] | None = None
     options: AttentionOptions | None = None
     operations: list[str] = field(default_factory=list)
+    feed_operations: list[str] = field(default_factory=list)
 
 
-_PROMPT = 5  # tokens before the recorded one
+_PROMPT, _LATER = 5, 6  # tokens before the first recorded one, and between it and the second
 
 
 @torch.inference_mode()
 def _recorded(
-    model: PreTrainedModel, candidates: Mapping[nn.Module, LayerParts]
-) -> dict[nn.Module, _Step]:
-    """Return a token's way through each layer; empty if the model cannot be run so."""
+    model: PreTrainedModel, candidates: Mapping[nn.Module, LayerParts], context: int | None
+) -> dict[nn.Module, list[_Step]]:
+    """Return what each layer computes for one or two tokens; empty if the model cannot be run so.
+
+    The second token lies further on, where the context has room: a layer may depend on the length.
+    """
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     low, generator = min(3, vocabulary - 1), torch.Generator().manual_seed(0)
-    ids_1T = torch.randint(low, vocabulary, (1, _PROMPT + 1), generator=generator)
+    chunks = [_PROMPT, 1, _LATER, 1]
+    if context is not None and context < sum(chunks):
+        chunks = chunks[:2]
+    ids_1T = torch.randint(low, vocabulary, (1, sum(chunks)), generator=generator)
+    cache, found = None, dict[nn.Module, list[_Step]]()
     try:
-        _, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :-1])
-        recorder = _Recorder()
-        with recorder.following(candidates), recorder.attention(model, candidates):
-            forward_with_cache(model, cache, input_ids=ids_1T[:, -1:])
+        for part_1T in ids_1T.split(chunks, dim=1):
+            recorder = _Recorder()
+            if part_1T.shape[1] > 1:
+                _, cache = forward_with_cache(model, cache, input_ids=part_1T)
+                continue
+            with recorder.following(candidates), recorder.attention(model, candidates):
+                _, cache = forward_with_cache(model, cache, input_ids=part_1T)
+            for module, step in recorder.steps.items():
+                found.setdefault(module, []).append(step)
     except Exception:  # noqa: BLE001 - any error in a family's code
         _LOG.debug("layers are computed by the family's own modules", exc_info=True)
         return {}
-    return recorder.steps
+    return found
 
 
 class _Recorder(TorchDispatchMode):
-    """Records a token's way through layers, with the operations of torch."""
+    """Records what layers compute for one token, with the operations of torch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: dict[nn.Module, _Step] = {}
         self._inside: _Step | None = None
+        self._operations: list[str] | None = None  # to which operations are added
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and record it if it is neither a view nor an allocation."""
         name = func._schema.name.partition("::")[2]
-        if self._inside is not None and not func.is_view and name not in _HARMLESS:
-            self._inside.operations.append(name)
+        if self._operations is not None and not func.is_view and name not in _HARMLESS:
+            self._operations.append(name)
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -150,7 +168,11 @@ class _Recorder(TorchDispatchMode):
             hooks.append(feed.register_forward_pre_hook(begin))
             hooks.append(feed.register_forward_hook(end))
             if parts.routed is not None:
+                for one in (parts.routed.router, parts.routed.experts):
+                    hooks.append(one.register_forward_pre_hook(self._pause))
+                hooks.append(parts.routed.router.register_forward_hook(self._resume(step)))
                 hooks.append(parts.routed.experts.register_forward_hook(_experts_hook(step)))
+                hooks.append(parts.routed.experts.register_forward_hook(self._resume(step)))
         try:
             with self:
                 yield
@@ -168,8 +190,9 @@ class _Recorder(TorchDispatchMode):
         layer_of = {parts.attention: module for module, parts in candidates.items()}
 
         def recorded(module: nn.Module, *given: Any, **named: Any) -> Any:
-            if module in layer_of and self._inside is not None:
-                self._inside.options = _options(named)
+            if (step := self._inside) is not None and module in layer_of:
+                index = candidates[layer_of[module]].index
+                step.options = _options(named) if _are_cached(given[1:3], step, index) else None
             return own(module, *given, **named)
 
         AttentionInterface.register(_NAME, recorded)
@@ -185,10 +208,10 @@ class _Recorder(TorchDispatchMode):
         def begin(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             step.x, step.named = given[0].clone(), named
             step.before = _cached(named, index)
-            self._inside = step
+            self._inside, self._operations = step, step.operations
 
         def end(_module: nn.Module, _given: Any, output: Any) -> None:
-            self._inside = None
+            self._inside = self._operations = None
             step.output, step.after = output, _cached(step.named, index)
             self.steps[module] = step
 
@@ -196,14 +219,50 @@ class _Recorder(TorchDispatchMode):
 
     def _feed_hooks(self, step: _Step) -> tuple[Any, Any]:
         def begin(_module: nn.Module, given: tuple[Any, ...]) -> None:
-            self._inside, step.feed = None, (given[0].clone(), None)
+            self._operations = None
+            step.feed = given[0].clone(), None
+            self._operations = step.feed_operations
 
         def end(_module: nn.Module, _given: Any, output: Any) -> None:
             assert step.feed is not None
             output = output[0] if isinstance(output, tuple) else output
-            step.feed, self._inside = (step.feed[0], output.clone()), step
+            self._operations = None
+            step.feed = step.feed[0], output.clone()
+            self._operations = step.operations
 
         return begin, end
+
+    def _pause(self, *_: Any) -> None:
+        self._operations = None
+
+    def _resume(self, step: _Step) -> Any:
+        def resume(*_: Any) -> None:
+            self._operations = step.feed_operations
+
+        return resume
+
+
+def _are_cached(given: tuple[Any, ...], step: _Step, index: int) -> bool:
+    """Return whether attention is given all keys and values of the layer's cache, and no others."""
+    cache = next((step.named[n] for n in CACHE_NAMES if step.named.get(n) is not None), None)
+    layer = cache.layers[index] if cache is not None else None
+    own = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return len(given) == 2 and all(
+        isinstance(one, Tensor)
+        and isinstance(mine, Tensor)
+        and (one.data_ptr(), one.shape, one.stride())
+        == (mine.data_ptr(), mine.shape, mine.stride())
+        for one, mine in zip(given, own, strict=True)
+    )
+
+
+def _same(options: AttentionOptions, other: AttentionOptions | None) -> bool:
+    return (
+        other is not None
+        and (options.scale, options.window, options.softcap)
+        == (other.scale, other.window, other.softcap)
+        and options.sinks_H is other.sinks_H
+    )
 
 
 def _options(named: Mapping[str, Any]) -> AttentionOptions | None:
@@ -223,7 +282,7 @@ def _options(named: Mapping[str, Any]) -> AttentionOptions | None:
 
 
 def _experts_hook(step: _Step) -> Any:
-    """Return a hook that records what experts are given, and lets them return it."""
+    """Return a hook that records what experts are given, and returns the hidden states."""
 
     def end(experts: VirtualExperts, given: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         x_TD = given[0].reshape(-1, given[0].shape[-1])
@@ -261,7 +320,7 @@ def _is_routed(routed: RoutedExperts, step: _Step) -> bool:
     In the recorded step experts returned what they were given, so the block must return its input.
     """
     kernel = routed.forward.kernel()
-    if kernel is None or step.routed is None or step.feed is None:
+    if kernel is None or step.routed is None or step.feed is None or step.feed_operations:
         return False
     x_TD, chosen = step.routed
     _, made = kernel(step.feed[0].view(x_TD.shape))

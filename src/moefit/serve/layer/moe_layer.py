@@ -40,7 +40,7 @@ SENSITIVITY_HALF_LIFE = 1024.0  # tokens; half-life of the scores that precision
 
 @dataclass(slots=True)
 class StepState:
-    """What the experts of a block know of a step; plain, since a module's attributes are slow.
+    """State of a step in one block; a plain object, since attributes of modules are slow to set.
 
     Attributes:
         logits_TE: The router's logits, set by the router's hook.
@@ -66,7 +66,7 @@ class VirtualExperts(nn.Module):
         depth: Position among the model's blocks, 0 to 1.
         is_first: Whether this is the model's first block, where `SharedState.on_step` runs.
         reachable: False for a block that text never reaches, such as one of a vision tower.
-        state: What the experts know of this step.
+        state: Of the step.
         recorder: If set, `forward` passes the routing to it and returns zeros.
         use_counts: Tokens per expert by the router's choice; the last entry is padding.
     """

@@ -208,7 +208,7 @@ def router_form(
     if order is None:
         return None
     logits_TE, weights_TK, ids_TK = (found[at] for at in order)
-    flattens = _flattens(module, x_TD, found)
+    flattens = _flattens(module, x_TD, logits_TE, order[0])
     for form in _forms(module, rule, bias_E, dtype):
         form = RouterForm(
             **form,
@@ -239,16 +239,20 @@ def _order(found: object, num_experts: int) -> tuple[int, int, int] | None:
     return (wide[0], narrow[0], ids[0]) if len(wide) == len(narrow) == 1 else None
 
 
-def _flattens(module: nn.Module, x_TD: Tensor, found: Sequence[Tensor]) -> bool:
-    """Return whether a router gives the same for tokens as a batch of sequences."""
+def _flattens(module: nn.Module, x_TD: Tensor, logits_TE: Tensor, at: int) -> bool:
+    """Return whether a router gives the same for sequences as for their tokens in a row.
+
+    Args:
+        module: The router.
+        x_TD: Tokens, an even number.
+        logits_TE: Their logits.
+        at: Position of logits in its output.
+    """
     try:
-        other = module(x_TD.view(2, -1, x_TD.shape[-1]))
-    except Exception:  # noqa: BLE001 - it wants tokens in a row
+        other_TE = module(x_TD.view(2, -1, x_TD.shape[-1]))[at]
+    except Exception:  # noqa: BLE001 - it takes no sequences
         return False
-    return len(other) == len(found) and all(
-        isinstance(one, Tensor) and one.shape == own.shape
-        for one, own in zip(other, found, strict=True)
-    )
+    return other_TE.shape == logits_TE.shape and _close(other_TE, logits_TE)
 
 
 def _forms(
