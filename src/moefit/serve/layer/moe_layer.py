@@ -301,7 +301,7 @@ def _weight_by_expert(x_TD: Tensor, chosen: Routing, num_experts: int) -> dict[i
     ids_TK, weights_TK = chosen.ids_TK, chosen.weights_TK
     if len(x_TD) == 1:
         weights: dict[int, float] = {}
-        norm = float(torch.linalg.vector_norm(x_TD, dtype=torch.float32))
+        norm = float(torch.linalg.vector_norm(x_TD.detach(), dtype=torch.float32))
         for expert, weight in zip(ids_TK[0].tolist(), weights_TK[0].tolist(), strict=True):
             if expert < num_experts:
                 weights[expert] = weights.get(expert, 0.0) + norm * abs(weight)
