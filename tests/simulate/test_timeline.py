@@ -91,14 +91,30 @@ def test_recordings_are_read_and_wrong_ones_refused(tmp_path: Path) -> None:
     assert [len(one) for one in read_recording(tmp_path / "good.npz", SHAPE)] == [2, 3]
     np.savez(tmp_path / "one.npz", experts=ids)
     assert len(read_recording(tmp_path / "one.npz", SHAPE)) == 1
-    np.savez(tmp_path / "flat.npz", experts=ids[0])
-    np.savez(tmp_path / "other.npz", numbers=ids)
+    for name, arrays in {
+        "flat": {"experts": ids[0]},
+        "other": {"numbers": ids},
+        "no layer": {"experts": ids[:, :0]},
+        "floats": {"experts": ids.astype(float)},
+        "objects": {"experts": ids.astype(object)},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    np.save(tmp_path / "array.npy", ids)
     (tmp_path / "text.npz").write_text("no array")
-    for name in ("flat", "other", "text", "none"):
-        with pytest.raises(ConfigError, match=r"experts per token"):
-            read_recording(tmp_path / f"{name}.npz", SHAPE)
-    with pytest.raises(ConfigError, match="give the --shape of the recorded model"):
-        read_recording(tmp_path / "good.npz", find_shape("mixtral-8x7b"))
+    (tmp_path / "empty.npz").touch()
+    wrong = sorted({*tmp_path.iterdir()} - {tmp_path / "good.npz", tmp_path / "one.npz"})
+    assert len(wrong) == 8
+    for path in (*wrong, tmp_path / "none.npz"):
+        with pytest.raises(ConfigError, match="is not a recorded routing"):
+            read_recording(path, SHAPE)
+    for ends in ([], [5], [0, 4], [0, 9], [1, 5], [0, 3, 2, 5], [[0, 5]], [0.0, 5.0]):
+        np.savez(tmp_path / "ends.npz", experts=ids, seq_ptr=np.array(ends))
+        with pytest.raises(ConfigError, match="does not divide its 5 tokens"):
+            read_recording(tmp_path / "ends.npz", SHAPE)
+    np.savez(tmp_path / "padded.npz", experts=ids.astype(int) - 1)
+    for path, shape in (("good.npz", find_shape("mixtral-8x7b")), ("padded.npz", SHAPE)):
+        with pytest.raises(ConfigError, match="give the --shape of the recorded model"):
+            read_recording(tmp_path / path, shape)
 
 
 def run(*arguments: str):
@@ -125,7 +141,8 @@ def test_command(tmp_path: Path) -> None:
         (("--slots", "99"), "has 32 experts"),
         (("--eviction", "random"), "give one of lru"),
         (("--picture", "times.txt"), "ends in .png or .svg"),
-        (("none.npz",), "is no recorded routing"),
+        (("none.npz",), "is not a recorded routing"),
+        (("--seed", "-1"), "greater than or equal to 0"),
     ],
 )
 def test_errors_name_what_works(arguments, message) -> None:
@@ -139,6 +156,10 @@ def test_own_hardware(tmp_path: Path) -> None:
     fields = find_hardware("monde").model_dump(exclude={"name"})
     path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()))
     assert find_hardware(str(path)).name == "mine"
+    many = find_shape("mixtral-8x7b").model_dump(exclude={"name"}) | {"chosen": 9}
+    path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in many.items()))
+    with pytest.raises(ConfigError, match="9 chosen of 8 experts"):
+        find_shape(str(path))
     path.write_text("link: 0\n")
     with pytest.raises(ConfigError, match="its fields are link, gpu_bandwidth"):
         find_hardware(str(path))

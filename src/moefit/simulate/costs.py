@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moefit.errors import ConfigError, in_brief
 from moefit.yaml_text import load_yaml
@@ -75,14 +75,20 @@ class ExpertShape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
-    layers: int = Field(gt=0)
-    experts: int = Field(gt=0)
+    layers: int = Field(gt=0, le=1000)
+    experts: int = Field(gt=0, le=100_000)
     chosen: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     width: int = Field(gt=0)
     matrices: int = Field(default=3, ge=2, le=3)
     bits: float = Field(default=16.0, gt=0, le=32)
     source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _choose_some(self) -> Self:
+        if self.chosen > self.experts:
+            raise ValueError(f"{self.chosen} chosen of {self.experts} experts")
+        return self
 
     @property
     def weights(self) -> int:
@@ -182,7 +188,7 @@ def _find(name: str, kind: str, model: type[T]) -> T:
         near = difflib.get_close_matches(name, entries, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{name!r} is none of the known {kind}{hint}; give one of {', '.join(entries)}, or a "
+            f"{name!r} is not among the known {kind}{hint}; give one of {', '.join(entries)}, or a "
             ".yaml file with the same fields"
         )
     try:

@@ -6,16 +6,18 @@ with `experts` [tokens, layers, K] and, for several sequences, `seq_ptr` [sequen
 Shapes: T tokens, L layers, K chosen per token, E experts.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefit.errors import ConfigError
+from moefit.errors import ConfigError, in_brief
 from moefit.simulate.costs import ExpertShape
 
 Ids = NDArray[np.integer]
@@ -50,29 +52,49 @@ def read_recording(path: Path, shape: ExpertShape) -> list[Ids]:
     Raises:
         ConfigError: The file is no recording, or of a model of another shape.
     """
-    try:
-        with np.load(path) as arrays:
-            experts, ends = arrays["experts"], arrays.get("seq_ptr")
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise ConfigError(
-            f"{path} is no recorded routing ({error}); give an .npz file with an array `experts` "
-            "of shape [tokens, layers, experts per token]"
-        ) from error
-    if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer) or not len(experts):
-        raise ConfigError(
-            f"`experts` in {path} is {experts.dtype} of shape {experts.shape}; give integers of "
-            "shape [tokens, layers, experts per token]"
-        )
-    wanted = shape.layers, shape.chosen
-    if experts.shape[1:] != wanted or int(experts.max()) >= shape.experts:
+    arrays = _arrays(path)
+    if "experts" not in arrays:
+        raise _not_recorded(path, f"it has {', '.join(arrays) or 'no arrays'}")
+    experts = arrays["experts"]
+    if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer) or not experts.size:
+        raise _not_recorded(path, f"`experts` is {experts.dtype} of shape {experts.shape}")
+    least, most = int(experts.min()), int(experts.max())
+    if experts.shape[1:] != (shape.layers, shape.chosen) or least < 0 or most >= shape.experts:
         raise ConfigError(
             f"{path} has {experts.shape[1]} layers, {experts.shape[2]} experts per token and "
-            f"expert {int(experts.max())}; {shape.name} has {shape.layers}, {shape.chosen} and "
-            f"{shape.experts} experts: give the --shape of the recorded model"
+            f"experts {least} to {most}; {shape.name} has {shape.layers}, {shape.chosen} and "
+            f"{shape.experts} experts from 0: give the --shape of the recorded model"
         )
-    if ends is None:
-        return [experts]
+    ends = arrays.get("seq_ptr", np.array([0, len(experts)]))
+    if (
+        ends.ndim != 1
+        or not np.issubdtype(ends.dtype, np.integer)
+        or len(ends) < 2
+        or ends[0]
+        or ends[-1] != len(experts)
+        or (np.diff(ends.astype(np.int64)) < 0).any()
+    ):
+        raise ConfigError(
+            f"`seq_ptr` in {path} does not divide its {len(experts)} tokens; give the first token "
+            "of each sequence, ascending from 0, and the number of tokens at the end"
+        )
     return [experts[a:b] for a, b in pairwise(ends.tolist()) if b > a]
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an .npz file. Raises ConfigError if it is not one."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise _not_recorded(path, in_brief(error)) from error
+
+
+def _not_recorded(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is not a recorded routing: {reason}; give an .npz file with an array `experts` "
+        "of integers [tokens, layers, experts per token]"
+    )
 
 
 def random_routing(shape: ExpertShape, skew: float, tokens: int, seed: int = 0) -> Ids:

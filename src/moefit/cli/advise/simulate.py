@@ -19,7 +19,6 @@ from moefit.simulate.rules import RULES
 from moefit.simulate.timeline import Cache, Outcome, Simulation
 
 _FETCH_ALL = "fetch-all"
-_SEQUENCE = 256  # tokens of a random sequence
 
 
 @command("simulate")
@@ -43,7 +42,7 @@ def simulate(
     steps: Annotated[int, advanced("Most steps.", min=1)] = 64,
     skew: Annotated[float, advanced("Of random routing: 0 for equal shares.", min=0)] = 1.0,
     eviction: Annotated[str, advanced(f"One of {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
-    seed: Annotated[int, advanced("Of random routing and guesses.")] = 0,
+    seed: Annotated[int, advanced("Of random routing and guesses.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Simulate which experts to fetch to a GPU and which to compute where they lie."""
@@ -51,7 +50,9 @@ def simulate(
     if picture is not None:
         check_picture(picture, 1)
     if eviction not in POLICIES:
-        raise ConfigError(f"{eviction!r} is no eviction policy; give one of {', '.join(POLICIES)}")
+        raise ConfigError(
+            f"{eviction!r} is not an eviction policy; give one of {', '.join(POLICIES)}"
+        )
     if slots > sizes.experts:
         raise ConfigError(f"{slots} slots, but a layer of {sizes.name} has {sizes.experts} experts")
     workload = Workload(batch=batch, prompt=prompt, steps=steps)
@@ -87,7 +88,7 @@ def simulate(
 
 def _random(shape: ExpertShape, workload: Workload, skew: float, seed: int) -> list[Ids]:
     """Return random sequences, as many as are computed."""
-    length = workload.prompt or min(workload.steps, _SEQUENCE)
+    length = workload.prompt or workload.steps
     number = workload.steps if workload.prompt else workload.batch
     ids_TLK = random_routing(shape, skew, number * length, seed)
     return [ids_TLK[at * length : (at + 1) * length] for at in range(number)]
