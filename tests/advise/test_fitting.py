@@ -135,6 +135,9 @@ def test_a_fit_becomes_a_law_with_the_range_of_its_runs() -> None:
     assert law.experts == (1, 2, 4, 8, 16, 32, 64, 128)
     assert law.fixed_tokens == 130e9
     assert law.counts is Count.active
+    beyond = replace(fit, coefficients={**fit.coefficients, "start": 500.0})
+    with pytest.raises(DataError, match=r"do not make a law.*0 < start < most"):
+        law_of(beyond, "mine", "synthetic")
 
 
 def test_without_scipy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,10 +179,18 @@ def test_law_files(tmp_path: Path) -> None:
         ({"form": "square"}, "not a form"),
         ({"coefficients": {"a": 1.0}}, "missing or unknown"),
         ({"counts": "all"}, "counts"),
+        ({"ranges": {"tokens": [0, 0]}}, "tokens from 0 to 0 is not a range"),
+        ({"ranges": {"tokens": [2, 1]}}, "tokens from 2 to 1 is not a range"),
+        ({"fixed_tokens": -1}, "fixed_tokens.* greater than 0"),
     ):
         path.write_text(yaml.safe_dump({"laws": {"x": {**fields, **change}}}))
         with pytest.raises(ConfigError, match=words):
             find_law(str(path))
+    clark = law_yaml(find_law("clark-rlr"))["laws"]["clark-rlr"]
+    same = clark["coefficients"] | {"start": 300.0, "most": 300.0}
+    path.write_text(yaml.safe_dump({"laws": {"x": clark | {"coefficients": same}}}))
+    with pytest.raises(ConfigError, match="start 300 and most 300 must have 0 < start < most"):
+        find_law(str(path))
     path.write_text("laws: {}")
     with pytest.raises(ConfigError, match="does not contain one law"):
         find_law(str(path))

@@ -35,6 +35,21 @@ def test_nan_and_diverged_runs_are_left_out_by_name(tmp_path: Path) -> None:
     }
 
 
+def test_runs_of_one_name_are_told_apart_by_line(tmp_path: Path) -> None:
+    path = table(tmp_path, "a,1e6,1e8,4,3.5", "a,2e6,1e8,4,nan", "a,3e6,1e8,4,3.2", "b,1e6,1e8,4,3")
+    runs = read_runs([path], drop=["a, line 4"])
+    assert [one.name for one in runs.used] == ["a, line 2", "b"]
+    assert list(runs.left_out) == ["a, line 3", "a, line 4"]
+    with pytest.raises(ConfigError, match="no such run; names are such as a, line 2, a, line 3"):
+        read_runs([path], drop=["a"])
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_bytes(b"\xef\xbb\xbfparameters,tokens,loss\n1e6,1e8,3.5\n")
+    assert read_runs([path]).used[0].loss == 3.5
+
+
 def test_columns_may_have_other_names_and_files_may_be_compressed(tmp_path: Path) -> None:
     text = "N,D,L\n1e6,1e8,3.5\n2e6,1e8,3.25\n"
     path = tmp_path / "runs.csv.gz"
@@ -69,6 +84,7 @@ def test_runs_of_different_tokenizers_or_texts_are_refused(quantity: str, tmp_pa
         (["a,1e6,-1,1,3"], None, "line 2: tokens is -1; it must be positive"),
         (["a,1e6,1e8,0,3"], None, "line 2: experts is 0; the least is 1"),
         ([], None, "has no runs"),
+        (["1e6,1e8,3,4"], "parameters,tokens,loss,loss", "has 2 columns 'loss'"),
     ],
 )
 def test_tables_that_are_no_runs(
@@ -82,5 +98,12 @@ def test_tables_that_are_no_runs(
 def test_paths_that_are_no_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read as CSV"):
         read_runs([tmp_path / "none.csv"])
+    damaged = bytearray(gzip.compress(b"parameters,tokens,loss\n" * 9))
+    damaged[12:16] = b"\xff" * 4
+    (tmp_path / "damaged.csv.gz").write_bytes(damaged)
+    with pytest.raises(DataError, match="cannot be read as CSV"):
+        read_runs([tmp_path / "damaged.csv.gz"])
+    with pytest.raises(DataError, match="is given 2 times"):
+        read_runs([tmp_path, tmp_path])
     with pytest.raises(DataError, match="no finished run of `moefit train`"):
         read_runs([tmp_path])

@@ -164,6 +164,17 @@ def test_hardware_without_a_source_is_refused(tmp_path: Path) -> None:
     file.write_text("memory: 1.0e+9\nbandwidth: 1.0e+9\nflops: 1.0e+9\n")
     with pytest.raises(ConfigError, match="source"):
         find_device(str(file))
+    valid = file.read_text() + "source: test\n"
+    for change, words in (
+        ("rates: {int8: 0}", "rates.int8.* greater than 0"),
+        ("rates: {int7: 1.0e+9}", "'int7' is not a format; use some of native, int8"),
+        ("latencies: [{parameters: 1.0, prompt: {0: 1}, decode: {1: 1}}]", "greater than 0"),
+        ("latencies: [{parameters: 1.0, prompt: {1: 1}, decode: {1: -1}}]", "greater than 0"),
+        ("latencies: [{parameters: 1.0, prompt: {1: .nan}, decode: {1: 1}}]", "finite number"),
+    ):
+        file.write_text(f"{valid}{change}\n")
+        with pytest.raises(ConfigError, match=words):
+            find_device(str(file))
     file.write_text("- 3\n")
     with pytest.raises(ConfigError, match="describes no hardware"):
         find_device(str(file))

@@ -108,6 +108,21 @@ def test_json_has_the_answer_and_the_run(laptop: str) -> None:
     assert {one["law"] for one in said["opinions"]} >= {"krajewski", "clark-hash", "besiroglu"}
 
 
+def test_context_holds_prompt_and_answer(laptop: str) -> None:
+    """The trained model has its positions, and the printed command its KV cache."""
+    done = run(
+        "advise", "--flops", "1e16", "--hardware", laptop, "--precision", "int8",
+        "--prompt-tokens", "3e3", "--answer-tokens", "1e3", "--write", "long.yaml",
+    )  # fmt: skip
+    assert "--precision int8 --dense-precision int8 --context 4000" in done.stderr
+    config = read_config(Path("long.yaml"), [])
+    assert config.model.settings["max_position_embeddings"] == 4000
+    assert config.seq_len < 4000
+    refused = CliRunner().invoke(app, ["advise", "--flops", "1e16", "--answer-tokens", "nan"])
+    assert refused.exit_code == 2
+    assert "Invalid value for '--answer-tokens'" in refused.output
+
+
 def test_traffic_and_gpu_hours(laptop: str) -> None:
     done = run(
         "advise", "--gpu-hours", "100", "--gpu", "h100", "--mfu", "0.5", "--hardware", "a100-80gb",
@@ -179,6 +194,15 @@ def test_law_list_names_sources(laptop: str) -> None:
             "looks for the lowest",
         ),
         (["--gpu-hours", "3", "--gpu", "h1"], "'h1' is no known hardware"),
+        (
+            ["--flops", "1e21", "--prompt-tokens", "4e3", "--context", "4000"],
+            "does not hold a prompt of 4000 tokens .* give at least --context 4256",
+        ),
+        (
+            ["--flops", "1e21", "--requests", "1", "--storage-bandwidth", "3GB"],
+            "--storage-bandwidth is for one sequence at a time",
+        ),
+        (["--flops", "1e21", "--write", "none/run.yaml"], "there is no folder .*none to write"),
     ],
 )
 def test_bad_options(laptop: str, arguments: list[str], words: str) -> None:
@@ -186,8 +210,14 @@ def test_bad_options(laptop: str, arguments: list[str], words: str) -> None:
         run("advise", "--hardware", laptop, *arguments)
 
 
-def test_columns_must_be_known(laptop: str) -> None:
+def test_columns_and_the_law_file_are_checked_first(laptop: str) -> None:
     runs_file(Path("runs.csv"))
+    for save, words in (
+        ("law.txt", r"from a \.yaml file only; give --save law\.yaml"),
+        ("none/law.yaml", "there is no folder"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("law", "fit", "runs.csv", "--form", "clark", "--save", save)
     with pytest.raises(ConfigError, match="write NAME=COLUMN, with NAME one of parameters"):
         run("law", "fit", "runs.csv", "--form", "clark", "--column", "size=N")
     with pytest.raises(DataError, match="no column 'parameters' for parameters; it has N, experts"):

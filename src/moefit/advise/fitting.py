@@ -14,11 +14,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from moefit.advise.forms import Form, Points
 from moefit.advise.laws import Law
 from moefit.advise.runs import Run, Runs, check_enough, points_of
-from moefit.errors import ConfigError
+from moefit.errors import ConfigError, DataError, in_brief
 
 HUBER = 1e-3
 _STEP = 1e-30  # of complex steps; errors are of its square
@@ -306,6 +307,9 @@ def law_of(fit: Fit, name: str, source: str) -> Law:
         fit: The fit.
         name: Of the law.
         source: Where the runs are from.
+
+    Raises:
+        DataError: The coefficients are outside what the form allows.
     """
     runs = fit.runs.used
     ranges: dict[str, tuple[float, float]] = {}
@@ -313,17 +317,22 @@ def law_of(fit: Fit, name: str, source: str) -> Law:
         values = [getattr(one, quantity) for one in runs]
         ranges[quantity] = min(values), max(values)
     tokens = {one.tokens for one in runs}
-    return Law.model_validate(
-        {
-            "name": name,
-            "form": fit.form.name,
-            "coefficients": dict(fit.coefficients),
-            "source": source,
-            "counts": fit.runs.counts,
-            "tokens": "training tokens of the runs",
-            "runs": f"{len(runs)} runs",
-            "error": f"{fit.rms_log10:.2g} of log10 L on its runs (rms)",
-            "ranges": ranges | {"granularity": (1.0, 1.0)},
-            "fixed_tokens": None if "tokens" in fit.form.varying else max(tokens),
-        }
-    )
+    fields = {
+        "name": name,
+        "form": fit.form.name,
+        "coefficients": dict(fit.coefficients),
+        "source": source,
+        "counts": fit.runs.counts,
+        "tokens": "training tokens of the runs",
+        "runs": f"{len(runs)} runs",
+        "error": f"{fit.rms_log10:.2g} of log10 L on its runs (rms)",
+        "ranges": ranges | {"granularity": (1.0, 1.0)},
+        "fixed_tokens": None if "tokens" in fit.form.varying else max(tokens),
+    }
+    try:
+        return Law.model_validate(fields)
+    except ValidationError as error:
+        raise DataError(
+            f"the fitted coefficients do not make a law: {in_brief(error, 400)}; add runs that "
+            "differ more, or fit another --form"
+        ) from error

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moefit.errors import ConfigError, in_brief
 from moefit.evaluate.bandwidth import Bandwidth
@@ -38,6 +38,9 @@ _FORMATS = ("native", "int8", "int6", "int5", "int4", "int3", "int2")
 _DECODED = 32  # tokens, to time what a layer takes beyond its weights
 
 
+_Positive = Annotated[float, Field(gt=0)]
+
+
 class LatencyPoint(BaseModel):
     """Measured seconds of one model on some devices, by tokens or sequences at once.
 
@@ -48,12 +51,12 @@ class LatencyPoint(BaseModel):
         decode: Seconds of a step, by the sequences that each get one token.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     parameters: float = Field(gt=0)
     devices: int = Field(default=1, gt=0)
-    prompt: Mapping[float, float] = Field(min_length=1)
-    decode: Mapping[float, float] = Field(min_length=1)
+    prompt: Mapping[_Positive, _Positive] = Field(min_length=1)
+    decode: Mapping[_Positive, _Positive] = Field(min_length=1)
 
 
 class Device(BaseModel):
@@ -78,10 +81,18 @@ class Device(BaseModel):
     bandwidth: float = Field(gt=0)
     flops: float = Field(gt=0)
     source: str = Field(min_length=1)
-    rates: Mapping[str, float] = {}
+    rates: Mapping[str, _Positive] = {}
     latencies: tuple[LatencyPoint, ...] = ()
     layer_seconds: float = Field(default=0.0, ge=0)
     is_gpu: bool = True
+
+    @field_validator("rates")
+    @classmethod
+    def _check_formats(cls, rates: Mapping[str, float]) -> Mapping[str, float]:
+        for name in rates:
+            if name not in _FORMATS:
+                raise ValueError(f"{name!r} is not a format; use some of {', '.join(_FORMATS)}")
+        return rates
 
     def rate(self, format: str) -> float:
         """Return bytes per second that weights of a format are read and multiplied at."""

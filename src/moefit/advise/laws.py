@@ -13,7 +13,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moefit.advise.forms import FORMS, EfficiencyLeverage, Form, Points
 from moefit.advise.shapes import Count, Shape, short_count
@@ -21,6 +28,8 @@ from moefit.errors import ConfigError, in_brief
 from moefit.yaml_text import load_yaml
 
 DEFAULT = "ludziejewski"
+SUFFIXES = (".yaml", ".yml")
+"""Of files of laws."""
 REFUSED_BEYOND = 100.0
 """Factor outside a law's range from which it is refused."""
 _EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -59,7 +68,7 @@ class Law(BaseModel):
     runs: str
     error: str
     ranges: Mapping[Quantity, tuple[float, float]] = {}
-    fixed_tokens: float | None = None
+    fixed_tokens: float | None = Field(default=None, gt=0)
     ranking_only: bool = False
 
     @field_validator("form")
@@ -68,6 +77,19 @@ class Law(BaseModel):
         if name not in FORMS:
             raise ValueError(f"{name!r} is not a form; use one of {', '.join(FORMS)}")
         return name
+
+    @field_validator("ranges")
+    @classmethod
+    def _check_ranges(
+        cls, ranges: Mapping[Quantity, tuple[float, float]]
+    ) -> Mapping[Quantity, tuple[float, float]]:
+        for name, (least, most) in ranges.items():
+            if not 0 < least <= most:
+                raise ValueError(
+                    f"{name} from {least:g} to {most:g} is not a range; give [least, most] with "
+                    "0 < least <= most"
+                )
+        return ranges
 
     @model_validator(mode="after")
     def _check_coefficients(self) -> "Law":
@@ -78,6 +100,9 @@ class Law(BaseModel):
                 f"the form {self.form} has the coefficients {', '.join(sorted(wanted))}; missing "
                 f"or unknown: {', '.join(odd)}"
             )
+        start, most = (self.coefficients.get(name) for name in ("start", "most"))
+        if start is not None and most is not None and not 0 < start < most:
+            raise ValueError(f"start {start:g} and most {most:g} must have 0 < start < most")
         return self
 
     @property
@@ -217,7 +242,7 @@ def find_law(name: str) -> Law:
     laws = published_laws()
     if name in laws:
         return laws[name]
-    if Path(name).suffix.lower() in (".yaml", ".yml"):
+    if Path(name).suffix.lower() in SUFFIXES:
         return _read_law(Path(name))
     if name == "yun":
         raise ConfigError(

@@ -11,8 +11,10 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class Run:
     """One finished training run.
 
     Attributes:
-        name: For messages.
+        name: For messages; unique among the runs of a fit.
         parameters: N.
         tokens: D.
         experts: E: all over active experts.
@@ -114,18 +116,27 @@ def read_runs(
     if len(paths) == 1 and paths[0].name.endswith((".csv", ".csv.gz")):
         found = list(_read_csv(paths[0], columns or {}))
     else:
+        _check_different(paths)
         found = [_read_folder(path, counts) for path in paths]
     unknown = sorted(set(drop) - {one.name for one in found})
     if unknown:
+        names = sorted(
+            (one.name for one in found), key=lambda name: not name.startswith(unknown[0])
+        )
         raise ConfigError(
-            f"--drop {unknown[0]}: there is no such run; names are such as "
-            f"{', '.join(one.name for one in found[:3])}"
+            f"--drop {unknown[0]}: there is no such run; names are such as {', '.join(names[:3])}"
         )
     left_out = {one.name: one.left_out for one in found if one.left_out}
     left_out |= dict.fromkeys(drop, "dropped, as the command says")
     used = tuple(one for one in found if one.name not in left_out)
     _check_comparable(used)
     return Runs(used=used, left_out=left_out, counts=counts)
+
+
+def _check_different(folders: Sequence[Path]) -> None:
+    for path, count in Counter(one.resolve() for one in folders).items():
+        if count > 1:
+            raise DataError(f"the run {path} is given {count} times; give each run once")
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
@@ -174,12 +185,19 @@ def check_enough(runs: Sequence[Run], form: Form) -> None:
 def _read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[Run]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error, EOFError) as error:
+        # Spreadsheets begin UTF-8 files with a byte order mark.
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header, rows = reader.fieldnames or (), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
     if not rows:
         raise DataError(f"{path} has no runs; it needs a header and a row per run")
+    for name, count in Counter(header).items():
+        if count > 1:
+            raise DataError(
+                f"{path} has {count} columns {name!r}; give each column a name of its own"
+            )
     names = {name: columns.get(name, name) for name in (*REQUIRED, *OPTIONAL)}
     known = [name for name in rows[0] if name is not None]
     for name in (*REQUIRED, *columns):
@@ -188,8 +206,13 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[Run]:
                 f"{path} has no column {names.get(name, name)!r} for {name}; it has "
                 f"{', '.join(known)}: give --column {name}=NAME"
             )
-    for number, row in enumerate(rows, start=2):
-        yield _run_of_row(path, number, {key: row.get(name) or "" for key, name in names.items()})
+    found = [
+        _run_of_row(path, number, {key: row.get(name) or "" for key, name in names.items()})
+        for number, row in enumerate(rows, start=2)
+    ]
+    counts = Counter(one.name for one in found)
+    for number, one in enumerate(found, start=2):
+        yield one if counts[one.name] == 1 else replace(one, name=f"{one.name}, line {number}")
 
 
 def _run_of_row(path: Path, number: int, row: Mapping[str, str]) -> Run:

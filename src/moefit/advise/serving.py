@@ -37,6 +37,7 @@ QUANTISATION_NATS = {
 }  # fmt: skip
 PRECISIONS = tuple(QUANTISATION_NATS)
 PROCESS = 420 << 20  # bytes of interpreter and libraries of a server without a model, on a CPU
+CONTEXT = 2048  # tokens of the KV cache, the default of `moefit serve`
 _TOKENIZER = 700  # bytes per token of the vocabulary
 _DTYPE = torch.bfloat16
 
@@ -55,7 +56,7 @@ class Limits:
     """
 
     memory: float | None = None
-    context: int = 2048
+    context: int = CONTEXT
     position: float = 640.0
     min_speed: float | None = None
     storage_bandwidth: float | None = None

@@ -1,5 +1,6 @@
 """The command `advise`: what to train for a training budget and serving limits."""
 
+import math
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -12,10 +13,10 @@ from moefit.advise.laws import DEFAULT, find_law
 from moefit.advise.recommend import Algorithm, advise
 from moefit.advise.run_config import train_config, write_config
 from moefit.advise.search import Question
-from moefit.advise.serving import PRECISIONS, Limits
+from moefit.advise.serving import CONTEXT, PRECISIONS, Limits
 from moefit.advise.shapes import VOCABULARY
 from moefit.advise.throughput import Traffic
-from moefit.cli.advise.tables import draw_front, print_advice
+from moefit.cli.advise.tables import check_new_file, draw_front, print_advice
 from moefit.cli.app import Json, advanced, command, console, option, print_json, say
 from moefit.cli.plan_tables import check_picture
 from moefit.errors import ConfigError
@@ -23,6 +24,7 @@ from moefit.serve.memory.budget import parse_bytes
 from moefit.train.config import STDLIB
 
 _AUTO = "auto"
+_MOST_LENGTH = 1_000_000_000  # tokens of a prompt or an answer
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -65,9 +67,20 @@ def advise_training(
     precision: Annotated[
         str, advanced(f"Format of the served experts: auto, or of {', '.join(PRECISIONS)}.")
     ] = _AUTO,
-    prompt_tokens: Annotated[float, advanced("Mean length of a prompt.", min=1)] = 512,
-    answer_tokens: Annotated[float, advanced("Mean length of an answer.", min=1)] = 256,
-    context: Annotated[int, advanced("Tokens that the KV cache holds.", min=1)] = 2048,
+    prompt_tokens: Annotated[
+        float, advanced("Mean length of a prompt.", min=1, max=_MOST_LENGTH)
+    ] = 512,
+    answer_tokens: Annotated[
+        float, advanced("Mean length of an answer.", min=1, max=_MOST_LENGTH)
+    ] = 256,
+    context: Annotated[
+        int | None,
+        advanced(
+            f"Tokens that the KV cache holds. Default: {CONTEXT}, or prompt and answer if longer.",
+            min=1,
+            max=2 * _MOST_LENGTH,
+        ),
+    ] = None,
     devices: Annotated[int, advanced("Number of devices that serve.", min=1)] = 1,
     storage_bandwidth: Annotated[
         str | None,
@@ -97,8 +110,13 @@ def advise_training(
     """Print which model to train, why, and how sure that is."""
     if picture is not None:
         check_picture(picture, 1)
-    if write is not None and write.exists():
-        raise ConfigError(f"{write} exists; give another name, or remove it first")
+    if write is not None:
+        check_new_file(write)
+    if requests is not None and storage_bandwidth is not None:
+        raise ConfigError(
+            "--storage-bandwidth is for one sequence at a time, and --requests are served with all "
+            "experts in memory; leave one of them out"
+        )
     chosen_law = find_law(law)
     question = Question(
         law=chosen_law,
@@ -106,7 +124,7 @@ def advise_training(
         device=_measured(hardware),
         limits=Limits(
             memory=None if memory is None else parse_bytes(memory),
-            context=context,
+            context=_context(context, prompt_tokens, answer_tokens),
             position=prompt_tokens + answer_tokens / 2,
             min_speed=_positive("--min-speed", min_speed, "tokens/s, such as 10"),
             storage_bandwidth=None if storage_bandwidth is None else parse_bytes(storage_bandwidth),
@@ -154,6 +172,18 @@ def _measured(hardware: str) -> Device:
         return find_device(THIS)
 
 
+def _context(given: int | None, prompt: float, answer: float) -> int:
+    """Return the tokens of the KV cache, which hold at least one prompt and its answer."""
+    needed = math.ceil(prompt + answer)
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"--context {given} does not hold a prompt of {prompt:g} tokens and an answer of "
+            f"{answer:g}; give at least --context {needed}, or shorter --prompt-tokens or "
+            "--answer-tokens"
+        )
+    return max(CONTEXT, needed) if given is None else given
+
+
 def _traffic(requests: float | None, prompt: float, answer: float, devices: int) -> Traffic | None:
     requests = _positive("--requests", requests, "requests per second, such as 0.5")
     if requests is None:
@@ -190,7 +220,7 @@ def _precisions(name: str) -> tuple[str, ...]:
 
 def _positive(name: str, value: float | None, wanted: str) -> float | None:
     if value is not None and not 0 < value < float("inf"):
-        raise ConfigError(f"{name} {value:g} is not positive; give {wanted}")
+        raise ConfigError(f"{name} {value:g} is not positive and finite; give {wanted}")
     return value
 
 

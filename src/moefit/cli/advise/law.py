@@ -14,10 +14,10 @@ from rich.progress import Progress as Bar
 
 from moefit.advise.fitting import HUBER, Fit, FitSettings, Progress, fit_law, law_of
 from moefit.advise.forms import CHINCHILLA, CLARK, FORMS, JOINT, YUN
-from moefit.advise.laws import law_yaml, leverage_law, published_laws
+from moefit.advise.laws import SUFFIXES, law_yaml, leverage_law, published_laws
 from moefit.advise.runs import OPTIONAL, REQUIRED, read_runs
 from moefit.advise.shapes import Count
-from moefit.cli.advise.tables import draw_fit, fit_table, held_out_line, laws_table
+from moefit.cli.advise.tables import check_new_file, draw_fit, fit_table, held_out_line, laws_table
 from moefit.cli.app import COMMANDS, Json, advanced, app, console, option, print_json, say
 from moefit.cli.plan_tables import check_picture
 from moefit.errors import ConfigError
@@ -84,8 +84,8 @@ def law_fit(
     """Print coefficients with intervals, and errors on runs left out."""
     if picture is not None:
         check_picture(picture, 1)
-    if save is not None and save.exists():
-        raise ConfigError(f"{save} exists; give another name, or remove it first")
+    if save is not None:
+        _check_law_file(save)
     found = read_runs(runs, counts=counts, columns=_columns(column or []), drop=drop or [])
     for name, reason in found.left_out.items():
         say(f"left out: {name}: {reason}")
@@ -130,6 +130,15 @@ def _save(fit: Fit, path: Path, source: str) -> None:
             f"cannot write {path}: {error.strerror}; name a file in a folder that can be written to"
         ) from error
     say(f"wrote {path}; next: moefit advise --law {path}")
+
+
+def _check_law_file(path: Path) -> None:
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(
+            f"--save {path}: a law is read back from a .yaml file only; give --save "
+            f"{path.with_suffix('.yaml')}"
+        )
+    check_new_file(path)
 
 
 def _columns(given: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from moefit.advise.fitting import Fit, HeldOut
 from moefit.advise.laws import Law
 from moefit.advise.recommend import Advice, Opinion, OverTraining
 from moefit.advise.search import Candidate, pareto_front
-from moefit.advise.serving import QUANTISATION_NATS
+from moefit.advise.serving import CONTEXT, QUANTISATION_NATS
 from moefit.advise.shapes import short_count
 from moefit.cli.app import say
 from moefit.errors import ConfigError
@@ -36,7 +36,8 @@ def print_advice(out: Console, advice: Advice) -> None:
     memory = "" if limits.memory is None else f" --memory {int(limits.memory)}"
     precision = f" --precision {chosen.precision}" * (chosen.precision != "native")
     dense = f" --dense-precision {chosen.sizes.dense_precision}" * (chosen.precision != "native")
-    say(f"once trained: moefit serve RUN --dtype bfloat16{memory}{precision}{dense}")
+    context = "" if limits.context == CONTEXT else f" --context {limits.context}"
+    say(f"once trained: moefit serve RUN --dtype bfloat16{memory}{precision}{dense}{context}")
 
 
 def _recommended(advice: Advice) -> Table:
@@ -304,6 +305,17 @@ def draw_fit(fit: Fit, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{fit.form.name}, {len(runs)} runs")
     save_figure(figure, path)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise ConfigError if a file cannot be written, before the work whose result it holds."""
+    if path.exists():
+        raise ConfigError(f"{path} exists; give another name, or remove it first")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"there is no folder {path.absolute().parent} to write {path.name} into; create it, or "
+            "name a file in a folder that exists"
+        )
 
 
 def save_figure(figure: Any, path: Path) -> None:
