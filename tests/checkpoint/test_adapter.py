@@ -105,8 +105,31 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "dora": (pair(QUERY, WIDTH, WIDTH), {"use_dora": True}, "uses use_dora; only LoRA"),
     "kind": (pair(QUERY, WIDTH, WIDTH), {"peft_type": "IA3"}, "of the kind IA3; only LoRA"),
     "tensor": ({f"{QUERY}.lora_magnitude_vector": torch.ones(4)}, {}, "no matrix of LoRA"),
-    "alpha": (pair(QUERY, WIDTH, WIDTH), {"lora_alpha": "6"}, "'6' where a number"),
+    "alpha": (pair(QUERY, WIDTH, WIDTH), {"lora_alpha": "6"}, "'6' where a finite number"),
     "pattern": (pair(QUERY, WIDTH, WIDTH), {"alpha_pattern": {"(": 2}}, "alpha_pattern has"),
+    "alpha that is not finite": (
+        pair(QUERY, WIDTH, WIDTH), {"lora_alpha": float("nan")}, "nan where a finite number",
+    ),
+    "alpha of 400 digits": (pair(QUERY, WIDTH, WIDTH), {"lora_alpha": 10**400}, "too large"),
+    "patterns": (pair(QUERY, WIDTH, WIDTH), {"alpha_pattern": ["x"]}, "numbers by pattern belong"),
+    "slow group": (pair(QUERY, WIDTH, WIDTH), {"alpha_pattern": {"((.)*)*X": 2}}, "very long"),
+    "slow rest": (pair(QUERY, WIDTH, WIDTH), {"alpha_pattern": {".*.*.*.*X": 2}}, "very long"),
+    "rank 0": (pair(QUERY, WIDTH, WIDTH, rank=0), {}, "do not multiply"),
+    "pissa": (
+        pair(QUERY, WIDTH, WIDTH), {"init_lora_weights": "pissa_niter_4"},
+        "path_initial_model_for_weight_conversion",
+    ),
+    "no tensors": ({}, {}, "has no tensors"),
+    "twice": (
+        pair(QUERY, WIDTH, WIDTH) | {f"{QUERY}.lora_A.default.weight": torch.ones(4, WIDTH)},
+        {}, "two tensors for one weight",
+    ),
+    "whole, not finite": (
+        {"model.norm.weight": torch.full((WIDTH,), torch.nan)}, {}, "not finite",
+    ),
+    "whole, integers": (
+        {"model.norm.weight": torch.ones(WIDTH, dtype=torch.int8)}, {}, "in int8, where floating",
+    ),
     "nan": ({n: t * torch.nan for n, t in pair(QUERY, WIDTH, WIDTH).items()}, {}, "not finite"),
 }  # fmt: skip
 
@@ -117,7 +140,7 @@ def test_what_cannot_be_applied_raises(folder: Path, tmp_path: Path, kind: str) 
     path = written(tmp_path / "adapter", tensors, **settings)
     with pytest.raises(MoefitError, match=match) as raised:
         load_model(folder, LoadSettings(context=64, adapter=path)).close()
-    unsupported = kind in ("experts", "dora", "kind", "tensor")
+    unsupported = kind in ("experts", "dora", "kind", "tensor", "pissa")
     assert isinstance(raised.value, UnsupportedModelError) == unsupported
 
 

@@ -11,7 +11,7 @@ Shapes: R rows (output units) and C columns (input units) of W, r rank.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ _OTHER_METHODS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("trainable_token_indices", "velora_config"),
 )
+# Values of `init_lora_weights` with which PEFT changes the weights that the product is added to.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "loraga", "lora-ga")
+# Patterns that match in a time that grows with a high power of a name's length, or exponentially.
+_SLOW = re.compile(r"\)[*+{]|([*+{][^*+{]*){4}")
 _PREFIX = re.compile(r"^base_model\.model\.")
 _MATRIX = re.compile(r"\.lora_(embedding_)?([AB])(\.default)?(\.weight)?$")
 _SAVED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
@@ -105,20 +109,81 @@ class AdaptedTensor:
         Raises:
             CheckpointError: A file cannot be read, or A or B has numbers that are not finite.
         """
-        a_rC, b_Rr = (self._finite(one.read(reader).float(), one) for one in (self.a, self.b))
+        a_rC, b_Rr = (_finite(one.read(reader).float(), one) for one in (self.a, self.b))
         left, right = (a_rC.T, b_Rr.T) if self.transposed else (b_Rr, a_rC)
         values = self.base.read(reader).to(self.dtype)
         for rows in row_chunks(len(values), prod(values.shape[1:])):
             values[rows] = torch.add(values[rows].float(), left[rows] @ right, alpha=self.scale)
         return values
 
-    def _finite(self, values: Tensor, span: Span) -> Tensor:
-        if not values.isfinite().all():
-            raise CheckpointError(
-                f"{span.path}: {span.name} has numbers that are not finite; copy or download the "
-                "adapter again"
-            )
-        return values
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplacedTensor:
+    """A weight that an adapter has as a whole; it is checked when it is read.
+
+    Attributes:
+        name: Name of the weight.
+        span: Its bytes in the adapter's file.
+    """
+
+    name: str
+    span: Span
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self.span.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.span.shape
+
+    @property
+    def format(self) -> str:
+        """Name of the dtype."""
+        return self.span.format
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Its bytes."""
+        return (self.span,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.span.nbytes
+
+    @property
+    def working_bytes(self) -> int:
+        """0: bytes are read straight into place."""
+        return 0
+
+    def row(self, index: int) -> "ReplacedTensor":
+        """Return one row of the weight."""
+        return replace(self, span=self.span.row(index))
+
+    def in_stack(self) -> "ReplacedTensor":
+        """Return the weight as the only row of a first axis."""
+        return replace(self, span=self.span.in_stack())
+
+    def read(self, reader: SpanReader) -> Tensor:
+        """Read the weight.
+
+        Raises:
+            CheckpointError: The file cannot be read, or has numbers that are not finite.
+        """
+        return _finite(self.span.read(reader), self.span)
+
+
+def _finite(values: Tensor, span: Span) -> Tensor:
+    flat = values.flatten()
+    if not all(flat[some].float().isfinite().all() for some in row_chunks(len(flat), 1)):
+        raise CheckpointError(
+            f"{span.path}: {span.name} has numbers that are not finite; copy or download the "
+            "adapter again"
+        )
+    return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +224,7 @@ class Adapter:
         for weight, span in self.whole.items():
             name = self._found(weight, find)
             self._refuse_shape(weight, span.shape, dense[name].shape)
-            found[name] = replace(span, name=name)
+            found[name] = ReplacedTensor(name=name, span=span)
         for weight, (a, b, embeds) in self.pairs.items():
             name = self._found(weight, find)
             rows, cols = (a.shape[1], b.shape[0]) if embeds else (b.shape[0], a.shape[1])
@@ -221,10 +286,18 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder} has no {ADAPTER}; give the folder of an adapter that PEFT wrote (from the "
             "Hub, download it first: hf download NAME)"
         ) from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / ADAPTER} cannot be read: {in_brief(error)}") from error
     kind = settings.get("peft_type", "LORA")
     methods = [name for name in _OTHER_METHODS if settings.get(name)]
+    start = str(settings.get("init_lora_weights", True)).lower()
+    if kind == "LORA" and start.startswith(_CHANGE_BASE):
+        raise UnsupportedModelError(
+            f"the adapter in {folder} has init_lora_weights {start!r}, with which the weights that "
+            "it is added to are not the model's own; write it for the model's own with peft "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...), and "
+            f"init_lora_weights true), or {_MERGE}"
+        )
     if kind != "LORA" or methods:
         what = f"uses {', '.join(methods)}" if kind == "LORA" else f"is of the kind {kind}"
         raise UnsupportedModelError(
@@ -239,36 +312,61 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _refuse_odd_settings(settings: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError for values of the wrong kind."""
+    """Raise TypeError, ValueError or OverflowError for values of the wrong kind."""
     patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"alpha_pattern is {patterns!r} where numbers by pattern belong")
     for value in (settings.get("lora_alpha", 8), *patterns.values()):
-        if type(value) not in (int, float):
-            raise TypeError(f"{value!r} where a number (lora_alpha) belongs")
+        if type(value) not in (int, float) or not isfinite(value):
+            raise TypeError(f"{value!r} where a finite number (lora_alpha) belongs")
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"alpha_pattern has {pattern!r}: {error}") from error
+        if _SLOW.search(pattern):
+            raise ValueError(
+                f"alpha_pattern has {pattern!r}, which may take very long to match; repeat no "
+                "group, and at most three characters"
+            )
 
 
 def _sorted(folder: Path, settings: Mapping[str, Any], spans: list[Span]) -> Adapter:
     """Sort an adapter's tensors by the weights that they are for."""
     halves: dict[str, dict[str, tuple[Span, bool]]] = {}
     whole: dict[str, Span] = {}
+    if not spans:
+        raise CheckpointError(f"{folder / WEIGHTS} has no tensors; copy or download it again")
     for span in spans:
         stem = _PREFIX.sub("", span.name)
         if (found := _MATRIX.search(stem)) is not None:
-            weight = f"{stem[: found.start()]}.weight"
-            halves.setdefault(weight, {})[found[2]] = span, found[1] is not None
+            half = halves.setdefault(f"{stem[: found.start()]}.weight", {})
+            _refuse_second(folder, span, half.get(found[2], (None,))[0])
+            half[found[2]] = span, found[1] is not None
         elif stem.endswith((".weight", ".bias")) and "lora_" not in stem:
-            whole[_SAVED.sub("", stem)] = span
+            weight = _SAVED.sub("", stem)
+            _refuse_second(folder, span, whole.get(weight))
+            whole[weight] = span
         else:
             raise UnsupportedModelError(
                 f"{folder} has the tensor {span.name}, which is no matrix of LoRA; {_MERGE}"
             )
+        if not span.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{folder} has {span.name} in {span.format}, where floating-point numbers belong; "
+                f"{_MERGE}"
+            )
     return Adapter(
         folder=folder, settings=settings, pairs=dict(_pairs(folder, halves)), whole=whole
     )
+
+
+def _refuse_second(folder: Path, span: Span, first: Span | None) -> None:
+    if first is not None:
+        raise CheckpointError(
+            f"{folder} has two tensors for one weight, {first.name} and {span.name}; save the "
+            "adapter again with peft's save_pretrained"
+        )
 
 
 def _pairs(
@@ -280,7 +378,7 @@ def _pairs(
                 f"{folder} has only one of the two matrices for {weight}; copy or download it again"
             )
         (a, embeds), (b, _) = found["A"], found["B"]
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise CheckpointError(
                 f"{folder} has A {list(a.shape)} and B {list(b.shape)} for {weight}, which do not "
                 "multiply; copy or download it again"

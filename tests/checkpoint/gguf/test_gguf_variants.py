@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from moefit.checkpoint.gguf.families import FAMILIES, name_in_file
-from moefit.errors import CheckpointError, MoefitError
+from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError
 from moefit.quant.format import NATIVE
 from moefit.quant.scaled.matrix import ScaledMatrix
 from moefit.serve.cache.slot import allocate_slot
@@ -218,6 +218,21 @@ def test_width_of_experts_is_seen_in_their_tensors(tmp_path: Path) -> None:
         ({"expert_gating_func": 4}, "", "expert_gating_func"),
         ({}, "blk.1.attn_v_b.weight", "kv_b_proj.weight has no values"),
         ({}, "blk.1.attn_kv_a_norm.weight", "lacks"),
+        ({"attention.temperature_scale": 0.5}, "", "sets attention.temperature_scale"),
+        ({"attention.sliding_window": 64}, "", "sets attention.sliding_window"),
+        ({"swiglu_clamp_exp": [7.0, 7.0]}, "", "sets swiglu_clamp_exp"),
+        ({"expert_weights_norm": True}, "", "sets expert_weights_norm with a softmax"),
+        ({"rope.scaling.yarn_ext_factor": 0.0}, "", "sets rope.scaling.yarn_ext_factor"),
+        ({"rope.scaling.factor": 0.5}, "", "by 0.5 .* at least 1 for YaRN"),
+        ({"rope.freq_base": 0.0}, "", "freq_base=0.0"),
+        ({"expert_weights_scale": float("nan")}, "", "expert_weights_scale=nan, which is not fin"),
+        ({"expert_group_count": 4}, "", "2 of 6 experts from 1 of 4 groups"),
+        ({"expert_group_used_count": 5}, "", "from 5 of 2 groups"),
+        (
+            {"expert_group_count": 6, "expert_group_used_count": 2, "expert_gating_func": 2},
+            "",
+            "from 2 of 6 groups",
+        ),
     ],
 )
 def test_contradictions_raise(
@@ -229,6 +244,46 @@ def test_contradictions_raise(
     path = write_file(tmp_path / "bad.gguf", metadata, tensors)
     with pytest.raises(MoefitError, match=match):
         load_model(path, LoadSettings()).close()
+
+
+def test_settings_that_change_nothing_are_read(tmp_path: Path) -> None:
+    model, metadata, tensors = deepseek("v2", split=True)
+    neutral = {
+        "attention.sliding_window": 128, "attention.causal": True, "swiglu_clamp_exp": [0.0, 0.0],
+        "attention.temperature_scale": 0.0, "rope.scaling.yarn_ext_factor": 1.0,
+        "expert_weights_norm": False, "moe_every_n_layers": 1,
+    }  # fmt: skip
+    metadata |= {f"deepseek2.{key}": value for key, value in neutral.items()}
+    path = write_file(tmp_path / "m.gguf", metadata, tensors)
+    torch.testing.assert_close(served_logits(path), logits(model), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "copied"),
+    [
+        ("granite", "blk.1.attn_q_norm.weight", "blk.1.attn_norm.weight"),
+        ("v3", "blk.1.attn_q.weight", "blk.1.attn_output.weight"),
+        ("v3", "blk.1.ffn_gate.weight", "blk.0.ffn_gate.weight"),
+        ("v3", "blk.0.ffn_gate_exps.weight", "blk.1.ffn_gate_exps.weight"),
+    ],
+)
+def test_tensors_that_the_model_leaves_out_raise(
+    tmp_path: Path, kind: str, name: str, copied: str
+) -> None:
+    _, metadata, tensors = MADE[kind]()
+    path = write_file(tmp_path / "m.gguf", metadata, tensors | {name: tensors[copied]})
+    with pytest.raises(UnsupportedModelError, match=r"tensors that .* models do not have here"):
+        build_skeleton(path)
+
+
+def test_granite_is_seen_in_its_tensors_and_switch(tmp_path: Path) -> None:
+    model, metadata, tensors = granite(shared=True)
+    del metadata["granitemoe.expert_shared_feed_forward_length"]
+    path = write_file(tmp_path / "m.gguf", metadata, tensors)
+    torch.testing.assert_close(served_logits(path), logits(model), atol=3e-5, rtol=1e-5)
+    metadata["granitemoe.rope.scaling.finetuned"] = False
+    with pytest.raises(UnsupportedModelError, match=r"sets rope.scaling.finetuned"):
+        build_skeleton(write_file(tmp_path / "n.gguf", metadata, tensors))
 
 
 def test_heads_that_differ_raise(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ outputs in a way that is not computed here is refused. Reads no weights.
 """
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -26,22 +27,31 @@ _COMMON: tuple[tuple[str, str, type], ...] = (
 _SPECIAL = ("bos", "eos", "pad")
 # Values with which a graph computes what transformers' model of the family does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
     "attention.scale": (0.0,),
+    "attention.temperature_scale": (0.0,),
     "attn_logit_softcapping": (0.0,),
     "embedding_scale": (0.0, 1.0),
     "expert_gating_func": (0, 1),
     "expert_group_count": (0, 1),
     "expert_weights_scale": (0.0, 1.0),
     "final_logit_softcapping": (0.0,),
+    "interleave_moe_layer_step": (0, 1),
     "logit_scale": (0.0, 1.0),
+    "moe_every_n_layers": (0, 1),
     "residual_scale": (0.0, 1.0),
     "rope.scale_linear": (1.0,),
     "rope.scaling.attn_factor": (0.0, 1.0),
     "rope.scaling.yarn_attn_factor": (0.0, 1.0),
     "rope.scaling.yarn_log_multiplier": (0.0,),
+    "swiglu_clamp_exp": (0.0,),
+    "swiglu_clamp_shexp": (0.0,),
     "swin_norm": (False,),
 }
+# The same of `rope.scaling.yarn_ext_factor`, by kind of scaling; a negative one is the default.
+_EXT_FACTORS = {"none": (-1.0, 0.0, 1.0), "linear": (-1.0, 0.0), "yarn": (-1.0, 1.0)}
 _SIGMOID = 2  # of `expert_gating_func`
 _TOKENS_OF_END = ("eot", "eom")  # further ends of an answer
 
@@ -98,8 +108,10 @@ def _variant(model_type: str, metadata: "_Metadata", header: GgufHeader) -> str:
         biased = any(name.endswith(".exp_probs_b.bias") for name in header.tensors)
         sigmoid = metadata.get("expert_gating_func", int, _SIGMOID if biased else 0) == _SIGMOID
         return "deepseek_v3" if sigmoid else model_type
-    if model_type == "granitemoe" and metadata.get("expert_shared_feed_forward_length", int, 0):
-        return "granitemoeshared"
+    if model_type == "granitemoe":
+        shared = any(name.endswith(".ffn_up_shexp.weight") for name in header.tensors)
+        if shared or metadata.get("expert_shared_feed_forward_length", int, 0):
+            return "granitemoeshared"
     return model_type
 
 
@@ -144,6 +156,11 @@ class _Metadata:
                 f"{self._header.path} has {name}={value!r}, but it is one number"
                 f"{' for all layers here' if isinstance(value, list) else ''}"
             )
+        if not isfinite(value):
+            raise CheckpointError(
+                f"{self._header.path} has {name}={value}, which is not finite; copy or download "
+                "the file again"
+            )
         return value
 
     @property
@@ -154,7 +171,7 @@ class _Metadata:
     def neutral(self, key: str, values: tuple[Any, ...]) -> bool:
         """Return whether a value is absent, or one of these."""
         name = f"{self._header.architecture}.{key}"
-        return self._header.metadata.get(name, values[0]) in values
+        return _one_of_equals(self._header.metadata.get(name, values[0])) in values
 
     def text(self, key: str, default: str) -> str:
         """Return a text."""
@@ -168,16 +185,25 @@ def _one_of_equals(value: Any) -> Any:
 
 
 def _refuse_settings(metadata: _Metadata, family: Family) -> None:
+    computed = {*family.reads, *(key for key, _ in family.fields)}
     odd = [
         key
         for key, values in _NEUTRAL.items()
-        if key not in family.reads and not metadata.neutral(key, values)
+        if key not in computed and not metadata.neutral(key, values)
     ]
+    if "attention.sliding_window" not in computed:
+        window = metadata.get("attention.sliding_window", int, 0)
+        if 0 < window < metadata.get("context_length", int):
+            odd.append("attention.sliding_window")
     if odd:
-        raise UnsupportedModelError(
-            f"{metadata.path} sets {', '.join(odd)}, which models of this architecture do not have "
-            "in transformers; give the model that it was made from"
-        )
+        raise _unsupported_setting(metadata, ", ".join(odd))
+
+
+def _unsupported_setting(metadata: _Metadata, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{metadata.path} sets {what}, which models of this architecture do not have in "
+        "transformers; give the model that it was made from"
+    )
 
 
 def _rotary(metadata: _Metadata, family: Family, width: int) -> dict[str, Any]:
@@ -193,19 +219,40 @@ def _rotary(metadata: _Metadata, family: Family, width: int) -> dict[str, Any]:
     if partial:
         found["partial_rotary_factor"] = rotated / max(1, width)
     kind = metadata.text("rope.scaling.type", "none")
-    if kind == "none":
-        return found | {"rope_type": "default"}
-    if kind not in ("linear", "yarn"):
+    if kind not in _EXT_FACTORS:
         raise UnsupportedModelError(
             f"{metadata.path} has rope.scaling.type {kind!r}; none, linear and yarn can be read"
         )
-    found |= {"rope_type": kind, "factor": metadata.get("rope.scaling.factor", float, 1.0)}
-    if kind == "yarn":
-        found["original_max_position_embeddings"] = metadata.get(
-            "rope.scaling.original_context_length", int
+    if not metadata.neutral("rope.scaling.yarn_ext_factor", _EXT_FACTORS[kind]):
+        raise _unsupported_setting(metadata, "rope.scaling.yarn_ext_factor")
+    if found["rope_theta"] <= 0:
+        raise CheckpointError(
+            f"{metadata.path} has rope.freq_base={found['rope_theta']}, which is not above 0; copy "
+            "or download the file again"
         )
-        found["beta_fast"] = metadata.get("rope.scaling.yarn_beta_fast", float, 32.0)
-        found["beta_slow"] = metadata.get("rope.scaling.yarn_beta_slow", float, 1.0)
+    if kind == "none":
+        return found | {"rope_type": "default"}
+    return found | {"rope_type": kind} | _scaling(metadata, kind)
+
+
+def _scaling(metadata: _Metadata, kind: str) -> dict[str, Any]:
+    """Return by how much rotations are slower than the model was first trained with."""
+    if kind == "linear":
+        return {"factor": metadata.get("rope.scaling.factor", float, 0.0) or 1.0}
+    found = {
+        "factor": metadata.get("rope.scaling.factor", float),
+        "original_max_position_embeddings": metadata.get(
+            "rope.scaling.original_context_length", int
+        ),
+        "beta_fast": metadata.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": metadata.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+    if found["factor"] < 1 or found["original_max_position_embeddings"] < 1:
+        raise CheckpointError(
+            f"{metadata.path} scales {found['original_max_position_embeddings']} positions by "
+            f"{found['factor']} (rope.scaling.factor), but both are at least 1 for YaRN; copy or "
+            "download the file again"
+        )
     return found
 
 
@@ -292,11 +339,12 @@ def _of_deepseek(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
         slope = metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
         rotary |= {"attention_factor": 1.0, "mscale_all_dim": round(10 * slope, 6)}
     values_width = metadata.get("attention.value_length", int, keys)
-    groups = max(1, metadata.get("expert_group_count", int, 1))
     predicts = metadata.get("nextn_predict_layers", int, 0)
     is_v2 = values["model_type"] == "deepseek_v2"
-    grouped = {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"} if is_v2 else {}
-    return grouped | {
+    normalizes = metadata.get("expert_weights_norm", bool, False)
+    if is_v2 and normalizes:
+        raise _unsupported_setting(metadata, "expert_weights_norm with a softmax over all experts")
+    return _groups(metadata, values, is_v2=is_v2) | {
         "num_hidden_layers": values["num_hidden_layers"] - predicts,
         "num_nextn_predict_layers": predicts,
         "num_key_value_heads": values["num_attention_heads"],
@@ -305,15 +353,31 @@ def _of_deepseek(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
         "v_head_dim": metadata.get("attention.value_length_mla", int, values_width),
         "q_lora_rank": metadata.get("attention.q_lora_rank", int, 0) or None,
         "rope_parameters": rotary,
-        "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
+        "norm_topk_prob": normalizes,
         "routed_scaling_factor": metadata.get("expert_weights_scale", float, 0.0) or 1.0,
-        "n_group": groups,
-        "topk_group": metadata.get("expert_group_used_count", int, 1) if groups > 1 else 1,
     }
+
+
+def _groups(metadata: _Metadata, values: dict[str, Any], *, is_v2: bool) -> dict[str, Any]:
+    """Return how experts are chosen from the best groups, which V3 ranks by two experts each."""
+    groups = max(1, metadata.get("expert_group_count", int, 1))
+    used = metadata.get("expert_group_used_count", int) if groups > 1 else 1
+    experts, chosen = values["n_routed_experts"], values["num_experts_per_tok"]
+    size, rest = divmod(experts, groups)
+    if groups > 1 and (rest or size < (1 if is_v2 else 2) or not chosen / size <= used <= groups):
+        raise CheckpointError(
+            f"{metadata.path} chooses {chosen} of {experts} experts from {used} of {groups} groups "
+            "(expert_group_count, expert_group_used_count), which cannot be; copy or download the "
+            "file again"
+        )
+    method = {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"} if is_v2 else {}
+    return method | {"n_group": groups, "topk_group": used}
 
 
 def _of_granite(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     metadata = _Metadata(header)
+    if not metadata.neutral("rope.scaling.finetuned", (True,)):  # llama.cpp: no rotation at all
+        raise _unsupported_setting(metadata, "rope.scaling.finetuned to false")
     return {
         "attention_multiplier": metadata.get("attention.scale", float, 0.0)
         or values["head_dim"] ** -0.5,

@@ -9,7 +9,7 @@ Shapes: E experts, F expert width, D model width.
 """
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from moefit.checkpoint.safetensors import StoredTensor
 from moefit.errors import CheckpointError, UnsupportedModelError
 
 _BOTH = ("gate", "up")
+_FURTHER = "mtp."  # before the names of tensors that predict further tokens
 
 
 def weights_of(
@@ -56,7 +57,7 @@ def weights_of(
     unknown: list[str] = []
     for name, one in header.tensors.items():
         if _predicts(settings, name):
-            weights[f"mtp.{name}"] = one.span
+            weights[f"{_FURTHER}{name}"] = one.span
         elif (expert := expert_of(name)) is not None:
             if not family.joined:
                 weights.update(_of_experts(family, expert, one, dtype))
@@ -69,13 +70,28 @@ def weights_of(
         else:
             unknown.append(name)
     weights.update(_joined(family, stacks, pieces, dtype, weights))
-    if unknown:
-        raise UnsupportedModelError(
-            f"{header.path} has {len(unknown)} tensors that {header.architecture} models do not "
-            f"have here ({', '.join(unknown[:3])}), and the model would answer otherwise without "
-            "them; give the model that it was made from"
-        )
+    _refuse_tensors(header, unknown)
     return weights
+
+
+def refuse_left_out(header: GgufHeader, unused: Iterable[str]) -> None:
+    """Raise UnsupportedModelError for weights that a model has no place for.
+
+    Args:
+        header: The file.
+        unused: Names, as `weights_of` returns them, of weights that the model does not load. Those
+            that predict further tokens may be left out.
+    """
+    _refuse_tensors(header, [name for name in unused if not name.startswith(_FURTHER)])
+
+
+def _refuse_tensors(header: GgufHeader, names: list[str]) -> None:
+    if names:
+        raise UnsupportedModelError(
+            f"{header.path} has {len(names)} tensors that {header.architecture} models do not have "
+            f"here ({', '.join(names[:3])}), and without them the outputs would differ; give the "
+            "model that it was made from"
+        )
 
 
 def _predicts(settings: Mapping[str, Any], name: str) -> bool:

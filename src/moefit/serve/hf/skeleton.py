@@ -36,7 +36,7 @@ from moefit.checkpoint.expert_map import (
 from moefit.checkpoint.formats.find import find_weights, part_of
 from moefit.checkpoint.gguf.header import read_gguf
 from moefit.checkpoint.gguf.settings import settings_of
-from moefit.checkpoint.gguf.weights import weights_of
+from moefit.checkpoint.gguf.weights import refuse_left_out, weights_of
 from moefit.checkpoint.model_folder import refuse_adapter, settings_file
 from moefit.checkpoint.quantisation import refuse_unknown_method
 from moefit.checkpoint.safetensors import INDEX, Checkpoint, LazyTensor, read_json
@@ -170,6 +170,8 @@ def build_skeleton(
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model)
     found = map_checkpoint(model, checkpoint, blocks)
+    if header is not None:
+        refuse_left_out(header, found.unused)
     if adapter is not None:
         found = _adapted(read_adapter(Path(adapter).expanduser()), found, model, blocks)
     blocks = tuple(_as_stored(block, found.experts[block.name]) for block in blocks)
