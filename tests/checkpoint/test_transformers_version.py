@@ -4,16 +4,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import transformers
 
 import moefit
+from moefit.checkpoint import config
 from moefit.checkpoint.config import SUPPORTED_TRANSFORMERS, check_transformers
 from moefit.errors import ConfigError
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "5.22.1", "6.0.0.dev0"])
 def test_other_versions_are_refused_before_anything_is_loaded(version, monkeypatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    # transformers puts another module in its place while it imports some families.
+    monkeypatch.setattr(config.transformers, "__version__", version)
     with pytest.raises(ConfigError, match=rf"{version} is installed.*pip install .*5\.24"):
         moefit.load("reference")
 
