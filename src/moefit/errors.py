@@ -17,7 +17,10 @@ Each message says what was given, why it is not possible, and the nearest thing 
 invariants of moefit itself are `assert`s instead.
 """
 
+import re
 import unicodedata
+
+_LINK = r" For further information visit \S+"  # that pydantic adds to each error
 
 
 def printable(text: str) -> str:
@@ -39,7 +42,7 @@ def _escaped(character: str) -> str:
 
 def in_brief(error: BaseException, limit: int = 300) -> str:
     """Return the error's class and message in one line of bounded length."""
-    text = " ".join(str(error).split())
+    text = re.sub(_LINK, "", " ".join(str(error).split()))
     cut = text if len(text) <= limit else f"{text[:limit]}..."
     return f"{type(error).__name__}: {cut}" if cut else type(error).__name__
 

@@ -160,6 +160,10 @@ def test_a_quantity_that_does_not_vary_is_refused() -> None:
         fit_law(dense, CLARK, NO_BOOTSTRAP)
     with pytest.raises(DataError, match="only 1 different tokens"):
         fit_law(runs, CHINCHILLA, NO_BOOTSTRAP)
+    every = runs_of(CHINCHILLA).used
+    two = replace(runs, used=tuple(one for one in every if one.parameters < 2e8))
+    with pytest.raises(DataError, match=r"only 2 different parameters, .* at least 3"):
+        fit_law(two, CHINCHILLA, NO_BOOTSTRAP)
 
 
 def test_a_quantity_without_a_term_must_not_vary() -> None:

@@ -105,5 +105,5 @@ def test_paths_that_are_no_runs(tmp_path: Path) -> None:
         read_runs([tmp_path / "damaged.csv.gz"])
     with pytest.raises(DataError, match="is given 2 times"):
         read_runs([tmp_path, tmp_path])
-    with pytest.raises(DataError, match="no finished run of `moefit train`"):
+    with pytest.raises(DataError, match="is not a finished run of `moefit train`"):
         read_runs([tmp_path])

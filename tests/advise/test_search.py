@@ -113,6 +113,7 @@ def test_other_laws_have_opinions(answer: Advice) -> None:
     assert opinions["clark-sbase"].choice is not None
     assert 0 < (opinions["clark-sbase"].regret or 0) < 0.1
     assert opinions["clark-sbase"].tokens == 130e9
+    assert opinions["clark-sbase"].reason.startswith("ignores tokens")
     krajewski = opinions["krajewski"].choice
     assert krajewski is not None
     assert krajewski.experts == 64
@@ -209,9 +210,9 @@ def test_law_with_fixed_tokens_names_its_budget() -> None:
             Limits(memory=100 << 20),
             None,
             BudgetTooSmallError,
-            r"fits in 100 MiB.*at least \d+ bytes",
+            r"fits in 100 MiB \(104857600 bytes\); .* at least \d+ bytes, such as",
         ),
-        (Limits(min_speed=1e6), None, ConfigError, "no model that fits decodes 1e.06 tokens/s"),
+        (Limits(min_speed=1e6), None, ConfigError, r"decodes 1e.06 tokens/s.*--min-speed \d+,"),
         (
             Limits(),
             Traffic(requests=1e7),
@@ -224,6 +225,30 @@ def test_limits_that_no_model_meets(limits, traffic, error, words: str) -> None:
     question = replace(SMALL, limits=limits, traffic=traffic)
     with pytest.raises(error, match=words):
         best_quality(question)
+
+
+def test_memory_for_traffic_is_that_of_each_device() -> None:
+    """Of three devices, two share one copy, which needs room for one sequence's cache."""
+    question = replace(
+        SMALL, precisions=("int8",), traffic=Traffic(requests=1e-9, prompt=1e4, devices=3)
+    )
+    shape = question.families[1, 1][0]
+    least = question.least_memory(shape, "int8")
+    below = replace(question, limits=Limits(memory=least - 1))
+    assert replace(question, limits=Limits(memory=least)).fitting(shape, "int8") is not None
+    assert below.fitting(shape, "int8") is None
+    with pytest.raises(BudgetTooSmallError, match=rf"at least {least} bytes.* each of 3 devices"):
+        best_quality(below)
+
+
+def test_memory_with_experts_in_storage_is_that_of_their_slots() -> None:
+    shape = SMALL.families[32, 1][5]
+    limits = Limits(storage_bandwidth=1e9)
+    least = replace(SMALL, limits=limits).least_memory(shape, "int8")
+    assert least < replace(SMALL, limits=Limits()).least_memory(shape, "int8")
+    for memory in (least - 1, least):
+        question = replace(SMALL, limits=replace(limits, memory=memory))
+        assert (question.fitting(shape, "int8") is None) == (memory < least)
 
 
 def test_loss_that_no_model_has_names_the_lowest() -> None:

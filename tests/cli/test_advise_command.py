@@ -193,7 +193,7 @@ def test_law_list_names_sources(laptop: str) -> None:
             ["--flops", "1e21", "--max-loss", "2", "--algorithm", "best-quality"],
             "looks for the lowest",
         ),
-        (["--gpu-hours", "3", "--gpu", "h1"], "'h1' is no known hardware"),
+        (["--gpu-hours", "3", "--gpu", "h1"], "'h1' is not known hardware"),
         (
             ["--flops", "1e21", "--prompt-tokens", "4e3", "--context", "4000"],
             "does not hold a prompt of 4000 tokens .* give at least --context 4256",
@@ -202,6 +202,9 @@ def test_law_list_names_sources(laptop: str) -> None:
             ["--flops", "1e21", "--requests", "1", "--storage-bandwidth", "3GB"],
             "--storage-bandwidth is for one sequence at a time",
         ),
+        (["--flops", "1e21", "--gpu", "h100"], "--gpu h100 turns --gpu-hours into FLOPs"),
+        (["--flops", "1e21", "--mfu", "0.5"], "--mfu 0.5 turns --gpu-hours into FLOPs"),
+        (["--gpu-hours", "1e300"], "--gpu-hours 1e.300 of h100 are more FLOPs than a number"),
         (["--flops", "1e21", "--write", "none/run.yaml"], "there is no folder .*none to write"),
     ],
 )

@@ -45,7 +45,8 @@ class Form:
         coefficients: Names, in the order in which they are fitted.
         logged: Coefficients that are positive, which are fitted as logarithms.
         starts: Values from which fits start, as they are fitted; empty if it cannot be fitted.
-        varying: Fields of `Points` that must vary among the runs of a fit.
+        varying: Fields of `Points` that must vary among the runs of a fit, and how many different
+            values determine the coefficients: three where a power law is added to a constant.
         log_loss: Returns ln L of points.
     """
 
@@ -54,7 +55,7 @@ class Form:
     coefficients: tuple[str, ...]
     logged: frozenset[str]
     starts: Mapping[str, tuple[float, ...]]
-    varying: tuple[str, ...]
+    varying: Mapping[str, int]
     log_loss: Callable[[Coefficients, Points], Any]
 
     def loss(self, coefficients: Coefficients, points: Points) -> Any:
@@ -154,7 +155,7 @@ CLARK = Form(
         "start": (np.log(1.5), np.log(3.0)),
         "most": (np.log(100.0), np.log(500.0)),
     },
-    varying=("parameters", "experts"),
+    varying={"parameters": 2, "experts": 3},
     log_loss=_clark,
 )
 JOINT = Form(
@@ -176,7 +177,7 @@ JOINT = Form(
         "c": (0.0, 0.4),
         **_SATURATION,
     },
-    varying=("parameters", "tokens", "experts"),
+    varying={"parameters": 3, "tokens": 3, "experts": 3},
     log_loss=_joint,
 )
 YUN = Form(
@@ -195,7 +196,7 @@ YUN = Form(
         "d": (0.0,),
         **_SATURATION,
     },
-    varying=("parameters", "tokens", "experts"),
+    varying={"parameters": 3, "tokens": 3, "experts": 3},
     log_loss=_yun,
 )
 CHINCHILLA = Form(
@@ -210,7 +211,7 @@ CHINCHILLA = Form(
         "beta": (*_EXPONENTS, 1.0),
         "e": (-1.0, 0.0, 0.5, 1.0),
     },
-    varying=("parameters", "tokens"),
+    varying={"parameters": 3, "tokens": 3},
     log_loss=_chinchilla,
 )
 FINE_GRAINED = Form(
@@ -219,7 +220,7 @@ FINE_GRAINED = Form(
     coefficients=("a", "alpha", "b", "beta", "g", "gamma", "c"),
     logged=frozenset({"a", "b", "g", "c"}),
     starts={},
-    varying=("parameters", "tokens"),
+    varying={"parameters": 3, "tokens": 3},
     log_loss=_fine_grained,
 )
 SPARSITY = Form(
@@ -228,7 +229,7 @@ SPARSITY = Form(
     coefficients=("a", "alpha", "b", "beta", "c", "lambda", "d", "delta", "gamma", "e"),
     logged=frozenset(),
     starts={},
-    varying=("parameters", "tokens"),
+    varying={"parameters": 3, "tokens": 3},
     log_loss=_sparsity,
 )
 FORMS: Mapping[str, Form] = {

@@ -124,7 +124,7 @@ def find_device(name: str) -> Device:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"{name!r} is no known hardware{hint}; use {THIS}, one of {', '.join(known)}, or a .yaml "
+        f"{name!r} is not known hardware{hint}; use {THIS}, one of {', '.join(known)}, or a .yaml "
         "file with memory, bandwidth, flops and source"
     )
 
@@ -144,7 +144,7 @@ def _read_device(path: Path) -> Device:
         raise ConfigError(f"cannot read the hardware {path}: {error.strerror}") from error
     except (ValidationError, TypeError) as error:
         raise ConfigError(
-            f"{path} describes no hardware: {in_brief(error, 400)}; it needs memory (bytes), "
+            f"{path} does not describe hardware: {in_brief(error, 400)}; it needs memory (bytes), "
             "bandwidth (bytes/s), flops (FLOP/s) and source, and may have latencies"
         ) from error
     except ValueError as error:

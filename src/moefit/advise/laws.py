@@ -257,7 +257,7 @@ def find_law(name: str) -> Law:
     near = difflib.get_close_matches(name, laws, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"{name!r} is no known law{hint}; use one of {', '.join(laws)}, or a .yaml file from "
+        f"{name!r} is not a known law{hint}; use one of {', '.join(laws)}, or a .yaml file from "
         "`moefit law fit --save`"
     )
 
@@ -278,7 +278,7 @@ def _read_law(path: Path) -> Law:
     try:
         return Law.model_validate({"name": str(name), **fields})
     except (ValidationError, TypeError) as error:
-        raise ConfigError(f"{path} is no valid law: {in_brief(error, 400)}") from error
+        raise ConfigError(f"{path} is not a valid law: {in_brief(error, 400)}") from error
 
 
 def law_yaml(law: Law) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Opinion:
         tokens: On how many tokens.
         regret: Nats that the recommendation loses against `choice` by this law; None if the law
             does not apply to it.
-        reason: Why `choice` or `regret` is None.
+        reason: Why `choice` or `regret` is None, or what `regret` does not consider.
     """
 
     law: str
@@ -236,15 +236,10 @@ def _limit(question: Question, chosen: Candidate, target: float | None) -> str:
         return "a larger one would see too few tokens: it is the loss-optimal size of the budget"
     larger = question.fitting(shapes[following], chosen.precision)
     if larger is None:
-        sizes = served_sizes(
-            shapes[following],
-            chosen.precision,
-            context=question.limits.context,
-            is_gpu=question.device.is_gpu,
-        )
-        if question.limits.storage_bandwidth is not None:
-            return f"the memory: the next larger one takes {format_bytes(sizes.budget.min_bytes)}"
-        return f"the memory: the next larger one takes {format_bytes(sizes.resident)}"
+        least = question.least_memory(shapes[following], chosen.precision)
+        devices = 1 if question.traffic is None else question.traffic.devices
+        each = "" if devices == 1 else f" on each of {devices} devices"
+        return f"the memory: the next larger one takes {format_bytes(least)}{each}"
     speed = question.limits.min_speed
     if speed is not None and larger.speed < speed:
         return f"the speed: the next larger one decodes {larger.speed:.3g} tokens/s"
@@ -327,7 +322,7 @@ def _brief(law: Law, question: Question, error: Exception) -> str:
 
 
 def _regret(question: Question, chosen: Candidate, choice: Candidate) -> tuple[float | None, str]:
-    """Return the nats that `chosen` loses against `choice` by a law, or None and why."""
+    """Return the nats that `chosen` loses against `choice` by a law, or None, and a note."""
     law, shape = question.law, chosen.shape
     if law.ranking_only:
         return None, "only ranks models"
@@ -336,4 +331,7 @@ def _regret(question: Question, chosen: Candidate, choice: Candidate) -> tuple[f
     loss = question.loss(shape)
     if math.isinf(loss):
         return None, "does not apply to that size or number of tokens"
-    return loss + QUANTISATION_NATS[chosen.precision] - choice.loss, ""
+    note = ""
+    if law.fixed_tokens is not None:
+        note = f"ignores tokens: both as if trained on {short_count(law.fixed_tokens)}"
+    return loss + QUANTISATION_NATS[chosen.precision] - choice.loss, note

@@ -164,15 +164,14 @@ def check_enough(runs: Sequence[Run], form: Form) -> None:
             f"{len(runs)} usable runs are too few for the form {form.name} with "
             f"{len(form.coefficients)} coefficients; it needs at least {needed}"
         )
-    for quantity in form.varying:
+    for quantity, least in form.varying.items():
         values = {getattr(one, quantity) for one in runs}
-        least = 3 if quantity == "experts" else 2
         if len(values) < least:
             raise DataError(
                 f"the runs have only {len(values)} different {quantity}, and the form {form.name} "
                 f"needs at least {least}; add runs that differ in it, or fit another --form"
             )
-    for quantity in {"tokens", "experts"} - set(form.varying):
+    for quantity in {"tokens", "experts"} - form.varying.keys():
         values = [getattr(one, quantity) for one in runs]
         if max(values) > _EQUAL * min(values):
             raise DataError(
@@ -258,7 +257,7 @@ def _read_folder(folder: Path, counts: Count) -> Run:
         tokens_per_step = next(one["tokens_per_step"] for one in records if one["kind"] == "run")
     except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
         raise DataError(
-            f"{folder} is no finished run of `moefit train` ({type(error).__name__}: {error}); "
+            f"{folder} is not a finished run of `moefit train` ({type(error).__name__}: {error}); "
             "give run folders, or one .csv file with a row per run"
         ) from error
     if model.get("model_type") != DsMoeConfig.model_type:

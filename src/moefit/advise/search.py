@@ -24,9 +24,9 @@ from moefit.advise.serving import (
     served_sizes,
 )
 from moefit.advise.shapes import VOCABULARY, Shape, family, short_count
-from moefit.advise.throughput import Traffic, TrafficCost, traffic_cost
+from moefit.advise.throughput import Traffic, TrafficCost, one_sequence_bytes, traffic_cost
 from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.serve.memory.budget import format_bytes
+from moefit.serve.memory.budget import at_least, format_bytes
 
 LEAST_TOKENS_PER_PARAMETER = 0.1
 
@@ -186,6 +186,20 @@ class Question:
             memory=memory,
             traffic=traffic,
         )
+
+    def least_memory(self, shape: Shape, precision: str) -> int:
+        """Return the least bytes of each device with which a shape can be served."""
+        sizes = served_sizes(
+            shape, precision, context=self.limits.context, is_gpu=self.device.is_gpu
+        )
+        if self.traffic is None:
+            if self.limits.storage_bandwidth is None:
+                return sizes.resident
+            return min(sizes.resident, sizes.budget.min_bytes)
+        # One copy is shared by a power of two of devices; see `traffic_cost`.
+        sharing = 1 << (self.traffic.devices.bit_length() - 1)
+        least = sum(one_sequence_bytes(sizes, self.traffic))
+        return math.ceil(max(sizes.resident / self.traffic.devices, least / sharing))
 
     def meets(self, candidate: "Candidate") -> bool:
         """Return whether a candidate is fast enough."""
@@ -364,16 +378,16 @@ def _unserved(question: Question) -> ConfigError | BudgetTooSmallError:
     limits, traffic = question.limits, question.traffic
     if not fitting:
         least = min(
-            served_sizes(
-                shapes[0], p, context=limits.context, is_gpu=question.device.is_gpu
-            ).resident
+            question.least_memory(shapes[0], precision)
             for shapes in question.families.values()
-            for p in question.precisions
+            for precision in question.precisions
         )
-        memory = limits.memory or question.device.memory
+        memory = int(limits.memory or question.device.memory)
+        devices = 1 if traffic is None else traffic.devices
+        each = "" if devices == 1 else f" on each of {devices} devices"
         return BudgetTooSmallError(
-            f"no model of the law's sizes fits in {format_bytes(memory)}: the smallest takes "
-            f"{format_bytes(least)}; give at least {least} bytes, or a shorter --context"
+            f"no model of the law's sizes fits in {format_bytes(memory)} ({memory} bytes){each}; "
+            f"the smallest needs {at_least(least)}{each}: give that, or a shorter --context"
         )
     if limits.min_speed is not None:
         fastest = max(one.speed for one in fitting)
@@ -381,7 +395,7 @@ def _unserved(question: Question) -> ConfigError | BudgetTooSmallError:
             return ConfigError(
                 f"no model that fits decodes {limits.min_speed:g} tokens/s on "
                 f"{question.device.name}; the fastest reaches {fastest:.3g}: give --min-speed "
-                f"{_rounded_down(fastest)}, or faster hardware"
+                f"{_rounded_down(fastest):g}, or faster hardware"
             )
     assert traffic is not None
     capacity = max(one.traffic.capacity for one in fitting if one.traffic is not None)
@@ -390,7 +404,7 @@ def _unserved(question: Question) -> ConfigError | BudgetTooSmallError:
         f"{traffic.requests:g} requests/s with answers of {traffic.answer:g} tokens are "
         f"{traffic.tokens_per_second:.3g} tokens/s, but {traffic.devices} x {question.device.name} "
         f"serves at most {capacity:.3g} with the smallest model; give --requests "
-        f"{_rounded_down(rate)}, or more --devices"
+        f"{_rounded_down(rate):g}, or more --devices"
     )
 
 

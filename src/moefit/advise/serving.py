@@ -71,6 +71,7 @@ class ServedSizes:
         precision: Format of experts.
         dense_precision: Format of dense weights: int8 unless experts are native.
         budget: By part, without a total.
+        expert_read: Bytes of one expert that are read, without its slot's padding.
         dense_read: Bytes of dense weights that a token reads.
         kv_per_token: Bytes of keys and values of one token.
     """
@@ -79,6 +80,7 @@ class ServedSizes:
     precision: str
     dense_precision: str
     budget: MemoryBudget
+    expert_read: int
     dense_read: int
     kv_per_token: int
 
@@ -105,7 +107,7 @@ class ServedSizes:
         """
         count, k = self.shape.num_experts, self.shape.top_k
         used = count * (1 - (1 - k / count) ** tokens) if k < count else count
-        return used * self.expert * self.shape.layers
+        return used * self.expert_read * self.shape.layers
 
 
 @lru_cache(maxsize=4096)
@@ -122,7 +124,8 @@ def served_sizes(shape: Shape, precision: str, *, context: int, is_gpu: bool) ->
     dense = NATIVE if format is NATIVE else parse_format("int8")
     config = _config(shape, context)
     device = torch.device("cuda" if is_gpu else "cpu")
-    size = slot_bytes(format.nbytes(_specs(shape)), device)
+    expert = format.nbytes(_specs(shape))
+    size = slot_bytes(expert, device)
     held, read = _dense_bytes(shape, dense)
     kv_per_token = kv_bytes_per_token(config, _DTYPE)
     first_use = FIRST_USE if is_gpu or kernels() is None else KERNEL_FIRST_USE
@@ -144,6 +147,7 @@ def served_sizes(shape: Shape, precision: str, *, context: int, is_gpu: bool) ->
         precision=precision,
         dense_precision=dense.name,
         budget=budget,
+        expert_read=expert,
         dense_read=read,
         kv_per_token=kv_per_token,
     )
@@ -222,7 +226,7 @@ def memory_cost(sizes: ServedSizes, device: Device, limits: Limits) -> MemoryCos
             return None
         shape = sizes.shape
         missing = sum(shape.top_k * (1 - count / shape.num_experts) for count in slots)
-        fetched, resident = missing * sizes.expert, sizes.budget.total_for_slots(slots)
+        fetched, resident = missing * sizes.expert_read, sizes.budget.total_for_slots(slots)
     experts = sizes.expert_bytes(1)
     cache = limits.position * sizes.kv_per_token
     seconds = (

@@ -151,6 +151,18 @@ class TrafficCost:
     capacity: float
 
 
+def one_sequence_bytes(sizes: ServedSizes, traffic: Traffic) -> tuple[float, float]:
+    """Return the bytes of a model without any KV cache, and those of one sequence's KV cache.
+
+    Args:
+        sizes: Of the model.
+        traffic: Lengths.
+    """
+    # One sequence's cache is in the estimate; traffic counts all of them.
+    held = sizes.resident - sizes.budget.kv_cache
+    return held, (traffic.prompt + traffic.answer / 2) * sizes.kv_per_token
+
+
 def traffic_cost(
     sizes: ServedSizes, device: Device, limits: Limits, traffic: Traffic
 ) -> TrafficCost | None:
@@ -164,9 +176,7 @@ def traffic_cost(
     """
     latencies = latencies_of(device, traffic)
     memory = limits.memory or device.memory
-    # One sequence's cache is in the estimate; b counts all of them.
-    held = sizes.resident - sizes.budget.kv_cache
-    per_sequence = (traffic.prompt + traffic.answer / 2) * sizes.kv_per_token
+    held, per_sequence = one_sequence_bytes(sizes, traffic)
     found: list[TrafficCost] = []
     count = 1
     while count <= traffic.devices:

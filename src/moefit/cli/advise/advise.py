@@ -24,6 +24,7 @@ from moefit.serve.memory.budget import parse_bytes
 from moefit.train.config import STDLIB
 
 _AUTO = "auto"
+_GPU, _MFU = "h100", 0.4
 _MOST_LENGTH = 1_000_000_000  # tokens of a prompt or an answer
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -89,10 +90,15 @@ def advise_training(
     max_tokens: Annotated[
         str | None, advanced("Most training tokens that there are, such as 20B.")
     ] = None,
-    gpu: Annotated[str, advanced("What trains, for --gpu-hours.")] = "h100",
+    gpu: Annotated[str | None, advanced(f"What trains, for --gpu-hours. Default: {_GPU}.")] = None,
     mfu: Annotated[
-        float, advanced("Part of the peak FLOP/s that training reaches.", min=0.01, max=1)
-    ] = 0.4,
+        float | None,
+        advanced(
+            f"Part of the peak FLOP/s that training reaches, for --gpu-hours. Default: {_MFU}.",
+            min=0.01,
+            max=1,
+        ),
+    ] = None,
     algorithm: Annotated[
         AlgorithmName | None,
         advanced("best-quality under the limits, or least-cost for a loss (Yun et al. 2024)."),
@@ -150,7 +156,7 @@ def advise_training(
         say(f"wrote {write}; next: moefit train {write}")
 
 
-def _budget(flops: str | None, hours: float | None, gpu: str, mfu: float) -> float:
+def _budget(flops: str | None, hours: float | None, gpu: str | None, mfu: float | None) -> float:
     if (flops is None) == (hours is None):
         given = "neither" if flops is None else "both"
         raise ConfigError(
@@ -158,11 +164,24 @@ def _budget(flops: str | None, hours: float | None, gpu: str, mfu: float) -> flo
             "such as --flops 1e21, or --gpu-hours 700 --gpu h100"
         )
     if flops is not None:
+        for name, value in (("--gpu", gpu), ("--mfu", mfu)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} {value} turns --gpu-hours into FLOPs, and --flops gives them; leave "
+                    f"{name} out, or give --gpu-hours in place of --flops"
+                )
         return _number("--flops", flops)
+    gpu = gpu or _GPU
     device = known_devices().get(gpu.lower()) or find_device(gpu)
-    hours = _positive("--gpu-hours", hours, "hours, such as 700")
-    assert hours is not None
-    return hours * 3600 * device.flops * mfu
+    positive = _positive("--gpu-hours", hours, "hours, such as 700")
+    assert positive is not None
+    budget = positive * 3600 * device.flops * (mfu or _MFU)
+    if math.isinf(budget):
+        raise ConfigError(
+            f"--gpu-hours {positive:g} of {gpu} are more FLOPs than a number can hold; give hours, "
+            "such as 700"
+        )
+    return budget
 
 
 def _measured(hardware: str) -> Device:
