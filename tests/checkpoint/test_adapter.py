@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moefit.checkpoint.adapter import read_adapter
 from moefit.cli import app
-from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError
+from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 
@@ -144,6 +144,22 @@ def test_what_cannot_be_applied_raises(folder: Path, tmp_path: Path, kind: str) 
     assert isinstance(raised.value, UnsupportedModelError) == unsupported
 
 
+def test_tied_weights_are_one(tmp_path: Path) -> None:
+    """A saved head that equals the saved embedding is served; another is not."""
+    folder = saved(tiny("Mixtral", tie_word_embeddings=True), tmp_path / "model")
+    rows = torch.randn(tiny("Mixtral").config.vocab_size, WIDTH)
+    both = {"model.embed_tokens.weight": rows, "lm_head.weight": rows.clone()}
+    path = written(tmp_path / "a", both)
+    with load_model(folder, LoadSettings(context=64, adapter=path)) as served:
+        assert torch.equal(served.model.lm_head.weight, rows)
+        assert served.report()["adapter"] == str(path)
+    others = (both | {"lm_head.weight": rows + 1}, pair("lm_head", len(rows), WIDTH))
+    for tensors in (*others, {"lm_head.weight": rows}):
+        path = written(tmp_path / "a", tensors)
+        with pytest.raises(UnsupportedModelError, match=r"lm_head.weight, which .* has tied to"):
+            load_model(folder, LoadSettings(context=64, adapter=path)).close()
+
+
 def test_missing_files_raise(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no adapter_config.json.*hf download"):
         read_adapter(tmp_path)
@@ -159,3 +175,7 @@ def test_command_takes_an_adapter() -> None:
     found = CliRunner().invoke(app, ["generate", "reference", "x", "--adapter", "nowhere"])
     assert isinstance(found.exception, CheckpointError)
     assert "nowhere has no adapter_config.json" in str(found.exception)
+    planned = ["--adapter", "nowhere", "--memory", "1GiB", "--max-loss", "3%"]
+    found = CliRunner().invoke(app, ["generate", "reference", "x", *planned])
+    assert isinstance(found.exception, ConfigError)
+    assert "plans predict the loss of the model without an adapter" in str(found.exception)

@@ -86,6 +86,9 @@ class _Code:
         ({"a": torch.ones(2), "b": _Code()}, "holds more than tensors.*never run"),
         ({"a": torch.ones(2), "b": 3}, "'b': int where a tensor belongs"),
         ({"a": torch.ones(2).to_sparse()}, "layout torch.sparse_coo"),
+        ({"a": torch.ones(1).expand(10**13)}, r"10000000000000\], but not in the file"),
+        ({"a": torch.ones(2, device="meta")}, "8 bytes .* but not in the file"),
+        ({"__metadata__": torch.ones(2)}, "'__metadata__': Tensor"),
         ([torch.ones(2)], "no weights by name"),
         (b"PK damaged", "is damaged"),
     ],
@@ -105,6 +108,35 @@ def test_other_content_raises(
     assert sorted(one.name for one in tmp_path.iterdir()) == ["model"]
 
 
+def test_changed_bytes_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "model" / "pytorch_model.bin"
+    file.parent.mkdir()
+    torch.save({"a": torch.full((64,), 7.0)}, file)
+    data = bytearray(file.read_bytes())
+    data[data.find(torch.full((64,), 7.0).numpy().tobytes()) + 100] ^= 0x40
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"data/0 differ from their checksum; copy or down"):
+        convert_pickled(file.parent, tmp_path / "out")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(2)}, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert convert_pickled(file.parent, tmp_path / "out").tensors == 1
+
+
+def test_writing_that_fails_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pickled(tmp_path / "model")
+
+    def fails(tensor: torch.Tensor) -> memoryview:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr("moefit.checkpoint.pickled.bytes_of", fails)
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be written.*not enough"):
+        convert_pickled(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_converted_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pickled(tmp_path / "model", shards=2)
     for out in (folder, tmp_path):
@@ -121,6 +153,9 @@ def test_what_cannot_be_converted_raises(tmp_path: Path, monkeypatch: pytest.Mon
     index["weight_map"] = dict.fromkeys(index["weight_map"], "pytorch_model-00001-of-00002.bin")
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="tensors that its shards lack"):
+        convert_pickled(folder, tmp_path / "out")
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="names no tensors"):
         convert_pickled(folder, tmp_path / "out")
     plain = saved(tiny("Mixtral"), tmp_path / "plain")
     with pytest.raises(ConfigError, match="has safetensors already"):

@@ -100,6 +100,37 @@ def test_damaged_files_raise(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
 
 
+def test_tokens_that_are_not_special_stay_in_text(tmp_path: Path) -> None:
+    ranks = ranks_of(TEXTS[:1])
+    first = len(ranks)
+    named = {
+        first: {"content": "[BOS]", "special": True}, first + 3: {"content": "[EOS]"},
+        first + 5: {"content": "<|tool_call_begin|>", "special": False},
+    }  # fmt: skip
+    tokenizer = read_tokenizer(written(tmp_path, ranks, added_tokens_decoder=named))
+    ids = tokenizer("[BOS]a<|tool_call_begin|>b[EOS]")["input_ids"]
+    assert {first, first + 3, first + 5} <= set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<|tool_call_begin|>b"
+
+
+@pytest.mark.parametrize(
+    ("named", "changes", "match"),
+    [
+        ({0: "[BOS]", 3: "[EOS]", 4: "[EOS]"}, {}, r"token \d+ '\[EOS\]', as another"),
+        ({0: "[BOS]", 3: "[EOS]", 4: ""}, {}, r"token \d+ '', as another"),
+        ({0: "[BOS]", 3: "[EOS]"}, {"bos_token": "[NO]"}, r"bos_token='\[NO\]'.*not among"),
+    ],
+)
+def test_names_that_contradict_raise(
+    tmp_path: Path, named: dict[int, str], changes: dict[str, Any], match: str
+) -> None:
+    ranks = ranks_of(TEXTS[:1])
+    tokens = {str(len(ranks) + place): {"content": name} for place, name in named.items()}
+    written(tmp_path, ranks, added_tokens_decoder=tokens, **changes)
+    with pytest.raises(CheckpointError, match=match):
+        read_tokenizer(tmp_path)
+
+
 def test_other_code_is_refused(tmp_path: Path) -> None:
     """How another model splits text is in its code alone."""
     written(tmp_path, ranks_of(TEXTS[:1]), auto_map={"AutoTokenizer": ["other.Other", None]})

@@ -184,14 +184,20 @@ def test_budget_and_mode_change_together(running, served) -> None:
 
 
 def test_slots_are_counted_by_format() -> None:
-    """Slots with the checkpoint's codes have their name."""
+    """Slots with the checkpoint's codes have their name, which may differ between blocks."""
     collector = ModelCollector("tiny", stats=cast(Any, None), report=dict)
     formats = {"a": {"native": 2, "int4": 1}, "b": {"native": 3}}
-    for held, name in ((["mxfp4"], "mxfp4"), ([], "native")):
-        report = {"formats": formats, "checkpoint": {"held": held}, "resident": {}, "slots": {}}
+    for held_in, expected in (
+        ({"a": ["mxfp4"], "b": ["mxfp4"]}, {"mxfp4": 5, "int4": 1}),
+        ({"a": ["q4_0"]}, {"q4_0": 2, "native": 3, "int4": 1}),
+        ({"b": ["int4"]}, {"native": 2, "int4": 4}),
+        ({}, {"native": 5, "int4": 1}),
+    ):
+        stored = {"held_in": held_in}
+        report = {"formats": formats, "checkpoint": stored, "resident": {}, "slots": {}}
         *_, family = collector.blocks(report)
         found = {sample.labels["format"]: sample.value for sample in family.samples}
-        assert found == {name: 5, "int4": 1}
+        assert found == expected and len(family.samples) == len(expected)
 
 
 def test_metrics_have_vllm_names(running, served) -> None:

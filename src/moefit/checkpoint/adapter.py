@@ -38,6 +38,7 @@ _OTHER_METHODS = (
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "loraga", "lora-ga")
 # Patterns that match in a time that grows with a high power of a name's length, or exponentially.
 _SLOW = re.compile(r"\)[*+{]|([*+{][^*+{]*){4}")
+_PIECE = 1 << 20  # bytes compared at once
 _PREFIX = re.compile(r"^base_model\.model\.")
 _MATRIX = re.compile(r"\.lora_(embedding_)?([AB])(\.default)?(\.weight)?$")
 _SAVED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
@@ -242,6 +243,26 @@ class Adapter:
             )
         return found
 
+    def without_tied(self, tied: Mapping[str, str]) -> "Adapter":
+        """Return the adapter without whole weights that equal those that they are tied to.
+
+        Args:
+            tied: By name of a weight of the model, the name of the one that it is tied to.
+
+        Raises:
+            UnsupportedModelError: It changes a tied weight otherwise than the one it is tied to.
+        """
+        both = {one: self.whole[one] for one in self.whole.keys() & tied.keys()}
+        equal = [one for one, span in both.items() if _equal(span, self.whole.get(tied[one]))]
+        changed = (self.whole.keys() - set(equal)) | self.pairs.keys()
+        if odd := sorted(changed & tied.keys()):
+            raise UnsupportedModelError(
+                f"{self.folder} changes {odd[0]}, which the model has tied to {tied[odd[0]]}: they "
+                "are one weight. To serve two, untie them in peft's base model "
+                f"(tie_word_embeddings=False in config.json) and {_MERGE}"
+            )
+        return replace(self, whole={k: v for k, v in self.whole.items() if k not in equal})
+
     def _found(self, weight: str, find: Callable[[str], str | None]) -> str:
         if (name := find(weight)) is None:
             raise CheckpointError(
@@ -266,6 +287,17 @@ class Adapter:
                 alpha = value
                 break
         return alpha / (sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+
+def _equal(first: Span, second: Span | None) -> bool:
+    """Return whether two tensors of files have equal bytes, read in pieces."""
+    if second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as other:
+        one.seek(first.offset)
+        other.seek(second.offset)
+        pieces = (min(_PIECE, first.nbytes - at) for at in range(0, first.nbytes, _PIECE))
+        return all(one.read(size) == other.read(size) for size in pieces)
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -38,7 +38,8 @@ def refuse_adapter(folder: Path) -> None:
     )
     alone = f", or take {ADAPTER} out of the folder to use the model without it" if whole else ""
     raise UnsupportedModelError(
-        f"{folder} {what}, as its {ADAPTER} says. Commands that serve a model apply it: give "
+        f"{folder} {what}, as its {ADAPTER} says. Commands that load a model to use it "
+        "(serve, generate, chat, eval, describe) apply it: give "
         f"{'the same folder' if whole else 'the model'} and --adapter {folder}. Or merge it with "
         "peft (merge_and_unload, then save_pretrained) and give "
         f"that folder{alone}"

@@ -9,6 +9,7 @@ import json
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from moefit.folders import atomic_folder
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # What comes with a model: configuration, tokenizer, templates, card.
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.md", "*.tiktoken", "*.txt", "LICENSE*")
+_METADATA = "__metadata__"  # in a header of safetensors, beside the tensors
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INSTEAD = (
     "load the model in the program that wrote it, and write it with save_pretrained, which makes "
@@ -77,6 +79,7 @@ def convert_pickled(
             tensors = _read(folder / shard)
             if twice := sorted(kept.keys() & tensors.keys()):
                 raise CheckpointError(f"{folder} has {twice[0]} in two shards, the last {shard}")
+            _refuse_full(partial, sum(one.nbytes for one in tensors.values()))
             name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             _write(partial / (name if len(shards) > 1 else SINGLE), tensors)
             kept |= dict.fromkeys(tensors, name)
@@ -96,6 +99,10 @@ def _shards(folder: Path) -> list[str]:
         )
     if (folder / PICKLED_INDEX).is_file():
         shards = sorted(set(weight_map(folder / PICKLED_INDEX).values()))
+        if not shards:
+            raise CheckpointError(
+                f"{folder / PICKLED_INDEX} names no tensors; copy or download it again"
+            )
     elif (folder / PICKLED).is_file():
         shards = [PICKLED]
     else:
@@ -114,7 +121,10 @@ def _shards(folder: Path) -> list[str]:
 def _refuse_place(folder: Path, out: Path, needed: int) -> None:
     if out == folder.resolve() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"{out} is in use; give the name of a new folder, or of an empty one")
-    place = next(parent for parent in out.parents if parent.is_dir())
+    _refuse_full(next(parent for parent in out.parents if parent.is_dir()), needed)
+
+
+def _refuse_full(place: Path, needed: int) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise CheckpointError(
             f"the copy takes {needed:,} bytes, and {free:,} are free in {place}; free some space, "
@@ -126,6 +136,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a pickled file. Raises CheckpointError."""
     how: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
+        _check_sums(path)
         try:
             found = torch.load(path, mmap=True, **how)
         except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
@@ -146,8 +157,19 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {str(name): _plain(path, name, value) for name, value in found.items()}
 
 
+def _check_sums(path: Path) -> None:
+    """Raise ValueError if the bytes of a file differ from its checksums, where it has some."""
+    if not zipfile.is_zipfile(path):
+        return  # of before PyTorch 1.6
+    with zipfile.ZipFile(path) as archive:
+        has_sums = any(entry.CRC for entry in archive.infolist())  # torch can leave them out
+        if has_sums and (name := archive.testzip()) is not None:
+            raise ValueError(f"the bytes of {name} differ from their checksum")
+
+
 def _plain(path: Path, name: Any, value: Any) -> Tensor:
-    if not isinstance(name, str) or printable(name) != name or not isinstance(value, Tensor):
+    is_name = isinstance(name, str) and printable(name) == name and name != _METADATA
+    if not is_name or not isinstance(value, Tensor):
         raise CheckpointError(
             f"{path} has {name!r}: {type(value).__name__} where a tensor belongs; {_INSTEAD}"
         )
@@ -156,12 +178,17 @@ def _plain(path: Path, name: Any, value: Any) -> Tensor:
             f"{path}: {name} is {value.dtype} in the layout {value.layout}, which safetensors do "
             f"not hold; {_INSTEAD}"
         )
+    if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} has {value.nbytes:,} bytes in its shape {list(value.shape)}, but not "
+            f"in the file; {_INSTEAD}"
+        )
     return value.detach()
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, one tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     end = 0
     for name, one in tensors.items():
         begin, end = end, end + one.nbytes
@@ -172,11 +199,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for one in tensors.values():
-            if one.numel():
-                file.write(bytes_of(one.contiguous()))
+    try:
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for one in tensors.values():
+                if one.numel():
+                    file.write(bytes_of(one.contiguous()))
+    except (RuntimeError, MemoryError) as error:  # of a copy of a tensor that is not contiguous
+        raise CheckpointError(
+            f"{path.name} cannot be written: {in_brief(error)}; free some memory"
+        ) from error
 
 
 def _refuse_lost(folder: Path, kept: Mapping[str, str]) -> None:

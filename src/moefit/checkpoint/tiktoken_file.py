@@ -51,9 +51,7 @@ def read_ranked_tokens(folder: Path) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(name, normalized=False) for name in _special(config, len(ranks))]
-    )
+    _add_reserved(backend, config, len(ranks))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
@@ -88,13 +86,27 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
         yield from sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
-def _special(config: Mapping[str, Any], first: int) -> list[str]:
-    """Return the names of the reserved ids, in order."""
-    named = {int(key): _text(one) for key, one in config.get("added_tokens_decoder", {}).items()}
+def _add_reserved(backend: Tokenizer, config: Mapping[str, Any], first: int) -> None:
+    """Add the tokens of the reserved ids, in order."""
+    named = {int(key): one for key, one in config.get("added_tokens_decoder", {}).items()}
     ids = range(first, first + _RESERVED)
     if odd := sorted(named.keys() - set(ids)):
         raise ValueError(f"{_CONFIG} names the token {odd[0]}, which is not among {ids}")
-    return [named.get(number, f"<|reserved_token_{number}|>") for number in ids]
+    tokens = [_reserved(named.get(number, f"<|reserved_token_{number}|>")) for number in ids]
+    backend.add_tokens(tokens)
+    names = [token.content for token in tokens]
+    for number, name in zip(ids, names, strict=True):
+        if backend.token_to_id(name) != number:
+            raise ValueError(f"{_CONFIG} names the token {number} {name!r}, as another is named")
+    for key in _NAMES:
+        if config.get(key) and (name := _text(config[key])) not in names:
+            raise ValueError(f"{_CONFIG} has {key}={name!r}, which is not among its tokens")
+
+
+def _reserved(token: Any) -> AddedToken:
+    """Return a token; ones that are not special stay in text without special tokens."""
+    special = not isinstance(token, Mapping) or bool(token.get("special", True))
+    return AddedToken(_text(token), normalized=False, special=special)
 
 
 def _text(token: Any) -> str:

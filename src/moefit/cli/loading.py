@@ -22,7 +22,7 @@ from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
-from moefit.errors import BudgetTooSmallError
+from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import ARCHITECTURES
 from moefit.evaluate.speed import Speed
@@ -76,6 +76,12 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         settings: Further keyword arguments of `moefit.load`.
     """
     dense = None if options.dense == NATIVE_PRECISION else options.dense
+    if options.adapter is not None:
+        raise ConfigError(
+            f"--adapter {options.adapter}: plans predict the loss of the model without an adapter; "
+            "give --memory with --precision or --mode instead of --plan, --max-loss and "
+            "--min-speed, or merge the adapter with peft and plan for that model"
+        )
     forbid_with_plan(
         mode=options.mode,
         prefill=options.prefill,
@@ -88,11 +94,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     with console.status("planning"):
         plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
-    device = {
-        "host_memory": options.host_memory,
-        "device": options.device,
-        "adapter": options.adapter,
-    }
+    device = {"host_memory": options.host_memory, "device": options.device}
     chosen = {**device, **plan.settings(), **settings}
     if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
         chosen["kv_cache"] = options.kv_cache.value
@@ -292,10 +294,11 @@ def _summary(served: ServedModel, precision: str) -> str:
     total = served.budget.total
     budget = "no budget" if total is None else f"a budget of {format_bytes(total)}"
     formats = _formats(report, precision)
+    adapter = f", with the adapter {report['adapter']}" if report["adapter"] else ""
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {budget}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{formats}{kernels}"
+        f"mode {report['mode']}{formats}{adapter}{kernels}"
     )
 
 

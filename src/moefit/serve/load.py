@@ -168,6 +168,7 @@ def _load_parts(
     return ServedParts(
         folder=folder,
         stored=skeleton.stored(),
+        adapter=None if settings.adapter is None else str(settings.adapter),
         model=model,
         tokenizer=tokenizer,
         generation=generation,

@@ -81,6 +81,7 @@ class ServedParts:
         shared: State of all blocks.
         placement_budget: Estimates other placements.
         int8_cache: Whether KV caches are int8.
+        adapter: Folder of the adapter that is applied to dense weights, if there is one.
         hooks: To remove on close.
     """
 
@@ -96,6 +97,7 @@ class ServedParts:
     shared: SharedState
     placement_budget: PlacementBudget
     int8_cache: bool
+    adapter: str | None
     hooks: tuple[RemovableHandle, ...]
 
 
@@ -128,6 +130,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
             {name: _encoded_format(one) for name, one in blocks.items()}
         ),
         "checkpoint": parts.stored.as_dict(),
+        "adapter": parts.adapter,
         "packed_ignored": list(parts.store.packed.ignored),
         "calibrated_on": parts.store.packed.texts,
         "bytes_read": parts.store.bytes_read,

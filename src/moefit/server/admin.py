@@ -105,12 +105,14 @@ class CheckpointFormats(BaseModel):
         expert_bytes: Bytes of the largest expert in the files.
         held: Formats of experts whose codes slots of the format `native` hold as they are; those of
             others hold values in the model's dtype.
+        held_in: The same by block, where a block has such experts.
     """
 
     experts: list[str]
     dense: list[str]
     expert_bytes: int
     held: list[str]
+    held_in: dict[str, list[str]]
 
 
 class MemoryState(BaseModel):
@@ -122,6 +124,7 @@ class MemoryState(BaseModel):
         most: Budget that holds all experts in the best format.
         everything_in: Budget that holds all experts, by format, where formats differ.
         checkpoint: Formats of the checkpoint, and which of them slots hold.
+        adapter: The folder of the adapter that is applied; null if there is none.
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds.
         plan: The plan in force; null if there is none or settings were changed since.
@@ -144,6 +147,7 @@ class MemoryState(BaseModel):
     spare_bytes: int
     plan: PlanSummary | None
     checkpoint: CheckpointFormats
+    adapter: str | None
     kv_cache_dtype: str | None
     kv_tokens: int
     kv_tokens_used: int
@@ -168,7 +172,14 @@ def memory_state(service: Service) -> MemoryState:
         limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
     same = (
         *("mode", "prefill", "kv_cache_dtype"),
-        *("process_bytes", "peak_process_bytes", "slot_bytes", "spare_bytes", "checkpoint"),
+        *(
+            "process_bytes",
+            "peak_process_bytes",
+            "slot_bytes",
+            "spare_bytes",
+            "checkpoint",
+            "adapter",
+        ),
     )
     return MemoryState(
         model=service.settings.name,

@@ -275,9 +275,11 @@ class ModelCollector:
         family = GaugeMetricFamily(
             PREFIX + "expert_slots_by_format", "Slots for experts", labels=[*_LABELS, "format"]
         )
-        counts = sum((Tally(one) for one in report["formats"].values()), Tally[str]())
-        own = "+".join(report["checkpoint"]["held"])
+        counts = Tally[str]()
+        for block, formats in report["formats"].items():
+            own = "+".join(report["checkpoint"]["held_in"].get(block, ())) or NATIVE.name
+            for name, count in formats.items():
+                counts[own if name == NATIVE.name else name] += count
         for name, count in counts.items():
-            shown = own if name == NATIVE.name and own else name
-            family.add_metric([self._model, shown], count)
+            family.add_metric([self._model, name], count)
         return family

@@ -43,16 +43,27 @@ def test_adjacent_slider_sizes_differ(modules):
 
 
 def test_formats_are_named_as_the_checkpoint_names_them(modules):
-    memory = Pretender().memory()
-    stored = {"experts": ["mxfp4"], "held": ["mxfp4"]}
+    blocks = Pretender().memory()["blocks"][:2]
+    names = [block["name"] for block in blocks]
     code = """(() => {
         const map = m.grid(v[0], v[1]), row = map.rows[0], first = row.cells[row.order[0]];
-        return [map.held, m.describe(row, first, map.held), m.formatName("int4", map.held)];
+        const formats = [...map.formats].map(([name, { count }]) => [name, count]);
+        return [formats, m.describe(row, first), map.mixed, map.stored];
     })()"""
-    held, described, encoded = modules.module("residency", code, memory["blocks"], stored)
-    assert held == "mxfp4" and "in memory as mxfp4;" in described and encoded == "int4"
-    plain, described, _ = modules.module("residency", code, memory["blocks"], {"held": []})
-    assert plain == "" and "in memory;" in described
+
+    def shown(held_in):
+        return modules.module("residency", code, blocks, {"held_in": held_in})
+
+    (plain,), described, mixed, _ = shown({})
+    assert plain[0] == "native" and "in memory;" in described and not mixed
+    (one,), described, mixed, stored = shown({name: ["mxfp4"] for name in names})
+    assert one == ["mxfp4", plain[1]] and "in memory as mxfp4;" in described
+    assert (mixed, stored) == (False, True)
+    two, _, mixed, stored = shown({names[0]: ["q4_0"], names[1]: ["q5_0"]})
+    assert {name for name, _ in two} == {"q4_0", "q5_0"} and (mixed, stored) == (True, True)
+    blocks[0]["formats"] = [format and "int8" for format in blocks[0]["formats"]]
+    (both,), _, mixed, stored = shown({names[1]: ["int8"]})
+    assert both == ["int8", plain[1]] and (mixed, stored) == (False, False)
 
 
 def test_slider_positions_round_trip(modules):

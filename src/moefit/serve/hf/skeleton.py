@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,12 +60,14 @@ class StoredFormats:
         dense: Names of the formats of all other weights.
         expert_bytes: Bytes of the largest expert in the files.
         held: Names of the formats of experts whose codes slots hold as they are.
+        held_in: The same by block, where a block has such experts.
     """
 
     experts: tuple[str, ...]
     dense: tuple[str, ...]
     expert_bytes: int
     held: tuple[str, ...] = ()
+    held_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values for JSON."""
@@ -74,6 +76,7 @@ class StoredFormats:
             "dense": [*self.dense],
             "expert_bytes": self.expert_bytes,
             "held": [*self.held],
+            "held_in": {name: [*formats] for name, formats in self.held_in.items()},
         }
 
 
@@ -116,6 +119,7 @@ class Skeleton:
             dense=tuple(sorted({one.format for one in self.map.dense_weights.values()})),
             expert_bytes=max(one.nbytes for one in sources),
             held=held_formats(self.blocks),
+            held_in={one.name: held for one in self.blocks if (held := held_formats([one]))},
         )
 
 
@@ -182,6 +186,7 @@ def _adapted(
     adapter: Adapter, found: CheckpointMap, model: PreTrainedModel, blocks: Sequence[MoeBlock]
 ) -> CheckpointMap:
     """Return the map of a checkpoint with an adapter applied to the dense weights."""
+    adapter = adapter.without_tied(model.all_tied_weights_keys)
     sources: dict[str, list[str]] = {}
     for name, parameter in parameter_names(model, found.dense_weights).items():
         sources.setdefault(parameter, []).append(name)

@@ -2,7 +2,7 @@
 
 import { byId, element, say } from "./dom.js";
 import { formatCount } from "./numbers.js";
-import { NATIVE, describe, formatName, level, summary } from "./residency.js";
+import { NATIVE, describe, summary } from "./residency.js";
 import { TOP, geometry, paintAxis, paintCell, paintCursor, palette } from "./map_paint.js";
 
 const MOVE_MS = 380;
@@ -170,7 +170,7 @@ export class MapView {
 
   #readOut() {
     if (this.#cursor && !this.#map.rows[this.#cursor.row]?.cells[this.#cursor.column]) this.#cursor = null;
-    const text = this.#cursor ? describe(this.#map.rows[this.#cursor.row], this.#cellAt(this.#cursor), this.#map.held) : HINT;
+    const text = this.#cursor ? describe(this.#map.rows[this.#cursor.row], this.#cellAt(this.#cursor)) : HINT;
     say("map-readout", text);
   }
 
@@ -180,15 +180,14 @@ export class MapView {
       [shades("dot"), "in storage"],
       ["", "stronger colour: more important within its layer"],
     ];
-    for (const [format, count] of this.#map.mixed ? this.#map.formats : []) {
+    for (const [name, { count, level }] of this.#map.mixed ? this.#map.formats : []) {
       const swatch = element("i", "square format", element("i"));
-      swatch.firstChild.style.height = `${level(format) * 100}%`;
-      items.push([swatch, `${formatName(format, this.#map.held) || format} × ${formatCount(count)}`]);
+      swatch.firstChild.style.height = `${level * 100}%`;
+      items.push([swatch, `${name} × ${formatCount(count)}`]);
     }
     const [only] = this.#map.formats.keys();
-    const name = formatName(only, this.#map.held);
-    if (!this.#map.mixed && name) {
-      items[0][1] = `in memory, all as ${name}${only === NATIVE ? ", as the checkpoint has them" : ""}`;
+    if (!this.#map.mixed && only && only !== NATIVE) {
+      items[0][1] = `in memory, all as ${only}${this.#map.stored ? ", as the checkpoint has them" : ""}`;
     }
     const shown = items.map(([, text]) => text).join("|");
     if (byId("map-legend").dataset.shown === shown) return;

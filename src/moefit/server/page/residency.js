@@ -7,16 +7,20 @@ export const NATIVE = "native";
  * Convert the blocks of GET /v1/memory to a grid.
  *
  * A cell's `shade` is its importance relative to the largest in its layer, 0 to 1; `rank` counts
- * from 1. `mixed`: resident experts differ in format. `held`: name of the checkpoint's codes that
- * memory holds as the format "native", empty if it holds values.
+ * from 1. A row's `held`: name of the checkpoint's codes that memory holds as the format "native",
+ * empty if it holds values. `formats`: number of resident experts and fill level by the name shown.
+ * `mixed`: there are several. `stored`: all are as the checkpoint has them.
  */
 export function grid(blocks, checkpoint = null) {
   const labels = shortNames(blocks.map((block) => block.name));
-  const rows = blocks.map((block, index) => row(block, labels[index]));
+  const rows = blocks.map((block, index) => row(block, labels[index], heldIn(checkpoint, block.name)));
   const formats = new Map();
-  for (const { cells } of rows) {
-    for (const cell of cells) {
-      if (cell.resident && cell.format) formats.set(cell.format, (formats.get(cell.format) ?? 0) + 1);
+  let stored = true;
+  for (const { cells, held } of rows) {
+    for (const { format } of cells.filter((cell) => cell.resident && cell.format)) {
+      const name = formatName(format, held) || NATIVE;
+      formats.set(name, { count: (formats.get(name)?.count ?? 0) + 1, level: level(format) });
+      stored &&= format === NATIVE;
     }
   }
   return {
@@ -25,13 +29,17 @@ export function grid(blocks, checkpoint = null) {
     experts: sum(rows, (one) => one.cells.length),
     resident: sum(rows, (one) => one.resident),
     slots: sum(rows, (one) => one.slots),
-    formats: new Map([...formats].sort(([a], [b]) => level(b) - level(a))),
+    formats: new Map([...formats].sort(([, a], [, b]) => b.level - a.level)),
     mixed: formats.size > 1,
-    held: checkpoint?.held.join(" and ") ?? "",
+    stored,
   };
 }
 
-function row(block, label) {
+function heldIn(checkpoint, name) {
+  return checkpoint?.held_in[name]?.join(" and ") ?? "";
+}
+
+function row(block, label, held) {
   const resident = new Set(block.resident);
   const most = Math.max(...block.importance, 0);
   const order = block.importance.map((_, expert) => expert);
@@ -45,7 +53,7 @@ function row(block, label) {
     format: block.formats?.[expert] ?? null,
   }));
   order.forEach((expert, place) => { cells[expert].rank = place + 1; });
-  return { name: block.name, label, slots: block.slots, resident: resident.size, cells, order };
+  return { name: block.name, label, slots: block.slots, resident: resident.size, cells, order, held };
 }
 
 function sum(items, value) {
@@ -82,8 +90,8 @@ export function formatName(format, held) {
 }
 
 /** Describe one cell. */
-export function describe(one, cell, held = "") {
-  const name = formatName(cell.format, held);
+export function describe(one, cell) {
+  const name = formatName(cell.format, one.held);
   const where = cell.resident ? `in memory${name && ` as ${name}`}` : "in storage";
   return `Layer ${one.label}, expert ${cell.expert}: ${where}; importance ` +
     `${cell.importance.toFixed(3)}, ${ordinal(cell.rank)} of ${one.cells.length}`;
