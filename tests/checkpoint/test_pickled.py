@@ -88,7 +88,7 @@ class _Code:
         ({"a": torch.ones(2).to_sparse()}, "layout torch.sparse_coo"),
         ({"a": torch.ones(1).expand(10**13)}, r"10000000000000\], but not in the file"),
         ({"a": torch.ones(2, device="meta")}, "8 bytes .* but not in the file"),
-        ({"__metadata__": torch.ones(2)}, "'__metadata__': Tensor"),
+        ({"__metadata__": torch.ones(2)}, "the name '__metadata__', which no tensor"),
         ([torch.ones(2)], "no weights by name"),
         (b"PK damaged", "is damaged"),
     ],
@@ -170,6 +170,11 @@ def test_refusal_names_the_command_and_it_works(tmp_path: Path) -> None:
     folder = pickled(tmp_path / "model")
     with pytest.raises(CheckpointError, match="moefit convert FOLDER OUT"):
         load_model(folder, LoadSettings())
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    shutil.copy(folder / "pytorch_model.bin", lone)
+    found = CliRunner().invoke(app, ["convert", str(lone), str(tmp_path / "out")])
+    assert "no config.json; put the model's own" in str(found.exception)
     done = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.exception
     assert json.loads(done.stdout)["tensors"] == len(tiny("Mixtral").state_dict())

@@ -168,8 +168,11 @@ def _check_sums(path: Path) -> None:
 
 
 def _plain(path: Path, name: Any, value: Any) -> Tensor:
-    is_name = isinstance(name, str) and printable(name) == name and name != _METADATA
-    if not is_name or not isinstance(value, Tensor):
+    if not isinstance(name, str) or printable(name) != name or name == _METADATA:
+        raise CheckpointError(
+            f"{path} has the name {name!r}, which no tensor can have in safetensors; {_INSTEAD}"
+        )
+    if not isinstance(value, Tensor):
         raise CheckpointError(
             f"{path} has {name!r}: {type(value).__name__} where a tensor belongs; {_INSTEAD}"
         )

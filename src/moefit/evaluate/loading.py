@@ -27,6 +27,7 @@ from moefit.checkpoint.config import (
 )
 from moefit.checkpoint.gguf.header import first_part
 from moefit.checkpoint.model_folder import other_weights, refuse_adapter
+from moefit.checkpoint.pickled import PICKLED, PICKLED_INDEX
 from moefit.checkpoint.quantisation import refuse_stored
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint
 from moefit.checkpoint.tokenizer import read_tokenizer
@@ -80,12 +81,24 @@ def locate(model: str) -> Path:
         raise CheckpointError(
             f"{model!r} is one file of a model; give its folder, {str(path.parent)!r}"
         )
-    if (found := other_weights(path)) is not None:
-        raise CheckpointError(f"{model!r} is not a model folder (it has no config.json): {found}")
+    _refuse_weights(model, path)
     raise CheckpointError(
         f"{model!r} contains neither a model (config.json) nor a finished checkpoint "
         f"({checkpoint.PREFIX}*/{checkpoint.MANIFEST})"
     )
+
+
+def _refuse_weights(model: str, path: Path) -> None:
+    """Raise CheckpointError if a path has weights, but no config.json beside them."""
+    for name in (PICKLED, PICKLED_INDEX):
+        if (path / name).is_file():
+            raise CheckpointError(
+                f"{model!r} is not a model folder: it has {name} (pickled weights) and no "
+                "config.json; put the model's own config.json and tokenizer files there first, and "
+                "then write it as safetensors with `moefit convert FOLDER OUT`"
+            )
+    if (found := other_weights(path)) is not None:
+        raise CheckpointError(f"{model!r} is not a model folder (it has no config.json): {found}")
 
 
 def load_full_model(
