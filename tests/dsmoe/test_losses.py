@@ -22,6 +22,12 @@ def balance(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
 LOSSES = pytest.mark.parametrize("loss", [mutual_information_loss, balance, z_loss])
 
 
+@LOSSES
+def test_compiling_does_not_divide_the_graph(loss) -> None:
+    found = torch._dynamo.explain(loss)(logits(12, 5))
+    assert found.graph_count == 1 and found.graph_break_count == 0
+
+
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99), st.sampled_from([0.01, 1, 50]))
 def test_mi_loss_lies_between_minus_ln_e_and_zero(t: int, e: int, seed: int, scale: float) -> None:
     loss = mutual_information_loss(logits(t, e, seed=seed, scale=scale)).item()

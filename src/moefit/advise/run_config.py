@@ -45,7 +45,7 @@ def train_config(candidate: Candidate, sources: Sequence[str] = (STDLIB,)) -> di
     accumulation = max(1, round(sequences / at_once))
     steps = max(2, round(tokens / (at_once * accumulation * length)))
     every = max(200, steps // 200)
-    positions = max(length, candidate.sizes.budget.context)  # serving reads longer sequences
+    positions = max(length, candidate.sizes.budget.context or 0)  # serving reads longer sequences
     tree = {
         "out": _OUT,
         "model": {"architecture": "dsmoe", **shape.model_fields(positions)},

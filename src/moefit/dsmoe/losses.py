@@ -55,7 +55,10 @@ class RouterSums:
         return cls(
             p_E=p_TE.sum(0),
             conditional=-(p_TE * log_p_TE).sum(),
-            chosen_E=torch.bincount(chosen, minlength=experts).to(p_TE.dtype),
+            # Not bincount, at which torch.compile divides the graph.
+            chosen_E=p_TE.new_zeros(experts).scatter_add(
+                0, chosen, torch.ones_like(chosen, dtype=p_TE.dtype)
+            ),
             square=logits_TE.logsumexp(-1).square().sum(),
             count=p_TE.new_tensor(float(p_TE.shape[0])),
         )

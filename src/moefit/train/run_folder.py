@@ -24,7 +24,10 @@ _ELSEWHERE = "free disk space or give another folder with out=FOLDER"
 
 # Settings that may change when a run is resumed. `RunState` compares the precision that `auto`
 # resolves to.
-CHANGEABLE = ("log", "checkpoint", "out", "data.cache_dir", "device", "precision", "parallel")
+CHANGEABLE = (
+    *("log", "checkpoint", "out", "data.cache_dir", "device", "precision"),
+    *(f"parallel.{name}" for name in ("replicate", "reshard", "experts", "nodes")),
+)
 
 
 def locked(out: Path) -> AbstractContextManager[None]:

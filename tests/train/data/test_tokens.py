@@ -137,6 +137,9 @@ def test_shards_have_the_sources_of_their_machine(data: DataConfig, tmp_path: Pa
     assert [("cat" in text, "dog" in text) for text in decoded] == [(True, False), (False, True)]
     with pytest.raises(ConfigError, match="divides 2 sources among 3 machines; give at least 3"):
         prepare_shards(both, whole, 3, seq_len=8, progress=lambda *_: None)
+    limited = both.model_copy(update={"max_bytes": 1000})
+    with pytest.raises(ConfigError, match=r"max_bytes does not work with data\.shard_by"):
+        prepare_shards(limited, whole, 2, seq_len=8, progress=lambda *_: None)
 
 
 def test_progress_reports_stages(data: DataConfig) -> None:

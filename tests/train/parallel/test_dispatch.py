@@ -5,6 +5,7 @@ from moefit.errors import ConfigError
 from moefit.train.config import make_config
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import Dispatch, _sent, capacity_line, check_spreadable
+from moefit.train.parallel.processes import joined_processes
 
 
 def dispatch(factor):
@@ -55,3 +56,17 @@ def test_capacity_is_said_beside_the_lower_bound():
 
     line = capacity_line(Config(), 100, 1.25)
     assert "8 tokens; an even share of 100 tokens is 6.2, LocMoE's lower bound 0.20" in line
+
+
+def test_half_of_torchruns_variables_raise(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ConfigError, match=r"RANK, LOCAL_RANK.* is not; start with torchrun"),
+        joined_processes(),
+    ):
+        raise AssertionError("not reached")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined_processes() as processes:
+        assert processes.is_main

@@ -225,13 +225,19 @@ def prepare_shards(
         progress: Called as data is read and tokenised.
 
     Raises:
-        ConfigError: There are fewer sources than machines.
+        ConfigError: There are fewer sources than machines, or `max_bytes` is set, which would
+            choose other text for held-out than that of the whole corpus.
         DataError: As for `prepare`, of one machine's sources.
     """
     if len(data.sources) < machines:
         raise ConfigError(
             f"data.shard_by=source divides {len(data.sources)} sources among {machines} machines; "
             f"give at least {machines} sources, or data.shard_by=none"
+        )
+    if data.max_bytes is not None:
+        raise ConfigError(
+            "data.max_bytes does not work with data.shard_by=source: a machine's first bytes are "
+            "not those of the corpus, whose held-out text they might be; give smaller sources"
         )
     tokenizer = str(whole.train.path.parent / TOKENIZER)
     parts = [

@@ -226,6 +226,9 @@ def _number(name: str, default: int) -> int:
         ) from error
 
 
+_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun's variables
+
+
 @contextmanager
 def joined_processes(timeout: float = TIMEOUT_SECONDS) -> Iterator[Processes]:
     """Join the processes that torchrun started, for the duration of the context.
@@ -244,6 +247,12 @@ def joined_processes(timeout: float = TIMEOUT_SECONDS) -> Iterator[Processes]:
     if size < 2:
         yield OneProcess()
         return
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size} is set, but {', '.join(missing)} is not; start with torchrun, or "
+            "unset WORLD_SIZE for one process"
+        )
     rank, per_node = _number("RANK", 0), _number("LOCAL_WORLD_SIZE", size)
     wait = timedelta(seconds=timeout)
     with lost_as_error(rank, size):

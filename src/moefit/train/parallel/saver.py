@@ -111,6 +111,8 @@ class ShardedSaver:
         """Wait until the last checkpoint is complete; see `Saver`."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            # Process 0 publishes the whole model, for which the others wait without a limit.
+            self._state.processes.on_main(lambda: self._result(pending))
             self._state.processes.agreed(lambda: self._result(pending))
 
     def _begin(self, step: int) -> Path:
