@@ -9,7 +9,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
@@ -80,6 +81,30 @@ app = typer.Typer(
     help="Train mixture-of-experts models, and serve them inside a memory budget.",
 )
 console = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar within the block; it is given a name, how many are done, and how many there are.
+
+    Args:
+        what: Shown until the first call.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield show
 
 
 def option(help: str, *names: str, **settings: Any) -> Any:

@@ -1,17 +1,20 @@
 """Commands of the planner: profile, plan."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-
 from moefit.api import folder_of
 from moefit.checkpoint.tokenizer import read_tokenizer
-from moefit.cli.app import Json, advanced, command, console, option, print_json, say
+from moefit.cli.app import (
+    Json,
+    advanced,
+    command,
+    option,
+    print_json,
+    progress_bar,
+    say,
+)
 from moefit.cli.loading import import_serving_commands, shared_steps
 from moefit.cli.options import (
     MAX_LOSS,
@@ -38,7 +41,7 @@ from moefit.plan.measure import MeasuredModel
 from moefit.plan.plan_file import Plan, Target, write_plan
 from moefit.plan.planner import Planner
 from moefit.plan.profile import Profile, find_profile
-from moefit.plan.profiler import Profiler, Progress
+from moefit.plan.profiler import Profiler
 from moefit.plan.reference import read_windows
 from moefit.plan.search import PlanConstraints, Point
 from moefit.serve.hf.skeleton import build_skeleton
@@ -72,30 +75,13 @@ def profile_model(
         text=text.name if text else "held-out standard library",
         memory=None if memory is None else parse_bytes(memory),
     )
-    with _bar() as progress:
+    with progress_bar("profiling") as progress:
         profile = profiler.run(progress, again=again)
     if as_json:
         print_json({"path": str(profiler.path), "items": dict(profile.items)})
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
     say(f"next: moefit plan {shlex.quote(model)} --memory SIZE")
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("profiling")
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done, total=total)
-
-        yield show
 
 
 @command("plan")

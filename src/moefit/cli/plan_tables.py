@@ -125,6 +125,15 @@ def draw(fronts: Fronts, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

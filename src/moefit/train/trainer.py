@@ -105,24 +105,7 @@ class Trainer:
         self.dropout = ExpertDropout.of(config, self.model)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.stepper = Stepper(
-            model=self.model,
-            optimizer=self.optimizer,
-            losses=make_losses(
-                self.model,
-                loss_weights(config, self.model),
-                compile=config.compile,
-                locality=config.loss.routing_locality,
-                allowed=self.allowed,
-                distill=self.dropout is not None and self.dropout.settings.self_distillation,
-                total=self.parallel.total,
-                nodes=self.nodes,
-            ),
-            device=self.device,
-            bf16=self.bf16,
-            clip=config.optimizer.clip,
-            parallel=self.parallel,
-        )
+        self.stepper = self._stepper()
         self.batches = self._batches()
         self.held_out = HeldOutEvaluator(
             tokens=data.held_out.open(),
@@ -135,16 +118,7 @@ class Trainer:
         self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
         self._steps_timed = 0
         self.info = self._info()
-        self.state = RunState(
-            model=self.model,
-            optimizer=self.optimizer,
-            device=self.device,
-            precision=self.info["precision"],
-            fingerprint=data.fingerprint,
-            seed=config.seed,
-            shards=len(data.shards) or 1,
-            processes=self.processes,
-        )
+        self.state = self._run_state()
         saver = WholeSaver if self.processes.size == 1 else ShardedSaver
         self.saver = saver(out, self.state, data.tokenizer, config.checkpoint.keep)
         self.first_step, self.seconds_before = self._resume()
@@ -153,6 +127,38 @@ class Trainer:
         evaluated = evaluated or {"loss": None, "step": 0}
         self.held_out_loss: float | None = evaluated["loss"]
         self._evaluated_step: int = evaluated["step"]
+
+    def _stepper(self) -> Stepper:
+        return Stepper(
+            model=self.model,
+            optimizer=self.optimizer,
+            losses=make_losses(
+                self.model,
+                loss_weights(self.config, self.model),
+                compile=self.config.compile,
+                locality=self.config.loss.routing_locality,
+                allowed=self.allowed,
+                distill=self.dropout is not None and self.dropout.settings.self_distillation,
+                total=self.parallel.total,
+                nodes=self.nodes,
+            ),
+            device=self.device,
+            bf16=self.bf16,
+            clip=self.config.optimizer.clip,
+            parallel=self.parallel,
+        )
+
+    def _run_state(self) -> RunState:
+        return RunState(
+            model=self.model,
+            optimizer=self.optimizer,
+            device=self.device,
+            precision=self.info["precision"],
+            fingerprint=self.data.fingerprint,
+            seed=self.config.seed,
+            shards=len(self.data.shards) or 1,
+            processes=self.processes,
+        )
 
     def _batches(self) -> Batches | BatchesByMachine:
         files = self.data.shards or (self.data.train,)

@@ -1,7 +1,5 @@
 """The commands `law list` and `law fit`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +7,23 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
-from moefit.advise.fitting import HUBER, Fit, FitSettings, Progress, fit_law, law_of
+from moefit.advise.fitting import HUBER, Fit, FitSettings, fit_law, law_of
 from moefit.advise.forms import CHINCHILLA, CLARK, FORMS, JOINT, YUN
 from moefit.advise.laws import SUFFIXES, law_yaml, leverage_law, published_laws
 from moefit.advise.runs import OPTIONAL, REQUIRED, read_runs
 from moefit.advise.shapes import Count
 from moefit.cli.advise.tables import check_new_file, draw_fit, fit_table, held_out_line, laws_table
-from moefit.cli.app import COMMANDS, Json, advanced, app, console, option, print_json, say
+from moefit.cli.app import (
+    COMMANDS,
+    Json,
+    advanced,
+    app,
+    option,
+    print_json,
+    progress_bar,
+    say,
+)
 from moefit.cli.plan_tables import check_picture
 from moefit.errors import ConfigError
 
@@ -89,7 +94,7 @@ def law_fit(
     found = read_runs(runs, counts=counts, columns=_columns(column or []), drop=drop or [])
     for name, reason in found.left_out.items():
         say(f"left out: {name}: {reason}")
-    with _bar() as progress:
+    with progress_bar("fitting") as progress:
         fit = fit_law(
             found,
             FORMS[form.value],
@@ -152,20 +157,3 @@ def _columns(given: list[str]) -> dict[str, str]:
             )
         columns[name] = value
     return columns
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("fitting")
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done, total=total)
-
-        yield show

@@ -7,9 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moefit.cli.advise.tables import save_figure
 from moefit.cli.app import Json, advanced, command, option, print_json, say
-from moefit.cli.plan_tables import check_picture
+from moefit.cli.plan_tables import check_picture, save_figure
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
@@ -71,13 +70,9 @@ def simulate(
     if picture is not None:
         _draw(outcomes, f"{sizes.name} on {device.name}", picture)
     if as_json:
-        print_json(
-            {
-                "shape": sizes.model_dump(),
-                "hardware": device.model_dump(),
-                "rules": {name: _numbers(name, outcomes) for name in outcomes},
-            }
-        )
+        rules = {name: _numbers(name, outcomes) for name in outcomes}
+        found = {"shape": sizes.model_dump(), "hardware": device.model_dump(), "rules": rules}
+        print_json(found)
         return
     _print(Console(), outcomes, f"{sizes.name} on {device.name}, per layer")
     say("a layer takes the longer one of GPU (copies and computation) and far side")

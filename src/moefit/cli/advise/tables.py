@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from moefit.advise.search import Candidate, pareto_front
 from moefit.advise.serving import CONTEXT, QUANTISATION_NATS
 from moefit.advise.shapes import short_count
 from moefit.cli.app import say
+from moefit.cli.plan_tables import save_figure
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
 from moefit.serve.memory.budget import format_bytes
@@ -316,18 +316,3 @@ def check_new_file(path: Path) -> None:
             f"there is no folder {path.absolute().parent} to write {path.name} into; create it, or "
             "name a file in a folder that exists"
         )
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the picture {path}: {error.strerror or error}; name a file in a folder "
-            "that can be written to"
-        ) from error

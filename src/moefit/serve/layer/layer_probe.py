@@ -184,7 +184,7 @@ class _Recorder(TorchDispatchMode):
     def attention(
         self, model: PreTrainedModel, candidates: Mapping[nn.Module, LayerParts]
     ) -> Iterator[None]:
-        """Record within the block with which options attention is called, and by whom."""
+        """Record the options of calls of attention within the block."""
         before = model.config._attn_implementation
         own, own_mask = AttentionInterface()[before], AttentionMaskInterface()[before]
         layer_of = {parts.attention: module for module, parts in candidates.items()}
