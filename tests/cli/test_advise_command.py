@@ -193,6 +193,10 @@ def test_law_list_names_sources(laptop: str) -> None:
             ["--flops", "1e21", "--max-loss", "2", "--algorithm", "best-quality"],
             "looks for the lowest",
         ),
+        (
+            ["--flops", "1e21", "--match-experts", "4"],
+            "no --max-loss, or leave --match-experts out",
+        ),
         (["--gpu-hours", "3", "--gpu", "h1"], "'h1' is not known hardware"),
         (
             ["--flops", "1e21", "--prompt-tokens", "4e3", "--context", "4000"],

@@ -104,9 +104,11 @@ def advise_training(
         advanced("best-quality under the limits, or least-cost for a loss (Yun et al. 2024)."),
     ] = None,
     match_experts: Annotated[
-        int,
-        advanced("least-cost: match the loss-optimal model with this many experts.", min=1),
-    ] = 1,
+        int | None,
+        advanced(
+            "least-cost: match the loss-optimal model with this many experts, 1 by default.", min=1
+        ),
+    ] = None,
     vocab_size: Annotated[int, advanced("Size of the vocabulary.", min=257)] = VOCABULARY,
     text: Annotated[
         list[str] | None, advanced("Text for the written run; may be repeated. Default: stdlib.")
@@ -141,8 +143,13 @@ def advise_training(
         vocabulary=vocab_size,
     )
     chosen = _algorithm(algorithm, max_loss)
+    if match_experts is not None and (chosen is Algorithm.best_quality or max_loss is not None):
+        raise ConfigError(
+            "--match-experts names the model whose loss --algorithm least-cost matches; give that "
+            "algorithm and no --max-loss, or leave --match-experts out"
+        )
     with console.status("searching"):
-        advice = advise(question, chosen, max_loss=max_loss, match_experts=match_experts)
+        advice = advise(question, chosen, max_loss=max_loss, match_experts=match_experts or 1)
     sources = tuple(text or (STDLIB,))
     if as_json:
         print_json({**advice.as_dict(), "config": train_config(advice.chosen, sources)})

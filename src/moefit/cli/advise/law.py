@@ -91,6 +91,10 @@ def law_fit(
         check_picture(picture, 1)
     if save is not None:
         _check_law_file(save)
+    if column and any(one.is_dir() for one in runs):
+        raise ConfigError(
+            "--column names columns of a CSV file, and a folder has none; leave it out"
+        )
     found = read_runs(runs, counts=counts, columns=_columns(column or []), drop=drop or [])
     for name, reason in found.left_out.items():
         say(f"left out: {name}: {reason}")
