@@ -55,6 +55,11 @@ def test_finished_run_is_not_changed(config, callback, tmp_path, monkeypatch):
     assert after == before
 
 
+def test_settings_of_many_processes_are_said_to_have_no_effect(tree, callback):
+    train(make_config(tree | {"steps": 3, "parallel": {"replicate": 2}}), callback)
+    assert any("settings of parallel have no effect" in one for one in callback.messages)
+
+
 def test_olmoe_trains_densely(tree, callback):
     tree["model"] = {
         "architecture": "olmoe",

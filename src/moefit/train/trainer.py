@@ -23,7 +23,7 @@ from moefit.moe.expert_dropout import dropout_record
 from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
-from moefit.train.config import TrainConfig
+from moefit.train.config import ParallelConfig, TrainConfig
 from moefit.train.data.batches import Batches, BatchesByMachine
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
@@ -176,13 +176,18 @@ class Trainer:
 
     def _check_model(self) -> None:
         """Raise ConfigError for a model that cannot be spread as configured."""
+        if self.processes.size == 1 and self.config.parallel != ParallelConfig():
+            self.callback.on_message("one process: settings of parallel have no effect")
+        if self.config.data.shard_by != "none" and not self.data.shards:
+            self.callback.on_message("one machine: data.shard_by has no effect")
         if self.config.parallel.experts == "all_to_all":
-            if self.processes.size == 1:
-                self.callback.on_message("one process: settings of parallel have no effect")
             config = self.model.config
             rule = getattr(config, "training_rule", None) or f"top_k:{config.num_experts_per_tok}"
             check_spreadable(int(config.num_experts), self.processes.size, rule)
-            rows = self.config.batch_size * self.config.seq_len * chosen_experts(self.model)
+            tokens = self.config.batch_size * (
+                self.config.seq_len + 1
+            )  # the last one is a target only
+            rows = tokens * chosen_experts(self.model)
             factor = self.config.parallel.capacity_factor
             line = capacity_line(config, rows // self.processes.size, factor)
             self.callback.on_message(line)
