@@ -133,6 +133,7 @@ def test_the_least_follows_the_rules(sparse):
         ({"sizes": "many"}, "expert_dropout.sizes: .*'uniform' or 'few'"),
         ({"shares": 0.5}, "expert_dropout.shares: unknown key; did you mean share?"),
         ({"least": 1}, r"least=1, but of 8 experts the model's rules choose 2; .* works is 2"),
+        ({"begin": 0.95}, r"begin=0.95 of steps=8 leaves no step .* works is begin=0.875"),
         ({"least": 8}, r"least=8, but of 8 experts some must be absent; .* works is 7"),
     ],
 )
@@ -156,6 +157,13 @@ def test_models_with_nothing_to_drop(sparse):
     sparse["loss"] = {}
     with pytest.raises(ConfigError, match=r"num_experts=1 has no router; leave out"):
         dropout_of(sparse)
+
+
+def test_locality_needs_a_router(tree, callback):
+    tree["model"] = {"hidden_size": 32, "num_attention_heads": 4, "num_experts": 1}
+    tree["loss"] = {"routing_locality": 0.5}
+    with pytest.raises(ConfigError, match=r"routing_locality=0.5 has no effect.*leave it out"):
+        train(make_config(tree), callback)
 
 
 @pytest.mark.parametrize("architecture", ["dsmoe", "olmoe"])

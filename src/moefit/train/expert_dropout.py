@@ -50,7 +50,8 @@ class ExpertDropout:
         """Return the dropout of a run; None if it has none.
 
         Raises:
-            ConfigError: The model has no router, or `least` does not suit its rules.
+            ConfigError: The model has no router, `least` does not suit its rules, or `begin` leaves
+                no step with experts absent.
         """
         settings = config.expert_dropout
         if settings is None:
@@ -62,13 +63,19 @@ class ExpertDropout:
                 f"model.num_experts={num_experts} has no router; leave out expert_dropout, or "
                 "give model.num_experts=2 or more"
             )
+        begin_step = round(settings.begin * config.steps)
+        if begin_step >= config.steps:
+            raise ConfigError(
+                f"expert_dropout.begin={settings.begin:g} of steps={config.steps} leaves no step "
+                f"with experts absent; the latest that works is begin={_latest(config.steps)}"
+            )
         return cls(
             settings=settings,
             least=_least(settings.least, _chosen_per_token(config, model), num_experts),
             num_layers=int(model.config.num_hidden_layers),
             num_experts=num_experts,
             seed=config.seed,
-            begin_step=round(settings.begin * config.steps),
+            begin_step=begin_step,
         )
 
     def begins_at(self, step: int) -> bool:
@@ -168,6 +175,15 @@ def _chosen_per_token(config: TrainConfig, model: PreTrainedModel) -> int | None
     texts = (model.config.training_rule, model.config.inference_rule, config.sparse.rule)
     counts = [rule.k for rule in map(Rule.parse, filter(None, texts)) if rule.k is not None]
     return max(counts, default=None)
+
+
+def _latest(steps: int) -> str:
+    """Return a `begin` that leaves the last step.
+
+    >>> _latest(8), _latest(3)
+    ('0.875', '0.66667')
+    """
+    return f"{(steps - 1) / steps:.5g}"
 
 
 def _least(given: int | None, chosen: int | None, num_experts: int) -> int:

@@ -175,7 +175,14 @@ class Trainer:
         return shares[0] if len(shares) == 1 else BatchesByMachine(shares=shares)
 
     def _check_model(self) -> None:
-        """Raise ConfigError for a model that cannot be spread as configured."""
+        """Raise ConfigError for a setting without effect, or a model that cannot be spread."""
+        locality = self.config.loss.routing_locality
+        if locality and int(self.model.config.num_experts) < 2:
+            raise ConfigError(
+                f"loss.routing_locality={locality:g} has no effect, because a model with "
+                "model.num_experts=1 has no router; leave it out, or give model.num_experts=2 or "
+                "more"
+            )
         if self.processes.size == 1 and self.config.parallel != ParallelConfig():
             self.callback.on_message("one process: settings of parallel have no effect")
         if self.config.data.shard_by != "none" and not self.data.shards:
