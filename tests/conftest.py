@@ -70,35 +70,45 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_tree(corpus):
+    """Returns settings of a run of about a second in a folder."""
+
+    def make(folder):
+        return {
+            "out": str(folder / "run"),
+            "model": {
+                "hidden_size": 32,
+                "intermediate_size": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_attention_experts": 2,
+                "num_experts": 4,
+                "attention_dropout": 0.1,
+            },
+            "data": {
+                "sources": [str(corpus)],
+                "held_out_fraction": 0.2,
+                "vocab_size": 300,
+                "cache_dir": str(corpus.parent / "cache"),
+            },
+            "loss": {"mlp_mi": 0.02, "attention_mi": 0.01},
+            "optimizer": {"warmup_steps": 2},
+            "log": {"every": 1, "eval_every": 4, "eval_tokens": 128},
+            "checkpoint": {"every": 4, "keep": 2},
+            "steps": 8,
+            "seq_len": 16,
+            "batch_size": 4,
+            "precision": "fp32",
+        }
+
+    return make
+
+
 @pytest.fixture
-def tree(corpus, tmp_path):
+def tree(make_tree, tmp_path):
     """Settings of a run of about a second, for tests to change."""
-    return {
-        "out": str(tmp_path / "run"),
-        "model": {
-            "hidden_size": 32,
-            "intermediate_size": 8,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_attention_experts": 2,
-            "num_experts": 4,
-            "attention_dropout": 0.1,
-        },
-        "data": {
-            "sources": [str(corpus)],
-            "held_out_fraction": 0.2,
-            "vocab_size": 300,
-            "cache_dir": str(corpus.parent / "cache"),
-        },
-        "loss": {"mlp_mi": 0.02, "attention_mi": 0.01},
-        "optimizer": {"warmup_steps": 2},
-        "log": {"every": 1, "eval_every": 4, "eval_tokens": 128},
-        "checkpoint": {"every": 4, "keep": 2},
-        "steps": 8,
-        "seq_len": 16,
-        "batch_size": 4,
-        "precision": "fp32",
-    }
+    return make_tree(tmp_path)
 
 
 @pytest.fixture

@@ -15,7 +15,13 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.moe.experts import expert_weights, grouped_experts, scattered_scores, wide_experts
+from moefit.moe.experts import (
+    ExpertWeights,
+    expert_weights,
+    grouped_experts,
+    scattered_scores,
+    wide_experts,
+)
 from moefit.moe.locmoe import grouped_average_pooling
 from moefit.moe.routing import (
     Routing,
@@ -77,20 +83,37 @@ def _mlp_router(config: DsMoeConfig) -> DsMoeRouter | None:
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
 
 
-def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
+def compute_experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, training: bool, dense: bool
+) -> Tensor:
     """Compute all experts as one wide MLP if every token uses them, else tokens by expert.
 
     In training, narrow experts are always computed as one wide MLP, with zero scores for those not
     chosen: one large product takes less time than many small ones.
+
+    Args:
+        x_TD: Inputs.
+        routing: The chosen experts; the id E is none.
+        weights: Of E experts.
+        training: Whether the model is trained.
+        dense: Whether every token uses all experts.
+
+    Returns:
+        Outputs [T, D].
     """
-    weights = expert_weights(experts)
     num_experts, width = weights.w_in_EID.shape[0], weights.w_out_EDF.shape[2]
-    if num_experts == 1:
-        return wide_experts(x_TD, None, weights)
-    narrow = experts.training and width <= WIDE_UP_TO
-    if narrow or routing.ids_TK.shape[1] == num_experts:
+    if dense or (training and width <= WIDE_UP_TO):
         return wide_experts(x_TD, scattered_scores(routing, num_experts), weights)
     return grouped_experts(x_TD, routing, weights)
+
+
+def _experts_forward(experts: Any, x_TD: Tensor, routing: Routing) -> Tensor:
+    weights = expert_weights(experts)
+    num_experts = weights.w_in_EID.shape[0]
+    if num_experts == 1:
+        return wide_experts(x_TD, None, weights)
+    dense = routing.ids_TK.shape[1] == num_experts
+    return compute_experts(x_TD, routing, weights, training=experts.training, dense=dense)
 
 
 @use_experts_implementation

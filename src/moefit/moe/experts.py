@@ -99,10 +99,20 @@ def grouped_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> T
         for x_RD, w_in_ID, w_out_DF in parts
         if len(x_RD)
     ]
+    if not outputs:
+        outputs = [_no_rows(x_TD, weights)]
     y_TD = torch.zeros_like(at_least_float32(x_TD))
-    if outputs:
-        y_TD = y_TD.index_add(0, token_R, at_least_float32(torch.cat(outputs)) * weight_R1)
+    y_TD = y_TD.index_add(0, token_R, at_least_float32(torch.cat(outputs)) * weight_R1)
     return y_TD.to(x_TD.dtype)
+
+
+def _no_rows(x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+    """Return no rows [0, D] that depend on the weights: their gradients are 0, not missing.
+
+    In training by several processes, all must have gradients of the same weights.
+    """
+    w_in_EID, w_out_EDF = weights.w_in_EID, weights.w_out_EDF
+    return x_TD[:0] + w_in_EID[:0].sum() + w_out_EDF[:0].sum()
 
 
 def scattered_scores(routing: Routing, num_experts: int) -> Tensor:

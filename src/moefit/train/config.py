@@ -222,6 +222,9 @@ class ParallelConfig(_Strict):
     capacity_factor: float | None = Field(default=None, gt=0)
     """With `all_to_all`, the most tokens that a process sends to an expert, in units of an even
     share; what is beyond has no output of the layer. None is no limit."""
+    expert_tensor: int = Field(default=1, gt=0)
+    """Consecutive processes that share the tokens of a part of the batch and divide the experts
+    of every layer among them, for the price of an all-reduce of the layer's outputs."""
     nodes: int | None = Field(default=None, gt=0)
     """Number of machines that processes are divided among; None is what torchrun says."""
     node_bias: float = Field(default=0.0, ge=0)
@@ -236,6 +239,11 @@ class ParallelConfig(_Strict):
                     f"{name}={value:g} has no effect with experts=data; leave it out, or give "
                     "experts=all_to_all"
                 )
+        if self.experts == "all_to_all" and self.expert_tensor > 1:
+            raise ValueError(
+                f"expert_tensor={self.expert_tensor} and experts=all_to_all both divide the "
+                "experts; give expert_tensor=1, or experts=data"
+            )
         return self
 
 

@@ -26,7 +26,7 @@ _ELSEWHERE = "free disk space or give another folder with out=FOLDER"
 # resolves to.
 CHANGEABLE = (
     *("log", "checkpoint", "out", "data.cache_dir", "device", "precision"),
-    *(f"parallel.{name}" for name in ("replicate", "reshard", "experts", "nodes")),
+    *(f"parallel.{name}" for name in ("replicate", "reshard", "experts", "expert_tensor", "nodes")),
 )
 
 

@@ -30,7 +30,6 @@ from moefit.train.expert_dropout import AllowedExperts
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import Parallelism, Single
-from moefit.train.parallel.processes import OneProcess, Processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +42,7 @@ class HeldOutEvaluator:
         batch_size: Windows per forward pass.
         limit: Most tokens to evaluate.
         bf16: Whether to autocast to bfloat16.
-        processes: Those that share the windows.
+        parallel: Divides the windows among processes.
     """
 
     tokens: np.ndarray
@@ -51,7 +50,7 @@ class HeldOutEvaluator:
     batch_size: int
     limit: int
     bf16: bool
-    processes: Processes = field(default_factory=OneProcess)
+    parallel: Parallelism = field(default_factory=lambda: Single(clock=Clock(torch.device("cpu"))))
 
     @torch.no_grad()
     def loss(
@@ -75,7 +74,7 @@ class HeldOutEvaluator:
             for window_BN1 in _batched(found, self.batch_size):
                 if stop():
                     return None
-                mine = np.array_split(window_BN1, self.processes.size)[self.processes.rank]
+                mine = np.array_split(window_BN1, self.parallel.shares)[self.parallel.mine]
                 # A process without a window of its own still gathers weights with the others.
                 used = mine if len(mine) else window_BN1[:1]
                 ids_BN1 = torch.from_numpy(used.astype(np.int64)).to(model.device)
@@ -84,7 +83,7 @@ class HeldOutEvaluator:
                 count += mine.shape[0] * (mine.shape[1] - 1)
         finally:
             model.train()
-        total, count = self.processes.sums((total, count))
+        total, count = self.parallel.processes.sums((total, count))
         return total / count
 
     def _total_loss(self, model: PreTrainedModel, ids_BN1: Tensor, limit: dict[str, Any]) -> float:

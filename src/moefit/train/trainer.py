@@ -47,6 +47,7 @@ from moefit.train.model import (
     use_bf16,
 )
 from moefit.train.parallel.dispatch import capacity_line, check_spreadable
+from moefit.train.parallel.expert_tensor import check_divisible
 from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import parallelism
 from moefit.train.parallel.processes import OneProcess, Processes, local_device
@@ -113,7 +114,7 @@ class Trainer:
             batch_size=config.batch_size,
             limit=config.log.eval_tokens,
             bf16=self.bf16,
-            processes=self.processes,
+            parallel=self.parallel,
         )
         self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
         self._steps_timed = 0
@@ -158,6 +159,8 @@ class Trainer:
             seed=self.config.seed,
             shards=len(self.data.shards) or 1,
             processes=self.processes,
+            stream=self.parallel.mine,
+            streams=self.parallel.shares,
         )
 
     def _batches(self) -> Batches | BatchesByMachine:
@@ -187,6 +190,9 @@ class Trainer:
             self.callback.on_message("one process: settings of parallel have no effect")
         if self.config.data.shard_by != "none" and not self.data.shards:
             self.callback.on_message("one machine: data.shard_by has no effect")
+        if self.processes.size > 1 and self.config.parallel.expert_tensor > 1:
+            experts = int(self.model.config.num_experts)
+            check_divisible(experts, self.config.parallel.expert_tensor)
         if self.config.parallel.experts == "all_to_all":
             config = self.model.config
             rule = getattr(config, "training_rule", None) or f"top_k:{config.num_experts_per_tok}"
@@ -251,7 +257,7 @@ class Trainer:
             return resumed
         if self.config.continue_from is not None:
             return self._continue_from(Path(self.config.continue_from).expanduser())
-        seed_process(self.config.seed, self.processes.rank)
+        seed_process(self.config.seed, self.parallel.mine)
         return 0, 0.0
 
     def _continue_from(self, folder: Path) -> tuple[int, float]:

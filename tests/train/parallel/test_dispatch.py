@@ -5,6 +5,7 @@ from moefit.errors import ConfigError
 from moefit.train.config import make_config
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import Dispatch, _sent, capacity_line, check_spreadable
+from moefit.train.parallel.expert_tensor import check_divisible
 from moefit.train.parallel.processes import joined_processes
 
 
@@ -33,6 +34,10 @@ def test_models_that_cannot_be_spread_raise():
         check_spreadable(8, 2, "dense")
     with pytest.raises(ConfigError, match=r"nearest that works is model\.num_experts=9"):
         check_spreadable(8, 3, "top_k:2")
+    with pytest.raises(ConfigError, match=r"dense \(model\.num_experts=1\); give parallel"):
+        check_divisible(1, 2)
+    with pytest.raises(ConfigError, match=r"8 do not divide .*works is parallel\.expert_tensor=4"):
+        check_divisible(8, 6)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,10 @@ def test_models_that_cannot_be_spread_raise():
     [
         ({"parallel": {"capacity_factor": 1.5}}, "capacity_factor=1.5 has no effect"),
         ({"parallel": {"node_bias": 2}}, "node_bias=2 has no effect"),
+        (
+            {"parallel": {"expert_tensor": 2, "experts": "all_to_all"}},
+            "both divide the experts; give expert_tensor=1",
+        ),
         ({"loss": {"locality": 1}}, "loss.locality=1 has no effect"),
         ({"loss": {"locality_ramp": [1, 0]}}, "ends before it starts"),
         ({"compile": True, "parallel": {"experts": "all_to_all"}}, "give compile=false"),

@@ -12,7 +12,7 @@ import parallel_cases
 import pytest
 import torch
 import yaml
-from processes import finish, results, start
+from processes import results
 from transformers import AutoModelForCausalLM
 
 from moefit.dsmoe.model import register
@@ -22,8 +22,6 @@ from moefit.train.config import ParallelConfig, make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.run_folder import read_log
-
-CASES = Path(parallel_cases.__file__)
 
 
 def losses(out):
@@ -45,34 +43,56 @@ def alone(folder, name):
     return train(make_config({**tree, "out": str(folder / name)}), NoDisplay()).checkpoint
 
 
-def test_two_processes_train_resume_and_refuse_together(folder, tree):
-    """One pair of processes does everything, because starting one takes seconds."""
-    stop = parallel_cases.Signals(5, signal.SIGTERM)
-    train(make_config({**tree, "out": str(folder / "one_two")}), stop)
-    done = results(
-        2, CASES, str(folder), "equality", "run:two", "stop:again", "run:again", "stop:two_one",
-        "run:one_two", "spread", "locmoe:loc", "stop_locmoe:loc_one", "failures",
+@pytest.fixture(scope="module")
+def pair(shared_folder):
+    """What one pair of processes does, because starting one takes seconds."""
+    stop = parallel_cases.Signals(2, signal.SIGTERM)
+    tree = json.loads((shared_folder / "tree.json").read_text())
+    train(make_config({**tree, "out": str(shared_folder / "chain")}), stop)
+    return results(
+        2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
+        "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
+        "locmoe:loc_one:5", "failures", "killed", last_dies=True,
     )  # fmt: skip
-    for name, (numbers, parameters) in (done["equality"] | done["spread"]).items():
+
+
+@pytest.fixture(scope="module")
+def one(shared_folder):
+    """The checkpoint of one process that has never stopped."""
+    return alone(shared_folder, "one")
+
+
+@pytest.mark.parametrize("case", ["equality", "spread", "tensor:dsmoe,lopsided"])
+def test_two_processes_equal_one(pair, case):
+    for name, (numbers, parameters) in pair[case].items():
         assert numbers < 1e-6, name
         assert parameters < 1e-9, name
-    whole = alone(folder, "one")
-    expected, one = losses(folder / "one"), weights(whole)
-    for name in ("two", "again"):
-        assert losses(folder / name) == pytest.approx(expected, abs=1e-6), name
-    assert_close(weights(done["run:again"]), weights(done["run:two"]), 0)
-    assert Path(done["stop:two_one"]).name == "step-00000005"
-    two_one = alone(folder, "two_one")
-    for found in (done["run:two"], two_one, done["run:one_two"]):
-        assert_close(weights(found), one, 1e-5)
-    records = [r for r in read_log(folder / "two") if r["kind"] == "train"]
+
+
+def test_runs_resume_bit_for_bit_and_by_other_processes(pair, one, shared_folder):
+    """The chain is of one process, two that divide experts, two that divide data, and one."""
+    expected, whole = losses(shared_folder / "one"), weights(one)
+    assert Path(pair["run:chain:6"]).name == "step-00000006"
+    last = alone(shared_folder, "chain")
+    for name in ("two", "again", "chain"):
+        assert losses(shared_folder / name) == pytest.approx(expected, abs=1e-6), name
+    assert_close(weights(pair["run:again"]), weights(pair["run:two"]), 0)
+    for found in (pair["run:two"], last):
+        assert_close(weights(found), whole, 1e-5)
+
+
+def test_log_of_two_processes(pair, one, shared_folder):
+    records = [r for r in read_log(shared_folder / "two") if r["kind"] == "train"]
     assert records[-1]["communication_seconds"] > 0
-    held_out = [r["loss"] for r in read_log(folder / "two") if r["kind"] == "eval"]
-    assert held_out == pytest.approx(
-        [r["loss"] for r in read_log(folder / "one") if r["kind"] == "eval"], abs=1e-5
+    of_two, of_one = (
+        [r["loss"] for r in read_log(shared_folder / name) if r["kind"] == "eval"]
+        for name in ("two", "one")
     )
-    check_locmoe(folder)
-    said = done["failures"]
+    assert of_two == pytest.approx(of_one, abs=1e-5)
+
+
+def test_errors_are_raised_by_all_and_described_by_process_0(pair):
+    said = pair["failures"]
     assert "process 1 of 2:" in said[0]
     assert "other settings than process 0 (seed)" in said[0]
     assert "batch_size=3" in said[1]
@@ -81,10 +101,11 @@ def test_two_processes_train_resume_and_refuse_together(folder, tree):
     assert "needs a sparse model" in said[3]
     assert "all processes are on one machine" in said[4]
     assert "diverged at step" in said[5]
+    assert "nearest that works is parallel.expert_tensor=1" in said[6]
 
 
-def check_locmoe(folder):
-    """Tokens stay on their machine more and more; one process can go on with such a run."""
+def test_tokens_stay_on_their_machine_and_one_process_goes_on(pair, shared_folder):
+    folder = shared_folder
     records = [r for r in read_log(folder / "loc") if r["kind"] == "train"]
     assert records[0]["cross_node_share"] == pytest.approx(0.5, abs=0.2)
     assert records[-1]["cross_node_share"] < 0.7 * records[0]["cross_node_share"]
@@ -104,27 +125,32 @@ def check_locmoe(folder):
     assert one == list(range(1, 17))
 
 
-def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(folder):
-    survivor, victim = finish(start(2, CASES, str(folder), "killed"))
+def test_a_killed_process_ends_the_other_and_loses_no_checkpoint(pair, one, shared_folder):
+    survivor, victim = pair["ended"]
     assert victim[0] == -9
     assert survivor[0] > 0
-    assert "process 0 of 2 lost contact with another process" in survivor[2]
-    kept = checkpoint.checkpoints(folder / "killed")
+    assert "process 0 of 2 lost contact with another process" in survivor[1]
+    kept = checkpoint.checkpoints(shared_folder / "killed")
     assert checkpoint.step_of(kept[-1]) >= 4  # that of step 6 may still have been written
-    assert alone(folder, "killed").name == "step-00000008"
-    assert losses(folder / "killed") == pytest.approx(losses(alone(folder, "one").parent), abs=1e-6)
-    assert not list((folder / "killed").glob(".step-*"))
+    assert alone(shared_folder, "killed").name == "step-00000008"
+    expected = losses(shared_folder / "one")
+    assert losses(shared_folder / "killed") == pytest.approx(expected, abs=1e-6)
+    assert not list((shared_folder / "killed").glob(".step-*"))
 
 
 @pytest.mark.slow
 def test_four_processes_and_replicas_equal_one(folder):
-    done = results(4, CASES, str(folder), "equality", "equality:2", "stop:four_two")
-    for case in ("equality", "equality:2"):
+    names = "dsmoe,sparse,lopsided,olmoe"
+    cases = ["equality", "equality:2", f"tensor:{names}"]
+    done = results(4, "parallel_cases", folder, *cases, "run:four:5", "tensor_run:four_two:5")
+    for case in cases:
         for name, (numbers, parameters) in done[case].items():
             assert numbers < 1e-6, (case, name)
             assert parameters < 1e-9, (case, name)
-    two = results(2, CASES, str(folder), "run:four_two")["run:four_two"]
-    assert_close(weights(two), weights(alone(folder, "one")), 1e-5)
+    whole = weights(alone(folder, "one"))
+    two = results(2, "parallel_cases", folder, "run:four", "run:four_two")
+    for case in ("run:four", "run:four_two"):
+        assert_close(weights(two[case]), whole, 1e-5)
 
 
 @pytest.mark.slow

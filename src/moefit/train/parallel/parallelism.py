@@ -2,7 +2,8 @@
 
 `DataParallel` is FSDP2: each process holds a part of every weight, gradient and optimizer state,
 and computes its share of each micro-batch. Losses that depend on a whole micro-batch are computed
-from sums over all processes, so results do not depend on the number of processes.
+from sums over all shares, so results do not depend on the number of processes. With
+`expert_tensor` a share belongs to a group of processes that divide the experts among them.
 
 Shapes: B sequences of a micro-batch, N tokens per sequence.
 """
@@ -26,9 +27,10 @@ from transformers import PreTrainedModel
 
 from moefit.dsmoe.config import nearest_multiple
 from moefit.errors import ConfigError
-from moefit.train.config import TrainConfig
+from moefit.train.config import ParallelConfig, TrainConfig
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import Dispatch, spread_experts
+from moefit.train.parallel.expert_tensor import ExpertTensor, divide_experts
 from moefit.train.parallel.processes import OneProcess, Processes
 
 
@@ -50,6 +52,16 @@ class Parallelism(Protocol):
         """Sends tokens to experts of other processes; None if every process has all."""
         ...
 
+    @property
+    def shares(self) -> int:
+        """Number of parts that a micro-batch is divided into."""
+        ...
+
+    @property
+    def mine(self) -> int:
+        """Number of this process's part, from 0."""
+        ...
+
     def wrap(self, model: PreTrainedModel) -> None:
         """Spread a model that every process has built alike; in place."""
         ...
@@ -59,7 +71,7 @@ class Parallelism(Protocol):
         ...
 
     def total(self, sums: Tensor) -> Tensor:
-        """Return the sum over processes; differentiable."""
+        """Return the sum over the parts of a micro-batch; differentiable."""
         ...
 
     def clip(self, model: nn.Module, limit: float) -> float:
@@ -78,6 +90,8 @@ class Single:
     clock: Clock
     processes: Processes = field(default_factory=OneProcess)
     dispatch: None = None
+    shares: int = 1
+    mine: int = 0
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
@@ -124,20 +138,37 @@ class DataParallel:
     Attributes:
         mesh: `(data,)`, or `(replicate, data)`: weights are sharded over `data` and copied over
             `replicate`.
+        batch: One dimension: processes that have different parts of a micro-batch.
         reshard: Free a layer's gathered weights after its forward pass.
         dispatch: Spreads experts whole instead of sharding them; None to shard everything.
+        tensor: Divides experts among processes with the same part of a micro-batch; None if each
+            process has a part of its own.
     """
 
     processes: Processes
     mesh: DeviceMesh
+    batch: DeviceMesh
     reshard: bool
     clock: Clock
     dispatch: Dispatch | None = None
+    tensor: ExpertTensor | None = None
+
+    @property
+    def shares(self) -> int:
+        """Number of parts that a micro-batch is divided into."""
+        return self.batch.size()
+
+    @property
+    def mine(self) -> int:
+        """Number of this process's part."""
+        return self.batch.get_local_rank()
 
     def wrap(self, model: PreTrainedModel) -> None:
         """Shard a model that every process has built alike, layer by layer."""
         layers = cast("Sequence[nn.Module]", model.get_submodule("model.layers"))
         apart = spread_experts(model, self.dispatch) if self.dispatch is not None else None
+        if self.tensor is not None:
+            divide_experts(model, self.tensor)
         for module in (*layers, model):
             fully_shard(
                 module,
@@ -151,15 +182,15 @@ class DataParallel:
 
     def share(self, rows: Tensor, dim: int = 0) -> Tensor:
         """Return the part of a micro-batch that this process computes."""
-        return rows.chunk(self.processes.size, dim=dim)[self.processes.rank]
+        return rows.chunk(self.shares, dim=dim)[self.mine]
 
     def total(self, sums: Tensor) -> Tensor:
-        """Return the sum over processes; differentiable.
+        """Return the sum over the parts of a micro-batch; differentiable.
 
-        The gradients of all processes are summed in the backward pass, and FSDP takes the mean
-        over processes: together that is the gradient of one process with the whole batch.
+        The gradients of all parts are summed in the backward pass, and FSDP takes the mean over
+        parts: together that is the gradient of one process with the whole batch.
         """
-        group = cast(dist.ProcessGroup, dist.group.WORLD)
+        group = self.batch.get_group()
         if torch.compiler.is_compiling():  # a compiled function cannot look at the clock
             return funcol.wait_tensor(funcol.all_reduce(sums, "sum", group))
         with self.clock.running():
@@ -167,14 +198,27 @@ class DataParallel:
 
     def clip(self, model: nn.Module, limit: float) -> float:
         """Scale all gradients to a norm of at most `limit`; return the norm before."""
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        by_mesh: dict[DeviceMesh, list[nn.Parameter]] = {}  # norms of one mesh can be combined
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                assert isinstance(parameter, DTensor)
+                by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
+        norms = [_whole_norm(parameters) for parameters in by_mesh.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for parameters in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, in the order of the micro-batch."""
-        parts = [torch.empty_like(rows) for _ in range(self.processes.size)]
-        dist.all_gather(parts, rows.contiguous())
+        parts = [torch.empty_like(rows) for _ in range(self.shares)]
+        dist.all_gather(parts, rows.contiguous(), group=self.batch.get_group())
         return torch.cat(parts)
+
+
+def _whole_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def parallelism(config: TrainConfig, processes: Processes, device: torch.device) -> Parallelism:
@@ -193,25 +237,41 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
     if processes.size == 1:
         return Single(clock=clock, processes=processes)
     settings = config.parallel
-    shape, names = (processes.size,), ("data",)
-    if settings.replicate > 1:
-        shape, names = (settings.replicate, processes.size // settings.replicate), _HSDP
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    dispatch = None
+    mesh = _mesh(settings, processes, device)
+    data = mesh[_HSDP] if settings.replicate > 1 else mesh["data"]
+    dispatch = tensor = None
     if settings.experts == "all_to_all":
         dispatch = Dispatch(
-            mesh=mesh,
+            mesh=data,
             rank=processes.rank,
             own_machine=own_machine(config, processes),
             capacity_factor=settings.capacity_factor,
             clock=Clock(device),
         )
+    if settings.expert_tensor > 1:
+        # torch then sums over both in one all-reduce, so that all processes round alike.
+        mesh["data", "tensor"]._flatten("replica")
+        tensor = ExpertTensor(mesh=mesh["tensor"], clock=clock)
     return DataParallel(
-        processes=processes, mesh=mesh, reshard=settings.reshard, clock=clock, dispatch=dispatch
+        processes=processes,
+        mesh=data,
+        batch=data._flatten("batch") if settings.replicate > 1 else data,
+        reshard=settings.reshard,
+        clock=clock,
+        dispatch=dispatch,
+        tensor=tensor,
     )
 
 
 _HSDP = ("replicate", "data")
+
+
+def _mesh(settings: ParallelConfig, processes: Processes, device: torch.device) -> DeviceMesh:
+    """Return all processes as `(data,)`, with `replicate` before and `tensor` after it if used."""
+    data = processes.size // (settings.replicate * settings.expert_tensor)
+    sizes = {"replicate": settings.replicate, "data": data, "tensor": settings.expert_tensor}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == "data"}
+    return init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
 
 
 def machines(config: TrainConfig, processes: Processes) -> int:
@@ -228,25 +288,44 @@ def own_machine(config: TrainConfig, processes: Processes) -> tuple[bool, ...]:
 
 def _check_sizes(config: TrainConfig, processes: Processes) -> None:
     size, settings, nodes = processes.size, config.parallel, machines(config, processes)
-    parts = {"processes": size, "machines": nodes if config.data.shard_by == "source" else 1}
-    for name, count in parts.items():
-        if config.batch_size % count:
-            nearest = nearest_multiple(config.batch_size, count)
-            raise ConfigError(
-                f"batch_size={config.batch_size} sequences do not divide among {count} {name}; "
-                f"the nearest that works is batch_size={nearest}"
-            )
+    if config.data.shard_by == "source":
+        _check_batch(config, "machines", nodes)
     if size == 1:
         return  # settings of many processes have no effect, so that one process can go on
-    for name, value in (("replicate", settings.replicate), ("nodes", nodes)):
-        if size % value:
-            fits = max(n for n in range(1, min(size, value) + 1) if size % n == 0)
+    for name, value, among, count in (
+        ("expert_tensor", settings.expert_tensor, "processes", size),
+        ("replicate", settings.replicate, *_groups(settings, size)),
+        ("nodes", nodes, "processes", size),
+    ):
+        if count % value:
+            fits = max(n for n in range(1, min(count, value) + 1) if count % n == 0)
             raise ConfigError(
-                f"parallel.{name}={value} does not divide the {size} processes; the nearest that "
+                f"parallel.{name}={value} does not divide the {count} {among}; the nearest that "
                 f"works is {fits}"
             )
+    _check_batch(config, *_groups(settings, size))
+    if config.data.shard_by == "source" and size // nodes % settings.expert_tensor:
+        raise ConfigError(
+            f"parallel.expert_tensor={settings.expert_tensor} makes processes of several machines "
+            "share tokens, but with data.shard_by=source each machine has its own text; give a "
+            f"divisor of its {size // nodes} processes, or data.shard_by=none"
+        )
     if settings.replicate > 1 and settings.experts == "all_to_all":
         raise ConfigError(
             f"parallel.replicate={settings.replicate} copies all weights, but parallel.experts="
             "all_to_all keeps each expert in one process; give replicate=1, or experts=data"
+        )
+
+
+def _groups(settings: ParallelConfig, size: int) -> tuple[str, int]:
+    """Return what a micro-batch is divided among, and their number."""
+    tensor = settings.expert_tensor
+    return ("processes", size) if tensor == 1 else (f"groups of {tensor} processes", size // tensor)
+
+
+def _check_batch(config: TrainConfig, among: str, count: int) -> None:
+    if config.batch_size % count:
+        raise ConfigError(
+            f"batch_size={config.batch_size} sequences do not divide among {count} {among}; the "
+            f"nearest that works is batch_size={nearest_multiple(config.batch_size, count)}"
         )

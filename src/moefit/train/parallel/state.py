@@ -47,6 +47,8 @@ class RunState:
         seed: Of the run.
         shards: Machines that the text is divided among.
         processes: Of the run.
+        stream: Of random numbers; processes that compute the same have the same one.
+        streams: Their number.
     """
 
     model: PreTrainedModel
@@ -57,6 +59,8 @@ class RunState:
     seed: int = 0
     shards: int = 1
     processes: Processes = field(default_factory=OneProcess)
+    stream: int = 0
+    streams: int = 1
 
     def state_dict(self, seconds: float) -> dict[str, Any]:
         """Return the state of one process without weights, after `seconds` of training."""
@@ -66,7 +70,7 @@ class RunState:
     def shared_state(self, seconds: float) -> dict[str, Any]:
         """Return what the processes of a run know apart from sharded tensors; all call it."""
         generators = self.processes.every(self._generators())
-        return {**self._facts(seconds), "generators": generators}
+        return {**self._facts(seconds), "generators": generators, "streams": self.streams}
 
     def sharded_tensors(self) -> dict[str, Any]:
         """Return weights and the optimizer's state by name, each tensor this process's part."""
@@ -171,10 +175,11 @@ class RunState:
         return saved.config
 
     def _restore_generators(self, state: Mapping[str, Any]) -> None:
-        """Restore random states; other numbers of processes have new ones."""
+        """Restore random states; other numbers of processes or streams have new ones."""
         everyone = state.get("generators", [state])
-        if len(everyone) != self.processes.size:
-            seed_process(self.seed, self.processes.rank, state["step"])
+        streams = state.get("streams", len(everyone))
+        if (len(everyone), streams) != (self.processes.size, self.streams):
+            seed_process(self.seed, self.stream, state["step"])
             return
         mine = everyone[self.processes.rank]
         torch.set_rng_state(mine["rng"])
@@ -202,14 +207,14 @@ def _part(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
-def seed_process(seed: int, rank: int, step: int = 0) -> None:
-    """Seed the random numbers of a process: each has its own, those of one process are `seed`'s.
+def seed_process(seed: int, stream: int, step: int = 0) -> None:
+    """Seed the random numbers of a process, `seed`'s own for the first stream.
 
     Args:
         seed: Of the run.
-        rank: Of the process.
+        stream: Processes with another part of the batch have another one.
         step: At which it begins.
     """
-    first = rank == 0 and step == 0
-    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(2)
+    first = stream == 0 and step == 0
+    mixed = np.random.SeedSequence([seed, stream, step]).generate_state(2)
     torch.manual_seed(seed if first else int(mixed[0]) << 31 | int(mixed[1]))
