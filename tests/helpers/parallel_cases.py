@@ -9,18 +9,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from moefit.errors import ElsewhereError, MoefitError
+from moefit.errors import ConfigError, ElsewhereError, MoefitError
 from moefit.train import loop, trainer
 from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.model import build_model, loss_weights
 from moefit.train.parallel.parallelism import parallelism
-from moefit.train.parallel.processes import OneProcess, Processes, joined_processes
+from moefit.train.parallel.processes import (
+    OneProcess,
+    Processes,
+    _check_machines,
+    joined_processes,
+)
 from moefit.train.schedule import make_optimizer
 from moefit.train.step import Stepper, make_losses
 
@@ -161,10 +167,22 @@ def failures(tree: dict, processes: Processes) -> list[str]:
         {**locmoe(tree), "parallel": {**SPREAD, "nodes": 1}},
         {**tree, "optimizer": {"lr": 1e20, "warmup_steps": 0, "clip": 1e20}},
         {**tree, "model": {**tree["model"], "num_experts": 3}, "parallel": TENSOR},
+        {**tree, "out": "/dev/null/run"},
+        {**tree, "out": "not_shared"},  # below the working folder, which differs
+        {**tree, "data": {**tree["data"], "cache_dir": "not_shared"}},
     ]
     said = []
+    with suppress(ElsewhereError):
+        try:
+            _check_machines(processes, 1 + rank)
+        except ConfigError as error:
+            said.append(str(error))
+    loop._VISIBLE_SECONDS = 0.2
+    (Path(sys.argv[1]) / str(rank)).mkdir()
+    os.chdir(Path(sys.argv[1]) / str(rank))
     for index, one in enumerate(attempts):
-        config = make_config({**one, "out": str(Path(sys.argv[1]) / f"failed{index}")})
+        out = str(Path(sys.argv[1]) / f"failed{index}")
+        config = make_config({**one, "out": out if one["out"] == tree["out"] else one["out"]})
         try:
             train(config, NoDisplay(), processes)
         except ElsewhereError:

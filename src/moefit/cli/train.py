@@ -1,5 +1,7 @@
 """Commands that train models: train, adapt, demo."""
 
+import logging
+import warnings
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +38,9 @@ def train(
     has_file = bool(first) and "=" not in first
     overrides = rest if has_file else [argument for argument in (first, *rest) if argument]
     with joined_processes() as processes:
+        if not processes.is_main:  # the same warnings again
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
         config = processes.agreed(lambda: read_config(Path(first) if has_file else None, overrides))
         with display(console) if processes.is_main else nullcontext(NoDisplay()) as callback:
             result = run_training(config, callback, processes)

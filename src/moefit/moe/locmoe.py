@@ -4,6 +4,7 @@ Shapes: T tokens, D model width, E experts.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ def capacity(tokens: int, num_experts: int, factor: float) -> int:
 
     >>> capacity(tokens=100, num_experts=16, factor=1.25)
     8
+    >>> capacity(tokens=100, num_experts=10, factor=1.1)  # 12 in floating point
+    11
     """
-    return math.ceil(tokens * factor / num_experts)
+    exact = Fraction(factor).limit_denominator(10**6)
+    return math.ceil(tokens * exact / num_experts)
 
 
 def least_capacity(width: int, num_experts: int, delta: float | None = None) -> float:

@@ -14,6 +14,7 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ def begin(out: Path, step: int) -> Path:
     building = out / f".{PREFIX}{step:08d}{BUILDING}"
     building.mkdir(parents=True)
     return building
+
+
+def not_shared(out: Path) -> CheckpointError:
+    """Return the error of a process that does not see the run's folder of process 0."""
+    return CheckpointError(
+        f"the run's folder {out.absolute()} is another one for this process ({gethostname()}) than "
+        "for process 0; give a folder that all machines share with out=FOLDER"
+    )
 
 
 def publish(out: Path, building: Path, step: int, *, keep: int) -> Path:

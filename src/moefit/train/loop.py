@@ -4,19 +4,30 @@
 curve.
 """
 
+import os
+import secrets
 import socket
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 from moefit.errors import DataError
 from moefit.signals import stop_on_signal
 from moefit.train import checkpoint
+from moefit.train.checkpoint import not_shared
 from moefit.train.config import TrainConfig
 from moefit.train.data.tokens import PreparedData, prepare, prepare_shards
 from moefit.train.display import NoDisplay, TrainingCallback, draw_curve
 from moefit.train.parallel.parallelism import machines
 from moefit.train.parallel.processes import OneProcess, Processes
-from moefit.train.run_folder import check_same_config, last_record, locked, read_log, save_config
+from moefit.train.run_folder import (
+    check_same_config,
+    last_record,
+    locked,
+    mark,
+    read_log,
+    save_config,
+)
 from moefit.train.trainer import Trainer, TrainResult
 
 CURVE = "curve.png"
@@ -51,6 +62,7 @@ def train(
             return _finished_result(out, config.steps)
 
         finished = processes.on_main(begin)
+        _check_shared(out, processes)
         shown = callback if processes.is_main else NoDisplay()
         result = finished or _train(out, config, shown, processes)
         curve = out / CURVE
@@ -64,6 +76,32 @@ def train(
                     f"{error.strerror or error}; free disk space, then run the same command again"
                 )
         return result
+
+
+_VISIBLE_SECONDS = 10.0  # network file systems may show a new file some seconds later
+
+
+def _check_shared(out: Path, processes: Processes) -> None:
+    """Raise CheckpointError, before any step, if a process has another folder of the same name."""
+    if processes.size == 1:
+        return
+    name = processes.every(secrets.token_hex(8))[0]
+    marker = out / f".shared-{name}"
+
+    def check() -> None:
+        waited = 0.0
+        while not os.path.exists(marker):
+            if waited >= _VISIBLE_SECONDS:
+                raise not_shared(out)
+            time.sleep(0.1)
+            waited += 0.1
+
+    processes.on_main(lambda: mark(marker))
+    try:
+        processes.agreed(check)
+    finally:
+        if processes.is_main:
+            marker.unlink(missing_ok=True)
 
 
 def _finished_result(out: Path, steps: int) -> TrainResult | None:
@@ -100,10 +138,18 @@ def _prepared(
     """Return the data, which the main process prepares while others wait."""
 
     def check() -> None:
-        if not all(file.is_complete() for file in (data.train, data.held_out, *data.shards)):
+        try:
+            files = (data.train, data.held_out, *data.shards)
+            reason = "" if all(file.is_complete() for file in files) else "they are not there"
+            for file in files if not reason else ():
+                file.open()
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
             raise DataError(
                 f"{socket.gethostname()} does not see the token files in {data.train.path.parent} "
-                "that process 0 wrote; give a folder that all machines share with data.cache_dir="
+                f"that process 0 wrote ({reason}); give a folder that all machines share and may "
+                "read with data.cache_dir="
             )
 
     def prepare_all() -> PreparedData:

@@ -93,6 +93,14 @@ def save_config(out: Path, config: TrainConfig) -> None:
         raise _unwritable(out, error) from error
 
 
+def mark(path: Path) -> None:
+    """Create an empty file in a run's folder; raises CheckpointError if it cannot be written."""
+    try:
+        path.touch()
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content as a whole; a file that has this content already is not written."""
     if path.is_file() and path.read_bytes() == text.encode():

@@ -431,10 +431,11 @@ class Trainer:
         due = step > 0 and (step % self.config.log.eval_every == 0 or step == self.config.steps)
         if not due or self._evaluated_step == step:
             return
-        loss = self.held_out.loss(self.model, stop)
-        if loss is None:
-            return
-        few = self._loss_with_few(self.dropout.third, stop) if self.dropout else None
+        with self.parallel.clock.paused():
+            loss = self.held_out.loss(self.model, stop)
+            if loss is None:
+                return
+            few = self._loss_with_few(self.dropout.third, stop) if self.dropout else None
         if self.dropout and few is None:
             return
         self.held_out_loss, self._evaluated_step = loss, step

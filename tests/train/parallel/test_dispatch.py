@@ -79,3 +79,13 @@ def test_half_of_torchruns_variables_raise(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined_processes() as processes:
         assert processes.is_main
+
+
+def test_a_paused_clock_measures_nothing():
+    clock = Clock(torch.device("cpu"))
+    with clock.paused(), clock.running():
+        sum(range(1000))
+    assert clock.seconds() == 0.0
+    with clock.running():
+        sum(range(1000))
+    assert clock.seconds() > 0.0

@@ -92,7 +92,8 @@ def test_log_of_two_processes(pair, one, shared_folder):
 
 
 def test_errors_are_raised_by_all_and_described_by_process_0(pair):
-    said = pair["failures"]
+    unequal, *said = pair["failures"]
+    assert "different numbers of processes (1, 2); give torchrun --nproc-per-node 1" in unequal
     assert "process 1 of 2:" in said[0]
     assert "other settings than process 0 (seed)" in said[0]
     assert "batch_size=3" in said[1]
@@ -102,6 +103,10 @@ def test_errors_are_raised_by_all_and_described_by_process_0(pair):
     assert "all processes are on one machine" in said[4]
     assert "diverged at step" in said[5]
     assert "nearest that works is parallel.expert_tensor=1" in said[6]
+    assert "cannot write into /dev/null/run: Not a directory" in said[7]
+    assert "process 1 of 2: the run's folder" in said[8]
+    assert "process 1 of 2:" in said[9]
+    assert "does not see the token files in not_shared" in said[9]
 
 
 def test_tokens_stay_on_their_machine_and_one_process_goes_on(pair, shared_folder):

@@ -14,10 +14,23 @@ class Clock:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure nothing inside the context, as what is outside of training steps."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure the calls inside the context, on the current stream of a GPU."""
+        if self._is_paused:
+            yield
+            return
         if self._on_gpu:
             ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             ends[0].record()

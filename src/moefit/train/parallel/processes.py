@@ -261,7 +261,7 @@ def joined_processes(timeout: float = TIMEOUT_SECONDS) -> Iterator[Processes]:
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait))
         patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         dist.monitored_barrier(group=control, timeout=wait, wait_all_ranks=True)
-        yield ManyProcesses(
+        processes = ManyProcesses(
             rank=rank,
             size=size,
             node=_number("GROUP_RANK", rank // per_node),
@@ -269,7 +269,23 @@ def joined_processes(timeout: float = TIMEOUT_SECONDS) -> Iterator[Processes]:
             control=control,
             patient=patient,
         )
+        _check_machines(processes, per_node)
+        yield processes
         dist.destroy_process_group()  # not after an error: waiting for lost processes could hang
+
+
+def _check_machines(processes: ManyProcesses, per_node: int) -> None:
+    """Raise ConfigError if machines have different numbers of processes."""
+    counts = sorted(set(processes.every(per_node)))
+
+    def check() -> None:
+        if len(counts) > 1:
+            raise ConfigError(
+                f"machines have different numbers of processes ({', '.join(map(str, counts))}); "
+                f"give torchrun --nproc-per-node {counts[0]} on all"
+            )
+
+    processes.agreed(check)
 
 
 def local_device(name: str) -> torch.device:

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.model_folder import save_tokenizer
-from moefit.errors import CheckpointError
 from moefit.train import checkpoint
 from moefit.train.parallel.state import SHARDED, RunState, load_alone
 
@@ -123,10 +122,7 @@ class ShardedSaver:
 
     def _check_visible(self, building: Path) -> None:
         if not building.is_dir():
-            raise CheckpointError(
-                f"the run's folder {self._out.absolute()} is another one on this machine than on "
-                "that of process 0; give a folder that all machines share with out=FOLDER"
-            )
+            raise checkpoint.not_shared(self._out)
 
     def _publication(
         self, building: Path, facts: dict[str, Any], config: Any
