@@ -18,7 +18,7 @@ from rich.table import Table
 from moefit.api import folder_of, load
 from moefit.checkpoint.formats.declared import declared
 from moefit.cli.app import console, say
-from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
+from moefit.cli.options import KvCache, PrefetchName, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
@@ -61,6 +61,7 @@ def load_served(model: str, options: ServingOptions, **settings: Any) -> ServedM
     if "sequences" not in settings:  # a server's mode may change later
         options.check_bound()
     how = {**options.load_settings(), **options.mode_settings(), **settings}
+    how.setdefault("prefetch", options.prefetch.value)
     with loading() as progress:
         served = load(model, **how, progress=progress)
     _say_summary(served, model, options)
@@ -95,7 +96,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
     device = {"host_memory": options.host_memory, "device": options.device}
-    chosen = {**device, **plan.settings(), **settings}
+    chosen = {**device, **plan.settings(), "prefetch": options.prefetch.value, **settings}
     if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
         chosen["kv_cache"] = options.kv_cache.value
     if options.memory is not None:
@@ -123,9 +124,16 @@ def _explain_sequences(plan: Plan, sequences: int) -> Iterator[None]:
         ) from error
 
 
-def _say_summary(served: ServedModel, model: str, options: MemoryOptions) -> None:
+def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> None:
     """Say what the model takes, and what would make it faster."""
     say(_summary(served, options.experts))
+    if options.prefetch is PrefetchName.on:
+        report = served.report()
+        obstacle = report["prefetch"]["obstacle"]
+        if not obstacle and report["slots"] == report["experts"]:
+            obstacle = "all experts are in memory"
+        if obstacle:
+            say(f"note: --prefetch on has no effect: {obstacle}")
     if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
         say(trained)
     for remark in served.report()["packed_ignored"][:3]:
@@ -379,6 +387,7 @@ def speed_table(speed: Speed, bandwidth: Bandwidth, title: str) -> Table:
         "experts found in memory": f"{speed.hit_rate:.1%}",
         "router weight moved": f"{speed.substituted_mass:.1%}",
         "swaps": f"{speed.swaps:,}",
+        "prefetched, of these chosen": f"{speed.prefetches:,}, {speed.prefetches_used:,}",
         "read from storage a token": format_bytes(speed.bytes_read_per_token),
         "storage, memory bandwidth": f"{format_bytes(bandwidth.storage)}/s, "
         f"{format_bytes(bandwidth.memory)}/s",

@@ -54,6 +54,14 @@ class KvCache(StrEnum):
     int8 = INT8_CACHE
 
 
+class PrefetchName(StrEnum):
+    """Whether experts are read before the router has chosen them."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Following(StrEnum):
     """Whether generation_config.json is followed."""
 
@@ -215,6 +223,13 @@ class ServingOptions(MemoryOptions):
     mode: Mode = None
     prefill: Prefill = None
     bound: Bound = None
+    prefetch: Annotated[
+        PrefetchName,
+        advanced(
+            "Mode exact: read the experts early that the next layer is predicted to choose. auto: "
+            "while that makes steps faster."
+        ),
+    ] = PrefetchName.auto
     plan: Annotated[
         Path | None, advanced("Serve by the plan in this file, from moefit plan --save.")
     ] = None
@@ -234,7 +249,8 @@ class ServingOptions(MemoryOptions):
     @property
     def is_served(self) -> bool:
         """Whether any option is given that only served models have."""
-        return self.sets_memory or self.sets_mode or self.has_plan
+        prefetches = self.prefetch is PrefetchName.on
+        return self.sets_memory or self.sets_mode or self.has_plan or prefetches
 
     def check_bound(self) -> None:
         """Raise ConfigError for a bound that no mode uses."""

@@ -35,6 +35,8 @@ class Speed:
         hit_rate: Fraction of expert uses that found the expert resident.
         substituted_mass: Router weight that went to other experts than the router's choice.
         swaps: Swaps during decoding.
+        prefetches: Experts read because they were predicted.
+        prefetches_used: Those of them that the router then chose.
         bytes_read_per_token: Read from storage.
         storage_bound: Seconds per token for these bytes at storage bandwidth.
         memory_bound: Seconds per token for the weights used, at memory bandwidth.
@@ -52,6 +54,8 @@ class Speed:
     hit_rate: float
     substituted_mass: float
     swaps: int
+    prefetches: int
+    prefetches_used: int
     bytes_read_per_token: float
     storage_bound: float
     memory_bound: float
@@ -123,6 +127,8 @@ def measure_speed(
         hit_rate=report["hit_rate"],
         substituted_mass=report["substituted_mass"],
         swaps=report["swaps"],
+        prefetches=report["prefetches"],
+        prefetches_used=report["prefetches_used"],
         bytes_read_per_token=read,
         storage_bound=read / bandwidth.storage,
         memory_bound=weights / bandwidth.memory,

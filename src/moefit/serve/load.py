@@ -97,6 +97,7 @@ def load_model(
         _make_slots(parts, device, settings.placement)
         if settings.mode == "virtual":
             served.hold_first_experts()
+        served.start_prefetching(settings)
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(
@@ -159,7 +160,7 @@ def _load_parts(
     shared = SharedState(policy=Policy(), manager=settings.manager, transfer=transfer)
     blocks = {block.name: _served_block(block, shared, settings) for block in skeleton.blocks}
     for index, experts in enumerate(blocks.values()):
-        experts.depth, experts.is_first = (index + 0.5) / len(blocks), index == 0
+        experts.depth, experts.index = (index + 0.5) / len(blocks), index
     _set_resident_order(skeleton, blocks)
     model = load_dense_weights(skeleton, blocks, device)
     if (dense := settings.dense_format()) is not None:

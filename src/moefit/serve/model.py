@@ -16,7 +16,8 @@ from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
-from moefit.serve.config import BlockPlacement, Mode, Placement, Policy
+from moefit.serve.cache.swaps import StepWatcher
+from moefit.serve.config import BlockPlacement, LoadSettings, Mode, Placement, Policy
 from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
@@ -28,6 +29,7 @@ from moefit.serve.layer.router_kernels import use_router_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
+from moefit.serve.prediction.prefetch import Prefetching, start_prefetching
 from moefit.serve.report import BlockView, ServedParts, report_of, view_of
 
 
@@ -47,6 +49,7 @@ class ServedModel:
         self._store, self._host_cache, self._shared = parts.store, parts.host_cache, parts.shared
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
+        self.prefetching = Prefetching()
         self._deterministic = False
         record = dropout_record(self.model.config)
         self._keeps_order = record is not None and record.order == "nested"
@@ -251,6 +254,27 @@ class ServedModel:
             if all(one.slot_table.num_slots == one.num_experts for one in self.blocks.values()):
                 upgrades.fill(progress)
 
+    def start_prefetching(self, settings: LoadSettings) -> None:
+        """Prefetch in exact mode as the settings say; `prefetching` tells whether it does.
+
+        Runs one short pass of the model, so that no request may be running.
+        """
+        with self.zero_experts():
+            self.prefetching = start_prefetching(
+                self.model, self.blocks, self._shared, settings, self._context()
+            )
+
+    @contextmanager
+    def watched(self, watcher: StepWatcher) -> Iterator[None]:
+        """Let `watcher` follow steps in exact mode within the block, in place of prefetching."""
+        with self._shared.lock:
+            before, self._shared.watcher = self._shared.watcher, watcher
+        try:
+            yield
+        finally:
+            with self._shared.lock:
+                self._shared.watcher = before
+
     def settle_precision(self) -> None:
         """Complete changes of precision that would otherwise follow in the background."""
         with self._shared.lock:
@@ -357,7 +381,8 @@ class ServedModel:
     def report(self) -> dict[str, Any]:
         """Return bytes by part, residents by block and statistics; see `report_of`."""
         with self._shared.lock:
-            return report_of(self._parts, self._budget)
+            prefetch = self.prefetching.as_dict(self.policy.mode)
+            return report_of(self._parts, self._budget) | {"prefetch": prefetch}
 
     def views(self) -> list[BlockView]:
         """Return the present state of every block, for display."""

@@ -28,6 +28,10 @@ class Counters:
         wait_seconds: Time that steps waited for loads.
         substituted: Sum over blocks and steps of the share of router weight that was substituted.
         routed: Number of those shares.
+        prefetches: Experts that were read because they were predicted.
+        prefetches_used: Those of them that the router then chose.
+        prefetched_bytes: Bytes of the slots that prefetches filled.
+        prefetch_wasted_bytes: The same of those that the router did not choose in that step.
     """
 
     hits: int = 0
@@ -37,6 +41,10 @@ class Counters:
     wait_seconds: float = 0.0
     substituted: float = 0.0
     routed: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetched_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
 
     @property
     def hit_rate(self) -> float:

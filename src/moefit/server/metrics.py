@@ -243,6 +243,13 @@ class ModelCollector:
             hits = report["host_hits"]
             yield self._counter("expert_host_hits", "Experts found in host memory", hits)
         yield self._by("expert_swaps", "Expert swaps", "reason", {"importance": report["swaps"]})
+        early = {
+            "used": report["prefetched_bytes"] - report["prefetch_wasted_bytes"],
+            "wasted": report["prefetch_wasted_bytes"],
+        }
+        yield self._by(
+            "expert_prefetched_bytes", "Bytes of experts read because predicted", "outcome", early
+        )
         yield self._summary(
             "expert_load_seconds", "Time to load an expert",
             count=report["loads"], total=report["load_seconds"],

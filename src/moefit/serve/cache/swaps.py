@@ -9,17 +9,47 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import RLock
+from typing import Protocol
 
+from torch import Tensor
+
+from moefit.moe.routing import Routing
 from moefit.quant.format import slot_kind
 from moefit.serve.cache.scores import Swap, VirtualExpertManager
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.config import Policy
-from moefit.serve.io.loads import Transfer
+from moefit.serve.io.loads import PendingLoad, Transfer
 from moefit.serve.stats import Counters
 
 Spares = dict[tuple[str, int], list[Slot]]
 """Spare slots by (format name, bytes), shared by all blocks with such slots."""
+
+
+class StepWatcher(Protocol):
+    """Follows the steps of all blocks in exact mode, under the lock of `SharedState`."""
+
+    def chosen(self, block: int, routing: Routing) -> None:
+        """Take the router's choice of a step, before its experts are computed.
+
+        Args:
+            block: Index of the block.
+            routing: The choice.
+        """
+        ...
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        """Continue once no read of this step is left to wait for.
+
+        Args:
+            block: Index of the block.
+            x_TD: Inputs of its experts.
+        """
+        ...
+
+    def computed(self, block: int) -> None:
+        """Continue once the step of a block is complete."""
+        ...
 
 
 @dataclass(slots=True)
@@ -34,6 +64,7 @@ class SharedState:
         lock: Held during each step of a block and each change.
         spares: Slots for swaps.
         on_step: Called before each step of the model's first block.
+        watcher: Follows steps in exact mode, such as to prefetch.
     """
 
     policy: Policy
@@ -43,6 +74,7 @@ class SharedState:
     lock: RLock = field(default_factory=RLock)
     spares: Spares = field(default_factory=dict)
     on_step: Callable[[], None] | None = None
+    watcher: StepWatcher | None = None
 
     @property
     def spare_bytes(self) -> int:
@@ -52,11 +84,12 @@ class SharedState:
 
 @dataclass(frozen=True, slots=True)
 class _PendingSwap:
-    """A swap whose expert is being loaded into slot `slot`."""
+    """A swap whose expert is being loaded into slot `slot`; `guessed` if it is a prefetch."""
 
     swap: Swap
     slot: int
     done: Future[float]
+    guessed: bool = False
 
 
 class Swaps:
@@ -75,6 +108,7 @@ class Swaps:
         self._block, self._shared = block, shared
         self._slot_table, self._slots = slot_table, slots
         self._pending: list[_PendingSwap] = []
+        self._guesses: list[tuple[int, Future[float]]] = []
 
     def __len__(self) -> int:
         """Number of swaps in progress."""
@@ -108,6 +142,73 @@ class Swaps:
         while self._slot_table.empty and len(self._slot_table.residents) + len(self) < len(scores):
             if not self.begin(scores, kind, fill=True):
                 return
+
+    def prefetch(self, expert: int, protected: Collection[int]) -> bool:
+        """Start loading an expert that is only guessed to be needed.
+
+        Args:
+            expert: Neither resident nor being loaded.
+            protected: Residents that it must not displace.
+
+        Returns:
+            False if there is no slot for it.
+        """
+        slot = self._slot_table.reserve(expert, protected)
+        if slot is None:
+            return False
+        done = self._shared.transfer.load(self._block, expert, self._slots[slot], background=True)
+        swap = Swap(load=expert, evict=None)
+        self._pending.append(_PendingSwap(swap, slot, done, guessed=True))
+        self._guesses.append((expert, done))
+        return True
+
+    @property
+    def guessed(self) -> bool:
+        """Whether there are prefetches since `end_guesses`."""
+        return bool(self._guesses)
+
+    def end_guesses(self, needed: Collection[int]) -> None:
+        """Cancel prefetches whose reading has not started, and count the others.
+
+        Steps read experts that they need with more threads, and before guesses.
+
+        Args:
+            needed: The experts that the step needs.
+        """
+        counters = self._shared.counters
+        for expert, done in self._guesses:
+            if done.cancel():
+                continue
+            used = expert in needed
+            counters.prefetches += 1
+            counters.prefetches_used += used
+            if (slot := self._slot_of(expert)) is not None:
+                counters.prefetched_bytes += slot.nbytes
+                counters.prefetch_wasted_bytes += 0 if used else slot.nbytes
+        self._guesses.clear()
+        self.publish()
+
+    def _slot_of(self, expert: int) -> Slot | None:
+        """Return the slot of an expert that is resident or being loaded."""
+        for pending in self._pending:
+            if pending.swap.load == expert:
+                return self._slots[pending.slot]
+        residents = self._slot_table.residents
+        return self._slots[self._slot_table.slot(expert)] if expert in residents else None
+
+    def take(self, experts: Collection[int]) -> dict[int, PendingLoad]:
+        """Return the loads of these experts that are in progress; the caller commits them.
+
+        Loads that have ended are published, and so are those that return a spare slot, after
+        waiting for them.
+        """
+        wanted = [one for one in self._pending if one.swap.load in experts]
+        for pending in wanted:  # first, since waiting may be interrupted
+            if pending.done.done() or pending.swap.evict is not None:
+                self._end(pending)
+        taken = [one for one in wanted if one in self._pending]
+        self._pending = [one for one in self._pending if one not in taken]
+        return {one.swap.load: PendingLoad(one.slot, one.done) for one in taken}
 
     def cancel(self, experts: Collection[int] | None = None) -> None:
         """Cancel swaps that load these experts (None: all), unless reading has started."""
@@ -169,7 +270,7 @@ class Swaps:
             self._slot_table.abandon(pending.slot)
         else:
             self._slot_table.publish(pending.slot)
-            self._shared.counters.swaps += 1
+            self._shared.counters.swaps += not pending.guessed
             if (old := pending.swap.evict) is not None and old in self._slot_table.residents:
                 self._slot_table.evict(old)
         if pending.swap.evict is not None:

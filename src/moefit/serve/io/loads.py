@@ -19,6 +19,7 @@ from moefit.serve.io.device_copy import CopyEngine, CpuCopies
 from moefit.serve.stats import Counters, LoadFailures
 
 BACKGROUND_READERS = 2
+_RATE_HALF_LIFE = 64  # loads
 
 
 class Transfer:
@@ -35,6 +36,7 @@ class Transfer:
         self.readers = readers
         self._lock = Lock()
         self.loads, self.load_seconds = 0, 0.0  # of successful loads
+        self._rate = _Rate()
         self.failures = LoadFailures()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moefit-transfer")
         self._background = ThreadPoolExecutor(
@@ -61,6 +63,15 @@ class Transfer:
         ordered = self._engine.ordered()
         return pool.submit(self._fill, ordered, block, expert, slot, background=background)
 
+    @property
+    def seconds_per_load(self) -> float | None:
+        """Time in which storage delivers one expert, of recent loads; None before the first.
+
+        Loads at the same time share it, so this is the inverse of the bandwidth.
+        """
+        with self._lock:
+            return self._rate.seconds_per_load
+
     def settle(self) -> None:
         """Wait until the device has completed all requested work."""
         self._engine.settle()
@@ -80,17 +91,49 @@ class Transfer:
         background: bool,
     ) -> float:
         began = perf_counter()
+        with self._lock:
+            self._rate.began(began)
         try:
             with ordered:
                 self._source.read(block, expert, slot)
         except BaseException as error:
+            with self._lock:
+                self._rate.ended(perf_counter(), worked=False)
             self.failures.failed(block, expert, error, background=background)
             raise
         self.failures.worked()
-        seconds = perf_counter() - began
+        ended = perf_counter()
+        seconds = ended - began
         with self._lock:
+            self._rate.ended(ended, worked=True)
             self.loads, self.load_seconds = self.loads + 1, self.load_seconds + seconds
         return seconds
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Time during which anything is being read, per load; older loads count less."""
+
+    active: int = 0
+    since: float = 0.0
+    busy: float = 0.0
+    loads: float = 0.0
+
+    @property
+    def seconds_per_load(self) -> float | None:
+        return self.busy / self.loads if self.loads else None
+
+    def began(self, now: float) -> None:
+        if self.active == 0:
+            self.since = now
+        self.active += 1
+
+    def ended(self, now: float, *, worked: bool) -> None:
+        keep = 0.5 ** (1 / _RATE_HALF_LIFE)
+        self.busy = (self.busy + now - self.since) * keep
+        self.loads = (self.loads + worked) * keep
+        self.since = now
+        self.active -= 1
 
 
 def wait_for_load(load: Future[float]) -> None:

@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -117,8 +117,10 @@ class ExpertInvoker:
             and removed between steps.
         transfer: Loads missing experts.
         counters: Counts hits and fetches.
+        take: Returns those of the given experts that are being loaded already, with their loads.
 
     Attributes:
+        when_read: Called in a step once no read is left to wait for.
         collect_stats: Whether steps set `output_energy_R`.
         output_energy_R: |weight * output|^2 of each choice of the last step.
     """
@@ -130,9 +132,11 @@ class ExpertInvoker:
         slots: Mapping[int, Slot],
         transfer: Transfer,
         counters: Counters,
+        take: Callable[[Collection[int]], dict[int, PendingLoad]] = lambda experts: {},
     ):
         self._block, self._slot_table, self._slots = block, slot_table, slots
-        self._transfer, self._counters = transfer, counters
+        self._transfer, self._counters, self._take = transfer, counters, take
+        self.when_read: Callable[[], None] | None = None
         self._fused: FusedExperts | None = None
         self._device: torch.device | None = None  # the device of `_fused`
         self.collect_stats = False
@@ -188,6 +192,8 @@ class ExpertInvoker:
         ids = routing.ids_TK[0].tolist()
         if ids and (found := self._slot_table.slots_of(ids)) is not None:
             self._counters.hits += len(set(ids))
+            if self.when_read is not None:
+                self.when_read()
             y_1D, self.output_energy_R = fused.token(
                 x_1D,
                 [self._slots[slot] for slot in found],
@@ -251,14 +257,17 @@ class ExpertInvoker:
             needed: The experts of this step.
             together: Yield all residents as one batch instead of one by one.
         """
-        residents = self._slot_table.residents
-        remaining = deque(sorted(needed, key=lambda expert: expert not in residents))
-        to_load = deque(expert for expert in remaining if expert not in residents)
-        num_resident = len(remaining) - len(to_load)
-        self._counters.fetches += len(to_load)
-        self._counters.hits += num_resident
-        loads: dict[int, PendingLoad] = {}
+        loads = self._take(needed)
         try:
+            residents = self._slot_table.residents
+            remaining = deque(
+                sorted(needed, key=lambda one: (one not in residents, one not in loads))
+            )
+            to_load = deque(one for one in remaining if one not in residents and one not in loads)
+            num_resident = len(remaining) - len(to_load) - len(loads)
+            self._counters.fetches += len(to_load) + len(loads)
+            self._counters.hits += num_resident
+            when_read = self.when_read
             while remaining:
                 self._start_loads(to_load, loads, protected=set(remaining))
                 size = max(1, num_resident) if together else 1
@@ -267,6 +276,9 @@ class ExpertInvoker:
                 for expert in batch:
                     if expert in loads:
                         loads.pop(expert).commit(self._slot_table, self._counters)
+                if when_read is not None and not loads and not to_load:
+                    when_read()
+                    when_read = None
                 yield [(expert, self._slots[self._slot_table.slot(expert)]) for expert in batch]
         finally:  # after an error, no slot may stay reserved
             end_all(partial(one.commit, self._slot_table, self._counters) for one in loads.values())

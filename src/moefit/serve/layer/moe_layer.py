@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from moefit.serve.cache.eviction import EvictionPolicy
 from moefit.serve.cache.scores import ExpertImportanceEstimator
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
-from moefit.serve.cache.swaps import SharedState, Swaps
+from moefit.serve.cache.swaps import SharedState, StepWatcher, Swaps
 from moefit.serve.config import Mode, Policy
 from moefit.serve.io.loads import wait_for_load
 from moefit.serve.layer.executor import ExpertInvoker
@@ -64,7 +65,7 @@ class VirtualExperts(nn.Module):
         resident_order: All experts in the order in which virtual mode holds them, if the model was
             trained for one (`expert_dropout` in config.json).
         depth: Position among the model's blocks, 0 to 1.
-        is_first: Whether this is the model's first block, where `SharedState.on_step` runs.
+        index: Position among the model's blocks; `SharedState.on_step` runs in the first.
         reachable: False for a block that text never reaches, such as one of a vision tower.
         state: Of the step.
         recorder: If set, `forward` passes the routing to it and returns zeros.
@@ -82,7 +83,7 @@ class VirtualExperts(nn.Module):
     ):
         super().__init__()
         self.format: Format = NATIVE
-        self.is_first = False
+        self.index = 0
         self.block, self.shared, self.slot_table, self.slots = block, shared, slot_table, slots
         self.num_experts = block.num_experts
         self.eviction, self.importance = eviction, importance
@@ -97,8 +98,10 @@ class VirtualExperts(nn.Module):
         self.reachable = True
         self.state = StepState()
         self.recorder: Callable[[Routing], None] | None = None
-        self._invoke = ExpertInvoker(block, slot_table, slots, shared.transfer, shared.counters)
         self.swaps = Swaps(block.name, shared, slot_table, slots)
+        self._invoke = ExpertInvoker(
+            block, slot_table, slots, shared.transfer, shared.counters, self.swaps.take
+        )
         self.use_counts = [0] * (self.num_experts + 1)
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
@@ -133,26 +136,31 @@ class VirtualExperts(nn.Module):
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
         policy = self.shared.policy
-        if self.is_first and self.shared.on_step and policy.residency == "manager":
+        if self.index == 0 and self.shared.on_step and policy.residency == "manager":
             self.shared.on_step()
         mode = self._step_mode(policy)
-        needed = self._chosen_experts(chosen) if self.swaps and mode != "virtual" else ()
-        self.swaps.cancel(needed)  # the invoker loads these itself
-        self.swaps.publish(wait_for=needed)
+        watcher = self._watcher(mode, policy)
+        self._end_background_loads(mode, chosen)
         if self.swaps and not self.slot_table.residents and not self.slot_table.empty:
             self.swaps.wait_for_first()  # every slot is being filled
         if policy.residency == "manager":
             self._observe(x_TD, chosen)
         routing = chosen if mode == "exact" else self._reroute(mode, policy, chosen)
         residents = set(self.slot_table.residents)
+        if watcher is not None:
+            watcher.chosen(self.index, chosen)
+            self._invoke.when_read = partial(watcher.read, self.index, x_TD)
         try:
             y_TD = self._sum_of_experts(x_TD, routing)
         finally:
+            self._invoke.when_read = None
             if policy.residency == "fixed":
                 self._restore(residents)
         if policy.residency == "manager" and self._invoke.output_energy_R is not None:
             self._observe_outputs(routing, self._invoke.output_energy_R)
         self.state.number += 1
+        if watcher is not None:
+            watcher.computed(self.index)
         if (
             policy.residency == "manager"
             and mode == "virtual"
@@ -160,6 +168,23 @@ class VirtualExperts(nn.Module):
         ):
             self.swaps.begin(self.importance.scores(), self.spares_key)
         return y_TD
+
+    def _watcher(self, mode: Mode, policy: Policy) -> StepWatcher | None:
+        """Return who follows this step: nobody in modes that do not fetch, and in evaluations."""
+        return self.shared.watcher if mode == "exact" and policy.residency == "manager" else None
+
+    def _end_background_loads(self, mode: Mode, chosen: Routing) -> None:
+        """Publish, cancel or wait for loads in the background, before a step uses residents.
+
+        In exact mode the invoker takes over those that the step needs, and in virtual mode no step
+        waits for one.
+        """
+        if not self.swaps and not self.swaps.guessed:
+            return
+        needed = () if mode == "virtual" else self._chosen_experts(chosen)
+        self.swaps.end_guesses(needed)
+        self.swaps.cancel(needed)  # the invoker loads these itself
+        self.swaps.publish(wait_for=needed if mode == "bounded" else ())
 
     def _sum_of_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sum over a token's experts."""

@@ -1,0 +1,1 @@
+"""Predict which experts later layers will choose, and load them early."""

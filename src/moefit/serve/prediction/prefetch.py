@@ -1,0 +1,251 @@
+"""Load the experts that the next layer is predicted to choose, in exact mode.
+
+`Prefetcher` follows the steps of all blocks. Once a block waits for no read any more, it predicts
+the next block's experts, and starts to read those that are worth it into that block's slots, while
+the present block's experts and the next attention block are computed. When the next router has
+chosen, the guesses whose reading has not started are cancelled, and the invoker takes over those
+that it needs. Outputs do not depend on any of it: a step computes the same experts wherever they
+came from.
+
+Decisions are in `guesses.py`. All calls are made under the lock of `SharedState`, on the thread
+that computes; slots are reserved, filled and published by `Swaps`.
+
+Shapes: T tokens, D model width, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefit.moe.routing import Routing
+from moefit.serve.cache.swaps import SharedState
+from moefit.serve.config import AUTO_PRECISION, LoadSettings, Mode, Prefetch
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.prediction.guesses import Confidence, Reading, Trial, choose, margins
+from moefit.serve.prediction.next_router import NextRouter, Predictor
+
+MOST_TOKENS = 32  # of a step; more choose nearly all experts
+UNLIKELY = 0.1  # confidence up to which a guess may displace a resident
+_KEEP = 0.9  # of the mean window of a block, per step
+
+
+@dataclass(slots=True)
+class _BlockState:
+    """What is known of one block.
+
+    Attributes:
+        chosen: Experts per token in its last step.
+        window: Time from the start of prefetching to its router's choice; None if unknown.
+        began: When prefetching for its present step began; None if it did not.
+        margins: Margins by expert that were predicted for its present step.
+        absent: The experts of these that were not in memory.
+    """
+
+    chosen: int = 1
+    window: float | None = None
+    began: float | None = None
+    margins: Mapping[int, float] = field(default_factory=dict)
+    absent: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class _Step:
+    """The present step of the model."""
+
+    block: int = -1
+    tokens: int = 0
+    prefetches: bool = False
+    began: float = 0.0
+    ended: float = 0.0
+    waited: float = 0.0
+
+
+class Prefetcher:
+    """Prefetch the next block's experts.
+
+    Args:
+        blocks: The served blocks, in order.
+        shared: Their state.
+        predictor: Guesses a block's experts from the inputs of the one before.
+        trial: Decides in which steps to prefetch; None for all.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[VirtualExperts],
+        shared: SharedState,
+        predictor: Predictor,
+        trial: Trial | None,
+    ):
+        self._blocks, self._shared, self._predictor = blocks, shared, predictor
+        self.trial = trial
+        self._states = [_BlockState() for _ in blocks]
+        self._absent, self._resident = Confidence(len(blocks)), Confidence(len(blocks))
+        self._step = _Step()
+
+    def chosen(self, block: int, routing: Routing) -> None:
+        """Compare the guesses for a block with its router's choice; see `StepWatcher`."""
+        now, state, tokens = perf_counter(), self._states[block], len(routing.ids_TK)
+        if block <= self._step.block:
+            self._begin_step(tokens, now)
+        self._step.block = block
+        if state.began is not None:
+            took = now - state.began
+            before = took if state.window is None else state.window
+            state.window = _KEEP * before + (1 - _KEEP) * took
+        if self._step.tokens > MOST_TOKENS:
+            return
+        experts = routing.ids_TK.flatten().tolist()
+        for expert, margin in state.margins.items():
+            confidence = self._absent if expert in state.absent else self._resident
+            confidence.observe(block, margin, expert in experts)
+        state.began, state.margins, state.absent = None, {}, frozenset()
+        padding = self._blocks[block].num_experts
+        choices = len(experts) - experts.count(padding)
+        state.chosen = max(1, min(-(-choices // tokens), padding - 1))
+
+    def _begin_step(self, tokens: int, now: float) -> None:
+        last, waited = self._step, self._shared.counters.wait_seconds
+        if self.trial is not None and 0 < last.tokens <= MOST_TOKENS and last.ended > last.began:
+            spent = waited - last.waited
+            self.trial.measured(
+                last.tokens, last.prefetches, last.ended - last.began, max(0.0, spent)
+            )
+        few = tokens <= MOST_TOKENS
+        prefetches = few and (self.trial is None or self.trial.use(tokens))
+        self._step = _Step(tokens=tokens, prefetches=prefetches, began=now, waited=waited)
+
+    def computed(self, block: int) -> None:
+        """Note when the last block of a step is complete."""
+        self._step.ended = perf_counter()
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        """Start to read what the next block is predicted to choose; see `StepWatcher`."""
+        if not self._step.prefetches or block + 1 >= len(self._blocks):
+            return
+        experts, state = self._blocks[block + 1], self._states[block + 1]
+        table = experts.slot_table
+        if len(table.residents) == experts.num_experts:
+            return
+        scores_TE = self._predictor.scores(block, 1, x_TD)
+        if scores_TE is None:
+            return
+        state.began = perf_counter()
+        state.margins = margins(scores_TE.tolist(), state.chosen)
+        loading = set(table.filling)
+        state.absent = frozenset(
+            one for one in state.margins if one not in table.residents and one not in loading
+        )
+        for expert in self._worth_reading(block):
+            experts.swaps.prefetch(expert, self._likely(block + 1))
+
+    def _worth_reading(self, block: int) -> Sequence[int]:
+        """Return the experts of the next block to read now."""
+        experts, state = self._blocks[block + 1], self._states[block + 1]
+        load, table = self._shared.transfer.seconds_per_load, experts.slot_table
+        if load is None or state.window is None or not state.absent:
+            return ()
+        absent = {one: self._absent.of(block + 1, state.margins[one]) for one in state.absent}
+        likely = self._likely(block + 1)
+        unlikely = sum(one not in likely for one in table.residents)
+        free = table.num_slots // 2 - len(table.filling)  # the step needs slots of its own
+        reading = Reading(
+            load=load,
+            window=state.window,
+            queued=len(self._blocks[block].swaps) + len(experts.swaps),
+            most=max(0, min(free, table.empty + unlikely)),
+        )
+        return choose(absent, reading)
+
+    def _likely(self, block: int) -> set[int]:
+        """Return the residents that the block may choose, which no guess displaces."""
+        guesses, residents = self._states[block].margins, self._blocks[block].slot_table.residents
+        return {
+            one
+            for one, margin in guesses.items()
+            if one in residents and self._resident.of(block, margin) > UNLIKELY
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetching:
+    """Whether a served model prefetches.
+
+    Attributes:
+        setting: As given.
+        predictor: The next router; None if no experts can be predicted.
+        prefetcher: At work; None if there is an obstacle.
+        obstacle: Why nothing is prefetched in any mode; empty if something may be.
+    """
+
+    setting: Prefetch = "off"
+    predictor: NextRouter | None = None
+    prefetcher: Prefetcher | None = None
+    obstacle: str = "it is off"
+
+    def as_dict(self, mode: Mode) -> dict[str, Any]:
+        """Return plain values, for JSON.
+
+        Args:
+            mode: The mode in force.
+        """
+        obstacle, pays = self.obstacle, None
+        if not obstacle and mode != "exact":
+            obstacle = f"mode {mode} is in force, and only exact mode fetches all missing experts"
+        if not obstacle and self.prefetcher is not None and self.prefetcher.trial is not None:
+            pays = self.prefetcher.trial.pays(1)
+        return {"setting": self.setting, "obstacle": obstacle, "pays": pays}
+
+
+def start_prefetching(
+    model: PreTrainedModel,
+    blocks: Mapping[str, VirtualExperts],
+    shared: SharedState,
+    settings: LoadSettings,
+    context: int | None,
+) -> Prefetching:
+    """Let a model prefetch if its settings say so and its routers are recognised.
+
+    Args:
+        model: The model, whose experts return zeros meanwhile.
+        blocks: The served blocks by name, in order.
+        shared: Their state.
+        settings: With which the model was loaded.
+        context: The largest number of tokens in a step; None for any.
+    """
+    if (obstacle := _obstacle(model, blocks, settings)) is not None:
+        return Prefetching(setting=settings.prefetch, obstacle=obstacle)
+    predictor = NextRouter.of(model, blocks, context)
+    if not any(predictor.predicts(block) for block in range(len(blocks))):
+        family = type(model).__name__
+        return Prefetching(
+            setting=settings.prefetch,
+            obstacle=f"the norms and routers of {family} are not of a form that can be predicted",
+        )
+    trial = Trial() if settings.prefetch == "auto" else None
+    prefetcher = Prefetcher(list(blocks.values()), shared, predictor, trial)
+    shared.watcher = prefetcher
+    return Prefetching(
+        setting=settings.prefetch, predictor=predictor, prefetcher=prefetcher, obstacle=""
+    )
+
+
+def _obstacle(
+    model: PreTrainedModel, blocks: Mapping[str, VirtualExperts], settings: LoadSettings
+) -> str | None:
+    """Return why nothing can be prefetched, or None."""
+    if settings.prefetch == "off":
+        return "it is off"
+    if len(blocks) == 1:
+        return "the model has one MoE layer, and prediction begins with the second"
+    if model.config.is_encoder_decoder:
+        return "the experts of encoder-decoders are not predicted"
+    if settings.memory is None:
+        return "without a memory budget all experts stay in memory"
+    if settings.precision == AUTO_PRECISION:
+        return "under precision auto the formats of slots would depend on what was guessed"
+    return None
