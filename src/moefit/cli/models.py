@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 from moefit.api import folder_of
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.checkpoint.tokenizer import refuse_without_tokenizer
-from moefit.cli.app import Json, advanced, command, console, option, print_json
+from moefit.cli.app import Json, advanced, command, console, option, print_json, progress_bar
 from moefit.cli.loading import (
     dropout_line,
     estimate_table,
@@ -50,6 +50,9 @@ from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.evaluate.kernel_experts import use_kernels
 from moefit.evaluate.loading import REFERENCE, config_of, load_full_model
+from moefit.evaluate.passage import read_text
+from moefit.evaluate.prediction import measure_prediction
+from moefit.evaluate.report import prediction_tables
 from moefit.evaluate.speed import measure_speed
 from moefit.folders import is_gguf
 from moefit.moe.expert_dropout import KEY, dropout_record
@@ -62,7 +65,9 @@ from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.memory.budget import MemoryBudget, format_bytes
 from moefit.serve.memory.estimate import initial_formats, memory_budget
+from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import open_packed
+from moefit.serve.prediction.guesses import TRIAL_STEPS
 
 _SEED_0 = SamplingOptions(seed=0)
 _PARTS = {
@@ -328,13 +333,32 @@ def _has_card(model: str) -> bool:
     return family == "dsmoe"
 
 
+_TIMED, _PREDICTED = 64, 512  # tokens
+
+
 @command("bench")
 @expand_options
 def bench(
     model: Model,
     options: ServingOptions = SERVING,
     prompt_tokens: Annotated[int, option("Length of the prompt in tokens.", min=1)] = 32,
-    new_tokens: Annotated[int, option("Number of tokens to decode.", min=1)] = 64,
+    new_tokens: Annotated[
+        int | None,
+        option(
+            f"Number of tokens to decode. Default: {_TIMED}, or {_PREDICTED} with --predict.", min=1
+        ),
+    ] = None,
+    predict: Annotated[
+        bool,
+        advanced(
+            "Measure on a text how well the next layers' experts are predicted, instead of speed.",
+            "--predict",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        advanced("UTF-8 text for --predict. Default: the held-out standard library."),
+    ] = None,
     eviction: Annotated[
         str, advanced(f"Which expert is evicted first: {', '.join(POLICIES)}.")
     ] = DEFAULT_POLICY,
@@ -343,6 +367,14 @@ def bench(
 ) -> None:
     """Decode random tokens, so that a model with random weights does not repeat one."""
     folder, how = folder_of(model), {"eviction": eviction, "generation_config": IGNORE}
+    if predict:
+        _predict(model, options, text, new_tokens or _PREDICTED, how, as_json=as_json)
+        return
+    if text is not None:
+        raise ConfigError(
+            f"--text {text} is for --predict; speed is measured with random tokens: add --predict, "
+            "or leave --text out"
+        )
     if not is_gguf(folder):
         Checkpoint(folder).close()  # raises for missing and damaged files
     with console.status("measuring bandwidths"):  # before the model takes the memory
@@ -354,9 +386,47 @@ def bench(
         )
         with console.status("measuring"):
             speed = measure_speed(
-                served, bandwidth, prompt_T=prompt_T, new_tokens=new_tokens, seed=seed
+                served,
+                bandwidth,
+                prompt_T=prompt_T,
+                new_tokens=new_tokens or _TIMED,
+                warm_up=_warm_up(served),
+                seed=seed,
             )
     if as_json:
         print_json(speed.as_dict())
     else:
         Console().print(speed_table(speed, bandwidth, f"{model}, mode {speed.mode}"))
+
+
+def _warm_up(served: ServedModel) -> int:
+    """Return the tokens to decode before speed is measured: enough to decide about prefetching."""
+    prefetcher = served.prefetching.prefetcher
+    missing = any(one.slot_table.num_slots < one.num_experts for one in served.blocks.values())
+    decides = prefetcher is not None and prefetcher.trial is not None and missing
+    return TRIAL_STEPS if decides and served.policy.mode == "exact" else 8
+
+
+def _predict(
+    model: str,
+    options: ServingOptions,
+    text: Path | None,
+    tokens: int,
+    how: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print how well the experts of later layers are predicted on a text."""
+    with load_served(model, options, **how) as served:
+        ids_T = read_text(text, served.tokenizer, options.context, None).ids_T[:tokens]
+        with progress_bar("decoding") as show:
+            report = measure_prediction(
+                served, ids_T, progress=lambda done, total: show("decoding", done, total)
+            )
+    if as_json:
+        print_json(
+            {"model": model, "text": str(text or "held-out standard library")} | report.as_dict()
+        )
+        return
+    for table in prediction_tables(report, model):
+        Console().print(table)

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefit.evaluate.perplexity import Score
+from moefit.evaluate.prediction import CONFIDENT, PredictionReport, PredictionScore
 from moefit.evaluate.stepwise import StepScore
 
 
@@ -61,3 +62,37 @@ def narrow_table(title: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+
+
+def prediction_tables(report: PredictionReport, model: str) -> list[Table]:
+    """Return tables of how well experts are predicted: one by layer, one by distance."""
+    title = (
+        f"{model}: prediction of the next layer's experts over {report.tokens:,} tokens, "
+        f"{report.slots:,} slots for {report.experts:,} experts"
+    )
+    by_layer = _prediction_table("layer", title)
+    for layer, score in report.layers.get(1, {}).items():
+        by_layer.add_row(str(layer), *_prediction_row(score))
+    by_distance = _prediction_table("all layers", "by distance, and without the state")
+    by_distance.caption = (
+        f"precision: of guesses with a confidence of {CONFIDENT:.0%}; missing: chosen and not in "
+        "memory; found: of these among the K first, and guessed with that confidence"
+    )
+    for ahead in report.layers:
+        name = f"router, {ahead} layer{'s' * (ahead > 1)} ahead"
+        by_distance.add_row(name, *_prediction_row(report.total(ahead)))
+    for name, score in report.baselines.items():
+        by_distance.add_row(name, *_prediction_row(score))
+    return [by_layer, by_distance]
+
+
+def _prediction_table(first: str, title: str) -> Table:
+    table = narrow_table(title)
+    table.add_column(first, no_wrap=True)
+    for name in ("recall", "2K", "precision", "missing", "found", "sure"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _prediction_row(score: PredictionScore) -> list[str]:
+    return ["" if one is None else f"{one:.1%}" for one in score.as_dict().values()]

@@ -146,6 +146,8 @@ def choose(absent: Mapping[int, float], reading: Reading) -> tuple[int, ...]:
 
 
 _WARM_UP, _EACH = 8, 12  # steps before a trial, and of each arm in it
+TRIAL_STEPS = _WARM_UP + 2 * _EACH + 1
+"""Steps after which a trial has decided."""
 _PROBE = 16  # one step of so many takes the other arm
 _HALF_LIFE = 64.0  # steps of an arm
 _MIN_GAIN = 0.02  # of the time of a step
