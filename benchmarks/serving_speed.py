@@ -36,6 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
 
 import moefit
@@ -214,14 +215,15 @@ def vocabulary(config: Any) -> int:
     return config.get_text_config(decoder=True).vocab_size
 
 
-def replay(served: ServedModel, trace: Path) -> None:
-    """Replace each router's choices by recorded ones, by layer and token.
+def replay(served: ServedModel, trace: Path) -> "list[_Replayed]":
+    """Replace each router's choices by recorded ones, by layer and token; return the hooks.
 
     A trace of top 4 of 32 becomes top 8 of 64 by using experts 2e and 2e + 1 for each recorded
     expert e, which keeps its locality at the same share of experts.
     """
     data = np.load(trace)
     experts, probs = data["experts"].astype(np.int64), data["probs"].astype(np.float32)
+    hooks: list[_Replayed] = []
     for number, (name, block) in enumerate(served.blocks.items()):
         router = served.model.get_submodule(name.rpartition(".")[0]).get_submodule("gate")
         layer = number % experts.shape[1]
@@ -230,7 +232,9 @@ def replay(served: ServedModel, trace: Path) -> None:
         twins = block.num_experts // 32
         ids_NK = (ids_NK.unsqueeze(-1) * twins + torch.arange(twins)).flatten(1)
         weights_NK = weights_NK.repeat_interleave(twins, dim=1) / twins
-        router.register_forward_hook(_Replayed(ids_NK, weights_NK), prepend=True)
+        hooks.append(_Replayed(ids_NK, weights_NK))
+        hooks[-1].handle = router.register_forward_hook(hooks[-1], prepend=True)
+    return hooks
 
 
 class _Replayed:
@@ -238,6 +242,18 @@ class _Replayed:
 
     def __init__(self, ids_NK: Tensor, weights_NK: Tensor):
         self._ids, self._weights, self._at = ids_NK, weights_NK, 0
+        self.handle: RemovableHandle | None = None
+
+    def coming(self, tokens: int) -> Tensor:
+        """Return the experts of the next tokens."""
+        return self._ids[(self._at + torch.arange(tokens)) % len(self._ids)]
+
+    def restart(self) -> None:
+        self._at = 0
+
+    def remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
         logits_TE, weights_TK, ids_TK = output

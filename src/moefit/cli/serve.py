@@ -29,6 +29,7 @@ from moefit.host import is_loopback
 from moefit.plan.plan_file import Plan
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.model import ServedModel
+from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
@@ -148,6 +149,9 @@ def _serve(
         with ExitStack() as closing:  # what is entered last is closed first
             closing.callback(deadline.cancel)
             closing.enter_context(served)
+            limited = served.budget.total is not None
+            if limited and (remark := closing.enter_context(kept_usage(served))):
+                say(remark)
             _ = served.tokenizer  # raises for one that is damaged: clients send texts
             engine = Engine(served, engine_settings)
             service = Service(engine, settings)

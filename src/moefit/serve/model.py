@@ -5,7 +5,7 @@ mode, which may change while it runs, and reports. Every change holds the lock t
 holds, so that a step never sees half of one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -265,7 +265,7 @@ class ServedModel:
             )
 
     @contextmanager
-    def watched(self, watcher: StepWatcher) -> Iterator[None]:
+    def watched(self, watcher: StepWatcher | None) -> Iterator[None]:
         """Let `watcher` follow steps in exact mode within the block, in place of prefetching."""
         with self._shared.lock:
             before, self._shared.watcher = self._shared.watcher, watcher
@@ -373,6 +373,21 @@ class ServedModel:
             self._shared.transfer.settle()
             for name, experts in residents.items():
                 self.blocks[name].set_residents(experts)
+
+    def use_counts(self) -> dict[str, list[float]]:
+        """Return how many tokens used each expert since loading, by block name."""
+        with self._shared.lock:
+            return {name: one.counts() for name, one in self.blocks.items()}
+
+    def warm_start(self, counts: Mapping[str, Sequence[float]]) -> None:
+        """Fill empty slots with the experts of the highest counts, in the background.
+
+        Args:
+            counts: By block name, a number of 0 or more per expert.
+        """
+        with self._shared.lock:
+            for name, experts in self.blocks.items():
+                experts.warm_start(counts[name])
 
     def norms(self, block: str) -> list[float]:
         """Return the norm of each expert of a block; reads all of them."""

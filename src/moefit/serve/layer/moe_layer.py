@@ -121,6 +121,23 @@ class VirtualExperts(nn.Module):
         """Start loading absent experts into empty slots: the first, or the most important ones."""
         self.swaps.fill(self._fill_scores(), self.spares_key)
 
+    def counts(self) -> list[float]:
+        """Return how many tokens used each expert."""
+        return list(map(float, self.use_counts[: self.num_experts]))
+
+    def warm_start(self, counts: Sequence[float]) -> None:
+        """Start loading the experts of the highest counts into empty slots.
+
+        Blocks that were trained for an order of experts keep it.
+        """
+        if self.resident_order is not None or not self.slot_table.empty:
+            return
+        used = {expert: count for expert, count in enumerate(counts) if count > 0}
+        best = sorted(used, key=lambda one: (-used[one], one))[: self.slot_table.num_slots]
+        self.importance.observe(used)
+        self.eviction.observe({expert: used[expert] for expert in best})
+        self.fill()
+
     def _fill_scores(self) -> list[float]:
         if self.resident_order is None or self.shared.policy.mode != "virtual":
             return self.importance.scores()

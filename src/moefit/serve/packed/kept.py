@@ -197,7 +197,9 @@ def _entry(kind: str, folder: Path) -> Entry:
 
 def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
     """Return source, formats and the reason why a packed store is never read, by its headers."""
-    source, formats, reasons = "", [], []
+    source, formats, reasons = _usage_source(folder), [], []
+    if source:
+        formats.append("use counts")
     for one in _subfolders(folder):
         first = next(iter(sorted(one.glob("block-*.safetensors"))), None)
         if first is None:
@@ -217,6 +219,13 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
     if source and not settings_file(Path(source)).is_file():
         return source, tuple(formats), f"its checkpoint is no longer in {source}"
     return source, tuple(formats), "" if formats else "; ".join(reasons) or "it is empty"
+
+
+def _usage_source(folder: Path) -> str:
+    """Return the checkpoint whose use counts a server left here; empty if there are none."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads((folder / "usage.json").read_text(encoding="utf-8"))["source"])
+    return ""
 
 
 def _encoder(format: str) -> str | None:

@@ -81,7 +81,7 @@ class Prefetcher:
         predictor: Predictor,
         trial: Trial | None,
     ):
-        self._blocks, self._shared, self._predictor = blocks, shared, predictor
+        self._blocks, self._shared, self.predictor = blocks, shared, predictor
         self.trial = trial
         self._states = [_BlockState() for _ in blocks]
         self._absent, self._resident = Confidence(len(blocks)), Confidence(len(blocks))
@@ -131,7 +131,7 @@ class Prefetcher:
         table = experts.slot_table
         if len(table.residents) == experts.num_experts:
             return
-        scores_TE = self._predictor.scores(block, 1, x_TD)
+        scores_TE = self.predictor.scores(block, 1, x_TD)
         if scores_TE is None:
             return
         state.began = perf_counter()

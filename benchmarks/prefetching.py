@@ -1,0 +1,262 @@
+"""Measure what reading predicted experts early gains, off, by prediction and by an oracle.
+
+    python benchmarks/prefetching.py FOLDER --memory 2.47GiB,1.37GiB --rates 0.4GB,1GB,2GB,none
+        [--precision int8] [--replay TRACE.npz --found 0.4 --recall 0.8] [--save NAME]
+        [--slots N,M] [--arms off,guess,oracle,auto] [--new-tokens 32] [--warm-up 24] [--rounds 1]
+
+One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
+Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, which always
+prefetches; `oracle`, the same with the router's own choice as the guess; `auto`, the default.
+
+With `--replay` routers choose what a recording chose (serving_speed.py), and `guess` is drawn: of
+the experts that a router will choose it names those in memory with probability `--recall`, the
+missing ones with `--found`, and wrong ones for the rest, as measured by `moefit bench --predict` on
+trained models. Without it, `guess` is the next router, on a text (`--text`).
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from rich.console import Console
+from rich.table import Table
+from serving_speed import SEED, replay
+from slow_storage import limited_to
+from torch import Tensor
+
+import moefit
+from moefit.evaluate.decoding import Decoding
+from moefit.evaluate.passage import read_text
+from moefit.serve.model import ServedModel
+from moefit.serve.prediction.prefetch import Prefetcher, Trial
+
+
+class Drawn:
+    """Guesses of a recorded choice: right ones with given probabilities, wrong ones for the rest.
+
+    Args:
+        served: The model, whose routers replay a recording.
+        replayed: The recorded choices of each layer.
+        recall: Probability of naming a chosen expert that is in memory.
+        found: The same of a missing one.
+    """
+
+    def __init__(self, served: ServedModel, replayed: list[Any], recall: float, found: float):
+        self._blocks, self._replayed = list(served.blocks.values()), replayed
+        self._recall, self._found, self._random = recall, found, random.Random(SEED)
+
+    def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor:
+        experts = self._blocks[block + ahead]
+        chosen = self._replayed[block + ahead].coming(len(x_TD))
+        scores_TE = torch.full((len(x_TD), experts.num_experts), -1.0)
+        for row, ids in enumerate(chosen.tolist()):
+            named = [one for one in ids if self._random.random() < self._chance(experts, one)]
+            others = sorted(set(range(experts.num_experts)) - set(ids))
+            wrong = self._random.sample(others, len(ids) - len(named))
+            scores_TE[row, named + wrong] = 1.0
+        return scores_TE
+
+    def _chance(self, experts: Any, expert: int) -> float:
+        return self._recall if expert in experts.slot_table.residents else self._found
+
+
+class Recorded:
+    """The choices of an earlier run over the same tokens, as an oracle.
+
+    Args:
+        choices: Expert ids by layer and step.
+    """
+
+    def __init__(self, choices: list[list[list[int]]], num_experts: int):
+        self._choices, self._num_experts = choices, num_experts
+        self.at = 0
+
+    def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor:
+        scores_TE = torch.full((len(x_TD), self._num_experts), -1.0)
+        scores_TE[0, self._choices[block + ahead][self.at]] = 1.0
+        return scores_TE
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {}
+    for memory in arguments.memory.split(","):
+        how = {"memory": memory, "context": 256, "precision": arguments.precision}
+        how |= {"prefetch": "on", "dense_precision": arguments.precision}
+        with moefit.load(arguments.folder, **how) as served:
+            layers = len(served.blocks)
+            for slots in [int(one) for one in arguments.slots.split(",") if one] or [0]:
+                if slots:
+                    served.set_memory(served.budget.total_for_slots([slots] * layers))
+                for rate in arguments.rates.split(","):
+                    with limited_to(None if rate == "none" else rate):
+                        name = f"{f'{slots} slots' if slots else memory}, {rate}/s"
+                        results[name] = measured(served, arguments)
+                        print(name, json.dumps(results[name]), flush=True)
+    Console().print(table(results))
+    if arguments.save:
+        drawn = f"; guesses drawn: recall {arguments.recall}, of missing {arguments.found}"
+        notes = "arms decode the same tokens" + (drawn if arguments.replay else "")
+        print(record.write("prefetching", results, notes=notes, suffix=arguments.save))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--memory", required=True)
+    parser.add_argument("--slots", default="")
+    parser.add_argument("--rates", default="none")
+    parser.add_argument("--precision", default="native")
+    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--recall", type=float, default=0.8)
+    parser.add_argument("--found", type=float, default=0.4)
+    parser.add_argument("--arms", default="off,guess,oracle,auto")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--warm-up", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", metavar="NAME")
+    return parser.parse_args()
+
+
+def measured(served: ServedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens/s and counters of each arm, and speeds relative to `off`."""
+    replayed = replay(served, arguments.replay) if arguments.replay else []
+    tokens = arguments.warm_up + arguments.new_tokens
+    if arguments.replay:
+        vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
+        generator = torch.Generator().manual_seed(SEED)
+        ids_T = torch.randint(0, vocabulary, (tokens + 1,), generator=generator)
+    else:
+        ids_T = read_text(arguments.text, served.tokenizer, 256, None).ids_T[: tokens + 1]
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    choices = choices_of(served, ids_T, arguments) if not replayed else []
+    for _ in range(arguments.rounds):
+        for arm in arguments.arms.split(","):
+            for one in replayed:
+                one.restart()
+            predictor = predictor_of(arm, served, replayed, choices, arguments)
+            rounds.setdefault(arm, []).append(one_arm(served, arm, predictor, ids_T, arguments))
+    for one in replayed:
+        one.remove()
+    results = {
+        arm: found[-1] | {"tokens_per_second": statistics.median(speeds), "rounds": speeds}
+        for arm, found in rounds.items()
+        for speeds in [[one["tokens_per_second"] for one in found]]
+    }
+    off = results["off"]["tokens_per_second"]
+    for one in results.values():
+        one["against_off"] = one["tokens_per_second"] / off
+    return results
+
+
+def predictor_of(
+    arm: str,
+    served: ServedModel,
+    replayed: list[Any],
+    choices: list[list[list[int]]],
+    arguments: argparse.Namespace,
+) -> Any:
+    if arm == "oracle":
+        experts = next(iter(served.blocks.values())).num_experts
+        return Drawn(served, replayed, 1.0, 1.0) if replayed else Recorded(choices, experts)
+    if replayed:
+        return Drawn(served, replayed, arguments.recall, arguments.found)
+    return served.prefetching.predictor
+
+
+@torch.inference_mode()
+def one_arm(
+    served: ServedModel, arm: str, predictor: Any, ids_T: Tensor, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Decode the tokens from empty slots with a prefetcher of its own."""
+    trial = Trial() if arm == "auto" else None
+    watcher = Prefetcher(list(served.blocks.values()), served._shared, predictor, trial)
+    served.set_residents(dict.fromkeys(served.blocks, ()))
+    seconds: list[float] = []
+    with watching(served, None if arm == "off" else watcher):
+        decoding = Decoding(served)
+        for number, ids_1 in enumerate(ids_T[:-1].split(1)):
+            if isinstance(predictor, Recorded):
+                predictor.at = number
+            if number == arguments.warm_up:
+                served.reset()
+            began = time.perf_counter()
+            decoding(ids_1)
+            seconds.append(time.perf_counter() - began)
+    report, timed = served.report(), seconds[arguments.warm_up :]
+    names = ("hit_rate", "prefetches", "prefetches_used", "wait_seconds")
+    return {
+        "tokens_per_second": len(timed) / sum(timed),
+        **{name: report[name] for name in names},
+        "prefetched_bytes": report["prefetched_bytes"],
+        "wasted_bytes": report["prefetch_wasted_bytes"],
+        "misses_per_layer": report["fetches"] / len(timed) / len(served.blocks),
+    }
+
+
+@contextmanager
+def watching(served: ServedModel, watcher: Any):
+    with served.watched(watcher):
+        yield
+
+
+@torch.inference_mode()
+def choices_of(
+    served: ServedModel, ids_T: Tensor, arguments: argparse.Namespace
+) -> list[list[list[int]]]:
+    """Return the experts that routers choose for each token, by layer and step."""
+    watcher = Choices(len(served.blocks))
+    with served.watched(watcher):
+        decoding = Decoding(served)
+        for ids_1 in ids_T[:-1].split(1):
+            decoding(ids_1)
+    return watcher.choices
+
+
+class Choices:
+    """A watcher that records choices."""
+
+    def __init__(self, layers: int):
+        self.choices: list[list[list[int]]] = [[] for _ in range(layers)]
+
+    def chosen(self, block: int, routing: Any) -> None:
+        self.choices[block].append(routing.ids_TK.flatten().tolist())
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        pass
+
+    def computed(self, block: int) -> None:
+        pass
+
+
+def table(results: dict[str, Any]) -> Table:
+    out = Table(title="decoding one sequence, tokens/s", title_justify="left")
+    arms = list(next(iter(results.values())))
+    for name in ("", *arms, "misses a layer", "used of early reads"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for name, found in results.items():
+        guess = found.get("guess", found[arms[-1]])
+        out.add_row(
+            name,
+            *(
+                f"{found[one]['tokens_per_second']:.2f} ({found[one]['against_off']:.2f}x)"
+                for one in arms
+            ),
+            f"{found['off']['misses_per_layer']:.2f}",
+            f"{guess['prefetches_used']} of {guess['prefetches']}",
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()
