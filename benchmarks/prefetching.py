@@ -1,7 +1,7 @@
 """Measure what reading predicted experts early gains, off, by prediction and by an oracle.
 
     python benchmarks/prefetching.py FOLDER --memory 2.47GiB,1.37GiB --rates 0.4GB,1GB,2GB,none
-        [--precision int8] [--replay TRACE.npz --found 0.4 --recall 0.8] [--save NAME]
+        [--precision int8] [--replay TRACE.npz --found 0.3 --right 0.8] [--save NAME]
         [--slots N,M] [--arms off,guess,oracle,auto] [--new-tokens 32] [--warm-up 24] [--rounds 1]
 
 One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
@@ -9,9 +9,10 @@ Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, wh
 prefetches; `oracle`, the same with the router's own choice as the guess; `auto`, the default.
 
 With `--replay` routers choose what a recording chose (serving_speed.py), and `guess` is drawn: of
-the experts that a router will choose it names those in memory with probability `--recall`, the
-missing ones with `--found`, and wrong ones for the rest, as measured by `moefit bench --predict` on
-trained models. Without it, `guess` is the next router, on a text (`--text`).
+the experts that a router will choose it names those in memory, the missing ones with probability
+`--found`, and so many wrong ones that a share `--right` of the named missing ones is right, as
+measured by `moefit bench --predict` and without `--replay` on trained models. Without it, `guess`
+is the next router, on a text (`--text`).
 """
 
 import argparse
@@ -19,7 +20,6 @@ import json
 import random
 import statistics
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +44,28 @@ class Drawn:
     Args:
         served: The model, whose routers replay a recording.
         replayed: The recorded choices of each layer.
-        recall: Probability of naming a chosen expert that is in memory.
-        found: The same of a missing one.
+        found: Probability of naming a chosen expert that is missing.
+        right: Share of the named missing experts that are chosen.
     """
 
-    def __init__(self, served: ServedModel, replayed: list[Any], recall: float, found: float):
+    def __init__(self, served: ServedModel, replayed: list[Any], found: float, right: float):
         self._blocks, self._replayed = list(served.blocks.values()), replayed
-        self._recall, self._found, self._random = recall, found, random.Random(SEED)
+        self._found, self._random = found, random.Random(SEED)
+        self._wrong = (1 - right) / right  # for each right one
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor:
         experts = self._blocks[block + ahead]
         chosen = self._replayed[block + ahead].coming(len(x_TD))
         scores_TE = torch.full((len(x_TD), experts.num_experts), -1.0)
+        residents, draw = set(experts.slot_table.residents), self._random
+        others = sorted(set(range(experts.num_experts)) - residents - set(chosen.flatten().tolist()))
         for row, ids in enumerate(chosen.tolist()):
-            named = [one for one in ids if self._random.random() < self._chance(experts, one)]
-            others = sorted(set(range(experts.num_experts)) - set(ids))
-            wrong = self._random.sample(others, len(ids) - len(named))
-            scores_TE[row, named + wrong] = 1.0
+            held = [one for one in ids if one in residents]
+            missing = [one for one in ids if one not in residents and draw.random() < self._found]
+            wrong = sum(draw.random() < self._wrong for _ in missing)
+            wrong = min(wrong, len(ids) - len(held) - len(missing), len(others))
+            scores_TE[row, held + missing + draw.sample(others, wrong)] = 1.0
         return scores_TE
-
-    def _chance(self, experts: Any, expert: int) -> float:
-        return self._recall if expert in experts.slot_table.residents else self._found
 
 
 class Recorded:
@@ -101,11 +102,15 @@ def main() -> None:
                         name = f"{f'{slots} slots' if slots else memory}, {rate}/s"
                         results[name] = measured(served, arguments)
                         print(name, json.dumps(results[name]), flush=True)
+                        if arguments.save:
+                            print(save(results, arguments))
     Console().print(table(results))
-    if arguments.save:
-        drawn = f"; guesses drawn: recall {arguments.recall}, of missing {arguments.found}"
-        notes = "arms decode the same tokens" + (drawn if arguments.replay else "")
-        print(record.write("prefetching", results, notes=notes, suffix=arguments.save))
+
+
+def save(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    drawn = f"; drawn guesses find {arguments.found} of the missing, {arguments.right} are right"
+    notes = "all arms decode the same tokens from empty slots" + (drawn if arguments.replay else "")
+    return record.write("prefetching", results, notes=notes, suffix=arguments.save)
 
 
 def parse() -> argparse.Namespace:
@@ -117,8 +122,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="native")
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--recall", type=float, default=0.8)
-    parser.add_argument("--found", type=float, default=0.4)
+    parser.add_argument("--found", type=float, default=0.3)
+    parser.add_argument("--right", type=float, default=0.8)
     parser.add_argument("--arms", default="off,guess,oracle,auto")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--warm-up", type=int, default=24)
@@ -139,7 +144,7 @@ def measured(served: ServedModel, arguments: argparse.Namespace) -> dict[str, An
     else:
         ids_T = read_text(arguments.text, served.tokenizer, 256, None).ids_T[: tokens + 1]
     rounds: dict[str, list[dict[str, Any]]] = {}
-    choices = choices_of(served, ids_T, arguments) if not replayed else []
+    choices = choices_of(served, ids_T) if not replayed else []
     for _ in range(arguments.rounds):
         for arm in arguments.arms.split(","):
             for one in replayed:
@@ -170,7 +175,7 @@ def predictor_of(
         experts = next(iter(served.blocks.values())).num_experts
         return Drawn(served, replayed, 1.0, 1.0) if replayed else Recorded(choices, experts)
     if replayed:
-        return Drawn(served, replayed, arguments.recall, arguments.found)
+        return Drawn(served, replayed, arguments.found, arguments.right)
     return served.prefetching.predictor
 
 
@@ -183,7 +188,7 @@ def one_arm(
     watcher = Prefetcher(list(served.blocks.values()), served._shared, predictor, trial)
     served.set_residents(dict.fromkeys(served.blocks, ()))
     seconds: list[float] = []
-    with watching(served, None if arm == "off" else watcher):
+    with served.watched(None if arm == "off" else watcher):
         decoding = Decoding(served)
         for number, ids_1 in enumerate(ids_T[:-1].split(1)):
             if isinstance(predictor, Recorded):
@@ -204,16 +209,8 @@ def one_arm(
     }
 
 
-@contextmanager
-def watching(served: ServedModel, watcher: Any):
-    with served.watched(watcher):
-        yield
-
-
 @torch.inference_mode()
-def choices_of(
-    served: ServedModel, ids_T: Tensor, arguments: argparse.Namespace
-) -> list[list[list[int]]]:
+def choices_of(served: ServedModel, ids_T: Tensor) -> list[list[list[int]]]:
     """Return the experts that routers choose for each token, by layer and step."""
     watcher = Choices(len(served.blocks))
     with served.watched(watcher):
@@ -237,6 +234,10 @@ class Choices:
 
     def computed(self, block: int) -> None:
         pass
+
+
+def speed(one: dict[str, Any]) -> str:
+    return f"{one['tokens_per_second']:.2f} ({one['against_off']:.2f}x)"
 
 
 def table(results: dict[str, Any]) -> Table:
