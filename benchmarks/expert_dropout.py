@@ -1,15 +1,17 @@
 """What does a model that was trained with experts absent lose when only some are in memory?
 
-    python benchmarks/expert_dropout.py base=MODEL[,MODEL...] NAME=MODEL[,MODEL...]... --text FILE
-        [--formats int4,int2] [--save NAME]
+    python benchmarks/expert_dropout.py base=MODEL[,MODEL...] NAME=MODEL[,MODEL...]...
+        [--text FILE] [--rules RULE,...] [--formats int4,int2] [--save NAME]
 
 The first name is the base that the others are compared with; all must have the same tokenizer.
 Several models of one name are seeds: the first is compared with the base's first, and so on, and
 means over seeds come with their standard errors. `expert_dropout_runs.py` trains such models.
-Measurements on the same text, which none of them has seen:
+Measurements on the same text, which none of them has seen (by default the held-out standard
+library):
 
 - in one pass per window, over `--full-tokens`: perplexity with all experts and its difference to
-  the base's, and with few experts per layer, chosen as for `fixed` below;
+  the base's, also by inference rule (`--rules`, of DS-MoE models), and with few experts per layer,
+  chosen as for `fixed` below;
 - with few experts: step by step over `--tokens`, as a server decodes, with a share of each layer's
   experts in memory, against the same model with all of them. `fixed` is virtual mode without swaps:
   the residents are the first ones of the order that the model records, or, where it records none,
@@ -43,7 +45,7 @@ from transformers import PreTrainedModel
 
 from moefit.evaluate.baselines import fix_residents
 from moefit.evaluate.loading import load_full_model
-from moefit.evaluate.passage import text_of_file
+from moefit.evaluate.passage import read_text
 from moefit.evaluate.stepwise import score_steps
 from moefit.moe.expert_dropout import dropout_record
 from moefit.serve.model import ServedModel
@@ -97,10 +99,11 @@ def main() -> None:
 NOTES = (
     "mean: over seeds, with the standard error of the mean over seeds (null for one seed); "
     "full_memory: perplexity with all experts; to_base: the difference to the base of the same "
-    "seed, with its standard error over windows; few: with only so many experts per layer, chosen "
-    "as for fixed, in one pass per window; loss: perplexity step by step over that of the same "
-    "model with all experts in its own dtype, less one; error: the standard error of its logarithm "
-    "over windows; bytes_per_token: read from storage; fixed: virtual mode without swaps"
+    "seed, with its standard error over windows; rules: the same by inference rule; few: with only "
+    "so many experts per layer, chosen as for fixed, in one pass per window; loss: perplexity step "
+    "by step over that of the same model with all experts in its own dtype, less one; error: the "
+    "standard error of its logarithm over windows; bytes_per_token: read from storage; fixed: "
+    "virtual mode without swaps"
 )
 
 
@@ -178,12 +181,13 @@ def _mean(values: list[float]) -> dict[str, float | None]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL[,MODEL...]")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--full-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--modes", default=DEFAULT_MODES)
     parser.add_argument("--shares", default=",".join(f"{share:.4f}" for share in SHARES))
+    parser.add_argument("--rules", default="", help="inference rules, such as dense,top_k:4")
     parser.add_argument("--formats", default="", help="formats of experts, such as int4,int2")
     parser.add_argument("--points", type=Path, help="measured points, kept")
     parser.add_argument("--save", metavar="NAME")
@@ -208,14 +212,29 @@ def trained(model: str) -> dict[str, Any]:
 def full_memory(models: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Perplexities with all experts and with few, and the differences to the first model's."""
     losses: dict[str, dict[int, list[float]]] = {}
+    by_rule: dict[str, dict[str, list[float]]] = {}
+    rules = list(filter(None, arguments.rules.split(",")))
     for name, model in models.items():
-        loaded, tokenizer = load_full_model(model)
-        text = text_of_file(arguments.text, tokenizer, arguments.context, 2 * arguments.full_tokens)
+        loaded, tokenizer = load_full_model(model, dtype=torch.float32)
+        text = read_text(arguments.text, tokenizer, arguments.context, 2 * arguments.full_tokens)
         windows = [window_L for ids_BL in text.batches() for window_L in ids_BL]
+        windows = [window_L for window_L in windows if len(window_L) == arguments.context + 1]
         calibration = [window_L[None, :-1] for window_L in windows[1:17:2]]
         losses[name] = losses_by_count(loaded.eval(), windows[::2], calibration)
-    base = next(iter(losses.values()))
-    return {name: _compared(own, base) for name, own in losses.items()}
+        by_rule[name] = {
+            rule: [_loss(loaded, window_L, {"rule": rule}) for window_L in windows[::2]]
+            for rule in rules
+        }
+    base = next(iter(models))
+    return {
+        name: {
+            **_compared(losses[name], losses[base]),
+            "rules": {
+                rule: _against(own, by_rule[base][rule]) for rule, own in by_rule[name].items()
+            },
+        }
+        for name in models
+    }
 
 
 def losses_by_count(
@@ -239,11 +258,8 @@ def losses_by_count(
 def _compared(own: dict[int, list[float]], base: dict[int, list[float]]) -> dict[str, Any]:
     everything = max(own)
     few = {count: _difference(some, own[everything]) for count, some in own.items()}
-    to_base, error = _difference(own[everything], base[everything])
     return {
-        "perplexity": math.exp(fmean(own[everything])),
-        "to_base": to_base,
-        "error": error,
+        **_against(own[everything], base[everything]),
         "windows": len(own[everything]),
         "experts": everything,
         "few": {
@@ -256,6 +272,12 @@ def _compared(own: dict[int, list[float]], base: dict[int, list[float]]) -> dict
             if count < everything
         },
     }
+
+
+def _against(own: list[float], base: list[float]) -> dict[str, float]:
+    """Perplexity of windows, and its difference to the base's on the same ones with its error."""
+    to_base, error = _difference(own, base)
+    return {"perplexity": math.exp(fmean(own)), "to_base": to_base, "error": error}
 
 
 def _difference(some: list[float], others: list[float]) -> tuple[float, float]:
