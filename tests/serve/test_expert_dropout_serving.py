@@ -92,14 +92,17 @@ def test_a_mixed_model_swaps(tmp_path):
         assert residents(served) != first(3)
 
 
-def test_all_experts_need_no_order(folder):
+def test_all_experts_are_held(folder):
     with serving(folder, slots=5) as served:
-        served.set_mode("virtual", residency="fixed")
+        served.set_mode("virtual")
+        assert residents(served) == first(5)
+        before = served.report()["fetches"]
         assert torch.allclose(
             logits(served.model, {"input_ids": tokens(1, 7)}),
             logits(trained(), {"input_ids": tokens(1, 7)}),
             atol=1e-4,
         )
+        assert served.report()["fetches"] == before
 
 
 def test_served_output_equals_training(folder):

@@ -148,7 +148,7 @@ class VirtualExperts(nn.Module):
 
     def hold_first(self) -> None:
         """Make the first experts of `resident_order` resident, as many as there are slots."""
-        if self.resident_order is not None and self.slot_table.num_slots < self.num_experts:
+        if self.resident_order is not None:
             self.set_residents(self.resident_order[: self.slot_table.num_slots])
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
