@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import learning_rate, make_optimizer
+from moefit.train.settings import OptimizerConfig
 
 
 def test_learning_rate_warmup_peak_and_end():

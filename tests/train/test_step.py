@@ -5,8 +5,8 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import DivergenceError
-from moefit.train.config import OptimizerConfig
 from moefit.train.schedule import make_optimizer
+from moefit.train.settings import OptimizerConfig
 from moefit.train.step import Stepper, make_losses
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from moefit.cli.options import read_options
 from moefit.errors import ConfigError
-from moefit.train.config import OptimizerConfig, TrainConfig, load_yaml, read_config
+from moefit.train.config import TrainConfig, load_yaml, read_config
+from moefit.train.settings import OptimizerConfig
 
 
 def test_defaults_and_overrides(tmp_path):

@@ -7,10 +7,10 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, DataError
 from moefit.train import checkpoint
-from moefit.train.config import OptimizerConfig
 from moefit.train.data.tokenizer import train_bpe
 from moefit.train.parallel.state import RunState
 from moefit.train.schedule import make_optimizer
+from moefit.train.settings import OptimizerConfig
 
 
 def make_state(hidden_size=16):

@@ -16,7 +16,8 @@ from moefit.advise.recommend import Advice
 from moefit.advise.search import Candidate
 from moefit.advise.shapes import short_count
 from moefit.errors import ConfigError
-from moefit.train.config import STDLIB, make_config
+from moefit.train.config import make_config
+from moefit.train.settings import STDLIB
 
 _BATCH_TOKENS = 1 << 19  # at most
 _STEPS = 20_000  # at least, for runs whose batches are smaller

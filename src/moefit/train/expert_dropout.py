@@ -19,7 +19,8 @@ from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError
 from moefit.moe.expert_dropout import KEY, ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule, active_experts, route_allowed
-from moefit.train.config import ExpertDropoutConfig, TrainConfig
+from moefit.train.config import TrainConfig
+from moefit.train.settings import ExpertDropoutConfig
 
 _STREAM = 0x0D20  # separates these random numbers from others of the same seed
 CALIBRATION_BATCHES = 8

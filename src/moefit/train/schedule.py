@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from moefit.train.config import OptimizerConfig, SparseConfig
+from moefit.train.settings import OptimizerConfig, SparseConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -23,7 +23,7 @@ from moefit.moe.expert_dropout import dropout_record
 from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
-from moefit.train.config import ParallelConfig, TrainConfig
+from moefit.train.config import TrainConfig
 from moefit.train.data.batches import Batches, BatchesByMachine
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
@@ -61,6 +61,7 @@ from moefit.train.schedule import (
     mi_scale,
     set_learning_rate,
 )
+from moefit.train.settings import ParallelConfig
 from moefit.train.step import HeldOutEvaluator, Stepper, StepResult, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefit.errors import DataError
-from moefit.train.config import DataConfig
 from moefit.train.data.split import Split, is_held_out, split
+from moefit.train.settings import DataConfig
 
 
 def sides(division: Split) -> tuple[dict[str, str], dict[str, str]]:

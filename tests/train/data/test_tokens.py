@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from moefit.errors import ConfigError, DataError
-from moefit.train.config import DataConfig
 from moefit.train.data import tokens as token_file
 from moefit.train.data.corpus import Document
 from moefit.train.data.split import split
@@ -21,6 +20,7 @@ from moefit.train.data.tokens import (
     prepare_shards,
     write_tokens,
 )
+from moefit.train.settings import DataConfig
 
 
 @pytest.fixture

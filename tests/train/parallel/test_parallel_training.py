@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from moefit.dsmoe.model import register
 from moefit.errors import ConfigError
 from moefit.train import checkpoint
-from moefit.train.config import ParallelConfig, make_config
+from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.run_folder import read_log
+from moefit.train.settings import ParallelConfig
 
 
 def losses(out):

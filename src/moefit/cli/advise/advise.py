@@ -21,7 +21,7 @@ from moefit.cli.app import Json, advanced, command, console, option, print_json,
 from moefit.cli.plan_tables import check_picture
 from moefit.errors import ConfigError
 from moefit.serve.memory.budget import parse_bytes
-from moefit.train.config import STDLIB
+from moefit.train.settings import STDLIB
 
 _AUTO = "auto"
 _GPU, _MFU = "h100", 0.4

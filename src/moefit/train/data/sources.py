@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moefit.errors import DataError
-from moefit.train.config import STDLIB
+from moefit.train.settings import STDLIB
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".py")
 JSONL_SUFFIX = ".jsonl"

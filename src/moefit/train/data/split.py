@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moefit.errors import DataError
-from moefit.train.config import DataConfig
 from moefit.train.data.corpus import Document, documents
+from moefit.train.settings import DataConfig
 
 Rule = Literal["sources", "name", "tail"]
 

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.errors import ConfigError, DataError
 from moefit.folders import cache_root
-from moefit.train.config import DataConfig
 from moefit.train.data.corpus import Document
 from moefit.train.data.split import Split, split
 from moefit.train.data.tokenizer import (
@@ -31,6 +30,7 @@ from moefit.train.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
+from moefit.train.settings import DataConfig
 
 # Encodings take some 100 bytes per token until their ids are written: about 100 MB per batch.
 BATCH_CHARACTERS = 1 << 22

@@ -27,11 +27,12 @@ from transformers import PreTrainedModel
 
 from moefit.dsmoe.config import nearest_multiple
 from moefit.errors import ConfigError
-from moefit.train.config import ParallelConfig, TrainConfig
+from moefit.train.config import TrainConfig
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import Dispatch, spread_experts
 from moefit.train.parallel.expert_tensor import ExpertTensor, divide_experts
 from moefit.train.parallel.processes import OneProcess, Processes
+from moefit.train.settings import ParallelConfig
 
 
 class Parallelism(Protocol):

@@ -1,0 +1,236 @@
+"""Groups of settings of a training run: data, model, losses, optimizer, log, processes.
+
+Unknown keys and values out of range are errors.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from moefit.errors import ConfigError
+from moefit.moe.expert_dropout import Order
+from moefit.moe.routing import Rule
+
+STDLIB = "stdlib"
+WARMUP_STEPS = 100
+
+
+class Strict(BaseModel):
+    """A group whose keys are all known and whose values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _as_list(value: Any) -> Any:
+    """Wrap a single string: `data.sources=book.txt` names one file."""
+    return [value] if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+"""Files, folders or datasets: a list or a single string."""
+
+
+class DataConfig(Strict):
+    """Text sources and tokenisation.
+
+    `sources` are files or folders (.txt, .md, .rst, .py, .jsonl, .parquet), `stdlib` for the source
+    code of the running Python's standard library, or Hugging Face datasets as `hf:DATASET[:SPLIT]`
+    or `hf:DATASET@CONFIG[:SPLIT]`. The default split is train.
+
+    Without `held_out`, whole documents are held out by a hash of their names. If that leaves either
+    side empty, as with a single file, the end of each document is held out instead.
+    """
+
+    sources: Sources = (STDLIB,)
+    held_out: Sources = ()
+    """Sources to evaluate on; if empty, `held_out_fraction` of the documents is held out."""
+    held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    text_key: str = "text"
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Most bytes of text to read, for quick runs."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder with one; None trains a BPE on the corpus."""
+    vocab_size: int = Field(default=4096, ge=257)
+    shard_by: Literal["none", "source"] = "none"
+    """`source`: with N machines, machine n trains on sources n, n + N, ..., an equal share of each
+    batch. `none`: all machines train on all text."""
+    cache_dir: str | None = None
+    """Folder for token files; None is $XDG_CACHE_HOME/moefit/data or ~/.cache/moefit/data."""
+
+
+class ModelConfig(BaseModel):
+    """Model architecture: a preset, fields of the model's configuration, or both.
+
+    Further keys are fields of `DsMoeConfig`, or of transformers' `OlmoeConfig` with
+    `architecture: olmoe`. The vocabulary size comes from the tokenizer.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    architecture: Literal["dsmoe", "olmoe"] = "dsmoe"
+    preset: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of the model's configuration that were given."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class LossConfig(Strict):
+    """Weights of the router losses, each summed over layers (alpha in the DS-MoE paper).
+
+    Defaults are those of the model's preset, and zero without a preset.
+    """
+
+    mlp_mi: float | None = Field(default=None, ge=0)
+    attention_mi: float | None = Field(default=None, ge=0)
+    load_balancing: float | None = Field(default=None, ge=0)
+    z: float | None = Field(default=None, ge=0)
+    mi_ramp: tuple[_Fraction, _Fraction] = (0.0, 0.0)
+    """Fractions of training between which both MI weights rise from zero to their full value."""
+    routing_locality: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared change of routing from one token to the next."""
+    locality: float = Field(default=0.0, ge=0)
+    """mu of LocMoE's locality loss, which keeps tokens on the machine that they are on; summed over
+    layers. Needs `parallel.experts: all_to_all`, and pays with `data.shard_by: source` only."""
+    locality_ramp: tuple[_Fraction, _Fraction] = (0.0, 0.0)
+    """Fractions of training between which mu rises from zero to its full value."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights that were given, by name."""
+        names = ("mlp_mi", "attention_mi", "load_balancing", "z")
+        return self.model_dump(exclude_none=True, include=set(names))
+
+
+class SparseConfig(Strict):
+    """Training steps that use only the experts selected by a rule.
+
+    Interleaved with dense steps they reduce the quality lost when inference uses few experts.
+    """
+
+    rule: str | None = None
+    """An inference rule, such as `top_k:4`; None makes every step dense."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Fraction of the steps after `start` that are sparse, evenly spaced."""
+    start: _Fraction = 0.0
+    """Fraction of training before the first sparse step."""
+
+    @field_validator("rule")
+    @classmethod
+    def _check_rule(cls, rule: str | None) -> str | None:
+        try:
+            return None if rule is None else str(Rule.parse(rule))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+
+class ExpertDropoutConfig(Strict):
+    """Training sequences in which only some of the experts are available, as in serving.
+
+    In such a sequence only S of the E experts of a layer may be chosen, with S from `least` to
+    E - 1 and the same in all layers.
+    """
+
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Fraction of the sequences in which experts are absent."""
+    order: Order
+    """`random`: any S experts. `nested`: the S most important ones, as measured when dropout
+    begins. `mixed`: nested in half of the sequences, random in the others."""
+    least: int | None = Field(default=None, ge=1)
+    """Least S. By default the number of experts that the model's rules choose per token; a quarter
+    of the experts if no rule fixes a number."""
+    sizes: Literal["uniform", "few"] = "few"
+    """Distribution of S: `uniform`, or `few`, in proportion to 1 / S^2."""
+    begin: float = Field(default=0.6, ge=0, lt=1)
+    """Fraction of training before experts are dropped."""
+    self_distillation: bool = True
+    """Compute sequences with few experts twice: with all experts, where the text is the target, and
+    with few, where the prediction with all experts is. A step then computes up to twice as many
+    sequences."""
+
+    @model_validator(mode="after")
+    def _check_all_experts_are_trained(self) -> Self:
+        if self.share == 1 and not self.self_distillation:
+            raise ValueError(
+                "share=1 with self_distillation=false would leave no sequence that trains all "
+                "experts; give a share below 1, or self_distillation=true"
+            )
+        return self
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Strict):
+    """AdamW with linear warm-up and cosine decay to `final_lr_ratio` of the peak."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=WARMUP_STEPS, ge=0)
+    """Defaults to at most a tenth of the run's steps."""
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class LogConfig(Strict):
+    """What is logged, and how often (in optimizer steps)."""
+
+    every: int = Field(default=10, gt=0)
+    eval_every: int = Field(default=200, gt=0)
+    eval_tokens: int = Field(default=65536, gt=0)
+    epsilon: float = Field(default=0.48, gt=0)
+    """Score times number of experts above which an expert counts as active in the log."""
+    tensorboard: bool = False
+
+
+class CheckpointConfig(Strict):
+    """How often (in optimizer steps) checkpoints are saved, and how many are kept."""
+
+    every: int = Field(default=200, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class ParallelConfig(Strict):
+    """How a run of many processes, started by torchrun, spreads the model over them."""
+
+    replicate: int = Field(default=1, gt=0)
+    """Copies of the model, each sharded over an equal number of consecutive processes (HSDP). The
+    default shards one copy over all processes; the number of machines saves traffic between them.
+    """
+    reshard: bool = True
+    """Free a layer's weights after its forward pass and gather them again for the backward pass:
+    less memory, half as much traffic again."""
+    experts: Literal["data", "all_to_all"] = "data"
+    """`data`: experts are sharded like all weights. `all_to_all`: each process has an equal part of
+    every layer's experts, and tokens are sent to them; for sparse models."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """With `all_to_all`, the most tokens that a process sends to an expert, in units of an even
+    share; what is beyond has no output of the layer. None is no limit."""
+    expert_tensor: int = Field(default=1, gt=0)
+    """Consecutive processes that share the tokens of a part of the batch and divide the experts
+    of every layer among them, for the price of an all-reduce of the layer's outputs."""
+    nodes: int | None = Field(default=None, gt=0)
+    """Number of machines that processes are divided among; None is what torchrun says."""
+    node_bias: float = Field(default=0.0, ge=0)
+    """Added in training to the router logits of experts on the token's own machine."""
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        given = {"capacity_factor": self.capacity_factor, "node_bias": self.node_bias}
+        for name, value in given.items():
+            if value and self.experts != "all_to_all":
+                raise ValueError(
+                    f"{name}={value:g} has no effect with experts=data; leave it out, or give "
+                    "experts=all_to_all"
+                )
+        if self.experts == "all_to_all" and self.expert_tensor > 1:
+            raise ValueError(
+                f"expert_tensor={self.expert_tensor} and experts=all_to_all both divide the "
+                "experts; give expert_tensor=1, or experts=data"
+            )
+        return self
