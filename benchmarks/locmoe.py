@@ -35,11 +35,12 @@ from torch import Tensor
 from moefit.train.config import TrainConfig, make_config
 from moefit.train.data.batches import Batches, BatchesByMachine
 from moefit.train.model import build_model, loss_weights
+from moefit.train.optimizer import make_optimizer
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import Parallelism, parallelism
 from moefit.train.parallel.processes import Processes, joined_processes
-from moefit.train.schedule import learning_rate, make_optimizer, mi_scale, set_learning_rate
+from moefit.train.schedule import learning_rate, mi_scale, set_learning_rate
 from moefit.train.step import HeldOutEvaluator, Stepper, make_losses
 
 WIDTH, LAYERS, EXPERTS, BATCH, LENGTH = 128, 3, 16, 16, 192

@@ -23,7 +23,7 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.dense_experts import DENSE_EXPERTS, register_dense_experts
 from moefit.dsmoe.losses import RouterLossWeights
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.train.schedule import make_optimizer
+from moefit.train.optimizer import make_optimizer
 from moefit.train.settings import OptimizerConfig
 from moefit.train.step import Stepper, make_losses
 from moefit.train.throughput import measured_peak_flops, training_flops_per_token

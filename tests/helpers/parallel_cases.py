@@ -20,6 +20,7 @@ from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.model import build_model, loss_weights
+from moefit.train.optimizer import make_optimizer
 from moefit.train.parallel.parallelism import parallelism
 from moefit.train.parallel.processes import (
     OneProcess,
@@ -27,7 +28,6 @@ from moefit.train.parallel.processes import (
     _check_machines,
     joined_processes,
 )
-from moefit.train.schedule import make_optimizer
 from moefit.train.step import Stepper, make_losses
 
 SHAPE = {
@@ -53,6 +53,7 @@ MODELS = {
         {"load_balancing": 0.01, "mlp_mi": 0.05},
     ),
 }
+OPTIMIZERS = {"olmoe": {"name": "muon"}}
 
 
 LOCMOE = {**SHAPE, "router_type": "grap", "training_rule": "top_k:1", "inference_rule": "top_k:1"}
@@ -67,7 +68,8 @@ def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings
     config = make_config(
         {
             "model": model, "loss": loss, "batch_size": 4, "seq_len": 16, "accumulation": 2,
-            "steps": count, "optimizer": {"warmup_steps": 0}, "parallel": parallel_settings,
+            "steps": count, "optimizer": {"warmup_steps": 0, **OPTIMIZERS.get(name, {})},
+            "parallel": parallel_settings,
         }
     )  # fmt: skip
     made = build_model(config, vocab_size=64, eos_token_id=0).to(dtype)
@@ -156,6 +158,11 @@ def locmoe(tree: dict) -> dict:
     }
 
 
+def muon(tree: dict) -> dict:
+    """Return settings of a run with Muon."""
+    return {**tree, "optimizer": {"name": "muon", "warmup_steps": 2}, "steps": 6}
+
+
 def failures(tree: dict, processes: Processes) -> list[str]:
     """Return what process 0 reports for settings that cannot be trained with."""
     rank = processes.rank
@@ -236,6 +243,7 @@ def main() -> None:
             "tensor": lambda names: equality(processes, names.split(","), TENSOR),
             "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
             "run": lambda detail: run(tree, processes, detail),
+            "muon_run": lambda detail: run(muon(tree), processes, detail),
             "tensor_run": lambda detail: run({**tree, "parallel": TENSOR}, processes, detail),
             "locmoe": lambda name: run(locmoe(tree), processes, name),
             "failures": lambda _: failures(tree, processes),

@@ -3,7 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moefit.train.schedule import learning_rate, make_optimizer
+from moefit.train.optimizer import make_optimizer
+from moefit.train.schedule import learning_rate
 from moefit.train.settings import OptimizerConfig
 
 

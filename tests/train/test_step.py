@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,9 +7,9 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import DivergenceError
-from moefit.train.schedule import make_optimizer
+from moefit.train.optimizer import make_optimizer
 from moefit.train.settings import OptimizerConfig
-from moefit.train.step import Stepper, make_losses
+from moefit.train.step import Stepper, make_losses, model_inputs
 
 
 @pytest.fixture
@@ -106,3 +108,28 @@ def test_mi_scale_affects_only_mi_losses(model):
     assert half == pytest.approx((whole + none) / 2, abs=1e-6)
     assert none > 0 > whole - none
     assert steps.step([ids], 1, mi_scale=0.0).router_loss == 0
+
+
+def test_skipped_steps_change_no_weights(model):
+    before = [p.detach().clone() for p in model.parameters()]
+    seen = []
+    steps = replace(stepper(model), is_spike=lambda loss, norm: not seen.append((loss, norm)))
+    result = steps.step([torch.randint(50, (3, 9))], 1)
+    assert seen == [(result.lm_loss + result.router_loss, result.gradient_norm)]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    steps = replace(steps, is_spike=lambda loss, norm: False)
+    steps.step([torch.randint(50, (3, 9))], 1)
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_documents_of_one_sequence_do_not_see_each_other(model, attention):
+    model.eval().set_attn_implementation(attention)
+    ids = torch.tensor([[5, 6, 7, 0, 8, 9, 0, 0, 4]])
+    packed = model(**model_inputs(ids, document_end=0), use_cache=False).logits
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
+        alone = model(input_ids=ids[:, start:end]).logits
+        torch.testing.assert_close(packed[:, start:end], alone)
+    unmasked = model(**model_inputs(ids, None), use_cache=False).logits
+    assert not torch.allclose(packed[:, 4:7], unmasked[:, 4:7])

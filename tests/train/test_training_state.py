@@ -8,8 +8,8 @@ from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import CheckpointError, ConfigError, DataError
 from moefit.train import checkpoint
 from moefit.train.data.tokenizer import train_bpe
+from moefit.train.optimizer import make_optimizer
 from moefit.train.parallel.state import RunState
-from moefit.train.schedule import make_optimizer
 from moefit.train.settings import OptimizerConfig
 
 

@@ -1,29 +1,37 @@
-"""Schedules of learning rate, MI loss weight and sparse steps; AdamW's parameter groups."""
+"""Schedules of learning rate, MI loss weight and sparse steps."""
 
 import math
 from fractions import Fraction
 
 import torch
-from torch import nn
 
 from moefit.train.settings import OptimizerConfig, SparseConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of a step: linear warm-up, then cosine decay.
+    """Return the learning rate of a step: linear warm-up, then cosine decay or WSD.
+
+    WSD (warm-up, stable, decay; arXiv 2404.06395) stays at the peak and decays linearly at the end.
 
     Args:
         step: Counted from 0.
         steps: Steps of the run.
-        config: Peak, warm-up and final ratio.
+        config: Peak, warm-up, schedule and final ratio.
 
     >>> round(learning_rate(0, 100, OptimizerConfig(lr=1.0, warmup_steps=10)), 3)
     0.1
     >>> learning_rate(9, 100, OptimizerConfig(lr=1.0, warmup_steps=10))
     1.0
+    >>> stable = OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=0, final_lr_ratio=0)
+    >>> [learning_rate(step, 10, stable) for step in (0, 8, 9, 10)]
+    [1.0, 1.0, 0.5, 0.0]
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "wsd":
+        decaying = min(max(1, round(config.decay_share * steps)), steps - config.warmup_steps)
+        left = min(1.0, max(0, steps - step) / max(1, decaying))
+        return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
@@ -63,19 +71,6 @@ def is_sparse(step: int, steps: int, config: SparseConfig) -> bool:
         return False
     share = Fraction(config.share).limit_denominator(steps)
     return math.floor(after * share) > math.floor((after - 1) * share)
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and stacked experts, not on norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -51,6 +51,9 @@ class DataConfig(Strict):
     tokenizer: str | None = None
     """A tokenizer.json or a folder with one; None trains a BPE on the corpus."""
     vocab_size: int = Field(default=4096, ge=257)
+    document_mask: bool = False
+    """Documents that share a sequence do not see each other: attention and positions begin anew
+    at each. Otherwise a sequence is one stretch of text."""
     shard_by: Literal["none", "source"] = "none"
     """`source`: with N machines, machine n trains on sources n, n + N, ..., an equal share of each
     batch. `none`: all machines train on all text."""
@@ -166,15 +169,36 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
-    """AdamW with linear warm-up and cosine decay to `final_lr_ratio` of the peak."""
+    """Optimizer and learning rate: linear warm-up, then a decay to `final_lr_ratio` of the peak."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: matrices of layers, also each matrix of an expert, are updated by Muon with the same
+    rates as AdamW; embeddings, head, routers and vectors by AdamW."""
     lr: float = Field(default=1e-3, gt=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Decay: `cosine` over all steps; `wsd` (warm-up, stable, decay) linear over the last ones."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """With `wsd`, the fraction of the steps in which the rate decays."""
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=WARMUP_STEPS, ge=0)
     """Defaults to at most a tenth of the run's steps."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    skip_sigma: float | None = Field(default=None, gt=0)
+    """Leave the weights as they are in steps whose loss or gradient norm is more than this many
+    standard deviations above the mean of the last 128 steps, or not finite. None skips no step,
+    and stops at values that are not finite."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        default = type(self).model_fields["decay_share"].default
+        if self.schedule != "wsd" and self.decay_share != default:
+            raise ValueError(
+                f"decay_share={self.decay_share:g} has no effect with schedule=cosine; leave it "
+                "out, or give schedule=wsd"
+            )
+        return self
 
 
 class LogConfig(Strict):
@@ -186,6 +210,18 @@ class LogConfig(Strict):
     epsilon: float = Field(default=0.48, gt=0)
     """Score times number of experts above which an expert counts as active in the log."""
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
+    """First and last step that torch's profiler records, per process, into `OUT/profile`."""
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(
+                f"[{steps[0]}, {steps[1]}] are not the first and the last of some steps, counted "
+                "from 1; give such as [10, 12]"
+            )
+        return steps
 
 
 class CheckpointConfig(Strict):

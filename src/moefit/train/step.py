@@ -25,7 +25,7 @@ from moefit.dsmoe.losses import (
 )
 from moefit.errors import DivergenceError
 from moefit.moe.locality import routing_locality_loss
-from moefit.train.data.batches import windows
+from moefit.train.data.batches import document_positions, windows
 from moefit.train.expert_dropout import AllowedExperts
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
@@ -43,6 +43,7 @@ class HeldOutEvaluator:
         limit: Most tokens to evaluate.
         bf16: Whether to autocast to bfloat16.
         parallel: Divides the windows among processes.
+        document_end: Token that ends a document, whose tokens see no other; None for one stretch.
     """
 
     tokens: np.ndarray
@@ -51,6 +52,7 @@ class HeldOutEvaluator:
     limit: int
     bf16: bool
     parallel: Parallelism = field(default_factory=lambda: Single(clock=Clock(torch.device("cpu"))))
+    document_end: int | None = None
 
     @torch.no_grad()
     def loss(
@@ -87,12 +89,20 @@ class HeldOutEvaluator:
         return total / count
 
     def _total_loss(self, model: PreTrainedModel, ids_BN1: Tensor, limit: dict[str, Any]) -> float:
+        inputs = model_inputs(ids_BN1[:, :-1], self.document_end)
         with torch.autocast(ids_BN1.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = model(input_ids=ids_BN1[:, :-1], use_cache=False, **limit).logits
+            logits = model(**inputs, use_cache=False, **limit).logits
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), ids_BN1[:, 1:].flatten(), reduction="sum"
         )
         return loss.item()
+
+
+def model_inputs(ids_BN: Tensor, document_end: int | None) -> dict[str, Tensor]:
+    """Return the arguments of a forward pass; positions only if documents are kept apart."""
+    if document_end is None:
+        return {"input_ids": ids_BN}
+    return {"input_ids": ids_BN, "position_ids": document_positions(ids_BN, document_end)}
 
 
 def _batched(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -110,7 +120,8 @@ def _batched(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 class StepResult:
     """Mean losses over the step's micro-batches, and the last one's router logits by layer.
 
-    Losses are of all processes together, logits of this process.
+    Losses are of all processes together, logits of this process. The weights of a skipped step have
+    not changed.
     """
 
     lm_loss: float
@@ -169,6 +180,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
     distill: bool = False,
     total: Total = identity,
     nodes: NodeLocality | None = None,
+    document_end: int | None = None,
 ) -> LossFunction:
     """Return the loss function of a DS-MoE or OLMoE model.
 
@@ -185,12 +197,13 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
             text is the target, and with few, where the prediction with all experts is.
         total: Adds the sums that router losses depend on over the processes of a batch.
         nodes: Adds LocMoE's locality loss.
+        document_end: Token that ends a document, whose tokens see no other; None for one stretch.
     """
 
     def losses(
         ids_BN1: Tensor, mi_scale: Tensor, rule: str | None, allowed_LBE: Tensor | None = None
     ) -> Losses:
-        options = {} if rule is None else {"rule": rule}
+        options: dict[str, Any] = {} if rule is None else {"rule": rule}
         given = len(ids_BN1)
         ids, limits, few_B = ids_BN1, allowed_LBE, None
         if distill and allowed_LBE is not None:
@@ -198,7 +211,8 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
             ids, limits = _twice(ids_BN1, allowed_LBE, few_B)
         if allowed is not None:
             options |= allowed.arguments(limits)
-        output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
+        options |= model_inputs(ids, document_end)
+        output = model(use_cache=False, output_router_logits=True, **options)
         lm_loss = language_model_loss(output.logits[:given], ids_BN1)
         if few_B is not None:
             teacher_CNV = output.logits[:given][few_B].detach()
@@ -230,6 +244,8 @@ class Stepper:
     bf16: bool
     clip: float
     parallel: Parallelism = field(default_factory=lambda: Single(clock=Clock(torch.device("cpu"))))
+    is_spike: Callable[[float, float], bool] = lambda loss, norm: False
+    """Whether a step of this loss and gradient norm is skipped; alike in all processes."""
 
     def step(
         self,
@@ -275,11 +291,12 @@ class Stepper:
         lm_total, router_total = (
             value / processes.size for value in processes.sums((lm_total, router_total))
         )
-        if not (math.isfinite(lm_total + router_total) and math.isfinite(norm)):
-            raise DivergenceError(
-                f"loss {lm_total:g}, router loss {router_total:g}, gradient norm {norm:g}"
-            )
-        self.optimizer.step()
+        if not self.is_spike(lm_total + router_total, norm):
+            if not (math.isfinite(lm_total + router_total) and math.isfinite(norm)):
+                raise DivergenceError(
+                    f"loss {lm_total:g}, router loss {router_total:g}, gradient norm {norm:g}"
+                )
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(
             lm_loss=lm_total,

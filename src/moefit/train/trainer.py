@@ -6,6 +6,7 @@ With many processes, all take the same decisions at the same step; the main one 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -24,7 +25,7 @@ from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
-from moefit.train.data.batches import Batches, BatchesByMachine
+from moefit.train.data.batches import training_batches
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
 from moefit.train.display import TrainingCallback
@@ -46,24 +47,21 @@ from moefit.train.model import (
     select_trainable,
     use_bf16,
 )
-from moefit.train.parallel.dispatch import capacity_line, check_spreadable
-from moefit.train.parallel.expert_tensor import check_divisible
+from moefit.train.optimizer import make_optimizer
 from moefit.train.parallel.locality import NodeLocality
-from moefit.train.parallel.parallelism import parallelism
+from moefit.train.parallel.parallelism import check_model, parallelism
 from moefit.train.parallel.processes import OneProcess, Processes, local_device
 from moefit.train.parallel.saver import ShardedSaver, WholeSaver
 from moefit.train.parallel.state import RunState, seed_process
 from moefit.train.run_folder import NoLog, RunLog, last_record, read_log
-from moefit.train.schedule import (
-    is_sparse,
-    learning_rate,
-    make_optimizer,
-    mi_scale,
-    set_learning_rate,
-)
-from moefit.train.settings import ParallelConfig
+from moefit.train.schedule import is_sparse, learning_rate, mi_scale, set_learning_rate
+from moefit.train.spikes import SpikeDetector
 from moefit.train.step import HeldOutEvaluator, Stepper, StepResult, make_losses
-from moefit.train.throughput import measured_peak_flops, training_flops_per_token
+from moefit.train.throughput import (
+    StepProfiler,
+    measured_peak_flops,
+    training_flops_per_token,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +105,10 @@ class Trainer:
         self.dropout = ExpertDropout.of(config, self.model)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.spikes = SpikeDetector(config.optimizer.skip_sigma)
+        self.document_end = data.tokenizer.eos_token_id if config.data.document_mask else None
         self.stepper = self._stepper()
-        self.batches = self._batches()
+        self.batches = training_batches(config, data)
         self.held_out = HeldOutEvaluator(
             tokens=data.held_out.open(),
             seq_len=config.seq_len,
@@ -116,6 +116,10 @@ class Trainer:
             limit=config.log.eval_tokens,
             bf16=self.bf16,
             parallel=self.parallel,
+            document_end=self.document_end,
+        )
+        self.profiler = StepProfiler(
+            out, config.log.profile, rank=self.processes.rank, device=self.device
         )
         self.tokens_per_step = config.batch_size * config.accumulation * config.seq_len
         self._steps_timed = 0
@@ -143,11 +147,13 @@ class Trainer:
                 distill=self.dropout is not None and self.dropout.settings.self_distillation,
                 total=self.parallel.total,
                 nodes=self.nodes,
+                document_end=self.document_end,
             ),
             device=self.device,
             bf16=self.bf16,
             clip=self.config.optimizer.clip,
             parallel=self.parallel,
+            is_spike=self.spikes.is_spike,
         )
 
     def _run_state(self) -> RunState:
@@ -162,48 +168,14 @@ class Trainer:
             processes=self.processes,
             stream=self.parallel.mine,
             streams=self.parallel.shares,
+            spikes=self.spikes,
         )
-
-    def _batches(self) -> Batches | BatchesByMachine:
-        files = self.data.shards or (self.data.train,)
-        rows = self.config.batch_size // len(files)
-        shares = tuple(
-            Batches(
-                tokens=file.open(),
-                seq_len=self.config.seq_len,
-                batch_size=rows,
-                seed=self.config.seed,
-            )
-            for file in files
-        )
-        return shares[0] if len(shares) == 1 else BatchesByMachine(shares=shares)
 
     def _check_model(self) -> None:
-        """Raise ConfigError for a setting without effect, or a model that cannot be spread."""
-        locality = self.config.loss.routing_locality
-        if locality and int(self.model.config.num_experts) < 2:
-            raise ConfigError(
-                f"loss.routing_locality={locality:g} has no effect, because a model with "
-                "model.num_experts=1 has no router; leave it out, or give model.num_experts=2 or "
-                "more"
-            )
-        if self.processes.size == 1 and self.config.parallel != ParallelConfig():
-            self.callback.on_message("one process: settings of parallel have no effect")
+        """Raise ConfigError for a model that cannot be spread as configured."""
         if self.config.data.shard_by != "none" and not self.data.shards:
             self.callback.on_message("one machine: data.shard_by has no effect")
-        if self.processes.size > 1 and self.config.parallel.expert_tensor > 1:
-            experts = int(self.model.config.num_experts)
-            check_divisible(experts, self.config.parallel.expert_tensor)
-        if self.config.parallel.experts == "all_to_all":
-            config = self.model.config
-            rule = getattr(config, "training_rule", None) or f"top_k:{config.num_experts_per_tok}"
-            check_spreadable(int(config.num_experts), self.processes.size, rule)
-            tokens = self.config.batch_size * (
-                self.config.seq_len + 1
-            )  # the last one is a target only
-            rows = tokens * chosen_experts(self.model)
-            factor = self.config.parallel.capacity_factor
-            line = capacity_line(config, rows // self.processes.size, factor)
+        for line in check_model(self.config, self.model, self.processes.size):
             self.callback.on_message(line)
 
     def _device(self) -> torch.device:
@@ -296,7 +268,10 @@ class Trainer:
             self._evaluate(step, seconds, stopped_by)
         while step < steps and not signal:
             step += 1
+            self.profiler.before(step)
             values = self._timed_step(step)
+            if trace := self.processes.agreed(partial(self.profiler.after, step)):
+                self.callback.on_message(f"profile: {trace}")
             seconds = self.seconds_before + time.perf_counter() - start
             self._report(step, {**values, "seconds": seconds}, stopped_by)
             signal = stopped_by()
@@ -366,6 +341,8 @@ class Trainer:
             "gradient_norm": result.gradient_norm,
             "lr": rate,
         }
+        if self.config.optimizer.skip_sigma is not None:
+            values["skipped_steps"] = self.spikes.skipped
         return values | self._router_statistics(result) if self._is_logged(step) else values
 
     def _allowed(self, step: int) -> list[Tensor]:

@@ -53,7 +53,7 @@ def pair(shared_folder):
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
         "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
-        "locmoe:loc_one:5", "failures", "killed", last_dies=True,
+        "locmoe:loc_one:5", "muon_run:muon:3", "failures", "killed", last_dies=True,
     )  # fmt: skip
 
 
@@ -80,6 +80,18 @@ def test_runs_resume_bit_for_bit_and_by_other_processes(pair, one, shared_folder
     assert_close(weights(pair["run:again"]), weights(pair["run:two"]), 0)
     for found in (pair["run:two"], last):
         assert_close(weights(found), whole, 1e-5)
+
+
+def test_one_process_goes_on_with_muon(pair, shared_folder):
+    tree = json.loads((shared_folder / "tree.json").read_text())
+    two, whole = (
+        train(
+            make_config({**parallel_cases.muon(tree), "out": str(shared_folder / name)}),
+            NoDisplay(),
+        )
+        for name in ("muon", "muon_one")
+    )
+    assert_close(weights(two.checkpoint), weights(whole.checkpoint), 1e-5)
 
 
 def test_log_of_two_processes(pair, one, shared_folder):

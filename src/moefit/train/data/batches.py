@@ -13,6 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from moefit.train.config import TrainConfig
+from moefit.train.data.tokens import PreparedData
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batches:
@@ -81,6 +84,36 @@ class BatchesByMachine:
     def batch(self, step: int) -> torch.Tensor:
         """Return the token ids [B, L + 1] of a step: the rows of machine 0, then those of 1, ..."""
         return torch.cat([share.batch(step) for share in self.shares])
+
+
+def training_batches(config: TrainConfig, data: PreparedData) -> Batches | BatchesByMachine:
+    """Return the batches of a run."""
+    files = data.shards or (data.train,)
+    shares = tuple(
+        Batches(
+            tokens=file.open(),
+            seq_len=config.seq_len,
+            batch_size=config.batch_size // len(files),
+            seed=config.seed,
+        )
+        for file in files
+    )
+    return shares[0] if len(shares) == 1 else BatchesByMachine(shares=shares)
+
+
+def document_positions(ids_BL: torch.Tensor, end: int) -> torch.Tensor:
+    """Return the positions [B, L] of tokens in their documents, which end with the token `end`.
+
+    transformers' models take them as `position_ids` and mask attention between documents.
+
+    >>> document_positions(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), end=0)
+    tensor([[0, 1, 2, 0, 1, 0, 0]])
+    """
+    places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    is_first_BL = (ids_BL == end).roll(1, dims=1)
+    is_first_BL[:, 0] = True
+    starts_BL = torch.where(is_first_BL, places_L, 0).cummax(dim=1).values
+    return places_L - starts_BL
 
 
 @lru_cache(maxsize=64)  # a batch can span two epochs, of each machine's text

@@ -28,9 +28,15 @@ from transformers import PreTrainedModel
 from moefit.dsmoe.config import nearest_multiple
 from moefit.errors import ConfigError
 from moefit.train.config import TrainConfig
+from moefit.train.expert_dropout import chosen_experts
 from moefit.train.parallel.clock import Clock
-from moefit.train.parallel.dispatch import Dispatch, spread_experts
-from moefit.train.parallel.expert_tensor import ExpertTensor, divide_experts
+from moefit.train.parallel.dispatch import (
+    Dispatch,
+    capacity_line,
+    check_spreadable,
+    spread_experts,
+)
+from moefit.train.parallel.expert_tensor import ExpertTensor, check_divisible, divide_experts
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.settings import ParallelConfig
 
@@ -330,3 +336,24 @@ def _check_batch(config: TrainConfig, among: str, count: int) -> None:
             f"batch_size={config.batch_size} sequences do not divide among {count} {among}; the "
             f"nearest that works is batch_size={nearest_multiple(config.batch_size, count)}"
         )
+
+
+def check_model(config: TrainConfig, model: PreTrainedModel, processes: int) -> list[str]:
+    """Return what to say about a model that is to be spread over processes.
+
+    Raises:
+        ConfigError: It cannot be spread as configured.
+    """
+    settings, lines = config.parallel, []
+    if processes == 1 and settings != ParallelConfig():
+        lines.append("one process: settings of parallel have no effect")
+    if processes > 1 and settings.expert_tensor > 1:
+        check_divisible(int(model.config.num_experts), settings.expert_tensor)
+    if settings.experts == "all_to_all":
+        rule = getattr(model.config, "training_rule", None)
+        rule = rule or f"top_k:{model.config.num_experts_per_tok}"
+        check_spreadable(int(model.config.num_experts), processes, rule)
+        # The last token of a sequence is a target only, but is computed too.
+        rows = config.batch_size * (config.seq_len + 1) * chosen_experts(model) // processes
+        lines.append(capacity_line(model.config, rows, settings.capacity_factor))
+    return lines

@@ -29,6 +29,7 @@ from moefit.errors import CheckpointError, ConfigError, DataError
 from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.train.checkpoint import load_state, verify
 from moefit.train.parallel.processes import OneProcess, Processes
+from moefit.train.spikes import SpikeDetector
 
 SHARDED = "sharded"
 """Subfolder of a checkpoint with the parts of many processes."""
@@ -49,6 +50,7 @@ class RunState:
         processes: Of the run.
         stream: Of random numbers; processes that compute the same have the same one.
         streams: Their number.
+        spikes: What was found of steps to skip.
     """
 
     model: PreTrainedModel
@@ -61,6 +63,7 @@ class RunState:
     processes: Processes = field(default_factory=OneProcess)
     stream: int = 0
     streams: int = 1
+    spikes: SpikeDetector = field(default_factory=lambda: SpikeDetector(None))
 
     def state_dict(self, seconds: float) -> dict[str, Any]:
         """Return the state of one process without weights, after `seconds` of training."""
@@ -79,7 +82,7 @@ class RunState:
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         facts = {"seconds": seconds, "precision": self.precision, "data": self.fingerprint}
-        return {**facts, "shards": self.shards}
+        return {**facts, "shards": self.shards, "spikes": self.spikes.state_dict()}
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"rng": torch.get_rng_state()}
@@ -103,6 +106,8 @@ class RunState:
         self.processes.agreed(lambda: self._check_same_run(folder, state))
         self.processes.agreed(lambda: self._load(folder, state))
         self._restore_generators(state)
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
         return state["step"], state["seconds"]
 
     def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
