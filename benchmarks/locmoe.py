@@ -174,7 +174,7 @@ def work(folder: Path, steps: int, rates: list[str], repeats: int) -> None:
             for step in range(1, steps + 1):
                 rate = learning_rate(step - 1, steps, one.config.optimizer)
                 one.step(batches.batch(step), step, rate)
-            losses = [held_out_loss(one, text, processes) for text in held_out]
+            losses = [held_out_loss(one, text) for text in held_out]
             found[name] = {"held_out": losses, "training_seconds": time.perf_counter() - began}
             if processes.is_main:
                 print(name, found[name], flush=True)
@@ -186,10 +186,10 @@ def work(folder: Path, steps: int, rates: list[str], repeats: int) -> None:
             (folder / "results.json").write_text(json.dumps(found))
 
 
-def held_out_loss(one: Contestant, tokens: np.ndarray, processes: Processes) -> float:
+def held_out_loss(one: Contestant, tokens: np.ndarray) -> float:
     evaluator = HeldOutEvaluator(
         tokens=tokens, seq_len=LENGTH, batch_size=BATCH, limit=BATCH * LENGTH * 2, bf16=False,
-        processes=processes,
+        parallel=one.parallel,
     )  # fmt: skip
     loss = evaluator.loss(one.model, lambda: False)
     assert loss is not None

@@ -52,3 +52,5 @@ def test_settings_without_effect_raise():
         make_config({"optimizer": {"decay_share": 0.5}})
     with pytest.raises(ConfigError, match=r"\[3, 2\] are not the first and the last"):
         make_config({"log": {"profile": [3, 2]}})
+    with pytest.raises(ConfigError, match=r"log\.profile=\[9, 11\] ends after steps=10"):
+        make_config({"steps": 10, "log": {"profile": [9, 11]}})

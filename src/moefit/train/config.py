@@ -96,6 +96,11 @@ class TrainConfig(Strict):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below "
                 f"steps={self.steps}; the most that works is {self.steps - 1}"
             )
+        if self.log.profile is not None and self.log.profile[1] > self.steps:
+            raise ValueError(
+                f"log.profile={list(self.log.profile)} ends after steps={self.steps}; the last "
+                f"step that works is {self.steps}"
+            )
         start, end = self.loss.mi_ramp
         if start > end:
             raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
