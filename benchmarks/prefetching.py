@@ -58,7 +58,8 @@ class Drawn:
         chosen = self._replayed[block + ahead].coming(len(x_TD))
         scores_TE = torch.full((len(x_TD), experts.num_experts), -1.0)
         residents, draw = set(experts.slot_table.residents), self._random
-        others = sorted(set(range(experts.num_experts)) - residents - set(chosen.flatten().tolist()))
+        used = residents | set(chosen.flatten().tolist())
+        others = sorted(set(range(experts.num_experts)) - used)
         for row, ids in enumerate(chosen.tolist()):
             held = [one for one in ids if one in residents]
             missing = [one for one in ids if one not in residents and draw.random() < self._found]
@@ -73,7 +74,14 @@ class Recorded:
 
     Args:
         choices: Expert ids by layer and step.
+        num_experts: Of each layer.
+
+    Attributes:
+        at: The present step.
+        watcher: What prefetches, which is told the number of chosen experts too.
     """
+
+    watcher: Prefetcher
 
     def __init__(self, choices: list[list[list[int]]], num_experts: int):
         self._choices, self._num_experts = choices, num_experts
@@ -81,7 +89,9 @@ class Recorded:
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor:
         scores_TE = torch.full((len(x_TD), self._num_experts), -1.0)
-        scores_TE[0, self._choices[block + ahead][self.at]] = 1.0
+        chosen = self._choices[block + ahead][self.at]
+        self.watcher._states[block + ahead].chosen = len(chosen)
+        scores_TE[0, chosen] = 1.0
         return scores_TE
 
 
@@ -144,7 +154,9 @@ def measured(served: ServedModel, arguments: argparse.Namespace) -> dict[str, An
     else:
         ids_T = read_text(arguments.text, served.tokenizer, 256, None).ids_T[: tokens + 1]
     rounds: dict[str, list[dict[str, Any]]] = {}
-    choices = choices_of(served, ids_T) if not replayed else []
+    choices = [] if replayed else choices_of(served, ids_T)
+    if replayed:  # once before, so that the files are in the page cache for the first arm too
+        one_arm(served, "off", None, ids_T, arguments)
     for _ in range(arguments.rounds):
         for arm in arguments.arms.split(","):
             for one in replayed:
@@ -186,6 +198,8 @@ def one_arm(
     """Decode the tokens from empty slots with a prefetcher of its own."""
     trial = Trial() if arm == "auto" else None
     watcher = Prefetcher(list(served.blocks.values()), served._shared, predictor, trial)
+    if isinstance(predictor, Recorded):
+        predictor.watcher = watcher
     served.set_residents(dict.fromkeys(served.blocks, ()))
     seconds: list[float] = []
     with served.watched(None if arm == "off" else watcher):

@@ -148,27 +148,34 @@ def choose(absent: Mapping[int, float], reading: Reading) -> tuple[int, ...]:
 _WARM_UP, _EACH = 8, 12  # steps before a trial, and of each arm in it
 TRIAL_STEPS = _WARM_UP + 2 * _EACH + 1
 """Steps after which a trial has decided."""
-_PROBE = 16  # one step of so many takes the other arm
+_PROBE, _RARE_PROBE = 16, 64  # one step of so many takes the other arm, with and without gain
 _HALF_LIFE = 64.0  # steps of an arm
 _MIN_GAIN = 0.02  # of the time of a step
+_SURE = 2.0  # standard errors by which the gain must exceed that
 _MIN_WAIT = 0.03  # share of a step spent waiting, below which nothing is to be gained
 _OUTLIER = 3.0  # times the mean, at which a step's time is cut
 
 
 @dataclass(slots=True)
 class _Mean:
-    """A mean in which older values count less."""
+    """A mean in which older values count less, and its standard error."""
 
     sum: float = 0.0
+    squares: float = 0.0
     weight: float = 0.0
 
     @property
     def value(self) -> float:
         return self.sum / self.weight if self.weight else math.nan
 
+    @property
+    def error_squared(self) -> float:
+        return max(0.0, self.squares / self.weight - self.value**2) / self.weight
+
     def add(self, value: float) -> None:
         keep = 0.5 ** (1 / _HALF_LIFE)
         self.sum, self.weight = self.sum * keep + value, self.weight * keep + 1
+        self.squares = self.squares * keep + value**2
 
 
 @dataclass(slots=True)
@@ -185,8 +192,9 @@ class Trial:
     """Find out whether prefetching makes steps faster, by doing without it in some.
 
     Steps with different numbers of tokens are compared separately. After a warm-up both arms take
-    turns; then the faster one is used, and the other is tried in one step of sixteen, if steps wait
-    for reads at all. Prefetching has to gain two percent.
+    turns; then the faster one is used, and the other is tried in one step of sixteen, or of 64 as
+    long as it seems no faster, if steps wait for reads at all. Prefetching has to gain two percent
+    and two standard errors, since a wrong decision for it costs more than one against it.
 
     >>> trial = Trial()
     >>> for _ in range(200):
@@ -208,7 +216,9 @@ class Trial:
         if min(arms.counts.values()) < _EACH:
             return arms.steps % 2 == 0 and self._waits(arms)
         best = self.pays(tokens)
-        if arms.steps % _PROBE == 0 and (best or self._waits(arms)):
+        faster = arms.seconds[True].value < arms.seconds[False].value
+        probe = _PROBE if faster else _RARE_PROBE
+        if arms.steps % probe == 0 and (best or self._waits(arms)):
             return not best
         return best
 
@@ -229,7 +239,9 @@ class Trial:
         arms = self._by_tokens.get(tokens)
         if arms is None or min(arms.counts.values()) < _EACH:
             return False
-        return arms.seconds[True].value < (1 - _MIN_GAIN) * arms.seconds[False].value
+        with_it, without = arms.seconds[True], arms.seconds[False]
+        error = math.sqrt(with_it.error_squared + without.error_squared)
+        return with_it.value + _SURE * error < (1 - _MIN_GAIN) * without.value
 
     @staticmethod
     def _waits(arms: _Arms) -> bool:

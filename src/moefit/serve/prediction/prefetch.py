@@ -13,7 +13,7 @@ that computes; slots are reserved, filled and published by `Swaps`.
 Shapes: T tokens, D model width, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -140,17 +140,17 @@ class Prefetcher:
         state.absent = frozenset(
             one for one in state.margins if one not in table.residents and one not in loading
         )
-        for expert in self._worth_reading(block):
-            experts.swaps.prefetch(expert, self._likely(block + 1))
+        likely = self._likely(block + 1)
+        for expert in self._worth_reading(block, likely):
+            experts.swaps.prefetch(expert, likely)
 
-    def _worth_reading(self, block: int) -> Sequence[int]:
-        """Return the experts of the next block to read now."""
+    def _worth_reading(self, block: int, likely: Collection[int]) -> Sequence[int]:
+        """Return the experts of the next block to read now, which displace no likely one."""
         experts, state = self._blocks[block + 1], self._states[block + 1]
         load, table = self._shared.transfer.seconds_per_load, experts.slot_table
         if load is None or state.window is None or not state.absent:
             return ()
         absent = {one: self._absent.of(block + 1, state.margins[one]) for one in state.absent}
-        likely = self._likely(block + 1)
         unlikely = sum(one not in likely for one in table.residents)
         free = table.num_slots // 2 - len(table.filling)  # the step needs slots of its own
         reading = Reading(
