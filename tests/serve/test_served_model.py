@@ -54,6 +54,20 @@ def generated(one: Any, **how: Any) -> list[int]:
     return made[0].tolist()
 
 
+@pytest.mark.slow  # torch.compile takes seconds
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_compiled_model_computes_the_same(folders, precision):
+    settings = LoadSettings(context=64, dtype=torch.bfloat16, precision=precision)
+    served = load_model(folders("Olmoe"), settings)
+    compiled = torch.compile(served.model, backend="eager")
+    with torch.inference_mode():
+        for length in (9, 1, 3):
+            expected = served.model(tokens(1, length)).logits
+            assert torch.equal(compiled(tokens(1, length)).logits, expected)
+    torch.compiler.reset()
+    served.close()
+
+
 def slots_of(served: ServedModel) -> set[int]:
     return set(served.report()["slots"].values())
 

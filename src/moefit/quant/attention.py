@@ -111,6 +111,7 @@ def _is_known_cache(cache_GLC: Tensor, dtype: torch.dtype) -> bool:
 MAX_GROUP_HEADS = 32  # query heads of one KV head: ROWS of csrc/attention.h
 
 
+@torch.compiler.disable  # see `outside_of_graphs`
 def attend_by_kernels(
     query_THC: Tensor, segments: Sequence[KeySegment], options: AttentionOptions
 ) -> Tensor | None:
@@ -168,6 +169,7 @@ def attend(
     return out_THZ
 
 
+@torch.compiler.disable  # see `outside_of_graphs`
 def attend_alone(
     query_HTC: Tensor, keys_GLC: Tensor, values_GLZ: Tensor, options: AttentionOptions
 ) -> Tensor | None:

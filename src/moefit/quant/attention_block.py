@@ -286,6 +286,7 @@ class AttentionBlockKernel:
         self._parts = *norms, *linears, rotary_struct(block.rotary, dtype, cosines), cosines
         self._known: dict[tuple[Any, ...], _Block] = {}  # by the layout of caches
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def __call__(
         self,
         x_TD: Tensor,

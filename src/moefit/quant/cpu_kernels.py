@@ -12,7 +12,8 @@ from contextlib import suppress
 from ctypes import POINTER, Array, Structure, addressof, byref, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import FunctionType
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
 ACTIVATION_DTYPES = tuple(_KINDS)
 Weight = Tensor | EncodedRows
+Owner = TypeVar("Owner")
 
 
 class MatrixStruct(Structure):
@@ -102,6 +104,19 @@ class KernelMlp:
         self.address = addressof(self.argument)
 
 
+def outside_of_graphs(owner: type[Owner]) -> type[Owner]:
+    """Let `torch.compile` leave a class's methods as they are.
+
+    Its graphs end where a method passes an address to the library, and a tensor whose address has
+    been taken but that is not used again is freed there, before the library reads it.
+    """
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, FunctionType) and name != "__init__":
+            setattr(owner, name, torch.compiler.disable(value))
+    return owner
+
+
+@outside_of_graphs
 class Kernels:
     """The compiled library at one instruction set level; see `Backend`."""
 

@@ -124,6 +124,7 @@ class _CacheRows(Structure):
     )
 
 
+@torch.compiler.disable  # see `outside_of_graphs`
 def write_rows(target_GPC: Int8Rows, places_R: Tensor, rows_GRC: Tensor) -> None:
     """Round rows and write them to a cache.
 

@@ -89,6 +89,7 @@ def _usable(weight: object) -> bool:
     )
 
 
+@torch.compiler.disable  # see `outside_of_graphs`
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """Return x W^T + b by kernels; None if they do not support it."""
     compiled = kernels()

@@ -29,6 +29,7 @@ class _KernelForward:
         self._own: Callable[..., Tensor] = type(module).forward
         self._kernel: NormKernel | None = None
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         compiled, weight = kernels(), self._module._parameters.get("weight")
         if (

@@ -61,6 +61,7 @@ class GroupedLinear(nn.Module):
             self._kernel_matrix = KernelMatrix(self.matrix)
         return self._kernel_matrix
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])

@@ -82,6 +82,7 @@ class RotaryFunction:
         """Return the form for a number of cosines and a width of heads; None if it is unknown."""
         return self._rule.form(cosines, width)
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def _rotated(
         self, heads: list[Tensor], cos: Tensor, sin: Tensor, head_dim: int
     ) -> list[Tensor] | None:

@@ -104,6 +104,7 @@ class LayerForward:
         self._weights: tuple[int, ...] = ()
         self._made_for, self._hooks = self._parts_in_use(), self._hooks_in_use()
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Return what the layer's own `forward` does."""
         x = given[0] if given else named.get("hidden_states")

@@ -104,6 +104,7 @@ class VirtualExperts(nn.Module):
         )
         self.use_counts = [0] * (self.num_experts + 1)
 
+    @torch.compiler.disable  # it waits for loads, and its kernels take addresses
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
         """Compute the experts; arguments and result are those of the family's own module."""
         x_TD = x.reshape(-1, x.shape[-1])

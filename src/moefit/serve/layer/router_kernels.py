@@ -70,6 +70,7 @@ class RouterForward:
         self._kernel: RouterKernel | None = None
         self._bias_E: Tensor | None = None
 
+    @torch.compiler.disable  # see `outside_of_graphs`
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:
         """Return what the router's own `forward` does."""
         compiled, form = kernels(), self.form
