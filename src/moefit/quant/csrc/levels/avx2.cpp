@@ -20,8 +20,6 @@ namespace avx2 {
 #include "plain.inc"
 #include "inputs.inc"
 
-#include "avx2_floats.inc"
-
 typedef float V __attribute__((vector_size(32)));
 constexpr int SUMS = 8;
 
@@ -55,6 +53,38 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 #include "attention.inc"
 #include "rows.inc"
 
+// 8 weights of a row from a column on, zero past `left`.
+template <int64_t KIND>
+static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t row, int64_t column, int64_t left) {
+    constexpr int64_t SIZE = float_bytes(KIND);
+    const uint8_t *from = m.codes + (row * m.cols + column) * SIZE;
+    alignas(32) uint8_t padded[32];
+    if (left < 8) {
+        std::memset(padded, 0, sizeof padded);
+        std::memcpy(padded, from, left * SIZE);
+        from = padded;
+    }
+    if constexpr (KIND == F32) return at_any<V>(from);
+    if constexpr (KIND == FP8) {
+        __m128i code = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)from));
+        __m128i half = _mm_and_si128(_mm_srai_epi16(code, 1), _mm_set1_epi16(int16_t(0xbfff)));
+        return (V)_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(fp8_scale(m, row, column)));
+    }
+    __m128i half = _mm_loadu_si128((const __m128i *)from);
+    if constexpr (KIND == F16) return (V)_mm256_cvtph_ps(half);
+    return (V)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+static inline float total(V x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+constexpr int TILE_ROWS = 3, FEW_ROWS = 2;
+
+#include "floats.inc"
+
 typedef uint8_t VB __attribute__((vector_size(32)));
 
 static inline __attribute__((always_inline)) VB table_values(VB codes) {
@@ -76,14 +106,11 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
         case INT6: return integer_dot<INT6>(m, first, last, panel, y);
         case INT8: return integer_dot<INT8>(m, first, last, panel, y);
     }
-    if (m.kind == F32) float_dot<F32>(m, first, last, panel, y);
-    else if (m.kind == BF16) float_dot<BF16>(m, first, last, panel, y);
-    else if (m.kind == FP8) float_dot<FP8>(m, first, last, panel, y);
-    else float_dot<F16>(m, first, last, panel, y);
+    any_float_dot(m, first, last, panel, y);
 }
 
 static int64_t token_bytes(const Matrix &m, const Input *) {
-    return has_digits(m) ? groups_of(m.cols) * DIGITS : eights(m.cols) * EIGHT;
+    return has_digits(m) ? groups_of(m.cols) * DIGITS : float_token_bytes(m);
 }
 
 static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "../attention.h"
 #include "../half.h"
@@ -69,49 +70,6 @@ static inline __m512 sixteen(const Matrix &m, int64_t row, int64_t column, int64
     __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)m.codes + at);
     if constexpr (KIND == F16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// ROWS rows at once give as many independent sums, and each x is loaded once for all of them.
-template <int64_t KIND, int ROWS, int T>
-static inline void dot_native(const Matrix &m, int64_t row, const Input *x, float *const *y) {
-    __m512 sum[ROWS][T];
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < m.cols; c += 16) {
-        __m512 token[T];
-        for (int t = 0; t < T; t++) token[t] = _mm512_loadu_ps(x[t].x + c);
-        for (int r = 0; r < ROWS; r++) {
-            __m512 w = sixteen<KIND>(m, row + r, c, m.cols - c);
-            constexpr int64_t SIZE = float_bytes(KIND);
-            _mm_prefetch((const char *)m.codes + ((row + r + ROWS) * m.cols + c) * SIZE, _MM_HINT_T0);
-            for (int t = 0; t < T; t++) sum[r][t] = _mm512_fmadd_ps(w, token[t], sum[r][t]);
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < T; t++) y[t][row + r] = _mm512_reduce_add_ps(sum[r][t]);
-}
-
-template <int64_t KIND, int T>
-static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, float *const *y) {
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) dot_native<KIND, 4, T>(m, row, x, y);
-    for (; row < last; row++) dot_native<KIND, 1, T>(m, row, x, y);
-}
-
-template <int64_t KIND>
-static void dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens, float *const *y) {
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dot<KIND, 4>(m, first, last, x + t, y + t);
-    for (; t + 2 <= tokens; t += 2) dot<KIND, 2>(m, first, last, x + t, y + t);
-    for (; t < tokens; t++) dot<KIND, 1>(m, first, last, x + t, y + t);
-}
-
-static void native_dot(const Matrix &m, int64_t first, int64_t last, const Input *x, int64_t tokens,
-                       float *const *y) {
-    if (m.kind == F32) dot<F32>(m, first, last, x, tokens, y);
-    else if (m.kind == BF16) dot<BF16>(m, first, last, x, tokens, y);
-    else if (m.kind == FP8) dot<FP8>(m, first, last, x, tokens, y);
-    else dot<F16>(m, first, last, x, tokens, y);
 }
 
 // A group of a row of grouped integers that is not in a slab.
@@ -216,6 +174,17 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 #include "attention.inc"
 #include "rows.inc"
 
+template <int64_t KIND>
+static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t row, int64_t column, int64_t left) {
+    return (V)sixteen<KIND>(m, row, column, left);
+}
+
+static inline float total(V x) { return _mm512_reduce_add_ps((__m512)x); }
+
+constexpr int TILE_ROWS = 6, FEW_ROWS = 4;
+
+#include "floats.inc"
+
 typedef uint8_t VB __attribute__((vector_size(64)));
 typedef VI RI;
 typedef V RV;
@@ -239,14 +208,22 @@ static inline __attribute__((always_inline)) VB table_values(VB codes) {
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
     if (any_slab_dot(m, first, last, panel, y)) return;
-    for (int64_t t = 0; t < panel.tokens; t += TOKENS)
-        native_dot(m, first, last, panel.x + t, std::min(TOKENS, panel.tokens - t), y + t);
+    any_float_dot(m, first, last, panel, y);
+}
+
+static int64_t any_token_bytes(const Matrix &m, const Input *x) {
+    return has_digits(m) ? token_bytes(m, x) : float_token_bytes(m);
+}
+
+static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
+    if (has_digits(m)) pack(m, x, tokens, packed);
+    else if (tokens == BLOCK) pack_floats(m, x, packed);
 }
 
 }  // namespace avx512
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::token_bytes, avx512::pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
+const Level AVX512 = {avx512::any_dot, avx512::any_token_bytes, avx512::any_pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
     avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate};
 #endif

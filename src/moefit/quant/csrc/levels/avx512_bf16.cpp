@@ -53,6 +53,10 @@ void dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float
     for (; t < panel.tokens; t++) rows_times<1>(m, first, last, x + t, y + t);
 }
 
+int64_t token_bytes(const Matrix &m, const Input *x) {
+    return m.kind == BF16 && x->bfloat16 ? 0 : AVX512.token_bytes(m, x);
+}
+
 }  // namespace
 
 TARGET_END
@@ -60,7 +64,7 @@ TARGET_END
 const Level &avx512_bf16_level() {
     static const Level level = [] {
         Level made = AVX512;
-        made.dot = dot, made.reads_bfloat16 = true;
+        made.dot = dot, made.token_bytes = token_bytes, made.reads_bfloat16 = true;
         return made;
     }();
     return level;
