@@ -218,3 +218,14 @@ def test_fitting_budget_does_not_warn(limited, caplog) -> None:
     check_system_memory(ledger(6 * GIB), CPU)
     check_system_memory(ledger(None), CPU)
     assert not caplog.text
+
+
+def test_pressure_is_the_larger_of_machine_and_group(tmp_path: Path) -> None:
+    line = "some avg10={:.2f} avg60=0.38 avg300=0.57 total=10\nfull avg10=9.00 avg60=0 total=1\n"
+    files = {"proc/pressure/memory": line.format(0.5)}
+    root = system(tmp_path, V2.format(root="/"), "0::/job\n", files)
+    assert host.memory_pressure(root) == 0.5
+    (root / "sys/fs/cgroup/job").mkdir(parents=True)
+    (root / "sys/fs/cgroup/job/memory.pressure").write_text(line.format(2.25))
+    assert host.memory_pressure(root) == 2.25
+    assert host.memory_pressure(tmp_path / "elsewhere") == 0.0

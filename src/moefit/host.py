@@ -103,6 +103,26 @@ def available_bytes(root: Path = ROOT) -> int:
     return min([free, *(limit.free for limit in group_limits(root))])
 
 
+def memory_pressure(root: Path = ROOT) -> float:
+    """Return the percentage of the last ten seconds in which some process waited for memory.
+
+    The larger of the machine's figure and that of this process's control group (pressure stall
+    information); 0 where the kernel has none.
+    """
+    files = [root / "proc/pressure/memory"]
+    files += [folder / "memory.pressure" for folder in _group_folders(root)][:1]
+    return max(_stalled(_text(file)) for file in files)
+
+
+def _stalled(text: str) -> float:
+    """Return `avg10` of the line `some` of a pressure file."""
+    for line in text.splitlines():
+        kind, *fields = line.split()
+        if kind == "some":
+            return float(dict(field.split("=") for field in fields)["avg10"])
+    return 0.0
+
+
 def swap_bytes(root: Path = ROOT) -> int:
     """Return the size of the machine's swap space."""
     return _meminfo(root).get("SwapTotal", 0)

@@ -157,6 +157,7 @@ def test_every_command_reports_damage(
     assert "\x7f" not in str(result.exception)
 
 
+@pytest.mark.slow  # a process of its own
 def test_damage_prints_one_line_and_exits_with_2(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "\\u001b]0;title\\u0007"}')
     command = [sys.executable, "-m", "moefit", "describe", str(folder), "--memory", "1GiB"]

@@ -387,6 +387,7 @@ def test_error_prints_one_message_and_exits_with_2():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # a process of its own
 def test_terminal_without_utf_8(saved):
     command = [sys.executable, "-m", "moefit", "generate", saved, "größe ☃", "--max-new-tokens=1"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -35,13 +35,37 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_serve_defaults(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, options, engine, settings, following),) = given
-    assert following == "auto"
+    ((model, options, engine, settings, follow, following),) = given
+    assert following == "auto" and not follow.follows
     assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert not engine.deterministic
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
     assert (settings.api_key, settings.origins) == (None, ())
+
+
+def test_memory_auto_begins_with_what_is_free(given) -> None:
+    arguments = ["--memory", "auto", "--memory-max", "1GiB", "--memory-headroom", "64MiB"]
+    assert RUNNER.invoke(app, ["serve", *arguments]).exit_code == 0
+    ((_, options, _, _, follow, _),) = given
+    assert (follow.follows, follow.least, follow.most, follow.headroom) == (
+        True, None, 1 << 30, 64 << 20,
+    )  # fmt: skip
+    assert int(options.memory) <= 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--memory-min", "2GiB", "--memory-max", "1GiB"], "is larger than --memory-max"),
+        (["serve", "--memory", "auto", "--max-loss", "3%"], "without a plan"),
+        (["serve", "--memory", "auto", "--device", "cuda"], "for models on a CPU"),
+        (["generate", "reference", "some", "--memory", "auto"], "it is for moefit serve"),
+    ],
+)
+def test_memory_auto_raises_where_it_cannot_be(given, arguments: list[str], says: str) -> None:
+    error = RUNNER.invoke(app, arguments).exception
+    assert isinstance(error, ConfigError) and says in str(error)
 
 
 def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
@@ -54,7 +78,7 @@ def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
-    ((model, options, engine, settings, following),) = given
+    ((model, options, engine, settings, _, following),) = given
     assert following == "none"
     assert (settings.port, options.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, options.mode) == ("from-file", 3, "virtual")
@@ -77,7 +101,7 @@ def test_every_option_has_environment_variable(given) -> None:
         "MOEFIT_GENERATION_CONFIG": "none", "MOEFIT_DETERMINISTIC": "1",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
-    ((_, options, engine, settings, following),) = given
+    ((_, options, engine, settings, _, following),) = given
     assert following == "none"
     assert (options.memory, options.host_memory, options.mode) == ("3GiB", "1GiB", "bounded")
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
@@ -112,7 +136,7 @@ def test_single_value_is_list(given, tmp_path: Path) -> None:
     file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")
     done = RUNNER.invoke(app, ["serve", "--config", str(file)])
     assert done.exit_code == 0, done.output
-    ((_, _, engine, settings, _),) = given
+    ((_, _, engine, settings, _, _),) = given
     assert settings.origins == ("https://a.example",)
     assert (settings.name, engine.max_model_len) == ("7", None)
 

@@ -15,6 +15,7 @@ from serving_http import client_of, error_of, fake_service
 
 import moefit
 from moefit.engine.invariance import Invariance, Uncovered
+from moefit.serve.memory.follow import BudgetFollower, BudgetRule, MemoryReading
 from moefit.serve.model import ServedModel
 from moefit.serve.stats import RECOVERY, LoadFailures
 from moefit.server import tokenizer
@@ -181,6 +182,29 @@ def test_budget_and_mode_change_together(running, served) -> None:
     assert (memory["budget"]["total"], memory["mode"], memory["bound"]) == (3 << 30, "bounded", 0.1)
     assert len(commands) == 1
     assert service.telemetry.changes == {"ok": 1}
+
+
+def test_budget_follows_free_memory_until_one_is_set(running, served) -> None:
+    client, _, service = running
+    assert client.get(URL).json()["following"] is None
+    refused = client.post(URL, json={"bytes": "auto"})
+    assert "cannot follow free memory" in error_of(refused, 400)["message"]
+    floor, free = client.get(URL).json()["floor"], 3 << 30
+    service.follower = BudgetFollower(
+        BudgetRule(least=floor, most=8 << 30, headroom=1 << 30),
+        lambda: served.budget.total or served.budget.max_bytes,
+        served.set_memory,
+        read=lambda: MemoryReading(process=1 << 30, available=free),
+    )
+    memory = client.post(URL, json={"bytes": "auto", "mode": "virtual"}).json()
+    assert memory["following"] == {
+        "active": True, "least": floor, "most": 8 << 30, "headroom": 1 << 30,
+    }  # fmt: skip
+    assert 2.8 * (1 << 30) < memory["budget"]["total"] < 3 << 30
+    assert memory["mode"] == "virtual"
+    memory = client.post(URL, json={"bytes": "4GiB"}).json()
+    assert not memory["following"]["active"] and memory["budget"]["total"] == 4 << 30
+    service.follower.close()
 
 
 def test_slots_are_counted_by_format() -> None:

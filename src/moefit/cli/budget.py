@@ -38,7 +38,10 @@ def get_budget(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = F
 
 @budget.command(name="set", help="Change the budget while requests run. What is not given stays.")
 def set_budget(
-    memory: Annotated[str, typer.Argument(help="Budget, such as 3GiB, or 'all' for no limit.")],
+    memory: Annotated[
+        str,
+        typer.Argument(help="Budget, such as 3GiB; 'auto' follows free memory, 'all' is no limit."),
+    ],
     mode: Mode = None,
     prefill: Prefill = None,
     bound: Bound = None,
@@ -85,6 +88,9 @@ def memory_table(memory: dict[str, Any]) -> Table:
     table.add_section()
     total = parts["total"]
     table.add_row("budget", "none" if total is None else format_bytes(total))
+    following = memory.get("following")
+    if following and following["active"]:
+        table.add_row("follows free memory, leaving", format_bytes(following["headroom"]))
     for meaning, size in (
         ("minimum", memory["floor"]),
         *_all_experts(memory),

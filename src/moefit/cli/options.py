@@ -22,6 +22,7 @@ from moefit.errors import ConfigError
 from moefit.quant.format import DECODED, FORMATS, NATIVE
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
+from moefit.serve.memory.follow import AUTO_MEMORY
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.yaml_text import load_yaml
 
@@ -87,7 +88,7 @@ Memory = Annotated[
     str | None,
     option(
         "Memory budget, such as 4.7GiB: every byte of the process on the device. Alone it "
-        "chooses the best precision in which all experts fit."
+        "chooses the best precision in which all experts fit. serve: auto follows free memory."
     ),
 ]
 Context = Annotated[int, option("Tokens that the KV cache holds, over all sequences.", min=1)]
@@ -202,7 +203,16 @@ class MemoryOptions:
         return ",".join(AUTO_FORMATS[:-1]) if self.experts == AUTO_PRECISION else self.experts
 
     def load_settings(self) -> dict[str, Any]:
-        """Return fields of `LoadSettings`."""
+        """Return fields of `LoadSettings`.
+
+        Raises:
+            ConfigError: The budget is `auto`, which only servers have.
+        """
+        if self.memory == AUTO_MEMORY:
+            raise ConfigError(
+                "--memory auto follows free memory while a server runs, so it is for moefit serve; "
+                "give a size, such as 4GiB"
+            )
         return {
             "memory": self.memory,
             "host_memory": self.host_memory,

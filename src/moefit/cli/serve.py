@@ -24,10 +24,18 @@ from moefit.cli.options import (
 from moefit.cli.planned import PlanProcess
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
+from moefit.errors import ConfigError
 from moefit.evaluate.loading import REFERENCE
-from moefit.host import is_loopback
+from moefit.host import available_bytes, is_loopback, process_bytes
 from moefit.plan.plan_file import Plan
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
+from moefit.serve.memory.budget import format_bytes, parse_bytes
+from moefit.serve.memory.follow import (
+    AUTO_MEMORY,
+    BudgetFollower,
+    BudgetRule,
+    default_headroom,
+)
 from moefit.serve.model import ServedModel
 from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
@@ -36,6 +44,43 @@ from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
 
 LEAVING = 30.0  # seconds that closing may take after running requests have ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowSettings:
+    """How the budget may follow free memory.
+
+    Args:
+        follows: Whether it does from the start.
+        least: Smallest budget; None for the minimum of the model.
+        most: Largest budget; None for all experts.
+        headroom: Bytes that stay free.
+    """
+
+    follows: bool
+    least: int | None
+    most: int | None
+    headroom: int
+
+    def first_budget(self) -> int:
+        """Return the budget to load the model with."""
+        room = process_bytes() + available_bytes() - self.headroom
+        return max(self.least or 1, min(room, self.most or room))
+
+    def follower(self, engine: Engine) -> BudgetFollower:
+        """Return what changes the budget of a running engine."""
+        served = engine.served
+
+        def budget() -> int:
+            total = served.budget.total
+            return served.budget.max_bytes if total is None else total
+
+        least = max(served.budget.min_bytes, self.least or 0)
+        most = max(least, min(served.budget.max_bytes, self.most or served.budget.max_bytes))
+        rule = BudgetRule(least=least, most=most, headroom=self.headroom)
+        return BudgetFollower(
+            rule, budget, lambda size: engine.between_steps(lambda: served.set_memory(size))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +114,19 @@ class ServerOptions:
             "--deterministic",
         ),
     ] = False
+    memory_min: Annotated[
+        str | None, advanced("With --memory auto: smallest budget. Default: the minimum.")
+    ] = None
+    memory_max: Annotated[
+        str | None, advanced("With --memory auto: largest budget. Default: all experts.")
+    ] = None
+    memory_headroom: Annotated[
+        str | None,
+        advanced(
+            "With --memory auto: memory that stays free for other processes. Default: a 16th of "
+            "all, at least 512MiB."
+        ),
+    ] = None
     chat_tokens: Annotated[
         int, advanced("Default max_tokens of chat completion requests.", min=1)
     ] = 512
@@ -90,6 +148,29 @@ class ServerOptions:
             max_waiting=self.max_waiting,
             deterministic=self.deterministic,
         )
+
+    def follow(self, options: ServingOptions) -> FollowSettings:
+        """Return how the budget may follow free memory. Raises ConfigError for invalid sizes."""
+        sizes = [
+            None if one is None else parse_bytes(one) for one in (self.memory_min, self.memory_max)
+        ]
+        least, most = sizes
+        if least is not None and most is not None and least > most:
+            raise ConfigError(
+                f"--memory-min {self.memory_min} is larger than --memory-max {self.memory_max}"
+            )
+        headroom = self.memory_headroom
+        settings = FollowSettings(
+            follows=options.memory == AUTO_MEMORY,
+            least=least,
+            most=most,
+            headroom=default_headroom() if headroom is None else parse_bytes(headroom),
+        )
+        if settings.follows and (options.has_plan or options.device.startswith("cuda")):
+            raise ConfigError(
+                "--memory auto is for models on a CPU and without a plan; give a size, such as 4GiB"
+            )
+        return settings
 
     def server(self, model: str) -> ServerSettings:
         """Return the settings of the HTTP server. Raises ConfigError for an invalid key."""
@@ -123,7 +204,12 @@ def serve(
     generation_config: GenerationConfig = Following.auto,
 ) -> None:
     """Listen on loopback only, unless --host says otherwise."""
-    _serve(model, options, server.engine(), server.server(model), generation_config.value)
+    follow = server.follow(options)
+    if follow.follows:
+        first = follow.first_budget()
+        say(f"--memory auto: beginning with {format_bytes(first)}")
+        options = replace(options, memory=str(first))
+    _serve(model, options, server.engine(), server.server(model), follow, generation_config.value)
 
 
 def public_name(model: str) -> str:
@@ -137,6 +223,7 @@ def _serve(
     options: ServingOptions,
     engine_settings: EngineSettings,
     settings: ServerSettings,
+    follow: FollowSettings,
     following: str,
 ) -> None:
     began = monotonic()
@@ -159,12 +246,17 @@ def _serve(
             if plan is not None:
                 again = replanner(model, plan, engine)
                 service.live_plan = LivePlan(engine, plan, again)
+            elif served.model.device.type == "cpu":
+                service.follower = follow.follower(engine)
+                closing.callback(service.follower.close)
             running = HttpServer(service, bound)
             closing.callback(running.stop)
             closing.callback(engine.close, timeout=LEAVING / 3)
             closing.callback(deadline.start)
             url = url_of(bound, settings.host)
             engine.start()
+            if follow.follows and service.follower is not None:
+                service.follower.resume()
             _run(running, engine, lambda: _announce(engine, settings, url, monotonic() - began))
 
 

@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 import moefit
 from moefit.engine.invariance import Invariance
-from moefit.errors import MoefitError
+from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan
 from moefit.serve.memory.budget import parse_bytes
+from moefit.serve.memory.follow import AUTO_MEMORY, BudgetFollower
 from moefit.serve.model import ServedModel
 from moefit.serve.report import BlockView
 from moefit.server.chat import conversation_ids
@@ -119,6 +120,22 @@ class CheckpointFormats(BaseModel):
     held_in: dict[str, list[str]]
 
 
+class FollowingState(BaseModel):
+    """How the budget follows free memory. Sizes are in bytes.
+
+    Attributes:
+        active: Whether it does now.
+        least: Smallest budget.
+        most: Largest budget.
+        headroom: What stays free for other processes.
+    """
+
+    active: bool
+    least: int
+    most: int
+    headroom: int
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -134,6 +151,8 @@ class MemoryState(BaseModel):
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
         invariance: Whether answers depend on other requests.
+        following: Whether the budget follows free memory (`--memory auto`), and its limits; null
+            where it cannot.
     """
 
     model: str
@@ -162,6 +181,7 @@ class MemoryState(BaseModel):
     counters: dict[str, Any]
     problems: list[str]
     invariance: InvarianceState
+    following: FollowingState | None
 
 
 def memory_state(service: Service) -> MemoryState:
@@ -200,8 +220,18 @@ def memory_state(service: Service) -> MemoryState:
         counters=counters,
         problems=service.problems(),
         invariance=_invariance(engine.invariance),
+        following=_following(service.follower),
         **limits,
         **{name: report[name] for name in same},
+    )
+
+
+def _following(follower: BudgetFollower | None) -> FollowingState | None:
+    if follower is None:
+        return None
+    rule = follower.rule
+    return FollowingState(
+        active=follower.active, least=rule.least, most=rule.most, headroom=rule.headroom
     )
 
 
@@ -235,9 +265,13 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
         raise APIError(400, "nothing to change; set bytes, mode, prefill or bound")
     live = service.live_plan
     try:
-        if live is not None and given == {"bytes"}:
+        if body.bytes == AUTO_MEMORY:
+            _follow(service, body)
+        elif live is not None and given == {"bytes"}:
             live.set_budget(None if body.bytes is None else parse_bytes(body.bytes))
         else:
+            if service.follower is not None and "bytes" in given:
+                service.follower.pause()
             service.engine.between_steps(lambda: _change(service, body))
     except MoefitError:
         service.telemetry.changed("refused")
@@ -249,6 +283,20 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
         ) from error
     service.telemetry.changed("ok")
     return memory_state(service)
+
+
+def _follow(service: Service, body: MemoryRequest) -> None:
+    """Let the budget follow free memory from now on, after changes of the mode."""
+    follower = service.follower
+    if follower is None:
+        raise ConfigError(
+            "the budget of this server cannot follow free memory, because it has a plan or the "
+            "model is on a GPU; give a size, such as 4GiB"
+        )
+    if rest := body.model_fields_set - {"bytes"}:
+        others = MemoryRequest(**body.model_dump(include=rest))
+        service.engine.between_steps(lambda: _change(service, others))
+    follower.resume()
 
 
 def _change(service: Service, body: MemoryRequest) -> None:

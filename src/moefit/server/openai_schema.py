@@ -294,7 +294,10 @@ class DetokenizeRequest(StrictModel):
 
 
 class MemoryRequest(StrictModel):
-    """POST /v1/memory; missing fields stay unchanged. bytes null: as much as the model needs."""
+    """POST /v1/memory; missing fields stay unchanged. bytes null: as much as the model needs.
+
+    bytes "auto": follow free memory.
+    """
 
     bytes: Annotated[int, Field(ge=1)] | Annotated[str, Field(max_length=64)] | None = None
     mode: Literal["exact", "bounded", "virtual"] | None = None

@@ -19,6 +19,7 @@ from moefit.engine.engine import Engine
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan
 from moefit.plan.search import SLACK
+from moefit.serve.memory.follow import BudgetFollower
 from moefit.server.errors import APIError
 from moefit.server.metrics import ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
@@ -129,6 +130,7 @@ class Service:
         decoder_only: Whether completions continue the prompt.
         draining: Whether to finish current requests and reject new ones.
         live_plan: The plan, if the server was started with one.
+        follower: Lets the budget follow free memory, on a CPU without a plan.
         engine: The engine.
         settings: Server settings.
     """
@@ -151,6 +153,7 @@ class Service:
         )
         self.draining = False
         self.live_plan: LivePlan | None = None  # if the server was started with a plan
+        self.follower: BudgetFollower | None = None  # if the budget can follow free memory
         # Few threads: each has its own heap, which counts towards the budget.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
         self._admin_threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
