@@ -79,7 +79,10 @@ class FollowSettings:
         most = max(least, min(served.budget.max_bytes, self.most or served.budget.max_bytes))
         rule = BudgetRule(least=least, most=most, headroom=self.headroom)
         return BudgetFollower(
-            rule, budget, lambda size: engine.between_steps(lambda: served.set_memory(size))
+            rule,
+            budget,
+            lambda size: engine.between_steps(lambda: served.set_memory(size)),
+            announce=say,
         )
 
 

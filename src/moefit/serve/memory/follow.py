@@ -16,7 +16,7 @@ from moefit.errors import MoefitError
 from moefit.host import available_bytes, memory_pressure, process_bytes, total_bytes
 from moefit.serve.memory.budget import format_bytes
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 AUTO_MEMORY = "auto"  # instead of a size
 LEAST_HEADROOM = 512 << 20
@@ -113,6 +113,7 @@ class BudgetFollower:
         budget: Returns the budget in force, in bytes.
         apply: Changes the budget; may raise.
         read: Returns what the system reports.
+        announce: Called with a line of text after each change.
         interval: Seconds between two readings.
     """
 
@@ -123,10 +124,11 @@ class BudgetFollower:
         apply: Callable[[int], object],
         *,
         read: Callable[[], MemoryReading] = read_memory,
+        announce: Callable[[str], None] = _LOG.info,
         interval: float = INTERVAL,
     ):
         self.rule, self._budget, self._apply, self._read = rule, budget, apply, read
-        self._interval = interval
+        self._announce, self._interval = announce, interval
         self._on, self._closed = threading.Event(), threading.Event()
         self._changing = threading.Lock()
         self._failed = ""
@@ -170,16 +172,16 @@ class BudgetFollower:
                 self._say_failed(wanted, str(error))
                 return
             self._failed = ""
-            log.info(
-                "budget %s -> %s: %s available to this process beside its own %s",
-                *(format_bytes(one) for one in (before, wanted, reading.available)),
-                format_bytes(reading.process),
+            own, free = format_bytes(reading.process), format_bytes(reading.available)
+            self._announce(
+                f"budget {format_bytes(before)} -> {format_bytes(wanted)}: {free} free beside this "
+                f"process's {own}"
             )
 
     def _say_failed(self, wanted: int, error: str) -> None:
         """Log an error once, however often it is repeated."""
         if error != self._failed:
-            log.warning("the budget cannot follow to %s: %s", format_bytes(wanted), error)
+            _LOG.warning("the budget cannot follow to %s: %s", format_bytes(wanted), error)
         self._failed = error
 
     def _run(self) -> None:
@@ -187,5 +189,5 @@ class BudgetFollower:
             try:
                 self.step()
             except Exception:
-                log.exception("the budget no longer follows free memory")
+                _LOG.exception("the budget no longer follows free memory")
                 self._on.clear()
