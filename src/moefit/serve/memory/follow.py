@@ -188,6 +188,6 @@ class BudgetFollower:
         while self._on.wait() and not self._closed.wait(self._interval):
             try:
                 self.step()
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged; serving goes on with this budget
                 _LOG.exception("the budget no longer follows free memory")
                 self._on.clear()
