@@ -1,9 +1,11 @@
 """Write a checkpoint of a real model's shape with random weights, to measure speed.
 
-    python benchmarks/make_checkpoint.py switch-base-64 FOLDER
+    python benchmarks/make_checkpoint.py switch-base-64 FOLDER [--layers 12] [--gguf FILE]
 
 Needs a few hundred MB of memory for any size. Names and layout are those on the Hub, from
-transformers' reverse conversion of a model on the meta device.
+transformers' reverse conversion of a model on the meta device; gpt-oss's experts are in MXFP4.
+`--gguf` writes the same model once more (gpt-oss only), as published GGUF files have it: experts in
+MXFP4, other matrices in Q8_0.
 """
 
 import argparse
@@ -13,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import make_gguf
 import torch
 import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GptOssConfig,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,6 +59,12 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
         "OlmoeForCausalLM",
         torch.bfloat16,
     ),
+    # openai/gpt-oss-20b: 24 layers, 32 experts of 2880 x 2880, 4 per token
+    "gpt-oss-20b": (
+        GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+        "GptOssForCausalLM",
+        torch.bfloat16,
+    ),
     # OLMoE at small scale, to try the benchmarks
     "olmoe-small": (
         OlmoeConfig(
@@ -76,7 +86,9 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     ),
 }  # fmt: skip
 SHARD = 2 << 30
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+GROUP = 32  # weights that share a scale in MXFP4
+SCALES = 120, 122  # exponents plus 127, from and below: weights of about 0.02
 
 
 def main() -> None:
@@ -84,24 +96,39 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", help="a folder's, or reference: the shipped model's")
+    parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    parser.add_argument("--gguf", type=Path, help="also write the model as this file")
     arguments = parser.parse_args()
-    write(arguments.shape, arguments.folder)
+    write(arguments.shape, arguments.folder, arguments.layers)
+    if arguments.gguf:
+        make_gguf.write(arguments.folder, arguments.gguf)
     if arguments.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(locate(arguments.tokenizer))
         tokenizer.save_pretrained(arguments.folder)
 
 
-def write(shape: str, folder: Path) -> None:
+def write(shape: str, folder: Path, layers: int | None = None) -> None:
     config, architecture, dtype = SHAPES[shape]
+    if layers is not None:
+        changed = {"num_hidden_layers": layers, "layer_types": None}
+        config = type(config)(**{**config.to_dict(), **changed})
     folder.mkdir(parents=True, exist_ok=True)
     model = on_meta(config, architecture, dtype)
     config.architectures = [architecture]
     config.dtype = dtype
-    config.save_pretrained(folder)
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    if config.model_type == "gpt_oss":
+        tensors = with_mxfp4(tensors)
+        config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(folder)
     tied = set(model.all_tied_weights_keys)
     shards = list(in_shards({k: v for k, v in tensors.items() if k not in tied}))
-    noise = (torch.randn(16 << 20) * 0.02).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        "weights": (torch.randn(16 << 20, generator=generator) * 0.02).to(dtype),
+        "codes": torch.randint(256, (16 << 20,), dtype=torch.uint8, generator=generator),
+        "scales": torch.randint(*SCALES, (1 << 20,), dtype=torch.uint8, generator=generator),
+    }
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -111,6 +138,20 @@ def write(shape: str, folder: Path) -> None:
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def with_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace the experts' matrices [E, I, O] by blocks [E, O, I / 32, 16] and scales."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_proj") or ".experts." not in name:
+            out[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        shape = (experts, outputs, inputs // GROUP)
+        for suffix, its_shape in (("blocks", (*shape, GROUP // 2)), ("scales", shape)):
+            out[f"{name}_{suffix}"] = torch.empty(its_shape, dtype=torch.uint8, device="meta")
+    return out
 
 
 def on_meta(config: PreTrainedConfig, architecture: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,7 +170,7 @@ def in_shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tens
     yield shard
 
 
-def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: torch.Tensor) -> None:
+def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: dict[str, torch.Tensor]) -> None:
     header, offset = {}, 0
     for name, tensor in shard.items():
         end = offset + tensor.nbytes
@@ -144,7 +185,9 @@ def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: torch.Tensor)
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for number, (name, tensor) in enumerate(shard.items()):
-            for block in blocks(name, tensor, noise, number):
+            codes = "scales" if name.endswith("_scales") else "codes"
+            kind = "weights" if tensor.dtype != torch.uint8 else codes
+            for block in blocks(name, tensor, noise[kind], number):
                 file.write(block)
 
 

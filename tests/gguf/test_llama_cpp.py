@@ -5,6 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from converted_gguf import CONVERTED, deepseek, glm4_moe, gpt_oss
+from tiny_gguf import VOCABULARY as IDS
 from tiny_gguf import configs
 from transformers import (
     AutoModelForCausalLM,
@@ -12,10 +14,13 @@ from transformers import (
 )
 
 from moefit.gguf.write import write_gguf
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 from moefit.train.data.tokenizer import train_bpe
 
 pytest.importorskip("gguf", reason="needs the package gguf (moefit[gguf])")
 llama = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (moefit[rivals])")
+from gguf_files import write_file  # noqa: E402 - needs the package
 
 VOCABULARY = 400
 CONFIGS = configs(vocab_size=VOCABULARY)
@@ -91,4 +96,32 @@ def test_logits_and_tokens_equal_ours(tmp_path, name):
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1].numpy()
         np.testing.assert_allclose(theirs.logits(ids), expected, atol=1e-3)
+    theirs.close()
+
+
+# llama.cpp takes a DeepSeek-V2 for a Lite by its number of layers, reads no part of a layer for a
+# further token, and rounds YaRN's boundaries for gpt-oss (docs/checkpoints.md).
+READ = {
+    **CONVERTED,
+    "v2-lite, one tensor": lambda: deepseek("v2-lite", split=False, layers=27),
+    "glm4moe": lambda: glm4_moe(further=False),
+    "gpt-oss": lambda: gpt_oss(scaled=False),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_llama_cpp_computes_the_same_from_files_of_its_converters(tmp_path, kind):
+    """On the same file: logits, and tokens decoded greedily from several prompts."""
+    _, metadata, tensors = READ[kind]()
+    architecture = metadata["general.architecture"]
+    metadata |= {"tokenizer.ggml.model": "no_vocab", f"{architecture}.vocab_size": IDS}
+    path = write_file(tmp_path / "m.gguf", metadata, tensors)
+    theirs = LlamaCpp(path)
+    with load_model(path, LoadSettings()) as served, torch.no_grad():
+        for first in (0, 100):
+            ids = [(first + 11 * number) % IDS for number in range(12)]
+            for _ in range(4):
+                mine = served.model(torch.tensor([ids])).logits[0, -1].numpy()
+                np.testing.assert_allclose(theirs.logits(ids), mine, atol=1e-4)
+                ids.append(int(mine.argmax()))
     theirs.close()

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gguf import SIZES, VOCABULARY, configs
-from transformers import (
-    AutoModelForCausalLM,
-    Glm4MoeConfig,
-    GptOssConfig,
-)
+from converted_gguf import glm4_moe, gpt_oss
+from tiny_gguf import VOCABULARY, configs
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moefit.checkpoint.gguf.families import FAMILIES, expert_of, name_in_file
+from moefit.checkpoint.gguf.families import expert_of
 from moefit.cli import app
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError
 from moefit.evaluate.loading import load_full_model, locate
@@ -106,42 +103,8 @@ def test_quantised_and_mixed_types(files: dict[str, Path], tmp_path: Path, name:
     assert stored.expert_bytes == nbytes
 
 
-Made = tuple[Any, dict[str, Any], dict[str, Any]]
-
-
-def glm4_moe() -> Made:
-    """Return a model, metadata and tensors: a dense layer, biases, a layer for a further token."""
-    config = Glm4MoeConfig(
-        **SIZES, moe_intermediate_size=32, n_routed_experts=6, head_dim=16, use_qk_norm=True,
-        attention_bias=True, routed_scaling_factor=1.5, first_k_dense_replace=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    tensors: dict[str, Any] = {}
-    for name, value in model.state_dict().items():
-        value.normal_(0.0, 0.2).add_(float(name.endswith("norm.weight")))
-        if (own := name_in_file(FAMILIES["glm4_moe"], name)) is not None:
-            tensors[own] = value.numpy()
-        elif name.endswith("gate_up_proj"):
-            tensors["blk.1.ffn_gate_exps.weight"] = value[:, :32].numpy()
-            tensors["blk.1.ffn_up_exps.weight"] = value[:, 32:].numpy()
-        else:
-            tensors["blk.1.ffn_down_exps.weight"] = value.numpy()
-    tensors["blk.2.nextn.eh_proj.weight"] = tensors["blk.2.attn_q.weight"] = value[0].numpy()
-    numbers = {
-        "embedding_length": 64, "block_count": 3, "nextn_predict_layers": 1, "context_length": 128,
-        "feed_forward_length": 32, "expert_feed_forward_length": 32, "attention.head_count": 4,
-        "attention.head_count_kv": 2, "attention.key_length": 16, "rope.dimension_count": 8,
-        "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": 6, "expert_used_count": 2,
-        "expert_shared_count": 1, "leading_dense_block_count": 1, "expert_weights_scale": 1.5,
-        "expert_weights_norm": True, "expert_gating_func": 2, "rope.freq_base": 10000.0,
-    }  # fmt: skip
-    metadata = {f"glm4moe.{key}": value for key, value in numbers.items()}
-    return model, {"general.architecture": "glm4moe"} | metadata, tensors
-
-
 def test_glm4_moe(tmp_path: Path) -> None:
-    model, metadata, tensors = glm4_moe()
+    model, metadata, tensors = glm4_moe(further=True)
     path = write_file(tmp_path / "m.gguf", metadata, tensors)
     torch.testing.assert_close(served_logits(path), logits(model), atol=2e-5, rtol=1e-5)
     assert build_skeleton(path).left_out()["mtp"][0] == 2
@@ -149,41 +112,6 @@ def test_glm4_moe(tmp_path: Path) -> None:
         build_skeleton(
             write_file(tmp_path / "s.gguf", metadata | {"glm4moe.expert_gating_func": 1}, tensors)
         )
-
-
-def gpt_oss() -> Made:
-    """Return a model, and its metadata and tensors as llama.cpp's converter writes them."""
-    config = GptOssConfig(
-        **SIZES, num_local_experts=4, head_dim=16, sliding_window=6, rope_parameters={
-            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0,
-            "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 32,
-        },
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    tensors: dict[str, Any] = {}
-    for name, value in model.state_dict().items():
-        if (own := name_in_file(FAMILIES["gpt_oss"], name)) is not None:
-            tensors[own] = value.numpy()
-            continue
-        layer, short = name.split(".")[2], name.split(".")[-1]
-        suffix = "bias" if short.endswith("_bias") else "weight"
-        rows = value if suffix == "bias" else value.transpose(1, 2)
-        parts = {"down": rows} if "down" in short else {"gate": rows[:, ::2], "up": rows[:, 1::2]}
-        for part, data in parts.items():
-            tensors[f"blk.{layer}.ffn_{part}_exps.{suffix}"] = data.numpy()
-    numbers = {
-        "embedding_length": 64, "block_count": 2, "feed_forward_length": 32, "context_length": 128,
-        "expert_feed_forward_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
-        "attention.key_length": 16, "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": 4,
-        "expert_used_count": 2, "attention.sliding_window": 6, "rope.freq_base": 150000.0,
-        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 32,
-    }  # fmt: skip
-    metadata = {f"gpt-oss.{key}": value for key, value in numbers.items()}
-    return model, {"general.architecture": "gpt-oss", **metadata}, tensors
 
 
 def test_gpt_oss(tmp_path: Path) -> None:
