@@ -110,13 +110,18 @@ def experts(slices: dict[str, Any], layer: int) -> Iterator[Entry]:
 
 
 def blocks(codes: Any, scales: Any, rows: slice) -> Iterator[Any]:
-    """Yield each expert's blocks: a scale, then codes whose halves of 16 share bytes."""
+    """Yield each expert's blocks: a scale, then codes, n and n + 16 in one byte.
+
+    In the checkpoint, neighbours are in one.
+    """
     for expert in range(codes.get_shape()[0]):
-        codes_RGB = codes[expert].numpy()[rows]
-        scales_RG = scales[expert].numpy()[rows]
-        values = np.stack([codes_RGB & 15, codes_RGB >> 4], axis=-1).reshape(*scales_RG.shape, 32)
-        low, high = values[..., :16], values[..., 16:]
-        yield np.concatenate([scales_RG[..., None], low | high << 4], axis=-1)
+        codes_RGB, scales_RG = codes[expert].numpy()[rows], scales[expert].numpy()[rows]
+        first, second = codes_RGB[..., :8], codes_RGB[..., 8:]
+        out = np.empty((*scales_RG.shape, 17), np.uint8)
+        out[..., 0] = scales_RG
+        out[..., 1::2] = (first & 15) | (second << 4)
+        out[..., 2::2] = (first >> 4) | (second & 240)
+        yield out
 
 
 def vectors(bias: Any, rows: slice) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from levels import HERE, at, compiled, levels, normal
 from scaled_codes import CASES, SHAPES, random_codes, scaled, values
 from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.quant.backend import decoded
@@ -170,3 +172,24 @@ def test_experts_equal_their_products(level: str, name: str) -> None:
     expected = run.linear(h_TF, mlp.w_out)
     found = run.experts(x_TD, [mlp], [range(4)])
     assert ((found - expected).abs() <= 2.0**-7 * expected.abs().amax()).all()
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped_experts_with_biases_equal_their_products(level: str, dtype: torch.dtype) -> None:
+    """gpt-oss's: rounded after each operation, as transformers' module is."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 1}
+    module, run, x_TD = GptOssExperts(GptOssConfig(**sizes)), at(level), normal(4, 96).to(dtype)
+    biases = (8 * normal(1, 128)[0]).to(dtype), normal(1, 96)[0].to(dtype)  # beyond the clamp
+    mlp = KernelMlp(
+        w_in=scaled("mxfp4", 128, 96), w_out=scaled("mxfp4", 96, 64), activation="clamped",
+        gated=True, biases=biases,
+    )  # fmt: skip
+    h_TF = module._apply_gate(run.linear(x_TD, mlp.w_in, dtype, biases[0].float()))
+    expected = run.linear(h_TF, mlp.w_out, torch.float32, biases[1].float())
+    found = run.experts(x_TD, [mlp], [range(4)])
+    slack = 2.0 ** (-7 if dtype == torch.bfloat16 else -14) * expected.abs().amax()
+    assert ((found - expected).abs() <= slack).all()
+    weight = torch.ones(1, 1, dtype=dtype)
+    for x_D, y_D in zip(x_TD, found, strict=True):
+        assert torch.equal(run.token(x_D[None], [mlp], weight)[0][0], y_D.to(dtype))

@@ -227,11 +227,12 @@ def of_policy(policy: Policy, *, adapts: bool) -> tuple[Uncovered, ...]:
 
 def uncovered_experts(blocks: Iterable[VirtualExperts], device: torch.device) -> set[Uncovered]:
     """Return the blocks whose experts are computed by torch."""
-    reason = "experts computed by torch: kernels know two matrices without biases"
+    reason = "experts computed by torch: kernels know two matrices with output units in rows"
     return {
         Uncovered(_general(one.block.name), reason)
         for one in blocks
-        if fused_experts(one.block.layout, device) is None
+        if (fused := fused_experts(one.block.layout, device)) is None
+        or not fused.computes(one.slots.values())
     }
 
 

@@ -68,12 +68,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpShape:
-    """An MLP of two matrices: down(act(gate) * up) with gate above up, or down(act(in))."""
+    """An MLP of two matrices: down(act(gate) * up) with gate above up, or down(act(in)).
+
+    Attributes:
+        w_in: Short name of the first matrix.
+        w_out: Short name of the second.
+        activation: Its name. `clamped` has gate and up in turn and clamps both (gpt-oss).
+        gated: Whether the first matrix has gates and ups.
+        biases: Short names of the biases of both, if they have any.
+    """
 
     w_in: str
     w_out: str
     activation: str
     gated: bool
+    biases: tuple[str, str] | None = None
 
 
 class Layout(Protocol):

@@ -60,6 +60,31 @@ def activation_name(function: Callable[[Tensor], Tensor], *, gated: bool) -> str
     return None
 
 
+_CLAMPED_MLP = MlpShape(
+    w_in="gate_up_proj",
+    w_out="down_proj",
+    activation="clamped",
+    gated=True,
+    biases=("gate_up_proj_bias", "down_proj_bias"),
+)
+
+
+def _is_clamped(function: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a gate function is gpt-oss's, with its slope and its limit.
+
+    (up + 1) * gate * sigmoid(1.702 gate), of gate and up in turn; gate is at most 7, and up within
+    7 of 0.
+    """
+    try:
+        with torch.inference_mode(), torch.device("cpu"):
+            found = function(_EXAMPLE)
+    except Exception:  # noqa: BLE001 - the known function accepts the example
+        return False
+    gate, up = _EXAMPLE[:, ::2].clamp(max=7), _EXAMPLE[:, 1::2].clamp(-7, 7)
+    value = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return found.shape == value.shape and bool(torch.allclose(found, value, rtol=1e-5, atol=1e-5))
+
+
 class ServedJetMoe(nn.Module):
     """JetMoE's block with its experts replaced by `experts(x_TD, ids_TK, weights_TK) -> y_TD`."""
 
@@ -170,7 +195,13 @@ class StackedLayout:
         self.mlp = self._mlp()
 
     def _mlp(self) -> MlpShape | None:
-        if self._has_norm or self._is_transposed or len(self.specs) != 2:
+        biases = f"{self._input}_bias", "down_proj_bias"
+        if self._has_norm:
+            return None
+        if set(self.specs) == {self._input, "down_proj", *biases} and self._has_gate:
+            clamped = _is_clamped(self._experts._apply_gate)
+            return _CLAMPED_MLP if clamped and self._input == _CLAMPED_MLP.w_in else None
+        if self._is_transposed or len(self.specs) != 2:
             return None
         gated = self._has_gate
         activate = self._experts._apply_gate if gated else self._experts.act_fn

@@ -50,8 +50,8 @@ def plain_weighted_sum(
 
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-VERSION = 14  # of the C interface; equal to that in csrc/experts.cpp
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
+VERSION = 15  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -78,6 +78,9 @@ class _Expert(Structure):
         ("w_out", MatrixStruct),
         ("first", c_int64),
         ("rows", c_int64),
+        ("in_bias", c_void_p),
+        ("out_bias", c_void_p),
+        ("bias_kind", c_int64),
     )
 
 
@@ -95,12 +98,28 @@ class KernelMatrix:
 
 
 class KernelMlp:
-    """An expert's two matrices and activation: down(act(gate) * up), or down(act(in))."""
+    """An expert's matrices and activation: down(act(gate) * up), or down(act(in)); see `MlpShape`.
 
-    def __init__(self, *, w_in: Weight, w_out: Weight, activation: str, gated: bool):
-        self.w_in, self.w_out = w_in, w_out
+    `biases` are those of both, contiguous and of one dtype, or None.
+    """
+
+    def __init__(  # noqa: PLR0913 - what an expert consists of
+        self,
+        *,
+        w_in: Weight,
+        w_out: Weight,
+        activation: str,
+        gated: bool,
+        biases: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.w_in, self.w_out, self.biases = w_in, w_out, biases
         self.activation, self.gated = activation, gated
         self.argument = _Expert(_matrix(w_in), _matrix(w_out), 0, 0)
+        if biases is not None:
+            assert biases[0].dtype == biases[1].dtype and all(map(Tensor.is_contiguous, biases))
+            addresses = [one.data_ptr() for one in biases]
+            self.argument.in_bias, self.argument.out_bias = addresses
+            self.argument.bias_kind = _KINDS[biases[0].dtype]
         self.address = addressof(self.argument)
 
 
@@ -124,14 +143,8 @@ class Kernels:
         self._library, self.level = library, level
         self._level = LEVELS.index(level)
         library.moefit_linear.argtypes = [
-            c_int64,
-            POINTER(MatrixStruct),
-            c_void_p,
-            c_int64,
-            c_int64,
-            c_void_p,
-            c_void_p,
-        ]
+            c_int64, POINTER(MatrixStruct), c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+        ]  # fmt: skip
         library.moefit_decode.argtypes = [c_int64, POINTER(MatrixStruct), c_void_p, c_int64]
         library.moefit_fill.argtypes = [
             POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
@@ -157,13 +170,8 @@ class Kernels:
             c_void_p,
         ]  # fmt: skip
         library.moefit_attention.argtypes = [
-            c_int64,
-            c_void_p,
-            c_void_p,
-            c_int64,
-            c_void_p,
-            c_void_p,
-        ]
+            c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
+        ]  # fmt: skip
         library.moefit_write_rows.argtypes = [c_int64, c_void_p]
         library.moefit_norm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_void_p]
         library.moefit_route.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]

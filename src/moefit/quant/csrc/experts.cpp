@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t CHUNK = 32, LARGEST_CHUNK = 128;  // output rows that one thread takes at a time
 constexpr int64_t SLICE = 1 << 19;  // inputs of the tokens that one product is of: they stay in a cache of 2 MB
 
-enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY };
+// CLAMPED: gate and up are in turn in the rows of `in`, and both are clamped (gpt-oss).
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY, CLAMPED };
 
 // As many rows as leave some items to each thread: where threads take turns, reading begins anew.
 int64_t chunk_of(int64_t rows) { return std::min(std::max(CHUNK, rows / 16 / CHUNK * CHUNK), LARGEST_CHUNK); }
@@ -54,6 +55,18 @@ void hidden_units(float *h, const float *up, int64_t number, int64_t activation,
         float a = bfloat16 ? rounded(activate(rounded(h[f]), activation)) : activate(h[f], activation);
         float b = !up ? a : bfloat16 ? rounded(a * rounded(up[f])) : a * up[f];
         h[f] = b;
+    }
+}
+
+// Hidden units (up + 1) * gate * sigmoid(1.702 gate) of a gate up to 7 and an up within 7 of 0, from pairs of gate
+// and up; rounded where torch would round in a bfloat16 model (transformers' GptOssExperts).
+void clamped_units(const float *pairs, int64_t number, bool bfloat16, float *h) {
+    auto round = [&](float x) { return bfloat16 ? rounded(x) : x; };
+    for (int64_t f = 0; f < number; f++) {
+        float gate = round(pairs[2 * f]), up = round(pairs[2 * f + 1]);
+        gate = gate > 7 ? 7 : gate, up = up > 7 ? 7 : up < -7 ? -7 : up;  // not a number stays so
+        float sigmoid = round(1 / (1 + std::exp(-round(gate * 1.702f))));
+        h[f] = round(round(up + 1) * round(gate * sigmoid));
     }
 }
 
@@ -197,15 +210,17 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
 
 extern "C" {
 
-// One expert: its matrices, and its routed rows first to first + rows - 1.
+// One expert: its matrices, its routed rows first to first + rows - 1, and the biases of both, null if it has none.
 struct Expert {
     Matrix in, down;
     int64_t first, rows;
+    const void *in_bias, *down_bias;
+    int64_t bias_kind;  // F32 or BF16
 };
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 14; }
+int64_t moefit_version() { return 15; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -241,6 +256,31 @@ void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tok
     multiply(level_of(level), &product, 1, x_TI, tokens, kind);
 }
 
+// Outputs first to last - 1 of a product of some tokens, plus a bias: y[t][first], ...
+static void dot_and_add(const Level &use, const Matrix &m, int64_t first, int64_t last, const Panel &panel,
+                        const void *bias, int64_t kind, float *const *y) {
+    use.dot(m, first, last, panel, y);
+    if (!bias) return;
+    static thread_local std::vector<float> values;
+    values.resize(last - first);
+    use.widen((const char *)bias + first * (kind == BF16 ? 2 : 4), kind, last - first, values.data(), last - first);
+    for (int64_t t = 0; t < panel.tokens; t++)
+        for (int64_t r = first; r < last; r++) y[t][r] += values[r - first];
+}
+
+// Hidden units first to last - 1 of an expert whose gates and ups are in turn.
+static void clamped_hidden(const Level &use, const Expert &e, int64_t first, int64_t last, const Panel &panel, bool bfloat16,
+                           float *const *h) {
+    static thread_local std::vector<float> made;
+    static thread_local std::vector<float *> y;
+    int64_t width = 2 * (last - first);
+    made.resize(panel.tokens * width), y.resize(panel.tokens);
+    for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * width] - 2 * first;
+    dot_and_add(use, e.in, 2 * first, 2 * last, panel, e.in_bias, e.bias_kind, y.data());
+    for (int64_t t = 0; t < panel.tokens; t++)
+        clamped_units(&made[t * width], last - first, bfloat16, h[t] + first);
+}
+
 // Every routed row through its expert, unweighted: y_RD, as many rows as are routed; rows of no
 // expert are not written.
 //
@@ -274,8 +314,9 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
         int64_t f0 = item % f_chunks * f_chunk, f1 = std::min(f0 + f_chunk, F);
         const Panel &panel = panels[item / f_chunks];
         float *const *to = h.data() + e.first;
-        use.dot(e.in, f0, f1, panel, to);
-        if (gated) use.dot(e.in, F + f0, F + f1, panel, to);
+        if (activation == CLAMPED) return clamped_hidden(use, e, f0, f1, panel, kind == BF16, to);
+        dot_and_add(use, e.in, f0, f1, panel, e.in_bias, e.bias_kind, to);
+        if (gated) dot_and_add(use, e.in, F + f0, F + f1, panel, e.in_bias, e.bias_kind, to);
         for (int64_t r = e.first; r < e.first + e.rows; r++)
             hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, kind == BF16);
     });
@@ -292,7 +333,8 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     each(number * d_chunks, [&](int64_t item) {
         const Expert &e = experts[item / d_chunks];
         int64_t d0 = item % d_chunks * d_chunk, d1 = std::min(d0 + d_chunk, D);
-        if (e.rows) use.dot(e.down, d0, d1, hidden_panels[item / d_chunks], y.data() + e.first);
+        if (!e.rows) return;
+        dot_and_add(use, e.down, d0, d1, hidden_panels[item / d_chunks], e.down_bias, e.bias_kind, y.data() + e.first);
     });
 }
 
@@ -336,7 +378,7 @@ void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const 
                   const void *weights_K, int64_t weights_kind, int64_t gated, int64_t activation, void *y_D,
                   float *energy_K) {
     std::vector<Expert> chosen(K);
-    for (int64_t k = 0; k < K; k++) chosen[k] = {experts[k]->in, experts[k]->down, k, 1};
+    for (int64_t k = 0; k < K; k++) chosen[k] = *experts[k], chosen[k].first = k, chosen[k].rows = 1;
     int64_t D = chosen[0].down.rows;
     int64_t Q = groups_of(std::max(chosen[0].in.rows, chosen[0].down.cols)) * GROUP;
     std::unique_ptr<float[]> h_KQ(new float[K * Q]), y_KD(new float[K * D]);

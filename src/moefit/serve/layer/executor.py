@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -79,8 +79,26 @@ class FusedExperts:
             w_out=slot.tensors[shape.w_out],
             activation=shape.activation,
             gated=shape.gated,
+            biases=self._biases(slot),
         )
         return self._mlps[slot]
+
+    def _biases(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
+        if self._shape.biases is None:
+            return None
+        first, second = (slot.tensors[name] for name in self._shape.biases)
+        assert isinstance(first, Tensor) and isinstance(second, Tensor)
+        return first, second
+
+    def computes(self, slots: Iterable[Slot]) -> bool:
+        """Return whether all of these slots hold their matrices with output units in rows.
+
+        Codes are held so in every family; values as the family has them.
+        """
+        shape, specs = self._shape, self._layout.specs
+        if not specs[shape.w_in].inputs_first:
+            return True
+        return not any(isinstance(slot.tensors[shape.w_in], Tensor) for slot in slots)
 
 
 def _limit_rows(batch: Sequence[tuple[Slot, Tensor]]) -> Iterator[list[tuple[Slot, Tensor]]]:
@@ -100,7 +118,7 @@ def _limit_rows(batch: Sequence[tuple[Slot, Tensor]]) -> Iterator[list[tuple[Slo
 def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
     """Return the fused experts of a layout; None if no kernels support it on this device."""
     kernels, shape = backend(device), layout.mlp
-    if kernels is None or shape is None:
+    if kernels is None or shape is None or (shape.biases and device.type != "cpu"):
         return None
     matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
     supported = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
@@ -156,7 +174,7 @@ class ExpertInvoker:
             CheckpointError: An expert cannot be read.
         """
         fused = self._fused_on(x_TD.device)
-        if fused:
+        if fused and fused.computes(self._slots.values()):
             compute = self._fused_token if x_TD.shape[0] == 1 else self._fused_tokens
             return compute(fused, x_TD, routing)
         if x_TD.shape[0] == 1:
