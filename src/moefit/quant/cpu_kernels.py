@@ -103,7 +103,7 @@ class KernelMlp:
     `biases` are those of both, contiguous and of one dtype, or None.
     """
 
-    def __init__(  # noqa: PLR0913 - what an expert consists of
+    def __init__(
         self,
         *,
         w_in: Weight,
