@@ -259,8 +259,23 @@ def saved_bytes(
         itemsize: Bytes per weight before encoding.
     """
     return sum(
-        weight.numel() * itemsize
-        - codes_bytes(len(weight), weight.shape[1], format.bits)
-        - meta_bytes(len(weight), weight.shape[1], format.bits)
+        weight.numel() * itemsize - _encoded_bytes(weight, format)
         for weight in _group_by_weight(quantizable_modules(model, blocks))
     )
+
+
+def largest_encoded(model: nn.Module, format: GroupedFormat, blocks: Collection[MoeBlock]) -> int:
+    """Return the bytes of the largest encoded matrix, which exists beside the original.
+
+    Args:
+        model: A model, possibly on the meta device.
+        format: The format to encode in.
+        blocks: Its MoE blocks.
+    """
+    weights = _group_by_weight(quantizable_modules(model, blocks))
+    return max((_encoded_bytes(weight, format) for weight in weights), default=0)
+
+
+def _encoded_bytes(weight: Tensor, format: GroupedFormat) -> int:
+    rows, cols = weight.shape
+    return codes_bytes(rows, cols, format.bits) + meta_bytes(rows, cols, format.bits)

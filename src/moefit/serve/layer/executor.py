@@ -19,7 +19,7 @@ from moefit.moe.families import Layout, MoeBlock
 from moefit.moe.routing import Routing
 from moefit.quant.backend import Backend, backend
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp
-from moefit.quant.format import expert_output
+from moefit.quant.format import DECODED, Format, expert_output
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer, end_all
@@ -99,6 +99,12 @@ class FusedExperts:
         if not specs[shape.w_in].inputs_first:
             return True
         return not any(isinstance(slot.tensors[shape.w_in], Tensor) for slot in slots)
+
+    def computes_format(self, format: Format) -> bool:
+        """Return whether slots of this format hold matrices with output units in rows."""
+        spec = self._layout.specs[self._shape.w_in]
+        held = spec.stored is not None and format != DECODED
+        return not spec.inputs_first or format.is_encoded or held
 
 
 def _limit_rows(batch: Sequence[tuple[Slot, Tensor]]) -> Iterator[list[tuple[Slot, Tensor]]]:

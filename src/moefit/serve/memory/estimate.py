@@ -41,7 +41,7 @@ from moefit.serve.config import (
 )
 from moefit.serve.hf.attention import attention_by_kernels
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
-from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
+from moefit.serve.hf.quant_linear import decoded_bytes, largest_encoded, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
 from moefit.serve.io.reader import ExpertStore
@@ -171,10 +171,11 @@ def weight_bytes(stored: Iterable[StoredTensor], dtype: torch.dtype) -> int:
 
 def encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> int:
     """Return the bytes of the process while dense weights are encoded; 0 if they are not."""
-    if settings.dense_format() is None:
+    if (format := settings.dense_format()) is None:
         return 0
     own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
-    return budget.process + budget.tokenizer + own
+    encoded = largest_encoded(skeleton.model, format, skeleton.blocks)
+    return budget.process + budget.tokenizer + own + encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +251,7 @@ def memory_budget(
     packed = packed or open_packed(skeleton, settings.formats())
     on_gpu, is_auto = device.type != "cpu", settings.precision == AUTO_PRECISION
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
-    first_use = _first_use(skeleton, device)
+    first_use = _first_use(skeleton, settings, device)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
@@ -384,7 +385,7 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
     )
 
 
-def _first_use(skeleton: Skeleton, device: torch.device) -> int:
+def _first_use(skeleton: Skeleton, settings: LoadSettings, device: torch.device) -> int:
     """Return the bytes that only the first use of libraries touches.
 
     Products of torch take several times as much as kernels: its own are used for experts that are
@@ -393,7 +394,11 @@ def _first_use(skeleton: Skeleton, device: torch.device) -> int:
     model = skeleton.model
     by_kernels = (
         device.type == "cpu"
-        and all(fused_experts(block.layout, device) for block in skeleton.blocks)
+        and all(
+            (fused := fused_experts(block.layout, device)) and fused.computes_format(format)
+            for block in skeleton.blocks
+            for format in settings.formats(block.name)
+        )
         and attention_by_kernels(model)
         and not any(isinstance(one, _ConvNd) for one in model.modules())
     )
