@@ -62,7 +62,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have gradients."""
         assert closure is None
         held: list[tuple[Tensor, Tensor]] = []

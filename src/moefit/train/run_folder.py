@@ -1,4 +1,4 @@
-"""The folder of a run: lock, configuration and log.
+"""The folder of a run: lock, configuration, log and profiles.
 
 The log is JSON Lines, with TensorBoard files if configured. Resuming drops records after the
 checkpoint.
@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import exclusive_folder
@@ -233,3 +235,66 @@ def _tensorboard(out: Path, resumed_step: int) -> Any:
             "pip install 'moefit[tensorboard]'"
         ) from error
     return SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step + 1)
+
+
+PROFILE = "profile"
+
+
+class StepProfiler:
+    """Records some steps with torch's profiler, each process in files of its own.
+
+    Perfetto (https://ui.perfetto.dev) shows traces, https://docs.pytorch.org/memory_viz snapshots
+    of memory.
+
+    Args:
+        out: The run's folder.
+        steps: First and last step; None records nothing.
+        rank: Of this process, part of the names of files.
+        device: Of this process.
+    """
+
+    def __init__(
+        self, out: Path, steps: tuple[int, int] | None, *, rank: int, device: torch.device
+    ):
+        self._folder, self._rank = out / PROFILE, rank
+        self._first, self._last = steps or (0, 0)
+        self._on_gpu = device.type == "cuda"
+        self._profile: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Begin to record if the step is the first."""
+        if step != self._first:
+            return
+        activities = [ProfilerActivity.CPU]
+        if self._on_gpu:
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history()
+        self._profile = profile(activities=activities, profile_memory=True)
+        self._profile.start()
+
+    def after(self, step: int) -> Path | None:
+        """Write the files if the step is the last; return the trace.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        if self._profile is None or step != self._last:
+            return None
+        self._profile.stop()
+        trace = self._folder / f"trace-{self._rank}.json.gz"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(trace))
+            if self._on_gpu:
+                snapshot = self._folder / f"memory-{self._rank}.pickle"
+                torch.cuda.memory._dump_snapshot(str(snapshot))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the profile cannot be written into {self._folder}: {error}; free disk space, or "
+                "leave log.profile out"
+            ) from error
+        finally:
+            self._profile = None
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        return trace

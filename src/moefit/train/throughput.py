@@ -1,20 +1,13 @@
-"""Speed: the two sides of MFU (model FLOPs utilisation), and torch's profiler for some steps.
-
-Each process writes profiles of its own into `OUT/profile`; Perfetto (https://ui.perfetto.dev) shows
-traces, https://docs.pytorch.org/memory_viz snapshots of memory.
-"""
+"""The two sides of MFU (model FLOPs utilisation): FLOPs per token and the machine's peak."""
 
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.config import DsMoeConfig
-from moefit.errors import CheckpointError
 
 # Width of the square matrix product that is timed, and products per synchronisation. Synchronising
 # after every product would leave a GPU idle between them.
@@ -85,63 +78,3 @@ def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-FOLDER = "profile"
-
-
-class StepProfiler:
-    """Records steps `first` to `last`, if they are given.
-
-    Args:
-        out: The run's folder.
-        steps: First and last step; None records nothing.
-        rank: Of this process, part of the names of files.
-        device: Of this process.
-    """
-
-    def __init__(
-        self, out: Path, steps: tuple[int, int] | None, *, rank: int, device: torch.device
-    ):
-        self._folder, self._rank = out / FOLDER, rank
-        self._first, self._last = steps or (0, 0)
-        self._on_gpu = device.type == "cuda"
-        self._profile: profile | None = None
-
-    def before(self, step: int) -> None:
-        """Begin to record if the step is the first."""
-        if step != self._first:
-            return
-        activities = [ProfilerActivity.CPU]
-        if self._on_gpu:
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history()
-        self._profile = profile(activities=activities, profile_memory=True)
-        self._profile.start()
-
-    def after(self, step: int) -> Path | None:
-        """Write the files if the step is the last; return the trace.
-
-        Raises:
-            CheckpointError: They cannot be written.
-        """
-        if self._profile is None or step != self._last:
-            return None
-        self._profile.stop()
-        trace = self._folder / f"trace-{self._rank}.json.gz"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(trace))
-            if self._on_gpu:
-                snapshot = self._folder / f"memory-{self._rank}.pickle"
-                torch.cuda.memory._dump_snapshot(str(snapshot))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the profile cannot be written into {self._folder}: {error}; free disk space, or "
-                "leave log.profile out"
-            ) from error
-        finally:
-            self._profile = None
-            if self._on_gpu:
-                torch.cuda.memory._record_memory_history(enabled=None)
-        return trace

@@ -53,15 +53,11 @@ from moefit.train.parallel.parallelism import check_model, parallelism
 from moefit.train.parallel.processes import OneProcess, Processes, local_device
 from moefit.train.parallel.saver import ShardedSaver, WholeSaver
 from moefit.train.parallel.state import RunState, seed_process
-from moefit.train.run_folder import NoLog, RunLog, last_record, read_log
+from moefit.train.run_folder import NoLog, RunLog, StepProfiler, last_record, read_log
 from moefit.train.schedule import is_sparse, learning_rate, mi_scale, set_learning_rate
 from moefit.train.spikes import SpikeDetector
 from moefit.train.step import HeldOutEvaluator, Stepper, StepResult, make_losses
-from moefit.train.throughput import (
-    StepProfiler,
-    measured_peak_flops,
-    training_flops_per_token,
-)
+from moefit.train.throughput import measured_peak_flops, training_flops_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +102,9 @@ class Trainer:
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.spikes = SpikeDetector(config.optimizer.skip_sigma)
-        self.document_end = data.tokenizer.eos_token_id if config.data.document_mask else None
+        end = data.tokenizer.eos_token_id
+        assert isinstance(end, int)
+        self.document_end = end if config.data.document_mask else None
         self.stepper = self._stepper()
         self.batches = training_batches(config, data)
         self.held_out = HeldOutEvaluator(
