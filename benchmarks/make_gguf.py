@@ -60,7 +60,7 @@ def write(folder: Path, path: Path) -> None:
         for one in entries:
             file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
             for part in one.data():
-                file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+                file.write(np.ascontiguousarray(part).data.cast("B"))
         file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
     print(f"{path}: {len(entries)} tensors", flush=True)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
 from moefit.quant.kv_int8 import Int8Rows, floats_of
 
 LANES = 16  # widths of keys and values are multiples of it
@@ -111,7 +111,7 @@ def _is_known_cache(cache_GLC: Tensor, dtype: torch.dtype) -> bool:
 MAX_GROUP_HEADS = 32  # query heads of one KV head: ROWS of csrc/attention.h
 
 
-@torch.compiler.disable  # see `outside_of_graphs`
+@outside_of_graphs
 def attend_by_kernels(
     query_THC: Tensor, segments: Sequence[KeySegment], options: AttentionOptions
 ) -> Tensor | None:
@@ -169,7 +169,7 @@ def attend(
     return out_THZ
 
 
-@torch.compiler.disable  # see `outside_of_graphs`
+@outside_of_graphs
 def attend_alone(
     query_HTC: Tensor, keys_GLC: Tensor, values_GLZ: Tensor, options: AttentionOptions
 ) -> Tensor | None:

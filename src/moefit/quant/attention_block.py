@@ -35,6 +35,7 @@ from moefit.quant.cpu_kernels import (
     KernelMatrix,
     Kernels,
     MatrixStruct,
+    outside_of_graphs,
 )
 from moefit.quant.kv_int8 import Int8Rows
 from moefit.quant.layer_operations import (
@@ -286,7 +287,7 @@ class AttentionBlockKernel:
         self._parts = *norms, *linears, rotary_struct(block.rotary, dtype, cosines), cosines
         self._known: dict[tuple[Any, ...], _Block] = {}  # by the layout of caches
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def __call__(
         self,
         x_TD: Tensor,

@@ -7,13 +7,13 @@ level. `plain_weighted_sum` is the torch reference of the kernel with the same n
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import POINTER, Array, Structure, addressof, byref, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
 ACTIVATION_DTYPES = tuple(_KINDS)
 Weight = Tensor | EncodedRows
 Owner = TypeVar("Owner")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class MatrixStruct(Structure):
@@ -123,19 +125,24 @@ class KernelMlp:
         self.address = addressof(self.argument)
 
 
-def outside_of_graphs(owner: type[Owner]) -> type[Owner]:
-    """Let `torch.compile` leave a class's methods as they are.
+def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `torch.compile` leave a function as it is, for one that calls kernels.
 
-    Its graphs end where a method passes an address to the library, and a tensor whose address has
-    been taken but that is not used again is freed there, before the library reads it.
+    A graph ends where an address is passed to the library, and a tensor whose address has been
+    taken but that is not used again is freed there, before the library reads it.
     """
+    return cast(Callable[P, R], torch.compiler.disable(function))
+
+
+def _all_outside_of_graphs(owner: type[Owner]) -> type[Owner]:
+    """Apply `outside_of_graphs` to all methods of a class."""
     for name, value in list(vars(owner).items()):
         if isinstance(value, FunctionType) and name != "__init__":
-            setattr(owner, name, torch.compiler.disable(value))
+            setattr(owner, name, outside_of_graphs(value))
     return owner
 
 
-@outside_of_graphs
+@_all_outside_of_graphs
 class Kernels:
     """The compiled library at one instruction set level; see `Backend`."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
 
 MODEL_CACHE, INT8_CACHE = "model", "int8"
 KV_CACHES = (MODEL_CACHE, INT8_CACHE)
@@ -124,7 +124,7 @@ class _CacheRows(Structure):
     )
 
 
-@torch.compiler.disable  # see `outside_of_graphs`
+@outside_of_graphs
 def write_rows(target_GPC: Int8Rows, places_R: Tensor, rows_GRC: Tensor) -> None:
     """Round rows and write them to a cache.
 

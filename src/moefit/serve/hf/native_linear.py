@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, kernels, outside_of_graphs
 
 _CONVERSIONS = {Tensor.float, Tensor.to, Tensor.type, Tensor.detach}
 """Functions of a weight whose results are weights, such as a router's `weight.float()`."""
@@ -89,7 +89,7 @@ def _usable(weight: object) -> bool:
     )
 
 
-@torch.compiler.disable  # see `outside_of_graphs`
+@outside_of_graphs
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """Return x W^T + b by kernels; None if they do not support it."""
     compiled = kernels()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
 from moefit.quant.layer_operations import NormForm, NormKernel, plain_norm
 
 _LARGEST_EPS = 0.1
@@ -29,7 +29,7 @@ class _KernelForward:
         self._own: Callable[..., Tensor] = type(module).forward
         self._kernel: NormKernel | None = None
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         compiled, weight = kernels(), self._module._parameters.get("weight")
         if (

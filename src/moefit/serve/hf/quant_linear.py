@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moefit.moe.families import MoeBlock
 from moefit.quant.backend import backend, decoded
-from moefit.quant.cpu_kernels import KernelMatrix
+from moefit.quant.cpu_kernels import KernelMatrix, outside_of_graphs
 from moefit.quant.encode import encode_into
 from moefit.quant.format import GroupedFormat
 from moefit.quant.grouped_int import (
@@ -61,7 +61,7 @@ class GroupedLinear(nn.Module):
             self._kernel_matrix = KernelMatrix(self.matrix)
         return self._kernel_matrix
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])

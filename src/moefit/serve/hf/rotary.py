@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels, outside_of_graphs
 from moefit.quant.layer_operations import RotaryForm, RotaryKernel, plain_rotate
 
 _WIDTH = 24  # of the example's heads
@@ -82,7 +82,7 @@ class RotaryFunction:
         """Return the form for a number of cosines and a width of heads; None if it is unknown."""
         return self._rule.form(cosines, width)
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def _rotated(
         self, heads: list[Tensor], cos: Tensor, sin: Tensor, head_dim: int
     ) -> list[Tensor] | None:

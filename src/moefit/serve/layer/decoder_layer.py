@@ -27,7 +27,7 @@ from moefit.quant.attention_block import (
     Linear,
     Norm,
 )
-from moefit.quant.cpu_kernels import kernels
+from moefit.quant.cpu_kernels import kernels, outside_of_graphs
 from moefit.quant.kv_int8 import part_of
 from moefit.quant.layer_operations import RouterKernel
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
@@ -104,7 +104,7 @@ class LayerForward:
         self._weights: tuple[int, ...] = ()
         self._made_for, self._hooks = self._parts_in_use(), self._hooks_in_use()
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Return what the layer's own `forward` does."""
         x = given[0] if given else named.get("hidden_states")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
+from moefit.quant.cpu_kernels import outside_of_graphs
 from moefit.quant.format import NATIVE, Format, slot_kind
 from moefit.serve.cache.eviction import EvictionPolicy
 from moefit.serve.cache.scores import ExpertImportanceEstimator
@@ -104,7 +105,7 @@ class VirtualExperts(nn.Module):
         )
         self.use_counts = [0] * (self.num_experts + 1)
 
-    @torch.compiler.disable  # it waits for loads, and its kernels take addresses
+    @outside_of_graphs  # it waits for loads
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
         """Compute the experts; arguments and result are those of the family's own module."""
         x_TD = x.reshape(-1, x.shape[-1])

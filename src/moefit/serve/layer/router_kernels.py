@@ -24,6 +24,7 @@ from moefit.quant.cpu_kernels import (
     KernelMatrix,
     Kernels,
     kernels,
+    outside_of_graphs,
 )
 from moefit.quant.layer_operations import RouterKernel, RoutingKernel, can_route
 from moefit.serve.layer.moe_layer import VirtualExperts
@@ -70,7 +71,7 @@ class RouterForward:
         self._kernel: RouterKernel | None = None
         self._bias_E: Tensor | None = None
 
-    @torch.compiler.disable  # see `outside_of_graphs`
+    @outside_of_graphs
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:
         """Return what the router's own `forward` does."""
         compiled, form = kernels(), self.form

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ class _Recording:
         """Record passes of the model within the block."""
         attached: list[RemovableHandle] = []
         self.seen = {name: _Seen() for name in self.blocks}
-        widths = {self.model.get_input_embeddings().weight.shape[-1]}
+        widths = {cast(Tensor, self.model.get_input_embeddings().weight).shape[-1]}
         for module in self.model.modules():
             if _may_be_norm(module, widths):
                 attached.append(module.register_forward_hook(self._norm))
