@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from moefit.errors import ConfigError
 from moefit.moe.layouts import ACTIVATIONS
+from moefit.moe.routing import plain_weighted_sum
 from moefit.quant import cpu_kernels as module
 from moefit.quant.cpu_kernels import (
     LEVELS,
@@ -26,7 +27,6 @@ from moefit.quant.cpu_kernels import (
     KernelMlp,
     Weight,
     kernels,
-    plain_weighted_sum,
     status,
 )
 from moefit.quant.encode import encode

@@ -240,3 +240,25 @@ def default_rules(num_experts: int) -> tuple[Rule, ...]:
         Rule(kind="threshold", epsilon=0.48),
         Rule(kind="threshold_top_k", epsilon=0.48),
     )
+
+
+def plain_weighted_sum(
+    y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Sum each token's expert outputs with their weights.
+
+    Args:
+        y_RD: Outputs, K rows per token.
+        weights_TK: Weights.
+        dtype: Dtype of the result.
+        energy: Whether to also return |weight * output|^2 of each row.
+
+    Returns:
+        y_TD, and float32 [R] or None.
+    """
+    weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
+    energy_R = weighted_RD.float().square().sum(-1) if energy else None
+    total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)
+    for part_TD in weighted_RD.view(*weights_TK.shape, -1).unbind(1):
+        total_TD += part_TD.float()
+    return total_TD.to(dtype), energy_R

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
+from moefit.graphs import outside_of_graphs
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of
 
 LANES = 16  # widths of keys and values are multiples of it

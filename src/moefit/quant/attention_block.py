@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moefit.graphs import outside_of_graphs
 from moefit.moe.routing import Routing
 from moefit.quant.attention import (
     LANES,
@@ -35,7 +36,6 @@ from moefit.quant.cpu_kernels import (
     KernelMatrix,
     Kernels,
     MatrixStruct,
-    outside_of_graphs,
 )
 from moefit.quant.kv_int8 import Int8Rows
 from moefit.quant.layer_operations import (

@@ -2,51 +2,28 @@
 
 Finds the shared library, selects the instruction set, checks arguments and calls the functions
 through ctypes. Without the library everything is computed in torch; `MOEFIT_KERNELS` forces a
-level. `plain_weighted_sum` is the torch reference of the kernel with the same name.
+level.
 """
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import POINTER, Array, Structure, addressof, byref, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from types import FunctionType
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.errors import ConfigError
-from moefit.moe.routing import Routing
+from moefit.graphs import all_outside_of_graphs
+from moefit.moe.routing import Routing, plain_weighted_sum
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, EncodedRows, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
 from moefit.quant.scaled.matrix import ScaledMatrix
-
-
-def plain_weighted_sum(
-    y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Sum each token's expert outputs with their weights.
-
-    Args:
-        y_RD: Outputs, K rows per token.
-        weights_TK: Weights.
-        dtype: Dtype of the result.
-        energy: Whether to also return |weight * output|^2 of each row.
-
-    Returns:
-        y_TD, and float32 [R] or None.
-    """
-    weighted_RD = y_RD.to(dtype) * weights_TK.reshape(-1, 1)
-    energy_R = weighted_RD.float().square().sum(-1) if energy else None
-    total_TD = y_RD.new_zeros(len(weights_TK), y_RD.shape[1], dtype=torch.float32)
-    for part_TD in weighted_RD.view(*weights_TK.shape, -1).unbind(1):
-        total_TD += part_TD.float()
-    return total_TD.to(dtype), energy_R
-
 
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
@@ -57,9 +34,6 @@ NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
 ACTIVATION_DTYPES = tuple(_KINDS)
 Weight = Tensor | EncodedRows
-Owner = TypeVar("Owner")
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class MatrixStruct(Structure):
@@ -125,24 +99,7 @@ class KernelMlp:
         self.address = addressof(self.argument)
 
 
-def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `torch.compile` leave a function as it is, for one that calls kernels.
-
-    A graph ends where an address is passed to the library, and a tensor whose address has been
-    taken but that is not used again is freed there, before the library reads it.
-    """
-    return cast(Callable[P, R], torch.compiler.disable(function))
-
-
-def _all_outside_of_graphs(owner: type[Owner]) -> type[Owner]:
-    """Apply `outside_of_graphs` to all methods of a class."""
-    for name, value in list(vars(owner).items()):
-        if isinstance(value, FunctionType) and name != "__init__":
-            setattr(owner, name, outside_of_graphs(value))
-    return owner
-
-
-@_all_outside_of_graphs
+@all_outside_of_graphs
 class Kernels:
     """The compiled library at one instruction set level; see `Backend`."""
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from moefit.moe.routing import plain_weighted_sum
 from moefit.quant.cpu_kernels import (
     NATIVE_DTYPES,
     KernelMatrix,
     KernelMlp,
     Weight,
     join_tokens,
-    plain_weighted_sum,
 )
 from moefit.quant.grouped_int import EncodedRows, groups_of
 from moefit.quant.triton_kernels import (

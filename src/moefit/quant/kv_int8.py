@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
+from moefit.graphs import outside_of_graphs
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
 
 MODEL_CACHE, INT8_CACHE = "model", "int8"
 KV_CACHES = (MODEL_CACHE, INT8_CACHE)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, kernels, outside_of_graphs
+from moefit.graphs import outside_of_graphs
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, kernels
 
 _CONVERSIONS = {Tensor.float, Tensor.to, Tensor.type, Tensor.detach}
 """Functions of a weight whose results are weights, such as a router's `weight.float()`."""

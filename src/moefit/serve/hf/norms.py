@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels, outside_of_graphs
+from moefit.graphs import outside_of_graphs
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
 from moefit.quant.layer_operations import NormForm, NormKernel, plain_norm
 
 _LARGEST_EPS = 0.1

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moefit.graphs import outside_of_graphs
 from moefit.moe.families import MoeBlock
 from moefit.quant.backend import backend, decoded
-from moefit.quant.cpu_kernels import KernelMatrix, outside_of_graphs
+from moefit.quant.cpu_kernels import KernelMatrix
 from moefit.quant.encode import encode_into
 from moefit.quant.format import GroupedFormat
 from moefit.quant.grouped_int import (

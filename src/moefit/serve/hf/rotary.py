@@ -19,7 +19,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels, outside_of_graphs
+from moefit.graphs import outside_of_graphs
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels
 from moefit.quant.layer_operations import RotaryForm, RotaryKernel, plain_rotate
 
 _WIDTH = 24  # of the example's heads

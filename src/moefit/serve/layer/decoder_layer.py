@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from moefit.cache_argument import CACHE_NAMES
+from moefit.graphs import outside_of_graphs
 from moefit.quant.attention import AttentionOptions
 from moefit.quant.attention_block import (
     AttentionBlock,
@@ -27,7 +28,7 @@ from moefit.quant.attention_block import (
     Linear,
     Norm,
 )
-from moefit.quant.cpu_kernels import kernels, outside_of_graphs
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import part_of
 from moefit.quant.layer_operations import RouterKernel
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moefit.graphs import outside_of_graphs
 from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
-from moefit.quant.cpu_kernels import outside_of_graphs
 from moefit.quant.format import NATIVE, Format, slot_kind
 from moefit.serve.cache.eviction import EvictionPolicy
 from moefit.serve.cache.scores import ExpertImportanceEstimator

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moefit.graphs import outside_of_graphs
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
 from moefit.quant.cpu_kernels import (
@@ -24,7 +25,6 @@ from moefit.quant.cpu_kernels import (
     KernelMatrix,
     Kernels,
     kernels,
-    outside_of_graphs,
 )
 from moefit.quant.layer_operations import RouterKernel, RoutingKernel, can_route
 from moefit.serve.layer.moe_layer import VirtualExperts
