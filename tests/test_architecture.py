@@ -11,7 +11,7 @@ ROOT = Path(moefit.__file__).parent
 # Each layer may import those before it and itself; names on one line never import each other.
 LAYERS = (
     {"errors"},
-    {"cache_argument", "device", "folders", "host", "signals", "yaml_text"},
+    {"cache_argument", "device", "folders", "graphs", "host", "signals", "yaml_text"},
     {"moe"},
     {"checkpoint"},
     {"quant"},
