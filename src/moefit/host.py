@@ -109,9 +109,9 @@ def memory_pressure(root: Path = ROOT) -> float:
     The larger of the machine's figure and that of this process's control group (pressure stall
     information); 0 where the kernel has none.
     """
-    files = [root / "proc/pressure/memory"]
-    files += [folder / "memory.pressure" for folder in _group_folders(root)][:1]
-    return max(_stalled(_text(file)) for file in files)
+    own = (folder / "memory.pressure" for folder in _group_folders(root))
+    files = (root / "proc/pressure/memory", next((one for one in own if one.is_file()), None))
+    return max(_stalled(_text(file)) for file in files if file is not None)
 
 
 def _stalled(text: str) -> float:

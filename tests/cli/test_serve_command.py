@@ -59,7 +59,7 @@ def test_memory_auto_begins_with_what_is_free(given) -> None:
     [
         (["serve", "--memory-min", "2GiB", "--memory-max", "1GiB"], "is larger than --memory-max"),
         (["serve", "--memory", "auto", "--max-loss", "3%"], "without a plan"),
-        (["serve", "--memory", "auto", "--device", "cuda"], "for models on a CPU"),
+        (["serve", "--memory-headroom", "1GiB", "--plan", "plan.json"], "without a plan"),
         (["generate", "reference", "some", "--memory", "auto"], "it is for moefit serve"),
     ],
 )

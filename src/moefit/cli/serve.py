@@ -1,7 +1,7 @@
 """The command `serve`: a model over HTTP."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -22,9 +22,10 @@ from moefit.cli.options import (
     expand_options,
 )
 from moefit.cli.planned import PlanProcess
+from moefit.device import parse_device
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
-from moefit.errors import ConfigError
+from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.loading import REFERENCE
 from moefit.host import available_bytes, is_loopback, process_bytes
 from moefit.plan.plan_file import Plan
@@ -32,6 +33,7 @@ from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.memory.follow import (
     AUTO_MEMORY,
+    RESERVE,
     BudgetFollower,
     BudgetRule,
     default_headroom,
@@ -65,25 +67,38 @@ class FollowSettings:
     def first_budget(self) -> int:
         """Return the budget to load the model with."""
         room = process_bytes() + available_bytes() - self.headroom
+        room -= room // RESERVE  # as every later budget
         return max(self.least or 1, min(room, self.most or room))
 
-    def follower(self, engine: Engine) -> BudgetFollower:
-        """Return what changes the budget of a running engine."""
-        served = engine.served
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Add to the error of a budget that is too small where it comes from."""
+        try:
+            yield
+        except BudgetTooSmallError as error:
+            if not self.follows:
+                raise
+            raise BudgetTooSmallError(
+                f"--memory auto: {format_bytes(available_bytes())} are free, of which "
+                f"{format_bytes(self.headroom)} stay free for others (--memory-headroom); {error}"
+            ) from error
+
+    def follower(self, service: Service) -> BudgetFollower:
+        """Return what changes the budget of a running server."""
+        engine, served = service.engine, service.engine.served
 
         def budget() -> int:
             total = served.budget.total
             return served.budget.max_bytes if total is None else total
 
+        def apply(size: int) -> None:
+            engine.between_steps(lambda: served.set_memory(size))
+            service.telemetry.changed("ok")
+
         least = max(served.budget.min_bytes, self.least or 0)
         most = max(least, min(served.budget.max_bytes, self.most or served.budget.max_bytes))
         rule = BudgetRule(least=least, most=most, headroom=self.headroom)
-        return BudgetFollower(
-            rule,
-            budget,
-            lambda size: engine.between_steps(lambda: served.set_memory(size)),
-            announce=say,
-        )
+        return BudgetFollower(rule, budget, apply, announce=say)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +133,18 @@ class ServerOptions:
         ),
     ] = False
     memory_min: Annotated[
-        str | None, advanced("With --memory auto: smallest budget. Default: the minimum.")
+        str | None,
+        advanced("Minimum of a budget that follows free memory."),
     ] = None
     memory_max: Annotated[
-        str | None, advanced("With --memory auto: largest budget. Default: all experts.")
+        str | None,
+        advanced("Maximum of a budget that follows free memory."),
     ] = None
     memory_headroom: Annotated[
         str | None,
         advanced(
-            "With --memory auto: memory that stays free for other processes. Default: a 16th of "
-            "all, at least 512MiB."
+            "While the budget follows free memory: what stays free for other processes. Default: "
+            "a 16th of all memory, at least 512MiB."
         ),
     ] = None
     chat_tokens: Annotated[
@@ -163,17 +180,19 @@ class ServerOptions:
                 f"--memory-min {self.memory_min} is larger than --memory-max {self.memory_max}"
             )
         headroom = self.memory_headroom
-        settings = FollowSettings(
-            follows=options.memory == AUTO_MEMORY,
-            least=least,
-            most=most,
-            headroom=default_headroom() if headroom is None else parse_bytes(headroom),
-        )
-        if settings.follows and (options.has_plan or options.device.startswith("cuda")):
+        headroom, given = self.memory_headroom, self.memory_headroom or least or most
+        follows = options.memory == AUTO_MEMORY
+        on_cpu = parse_device(options.device).type == "cpu"
+        if (follows or given) and (options.has_plan or not on_cpu):
             raise ConfigError(
-                "--memory auto is for models on a CPU and without a plan; give a size, such as 4GiB"
+                "--memory auto and its limits (--memory-min, --memory-max, --memory-headroom) are for "
+                "models on a CPU and without a plan; give a size, such as --memory 4GiB"
             )
-        return settings
+        if headroom is not None and headroom.strip() != "0":
+            room = parse_bytes(headroom)
+        else:
+            room = default_headroom() if headroom is None else 0
+        return FollowSettings(follows=follows, least=least, most=most, headroom=room)
 
     def server(self, model: str) -> ServerSettings:
         """Return the settings of the HTTP server. Raises ConfigError for an invalid key."""
@@ -233,7 +252,8 @@ def _serve(
     with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
-        served, plan = _loaded(model, options, engine_settings, following)
+        with follow.explained():
+            served, plan = _loaded(model, options, engine_settings, following)
         say_generation(served.generation)
         deadline = exit_timer(LEAVING)
         with ExitStack() as closing:  # what is entered last is closed first
@@ -250,7 +270,7 @@ def _serve(
                 again = replanner(model, plan, engine)
                 service.live_plan = LivePlan(engine, plan, again)
             elif served.model.device.type == "cpu":
-                service.follower = follow.follower(engine)
+                service.follower = follow.follower(service)
                 closing.callback(service.follower.close)
             running = HttpServer(service, bound)
             closing.callback(running.stop)

@@ -4,6 +4,7 @@ GET and POST /v1/memory return the state that the page and `moefit budget` show,
 and mode while requests run.
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -270,9 +271,9 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
         elif live is not None and given == {"bytes"}:
             live.set_budget(None if body.bytes is None else parse_bytes(body.bytes))
         else:
-            if service.follower is not None and "bytes" in given:
-                service.follower.pause()
-            service.engine.between_steps(lambda: _change(service, body))
+            follower = service.follower if "bytes" in given else None
+            with follower.fixed() if follower else nullcontext():
+                service.engine.between_steps(lambda: _change(service, body))
     except MoefitError:
         service.telemetry.changed("refused")
         raise

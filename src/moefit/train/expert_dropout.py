@@ -182,9 +182,9 @@ def _latest(steps: int) -> str:
     """Return a `begin` that leaves the last step.
 
     >>> _latest(8), _latest(3)
-    ('0.875', '0.66667')
+    ('0.875', '0.666666666667')
     """
-    return f"{(steps - 1) / steps:.5g}"
+    return f"{(steps - 1) / steps:.12g}"
 
 
 def _least(given: int | None, chosen: int | None, num_experts: int) -> int:

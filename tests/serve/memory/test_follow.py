@@ -44,6 +44,16 @@ def test_budget_never_leaves_its_bounds() -> None:
     assert grown(rule(), 2 * GIB, 200, 100 * GIB) == 8 * GIB
 
 
+def test_budget_above_the_most_becomes_the_most() -> None:
+    assert rule().next(0.0, 60 * GIB, reading(60 * GIB)) == 8 * GIB
+
+
+def test_budget_grows_to_the_most_even_by_less_than_the_reserve() -> None:
+    assert grown(rule(), int(7.9 * GIB), 30, 20 * GIB) == 8 * GIB
+    narrow = BudgetRule(least=GIB, most=GIB + 10 * MIB, headroom=GIB)
+    assert grown(narrow, GIB, 30, 20 * GIB) == GIB + 10 * MIB
+
+
 def test_budget_grows_only_after_memory_was_free_for_a_while() -> None:
     assert grown(rule(), 2 * GIB, GROW_AFTER - 1, 6 * GIB) == 2 * GIB
     assert grown(rule(), 2 * GIB, GROW_AFTER, 6 * GIB) == int(2 * GIB * MOST_GROWTH)
@@ -109,28 +119,66 @@ def machine():
     assert not follower._thread.is_alive()
 
 
-def test_follower_shrinks_until_paused(machine) -> None:
+def test_follower_shrinks_until_budget_is_set(machine) -> None:
     system, follower = machine
     assert not follower.active
     follower.resume()
     assert system.budget == 4 * GIB, "enough is free"
+    system.changed.clear()
     system.others = 7 * GIB // 2
     assert system.changed.wait(10)
     assert 3.3 * GIB < system.budget <= 3.5 * GIB
-    follower.pause()
-    system.budget = 4 * GIB
+    with pytest.raises(BudgetTooSmallError), follower.fixed():
+        raise BudgetTooSmallError("too small")
+    assert follower.active, "a change that fails changes nothing"
+    with follower.fixed():
+        system.budget = 4 * GIB
     follower.step()
     assert system.budget == 4 * GIB and not follower.active
 
 
+def test_follower_survives_output_that_nobody_reads() -> None:
+    machine = Machine(8 * GIB)
+
+    def announce(line: str) -> None:
+        raise SystemExit(1)
+
+    follower = BudgetFollower(
+        rule(), lambda: machine.budget, machine.apply,
+        read=machine.read, announce=announce, interval=0.001,
+    )  # fmt: skip
+    follower.resume()
+    machine.changed.clear()
+    machine.others = 7 * GIB // 2
+    assert machine.changed.wait(10) and machine.budget < 3.5 * GIB
+    assert follower.active and follower._thread.is_alive()
+    follower.close()
+
+
+def test_growth_waits_again_after_resuming() -> None:
+    deciding = rule()
+    assert deciding.next(0.0, 2 * GIB, reading(6 * GIB)) is None
+    deciding.reset()
+    assert deciding.next(3600.0, 2 * GIB, reading(6 * GIB)) is None
+
+
 def test_follower_goes_on_after_failed_change(machine, caplog) -> None:
     system, follower = machine
-    system.others, system.fails = 7 * GIB // 2, True
     follower.resume()
+    system.fails, system.others = True, 7 * GIB // 2
     follower.step()
     follower.step()
-    assert [one.message.split(":")[0] for one in caplog.records].count(
-        "the budget cannot follow to 3.38 GiB"
-    ) == 1, "the same error is logged once"
+    assert [one.message for one in caplog.records] == [
+        "the budget cannot follow free memory now: too small"
+    ], "the same error is logged once"
+    system.changed.clear()
     system.fails = False
     assert system.changed.wait(10) and system.budget < 3.5 * GIB
+
+
+def test_resuming_raises_where_the_budget_cannot_change(machine) -> None:
+    system, follower = machine
+    system.others, system.fails = 7 * GIB // 2, True
+    with pytest.raises(BudgetTooSmallError):
+        follower.resume()
+    assert not follower.active

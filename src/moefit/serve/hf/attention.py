@@ -355,9 +355,9 @@ def eager_attention(
 def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], None]:
     """Use the kernels for a model's attention on a CPU.
 
-    The model is unchanged if its attention is not `sdpa`, if there are no compiled kernels, or if
-    its family's code depends on the name of the attention implementation. For an int8 cache it is
-    always changed; whether the result is right is checked after loading.
+    The model is unchanged if its attention is neither `sdpa` nor has sinks, if there are no
+    compiled kernels, or if its family's code depends on the name of the attention implementation.
+    For an int8 cache it is always changed; whether the result is right is checked after loading.
 
     Args:
         model: The model.
@@ -367,11 +367,12 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
         A function that undoes the change.
     """
     before = model.config._attn_implementation
-    if int8:
+    by_kernels = model.device.type == "cpu" and attention_by_kernels(model)
+    if int8 or (by_kernels and before != "sdpa"):  # the function for int8 knows sinks and windows
         AttentionInterface.register(INT8_NAME, int8_attention)
         AttentionMaskInterface.register(INT8_NAME, window_or_full_mask)
         model.config._attn_implementation = INT8_NAME
-    elif model.device.type == "cpu" and attention_by_kernels(model):
+    elif by_kernels:
         AttentionInterface.register(NAME, cpu_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.config._attn_implementation = NAME
@@ -385,7 +386,13 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
 def attention_by_kernels(model: PreTrainedModel) -> bool:
     """Return whether kernels can compute a model's attention on a CPU."""
     own = model.config._attn_implementation
-    return own == "sdpa" and kernels() is not None and not _depends_on_name(model)
+    known = own == "sdpa" or (own == "eager" and _has_sinks(model))
+    return known and kernels() is not None and not _depends_on_name(model)
+
+
+def _has_sinks(model: PreTrainedModel) -> bool:
+    """Return whether attention has one sink per head (gpt-oss), for which torch has no function."""
+    return any(name.endswith("self_attn.sinks") for name, _ in model.named_parameters())
 
 
 _COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")

@@ -31,6 +31,7 @@ class KernelWeight(Tensor):
     _matrix: KernelMatrix | None = None
 
     @classmethod
+    @outside_of_graphs
     def __torch_function__(
         cls,
         func: Callable[..., Any],

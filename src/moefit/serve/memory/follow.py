@@ -8,7 +8,8 @@ when memory becomes scarce, and lets it grow again slowly, once memory has been 
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -21,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 AUTO_MEMORY = "auto"  # instead of a size
 LEAST_HEADROOM = 512 << 20
 HEADROOM_SHARE = 16  # of the memory that may be used, the part that stays free, at least
-INTERVAL = 0.1  # seconds between two readings
+INTERVAL = 0.2  # seconds between two readings
 GROW_AFTER = 10.0  # seconds for which memory must have been free
 MOST_GROWTH = 1.25  # of one change
 TOLERANCE = 64  # of the budget, the part by which it may exceed what is free
@@ -84,25 +85,27 @@ class BudgetRule:
             budget: The budget in force, in bytes.
             reading: What the system reports.
         """
-        room, reserve = self.room(reading), budget // RESERVE
-        if room < budget - budget // TOLERANCE:
-            self._free_since = None
-            return max(self.least, room - reserve)
-        if (
-            room - reserve <= budget
-            or budget >= self.most
-            or (reading.pressure >= CALM and reading.available < 2 * self.headroom)
-        ):
-            self._free_since = None
+        room, reserve = self.room(reading), min(budget, self.most) // RESERVE
+        target = room if room == self.most else max(self.least, room - reserve)
+        if budget > self.most or room < budget - budget // TOLERANCE:
+            self.reset()
+            return target
+        waiting = reading.pressure >= CALM and reading.available < 2 * self.headroom
+        if target <= budget or waiting:
+            self.reset()
             return None
         if self._free_since is None:
-            self._free_since, self._free = now, room
-        self._free = min(self._free, room)
+            self._free_since = now
+        self._free = min(self._free, target)
         if now - self._free_since < GROW_AFTER:
             return None
-        self._free_since = None
-        grown = self.most if self._free == self.most else int(self._free) - reserve
-        return max(budget, min(grown, int(budget * MOST_GROWTH)))
+        grown = min(int(self._free), int(budget * MOST_GROWTH))
+        self.reset()
+        return grown
+
+    def reset(self) -> None:
+        """Forget for how long memory has been free."""
+        self._free_since, self._free = None, math.inf
 
 
 class BudgetFollower:
@@ -141,15 +144,30 @@ class BudgetFollower:
         return self._on.is_set()
 
     def resume(self) -> None:
-        """Follow free memory from now on, and change the budget now if it is too large."""
-        self._on.set()
-        self.step()
+        """Follow free memory from now on, and set the budget for what is free now.
 
-    def pause(self) -> None:
-        """Leave the budget as it is. A change that has begun ends before this returns."""
-        self._on.clear()
+        Raises:
+            MoefitError: The budget cannot be changed. It is not followed then, unless it was.
+            OSError: The system's figures cannot be read, or memory cannot be allocated.
+        """
         with self._changing:
-            pass
+            if not self.active:
+                self.rule.reset()
+            self._change(at_least_once=not self.active)
+            self._on.set()
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Set the budget within the block, and follow it no longer unless the block raises."""
+        with self._changing:
+            before = self.active
+            self._on.clear()
+            try:
+                yield
+            except BaseException:
+                if before:
+                    self._on.set()
+                raise
 
     def close(self) -> None:
         """End the thread."""
@@ -158,30 +176,36 @@ class BudgetFollower:
         self._thread.join(timeout=10)
 
     def step(self) -> None:
-        """Read once, and change the budget if the rule says so."""
+        """Read once, and change the budget if the rule says so. Errors are logged."""
         with self._changing:
             if not self._on.is_set() or self._closed.is_set():
                 return
-            reading, before = self._read(), self._budget()
-            wanted = self.rule.next(monotonic(), before, reading)
-            if wanted is None or wanted == before:
-                return
             try:
-                self._apply(wanted)
+                self._change()
             except (MoefitError, OSError) as error:
-                self._say_failed(wanted, str(error))
-                return
-            self._failed = ""
-            own, free = format_bytes(reading.process), format_bytes(reading.available)
+                self._say_failed(str(error))
+            else:
+                self._failed = ""
+
+    def _change(self, *, at_least_once: bool = False) -> None:
+        reading, before = self._read(), self._budget()
+        wanted = self.rule.next(monotonic(), before, reading)
+        if wanted is None or wanted == before:
+            if at_least_once:  # a budget without a limit gets one
+                self._apply(before)
+            return
+        self._apply(wanted)
+        own, free = format_bytes(reading.process), format_bytes(reading.available)
+        with suppress(OSError, SystemExit):  # whoever read the output may be gone
             self._announce(
                 f"budget {format_bytes(before)} -> {format_bytes(wanted)}: {free} free beside this "
                 f"process's {own}"
             )
 
-    def _say_failed(self, wanted: int, error: str) -> None:
+    def _say_failed(self, error: str) -> None:
         """Log an error once, however often it is repeated."""
         if error != self._failed:
-            _LOG.warning("the budget cannot follow to %s: %s", format_bytes(wanted), error)
+            _LOG.warning("the budget cannot follow free memory now: %s", error)
         self._failed = error
 
     def _run(self) -> None:
