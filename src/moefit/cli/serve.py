@@ -185,8 +185,8 @@ class ServerOptions:
         on_cpu = parse_device(options.device).type == "cpu"
         if (follows or given) and (options.has_plan or not on_cpu):
             raise ConfigError(
-                "--memory auto and its limits (--memory-min, --memory-max, --memory-headroom) are for "
-                "models on a CPU and without a plan; give a size, such as --memory 4GiB"
+                "--memory auto and its limits (--memory-min, --memory-max, --memory-headroom) are "
+                "for models on a CPU and without a plan; give a size, such as --memory 4GiB"
             )
         if headroom is not None and headroom.strip() != "0":
             room = parse_bytes(headroom)
