@@ -6,7 +6,7 @@
 
 One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
 Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, which always
-prefetches; `oracle`, the same with the router's own choice as the guess; `auto`, the default.
+prefetches; `oracle`, the same with the router's own choice as the guess; `auto`, which measures.
 
 With `--replay` routers choose what a recording chose (serving_speed.py), and `guess` is drawn: of
 the experts that a router will choose it names those in memory, the missing ones with probability

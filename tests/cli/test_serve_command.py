@@ -35,8 +35,9 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 
 def test_serve_defaults(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
-    ((model, options, engine, settings, follow, following),) = given
-    assert following == "auto" and not follow.follows
+    ((model, options, engine, settings, follow, following, warm),) = given
+    assert following == "auto" and not follow.follows and warm is None
+    assert options.prefetch == "off"
     assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert not engine.deterministic
@@ -47,7 +48,7 @@ def test_serve_defaults(given) -> None:
 def test_memory_auto_begins_with_what_is_free(given) -> None:
     arguments = ["--memory", "auto", "--memory-max", "1GiB", "--memory-headroom", "64MiB"]
     assert RUNNER.invoke(app, ["serve", *arguments]).exit_code == 0
-    ((_, options, _, _, follow, _),) = given
+    ((_, options, _, _, follow, _, _),) = given
     assert (follow.follows, follow.least, follow.most, follow.headroom) == (
         True, None, 1 << 30, 64 << 20,
     )  # fmt: skip
@@ -73,13 +74,13 @@ def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     file.write_text(
         "model: from-file\nport: 1\nmemory: 1GiB\nmax-concurrency: 3\nmode: virtual\n"
         "cors_origin: [https://a.example, https://b.example]\nhost: ::1\napi_key: file\n"
-        "generation-config: none\ndeterministic: true\n"
+        "generation-config: none\ndeterministic: true\nwarm-start: false\n"
     )
     environment = {"MOEFIT_PORT": "2", "MOEFIT_MEMORY": "2GiB", "MOEFIT_API_KEY": "variable"}
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
-    ((model, options, engine, settings, _, following),) = given
-    assert following == "none"
+    ((model, options, engine, settings, _, following, warm),) = given
+    assert following == "none" and warm is False
     assert (settings.port, options.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, options.mode) == ("from-file", 3, "virtual")
     assert engine.deterministic
@@ -99,10 +100,11 @@ def test_every_option_has_environment_variable(given) -> None:
         "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
         "MOEFIT_GENERATION_CONFIG": "none", "MOEFIT_DETERMINISTIC": "1",
+        "MOEFIT_WARM_START": "false",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
-    ((_, options, engine, settings, _, following),) = given
-    assert following == "none"
+    ((_, options, engine, settings, _, following, warm),) = given
+    assert following == "none" and warm is False
     assert (options.memory, options.host_memory, options.mode) == ("3GiB", "1GiB", "bounded")
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
     assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")
@@ -136,7 +138,7 @@ def test_single_value_is_list(given, tmp_path: Path) -> None:
     file.write_text("cors_origin: https://a.example\nserved_model_name: 7\nmax_model_len:\n")
     done = RUNNER.invoke(app, ["serve", "--config", str(file)])
     assert done.exit_code == 0, done.output
-    ((_, _, engine, settings, _, _),) = given
+    ((_, _, engine, settings, _, _, _),) = given
     assert settings.origins == ("https://a.example",)
     assert (settings.name, engine.max_model_len) == ("7", None)
 

@@ -56,7 +56,8 @@ def test_a_state_that_does_not_change_is_predicted(tmp_path: Path) -> None:
         if name.endswith(("o_proj.weight", "down_proj")):
             parameter.data.zero_()
     folder = saved(model, tmp_path)
-    with load_model(folder, LoadSettings(context=32, memory="4GiB")) as served:
+    settings = LoadSettings(context=32, memory="4GiB", prefetch="on")
+    with load_model(folder, settings) as served:
         served.set_memory(with_slots(served, 3))
         found = measure_prediction(served, tokens(60))
         assert found.tokens == 60 - 2 * 16  # windows of 32 tokens
@@ -74,8 +75,13 @@ def test_a_state_that_does_not_change_is_predicted(tmp_path: Path) -> None:
             measure_prediction(served, tokens(60))
     one_layer = saved(tiny("Mixtral", num_hidden_layers=1), tmp_path / "one")
     with (
-        load_model(one_layer, LoadSettings(context=32, memory="4GiB")) as served,
+        load_model(one_layer, settings) as served,
         pytest.raises(UnsupportedModelError, match="one MoE layer"),
+    ):
+        measure_prediction(served, tokens(60))
+    with (
+        load_model(folder, LoadSettings(context=32)) as served,
+        pytest.raises(ConfigError, match='prefetch="on"'),
     ):
         measure_prediction(served, tokens(60))
 
@@ -89,5 +95,9 @@ def test_command(tmp_path: Path) -> None:
     report = json.loads(found.stdout)
     assert report["tokens"] == 24 and set(report["ahead"]) == {"1", "2", "3", "4"}
     assert report["ahead"]["1"]["all"]["recall"] > 0.5
+    refused = CliRunner().invoke(app, [*command, "--predict", "--prefetch", "auto"])
+    assert isinstance(refused.exception, ConfigError) and "leave --prefetch" in str(
+        refused.exception
+    )
     refused = CliRunner().invoke(app, command)
     assert isinstance(refused.exception, ConfigError) and "--predict" in str(refused.exception)

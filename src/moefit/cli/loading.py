@@ -127,13 +127,9 @@ def _explain_sequences(plan: Plan, sequences: int) -> Iterator[None]:
 def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> None:
     """Say what the model takes, and what would make it faster."""
     say(_summary(served, options.experts))
-    if options.prefetch is PrefetchName.on:
-        report = served.report()
-        obstacle = report["prefetch"]["obstacle"]
-        if not obstacle and report["slots"] == report["experts"]:
-            obstacle = "all experts are in memory"
-        if obstacle:
-            say(f"note: --prefetch on has no effect: {obstacle}")
+    obstacle = served.report()["prefetch"]["obstacle"]
+    if obstacle and options.prefetch is not PrefetchName.off:
+        say(f"note: --prefetch {options.prefetch.value} has no effect: {obstacle}")
     if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
         say(trained)
     for remark in served.report()["packed_ignored"][:3]:

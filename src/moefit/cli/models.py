@@ -37,6 +37,7 @@ from moefit.cli.options import (
     InferenceRule,
     MemoryOptions,
     Model,
+    PrefetchName,
     SamplingOptions,
     ServingOptions,
     expand_options,
@@ -417,7 +418,12 @@ def _predict(
     as_json: bool,
 ) -> None:
     """Print how well the experts of later layers are predicted on a text."""
-    with load_served(model, options, **how) as served:
+    if options.prefetch is not PrefetchName.off:
+        raise ConfigError(
+            f"--prefetch {options.prefetch.value}: --predict measures predictions and does not "
+            "prefetch; leave --prefetch out, or measure speed without --predict"
+        )
+    with load_served(model, options, **how, prefetch="on") as served:
         ids_T = read_text(text, served.tokenizer, options.context, None).ids_T[:tokens]
         with progress_bar("decoding") as show:
             report = measure_prediction(

@@ -237,9 +237,9 @@ class ServingOptions(MemoryOptions):
         PrefetchName,
         advanced(
             "Mode exact: read the experts early that the next layer is predicted to choose. auto: "
-            "while that makes steps faster."
+            "while that makes steps faster. Can gain where cores are idle while experts are read."
         ),
-    ] = PrefetchName.auto
+    ] = PrefetchName.off
     plan: Annotated[
         Path | None, advanced("Serve by the plan in this file, from moefit plan --save.")
     ] = None
@@ -259,7 +259,7 @@ class ServingOptions(MemoryOptions):
     @property
     def is_served(self) -> bool:
         """Whether any option is given that only served models have."""
-        prefetches = self.prefetch is PrefetchName.on
+        prefetches = self.prefetch is not PrefetchName.off
         return self.sets_memory or self.sets_mode or self.has_plan or prefetches
 
     def check_bound(self) -> None:

@@ -22,7 +22,7 @@ from moefit.cli.options import (
     expand_options,
 )
 from moefit.cli.planned import PlanProcess
-from moefit.device import parse_device
+from moefit.device import planned_device
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.errors import BudgetTooSmallError, ConfigError
@@ -132,6 +132,14 @@ class ServerOptions:
             "--deterministic",
         ),
     ] = False
+    warm_start: Annotated[
+        bool | None,
+        advanced(
+            "With --memory: keep how often each expert was used, and begin with those that earlier "
+            "runs used most. Default: in mode exact, whose answers do not depend on it.",
+            "--warm-start/--no-warm-start",
+        ),
+    ] = None
     memory_min: Annotated[
         str | None,
         advanced("Minimum of a budget that follows free memory."),
@@ -182,7 +190,7 @@ class ServerOptions:
         headroom = self.memory_headroom
         headroom, given = self.memory_headroom, self.memory_headroom or least or most
         follows = options.memory == AUTO_MEMORY
-        on_cpu = parse_device(options.device).type == "cpu"
+        on_cpu = planned_device(options.device).type == "cpu"
         if (follows or given) and (options.has_plan or not on_cpu):
             raise ConfigError(
                 "--memory auto and its limits (--memory-min, --memory-max, --memory-headroom) are "
@@ -231,7 +239,15 @@ def serve(
         first = follow.first_budget()
         say(f"--memory auto: beginning with {format_bytes(first)}")
         options = replace(options, memory=str(first))
-    _serve(model, options, server.engine(), server.server(model), follow, generation_config.value)
+    _serve(
+        model,
+        options,
+        server.engine(),
+        server.server(model),
+        follow,
+        generation_config.value,
+        server.warm_start,
+    )
 
 
 def public_name(model: str) -> str:
@@ -247,6 +263,7 @@ def _serve(
     settings: ServerSettings,
     follow: FollowSettings,
     following: str,
+    warm_start: bool | None,
 ) -> None:
     began = monotonic()
     with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
@@ -259,8 +276,8 @@ def _serve(
         with ExitStack() as closing:  # what is entered last is closed first
             closing.callback(deadline.cancel)
             closing.enter_context(served)
-            limited = served.budget.total is not None
-            if limited and (remark := closing.enter_context(kept_usage(served))):
+            warm = _starts_warm(served, warm_start)
+            if warm and (remark := closing.enter_context(kept_usage(served))):
                 say(remark)
             _ = served.tokenizer  # raises for one that is damaged: clients send texts
             engine = Engine(served, engine_settings)
@@ -281,6 +298,18 @@ def _serve(
             if follow.follows and service.follower is not None:
                 service.follower.resume()
             _run(running, engine, lambda: _announce(engine, settings, url, monotonic() - began))
+
+
+def _starts_warm(served: ServedModel, warm_start: bool | None) -> bool:
+    """Return whether residents begin as earlier runs used them.
+
+    Where modes substitute absent experts, answers would depend on the texts of earlier runs.
+    """
+    if served.budget.total is None:
+        return False
+    if warm_start is None:
+        return served.policy.mode == served.policy.prefill == "exact"
+    return warm_start
 
 
 def _run(running: HttpServer, engine: Engine, announce: Callable[[], None]) -> None:

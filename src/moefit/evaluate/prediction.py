@@ -240,7 +240,7 @@ def measure_prediction(
 
     Raises:
         UnsupportedModelError: The model's experts cannot be predicted; the message says why.
-        ConfigError: The model is not in exact mode.
+        ConfigError: The model is not in exact mode, or was loaded with prefetch off.
         DataError: The text is too short.
     """
     if served.policy.mode != "exact":
@@ -249,6 +249,11 @@ def measure_prediction(
             "--mode out"
         )
     predictor = served.prefetching.predictor
+    if served.prefetching.setting == "off":
+        raise ConfigError(
+            "the model was loaded with prefetch='off', so without a predictor; load it with "
+            'prefetch="on"'
+        )
     if predictor is None:
         raise UnsupportedModelError(f"prediction cannot be measured: {served.prefetching.obstacle}")
     window = min(served.budget.context or len(ids_T), len(ids_T))

@@ -203,7 +203,7 @@ class LoadSettings:
             only special tokens from it, `ignore` does not read it.
         adapter: Folder of a LoRA adapter (PEFT), which is merged into dense weights.
         prefetch: Whether exact mode reads the experts that the next layer is predicted to choose:
-            `on`, `off`, or `auto` for as long as steps are measured to be faster with it.
+            `off`, `on`, or `auto` for as long as steps are measured to be faster with it.
     """
 
     memory: str | int | None = None
@@ -225,7 +225,7 @@ class LoadSettings:
     kv_cache: str = MODEL_CACHE
     generation_config: str = AUTO
     adapter: str | Path | None = None
-    prefetch: Prefetch = "auto"
+    prefetch: Prefetch = "off"
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""

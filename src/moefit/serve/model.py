@@ -396,7 +396,9 @@ class ServedModel:
     def report(self) -> dict[str, Any]:
         """Return bytes by part, residents by block and statistics; see `report_of`."""
         with self._shared.lock:
-            prefetch = self.prefetching.as_dict(self.policy.mode)
+            blocks = self.blocks.values()
+            missing = any(one.slot_table.num_slots < one.num_experts for one in blocks)
+            prefetch = self.prefetching.as_dict(self.policy.mode, missing=missing)
             return report_of(self._parts, self._budget) | {"prefetch": prefetch}
 
     def views(self) -> list[BlockView]:

@@ -3,12 +3,13 @@
 import random
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_served import FAMILIES, Disk, reading_through, tokens, with_slots
+from tiny_served import FAMILIES, Disk, reading_through, settled, tokens, with_slots
 from torch import Tensor
 
 from moefit.cache_argument import forward_with_cache
@@ -29,7 +30,8 @@ class SlowDisk(Disk):
         self._random, self.slowest = random.Random(seed), 0.0
 
     def __call__(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        time.sleep(self._random.random() * self.slowest)
+        if self.slowest:
+            time.sleep(self._random.random() * self.slowest)
         return super().__call__(descriptor, buffer, offset)
 
 
@@ -127,6 +129,40 @@ def test_budget_may_change_while_guesses_are_read(served) -> None:
     assert all(torch.equal(a, b) for a, b in zip(decoded(one, [1] * 8), wanted, strict=True))
 
 
+def test_a_cancelled_guess_leaves_the_expert_that_it_would_displace(served) -> None:
+    one, disk, wanted = served
+    one.set_memory(with_slots(one, 6))
+    one.set_residents({name: [0, 1, 2, 3, 4, 5] for name in one.blocks})
+    before, (first, experts) = one.report()["prefetches"], one.blocks.values()
+    one.set_residents({first.block.name: []})
+    disk.open.clear()
+    first.fill()  # the background readers are busy
+    assert experts.swaps.prefetch(6, {0, 1, 2}) and experts.swaps.prefetch(7, {0, 1, 2})
+    assert len(experts.slot_table.residents) == 4 and experts.swaps.loading == 2
+    experts.swaps.end_guesses({6})
+    assert sorted(experts.slot_table.residents) == [0, 1, 2, 3, 4, 5]
+    disk.open.set()
+    settled(one)
+    assert one.report()["prefetches"] == before
+    one.check()
+    assert all(torch.equal(a, b) for a, b in zip(decoded(one, [1] * 8), wanted, strict=True))
+    one.set_memory(BUDGET)
+
+
+def test_a_guess_that_cannot_be_queued_takes_no_slot(served, monkeypatch) -> None:
+    one, _, _ = served
+    one.set_memory(with_slots(one, 3))
+    one.set_residents({name: [0, 1, 2] for name in one.blocks})
+    experts = next(iter(one.blocks.values()))
+    with monkeypatch.context() as patched:
+        patched.setattr(one._shared.transfer, "load", mock.Mock(side_effect=RuntimeError("closed")))
+        with pytest.raises(RuntimeError, match="closed"):
+            experts.swaps.prefetch(6, ())
+    assert sorted(experts.slot_table.residents) == [0, 1, 2]
+    one.check()
+    one.set_memory(BUDGET)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predicts_the_routers_of_families(folders, family: str) -> None:
     """With experts and attention that add nothing, the prediction is the router's own choice."""
@@ -184,8 +220,8 @@ def test_prefetches_what_is_predicted(folders) -> None:
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"memory": None}, "without a memory budget"),
-        ({"prefetch": "off"}, "it is off"),
+        ({"memory": None}, "all experts are in memory"),
+        ({"prefetch": LoadSettings().prefetch}, "it is off"),
         ({"precision": "auto"}, "precision auto"),
     ],
 )
@@ -199,6 +235,8 @@ def test_other_modes_and_values(folders) -> None:
     with load_model(
         folders("Mixtral"), LoadSettings(context=64, memory=BUDGET, prefetch="on")
     ) as served:
+        assert "all experts are in memory" in served.report()["prefetch"]["obstacle"]
+        served.set_memory(with_slots(served, 3))
         assert served.report()["prefetch"]["obstacle"] == ""
         served.set_mode("virtual")
         assert "mode virtual" in served.report()["prefetch"]["obstacle"]

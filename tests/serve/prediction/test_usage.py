@@ -1,7 +1,10 @@
 """Use counts are kept for the next start of the same checkpoint."""
 
 import json
+import os
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,9 +63,10 @@ def test_saves_while_serving(folders) -> None:
         file = UsageFile.of(served)
         assert file.read(dict.fromkeys(served.blocks, 8)) is None
         run(served)
-        while not file.path.is_file():
-            torch.zeros(1)
-        assert file.read(dict.fromkeys(served.blocks, 8)) == served.use_counts()
+        deadline = time.monotonic() + 30  # the first save may fall into the pass
+        while file.read(dict.fromkeys(served.blocks, 8)) != served.use_counts():
+            assert time.monotonic() < deadline, "the counts were not saved"
+            time.sleep(0.01)
 
 
 def test_counts_of_another_checkpoint_are_refused(folders, tmp_path: Path) -> None:
@@ -93,7 +97,52 @@ def test_damaged_files_are_not_used(folders, content: str) -> None:
         with pytest.raises(CheckpointError):
             file.read(dict.fromkeys(served.blocks, 8))
         good = {"version": 1, "fingerprint": file._fingerprint, "source": "x"}
-        for counts in ({"a": [1.0] * 8}, {n: [1.0] * 7 for n in served.blocks}, 3):
+        every = (10**400, -1, True, float("inf"), float("nan"), 1e300, "1", None)
+        for counts in (
+            {"a": [1.0] * 8},
+            {n: [1.0] * 7 for n in served.blocks},
+            3,
+            *({n: [value] * 8 for n in served.blocks} for value in every),
+        ):
             file.path.write_text(json.dumps(good | {"counts": counts}))
             with pytest.raises(CheckpointError, match="this model's experts"):
                 file.read(dict.fromkeys(served.blocks, 8))
+            with kept_usage(served) as remark:
+                assert "it is not used" in remark
+
+
+def test_a_file_that_cannot_be_used_stops_no_server(folders, monkeypatch, caplog) -> None:
+    with loaded(folders("Mixtral")) as served:
+        path = UsageFile.of(served).path
+        path.mkdir(parents=True)  # a folder in its place
+        with kept_usage(served) as remark:
+            assert "cannot be read" in remark
+            run(served)
+        assert os.listdir(path.parent) == [path.name]
+        assert "use counts are not kept" in caplog.text
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home folder")))
+        with kept_usage(served) as remark:
+            assert "use counts are not kept: RuntimeError: no home folder" in remark
+            run(served)
+
+
+def test_present_use_prevails_over_counts_of_earlier_runs(folders) -> None:
+    """However many tokens the counts are of, others that are chosen now replace them soon."""
+    with load_model(
+        folders("Mixtral"), LoadSettings(context=64, memory="4GiB", mode="virtual")
+    ) as served:
+        served.set_memory(with_slots(served, 3))
+        experts = next(iter(served.blocks.values()))
+        served.warm_start({name: [0.0] * 5 + [1e9, 2e9, 3e9] for name in served.blocks})
+        settled(served)
+        experts.swaps.publish()
+        assert sorted(experts.slot_table.residents) == [5, 6, 7]
+        run(served)
+        for _ in range(6):
+            settled(served)
+            with torch.inference_mode():
+                served.model(input_ids=tokens(1, 1), use_cache=False)
+        scores = experts.importance.scores()
+        best = max(range(8), key=scores.__getitem__)
+        assert best not in (5, 6, 7) and best in experts.slot_table.residents

@@ -97,6 +97,12 @@ class SlotTable:
         del self._filling[slot]
         self._empty.append(slot)
 
+    def restore(self, slot: int, expert: int) -> None:
+        """Make the previous expert of a reserved slot resident again; nothing was written to it."""
+        assert expert not in self._slot_of and expert not in self._filling.values(), expert
+        del self._filling[slot]
+        self._slot_of[expert] = slot
+
     def evict(self, expert: int) -> int:
         """Evict a resident expert; return its slot, now empty."""
         slot = self._slot_of.pop(expert)

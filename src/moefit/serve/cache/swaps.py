@@ -84,12 +84,18 @@ class SharedState:
 
 @dataclass(frozen=True, slots=True)
 class _PendingSwap:
-    """A swap whose expert is being loaded into slot `slot`; `guessed` if it is a prefetch."""
+    """A swap whose expert is being loaded into slot `slot`.
+
+    Attributes:
+        guessed: Whether it is a prefetch.
+        displaced: The expert whose slot a prefetch took; it is still there until reading starts.
+    """
 
     swap: Swap
     slot: int
     done: Future[float]
     guessed: bool = False
+    displaced: int | None = None
 
 
 class Swaps:
@@ -113,6 +119,11 @@ class Swaps:
     def __len__(self) -> int:
         """Number of swaps in progress."""
         return len(self._pending)
+
+    @property
+    def loading(self) -> int:
+        """Number of swaps whose reading has not ended."""
+        return sum(not pending.done.done() for pending in self._pending)
 
     def begin(self, scores: Sequence[float], kind: tuple[str, int], *, fill: bool = False) -> int:
         """Start the swaps that the manager plans.
@@ -153,12 +164,20 @@ class Swaps:
         Returns:
             False if there is no slot for it.
         """
+        before = set(self._slot_table.residents)
         slot = self._slot_table.reserve(expert, protected)
         if slot is None:
             return False
-        done = self._shared.transfer.load(self._block, expert, self._slots[slot], background=True)
+        displaced = next(iter(before.difference(self._slot_table.residents)), None)
+        try:
+            done = self._shared.transfer.load(
+                self._block, expert, self._slots[slot], background=True
+            )
+        except BaseException:
+            self._release(slot, displaced)
+            raise
         swap = Swap(load=expert, evict=None)
-        self._pending.append(_PendingSwap(swap, slot, done, guessed=True))
+        self._pending.append(_PendingSwap(swap, slot, done, guessed=True, displaced=displaced))
         self._guesses.append((expert, done))
         return True
 
@@ -267,7 +286,7 @@ class Swaps:
         self._pending.remove(pending)
         if failed:
             # No step needs this expert, so this is no error; a later plan may retry.
-            self._slot_table.abandon(pending.slot)
+            self._release(pending.slot, pending.displaced if pending.done.cancelled() else None)
         else:
             self._slot_table.publish(pending.slot)
             self._shared.counters.swaps += not pending.guessed
@@ -275,6 +294,14 @@ class Swaps:
                 self._slot_table.evict(old)
         if pending.swap.evict is not None:
             self._return_spare()
+
+    def _release(self, slot: int, displaced: int | None) -> None:
+        """End the reservation of a slot; `displaced` is the expert that it still holds."""
+        present = {*self._slot_table.residents, *self._slot_table.filling}
+        if displaced is None or displaced in present:
+            self._slot_table.abandon(slot)
+        else:
+            self._slot_table.restore(slot, displaced)
 
     def _return_spare(self) -> None:
         """Move one slot to the spares: an empty one, else that of the expert the policy selects."""

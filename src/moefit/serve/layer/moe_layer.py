@@ -136,8 +136,10 @@ class VirtualExperts(nn.Module):
             return
         used = {expert: count for expert, count in enumerate(counts) if count > 0}
         best = sorted(used, key=lambda one: (-used[one], one))[: self.slot_table.num_slots]
-        self.importance.observe(used)
-        self.eviction.observe({expert: used[expert] for expert in best})
+        # At most 1, which is little beside a token's |x| * weight: present use soon prevails.
+        shares = {expert: count / max(used.values()) for expert, count in used.items()}
+        self.importance.observe(shares)
+        self.eviction.observe({expert: shares[expert] for expert in best})
         self.fill()
 
     def _fill_scores(self) -> list[float]:
@@ -190,7 +192,8 @@ class VirtualExperts(nn.Module):
 
     def _watcher(self, mode: Mode, policy: Policy) -> StepWatcher | None:
         """Return who follows this step: nobody in modes that do not fetch, and in evaluations."""
-        return self.shared.watcher if mode == "exact" and policy.residency == "manager" else None
+        exact = mode == policy.mode == "exact"
+        return self.shared.watcher if exact and policy.residency == "manager" else None
 
     def _end_background_loads(self, mode: Mode, chosen: Routing) -> None:
         """Publish, cancel or wait for loads in the background, before a step uses residents.

@@ -22,7 +22,8 @@ def margins(scores_TE: Sequence[Sequence[float]], chosen: int) -> dict[int, floa
     """Return the margins of the experts that a router most probably chooses, by expert.
 
     A margin is a score above the middle between the last that is chosen and the first that is not,
-    divided by the mean distance of a token's scores from it; of all tokens, the largest.
+    divided by the mean distance of a token's scores from it; of all tokens, the largest. Tokens
+    with a score that is not finite are left out.
 
     Args:
         scores_TE: Scores by token and expert, of which the largest are chosen.
@@ -37,6 +38,8 @@ def margins(scores_TE: Sequence[Sequence[float]], chosen: int) -> dict[int, floa
         last = min(chosen, len(scores) - 1)
         middle = (scores[ranked[last - 1]] + scores[ranked[last]]) / 2
         spread = sum(abs(one - middle) for one in scores) / len(scores) or 1.0
+        if not math.isfinite(spread):
+            continue
         for expert in ranked[: max(2 * last, last + 1)]:
             margin = (scores[expert] - middle) / spread
             out[expert] = max(margin, out.get(expert, margin))

@@ -13,6 +13,7 @@ that computes; slots are reserved, filled and published by `Swaps`.
 Shapes: T tokens, D model width, E experts.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -30,6 +31,7 @@ from moefit.serve.prediction.next_router import NextRouter, Predictor
 
 MOST_TOKENS = 32  # of a step; more choose nearly all experts
 UNLIKELY = 0.1  # confidence up to which a guess may displace a resident
+_LOG = logging.getLogger(__name__)
 _KEEP = 0.9  # of the mean window of a block, per step
 
 
@@ -72,6 +74,9 @@ class Prefetcher:
         shared: Their state.
         predictor: Guesses a block's experts from the inputs of the one before.
         trial: Decides in which steps to prefetch; None for all.
+
+    Attributes:
+        failure: The error after which it was switched off; empty if there was none.
     """
 
     def __init__(
@@ -82,13 +87,37 @@ class Prefetcher:
         trial: Trial | None,
     ):
         self._blocks, self._shared, self.predictor = blocks, shared, predictor
-        self.trial = trial
+        self.trial, self.failure = trial, ""
         self._states = [_BlockState() for _ in blocks]
         self._absent, self._resident = Confidence(len(blocks)), Confidence(len(blocks))
         self._step = _Step()
 
     def chosen(self, block: int, routing: Routing) -> None:
         """Compare the guesses for a block with its router's choice; see `StepWatcher`."""
+        try:
+            self._chosen(block, routing)
+        except Exception as error:  # noqa: BLE001 - no step may fail because of a guess
+            self._switch_off(error)
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        """Start to read what the next block is predicted to choose; see `StepWatcher`."""
+        try:
+            self._read(block, x_TD)
+        except Exception as error:  # noqa: BLE001 - no step may fail because of a guess
+            self._switch_off(error)
+
+    def computed(self, block: int) -> None:
+        """Note when the last block of a step is complete."""
+        self._step.ended = perf_counter()
+
+    def _switch_off(self, error: Exception) -> None:
+        if self._shared.watcher is self:
+            self._shared.watcher = None
+        if not self.failure:
+            self.failure = f"{type(error).__name__}: {error}"
+            _LOG.warning("nothing is prefetched any more: %s", self.failure, exc_info=error)
+
+    def _chosen(self, block: int, routing: Routing) -> None:
         now, state, tokens = perf_counter(), self._states[block], len(routing.ids_TK)
         if block <= self._step.block:
             self._begin_step(tokens, now)
@@ -118,13 +147,10 @@ class Prefetcher:
         few = tokens <= MOST_TOKENS
         prefetches = few and (self.trial is None or self.trial.use(tokens))
         self._step = _Step(tokens=tokens, prefetches=prefetches, began=now, waited=waited)
+        for state in self._states:  # of a step that was aborted
+            state.began, state.margins, state.absent = None, {}, frozenset()
 
-    def computed(self, block: int) -> None:
-        """Note when the last block of a step is complete."""
-        self._step.ended = perf_counter()
-
-    def read(self, block: int, x_TD: Tensor) -> None:
-        """Start to read what the next block is predicted to choose; see `StepWatcher`."""
+    def _read(self, block: int, x_TD: Tensor) -> None:
         if not self._step.prefetches or block + 1 >= len(self._blocks):
             return
         experts, state = self._blocks[block + 1], self._states[block + 1]
@@ -156,7 +182,7 @@ class Prefetcher:
         reading = Reading(
             load=load,
             window=state.window,
-            queued=len(self._blocks[block].swaps) + len(experts.swaps),
+            queued=sum(one.swaps.loading for one in self._blocks),
             most=max(0, min(free, table.empty + unlikely)),
         )
         return choose(absent, reading)
@@ -187,13 +213,18 @@ class Prefetching:
     prefetcher: Prefetcher | None = None
     obstacle: str = "it is off"
 
-    def as_dict(self, mode: Mode) -> dict[str, Any]:
+    def as_dict(self, mode: Mode, *, missing: bool) -> dict[str, Any]:
         """Return plain values, for JSON.
 
         Args:
             mode: The mode in force.
+            missing: Whether a block has fewer slots than experts.
         """
         obstacle, pays = self.obstacle, None
+        if not obstacle and self.prefetcher is not None and self.prefetcher.failure:
+            obstacle = f"it was switched off after an error ({self.prefetcher.failure})"
+        if not obstacle and not missing:
+            obstacle = "all experts are in memory"
         if not obstacle and mode != "exact":
             obstacle = f"mode {mode} is in force, and only exact mode fetches all missing experts"
         if not obstacle and self.prefetcher is not None and self.prefetcher.trial is not None:
@@ -244,8 +275,9 @@ def _obstacle(
         return "the model has one MoE layer, and prediction begins with the second"
     if model.config.is_encoder_decoder:
         return "the experts of encoder-decoders are not predicted"
-    if settings.memory is None:
-        return "without a memory budget all experts stay in memory"
     if settings.precision == AUTO_PRECISION:
-        return "under precision auto the formats of slots would depend on what was guessed"
+        return (
+            "under precision auto the formats of slots would depend on what was guessed; give one "
+            "precision, such as int4"
+        )
     return None

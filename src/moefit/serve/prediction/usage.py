@@ -7,14 +7,13 @@ that old runs count less and less.
 
 import json
 import logging
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from moefit.errors import CheckpointError
+from moefit.errors import CheckpointError, MoefitError, in_brief
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.file import WRITING
@@ -23,6 +22,7 @@ from moefit.serve.packed.store import PackedLocation
 FILE = "usage.json"
 EVERY = 60.0  # seconds between two saves
 _KEPT = 0.5  # share of earlier runs' counts that the next run adds its own to
+_MOST = 1e18  # of tokens; sums of counts stay exact enough, and within a float's range
 _VERSION = 1
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,13 @@ class UsageFile:
 
     @classmethod
     def of(cls, served: ServedModel) -> "UsageFile":
-        """Return the file of a served model's checkpoint."""
+        """Return the file of a served model's checkpoint.
+
+        Raises:
+            MoefitError: The checkpoint cannot be read any more.
+            OSError: The same.
+            RuntimeError: There is no home folder.
+        """
         settings = served.placement_budget.settings
         skeleton = build_skeleton(served.folder, settings.dtype, settings.adapter)
         return cls(PackedLocation(skeleton))
@@ -95,13 +101,13 @@ class UsageFile:
 
 
 def _is_counts(counts: Any, experts: Mapping[str, int]) -> bool:
-    """Return whether a value from a file is one finite number, 0 or more, per expert."""
+    """Return whether a value from a file is one number of 0 to `_MOST` per expert."""
     if not isinstance(counts, dict) or counts.keys() != experts.keys():
         return False
     return all(
         isinstance(row, list)
         and len(row) == experts[name]
-        and all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in row)
+        and all(type(one) in (int, float) and 0 <= one <= _MOST for one in row)
         for name, row in counts.items()
     )
 
@@ -111,13 +117,19 @@ def kept_usage(served: ServedModel, *, every: float = EVERY) -> Iterator[str]:
     """Begin with the experts that earlier runs used most, and save the counts of this run.
 
     Args:
-        served: The model. Its empty slots are filled in the background.
+        served: The model. Its empty slots are filled in the background. It is served without use
+            counts, with a remark, if their file cannot be found.
         every: Seconds between two saves; the last one is at the end of the block.
 
     Yields:
         What was found, as a line for the user; empty if there was nothing.
     """
-    file, before, remark = UsageFile.of(served), None, ""
+    try:
+        file = UsageFile.of(served)
+    except (MoefitError, OSError, RuntimeError) as error:
+        yield f"note: use counts are not kept: {in_brief(error)}"
+        return
+    before, remark = None, ""
     experts = {name: one.num_experts for name, one in served.blocks.items()}
     try:
         before = file.read(experts)
