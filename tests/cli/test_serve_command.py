@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 from serving_http import fake_service
+from tiny_served import saved, tiny
 from typer.testing import CliRunner
 
 import moefit
 from moefit.cli import app, chat, serve
 from moefit.cli.options import read_options
 from moefit.errors import ConfigError
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
 from moefit.server.client import Client
 from moefit.server.run import HttpServer, bind, url_of
@@ -43,6 +46,18 @@ def test_serve_defaults(given) -> None:
     assert not engine.deterministic
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
     assert (settings.api_key, settings.origins) == (None, ())
+
+
+def test_warm_start_is_for_budgets_and_unless_requested_for_exact_mode(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral"), tmp_path)
+    with load_model(folder, LoadSettings(context=64, memory="4GiB")) as served:
+        assert serve._starts_warm(served, None) and not serve._starts_warm(served, False)
+        served.set_mode("exact", prefill="virtual")
+        assert not serve._starts_warm(served, None) and serve._starts_warm(served, True)
+        served.set_mode("bounded")
+        assert not serve._starts_warm(served, None)
+    with load_model(folder, LoadSettings(context=64)) as served:
+        assert not serve._starts_warm(served, None) and not serve._starts_warm(served, True)
 
 
 def test_memory_auto_begins_with_what_is_free(given) -> None:

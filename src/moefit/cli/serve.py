@@ -306,6 +306,8 @@ def _starts_warm(served: ServedModel, warm_start: bool | None) -> bool:
     Where modes substitute absent experts, answers would depend on the texts of earlier runs.
     """
     if served.budget.total is None:
+        if warm_start:
+            say("note: --warm-start has no effect: without --memory all experts are in memory")
         return False
     if warm_start is None:
         return served.policy.mode == served.policy.prefill == "exact"

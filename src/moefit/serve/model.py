@@ -234,6 +234,7 @@ class ServedModel:
                 self._settle()
                 yield
             finally:
+                self.prefetching.budget_changed()
                 for experts in unfilled:
                     experts.fill()
             if self.policy.residency == "fixed":

@@ -18,6 +18,7 @@ from moefit.moe.routing import Routing
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
+from moefit.serve.prediction.guesses import TRIAL_STEPS
 
 BUDGET = "4GiB"
 
@@ -229,6 +230,24 @@ def test_says_why_nothing_is_prefetched(folders, how: dict, why: str) -> None:
     how = {"context": 64, "memory": BUDGET, "prefetch": "on"} | how
     with load_model(folders("Mixtral"), LoadSettings(**how)) as served:
         assert why in served.report()["prefetch"]["obstacle"]
+
+
+def test_another_budget_begins_a_new_trial(folders) -> None:
+    with load_model(
+        folders("Mixtral"), LoadSettings(context=64, memory=BUDGET, prefetch="auto")
+    ) as served:
+        prefetcher = served.prefetching.prefetcher
+        assert prefetcher is not None and prefetcher.trial is not None
+        trial = prefetcher.trial
+        for budget in (with_slots(served, 3), with_slots(served, 5)):
+            for _ in range(TRIAL_STEPS):
+                used = trial.use(1)
+                trial.measured(1, used, 0.5 if used else 1.0, waited=0.5)
+            assert trial.pays(1)
+            served.set_memory(budget)
+            assert served.report()["prefetch"] == {
+                "setting": "auto", "obstacle": "", "pays": False
+            }  # fmt: skip
 
 
 def test_other_modes_and_values(folders) -> None:

@@ -148,15 +148,16 @@ def choose(absent: Mapping[int, float], reading: Reading) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-_WARM_UP, _EACH = 8, 12  # steps before a trial, and of each arm in it
-TRIAL_STEPS = _WARM_UP + 2 * _EACH + 1
+_WARM_UP, _PAIRS = 8, 12  # steps before a trial, and comparisons in it
+TRIAL_STEPS = _WARM_UP + 2 * _PAIRS + 2
 """Steps after which a trial has decided."""
 _PROBE, _RARE_PROBE = 16, 64  # one step of so many takes the other arm, with and without gain
-_HALF_LIFE = 64.0  # steps of an arm
+_HALF_LIFE = 64.0  # comparisons
 _MIN_GAIN = 0.02  # of the time of a step
 _SURE = 2.0  # standard errors by which the gain must exceed that
 _MIN_WAIT = 0.03  # share of a step spent waiting, below which nothing is to be gained
-_OUTLIER = 3.0  # times the mean, at which a step's time is cut
+_JUMP = 1.5  # ratio of the times around a probe, above which nothing is compared
+_OUTLIER = math.log(3.0)  # at which the logarithm of a ratio of times is cut
 
 
 @dataclass(slots=True)
@@ -172,8 +173,8 @@ class _Mean:
         return self.sum / self.weight if self.weight else math.nan
 
     @property
-    def error_squared(self) -> float:
-        return max(0.0, self.squares / self.weight - self.value**2) / self.weight
+    def error(self) -> float:
+        return math.sqrt(max(0.0, self.squares / self.weight - self.value**2) / self.weight)
 
     def add(self, value: float) -> None:
         keep = 0.5 ** (1 / _HALF_LIFE)
@@ -183,21 +184,30 @@ class _Mean:
 
 @dataclass(slots=True)
 class _Arms:
-    """Times of steps with one number of tokens."""
+    """Comparisons of steps with one number of tokens.
+
+    Attributes:
+        steps: Steps so far.
+        pairs: Comparisons so far.
+        ratio: Logarithm of the time with prefetching divided by the time without.
+        waits: Share of the time without prefetching that was spent waiting for reads.
+    """
 
     steps: int = 0
-    counts: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
-    seconds: dict[bool, _Mean] = field(default_factory=lambda: {False: _Mean(), True: _Mean()})
+    pairs: int = 0
+    ratio: _Mean = field(default_factory=_Mean)
     waits: _Mean = field(default_factory=_Mean)
 
 
 class Trial:
     """Find out whether prefetching makes steps faster, by doing without it in some.
 
-    Steps with different numbers of tokens are compared separately. After a warm-up both arms take
-    turns; then the faster one is used, and the other is tried in one step of sixteen, or of 64 as
-    long as it seems no faster, if steps wait for reads at all. Prefetching has to gain two percent
-    and two standard errors, since a wrong decision for it costs more than one against it.
+    A step is compared with the mean of the steps before and after it, which did the other, since
+    times change as texts grow and requests come and go. Steps with different numbers of tokens are
+    compared separately. After a warm-up both arms take turns; then the faster one is used, and the
+    other is tried in one step of sixteen, or of 64 as long as it seems no faster, if steps wait for
+    reads at all. Prefetching has to gain two percent and two standard errors, since a wrong
+    decision for it costs more than one against it.
 
     >>> trial = Trial()
     >>> for _ in range(200):
@@ -209,6 +219,12 @@ class Trial:
 
     def __init__(self) -> None:
         self._by_tokens: dict[int, _Arms] = {}
+        self._last: list[tuple[int, bool, float]] = []  # up to three: tokens, arm, seconds
+
+    def forget(self) -> None:
+        """Begin anew, such as with another budget."""
+        self._by_tokens.clear()
+        self._last.clear()
 
     def use(self, tokens: int) -> bool:
         """Begin a step, and return whether it should prefetch."""
@@ -216,11 +232,10 @@ class Trial:
         arms.steps += 1
         if arms.steps <= _WARM_UP:
             return False
-        if min(arms.counts.values()) < _EACH:
+        if arms.pairs < _PAIRS:
             return arms.steps % 2 == 0 and self._waits(arms)
         best = self.pays(tokens)
-        faster = arms.seconds[True].value < arms.seconds[False].value
-        probe = _PROBE if faster else _RARE_PROBE
+        probe = _PROBE if arms.ratio.value < 0 else _RARE_PROBE
         if arms.steps % probe == 0 and (best or self._waits(arms)):
             return not best
         return best
@@ -228,23 +243,40 @@ class Trial:
     def measured(self, tokens: int, prefetched: bool, seconds: float, waited: float) -> None:
         """Record the time of a step, and how much of it was spent waiting for reads."""
         arms = self._by_tokens.setdefault(tokens, _Arms())
-        mean = arms.seconds[prefetched]
-        if mean.weight >= 4:
-            seconds = min(seconds, _OUTLIER * mean.value)
         if not prefetched and seconds > 0:
             arms.waits.add(min(1.0, waited / seconds))
-        if arms.steps > _WARM_UP:
-            mean.add(seconds)
-            arms.counts[prefetched] += 1
+        self._last = [*self._last[-2:], (tokens, prefetched, seconds)]
+        if len(self._last) == 3 and arms.steps > _WARM_UP:
+            self._compare(arms)
+
+    def interrupted(self) -> None:
+        """Compare no steps across this point, such as a step that is not measured."""
+        self._last.clear()
+
+    def _compare(self, arms: _Arms) -> None:
+        """Compare the middle one of the last three steps with the two around it, if it is a probe.
+
+        Around a jump, as when a request ends, nothing is compared: one such comparison would hide
+        many others. While arms take turns, only steps with prefetching count as probes: comparisons
+        that share two of three times would seem more certain than they are.
+        """
+        (before, arm, first), (tokens, probed, middle), (after, other, last) = self._last
+        alike = before == tokens == after and arm == other != probed
+        if not alike or probed == self.pays(tokens) or min(first, middle, last) <= 0:
+            return
+        if max(first, last) > _JUMP * min(first, last):
+            return
+        ratio = math.log(2 * middle / (first + last))
+        ratio = max(-_OUTLIER, min(_OUTLIER, ratio))
+        arms.ratio.add(ratio if probed else -ratio)
+        arms.pairs += 1
 
     def pays(self, tokens: int) -> bool:
         """Return whether steps with prefetching were faster so far."""
         arms = self._by_tokens.get(tokens)
-        if arms is None or min(arms.counts.values()) < _EACH:
+        if arms is None or arms.pairs < _PAIRS:
             return False
-        with_it, without = arms.seconds[True], arms.seconds[False]
-        error = math.sqrt(with_it.error_squared + without.error_squared)
-        return with_it.value + _SURE * error < (1 - _MIN_GAIN) * without.value
+        return arms.ratio.value + _SURE * arms.ratio.error < math.log(1 - _MIN_GAIN)
 
     @staticmethod
     def _waits(arms: _Arms) -> bool:

@@ -145,6 +145,8 @@ class Prefetcher:
                 last.tokens, last.prefetches, last.ended - last.began, max(0.0, spent)
             )
         few = tokens <= MOST_TOKENS
+        if self.trial is not None and not few:
+            self.trial.interrupted()
         prefetches = few and (self.trial is None or self.trial.use(tokens))
         self._step = _Step(tokens=tokens, prefetches=prefetches, began=now, waited=waited)
         for state in self._states:  # of a step that was aborted
@@ -212,6 +214,11 @@ class Prefetching:
     predictor: NextRouter | None = None
     prefetcher: Prefetcher | None = None
     obstacle: str = "it is off"
+
+    def budget_changed(self) -> None:
+        """Measure anew whether prefetching pays; called under the lock of `SharedState`."""
+        if self.prefetcher is not None and self.prefetcher.trial is not None:
+            self.prefetcher.trial.forget()
 
     def as_dict(self, mode: Mode, *, missing: bool) -> dict[str, Any]:
         """Return plain values, for JSON.
