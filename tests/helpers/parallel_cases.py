@@ -120,6 +120,51 @@ def equality(processes: Processes, names: list[str], settings: dict) -> dict[str
     return found
 
 
+def equalised(processes: Processes) -> bool:
+    """Return whether `clip` makes different gradients of a group equal, outside the experts."""
+    config = make_config({"model": SHAPE, "batch_size": 4, "parallel": TENSOR})
+    model = build_model(config, vocab_size=64, eos_token_id=0)
+    parallel = parallelism(config, processes, torch.device("cpu"))
+    parallel.wrap(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, processes.rank)
+    parallel.clip(model, 1e9)
+    expected = {True: float(processes.rank), False: 0.5}
+    return all(
+        bool((p.grad.to_local() == expected["experts" in name]).all())
+        for name, p in model.named_parameters()
+    )
+
+
+def bf16_traffic(processes: Processes) -> list[float]:
+    """Return losses of a step in bf16, of spread experts and of one process, and bytes sent."""
+    model = {**SHAPE, "training_rule": "top_k:2"}
+    config = make_config({"model": model, "batch_size": 4, "seq_len": 16, "parallel": SPREAD})
+    cpu, found = torch.device("cpu"), []
+    for those in (processes, OneProcess()):
+        made = build_model(config, vocab_size=64, eos_token_id=0)
+        made.train()
+        parallel = parallelism(config, those, cpu)
+        parallel.wrap(made)
+        stepper = Stepper(
+            model=made,
+            optimizer=make_optimizer(made, config.optimizer),
+            losses=make_losses(made, loss_weights(config, made), compile=False),
+            device=cpu,
+            bf16=True,
+            clip=1.0,
+            parallel=parallel,
+        )
+        result = stepper.step([torch.arange(68).view(4, 17) % 64], 1)
+        found += [result.lm_loss, result.gradient_norm]
+        if parallel.dispatch is not None:
+            report = parallel.dispatch.report(1)
+            found.append(report["all_to_all_bytes"] / report["cross_node_share"])
+        if not processes.is_main:
+            break
+    return found
+
+
 class Signals(NoDisplay):
     """Sends a signal to its own process after a step."""
 
@@ -161,6 +206,11 @@ def locmoe(tree: dict) -> dict:
 def muon(tree: dict) -> dict:
     """Return settings of a run with Muon."""
     return {**tree, "optimizer": {"name": "muon", "warmup_steps": 2}, "steps": 6}
+
+
+def six(tree: dict) -> dict:
+    """Return settings of a run with Muon and 6 experts, which 4 processes divide unequally."""
+    return {**muon(tree), "model": {**tree["model"], "num_experts": 6}}
 
 
 def failures(tree: dict, processes: Processes) -> list[str]:
@@ -242,6 +292,9 @@ def main() -> None:
             ),
             "tensor": lambda names: equality(processes, names.split(","), TENSOR),
             "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
+            "equalised": lambda _: processes.every(equalised(processes)),
+            "bf16": lambda _: bf16_traffic(processes),
+            "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),
             "run": lambda detail: run(tree, processes, detail),
             "muon_run": lambda detail: run(muon(tree), processes, detail),
             "tensor_run": lambda detail: run({**tree, "parallel": TENSOR}, processes, detail),

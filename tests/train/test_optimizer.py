@@ -47,6 +47,19 @@ def test_muon_updates_matrices_of_layers_and_adamw_the_rest():
         assert size == pytest.approx(0.2 * 0.1 if by_muon else 0.1, rel=0.3), name
 
 
+def test_experts_without_tokens_do_not_move():
+    model = torch.nn.ParameterDict({"experts": torch.nn.Parameter(torch.zeros(2, 8, 4))})
+    optimizer = make_optimizer(model, OptimizerConfig(name="muon", lr=0.1, weight_decay=0.0))
+    weight = model["experts"]
+    weight.grad = torch.randn(2, 8, 4)
+    optimizer.step()
+    before = weight.detach().clone()
+    weight.grad = torch.stack([torch.randn(8, 4), torch.zeros(8, 4)])
+    optimizer.step()
+    assert not weight[0].equal(before[0])
+    assert weight[1].equal(before[1])
+
+
 def test_settings_without_effect_raise():
     with pytest.raises(ConfigError, match=r"decay_share=0\.5 has no effect with schedule=cosine"):
         make_config({"optimizer": {"decay_share": 0.5}})

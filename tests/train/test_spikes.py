@@ -20,7 +20,21 @@ def test_spikes_do_not_change_what_counts_as_normal():
     calm(detector)
     assert all(detector.is_spike(9, 1) for _ in range(MOST_IN_A_ROW))
     assert not detector.is_spike(9, 1)  # the model has changed, or stops with an error
+    assert not any(detector.is_spike(9, 1) for _ in range(LEAST))  # from then on it is normal
     assert detector.skipped == MOST_IN_A_ROW
+
+
+def test_sparse_steps_are_compared_with_sparse_steps():
+    detector = SpikeDetector(3)
+    for step in range(LEAST):
+        assert not detector.is_spike(2 + step % 2 / 10, 1)
+        assert not detector.is_spike(5 + step % 2 / 10, 3, sparse=True)
+    assert detector.is_spike(5, 1)
+    assert not detector.is_spike(5, 3, sparse=True)
+    for _ in range(MOST_IN_A_ROW):  # each kind has its own number in a row
+        assert detector.is_spike(9, 3, sparse=True)
+    assert detector.is_spike(9, 1)
+    assert not detector.is_spike(9, 3, sparse=True)
 
 
 def test_a_restored_detector_goes_on():

@@ -7,9 +7,10 @@ from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import DivergenceError
+from moefit.train.data.batches import model_inputs
 from moefit.train.optimizer import make_optimizer
 from moefit.train.settings import OptimizerConfig
-from moefit.train.step import Stepper, make_losses, model_inputs
+from moefit.train.step import Stepper, make_losses
 
 
 @pytest.fixture
@@ -113,12 +114,16 @@ def test_mi_scale_affects_only_mi_losses(model):
 def test_skipped_steps_change_no_weights(model):
     before = [p.detach().clone() for p in model.parameters()]
     seen = []
-    steps = replace(stepper(model), is_spike=lambda loss, norm: not seen.append((loss, norm)))
-    result = steps.step([torch.randint(50, (3, 9))], 1)
-    assert seen == [(result.lm_loss + result.router_loss, result.gradient_norm)]
+    steps = replace(
+        stepper(model), is_spike=lambda *given, sparse: not seen.append((*given, sparse))
+    )
+    for rule in (None, "top_k:1"):
+        result = steps.step([torch.randint(50, (3, 9))], 1, rule=rule)
+        loss, is_sparse = result.lm_loss + result.router_loss, rule is not None
+        assert seen.pop() == (loss, result.gradient_norm, is_sparse)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
-    steps = replace(steps, is_spike=lambda loss, norm: False)
+    steps = replace(steps, is_spike=lambda loss, norm, sparse: False)
     steps.step([torch.randint(50, (3, 9))], 1)
     assert not torch.equal(before[0], next(model.parameters()))
 

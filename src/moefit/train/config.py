@@ -128,6 +128,11 @@ class TrainConfig(Strict):
                 "trainable=routers would leave all other weights random; give start_from, or "
                 "trainable=all"
             )
+        if self.trainable == "routers" and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name=muon updates matrices that trainable=routers does not train; give "
+                "optimizer.name=adamw, or trainable=all"
+            )
         return self
 
 

@@ -20,6 +20,7 @@ from moefit.errors import ConfigError
 from moefit.moe.expert_dropout import KEY, ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule, active_experts, route_allowed
 from moefit.train.config import TrainConfig
+from moefit.train.data.batches import model_inputs
 from moefit.train.settings import ExpertDropoutConfig
 
 _STREAM = 0x0D20  # separates these random numbers from others of the same seed
@@ -270,7 +271,9 @@ def first_experts(resident_order: Sequence[Sequence[int]], count: int, num_exper
 
 
 @torch.no_grad()
-def measured_order(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[list[int]]:
+def measured_order(
+    model: PreTrainedModel, batches: Iterable[Tensor], document_end: int | None = None
+) -> list[list[int]]:
     """Return each layer's experts in descending order of their total router weight.
 
     The model computes in eval mode, so that the random state does not change.
@@ -278,19 +281,21 @@ def measured_order(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[li
     Args:
         model: A DS-MoE or an OLMoE; its mode is restored.
         batches: Tokens ids_BT to measure on.
+        document_end: Token that ends a document, whose tokens see no other; None for one stretch.
     """
     training = model.training
     model.eval()
     try:
-        total_LE = sum(_weight_by_expert(model, ids_BT.to(model.device)) for ids_BT in batches)
+        inputs = (model_inputs(ids_BT.to(model.device), document_end) for ids_BT in batches)
+        total_LE = sum(_weight_by_expert(model, one) for one in inputs)
     finally:
         model.train(training)
     assert isinstance(total_LE, Tensor), "at least one batch"
     return total_LE.argsort(dim=-1, descending=True, stable=True).tolist()
 
 
-def _weight_by_expert(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    output = model(input_ids=ids_BT, use_cache=False, output_router_logits=True)
+def _weight_by_expert(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    output = model(**inputs, use_cache=False, output_router_logits=True)
     if isinstance(model, DsMoeForCausalLM):
         rule = Rule.parse(model.config.inference_rule)
     else:

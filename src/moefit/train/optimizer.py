@@ -58,7 +58,8 @@ class Muon(torch.optim.AdamW):
 
     Updates have a root mean square of 0.2 times the rate, about that of AdamW's, so one rate fits
     both (arXiv 2502.16982, eq. 4). Sharded matrices are gathered, except stacked ones, of which
-    each process has whole ones.
+    each process has whole ones. Experts without a gradient, because no token reached them, are only
+    decayed: their momentum would move them as far as a gradient does.
     """
 
     @torch.no_grad()
@@ -90,6 +91,9 @@ class Muon(torch.optim.AdamW):
         state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         direction = gradient.lerp(state["momentum"], MOMENTUM)  # Nesterov's
         update = _orthogonal_part(direction, group["matrices"])
+        if parameter.ndim == 3:
+            own_M = _here(gradient).flatten(1).any(1)
+            _here(update).mul_(own_M[:, None, None])
         rows, columns = parameter.shape[-2] // group["matrices"], parameter.shape[-1]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
@@ -103,13 +107,18 @@ def _orthogonal_part(direction: Tensor, parts: int) -> Tensor:
     local = direction.to_local()
     # Shards are along the first dimension: whole experts, if experts are stacked.
     if direction.ndim == 3:
-        new = orthogonalised(local, parts) if local.numel() else local
+        new = orthogonalised(local, parts) if local.numel() else torch.empty_like(local)
         return DTensor.from_local(
             new, mesh, placements, run_check=False, shape=direction.shape,
             stride=direction.stride(),
         )  # fmt: skip
     whole = orthogonalised(direction.full_tensor(), parts)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """Return this process's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalised(x: Tensor, parts: int = 1) -> Tensor:

@@ -262,8 +262,8 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
-        """Begin to record if the step is the first."""
-        if step != self._first:
+        """Begin to record at the first of the steps, or of those that are left of a resumed run."""
+        if self._profile is not None or not self._first <= step <= self._last:
             return
         activities = [ProfilerActivity.CPU]
         if self._on_gpu:
@@ -272,13 +272,14 @@ class StepProfiler:
         self._profile = profile(activities=activities, profile_memory=True)
         self._profile.start()
 
-    def after(self, step: int) -> Path | None:
-        """Write the files if the step is the last; return the trace.
+    def after(self, step: int, *, stopping: bool) -> str | None:
+        """Write the files if the step is the last; return what to say about them.
 
-        Raises:
-            CheckpointError: They cannot be written.
+        Args:
+            step: That has been taken.
+            stopping: Whether no other follows in this process.
         """
-        if self._profile is None or step != self._last:
+        if self._profile is None or (step < self._last and not stopping):
             return None
         self._profile.stop()
         trace = self._folder / f"trace-{self._rank}.json.gz"
@@ -289,12 +290,9 @@ class StepProfiler:
                 snapshot = self._folder / f"memory-{self._rank}.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the profile cannot be written into {self._folder}: {error}; free disk space, or "
-                "leave log.profile out"
-            ) from error
+            return f"the profile cannot be written into {self._folder}: {error}"
         finally:
             self._profile = None
             if self._on_gpu:
                 torch.cuda.memory._record_memory_history(enabled=None)
-        return trace
+        return f"profile: {trace}"

@@ -25,7 +25,7 @@ from moefit.dsmoe.losses import (
 )
 from moefit.errors import DivergenceError
 from moefit.moe.locality import routing_locality_loss
-from moefit.train.data.batches import document_positions, windows
+from moefit.train.data.batches import model_inputs, windows
 from moefit.train.expert_dropout import AllowedExperts
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
@@ -98,13 +98,6 @@ class HeldOutEvaluator:
         return loss.item()
 
 
-def model_inputs(ids_BN: Tensor, document_end: int | None) -> dict[str, Tensor]:
-    """Return the arguments of a forward pass; positions only if documents are kept apart."""
-    if document_end is None:
-        return {"input_ids": ids_BN}
-    return {"input_ids": ids_BN, "position_ids": document_positions(ids_BN, document_end)}
-
-
 def _batched(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Stack up to `size` rows of equal length at a time.
 
@@ -152,6 +145,14 @@ class LossFunction(Protocol):
         allowed_LBE: Tensor | None = None,
     ) -> Losses:
         """Return language-model loss, router loss, MLP and attention router logits by layer."""
+        ...
+
+
+class SpikeRule(Protocol):
+    """Decides whether a step is skipped, as `SpikeDetector.is_spike` does."""
+
+    def __call__(self, loss: float, norm: float, *, sparse: bool) -> bool:
+        """Return whether a step of this loss and gradient norm is skipped."""
         ...
 
 
@@ -244,8 +245,8 @@ class Stepper:
     bf16: bool
     clip: float
     parallel: Parallelism = field(default_factory=lambda: Single(clock=Clock(torch.device("cpu"))))
-    is_spike: Callable[[float, float], bool] = lambda loss, norm: False
-    """Whether a step of this loss and gradient norm is skipped; alike in all processes."""
+    is_spike: SpikeRule = lambda loss, norm, *, sparse: False
+    """Whether a step of this loss and gradient norm is skipped."""
 
     def step(
         self,
@@ -288,10 +289,11 @@ class Stepper:
             router_total += router.item() / count
         norm = self.parallel.clip(self.model, self.clip)
         processes = self.parallel.processes
-        lm_total, router_total = (
-            value / processes.size for value in processes.sums((lm_total, router_total))
+        # Means, the norm's too, so that all processes take the same decisions below.
+        lm_total, router_total, norm = (
+            value / processes.size for value in processes.sums((lm_total, router_total, norm))
         )
-        if not self.is_spike(lm_total + router_total, norm):
+        if not self.is_spike(lm_total + router_total, norm, sparse=rule is not None):
             if not (math.isfinite(lm_total + router_total) and math.isfinite(norm)):
                 raise DivergenceError(
                     f"loss {lm_total:g}, router loss {router_total:g}, gradient norm {norm:g}"

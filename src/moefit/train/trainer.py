@@ -6,7 +6,6 @@ With many processes, all take the same decisions at the same step; the main one 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -170,7 +169,14 @@ class Trainer:
         )
 
     def _check_model(self) -> None:
-        """Raise ConfigError for a model that cannot be spread as configured."""
+        """Raise ConfigError for a setting without effect, or a model that cannot be spread."""
+        locality = self.config.loss.routing_locality
+        if locality and int(self.model.config.num_experts) < 2:
+            raise ConfigError(
+                f"loss.routing_locality={locality:g} has no effect, because a model with "
+                "model.num_experts=1 has no router; leave it out, or give model.num_experts=2 or "
+                "more"
+            )
         if self.config.data.shard_by != "none" and not self.data.shards:
             self.callback.on_message("one machine: data.shard_by has no effect")
         for line in check_model(self.config, self.model, self.processes.size):
@@ -268,11 +274,11 @@ class Trainer:
             step += 1
             self.profiler.before(step)
             values = self._timed_step(step)
-            if trace := self.processes.agreed(partial(self.profiler.after, step)):
-                self.callback.on_message(f"profile: {trace}")
             seconds = self.seconds_before + time.perf_counter() - start
             self._report(step, {**values, "seconds": seconds}, stopped_by)
             signal = stopped_by()
+            if said := self.profiler.after(step, stopping=bool(signal)):
+                self.callback.on_message(said)
             if signal or step == steps or step % self.config.checkpoint.every == 0:
                 self._save(step, seconds)
         self.saver.finish()
@@ -360,7 +366,8 @@ class Trainer:
 
     def _measured_order(self, batches: Iterable[Tensor]) -> list[list[int]]:
         """Return `measured_order` as process 0 finds it: others may round differently."""
-        order = measured_order(self.model, (ids_BN1[:, :-1] for ids_BN1 in batches))
+        tokens = (ids_BN1[:, :-1] for ids_BN1 in batches)
+        order = measured_order(self.model, tokens, self.document_end)
         return self.processes.every(order)[0]
 
     def _router_statistics(self, result: StepResult) -> dict[str, float]:

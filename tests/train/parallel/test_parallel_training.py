@@ -53,7 +53,8 @@ def pair(shared_folder):
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
         "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
-        "locmoe:loc_one:5", "muon_run:muon:3", "failures", "killed", last_dies=True,
+        "locmoe:loc_one:5", "muon_run:muon:3", "equalised", "bf16", "failures", "killed",
+        last_dies=True,
     )  # fmt: skip
 
 
@@ -92,6 +93,18 @@ def test_one_process_goes_on_with_muon(pair, shared_folder):
         for name in ("muon", "muon_one")
     )
     assert_close(weights(two.checkpoint), weights(whole.checkpoint), 1e-5)
+
+
+def test_gradients_outside_the_experts_are_equal_within_a_group(pair):
+    assert pair["equalised"] == [True, True]
+
+
+def test_tokens_travel_in_the_dtype_of_autocast(pair):
+    loss, norm, sent, loss_of_one, norm_of_one = pair["bf16"]
+    assert loss == pytest.approx(loss_of_one, abs=1e-5)
+    assert norm == pytest.approx(norm_of_one, rel=1e-2)
+    # 17 tokens of 4 sequences, 2 experts, 2 layers, 4 ways, 32 values of 2 bytes; and counts.
+    assert sent == pytest.approx(4 * 17 * 2 * 2 * 4 * 32 * 2, rel=0.01)
 
 
 def test_log_of_two_processes(pair, one, shared_folder):
@@ -160,7 +173,15 @@ def test_a_killed_process_ends_the_other_and_loses_no_checkpoint(pair, one, shar
 def test_four_processes_and_replicas_equal_one(folder):
     names = "dsmoe,sparse,lopsided,olmoe"
     cases = ["equality", "equality:2", f"tensor:{names}"]
-    done = results(4, "parallel_cases", folder, *cases, "run:four:5", "tensor_run:four_two:5")
+    tree = json.loads((folder / "tree.json").read_text())
+    six = parallel_cases.six(tree)
+    train(
+        make_config({**six, "out": str(folder / "six")}),
+        parallel_cases.Signals(2, signal.SIGTERM),
+    )
+    done = results(
+        4, "parallel_cases", folder, *cases, "run:four:5", "tensor_run:four_two:5", "six:six:4"
+    )
     for case in cases:
         for name, (numbers, parameters) in done[case].items():
             assert numbers < 1e-6, (case, name)
@@ -169,6 +190,11 @@ def test_four_processes_and_replicas_equal_one(folder):
     two = results(2, "parallel_cases", folder, "run:four", "run:four_two")
     for case in ("run:four", "run:four_two"):
         assert_close(weights(two[case]), whole, 1e-5)
+    last, never_stopped = (
+        train(make_config({**six, "out": str(folder / name)}), NoDisplay()).checkpoint
+        for name in ("six", "six_one")
+    )
+    assert_close(weights(last), weights(never_stopped), 1e-5)
 
 
 @pytest.mark.slow

@@ -116,6 +116,13 @@ def document_positions(ids_BL: torch.Tensor, end: int) -> torch.Tensor:
     return places_L - starts_BL
 
 
+def model_inputs(ids_BN: torch.Tensor, document_end: int | None) -> dict[str, torch.Tensor]:
+    """Return the arguments of a forward pass; positions only if documents are kept apart."""
+    if document_end is None:
+        return {"input_ids": ids_BN}
+    return {"input_ids": ids_BN, "position_ids": document_positions(ids_BN, document_end)}
+
+
 @lru_cache(maxsize=64)  # a batch can span two epochs, of each machine's text
 def _starts_W(windows: int, stride: int, max_offset: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.default_rng([seed, epoch])

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ExpertsInterface
 from moefit.errors import ConfigError
 from moefit.moe.experts import ExpertWeights, expert_weights, grouped_experts
 from moefit.moe.locmoe import capacity, least_capacity
-from moefit.moe.routing import Routing
+from moefit.moe.routing import Routing, at_least_float32
 from moefit.train.parallel.clock import Clock
 
 ALL_TO_ALL = "moefit_all_to_all"
@@ -247,13 +247,21 @@ def all_to_all_experts(
     received_E = dispatch.exchange(counts_E, equal, equal)  # by process, then by own expert
     sizes = counts_E.view(processes, -1).sum(1).tolist()
     received = received_E.view(processes, -1).sum(1).tolist()
-    rows_RD = _AllToAll.apply(hidden_states[token_R], dispatch, sizes, received)
+    # Experts round to the dtype of autocast anyway; cast before, rows and gradients travel in it.
+    sent_RD = hidden_states[token_R].to(_matmul_dtype(hidden_states))
+    rows_RD = _AllToAll.apply(sent_RD, dispatch, sizes, received)
     y_RD = _own_experts(experts, rows_RD, received_E, processes)
     back_RD = _AllToAll.apply(y_RD, dispatch, received, sizes)
-    weighted_RD = back_RD * weights_R[order_R].unsqueeze(1).to(back_RD.dtype)
+    weight_R1 = at_least_float32(weights_R[order_R].unsqueeze(1))
+    weighted_RD = at_least_float32(back_RD) * weight_R1
     return torch.zeros_like(hidden_states).index_add(
         0, token_R, weighted_RD.to(hidden_states.dtype)
     )
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _sent(ids_R: Tensor, dispatch: Dispatch, *, limited: bool) -> Tensor:

@@ -8,7 +8,7 @@ model has no code of its own.
 Shapes: T tokens of a group, D model width, E experts, K chosen per token, P processes of a group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -51,6 +51,29 @@ class ExpertTensor:
         with self.clock.running():
             dist.all_reduce(total, group=group)
         return total
+
+    def equalise(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients outside the experts by their mean over the group; in place.
+
+        All processes of the group compute them, and would drift apart if they rounded differently.
+
+        Args:
+            parameters: Those that have gradients.
+        """
+        parts = [
+            _local(p.grad)
+            for p in parameters
+            if "tensor" not in (cast(DTensor, p).device_mesh.mesh_dim_names or ())
+        ]
+        if not parts:
+            return
+        means = self.total(torch.cat([part.flatten() for part in parts])) / self.mesh.size()
+        for part, mean in zip(parts, means.split([part.numel() for part in parts]), strict=True):
+            part.copy_(mean.view_as(part))
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    return cast(DTensor, tensor).to_local()
 
 
 class _Copied(torch.autograd.Function):

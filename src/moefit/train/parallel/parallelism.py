@@ -205,6 +205,8 @@ class DataParallel:
 
     def clip(self, model: nn.Module, limit: float) -> float:
         """Scale all gradients to a norm of at most `limit`; return the norm before."""
+        if self.tensor is not None:
+            self.tensor.equalise(p for p in model.parameters() if p.grad is not None)
         by_mesh: dict[DeviceMesh, list[nn.Parameter]] = {}  # norms of one mesh can be combined
         for parameter in model.parameters():
             if parameter.grad is not None:

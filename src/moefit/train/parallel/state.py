@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from moefit.errors import CheckpointError, ConfigError, DataError
@@ -82,6 +81,7 @@ class RunState:
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         facts = {"seconds": seconds, "precision": self.precision, "data": self.fingerprint}
+        facts["optimizer_name"] = _optimizer_name(self.optimizer)
         return {**facts, "shards": self.shards, "spikes": self.spikes.state_dict()}
 
     def _generators(self) -> dict[str, Tensor]:
@@ -111,6 +111,14 @@ class RunState:
         return state["step"], state["seconds"]
 
     def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
+        mine = _optimizer_name(self.optimizer)
+        before = state.get("optimizer_name", mine)
+        if before != mine:
+            raise ConfigError(
+                f"{folder} was trained with optimizer.name={before}, whose state {mine} cannot "
+                f"continue; give optimizer.name={before}, or start from its weights alone with "
+                "start_from"
+            )
         if state.get("data", self.fingerprint) != self.fingerprint:
             raise DataError(
                 f"the text or the tokenizer has changed since step {state['step']} of this run "
@@ -169,8 +177,7 @@ class RunState:
             self.model.load_state_dict(saved.state_dict())
             self.optimizer.load_state_dict(optimizer)
             return saved.config
-        whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, saved.state_dict(), options=whole)
+        self._load_weights(saved.state_dict())
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = {
             index: {name: _part(value, parameters[index]) for name, value in one.items()}
@@ -178,6 +185,17 @@ class RunState:
         }
         self.optimizer.load_state_dict({**optimizer, "state": states})
         return saved.config
+
+    def _load_weights(self, whole: Mapping[str, Tensor]) -> None:
+        """Copy this process's part of whole weights."""
+        mine = self.model.state_dict()
+        different = sorted(
+            name for name in {*mine, *whole} if _shape(mine, name) != _shape(whole, name)
+        )
+        if different:
+            raise ValueError(f"other weights: {', '.join(different)}")
+        for name, tensor in mine.items():
+            _here(tensor).copy_(_own_rows(whole[name], tensor))
 
     def _restore_generators(self, state: Mapping[str, Any]) -> None:
         """Restore random states; other numbers of processes or streams have new ones."""
@@ -195,6 +213,11 @@ class RunState:
                 torch.cuda.manual_seed(torch.initial_seed())
 
 
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the value of `optimizer.name` in the run's settings."""
+    return type(optimizer).__name__.lower()
+
+
 def load_alone(tensors: dict[str, Any], folder: Path) -> None:
     """Read whole tensors from a folder of parts, without other processes; in place."""
     with warnings.catch_warnings():  # torch suspects a mistake
@@ -208,8 +231,41 @@ def _part(value: Any, parameter: Tensor) -> Any:
         return value
     if not value.ndim:
         return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return DTensor.from_local(
+        _own_rows(value, parameter).to(parameter.device, copy=True),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _own_rows(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a whole tensor that a parameter has here, as views.
+
+    FSDP divides what expert parallelism has left, so the last dimension of a mesh comes first.
+    torch's `distribute_tensor` cannot do this where the parts are unequal.
+    """
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh, placements, part = parameter.device_mesh, parameter.placements, whole
+    for dim in reversed(range(mesh.ndim)):
+        placement = placements[dim]
+        if isinstance(placement, Shard | _StridedShard):
+            chunks = part.chunk(mesh.size(dim), placement.dim)
+            number = mesh.get_local_rank(dim)
+            empty = part.narrow(placement.dim, 0, 0)
+            part = chunks[number] if number < len(chunks) else empty
+    return part
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def seed_process(seed: int, stream: int, step: int = 0) -> None:
