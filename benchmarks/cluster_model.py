@@ -165,6 +165,10 @@ class Layout:
         across += 2 * experts / self._group(gpus) * (1 - 1 / copies)
         return (inside + across * WEIGHT / NETWORK) / EFFICIENCY
 
+    def runs_today(self, gpus: int) -> bool:
+        """Return whether moefit trains so: it spreads experts over all processes, without HSDP."""
+        return not self.spread or gpus <= PER_MACHINE
+
     def bytes_per_gpu(self, gpus: int) -> float:
         """Return weights, gradients and AdamW's state (16 bytes each) that a GPU holds."""
         experts = self.card.parameters.mlp_experts if self.spread else 0
@@ -195,6 +199,7 @@ def table(found: Sequence[Layout], exposed: float) -> list[dict[str, Any]]:
             {
                 "layout": layout.name,
                 "gpus": gpus,
+                "runs_today": layout.runs_today(gpus),
                 "mfu_of_computing": mfu,
                 **{f"{name}_seconds": value for name, value in parts.items()},
                 "step_seconds": total,
@@ -242,12 +247,20 @@ def draw(errors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path:
     left.set_xlabel("measured step over a throttled link, s")
     left.set_ylabel("model, s (band: 15%)")
     left.legend()
-    for name in dict.fromkeys(row["layout"] for row in rows):
+    for number, name in enumerate(dict.fromkeys(row["layout"] for row in rows)):
         low, high = (
-            [r["tokens_per_gpu_second"] for r in rows if (r["layout"], r["mfu_of_computing"]) == k]
-            for k in ((name, MFU[0]), (name, MFU[1]))
+            [r for r in rows if (r["layout"], r["mfu_of_computing"]) == (name, mfu)] for mfu in MFU
         )
-        right.fill_between(GPUS, low, high, alpha=0.35, label=name)
+        ends = [[r["tokens_per_gpu_second"] for r in side] for side in (low, high)]
+        color = f"C{number}"
+        if all(r["runs_today"] for r in low):
+            right.fill_between(GPUS, *ends, alpha=0.35, label=name, color=color)
+            continue
+        label = f"{name} (dashed: moefit does not train so)"
+        for side in ends:
+            right.plot(GPUS, side, "--", color=color, label=label)
+            label = None
+            right.plot(GPUS[0], side[0], "o", color=color)
     right.set_xscale("log", base=2)
     right.set_xticks(GPUS, [str(one) for one in GPUS])
     right.set_xlabel("GPUs (8 a machine, NVLink, 400 Gbit/s each)")
@@ -284,7 +297,9 @@ def main() -> None:
         notes = (
             f"a model; fitted to {arguments.record.name} at {FITTED} Mbit/s, judged at "
             f"{PREDICTED:g}; cluster: {PEAK:.3g} FLOP/s, {NVLINK:.3g} and {NETWORK:.3g} bytes/s "
-            f"per GPU at {EFFICIENCY:.0%}, {TOKENS} tokens per GPU and step"
+            f"per GPU at {EFFICIENCY:.0%}, {TOKENS} tokens per GPU and step; rows with "
+            "runs_today false are layouts that the trainer refuses: it spreads experts over all "
+            "processes, at most as many as experts, and not with replicate"
         )
         results = {"constants": vars(constants), "validation": errors, "cluster": rows}
         path = record.write("cluster-model", results, notes=notes)
