@@ -95,9 +95,8 @@ def test_command(tmp_path: Path) -> None:
     report = json.loads(found.stdout)
     assert report["tokens"] == 24 and set(report["ahead"]) == {"1", "2", "3", "4"}
     assert report["ahead"]["1"]["all"]["recall"] > 0.5
-    refused = CliRunner().invoke(app, [*command, "--predict", "--prefetch", "auto"])
-    assert isinstance(refused.exception, ConfigError) and "leave --prefetch" in str(
-        refused.exception
-    )
+    for ignored in (("--prefetch", "auto"), ("--prompt-tokens", "32"), ("--seed", "0")):
+        refused = CliRunner().invoke(app, [*command, "--predict", *ignored])
+        assert isinstance(refused.exception, ConfigError) and ignored[0] in str(refused.exception)
     refused = CliRunner().invoke(app, command)
     assert isinstance(refused.exception, ConfigError) and "--predict" in str(refused.exception)

@@ -334,7 +334,7 @@ def _has_card(model: str) -> bool:
     return family == "dsmoe"
 
 
-_TIMED, _PREDICTED = 64, 512  # tokens
+_TIMED, _PREDICTED, _PROMPT = 64, 512, 32  # tokens
 
 
 @command("bench")
@@ -342,7 +342,9 @@ _TIMED, _PREDICTED = 64, 512  # tokens
 def bench(
     model: Model,
     options: ServingOptions = SERVING,
-    prompt_tokens: Annotated[int, option("Length of the prompt in tokens.", min=1)] = 32,
+    prompt_tokens: Annotated[
+        int | None, option(f"Length of the prompt in tokens. Default: {_PROMPT}.", min=1)
+    ] = None,
     new_tokens: Annotated[
         int | None,
         option(
@@ -363,12 +365,13 @@ def bench(
     eviction: Annotated[
         str, advanced(f"Which expert is evicted first: {', '.join(POLICIES)}.")
     ] = DEFAULT_POLICY,
-    seed: Annotated[int, advanced("Random seed of the prompt.")] = 0,
+    seed: Annotated[int | None, advanced("Random seed of the prompt. Default: 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Decode random tokens, so that a model with random weights does not repeat one."""
     folder, how = folder_of(model), {"eviction": eviction, "generation_config": IGNORE}
     if predict:
+        _refuse_with_predict(options, prompt_tokens, seed)
         _predict(model, options, text, new_tokens or _PREDICTED, how, as_json=as_json)
         return
     if text is not None:
@@ -383,7 +386,10 @@ def bench(
     with load_served(model, options, **how) as served:
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         prompt_T = torch.randint(
-            0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)
+            0,
+            vocabulary,
+            (prompt_tokens or _PROMPT,),
+            generator=torch.Generator().manual_seed(seed or 0),
         )
         with console.status("measuring"):
             speed = measure_speed(
@@ -392,7 +398,7 @@ def bench(
                 prompt_T=prompt_T,
                 new_tokens=new_tokens or _TIMED,
                 warm_up=_warm_up(served),
-                seed=seed,
+                seed=seed or 0,
             )
     if as_json:
         print_json(speed.as_dict())
@@ -408,6 +414,24 @@ def _warm_up(served: ServedModel) -> int:
     return TRIAL_STEPS if decides and served.policy.mode == "exact" else 8
 
 
+def _refuse_with_predict(
+    options: ServingOptions, prompt_tokens: int | None, seed: int | None
+) -> None:
+    """Raise ConfigError for options that have no effect with --predict."""
+    given = None
+    if options.prefetch is not PrefetchName.off:
+        given = f"--prefetch {options.prefetch.value}"
+    elif prompt_tokens is not None:
+        given = f"--prompt-tokens {prompt_tokens}"
+    elif seed is not None:
+        given = f"--seed {seed}"
+    if given is not None:
+        raise ConfigError(
+            f"{given} is for measuring speed: --predict decodes a text and reads nothing early; "
+            "leave one of the two out"
+        )
+
+
 def _predict(
     model: str,
     options: ServingOptions,
@@ -418,11 +442,6 @@ def _predict(
     as_json: bool,
 ) -> None:
     """Print how well the experts of later layers are predicted on a text."""
-    if options.prefetch is not PrefetchName.off:
-        raise ConfigError(
-            f"--prefetch {options.prefetch.value}: --predict measures predictions and does not "
-            "prefetch; leave --prefetch out, or measure speed without --predict"
-        )
     with load_served(model, options, **how, prefetch="on") as served:
         ids_T = read_text(text, served.tokenizer, options.context, None).ids_T[:tokens]
         with progress_bar("decoding") as show:

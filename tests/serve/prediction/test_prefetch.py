@@ -250,6 +250,20 @@ def test_another_budget_begins_a_new_trial(folders) -> None:
             }  # fmt: skip
 
 
+def test_an_aborted_step_leaves_no_time_behind(folders) -> None:
+    with load_model(
+        folders("Mixtral"), LoadSettings(context=64, memory=BUDGET, prefetch="on")
+    ) as served:
+        served.set_memory(with_slots(served, 4))
+        prefetcher = served.prefetching.prefetcher
+        assert prefetcher is not None
+        decoded(served, [1, 1, 1])
+        window = prefetcher._states[1].window
+        prefetcher._states[1].began = time.perf_counter() - 3600  # the step ended before block 1
+        decoded(served, [40, 1])
+        assert window is not None and prefetcher._states[1].window < 60
+
+
 def test_other_modes_and_values(folders) -> None:
     with load_model(
         folders("Mixtral"), LoadSettings(context=64, memory=BUDGET, prefetch="on")
