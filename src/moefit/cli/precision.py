@@ -24,7 +24,6 @@ from moefit.serve.hf.skeleton import Skeleton, build_skeleton, held_formats
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import (
     InitialFormats,
-    encoding_peak,
     initial_formats,
     memory_budget,
 )
@@ -145,12 +144,11 @@ def _candidates(
 
 def _candidate(skeleton: Skeleton, settings: LoadSettings) -> Candidate:
     budget = memory_budget(skeleton, settings)
-    encoding = encoding_peak(skeleton, settings, budget)
     return Candidate(
         precision=settings.precision,
         dense_precision=settings.dense_precision,
-        resident_bytes=max(budget.all_resident_bytes, encoding),
-        min_bytes=max(budget.min_bytes, encoding),
+        resident_bytes=budget.all_resident_bytes,
+        min_bytes=budget.min_bytes,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.device import parse_device
-from moefit.errors import BudgetTooSmallError, CheckpointError
+from moefit.errors import CheckpointError
 from moefit.moe.expert_dropout import dropout_record, order_of_blocks
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import Format, parse_format
@@ -36,11 +36,10 @@ from moefit.serve.io.loads import Transfer
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_probe import attach_hooks, follow_rules
-from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
+from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.estimate import (
     PlacementBudget,
     check_system_memory,
-    encoding_peak,
     held_bytes,
     memory_budget,
 )
@@ -86,7 +85,6 @@ def load_model(
     budget = memory_budget(skeleton, settings, packed)
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
-    _check_encoding_peak(skeleton, settings, budget)
     with ExitStack() as undo:
         parts = _load_parts(skeleton, packed, budget, settings, undo, progress)
         served = ServedModel(parts)
@@ -203,17 +201,6 @@ def _make_slots(parts: ServedParts, device: torch.device, placement: Placement |
             grow(experts, count, device)
     spares = allocate_spares(parts.blocks.values(), device, placed=placement is not None)
     parts.shared.spares.update(spares)
-
-
-def _check_encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> None:
-    """Raise BudgetTooSmallError if dense weights do not fit before they are encoded."""
-    needed = encoding_peak(skeleton, settings, budget)
-    if budget.total is not None and needed > budget.total:
-        own = format_bytes(needed - budget.process - budget.tokenizer)
-        raise BudgetTooSmallError(
-            f"a budget of {format_bytes(budget.total)} cannot hold the {own} of dense weights "
-            f"while they are being encoded as {settings.dense_precision}; give {at_least(needed)}"
-        )
 
 
 def _served_block(block: MoeBlock, shared: SharedState, settings: LoadSettings) -> VirtualExperts:

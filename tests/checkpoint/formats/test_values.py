@@ -251,3 +251,35 @@ def test_stack_with_other_rows_raises(tmp_path: Path) -> None:
         CheckpointError, match=r"3 matrices, but experts.up_proj_scales \[2, 8, 1\]"
     ):
         one.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "said"),
+    [
+        ("nvfp4", "weight_global_scale", {}),
+        ("gptq", "g_idx", {"desc_act": True}),
+        ("gptq", "qzeros", {"sym": False}),
+        ("awq", "qzeros", {"zero_point": True}),
+    ],
+)
+def test_tensors_that_are_declared_must_exist(
+    tmp_path: Path, kind: str, part: str, said: dict[str, Any]
+) -> None:
+    store, config = quantised.KINDS[kind]
+    stored, _ = store(weight(48, 64))
+    del stored[part]
+    with pytest.raises(CheckpointError, match=r"up_proj.weight .* lacks the .* its format has"):
+        found(tmp_path, stored, config | said)
+
+
+def test_tensors_that_other_experts_have_must_exist(tmp_path: Path) -> None:
+    store, config = quantised.KINDS["w4a16-asymmetric"]
+    tensors = {
+        f"mlp.experts.{expert}.up_proj.{part}": one.contiguous()
+        for expert in range(3)
+        for part, one in store(weight(48, 64, seed=expert))[0].items()
+    }
+    del tensors["mlp.experts.1.up_proj.weight_zero_point"]
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"experts.1.* lacks the zero points .*experts.[02]"):
+        find_weights(Checkpoint(tmp_path).spans, declaration(config), torch.bfloat16)

@@ -23,7 +23,7 @@ from moefit.serve.memory.activations import (
     workspace_bytes,
 )
 from moefit.serve.memory.estimate import (
-    encoding_peak,
+    encoding_bytes,
     held_bytes,
     memory_budget,
     peak_held_bytes,
@@ -168,7 +168,7 @@ def test_estimate_includes_first_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["native", "int4-nearest"])
 def test_kernels_reserve_nothing_for_decoding(precision: str, tmp_path: Path, monkeypatch) -> None:
-    """gpt-oss's attention is torch's in any case."""
+    """gpt-oss's own matrices are torch's in any case: kernels need them the other way round."""
     settings = LoadSettings(context=64, precision=precision, dense_precision=precision)
     plain, biased = (
         build_skeleton(saved(tiny(family, hidden_size=64), tmp_path / family))
@@ -184,18 +184,20 @@ def test_kernels_reserve_nothing_for_decoding(precision: str, tmp_path: Path, mo
         assert by_torch[0].workspace - with_kernels[0].workspace == less
         decoded = settings.format(plain.blocks[0]).decoding_bytes(specs)
         assert by_torch[0].staging - with_kernels[0].staging >= decoded
-    assert by_torch[1].workspace == with_kernels[1].workspace
+    if kernels() is None or precision == "native":
+        assert by_torch[1].workspace == with_kernels[1].workspace
+    else:
+        assert by_torch[1].workspace - with_kernels[1].workspace == less
     assert by_torch[1].staging >= with_kernels[1].staging
 
 
 def test_encoding_counts_the_encoded_matrix_beside_the_originals(tmp_path: Path) -> None:
     skeleton = build_skeleton(saved(tiny("Mixtral", hidden_size=64), tmp_path))
     settings = LoadSettings(context=64, dense_precision="int8")
-    budget = memory_budget(skeleton, settings)
     own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
     matrices = quantizable_modules(skeleton.model, skeleton.blocks).values()
     most = max(one.get_parameter("weight").numel() for one in matrices)
-    found = encoding_peak(skeleton, settings, budget) - budget.process - budget.tokenizer - own
+    found = encoding_bytes(skeleton, settings) - own
     assert most < found < 2 * most  # a byte per weight, and scales
 
 

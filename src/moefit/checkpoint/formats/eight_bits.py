@@ -35,6 +35,11 @@ DEFAULT_BLOCK = (128, 128)
 FP8_COLUMNS = 128  # that share a scale in memory
 
 
+def _check_numbers(codes: Tensor) -> None:
+    if bool(((codes.view(torch.uint8) & 127) == 127).any()):
+        raise CheckpointError("it has values that are not numbers (code 127 or 255)")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EightBits(HeldEncoding):
     """Values of one byte, multiplied by a grid of scales.
@@ -95,6 +100,7 @@ class EightBits(HeldEncoding):
         row_of = torch.arange(shape[0]) // block[0]
         grid = grid_shape(shape, block)
         if weight.dtype != torch.int8:
+            _check_numbers(weight)
             scale = scale_values(scale)
         if zeros is not None:
             zeros = (zeros.view(torch.uint8) ^ 128).view(grid)[row_of]
@@ -110,6 +116,8 @@ class EightBits(HeldEncoding):
         """Write `code * scale`, or `(code - zero) * scale`."""
         weight, scale = parts["weight"], parts["scale"]
         block = self._block_of(tuple(weight.shape), tuple(scale.shape))
+        if weight.dtype != torch.int8:
+            _check_numbers(weight)
         shape = out.shape[0], out.shape[1]
         codes, table = weight.view(torch.uint8), CODES[weight.dtype]
         zeros = None

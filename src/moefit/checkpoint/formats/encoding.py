@@ -256,8 +256,8 @@ class _named:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, CheckpointError):
-            weight = self._weight
+            weight, advice = self._weight, "; copy or download the checkpoint again"
             raise CheckpointError(
-                f"{weight.name} ({weight.encoding.format}): {error}; copy or download the "
-                "checkpoint again"
+                f"{weight.name} ({weight.encoding.format}): {error}"
+                f"{'' if '; give ' in str(error) else advice}"
             ) from error

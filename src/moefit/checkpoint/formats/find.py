@@ -6,7 +6,7 @@ it is; `quantisation.py` refuses it by name if the model needs it.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from moefit.checkpoint.formats.encoding import EncodedTensor, Encoding
 from moefit.checkpoint.formats.four_bit_floats import MX_GROUP, NV_GROUP, FourBitFloats
 from moefit.checkpoint.formats.packed_integers import BITS, PackedColumns, PackedRows
 from moefit.checkpoint.safetensors import Span, StoredTensor
+from moefit.errors import CheckpointError
 
 # Endings of names, the stem's replacement, and what the tensor is for. "" is for what only
 # quantised activations need: values are computed with activations as they are.
@@ -53,6 +54,9 @@ def find_weights(
         spans: All tensors by name.
         declared: What the configuration says.
         dtype: Of the values of quantised weights.
+
+    Raises:
+        CheckpointError: A weight lacks a tensor that its format or its siblings have.
     """
     groups: dict[str, dict[str, list[Span]]] = {}
     for name, span in spans.items():
@@ -76,7 +80,46 @@ def find_weights(
             encoding=encoding,
             parts=tuple(parts.items()),
         )
+    _check_complete([one for one in weights.values() if isinstance(one, EncodedTensor)], declared)
     return weights
+
+
+_OPTIONAL = {"zeros": "zero points", "groups": "order of groups", "global": "global scale"}
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+
+
+def _check_complete(weights: Sequence[EncodedTensor], declared: Declared | None) -> None:
+    """Raise CheckpointError for a weight without a tensor that is declared or its siblings have.
+
+    Without zero points, for example, values would be wrong without an error.
+    """
+    had: dict[tuple[str, Encoding], dict[str, str]] = {}  # by experts of a layer: part, and by whom
+    for weight in weights:
+        siblings = had.setdefault((_EXPERT.sub("#", weight.name), weight.encoding), {})
+        siblings |= {part: weight.name for part, _ in weight.parts}
+    for weight in weights:
+        parts = dict(weight.parts)
+        siblings = had[_EXPERT.sub("#", weight.name), weight.encoding]
+        needed = dict.fromkeys(_declared_parts(weight.encoding, declared), "its format")
+        needed |= siblings
+        for part, owner in needed.items():
+            if part in _OPTIONAL and part not in parts:
+                raise CheckpointError(
+                    f"{weight.name} ({weight.encoding.format}) lacks the {_OPTIONAL[part]} that "
+                    f"{owner} has; copy or download the checkpoint again"
+                )
+
+
+def _declared_parts(encoding: Encoding, declared: Declared | None) -> Iterator[str]:
+    """Yield the optional tensors that an encoding has by its format or its declaration."""
+    if isinstance(encoding, FourBitFloats) and encoding.group == NV_GROUP:
+        yield "global"
+    if isinstance(encoding, PackedColumns) and declared is not None:
+        said = declared.values
+        if said.get("zero_point") is True or said.get("sym") is False:
+            yield "zeros"
+        if said.get("desc_act") is True and not encoding.awq:
+            yield "groups"
 
 
 def part_of(name: str) -> tuple[str, str] | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moefit.checkpoint.formats.encoding import StoredCodes
-from moefit.errors import CheckpointError
 from moefit.quant.grouped_int import EncodedRows
 
 KIND = 17  # csrc/matrix.h
@@ -65,14 +64,8 @@ class Fp8Matrix(EncodedRows):
         return self.codes_RB.view(torch.float8_e4m3fn).float() * scale_RC
 
     def fill(self, first: int, stored: StoredCodes) -> None:
-        """Fill rows from `first` on.
-
-        Raises:
-            CheckpointError: A code is not a number; the rows are then undefined.
-        """
+        """Fill rows from `first` on."""
         codes_RB = stored.codes_RB
-        if bool(((codes_RB & 127) == 127).any()):
-            raise CheckpointError("it has values that are not numbers (code 127 or 255)")
         rows = slice(first, first + len(codes_RB))
         self.codes_RB[rows] = codes_RB
         starts = torch.arange(self.meta_RMG.shape[2]) * GROUP

@@ -221,7 +221,7 @@ def _as_stored(block: MoeBlock, experts: Sequence[ExpertSource]) -> MoeBlock:
         for short, spec in block.layout.specs.items()
         if spec.inputs_first and len(spec.shape) == 2
     ]
-    if not all((codes := held[0].get(short)) and codes.transposed for short in turned):
+    if not all((codes := one.get(short)) and codes.transposed for one in held for short in turned):
         held = [{} for _ in held]  # products take such matrices as codes or as values, never both
     specs = {
         short: replace(spec, stored=first)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moefit.moe.families import Layout, MoeBlock
 from moefit.moe.routing import Routing
 from moefit.quant.backend import Backend, backend
-from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp
+from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, NATIVE_DTYPES, KernelMlp
 from moefit.quant.format import DECODED, Format, expert_output
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
@@ -96,9 +96,8 @@ class FusedExperts:
         Codes are held so in every family; values as the family has them.
         """
         shape, specs = self._shape, self._layout.specs
-        if not specs[shape.w_in].inputs_first:
-            return True
-        return not any(isinstance(slot.tensors[shape.w_in], Tensor) for slot in slots)
+        turned = [name for name in (shape.w_in, shape.w_out) if specs[name].inputs_first]
+        return not any(isinstance(slot.tensors[name], Tensor) for slot in slots for name in turned)
 
     def computes_format(self, format: Format) -> bool:
         """Return whether slots of this format hold matrices with output units in rows."""
@@ -127,7 +126,9 @@ def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
     if kernels is None or shape is None or (shape.biases and device.type != "cpu"):
         return None
     matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
+    biases = [layout.specs[name] for name in shape.biases or ()]
     supported = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
+    supported &= all(spec.dtype in ACTIVATION_DTYPES for spec in biases)
     return FusedExperts(layout, kernels) if supported else None
 
 

@@ -149,6 +149,8 @@ class MemoryBudget:
             smallest first. Slots are counted in the first format.
         tokenizer: The loaded tokenizer, with caches of its tokens.
         reading: Peak while the tokenizer is read, which happens before anything else is loaded.
+        encoding: Dense weights before they are encoded, and the largest encoded matrix: what a
+            process loads before slots, beside the tokenizer. 0 if nothing is encoded.
         slack: Part of `process` that only allows for a larger process than the measured one, since
             process sizes differ between runs.
         first_use: Part of `workspace` that only the first use of libraries touches, at most.
@@ -167,6 +169,7 @@ class MemoryBudget:
     format_totals: tuple[tuple[str, int], ...] = ()
     tokenizer: int = 0
     reading: int = 0
+    encoding: int = 0
     slack: int = 0
     first_use: int = 0
     kv_dtype: str | None = None
@@ -185,9 +188,16 @@ class MemoryBudget:
     @property
     def min_bytes(self) -> int:
         """The minimum budget: the smallest total in which the model runs, placement aside."""
+        return max(self._fewest_slots(), self._loading())
+
+    def _fewest_slots(self) -> int:
+        """Return the total with the fewest slots, once everything is loaded."""
         spares = 0 if self.planned is None else self.planned.spares
-        slots = sum(block.min_bytes for block in self.blocks)
-        return max(self.fixed + spares + slots, self.process + self.reading)
+        return self.fixed + spares + sum(block.min_bytes for block in self.blocks)
+
+    def _loading(self) -> int:
+        """Return the largest total before slots are allocated."""
+        return self.process + max(self.reading, self.encoding and self.tokenizer + self.encoding)
 
     @property
     def all_resident_bytes(self) -> int:
@@ -215,7 +225,7 @@ class MemoryBudget:
         """Return the same parts with less slack, if that makes the minimum fit in the total."""
         needed = self.min_bytes
         if self.planned is not None:
-            needed = max(self.planned_bytes, self.process + self.reading)
+            needed = max(self.planned_bytes, self._loading())
         excess = 0 if self.total is None else needed - self.total
         if not 0 < excess <= self.slack:
             return self
@@ -236,9 +246,9 @@ class MemoryBudget:
         counts = [block.min_slots for block in self.blocks]
         if self.total is None:
             return tuple(block.num_experts for block in self.blocks)
-        left = self.total - self.min_bytes
-        if left < 0:
+        if self.total < self.min_bytes:
             raise BudgetTooSmallError(self._too_small())
+        left = self.total - self._fewest_slots()
         open_blocks = [i for i, block in enumerate(self.blocks) if counts[i] < block.num_experts]
         while open_blocks:
             round_bytes = sum(self.blocks[i].slot_bytes for i in open_blocks)
@@ -308,7 +318,13 @@ class MemoryBudget:
             f"a budget of {format_bytes(self.total)} is below this model's minimum of "
             f"{format_bytes(self.min_bytes)}"
         )
-        if self.process + self.reading == self.min_bytes:
+        if self.encoding and self._loading() == self.min_bytes:
+            return (
+                f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
+                f"{format_bytes(self.encoding)} of dense weights while they are being encoded); "
+                f"give {at_least(self.min_bytes)}"
+            )
+        if self._loading() == self.min_bytes:
             return (
                 f"{below} ({format_bytes(self.process)} {PARTS['process']}, "
                 f"{format_bytes(self.reading)} while the tokenizer is read); give "

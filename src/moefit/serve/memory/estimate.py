@@ -169,13 +169,12 @@ def weight_bytes(stored: Iterable[StoredTensor], dtype: torch.dtype) -> int:
     )
 
 
-def encoding_peak(skeleton: Skeleton, settings: LoadSettings, budget: MemoryBudget) -> int:
-    """Return the bytes of the process while dense weights are encoded; 0 if they are not."""
+def encoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+    """Return the bytes of dense weights while they are being encoded; 0 if they are not."""
     if (format := settings.dense_format()) is None:
         return 0
     own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
-    encoded = largest_encoded(skeleton.model, format, skeleton.blocks)
-    return budget.process + budget.tokenizer + own + encoded
+    return own + largest_encoded(skeleton.model, format, skeleton.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +257,7 @@ def memory_budget(
         slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
+        encoding=encoding_bytes(skeleton, settings),
         weights=_dense_bytes(skeleton, settings),
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
@@ -480,7 +480,8 @@ class PlacementBudget:
 
     def _in_this_process(self, budget: MemoryBudget) -> MemoryBudget:
         """Replace estimates of process and tokenizer by what was measured while loading."""
-        return replace(budget, process=self.process, slack=0, tokenizer=self.tokenizer, reading=0)
+        measured = {"process": self.process, "tokenizer": self.tokenizer}
+        return replace(budget, **measured, slack=0, reading=0, encoding=0)
 
     def _skeleton(self) -> Skeleton:
         return build_skeleton(self.folder, self.settings.dtype, self.settings.adapter)
