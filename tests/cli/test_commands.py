@@ -378,6 +378,7 @@ def test_invalid_arguments_raise(saved, tmp_path, arguments, words, monkeypatch)
         run(*(places.get(argument, argument) for argument in arguments))
 
 
+@pytest.mark.slow  # a process of its own, as in the test of --json
 def test_error_prints_one_message_and_exits_with_2():
     command = [sys.executable, "-m", "moefit", "describe", "dsmoe-4b"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

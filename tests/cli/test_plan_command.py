@@ -120,6 +120,7 @@ def test_too_short_text_raises(tmp_path: Path) -> None:
     assert "too few to calibrate on" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_bench_uses_plan(profiled: Path) -> None:
     file = profiled / "plan.json"
     run("plan", str(folder()), "--memory", "4GiB", "--context", "64", "--save", str(file))
@@ -177,8 +178,16 @@ def test_planning_error_is_passed_on(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"^there is no folder .*nowhere"):
         order.run()
+
+
+@pytest.mark.slow  # a process of its own
+def test_planning_that_fails_otherwise_says_how(tmp_path: Path) -> None:
+    order = PlanProcess(
+        model=str(tmp_path), memory="4GiB", context="x", device="cpu", process=1 << 30,  # pyright: ignore[reportArgumentType]
+        target=Target(),
+    )  # fmt: skip
     with pytest.raises(ConfigError, match=r"(?s)^planning ended with exit code 2: .*--context"):
-        replace(order, context="x").run()  # pyright: ignore[reportArgumentType]
+        order.run()
 
 
 def test_plan_for_fewer_requests_raises(profiled: Path) -> None:

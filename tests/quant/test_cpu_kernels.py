@@ -320,7 +320,7 @@ def test_experts_of_mixed_formats_in_one_call(level: str, tokens: list[list[int]
 
 
 @levels
-@pytest.mark.parametrize("activation", module.ACTIVATIONS)
+@pytest.mark.parametrize("activation", [one for one in module.ACTIVATIONS if one in ACTIVATIONS])
 @pytest.mark.parametrize("gated", [False, True])
 def test_activations_equal_torch(level: str, activation: str, gated: bool) -> None:
     x_TD = normal(5, 72) * torch.tensor([0.01, 0.3, 1.0, 10.0, 300.0])[:, None]

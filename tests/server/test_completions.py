@@ -14,10 +14,27 @@ from moefit.server.service import Service
 URL = "/v1/completions"
 
 
+Running = tuple[TestClient, FakeEngine, Service]
+
+
 @pytest.fixture
-def running(served: ServedModel) -> Iterator[tuple[TestClient, FakeEngine, Service]]:
+def own_server(served: ServedModel) -> Iterator[Running]:
+    """For tests that change the engine."""
     with fake_service(served, answers=8) as (service, engine), client_of(service) as client:
         yield client, engine, service
+
+
+@pytest.fixture(scope="module")
+def one_server(served: ServedModel) -> Iterator[Running]:
+    with fake_service(served, answers=8) as (service, engine), client_of(service) as client:
+        yield client, engine, service
+
+
+@pytest.fixture
+def running(one_server: Running) -> Running:
+    """The server of all tests, before its first request."""
+    one_server[1].submitted.clear()
+    return one_server
 
 
 def made(served: ServedModel, last: int, count: int) -> list[int]:
@@ -104,8 +121,8 @@ def test_echo_without_generation(running, served) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_offsets_count_characters(running, served) -> None:
-    client, engine, _ = running
+def test_offsets_count_characters(own_server, served) -> None:
+    client, engine, _ = own_server
     tokens = ids_of(served, "é😀!")
     engine.tokens = lambda prompt: tokens
     (choice,) = client.post(URL, json={"prompt": "x", "logprobs": 2}).json()["choices"]
@@ -144,8 +161,8 @@ def test_stream_without_usage(running) -> None:
     assert all("usage" not in frame for frame in frames)
 
 
-def test_stop_text_ends_output(running, served) -> None:
-    client, engine, _ = running
+def test_stop_text_ends_output(own_server, served) -> None:
+    client, engine, _ = own_server
     engine.tokens = lambda prompt: ids_of(served, "one two three")
     for stop in ("two", ["zzz", "two"]):
         answer = client.post(URL, json={"prompt": "x", "stop": stop}).json()
@@ -330,22 +347,22 @@ def test_too_many_logprobs_raise(served) -> None:
         assert client.post(URL, json=plain).status_code == 200
 
 
-def test_failed_choice_cancels_others(running) -> None:
-    client, engine, _ = running
+def test_failed_choice_cancels_others(own_server) -> None:
+    client, engine, _ = own_server
     error_of(client.post(URL, json={"prompt": [[5], [5] * 500], "max_tokens": 50}), 400)
     assert len(engine.submitted) == 1 and engine.cancelled == ["request-0"]
 
 
-def test_full_queue_is_retryable(running) -> None:
-    client, engine, _ = running
+def test_full_queue_is_retryable(own_server) -> None:
+    client, engine, _ = own_server
     engine.full = True
     response = client.post(URL, json={"prompt": "a"})
     assert error_of(response, 429)["type"] == "rate_limit_error"
     assert response.headers["retry-after"] == "1"
 
 
-def test_model_failure_is_reported(running) -> None:
-    client, engine, _ = running
+def test_model_failure_is_reported(own_server) -> None:
+    client, engine, _ = own_server
     engine.fail[(5, 6)] = "OSError: Input/output error: '/home/her/models/shard-1.safetensors'"
     error = error_of(client.post(URL, json={"prompt": [5, 6]}), 500)
     assert error["code"] == "failed" and error["type"] == "server_error"
@@ -358,8 +375,8 @@ def test_model_failure_is_reported(running) -> None:
     assert not engine.cancelled
 
 
-def test_stream_errors_are_events(running, monkeypatch) -> None:
-    client, _, service = running
+def test_stream_errors_are_events(own_server, monkeypatch) -> None:
+    client, _, service = own_server
     asked_for: list[int] = []
 
     def name(token: int) -> str:
@@ -375,8 +392,8 @@ def test_stream_errors_are_events(running, monkeypatch) -> None:
     assert last["error"]["type"] == "server_error" and "log" in last["error"]["message"]
 
 
-def test_shutdown_rejects_requests(running) -> None:
-    client, _, service = running
+def test_shutdown_rejects_requests(own_server) -> None:
+    client, _, service = own_server
     service.draining = True
     assert error_of(client.post(URL, json={"prompt": "a"}), 503)["code"] == "shutting_down"
     assert client.get("/health").status_code == 503

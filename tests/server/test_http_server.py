@@ -159,6 +159,7 @@ def test_client_that_never_reads_is_closed(served) -> None:
         assert _healthy(here)
 
 
+@pytest.mark.slow
 def test_unread_complete_response_is_closed(served) -> None:
     with site(served, pause=0.0, wait_seconds=1, idle_seconds=1) as here:
         lazy = here.ask(ahead=1024, **LONG, max_tokens=250)

@@ -191,6 +191,7 @@ def killed_after_two_checkpoints(path, out):
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_exactly(tree, tmp_path, callback):
     """A killed run has only complete checkpoints and resumes to the same result."""
     tree |= {"steps": 12, "checkpoint": {"every": 1, "keep": 2}}

@@ -410,7 +410,10 @@ def test_generate_prints_beam_search_output(tmp_path: Path) -> None:
         assert "not followed from the model's generation_config.json: dola_layers" in done.stderr
 
 
-@pytest.mark.parametrize("damage", ["{", '{"temperature": "hot"}', "[]", '{"top_k": -7}'])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in ('{"temperature": "hot"}', "[]")]
+
+
+@pytest.mark.parametrize("damage", ["{", '{"top_k": -7}', *SLOW])
 def test_measurements_ignore_generation_config(reference, damage: str, tmp_path: Path) -> None:
     folder, text = reference[0], tmp_path / "text.txt"
     text.write_text("import os, sys\n" * 40)

@@ -157,7 +157,13 @@ def test_kernels_compute_what_they_know(name, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        pytest.param({"num_return_sequences": 2, "num_beams": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_generation(name, how, tmp_path) -> None:
     """Beams and batches give each sequence what it gets alone; padding changes nothing."""

@@ -152,6 +152,7 @@ print(before, peak_process_bytes(), served.budget.all_resident_bytes)
 """
 
 
+@pytest.mark.slow
 def test_estimate_includes_first_use(tmp_path: Path) -> None:
     """A model of 250 kB, for which the first use of libraries dominates."""
     saved(tiny("Mixtral"), tmp_path)

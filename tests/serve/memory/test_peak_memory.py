@@ -120,6 +120,7 @@ print(memory, peak_process_bytes())
 """
 
 
+@pytest.mark.slow
 def test_many_shapes_stay_within_budget() -> None:
     """In bfloat16 each number of rows would cache a program: 200 MiB here."""
     done = subprocess.run(
