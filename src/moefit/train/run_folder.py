@@ -256,7 +256,7 @@ class StepProfiler:
     def __init__(
         self, out: Path, steps: tuple[int, int] | None, *, rank: int, device: torch.device
     ):
-        self._folder, self._rank = out / PROFILE, rank
+        self._folder, self._name = out / PROFILE, str(rank)
         self._first, self._last = steps or (0, 0)
         self._on_gpu = device.type == "cuda"
         self._profile: profile | None = None
@@ -265,6 +265,8 @@ class StepProfiler:
         """Begin to record at the first of the steps, or of those that are left of a resumed run."""
         if self._profile is not None or not self._first <= step <= self._last:
             return
+        if step > self._first:  # beside the files of the steps before
+            self._name = f"{self._name}-from-step-{step}"
         activities = [ProfilerActivity.CPU]
         if self._on_gpu:
             activities.append(ProfilerActivity.CUDA)
@@ -282,12 +284,12 @@ class StepProfiler:
         if self._profile is None or (step < self._last and not stopping):
             return None
         self._profile.stop()
-        trace = self._folder / f"trace-{self._rank}.json.gz"
+        trace = self._folder / f"trace-{self._name}.json.gz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(trace))
             if self._on_gpu:
-                snapshot = self._folder / f"memory-{self._rank}.pickle"
+                snapshot = self._folder / f"memory-{self._name}.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))
         except (OSError, RuntimeError) as error:
             return f"the profile cannot be written into {self._folder}: {error}"
