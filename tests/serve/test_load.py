@@ -258,3 +258,15 @@ def test_blocks_have_depth(folder: Path) -> None:
     with load_model(folder, LoadSettings(context=64)) as served:
         depths = [block.depth for block in served.blocks.values()]
     assert depths == [(n + 0.5) / len(depths) for n in range(len(depths))]
+
+
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_experts_with_biases_in_float16(tmp_path: Path, precision: str) -> None:
+    """Kernels know biases in float32 and bfloat16 alone."""
+    folder = saved(tiny("GptOss"), tmp_path)
+    with load_model(folder, LoadSettings(context=64, dtype=torch.float16)) as plain:
+        expected = logits(plain.model, tokens(1, 9))
+    settings = LoadSettings(context=64, dtype=torch.float16, precision=precision)
+    with load_model(folder, settings) as served:
+        found = logits(served.model, tokens(1, 9))
+    assert differs_by(found, expected) < 0.05

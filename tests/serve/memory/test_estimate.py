@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import Qwen2MoeConfig
 
 from moefit.cache_argument import returned_cache
 from moefit.checkpoint.safetensors import SINGLE, Checkpoint
+from moefit.errors import BudgetTooSmallError
 from moefit.host import peak_process_bytes, process_bytes
 from moefit.quant.cpu_kernels import kernels
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.quant_linear import quantizable_modules
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.load import load_model
 from moefit.serve.memory.activations import (
     FIRST_USE,
     KERNEL_FIRST_USE,
@@ -23,6 +26,7 @@ from moefit.serve.memory.activations import (
     workspace_bytes,
 )
 from moefit.serve.memory.estimate import (
+    RUN_TO_RUN,
     encoding_bytes,
     held_bytes,
     memory_budget,
@@ -200,6 +204,15 @@ def test_encoding_counts_the_encoded_matrix_beside_the_originals(tmp_path: Path)
     most = max(one.get_parameter("weight").numel() for one in matrices)
     found = encoding_bytes(skeleton, settings) - own
     assert most < found < 2 * most  # a byte per weight, and scales
+
+
+def test_least_budget_includes_what_encoding_takes(tmp_path: Path) -> None:
+    folder = saved(tiny("Mixtral", vocab_size=300_000, hidden_size=64), tmp_path)
+    settings = LoadSettings(context=64, dense_precision="int4")
+    least = memory_budget(build_skeleton(folder), settings).min_bytes
+    load_model(folder, replace(settings, memory=least + RUN_TO_RUN)).close()
+    with pytest.raises(BudgetTooSmallError, match="while they are being encoded"):
+        load_model(folder, replace(settings, memory=least - RUN_TO_RUN))
 
 
 def reset_peak() -> None:
