@@ -274,14 +274,13 @@ class StepProfiler:
         self._profile = profile(activities=activities, profile_memory=True)
         self._profile.start()
 
-    def after(self, step: int, *, stopping: bool) -> str | None:
-        """Write the files if the step is the last; return what to say about them.
+    def after(self, step: int) -> str | None:
+        """Write the files if the step is the last; return what to say about them."""
+        return self.finish() if step == self._last else None
 
-        Args:
-            step: That has been taken.
-            stopping: Whether no other follows in this process.
-        """
-        if self._profile is None or (step < self._last and not stopping):
+    def finish(self) -> str | None:
+        """Write the files of what is being recorded, if anything; return what to say about them."""
+        if self._profile is None:
             return None
         self._profile.stop()
         trace = self._folder / f"trace-{self._name}.json.gz"

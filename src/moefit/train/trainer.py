@@ -274,13 +274,13 @@ class Trainer:
             step += 1
             self.profiler.before(step)
             values = self._timed_step(step)
+            self._say(self.profiler.after(step))
             seconds = self.seconds_before + time.perf_counter() - start
             self._report(step, {**values, "seconds": seconds}, stopped_by)
             signal = stopped_by()
-            if said := self.profiler.after(step, stopping=bool(signal)):
-                self.callback.on_message(said)
             if signal or step == steps or step % self.config.checkpoint.every == 0:
                 self._save(step, seconds)
+        self._say(self.profiler.finish())  # a signal came within its steps
         self.saver.finish()
         if step == steps:  # skipped above if the signal came during the last step
             self._evaluate(step, seconds, lambda: 0)
@@ -290,6 +290,10 @@ class Trainer:
             held_out_loss=self.held_out_loss,
             stopped_by=Signals(signal).name if signal and step < steps else None,
         )
+
+    def _say(self, message: str | None) -> None:
+        if message is not None:
+            self.callback.on_message(message)
 
     def _timed_step(self, step: int) -> dict[str, float]:
         began = time.perf_counter()
