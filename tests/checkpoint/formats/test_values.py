@@ -283,3 +283,13 @@ def test_tensors_that_other_experts_have_must_exist(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=r"experts.1.* lacks the zero points .*experts.[02]"):
         find_weights(Checkpoint(tmp_path).spans, declaration(config), torch.bfloat16)
+
+
+def test_codes_that_are_no_numbers_raise(tmp_path: Path) -> None:
+    stored, _ = quantised.fp8_tensor(weight(48, 64))
+    stored["weight"].view(torch.uint8)[1, 5] = 255
+    checkpoint, one = found(tmp_path, stored)
+    with pytest.raises(CheckpointError, match=r"up_proj.weight .*not numbers"):
+        checkpoint.tensor(one)
+    with pytest.raises(CheckpointError, match=r"up_proj.weight .*not numbers"):
+        one.read_codes(checkpoint.reader)
