@@ -83,7 +83,7 @@ print(held - before, peak, process_bytes() - held, max(0, peak_process_bytes() -
     ("make", "size", "longest", "kind"),
     [
         (byte_pairs, 32_000, 8, None),
-        (pieces, 32_000, 7, "T5Tokenizer"),
+        pytest.param(pieces, 32_000, 7, "T5Tokenizer", marks=pytest.mark.slow),
         pytest.param(byte_pairs, 32_000, 24, "Qwen2Tokenizer", marks=pytest.mark.slow),
         pytest.param(pieces, 32_000, 24, None, marks=pytest.mark.slow),
         pytest.param(byte_pairs, 151_000, 24, "Qwen2Tokenizer", marks=pytest.mark.slow),

@@ -178,6 +178,7 @@ from tiny_served import tokens
 )
 
 
+@pytest.mark.slow  # a process of its own
 def test_killed_calibration_resumes_without_text(
     folder: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
