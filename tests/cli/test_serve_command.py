@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import moefit
 from moefit.cli import app, chat, serve
 from moefit.cli.options import read_options
-from moefit.errors import ConfigError
+from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
@@ -82,6 +82,20 @@ def test_memory_auto_begins_with_what_is_free(given) -> None:
 def test_memory_auto_raises_where_it_cannot_be(given, arguments: list[str], says: str) -> None:
     error = RUNNER.invoke(app, arguments).exception
     assert isinstance(error, ConfigError) and says in str(error)
+
+
+def test_headroom_may_be_nothing(given) -> None:
+    assert RUNNER.invoke(app, ["serve", "--memory-headroom", "0"]).exit_code == 0
+    assert given[0][4].headroom == 0
+
+
+def test_too_little_free_memory_is_explained() -> None:
+    settings = serve.FollowSettings(follows=True, least=None, most=None, headroom=1 << 30)
+    with (
+        pytest.raises(BudgetTooSmallError, match=r"1.00 GiB stay free .*; below"),
+        settings.explained(),
+    ):
+        raise BudgetTooSmallError("below")
 
 
 def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from threading import Thread
 from time import monotonic
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from fake_engine import FakeEngine
@@ -15,6 +16,7 @@ from serving_http import client_of, error_of, fake_service
 
 import moefit
 from moefit.engine.invariance import Invariance, Uncovered
+from moefit.errors import BudgetTooSmallError
 from moefit.serve.memory.follow import BudgetFollower, BudgetRule, MemoryReading
 from moefit.serve.model import ServedModel
 from moefit.serve.stats import RECOVERY, LoadFailures
@@ -184,7 +186,7 @@ def test_budget_and_mode_change_together(running, served) -> None:
     assert service.telemetry.changes == {"ok": 1}
 
 
-def test_budget_follows_free_memory_until_one_is_set(running, served) -> None:
+def test_budget_follows_free_memory_until_one_is_set(running, served, monkeypatch) -> None:
     client, _, service = running
     assert client.get(URL).json()["following"] is None
     refused = client.post(URL, json={"bytes": "auto"})
@@ -202,6 +204,11 @@ def test_budget_follows_free_memory_until_one_is_set(running, served) -> None:
     }  # fmt: skip
     assert 2.8 * (1 << 30) < memory["budget"]["total"] < 3 << 30
     assert memory["mode"] == "virtual"
+    monkeypatch.setattr(service.follower, "_apply", Mock(side_effect=BudgetTooSmallError("no")))
+    assert client.post(URL, json={"bytes": "4GiB"}).status_code == 200
+    error_of(client.post(URL, json={"bytes": "auto", "mode": "exact"}), 400)
+    memory = client.get(URL).json()
+    assert memory["mode"] == "virtual" and not memory["following"]["active"], "nothing changed"
     memory = client.post(URL, json={"bytes": "4GiB"}).json()
     assert not memory["following"]["active"] and memory["budget"]["total"] == 4 << 30
     service.follower.close()

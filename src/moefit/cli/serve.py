@@ -179,28 +179,25 @@ class ServerOptions:
 
     def follow(self, options: ServingOptions) -> FollowSettings:
         """Return how the budget may follow free memory. Raises ConfigError for invalid sizes."""
-        sizes = [
+        least, most = (
             None if one is None else parse_bytes(one) for one in (self.memory_min, self.memory_max)
-        ]
-        least, most = sizes
+        )
         if least is not None and most is not None and least > most:
             raise ConfigError(
                 f"--memory-min {self.memory_min} is larger than --memory-max {self.memory_max}"
             )
-        headroom = self.memory_headroom
-        headroom, given = self.memory_headroom, self.memory_headroom or least or most
-        follows = options.memory == AUTO_MEMORY
+        follows, headroom = options.memory == AUTO_MEMORY, self.memory_headroom
         on_cpu = planned_device(options.device).type == "cpu"
-        if (follows or given) and (options.has_plan or not on_cpu):
+        if (follows or headroom or least or most) and (options.has_plan or not on_cpu):
             raise ConfigError(
                 "--memory auto and its limits (--memory-min, --memory-max, --memory-headroom) are "
                 "for models on a CPU and without a plan; give a size, such as --memory 4GiB"
             )
-        if headroom is not None and headroom.strip() != "0":
-            room = parse_bytes(headroom)
+        if headroom is None:
+            free = default_headroom()
         else:
-            room = default_headroom() if headroom is None else 0
-        return FollowSettings(follows=follows, least=least, most=most, headroom=room)
+            free = 0 if headroom.strip() == "0" else parse_bytes(headroom)
+        return FollowSettings(follows=follows, least=least, most=most, headroom=free)
 
     def server(self, model: str) -> ServerSettings:
         """Return the settings of the HTTP server. Raises ConfigError for an invalid key."""

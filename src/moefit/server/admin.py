@@ -16,6 +16,7 @@ import moefit
 from moefit.engine.invariance import Invariance
 from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan
+from moefit.serve.config import Policy
 from moefit.serve.memory.budget import parse_bytes
 from moefit.serve.memory.follow import AUTO_MEMORY, BudgetFollower
 from moefit.serve.model import ServedModel
@@ -196,16 +197,9 @@ def memory_state(service: Service) -> MemoryState:
     if live:
         limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
     same = (
-        *("mode", "prefill", "kv_cache_dtype"),
-        *(
-            "process_bytes",
-            "peak_process_bytes",
-            "slot_bytes",
-            "spare_bytes",
-            "checkpoint",
-            "adapter",
-        ),
-    )
+        "mode", "prefill", "kv_cache_dtype", "process_bytes", "peak_process_bytes", "slot_bytes",
+        "spare_bytes", "checkpoint", "adapter",
+    )  # fmt: skip
     return MemoryState(
         model=service.settings.name,
         bound=engine.served.policy.bound,
@@ -294,10 +288,17 @@ def _follow(service: Service, body: MemoryRequest) -> None:
             "the budget of this server cannot follow free memory, because it has a plan or the "
             "model is on a GPU; give a size, such as 4GiB"
         )
-    if rest := body.model_fields_set - {"bytes"}:
+    served, rest = service.engine.served, body.model_fields_set - {"bytes"}
+    before = served.policy
+    if rest:
         others = MemoryRequest(**body.model_dump(include=rest))
         service.engine.between_steps(lambda: _change(service, others))
-    follower.resume()
+    try:
+        follower.resume()
+    except BaseException:
+        if rest:
+            service.engine.between_steps(lambda: _restore_mode(served, before))
+        raise
 
 
 def _change(service: Service, body: MemoryRequest) -> None:
@@ -318,8 +319,12 @@ def _apply(served: ServedModel, body: MemoryRequest) -> None:
         try:
             served.set_memory(body.bytes)
         except BaseException:
-            served.set_mode(before.mode, prefill=before.prefill, bound=before.bound)
+            _restore_mode(served, before)
             raise
+
+
+def _restore_mode(served: ServedModel, before: Policy) -> None:
+    served.set_mode(before.mode, prefill=before.prefill, bound=before.bound)
 
 
 def model_card(service: Service) -> ModelCard:

@@ -6,6 +6,7 @@ it is; `quantisation.py` refuses it by name if the model needs it.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -93,15 +94,15 @@ def _check_complete(weights: Sequence[EncodedTensor], declared: Declared | None)
 
     Without zero points, for example, values would be wrong without an error.
     """
-    had: dict[tuple[str, Encoding], dict[str, str]] = {}  # by experts of a layer: part, and by whom
+    # For experts of a layer that are stored alike: the parts that any of them has, and its name.
+    owners_of: dict[tuple[str, Encoding], dict[str, str]] = defaultdict(dict)
     for weight in weights:
-        siblings = had.setdefault((_EXPERT.sub("#", weight.name), weight.encoding), {})
-        siblings |= {part: weight.name for part, _ in weight.parts}
+        key = _EXPERT.sub("#", weight.name), weight.encoding
+        owners_of[key] |= {part: weight.name for part, _ in weight.parts}
     for weight in weights:
         parts = dict(weight.parts)
-        siblings = had[_EXPERT.sub("#", weight.name), weight.encoding]
         needed = dict.fromkeys(_declared_parts(weight.encoding, declared), "its format")
-        needed |= siblings
+        needed |= owners_of[_EXPERT.sub("#", weight.name), weight.encoding]
         for part, owner in needed.items():
             if part in _OPTIONAL and part not in parts:
                 raise CheckpointError(
