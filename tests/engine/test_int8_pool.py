@@ -32,7 +32,7 @@ def states(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[
 def cache_of(**lengths: int) -> VarlenCache:
     cache = VarlenCache(KvPool(PLACES, int8=True))
     for name, length in lengths.items():
-        cache.pool.allocate(name, length)
+        cache.pool.open(name, length)
     return cache
 
 
@@ -44,7 +44,7 @@ class Request:
         self.states = states(tokens, seed, dtype)
 
     def take(self, cache: VarlenCache, new: int) -> tuple[Segment, list[Tensor]]:
-        start = cache.pool.extents.start(self.name)
+        start = cache.pool.places.start(self.name)
         segment = Segment(start=start, past=self.past, new=new)
         parts = [one[:, :, self.past : self.past + new] for one in self.states]
         self.past += new
@@ -107,9 +107,9 @@ def test_scales_move_with_their_rows() -> None:
     moved, kept = (Request("it", 40, 3, torch.float32) for _ in range(2))
     step(cache, [moved.take(cache, 35)])
     step(still, [kept.take(still, 35)])
-    cache.pool.extents.release("gone")
-    cache.pool.allocate("new", 35)  # the 30 places in front and 10 behind are in two pieces
-    assert cache.pool.extents.start("it") == 0
+    cache.pool.places.close("gone")
+    cache.pool.open("new", 35)  # the 30 places in front and 10 behind are in two pieces
+    assert cache.pool.places.start("it") == 0
     after, before = step(cache, [moved.take(cache, 1)]), step(still, [kept.take(still, 1)])
     assert torch.equal(after[0], before[0])
 
@@ -138,7 +138,7 @@ def test_keys_and_values_take_what_the_estimate_reserved(family, dtype, tmp_path
         assert runner.cache.pool.nbytes == served.budget.kv_cache
         assert served.budget.kv_cache * width * dtype.itemsize == own * (width + 4)
         runner.cache.pool.check()
-        assert runner.cache.pool.extents.free == 50
+        assert runner.cache.pool.places.free == 50
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])

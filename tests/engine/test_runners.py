@@ -67,7 +67,7 @@ def test_kv_cache_matches_estimate(family, tmp_path):
         assert isinstance(runner, VarlenRunner)
         assert 0 < runner.cache.pool.nbytes <= served.budget.kv_cache
         runner.cache.pool.check()
-        assert runner.cache.pool.extents.free == 50
+        assert runner.cache.pool.places.free == 50
 
 
 def held_tensors(value):

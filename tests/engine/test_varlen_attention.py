@@ -55,11 +55,11 @@ class Texts:
         self.cache.gather = gathers
         self.past = [0, 0, 0]
         for number in range(3):
-            self.cache.pool.allocate(str(number), 20)
+            self.cache.pool.open(str(number), 20)
 
     def step(self, new: dict[int, int], *, window: int | None = None, **how):
         """Return pairs of actual and expected output, by request."""
-        extents = self.cache.pool.extents
+        extents = self.cache.pool.places
         segments = [
             Segment(start=extents.start(str(n)), past=self.past[n], new=count)
             for n, count in new.items()
@@ -124,9 +124,9 @@ def test_moved_keys_stay_valid() -> None:
     texts = Texts()
     for new in STEPS[:3]:
         texts.step(new)
-    texts.cache.pool.extents.release("0")
-    texts.cache.pool.allocate("new", 22)  # 20 at the front and 4 behind: the others move together
-    assert texts.cache.pool.extents.start("1") == 0
+    texts.cache.pool.places.close("0")
+    texts.cache.pool.open("new", 22)  # 20 at the front and 4 behind: the others move together
+    assert texts.cache.pool.places.start("1") == 0
     texts.cache.pool.check()
     texts.step({1: 1, 2: 1})
     texts.step({1: 2, 2: 1})

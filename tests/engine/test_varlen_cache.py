@@ -13,12 +13,12 @@ def cache_of(*requests: int, gathers: bool = False) -> VarlenCache:
     cache = VarlenCache(KvPool(PLACES))
     cache.gather = gathers
     for number, length in enumerate(requests):
-        cache.pool.allocate(str(number), length)
+        cache.pool.open(str(number), length)
     return cache
 
 
 def segment(cache: VarlenCache, request: int, *, past: int, new: int) -> Segment:
-    return Segment(start=cache.pool.extents.start(str(request)), past=past, new=new)
+    return Segment(start=cache.pool.places.start(str(request)), past=past, new=new)
 
 
 def states(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from time import monotonic
-from typing import Literal
+from typing import Literal, get_args
 
+from moefit.engine.prefix.cache import PrefixStats
 from moefit.errors import ConfigError
 
 _RECENT = 5.0  # seconds
@@ -29,6 +30,7 @@ class EngineStats:
         tokens_per_second: Generation throughput over the last five seconds.
         steps: Forward passes since the engine was created.
         runner: "packed" (variable-length batches) or "separate" (one request at a time).
+        prefixes: Keys and values that requests may reuse; None if each has a cache of its own.
     """
 
     running: int
@@ -40,6 +42,7 @@ class EngineStats:
     tokens_per_second: float
     steps: int
     runner: str
+    prefixes: PrefixStats | None = None
 
 
 class TokenRate:
@@ -73,6 +76,10 @@ class TokenRate:
             self._recent.popleft()
 
 
+ReuseSetting = Literal["auto", "on", "off"]
+"""Whether keys and values of earlier prompts are reused; see `EngineSettings`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """How requests share the model.
@@ -86,6 +93,8 @@ class EngineSettings:
         deterministic: Compute requests one by one where they would otherwise change each other's
             answers, settle formats of experts before the first, and refuse modes in which answers
             depend on resident experts.
+        prefix_cache: Whether keys and values of earlier prompts are reused: "auto" (where answers
+            are the same bits as without), "on" (where it is possible) or "off".
     """
 
     max_concurrency: int = 16
@@ -93,14 +102,18 @@ class EngineSettings:
     prefill_chunk: int = 128
     max_waiting: int = 1024
     deterministic: bool = False
+    prefix_cache: ReuseSetting = "auto"
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""
+        if self.prefix_cache not in get_args(ReuseSetting):
+            known = ", ".join(get_args(ReuseSetting))
+            raise ConfigError(f"prefix_cache={self.prefix_cache!r} is not one of {known}")
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "max_model_len":
                 continue
-            if field.name == "deterministic":
+            if field.name in ("deterministic", "prefix_cache"):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{field.name}={value!r}: must be a whole number, 1 or more")
@@ -132,6 +145,7 @@ class SamplingParams:
         logprobs: Number of most probable tokens to return with each generated token; 0 returns the
             chosen token's log-probability only, None returns nothing.
         prompt_logprobs: The same for each prompt token except the first.
+        cache_salt: Only requests with the same salt reuse each other's keys and values.
     """
 
     max_tokens: int
@@ -149,6 +163,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +220,7 @@ class FinishedEvent:
         completion_tokens: Tokens generated.
         text: Remaining text that was held back until now.
         message: Error message if `reason` is "error".
+        cached_tokens: Tokens of the prompt whose keys and values were reused.
     """
 
     reason: FinishReason
@@ -212,6 +228,7 @@ class FinishedEvent:
     completion_tokens: int
     text: str = ""
     message: str = ""
+    cached_tokens: int = 0
 
 
 Event = PromptEvent | TokenEvent | FinishedEvent

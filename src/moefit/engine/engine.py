@@ -27,6 +27,7 @@ from moefit.engine.api import (
     TokenRate,
 )
 from moefit.engine.invariance import Invariance, of_policy
+from moefit.engine.prefix.reuse import Coverage, PrefixReuse
 from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
 from moefit.engine.sampler import NOT_FINITE, Choice, sample
@@ -97,6 +98,7 @@ class Engine:
         self._runner, self._invariance = prepared(
             served, self.settings, context, self.max_model_len
         )
+        self._reuse = PrefixReuse(served, self._runner, self.settings.prefix_cache)
         self._scheduler = Scheduler(
             Limits(
                 tokens=context,
@@ -141,6 +143,11 @@ class Engine:
         """Whether answers depend on other requests, in the mode in force."""
         also = of_policy(self.served.policy, adapts=self.served.adapts_precision)
         return replace(self._invariance, not_covered=(*also, *self._invariance.not_covered))
+
+    @property
+    def prefix_coverage(self) -> Coverage:
+        """Whether requests reuse keys and values of earlier ones, in the mode in force."""
+        return self._reuse.coverage(self.invariance)
 
     @property
     def steps_fail(self) -> bool:
@@ -254,6 +261,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return current load and totals."""
+        prefixes = self._runner.prefixes
         with self._changed:
             return EngineStats(
                 running=len(self._scheduler.running),
@@ -265,6 +273,7 @@ class Engine:
                 tokens_per_second=self._rate.per_second(),
                 steps=self._steps,
                 runner=self._runner.name,
+                prefixes=None if prefixes is None else prefixes.stats(),
             )
 
     def check(self) -> None:
@@ -273,6 +282,8 @@ class Engine:
             self._scheduler.check()
             known = {*self._scheduler.running, *self._scheduler.waiting}
             assert known == self._requests.keys(), known ^ self._requests.keys()
+            if self._runner.prefixes is not None and not known:
+                self._runner.prefixes.check()
 
     def _prompt_logits_rows(self) -> int:
         """Return how many prompt tokens may have their logits in memory at once."""
@@ -320,17 +331,27 @@ class Engine:
         for name in cancelled:
             self._finish(name, "cancelled")
         with self._changed:
-            for name in self._scheduler.admit():
-                self._begin(self._requests[name])
+            admitted = [self._requests[name] for name in self._scheduler.admit()]
+        for state in admitted:  # without the lock, which callers of `submit` wait for
+            self._begin(state)
+        with self._changed:
             scheduled = self._scheduler.plan()
         if scheduled:
             self._step(scheduled)
 
     def _begin(self, state: RequestState) -> None:
-        """Reserve KV cache for an admitted request."""
+        """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
-        tokens = len(state.prompt) + state.sampling.max_tokens
-        self._isolated(state, lambda: self._runner.open(state.name, tokens))
+        self._isolated(state, lambda: self._open(state))
+
+    def _open(self, state: RequestState) -> None:
+        sampling = state.sampling
+        prefix = None
+        if sampling.prompt_logprobs is None:  # those need all logits of the prompt
+            prefix = self._reuse.prefix_of(state.prompt, sampling.cache_salt, self.invariance)
+        tokens = len(state.prompt) + sampling.max_tokens
+        state.cached_tokens = self._runner.open(state.name, tokens, prefix)
+        self._scheduler.skip(state.name, state.cached_tokens)
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
@@ -389,6 +410,7 @@ class Engine:
             self._steps += 1
             for chunk, state in zip(scheduled, states, strict=True):
                 self._scheduler.advance(chunk)
+                self._runner.extend(chunk.request, state.tokens, chunk.stop)
                 read = min(chunk.stop, len(state.prompt)) - chunk.start
                 self._prompt_tokens += max(0, read)
 
@@ -403,18 +425,18 @@ class Engine:
 
     def _remove(self, name: str) -> None:
         with self._changed:
-            if self._requests.pop(name, None) is None:
+            if (state := self._requests.pop(name, None)) is None:
                 return
             running = name in self._scheduler.running
             self._scheduler.remove(name)
             self._changed.notify_all()
             if running:
-                self._release(name)
+                self._release(name, keep=not state.failed)
 
-    def _release(self, name: str) -> None:
+    def _release(self, name: str, *, keep: bool) -> None:
         """Free a request's KV cache; an error must not prevent its last event."""
         try:
-            self._runner.close(name)
+            self._runner.close(name, keep=keep)
         except BaseException:  # noqa: BLE001 - any error in a runner
             _LOG.exception("the KV cache of request %s could not be freed", name)
 

@@ -1,101 +1,20 @@
-"""Keys and values of all running requests in one preallocated pool.
+"""Keys and values of requests in one preallocated pool.
 
-`Extents` assigns each request a contiguous range of the pool, in plain Python; `KvPool` holds the
-tensors and moves their contents.
+`KvPool` holds the tensors and moves their contents; `PrefixCache` decides which request lies where,
+and which keys and values of earlier ones stay.
 
 Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from moefit.engine.prefix.cache import PrefixCache
+from moefit.engine.prefix.places import Move
+from moefit.engine.prefix.tree import Prefix
 from moefit.quant.kv_int8 import Int8Rows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
-    """Copy a request's range from `source` to `target`; the two may overlap."""
-
-    name: str
-    source: int
-    target: int
-
-
-class Extents:
-    """Assign contiguous ranges of `places` places to names."""
-
-    def __init__(self, places: int):
-        self.places = places
-        self._starts: dict[str, int] = {}  # sorted by first place
-        self._sizes: dict[str, int] = {}
-
-    @property
-    def free(self) -> int:
-        """Number of unassigned places."""
-        return self.places - sum(self._sizes.values())
-
-    def start(self, name: str) -> int:
-        """Return the first place of a range."""
-        return self._starts[name]
-
-    def size(self, name: str) -> int:
-        """Return the number of places of a range."""
-        return self._sizes[name]
-
-    def allocate(self, name: str, size: int) -> tuple[Move, ...]:
-        """Assign `size` places to a name.
-
-        Args:
-            name: Owner of the range.
-            size: Number of places, at most `free`.
-
-        Returns:
-            Moves to carry out, in order, before the range is used.
-        """
-        assert name not in self._sizes, name
-        assert 0 < size <= self.free, f"{size} of {self.free} free places"
-        moves: tuple[Move, ...] = ()
-        if (start := self._find_gap(size)) is None:
-            moves = self._compact()
-            start = self.places - self.free
-        self._starts[name], self._sizes[name] = start, size
-        self._starts = dict(sorted(self._starts.items(), key=lambda item: item[1]))
-        return moves
-
-    def release(self, name: str) -> None:
-        """Free a name's range, if it has one."""
-        self._starts.pop(name, None)
-        self._sizes.pop(name, None)
-
-    def check(self) -> None:
-        """Raise AssertionError if ranges overlap or exceed the pool."""
-        assert self._starts.keys() == self._sizes.keys()
-        end = 0
-        for name, start in self._starts.items():
-            assert start >= end, f"{name} begins at {start}, the one before it ends at {end}"
-            end = start + self._sizes[name]
-        assert end <= self.places
-
-    def _find_gap(self, size: int) -> int | None:
-        end = 0
-        for name, start in self._starts.items():
-            if start - end >= size:
-                return end
-            end = start + self._sizes[name]
-        return end if self.places - end >= size else None
-
-    def _compact(self) -> tuple[Move, ...]:
-        """Move all ranges to the front, without gaps between them."""
-        moves, end = [], 0
-        for name, start in self._starts.items():
-            if start != end:
-                moves.append(Move(name=name, source=start, target=end))
-                self._starts[name] = end
-            end += self._sizes[name]
-        return tuple(moves)
-
 
 _MOVE_TOKENS = 256  # tokens copied at a time, to bound the extra memory
 
@@ -109,7 +28,7 @@ class KvPool:
     """
 
     def __init__(self, places: int, *, int8: bool = False):
-        self.extents, self.int8 = Extents(places), int8
+        self.places, self.int8 = PrefixCache(places), int8
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -117,10 +36,20 @@ class KvPool:
         """Size of all layers in bytes; 0 before the first step."""
         return sum(one.nbytes for pair in self._layers.values() for one in _tensors(pair))
 
-    def allocate(self, name: str, size: int) -> None:
-        """Reserve places for a request; moves other requests if the free space is fragmented."""
-        for move in self.extents.allocate(name, size):
-            self._move(move)
+    def open(self, name: str, size: int, prefix: Prefix | None = None) -> int:
+        """Reserve places for a request; moves others if the free space is fragmented.
+
+        Args:
+            name: Request id.
+            size: Number of tokens.
+            prefix: See `PrefixCache.open`.
+
+        Returns:
+            The number of tokens at the start of the prompt whose keys and values are there.
+        """
+        opened = self.places.open(name, size, prefix)
+        self._move(opened.moves)
+        return opened.cached
 
     def layer(self, index: int, key_1GRC: Tensor, value_1GRC: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [G, P, C] of a layer, creating them on first use.
@@ -149,25 +78,32 @@ class KvPool:
 
     def check(self) -> None:
         """Raise AssertionError if ranges overlap or layers differ in size."""
-        self.extents.check()
+        self.places.check()
         for pair in self._layers.values():
-            assert all(one.shape[1] == self.extents.places for one in pair)
+            assert all(one.shape[1] == self.places.places for one in pair)
 
     def _allocated(self, like: Tensor) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
-            shape = like.shape[1], self.extents.places, like.shape[3]
+            shape = like.shape[1], self.places.places, like.shape[3]
             if self.int8:
                 return Int8Rows.zeros(*shape)
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-    def _move(self, move: Move) -> None:
-        """Copy towards the front in chunks, reading overlapping parts before overwriting them."""
-        size, shift = self.extents.size(move.name), move.source - move.target
-        for pair in self._layers.values():
-            for one in _tensors(pair):
-                for begin in range(move.target, move.target + size, _MOVE_TOKENS):
-                    end = min(begin + _MOVE_TOKENS, move.target + size)
-                    one[:, begin:end] = one[:, begin + shift : end + shift].clone()
+    def _move(self, moves: Iterable[Move]) -> None:
+        """Copy in chunks, reading parts that overlap before they are overwritten."""
+        for move in moves:
+            for pair in self._layers.values():
+                for one in _tensors(pair):
+                    _copy(one, move)
+
+
+def _copy(places_GP: Tensor, move: Move) -> None:
+    for begin in range(0, move.size, _MOVE_TOKENS):
+        size = min(_MOVE_TOKENS, move.size - begin)
+        source, target = move.source + begin, move.target + begin
+        chunk = places_GP[:, source : source + size]
+        apart = abs(move.source - move.target) >= size
+        places_GP[:, target : target + size] = chunk if apart else chunk.clone()
 
 
 def _tensors(pair: tuple[Tensor, Tensor]) -> list[Tensor]:

@@ -87,7 +87,13 @@ class RequestState:
         self.sampler = Sampler(sampling, context=context, suppressed=decoding.suppressed)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._arrival, self._queue_seconds = monotonic(), 0.0
-        self.finished = False
+        self.finished = self.failed = False
+        self.cached_tokens = 0  # of the prompt, whose keys and values were reused
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and completion so far."""
+        return self._tokens
 
     @property
     def num_generated(self) -> int:
@@ -138,6 +144,7 @@ class RequestState:
             return
         self.finished = True
         text, reason, message = self._flush(reason, message)
+        self.failed = reason == "error"
         self._ended(self.name)
         self._notify(
             FinishedEvent(
@@ -146,6 +153,7 @@ class RequestState:
                 completion_tokens=self.num_generated,
                 text=text,
                 message=message,
+                cached_tokens=self.cached_tokens,
             )
         )
 

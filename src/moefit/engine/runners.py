@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from moefit.cache_argument import cache_name, forward_with_cache
 from moefit.engine.kv_pool import KvPool
+from moefit.engine.prefix.cache import PrefixCache
+from moefit.engine.prefix.tree import Prefix
 from moefit.engine.varlen import Segment, VarlenCache, varlen_attention_enabled
 from moefit.errors import UnsupportedModelError
 
@@ -46,12 +48,30 @@ class Runner(Protocol):
     whole_prompts: bool
     model: PreTrainedModel
 
-    def open(self, request: str, tokens: int) -> None:
-        """Reserve KV cache for a request of `tokens` tokens."""
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Keys and values that requests may reuse; None if each has a cache of its own."""
         ...
 
-    def close(self, request: str) -> None:
-        """Free a request's KV cache."""
+    def open(self, request: str, tokens: int, prefix: Prefix | None = None) -> int:
+        """Reserve KV cache for a request.
+
+        Args:
+            request: Request id.
+            tokens: Tokens of prompt and completion.
+            prefix: The prompt, if keys and values of other requests may be reused for it.
+
+        Returns:
+            The number of tokens at the start of the prompt that are in the KV cache already.
+        """
+        ...
+
+    def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:
+        """Let other requests reuse the first `computed` of a request's tokens."""
+        ...
+
+    def close(self, request: str, *, keep: bool = True) -> None:
+        """Free a request's KV cache; `keep` as for `PrefixCache.close`."""
         ...
 
     def step(self, inputs: Sequence[RunnerInput]) -> Tensor:
@@ -74,26 +94,36 @@ class VarlenRunner:
         self._has_logits_to_keep = _accepts(model, "logits_to_keep")
         self._cache = {cache_name(model): self.cache}
 
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Keys and values that requests may reuse."""
+        return self.cache.pool.places
+
     def settle(self) -> None:
         """Set after trial steps whether the model needs gathered keys and values."""
         self.cache.gather = not self._storages <= self.cache.pool.storages()
         self._settled = True  # gathered keys have new storage in every step
 
-    def open(self, request: str, tokens: int) -> None:
-        """Reserve KV cache for a request of `tokens` tokens."""
-        self._lengths[request] = 0
-        self.cache.pool.allocate(request, tokens)
+    def open(self, request: str, tokens: int, prefix: Prefix | None = None) -> int:
+        """Reserve KV cache for a request, and return how much of its prompt is there."""
+        cached = self.cache.pool.open(request, tokens, prefix)
+        self._lengths[request] = cached
+        return cached
 
-    def close(self, request: str) -> None:
+    def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:
+        """Let other requests reuse the first `computed` of a request's tokens."""
+        self.cache.pool.places.extend(request, tokens, computed)
+
+    def close(self, request: str, *, keep: bool = True) -> None:
         """Free a request's KV cache, if any: `open` may have failed."""
         self._lengths.pop(request, None)
-        self.cache.pool.extents.release(request)
+        self.cache.pool.places.close(request, keep=keep)
 
     def step(self, inputs: Sequence[RunnerInput]) -> Tensor:
         """Return the requested logits [N, V]."""
-        extents = self.cache.pool.extents
+        places = self.cache.pool.places
         segments = [
-            Segment(start=extents.start(one.request), past=one.past, new=len(one.tokens))
+            Segment(start=places.start(one.request), past=one.past, new=len(one.tokens))
             for one in inputs
         ]
         held = sum(self._lengths.values()) + sum(
@@ -163,13 +193,23 @@ class SeparateRunner:
         self._has_logits_to_keep = _accepts(model, "logits_to_keep")
         self._start = start_token(model) if model.config.is_encoder_decoder else None
 
-    def open(self, request: str, tokens: int) -> None:
-        """Register a request; the model creates its cache in the first step."""
-        del tokens
-        self._caches[request] = None
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """None: each request has a cache of its own."""
+        return None
 
-    def close(self, request: str) -> None:
+    def open(self, request: str, tokens: int, prefix: Prefix | None = None) -> int:
+        """Register a request; the model creates its cache in the first step."""
+        del tokens, prefix
+        self._caches[request] = None
+        return 0
+
+    def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:
+        """Do nothing: a request's cache is its own."""
+
+    def close(self, request: str, *, keep: bool = True) -> None:
         """Free a request's cache."""
+        del keep
         self._caches.pop(request, None)
         self._encoded.pop(request, None)
 

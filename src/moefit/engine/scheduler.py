@@ -149,6 +149,12 @@ class Scheduler:
         most = min(self.limits.prefill_chunk, request.prompt - request.computed)
         return most if request.max_chunk is None else min(most, request.max_chunk)
 
+    def skip(self, name: str, tokens: int) -> None:
+        """Record that the first tokens of a request need no computing, before its first step."""
+        request = self._running[name]
+        assert request.computed == 0 and tokens < request.prompt, "one token is left to compute"
+        request.computed = tokens
+
     def advance(self, chunk: ScheduledTokens) -> None:
         """Record that these tokens have been computed."""
         request = self._running[chunk.request]

@@ -175,7 +175,7 @@ class VarlenCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return the number of places of the pool."""
-        return self.pool.extents.places
+        return self.pool.places.places
 
 
 ATTENTION_NAME = "moefit_packed"
