@@ -21,6 +21,7 @@ from tiny_served import MemoryStore, mixtral_block, saved, tiny
 
 import moefit
 from moefit.engine.api import Event, FinishedEvent, TokenEvent
+from moefit.engine.prefix.tree import Prefix
 from moefit.engine.request_state import TextDecoding
 from moefit.errors import RefusedError
 from moefit.quant.format import NATIVE
@@ -108,8 +109,8 @@ def test_panic_at_start_fails_only_that_request(olmoe, monkeypatch) -> None:
     with engine_of(olmoe, slots=None, max_concurrency=4) as engine:
         opened = engine._runner.open
 
-        def open_small(name: str, tokens: int) -> None:
-            opened(name, tokens) if tokens < 20 else panics()
+        def open_small(name: str, tokens: int, prefix: Prefix | None) -> int:
+            return opened(name, tokens, prefix) if tokens < 20 else panics()
 
         monkeypatch.setattr(engine._runner, "open", open_small)
         with paused(engine) as go:

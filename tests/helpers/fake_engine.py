@@ -19,6 +19,8 @@ from moefit.engine.api import (
 )
 from moefit.engine.detokenize import IncrementalDetokenizer
 from moefit.engine.invariance import Invariance
+from moefit.engine.prefix.cache import PrefixStats
+from moefit.engine.prefix.reuse import Coverage
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
 from moefit.serve.model import ServedModel
 
@@ -54,6 +56,8 @@ class FakeEngine:
         self.failure: str | None = None
         self.steps_fail = False
         self.invariance = Invariance(not_covered=())
+        self.prefix_coverage = Coverage(active=True)
+        self.cached_tokens = 0
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -103,6 +107,7 @@ class FakeEngine:
             running=len(self._going), waiting=0, kv_tokens_used=17, kv_tokens=2048,
             prompt_tokens_total=5, generation_tokens_total=7, tokens_per_second=1.5,
             steps=3, runner="fake",
+            prefixes=PrefixStats(tokens=160, shared=32, queries=1000, hits=750, evicted=64),
         )  # fmt: skip
 
     def between_steps(self, change: Callable[[], Any]) -> Any:
@@ -155,5 +160,6 @@ class FakeEngine:
         self, reason: Any, prompt: Sequence[int], made: int, **more: str
     ) -> FinishedEvent:
         return FinishedEvent(
-            reason=reason, prompt_tokens=len(prompt), completion_tokens=made, **more
-        )
+            reason=reason, prompt_tokens=len(prompt), completion_tokens=made,
+            cached_tokens=self.cached_tokens, **more,
+        )  # fmt: skip

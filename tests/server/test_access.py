@@ -8,11 +8,14 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_http import client_of, error_of, fake_service
+from starlette.datastructures import Headers
 
 from moefit.host import is_loopback
 from moefit.serve.model import ServedModel
 from moefit.server import errors as refusal
 from moefit.server.middleware import (
+    ServerSettings,
+    cache_salt,
     host_name,
     is_allowed_host,
     is_allowed_origin,
@@ -75,6 +78,36 @@ def test_arbitrary_headers_do_not_fail(header: str) -> None:
 )
 def test_origins(origin: str | None, allowed: bool) -> None:
     assert is_allowed_origin(origin, "localhost:8000", ["https://friend.example"]) == allowed
+
+
+def salts(key: str | None, *headers: str, given: str | None = None) -> list[str]:
+    settings = ServerSettings(name="m", api_key=key)
+    return [cache_salt(settings, Headers({"authorization": one}), given) for one in headers]
+
+
+def test_clients_with_different_keys_share_no_prefixes() -> None:
+    one, other = salts("secret", "Bearer secret", "Bearer other")
+    assert one != other and "secret" not in one
+    assert salts("secret", "bearer  secret") == [one], "the same key, written otherwise"
+    assert salts("secret", "Bearer secret", given="mine") != [one]
+    assert len({*salts("a", "Bearer a", given="b"), *salts("b", "Bearer b", given="a")}) == 2
+    assert salts(None, "Bearer any", "") == ["", ""], "without a key all clients are alike"
+    assert salts(None, "Bearer any", given="a") == salts(None, "", given="a") != [""]
+
+
+def test_requests_carry_their_salt(served: ServedModel) -> None:
+    with fake_service(served, api_key="secret") as (service, engine), client_of(service) as client:
+        headers = {"Authorization": "Bearer secret"}
+        asked = {"prompt": "import os", "max_tokens": 1}
+        for more in ({}, {"cache_salt": "mine"}):
+            path = "/v1/completions"
+            assert client.post(path, json=asked | more, headers=headers).status_code == 200
+        empty = client.post("/v1/completions", json=asked | {"cache_salt": ""}, headers=headers)
+        assert "cache_salt" in error_of(empty, 400)["message"]
+    used = [sampling.cache_salt for _, sampling in engine.submitted]
+    assert used == [
+        *salts("secret", "Bearer secret"), *salts("secret", "Bearer secret", given="mine")
+    ]  # fmt: skip
 
 
 PLACES = [

@@ -241,6 +241,10 @@ def test_metrics_have_vllm_names(running, served) -> None:
     assert found["moefit:kv_cache_usage_perc"] == pytest.approx(17 / 2048)
     assert found["moefit:prompt_tokens_total"] == 5
     assert found["moefit:generation_tokens_total"] == 7
+    assert found["moefit:prefix_cache_queries_total"] == 1000
+    assert found["moefit:prefix_cache_hits_total"] == 750
+    assert found["moefit:prefix_cache_evictions_total"] == 64
+    assert found["moefit:prefix_cache_tokens"] == 192
     assert found["moefit:request_success_total length"] == 1
     assert found["moefit:time_to_first_token_seconds_count"] == 1
     assert found["moefit:inter_token_latency_seconds_count"] == 4

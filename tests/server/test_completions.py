@@ -67,7 +67,8 @@ def test_default_is_sixteen_tokens(running, served) -> None:
     assert answer["object"] == "text_completion" and answer["model"] == "reference"
     assert answer["id"].startswith("cmpl-")
     usage = {"prompt_tokens": len(prompt), "completion_tokens": 16}
-    assert answer["usage"] == {**usage, "total_tokens": len(prompt) + 16}
+    details = {"prompt_tokens_details": {"cached_tokens": 0}}
+    assert answer["usage"] == {**usage, "total_tokens": len(prompt) + 16, **details}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ def test_default_is_sixteen_tokens(running, served) -> None:
 def test_prompt_forms_and_n_choices(running, served, prompt) -> None:
     client, engine, _ = running
     asked = {"prompt": prompt, "n": 2, "seed": 3, "max_tokens": 4}
+    engine.cached_tokens = 16
     answer = client.post(URL, json=asked).json()
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
     ids = [ids_of(served, one) if isinstance(one, str) else one for one in several]
@@ -86,6 +88,7 @@ def test_prompt_forms_and_n_choices(running, served, prompt) -> None:
     assert texts == [text_of(served, one).rstrip("\ufffd") for one in expected]
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
     assert answer["usage"]["completion_tokens"] == 8 * len(ids)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 16 * len(ids)}
     assert {sampling.seed for _, sampling in engine.submitted} == {3, 4}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from time import monotonic
 from typing import Annotated
@@ -44,6 +45,14 @@ from moefit.server.middleware import ServerSettings
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
+
+
+class PrefixCacheName(StrEnum):
+    """Whether keys and values of earlier prompts are reused."""
+
+    on = "on"
+    off = "off"
+
 
 LEAVING = 30.0  # seconds that closing may take after running requests have ended
 
@@ -132,6 +141,13 @@ class ServerOptions:
             "--deterministic",
         ),
     ] = False
+    prefix_cache: Annotated[
+        PrefixCacheName | None,
+        advanced(
+            "Reuse keys and values of earlier prompts and answers. Default: on where answers are "
+            "the same bits as without."
+        ),
+    ] = None
     warm_start: Annotated[
         bool | None,
         advanced(
@@ -175,6 +191,7 @@ class ServerOptions:
             prefill_chunk=self.prefill_chunk,
             max_waiting=self.max_waiting,
             deterministic=self.deterministic,
+            prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache.value,
         )
 
     def follow(self, options: ServingOptions) -> FollowSettings:
@@ -374,6 +391,7 @@ def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float
         f"{engine.max_model_len:,} tokens each at most, {engine.stats().kv_tokens:,} together"
     )
     say(engine.invariance.describe())
+    say(engine.prefix_coverage.describe())
     key = "with the key" if settings.api_key else "no key"
     say(f"API at {url}/v1 ({key}), page at {url}/, metrics at {url}/metrics")
     if settings.api_key is None and not is_loopback(settings.host):

@@ -13,7 +13,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 import moefit
+from moefit.engine.api import EngineStats
 from moefit.engine.invariance import Invariance
+from moefit.engine.prefix.cache import PrefixStats
+from moefit.engine.prefix.reuse import Coverage
 from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan
 from moefit.serve.config import Policy
@@ -138,6 +141,30 @@ class FollowingState(BaseModel):
     headroom: int
 
 
+class PrefixCacheState(BaseModel):
+    """Keys and values of earlier prompts and answers that requests reuse. Counts are of tokens.
+
+    Attributes:
+        active: Whether they are reused in the mode in force.
+        reason: Why not, or what to know; may be empty.
+        tokens: Held in places of the KV cache that no running request has reserved.
+        bytes: Size of their keys and values.
+        shared: Of running requests, which others may reuse too.
+        queries: Of prompts that were looked up, since the server was started.
+        hits: Those found.
+        evicted: Removed because running requests needed their places.
+    """
+
+    active: bool
+    reason: str
+    tokens: int
+    bytes: int
+    shared: int
+    queries: int
+    hits: int
+    evicted: int
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -150,6 +177,7 @@ class MemoryState(BaseModel):
         adapter: The folder of the adapter that is applied; null if there is none.
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds.
+        prefix_cache: Keys and values that requests reuse.
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
         invariance: Whether answers depend on other requests.
@@ -176,6 +204,7 @@ class MemoryState(BaseModel):
     kv_cache_dtype: str | None
     kv_tokens: int
     kv_tokens_used: int
+    prefix_cache: PrefixCacheState
     blocks: list[BlockView]
     requests: Requests
     tokens_per_second: float
@@ -208,6 +237,7 @@ def memory_state(service: Service) -> MemoryState:
         plan=_plan_summary(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
+        prefix_cache=_prefix_cache(engine.prefix_coverage, stats, budget["kv_cache"]),
         blocks=engine.served.views(),
         requests=Requests(running=stats.running, waiting=stats.waiting),
         tokens_per_second=stats.tokens_per_second,
@@ -219,6 +249,12 @@ def memory_state(service: Service) -> MemoryState:
         **limits,
         **{name: report[name] for name in same},
     )
+
+
+def _prefix_cache(coverage: Coverage, stats: EngineStats, nbytes: int) -> PrefixCacheState:
+    known = stats.prefixes or PrefixStats()
+    size = nbytes * known.tokens // stats.kv_tokens if stats.kv_tokens else 0
+    return PrefixCacheState(**asdict(coverage), bytes=size, **asdict(known))
 
 
 def _following(follower: BudgetFollower | None) -> FollowingState | None:

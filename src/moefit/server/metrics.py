@@ -215,6 +215,18 @@ class ModelCollector:
         yield self._gauge("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1", used)
         yield self._counter("prompt_tokens", "Prompt tokens processed", stats.prompt_tokens_total)
         yield self._counter("generation_tokens", "Tokens generated", stats.generation_tokens_total)
+        if (prefixes := stats.prefixes) is not None:
+            yield self._counter(
+                "prefix_cache_queries", "Prompt tokens looked up in the cache", prefixes.queries
+            )
+            yield self._counter(
+                "prefix_cache_hits", "Prompt tokens found in the cache", prefixes.hits
+            )
+            yield self._counter(
+                "prefix_cache_evictions", "Cached tokens removed for requests", prefixes.evicted
+            )
+            held = prefixes.tokens + prefixes.shared
+            yield self._gauge("prefix_cache_tokens", "Tokens that requests may reuse", held)
 
     def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
         budget = report["budget"]

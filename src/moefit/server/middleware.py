@@ -4,6 +4,7 @@ Checks host, origin and API key before reading a body, and bounds the total size
 in memory.
 """
 
+import hashlib
 import hmac
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -160,6 +161,20 @@ def is_valid_key(key: str, authorization: str | None) -> bool:
     scheme, _, given = (authorization or "").partition(" ")
     same = hmac.compare_digest(given.strip().encode(), key.encode())
     return scheme.lower() == "bearer" and same
+
+
+def cache_salt(settings: ServerSettings, headers: Headers, given: str | None) -> str:
+    """Return what requests must share to reuse each other's keys and values.
+
+    Args:
+        settings: If they have a key, clients with different keys share nothing.
+        headers: Of the request.
+        given: Its `cache_salt`, if any.
+    """
+    key = "" if settings.api_key is None else headers.get("authorization", "")
+    if not key and given is None:
+        return ""
+    return hashlib.sha256(repr((key.partition(" ")[2].strip(), given)).encode()).hexdigest()
 
 
 def host_name(header: str | None) -> str:

@@ -91,8 +91,8 @@ class StreamOptions(StrictModel):
 class GenerationRequest(StrictModel):
     """Parameters common to completions and chat completions.
 
-    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. `store`,
-    `metadata`, `service_tier` and `user` are accepted and have no effect.
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `cache_salt` are
+    vLLM's. `store`, `metadata`, `service_tier` and `user` are accepted and have no effect.
     """
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {
@@ -122,6 +122,7 @@ class GenerationRequest(StrictModel):
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     @property
     def streams_usage(self) -> bool:
@@ -311,12 +312,19 @@ MIN_LOGPROB = -9999.0
 LogProbability = Annotated[float, AfterValidator(lambda value: max(value, MIN_LOGPROB))]
 
 
+class PromptTokensDetails(BaseModel):
+    """How many of the prompt's tokens had keys and values of earlier requests."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts of a request; a prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(BaseModel):

@@ -7,6 +7,7 @@ cancels when the client disconnects. `UsageCounter` counts tokens for `usage`.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -18,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from moefit.engine.api import Event, FinishedEvent
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
-from moefit.server.openai_schema import GenerationRequest, Usage
+from moefit.server.middleware import cache_salt
+from moefit.server.openai_schema import GenerationRequest, PromptTokensDetails, Usage
 from moefit.server.service import EngineRequest, Service
 
 
@@ -27,10 +29,17 @@ class ClientGoneError(Exception):
 
 
 class EngineEvents:
-    """Events of one HTTP request. Iterate for (choice, event) to the end, then `close`."""
+    """Events of one HTTP request. Iterate for (choice, event) to the end, then `close`.
 
-    def __init__(self, service: Service, request: Request):
+    Args:
+        service: The service.
+        request: The HTTP request.
+        salt: Its `cache_salt`, if any.
+    """
+
+    def __init__(self, service: Service, request: Request, salt: str | None):
         self._service, self._request = service, request
+        self._salt = cache_salt(service.settings, request.headers, salt)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._open: dict[int, str] = {}
@@ -41,8 +50,9 @@ class EngineEvents:
         wrap = self._service.telemetry.wrap_listener
         try:
             for number, item in enumerate(engine_requests):
+                sampling = replace(item.sampling, cache_salt=self._salt)
                 self._open[number] = self._service.engine.submit(
-                    item.prompt, item.sampling, wrap(partial(self._on_event, number))
+                    item.prompt, sampling, wrap(partial(self._on_event, number))
                 )
         except BaseException:
             self.close()
@@ -100,19 +110,23 @@ class UsageCounter:
     """Count tokens of finished choices; a prompt counts once for its `n` choices."""
 
     def __init__(self, n: int):
-        self._n, self._prompt, self._completion = n, 0, 0
+        self._n, self._prompt, self._completion, self._cached = n, 0, 0, 0
 
     def add(self, number: int, event: FinishedEvent) -> None:
         """Count a finished choice."""
         self._completion += event.completion_tokens
         if number % self._n == 0:
             self._prompt += event.prompt_tokens
+            self._cached += event.cached_tokens
 
     def usage(self) -> Usage:
         """Return the usage of all finished choices."""
         total = self._prompt + self._completion
         return Usage(
-            prompt_tokens=self._prompt, completion_tokens=self._completion, total_tokens=total
+            prompt_tokens=self._prompt,
+            completion_tokens=self._completion,
+            total_tokens=total,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached),
         )
 
 
@@ -155,7 +169,7 @@ async def respond(
         APIError: If the request is rejected.
     """
     builder.check()
-    engine_events = EngineEvents(service, request)
+    engine_events = EngineEvents(service, request, body.cache_salt)
     await engine_events.submit(await service.run_in_thread(builder.engine_requests))
     if body.stream:
         chunks = builder.chunks(engine_events)

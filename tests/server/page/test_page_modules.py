@@ -193,3 +193,14 @@ def test_rates_are_counter_differences(modules):
 def test_retry_delay_grows_to_limit(modules):
     pauses = modules.module("poller", "[0, 1, 2, 3, 4, 5, 50].map(m.pause)")
     assert pauses == [1000, 1000, 2000, 4000, 8000, 15000, 15000]
+
+
+def test_reuse_of_prefixes_is_a_sentence(modules):
+    cache = Pretender().memory()["prefix_cache"]
+    code = "m.reuse(v[0], String)"
+    expected = "Prefixes: 3000 of 4000 prompt tokens reused (75%), 1632 tokens kept."
+    assert modules.module("breakdown", code, cache) == expected
+    off = {**cache, "active": False, "reason": "switched off"}
+    assert modules.module("breakdown", code, off) == "Prefixes are not reused: switched off."
+    assert "reused, " in modules.module("breakdown", code, {**cache, "queries": 0})
+    assert modules.module("breakdown", "m.reuse(undefined, String)") == ""

@@ -175,9 +175,7 @@ class PrefixCache:
                 assert block.depth == depth and name in block.holders
                 assert depth == 0 or block.parent is held[depth - 1]
 
-    def _make_room(
-        self, name: str, size: int, path: list[Block]
-    ) -> tuple[list[Block], list[Move]]:
+    def _make_room(self, name: str, size: int, path: list[Block]) -> tuple[list[Block], list[Move]]:
         """Reserve places; return the blocks that the request begins with, and moves."""
         moves: list[Move] = []
         inside = sum(block.number in self._tree.idle for block in path)

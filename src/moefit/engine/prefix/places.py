@@ -148,7 +148,8 @@ class Places:
         Returns:
             Moves towards the front, to be carried out in order.
         """
-        moves, end = [], 0
+        moves: list[Move] = []
+        end = 0
         for place, size, name in self._occupied():
             if place != end:
                 moves.append(Move(source=place, target=end, size=size))

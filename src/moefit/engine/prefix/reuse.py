@@ -77,9 +77,7 @@ class PrefixReuse:
             active=False, reason=f"answers would depend on it ({cause}); switch it on to reuse them"
         )
 
-    def prefix_of(
-        self, prompt: Sequence[int], salt: str, invariance: Invariance
-    ) -> Prefix | None:
+    def prefix_of(self, prompt: Sequence[int], salt: str, invariance: Invariance) -> Prefix | None:
         """Return what a prompt may reuse and leave to others; None if that is nothing.
 
         Args:

@@ -1,7 +1,7 @@
 """Which blocks of tokens have keys and values, by content.
 
 A block is a fixed number of consecutive tokens; its keys and values depend on all tokens before it
-too. `PrefixTree` is a radix tree of blocks, with a root per namespace: a path from a root is a text.
+too. `PrefixTree` is a radix tree of blocks with a root per namespace: a path from a root is a text.
 Requests hold the blocks of their text while they run. Blocks that no request holds are idle, and
 the least recently used idle block has no others below it. Knows nothing of where blocks lie. No
 tensors or threads.
@@ -42,8 +42,10 @@ class Block:
     tokens: tuple[int, ...]
     depth: int
     parent: "Block | None"
-    children: dict[tuple[int, ...], "Block"] = field(default_factory=dict)
-    holders: dict[str, None] = field(default_factory=dict)
+    children: dict[tuple[int, ...], "Block"] = field(
+        default_factory=dict["tuple[int, ...]", "Block"]
+    )
+    holders: dict[str, None] = field(default_factory=dict[str, None])
 
 
 class PrefixTree:
@@ -79,7 +81,7 @@ class PrefixTree:
             prefix: The text.
             most: Number of tokens to match at most.
         """
-        block, path = self._roots.get(prefix.namespace), []
+        block, path = self._roots.get(prefix.namespace), list[Block]()
         for start in range(0, most - self.size + 1, self.size):
             if block is None:
                 break
@@ -126,7 +128,7 @@ class PrefixTree:
         """Remove a block that is idle, with all blocks below it; return them."""
         assert block.parent is not None
         del block.parent.children[block.tokens]
-        removed, stack = [], [block]
+        removed, stack = list[Block](), [block]
         while stack:
             one = stack.pop()
             stack.extend(one.children.values())

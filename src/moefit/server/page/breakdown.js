@@ -52,3 +52,13 @@ export function planned(plan) {
   return `Plan: ${plan.words}. Predicted: perplexity ${sign}${percent(plan.loss)} ` +
     `(±${percent(plan.margin)}), ${plan.tokens_per_second.toFixed(1)} tokens/s.`;
 }
+
+/** Describe the reuse of keys and values in a sentence. */
+export function reuse(cache, formatCount) {
+  if (!cache) return "";
+  if (!cache.active) return `Prefixes are not reused: ${cache.reason}.`;
+  const share = cache.queries ? ` (${Math.round((100 * cache.hits) / cache.queries)}%)` : "";
+  const held = formatCount(cache.tokens + cache.shared);
+  return `Prefixes: ${formatCount(cache.hits)} of ${formatCount(cache.queries)} prompt tokens ` +
+    `reused${share}, ${held} tokens kept.`;
+}
