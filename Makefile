@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all test-processors test-aarch64 test-transformers check docs wheel bench setup clean
+.PHONY: demo test test-all test-processors test-aarch64 test-tasks test-transformers check docs wheel bench setup clean
 
 setup: $(READY)
 
@@ -51,6 +51,10 @@ test-transformers: $(READY)  ## those tests with another version: make test-tran
 		--target build/transformers 'transformers==$(VERSION)'
 	PYTHONPATH=build/transformers $(BIN)/python -m pytest -q -n 2 --dist worksteal \
 		$(or $(TESTS),$(TRANSFORMERS_TESTS))
+
+test-tasks: $(READY)  ## those of moefit[tasks], which lm-evaluation-harness's many libraries come with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tasks]' accelerate
+	$(BIN)/python -m pytest -q -m "not gpu and not download" tests/tasks
 
 test-aarch64: $(READY)  ## kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user
 	$(BIN)/python -m pytest -q -rs -m slow tests/quant/test_aarch64.py

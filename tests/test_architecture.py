@@ -22,6 +22,7 @@ LAYERS = (
     {"plan"},
     {"advise", "simulate"},
     {"api"},
+    {"tasks"},
     {"server"},
     {"demo_serving"},
     {"demo"},

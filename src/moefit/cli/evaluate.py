@@ -1,4 +1,4 @@
-"""The command `eval`: perplexity and cost of a model."""
+"""The command `eval`: perplexity and cost of a model, or its scores on tasks."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from moefit.cli.app import Json, advanced, command, console, option, print_json
 from moefit.cli.loading import WHOLE_WINDOWS, is_served, load_served, loading
 from moefit.cli.options import Model, ServingOptions, TextFile, expand_options, torch_dtype
 from moefit.cli.precision import resolve_precision
+from moefit.cli.scores.tasks import TaskChoice, evaluate_tasks
 from moefit.engine.runners import start_token
 from moefit.errors import ConfigError
 from moefit.evaluate.baselines import fix_residents, native_reference
@@ -31,6 +32,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
 
 _WINDOW = ServingOptions(context=256)
+_TASK_CONTEXT = 1024
 
 
 class BaselineName(StrEnum):
@@ -51,8 +53,29 @@ def evaluate(
         list[str] | None,
         option("dense, top_k:K, threshold:EPS or threshold_top_k:EPS; may be repeated."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        option("Score on lm-evaluation-harness's tasks: hellaswag,piqa,winogrande,sciq,..."),
+    ] = None,
     max_tokens: Annotated[
-        int | None, option("Number of tokens to predict, spread over the text.", min=2)
+        int | None, advanced("Number of tokens to predict, spread over the text.", min=2)
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        advanced("With --tasks: folder of TASK.jsonl. Default: download from the Hub."),
+    ] = None,
+    limit: Annotated[
+        int | None, advanced("With --tasks: most questions of a task, its first ones.", min=1)
+    ] = None,
+    few_shot: Annotated[
+        int | None, advanced("With --tasks: solved questions before each one.", min=0)
+    ] = None,
+    batch_size: Annotated[
+        int | None, advanced("With --tasks: most sequences read together. Default: 8.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        advanced("With --tasks: folder to keep answers and results in, and to continue from."),
     ] = None,
     options: ServingOptions = _WINDOW,
     baseline: Annotated[
@@ -66,6 +89,22 @@ def evaluate(
 ) -> None:
     """Score all rules on the same windows; served models step by step against all experts."""
     rules = [Rule.parse(one) for one in rule or []]
+    if tasks is not None:
+        _refuse_with_tasks(text=text, max_tokens=max_tokens, baseline=baseline, residency=residency)
+        choice = TaskChoice(
+            names=tasks,
+            data=task_data,
+            limit=limit,
+            few_shot=few_shot,
+            batch_size=batch_size or 8,
+            out=out,
+            as_json=as_json,
+        )
+        evaluate_tasks(model, rules, replace(options, context=_task_context(options)), choice)
+        return
+    _refuse_without_tasks(
+        task_data=task_data, limit=limit, few_shot=few_shot, batch_size=batch_size, out=out
+    )
     if not (baseline or is_served(model, options)):
         loaded, tokenizer = load_full_model(
             str(folder_of(model)), device=options.device, dtype=torch_dtype(options.dtype)
@@ -92,6 +131,31 @@ def evaluate(
                 use_rule(full.model, only)
         name = _fix(served, passage, baseline, residency)
         _score_served(served, passage, name, reference, as_json=as_json)
+
+
+def _refuse_with_tasks(**options: object) -> None:
+    """Raise ConfigError for options that score a text."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for scoring a text, and --tasks scores questions; "
+                "give one of them"
+            )
+
+
+def _refuse_without_tasks(**options: object) -> None:
+    """Raise ConfigError for options of tasks."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for --tasks; name some, such as --tasks "
+                "hellaswag,piqa, or leave it out"
+            )
+
+
+def _task_context(options: ServingOptions) -> int:
+    """Return the longest question: questions do not fit in the window that texts have."""
+    return _TASK_CONTEXT if options.context == _WINDOW.context else options.context
 
 
 def _passage(

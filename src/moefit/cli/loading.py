@@ -1,6 +1,5 @@
 """What commands that serve a model share: loading with a progress bar, summaries and tables."""
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from moefit.api import folder_of, load
-from moefit.checkpoint.formats.declared import declared
 from moefit.cli.app import console, say
 from moefit.cli.options import KvCache, PrefetchName, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
@@ -24,9 +22,8 @@ from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.bandwidth import Bandwidth
-from moefit.evaluate.loading import ARCHITECTURES
+from moefit.evaluate.loading import computed_whole
 from moefit.evaluate.speed import Speed
-from moefit.folders import is_gguf
 from moefit.moe.expert_dropout import ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
@@ -199,16 +196,7 @@ def is_served(model: str, options: ServingOptions) -> bool:
     """
     if options.is_served:
         return True
-    folder = folder_of(model)
-    if is_gguf(folder):
-        return True
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(config, dict):
-        return False
-    return config.get("model_type") not in ARCHITECTURES or declared(folder) is not None
+    return not computed_whole(folder_of(model))
 
 
 def shared_steps(requests: int | None) -> dict[str, Any]:

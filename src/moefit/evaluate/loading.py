@@ -4,6 +4,7 @@ MODEL is `reference` (the shipped model), a model folder, or a training run's fo
 for its last checkpoint.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moefit.checkpoint.config import (
     refuse_absurd_counts,
     refuse_other_size,
 )
+from moefit.checkpoint.formats.declared import declared
 from moefit.checkpoint.gguf.header import first_part
 from moefit.checkpoint.model_folder import other_weights, refuse_adapter
 from moefit.checkpoint.pickled import PICKLED, PICKLED_INDEX
@@ -99,6 +101,22 @@ def _refuse_weights(model: str, path: Path) -> None:
             )
     if (found := other_weights(path)) is not None:
         raise CheckpointError(f"{model!r} is not a model folder (it has no config.json): {found}")
+
+
+def computed_whole(folder: Path) -> bool:
+    """Return whether `load_full_model` is for this model: a DS-MoE or OLMoE that is not encoded.
+
+    A damaged configuration counts as one, so that it is reported there.
+    """
+    if is_gguf(folder):
+        return False
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    if not isinstance(config, dict):
+        return True
+    return config.get("model_type") in ARCHITECTURES and declared(folder) is None
 
 
 def load_full_model(

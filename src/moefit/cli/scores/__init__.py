@@ -1,0 +1,1 @@
+"""Scores on tasks, and the commands `report` and `push`."""

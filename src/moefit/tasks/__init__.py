@@ -1,0 +1,1 @@
+"""Scores on lm-evaluation-harness's tasks, of models that moefit loads."""
