@@ -110,7 +110,14 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
     distributions = packages_distributions()
     needed = {_normal(distributions[name][0]) for name in imported}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (*project["dependencies"], *project["optional-dependencies"]["laws"])
+    lines = (
+        *project["dependencies"],
+        *(
+            one
+            for extra in ("laws", "structured")
+            for one in project["optional-dependencies"][extra]
+        ),
+    )
     declared = {_normal(re.split(r"[<>=~!\[ ]", line)[0]) for line in lines}
     assert needed == declared
 

@@ -136,7 +136,9 @@ class FakeEngine:
             told = (None, *(self._logprob(token, top) for token in prompt[1:]))
         yield PromptEvent(logprobs=told, waited=self.waits)
         tokenizer = self.served.tokenizer
-        text = IncrementalDetokenizer(tokenizer, sampling.stop, after=prompt)
+        text = IncrementalDetokenizer(
+            tokenizer, sampling.stop, after=prompt, visible=sampling.visible
+        )
         made, last = 0, prompt[-1] + (sampling.seed or 0)
         given = list(self.tokens(prompt)) if self.tokens else None
         for made in range(1, sampling.max_tokens + 1):

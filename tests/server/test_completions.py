@@ -268,7 +268,7 @@ def test_invalid_value_names_parameter(running, asked, param, says) -> None:
     [
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "guided_json": {}}, "guided_json"),
+        ({"prompt": "a", "guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens"),

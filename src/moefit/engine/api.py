@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Literal, get_args
 
 from moefit.engine.prefix.cache import PrefixStats
+from moefit.engine.structured.grammar import Grammar
 from moefit.errors import ConfigError
 
 _RECENT = 5.0  # seconds
@@ -146,6 +147,9 @@ class SamplingParams:
             chosen token's log-probability only, None returns nothing.
         prompt_logprobs: The same for each prompt token except the first.
         cache_salt: Only requests with the same salt reuse each other's keys and values.
+        grammar: What the completion must match; it ends where nothing may follow. Texts and tokens
+            that stop, and max_tokens, may end it earlier.
+        visible: Special tokens whose text is part of the completion's.
     """
 
     max_tokens: int
@@ -164,6 +168,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    grammar: Grammar | None = None
+    visible: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +227,7 @@ class FinishedEvent:
         text: Remaining text that was held back until now.
         message: Error message if `reason` is "error".
         cached_tokens: Tokens of the prompt whose keys and values were reused.
+        code: Name of an error that the request itself caused; its message may be shown.
     """
 
     reason: FinishReason
@@ -229,6 +236,7 @@ class FinishedEvent:
     text: str = ""
     message: str = ""
     cached_tokens: int = 0
+    code: str = ""
 
 
 Event = PromptEvent | TokenEvent | FinishedEvent

@@ -17,8 +17,8 @@ _MAX_PENDING = 16  # tokens to wait for a complete character
 class IncrementalDetokenizer:
     """Detokenize one completion token by token; special tokens have no text.
 
-    The concatenated results of `push` and `finish` equal `tokenizer.decode` of all tokens up to the
-    stop text, without an incomplete last character. Invalid UTF-8 becomes U+FFFD.
+    Without `visible` tokens, the results of `push` and `finish` add up to `tokenizer.decode` of all
+    tokens up to the stop text, without an incomplete last character. Invalid UTF-8 becomes U+FFFD.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -27,6 +27,7 @@ class IncrementalDetokenizer:
             matched against all tokens, any other against the emitted text.
         after: Tokens before the completion, whose text is not emitted. Some tokenizers give the
             first word a leading space only with them.
+        visible: Special tokens whose text is emitted.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class IncrementalDetokenizer:
         stop: Iterable[str] = (),
         *,
         after: Sequence[int] = (),
+        visible: Collection[int] = (),
     ):
+        self._visible = visible
         self._tokenizer = tokenizer
         self._special = special_texts(tokenizer)
         self._matcher = _StopMatcher(stop, self._special.values())
@@ -53,13 +56,17 @@ class IncrementalDetokenizer:
         if self.stopped:
             return ""
         if token in self._special:
+            if token in self._visible:
+                return self._show_special(self._special[token])
             return self._matcher.hide(self._special[token], self._pending_text)
         self._window.append(token)
         return self._matcher.show(self._next_text())
 
     def end(self, token: int) -> str:
         """Like `push`, for a token that ends the completion: only special tokens are read."""
-        return self.push(token) if token in self._special else ""
+        if token not in self._special or self.stopped:
+            return ""
+        return self._matcher.hide(self._special[token], self._pending_text)
 
     def finish(self) -> str:
         """Return the text held back, after the last token."""
@@ -69,6 +76,15 @@ class IncrementalDetokenizer:
         self._emitted += rest
         released = self._matcher.show(rest)
         return released if self.stopped else released + self._matcher.take()
+
+    def _show_special(self, text: str) -> str:
+        """Return the text before a special token and its own; text continues behind it."""
+        shown = self._matcher.show(self._pending_text())
+        kept = self._decode(self._window)
+        if _without_partial(kept) != kept:  # an incomplete character is lost
+            self._window, kept = [], ""
+        self._complete, self._emitted = len(self._window), kept
+        return shown + ("" if self.stopped else self._matcher.show(text))
 
     def _pending_text(self) -> str:
         """Return the text not emitted yet, without an incomplete last character."""

@@ -30,7 +30,7 @@ from moefit.engine.invariance import Invariance, of_policy
 from moefit.engine.prefix.reuse import Coverage, PrefixReuse
 from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
-from moefit.engine.sampler import NOT_FINITE, Choice, sample
+from moefit.engine.sampler import Choice, Failure, sample
 from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
 from moefit.errors import RefusedError
 from moefit.serve.config import Mode, Policy
@@ -441,9 +441,9 @@ class Engine:
             _LOG.exception("the KV cache of request %s could not be freed", name)
 
 
-def _append_token(state: RequestState, choice: Choice | None) -> None:
-    if choice is None:
-        state.finish("error", NOT_FINITE)
+def _append_token(state: RequestState, choice: Choice | Failure) -> None:
+    if isinstance(choice, Exception):
+        state.finish("error", str(choice), code=getattr(choice, "code", ""))
     else:
         state.append(*choice)
 

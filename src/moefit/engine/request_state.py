@@ -79,7 +79,9 @@ class RequestState:
         self._text: IncrementalDetokenizer | None = None
         if decoding.tokenizer is not None:
             after = self.prompt if decoding.decoder_only else ()
-            self._text = IncrementalDetokenizer(decoding.tokenizer, sampling.stop, after=after)
+            self._text = IncrementalDetokenizer(
+                decoding.tokenizer, sampling.stop, after=after, visible=sampling.visible
+            )
         eos_ids = frozenset() if sampling.ignore_eos else decoding.eos_ids
         self._stop_ids = eos_ids | sampling.stop_ids
         start = () if decoding.start is None else (decoding.start,)
@@ -133,12 +135,12 @@ class RequestState:
         if self._text is not None:
             text = self._text.end(token) if is_eos else self._text.push(token)
         self._notify(TokenEvent(token=token, text=text, logprob=logprob))
-        if is_eos or (self._text is not None and self._text.stopped):
+        if is_eos or self.sampler.complete or (self._text is not None and self._text.stopped):
             self.finish("stop")
         elif self.num_generated >= self.sampling.max_tokens:
             self.finish("length")
 
-    def finish(self, reason: FinishReason, message: str = "") -> None:
+    def finish(self, reason: FinishReason, message: str = "", *, code: str = "") -> None:
         """Send the last event; later calls do nothing."""
         if self.finished:
             return
@@ -154,6 +156,7 @@ class RequestState:
                 text=text,
                 message=message,
                 cached_tokens=self.cached_tokens,
+                code=code,
             )
         )
 
@@ -270,16 +273,22 @@ def _max_model_len(text_config: Any, wanted: int | None, context: int) -> int:
     return wanted or most
 
 
-def _text_decoding(served: ServedModel) -> TextDecoding:
+def eos_token_ids(served: ServedModel) -> frozenset[int]:
+    """Return the token ids that end a completion."""
     model: Any = served.model
     eos_ids = model.generation_config.eos_token_id
+    return frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids or ())
+
+
+def _text_decoding(served: ServedModel) -> TextDecoding:
+    model: Any = served.model
     try:
         tokenizer = served.tokenizer
     except ConfigError:
         tokenizer = None
     return TextDecoding(
         tokenizer=tokenizer,
-        eos_ids=frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids or ()),
+        eos_ids=eos_token_ids(served),
         decoder_only=not model.config.is_encoder_decoder,
         start=served.generation.start,
         suppressed=served.generation.suppressed,

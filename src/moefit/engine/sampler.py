@@ -4,8 +4,8 @@ Greedy and random sampling, penalties and log-probabilities. Each request has it
 generator, so that its tokens do not depend on the batch.
 
 The order is that of transformers: logit_bias, repetition penalty, presence and frequency penalties,
-suppressed tokens, temperature, top_k, top_p, min_p. Log-probabilities are the model's own, before
-all of these.
+suppressed tokens and those that the request's grammar forbids, temperature, top_k, top_p, min_p.
+Log-probabilities are the model's own, before all of these.
 
 Shapes: N rows, V vocabulary, K most probable tokens.
 """
@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from moefit.engine.api import SamplingParams, TokenLogprob
+from moefit.engine.structured.grammar import GrammarError
 from moefit.errors import ConfigError
 from moefit.serve.hf.generation_config import NOT_SUPPRESSED, Suppressed
 
+NOTHING_LEFT = (
+    "the grammar allows only tokens that the model's generation_config.json or the request excludes"
+)
 NOT_FINITE = "the model's logits are not finite; try another dtype"
 MAX_BIAS = 100.0  # OpenAI's
 REPETITION = (0.01, 100.0)  # float32 overflows beyond these
@@ -88,6 +92,7 @@ class Sampler:
         self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.long)
         self._recent = deque(context, maxlen=suppressed.longest)
         self._started = False
+        self._grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._generator = torch.Generator()
         if not self._greedy:
             if sampling.seed is None:
@@ -108,6 +113,7 @@ class Sampler:
             or self._has_repetition_penalty
             or self.sampling.logit_bias
             or self._suppressed
+            or self._grammar
         )
 
     @property
@@ -118,14 +124,22 @@ class Sampler:
     def _has_repetition_penalty(self) -> bool:
         return self.sampling.repetition_penalty != 1
 
+    @property
+    def complete(self) -> bool:
+        """Whether the request's grammar lets nothing follow."""
+        return self._grammar is not None and self._grammar.complete
+
     def choose(self, logits_V: Tensor) -> tuple[int, TokenLogprob | None]:
         """Return the next token and, if requested, its log-probability.
 
         Raises:
             FloatingPointError: If no token has a finite score.
+            GrammarError: If the grammar allows none of the tokens that are not suppressed.
         """
         scores_V = self._adjusted(logits_V)
         if self._adjusts and not bool(scores_V.max().isfinite()):
+            if self._grammar is not None and bool(logits_V.max().isfinite()):
+                raise GrammarError(NOTHING_LEFT)
             raise FloatingPointError(NOT_FINITE)
         token = int(scores_V.argmax()) if self._greedy else self._draw(scores_V)
         self._record(token)
@@ -138,6 +152,8 @@ class Sampler:
         self._started = True
         self._counts[token] += self._penalizes
         self._recent.append(token)
+        if self._grammar is not None:
+            self._grammar.accept(token)
         if self._has_repetition_penalty and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = torch.cat([self._seen_ids, torch.tensor([token])])
@@ -157,6 +173,9 @@ class Sampler:
         if ruled_out := self._suppressed.now(self._recent, first=not self._started):
             ids = torch.tensor(sorted(ruled_out), device=scores_V.device)
             scores_V = scores_V.index_fill(0, ids[ids < len(scores_V)], -torch.inf)
+        if self._grammar is not None:  # last, since biases and penalties must not lift what it bars
+            mask_V = torch.from_numpy(self._grammar.allowed(len(scores_V)))
+            scores_V = scores_V.masked_fill(~mask_V.to(scores_V.device), -torch.inf)
         return scores_V
 
     def _penalize_repetition(self, scores_V: Tensor) -> Tensor:
@@ -209,14 +228,18 @@ def _chunk_rows(logits_NV: Tensor) -> int:
     return max(1, min(_ROWS, _ROWS_BYTES // (4 * logits_NV.shape[-1])))
 
 
-def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | None]:
-    """Return the next token of each row; None where the largest logit is not finite.
+Failure = FloatingPointError | GrammarError
+"""Why a request has no next token."""
+
+
+def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | Failure]:
+    """Return the next token of each row, or why it has none.
 
     Args:
         logits_NV: Logits of the model, one row per request.
         samplers: Sampler of each row.
     """
-    chosen: list[Choice | None] = []
+    chosen: list[Choice | Failure] = []
     step = _chunk_rows(logits_NV)
     for begin in range(0, len(samplers), step):
         rows_NV = logits_NV[begin : begin + step].float()
@@ -232,13 +255,13 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | None
     return chosen
 
 
-def _choose(sampler: Sampler, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | None:
+def _choose(sampler: Sampler, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | Failure:
     if not finite:
-        return None
+        return FloatingPointError(NOT_FINITE)
     try:
         return (likeliest, None) if sampler.plain else sampler.choose(logits_V)
-    except FloatingPointError:  # fails this request only
-        return None
+    except (FloatingPointError, GrammarError) as error:  # fails this request only
+        return error
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

@@ -27,6 +27,7 @@ from moefit.server.openai_schema import (
 )
 from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, sampling_per_choice
 from moefit.server.streaming import STREAM, EngineEvents, UsageCounter, respond
+from moefit.server.structured.request import answer_form, compiled_form
 from moefit.server.tokenizer import RequestTokenizer
 
 _RESERVED_KWARGS = {
@@ -114,6 +115,7 @@ class ChatBuilder:
             body,
             max_tokens or min(available, service.settings.chat_tokens),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=compiled_form(service.grammars, answer_form(body)),
         )
         engine_requests = [
             EngineRequest(prompt=ids, sampling=one)

@@ -22,6 +22,7 @@ from moefit.server.openai_schema import (
 )
 from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, sampling_per_choice
 from moefit.server.streaming import STREAM, EngineEvents, UsageCounter, respond
+from moefit.server.structured.request import answer_form, compiled_form
 from moefit.server.tokenizer import RequestTokenizer
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -172,6 +173,7 @@ class CompletionBuilder:
             MAX_TOKENS if body.max_tokens is None else body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=compiled_form(service.grammars, answer_form(body)),
         )
         engine_requests: list[EngineRequest] = []
         for prompt in _prompts(body):

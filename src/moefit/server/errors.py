@@ -98,6 +98,15 @@ class APIError(HTTPException):
         self.param, self.code = param, code
 
 
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Name the field of a request in errors about its value."""
+    try:
+        yield
+    except ConfigError as error:
+        raise APIError(400, f"{field}: {error}", param=field, code="invalid_value") from error
+
+
 class PanicError(RuntimeError):
     """A library raised an error that is not an `Exception`, such as a panic in Rust."""
 

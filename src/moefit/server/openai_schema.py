@@ -5,14 +5,12 @@ rejected by name. Response models contain every field that OpenAI's clients read
 """
 
 from collections.abc import Mapping
-from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -21,14 +19,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from moefit.engine.sampler import MAX_BIAS, REPETITION
+from moefit.server.schema.base import Items, StrictModel, TokenId, Unsupported
+from moefit.server.schema.structured import ResponseFormat, StructuredOutputs
 
-T = TypeVar("T")
-_MAX_REPORTED = 8  # unknown fields per object
-
-Items = Annotated[list[T], Field(fail_fast=True)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Unsupported = Annotated[Items[str], Field(max_length=0)]
 
 
 def _biases(given: Any) -> Any:
@@ -52,35 +46,6 @@ Biases = Annotated[dict[str, float], BeforeValidator(_biases)]
 """Values added to logits, by token id."""
 
 
-class StrictModel(BaseModel):
-    """Base of request models: unknown fields and numbers in quotes are errors; null means absent.
-
-    NEUTRAL maps unsupported fields to the values that request no change of behaviour.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    NEUTRAL: ClassVar[Mapping[str, Any]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_unknown(cls, given: Any) -> Any:
-        """Remove unknown fields without effect, and all but a few of the others."""
-        if not isinstance(given, dict) or given.keys() <= cls.model_fields.keys():
-            return given
-        known = {name: given[name] for name in cls.model_fields if name in given}
-        unknown = (
-            name for name in given if name not in known and not cls._asks_nothing(given, name)
-        )
-        return known | {name: given[name] for name in islice(unknown, _MAX_REPORTED)}
-
-    @classmethod
-    def _asks_nothing(cls, given: Mapping[str, Any], name: str) -> bool:
-        """Return whether an unknown field is null or neutral; 1 equals 1.0 but not true."""
-        value, neutral = given[name], cls.NEUTRAL.get(name)
-        alike = isinstance(value, bool) == isinstance(neutral, bool)
-        return value is None or (neutral is not None and alike and value == neutral)
-
-
 class StreamOptions(StrictModel):
     """Options of a stream."""
 
@@ -91,15 +56,17 @@ class StreamOptions(StrictModel):
 class GenerationRequest(StrictModel):
     """Parameters common to completions and chat completions.
 
-    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `cache_salt` are
-    vLLM's. `store`, `metadata`, `service_tier` and `user` are accepted and have no effect.
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `cache_salt`,
+    `structured_outputs` and the older `guided_json`, `guided_regex`, `guided_choice` and
+    `guided_grammar` are vLLM's. `store`, `metadata`, `service_tier` and `user` are accepted and
+    have no effect.
     """
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {
         "min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "early_stopping": False,
         "typical_p": 1, "no_repeat_ngram_size": 0, "skip_special_tokens": True,
         "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "priority": 0,
-        "response_format": {"type": "text"}, "repeat_penalty": 1, "tfs_z": 1, "mirostat": 0,
+        "repeat_penalty": 1, "tfs_z": 1, "mirostat": 0,
     }  # fmt: skip
 
     model: str | None = None
@@ -123,6 +90,12 @@ class GenerationRequest(StrictModel):
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[Items[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
 
     @property
     def streams_usage(self) -> bool:
@@ -240,12 +213,6 @@ class Message(StrictModel):
         return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
 
-class TextFormat(StrictModel):
-    """The only supported response format."""
-
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -260,7 +227,6 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: TextFormat | None = None
     tools: Unsupported | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None

@@ -16,11 +16,13 @@ from uuid import uuid4
 import moefit
 from moefit.engine.api import SamplingParams
 from moefit.engine.engine import Engine
+from moefit.engine.request_state import eos_token_ids
+from moefit.engine.structured.grammar import Grammar, GrammarCompiler
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan
 from moefit.plan.search import SLACK
 from moefit.serve.memory.follow import BudgetFollower
-from moefit.server.errors import APIError
+from moefit.server.errors import APIError, naming
 from moefit.server.metrics import ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
@@ -133,6 +135,7 @@ class Service:
         follower: Lets the budget follow free memory, on a CPU without a plan.
         engine: The engine.
         settings: Server settings.
+        grammars: Compiles grammars of requests; use it off the event loop.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings):
@@ -146,6 +149,9 @@ class Service:
         self.decoder_only = not model.config.is_encoder_decoder
         self.tokenizer = RequestTokenizer(
             tokenizer, size=text.vocab_size, max_tokens=engine.max_model_len
+        )
+        self.grammars = GrammarCompiler(
+            tokenizer, size=text.vocab_size, eos_ids=eos_token_ids(engine.served)
         )
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
@@ -250,6 +256,7 @@ class Service:
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """Return the sampling parameters of a request.
 
@@ -276,14 +283,13 @@ class Service:
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
 
     def _check_tokens(self, ids: Iterable[int], field: str) -> None:
         """Raise APIError, naming the field, if a token id is outside the vocabulary."""
-        try:
+        with naming(field):
             self.tokenizer.check_ids(list(ids))
-        except ConfigError as error:
-            raise APIError(400, f"{field}: {error}", param=field, code="invalid_value") from error
 
     def _biases(self, body: GenerationRequest) -> tuple[tuple[int, float], ...]:
         """Return the logit biases by token id. Raises APIError for an invalid token id."""

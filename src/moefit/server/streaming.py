@@ -99,6 +99,8 @@ def raise_if_failed(event: FinishedEvent) -> None:
 
     The error itself may contain local paths and is only logged.
     """
+    if event.code:  # caused by the request; its message is for the client
+        raise APIError(400, event.message, code=event.code)
     if event.reason == "error":
         raise APIError(500, "the model failed on this request; see the server's log", code="failed")
     if event.reason == "cancelled":

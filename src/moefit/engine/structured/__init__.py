@@ -1,0 +1,1 @@
+"""Grammars that restrict what a request may generate."""

@@ -1,0 +1,70 @@
+"""Try a client's grammar in a process of its own before this one compiles it.
+
+Some schemas take memory and time without end while they are compiled, whatever the limits that the
+library is given (`multipleOf` with a large prime is one). In another process that costs a client
+one error, and requests that are running nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from moefit.engine.structured.library import llguidance
+from moefit.errors import ConfigError
+
+TRIAL_BYTES = 256 << 20
+"""Address space of the process, which uses about 30 MiB."""
+TRIAL_SECONDS = 2
+"""Processor time."""
+_WAIT = 60.0  # seconds on the clock, on a machine that is busy
+# An isolated interpreter has no site-packages, so pass the path of the library.
+_START = (
+    "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_path(sys.argv[2], "
+    "run_name='__main__')"
+)
+_WORKER = Path(__file__).with_name("trial_worker.py")
+_ENVIRONMENT = ("LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH")
+
+
+def tried(
+    grammar: str,
+    limits: Mapping[str, int],
+    *,
+    memory: int = TRIAL_BYTES,
+    seconds: int = TRIAL_SECONDS,
+) -> str:
+    """Return what is wrong with a grammar; empty if nothing is.
+
+    Args:
+        grammar: Its text, as `sources.whole` returns it.
+        limits: Of llguidance.
+        memory: Address space of the process, in bytes.
+        seconds: Processor time.
+
+    Raises:
+        ConfigError: If compiling it takes more than that.
+    """
+    folder = str(Path(llguidance().__file__).parent.parent)
+    command = [sys.executable, "-I", "-S", "-c", _START, folder, str(_WORKER)]
+    try:
+        done = subprocess.run(
+            [*command, str(memory), str(seconds)],
+            input=json.dumps({"grammar": grammar, "limits": dict(limits)}).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            timeout=_WAIT,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        raise ConfigError(
+            f"compiling it takes more than {seconds} seconds or {memory >> 20} MiB; simplify it: "
+            "smaller counts, fewer alternatives, no large multipleOf"
+        )
+    return done.stdout.decode("utf-8", "replace")
