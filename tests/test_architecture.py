@@ -23,6 +23,7 @@ LAYERS = (
     {"advise", "simulate"},
     {"api"},
     {"tasks"},
+    {"report"},
     {"server"},
     {"demo_serving"},
     {"demo"},

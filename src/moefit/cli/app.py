@@ -34,6 +34,10 @@ COMMANDS = {
     "chat": ("chat", "Chat with a model, on a server (--url) or loaded in this process."),
     "bench": ("models", "Measure prefill and decoding speed, and what limits them."),
     "eval": ("evaluate", "Measure perplexity and cost, by inference rule or in a memory budget."),
+    "report": (
+        "scores.report",
+        "Write one page about training runs: a model card with pictures.",
+    ),
     "describe": ("models", "Show a model's parameters and memory estimate without loading it."),
     "pack": ("pack", "Encode a model's experts once, so that serving need not."),
     "cache": ("pack", "Show or remove what is kept in the cache folder, such as packed experts."),
@@ -48,7 +52,7 @@ COMMANDS = {
     "budget": ("budget", "Show or change the memory budget of a running server."),
     "train": ("train", "Train a model: CONFIG.yaml, then settings such as optimizer.lr=3e-4."),
     "adapt": ("train", "Fine-tune a model so that it loses little with few experts in memory."),
-    "export": ("export", "Write a model as OLMoE for transformers and vLLM, or as GGUF."),
+    "export": ("export", "Write a model for transformers and vLLM, or as GGUF for llama.cpp."),
     "convert": ("export", "Write a model with pickled weights (.bin) as safetensors."),
     "demo": ("train", "Train a small DS-MoE for a minute, then evaluate and serve a shipped one."),
 }

@@ -16,6 +16,7 @@ from moefit.cli.app import Json, command, console, option, print_json, say
 from moefit.cli.options import Dtype, Model, torch_dtype
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.dsmoe.remote_code import export_standalone
 from moefit.errors import ConfigError
 from moefit.evaluate.loading import load_full_model, locate
 from moefit.gguf.write import TYPES, write_gguf
@@ -27,6 +28,7 @@ class FormatName(StrEnum):
     """What can be written."""
 
     olmoe = "olmoe"
+    dsmoe = "dsmoe"
     gguf = "gguf"
 
 
@@ -36,7 +38,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder (olmoe) or file (gguf) to write.")],
     format: Annotated[
         FormatName,
-        option("olmoe: a checkpoint of DS-MoE or OLMoE models. gguf: a file for llama.cpp."),
+        option(
+            "olmoe: a checkpoint of DS-MoE or OLMoE models. dsmoe: a DS-MoE as it is, with code "
+            "beside it, for trust_remote_code. gguf: a file for llama.cpp."
+        ),
     ] = FormatName.olmoe,
     experts_per_token: Annotated[
         int | None,
@@ -48,7 +53,7 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, option("With olmoe: dtype of the checkpoint. Default: the model's own.")
+        Dtype | None, option("With olmoe, dsmoe: dtype of the weights. Default: the model's own.")
     ] = None,
     type: Annotated[
         str | None,
@@ -60,12 +65,18 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what is written: olmoe against the model's logits at top_k:K, gguf by its settings."""
+    """Check what is written: olmoe and dsmoe by the model's logits, gguf by its settings."""
     if format is FormatName.gguf:
         _refuse_others("gguf", experts_per_token=experts_per_token, dtype=dtype)
         _write_gguf(model, out, type or "f16", tokenizer is not False, as_json=as_json)
         return
-    _refuse_others("olmoe", type=type, tokenizer=tokenizer)
+    _refuse_others(format.value, type=type, tokenizer=tokenizer)
+    if format is FormatName.dsmoe:
+        _refuse_others("dsmoe", experts_per_token=experts_per_token)
+        _write_standalone(model, out, dtype)
+        if as_json:
+            print_json({"out": str(out), "format": "dsmoe"})
+        return
     if experts_per_token is None:
         raise ConfigError(
             "an OLMoE has one number of experts for all tokens; give --experts-per-token K, or "
@@ -81,7 +92,7 @@ def _refuse_others(format: str, **options: object) -> None:
     """Raise ConfigError for options of the other format."""
     for name, value in options.items():
         if value is not None:
-            other = "olmoe" if format == "gguf" else "gguf"
+            other = "gguf" if name in ("type", "tokenizer") else "olmoe"
             raise ConfigError(
                 f"--{name.replace('_', '-')} is an option of --format {other}, and the format is "
                 f"{format}; leave it out, or give --format {other}"
@@ -99,6 +110,15 @@ def _write_olmoe(model: str, out: Path, experts_per_token: int, dtype: Dtype | N
         experts_per_token=experts_per_token,
         tokenizer=tokenizer,
         dtype=torch_dtype(dtype),
+    )
+
+
+def _write_standalone(model: str, out: Path, dtype: Dtype | None) -> None:
+    loaded, tokenizer = load_full_model(model)
+    export_standalone(loaded, out, tokenizer=tokenizer, dtype=torch_dtype(dtype))
+    say(
+        f"wrote {out}: a DS-MoE with the code that opens it: "
+        f"AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)"
     )
 
 

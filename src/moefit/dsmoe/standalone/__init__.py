@@ -1,0 +1,1 @@
+"""A file that is copied into exported folders, for processes without moefit."""

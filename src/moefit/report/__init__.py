@@ -1,0 +1,1 @@
+"""One page about training runs and models, and uploading it with the model."""
