@@ -44,8 +44,32 @@ def test_serve_defaults(given) -> None:
     assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
     assert not engine.deterministic
+    assert (engine.prefix_cache, engine.prefix_folder) == ("auto", None)
     assert (settings.host, settings.port, settings.name) == ("127.0.0.1", 8000, "reference")
     assert (settings.api_key, settings.origins) == (None, ())
+
+
+def test_prefix_cache_options(given, tmp_path: Path) -> None:
+    options = ["--prefix-cache-dir", str(tmp_path), "--prefix-cache-disk", "2GiB"]
+    for more in ([], ["--prefix-cache", "off"], options, ["--prefix-cache", "on", *options[:2]]):
+        assert RUNNER.invoke(app, ["serve", *more]).exit_code == 0
+    engines = [call[2] for call in given]
+    assert [one.prefix_cache for one in engines] == ["auto", "off", "auto", "on"]
+    assert [one.prefix_folder for one in engines] == [None, None, tmp_path, tmp_path]
+    assert [one.prefix_disk_bytes >> 30 for one in engines[2:]] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prefix-cache-disk", "2GiB"], "give --prefix-cache-dir too"),
+        (["--prefix-cache-dir", "d", "--prefix-cache", "off"], "no effect"),
+        (["--prefix-cache-dir", "d", "--prefix-cache-disk", "big"], "is not a size"),
+    ],
+)
+def test_prefix_files_that_are_not_used_raise(given, arguments: list[str], says: str) -> None:
+    error = RUNNER.invoke(app, ["serve", *arguments]).exception
+    assert isinstance(error, ConfigError) and says in str(error)
 
 
 def test_warm_start_is_for_budgets_and_unless_requested_for_exact_mode(tmp_path: Path) -> None:
@@ -129,7 +153,8 @@ def test_every_option_has_environment_variable(given) -> None:
         "MOEFIT_PREFILL_CHUNK": "7", "MOEFIT_CHAT_TOKENS": "9", "MOEFIT_MAX_CONNECTIONS": "4",
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
         "MOEFIT_GENERATION_CONFIG": "none", "MOEFIT_DETERMINISTIC": "1",
-        "MOEFIT_WARM_START": "false",
+        "MOEFIT_WARM_START": "false", "MOEFIT_PREFIX_CACHE": "on", "MOEFIT_PREFIX_CACHE_DIR": "d",
+        "MOEFIT_PREFIX_CACHE_DISK": "1GiB",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
     ((_, options, engine, settings, _, following, warm),) = given
@@ -138,7 +163,8 @@ def test_every_option_has_environment_variable(given) -> None:
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
     assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")
     assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
-    assert engine.deterministic
+    assert engine.deterministic and engine.prefix_cache == "on"
+    assert (engine.prefix_folder, engine.prefix_disk_bytes) == (Path("d"), 1 << 30)
     assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))
 

@@ -134,6 +134,16 @@ def test_chunks_are_split_evenly(total: int, wants: list[int]) -> None:
     assert not hungry or max(shares) - min(hungry) <= 1  # nobody has more than one who wants more
 
 
+def test_tokens_may_be_skipped_before_the_first_step() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit("one", prompt=20, max_new_tokens=2)
+    scheduler.admit()
+    scheduler.skip("one", 16)
+    (piece,) = scheduler.plan()
+    assert (piece.start, piece.last) == (16, piece.stop == 20)
+    scheduler.check()
+
+
 class Serving(RuleBasedStateMachine):
     """Requests are submitted, run, end and are cancelled in any order."""
 
@@ -145,6 +155,7 @@ class Serving(RuleBasedStateMachine):
         self.left: dict[str, int] = {}  # tokens that the answer may still have
         self.read: dict[str, int] = {}
         self.order: list[str] = []
+        self.held: set[str] = set()
         self.count = 0
 
     @rule(
@@ -173,16 +184,27 @@ class Serving(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.left)))
         assert self.scheduler.remove(name)
         del self.left[name], self.read[name]
+        self.held.discard(name)
+
+    @precondition(lambda self: self.left and self.scheduler.running)
+    @rule(data=st.data())
+    def hold_or_resume(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.scheduler.running))
+        (self.scheduler.resume if name in self.held else self.scheduler.hold)(name)
+        self.held ^= {name}
 
     @rule()
     def step(self) -> None:
+        has_work = self.scheduler.has_work
         admitted = self.scheduler.admit()
+        assert has_work == bool(admitted or set(self.scheduler.running) - self.held)
         running = self.scheduler.running
         assert [n for n in self.order if n in admitted] == list(admitted), "who comes first"
         assert running or not self.left, "somebody could have been served"
         pieces = self.scheduler.plan()
         assert pieces == self.scheduler.plan(), "planning changes nothing"
         assert len({piece.request for piece in pieces}) == len(pieces)
+        assert not {piece.request for piece in pieces} & self.held
         decoding = [piece for piece in pieces if self.left_after_reading(piece)]
         reading = [piece for piece in pieces if piece not in decoding]
         if not self.scheduler.limits.whole_prompts:
@@ -208,6 +230,9 @@ class Serving(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Check that every request finishes eventually."""
+        for name in getattr(self, "held", ()):
+            self.scheduler.resume(name)
+        self.held = set()
         for _ in range(2000):
             if not self.left:
                 return

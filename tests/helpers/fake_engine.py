@@ -21,6 +21,7 @@ from moefit.engine.detokenize import IncrementalDetokenizer
 from moefit.engine.invariance import Invariance
 from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.reuse import Coverage
+from moefit.engine.prefix.store import DiskStats
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
 from moefit.serve.model import ServedModel
 
@@ -107,6 +108,7 @@ class FakeEngine:
             running=len(self._going), waiting=0, kv_tokens_used=17, kv_tokens=2048,
             prompt_tokens_total=5, generation_tokens_total=7, tokens_per_second=1.5,
             steps=3, runner="fake",
+            prefix_files=DiskStats(files=3, bytes=300, limit=1000, read=64, written=192),
             prefixes=PrefixStats(tokens=160, shared=32, queries=1000, hits=750, evicted=64),
         )  # fmt: skip
 

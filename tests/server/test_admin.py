@@ -245,6 +245,12 @@ def test_metrics_have_vllm_names(running, served) -> None:
     assert found["moefit:prefix_cache_hits_total"] == 750
     assert found["moefit:prefix_cache_evictions_total"] == 64
     assert found["moefit:prefix_cache_tokens"] == 192
+    assert found["moefit:prefix_cache_disk_bytes"] == 300
+    assert found["moefit:prefix_cache_disk_read_tokens_total"] == 64
+    assert found["moefit:prefix_cache_disk_written_tokens_total"] == 192
+    state = client.get(URL).json()["prefix_cache"]
+    assert state["active"] and state["hits"] == 750 and state["disk"]["written"] == 192
+    assert state["bytes"] == report["budget"]["kv_cache"] * 160 // 2048
     assert found["moefit:request_success_total length"] == 1
     assert found["moefit:time_to_first_token_seconds_count"] == 1
     assert found["moefit:inter_token_latency_seconds_count"] == 4

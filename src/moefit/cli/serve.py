@@ -26,6 +26,7 @@ from moefit.cli.planned import PlanProcess
 from moefit.device import planned_device
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
+from moefit.engine.prefix.disk import BUFFERS_BYTES
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.loading import REFERENCE
 from moefit.host import available_bytes, is_loopback, process_bytes
@@ -148,6 +149,13 @@ class ServerOptions:
             "the same bits as without."
         ),
     ] = None
+    prefix_cache_dir: Annotated[
+        Path | None,
+        advanced("Folder in which keys and values of prompts survive a restart.", file_okay=False),
+    ] = None
+    prefix_cache_disk: Annotated[
+        str | None, advanced("Maximum size of that folder. Default: 8GiB.")
+    ] = None
     warm_start: Annotated[
         bool | None,
         advanced(
@@ -184,7 +192,16 @@ class ServerOptions:
     ] = 30.0
 
     def engine(self) -> EngineSettings:
-        """Return the settings of the engine."""
+        """Return the settings of the engine. Raises ConfigError for files that are not used."""
+        folder, size = self.prefix_cache_dir, self.prefix_cache_disk
+        if size is not None and folder is None:
+            raise ConfigError(
+                f"--prefix-cache-disk {size} is the size of a folder; give --prefix-cache-dir too"
+            )
+        if folder is not None and self.prefix_cache is PrefixCacheName.off:
+            raise ConfigError(
+                f"--prefix-cache-dir {folder} has no effect with --prefix-cache off; leave one out"
+            )
         return EngineSettings(
             max_concurrency=self.max_concurrency,
             max_model_len=self.max_model_len,
@@ -192,6 +209,8 @@ class ServerOptions:
             max_waiting=self.max_waiting,
             deterministic=self.deterministic,
             prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache.value,
+            prefix_folder=None if folder is None else folder.expanduser(),
+            prefix_disk_bytes=parse_bytes(size or "8GiB"),
         )
 
     def follow(self, options: ServingOptions) -> FollowSettings:
@@ -354,6 +373,8 @@ def _loaded(
 ) -> tuple[ServedModel, Plan | None]:
     """Load the model, with memory for the logits of requests that run at once."""
     how = {**shared_steps(settings.max_concurrency), "generation_config": following}
+    if settings.prefix_folder is not None:
+        how["helpers"] += BUFFERS_BYTES
     if options.has_plan:
         return load_planned(model, options, **how)
     return load_served(model, options, **how), None
@@ -392,6 +413,11 @@ def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float
     )
     say(engine.invariance.describe())
     say(engine.prefix_coverage.describe())
+    if (files := engine.stats().prefix_files) is not None:
+        say(
+            f"prefixes survive a restart in {engine.settings.prefix_folder}: "
+            f"{format_bytes(files.bytes)} of {format_bytes(files.limit)} now"
+        )
     key = "with the key" if settings.api_key else "no key"
     say(f"API at {url}/v1 ({key}), page at {url}/, metrics at {url}/metrics")
     if settings.api_key is None and not is_loopback(settings.host):

@@ -7,10 +7,12 @@ which receives one `PromptEvent`, any number of `TokenEvent`s and one `FinishedE
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from time import monotonic
 from typing import Literal, get_args
 
 from moefit.engine.prefix.cache import PrefixStats
+from moefit.engine.prefix.store import DiskStats
 from moefit.engine.structured.grammar import Grammar
 from moefit.errors import ConfigError
 
@@ -32,6 +34,7 @@ class EngineStats:
         steps: Forward passes since the engine was created.
         runner: "packed" (variable-length batches) or "separate" (one request at a time).
         prefixes: Keys and values that requests may reuse; None if each has a cache of its own.
+        prefix_files: Those in files; None without a folder.
     """
 
     running: int
@@ -44,6 +47,7 @@ class EngineStats:
     steps: int
     runner: str
     prefixes: PrefixStats | None = None
+    prefix_files: DiskStats | None = None
 
 
 class TokenRate:
@@ -96,6 +100,8 @@ class EngineSettings:
             depend on resident experts.
         prefix_cache: Whether keys and values of earlier prompts are reused: "auto" (where answers
             are the same bits as without), "on" (where it is possible) or "off".
+        prefix_folder: Folder in which they survive a restart, if any.
+        prefix_disk_bytes: Size of its files at most.
     """
 
     max_concurrency: int = 16
@@ -104,6 +110,8 @@ class EngineSettings:
     max_waiting: int = 1024
     deterministic: bool = False
     prefix_cache: ReuseSetting = "auto"
+    prefix_folder: Path | None = None
+    prefix_disk_bytes: int = 8 << 30
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""
@@ -114,7 +122,7 @@ class EngineSettings:
             value = getattr(self, field.name)
             if value is None and field.name == "max_model_len":
                 continue
-            if field.name in ("deterministic", "prefix_cache"):
+            if field.name in ("deterministic", "prefix_cache", "prefix_folder"):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{field.name}={value!r}: must be a whole number, 1 or more")

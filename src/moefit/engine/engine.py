@@ -27,6 +27,7 @@ from moefit.engine.api import (
     TokenRate,
 )
 from moefit.engine.invariance import Invariance, of_policy
+from moefit.engine.prefix.files import EngineParts, PrefixFiles
 from moefit.engine.prefix.reuse import Coverage, PrefixReuse
 from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
@@ -110,6 +111,14 @@ class Engine:
             )
         )
         self._requests: dict[str, RequestState] = {}
+        self._files = None
+        if self.settings.prefix_folder is not None:
+            self._files = PrefixFiles.open(
+                self.settings.prefix_folder,
+                self.settings.prefix_disk_bytes,
+                EngineParts(served, self._runner, self._scheduler, self._requests),
+                self.between_steps,
+            )
         self._cancelled: set[str] = set()
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
@@ -129,6 +138,8 @@ class Engine:
             if self._thread is None:
                 self._thread = Thread(target=self._thread_main, name="moefit-engine", daemon=True)
                 self._thread.start()
+                if self._files is not None:
+                    self._files.start()
 
     @property
     def failure(self) -> str | None:
@@ -169,6 +180,8 @@ class Engine:
             Whether the engine's thread has ended. If False, the model is still computing and only
                 ending the process stops it.
         """
+        if self._files is not None:
+            self._files.close()
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify_all()
@@ -274,6 +287,7 @@ class Engine:
                 steps=self._steps,
                 runner=self._runner.name,
                 prefixes=None if prefixes is None else prefixes.stats(),
+                prefix_files=None if self._files is None else self._files.stats(),
             )
 
     def check(self) -> None:
@@ -313,7 +327,12 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closing or self._commands or self._cancelled or self._requests
+                    lambda: (
+                        self._closing
+                        or self._commands
+                        or self._cancelled
+                        or self._scheduler.has_work
+                    )
                 )
                 if self._closing:
                     return
@@ -350,8 +369,11 @@ class Engine:
         if sampling.prompt_logprobs is None:  # those need all logits of the prompt
             prefix = self._reuse.prefix_of(state.prompt, sampling.cache_salt, self.invariance)
         tokens = len(state.prompt) + sampling.max_tokens
+        state.prefix = prefix
         state.cached_tokens = self._runner.open(state.name, tokens, prefix)
         self._scheduler.skip(state.name, state.cached_tokens)
+        if self._files is not None:
+            self._files.load(state)
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
@@ -432,6 +454,8 @@ class Engine:
             self._changed.notify_all()
             if running:
                 self._release(name, keep=not state.failed)
+                if self._files is not None:
+                    self._files.save(state)
 
     def _release(self, name: str, *, keep: bool) -> None:
         """Free a request's KV cache; an error must not prevent its last event."""

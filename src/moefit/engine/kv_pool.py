@@ -6,7 +6,7 @@ and which keys and values of earlier ones stay.
 Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,41 @@ class KvPool:
             for one in _tensors(pair)
         )
 
+    @property
+    def bytes_per_place(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        return self.nbytes // self.places.places
+
+    def layout(self) -> str:
+        """Return a text that is the same for pools whose places hold the same bytes."""
+        shapes = [
+            (index, [(str(one.dtype), one.shape[0], *one.shape[2:]) for one in _tensors(pair)])
+            for index, pair in sorted(self._layers.items())
+        ]
+        return repr(shapes)
+
+    def copy_out(self, blocks: Sequence[int]) -> bytearray:
+        """Return the content of blocks, by their first places."""
+        size, content = self.places.block, bytearray()
+        for pair in (self._layers[index] for index in sorted(self._layers)):
+            for one in _tensors(pair):
+                parts = [one[:, start : start + size] for start in blocks]
+                content += _bytes_of(torch.cat(parts, dim=1))
+        return content
+
+    def copy_in(self, start: int, content: bytearray) -> None:
+        """Set the content of consecutive places, from `start` on, as `copy_out` returned it."""
+        tokens, begin = len(content) // self.bytes_per_place, 0
+        for pair in (self._layers[index] for index in sorted(self._layers)):
+            for one in _tensors(pair):
+                target = one[:, start : start + tokens]
+                flat = torch.frombuffer(
+                    content, dtype=one.dtype, count=target.numel(), offset=begin
+                )
+                target.copy_(flat.view(target.shape))
+                begin += target.nbytes
+        assert begin == len(content)
+
     def check(self) -> None:
         """Raise AssertionError if ranges overlap or layers differ in size."""
         self.places.check()
@@ -104,6 +139,11 @@ def _copy(places_GP: Tensor, move: Move) -> None:
         chunk = places_GP[:, source : source + size]
         apart = abs(move.source - move.target) >= size
         places_GP[:, target : target + size] = chunk if apart else chunk.clone()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Return a tensor's bytes, in any dtype."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _tensors(pair: tuple[Tensor, Tensor]) -> list[Tensor]:

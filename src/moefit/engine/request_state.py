@@ -24,6 +24,7 @@ from moefit.engine.api import (
     TokenLogprob,
 )
 from moefit.engine.detokenize import IncrementalDetokenizer
+from moefit.engine.prefix.tree import Prefix
 from moefit.engine.runners import RunnerInput
 from moefit.engine.sampler import Sampler, check_sampling, logprobs_of
 from moefit.engine.scheduler import ScheduledTokens
@@ -90,6 +91,7 @@ class RequestState:
         self._logprobs: list[TokenLogprob | None] = [None]
         self._arrival, self._queue_seconds = monotonic(), 0.0
         self.finished = self.failed = False
+        self.prefix: Prefix | None = None  # what it may reuse and leave to others
         self.cached_tokens = 0  # of the prompt, whose keys and values were reused
 
     @property

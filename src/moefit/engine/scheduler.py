@@ -61,6 +61,7 @@ class _Request:
     max_chunk: int | None  # prompt tokens per step, shared by all requests with this limit
     num_tokens: int
     computed: int = 0
+    held: bool = False
 
     @property
     def prefilling(self) -> bool:
@@ -115,22 +116,38 @@ class Scheduler:
         """Start the longest waiting requests while there is capacity, and return their ids."""
         admitted: list[str] = []
         for name, request in list(self._waiting.items()):
-            full = len(self._running) >= self.limits.max_concurrency
-            if full or self.reserved + request.max_len > self.limits.tokens:
+            if not self._fits(request):
                 break  # keep the order of arrival
             self._running[name] = self._waiting.pop(name)
             self.reserved += request.max_len
             admitted.append(name)
         return tuple(admitted)
 
+    def _fits(self, request: _Request) -> bool:
+        full = len(self._running) >= self.limits.max_concurrency
+        return not full and self.reserved + request.max_len <= self.limits.tokens
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step can compute or a waiting request can start."""
+        if any(not request.held for request in self._running.values()):
+            return True
+        first = next(iter(self._waiting.values()), None)
+        return first is not None and self._fits(first)
+
+    def hold(self, name: str) -> None:
+        """Schedule no tokens of a running request until `resume`."""
+        self._running[name].held = True
+
+    def resume(self, name: str) -> None:
+        """Schedule a request's tokens again."""
+        self._running[name].held = False
+
     def plan(self) -> tuple[ScheduledTokens, ...]:
         """Return the tokens of the next step, decoding requests first. Changes no state."""
-        scheduled = [
-            _scheduled_tokens(request, 1)
-            for request in self._running.values()
-            if not request.prefilling
-        ]
-        prefilling = [request for request in self._running.values() if request.prefilling]
+        running = [request for request in self._running.values() if not request.held]
+        scheduled = [_scheduled_tokens(one, 1) for one in running if not one.prefilling]
+        prefilling = [request for request in running if request.prefilling]
         if self.limits.whole_prompts or self.limits.fixed_chunks:
             first = prefilling[:1]
             return (*scheduled, *(_scheduled_tokens(one, self._own_chunk(one)) for one in first))
@@ -152,7 +169,7 @@ class Scheduler:
     def skip(self, name: str, tokens: int) -> None:
         """Record that the first tokens of a request need no computing, before its first step."""
         request = self._running[name]
-        assert request.computed == 0 and tokens < request.prompt, "one token is left to compute"
+        assert request.computed <= tokens < request.prompt, "one token is left to compute"
         request.computed = tokens
 
     def advance(self, chunk: ScheduledTokens) -> None:

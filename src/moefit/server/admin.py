@@ -141,6 +141,23 @@ class FollowingState(BaseModel):
     headroom: int
 
 
+class PrefixFilesState(BaseModel):
+    """Files of keys and values: their number, bytes and limit, and totals since the start.
+
+    Attributes:
+        read: Tokens whose keys and values were read.
+        written: Tokens whose keys and values were written.
+        damaged: Files that were not used because their content was wrong.
+    """
+
+    files: int
+    bytes: int
+    limit: int
+    read: int
+    written: int
+    damaged: int
+
+
 class PrefixCacheState(BaseModel):
     """Keys and values of earlier prompts and answers that requests reuse. Counts are of tokens.
 
@@ -153,6 +170,7 @@ class PrefixCacheState(BaseModel):
         queries: Of prompts that were looked up, since the server was started.
         hits: Those found.
         evicted: Removed because running requests needed their places.
+        disk: Files in which they survive a restart; null without `--prefix-cache-dir`.
     """
 
     active: bool
@@ -163,6 +181,7 @@ class PrefixCacheState(BaseModel):
     queries: int
     hits: int
     evicted: int
+    disk: PrefixFilesState | None
 
 
 class MemoryState(BaseModel):
@@ -254,7 +273,9 @@ def memory_state(service: Service) -> MemoryState:
 def _prefix_cache(coverage: Coverage, stats: EngineStats, nbytes: int) -> PrefixCacheState:
     known = stats.prefixes or PrefixStats()
     size = nbytes * known.tokens // stats.kv_tokens if stats.kv_tokens else 0
-    return PrefixCacheState(**asdict(coverage), bytes=size, **asdict(known))
+    files = stats.prefix_files
+    disk = None if files is None else PrefixFilesState(**asdict(files))
+    return PrefixCacheState(**asdict(coverage), bytes=size, **asdict(known), disk=disk)
 
 
 def _following(follower: BudgetFollower | None) -> FollowingState | None:

@@ -227,6 +227,14 @@ class ModelCollector:
             )
             held = prefixes.tokens + prefixes.shared
             yield self._gauge("prefix_cache_tokens", "Tokens that requests may reuse", held)
+        if (files := stats.prefix_files) is not None:
+            yield self._gauge("prefix_cache_disk_bytes", "Bytes of prefixes in files", files.bytes)
+            yield self._counter(
+                "prefix_cache_disk_read_tokens", "Tokens read from files", files.read
+            )
+            yield self._counter(
+                "prefix_cache_disk_written_tokens", "Tokens written to files", files.written
+            )
 
     def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
         budget = report["budget"]

@@ -123,6 +123,28 @@ class PrefixCache:
                 self._places.remove_block(block.number)
             held.append(block)
 
+    def found(self, name: str, tokens: Sequence[int], computed: int) -> None:
+        """Keep blocks as `extend` does that did not have to be computed."""
+        before = len(self._held[name])
+        self.extend(name, tokens, computed)
+        self._hits += (len(self._held[name]) - before) * self.block
+
+    def locate(self, prefix: Prefix, start: int, stop: int) -> list[int] | None:
+        """Return the first places of the blocks of a text's tokens, at multiples of a block.
+
+        Args:
+            prefix: The text.
+            start: First token.
+            stop: End of the tokens, exclusive.
+
+        Returns:
+            None if not all have keys and values.
+        """
+        path = self._tree.match(prefix, stop)
+        if len(path) * self.block < stop:
+            return None
+        return [self._source(block).place for block in path[start // self.block :]]
+
     def close(self, name: str, *, keep: bool = True) -> None:
         """Free a request's places, if it has any.
 

@@ -22,6 +22,7 @@ from moefit.serve.config import Policy
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.model import ServedModel
 
+_EXACT = "exact"
 _REST = 3  # tokens of the trial after whole blocks
 
 
@@ -57,7 +58,7 @@ class PrefixReuse:
         self._obstacle = None if setting == "off" else find_obstacle(served, runner)
         self._versions = count(1)
         self._seen: tuple[MemoryBudget, Policy] | None = None
-        self._state = ""
+        self._state, self._durable = "", False
 
     def coverage(self, invariance: Invariance) -> Coverage:
         """Return whether requests reuse keys and values in the mode in force."""
@@ -88,21 +89,23 @@ class PrefixReuse:
         if not self.coverage(invariance).active:
             return None
         content = repr((salt, self._served_as())).encode()
-        return Prefix(namespace=hashlib.sha256(content).hexdigest(), tokens=prompt)
+        name = hashlib.sha256(content).hexdigest()
+        return Prefix(namespace=name, tokens=prompt, durable=self._durable)
 
     def _served_as(self) -> str:
         """Return a text that is the same while keys and values are computed in the same way."""
         now = (self._served.budget, self._served.policy)
         if self._seen is None or any(a is not b for a, b in zip(now, self._seen, strict=True)):
             self._seen = now
-            formats = uniform_formats(self._served)
-            self._state = f"{_mode_of(self._served.policy)} {formats or next(self._versions)}"
+            formats, mode = uniform_formats(self._served), _mode_of(self._served.policy)
+            self._state = f"{mode} {formats or next(self._versions)}"
+            self._durable = formats is not None and mode == _EXACT
         return self._state
 
 
 def _mode_of(policy: Policy) -> str:
     """Return the fields of a policy that keys and values depend on."""
-    return "exact" if policy.mode == policy.prefill == "exact" else repr(policy)
+    return _EXACT if policy.mode == policy.prefill == "exact" else repr(policy)
 
 
 def uniform_formats(served: ServedModel) -> str | None:

@@ -19,10 +19,12 @@ class Prefix:
     Attributes:
         namespace: Only requests of the same namespace share blocks.
         tokens: Token ids of the prompt.
+        durable: Whether its namespace means the same after a restart.
     """
 
     namespace: str
     tokens: Sequence[int]
+    durable: bool = False
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
