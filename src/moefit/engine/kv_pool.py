@@ -51,6 +51,12 @@ class KvPool:
         self._move(opened.moves)
         return opened.cached
 
+    def join(self, name: str, prefix: Prefix) -> int:
+        """Copy what others have computed of a request's prompt since it was opened, as `open`."""
+        joined = self.places.join(name, prefix)
+        self._move(joined.moves)
+        return joined.cached
+
     def layer(self, index: int, key_1GRC: Tensor, value_1GRC: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [G, P, C] of a layer, creating them on first use.
 

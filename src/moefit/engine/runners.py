@@ -66,6 +66,10 @@ class Runner(Protocol):
         """
         ...
 
+    def join(self, request: str, prefix: Prefix) -> int:
+        """Return what `open` would, after others have computed more of the same prompt."""
+        ...
+
     def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:
         """Let other requests reuse the first `computed` of a request's tokens."""
         ...
@@ -108,6 +112,11 @@ class VarlenRunner:
         """Reserve KV cache for a request, and return how much of its prompt is there."""
         cached = self.cache.pool.open(request, tokens, prefix)
         self._lengths[request] = cached
+        return cached
+
+    def join(self, request: str, prefix: Prefix) -> int:
+        """Copy what others have computed of a prompt; return how much of it is there."""
+        self._lengths[request] = cached = self.cache.pool.join(request, prefix)
         return cached
 
     def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:
@@ -202,6 +211,11 @@ class SeparateRunner:
         """Register a request; the model creates its cache in the first step."""
         del tokens, prefix
         self._caches[request] = None
+        return 0
+
+    def join(self, request: str, prefix: Prefix) -> int:
+        """Return 0: a request's cache is its own."""
+        del request, prefix
         return 0
 
     def extend(self, request: str, tokens: Sequence[int], computed: int) -> None:

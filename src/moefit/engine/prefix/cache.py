@@ -123,6 +123,24 @@ class PrefixCache:
                 self._places.remove_block(block.number)
             held.append(block)
 
+    def join(self, name: str, prefix: Prefix) -> Opened:
+        """Give a running request blocks that others have computed since it was opened.
+
+        Args:
+            name: Request id; only its first `cached` tokens may have been computed.
+            prefix: Its prompt, as for `open`.
+        """
+        held, start = self._held[name], self._places.start(name)
+        moves: list[Move] = []
+        for block in self._tree.match(prefix, len(prefix.tokens) - 1)[len(held) :]:
+            target = start + block.depth * self.block
+            moves.append(Move(source=self._source(block).place, target=target, size=self.block))
+            if self._tree.hold(block, name):
+                self._places.remove_block(block.number)
+            held.append(block)
+        self._hits += len(moves) * self.block
+        return Opened(cached=len(held) * self.block, moves=merged(moves))
+
     def found(self, name: str, tokens: Sequence[int], computed: int) -> None:
         """Keep blocks as `extend` does that did not have to be computed."""
         before = len(self._held[name])
