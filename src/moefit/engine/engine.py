@@ -27,8 +27,9 @@ from moefit.engine.api import (
     TokenRate,
 )
 from moefit.engine.invariance import Invariance, of_policy
-from moefit.engine.prefix.files import EngineParts, PrefixFiles
-from moefit.engine.prefix.reuse import Coverage, PrefixReuse
+from moefit.engine.prefix.files import EngineParts
+from moefit.engine.prefix.requests import RequestPrefixes
+from moefit.engine.prefix.reuse import Coverage
 from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
 from moefit.engine.sampler import Choice, Failure, sample
@@ -99,7 +100,6 @@ class Engine:
         self._runner, self._invariance = prepared(
             served, self.settings, context, self.max_model_len
         )
-        self._reuse = PrefixReuse(served, self._runner, self.settings.prefix_cache)
         self._scheduler = Scheduler(
             Limits(
                 tokens=context,
@@ -111,14 +111,11 @@ class Engine:
             )
         )
         self._requests: dict[str, RequestState] = {}
-        self._files = None
-        if self.settings.prefix_folder is not None:
-            self._files = PrefixFiles.open(
-                self.settings.prefix_folder,
-                self.settings.prefix_disk_bytes,
-                EngineParts(served, self._runner, self._scheduler, self._requests),
-                self.between_steps,
-            )
+        self._prefixes = RequestPrefixes(
+            EngineParts(served, self._runner, self._scheduler, self._requests),
+            self.settings,
+            self.between_steps,
+        )
         self._cancelled: set[str] = set()
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
@@ -138,8 +135,7 @@ class Engine:
             if self._thread is None:
                 self._thread = Thread(target=self._thread_main, name="moefit-engine", daemon=True)
                 self._thread.start()
-                if self._files is not None:
-                    self._files.start()
+                self._prefixes.start()
 
     @property
     def failure(self) -> str | None:
@@ -158,7 +154,7 @@ class Engine:
     @property
     def prefix_coverage(self) -> Coverage:
         """Whether requests reuse keys and values of earlier ones, in the mode in force."""
-        return self._reuse.coverage(self.invariance)
+        return self._prefixes.coverage(self.invariance)
 
     @property
     def steps_fail(self) -> bool:
@@ -180,8 +176,7 @@ class Engine:
             Whether the engine's thread has ended. If False, the model is still computing and only
                 ending the process stops it.
         """
-        if self._files is not None:
-            self._files.close()
+        self._prefixes.shut_down()
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify_all()
@@ -274,7 +269,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return current load and totals."""
-        prefixes = self._runner.prefixes
+        prefixes, prefix_files = self._prefixes.stats()
         with self._changed:
             return EngineStats(
                 running=len(self._scheduler.running),
@@ -286,8 +281,8 @@ class Engine:
                 tokens_per_second=self._rate.per_second(),
                 steps=self._steps,
                 runner=self._runner.name,
-                prefixes=None if prefixes is None else prefixes.stats(),
-                prefix_files=None if self._files is None else self._files.stats(),
+                prefixes=prefixes,
+                prefix_files=prefix_files,
             )
 
     def check(self) -> None:
@@ -296,8 +291,8 @@ class Engine:
             self._scheduler.check()
             known = {*self._scheduler.running, *self._scheduler.waiting}
             assert known == self._requests.keys(), known ^ self._requests.keys()
-            if self._runner.prefixes is not None and not known:
-                self._runner.prefixes.check()
+            if not known:
+                self._prefixes.check()
 
     def _prompt_logits_rows(self) -> int:
         """Return how many prompt tokens may have their logits in memory at once."""
@@ -361,19 +356,7 @@ class Engine:
     def _begin(self, state: RequestState) -> None:
         """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
-        self._isolated(state, lambda: self._open(state))
-
-    def _open(self, state: RequestState) -> None:
-        sampling = state.sampling
-        prefix = None
-        if sampling.prompt_logprobs is None:  # those need all logits of the prompt
-            prefix = self._reuse.prefix_of(state.prompt, sampling.cache_salt, self.invariance)
-        tokens = len(state.prompt) + sampling.max_tokens
-        state.prefix = prefix
-        state.cached_tokens = self._runner.open(state.name, tokens, prefix)
-        self._scheduler.skip(state.name, state.cached_tokens)
-        if self._files is not None:
-            self._files.load(state)
+        self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
@@ -432,7 +415,7 @@ class Engine:
             self._steps += 1
             for chunk, state in zip(scheduled, states, strict=True):
                 self._scheduler.advance(chunk)
-                self._runner.extend(chunk.request, state.tokens, chunk.stop)
+                self._prefixes.advance(chunk, state)
                 read = min(chunk.stop, len(state.prompt)) - chunk.start
                 self._prompt_tokens += max(0, read)
 
@@ -453,16 +436,14 @@ class Engine:
             self._scheduler.remove(name)
             self._changed.notify_all()
             if running:
-                self._release(name, keep=not state.failed)
-                if self._files is not None:
-                    self._files.save(state)
+                self._release(state)
 
-    def _release(self, name: str, *, keep: bool) -> None:
+    def _release(self, state: RequestState) -> None:
         """Free a request's KV cache; an error must not prevent its last event."""
         try:
-            self._runner.close(name, keep=keep)
+            self._prefixes.close(state)
         except BaseException:  # noqa: BLE001 - any error in a runner
-            _LOG.exception("the KV cache of request %s could not be freed", name)
+            _LOG.exception("the KV cache of request %s could not be freed", state.name)
 
 
 def _append_token(state: RequestState, choice: Choice | Failure) -> None:

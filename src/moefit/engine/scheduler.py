@@ -135,6 +135,14 @@ class Scheduler:
         first = next(iter(self._waiting.values()), None)
         return first is not None and self._fits(first)
 
+    def prefilling(self) -> tuple[tuple[str, int], ...]:
+        """Return requests in prefill that are not held, with their computed tokens."""
+        return tuple(
+            (request.name, request.computed)
+            for request in self._running.values()
+            if request.prefilling and not request.held
+        )
+
     def hold(self, name: str) -> None:
         """Schedule no tokens of a running request until `resume`."""
         self._running[name].held = True

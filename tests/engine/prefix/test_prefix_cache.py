@@ -148,7 +148,13 @@ class Pool(RuleBasedStateMachine):
         self.cache = PrefixCache(PLACES, BLOCK)
         self.row: list[object] = [None] * PLACES
         self.texts: dict[str, tuple[str, list[int], int, int]] = {}  # namespace, text, done, size
+        self.computed: dict[str, bool] = {}
         self.count = 0
+
+    def move(self, opened: Opened) -> None:
+        for move in opened.moves:
+            for index in range(move.size):  # in this order: overlapping moves go to the front
+                self.row[move.target + index] = self.row[move.source + index]
 
     def write(self, name: str, begin: int, end: int) -> None:
         namespace, text, _, _ = self.texts[name]
@@ -169,9 +175,8 @@ class Pool(RuleBasedStateMachine):
         known = 0 if given is None else self.cache.known(given)
         opened = self.cache.open(name, size, given)
         assert opened.cached < len(text) and opened.cached <= known
-        for move in opened.moves:
-            for index in range(move.size):  # in this order: overlapping moves go to the front
-                self.row[move.target + index] = self.row[move.source + index]
+        self.move(opened)
+        self.computed[name] = False
         self.texts[name] = (namespace if covered else name, text, opened.cached, size)
 
     @precondition(lambda self: self.texts)
@@ -183,8 +188,21 @@ class Pool(RuleBasedStateMachine):
         while len(text) < done + new:
             text.append(data.draw(st.integers(0, 1)))
         self.texts[name] = (namespace, text, done + new, size)
+        self.computed[name] |= new > 0
         self.write(name, done, done + new)
         self.cache.extend(name, text, done + new)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.texts)))
+        namespace, text, done, size = self.texts[name]
+        if self.computed[name] or namespace == name:
+            return
+        opened = self.cache.join(name, Prefix(namespace=namespace, tokens=text))
+        assert done <= opened.cached < len(text)
+        self.move(opened)
+        self.texts[name] = (namespace, text, opened.cached, size)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())

@@ -51,7 +51,7 @@ def test_answers_after_a_restart(served, tmp_path) -> None:
     with running(served, prefix_folder=tmp_path) as engine:
         first = answer(engine)
         assert first.end.cached_tokens == 0 and bits(first) == expected
-        assert engine._files.settle(10)
+        assert engine._prefixes.settle(10)
         assert engine.stats().prefix_files.written == 192
     with running(served, prefix_folder=tmp_path) as engine:
         assert engine.stats().prefixes.tokens == 0
@@ -83,7 +83,7 @@ def test_damage_ends_a_prefix(served, tmp_path, caplog) -> None:
         again = answer(engine)
         assert again.end.cached_tokens == 0 and bits(again) == expected
         assert caplog.text.count("does not match its checksum") == 1
-        assert engine._files.settle(10) and engine.stats().prefix_files.damaged == 1
+        assert engine._prefixes.settle(10) and engine.stats().prefix_files.damaged == 1
 
 
 def test_other_requests_run_while_files_are_read(served, tmp_path, monkeypatch) -> None:
@@ -105,14 +105,14 @@ def test_other_requests_run_while_files_are_read(served, tmp_path, monkeypatch) 
         assert gone.wait().end.reason == "cancelled"
         go.set()
         assert waits.wait().end.cached_tokens == 192 and bits(waits) == expected
-        assert engine._files.settle(10)
+        assert engine._prefixes.settle(10)
 
 
 def test_states_of_modes_that_depend_on_residents_are_not_written(served, tmp_path) -> None:
     with running(served, prefix_folder=tmp_path, prefix_cache="on") as engine:
         engine.set_mode("virtual")
         answer(engine)
-        assert engine._files.settle(10) and engine.stats().prefix_files.files == 0
+        assert engine._prefixes.settle(10) and engine.stats().prefix_files.files == 0
         engine.set_mode("exact")
 
 

@@ -134,6 +134,50 @@ def test_states_of_other_modes_are_kept_apart(folder):
 
 
 @compiled
+def test_requests_that_arrive_together_compute_their_prefix_once(folder):
+    with load_model(folder, LoadSettings(context=512)) as served:
+        served.model.generation_config.eos_token_id = None
+        said = text(60)
+        asked = [said, said, [*said, 5], [*said[:32], *text(9)], text(12)]
+        with running(served, prefix_cache="off") as engine:
+            expected = [bits(answer(engine, one)) for one in asked]
+        with running(served, prefill_chunk=7) as engine:
+            with paused(engine) as go:
+                together = [ask(engine, one, greedy(20, logprobs=0)) for one in asked]
+                gone = ask(engine, said, greedy(20))
+                engine.cancel("request-7")
+                go.set()
+                assert [bits(one.wait()) for one in together] == expected
+            assert [one.end.cached_tokens for one in together] == [0, 48, 48, 32, 0]
+            assert gone.wait().end.reason == "cancelled"
+
+
+@compiled
+def test_waiting_requests_go_on_when_the_first_is_cancelled(folder):
+    with load_model(folder, LoadSettings(context=512)) as served:
+        served.model.generation_config.eos_token_id = None
+        said = text(60)
+        with running(served, prefix_cache="off") as engine:
+            expected = bits(answer(engine, said))
+        with running(served, prefill_chunk=5) as engine:
+            step, steps = engine._runner.step, []
+
+            def cancels(inputs):
+                steps.append(len(inputs))
+                if len(steps) == 6:
+                    engine.cancel("request-2")
+                return step(inputs)
+
+            engine._runner.step = cancels
+            with paused(engine) as go:
+                first, *others = [ask(engine, said, greedy(20, logprobs=0)) for _ in range(3)]
+                go.set()
+                assert [bits(one.wait()) for one in others] == [expected, expected]
+            assert first.wait().end.reason == "cancelled"
+            assert 0 < others[0].end.cached_tokens < others[1].end.cached_tokens == 48
+
+
+@compiled
 def test_salts_keep_requests_apart(folder):
     with load_model(folder, LoadSettings(context=256)) as served, running(served) as engine:
         served.model.generation_config.eos_token_id = None

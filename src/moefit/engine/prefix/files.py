@@ -88,12 +88,15 @@ class PrefixFiles:
         """Start the thread that reads and writes."""
         self._disk.start()
 
-    def load(self, state: RequestState) -> None:
-        """Hold a request that was just opened until what files have of its prompt is loaded."""
+    def load(self, state: RequestState) -> bool:
+        """Begin to load what files have of the prompt of a request that was just opened.
+
+        Returns:
+            Whether there is anything; the scheduler is to hold the request until it is loaded.
+        """
         if state.prefix is None or not state.prefix.durable or state.finished:
-            return
-        if self._disk.load(state.name, state.prefix, state.cached_tokens):
-            self._parts.scheduler.hold(state.name)
+            return False
+        return self._disk.load(state.name, state.prefix, state.cached_tokens)
 
     def save(self, state: RequestState) -> None:
         """Save a request that has ended."""

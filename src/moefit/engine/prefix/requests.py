@@ -5,8 +5,7 @@ that are loaded from files or whose prefix another request is computing. All met
 the engine's thread, except where noted.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -62,7 +62,9 @@ class WaitingForPrefix:
 
     def computed(self, name: str, tokens: int) -> list[str]:
         """Return the requests that wait no longer once `tokens` of `name` are computed."""
-        return self._end([w for w, (whom, until) in self._waits.items() if whom == name and until <= tokens])
+        return self._end(
+            [w for w, (whom, until) in self._waits.items() if whom == name and until <= tokens]
+        )
 
     def ended(self, name: str) -> list[str]:
         """Return the requests that wait no longer since `name` has ended."""
