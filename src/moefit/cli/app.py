@@ -38,6 +38,7 @@ COMMANDS = {
         "scores.report",
         "Write one page about training runs: a model card with pictures.",
     ),
+    "push": ("scores.push", "Upload a model with its card to the Hugging Face Hub."),
     "describe": ("models", "Show a model's parameters and memory estimate without loading it."),
     "pack": ("pack", "Encode a model's experts once, so that serving need not."),
     "cache": ("pack", "Show or remove what is kept in the cache folder, such as packed experts."),

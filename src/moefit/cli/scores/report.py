@@ -53,12 +53,12 @@ def report(
             status.update(f"{name}: {done:,} of {total:,} tokens")
 
         known = [gather(one, measured, show) for one in runs]
-        folder = out or _beside(runs[0])
+        folder = out or page_folder(runs[0])
         card = write_page(known, folder, license)
     say(f"wrote {card} and {card.with_name(HTML)}")
 
 
-def _beside(run: str) -> Path:
+def page_folder(run: str) -> Path:
     """Return the page's folder: `report` in the run, or here for a model that is elsewhere."""
     home = Path(run).expanduser()
     return (home if home.is_dir() else Path()) / "report"

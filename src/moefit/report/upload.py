@@ -1,0 +1,124 @@
+"""Upload a model with its card to the Hugging Face Hub.
+
+What is uploaded is the model's folder as transformers reads it, without a trainer's state, and the
+page of `write_page` if there is one. A DS-MoE gets the code that opens it without moefit; models of
+transformers' own classes need none.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+
+from moefit.checkpoint.config import CONFIG
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.remote_code import add_code
+from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, in_brief
+from moefit.folders import is_gguf
+from moefit.report.write import CARD, HTML
+
+_MODEL = (
+    CONFIG,
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_PAGE = (CARD, HTML, "*.png")
+
+
+def files_of(model: Path, page: Path | None) -> dict[str, Path]:
+    """Return what is uploaded: files by their names in the repository.
+
+    Args:
+        model: A model's folder.
+        page: The folder of its page; None without one.
+
+    Raises:
+        UnsupportedModelError: It is a GGUF file.
+    """
+    if is_gguf(model):
+        raise UnsupportedModelError(
+            f"{model} is a GGUF file, and the folder of a transformers model is uploaded; upload "
+            "the file with `hf upload REPO FILE`"
+        )
+    found = {path.name: path for pattern in _MODEL for path in sorted(model.glob(pattern))}
+    if page is not None:
+        found |= {path.name: path for pattern in _PAGE for path in sorted(page.glob(pattern))}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def push(
+    model: Path,
+    repo: str,
+    *,
+    page: Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Upload a model, creating the repository if there is none.
+
+    Args:
+        model: A model's folder.
+        repo: Name of the repository, such as `me/model`.
+        page: Folder of the model's page.
+        private: Whether a repository that is created is private.
+        revision: Branch; None for the main one.
+        endpoint: Address of another Hub.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: The name is not one of a repository.
+        CheckpointError: The Hub refused, or cannot be reached.
+        UnsupportedModelError: As `files_of` does.
+    """
+    api = HfApi(endpoint=endpoint)
+    with _staged(files_of(model, page)) as folder:
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            made = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                revision=revision,
+                commit_message="Upload the model and its card",
+            )
+        except HFValidationError as error:
+            raise ConfigError(f"{repo!r} cannot name a repository: {in_brief(error)}") from error
+        except Exception as error:  # errors of the HTTP library are of its own types
+            raise CheckpointError(
+                f"uploading to {repo} failed: {in_brief(error)}; log in with `hf auth login` or "
+                "set HF_TOKEN to a token that may write there"
+            ) from error
+    return made.commit_url
+
+
+@contextmanager
+def _staged(files: dict[str, Path]) -> Iterator[Path]:
+    """Link the files into a temporary folder; a DS-MoE's configuration names the code beside it."""
+    with TemporaryDirectory(prefix="moefit-push-") as name:
+        folder = Path(name)
+        for target, path in files.items():
+            (folder / target).symlink_to(path.resolve())
+        config = folder / CONFIG
+        family = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if family == DsMoeConfig.model_type:
+            config.unlink()
+            shutil.copyfile(files[CONFIG], config)
+            add_code(folder)
+        yield folder
