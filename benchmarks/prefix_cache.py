@@ -1,9 +1,9 @@
 """Measure time to first token (TTFT) with and without kept prefixes, and after a restart.
 
-    python benchmarks/prefix_cache.py MODEL PROMPTS.jsonl [--new 200] [--fixed 6000] [--save]
+    python benchmarks/prefix_cache.py MODEL PROMPTS.jsonl [--fixed 6000] [--rounds 3] [--save]
 
 A conversation: ten turns of --new tokens each; every request sends all earlier turns and answers
-again. An agent's loop: requests of --fixed tokens that are the same and --new others. Both are
+again. An agent's loop: requests of --fixed tokens that are the same and --task others. Both are
 measured with prefixes kept and without (`--prefix-cache off`), and the agent's first request once
 more after a restart of the server, from its files (`--prefix-cache-dir`). Texts are cut from the
 prompts, so that no two rounds share any. Each figure is the median over --rounds.
@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=200, help="tokens of a turn")
     parser.add_argument("--answer", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--fixed", type=int, default=6000, help="tokens of an agent's instructions")
+    parser.add_argument("--task", type=int, default=100, help="other tokens of an agent's request")
+    parser.add_argument("--few", action="store_true", help="compute only the last turn again")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default="conversation,agent")
     parser.add_argument("--serve", default="", help="further options of moefit serve")
@@ -66,63 +68,59 @@ def read_text(path: Path) -> str:
 def conversations(given: argparse.Namespace, text: str) -> dict[str, Any]:
     """Return the TTFT of each turn, with and without kept prefixes."""
     context = TURNS * (given.new + given.answer) + given.answer
-    found: dict[str, Any] = {"tokens of the last prompt": None}
-    for kept in (True, False):
-        rounds, cached = [], []
-        with server(given, context, "on" if kept else "off") as client:
-            for ids in texts(client, text, TURNS * given.new, given.rounds):
-                seconds, cached, longest = conversation(client, ids, given)
-                rounds.append(seconds)
-                found["tokens of the last prompt"] = longest
-        name = "kept" if kept else "not kept"
-        found[name] = [summary(turn) for turn in zip(*rounds, strict=True)]
-        if kept:
-            found["cached tokens by turn"] = cached
+    with server(given, context, "on") as client:
+        works = texts(client, text, TURNS * given.new, given.rounds)
+        kept = [conversation(client, ids, given) for ids in works]
+    turns = [TURNS - 1] if given.few else range(TURNS)
+    with server(given, context, "off") as client:
+        alone = [
+            [ask(client, turns_of_one[turn]["prompt"], given.answer) for turn in turns]
+            for turns_of_one in kept
+        ]
+    found: dict[str, Any] = {
+        "prompt tokens by turn": [len(one["prompt"]) for one in kept[-1]],
+        "cached tokens by turn": [one["cached"] for one in kept[-1]],
+        "kept": medians(kept),
+        ("not kept, last turn" if given.few else "not kept"): medians(alone),
+    }
     first, last = (found["kept"][at]["seconds"] for at in (0, -1))
     found["kept, last turn / first turn"] = round(last / first, 3)
-    found["last turn, kept / not kept"] = round(last / found["not kept"][-1]["seconds"], 3)
+    found["last turn, kept / not kept"] = round(last / medians(alone)[-1]["seconds"], 3)
     return found
 
 
 def conversation(
     client: Client, ids: Sequence[int], given: argparse.Namespace
-) -> tuple[list[float], list[int], int]:
-    """Return each turn's TTFT and cached tokens, and the tokens of the last prompt."""
+) -> list[dict[str, Any]]:
+    """Return what `ask` does for each turn, with the prompt."""
     said: list[int] = []
-    seconds: list[float] = []
-    cached: list[int] = []
+    turns: list[dict[str, Any]] = []
     for turn in range(TURNS):
         said += ids[turn * given.new : (turn + 1) * given.new]
-        one = ask(client, said, given.answer)
-        seconds.append(one["seconds"])
-        cached.append(one["cached"])
-        if turn < TURNS - 1:
-            tokens = client.post("/tokenize", {"prompt": one["text"], "add_special_tokens": False})
-            said += tokens["tokens"][: given.answer]
-    return seconds, cached, len(said)
+        turns.append({**ask(client, said, given.answer), "prompt": list(said)})
+        answer = {"prompt": turns[-1]["text"], "add_special_tokens": False}
+        said += client.post("/tokenize", answer)["tokens"][: given.answer]
+    return turns
 
 
 def agents(given: argparse.Namespace, text: str) -> dict[str, Any]:
     """Return the TTFT of requests with fixed instructions, also after a restart."""
-    context = given.fixed + given.new + 2 * given.answer
-    measured: dict[str, list[list[float]]] = {"kept": [], "not kept": [], "restarted": []}
-    size = given.fixed + (LOOPS + 1) * given.new
+    context = given.fixed + given.task + 2 * given.answer
+    size = given.fixed + (LOOPS + 1) * given.task
     with tempfile.TemporaryDirectory() as folder:
         stored = f"--prefix-cache-dir {folder}"
         with server(given, context, "on", stored) as client:
             works = texts(client, text, size, given.rounds)
-            for ids in works:
-                measured["kept"].append(loop(client, ids, given, range(LOOPS)))
+            kept = [loop(client, ids, given, range(LOOPS)) for ids in works]
+        again = []
         for ids in works:
             with server(given, context, "on", stored) as client:
-                measured["restarted"].append(loop(client, ids, given, range(LOOPS, LOOPS + 1)))
+                again += [loop(client, ids, given, [LOOPS])]
+    found: dict[str, Any] = {"kept": medians(kept), "restarted": medians(again)}
+    found["cached tokens"] = [one["cached"] for one in (*kept[-1], *again[-1])]
+    if not given.few:
         with server(given, context, "off") as client:
-            for ids in works:
-                measured["not kept"].append(loop(client, ids, given, range(LOOPS)))
-    found: dict[str, Any] = {
-        name: [summary(turn) for turn in zip(*rounds, strict=True)]
-        for name, rounds in measured.items()
-    }
+            found["not kept"] = medians([loop(client, one, given, range(LOOPS)) for one in works])
     first = found["kept"][0]["seconds"]
     found["kept, second request / first"] = round(found["kept"][1]["seconds"] / first, 3)
     found["restarted / first request"] = round(found["restarted"][0]["seconds"] / first, 3)
@@ -131,11 +129,11 @@ def agents(given: argparse.Namespace, text: str) -> dict[str, Any]:
 
 def loop(
     client: Client, ids: Sequence[int], given: argparse.Namespace, turns: Sequence[int]
-) -> list[float]:
-    """Return the TTFT of some of an agent's requests."""
+) -> list[dict[str, Any]]:
+    """Return what `ask` does for some of an agent's requests."""
     fixed, rest = list(ids[: given.fixed]), ids[given.fixed :]
-    parts = [list(rest[turn * given.new : (turn + 1) * given.new]) for turn in turns]
-    return [ask(client, fixed + part, given.answer)["seconds"] for part in parts]
+    parts = [list(rest[turn * given.task : (turn + 1) * given.task]) for turn in turns]
+    return [ask(client, fixed + part, given.answer) for part in parts]
 
 
 def ask(client: Client, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
@@ -194,13 +192,16 @@ def server(given: argparse.Namespace, context: int, cache: str, more: str = "") 
         process.stderr.close()
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, least and largest, in seconds."""
-    return {
-        "seconds": round(statistics.median(seconds), 4),
-        "least": round(min(seconds), 4),
-        "largest": round(max(seconds), 4),
-    }
+def medians(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, float]]:
+    """Return median, least and largest TTFT of each turn over the rounds, in seconds."""
+    found = []
+    for turn in zip(*rounds, strict=True):
+        seconds = [one["seconds"] for one in turn]
+        median, least, largest = statistics.median(seconds), min(seconds), max(seconds)
+        found.append(
+            {"seconds": round(median, 4), "least": round(least, 4), "largest": round(largest, 4)}
+        )
+    return found
 
 
 if __name__ == "__main__":
