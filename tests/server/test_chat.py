@@ -107,15 +107,18 @@ def test_neutral_parameters_are_accepted(running) -> None:
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "grammar"}}, "response_format.type"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{**HELLO[0], "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content"),
         ({"messages": [*HELLO, {"role": "user", "content": None}]}, "messages[1].content"),
         ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content"),
-        ({"messages": [*HELLO, {**HELLO[0], "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "messages[0].content[0].text",

@@ -182,6 +182,14 @@ class ServerOptions:
     chat_tokens: Annotated[
         int, advanced("Default max_tokens of chat completion requests.", min=1)
     ] = 512
+    tool_parser: Annotated[
+        str,
+        advanced("Form in which the model calls tools; auto looks at its chat template."),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        advanced("Markers of the model's reasoning; auto looks at its chat template."),
+    ] = "auto"
     max_connections: Annotated[int, advanced("Maximum number of connections.", min=1)] = 1024
     cors_origin: Annotated[
         list[str] | None, advanced("Allow web pages of this origin (CORS); may be repeated.")
@@ -244,6 +252,8 @@ class ServerOptions:
             api_key=self.api_key,
             origins=tuple(self.cors_origin or ()),
             chat_tokens=self.chat_tokens,
+            tool_parser=self.tool_parser,
+            reasoning_parser=self.reasoning_parser,
             connections=self.max_connections,
             drain_seconds=self.drain_seconds,
         )

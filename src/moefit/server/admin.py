@@ -398,7 +398,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise APIError(400, "give either prompt or messages", param="prompt")
     if body.messages is not None:
-        return conversation_ids(service.tokenizer, body)
+        return conversation_ids(service, body)
     assert body.prompt is not None
     return service.tokenizer.ids(body.prompt, special=body.add_special_tokens)
 

@@ -1,10 +1,10 @@
 """POST /v1/chat/completions: generate the next message of a conversation.
 
-Renders the conversation with the model's chat template and builds the responses. Tools and response
-formats other than text are rejected by `openai_schema`.
+Renders the conversation and the tools with the model's chat template, and builds the responses:
+text, reasoning and calls of tools, as the model's parsers find them.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
@@ -18,7 +18,6 @@ from moefit.server.openai_schema import (
     ChatCompletionResponse,
     ChatLogprob,
     ChatLogprobs,
-    ChatMessage,
     Delta,
     DeltaChoice,
     Message,
@@ -27,8 +26,10 @@ from moefit.server.openai_schema import (
 )
 from moefit.server.service import FINGERPRINT, EngineRequest, Service, new_id, sampling_per_choice
 from moefit.server.streaming import STREAM, EngineEvents, UsageCounter, respond
-from moefit.server.structured.request import answer_form, compiled_form
+from moefit.server.structured.request import answer_form
 from moefit.server.tokenizer import RequestTokenizer
+from moefit.server.tools.message import MessageWriter
+from moefit.server.tools.request import answer_grammar, answer_parser, tool_use
 
 _RESERVED_KWARGS = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -39,23 +40,33 @@ _RESERVED_KWARGS = {
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return messages in the form that chat templates expect; `developer` becomes `system`."""
     plain = []
+    names = {call.id: call.function.name for one in messages for call in one.tool_calls or ()}
     for message in messages:
         role = "system" if message.role == "developer" else message.role
         content = [{"type": "text", "text": text} for text in message.texts]
-        more = {"name": message.name, "reasoning_content": message.thoughts}
+        calls = [one.model_dump(exclude={"index"}) for one in message.tool_calls or ()]
+        more = {
+            "name": message.name or names.get(message.tool_call_id or ""),
+            "reasoning_content": message.thoughts,
+            "tool_calls": calls or None,
+            "tool_call_id": message.tool_call_id,
+        }
         given = {name: value for name, value in more.items() if value is not None}
         plain.append({"role": role, "content": content, **given})
     return plain
 
 
-def conversation_ids(
-    tokenizer: RequestTokenizer, body: ChatCompletionRequest | TokenizeRequest
-) -> list[int]:
-    """Return the token ids of a conversation.
+def conversation_text(
+    tokenizer: RequestTokenizer,
+    body: ChatCompletionRequest | TokenizeRequest,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> str:
+    """Return a conversation as the chat template renders it.
 
     Args:
         tokenizer: The model's tokenizer.
         body: Request with messages and `chat_template_kwargs`.
+        tools: Definitions of tools, as templates expect them.
 
     Raises:
         APIError: If the model has no chat template or a reserved variable is given.
@@ -75,8 +86,14 @@ def conversation_ids(
             param="messages",
             code="no_chat_template",
         )
-    text = tokenizer.conversation(template_messages(body.messages or ()), values)
-    return tokenizer.ids(text, special=False)
+    return tokenizer.conversation(template_messages(body.messages or ()), values, tools)
+
+
+def conversation_ids(service: Service, body: TokenizeRequest) -> list[int]:
+    """Return the token ids of a conversation. Raises like `conversation_text`."""
+    use = tool_use(body.tools, None, None, service.dialect())
+    text = conversation_text(service.tokenizer, body, use.for_template())
+    return service.tokenizer.ids(text, special=False)
 
 
 class ChatBuilder:
@@ -86,6 +103,7 @@ class ChatBuilder:
         self._service, self._body = service, body
         self._id, self._n = new_id("chatcmpl"), body.n or 1
         self._usage = UsageCounter(self._n)
+        self._writers: list[MessageWriter] = []
 
     def check(self) -> None:
         """Raise APIError if the request is not supported or the server cannot accept it."""
@@ -104,7 +122,10 @@ class ChatBuilder:
     def engine_requests(self) -> list[EngineRequest]:
         """Return one engine request per choice. Renders and tokenizes, which may be slow."""
         body, service = self._body, self._service
-        ids = conversation_ids(service.tokenizer, body)
+        dialect = service.dialect()
+        use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, dialect)
+        prompt = conversation_text(service.tokenizer, body, use.for_template())
+        ids = service.tokenizer.ids(prompt, special=False)
         if not ids:
             raise APIError(
                 400, "the conversation is empty; give at least one token", param="messages"
@@ -115,11 +136,15 @@ class ChatBuilder:
             body,
             max_tokens or min(available, service.settings.chat_tokens),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=compiled_form(service.grammars, answer_form(body)),
+            grammar=answer_grammar(service.grammars, dialect, use, answer_form(body), prompt),
+            visible=dialect.visible(calls=bool(use.tools)),
         )
         engine_requests = [
             EngineRequest(prompt=ids, sampling=one)
             for one in sampling_per_choice(sampling, self._n)
+        ]
+        self._writers = [
+            MessageWriter(answer_parser(dialect, use, prompt)) for _ in engine_requests
         ]
         service.check_logprobs(engine_requests)
         return engine_requests
@@ -140,17 +165,16 @@ class ChatBuilder:
         )
 
     def _choice(self, index: int, events: Sequence[Event]) -> ChatChoice:
-        last = events[-1]
+        last, writer = events[-1], self._writers[index]
         assert isinstance(last, FinishedEvent)
-        assert last.reason in ("stop", "length"), "other finish reasons raise errors"
         tokens = [one for one in events if isinstance(one, TokenEvent)]
-        text = "".join(one.text for one in tokens) + last.text
+        writer.finish("".join(one.text for one in tokens) + last.text)
         logprobs = self._logprobs([one.logprob for one in tokens if one.logprob is not None])
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=text),
+            message=writer.message(),
             logprobs=logprobs if self._body.logprobs else None,
-            finish_reason=last.reason,
+            finish_reason=writer.reason(last.reason),
         )
 
     async def chunks(self, engine_events: EngineEvents) -> AsyncIterator[ChatCompletionChunk]:
@@ -158,20 +182,31 @@ class ChatBuilder:
         for number in range(self._n):
             yield self._chunk(number, Delta(role="assistant", content=""))
         async for number, event in engine_events:
-            if isinstance(event, TokenEvent) and (event.text or self._body.logprobs):
-                logprobs = self._logprobs([event.logprob]) if event.logprob is not None else None
-                yield self._chunk(number, Delta(content=event.text), logprobs)
+            if isinstance(event, TokenEvent):
+                for chunk in self._token_chunks(number, event):
+                    yield chunk
             elif isinstance(event, FinishedEvent):
                 self._usage.add(number, event)
-                if event.text:
-                    yield self._chunk(number, Delta(content=event.text))
+                for delta in self._writers[number].finish(event.text):
+                    yield self._chunk(number, delta)
                 yield self._end(number, event)
         if self._body.streams_usage:
             yield ChatCompletionChunk(**self._head(), choices=[], usage=self._usage.usage())
 
+    def _token_chunks(self, number: int, event: TokenEvent) -> list[ChatCompletionChunk]:
+        """Return the chunks for a token; its log-probability is in the first."""
+        deltas = self._writers[number].push(event.text)
+        logprobs = None if event.logprob is None else self._logprobs([event.logprob])
+        if not deltas and logprobs is not None:
+            deltas = [Delta(content="")]
+        return [
+            self._chunk(number, delta, logprobs if first else None)
+            for first, delta in zip([True, *[False] * len(deltas)], deltas, strict=False)
+        ]
+
     def _end(self, number: int, event: FinishedEvent) -> ChatCompletionChunk:
-        assert event.reason in ("stop", "length"), "other finish reasons raise errors"
-        choice = DeltaChoice(index=number, delta=Delta(), logprobs=None, finish_reason=event.reason)
+        reason = self._writers[number].reason(event.reason)
+        choice = DeltaChoice(index=number, delta=Delta(), logprobs=None, finish_reason=reason)
         return ChatCompletionChunk(**self._head(), choices=[choice])
 
     def _chunk(

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moefit.errors import ConfigError
 from moefit.host import is_loopback
 from moefit.server.errors import APIError, error_response
+from moefit.server.tools.dialect import dialect_of
 
 
 class BodyBudget:
@@ -102,6 +103,8 @@ class ServerSettings:
         answers: Choices per request at most: n times the number of prompts.
         logprobs: Log-probabilities per request at most; each takes some 150 bytes until it is sent.
         chat_tokens: Default max_tokens of chat completions.
+        tool_parser: Form of tool calls: "auto" (by the chat template), "none" or a name.
+        reasoning_parser: Markers of reasoning: "auto", "none" or a name.
         body_bytes: Size of one request body at most.
         bodies_bytes: Size of all bodies of unfinished requests at most.
         connections: Simultaneous connections at most.
@@ -119,6 +122,8 @@ class ServerSettings:
     answers: int = 128
     logprobs: int = 1 << 19
     chat_tokens: int = 512
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     body_bytes: int = 4 * MIB
     bodies_bytes: int = 32 * MIB
     connections: int = 1024
@@ -127,7 +132,8 @@ class ServerSettings:
     drain_seconds: float = 30.0
 
     def check(self) -> None:
-        """Raise ConfigError if the API key is empty or cannot be sent in a header."""
+        """Raise ConfigError for an API key that cannot be sent, or an unknown parser."""
+        dialect_of(None, "", self.tool_parser, self.reasoning_parser)
         key = self.api_key
         if key == "":
             raise ConfigError(

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from moefit.engine.sampler import MAX_BIAS, REPETITION
 from moefit.server.schema.base import Items, StrictModel, TokenId, Unsupported
 from moefit.server.schema.structured import ResponseFormat, StructuredOutputs
+from moefit.server.schema.tools import ToolCalls, ToolChoice, Tools
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -177,7 +178,7 @@ Content = Annotated[
 class Message(StrictModel):
     """A message of a conversation. Fields of earlier responses may be sent back."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     type: Literal["text", "message"] | None = None
     name: str | None = None
@@ -187,8 +188,20 @@ class Message(StrictModel):
     provider_specific_fields: Any = None
     annotations: Unsupported | None = None
     audio: None = None
-    tool_calls: Unsupported | None = None
+    tool_calls: ToolCalls | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     function_call: None = None
+
+    @model_validator(mode="after")
+    def _fits_the_role(self) -> "Message":
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                why = f"only messages of the role {role} have {name}"
+                raise PydanticCustomError("role", "{why}", {"why": why, "within": (name,)})
+        if self.role == "tool" and not self.tool_call_id:
+            why = "Field required: the id of the call that this answers"
+            raise PydanticCustomError("missing", "{why}", {"why": why, "within": ("tool_call_id",)})
+        return self
 
     @model_validator(mode="after")
     def _says_something(self) -> "Message":
@@ -227,8 +240,8 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: Unsupported | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: Unsupported | None = None
     function_call: Literal["none", "auto"] | None = None
@@ -247,6 +260,7 @@ class TokenizeRequest(StrictModel):
     """POST /tokenize: a text or a conversation."""
 
     model: str | None = None
+    tools: Tools | None = None
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool = True
@@ -272,7 +286,7 @@ class MemoryRequest(StrictModel):
     bound: float | None = Field(default=None, ge=0, le=1)
 
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 MIN_LOGPROB = -9999.0
 """Replaces minus infinity, which JSON lacks, as in OpenAI's API and vLLM."""
 LogProbability = Annotated[float, AfterValidator(lambda value: max(value, MIN_LOGPROB))]
@@ -344,12 +358,30 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class ChatFunction(BaseModel):
+    """A function with arguments as the text of a JSON object; in a stream, with more of it."""
+
+    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    arguments: str
+
+
+class ChatToolCall(BaseModel):
+    """A call of a tool; in a stream, the beginning of one or more of its arguments."""
+
+    index: int | None = Field(default=None, exclude_if=lambda index: index is None)
+    id: str | None = Field(default=None, exclude_if=lambda id: id is None)
+    type: Literal["function"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    function: ChatFunction
+
+
 class ChatMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = Field(default=None, exclude_if=lambda text: text is None)
+    tool_calls: list[ChatToolCall] | None = Field(default=None, exclude_if=lambda some: not some)
 
 
 class ChatChoice(BaseModel):
@@ -378,6 +410,8 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
     content: str | None = Field(default=None, exclude_if=lambda content: content is None)
+    reasoning_content: str | None = Field(default=None, exclude_if=lambda text: text is None)
+    tool_calls: list[ChatToolCall] | None = Field(default=None, exclude_if=lambda some: not some)
 
 
 class DeltaChoice(BaseModel):

@@ -27,6 +27,7 @@ from moefit.server.metrics import ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
+from moefit.server.tools.dialect import Dialect, dialect_of
 
 _WITHOUT_PLAN = "give a mode with the budget (--mode exact) to set it without a plan"
 
@@ -153,6 +154,7 @@ class Service:
         self.grammars = GrammarCompiler(
             tokenizer, size=text.vocab_size, eos_ids=eos_token_ids(engine.served)
         )
+        self._dialect: tuple[str, Dialect] | None = None  # with the template that it is of
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
             ModelCollector(settings.name, engine.stats, engine.served.report)
@@ -163,6 +165,17 @@ class Service:
         # Few threads: each has its own heap, which counts towards the budget.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-http")
         self._admin_threads = ThreadPoolExecutor(2, thread_name_prefix="moefit-operator")
+
+    def dialect(self) -> Dialect:
+        """Return the model's form of calls and reasoning, of its current chat template."""
+        template = self.tokenizer.template if self.tokenizer.has_template else ""
+        if self._dialect is None or self._dialect[0] != template:
+            settings = self.settings
+            made = dialect_of(
+                self.tokenizer.backend, template, settings.tool_parser, settings.reasoning_parser
+            )
+            self._dialect = template, made
+        return self._dialect[1]
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run a slow function without blocking the event loop."""
@@ -257,6 +270,7 @@ class Service:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        visible: frozenset[int] = frozenset(),
     ) -> SamplingParams:
         """Return the sampling parameters of a request.
 
@@ -284,6 +298,7 @@ class Service:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            visible=visible,
         )
 
     def _check_tokens(self, ids: Iterable[int], field: str) -> None:

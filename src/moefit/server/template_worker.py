@@ -24,7 +24,7 @@ import jinja2.utils
 Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_REQUIRED_ROLES = ("user", "system")
+_REQUIRED_ROLES = ("user", "system", "tool")
 """Roles whose text must be in the prompt; templates may shorten others."""
 _MIN_UNIQUE = 24  # length at which a text cannot occur by chance
 # Roles whose content is passed as a list of parts; the first form that works is used.
@@ -34,6 +34,11 @@ FORMS = (
     frozenset({"user"}),
     frozenset({"user", "assistant"}),
 )
+# Forms of messages with calls: whether arguments are objects, and the content if there is none.
+CALL_FORMS: tuple[tuple[bool, str | None], ...] = (
+    (True, None), (False, None), (True, ""), (False, "")
+)  # fmt: skip
+Form = tuple[frozenset[str], tuple[bool, str | None]]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -119,13 +124,21 @@ class ChatTemplate:
 
     def __init__(self, source: str):
         self._template = environment().from_string(source)
-        self._form: frozenset[str] = FORMS[0]
+        self._form: Form = (FORMS[0], CALL_FORMS[0])
 
-    def render(self, messages: Sequence[Message], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return {"text": ...}, or the reason for failing: {"refused": ...} or {"lost": index}."""
-        failures: dict[frozenset[str], dict[str, Any]] = {}
+    def render(
+        self,
+        messages: Sequence[Message],
+        values: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Return {"text": ...}, or why it failed: "refused", "lost" (an index) or "tools"."""
+        values = {**values, "tools": tools}
+        failures: dict[Form, dict[str, Any]] = {}
         refusal: dict[str, Any] | None = None
-        for form in sorted(FORMS, key=lambda one: one != self._form):
+        calls = CALL_FORMS if any("tool_calls" in one for one in messages) else CALL_FORMS[:1]
+        forms = [(roles, call) for call in calls for roles in FORMS]
+        for form in sorted(forms, key=lambda one: one != self._form):
             try:
                 text = self._render_form(messages, form, values)
             except MemoryError:
@@ -136,25 +149,26 @@ class ChatTemplate:
                 failures[form] = {"refused": _error_text(error)}
                 continue
             missing = self._missing(text, messages, form, values)
-            if missing is None:
+            if missing is not None:
+                failures[form] = {"lost": missing}
+            elif any(one["function"]["name"] not in text for one in tools or ()):
+                failures[form] = {"tools": False}
+            else:
                 self._form = form
                 return {"text": text}
-            failures[form] = {"lost": missing}
-        return refusal or failures[FORMS[0]]
+        return refusal or failures[forms[0]]
 
     def _render_form(
-        self, messages: Sequence[Message], form: frozenset[str], values: Mapping[str, Any]
+        self, messages: Sequence[Message], form: Form, values: Mapping[str, Any]
     ) -> str:
         shaped = [_in_form(message, form) for message in messages]
-        return self._template.render(
-            **{**values, "messages": shaped, "tools": None, "documents": None}
-        )
+        return self._template.render(**{**values, "messages": shaped, "documents": None})
 
     def _missing(
         self,
         text: str,
         messages: Sequence[Message],
-        form: frozenset[str],
+        form: Form,
         values: Mapping[str, Any],
     ) -> int | None:
         """Return the index of a message whose text is missing from the prompt, or None.
@@ -162,7 +176,10 @@ class ChatTemplate:
         Texts that a search cannot confirm are replaced by numbers and rendered again.
         """
         if is_mangled(text, messages):
-            return next(n for n, one in enumerate(messages) if one["role"] in form)
+            return next(n for n, one in enumerate(messages) if one["role"] in form[0])
+        for index, message in enumerate(messages):
+            if any(not _shows_call(text, one, form[1][0]) for one in message.get("tool_calls", ())):
+                return index
         uncertain = uncertain_messages(text, messages)
         if not uncertain:
             return None
@@ -186,18 +203,38 @@ def texts(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _in_form(message: Message, form: frozenset[str]) -> Message:
-    """Return a message as `apply_chat_template` passes it to a template, with content in `form`."""
-    parts = texts(message)
+def _shows_call(text: str, call: Mapping[str, Any], objects: bool) -> bool:
+    """Return whether a prompt has a call, with arguments as JSON and not as Python prints them."""
+    name, given = call["function"]["name"], call["function"]["arguments"]
+    if name not in text:
+        return False
+    if not objects:
+        return True
+    printed = str(json.loads(given))
+    return printed == _tojson(json.loads(given)) or printed not in text
+
+
+def _in_form(message: Message, form: Form) -> Message:
+    """Return a message as `apply_chat_template` passes it to a template, in one of the forms."""
+    parts, (roles, (objects, empty)) = texts(message), form
     content: Any = "".join(parts)
-    if message["role"] in form:
+    if message["role"] in roles:
         content = [{"type": "text", "text": part} for part in parts]
     shaped = {**message, "content": content}
     shaped = {name: value for name, value in shaped.items() if value is not None}
+    if "tool_calls" in shaped:
+        shaped["tool_calls"] = [_call_in_form(one, objects) for one in shaped["tool_calls"]]
+        shaped["content"] = content if any(parts) else empty
     reasoning = next((shaped[name] for name in _REASONING if name in shaped), None)
     if reasoning is None:
         return shaped
     return {"thinking": reasoning, **shaped, "reasoning_content": reasoning}
+
+
+def _call_in_form(call: Mapping[str, Any], objects: bool) -> dict[str, Any]:
+    given = call["function"]["arguments"]
+    function = {**call["function"], "arguments": json.loads(given) if objects else given}
+    return {**call, "function": function}
 
 
 def is_mangled(text: str, messages: Sequence[Message]) -> bool:
@@ -270,7 +307,7 @@ def responses(requests: Iterator[Any], seconds: float) -> Iterator[dict[str, Any
                 template = ChatTemplate(one["template"])
                 answer: dict[str, Any] = {}
             else:
-                answer = template.render(one["messages"], one["values"])
+                answer = template.render(one["messages"], one["values"], one.get("tools"))
                 if len(answer.get("text", "")) > one["longest"]:
                     answer = {"long": len(answer["text"])}
         except MemoryError:

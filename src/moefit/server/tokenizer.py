@@ -145,7 +145,12 @@ class Renderer:
         self._closed = False
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], *, longest: int
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any],
+        *,
+        longest: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Render a conversation.
 
@@ -154,13 +159,15 @@ class Renderer:
                 keys that the template reads.
             values: Other variables of the template.
             longest: Largest number of characters to return.
+            tools: Definitions of tools, as templates expect them.
 
         Raises:
-            ConfigError: If the template rejects the messages, drops the text of one, or exceeds the
-                time or memory limit.
+            ConfigError: If the template rejects the messages, drops the text of one or the tools,
+                or exceeds the time or memory limit.
             RequestTooLargeError: If the result is longer than `longest`.
         """
         request = {"messages": list(messages), "values": dict(values), "longest": longest}
+        request["tools"] = None if tools is None else list(tools)
         with self._lock:
             answer = self._request(request)
         if (text := answer.get("text")) is not None:
@@ -169,6 +176,10 @@ class Renderer:
             raise RequestTooLargeError(
                 f"the conversation is {answer['long']:,} characters after rendering, but at most "
                 f"{longest:,} fit; shorten it"
+            )
+        if "tools" in answer:
+            raise ConfigError(
+                "the model's chat template does not show tools to the model; omit tools"
             )
         if "lost" in answer:
             raise ConfigError(_lost_message(answer["lost"], messages))
@@ -221,6 +232,8 @@ class Renderer:
 def _lost_message(index: int, messages: Sequence[Mapping[str, Any]]) -> str:
     role = messages[index]["role"]
     other = "; put it in a user message" if role == "system" else ""
+    if messages[index].get("tool_calls"):
+        return f"messages[{index}].tool_calls: the model's chat template does not write these calls"
     return (
         f"messages[{index}].content: the model's chat template drops the {role}'s text, given "
         f"as text or as a list of parts{other}"
@@ -297,13 +310,17 @@ class RequestTokenizer:
             raise ConfigError(f"token {unknown} does not exist; valid ids are 0 to {self.size - 1}")
 
     def conversation(
-        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return a conversation rendered by the chat template, with the generation prompt.
 
         Args:
             messages: Messages with `role`, and `content` as text or a list of text parts.
             values: Variables of the template, such as `enable_thinking`.
+            tools: Definitions of tools, as templates expect them.
 
         Raises:
             ConfigError: If there is no template, or it rejects the messages, drops text or exceeds
@@ -317,7 +334,7 @@ class RequestTokenizer:
         given = {**self._required().special_tokens_map, **(values or {})}
         given["add_generation_prompt"] = True
         longest = self._max_tokens * self._longest
-        return self._rendering().render(messages, given, longest=longest)
+        return self._rendering().render(messages, given, longest=longest, tools=tools)
 
     def close(self) -> None:
         """End the process that renders conversations."""
