@@ -20,5 +20,6 @@ disjoint: Any = _utils.make_disjoint_window
 plain: Any = _utils.handle_non_serializable
 command_line: Any = import_module("lm_eval.__main__").cli_evaluate
 Dataset: Any = _datasets.Dataset
+tqdm: Any = import_module("tqdm").tqdm
 DatasetDict: Any = _datasets.DatasetDict
 DatasetsError: Any = _datasets.exceptions.DatasetsError

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
@@ -20,6 +19,7 @@ from moefit.tasks.harness import (
     model_registry,
     register_model,
     rolling_windows,
+    tqdm,
 )
 from moefit.tasks.scored_model import Request, ScoredModel, load_scored
 
