@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
+import pydantic
 import pytest
 from engines import running
 from fastapi.testclient import TestClient
@@ -266,3 +267,24 @@ def test_templates_that_show_no_tools_are_refused(client, served) -> None:
     served.tokenizer.chat_template = "{{ messages[0].content }}"
     error = error_of(client.post(URL, json={"messages": HELLO, "tools": TOOLS}), 400)
     assert "--tool-parser" in error["message"] and error["code"] == "unsupported_by_model"
+
+
+def test_official_openai_client(client) -> None:
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    one = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="x", http_client=client)
+    given = {"model": "reference", "messages": HELLO, "tools": TOOLS, "max_tokens": 200, "seed": 3}
+    given |= {"tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = one.chat.completions.create(**given).choices[0].message.tool_calls
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    with one.chat.completions.stream(**given) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments
+
+    class Answer(pydantic.BaseModel):
+        days: Literal[1, 2]
+        sure: bool
+
+    parsed = one.chat.completions.parse(
+        model="reference", messages=HELLO, response_format=Answer, max_tokens=100
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
