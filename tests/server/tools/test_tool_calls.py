@@ -83,7 +83,13 @@ def checked(choice: dict[str, Any]) -> list[str]:
     return [call["function"]["name"] for call in choice["message"]["tool_calls"]]
 
 
-@pytest.mark.parametrize("name", SIGNS)
+QUICK = ("hermes", "harmony", "qwen3_coder", "deepseek_v31")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in SIGNS],
+)
 def test_required_calls_are_valid_in_every_form(client, served, name: str) -> None:
     served.tokenizer.chat_template = template(SIGNS[name])
     choice = asked(client, tool_choice="required", parallel_tool_calls=False)
