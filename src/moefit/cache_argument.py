@@ -9,6 +9,7 @@ would be swallowed by its `**kwargs`, and the model would go on without a cache.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -51,13 +52,19 @@ def cache_name(model: nn.Module) -> str:
 
 
 def _known_names(forward: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(forward).parameters
+    parameters = _parameters(getattr(forward, "__func__", forward))
     return [name for name in CACHE_NAMES if name in parameters]
 
 
 def _takes_any(forward: Callable[..., Any]) -> bool:
-    kinds = {one.kind for one in inspect.signature(forward).parameters.values()}
+    kinds = _parameters(getattr(forward, "__func__", forward)).values()
     return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+@lru_cache(maxsize=64)  # called for every token
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the kinds of a function's parameters by name."""
+    return {name: one.kind for name, one in inspect.signature(function).parameters.items()}
 
 
 def given_cache(named: Mapping[str, Any]) -> Any:

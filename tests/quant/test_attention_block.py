@@ -11,7 +11,10 @@ from torch import Tensor
 
 from moefit.moe.scoring import ScoringRule
 from moefit.quant.attention import AttentionOptions
-from moefit.quant.attention_block import (
+from moefit.quant.cpu_kernels import KernelMatrix, Weight, kernels
+from moefit.quant.encode import encode
+from moefit.quant.kv_int8 import Int8Rows, quantize_rows
+from moefit.quant.layers.attention_block import (
     AttentionBlock,
     AttentionBlockKernel,
     CacheRows,
@@ -19,10 +22,7 @@ from moefit.quant.attention_block import (
     Norm,
     plain_attention_block,
 )
-from moefit.quant.cpu_kernels import KernelMatrix, Weight, kernels
-from moefit.quant.encode import encode
-from moefit.quant.kv_int8 import Int8Rows, quantize_rows
-from moefit.quant.layer_operations import NormForm, RotaryForm, RouterKernel, RoutingKernel
+from moefit.quant.layers.layer_operations import NormForm, RotaryForm, RouterKernel, RoutingKernel
 
 pytestmark = compiled
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6}

@@ -6,7 +6,7 @@ from levels import at, compiled, levels
 from torch import Tensor
 
 from moefit.quant.cpu_kernels import kernels
-from moefit.quant.layer_operations import (
+from moefit.quant.layers.layer_operations import (
     NormForm,
     NormKernel,
     RotaryForm,

@@ -26,6 +26,9 @@ from moefit.errors import ConfigError, ElsewhereError, MoefitError
 # How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
 # own; the default of a thousand each takes hundreds of MiB.
 PROGRAM_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# After each parallel operation of torch OpenMP's threads spin for milliseconds, on the cores that
+# the kernels' threads need. Training, all of whose work torch does, gains by it.
+SERVING = ("serve", "generate", "chat", "bench", "eval", "profile")
 ADVANCED = "Advanced"
 """The help panel of options that few users need."""
 COMMANDS = {
@@ -197,6 +200,8 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")
     for cache in PROGRAM_CACHES:
         os.environ.setdefault(cache, "128")
+    if sys.argv[1:2] and sys.argv[1] in SERVING:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except ElsewhereError:

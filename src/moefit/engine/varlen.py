@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 
 from moefit.engine.kv_pool import KvPool
 from moefit.quant.attention import AttentionOptions, KeySegment, attend_by_kernels
-from moefit.quant.attention_block import CacheRows
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of, write_rows
+from moefit.quant.layers.attention_block import CacheRows
 from moefit.serve.hf.attention import (
     UnpackableError,
     additive_mask,

@@ -28,7 +28,7 @@ from moefit.quant.scaled.matrix import ScaledMatrix
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
-VERSION = 15  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 16  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -141,6 +141,14 @@ class Kernels:
         library.moefit_route.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         library.moefit_block.argtypes = [
             c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 5,
+        ]  # fmt: skip
+        library.moefit_one_thread.argtypes = [c_int64]
+        library.moefit_use_mkl.argtypes = [c_void_p]
+        library.moefit_use_mkl(_mkl_threads())
+        library.moefit_layers.restype = c_int64
+        library.moefit_layers.argtypes = [
+            c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64,
+            *[c_void_p] * 3,
         ]  # fmt: skip
         library.moefit_router.argtypes = [
             c_int64, c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3,
@@ -346,17 +354,17 @@ class Kernels:
         self._library.moefit_write_rows(self._level, rows)
 
     def norm(self, address: int, x: Tensor, rows: int, y: Tensor) -> None:
-        """Compute a norm into y; called by `quant.layer_operations.NormKernel`."""
+        """Compute a norm into y; called by `quant.layers.layer_operations.NormKernel`."""
         self._library.moefit_norm(self._level, address, x.data_ptr(), rows, y.data_ptr())
 
     def route(self, address: int, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> None:
-        """Compute a router's choice; called by `quant.layer_operations.RoutingKernel`."""
+        """Compute a router's choice; called by `quant.layers.layer_operations.RoutingKernel`."""
         self._library.moefit_route(
             address, logits_TE.data_ptr(), len(logits_TE), weights_TK.data_ptr(), ids_TK.data_ptr()
         )
 
     def router(self, address: int, x_TD: Tensor, logits_TE: Tensor, made: Routing) -> None:
-        """Compute a router; called by `quant.layer_operations.RouterKernel`."""
+        """Compute a router; called by `quant.layers.layer_operations.RouterKernel`."""
         self._library.moefit_router(
             self._level, address, x_TD.data_ptr(), _KINDS[x_TD.dtype], len(x_TD),
             logits_TE.data_ptr(), made.weights_TK.data_ptr(), made.ids_TK.data_ptr(),
@@ -369,7 +377,7 @@ class Kernels:
         sin: Tensor,
         pairs: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        """Rotate queries and keys; called by `quant.layer_operations.RotaryKernel`."""
+        """Rotate queries and keys; called by `quant.layers.layer_operations.RotaryKernel`."""
         (x0, y0), *others = pairs
         x1, y1 = others[0] if others else (x0, y0)
         self._library.moefit_rotate(
@@ -388,12 +396,20 @@ class Kernels:
         results: tuple[Tensor, Tensor],
         choice: Structure | None,
     ) -> None:
-        """Compute an attention block; called by `quant.attention_block.AttentionBlockKernel`."""
+        """Compute an attention block; see `quant.layers.attention_block`."""
         self._library.moefit_block(
             self._level, address, segments, len(segments), x_TD.data_ptr(), tokens,
             cos_TR.data_ptr(), sin_TR.data_ptr(), results[0].data_ptr(), results[1].data_ptr(),
             None if choice is None else addressof(choice),
         )  # fmt: skip
+
+    def keep_torch_on_one_thread(self, begin: bool) -> None:
+        """Keep operations of torch that this thread calls on it until the next call with False."""
+        self._library.moefit_one_thread(int(begin))
+
+    def layers(self, *arguments: Any) -> int:
+        """Compute several decoder layers; called by `quant.layers.decoder_layers`."""
+        return int(self._library.moefit_layers(self._level, *arguments))
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
@@ -459,6 +475,14 @@ def _library() -> ctypes.CDLL | None:
             if _version(library) == VERSION:
                 library.moefit_levels.restype = c_int64
                 return library
+    return None
+
+
+def _mkl_threads() -> int | None:
+    """Return the address of MKL's function for the number of threads, if torch contains MKL."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with suppress(OSError, AttributeError):
+        return ctypes.cast(ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local, c_void_p).value
     return None
 
 

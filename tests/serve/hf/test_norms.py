@@ -9,7 +9,7 @@ from levels import compiled
 from tiny_families import families, tiny_family
 from torch import Tensor, nn
 
-from moefit.quant.layer_operations import NormForm, plain_norm
+from moefit.quant.layers.layer_operations import NormForm, plain_norm
 from moefit.serve.hf.norms import norm_form, use_norm_kernels
 
 pytestmark = compiled

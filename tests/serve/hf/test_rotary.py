@@ -10,7 +10,7 @@ from levels import compiled
 from tiny_families import families, tiny_family, token_ids
 from torch import Tensor, nn
 
-from moefit.quant.layer_operations import RotaryForm, RotaryKernel
+from moefit.quant.layers.layer_operations import RotaryForm, RotaryKernel
 from moefit.serve.hf import rotary
 from moefit.serve.hf.rotary import RotaryRule, rotary_rule, use_rotary_kernels
 

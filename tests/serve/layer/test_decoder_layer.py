@@ -8,19 +8,16 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled
-from tiny_families import tiny_family
+from served_layers import begun, counts, decoded, in_a_crowd, layers_of, nothing, served
 from tiny_served import saved, tiny, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from moefit.cache_argument import forward_with_cache
-from moefit.engine.runner_probe import choose_runner
-from moefit.engine.runners import RunnerInput, VarlenRunner
 from moefit.serve.config import LoadSettings
 from moefit.serve.layer.decoder_layer import MOST_TOKENS, LayerForward
 from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.load import load_model
-from moefit.serve.model import ServedModel
 
 pytestmark = compiled
 # Whether the router is part of the call: not where shared experts are added, or the block chooses.
@@ -36,11 +33,6 @@ FAMILIES = {
 OTHERS = ("granitemoe", "phimoe", "qwen3_next", "hunyuan_v1_moe")
 
 
-def layers_of(model: nn.Module) -> list[LayerForward]:
-    found = (vars(module).get("forward") for module in model.modules())
-    return [one for one in found if isinstance(one, LayerForward)]
-
-
 @contextmanager
 def own_modules(model: nn.Module) -> Iterator[None]:
     """Compute layers by the family's own modules within the block."""
@@ -54,26 +46,6 @@ def own_modules(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in kept.items():
             vars(module)["forward"] = forward
-
-
-@torch.inference_mode()
-def decoded(model: Any, **named: Any) -> Tensor:
-    """Return logits of a prompt of 7 tokens, then of 6 tokens one by one."""
-    ids_1T = tokens(1, 13)
-    output, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :7])
-    rows = [output.logits]
-    for at in range(7, 13):
-        output, cache = forward_with_cache(model, cache, input_ids=ids_1T[:, at : at + 1], **named)
-        rows.append(output.logits)
-    return torch.cat(rows, dim=1)
-
-
-@contextmanager
-def served(name: str, folder: Path, **settings: Any) -> Iterator[ServedModel]:
-    model = tiny_family(name, head_dim=16, hidden_size=64)
-    model.to(settings.pop("dtype", torch.bfloat16))
-    with load_model(saved(model, folder), LoadSettings(context=128, **settings)) as loaded:
-        yield loaded
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,23 +67,6 @@ def test_answers_are_those_of_the_family(name: str, tmp_path: Path) -> None:
                 assert torch.equal(mine, decoded(loaded.model))
                 assert torch.equal(packed, in_a_crowd(loaded))
             assert torch.equal(mine, decoded(loaded.model))
-
-
-@torch.inference_mode()
-def in_a_crowd(loaded: ServedModel) -> Tensor:
-    """Return logits of three requests that the engine's runner decodes together."""
-    runner = choose_runner(loaded, 96)
-    assert isinstance(runner, VarlenRunner)
-    ids, rows = tokens(3, 16).tolist(), []
-    for number in range(3):
-        runner.open(str(number), 16)
-    for past, new in ((0, 9), (9, 1), (10, 1), (11, 3), (14, 1)):
-        inputs = [
-            RunnerInput(request=str(n), tokens=ids[n][past : past + new], past=past, num_logits=new)
-            for n in range(3)
-        ]
-        rows.append(runner.step(inputs))
-    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -144,16 +99,9 @@ def test_operation_without_effect_on_one_token_is_seen(tmp_path: Path) -> None:
         assert not layers_of(loaded.model)
 
 
-@torch.no_grad()
-def begun(model: Any, tokens_B5: Tensor) -> Any:
-    """Return a cache behind a prompt and one token, after which it has room for others."""
-    _, cache = forward_with_cache(model, None, input_ids=tokens_B5[:, :4])
-    return forward_with_cache(model, cache, input_ids=tokens_B5[:, 4:])[1]
-
-
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[bool]]:
-    """Count calls: whether each made something."""
+    """Count calls of layers by themselves: whether each made something."""
     calls: list[bool] = []
 
     def counting(own: Any) -> Any:
@@ -165,11 +113,13 @@ def counted(model: nn.Module) -> Iterator[list[bool]]:
         return compute
 
     found = layers_of(model)
+    together = [one.together for one in found]
     for one in found:
-        vars(one)["compute"] = counting(one.compute)
+        vars(one)["compute"], one.together = counting(one.compute), None
     yield calls
-    for one in found:
+    for one, chain in zip(found, together, strict=True):
         del vars(one)["compute"]
+        one.together = chain
 
 
 def test_hooks_are_called(tmp_path: Path) -> None:
@@ -271,7 +221,7 @@ def test_swaps_and_budgets_follow_the_choice(tmp_path: Path) -> None:
             loaded.set_memory(loaded.budget.total_for_slots([4] * 4))
             for mode in ("exact", "bounded", "virtual"):
                 loaded.set_mode(mode)
-                with own_modules(loaded.model) if own else _nothing():
+                with own_modules(loaded.model) if own else nothing():
                     results.append((decoded(loaded.model), counts(loaded)))
     half = len(results) // 2
     for (logits, counters), (own_logits, own_counters) in zip(
@@ -279,16 +229,6 @@ def test_swaps_and_budgets_follow_the_choice(tmp_path: Path) -> None:
     ):
         assert torch.equal(logits, own_logits)
         assert counters == own_counters
-
-
-def counts(loaded: ServedModel) -> tuple[float, ...]:
-    counters = loaded._shared.counters
-    return counters.hits, counters.fetches, counters.substituted, counters.routed
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 class Adapted(nn.Module):

@@ -20,7 +20,7 @@ from moefit.moe.scoring import (
     identify,
 )
 from moefit.quant.cpu_kernels import kernels
-from moefit.quant.layer_operations import RoutingKernel, can_route
+from moefit.quant.layers.layer_operations import RoutingKernel, can_route
 from moefit.serve.layer.router_kernels import RouterForward, router_form
 from moefit.serve.layer.router_probe import _known_forms
 

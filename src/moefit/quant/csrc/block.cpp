@@ -7,10 +7,9 @@
 #include <memory>
 
 #include "attention.h"
+#include "block.h"
 #include "matrix.h"
 #include "products.h"
-
-struct Router;
 
 extern "C" {
 void moefit_norm(int64_t level, const Norm *n, const void *x, int64_t rows, void *y);
@@ -34,16 +33,16 @@ struct Block {
     int64_t angles;  // elements between the cosines of two tokens
     Attention attention;
 };
-
-// What the router of `normed` makes; null: there is none.
-struct Choice {
-    const Router *router;
-    void *logits_TE, *weights_TK;
-    int64_t *ids_TK;
-};
 }
 
 namespace {
+
+float wide(uint16_t x) {
+    uint32_t word = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
 
 // Consecutive results of one call.
 class Scratch {
@@ -62,21 +61,6 @@ private:
     std::unique_ptr<char, decltype(&std::free)> memory_;
     int64_t used_ = 0;
 };
-
-float wide(uint16_t x) {
-    uint32_t word = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-void add(const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
-    if (kind == F32)
-        for (int64_t i = 0; i < number; i++) ((float *)sum)[i] = ((const float *)a)[i] + ((const float *)b)[i];
-    else
-        for (int64_t i = 0; i < number; i++)
-            ((uint16_t *)sum)[i] = to_bfloat16(wide(((const uint16_t *)a)[i]) + wide(((const uint16_t *)b)[i]));
-}
 
 // Heads of one token, rotated.
 void rotate(const Level &use, const Block &b, const char *cos, const char *sin, const char *x, int64_t heads, char *y,
@@ -116,6 +100,14 @@ void write(const Level &use, const Block &b, const Segment &to, int64_t place, c
 
 }  // namespace
 
+void add_values(const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
+    if (kind == F32)
+        for (int64_t i = 0; i < number; i++) ((float *)sum)[i] = ((const float *)a)[i] + ((const float *)b)[i];
+    else
+        for (int64_t i = 0; i < number; i++)
+            ((uint16_t *)sum)[i] = to_bfloat16(wide(((const uint16_t *)a)[i]) + wide(((const uint16_t *)b)[i]));
+}
+
 extern "C" {
 
 // x, sum and normed: [tokens, width], float32 or bfloat16. sum = x + attention of norm(x), and normed = norm of the
@@ -150,7 +142,7 @@ void moefit_block(int64_t level, const Block *block, const Segment *segments, in
     moefit_attention(level, &a, segments, number, rotated, attended);
     Product output = {&b.output.matrix, b.output.bias, n};
     multiply(use, &output, 1, attended, tokens, kind);
-    add(x, n, tokens * D, kind, sum);
+    add_values(x, n, tokens * D, kind, sum);
     moefit_norm(level, &b.after, sum, tokens, normed);
     if (choice)
         moefit_router(level, choice->router, normed, kind, tokens, choice->logits_TE, choice->weights_TK, choice->ids_TK);

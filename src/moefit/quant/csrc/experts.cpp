@@ -24,17 +24,21 @@
 namespace {
 
 constexpr int64_t CHUNK = 32, LARGEST_CHUNK = 128;  // output rows that one thread takes at a time
+constexpr int64_t FEW = 4;                          // tokens
 constexpr int64_t SLICE = 1 << 19;  // inputs of the tokens that one product is of: they stay in a cache of 2 MB
 
 // CLAMPED: gate and up are in turn in the rows of `in`, and both are clamped (gpt-oss).
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, IDENTITY, CLAMPED };
 
-// As many rows as leave some items to each thread: where threads take turns, reading begins anew.
-int64_t chunk_of(int64_t rows) { return std::min(std::max(CHUNK, rows / 16 / CHUNK * CHUNK), LARGEST_CHUNK); }
+// Few rows where few tokens are multiplied, so that threads end at about the same time: a thread's items follow one
+// another in memory. With many tokens an item takes long enough, and larger ones read the tokens less often.
+int64_t chunk_of(int64_t rows, int64_t tokens) {
+    if (tokens <= FEW) return CHUNK;
+    return std::min(std::max(CHUNK, rows / 16 / CHUNK * CHUNK), LARGEST_CHUNK);
+}
 
 float activate(float x, int64_t activation) {
     switch (activation) {
-        case SILU: return x / (1 + std::exp(-x));
         case GELU: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
         case GELU_TANH: return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
         case RELU: return std::max(x, 0.0f);
@@ -50,7 +54,8 @@ float rounded(float x) {
 }
 
 // Hidden units from gate (or input) and up; rounded where torch would round in a bfloat16 model.
-void hidden_units(float *h, const float *up, int64_t number, int64_t activation, bool bfloat16) {
+void hidden_units(const Level &use, float *h, const float *up, int64_t number, int64_t activation, bool bfloat16) {
+    if (activation == SILU) return use.silu(h, up, number, bfloat16);
     for (int64_t f = 0; f < number; f++) {
         float a = bfloat16 ? rounded(activate(rounded(h[f]), activation)) : activate(h[f], activation);
         float b = !up ? a : bfloat16 ? rounded(a * rounded(up[f])) : a * up[f];
@@ -177,7 +182,7 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
     for (int64_t n = 0; n < number; n++) {
         const Matrix &m = *products[n].m;
         digits |= has_digits(m), floats_needed |= !has_digits(m) && !(use.reads_bfloat16 && m.kind == BF16 && kind == BF16);
-        chunk[n] = chunk_of(m.rows), first[n + 1] = first[n] + slices * ((m.rows + chunk[n] - 1) / chunk[n]);
+        chunk[n] = chunk_of(m.rows, tokens), first[n + 1] = first[n] + slices * ((m.rows + chunk[n] - 1) / chunk[n]);
     }
     Inputs inputs(use, tokens, cols, kind, digits);
     std::vector<float> floats(floats_needed ? tokens * groups_of(cols) * GROUP : 0);
@@ -210,17 +215,9 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
 
 extern "C" {
 
-// One expert: its matrices, its routed rows first to first + rows - 1, and the biases of both, null if it has none.
-struct Expert {
-    Matrix in, down;
-    int64_t first, rows;
-    const void *in_bias, *down_bias;
-    int64_t bias_kind;  // F32 or BF16
-};
-
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 15; }
+int64_t moefit_version() { return 16; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -292,8 +289,9 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     if (!number) return;
     const Level &use = level_of(level);
     int64_t F = experts[0].down.cols, D = experts[0].down.rows;
-    int64_t f_chunk = chunk_of(number * F), d_chunk = chunk_of(number * D);
-    int64_t f_chunks = (F + f_chunk - 1) / f_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
+    int64_t I = activation == CLAMPED ? F : experts[0].in.rows;  // rows of `in`, or pairs of them
+    int64_t i_chunk = chunk_of(number * I, routed / number), d_chunk = chunk_of(number * D, routed / number);
+    int64_t i_chunks = (I + i_chunk - 1) / i_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
     bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return has_digits(e.in) || has_digits(e.down); });
     Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
     bool pairs = use.reads_bfloat16 && kind == BF16 &&
@@ -308,25 +306,21 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
     for (int64_t n = 0; n < number; n++) panels.add(experts[n].in, x.data() + experts[n].first, experts[n].rows);
     each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
-    each(number * f_chunks, [&](int64_t item) {
-        const Expert &e = experts[item / f_chunks];
+    each(number * i_chunks, [&](int64_t item) {
+        const Expert &e = experts[item / i_chunks];
         if (!e.rows) return;
-        int64_t f0 = item % f_chunks * f_chunk, f1 = std::min(f0 + f_chunk, F);
-        const Panel &panel = panels[item / f_chunks];
+        int64_t i0 = item % i_chunks * i_chunk, i1 = std::min(i0 + i_chunk, I);
+        const Panel &panel = panels[item / i_chunks];
         float *const *to = h.data() + e.first;
-        if (activation == CLAMPED) return clamped_hidden(use, e, f0, f1, panel, kind == BF16, to);
-        dot_and_add(use, e.in, f0, f1, panel, e.in_bias, e.bias_kind, to);
-        if (gated) dot_and_add(use, e.in, F + f0, F + f1, panel, e.in_bias, e.bias_kind, to);
-        for (int64_t r = e.first; r < e.first + e.rows; r++)
-            hidden_units(h[r] + f0, gated ? h[r] + F + f0 : nullptr, f1 - f0, activation, kind == BF16);
+        if (activation == CLAMPED) clamped_hidden(use, e, i0, i1, panel, kind == BF16, to);
+        else dot_and_add(use, e.in, i0, i1, panel, e.in_bias, e.bias_kind, to);
     });
-    each(number, [&](int64_t n) {
-        for (int64_t r = experts[n].first; r < experts[n].first + experts[n].rows; r++) {
-            // The padding overwrites the up projection, which is no longer needed.
-            std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
-            if (kind == BF16) use.narrow(h[r], F, &halves[r * F]);
-            hidden.set(r, h[r], kind == BF16 ? &halves[r * F] : nullptr);
-        }
+    each(routed, [&](int64_t r) {
+        if (activation != CLAMPED) hidden_units(use, h[r], gated ? h[r] + F : nullptr, F, activation, kind == BF16);
+        // The padding overwrites the up projection, which is no longer needed.
+        std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
+        if (kind == BF16) use.narrow(h[r], F, &halves[r * F]);
+        hidden.set(r, h[r], kind == BF16 ? &halves[r * F] : nullptr);
     });
     for (int64_t n = 0; n < number; n++) hidden_panels.add(experts[n].down, hidden[experts[n].first], experts[n].rows);
     each(hidden_panels.allocate(), [&](int64_t i) { hidden_panels.pack(i); });
@@ -345,15 +339,20 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
 // squares, summed.
 void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D, const void *weights_R,
                          int64_t weights_kind, int64_t kind, void *y_TD, float *energy_R) {
-    constexpr int64_t LANES = 16;
+    constexpr int64_t LANES = 16, PARTS = 4;
     std::vector<float> weight(T * K);
     PORTABLE.widen(weights_R, weights_kind, T * K, weight.data(), T * K);
     bool round = kind == BF16, round_products = round && weights_kind == BF16;
-    each(T, [&](int64_t t) {
-        std::vector<float> total(D), output(D);
+    // Columns are independent but for the squares.
+    int64_t part = energy_R ? D : std::max((D / PARTS + LANES - 1) / LANES * LANES, LANES), parts = (D + part - 1) / part;
+    each(T * parts, [&](int64_t item) {
+        int64_t t = item / parts, begin = item % parts * part, width = std::min(part, D - begin);
+        static thread_local std::vector<float> total, output;
+        total.assign(width, 0.0f), output.resize(width);
         for (int64_t r = t * K; r < (t + 1) * K; r++) {
             float squares[LANES] = {};
-            PORTABLE.widen((const char *)y_RD + r * D * (y_kind == BF16 ? 2 : 4), y_kind, D, output.data(), D);
+            const char *y = (const char *)y_RD + (r * D + begin) * (y_kind == BF16 ? 2 : 4);
+            PORTABLE.widen(y, y_kind, width, output.data(), width);
             auto add = [&](int64_t d, int64_t lanes) {
                 for (int64_t i = 0; i < lanes; i++) {
                     float y = round ? rounded(output[d + i]) : output[d + i], product = y * weight[r];
@@ -362,13 +361,13 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
                     squares[i] += product * product;
                 }
             };
-            int64_t whole = D / LANES * LANES;
+            int64_t whole = width / LANES * LANES;
             for (int64_t d = 0; d < whole; d += LANES) add(d, LANES);  // a constant, for vectors
-            add(whole, D - whole);
+            add(whole, width - whole);
             if (energy_R) energy_R[r] = std::accumulate(squares, squares + LANES, 0.0f);
         }
-        if (kind == BF16) PORTABLE.narrow(total.data(), D, (uint16_t *)y_TD + t * D);
-        else std::memcpy((float *)y_TD + t * D, total.data(), 4 * D);
+        if (kind == BF16) PORTABLE.narrow(total.data(), width, (uint16_t *)y_TD + t * D + begin);
+        else std::memcpy((float *)y_TD + t * D + begin, total.data(), 4 * width);
     });
 }
 

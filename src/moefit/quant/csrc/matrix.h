@@ -147,6 +147,8 @@ struct Level {
     void (*norm)(const Norm &, const void *x, void *y);
     // The rotated elements of one head.
     void (*rotate)(const Rotary &, const void *cos, const void *sin, const void *x, void *y);
+    // gate = silu(gate) * up, or without up if it is null; rounded where torch would round in a bfloat16 model.
+    void (*silu)(float *gate, const float *up, int64_t number, bool bfloat16);
     // Whether products of two bfloat16 read Input::bfloat16 and not Input::x.
     bool reads_bfloat16 = false;
 };

@@ -1,4 +1,4 @@
-// Linear layers of the same inputs, computed together.
+// Linear layers of the same inputs, computed together, and experts.
 #pragma once
 #include "matrix.h"
 
@@ -11,3 +11,14 @@ struct Product {
 // y_TO = x_TI W^T + bias of each product, all float32 or all bfloat16 (kind). Results do not depend on which
 // products are computed together.
 void multiply(const Level &use, const Product *products, int64_t number, const void *x_TI, int64_t tokens, int64_t kind);
+
+extern "C" {
+
+// One expert: its matrices, its routed rows first to first + rows - 1, and the biases of both, null if it has none.
+struct Expert {
+    Matrix in, down;
+    int64_t first, rows;
+    const void *in_bias, *down_bias;
+    int64_t bias_kind;  // F32 or BF16
+};
+}

@@ -5,7 +5,7 @@ differ in format, each may own the slot of its format. An eviction policy select
 evict. Pure Python and not thread-safe: callers hold a lock.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from moefit.serve.cache.eviction import EvictionPolicy
 
@@ -32,6 +32,11 @@ class SlotTable:
     def residents(self) -> Collection[int]:
         """Experts that can be used now."""
         return self._slot_of.keys()
+
+    @property
+    def slot_of(self) -> Mapping[int, int]:
+        """The slot of each resident expert."""
+        return self._slot_of
 
     @property
     def num_slots(self) -> int:

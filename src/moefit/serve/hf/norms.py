@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moefit.graphs import outside_of_graphs
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, Kernels, kernels
-from moefit.quant.layer_operations import NormForm, NormKernel, plain_norm
+from moefit.quant.layers.layer_operations import NormForm, NormKernel, plain_norm
 
 _LARGEST_EPS = 0.1
 _WIDTH = 64  # of the example for norms without a weight, which accept any

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moefit.graphs import outside_of_graphs
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels
-from moefit.quant.layer_operations import RotaryForm, RotaryKernel, plain_rotate
+from moefit.quant.layers.layer_operations import RotaryForm, RotaryKernel, plain_rotate
 
 _WIDTH = 24  # of the example's heads
 _FORMS = (

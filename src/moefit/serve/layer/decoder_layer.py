@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, D model width, R cosines per token.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from transformers.cache_utils import Cache
 from moefit.cache_argument import CACHE_NAMES
 from moefit.graphs import outside_of_graphs
 from moefit.quant.attention import AttentionOptions
-from moefit.quant.attention_block import (
+from moefit.quant.cpu_kernels import kernels
+from moefit.quant.kv_int8 import part_of
+from moefit.quant.layers.attention_block import (
     AttentionBlock,
     AttentionBlockKernel,
     BlockOutput,
@@ -28,9 +30,7 @@ from moefit.quant.attention_block import (
     Linear,
     Norm,
 )
-from moefit.quant.cpu_kernels import kernels
-from moefit.quant.kv_int8 import part_of
-from moefit.quant.layer_operations import RouterKernel
+from moefit.quant.layers.layer_operations import RouterKernel
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
 from moefit.serve.hf.native_linear import KernelWeight
 from moefit.serve.hf.norms import norm_of
@@ -77,6 +77,59 @@ class LayerParts:
     routed: RoutedExperts | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepArguments:
+    """What all layers of a step are given.
+
+    Attributes:
+        mask: The attention mask.
+        cache: The cache of all layers.
+        cos: Cosines of each token.
+        sin: Sines.
+    """
+
+    mask: Tensor | None
+    cache: Any
+    cos: Tensor
+    sin: Tensor
+
+    def same_as(self, other: "StepArguments") -> bool:
+        """Return whether these are the same objects."""
+        return (
+            self.mask is other.mask
+            and self.cache is other.cache
+            and self.cos is other.cos
+            and self.sin is other.sin
+        )
+
+
+class LayersBefore(Protocol):
+    """Computes several layers at once, when the first of them is called."""
+
+    def ready(self, place: int, x: Tensor, named: Mapping[str, Any]) -> Tensor | None:
+        """Return the output of a layer that was computed together with the one before, or None.
+
+        Args:
+            place: Position of the layer among the layers that may be computed at once.
+            x: What it is given.
+            named: Its other arguments.
+        """
+        ...
+
+    def output(
+        self, place: int, x: Tensor, named: Mapping[str, Any], arguments: StepArguments
+    ) -> Tensor | BlockOutput | None:
+        """Return a layer's output, or what comes before its experts; None to compute it alone.
+
+        Args:
+            place: Position of the layer among the layers that may be computed at once.
+            x: Its hidden states [B, T, D], for which `LayerForward.supports` holds.
+            named: Its other arguments.
+            arguments: The same, by what they are.
+        """
+        ...
+
+
 class LayerForward:
     """The `forward` of one layer: by one call and its feed-forward block, or the module's own.
 
@@ -87,6 +140,9 @@ class LayerForward:
         dtype: The dtype of hidden states.
         direct: Whether the feed-forward block is what `parts.routed` says, so that its router is
             part of the call and its experts are called with the choice.
+
+    Attributes:
+        together: Computes this layer together with others, of which it is number `place`.
     """
 
     def __init__(
@@ -102,21 +158,46 @@ class LayerForward:
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: AttentionBlockKernel | None = None
         self.direct, self._routed = direct, parts.routed if direct else None
+        self.together: LayersBefore | None = None
+        self.place = 0
         self._weights: tuple[int, ...] = ()
+        owners = module, parts.attention, parts.feed_forward
+        self._children = [one._modules for one in owners]
+        self._hooks_of_replaced = [
+            hooks
+            for one in parts.replaced
+            for hooks in (one._forward_hooks, one._forward_pre_hooks)
+        ]
         self._made_for, self._hooks = self._parts_in_use(), self._hooks_in_use()
 
     @outside_of_graphs
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Return what the layer's own `forward` does."""
         x = given[0] if given else named.get("hidden_states")
-        if len(given) <= 1 and isinstance(x, Tensor) and self._supports(x):
-            routed = self._usable_routed()
-            router = None if routed is None else routed.forward.kernel()
-            if (made := self.compute(x, named, router=router)) is not None:
+        if self.together is not None and given:
+            made = self.together.ready(self.place, given[0], named)
+            if made is not None:
+                return made
+        if len(given) <= 1 and isinstance(x, Tensor) and self.supports(x):
+            made = self._before_feed(x, named)
+            if isinstance(made, Tensor):
+                return made
+            if made is not None:
+                routed = None if made.routing is None else self._routed
                 return (made.sum_TD + self._feed(made, x, routed)).view(x.shape)
         return self._own(self._module, *given, **named)
 
-    def _supports(self, x: Tensor) -> bool:
+    def _before_feed(self, x: Tensor, named: Mapping[str, Any]) -> Tensor | BlockOutput | None:
+        """Return the layer's output, or what comes before its feed-forward block."""
+        if self.together is not None and (given := arguments_of(x, named)) is not None:
+            made = self.together.output(self.place, x, named, given)
+            if made is not None:
+                return made
+        routed = self.usable_routed()
+        router = None if routed is None else routed.forward.kernel()
+        return self.compute(x, named, router=router)
+
+    def supports(self, x: Tensor) -> bool:
         """Return whether hidden states, modes and the layer's modules are supported."""
         return (
             x.dim() == 3
@@ -125,21 +206,21 @@ class LayerForward:
             and x.is_cpu
             and not torch.is_grad_enabled()
             and not self._module.training
-            and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts.replaced)
+            and not any(self._hooks_of_replaced)
             and self._parts_in_use() == self._made_for
         )
 
-    def _parts_in_use(self) -> tuple[int, ...]:
-        """Return what identifies the layer's modules and their `forward`, which users may replace.
+    def has_hooks(self) -> bool:
+        """Return whether others see the layer's input or output."""
+        return bool(self._module._forward_hooks or self._module._forward_pre_hooks)
+
+    def _parts_in_use(self) -> list[Any]:
+        """Return the layer's modules and their `forward`, which users may replace.
 
         Adapters, for example, put modules of their own around linear layers.
         """
-        owners = self._module, self.parts.attention, self.parts.feed_forward
-        modules = [one for owner in owners for one in owner._modules.values()]
-        return (
-            *[id(one) for one in modules],
-            *[id(one.__dict__.get("forward")) for one in modules if one is not None],
-        )
+        modules = [one for owner in self._children for one in owner.values()]
+        return modules + [one and one.__dict__.get("forward") for one in modules]
 
     def _feed(self, made: BlockOutput, x: Tensor, routed: RoutedExperts | None) -> Tensor:
         """Return the output of the feed-forward block [T, D]."""
@@ -151,7 +232,7 @@ class LayerForward:
         output = output[0] if isinstance(output, tuple) else output
         return output.reshape(made.sum_TD.shape)
 
-    def _usable_routed(self) -> RoutedExperts | None:
+    def usable_routed(self) -> RoutedExperts | None:
         """Return the router and the experts, unless there are hooks of others on them."""
         return self._routed if self._hooks == self._hooks_in_use() else None
 
@@ -179,33 +260,28 @@ class LayerForward:
             rows: Where tokens belong in a cache; None for the cache among the arguments.
             router: A router that the call includes.
         """
-        mask, cache, angles = None, None, None
-        for name, value in named.items():
-            if name == "attention_mask":
-                mask = value
-            elif name in CACHE_NAMES:
-                cache = value
-            elif name == "position_embeddings":
-                angles = value
-            elif (
-                name not in IGNORED
-                and name != "hidden_states"
-                and value is not None
-                and value is not False
-            ):
-                return None
-        if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
+        if (given := arguments_of(x, named)) is None:
             return None
-        cos, sin = angles
         tokens = x.shape[0] * x.shape[1]
-        if not _are_angles(cos, sin, tokens, x.dtype):
+        if (ready := self.ready(tokens, given, rows)) is None:
             return None
-        if (kernel := self._known(cos.shape[-1])) is None:
+        kernel, rows = ready
+        return kernel(x.reshape(tokens, -1).contiguous(), given.cos, given.sin, rows, router)
+
+    def ready(
+        self, tokens: int, given: StepArguments, rows: CacheRows | None = None
+    ) -> tuple[AttentionBlockKernel, CacheRows] | None:
+        """Return the call and the tokens' places in the cache, which is then one step longer.
+
+        Args:
+            tokens: T.
+            given: The step's arguments.
+            rows: Places to use instead.
+        """
+        if (kernel := self._known(given.cos.shape[-1])) is None:
             return None
-        rows = rows or self._rows(cache, mask, tokens, kernel.block)
-        if rows is None:
-            return None
-        return kernel(x.reshape(tokens, -1).contiguous(), cos, sin, rows, router)
+        rows = rows or self._rows(given.cache, given.mask, tokens, kernel.block)
+        return None if rows is None else (kernel, rows)
 
     def _rows(
         self, cache: Any, mask: Tensor | None, tokens: int, block: AttentionBlock
@@ -243,6 +319,31 @@ class LayerForward:
             kernel = self._kernel = AttentionBlockKernel(compiled, block, self._dtype, cosines)
             self._weights = weights
         return kernel
+
+
+def arguments_of(x: Tensor, named: Mapping[str, Any]) -> StepArguments | None:
+    """Return a layer's arguments beside its hidden states [B, T, D]; None for others than known."""
+    mask, cache, angles = None, None, None
+    for name, value in named.items():
+        if name == "attention_mask":
+            mask = value
+        elif name in CACHE_NAMES:
+            cache = value
+        elif name == "position_embeddings":
+            angles = value
+        elif (
+            name not in IGNORED
+            and name != "hidden_states"
+            and value is not None
+            and value is not False
+        ):
+            return None
+    if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
+        return None
+    cos, sin = angles
+    if not _are_angles(cos, sin, x.shape[0] * x.shape[1], x.dtype):
+        return None
+    return StepArguments(mask, cache, cos, sin)
 
 
 def _are_angles(cos: Tensor, sin: Tensor, tokens: int, dtype: torch.dtype) -> bool:

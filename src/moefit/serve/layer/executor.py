@@ -10,6 +10,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from moefit.moe.families import Layout, MoeBlock
 from moefit.moe.routing import Routing
 from moefit.quant.backend import Backend, backend
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, NATIVE_DTYPES, KernelMlp
+from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, NATIVE_DTYPES, KernelMlp, Kernels
 from moefit.quant.format import DECODED, Format, expert_output
+from moefit.quant.layers.decoder_layers import ExpertAddresses
 from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import PendingLoad, Transfer, end_all
@@ -52,6 +54,18 @@ class FusedExperts:
         """Return the weighted sum of the outputs of one token's experts, and their energies."""
         mlps = [self._mlp(slot) for slot in slots]
         return self.kernels.token(x_1D, mlps, weights_1K, energy=energy)
+
+    def addresses(self, slots: Mapping[int, Slot], number: int) -> ExpertAddresses | None:
+        """Return the addresses of experts in slots; None for kernels of another device.
+
+        Args:
+            slots: The slot of each resident expert; at least one.
+            number: E.
+        """
+        if not isinstance(self.kernels, Kernels):
+            return None
+        mlps = {expert: self._mlp(slot) for expert, slot in slots.items()}
+        return ExpertAddresses(mlps, number)
 
     def outputs(
         self, x_TD: Tensor, batch: Sequence[tuple[Slot, Tensor]], num_choices: int, y_RD: Tensor
@@ -166,6 +180,25 @@ class ExpertInvoker:
         self._device: torch.device | None = None  # the device of `_fused`
         self.collect_stats = False
         self.output_energy_R: Tensor | None = None
+        self._addresses: ExpertAddresses | None = None
+        self._addresses_of: tuple[list[Any], ...] = ()
+
+    def addresses(self) -> ExpertAddresses | None:
+        """Return the addresses of residents; None unless kernels of a CPU compute them."""
+        slot_of, slots = self._slot_table.slot_of, self._slots
+        if not slot_of or self._block.weighs_inputs:
+            return None
+        # Lists compare faster than mappings, and this is asked of every layer of every step.
+        made_of = [*slots], [*slots.values()], [*slot_of], [*slot_of.values()]
+        if self._addresses_of != made_of:
+            fused = self._fused_on(torch.device("cpu"))
+            computes = fused is not None and fused.computes(slots.values())
+            residents = {expert: slots[slot] for expert, slot in slot_of.items()}
+            self._addresses = (
+                fused.addresses(residents, self._block.num_experts) if fused and computes else None
+            )
+            self._addresses_of = made_of
+        return self._addresses
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Compute the block's output.

@@ -7,9 +7,10 @@ Shapes: G KV heads, L tokens of a cache, C head width, T tokens, D model width, 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -27,10 +28,13 @@ from moefit.serve.layer.decoder_layer import (
     LayerForward,
     LayerParts,
     RoutedExperts,
+    arguments_of,
     candidates,
     own_rows,
 )
+from moefit.serve.layer.layer_chain import LayerChain, chains_of
 from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.layer.step_threads import use_one_thread_of_torch
 
 _LOG = logging.getLogger(__name__)
 _NAME = "moefit_recorded"
@@ -51,8 +55,11 @@ def use_layer_kernels(
         A function that undoes the change.
     """
     changed: list[nn.Module] = []
+    undone: list[Callable[[], None]] = []
 
     def undo() -> None:
+        for one in undone:
+            one()
         for module in changed:
             vars(module).pop("forward", None)
 
@@ -61,18 +68,33 @@ def use_layer_kernels(
     found = dict(candidates(model))
     if not found or (context is not None and context < _PROMPT + 1):
         return undo
+    made: list[tuple[LayerForward, list[_Step]]] = []
     for module, steps in _recorded(model, found, context).items():
-        parts, options = found[module], steps[0].options
-        if options is None or not all(_same(options, step.options) for step in steps):
-            continue
-        trial = LayerForward(module, parts, options, dtype, direct=False)
-        if not all(_agrees(trial, step) for step in steps):
-            continue
-        routed = parts.routed
-        direct = routed is not None and all(_is_routed(routed, step) for step in steps)
-        cast(Any, module).forward = LayerForward(module, parts, options, dtype, direct=direct)
-        changed.append(module)
+        if (forward := _recognised(module, found[module], steps, dtype)) is not None:
+            cast(Any, module).forward = forward
+            changed.append(module)
+            made.append((forward, steps))
+    follows = [False, *(_all_follow(one[1], other[1]) for one, other in pairwise(made))]
+    for run in chains_of([forward for forward, _ in made], follows):
+        LayerChain(run)
+    if len(changed) == model.config.get_text_config(decoder=True).num_hidden_layers:
+        undone.append(use_one_thread_of_torch(model))
     return undo
+
+
+def _recognised(
+    module: nn.Module, parts: LayerParts, steps: "list[_Step]", dtype: torch.dtype
+) -> LayerForward | None:
+    """Return the call for a layer; None if it does not give the recorded steps."""
+    options = steps[0].options
+    if options is None or not all(_same(options, step.options) for step in steps):
+        return None
+    trial = LayerForward(module, parts, options, dtype, direct=False)
+    if not all(_agrees(trial, step) for step in steps):
+        return None
+    routed = parts.routed
+    direct = routed is not None and all(_is_routed(routed, step) for step in steps)
+    return LayerForward(module, parts, options, dtype, direct=direct)
 
 
 @dataclass(slots=True)
@@ -254,6 +276,18 @@ def _are_cached(given: tuple[Any, ...], step: _Step, index: int) -> bool:
         == (mine.data_ptr(), mine.shape, mine.stride())
         for one, mine in zip(given, own, strict=True)
     )
+
+
+def _all_follow(steps: Sequence[_Step], others: Sequence[_Step]) -> bool:
+    """Return whether a layer is given just what another returns, with the same arguments."""
+    return len(steps) == len(others) and all(map(_follows, steps, others))
+
+
+def _follows(step: _Step, other: _Step) -> bool:
+    if step.x is None or other.x is None or not torch.equal(step.output, other.x):
+        return False
+    one, two = (arguments_of(each.x, each.named) for each in (step, other) if each.x is not None)
+    return one is not None and two is not None and one.same_as(two)
 
 
 def _same(options: AttentionOptions, other: AttentionOptions | None) -> bool:

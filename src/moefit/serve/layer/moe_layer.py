@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R = T * K rows.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from moefit.moe.families import MoeBlock
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
 from moefit.quant.format import NATIVE, Format, slot_kind
+from moefit.quant.layers.decoder_layers import ExpertAddresses
 from moefit.serve.cache.eviction import EvictionPolicy
 from moefit.serve.cache.scores import ExpertImportanceEstimator
 from moefit.serve.cache.slot import Slot
@@ -119,6 +120,54 @@ class VirtualExperts(nn.Module):
         with self.shared.lock:
             return self._step(x_TD, chosen)
 
+    def addresses(self, *, prefilling: bool) -> ExpertAddresses | None:
+        """Return the residents for a call that computes whole layers; the caller holds the lock.
+
+        Args:
+            prefilling: Whether the step has more than one token per sequence.
+
+        Returns:
+            None where a step may do more than fetch and compute the experts of the router's choice.
+        """
+        self.state.prefilling = prefilling
+        policy = self.shared.policy
+        if (
+            self.recorder is not None
+            or self.shared.watcher is not None
+            or self._invoke.collect_stats
+            or self.swaps
+            or self.swaps.guessed
+            or policy.mode != "exact"
+            or self._step_mode(policy) != "exact"
+        ):
+            return None
+        return self._invoke.addresses()
+
+    def begin_step(self) -> None:
+        """Do what comes before each step of the model's first block; the caller holds the lock."""
+        if self.index == 0 and self.shared.on_step and self.shared.policy.residency == "manager":
+            self.shared.on_step()
+
+    def computed(
+        self, ids: Sequence[int], shares: Sequence[float], tokens: int, logits_TE: Tensor
+    ) -> None:
+        """Observe a step whose experts were all resident and have been computed.
+
+        Args:
+            ids: The chosen expert of each row.
+            shares: Sum over tokens of |x| * |weight| for each expert.
+            tokens: T.
+            logits_TE: The router's logits.
+        """
+        chosen = set(ids)
+        self.state.logits_TE = logits_TE
+        self.shared.counters.hits += len(chosen)
+        if self.shared.policy.residency == "manager":
+            for expert in ids:
+                self.use_counts[expert] += 1
+            self._observe_weights({one: shares[one] for one in chosen}, tokens)
+        self.state.number += 1
+
     def fill(self) -> None:
         """Start loading absent experts into empty slots: the first, or the most important ones."""
         self.swaps.fill(self._fill_scores(), self.spares_key)
@@ -156,9 +205,8 @@ class VirtualExperts(nn.Module):
             self.set_residents(self.resident_order[: self.slot_table.num_slots])
 
     def _step(self, x_TD: Tensor, chosen: Routing) -> Tensor:
+        self.begin_step()
         policy = self.shared.policy
-        if self.index == 0 and self.shared.on_step and policy.residency == "manager":
-            self.shared.on_step()
         mode = self._step_mode(policy)
         watcher = self._watcher(mode, policy)
         self._end_background_loads(mode, chosen)
@@ -277,9 +325,12 @@ class VirtualExperts(nn.Module):
         else:
             counts = torch.bincount(ids_R, minlength=self.num_experts + 1).tolist()
             self.use_counts = [a + b for a, b in zip(self.use_counts, counts, strict=True)]
+        self._observe_weights(weights, len(x_TD))
+
+    def _observe_weights(self, weights: Mapping[int, float], rows: int) -> None:
         # Scores decay per token of a sequence. How many sequences the rows belong to is not known
         # here; decoding counts as one token, which is exact for one token per sequence.
-        tokens = len(x_TD) if self.state.prefilling else 1
+        tokens = rows if self.state.prefilling else 1
         self.importance.observe(weights, tokens)
         self.eviction.observe(weights, tokens)
 

@@ -26,7 +26,7 @@ from moefit.quant.cpu_kernels import (
     Kernels,
     kernels,
 )
-from moefit.quant.layer_operations import RouterKernel, RoutingKernel, can_route
+from moefit.quant.layers.layer_operations import RouterKernel, RoutingKernel, can_route
 from moefit.serve.layer.moe_layer import VirtualExperts
 
 _TOKENS = 256  # of the example
@@ -70,6 +70,7 @@ class RouterForward:
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: RouterKernel | None = None
         self._bias_E: Tensor | None = None
+        self._in_one_call = {form.dtype, form.product} <= {*ACTIVATION_DTYPES}
 
     @outside_of_graphs
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:
@@ -91,7 +92,7 @@ class RouterForward:
         if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():
             kernel = self._prepare(compiled, weight_ED)
         x_TD = x.reshape(-1, x.shape[-1])
-        if {form.dtype, form.product} <= {*ACTIVATION_DTYPES}:
+        if self._in_one_call:
             logits_TE, routing = kernel(x_TD)
         else:
             product_TE = compiled.linear(x_TD, kernel.matrix, form.product, self._bias_E)
@@ -109,7 +110,7 @@ class RouterForward:
     def kernel(self) -> RouterKernel | None:
         """Return the router as one call; None if it is of another dtype or there are no kernels."""
         compiled, weight_ED = kernels(), cast(Tensor, self._module._parameters["weight"])
-        if compiled is None or not {self.form.dtype, self.form.product} <= {*ACTIVATION_DTYPES}:
+        if compiled is None or not self._in_one_call:
             return None
         kernel = self._kernel
         if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():

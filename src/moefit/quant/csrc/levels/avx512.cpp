@@ -225,5 +225,5 @@ static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *p
 TARGET_END
 
 const Level AVX512 = {avx512::any_dot, avx512::any_token_bytes, avx512::any_pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
-    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate};
+    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate, avx512::any_silu};
 #endif

@@ -120,4 +120,4 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 
 const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::narrow, plain::narrow,
-    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate};
+    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate, plain::any_silu};

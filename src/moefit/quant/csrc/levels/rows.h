@@ -1,7 +1,7 @@
 // Operations of a layer between its products: norms and rotary embeddings.
 //
 // Results are rounded where the families' own modules round. Each row is computed by itself, in an order that
-// depends on its width alone. quant/layer_operations.py has the references that tests compare with.
+// depends on its width alone. quant/layers/layer_operations.py has the references that tests compare with.
 #pragma once
 #include <cstdint>
 

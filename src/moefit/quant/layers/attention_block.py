@@ -38,7 +38,7 @@ from moefit.quant.cpu_kernels import (
     MatrixStruct,
 )
 from moefit.quant.kv_int8 import Int8Rows
-from moefit.quant.layer_operations import (
+from moefit.quant.layers.layer_operations import (
     NormForm,
     NormStruct,
     RotaryForm,
@@ -305,24 +305,9 @@ class AttentionBlockKernel:
             cache: In the tokens' dtype, or int8.
             router: A router to call with the norm.
         """
-        keys, values, requests = cache.keys_GLC, cache.values_GLZ, cache.requests
-        struct, attention = self._struct(cache)
-        key_size, value_size = attention.key_token, attention.value_token
-        key_at, value_at, key_scale, value_scale = keys.data_ptr(), values.data_ptr(), 0, 0
-        if isinstance(keys, Int8Rows) and isinstance(values, Int8Rows):
-            key_scale, value_scale = keys.scales.data_ptr(), values.scales.data_ptr()
-        else:
-            key_size, value_size = key_size * self._size, value_size * self._size
-        segments, row = (SegmentStruct * len(requests))(), 0
-        for number, (start, past, new) in enumerate(requests):
-            segments[number] = (
-                key_at + start * key_size,
-                value_at + start * value_size,
-                key_scale and key_scale + 4 * start,
-                value_scale and value_scale + 4 * start,
-                past, new, row,
-            )  # fmt: skip
-            row += new
+        struct, tuples = self.arguments(cache)
+        segments = (SegmentStruct * len(tuples))(*tuples)
+        row = tuples[-1][-1] + tuples[-1][-2]
         sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         logits_TE = made = choice = None
         if router is not None:
@@ -333,6 +318,27 @@ class AttentionBlockKernel:
             addressof(struct), segments, row, x_TD, cos_TR, sin_TR, (sum_TD, normed_TD), choice
         )
         return BlockOutput(sum_TD, normed_TD, logits_TE, made)
+
+    def arguments(self, cache: CacheRows) -> tuple[Structure, list[tuple[int, ...]]]:
+        """Return the C structure for a cache's layout, and the segment of each request."""
+        keys, values, segments, row = cache.keys_GLC, cache.values_GLZ, list[tuple[int, ...]](), 0
+        struct, attention = self._struct(cache)
+        key_size, value_size = attention.key_token, attention.value_token
+        key_at, value_at, key_scale, value_scale = keys.data_ptr(), values.data_ptr(), 0, 0
+        if isinstance(keys, Int8Rows) and isinstance(values, Int8Rows):
+            key_scale, value_scale = keys.scales.data_ptr(), values.scales.data_ptr()
+        else:
+            key_size, value_size = key_size * self._size, value_size * self._size
+        for start, past, new in cache.requests:
+            segments.append((
+                key_at + start * key_size,
+                value_at + start * value_size,
+                key_scale and key_scale + 4 * start,
+                value_scale and value_scale + 4 * start,
+                past, new, row,
+            ))  # fmt: skip
+            row += new
+        return struct, segments
 
     def _struct(self, cache: CacheRows) -> tuple[_Block, AttentionStruct]:
         """Return the structure for a cache's layout."""

@@ -281,7 +281,7 @@ class RoutingKernel:
         chosen: int,
         dtypes: tuple[torch.dtype, torch.dtype],
     ):
-        self._kernels, self._chosen, self._dtype = kernels, chosen, dtypes[1]
+        self._kernels, self.chosen, self.dtype = kernels, chosen, dtypes[1]
         biased = rule.biased and bias_E is not None
         self._vectors = [  # keeps their memory
             None if one is None else one.detach().float().contiguous()
@@ -299,8 +299,8 @@ class RoutingKernel:
 
     def empty(self, tokens: int) -> Routing:
         """Return ids and weights [T, K] without values."""
-        shape = tokens, self._chosen
-        return Routing(torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=self._dtype))
+        shape = tokens, self.chosen
+        return Routing(torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=self.dtype))
 
     def __call__(self, logits_TE: Tensor) -> Routing:
         """Return ids and weights [T, K], in descending order of preference."""
@@ -316,6 +316,16 @@ class _Router(Structure):
         ("product", c_int64),
         ("rule", _Routing),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSizes:
+    """Experts E, experts per token K, and the dtypes of logits and weights of a router."""
+
+    experts: int
+    chosen: int
+    logits: torch.dtype
+    weights: torch.dtype
 
 
 class RouterKernel:
@@ -345,6 +355,7 @@ class RouterKernel:
         bias = None if bias_E is None else bias_E.data_ptr()
         self._struct = _Router(matrix.matrix, bias, NATIVE_DTYPES[product], routing.struct)
         self.address = addressof(self._struct)
+        self.sizes = RouterSizes(matrix.rows, routing.chosen, logits, routing.dtype)
 
     def empty(self, tokens: int) -> tuple[Tensor, Routing]:
         """Return logits [T, E] and a choice without values."""

@@ -1,0 +1,1 @@
+"""Kernels of whole layers of a model."""

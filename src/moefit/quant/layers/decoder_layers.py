@@ -1,0 +1,147 @@
+"""Consecutive decoder layers of a step as one call of the kernels.
+
+Each layer is an attention block, a router and its experts (`attention_block.py`), with two sums.
+The call ends before the first layer whose router chooses an expert that is not resident, so that
+the caller can fetch it. Results are those of the calls by themselves, bit by bit.
+
+Shapes: L layers, T tokens, D model width, E experts, K chosen per token.
+"""
+
+from collections.abc import Sequence
+from ctypes import Array, Structure, addressof, byref, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefit.graphs import outside_of_graphs
+from moefit.moe.routing import Routing
+from moefit.quant.attention import SegmentStruct
+from moefit.quant.cpu_kernels import ACTIVATIONS, NATIVE_DTYPES, KernelMlp, Kernels
+from moefit.quant.layers.attention_block import AttentionBlockKernel, BlockOutput, CacheRows
+from moefit.quant.layers.layer_operations import RouterKernel, RouterSizes
+
+
+class ExpertAddresses:
+    """The experts of one layer that are resident, for the kernels.
+
+    Args:
+        mlps: Each resident expert's matrices, all of one activation; at least one.
+        number: E.
+    """
+
+    def __init__(self, mlps: dict[int, KernelMlp], number: int):
+        self._mlps = mlps  # keeps their memory
+        self._array: Array[c_void_p] = (c_void_p * number)()
+        for expert, mlp in mlps.items():
+            self._array[expert] = mlp.address
+        self.address = addressof(self._array)
+        one = next(iter(mlps.values()))
+        self.gated, self.activation = int(one.gated), ACTIVATIONS.index(one.activation)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCall:
+    """What one layer of a call is.
+
+    Attributes:
+        block: Its attention block.
+        cache: Where tokens belong in its cache.
+        router: Its router.
+        experts: Its experts.
+    """
+
+    block: AttentionBlockKernel
+    cache: CacheRows
+    router: RouterKernel
+    experts: ExpertAddresses
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayersOutput:
+    """What a call makes. Layers from `complete` on are undefined.
+
+    Attributes:
+        complete: Number of layers that were computed.
+        x_LTD: Their outputs.
+        logits_LTE: Logits of their routers, and of the layer after them.
+        weights_LTK: Weights of the chosen experts, likewise.
+        ids_LTK: Chosen experts.
+        shares_LE: Sum over tokens of |input of the experts| * |weight| for each expert.
+        pending: If not all were computed, the attention block and the choice of the next layer.
+    """
+
+    complete: int
+    x_LTD: Tensor
+    logits_LTE: Tensor
+    weights_LTK: Tensor
+    ids_LTK: Tensor
+    shares_LE: Tensor
+    pending: BlockOutput | None
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("block", "router", "experts")),
+        ("gated", c_int64),
+        ("activation", c_int64),
+    )
+
+
+class _Sizes(Structure):
+    _fields_ = tuple(
+        (name, c_int64) for name in ("D", "E", "K", "kind", "logits_kind", "weights_kind")
+    )
+
+
+class _Results(Structure):
+    _fields_ = tuple(
+        (name, c_void_p) for name in ("x", "logits", "weights", "ids", "shares", "sum", "normed")
+    )
+
+
+@outside_of_graphs
+def compute_layers(
+    kernels: Kernels, layers: Sequence[LayerCall], x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor
+) -> LayersOutput:
+    """Compute layers one after the other, until experts are missing.
+
+    Args:
+        kernels: The compiled library.
+        layers: Layers of equal widths, requests and `RouterSizes`, one after the other.
+        x_TD: Hidden states, consecutive, in one of `ACTIVATION_DTYPES`.
+        cos_TR: Cosines of each token.
+        sin_TR: Sines.
+    """
+    sizes: RouterSizes = layers[0].router.sizes
+    number, (tokens, width) = len(layers), x_TD.shape
+    structs, segments = (_Layer * number)(), list[tuple[int, ...]]()
+    held = list[Structure]()
+    for one, struct in zip(layers, structs, strict=True):
+        block, of_layer = one.block.arguments(one.cache)
+        segments += of_layer
+        held.append(block)
+        experts = one.experts
+        struct.block, struct.router = addressof(block), one.router.address
+        struct.experts, struct.gated, struct.activation = (
+            experts.address, experts.gated, experts.activation,
+        )  # fmt: skip
+    x_LTD = x_TD.new_empty(number, tokens, width)
+    logits_LTE = torch.empty(number, tokens, sizes.experts, dtype=sizes.logits)
+    weights_LTK = torch.empty(number, tokens, sizes.chosen, dtype=sizes.weights)
+    ids_LTK = torch.empty(number, tokens, sizes.chosen, dtype=torch.int64)
+    shares_LE = torch.empty(number, sizes.experts)
+    sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    made = x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, sum_TD, normed_TD
+    kinds = (NATIVE_DTYPES[dtype] for dtype in (x_TD.dtype, sizes.logits, sizes.weights))
+    complete = kernels.layers(
+        structs, number, byref(_Sizes(width, sizes.experts, sizes.chosen, *kinds)),
+        (SegmentStruct * len(segments))(*segments), len(segments) // number, x_TD.data_ptr(),
+        tokens, cos_TR.data_ptr(), sin_TR.data_ptr(),
+        byref(_Results(*(one.data_ptr() for one in made))),
+    )  # fmt: skip
+    pending = None
+    if complete < number:
+        choice = Routing(ids_LTK[complete], weights_LTK[complete])
+        pending = BlockOutput(sum_TD, normed_TD, logits_LTE[complete], choice)
+    return LayersOutput(complete, x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, pending)

@@ -1,0 +1,216 @@
+"""Compute consecutive decoder layers of a step at once, as far as their experts are resident.
+
+When the first of the layers is called, one call of the kernels computes it and those after it;
+they then return what is there already. Where an expert is missing, the call ends, the layer
+fetches it, and the next layer begins another call.
+
+Shapes: B sequences, T tokens, D model width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from moefit.quant.cpu_kernels import kernels
+from moefit.quant.layers.attention_block import BlockOutput
+from moefit.quant.layers.decoder_layers import LayerCall, LayersOutput, compute_layers
+from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
+from moefit.serve.layer.decoder_layer import LayerForward, RoutedExperts, StepArguments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Longer:
+    """A layer's cache that has room for a step, and what it was before."""
+
+    layer: Any
+    before: tuple[Tensor, Tensor]
+    after: tuple[Tensor, Tensor]
+
+    def undo(self) -> None:
+        """Remove the step, unless the cache was changed since."""
+        if self.layer.keys is self.after[0] and self.layer.values is self.after[1]:
+            self.layer.keys, self.layer.values = self.before
+
+
+@dataclass(slots=True, eq=False)
+class _Computed:
+    """Layers of a step that were computed and not called yet.
+
+    Attributes:
+        next: The layer that is called next.
+        first: The first layer of the call.
+        x: What the next layer must be given.
+        arguments: Its other arguments.
+        made: What the call made.
+        longer: Caches by layer.
+        named: The arguments as the first layer was given them.
+    """
+
+    next: int
+    first: int
+    x: Tensor
+    arguments: StepArguments
+    made: LayersOutput
+    longer: dict[int, _Longer]
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """Remove the step from the caches of the layers that were not called."""
+        for place, one in self.longer.items():
+            if place >= self.next:
+                one.undo()
+
+
+class LayerChain:
+    """Layers that follow one another, each given the output of the one before.
+
+    Args:
+        forwards: Their `forward`, all with routed experts (`direct`).
+    """
+
+    def __init__(self, forwards: Sequence[LayerForward]):
+        self._forwards = forwards
+        self._reach = len(
+            forwards
+        )  # layers that are tried at once: fewer while experts are missing
+        self._computed: _Computed | None = None
+        for place, one in enumerate(forwards):
+            one.together, one.place = self, place
+
+    def ready(self, place: int, x: Tensor, named: Mapping[str, Any]) -> Tensor | None:
+        """Return the output of a layer that is computed already; see `LayersBefore`."""
+        computed = self._computed
+        if computed is None or place != computed.next or x is not computed.x:
+            return None
+        if len(named) != len(computed.named) or not all(
+            map(is_, named.values(), computed.named.values())
+        ):
+            return None
+        made = self._next(computed, x)
+        return made if isinstance(made, Tensor) else None
+
+    def output(
+        self, place: int, x: Tensor, named: Mapping[str, Any], arguments: StepArguments
+    ) -> Tensor | BlockOutput | None:
+        """Return a layer's output, or what comes before its experts; see `LayersBefore`."""
+        computed, self._computed = self._computed, None
+        if computed is not None:
+            expected = place == computed.next and x is computed.x
+            if expected and arguments.same_as(computed.arguments):
+                return self._next(computed, x)
+            computed.undo()
+        computed = self._compute(place, x, arguments)
+        if computed is None:
+            return None
+        computed.named = named
+        return self._next(computed, x)
+
+    def _next(self, computed: _Computed, x: Tensor) -> Tensor | BlockOutput:
+        """Return the output of the next layer, or the beginning of a layer that lacks experts."""
+        made, number = computed.made, computed.next - computed.first
+        if number == made.complete:
+            assert made.pending is not None
+            return made.pending
+        output = made.x_LTD[number].view(x.shape)
+        more = number + 1 < made.complete or made.pending is not None
+        self._computed = computed if more else None
+        computed.next, computed.x = computed.next + 1, output
+        return output
+
+    def _compute(self, place: int, x: Tensor, arguments: StepArguments) -> _Computed | None:
+        """Compute layers from one on; None if that is not possible for the first."""
+        compiled, first = kernels(), self._forwards[place].usable_routed()
+        if compiled is None or first is None:
+            return None
+        tokens = x.shape[0] * x.shape[1]
+        with first.experts.shared.lock:
+            first.experts.begin_step()
+            calls, routed, longer = self._calls(place, x, arguments)
+            if not calls:
+                return None
+            x_TD = x.reshape(tokens, -1).contiguous()
+            made = compute_layers(compiled, calls, x_TD, arguments.cos, arguments.sin)
+            _observe(routed, made, tokens)
+        for absent in range(place + made.complete + 1, place + len(calls)):
+            if (one := longer.pop(absent, None)) is not None:
+                one.undo()
+        self._adapt(made.complete, len(calls))
+        return _Computed(place, place, x, arguments, made, longer)
+
+    def _calls(
+        self, place: int, x: Tensor, arguments: StepArguments
+    ) -> tuple[list[LayerCall], list[RoutedExperts], dict[int, _Longer]]:
+        calls, routed, longer = list[LayerCall](), list[RoutedExperts](), dict[int, _Longer]()
+        tokens, cache = x.shape[0] * x.shape[1], arguments.cache
+        for at in range(place, min(place + self._reach, len(self._forwards))):
+            forward = self._forwards[at]
+            if at > place and (_are_hooked() or forward.has_hooks() or not forward.supports(x)):
+                break
+            one = forward.usable_routed()
+            router = None if one is None else one.forward.kernel()
+            if one is None or router is None or (calls and router.sizes != calls[0].router.sizes):
+                break
+            if (experts := one.experts.addresses(prefilling=x.shape[1] > 1)) is None:
+                break
+            layer = _own_cache(cache, forward.parts.index)
+            before = None if layer is None else (layer.keys, layer.values)
+            if (ready := forward.ready(tokens, arguments)) is None:
+                break
+            if layer is not None and before is not None:
+                longer[at] = _Longer(layer, before, (layer.keys, layer.values))
+            calls.append(LayerCall(*ready, router, experts))
+            routed.append(one)
+        return calls, routed, longer
+
+    def _adapt(self, complete: int, tried: int) -> None:
+        """Try about as many layers next time as were computed before an expert was missing."""
+        if complete == tried:
+            self._reach = min(2 * self._reach, len(self._forwards))
+        else:
+            self._reach = max(1, 2 * complete)
+
+
+def _observe(routed: Sequence[RoutedExperts], made: LayersOutput, tokens: int) -> None:
+    """Let the experts of complete layers observe the step."""
+    done = slice(made.complete)
+    ids, shares = made.ids_LTK[done].flatten(1).tolist(), made.shares_LE[done].tolist()
+    for number, (one, of_rows, of_experts) in enumerate(
+        zip(routed[done], ids, shares, strict=True)
+    ):
+        one.experts.computed(of_rows, of_experts, tokens, made.logits_LTE[number])
+
+
+def _own_cache(cache: Any, index: int) -> Any:
+    """Return a layer's cache if it becomes longer with a step."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if isinstance(layer, ReservedLayer | Int8Layer) else None
+
+
+def _are_hooked() -> bool:
+    """Return whether there are hooks on all modules."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def chains_of(
+    forwards: Sequence[LayerForward], follows: Sequence[bool]
+) -> list[Sequence[LayerForward]]:
+    """Return runs of layers that may be computed at once.
+
+    Args:
+        forwards: Layers in the order of a step.
+        follows: Whether each is given just what the one before returns, with the same arguments.
+    """
+    runs: list[list[LayerForward]] = []
+    for number, one in enumerate(forwards):
+        if not one.direct:
+            continue
+        if runs and number and forwards[number - 1].direct and follows[number]:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return [run for run in runs if len(run) > 1]

@@ -1,0 +1,189 @@
+"""Several decoder layers in one call: equal to one after the other, bit by bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from levels import compiled
+from served_layers import begun, counts, decoded, in_a_crowd, layers_of, nothing, served
+from tiny_served import tokens
+from torch import Tensor, nn
+
+from moefit.cache_argument import forward_with_cache
+from moefit.serve.layer import layer_chain
+from moefit.serve.model import ServedModel
+
+pytestmark = compiled
+FAMILIES = ("olmoe", "mixtral", "qwen3_moe")
+
+
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Compute each layer by itself within the block."""
+    found = layers_of(model)
+    kept = [one.together for one in found]
+    for one in found:
+        one.together = None
+    try:
+        yield
+    finally:
+        for one, chain in zip(found, kept, strict=True):
+            one.together = chain
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Layers of each call, and how many of them it computed."""
+    made: list[tuple[int, int]] = []
+    own = layer_chain.compute_layers
+
+    def counting(kernels: Any, layers: Any, *others: Any) -> Any:
+        output = own(kernels, layers, *others)
+        made.append((len(layers), output.complete))
+        return output
+
+    monkeypatch.setattr(layer_chain, "compute_layers", counting)
+    return made
+
+
+def observed(loaded: ServedModel) -> list[Any]:
+    blocks = loaded.blocks.values()
+    return [*(one.counts() for one in blocks), *(one.state.number for one in blocks)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equal_to_one_after_the_other(
+    name: str, tmp_path: Path, calls: list[tuple[int, int]]
+) -> None:
+    """With all experts in memory and with few, alone and among other requests."""
+    for number, given_ in enumerate(
+        ({"dtype": torch.float32}, {}, {"precision": "int4", "kv_cache": "int8"})
+    ):
+        with served(name, tmp_path / str(number), memory=None, **given_) as loaded:
+            for slots in (None, 3):
+                if slots:
+                    blocks = len(loaded.blocks)
+                    loaded.set_memory(loaded.budget.total_for_slots([slots] * blocks))
+                calls.clear()
+                mine, packed = decoded(loaded.model), in_a_crowd(loaded)
+                assert calls
+                with one_by_one(loaded.model):
+                    assert torch.equal(mine, decoded(loaded.model))
+                    assert torch.equal(packed, in_a_crowd(loaded))
+
+
+def test_one_call_a_token(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        for block, experts in loaded.blocks.items():
+            loaded.set_residents({block: range(experts.num_experts)})
+        decoded(loaded.model)
+        assert calls == [(4, 4)] * 5  # the first token makes room in the caches
+        calls.clear()
+        ids, cache = tokens(1, 1), begun(loaded.model, tokens(1, 5))
+        assert loaded.model(input_ids=ids, past_key_values=cache) is not None
+        assert not calls[1:]  # with gradients the family's own modules compute
+
+
+def test_missing_experts_end_a_call(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """Counters, scores and residents are as without: the same experts are fetched."""
+    results = []
+    for alone in (False, True):
+        with served("olmoe", tmp_path / str(alone), memory=None) as loaded:
+            loaded.set_memory(loaded.budget.total_for_slots([5] * 4))
+            with one_by_one(loaded.model) if alone else nothing():
+                logits = [decoded(loaded.model) for _ in range(3)]
+            residents = [sorted(one.slot_table.residents) for one in loaded.blocks.values()]
+            results.append((torch.cat(logits), counts(loaded), observed(loaded), residents))
+    (mine, *others), (wanted, *own) = results
+    assert torch.equal(mine, wanted) and others == own
+    assert any(complete < number for number, complete in calls)
+
+
+class Shifted:
+    """A hook that changes the output of a layer."""
+
+    def __call__(self, _module: nn.Module, _given: Any, output: Any) -> Any:
+        return output + 1
+
+
+@torch.inference_mode()
+def test_hooks_of_layers_are_called_and_may_change_them(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path) as loaded:
+        plain = decoded(loaded.model)
+        for number in range(4):
+            hook = loaded.model.model.layers[number].register_forward_hook(Shifted())
+            changed = decoded(loaded.model)
+            with one_by_one(loaded.model):
+                assert torch.equal(changed, decoded(loaded.model))
+            assert not torch.equal(changed, plain)
+            hook.remove()
+        assert torch.equal(plain, decoded(loaded.model))
+
+
+@torch.inference_mode()
+def test_a_step_that_is_given_up_leaves_caches_as_they_were(tmp_path: Path) -> None:
+    """What comes before the layers that were not called is undone by the next step."""
+    with served("olmoe", tmp_path) as loaded:
+        model, next_11 = loaded.model, tokens(1, 1, seed=2)
+        loaded.set_residents({name: range(8) for name in loaded.blocks})
+        wanted, _ = forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+        chain = layers_of(model)[0].together
+        assert isinstance(chain, layer_chain.LayerChain)
+        cache = begun(model, tokens(1, 5))
+
+        own, seen = chain.ready, []
+
+        def give_up(place: int, *others: Any) -> Any:
+            seen.append(place)
+            raise KeyboardInterrupt
+
+        chain.__dict__["ready"] = give_up
+        with pytest.raises(KeyboardInterrupt):
+            loaded.model.model.layers[0].forward = layers_of(model)[0]
+            forward_with_cache(model, cache, input_ids=next_11)
+        chain.__dict__["ready"] = own
+        assert seen
+        output, _ = forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+        assert torch.equal(output.logits, wanted.logits)
+        lengths = {layer.keys.shape[2] for layer in cache.layers}
+        assert len(lengths) == 1
+
+
+@torch.inference_mode()
+def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
+    """Also after a step that fails."""
+    with served("olmoe", tmp_path) as loaded:
+        model, before = loaded.model, torch.get_num_threads()
+        begun(model, tokens(1, 5))
+        assert torch.get_num_threads() == before
+        with pytest.raises(IndexError):
+            ids = torch.full((1, 1), 10**6)
+            forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=ids)
+        assert torch.get_num_threads() == before
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 8), st.sampled_from(["exact", "virtual"])), max_size=4)
+)
+def test_budgets_and_modes_between_tokens(
+    steps: list[tuple[int, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    results: list[Tensor] = []
+    for alone in (False, True):
+        with served("olmoe", tmp_path_factory.mktemp("model"), memory=None) as loaded:
+            with one_by_one(loaded.model) if alone else nothing():
+                made = [decoded(loaded.model)]
+                for slots, mode in steps:
+                    loaded.set_mode(mode)
+                    loaded.set_memory(loaded.budget.total_for_slots([max(slots, 2)] * 4))
+                    made.append(decoded(loaded.model))
+            results.append(torch.cat(made))
+    if all(mode == "exact" for _, mode in steps):  # swaps of virtual mode follow a clock
+        assert torch.equal(*results)
+    assert all(one.isfinite().all() for one in results)
