@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "block.h"
-#include "matrix.h"
-#include "products.h"
+#include "../matrix.h"
+#include "../products.h"
 
 extern "C" {
 void moefit_experts(int64_t level, const Expert *experts, int64_t number, const int64_t *token_R, int64_t routed,

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "attention.h"
+#include "../attention.h"
 
 struct Block;
 struct Router;

@@ -6,10 +6,10 @@
 #include <cstring>
 #include <memory>
 
-#include "attention.h"
+#include "../attention.h"
 #include "block.h"
-#include "matrix.h"
-#include "products.h"
+#include "../matrix.h"
+#include "../products.h"
 
 extern "C" {
 void moefit_norm(int64_t level, const Norm *n, const void *x, int64_t rows, void *y);
