@@ -81,7 +81,7 @@ static inline float total(V x) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-constexpr int TILE_ROWS = 3, FEW_ROWS = 2;
+constexpr int TILE_ROWS = 3, FEW_ROWS = 2, ONE_ROWS = 4;
 
 #include "floats.inc"
 

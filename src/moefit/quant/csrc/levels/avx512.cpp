@@ -181,7 +181,7 @@ static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t 
 
 static inline float total(V x) { return _mm512_reduce_add_ps((__m512)x); }
 
-constexpr int TILE_ROWS = 6, FEW_ROWS = 4;
+constexpr int TILE_ROWS = 6, FEW_ROWS = 4, ONE_ROWS = 1;
 
 #include "floats.inc"
 

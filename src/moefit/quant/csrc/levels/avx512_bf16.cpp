@@ -40,7 +40,8 @@ void products(const Matrix &m, int64_t row, const Input *x, float *const *y) {
 template <int T>
 void rows_times(const Matrix &m, int64_t first, int64_t last, const Input *x, float *const *y) {
     int64_t row = first;
-    for (; row + 4 <= last; row += 4) products<4, T>(m, row, x, y);
+    // One row at a time is one stream to read, which Zen 4 reads nearly twice as fast as four.
+    for (; T > 1 && row + 4 <= last; row += 4) products<4, T>(m, row, x, y);
     for (; row < last; row++) products<1, T>(m, row, x, y);
 }
 
