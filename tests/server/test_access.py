@@ -257,11 +257,10 @@ def test_unknown_paths_and_methods(open_to_all) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/v1/responses", "does not have /v1/responses: OpenAI's Responses API.*chat/completions"),
         ("/v1/embeddings", "without embeddings"),
         ("/v1/messages", "Anthropic's"),
         ("/v1/audio/speech", "speech synthesis is not supported"),
-        ("/v1/assistants", "endpoints: /v1/chat/completions, /v1/completions, /v1/models"),
+        ("/v1/assistants", "endpoints: /v1/chat/completions, /v1/completions, /v1/responses"),
         ("/chat/completions", "did you mean /v1/chat/completions"),
         ("/v1/v1/completions", "did you mean /v1/completions"),
         ("/elsewhere", "there is no /elsewhere"),

@@ -383,8 +383,14 @@ def test_official_openai_client(served) -> None:
                         model="reference", messages=[*hello, {"role": "user", "content": image}]
                     )
                 assert refused.value.param == "messages[1].content[0]"
-                with pytest.raises(openai.NotFoundError, match="chat/completions"):
-                    client.responses.create(model="reference", input="x")
+                short = {"model": "reference", "input": "x", "max_output_tokens": 4}
+                answer = client.responses.create(**short)
+                pieces = list(client.responses.create(**short, stream=True))
+                said = [p.delta for p in pieces if p.type == "response.output_text.delta"]
+                assert "".join(said) == answer.output_text
+                assert pieces[-1].response.status == answer.status == "incomplete"
+                with pytest.raises(openai.NotFoundError, match="without embeddings"):
+                    client.embeddings.create(model="reference", input="x")
             finally:
                 served.tokenizer.chat_template = None
         with (

@@ -15,6 +15,7 @@ import moefit
 from moefit.server import admin, chat, completions
 from moefit.server.errors import ERROR_RESPONSES, APIError, PanicMiddleware, install_handlers
 from moefit.server.middleware import AccessMiddleware, BodyBudget, BodyLimitMiddleware
+from moefit.server.responses import endpoint as responses
 from moefit.server.service import Service
 
 _TYPES = {
@@ -88,6 +89,7 @@ def create_app(service: Service) -> FastAPI:
     routers = (
         completions.router,
         chat.router,
+        responses.router,
         admin.model_router,
         admin.status_router,
         admin.memory_router,

@@ -35,11 +35,10 @@ _ERROR_TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-_ENDPOINTS = ("/chat/completions", "/completions", "/models")
+_ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/models")
 _CHAT_HINT = "use POST /v1/chat/completions instead"
 _NO_EMBEDDINGS = "it serves text generation only, without embeddings or scores"
 _UNSUPPORTED_ENDPOINTS = {
-    "/responses": f"OpenAI's Responses API is not supported; {_CHAT_HINT}",
     "/messages": f"Anthropic's Messages API is not supported; {_CHAT_HINT}",
     "/embeddings": _NO_EMBEDDINGS,
     "/rerank": _NO_EMBEDDINGS,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -184,6 +184,15 @@ async def respond(
         engine_events.close()
 
 
+class StreamEvent(BaseModel):
+    """An event with a name, as the Responses API sends them; `type` is the name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+
+
 class EventStream(StreamingResponse):
     """Server-sent events, which cancel the engine's requests when the stream ends."""
 
@@ -207,7 +216,8 @@ async def _frames(chunks: AsyncIterator[BaseModel], *, usage: bool) -> AsyncIter
     try:
         with convert_panics():
             async for chunk in chunks:
-                yield f"data: {chunk.model_dump_json(exclude=hidden)}\n\n"
+                name = f"event: {chunk.type}\n" if isinstance(chunk, StreamEvent) else ""
+                yield f"{name}data: {chunk.model_dump_json(exclude=hidden)}\n\n"
     except ClientGoneError:
         return
     except Exception as error:  # noqa: BLE001 - sent as the stream's last event

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from time import monotonic
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from levels import compiled
 from tiny_families import tiny_family
 from tiny_served import saved, tiny
 
-from moefit.engine.api import TokenEvent
+from moefit.engine.api import EngineSettings, TokenEvent
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.files import fingerprint_of
 from moefit.engine.prefix.store import PrefixStore
+from moefit.engine.prefix.tree import Prefix
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 
@@ -127,6 +129,16 @@ def test_other_models_have_other_fingerprints(folder, tmp_path) -> None:
         with load_model(where, LoadSettings(context=256, kv_cache=kv_cache)) as served:
             names.add(fingerprint_of(served, Engine(served)._runner.cache.pool))
     assert len(names) == 3
+
+
+def test_a_failed_engine_does_not_delay_its_end(served, tmp_path) -> None:
+    engine = Engine(served, EngineSettings(prefix_folder=tmp_path))
+    engine.start()
+    engine._fail("out of memory")
+    engine._prefixes._files._disk.save(Prefix(namespace="n", tokens=PROMPT, durable=True))
+    began = monotonic()
+    engine.close()
+    assert monotonic() - began < 2
 
 
 def test_caches_of_their_own_have_no_files(tmp_path) -> None:

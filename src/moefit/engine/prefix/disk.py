@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from moefit.engine.prefix.store import DiskStats, PrefixStore
@@ -126,9 +127,11 @@ class PrefixDisk:
     def settle(self, timeout: float) -> bool:
         """Wait until everything is saved; return whether it is."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._busy or self._saves or self._loads), timeout
-            )
+            self._changed.wait_for(lambda: self._closing or not self._unfinished(), timeout)
+            return not self._unfinished()
+
+    def _unfinished(self) -> bool:
+        return bool(self._busy or self._saves or self._loads)
 
     def close(self, timeout: float) -> None:
         """Save what is waiting, for at most `timeout` seconds, and stop the thread."""
@@ -142,25 +145,31 @@ class PrefixDisk:
         self._store.close()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._closing or self._loads or self._saves)
-                if self._closing:
+        try:
+            while (work := self._next()) is not None:
+                try:
+                    work()
+                except RefusedError:  # the engine has ended
                     return
-                load = self._loads.popleft() if self._loads else None
-                prefix = None if load else self._saves.popleft()
-                self._busy = True
-            try:
-                if load is not None:
-                    self._load(load)
-                elif prefix is not None:
-                    self._save(prefix)
-            except RefusedError:  # the engine has ended
-                return
-            except Exception:  # noqa: BLE001 - such as of a file system; requests go on
-                _LOG.exception("prefixes could not be read or written")
+                except Exception:  # noqa: BLE001 - such as of a file system; requests go on
+                    _LOG.exception("prefixes could not be read or written")
+        finally:
+            with self._changed:  # nobody waits for what is not done any more
+                self._closing, self._busy = True, False
+                self._changed.notify_all()
+
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for work and return it; None when closing."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closing or self._loads or self._saves)
+            if self._closing:
+                return None
+            self._busy = True
+            if self._loads:
+                return partial(self._load, self._loads.popleft())
+            return partial(self._save, self._saves.popleft())
 
     def _load(self, load: _Load) -> None:
         try:

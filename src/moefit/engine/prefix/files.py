@@ -28,7 +28,8 @@ from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import fingerprint
 
-_CLOSE_SECONDS = 10.0  # for saving, at the end
+_CLOSE_SECONDS = 5.0  # for saving, at the end
+_SUMMED_WORDS = 1 << 20  # at a time: torch widens what it adds
 _SAMPLE_BYTES = 4096  # of each dense tensor
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json")
 
@@ -163,7 +164,8 @@ def _sum_of(tensor: Tensor) -> bytes:
         return b""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     whole = len(flat) // 4 * 4
-    total = int(flat[:whole].view(torch.int32).sum(dtype=torch.int64))
+    words = flat[:whole].view(torch.int32)
+    total = sum(int(part.sum(dtype=torch.int64)) for part in words.split(_SUMMED_WORDS))
     middle = len(flat) // 2
     sample = torch.cat([flat[whole:], flat[middle : middle + _SAMPLE_BYTES]]).cpu()
     return repr((total, sample.numpy().tobytes())).encode()
