@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -52,19 +53,27 @@ def cache_name(model: nn.Module) -> str:
 
 
 def _known_names(forward: Callable[..., Any]) -> list[str]:
-    parameters = _parameters(getattr(forward, "__func__", forward))
+    parameters = _parameters_of(forward)
     return [name for name in CACHE_NAMES if name in parameters]
 
 
 def _takes_any(forward: Callable[..., Any]) -> bool:
-    kinds = _parameters(getattr(forward, "__func__", forward)).values()
+    kinds = _parameters_of(forward).values()
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-@lru_cache(maxsize=64)  # called for every token
+def _parameters_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Return the kinds of a function's parameters by name; those of a class are kept."""
+    if isinstance(forward, MethodType):
+        return _known_parameters(forward.__func__)
+    return _parameters(forward)
+
+
 def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the kinds of a function's parameters by name."""
     return {name: one.kind for name, one in inspect.signature(function).parameters.items()}
+
+
+_known_parameters = lru_cache(maxsize=64)(_parameters)  # asked for every token
 
 
 def given_cache(named: Mapping[str, Any]) -> Any:

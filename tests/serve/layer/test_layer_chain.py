@@ -1,9 +1,12 @@
 """Several decoder layers in one call: equal to one after the other, bit by bit."""
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -104,19 +107,21 @@ def test_missing_experts_end_a_call(tmp_path: Path, calls: list[tuple[int, int]]
     assert any(complete < number for number, complete in calls)
 
 
-class Shifted:
-    """A hook that changes the output of a layer."""
-
-    def __call__(self, _module: nn.Module, _given: Any, output: Any) -> Any:
-        return output + 1
+def shift(_module: nn.Module, _given: Any, output: Any) -> Any:
+    return output + 1
 
 
+def shift_in_place(_module: nn.Module, _given: Any, output: Any) -> None:
+    output.add_(1)
+
+
+@pytest.mark.parametrize("hooked", [shift, shift_in_place])
 @torch.inference_mode()
-def test_hooks_of_layers_are_called_and_may_change_them(tmp_path: Path) -> None:
+def test_hooks_of_layers_are_called_and_may_change_them(hooked: Any, tmp_path: Path) -> None:
     with served("olmoe", tmp_path) as loaded:
         plain = decoded(loaded.model)
         for number in range(4):
-            hook = loaded.model.model.layers[number].register_forward_hook(Shifted())
+            hook = loaded.model.model.layers[number].register_forward_hook(hooked)
             changed = decoded(loaded.model)
             with one_by_one(loaded.model):
                 assert torch.equal(changed, decoded(loaded.model))
@@ -152,6 +157,38 @@ def test_a_step_that_is_given_up_leaves_caches_as_they_were(tmp_path: Path) -> N
         assert torch.equal(output.logits, wanted.logits)
         lengths = {layer.keys.shape[2] for layer in cache.layers}
         assert len(lengths) == 1
+
+
+def test_several_threads_decode_at_once(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path) as loaded:
+        loaded.set_residents({name: range(8) for name in loaded.blocks})
+        wanted, before = decoded(loaded.model), sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                texts = [pool.submit(decoded, loaded.model) for _ in range(12)]
+                assert all(torch.equal(one.result(), wanted) for one in texts)
+        finally:
+            sys.setswitchinterval(before)
+
+
+def test_evicted_slots_are_freed(tmp_path: Path) -> None:
+    """The addresses of experts do not keep their memory."""
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        loaded.set_residents({name: range(8) for name in loaded.blocks})
+        decoded(loaded.model)
+        slots = [ref(slot) for one in loaded.blocks.values() for slot in one.slots.values()]
+        loaded.set_memory(loaded.budget.total_for_slots([2] * 4))
+        assert sum(one() is not None for one in slots) == 8
+
+
+def test_a_step_begins_once(tmp_path: Path) -> None:
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        loaded.set_memory(loaded.budget.total_for_slots([3] * 4))
+        begun_steps: list[int] = []
+        loaded._shared.on_step = lambda: begun_steps.append(1)
+        decoded(loaded.model)
+        assert len(begun_steps) == 7
 
 
 @torch.inference_mode()

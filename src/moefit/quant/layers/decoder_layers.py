@@ -31,7 +31,6 @@ class ExpertAddresses:
     """
 
     def __init__(self, mlps: dict[int, KernelMlp], number: int):
-        self._mlps = mlps  # keeps their memory
         self._array: Array[c_void_p] = (c_void_p * number)()
         for expert, mlp in mlps.items():
             self._array[expert] = mlp.address

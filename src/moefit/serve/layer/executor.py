@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ class ExpertInvoker:
         if not slot_of or self._block.weighs_inputs:
             return None
         # Lists compare faster than mappings, and this is asked of every layer of every step.
-        made_of = [*slots], [*slots.values()], [*slot_of], [*slot_of.values()]
+        made_of = [*slots], [*map(ref, slots.values())], [*slot_of], [*slot_of.values()]
         if self._addresses_of != made_of:
             fused = self._fused_on(torch.device("cpu"))
             computes = fused is not None and fused.computes(slots.values())

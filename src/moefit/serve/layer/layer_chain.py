@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, D model width.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
+from threading import local
 from typing import Any
 
 from torch import Tensor
@@ -74,12 +75,19 @@ class LayerChain:
 
     def __init__(self, forwards: Sequence[LayerForward]):
         self._forwards = forwards
-        self._reach = len(
-            forwards
-        )  # layers that are tried at once: fewer while experts are missing
-        self._computed: _Computed | None = None
+        self._reach = len(forwards)  # layers to try at once: fewer while experts are missing
+        self._of_thread = local()
         for place, one in enumerate(forwards):
             one.together, one.place = self, place
+
+    @property
+    def _computed(self) -> _Computed | None:
+        """What was computed for the step of this thread."""
+        return getattr(self._of_thread, "computed", None)
+
+    @_computed.setter
+    def _computed(self, computed: _Computed | None) -> None:
+        self._of_thread.computed = computed
 
     def ready(self, place: int, x: Tensor, named: Mapping[str, Any]) -> Tensor | None:
         """Return the output of a layer that is computed already; see `LayersBefore`."""
@@ -154,6 +162,8 @@ class LayerChain:
             router = None if one is None else one.forward.kernel()
             if one is None or router is None or (calls and router.sizes != calls[0].router.sizes):
                 break
+            if router.sizes.experts != one.experts.num_experts:
+                break
             if (experts := one.experts.addresses(prefilling=x.shape[1] > 1)) is None:
                 break
             layer = _own_cache(cache, forward.parts.index)
@@ -164,6 +174,8 @@ class LayerChain:
                 longer[at] = _Longer(layer, before, (layer.keys, layer.values))
             calls.append(LayerCall(*ready, router, experts))
             routed.append(one)
+            if forward.has_hooks():  # which may change the layer's output
+                break
         return calls, routed, longer
 
     def _adapt(self, complete: int, tried: int) -> None:

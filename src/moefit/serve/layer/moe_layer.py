@@ -49,11 +49,13 @@ class StepState:
         logits_TE: The router's logits, set by the router's hook.
         prefilling: Whether the step has more than one token per sequence, set by a hook.
         number: Steps computed so far.
+        begun: Whether the present step has begun (`begin_step`).
     """
 
     logits_TE: Tensor | None = None
     prefilling: bool = False
     number: int = 0
+    begun: bool = False
 
 
 class VirtualExperts(nn.Module):
@@ -145,7 +147,10 @@ class VirtualExperts(nn.Module):
 
     def begin_step(self) -> None:
         """Do what comes before each step of the model's first block; the caller holds the lock."""
-        if self.index == 0 and self.shared.on_step and self.shared.policy.residency == "manager":
+        if self.index or self.state.begun:
+            return
+        self.state.begun = True
+        if self.shared.on_step and self.shared.policy.residency == "manager":
             self.shared.on_step()
 
     def computed(
@@ -167,6 +172,7 @@ class VirtualExperts(nn.Module):
                 self.use_counts[expert] += 1
             self._observe_weights({one: shares[one] for one in chosen}, tokens)
         self.state.number += 1
+        self.state.begun = False
 
     def fill(self) -> None:
         """Start loading absent experts into empty slots: the first, or the most important ones."""
@@ -228,6 +234,7 @@ class VirtualExperts(nn.Module):
         if policy.residency == "manager" and self._invoke.output_energy_R is not None:
             self._observe_outputs(routing, self._invoke.output_energy_R)
         self.state.number += 1
+        self.state.begun = False
         if watcher is not None:
             watcher.computed(self.index)
         if (

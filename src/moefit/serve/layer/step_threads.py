@@ -26,7 +26,12 @@ def use_one_thread_of_torch(model: nn.Module) -> Callable[[], None]:
 
     def begin(_model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids, compiled = given[0] if given else named.get("input_ids"), kernels()
-        few = isinstance(ids, Tensor) and ids.is_cpu and ids.numel() <= MOST_TOKENS
+        few = (
+            isinstance(ids, Tensor)
+            and ids.is_cpu
+            and ids.shape[0] == 1  # several sequences are computed by the family's own code
+            and ids.numel() <= MOST_TOKENS
+        )
         if compiled is not None and few and given_cache(named) is not None:
             compiled.keep_torch_on_one_thread(True)
 
@@ -40,6 +45,7 @@ def use_one_thread_of_torch(model: nn.Module) -> Callable[[], None]:
     )
 
     def undo() -> None:
+        end()  # a step that was interrupted
         for one in handles:
             one.remove()
 
