@@ -1,5 +1,6 @@
 """Chat templates in a separate process: equal to transformers, and harmless."""
 
+import json
 import threading
 from collections.abc import Iterator
 from time import monotonic
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, RefusedError, RequestTooLargeError
 from moefit.evaluate.loading import reference_path
+from moefit.server.template_worker import ChatTemplate
 from moefit.server.tokenizer import Renderer, RequestTokenizer
 
 TURNS = (
@@ -232,3 +234,48 @@ def test_killed_process_is_replaced() -> None:
         renderer._process.kill()
         renderer._process._child.wait()
     renderer.close()
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+def called(given: str, result: str) -> list[dict[str, Any]]:
+    call = {"id": "a", "function": {"name": "f", "arguments": given}}
+    return [
+        {"role": "user", "content": "set it please"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": result, "tool_call_id": "a"},
+    ]
+
+
+def test_arguments_and_tools_may_look_like_parts() -> None:
+    schema = {"properties": {"c": {"default": {"type": "text"}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    template = ChatTemplate(CALLS)
+    for given in ('{"type": "text"}', '{"type":"text"}', '{"v": [{"type": "text"}]}'):
+        answer = template.render(called(given, "ok"), {}, [tool])
+        assert f"<assistant>f{json.dumps(json.loads(given))}<tool>ok" in answer["text"]
+        (last,) = PARTS_CALL.render(called(given, "ok"), {})["text"].split("<tool>")[1:]
+        assert last == "ok"
+
+
+PARTS_CALL = ChatTemplate(
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' %}{{ m.content[0].text }}"
+    "{% else %}{{ m.content or '' }}{% endif %}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+def test_one_conversation_does_not_change_the_next() -> None:
+    template = ChatTemplate(CALLS)
+    for result in ("got {'a': 'b'}", "ok"):
+        text = template.render(called('{"a": "b"}', result), {})["text"]
+        assert text.endswith(f'<assistant>f{{"a": "b"}}<tool>{result}')
+    printing = ChatTemplate(CALLS.replace("arguments | tojson", "arguments"))
+    for result in ("ok", "got {'a': 'b'}"):  # arguments that Python would print stay JSON
+        text = printing.render(called('{"a": "b"}', result), {})["text"]
+        assert text.endswith(f'<assistant>f{{"a": "b"}}<tool>{result}')

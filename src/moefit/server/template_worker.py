@@ -27,7 +27,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _REQUIRED_ROLES = ("user", "system", "tool")
 """Roles whose text must be in the prompt; templates may shorten others."""
 _MIN_UNIQUE = 24  # length at which a text cannot occur by chance
-# Roles whose content is passed as a list of parts; the first form that works is used.
+# Roles whose content is passed as a list of parts. The first form that works for a conversation is
+# used, whatever others needed: one client's texts must not change another's prompt.
 FORMS = (
     frozenset(),
     frozenset({"system", "user", "assistant"}),
@@ -124,7 +125,6 @@ class ChatTemplate:
 
     def __init__(self, source: str):
         self._template = environment().from_string(source)
-        self._form: Form = (FORMS[0], CALL_FORMS[0])
 
     def render(
         self,
@@ -138,7 +138,7 @@ class ChatTemplate:
         refusal: dict[str, Any] | None = None
         calls = CALL_FORMS if any("tool_calls" in one for one in messages) else CALL_FORMS[:1]
         forms = [(roles, call) for call in calls for roles in FORMS]
-        for form in sorted(forms, key=lambda one: one != self._form):
+        for form in forms:
             try:
                 text = self._render_form(messages, form, values)
             except MemoryError:
@@ -154,7 +154,6 @@ class ChatTemplate:
             elif any(one["function"]["name"] not in text for one in tools or ()):
                 failures[form] = {"tools": False}
             else:
-                self._form = form
                 return {"text": text}
         return refusal or failures[forms[0]]
 
@@ -175,10 +174,13 @@ class ChatTemplate:
 
         Texts that a search cannot confirm are replaced by numbers and rendered again.
         """
-        if is_mangled(text, messages):
-            return next(n for n, one in enumerate(messages) if one["role"] in form[0])
+        given = given_texts(messages, values.get("tools"))
+        listed = [index for index, one in enumerate(messages) if one["role"] in form[0]]
+        if listed and is_mangled(text, given):
+            return listed[0]
         for index, message in enumerate(messages):
-            if any(not _shows_call(text, one, form[1][0]) for one in message.get("tool_calls", ())):
+            calls = message.get("tool_calls", ())
+            if any(not _shows_call(text, one, form[1][0], given) for one in calls):
                 return index
         uncertain = uncertain_messages(text, messages)
         if not uncertain:
@@ -203,15 +205,33 @@ def texts(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _shows_call(text: str, call: Mapping[str, Any], objects: bool) -> bool:
+def given_texts(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[str]:
+    """Return what a prompt may say whatever its form: texts, reasoning, arguments and tools."""
+    found = [one for message in messages for one in texts(message)]
+    found += [one[name] for one in messages for name in _REASONING if one.get(name)]
+    shown: list[Any] = list(tools or ())
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            found.append(call["function"]["arguments"])
+            shown.append(json.loads(found[-1]))
+    return found + [json.dumps(one, ensure_ascii=False) for one in shown]
+
+
+def _times(sign: str, text: str, given: Sequence[str]) -> int:
+    """Return how often a prompt says something more than the texts in it do."""
+    return text.count(sign) - sum(one.count(sign) for one in given if sign in one)
+
+
+def _shows_call(text: str, call: Mapping[str, Any], objects: bool, given: Sequence[str]) -> bool:
     """Return whether a prompt has a call, with arguments as JSON and not as Python prints them."""
-    name, given = call["function"]["name"], call["function"]["arguments"]
-    if name not in text:
+    if call["function"]["name"] not in text:
         return False
     if not objects:
         return True
-    printed = str(json.loads(given))
-    return printed == _tojson(json.loads(given)) or printed not in text
+    value = json.loads(call["function"]["arguments"])
+    return str(value) == _tojson(value) or _times(str(value), text, given) <= 0
 
 
 def _in_form(message: Message, form: Form) -> Message:
@@ -237,13 +257,9 @@ def _call_in_form(call: Mapping[str, Any], objects: bool) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-def is_mangled(text: str, messages: Sequence[Message]) -> bool:
+def is_mangled(text: str, given: Sequence[str]) -> bool:
     """Return whether the template printed a list of parts as a list."""
-    for sign in ("'type': 'text'", '"type": "text"'):
-        expected = sum(part.count(sign) for message in messages for part in texts(message))
-        if text.count(sign) > expected:
-            return True
-    return False
+    return any(_times(sign, text, given) > 0 for sign in ("'type': 'text'", '"type": "text"'))
 
 
 def uncertain_messages(text: str, messages: Sequence[Message]) -> list[int]:

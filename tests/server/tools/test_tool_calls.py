@@ -165,7 +165,7 @@ ECHO_TOOLS = [
 def test_parsed_calls_are_streamed(fake, served, name: str) -> None:
     client, engine = fake
     served.tokenizer.chat_template = template(SIGNS[name])
-    text = next(one for one in EXAMPLES[name] if "run" in one)
+    text = next((one for one in EXAMPLES[name] if "run" in one), EXAMPLES[name][0])
     engine.tokens = lambda _: served.tokenizer(text)["input_ids"]
     body = {"messages": HELLO, "tools": ECHO_TOOLS, "max_tokens": 400}
     (choice,) = client.post(URL, json=body).json()["choices"]
