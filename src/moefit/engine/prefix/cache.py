@@ -123,6 +123,10 @@ class PrefixCache:
                 self._places.remove_block(block.number)
             held.append(block)
 
+    def stop(self, name: str) -> None:
+        """Keep no further blocks of a running request, such as after a change of the mode."""
+        self._namespaces[name] = None
+
     def join(self, name: str, prefix: Prefix) -> Opened:
         """Give a running request blocks that others have computed since it was opened.
 

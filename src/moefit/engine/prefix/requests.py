@@ -93,7 +93,12 @@ class RequestPrefixes:
             self._wait(state)
 
     def advance(self, chunk: ScheduledTokens, state: RequestState) -> None:
-        """Leave what a step has computed to other requests."""
+        """Leave what a step has computed to other requests.
+
+        If the mode or the formats of experts have changed since the request was opened, what it
+        computes is neither of the former nor of the present ones, and is not kept.
+        """
+        self._leave_if_changed(state)
         self._runner.extend(chunk.request, state.tokens, chunk.stop)
         self._rejoin(self._waiting.computed(chunk.request, chunk.stop))
 
@@ -111,6 +116,16 @@ class RequestPrefixes:
         self._waiting.check()
         if self._runner.prefixes is not None:
             self._runner.prefixes.check()
+
+    def _leave_if_changed(self, state: RequestState) -> None:
+        """Neither keep nor reuse more of a request that began with another mode or formats."""
+        prefix, cache = state.prefix, self._runner.prefixes
+        if prefix is None or self._reuse.is_current(prefix, state.sampling.cache_salt):
+            return
+        state.prefix = None  # before its waiting requests look for another one to wait for
+        if cache is not None:
+            cache.stop(state.name)
+        self._rejoin(self._waiting.ended(state.name))
 
     def _skip(self, state: RequestState, cached: int) -> None:
         state.cached_tokens = cached
@@ -133,9 +148,12 @@ class RequestPrefixes:
         """Let requests go on with what another one has computed."""
         for name in names:
             state = self._parts.requests.get(name)
-            if state is None or state.prefix is None:
+            if state is None:
                 continue
             self._scheduler.resume(name)
+            self._leave_if_changed(state)
+            if state.prefix is None:
+                continue
             with torch.inference_mode():
                 self._skip(state, self._runner.join(name, state.prefix))
             self._wait(state)

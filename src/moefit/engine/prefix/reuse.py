@@ -57,7 +57,7 @@ class PrefixReuse:
         self._served, self._cache, self._setting = served, runner.prefixes, setting
         self._obstacle = None if setting == "off" else find_obstacle(served, runner)
         self._versions = count(1)
-        self._seen: tuple[MemoryBudget, Policy] | None = None
+        self._seen: tuple[MemoryBudget, Policy, bool] | None = None
         self._state, self._durable = "", False
 
     def coverage(self, invariance: Invariance) -> Coverage:
@@ -88,16 +88,24 @@ class PrefixReuse:
         """
         if not self.coverage(invariance).active:
             return None
-        content = repr((salt, self._served_as())).encode()
-        name = hashlib.sha256(content).hexdigest()
+        name = self._namespace(salt)
         return Prefix(namespace=name, tokens=prompt, durable=self._durable)
+
+    def is_current(self, prefix: Prefix, salt: str) -> bool:
+        """Return whether the model is still served as when `prefix_of` returned a prefix."""
+        return prefix.namespace == self._namespace(salt)
+
+    def _namespace(self, salt: str) -> str:
+        return hashlib.sha256(repr((salt, self._served_as())).encode()).hexdigest()
 
     def _served_as(self) -> str:
         """Return a text that is the same while keys and values are computed in the same way."""
-        now = (self._served.budget, self._served.policy)
+        now = (self._served.budget, self._served.policy, self._served.adapts_precision)
         if self._seen is None or any(a is not b for a, b in zip(now, self._seen, strict=True)):
             self._seen = now
-            formats, mode = uniform_formats(self._served), _mode_of(self._served.policy)
+            adapts = self._served.adapts_precision  # then formats change between steps
+            formats = None if adapts else uniform_formats(self._served)
+            mode = _mode_of(self._served.policy)
             self._state = f"{mode} {formats or next(self._versions)}"
             self._durable = formats is not None and mode == _EXACT
         return self._state
