@@ -48,16 +48,42 @@ def test_a_budget_is_a_row_of_its_own(dsmoe_folder, task_data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "named"), [(64, " context=64"), (256, " context=256"), (None, "")]
+)
+def test_the_context_of_a_whole_model(dsmoe_folder, task_data, tmp_path, given, named):
+    """Whatever number is given, also the default of texts; none leaves the model's own."""
+    options = ["--tasks", "winogrande", "--task-data", task_data, "--limit", 1, "--out", tmp_path]
+    options += [] if given is None else ["--context", given]
+    done = run(dsmoe_folder, *options, "--rule", "dense")
+    assert done.exit_code == 0, done.output
+    (row,) = read_rows(tmp_path)
+    assert row.name == f"dense{named}"
+
+
+def test_a_served_models_context_is_what_is_given(dsmoe_folder, task_data, tmp_path):
+    options = ["--tasks", "winogrande", "--task-data", task_data, "--limit", 1, "--out", tmp_path]
+    done = run(dsmoe_folder, *options, "--mode", "virtual", "--context", 256)
+    assert done.exit_code == 0, done.output
+    (row,) = read_rows(tmp_path)
+    assert row.name == "dense mode=virtual context=256"
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (
+            ["--tasks", "arc_easy", "--context", 1, "--task-data", "DATA"],
+            ConfigError,
+            "--context 1 leaves",
+        ),
         (["--limit", 3], ConfigError, "--limit is for --tasks"),
         (["--tasks", "piqa", "--text", __file__], ConfigError, "--text is for scoring a text"),
         (["--tasks", ",", "--task-data", "."], ConfigError, "no tasks are given"),
         (["--tasks", "sciq", "--task-data", "."], DataError, "put them into sciq.jsonl"),
     ],
 )
-def test_wrong_options(dsmoe_folder, options, error, message):
-    done = run(dsmoe_folder, *options)
+def test_wrong_options(dsmoe_folder, task_data, options, error, message):
+    done = run(dsmoe_folder, *(task_data if one == "DATA" else one for one in options))
     assert isinstance(done.exception, error) and message in str(done.exception)
 
 

@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from moefit.tasks.answers import digest
     from moefit.tasks.lm import MoefitLM
     from moefit.tasks.run import find_tasks, score_tasks
     from moefit.tasks.scored_model import load_scored
@@ -156,6 +157,49 @@ def test_answers_of_other_settings_are_refused(scored, tasks, tmp_path):
     file.write_text(file.read_text().replace("torch.float32", "torch.bfloat16"))
     with pytest.raises(ConfigError, match=r"dtype 'torch.bfloat16' instead of 'torch.float32'"):
         score_tasks(scored, tasks, rule=Rule.parse("dense"), out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter", "plan"])
+def test_answers_of_changed_files_are_refused(scored, tasks, tmp_path, name):
+    """The path is the same, and what is in the file is not."""
+    given = tmp_path / "given"
+    given.write_text("a")
+    how = {"rule": Rule.parse("dense"), "out": tmp_path / "out", "settings": {name: str(given)}}
+    score_tasks(scored, tasks, **how)
+    assert score_tasks(scored, tasks, **how)[KEY]["answers_known_before"]
+    given.write_text("b")
+    with pytest.raises(ConfigError, match=f"made with files of {name} "):
+        score_tasks(scored, tasks, **how)
+
+
+def test_a_folder_has_a_digest(tmp_path):
+    """Of what is in its files, and of their names."""
+    (tmp_path / "a").write_text("1")
+    found = {digest(tmp_path)}
+    (tmp_path / "a").write_text("2")
+    found.add(digest(tmp_path))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({*found, digest(tmp_path)}) == 3
+
+
+def test_a_rule_over_the_batch_reads_one_at_a_time(scored, tasks):
+    rule = Rule.parse("threshold_top_k:0.8")
+    together, alone = (
+        score_tasks(scored, tasks, rule=rule, batch_size=size, samples=True) for size in (5, 1)
+    )
+    assert choices(together) == choices(alone)
+
+
+def test_a_context_cuts_a_whole_model(dsmoe_folder, scored):
+    ids = list(range(5, 45))
+    with load_scored(str(dsmoe_folder), context=16) as short:
+        assert short.max_length == 16 and short.served is None
+        (cut,) = MoefitLM(short)._loglikelihood_tokens([(("", ""), ids, [3])], disable_tqdm=True)
+    lm = MoefitLM(scored, rule="dense")
+    same, other = lm._loglikelihood_tokens(
+        [(("", ""), ids[-16:], [3]), (("", ""), ids, [3])], disable_tqdm=True
+    )
+    assert cut[0] == pytest.approx(same[0], abs=1e-5) != pytest.approx(other[0], abs=1e-5)
 
 
 def test_whole_texts_and_generation_equal_the_hf_backend(dsmoe_folder):

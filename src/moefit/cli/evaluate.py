@@ -31,8 +31,9 @@ from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
 
-_WINDOW = ServingOptions(context=256)
-_TASK_CONTEXT = 1024
+_OPTIONS = ServingOptions()
+_WINDOW = 256  # tokens of a text
+_TASK_CONTEXT = 1024  # tokens of the longest question, if the model is served
 
 
 class BaselineName(StrEnum):
@@ -77,7 +78,15 @@ def evaluate(
         Path | None,
         advanced("With --tasks: folder to keep answers and results in, and to continue from."),
     ] = None,
-    options: ServingOptions = _WINDOW,
+    context: Annotated[
+        int | None,
+        option(
+            f"Tokens of a window. Default: {_WINDOW}; with --tasks, of the longest question: "
+            f"{_TASK_CONTEXT} in a budget, else the model's own.",
+            min=1,
+        ),
+    ] = None,
+    options: ServingOptions = _OPTIONS,
     baseline: Annotated[
         BaselineName | None, advanced("Fixed resident set to compare with.")
     ] = None,
@@ -97,11 +106,14 @@ def evaluate(
             limit=limit,
             few_shot=few_shot,
             batch_size=batch_size or 8,
+            context=context,
             out=out,
             as_json=as_json,
         )
-        evaluate_tasks(model, rules, replace(options, context=_task_context(options)), choice)
+        longest = _TASK_CONTEXT if context is None else context
+        evaluate_tasks(model, rules, replace(options, context=longest), choice)
         return
+    options = replace(options, context=_WINDOW if context is None else context)
     _refuse_without_tasks(
         task_data=task_data, limit=limit, few_shot=few_shot, batch_size=batch_size, out=out
     )
@@ -151,11 +163,6 @@ def _refuse_without_tasks(**options: object) -> None:
                 f"--{name.replace('_', '-')} is for --tasks; name some, such as --tasks "
                 "hellaswag,piqa, or leave it out"
             )
-
-
-def _task_context(options: ServingOptions) -> int:
-    """Return the longest question: questions do not fit in the window that texts have."""
-    return _TASK_CONTEXT if options.context == _WINDOW.context else options.context
 
 
 def _passage(

@@ -5,8 +5,8 @@ record of options (`ServingOptions`), which `expand_options` replaces by its fie
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import wraps
 from importlib import import_module
@@ -323,18 +323,26 @@ SERVING, SAMPLING = ServingOptions(), SamplingOptions()
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose default is a record by the record's fields.
 
-    typer makes options of parameters only. The default record gives the defaults of the fields.
+    typer makes options of parameters only. The default record gives the defaults of the fields. A
+    field that the command takes as a parameter of its own keeps the default in the record.
     """
-    given = signature(command, eval_str=True).parameters.values()
+    given = signature(command, eval_str=True).parameters
     records: dict[str, Any] = {
-        one.name: type(one.default) for one in given if is_dataclass(one.default)
+        name: one.default for name, one in given.items() if is_dataclass(one.default)
     }
-    options = [option for one in given for option in _options(one)]
+    options = [option for one in given.values() for option in _options(one, own=list(given))]
 
     @wraps(command)
     def with_records(**values: Any) -> None:
         made = {
-            name: record(**{one.name: values.pop(one.name) for one in fields(record)})
+            name: replace(
+                record,
+                **{
+                    one.name: values.pop(one.name)
+                    for one in fields(record)
+                    if one.name not in given
+                },
+            )
             for name, record in records.items()
         }
         command(**values, **made)
@@ -344,8 +352,8 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_records
 
 
-def _options(one: Parameter) -> list[Parameter]:
-    """Return a parameter, or one for each field of the record that is its default."""
+def _options(one: Parameter, own: Sequence[str]) -> list[Parameter]:
+    """Return a parameter, or one for each field of the record that is its default but `own`."""
     if not is_dataclass(one.default):
         return [one.replace(kind=Parameter.KEYWORD_ONLY)]
     return [
@@ -356,6 +364,7 @@ def _options(one: Parameter) -> list[Parameter]:
             default=getattr(one.default, field.name),
         )
         for field in fields(one.default)
+        if field.name not in own
     ]
 
 

@@ -117,6 +117,25 @@ def fingerprint(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def digest(path: Path) -> str:
+    """Return a digest of a file's bytes, or of those of all files in a folder.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    path = path.expanduser()
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                inner = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        found.update(f"{file.relative_to(path)} {inner}\n".encode())
+    return found.hexdigest()[:16]
+
+
 def _whole_lines(path: Path) -> list[Any]:
     """Return the file's records; cut off an incomplete last line."""
     if not path.exists():

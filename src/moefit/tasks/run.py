@@ -15,7 +15,7 @@ from typing import Any
 
 from moefit.errors import CheckpointError, ConfigError, DataError, in_brief
 from moefit.moe.routing import Rule
-from moefit.tasks.answers import AnswerFile, fingerprint
+from moefit.tasks.answers import AnswerFile, digest, fingerprint
 from moefit.tasks.harness import DatasetsError, TaskManager, plain, simple_evaluate
 from moefit.tasks.lm import MoefitLM
 from moefit.tasks.local_data import local_task
@@ -23,6 +23,8 @@ from moefit.tasks.rows import KEY, SUFFIX
 from moefit.tasks.scored_model import ScoredModel
 
 _RESAMPLES = 1000
+_FILES = ("adapter", "plan")
+"""Settings that are paths of files on which answers depend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,8 @@ def score_tasks(  # noqa: PLR0913 - keywords
         "rule": None if scored.rule is None else str(scored.rule),
         "dtype": str(scored.model.dtype),
         **how,
+        **{f"files of {key}": digest(Path(how[key])) for key in _FILES if key in how},
+        **({"batch_size": 1} if scored.one_at_a_time else {}),
     }
     file = None if out is None else out / f"{_file_name(name)}.answers.jsonl"
     answers = AnswerFile(file, depends_on)

@@ -33,6 +33,7 @@ from moefit.tasks.answers import Answer
 WHOLE_CONTEXT = 1 << 62
 """As `prompt_logits`: those of all tokens of the context."""
 _NO_LIMIT = 2048  # tokens, for configurations that state none
+_LEAST = 2  # tokens: one that is read, one that is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,11 @@ class ScoredModel:
         tokenizer: The model's.
         folder: Of the checkpoint.
         served: What holds the model inside a memory budget; None if it is loaded whole.
+        context: Most tokens of a sequence; None for as many as the model and its budget allow.
+
+    Raises:
+        ConfigError: The context is shorter than 2 tokens.
+        UnsupportedModelError: The model is an encoder-decoder.
     """
 
     def __init__(
@@ -63,13 +69,20 @@ class ScoredModel:
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         served: ServedModel | None = None,
+        context: int | None = None,
     ):
         if model.config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{folder} is an encoder-decoder; tasks score what a decoder reads. "
                 "Give its perplexity with --text instead of --tasks"
             )
+        if context is not None and context < _LEAST:
+            raise ConfigError(
+                f"--context {context} leaves no room for a question and its answer; give "
+                f"{_LEAST} or more"
+            )
         self.model, self.tokenizer, self.folder, self.served = model, tokenizer, folder, served
+        self.context = context
         self.rule: Rule | None = None
         self._undo = ExitStack()
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -101,7 +114,12 @@ class ScoredModel:
         limit = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
         if self.served is not None and self.served.budget.total is not None:
             limit = min(limit, self.served.budget.context or limit)
-        return limit
+        return min(limit, self.context or limit)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether answers would depend on which sequences are read together."""
+        return self.rule is not None and self.rule.kind == "threshold_top_k"
 
     def use(self, rule: Rule) -> None:
         """Use a rule from now on.
@@ -124,8 +142,10 @@ class ScoredModel:
 
         Args:
             requests: All requests.
-            size: Most sequences of a batch; of a served model, no more than fit in its context.
+            size: Most sequences of a batch; of a served model, no more than fit in its context,
+                and only one under a rule that computes its number of experts over the batch.
         """
+        size = 1 if self.one_at_a_time else size
         lengths = [len(one.read(self.max_length)) for one in requests]
         batch: list[int] = []
         for index in sorted(range(len(requests)), key=lambda i: -lengths[i]):
@@ -227,7 +247,12 @@ class ScoredModel:
 
 
 def load_scored(
-    model: str, *, device: str = "cpu", dtype: torch.dtype | None = None, **settings: Any
+    model: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    **settings: Any,
 ) -> ScoredModel:
     """Load a model to score.
 
@@ -235,6 +260,7 @@ def load_scored(
         model: A folder, a training run, a name on the Hub, or `reference`.
         device: Where to compute.
         dtype: Of weights that are not encoded; None for the checkpoint's own.
+        context: Most tokens of a sequence; None for as many as the model and its budget allow.
         settings: Further keyword arguments of `moefit.load`, such as `memory`. Without any, a
             DS-MoE or OLMoE is loaded whole.
 
@@ -245,15 +271,17 @@ def load_scored(
     if not settings and computed_whole(folder):
         loaded, tokenizer = load_full_model(str(folder), device=device, dtype=dtype)
         use_kernels(loaded)
-        return ScoredModel(loaded, tokenizer, folder)
+        return ScoredModel(loaded, tokenizer, folder, context=context)
     how = {"prompt_logits": WHOLE_CONTEXT, "generation_config": IGNORE, **settings}
-    return scored(load(model, device=device, dtype=dtype, **how))
+    if context is not None:
+        how["context"] = context
+    return scored(load(model, device=device, dtype=dtype, **how), context=context)
 
 
-def scored(served: ServedModel) -> ScoredModel:
+def scored(served: ServedModel, context: int | None = None) -> ScoredModel:
     """Wrap a served model, which `ScoredModel.close` closes. Raises as `ScoredModel` does."""
     try:
-        return ScoredModel(served.model, served.tokenizer, served.folder, served)
+        return ScoredModel(served.model, served.tokenizer, served.folder, served, context)
     except (ConfigError, UnsupportedModelError):
         served.close()
         raise

@@ -40,6 +40,7 @@ class TaskChoice:
         limit: Most questions of a task.
         few_shot: Solved questions before each one.
         batch_size: Most sequences that are read together.
+        context: Most tokens of a question; None for the model's own number, if it is loaded whole.
         out: Folder in which answers and results are kept.
         as_json: Print lm-evaluation-harness's results instead of a table.
     """
@@ -49,6 +50,7 @@ class TaskChoice:
     limit: int | None
     few_shot: int | None
     batch_size: int
+    context: int | None
     out: Path | None
     as_json: bool
 
@@ -75,17 +77,17 @@ def evaluate_tasks(
     with ExitStack() as stack:
         if is_served(model, options):
             how = {"prompt_logits": WHOLE_WINDOWS, "generation_config": IGNORE}
-            loaded = scored(load_served(model, options, **how))
+            loaded = scored(load_served(model, options, **how), context=options.context)
         else:
             dtype = torch_dtype(options.dtype)
-            loaded = load_scored(model, device=options.device, dtype=dtype)
+            loaded = load_scored(model, device=options.device, dtype=dtype, context=choice.context)
         stack.enter_context(loaded)
         results = [
             run.score_tasks(
                 loaded,
                 tasks,
                 rule=rule,
-                settings=_settings(options, served=loaded.served is not None),
+                settings={**_settings(options), "context": loaded.context},
                 out=choice.out,
                 batch_size=choice.batch_size,
             )
@@ -153,16 +155,15 @@ def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f}" if values else ""
 
 
-def _settings(options: ServingOptions, *, served: bool) -> dict[str, Any]:
+def _settings(options: ServingOptions) -> dict[str, Any]:
     """Return the options that differ from their defaults, as they are on the command line."""
     defaults = {one.name: one.default for one in fields(ServingOptions)}
     named = {name: getattr(options, name) for name in _NAMED}
-    given = {
+    return {
         name.replace("_", "-"): str(getattr(value, "value", value))
         for name, value in named.items()
         if value != defaults[name]
     }
-    return {**given, "context": options.context} if served else given
 
 
 def _lm_eval() -> Any:
