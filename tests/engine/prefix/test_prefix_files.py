@@ -141,6 +141,21 @@ def test_a_failed_engine_does_not_delay_its_end(served, tmp_path) -> None:
     assert monotonic() - began < 2
 
 
+def test_encoded_dense_weights_have_other_fingerprints(tmp_path) -> None:
+    wide = {**WIDER, "hidden_size": 64, "intermediate_size": 64}
+    changed = tiny("Olmoe", **wide)
+    with torch.no_grad():
+        changed.model.layers[0].self_attn.k_proj.weight[3, 3] += 0.5
+    folders = saved(tiny("Olmoe", **wide), tmp_path / "a"), saved(changed, tmp_path / "b")
+    names = []
+    for where, precision in ((folders[0], "int8"), (folders[1], "int8"), (folders[0], "int4")):
+        for _ in range(2):
+            settings = LoadSettings(context=256, dense_precision=precision)
+            with load_model(where, settings) as served:
+                names.append(fingerprint_of(served, Engine(served)._runner.cache.pool))
+    assert names[::2] == names[1::2] and len(set(names)) == 3
+
+
 def test_caches_of_their_own_have_no_files(tmp_path) -> None:
     folder = saved(tiny_family("qwen3_next"), tmp_path / "model")
     with load_model(folder, LoadSettings(context=256)) as served:

@@ -6,14 +6,14 @@ files are only used where the same bits would be computed.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import moefit
 from moefit.engine.kv_pool import KvPool
@@ -147,8 +147,9 @@ def fingerprint_of(served: ServedModel, pool: KvPool) -> str:
     digest = hashlib.sha256(fingerprint(skeleton).encode())
     software = (moefit.__version__, torch.__version__, transformers.__version__)
     kernels = backend_status(served.model.device)
-    digest.update(repr((software, kernels, pool.layout(), str(served.model.config))).encode())
-    for name, tensor in sorted(served.model.state_dict().items()):
+    known = (software, kernels, pool.layout(), str(served.model.config), settings.dense_precision)
+    digest.update(repr(known).encode())
+    for name, tensor in sorted(_dense_tensors(served.model)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_sum_of(tensor))
     if served.folder.is_dir():
@@ -156,6 +157,12 @@ def fingerprint_of(served: ServedModel, pool: KvPool) -> str:
         for path in sorted(paths):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name, also those of encoded weights, which `state_dict` leaves out."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _sum_of(tensor: Tensor) -> bytes:
