@@ -159,6 +159,10 @@ def test_other_requests_keep_their_bits(served: ServedModel) -> None:
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_regex": "((a{999}){999}){999}"}, "guided_regex", "10,000"),
         ({"guided_grammar": "start: x"}, "guided_grammar", "unknown name"),
+        ({"guided_grammar": ""}, "guided_grammar", "has no rules"),
+        ({"guided_grammar": "only words"}, "guided_grammar", "has no rules"),
+        ({"guided_regex": "a\ud800"}, "guided_regex", "surrogate at character 1"),
+        ({"guided_json": {"const": "\ud800"}}, "guided_json", ""),
         ({"guided_choice": []}, "guided_choice", "at least 1"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", "both restrict"),
         ({"structured_outputs": {}}, "structured_outputs", "restricts nothing"),
@@ -173,7 +177,9 @@ def test_other_requests_keep_their_bits(served: ServedModel) -> None:
     ],
 )  # fmt: skip
 def test_invalid_forms_are_named(client, asked, param: str, words: str) -> None:
-    error = error_of(client.post(URL, json={**ASKED, **asked}), 400)
+    body = json.dumps({**ASKED, **asked})  # in ASCII, so that it may have a lone surrogate
+    headers = {"content-type": "application/json"}
+    error = error_of(client.post(URL, content=body, headers=headers), 400)
     assert error["param"] == param and words in error["message"]
 
 

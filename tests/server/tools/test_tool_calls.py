@@ -266,6 +266,28 @@ def test_invalid_tools_are_named(client, body, param: str, words: str) -> None:
     assert error["param"] == param and words in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("schema", "param", "words"),
+    [
+        ({"properties": [1]}, ".properties", "an object"),
+        ({"required": 5}, ".required", "a list"),
+        ({"required": [{}]}, ".required", "names"),
+        ({"properties": {"a": {"type": "string", "enum": 5}}}, ".properties.a.enum", "a list"),
+        ({"properties": {"a": {"type": "string", "enum": []}}}, ".properties.a.enum", "one value"),
+        ({"properties": {" a": {"type": "integer"}}}, "", "named ' a'"),
+        ({"properties": {"": {"type": "integer"}}}, "", "named ''"),
+    ],
+)
+def test_broken_schemas_of_elements_are_named(client, served, schema, param, words) -> None:
+    served.tokenizer.chat_template = template(SIGNS["qwen3_coder"])
+    tool = {"function": {"name": "f", "parameters": schema}}
+    body = json.dumps({"messages": HELLO, "tools": [tool], "tool_choice": "required"})
+    response = client.post(URL, content=body, headers={"content-type": "application/json"})
+    error = error_of(response, 400)
+    assert error["param"].startswith(f"tools[0].function.parameters{param}")
+    assert words in error["message"]
+
+
 def test_templates_that_show_no_tools_are_refused(client, served) -> None:
     served.tokenizer.chat_template = "{{ messages[0].content }}{# <tool_call> #}"
     error = error_of(client.post(URL, json={"messages": HELLO, "tools": TOOLS}), 400)

@@ -37,8 +37,14 @@ _DIRECTIVE = re.compile(r"%(json|regex|lark|llguidance|import|declare|override|e
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise ConfigError if a text is too long, naming it `what`."""
-    size = len(text.encode("utf-8", "surrogatepass"))
+    """Raise ConfigError if a text is too long or no Unicode, naming it `what`."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} has an unpaired surrogate at character {error.start}, which no text matches; "
+            "leave it out"
+        ) from error
     if size > MAX_TEXT:
         raise ConfigError(f"{what} has {size:,} bytes, but at most {MAX_TEXT:,} are accepted")
 
@@ -169,6 +175,8 @@ def check_grammar(grammar: str, what: str) -> None:
             "or use a JSON schema"
         )
     bodies = _definitions(grammar)
+    if not bodies:
+        raise ConfigError(f'{what} has no rules; write one named start, as in start: "a" | "b"')
     sizes: dict[str, int] = {}
     for name in bodies:
         size = _size_of(name, bodies, sizes)
@@ -179,8 +187,9 @@ def check_grammar(grammar: str, what: str) -> None:
 def _definitions(grammar: str) -> dict[str, str]:
     """Return the bodies of rules and terminals by name."""
     found = list(_DEFINITION.finditer(grammar))
-    ends = [match.start() for match in found[1:]] + [len(grammar)]
-    return {match[1]: grammar[match.end() : end] for match, end in zip(found, ends, strict=True)}
+    ends = [*(match.start() for match in found), len(grammar)][1:]
+    bodies = zip(found, ends, strict=False)  # text without a definition has an end, and no body
+    return {match[1]: grammar[match.end() : end] for match, end in bodies}
 
 
 def _size_of(name: str, bodies: Mapping[str, str], sizes: dict[str, int], depth: int = 0) -> int:

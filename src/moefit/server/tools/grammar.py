@@ -7,7 +7,7 @@ tokens of their own are named by id, since no text matches them.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from moefit.engine.structured.sources import ANY_OBJECT, json_part, literal
 from moefit.errors import ConfigError
@@ -176,6 +176,10 @@ def _elements(rules: Rules, marks: Elements, tool: ToolForm) -> str:
     """Return a tool's arguments, in the schema's order."""
     properties = tool.schema.get("properties") or {}
     required = tool.schema.get("required") or []
+    if not isinstance(properties, Mapping):
+        _invalid(f"{tool.field}.properties", "an object with a schema for each argument")
+    if not isinstance(required, list) or not all(isinstance(one, str) for one in required):
+        _invalid(f"{tool.field}.required", "a list of arguments' names")
     for name in ("anyOf", "oneOf", "allOf", "$ref", "if", "not", "patternProperties"):
         if name in tool.schema:
             _refuse(tool.field, f"{name} at the top of the schema")
@@ -183,7 +187,8 @@ def _elements(rules: Rules, marks: Elements, tool: ToolForm) -> str:
         _refuse(tool.field, f"the required argument {unknown[0]!r} without a schema")
     parts = []
     for key in properties:
-        if any(one in key for one in (marks.key_end, marks.value_end, "\n")):
+        marked = any(one in key for one in (marks.key_end, marks.value_end, "\n"))
+        if marked or not key or key != key.strip():
             _refuse(tool.field, f"an argument named {key!r}")
         space = "\n" if marks.lines else ""
         head = f"{rules.mark(marks.key)} {literal(key)} {rules.mark(marks.key_end)}"
@@ -205,6 +210,8 @@ def _value(rules: Rules, marks: Elements, tool: ToolForm, key: str) -> str:
         texts = [schema["const"]] if "const" in schema else schema.get("enum")
         if texts is None:
             return rules.up_to(end)
+        if not isinstance(texts, list) or not texts:
+            _invalid(f"{path}.enum", "a list with at least one value")
         if not all(isinstance(one, str) and marks.value_end not in one for one in texts):
             _refuse(path, "an enum with such values")
         value = _any_of([literal(one) for one in texts])
@@ -222,7 +229,11 @@ def _split_end(rules: Rules, end: str) -> str:
     return f"{rules.mark(end[: len(end) - len(marker)])} {rules.mark(marker)}"
 
 
-def _refuse(field: str, what: str) -> None:
+def _invalid(field: str, what: str) -> NoReturn:
+    raise APIError(400, f"{field} must be {what}", param=field, code="invalid_value")
+
+
+def _refuse(field: str, what: str) -> NoReturn:
     raise APIError(
         400,
         f"{field}: {what} cannot be guaranteed in this model's form of calls, which writes texts "
