@@ -67,6 +67,16 @@ class _Hub(BaseHTTPRequestHandler):
         else:
             self._commit(path, [json.loads(line) for line in body.splitlines()])
 
+    def do_GET(self):
+        """List a repository's files."""
+        path = self.path.partition("?")[0]
+        name = "/".join(path.split("/")[3:5])
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" or "/tree/" not in path:
+            self._answer({"error": "Invalid credentials"}, 401)
+            return
+        files = self.committed.get(name, {})
+        self._answer([{"type": "file", "path": one, "size": 1, "oid": "0" * 40} for one in files])
+
     def do_PUT(self):
         """Store a large file."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -81,6 +91,8 @@ class _Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 assert value["encoding"] == "base64"
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.stored[value["oid"]]
                 assert sha256(files[value["path"]]).hexdigest() == value["oid"]
@@ -149,6 +161,24 @@ def test_stock_models_get_no_code(hub, tmp_path):
     assert hub.committed["me/olmoe"].keys() == {"config.json", "model.safetensors"}
 
 
+def test_weights_of_an_earlier_upload_are_replaced(hub, tmp_path):
+    """A reader would follow the old index otherwise; files in folders are not the model's."""
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"12345678")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    push(tmp_path, "me/olmoe", endpoint=hub.address)
+    hub.committed["me/olmoe"] |= {"onnx/a.safetensors": b"", "notes.txt": b""}
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"new")
+    push(tmp_path, "me/olmoe", endpoint=hub.address)
+    files = hub.committed["me/olmoe"]
+    kept = {"config.json", "onnx/a.safetensors", "notes.txt"}
+    assert files.keys() == kept | {"model.safetensors"}
+    assert files["model.safetensors"] == b"new"
+
+
 def test_refused(hub, run_folder, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="cannot name a repository"):
         push(run_folder, "a/b/c", endpoint=hub.address)
@@ -156,8 +186,9 @@ def test_refused(hub, run_folder, monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match=r"401.*hf auth login"):
         push(run_folder, "me/model", endpoint=hub.address)
     assert not hub.committed
-    with pytest.raises(CheckpointError, match="uploading to me/model failed: ConnectError"):
+    with pytest.raises(CheckpointError, match="uploading to me/model failed: ConnectE") as refused:
         push(run_folder, "me/model", endpoint="http://127.0.0.1:1")
+    assert "auth login" not in str(refused.value)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UnsupportedModelError, match="is a GGUF file"):
         files_of(tmp_path / "model.gguf", None)

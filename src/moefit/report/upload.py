@@ -9,6 +9,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,11 +24,11 @@ from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError, i
 from moefit.folders import is_gguf
 from moefit.report.write import CARD, HTML
 
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _MODEL = (
     CONFIG,
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    *(f"*{ending}" for ending in _WEIGHTS),
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -97,15 +99,32 @@ def push(
                 folder_path=folder,
                 revision=revision,
                 commit_message="Upload the model and its card",
+                delete_patterns=_weights_there(api, repo, revision),
             )
         except HFValidationError as error:
             raise ConfigError(f"{repo!r} cannot name a repository: {in_brief(error)}") from error
         except Exception as error:  # errors of the HTTP library are of its own types
             raise CheckpointError(
-                f"uploading to {repo} failed: {in_brief(error)}; log in with `hf auth login` or "
-                "set HF_TOKEN to a token that may write there"
+                f"uploading to {repo} failed: {in_brief(error)}; {_remedy(error)}"
             ) from error
     return made.commit_url
+
+
+def _weights_there(api: HfApi, repo: str, revision: str | None) -> list[str] | None:
+    """Return the weight files beside the configuration, which those of this model replace.
+
+    Shards of an earlier upload would be read too. Files in folders are left alone.
+    """
+    names = api.list_repo_files(repo, revision=revision)
+    found = [name for name in names if "/" not in name and name.endswith(_WEIGHTS)]
+    return [escape(name) for name in found] or None
+
+
+def _remedy(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return "log in with `hf auth login` or set HF_TOKEN to a token that may write there"
+    return "the same line uploads only what is not there yet"
 
 
 @contextmanager
