@@ -65,6 +65,7 @@ def test_prefix_cache_options(given, tmp_path: Path) -> None:
         (["--prefix-cache-disk", "2GiB"], "give --prefix-cache-dir too"),
         (["--prefix-cache-dir", "d", "--prefix-cache", "off"], "no effect"),
         (["--prefix-cache-dir", "d", "--prefix-cache-disk", "big"], "is not a size"),
+        (["--prefix-cache-dir", ""], "name a folder for prefixes"),
     ],
 )
 def test_prefix_files_that_are_not_used_raise(given, arguments: list[str], says: str) -> None:

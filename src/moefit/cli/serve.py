@@ -210,6 +210,11 @@ class ServerOptions:
             raise ConfigError(
                 f"--prefix-cache-dir {folder} has no effect with --prefix-cache off; leave one out"
             )
+        if folder == Path():
+            raise ConfigError(
+                "--prefix-cache-dir is empty or the working folder; name a folder for prefixes, "
+                "such as ~/.cache/moefit/prefixes"
+            )
         return EngineSettings(
             max_concurrency=self.max_concurrency,
             max_model_len=self.max_model_len,

@@ -16,6 +16,7 @@ from moefit.engine.engine import Engine
 from moefit.engine.prefix.files import fingerprint_of
 from moefit.engine.prefix.store import PrefixStore
 from moefit.engine.prefix.tree import Prefix
+from moefit.errors import ConfigError
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 
@@ -116,6 +117,14 @@ def test_states_of_modes_that_depend_on_residents_are_not_written(served, tmp_pa
         answer(engine)
         assert engine._prefixes.settle(10) and engine.stats().prefix_files.files == 0
         engine.set_mode("exact")
+
+
+def test_a_limit_below_one_file_is_refused(served, tmp_path, caplog) -> None:
+    with pytest.raises(ConfigError, match=r"disk 1.00 KiB holds no file of 64 tokens.* at least"):
+        Engine(served, EngineSettings(prefix_folder=tmp_path, prefix_disk_bytes=1024))
+    most = {"prefix_folder": tmp_path, "prefix_disk_bytes": 1 << 60}
+    with caplog.at_level(logging.WARNING), running(served, **most):
+        assert "are free on its disk" in caplog.text
 
 
 def test_other_models_have_other_fingerprints(folder, tmp_path) -> None:

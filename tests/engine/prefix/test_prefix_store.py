@@ -1,6 +1,7 @@
 """Files of prefixes: found by content, whole or not at all, within their limit."""
 
 import logging
+import os
 
 import pytest
 from hypothesis import given
@@ -121,10 +122,66 @@ def test_foreign_files_are_left_alone(tmp_path, caplog) -> None:
     partial.write_text("cut")
     with caplog.at_level(logging.WARNING):
         store = PrefixStore(tmp_path / "cache", 10, FINGERPRINT)
-    assert "2 files that are not of moefit, such as notes.txt" in caplog.text
+    assert "2 entries that are not of moefit, such as notes.txt" in caplog.text
     assert store.stats().files == 0 and not partial.exists()
     assert (folder / "notes.txt").read_text() == "mine"
     store.close()
+
+
+def put(path, kind: str, target) -> None:
+    """Make an entry that is not a regular file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+
+
+@pytest.mark.parametrize("suffix", [".kv", ".partial"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
+def test_entries_that_are_no_files(tmp_path, caplog, kind, suffix) -> None:
+    path = tmp_path / "cache" / FINGERPRINT / f"{'0' * 64}{suffix}"
+    put(path, kind, tmp_path / "nowhere")
+    with caplog.at_level(logging.WARNING):
+        store = PrefixStore(tmp_path / "cache", 10_000, FINGERPRINT)
+    assert f"1 entries that are not of moefit, such as {path.name}" in caplog.text
+    assert store.stats().files == 0 and os.path.lexists(path)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
+def test_files_that_are_replaced_by_others(store, tmp_path, kind) -> None:
+    (key, *_) = store.keys(TEXT, CHUNK)
+    store.write(key, content(1))
+    (path,) = (tmp_path / "cache").glob("*/*.kv")
+    whole = path.rename(tmp_path / "elsewhere")
+    put(path, kind, whole)
+    assert store.read(key, SIZE) is None and store.known([key]) == 0, "and does not wait for ever"
+
+
+def test_links_are_not_written_through(store, tmp_path) -> None:
+    (key, *_) = store.keys(TEXT, CHUNK)
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "cache" / FINGERPRINT / f"{key}.partial").symlink_to(precious)
+    assert store.write(key, content(1)) and store.read(key, SIZE) == content(1)
+    assert precious.read_text() == "mine"
+    store.check()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / FINGERPRINT).symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match="is a link to another folder"):
+        PrefixStore(other, 10_000, FINGERPRINT)
+
+
+def test_folders_that_exist_keep_their_permissions(tmp_path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o1777)
+    PrefixStore(tmp_path / "cache", 10_000, FINGERPRINT).close()
+    assert (tmp_path / "cache").stat().st_mode & 0o7777 == 0o1777
+    assert (tmp_path / "cache" / FINGERPRINT).stat().st_mode & 0o7777 == 0o700
 
 
 def test_one_server_at_a_time(store, tmp_path) -> None:

@@ -187,7 +187,8 @@ class PrefixDisk:
         return bool(self._between_steps(lambda: self._pool.copy_in(request, start, content)))
 
     def _save(self, prefix: Prefix) -> None:
-        keys = self._store.keys(prefix, self._chunk)
+        keys = self._store.keys(prefix, self._chunk)[: self._store.capacity(self._nbytes)]
+        self._store.use(keys)  # room for the others is not made by removing these
         for index, key in enumerate(keys):
             with self._changed:
                 if self._loads:  # they go first

@@ -6,6 +6,8 @@ files are only used where the same bits would be computed.
 """
 
 import hashlib
+import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +20,19 @@ from torch import Tensor, nn
 import moefit
 from moefit.engine.kv_pool import KvPool
 from moefit.engine.prefix.disk import PrefixDisk, chunk_tokens
-from moefit.engine.prefix.store import DiskStats, PrefixStore
+from moefit.engine.prefix.store import DiskStats, PrefixStore, file_size
 from moefit.engine.prefix.tree import Prefix
 from moefit.engine.request_state import RequestState
 from moefit.engine.runners import Runner, VarlenRunner
 from moefit.engine.scheduler import Scheduler
+from moefit.errors import ConfigError
 from moefit.quant.backend import backend_status
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.memory.budget import format_bytes
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import fingerprint
 
+_LOG = logging.getLogger(__name__)
 _CLOSE_SECONDS = 5.0  # for saving, at the end
 _SUMMED_WORDS = 1 << 20  # at a time: torch widens what it adds
 _SAMPLE_BYTES = 4096  # of each dense tensor
@@ -77,12 +82,20 @@ class PrefixFiles:
 
         Raises:
             CheckpointError: The folder cannot be used.
-            ConfigError: Another server uses it.
+            ConfigError: Another server uses it, or the limit is less than a file.
         """
         if not isinstance(parts.runner, VarlenRunner):
             return None
         pool = parts.runner.cache.pool
+        chunk = chunk_tokens(pool.places.block, pool.bytes_per_place)
+        least = file_size(chunk * pool.bytes_per_place)
+        if limit < least:
+            raise ConfigError(
+                f"--prefix-cache-disk {format_bytes(limit)} holds no file of {chunk} tokens, which "
+                f"takes {least:,} bytes with this model; give at least that"
+            )
         store = PrefixStore(folder, limit, fingerprint_of(parts.served, pool))
+        _note_free_space(folder, limit - store.stats().bytes)
         return cls(store, pool, parts, between_steps)
 
     def start(self) -> None:
@@ -138,6 +151,17 @@ class PrefixFiles:
         """Let a request be computed."""
         if request in self._parts.requests:
             self._parts.scheduler.resume(request)
+
+
+def _note_free_space(folder: Path, wanted: int) -> None:
+    """Log if files may fill the disk."""
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        _LOG.warning(
+            "prefixes in %s may grow by %s, and only %s are free on its disk; "
+            "a smaller --prefix-cache-disk leaves room",
+            folder, format_bytes(wanted), format_bytes(free),
+        )  # fmt: skip
 
 
 def fingerprint_of(served: ServedModel, pool: KvPool) -> str:

@@ -31,7 +31,7 @@ class RequestPrefixes:
 
     Raises:
         CheckpointError: The folder for prefixes cannot be used.
-        ConfigError: Another server uses it.
+        ConfigError: Another server uses it, or its limit is less than a file.
     """
 
     def __init__(

@@ -10,10 +10,12 @@ for new ones. One server at a time uses a folder. No tensors or threads.
 import hashlib
 import logging
 import os
+import re
+import stat
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ _LOG = logging.getLogger(__name__)
 _SUFFIX, _PARTIAL = ".kv", ".partial"
 _HEAD = struct.Struct("<8s32s32sQ")  # kind, key, checksum and size of the content
 _KIND = b"moefit.1"
-_KEY_CHARACTERS = 64
+_KEY, _FINGERPRINT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
+# a link or a FIFO in the place of a file must lead nowhere and not block; 0 where there are none
+_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class PrefixStore:
     """Files of one model in a folder that several models may use in turn.
 
     Args:
-        folder: Created if there is none.
+        folder: Created if there is none, for the owner only; one that exists keeps its permissions.
         limit: Bytes of all files at most.
         fingerprint: Hexadecimal; identifies model, precision, tokenizer and layout of the cache.
 
@@ -66,7 +70,7 @@ class PrefixStore:
 
     def __init__(self, folder: Path, limit: int, fingerprint: str):
         self._limit, self._fingerprint = limit, fingerprint
-        self._closing = ExitStack()
+        self._closing, new = ExitStack(), not folder.exists()
         busy = f"{folder} is used by another server; give each a --prefix-cache-dir of its own"
         self._closing.enter_context(
             exclusive_folder(folder, busy=busy, elsewhere="give another --prefix-cache-dir")
@@ -76,8 +80,11 @@ class PrefixStore:
         self._bytes = self._damaged = 0
         self._failing = False
         try:
-            folder.chmod(0o700)  # keys and values tell what was written
+            if new:
+                folder.chmod(0o700)  # keys and values tell what was written
             self._own.mkdir(mode=0o700, exist_ok=True)
+            if self._own.is_symlink():
+                raise OSError(f"{self._own.name} in it is a link to another folder")
             self._scan(folder)
         except OSError as error:
             self._closing.close()
@@ -104,6 +111,10 @@ class PrefixStore:
                 break
             count += 1
         return count
+
+    def capacity(self, nbytes: int) -> int:
+        """Return how many chunks of `nbytes` all files may hold."""
+        return self._limit // file_size(nbytes)
 
     def use(self, keys: Sequence[str]) -> None:
         """Mark the chunks of a text as used, the last one first."""
@@ -143,14 +154,16 @@ class PrefixStore:
             Whether it was written; errors are logged once until writing works again.
         """
         path, view = self._path(key), memoryview(content)
-        size = _HEAD.size + view.nbytes
+        size = file_size(view.nbytes)
         if size > self._limit:
             return False
         head = _HEAD.pack(_KIND, bytes.fromhex(key), hashlib.sha256(view).digest(), view.nbytes)
         partial = path.with_suffix(_PARTIAL)
         try:
             self._make_room(size)
-            with open(os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+            partial.unlink(missing_ok=True)  # perhaps a link, which would be followed
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_LINK
+            with open(os.open(partial, flags, 0o600), "wb") as file:
                 file.write(head)
                 file.write(view)
             partial.replace(path)
@@ -189,18 +202,19 @@ class PrefixStore:
         """Find the files of all models, and remove what a killed server had begun to write."""
         found: list[tuple[int, Path, int]] = []
         foreign: list[str] = []
-        for path in folder.glob("*/*"):
-            if path.suffix == _PARTIAL and len(path.stem) == _KEY_CHARACTERS:
-                path.unlink(missing_ok=True)
-            elif path.suffix == _SUFFIX and len(path.stem) == _KEY_CHARACTERS:
-                status = path.stat()
+        for path, status in _entries(folder):
+            if status is None or not stat.S_ISREG(status.st_mode) or path.parent == folder:
+                foreign.append(path.name)
+            elif path.suffix == _PARTIAL and _KEY.fullmatch(path.stem):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            elif path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
                 found.append((status.st_mtime_ns, path, status.st_size))
             else:
                 foreign.append(path.name)
-        foreign += [one.name for one in folder.iterdir() if one.is_file() and one.name != ".lock"]
         if foreign:
             _LOG.warning(
-                "%s has %d files that are not of moefit, such as %s; they are left as they are",
+                "%s has %d entries that are not of moefit, such as %s; they are left as they are",
                 folder, len(foreign), sorted(foreign)[0],
             )  # fmt: skip
         for _, path, size in sorted(found):
@@ -217,9 +231,40 @@ class PrefixStore:
             path.unlink(missing_ok=True)
 
 
+def file_size(nbytes: int) -> int:
+    """Return the size of the file of a chunk of `nbytes`."""
+    return _HEAD.size + nbytes
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
+    """Yield all entries but folders of models, which are entered, and the lock.
+
+    Links are not followed. The status is None for what cannot be read.
+    """
+    for path in folder.iterdir():
+        try:
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode) and _FINGERPRINT.fullmatch(path.name):
+                for one in list(path.iterdir()):
+                    yield one, _status(one)
+            elif path.name != ".lock":
+                yield path, status
+        except OSError:
+            yield path, None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
 def _read(path: Path, key: bytes, size: int) -> tuple[bytearray | None, str | None]:
     """Return a file's content, or what is wrong with it."""
-    with path.open("rb", buffering=0) as file:
+    with open(os.open(path, os.O_RDONLY | _NO_LINK | _NO_WAIT), "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return None, "it is not a regular file"
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
             return None, "it ends within its header"
