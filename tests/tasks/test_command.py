@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, DataError
+from moefit.tasks.lm import MoefitLM
 from moefit.tasks.rows import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -101,6 +102,20 @@ def test_without_lm_eval_the_extra_is_named(dsmoe_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     done = run(dsmoe_folder, "--tasks", "piqa")
     assert "run `pip install 'moefit[tasks]'`" in str(done.exception)
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_the_module_without_lm_eval():
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; "
+    code += "runpy.run_module('moefit.tasks', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "run `pip install 'moefit[tasks]'`" in done.stderr
+
+
+def test_a_model_has_to_be_given():
+    with pytest.raises(ConfigError, match="--model_args pretrained=FOLDER"):
+        MoefitLM()
 
 
 @pytest.mark.slow  # lm-eval reads all of its definitions

@@ -95,6 +95,9 @@ def test_missing_questions_say_where_to_put_them(tmp_path):
         ('{"query": 1, "choices": ["b", "c"], "gold": 0}', "one text beside"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold 2, but its choices are 0 to 1"),
         ('{"query": "a", "choices": ["b", "c"], "gold": true}', "gold True"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 1.0}', r"gold 1\.0"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "an empty answer"),
+        ('{"context_options": ["a", "b"], "continuation": " ", "gold": 0}', "an empty answer"),
         (
             '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
             '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}',
@@ -106,6 +109,42 @@ def test_damaged_questions_are_named(tmp_path, text, message):
     (tmp_path / "piqa.jsonl").write_text(text)
     with pytest.raises(DataError, match=message):
         find_tasks(["piqa"], tmp_path)
+
+
+def test_a_question_of_digits_is_a_text(tmp_path):
+    line = {"query": "1", "choices": ["a", "b"], "gold": 1}
+    (tmp_path / "hellaswag.jsonl").write_text(json.dumps(line))
+    tasks = find_tasks(["hellaswag"], tmp_path)
+    made, right = requests(tasks.manager.load(list(tasks.specs))["tasks"]["hellaswag"])
+    assert made == [("1", " a"), ("1", " b")] and right == 1
+
+
+def test_solved_questions_are_others(tmp_path):
+    """They come from a file of their own, and not from the questions that are scored."""
+    asked = [{"query": f"q{i}", "choices": ["a", "b"], "gold": 0} for i in range(3)]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    with pytest.raises(DataError, match=r"--few-shot 1 needs .*piqa\.train\.jsonl"):
+        find_tasks(["piqa"], tmp_path, few_shot=1)
+    solved = tmp_path / "piqa.train.jsonl"
+    solved.write_text(json.dumps({"query": "s", "choices": ["c", "d"], "gold": 1}))
+    with pytest.raises(DataError, match="give --few-shot 1"):
+        find_tasks(["piqa"], tmp_path, few_shot=2)
+    tasks = find_tasks(["piqa"], tmp_path, few_shot=1)
+    task = tasks.manager.load(list(tasks.specs))["tasks"]["piqa"]
+    task.set_config(key="num_fewshot", value=1)
+    task.set_fewshot_seed(0)
+    task.build_all_requests()
+    contexts = {one.args[0] for one in task.instances}
+    assert contexts == {f"s\nAnswer: d\n\nq{i}\nAnswer:" for i in range(3)}
+    solved.write_text('{"context_options": ["a", "b"], "continuation": "c", "gold": 0}')
+    with pytest.raises(DataError, match="of another form"):
+        find_tasks(["piqa"], tmp_path, few_shot=1)
+
+
+def test_names_are_not_paths(tmp_path):
+    (tmp_path / "piqa.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"'\.\./piqa' cannot name a task"):
+        find_tasks(["../piqa"], tmp_path / "inner")
 
 
 def test_no_tasks(tmp_path):

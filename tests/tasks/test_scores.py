@@ -1,5 +1,6 @@
 """Scores on tasks, compared with lm-evaluation-harness's own backend."""
 
+import json
 import warnings
 
 import pytest
@@ -13,12 +14,12 @@ with warnings.catch_warnings():
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from moefit.tasks.answers import digest
+    from moefit.tasks.answers import AnswerFile, digest
     from moefit.tasks.lm import MoefitLM
     from moefit.tasks.run import find_tasks, score_tasks
     from moefit.tasks.scored_model import load_scored
 from moefit.dsmoe.card import model_card
-from moefit.errors import ConfigError
+from moefit.errors import CheckpointError, ConfigError
 from moefit.evaluate.loading import load_full_model
 from moefit.moe.routing import Rule, active_experts
 from moefit.tasks.rows import KEY, read_rows, rows_of
@@ -170,6 +171,33 @@ def test_answers_of_changed_files_are_refused(scored, tasks, tmp_path, name):
     given.write_text("b")
     with pytest.raises(ConfigError, match=f"made with files of {name} "):
         score_tasks(scored, tasks, **how)
+
+
+ANSWER = {"loglikelihood": -1.0, "greedy": True, "tokens": 3}
+ANSWER |= {"mlp_experts": 0.0, "attention_experts": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [
+        ({"settings": "x"}, None),
+        ([], None),
+        ({}, None),
+        (3, None),
+        ({"settings": {}}, []),
+        ({"settings": {}}, {"request": 3, "answer": ANSWER}),
+        ({"settings": {}}, {"request": "a", "answer": {**ANSWER, "loglikelihood": "x"}}),
+        ({"settings": {}}, {"request": "a", "answer": {**ANSWER, "loglikelihood": float("nan")}}),
+        ({"settings": {}}, {"request": "a", "answer": {**ANSWER, "tokens": None}}),
+        ({"settings": {}}, {"request": "a", "answer": "x"}),
+    ],
+)
+def test_damaged_answers_are_named(tmp_path, first, line):
+    path = tmp_path / "a.answers.jsonl"
+    lines = [first, {"request": "b", "answer": ANSWER}, *([] if line is None else [line])]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    with pytest.raises(CheckpointError, match="has lines that are no answers; remove it"):
+        AnswerFile(path, {})
 
 
 def test_a_folder_has_a_digest(tmp_path):

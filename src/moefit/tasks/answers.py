@@ -6,6 +6,7 @@ batch is done. An incomplete last line, of a process that was killed, is dropped
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,10 @@ class Answer:
     attention_experts: float
 
 
+class _NoAnswerError(Exception):
+    """A line has another form than those of answers."""
+
+
 class AnswerFile:
     """Answers by request, in memory and in a file if there is one.
 
@@ -58,8 +63,7 @@ class AnswerFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = _whole_lines(path)
             _check_same(path, lines[:1], settings)
-            for line in lines[1:]:
-                self._known[line["request"]] = Answer(**line["answer"])
+            self._known = dict(map(_known, lines[1:]))
             if not lines:
                 path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
@@ -67,7 +71,7 @@ class AnswerFile:
             raise CheckpointError(
                 f"{path} cannot be used: {error.strerror or error}; give another --out"
             ) from error
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, _NoAnswerError) as error:
             raise CheckpointError(
                 f"{path} has lines that are no answers; remove it, or give another --out"
             ) from error
@@ -152,10 +156,26 @@ def _whole_lines(path: Path) -> list[Any]:
         ) from error
 
 
+def _known(line: Any) -> tuple[str, Answer]:
+    """Return a line's request and answer."""
+    request, answer = line["request"], Answer(**line["answer"])
+    numbers = (answer.loglikelihood, answer.mlp_experts, answer.attention_experts)
+    if not (
+        isinstance(request, str)
+        and all(isinstance(one, float) and math.isfinite(one) for one in numbers)
+        and isinstance(answer.greedy, bool)
+        and isinstance(answer.tokens, int)
+    ):
+        raise _NoAnswerError
+    return request, answer
+
+
 def _check_same(path: Path, first: list[Any], settings: Mapping[str, Any]) -> None:
     if not first:
         return
     before, now = first[0]["settings"], json.loads(json.dumps(settings))
+    if not isinstance(before, dict):
+        raise _NoAnswerError
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
         listed = ", ".join(

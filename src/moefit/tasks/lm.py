@@ -46,13 +46,17 @@ class MoefitLM(TemplateLM):
         name: Shown beside the progress bar.
         settings: Further keyword arguments of `moefit.load`: `memory`, `mode`, `precision`, ...
 
+    Raises:
+        ConfigError: No model is given, or an argument has a value that it cannot have.
+        MoefitError: As `load_scored` does.
+
     Attributes:
         asked: Answers to all requests so far, for what they took.
     """
 
     def __init__(  # noqa: PLR0913 - lm-evaluation-harness passes keywords
         self,
-        pretrained: str | ScoredModel,
+        pretrained: str | ScoredModel | None = None,
         rule: str | None = None,
         batch_size: int | str | None = None,
         device: str | None = None,
@@ -63,6 +67,10 @@ class MoefitLM(TemplateLM):
         **settings: Any,
     ):
         super().__init__()
+        if pretrained is None:
+            raise ConfigError(
+                "no model is given; give its folder, as --model_args pretrained=FOLDER"
+            )
         self._size = _batch_size(batch_size, max_batch_size)
         if isinstance(pretrained, ScoredModel):
             self.scored = pretrained

@@ -66,7 +66,7 @@ def find_tasks(
     if not names:
         raise ConfigError("no tasks are given; name some, such as --tasks hellaswag,piqa")
     if data is not None:
-        specs = [local_task(data, name) for name in names]
+        specs = [local_task(data, name, few_shot) for name in names]
         manager = TaskManager(include_defaults=False)
         return Tasks(specs=specs, manager=manager, limit=limit, few_shot=few_shot)
     manager = TaskManager()
