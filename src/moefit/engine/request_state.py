@@ -226,15 +226,19 @@ class ModelLimits:
                 f"{self.model} is an encoder-decoder model without log-probabilities of its "
                 "prompt; omit prompt_logprobs (echo)"
             )
-        wanted = len(prompt_ids) + sampling.max_tokens
-        if wanted > self.max_model_len:
-            available = self.max_model_len - len(prompt_ids)
-            fewer = f"max_tokens={available} or less, or " if available > 0 else ""
-            raise RequestTooLargeError(
-                f"a prompt of {len(prompt_ids):,} tokens and an answer of up to "
-                f"{sampling.max_tokens:,} are {wanted:,}, but one request holds at most "
-                f"{self.max_model_len:,}; use {fewer}a shorter prompt"
-            )
+        check_length(len(prompt_ids), sampling.max_tokens, self.max_model_len)
+
+
+def check_length(prompt: int, max_tokens: int, max_model_len: int) -> None:
+    """Raise RequestTooLargeError if tokens of prompt and completion exceed `max_model_len`."""
+    wanted = prompt + max_tokens
+    if wanted > max_model_len:
+        available = max_model_len - prompt
+        fewer = f"max_tokens={available} or less, or " if available > 0 else ""
+        raise RequestTooLargeError(
+            f"a prompt of {prompt:,} tokens and an answer of up to {max_tokens:,} are {wanted:,}, "
+            f"but one request holds at most {max_model_len:,}; use {fewer}a shorter prompt"
+        )
 
 
 def model_limits(served: ServedModel, wanted: int | None, context: int) -> ModelLimits:

@@ -132,11 +132,15 @@ class ChatBuilder:
             )
         available = max(1, service.engine.max_model_len - len(ids))
         max_tokens = body.max_completion_tokens or body.max_tokens
+        max_tokens = max_tokens or min(available, service.settings.chat_tokens)
+        form = answer_form(body)
+        if use.tools or form is not None:
+            service.check_length(ids, max_tokens)
         sampling = service.sampling(
             body,
-            max_tokens or min(available, service.settings.chat_tokens),
+            max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=answer_grammar(service.grammars, dialect, use, answer_form(body), prompt),
+            grammar=answer_grammar(service.grammars, dialect, use, form, prompt),
             visible=dialect.visible(calls=bool(use.tools)),
         )
         engine_requests = [

@@ -168,16 +168,20 @@ class CompletionBuilder:
     def engine_requests(self) -> list[EngineRequest]:
         """Return one engine request per choice. Tokenizes the prompts, which may be slow."""
         body, service = self._body, self._service
+        starts = [self._start(prompt) for prompt in _prompts(body)]
+        max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        form = answer_form(body)
+        for start in starts if form is not None else ():
+            service.check_length(start.ids, max_tokens)
         sampling = service.sampling(
             body,
-            MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
-            grammar=compiled_form(service.grammars, answer_form(body)),
+            grammar=compiled_form(service.grammars, form),
         )
         engine_requests: list[EngineRequest] = []
-        for prompt in _prompts(body):
-            start = self._start(prompt)
+        for start in starts:
             for each in sampling_per_choice(sampling, body.n or 1):
                 self._writers.append(
                     ChoiceWriter(len(engine_requests), service.tokenizer, body, start)

@@ -16,7 +16,7 @@ from uuid import uuid4
 import moefit
 from moefit.engine.api import SamplingParams
 from moefit.engine.engine import Engine
-from moefit.engine.request_state import eos_token_ids
+from moefit.engine.request_state import check_length, eos_token_ids
 from moefit.engine.structured.grammar import Grammar, GrammarCompiler
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan
@@ -26,6 +26,7 @@ from moefit.server.errors import APIError, naming
 from moefit.server.metrics import ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
+from moefit.server.structured.trials import GrammarTrials
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
 from moefit.server.tools.dialect import Dialect, dialect_of
 
@@ -136,7 +137,8 @@ class Service:
         follower: Lets the budget follow free memory, on a CPU without a plan.
         engine: The engine.
         settings: Server settings.
-        grammars: Compiles grammars of requests; use it off the event loop.
+        grammars: Grammars of requests that are compiled.
+        trials: Compiles new ones.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings):
@@ -154,6 +156,7 @@ class Service:
         self.grammars = GrammarCompiler(
             tokenizer, size=text.vocab_size, eos_ids=eos_token_ids(engine.served)
         )
+        self.trials = GrammarTrials(self.grammars)
         self._dialect: tuple[str, Dialect] | None = None  # with the template that it is of
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
@@ -194,6 +197,7 @@ class Service:
             wait: Return only after running functions have ended.
         """
         self.tokenizer.close()
+        self.trials.close(wait=wait)
         for threads in (self._threads, self._admin_threads):
             threads.shutdown(wait=wait, cancel_futures=True)
 
@@ -249,6 +253,10 @@ class Service:
             )
         if body.streams_usage and not body.stream:
             raise APIError(400, "stream_options requires stream=true", param="stream_options")
+
+    def check_length(self, prompt: Sequence[int], max_tokens: int) -> None:
+        """Raise RequestTooLargeError if prompt and completion never fit, before slow work."""
+        check_length(len(prompt), max_tokens, self.engine.max_model_len)
 
     def check_logprobs(self, engine_requests: Sequence[EngineRequest]) -> None:
         """Raise APIError if a request may need too many log-probabilities."""

@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moefit.engine.api import Event, FinishedEvent
+from moefit.engine.structured.grammar import UntriedError
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
 from moefit.server.middleware import cache_salt
 from moefit.server.openai_schema import GenerationRequest, PromptTokensDetails, Usage
@@ -144,7 +145,11 @@ class ResponseBuilder(Protocol):
         ...
 
     def engine_requests(self) -> Sequence[EngineRequest]:
-        """Return one engine request per choice; may be slow."""
+        """Return one engine request per choice; may be slow.
+
+        Raises:
+            UntriedError: If its grammar must be compiled first. It is called again then.
+        """
         ...
 
     async def full_response(self, engine_events: EngineEvents) -> BaseModel:
@@ -172,7 +177,7 @@ async def respond(
     """
     builder.check()
     engine_events = EngineEvents(service, request, body.cache_salt)
-    await engine_events.submit(await service.run_in_thread(builder.engine_requests))
+    await engine_events.submit(await _engine_requests(service, builder))
     if body.stream:
         chunks = builder.chunks(engine_events)
         return EventStream(chunks, engine_events, usage=body.streams_usage)
@@ -182,6 +187,15 @@ async def respond(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         engine_events.close()
+
+
+async def _engine_requests(service: Service, builder: ResponseBuilder) -> Sequence[EngineRequest]:
+    """Return the engine requests, after a new grammar has been compiled on its own thread."""
+    try:
+        return await service.run_in_thread(builder.engine_requests)
+    except UntriedError as untried:
+        await service.trials.prepare(untried)
+    return await service.run_in_thread(builder.engine_requests)
 
 
 class StreamEvent(BaseModel):

@@ -1,6 +1,7 @@
 """Compile grammars for a model's tokens, and follow them token by token.
 
-`GrammarCompiler` keeps what it compiled for the last grammars. `Grammar.start` returns the state of
+`GrammarCompiler` keeps what it compiled for the last grammars, and which ones it refused.
+`Grammar.start` returns the state of
 one answer, whose `allowed` is the mask of its next token.
 """
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from moefit.engine.structured.library import llguidance
 from moefit.engine.structured.trial import tried
 from moefit.engine.structured.vocabulary import Vocabulary, vocabulary
-from moefit.errors import ConfigError
+from moefit.errors import ConfigError, QueueFullError
 
 MAX_GRAMMARS = 64
 MAX_TRIED = 4096
@@ -37,6 +38,19 @@ class GrammarError(Exception):
     """A request's grammar does not let it continue. The message may be shown to clients."""
 
     code = _TOO_COMPLEX
+
+
+class UntriedError(QueueFullError):
+    """A grammar is not compiled yet; `GrammarCompiler.prepare` does so.
+
+    Attributes:
+        grammar: Its text.
+        parts: Grammars of clients that it has.
+    """
+
+    def __init__(self, grammar: str, parts: Sequence[str]):
+        super().__init__("the forms of this request are not all tried yet; send it again")
+        self.grammar, self.parts = grammar, parts
 
 
 class GrammarState:
@@ -106,25 +120,48 @@ class GrammarCompiler:
         self._lock = Lock()
         self._tokenizer: Any = None
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
-        self._tried: OrderedDict[bytes, None] = OrderedDict()  # digests of their texts
+        self._verdicts: OrderedDict[bytes, str] = OrderedDict()  # by digests of the texts
 
-    def check(self, grammar: str) -> None:
-        """Try a client's grammar in another process, unless it was tried before.
+    def verdict(self, grammar: str) -> str | None:
+        """Return what is wrong with a client's grammar; None if it was not tried yet."""
+        with self._lock:
+            return self._verdicts.get(_digest(grammar))
+
+    def compiled(self, grammar: str) -> Grammar | None:
+        """Return a grammar that is kept; None if there is none."""
+        with self._lock:
+            if (known := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+            return known
+
+    def prepare(self, grammar: str, parts: Sequence[str]) -> None:
+        """Try the parts in one other process, then compile the grammar.
+
+        `verdict` and `compiled` return what was found. Takes seconds where a client wants it to.
+
+        Args:
+            grammar: Its text, as `sources.compose` returns it.
+            parts: Grammars of clients that it has.
 
         Raises:
-            ConfigError: If it is invalid, uses what is not supported, or is too large.
+            ConfigError: If the library is not installed.
         """
-        digest = sha256(grammar.encode("utf-8", "surrogatepass")).digest()
+        new = [one for one in dict.fromkeys(parts) if self.verdict(one) is None]
+        if new:
+            for one, why in zip(new, tried(new, _LIMITS), strict=False):
+                self._keep(one, _explained(_first_line(why)) if why else "")
+        if any(self.verdict(one) != "" for one in parts):
+            return
+        try:
+            self.compile(grammar)
+        except ConfigError as error:
+            self._keep(grammar, str(error))
+
+    def _keep(self, grammar: str, why: str) -> None:
         with self._lock:
-            if digest in self._tried:
-                self._tried.move_to_end(digest)
-                return
-        if why := tried(grammar, _LIMITS):
-            raise ConfigError(_explained(_first_line(why)))
-        with self._lock:
-            self._tried[digest] = None
-            if len(self._tried) > MAX_TRIED:
-                self._tried.popitem(last=False)
+            self._verdicts[_digest(grammar)] = why
+            if len(self._verdicts) > MAX_TRIED:
+                self._verdicts.popitem(last=False)
 
     def compile(self, grammar: str) -> Grammar:
         """Return a compiled grammar; takes up to some tenths of a second the first time.
@@ -136,10 +173,9 @@ class GrammarCompiler:
             ConfigError: If the grammar is invalid or uses what is not supported, the model has no
                 tokenizer, or the library is not installed.
         """
+        if (known := self.compiled(grammar)) is not None:
+            return known
         with self._lock:
-            if (known := self._compiled.get(grammar)) is not None:
-                self._compiled.move_to_end(grammar)
-                return known
             tokenizer = self._ready()
         made = _compiled(tokenizer, grammar)
         with self._lock:
@@ -166,6 +202,10 @@ class GrammarCompiler:
                 library.TokenizerWrapper(wrapped), eos_token=wrapped.eos_token_ids, slices=[]
             )
         return self._tokenizer
+
+
+def _digest(grammar: str) -> bytes:
+    return sha256(grammar.encode("utf-8", "surrogatepass")).digest()
 
 
 def _compiled(tokenizer: Any, grammar: str) -> Grammar:

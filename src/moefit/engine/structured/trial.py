@@ -1,4 +1,4 @@
-"""Try a client's grammar in a process of its own before this one compiles it.
+"""Try a client's grammars in a process of their own before this one compiles them.
 
 Some schemas take memory and time without end while they are compiled, whatever the limits that the
 library is given (`multipleOf` with a large prime is one). In another process that costs a client
@@ -9,11 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moefit.engine.structured.library import llguidance
-from moefit.errors import ConfigError
 
 TRIAL_BYTES = 256 << 20
 """Address space of the process, which uses about 30 MiB."""
@@ -30,29 +29,32 @@ _ENVIRONMENT = ("LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH")
 
 
 def tried(
-    grammar: str,
+    grammars: Sequence[str],
     limits: Mapping[str, int],
     *,
     memory: int = TRIAL_BYTES,
     seconds: int = TRIAL_SECONDS,
-) -> str:
-    """Return what is wrong with a grammar; empty if nothing is.
+) -> list[str]:
+    """Return what is wrong with each grammar; empty if nothing is.
+
+    The list is shorter if the process reached a limit. Only a grammar that did so as the first is
+    known to take too much by itself, and is told so; the others may be tried again.
 
     Args:
-        grammar: Its text, as `sources.whole` returns it.
+        grammars: Their texts, as `sources.whole` returns them.
         limits: Of llguidance.
         memory: Address space of the process, in bytes.
-        seconds: Processor time.
+        seconds: Processor time of all together.
 
     Raises:
-        ConfigError: If compiling it takes more than that.
+        ConfigError: If the library is not installed.
     """
     folder = str(Path(llguidance().__file__).parent.parent)
     command = [sys.executable, "-I", "-S", "-c", _START, folder, str(_WORKER)]
     try:
         done = subprocess.run(
             [*command, str(memory), str(seconds)],
-            input=json.dumps({"grammar": grammar, "limits": dict(limits)}).encode(),
+            input=json.dumps({"grammars": list(grammars), "limits": dict(limits)}).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
@@ -60,11 +62,16 @@ def tried(
             check=False,
             start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode:
-        raise ConfigError(
+    except subprocess.TimeoutExpired as error:  # says nothing about the grammars
+        return _whole_lines(error.stdout or b"")
+    found = _whole_lines(done.stdout)
+    if done.returncode and not found:
+        return [
             f"compiling it takes more than {seconds} seconds or {memory >> 20} MiB; simplify it: "
             "smaller counts, fewer alternatives, no large multipleOf"
-        )
-    return done.stdout.decode("utf-8", "replace")
+        ]
+    return found
+
+
+def _whole_lines(output: bytes) -> list[str]:
+    return [json.loads(line) for line in output.split(b"\n")[:-1]]

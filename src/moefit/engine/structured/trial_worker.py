@@ -1,7 +1,7 @@
-"""Process that compiles one grammar and follows it for a while, within limits on memory and time.
+"""Process that compiles grammars and follows each for a while, within limits on memory and time.
 
 Runs by path in an isolated interpreter (see `trial.py`), so it imports only the standard library
-and llguidance. Reads a grammar from stdin and writes what is wrong with it, or nothing.
+and llguidance. Reads grammars from stdin and writes a line of JSON for each: what is wrong with it.
 """
 
 import json
@@ -27,9 +27,8 @@ class _Bytes:
         return list(text.encode())
 
 
-def tried(grammar: str, limits: dict[str, Any]) -> str:
+def tried(tokenizer: Any, grammar: str, limits: dict[str, Any]) -> str:
     """Return what is wrong with a grammar; empty if nothing is."""
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), slices=[])
     matcher = llguidance.LLMatcher(
         tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**limits)
     )
@@ -51,13 +50,16 @@ def tried(grammar: str, limits: dict[str, Any]) -> str:
 
 
 def main(memory: int, seconds: int) -> None:
-    """Try one grammar."""
+    """Try grammars in their order."""
     for kind, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
         resource.setrlimit(kind, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     asked = json.loads(sys.stdin.buffer.read())
-    why = tried(asked["grammar"], asked["limits"])
-    sys.stdout.buffer.write(why.encode("utf-8", "replace")[:4000])
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), slices=[])
+    for grammar in asked["grammars"]:
+        why = tried(tokenizer, grammar, asked["limits"])[:4000]
+        sys.stdout.write(json.dumps(why) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefit.engine.structured.grammar import Grammar, GrammarCompiler
+from moefit.engine.structured.grammar import Grammar, GrammarCompiler, UntriedError
 from moefit.engine.structured.sources import (
     ANY_OBJECT,
     BODY,
@@ -16,6 +16,7 @@ from moefit.engine.structured.sources import (
     regex_part,
     whole,
 )
+from moefit.errors import ConfigError
 from moefit.server.errors import APIError, naming
 from moefit.server.openai_schema import GenerationRequest
 from moefit.server.schema.structured import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
@@ -33,18 +34,26 @@ def compiled(grammars: GrammarCompiler, start: str, forms: Mapping[str, Form]) -
     """Return a grammar of several parts.
 
     Args:
-        grammars: Compiles it.
+        grammars: Keeps it.
         start: Rules that refer to the parts as `@name`.
         forms: The parts by name.
 
     Raises:
         APIError: If a part is not supported, naming its field.
-        ConfigError: If the server cannot compile grammars, or not these parts together.
+        ConfigError: If these parts cannot be compiled together.
+        UntriedError: If it is not compiled yet, which takes time.
     """
-    for form in forms.values():
-        with naming(form.field):
-            grammars.check(whole(form.part))
-    return grammars.compile(compose(start, {name: form.part for name, form in forms.items()}))
+    text = compose(start, {name: form.part for name, form in forms.items()})
+    if (known := grammars.compiled(text)) is not None:
+        return known
+    parts = [whole(form.part) for form in forms.values()]
+    for form, part in zip(forms.values(), parts, strict=True):
+        if why := grammars.verdict(part):
+            with naming(form.field):
+                raise ConfigError(why)
+    if why := grammars.verdict(text):
+        raise ConfigError(why)
+    raise UntriedError(text, parts)
 
 
 def compiled_form(grammars: GrammarCompiler, form: Form | None) -> Grammar | None:
