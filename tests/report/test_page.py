@@ -3,19 +3,21 @@
 import base64
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from moefit.cli import app
-from moefit.errors import DataError
+from moefit.errors import ConfigError, DataError
 from moefit.evaluate.loading import load_full_model
 from moefit.evaluate.passage import text_of_file
 from moefit.evaluate.perplexity import score
 from moefit.moe.routing import Rule
 from moefit.report import facts
-from moefit.report.facts import PLAN, SCORES, Measurements, gather
+from moefit.report.facts import PLAN, SCORES, Measurements, gather, labels_of, name_of
 from moefit.report.write import write_page
 
 RULES = ("dense", "top_k:2", "threshold:0.8")
@@ -79,8 +81,34 @@ def test_the_metadata_are_the_hubs(known, tmp_path):
 
 def test_several_runs_are_compared(known, tmp_path):
     page = write_page([known, known], tmp_path).read_text()
-    assert "# mine|1 and mine|1" in page and "(losses.png)" in page
+    first, second = f"{known.given} (1)", f"{known.given} (2)"
+    assert f"# {first} and {second}" in page and "(losses.png)" in page
     assert "(0-training.png)" in page and "(1-training.png)" in page
+
+
+def test_runs_of_one_name_are_told_apart(known, tmp_path):
+    runs = [replace(known, given=given) for given in ("a/run", "b/run")]
+    page = write_page(runs, tmp_path).read_text()
+    assert "# a/run and b/run" in page and "## b/run" in page
+    assert labels_of([known, replace(known, name="other")]) == [known.name, "other"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"kind": "train", "step": 30, "loss": "x"},
+        {"kind": "eval", "step": 30},
+        {"kind": "eval", "loss": 3.0},
+        {"kind": "train", "step": 30, "loss": 1.0, "mlp_mi": 0.5},
+        {"kind": "run", "step": 0, "tokens_per_step": "many"},
+    ],
+)
+def test_damaged_records_are_named(run_folder, tmp_path, line):
+    shutil.copytree(run_folder, tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write("3\n[]\n" + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"log\.jsonl has a record .* is no number"):
+        gather(str(tmp_path / "run"), Measurements(max_tokens=0))
 
 
 def test_serving_is_measured_in_other_processes(run_folder, monkeypatch, tmp_path):
@@ -113,6 +141,23 @@ def test_damaged_files_are_named(run_folder, tmp_path):
     (tmp_path / SCORES / "a.tasks.json").write_text(json.dumps({"results": {}}))
     with pytest.raises(DataError, match="not a result of moefit eval --tasks"):
         gather(str(tmp_path), Measurements(max_tokens=0))
+    own = {"name": 5, "seconds": 1.0}
+    found = {"results": {}, "n-samples": {}, "moefit": own}
+    (tmp_path / SCORES / "a.tasks.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match="not a result of moefit eval --tasks"):
+        gather(str(tmp_path), Measurements(max_tokens=0))
+
+
+def test_models_on_the_hub_keep_their_name(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    assert [name_of(one) for one in ("org/model", "reference")] == ["org/model", "reference"]
+    assert name_of(".") == name_of(str(run_folder)) == "mine|1"
+
+
+@pytest.mark.parametrize("options", [["--max-tokens", "1"], ["--max-tokens", "0", "--text", "no"]])
+def test_wrong_options(run_folder, options):
+    done = CliRunner().invoke(app, ["report", str(run_folder), *options])
+    assert isinstance(done.exception, ConfigError)
 
 
 def test_the_command(run_folder, text, tmp_path):

@@ -201,7 +201,11 @@ def test_the_command(hub, run_folder, page, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "README.md" not in hub.committed["me/model"]
     done = CliRunner().invoke(app, ["push", str(run_folder), "me/model", "--report", str(page)])
-    assert done.exit_code == 0 and "README.md" in hub.committed["me/model"]
+    assert done.exit_code == 0, done.output
+    for file in ("README.md", "index.html"):
+        text = hub.committed["me/model"][file].decode()
+        assert "moefit serve me/model" in text and "moefit eval me/model --rule dense" in text
+        assert "moefit serve me/model" not in (page / file).read_text()
 
 
 def upload_api(address):

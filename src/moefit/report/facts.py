@@ -23,13 +23,14 @@ from moefit.evaluate.passage import read_text
 from moefit.evaluate.perplexity import Progress, Score, score
 from moefit.moe.routing import Rule
 from moefit.tasks.rows import ScoreRow, read_rows
-from moefit.train.run_folder import read_log
+from moefit.train.run_folder import LOG, read_log
 
 SCORES = "scores"
 """Folder in a run with the results of `moefit eval --tasks --out RUN/scores`."""
 PLAN = "plan.json"
 """File in a run with what `moefit plan RUN --json` prints."""
 _CONTEXT = 256
+_ROUTERS = ("mlp_mi", "mlp_h_e", "mlp_h_e_given_x", "mlp_active", "mlp_dead")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,8 @@ class RunFacts:
     """What a page shows of one run or model.
 
     Attributes:
-        name: As the page calls it.
+        name: As commands call it: on the Hub, or its folder here.
+        given: The argument that it was found by.
         folder: Of the model.
         config: Its configuration.
         card: Of a DS-MoE; None for other families.
@@ -74,6 +76,7 @@ class RunFacts:
     """
 
     name: str
+    given: str
     folder: Path
     config: PreTrainedConfig
     card: ModelCard | None
@@ -119,11 +122,12 @@ def gather(run: str, measured: Measurements, progress: Progress | None = None) -
     register()
     config = config_from(read_config(folder), folder)
     return RunFacts(
-        name="reference" if run == REFERENCE else home.resolve().name,
+        name=name_of(run),
+        given=run,
         folder=folder,
         config=config,
         card=model_card(config) if isinstance(config, DsMoeConfig) else None,
-        records=read_log(home),
+        records=_records(home),
         by_rule=_by_rule(folder, measured, progress),
         tasks=read_rows(home / SCORES),
         serving=[
@@ -131,6 +135,39 @@ def gather(run: str, measured: Measurements, progress: Progress | None = None) -
         ],
         front=_front(home / PLAN),
     )
+
+
+def name_of(run: str) -> str:
+    """Return how a page's commands call a model: the folder's name, unless it is on the Hub."""
+    home = Path(run).expanduser()
+    return home.resolve().name if run != REFERENCE and home.exists() else run
+
+
+def labels_of(runs: Sequence[RunFacts]) -> list[str]:
+    """Return different labels for runs: their names, or what tells those of one name apart."""
+    names, given = [one.name for one in runs], [one.given for one in runs]
+    if len({*names}) == len(names):
+        return names
+    if len({*given}) == len(given):
+        return given
+    return [f"{one} ({number})" for number, one in enumerate(given, 1)]
+
+
+def _records(home: Path) -> list[dict[str, Any]]:
+    """Return the log's records. Raises DataError for one that no run writes."""
+    found = read_log(home)
+    for one in found:
+        needed = ["step"]
+        needed += ["loss"] if one["kind"] in ("train", "eval") else []
+        needed += _ROUTERS if "mlp_mi" in one else []
+        needed += ["tokens_per_step"] if "tokens_per_step" in one else []
+        wrong = [name for name in needed if not isinstance(one.get(name), int | float)]
+        if wrong:
+            raise DataError(
+                f"{home / LOG} has a record {str(one)[:120]} whose {wrong[0]} is no number; remove "
+                "that line"
+            )
+    return found
 
 
 def _by_rule(folder: Path, measured: Measurements, progress: Progress | None) -> list[Score]:

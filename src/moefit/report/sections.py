@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moefit.report.blocks import Block, Code, Heading, Paragraph, Picture, Table
-from moefit.report.facts import RunFacts
+from moefit.report.facts import RunFacts, labels_of
 from moefit.report.pictures import draw_by_rule, draw_front, draw_losses, draw_training
 from moefit.serve.memory.budget import format_bytes
 from moefit.tasks.paper import CHANCE
@@ -39,24 +39,29 @@ def page(runs: Sequence[RunFacts], folder: Path) -> list[Block]:
     Raises:
         ConfigError: A picture cannot be written.
     """
-    blocks: list[Block] = [Heading(" and ".join(one.name for one in runs), 1)]
+    labels = labels_of(runs)
+    blocks: list[Block] = [Heading(" and ".join(labels), 1)]
     if len(runs) > 1:
-        blocks += _comparison(runs, folder)
+        blocks += _comparison(runs, labels, folder)
     for number, run in enumerate(runs):
         if len(runs) > 1:
-            blocks.append(Heading(run.name))
+            blocks.append(Heading(labels[number]))
         prefix = f"{number}-" if len(runs) > 1 else ""
         blocks += _sections(run, folder, prefix)
     return blocks
 
 
-def _comparison(runs: Sequence[RunFacts], folder: Path) -> Iterator[Block]:
+def _comparison(runs: Sequence[RunFacts], labels: Sequence[str], folder: Path) -> Iterator[Block]:
     yield Table(
         ["run", "steps", "held-out loss", "parameters without embeddings"],
-        [[one.name, _last(one, "step"), _last(one, "loss", "eval"), _total(one)] for one in runs],
+        [
+            [label, _last(one, "step"), _last(one, "loss", "eval"), _total(one)]
+            for label, one in zip(labels, runs, strict=True)
+        ],
     )
     file = folder / "losses.png"
-    if draw_losses({one.name: one.records for one in runs}, file):
+    records = [one.records for one in runs]
+    if draw_losses(dict(zip(labels, records, strict=True)), file):
         yield Picture(file, "Held-out loss of the runs by step")
 
 

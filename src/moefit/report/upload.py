@@ -5,7 +5,10 @@ page of `write_page` if there is one. A DS-MoE gets the code that opens it witho
 transformers' own classes need none.
 """
 
+import html
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,11 +64,12 @@ def files_of(model: Path, page: Path | None) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path.is_file()}
 
 
-def push(
+def push(  # noqa: PLR0913 - keywords
     model: Path,
     repo: str,
     *,
     page: Path | None = None,
+    name: str | None = None,
     private: bool = False,
     revision: str | None = None,
     endpoint: str | None = None,
@@ -76,6 +80,7 @@ def push(
         model: A model's folder.
         repo: Name of the repository, such as `me/model`.
         page: Folder of the model's page.
+        name: How the page's commands call the model; in the repository they have the latter's name.
         private: Whether a repository that is created is private.
         revision: Branch; None for the main one.
         endpoint: Address of another Hub.
@@ -90,6 +95,8 @@ def push(
     """
     api = HfApi(endpoint=endpoint)
     with _staged(files_of(model, page)) as folder:
+        if page is not None and name is not None:
+            _rename(folder, name, repo)
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None:
@@ -108,6 +115,19 @@ def push(
                 f"uploading to {repo} failed: {in_brief(error)}; {_remedy(error)}"
             ) from error
     return made.commit_url
+
+
+def _rename(folder: Path, name: str, repo: str) -> None:
+    """Let the commands on a staged page name the repository."""
+    for file, quoted in ((CARD, shlex.quote(name)), (HTML, html.escape(shlex.quote(name)))):
+        path = folder / file
+        if path.is_file():
+            pattern = (
+                rf"(?m)^((?:<pre><code>)?moefit (?:serve|eval) ){re.escape(quoted)}(?=[\s<]|$)"
+            )
+            text = re.sub(pattern, rf"\g<1>{repo}", path.read_text(encoding="utf-8"))
+            path.unlink()  # a link to the page's own file
+            path.write_text(text, encoding="utf-8")
 
 
 def _weights_there(api: HfApi, repo: str, revision: str | None) -> list[str] | None:

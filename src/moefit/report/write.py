@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moefit.errors import CheckpointError
 from moefit.report.blocks import to_html, to_markdown
-from moefit.report.facts import RunFacts
+from moefit.report.facts import RunFacts, labels_of
 from moefit.report.metadata import front_matter
 from moefit.report.sections import page
 
@@ -30,7 +30,7 @@ def write_page(runs: Sequence[RunFacts], folder: Path, license: str | None = Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         blocks = page(runs, folder)
-        title = " and ".join(one.name for one in runs)
+        title = " and ".join(labels_of(runs))
         text = front_matter(runs[0], license) + to_markdown(blocks)
         (folder / CARD).write_text(text, encoding="utf-8")
         (folder / HTML).write_text(to_html(blocks, title), encoding="utf-8")

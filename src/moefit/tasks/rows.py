@@ -70,6 +70,9 @@ def read_rows(folder: Path) -> list[ScoreRow]:
 def _row(result: Mapping[str, Any]) -> ScoreRow:
     own = result[KEY]
     tasks = result["results"]
+    numbers = (own["seconds"], own.get("active_parameters", 0), own.get("active_share", 0))
+    if not isinstance(own["name"], str) or not all(isinstance(one, int | float) for one in numbers):
+        raise TypeError(f"the key {KEY!r} has values of other types")
     return ScoreRow(
         name=own["name"],
         accuracy=_percent(tasks, "acc,none"),

@@ -193,7 +193,7 @@ class NoLog:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first, without lines that a crash cut short.
+    """Return the records of a run, oldest first, without lines that are none, as a crash leaves.
 
     Raises:
         CheckpointError: The log cannot be read.
@@ -211,9 +211,11 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
     return records
 
 

@@ -9,6 +9,7 @@ from moefit.api import folder_of
 from moefit.cli.app import command, console, option, say
 from moefit.cli.options import Model
 from moefit.cli.scores.report import page_folder
+from moefit.report.facts import name_of
 from moefit.report.upload import files_of, push
 from moefit.report.write import CARD
 
@@ -33,5 +34,6 @@ def push_model(
     if known is None:
         say(f"note: there is no card in {page}; `moefit report {model}` writes one")
     with console.status(f"uploading {names}"):
-        address = push(folder, repo, page=known, private=private, revision=revision)
+        how = {"page": known, "name": name_of(model), "private": private, "revision": revision}
+        address = push(folder, repo, **how)
     say(f"uploaded {names}: {address}")

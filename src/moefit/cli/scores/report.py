@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moefit.cli.app import ModeName, advanced, command, console, option, say
+from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 from moefit.report.facts import Measurements, gather
 from moefit.report.write import HTML, write_page
@@ -40,6 +41,10 @@ def report(
     ] = None,
 ) -> None:
     """Write Markdown with the Hub's metadata, HTML, and pictures."""
+    if max_tokens == 1:
+        raise ConfigError("--max-tokens 1 predicts nothing that is compared; give 2 or more, or 0")
+    if text is not None and not text.is_file():
+        raise ConfigError(f"there is no file {str(text)!r}; give a text file, or leave out --text")
     measured = Measurements(
         text=text,
         max_tokens=max_tokens,
