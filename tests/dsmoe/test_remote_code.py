@@ -83,6 +83,38 @@ def test_logits_with_padding(tmp_path, rule):
     assert torch.allclose(logits[real_BT], expected[real_BT], atol=1e-5)
 
 
+def test_the_loss_is_the_cross_entropy(tmp_path):
+    """Of the model in moefit without its routers' losses."""
+    model = tiny_model(**MOA, inference_rule="top_k:2")
+    folder = export_standalone(model, tmp_path / "out")
+    plain = modeling_dsmoe.DsMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids_BT = tokens(3, 7)
+    labels_BT = ids_BT.clone()
+    labels_BT[1, :4] = -100
+    with torch.no_grad():
+        loss = plain(input_ids=ids_BT, labels=labels_BT).loss
+        expected = model(input_ids=ids_BT, labels=labels_BT)
+    assert torch.allclose(loss, expected.loss - expected.aux_loss, atol=1e-5)
+    assert plain(input_ids=ids_BT).loss is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"output_router_logits": True},
+        {"return_dict": False},
+        {"inputs_embeds": torch.zeros(1, 2, 3)},
+    ],
+)
+def test_outputs_that_are_not_computed_are_refused(asked):
+    sizes = {"vocab_size": 32, "num_key_value_heads": 8, "head_dim": 8, "num_hidden_layers": 1}
+    plain = modeling_dsmoe.DsMoeForCausalLM(modeling_dsmoe.DsMoeConfig(**sizes))
+    with pytest.raises(ValueError, match=f"{next(iter(asked))}.*load the folder with moefit"):
+        plain(input_ids=tokens(1, 3), **asked)
+
+
 def test_moefit_reads_the_folder_without_running_its_code(tmp_path):
     folder = export_standalone(tiny_model(**MOA), tmp_path / "out", dtype=torch.bfloat16)
     (folder / CODE).write_text("raise SystemExit('run')")

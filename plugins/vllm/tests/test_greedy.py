@@ -4,12 +4,14 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import pytest
 import torch
+from moefit_vllm.model import _refuse_untested
 from moefit_vllm.routing import Rule
 from vllm import LLM, SamplingParams
 
@@ -84,3 +86,28 @@ def test_rules_of_a_batch_are_refused():
     """The error says why and what works."""
     with pytest.raises(ValueError, match="depends on which requests share a step"):
         Rule.parse("threshold_top_k:0.48")
+
+
+@pytest.mark.parametrize("text", ["top_k", "top_k:renormalize", "top_k:0", "top_k:x", "best:2"])
+def test_what_is_no_rule_is_refused(text):
+    """Also a rule without its number."""
+    with pytest.raises(ValueError, match="is none; use dense, top_k:K or threshold:EPS"):
+        Rule.parse(text)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"enable_expert_parallel": True},
+    ],
+)
+def test_several_devices_are_refused_by_name(changed):
+    """Whichever way of dividing the model is given."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    parallel = {**dict.fromkeys(sizes, 1), "enable_expert_parallel": False, **changed}
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel))
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        _refuse_untested(None, config)

@@ -160,10 +160,13 @@ class DsMoeForCausalLM(nn.Module):
 def _refuse_untested(config, vllm_config: VllmConfig) -> None:
     """Raise ValueError for what the plugin has not been tested with."""
     parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        count = getattr(parallel, name)
+        if count > 1:
+            raise ValueError(f"{name}={count}: DS-MoE in vLLM runs on one device; give 1")
+    if parallel.enable_expert_parallel:
         raise ValueError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size}, pipeline_parallel_size="
-            f"{parallel.pipeline_parallel_size}: DS-MoE in vLLM runs on one device; give 1 for both"
+            "enable_expert_parallel=True: DS-MoE in vLLM runs on one device; leave it out"
         )
     if vllm_config.quant_config is not None:
         raise ValueError("DS-MoE in vLLM computes in 16 or 32 bits; leave quantization out")

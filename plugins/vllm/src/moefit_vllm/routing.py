@@ -3,9 +3,25 @@
 Shapes: T tokens, E experts, K slots of a token.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+
+def _positive(text: str, number: type[int] | type[float]) -> float:
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return float(value)
+
+
+_VALUES: dict[str, Callable[..., float]] = {
+    "dense": lambda: 0.0,
+    "top_k": lambda k: _positive(k, int),
+    "threshold": lambda epsilon: _positive(epsilon, float),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +37,24 @@ class Rule:
         """Parse a rule.
 
         Raises:
-            ValueError: vLLM cannot serve by it.
+            ValueError: It is no rule, or vLLM cannot serve by it.
         """
         kind, *values = text.split(":")
         renormalize = values[-1:] == ["renormalize"]
-        if kind not in ("dense", "top_k", "threshold"):
+        values = values[: len(values) - renormalize]
+        if kind == "threshold_top_k":
             raise ValueError(
                 f"inference_rule {text!r}: its number of experts depends on which requests share a "
                 "step, which vLLM changes all the time; use dense, top_k:K or threshold:EPS"
             )
-        return cls(kind, 0.0 if kind == "dense" else float(values[0]), renormalize)
+        try:
+            value = _VALUES[kind](*values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"inference_rule {text!r} is none; use dense, top_k:K or threshold:EPS with K and "
+                "EPS above zero, such as top_k:4"
+            ) from error
+        return cls(kind, value, renormalize)
 
     def slots(self, num_experts: int) -> int:
         """Return K of the fused kernels: a threshold may use all experts."""

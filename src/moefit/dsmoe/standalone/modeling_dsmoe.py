@@ -306,14 +306,41 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         cache=None,
         use_cache=None,
         logits_to_keep=0,
-        **_,
+        labels=None,
+        **others,
     ):
-        """Return the logits [B, T, V] and the KV cache; arguments as in transformers."""
+        """Return the logits [B, T, V] and the KV cache; arguments as in transformers.
+
+        With `labels` [B, T] also the loss: the mean cross-entropy of the next token, without the
+        routers' losses, which only training has. Labels of -100 are ignored.
+        """
+        _refuse(others)
         cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         x_BTD = self.model(input_ids, attention_mask, position_ids, cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        output = CausalLMOutputWithPast(logits=self.lm_head(x_BTD[:, keep]))
+        logits_BTV = self.lm_head(x_BTD[:, keep])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(x_BTD.device)
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV)
         output[CACHE] = cache
         return output
+
+
+def _refuse(others):
+    """Raise ValueError for outputs that are requested and not computed here."""
+    names = ("output_hidden_states", "output_attentions", "output_router_logits")
+    asked = [f"{name}=True" for name in names if others.get(name)]
+    if others.get("return_dict") is False:
+        asked.append("return_dict=False")
+    if others.get("inputs_embeds") is not None:
+        asked.append("inputs_embeds")
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: this file takes token ids, and returns logits, KV cache and loss "
+            "by name; leave it out, or load the folder with moefit"
+        )
