@@ -67,7 +67,8 @@ def _draw_routers(axes: Any, routed: list[dict[str, Any]]) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("MLP routers, mean over layers")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    # Above the axes: H(e) lies at their upper edge, the share of unused experts at the lower one.
+    axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 class TrainingCallback(Protocol):
