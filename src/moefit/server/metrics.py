@@ -213,7 +213,11 @@ class ModelCollector:
         yield self._gauge("num_requests_waiting", "Waiting requests", stats.waiting)
         used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0
         yield self._gauge("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1", used)
-        yield self._counter("prompt_tokens", "Prompt tokens processed", stats.prompt_tokens_total)
+        yield self._counter(
+            "prompt_tokens",
+            "Prompt tokens computed, without those found in the cache",
+            stats.prompt_tokens_total,
+        )
         yield self._counter("generation_tokens", "Tokens generated", stats.generation_tokens_total)
         if (prefixes := stats.prefixes) is not None:
             yield self._counter(

@@ -7,10 +7,14 @@ import pytest
 import torch
 from engines import Heard, ask, greedy, paused, running, text
 from levels import compiled
+from tiny_served import saved, tiny
 
 from moefit.api import load as load_by_name
 from moefit.engine.api import TokenEvent
 from moefit.engine.engine import Engine
+from moefit.engine.prefix.reuse import uniform_formats
+from moefit.serve.config import LoadSettings
+from moefit.serve.load import load_model
 
 pytestmark = compiled
 PROMPT = text(180)
@@ -70,6 +74,18 @@ def test_what_was_computed_in_several_modes_is_not_reused(served, expected, tmp_
     with running(served, prefix_folder=tmp_path) as engine:
         again = asked(engine).wait()
         assert again.end.cached_tokens == 128 and bits(again) == expected
+
+
+def test_formats_that_change_between_steps_are_not_written(tmp_path) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **wide), tmp_path / "model")
+    settings = LoadSettings(precision="auto", memory="4GiB", context=256)
+    with load_model(folder, settings) as served:
+        assert served.adapts_precision and uniform_formats(served), "equal at the moment"
+        with running(served, prefix_folder=tmp_path / "c", prefix_cache="on") as engine:
+            for cached in (0, 64):
+                assert ask(engine, text(80), greedy(8)).wait().end.cached_tokens == cached
+            assert engine._prefixes.settle(10) and engine.stats().prefix_files.written == 0
 
 
 def test_requests_that_wait_go_on_when_the_mode_changes(served, expected) -> None:

@@ -178,6 +178,29 @@ def test_waiting_requests_go_on_when_the_first_is_cancelled(folder):
 
 
 @compiled
+def test_an_error_of_a_waiting_request_ends_that_one_only(folder):
+    with load_model(folder, LoadSettings(context=512)) as served:
+        served.model.generation_config.eos_token_id = None
+        with running(served, prefill_chunk=7) as engine:
+            join, calls = engine._runner.join, []
+
+            def fails_once(*arguments):
+                calls.append(arguments)
+                if len(calls) == 1:
+                    raise RuntimeError("no memory")
+                return join(*arguments)
+
+            engine._runner.join = fails_once
+            with paused(engine) as go:
+                three = [ask(engine, [*text(34), n], greedy(4)) for n in (5, 6, 7)]
+                go.set()
+                ends = [one.wait().end for one in three]
+            assert [end.reason for end in ends] == ["length", "error", "length"]
+            assert "no memory" in ends[1].message and ends[2].cached_tokens == 32
+            engine.check()
+
+
+@compiled
 def test_salts_keep_requests_apart(folder):
     with load_model(folder, LoadSettings(context=256)) as served, running(served) as engine:
         served.model.generation_config.eos_token_id = None

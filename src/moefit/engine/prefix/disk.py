@@ -19,6 +19,7 @@ from moefit.errors import RefusedError
 
 _LOG = logging.getLogger(__name__)
 _MOST_SAVES = 256  # texts that wait to be saved
+_MOST_SAVED_TOKENS = 1 << 20  # of these texts, unless one is longer
 CHUNK_BYTES = 4 << 20  # of a file at most, unless one block is larger
 CHUNK_TOKENS = 64
 BUFFERS_BYTES = 4 * CHUNK_BYTES  # chunks in memory, with their files' content
@@ -94,6 +95,8 @@ class PrefixDisk:
         """Save what is in the pool of a text, in the background."""
         with self._changed:
             self._saves.append(prefix)
+            while len(self._saves) > 1 and self._tokens_to_save() > _MOST_SAVED_TOKENS:
+                self._saves.popleft()
             self._changed.notify_all()
 
     def load(self, request: str, prefix: Prefix, cached: int) -> bool:
@@ -129,6 +132,9 @@ class PrefixDisk:
         with self._changed:
             self._changed.wait_for(lambda: self._closing or not self._unfinished(), timeout)
             return not self._unfinished()
+
+    def _tokens_to_save(self) -> int:
+        return sum(len(one.tokens) for one in self._saves)
 
     def _unfinished(self) -> bool:
         return bool(self._busy or self._saves or self._loads)

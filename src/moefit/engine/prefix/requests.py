@@ -5,6 +5,7 @@ that are loaded from files or whose prefix another request is computing. All met
 the engine's thread, except where noted.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from moefit.engine.prefix.store import DiskStats
 from moefit.engine.prefix.waiting import Reading, WaitingForPrefix
 from moefit.engine.request_state import RequestState
 from moefit.engine.scheduler import ScheduledTokens
+
+_LOG = logging.getLogger(__name__)
 
 
 class RequestPrefixes:
@@ -145,15 +148,21 @@ class RequestPrefixes:
             self._scheduler.hold(state.name)
 
     def _rejoin(self, names: list[str]) -> None:
-        """Let requests go on with what another one has computed."""
+        """Let requests go on with what another one has computed; an error ends that one only."""
         for name in names:
-            state = self._parts.requests.get(name)
-            if state is None:
+            if (state := self._parts.requests.get(name)) is None:
                 continue
-            self._scheduler.resume(name)
-            self._leave_if_changed(state)
-            if state.prefix is None:
-                continue
-            with torch.inference_mode():
-                self._skip(state, self._runner.join(name, state.prefix))
-            self._wait(state)
+            try:
+                self._go_on(state)
+            except BaseException as error:  # noqa: BLE001 - such as out of memory
+                _LOG.exception("request %s could not take over a prefix", name)
+                state.finish("error", f"{type(error).__name__}: {error}")
+
+    def _go_on(self, state: RequestState) -> None:
+        self._scheduler.resume(state.name)
+        self._leave_if_changed(state)
+        if state.prefix is None:
+            return
+        with torch.inference_mode():
+            self._skip(state, self._runner.join(state.name, state.prefix))
+        self._wait(state)

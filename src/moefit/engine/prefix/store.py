@@ -231,6 +231,10 @@ class PrefixStore:
             path.unlink(missing_ok=True)
 
 
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | _NO_LINK | _NO_WAIT)
+
+
 def file_size(nbytes: int) -> int:
     """Return the size of the file of a chunk of `nbytes`."""
     return _HEAD.size + nbytes
@@ -262,7 +266,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _read(path: Path, key: bytes, size: int) -> tuple[bytearray | None, str | None]:
     """Return a file's content, or what is wrong with it."""
-    with open(os.open(path, os.O_RDONLY | _NO_LINK | _NO_WAIT), "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_open) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None, "it is not a regular file"
         head = file.read(_HEAD.size)

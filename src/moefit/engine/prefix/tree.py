@@ -38,6 +38,7 @@ class Block:
         parent: The block before it; None for a root.
         children: Blocks after it, by their tokens.
         holders: Requests whose text contains it.
+        namespace: Of a root.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Block:
         default_factory=dict["tuple[int, ...]", "Block"]
     )
     holders: dict[str, None] = field(default_factory=dict[str, None])
+    namespace: str = ""
 
 
 class PrefixTree:
@@ -73,7 +75,9 @@ class PrefixTree:
     def root(self, namespace: str) -> Block:
         """Return the root of a namespace, creating it if there is none."""
         if namespace not in self._roots:
-            self._roots[namespace] = Block(number=-1, tokens=(), depth=-1, parent=None)
+            self._roots[namespace] = Block(
+                number=-1, tokens=(), depth=-1, parent=None, namespace=namespace
+            )
         return self._roots[namespace]
 
     def match(self, prefix: Prefix, most: int) -> list[Block]:
@@ -137,14 +141,16 @@ class PrefixTree:
             del self.idle[one.number]
             removed.append(one)
         self._count -= len(removed)
-        self._forget_empty_roots()
+        if block.parent.depth < 0 and not block.parent.children:
+            del self._roots[block.parent.namespace]
         return removed
 
     def check(self) -> None:
         """Raise AssertionError if blocks, holders and the order of use disagree."""
         seen: set[int] = set()
         order = {number: index for index, number in enumerate(self.idle)}
-        for root in self._roots.values():
+        for name, root in self._roots.items():
+            assert root.children and root.namespace == name, "roots without blocks are removed"
             stack = list(root.children.values())
             while stack:
                 block = stack.pop()
@@ -163,7 +169,3 @@ class PrefixTree:
             assert block.holders.keys() <= parent.holders.keys(), "a request holds all its text"
             if parent.number in order:
                 assert order[block.number] < order[parent.number], "used after the block before it"
-
-    def _forget_empty_roots(self) -> None:
-        for name in [name for name, root in self._roots.items() if not root.children]:
-            del self._roots[name]

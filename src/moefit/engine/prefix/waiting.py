@@ -27,7 +27,7 @@ class Reading:
 
 
 class WaitingForPrefix:
-    """Which requests wait, for whom, and for how many tokens.
+    """Which requests wait, for which others, and for how many tokens.
 
     Args:
         block: Tokens per block; less than one more is not waited for.
@@ -35,7 +35,7 @@ class WaitingForPrefix:
 
     def __init__(self, block: int):
         self._block = block
-        self._waits: dict[str, tuple[str, int]] = {}  # for whom, until so many are computed
+        self._waits: dict[str, tuple[str, int]] = {}  # for which other, until so many are computed
 
     def __contains__(self, name: str) -> bool:
         """Return whether a request waits."""
@@ -63,18 +63,18 @@ class WaitingForPrefix:
     def computed(self, name: str, tokens: int) -> list[str]:
         """Return the requests that wait no longer once `tokens` of `name` are computed."""
         return self._end(
-            [w for w, (whom, until) in self._waits.items() if whom == name and until <= tokens]
+            [w for w, (other, until) in self._waits.items() if other == name and until <= tokens]
         )
 
     def ended(self, name: str) -> list[str]:
         """Return the requests that wait no longer since `name` has ended."""
         self._waits.pop(name, None)
-        return self._end([waits for waits, (whom, _) in self._waits.items() if whom == name])
+        return self._end([waits for waits, (other, _) in self._waits.items() if other == name])
 
     def check(self) -> None:
         """Raise AssertionError if a request waits for one that waits."""
-        for name, (whom, until) in self._waits.items():
-            assert whom not in self._waits, f"{name} waits for {whom}, which waits"
+        for name, (other, until) in self._waits.items():
+            assert other not in self._waits, f"{name} waits for {other}, which waits"
             assert until > 0 and until % self._block == 0
 
     def _end(self, names: list[str]) -> list[str]:
