@@ -69,7 +69,8 @@ def conversation_text(
         tools: Definitions of tools, as templates expect them.
 
     Raises:
-        APIError: If the model has no chat template or a reserved variable is given.
+        APIError: If the model has no chat template, a reserved variable is given, or the template
+            has no reasoning_effort.
     """
     values = body.chat_template_kwargs or {}
     if reserved := sorted(values.keys() & _RESERVED_KWARGS):
@@ -86,6 +87,16 @@ def conversation_text(
             param="messages",
             code="no_chat_template",
         )
+    if isinstance(body, ChatCompletionRequest) and body.reasoning_effort is not None:
+        if "reasoning_effort" not in tokenizer.template:
+            raise APIError(
+                400,
+                "this model's chat template has no reasoning_effort; omit it (some templates have "
+                "enable_thinking in chat_template_kwargs)",
+                param="reasoning_effort",
+                code="unsupported_by_model",
+            )
+        values = {"reasoning_effort": body.reasoning_effort, **values}
     return tokenizer.conversation(template_messages(body.messages or ()), values, tools)
 
 

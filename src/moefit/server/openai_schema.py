@@ -186,6 +186,7 @@ class Message(StrictModel):
     reasoning_content: str | None = None
     reasoning: str | None = None
     provider_specific_fields: Any = None
+    parsed: Any = None  # added to answers by OpenAI's client
     annotations: Unsupported | None = None
     audio: None = None
     tool_calls: ToolCalls | None = None
@@ -248,7 +249,7 @@ class ChatCompletionRequest(GenerationRequest):
     modalities: Annotated[Items[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
-    reasoning_effort: None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     verbosity: None = None
     web_search_options: None = None
     safety_identifier: str | None = None

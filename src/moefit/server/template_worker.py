@@ -215,7 +215,7 @@ def given_texts(
     for message in messages:
         for call in message.get("tool_calls", ()):
             found.append(call["function"]["arguments"])
-            shown.append(json.loads(found[-1]))
+            shown.append(_arguments(call))
     return found + [json.dumps(one, ensure_ascii=False) for one in shown]
 
 
@@ -230,7 +230,9 @@ def _shows_call(text: str, call: Mapping[str, Any], objects: bool, given: Sequen
         return False
     if not objects:
         return True
-    value = json.loads(call["function"]["arguments"])
+    value = _arguments(call)
+    if isinstance(value, str):
+        return True
     return str(value) == _tojson(value) or _times(str(value), text, given) <= 0
 
 
@@ -253,8 +255,18 @@ def _in_form(message: Message, form: Form) -> Message:
 
 def _call_in_form(call: Mapping[str, Any], objects: bool) -> dict[str, Any]:
     given = call["function"]["arguments"]
-    function = {**call["function"], "arguments": json.loads(given) if objects else given}
+    function = {**call["function"], "arguments": _arguments(call) if objects else given}
     return {**call, "function": function}
+
+
+def _arguments(call: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Return a call's arguments as an object; as text if an answer was cut or is no JSON."""
+    given = call["function"]["arguments"]
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return value if isinstance(value, dict) else given
 
 
 def is_mangled(text: str, given: Sequence[str]) -> bool:

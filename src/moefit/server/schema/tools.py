@@ -1,10 +1,8 @@
 """Request fields about tools: definitions, the choice among them, and calls in a conversation."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
 
 from moefit.server.schema.base import Items, StrictModel
 
@@ -45,21 +43,19 @@ class NamedTool(StrictModel):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def _object_text(text: str) -> str:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise PydanticCustomError("arguments", "arguments must be the text of a JSON object")
+def _given(text: str) -> str:
     return text or "{}"
 
 
 class CalledFunction(StrictModel):
-    """A function with the arguments that the model wrote."""
+    """A function with the arguments that the model wrote, which may be cut or no JSON.
+
+    `parsed_arguments` is what OpenAI's client adds to an answer; it is ignored.
+    """
 
     name: ToolName
-    arguments: Annotated[str, AfterValidator(_object_text)]
+    arguments: Annotated[str, AfterValidator(_given)]
+    parsed_arguments: Any = Field(default=None, exclude=True)
 
 
 class ToolCall(StrictModel):
