@@ -117,32 +117,55 @@ def evaluate(
     _refuse_without_tasks(
         task_data=task_data, limit=limit, few_shot=few_shot, batch_size=batch_size, out=out
     )
-    if not (baseline or is_served(model, options)):
-        loaded, tokenizer = load_full_model(
-            str(folder_of(model)), device=options.device, dtype=torch_dtype(options.dtype)
-        )
-        use_kernels(loaded)
-        passage = read_text(text, tokenizer, options.context, max_tokens)
-        title = f"{model} on {text or 'the held-out standard library'}"
-        _score_rules(loaded, passage, rules, title, as_json=as_json)
-        return
+    asked = _Asked(model, text, rules, max_tokens, as_json)
+    if baseline or is_served(model, options):
+        _evaluate_served(asked, options, baseline, residency)
+    else:
+        _evaluate_whole(asked, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A model and the text that it is scored on, as on the command line."""
+
+    model: str
+    text: Path | None
+    rules: list[Rule]
+    max_tokens: int | None
+    as_json: bool
+
+
+def _evaluate_whole(asked: _Asked, options: ServingOptions) -> None:
+    loaded, tokenizer = load_full_model(
+        str(folder_of(asked.model)), device=options.device, dtype=torch_dtype(options.dtype)
+    )
+    use_kernels(loaded)
+    passage = read_text(asked.text, tokenizer, options.context, asked.max_tokens)
+    title = f"{asked.model} on {asked.text or 'the held-out standard library'}"
+    _score_rules(loaded, passage, asked.rules, title, as_json=asked.as_json)
+
+
+def _evaluate_served(
+    asked: _Asked, options: ServingOptions, baseline: BaselineName | None, residency: str | None
+) -> None:
+    model = asked.model
     if baseline is None:
         options = resolve_precision(model, options, prompt_logits=WHOLE_WINDOWS)
     else:  # compares resident sets of the checkpoint's own experts
         options = replace(options, precision=options.experts)
-    only, how = _only(rules), {"prompt_logits": WHOLE_WINDOWS, "generation_config": IGNORE}
+    only, how = _only(asked.rules), {"prompt_logits": WHOLE_WINDOWS, "generation_config": IGNORE}
     with ExitStack() as stack:
         served = stack.enter_context(load_served(model, options, **how))
         if only is not None:
             use_rule(served.model, only)
-        passage = _passage(served, text, options.context, max_tokens or 2048)
+        passage = _passage(served, asked.text, options.context, asked.max_tokens or 2048)
         reference = _reference(served, options)
         if reference.model is not None:
             full = stack.enter_context(reference.model)
             if only is not None:
                 use_rule(full.model, only)
         name = _fix(served, passage, baseline, residency)
-        _score_served(served, passage, name, reference, as_json=as_json)
+        _score_served(served, passage, name, reference, as_json=asked.as_json)
 
 
 def _refuse_with_tasks(**options: object) -> None:
