@@ -213,7 +213,7 @@ def test_anything_is_read_in_any_pieces(name: str, data) -> None:
     ("name", "text", "said"),
     [
         ("hermes", "Hello.\n" + hermes(TWO[0]), "Hello.\n"),
-        ("hermes", "<tool_call>\nno object</tool_call>", "<tool_call>"),
+        ("hermes", "<tool_call>\nno object</tool_call>", "<tool_call>\nno object</tool_call>"),
         ("hermes", 'a <tool_call>{"x": 1}</tool_call> b', 'a <tool_call>{"x": 1} b'),
         ("hermes", "a <tool_", "a <tool_"),
         ("glm45", "a < b", "a < b"),
@@ -312,3 +312,27 @@ def test_unknown_names_raise() -> None:
         format_named("llama")
     with pytest.raises(ConfigError, match="--reasoning-parser x is not known; use auto, none, th"):
         thinking_named("x")
+
+
+MARKED = {"city": "a", "days": ["</parameter>", "</arg_value>", "<|tool_call_end|>", "<|end|>"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "calls", "content"),
+    [
+        ("qwen3_coder", qwen_coder(("weather", MARKED)), [MARKED], ""),
+        ("glm45", glm(("weather", MARKED)), [MARKED], ""),
+        ("minimax_m2", minimax(("weather", MARKED)), [MARKED], ""),
+        ("kimi_k2", kimi(("weather", MARKED)), [MARKED], ""),
+        ("harmony", harmony(("weather", MARKED)) + "<|call|>", [MARKED], ""),
+        ("mistral", '[TOOL_CALLS]weather{"days": 1}', [{"days": 1}], ""),
+        ("hermes", "Use the <tool_call> tag.\nMore.", [], "Use the <tool_call> tag.\nMore."),
+        ("hermes", hermes(("weather", ROME)).removesuffix("</tool_call>")
+         + hermes(("weather", PARIS)), [ROME, PARIS], ""),
+    ],
+)  # fmt: skip
+def test_markers_within_texts_and_missing_ones(name, text, calls, content) -> None:
+    for pieces in ([text], list(text)):
+        found = fed(format_named(name).make(SCHEMAS), pieces)
+        assert [json.loads(given) for _, _, given in found["calls"]] == calls
+        assert found["content"] == content

@@ -43,17 +43,26 @@ class JsonCalls(StreamParser):
 
     def parse(self) -> Deltas:
         """Read the source to its end."""
-        while marker := (yield from content(self.source.until(*self._opens))):
-            first = yield from _asked(self.source.space())
+        marker = yield from content(self.source.until(*self._opens))
+        while marker:
+            blanks, first = yield from gathered(self.source.blanks())
+            ended = ""
             if first == "[":
                 yield from _asked(self.source.character())
                 yield from self._array()
-            elif first == "{" or not self._named:
+            elif first == "{":
                 yield from self._object(marker)
-            else:
+            elif self._named:
                 yield from self._named_call()
-            if self._closes:
-                yield from ignored(self.source.until(self._closes))
+            else:
+                yield Content(marker + blanks)  # the model writes about the marker
+                ended = self._closes
+            if self._closes and not ended:
+                ended = yield from ignored(self.source.until(self._closes, *self._opens))
+            if ended in self._opens:
+                marker = ended
+            else:
+                marker = yield from content(self.source.until(*self._opens))
 
     def _array(self) -> Deltas:
         while (first := (yield from _asked(self.source.space()))) == "{":
@@ -64,7 +73,9 @@ class JsonCalls(StreamParser):
             yield from _asked(self.source.character())
 
     def _named_call(self) -> Deltas:
-        head, marker = yield from gathered(self.source.until("[ARGS]", "[CALL_ID]"))
+        head, marker = yield from gathered(self.source.until("[ARGS]", "[CALL_ID]", "{"))
+        if marker == "{":
+            self.source.restore(marker)
         call_id = None
         if marker == "[CALL_ID]":
             call_id, _ = yield from gathered(self.source.until("[ARGS]"))
@@ -174,7 +185,10 @@ class DelimitedCalls(StreamParser):
             _, fenced = yield from gathered(self.source.begins(marks.fence[0]))
             ends += [marks.fence[1]] if fenced else []
         yield started(head)
-        yield from arguments(trimmed(self.source.until(*ends)))
+        if (yield from _asked(self.source.space())) == "{":
+            yield from arguments(self.source.json_value())  # texts in it may have the markers
+        else:
+            yield from arguments(trimmed(self.source.until(*ends)))
 
 
 def started(head: str) -> CallStart:
@@ -272,8 +286,18 @@ class ElementCalls(StreamParser):
             yield from _escaped(pieces)
             yield CallArguments('"')
             return
-        text, _ = yield from gathered(pieces)
-        yield CallArguments(_json_of(text))
+        blanks, first = yield from gathered(self.source.blanks())
+        text = ""
+        if first and first in '[{"':  # texts in it may have the marker
+            text, _ = yield from gathered(self.source.json_value())
+        if text and _parsed(text) is None:
+            self.source.restore(text)
+            text = ""
+        rest, _ = yield from gathered(self.source.until(self._marks.value_end))
+        whole = blanks + text + rest
+        if self._marks.lines:
+            whole = whole.removeprefix("\n").removesuffix("\n")
+        yield CallArguments(_json_of(whole))
 
 
 def _without_lines(pieces: Pieces[str]) -> Pieces[str]:

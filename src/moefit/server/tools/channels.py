@@ -80,7 +80,10 @@ class HarmonyParser(StreamParser):
             body = self.source.until(*_ENDS)
             if recipient is not None:
                 yield CallStart(recipient[1])
-                yield from arguments(trimmed(body))
+                _, first = yield from gathered(self.source.space())
+                json_follows = first == "{"  # texts in it may have the markers
+                body = self.source.json_value() if json_follows else trimmed(body)
+                yield from arguments(body)
             elif channel is not None and channel[1] == "analysis":
                 yield from reasoning(body)
             else:

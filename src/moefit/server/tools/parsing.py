@@ -90,6 +90,19 @@ class Source:
                 return self._text[:1]
             yield None
 
+    def blanks(self) -> Pieces[str]:
+        """Yield blanks; return the next character, which is not read, or "" at the end."""
+        while True:
+            if piece := self._take(len(self._text) - len(self._text.lstrip(SPACE))):
+                yield piece
+            if self._text or self._ended:
+                return self._text[:1]
+            yield None
+
+    def restore(self, text: str) -> None:
+        """Put back what was read last."""
+        self._text = text + self._text
+
     def begins(self, text: str) -> Pieces[bool]:
         """Return whether `text` follows, and read it if so."""
         while not self._ended and len(self._text) < len(text) and text.startswith(self._text):
