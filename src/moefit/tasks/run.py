@@ -122,14 +122,7 @@ def score_tasks(  # noqa: PLR0913 - keywords
         scored.use(rule)
     how = {key: value for key, value in (settings or {}).items() if value is not None}
     name = row_name(scored.rule, how)
-    depends_on = {
-        "model": fingerprint(scored.folder),
-        "rule": None if scored.rule is None else str(scored.rule),
-        "dtype": str(scored.model.dtype),
-        **how,
-        **{f"files of {key}": digest(Path(how[key])) for key in _FILES if key in how},
-        **({"batch_size": 1} if scored.one_at_a_time else {}),
-    }
+    depends_on = _depends_on(scored, how)
     file = None if out is None else out / f"{_file_name(name)}.answers.jsonl"
     answers = AnswerFile(file, depends_on)
     known, began = len(answers), time.perf_counter()
@@ -159,6 +152,18 @@ def score_tasks(  # noqa: PLR0913 - keywords
     if out is not None:
         save(result, out / f"{_file_name(name)}{SUFFIX}")
     return result
+
+
+def _depends_on(scored: ScoredModel, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that answers depend on beside the questions."""
+    return {
+        "model": fingerprint(scored.folder),
+        "rule": None if scored.rule is None else str(scored.rule),
+        "dtype": str(scored.model.dtype),
+        **how,
+        **{f"files of {key}": digest(Path(how[key])) for key in _FILES if key in how},
+        **({"batch_size": 1} if scored.one_at_a_time else {}),
+    }
 
 
 def row_name(rule: Rule | None, settings: Mapping[str, Any]) -> str:

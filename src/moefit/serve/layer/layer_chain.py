@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, D model width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
 from threading import local
 from typing import Any
@@ -57,7 +57,7 @@ class _Computed:
     arguments: StepArguments
     made: LayersOutput
     longer: dict[int, _Longer]
-    named: Mapping[str, Any] = field(default_factory=dict)
+    named: Mapping[str, Any]
 
     def undo(self) -> None:
         """Remove the step from the caches of the layers that were not called."""
@@ -94,9 +94,8 @@ class LayerChain:
         computed = self._computed
         if computed is None or place != computed.next or x is not computed.x:
             return None
-        if len(named) != len(computed.named) or not all(
-            map(is_, named.values(), computed.named.values())
-        ):
+        before = computed.named
+        if named.keys() != before.keys() or not all(map(is_, named.values(), before.values())):
             return None
         made = self._next(computed, x)
         return made if isinstance(made, Tensor) else None
@@ -111,11 +110,8 @@ class LayerChain:
             if expected and arguments.same_as(computed.arguments):
                 return self._next(computed, x)
             computed.undo()
-        computed = self._compute(place, x, arguments)
-        if computed is None:
-            return None
-        computed.named = named
-        return self._next(computed, x)
+        computed = self._compute(place, x, named, arguments)
+        return None if computed is None else self._next(computed, x)
 
     def _next(self, computed: _Computed, x: Tensor) -> Tensor | BlockOutput:
         """Return the output of the next layer, or the beginning of a layer that lacks experts."""
@@ -129,7 +125,9 @@ class LayerChain:
         computed.next, computed.x = computed.next + 1, output
         return output
 
-    def _compute(self, place: int, x: Tensor, arguments: StepArguments) -> _Computed | None:
+    def _compute(
+        self, place: int, x: Tensor, named: Mapping[str, Any], arguments: StepArguments
+    ) -> _Computed | None:
         """Compute layers from one on; None if that is not possible for the first."""
         compiled, first = kernels(), self._forwards[place].usable_routed()
         if compiled is None or first is None:
@@ -147,7 +145,7 @@ class LayerChain:
             if (one := longer.pop(absent, None)) is not None:
                 one.undo()
         self._adapt(made.complete, len(calls))
-        return _Computed(place, place, x, arguments, made, longer)
+        return _Computed(place, place, x, arguments, made, longer, named)
 
     def _calls(
         self, place: int, x: Tensor, arguments: StepArguments

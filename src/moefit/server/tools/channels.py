@@ -13,6 +13,7 @@ from moefit.server.tools.parsing import (
     StreamParser,
     arguments,
     content,
+    deltas_of,
     gathered,
     ignored,
     trimmed,
@@ -28,12 +29,7 @@ HARMONY = (MESSAGE, CHANNEL, CONSTRAIN, *_ENDS)
 
 def reasoning(pieces: Pieces[str]) -> Generator[Delta | None, None, str]:
     """Yield pieces as reasoning; return what ended them."""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as stop:
-            return stop.value
-        yield None if piece is None else Reasoning(piece)
+    return (yield from deltas_of(pieces, Reasoning))
 
 
 class ReasoningParser(StreamParser):

@@ -5,7 +5,7 @@ means that it needs more text. So a format reads straight down, and any division
 pieces gives the same result.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -244,14 +244,19 @@ class PlainParser(StreamParser):
         yield from content(self.source.until())
 
 
-def content(pieces: Pieces[T]) -> Generator[Delta | None, None, T]:
-    """Yield pieces as content; return what ended them."""
+def deltas_of(pieces: Pieces[T], kind: Callable[[str], Delta]) -> Generator[Delta | None, None, T]:
+    """Yield pieces as deltas of a kind; return what ended them."""
     while True:
         try:
             piece = next(pieces)
         except StopIteration as stop:
             return stop.value
-        yield None if piece is None else Content(piece)
+        yield None if piece is None else kind(piece)
+
+
+def content(pieces: Pieces[T]) -> Generator[Delta | None, None, T]:
+    """Yield pieces as content; return what ended them."""
+    return (yield from deltas_of(pieces, Content))
 
 
 def arguments(pieces: Pieces[T]) -> Generator[Delta | None, None, T]:
