@@ -199,9 +199,7 @@ def one_of_ours(subject: Subject, full: list[float], way: str, precision: str, r
             block.num_experts * weights_in(block.block.layout.specs)
             for block in served.blocks.values()
         )
-        config: Any = served.model.config
-        # the embedding is float32 here for the sums' sake; served models have it in 16 bits
-        dense = report["budget"]["weights"] - 2 * config.vocab_size * config.hidden_size
+        dense = report["budget"]["weights"]  # the embedding included, as in llama.cpp's file
         slots = report["slot_bytes"]
     name = precision.removesuffix("-nearest")
     return point(
