@@ -52,7 +52,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
 from moefit.train.adapt import RUN
 from moefit.train.config import read_config
-from moefit.train.expert_dropout import AllowedExperts, first_experts, measured_order
+from moefit.train.memory.expert_dropout import AllowedExperts, first_experts, measured_order
 from moefit.train.run_folder import CONFIG
 
 SHARES = (1.0, 0.5, 1 / 3, 0.25, 0.125)

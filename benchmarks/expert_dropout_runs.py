@@ -1,7 +1,7 @@
 """Train the models that expert_dropout.py compares, from shared first halves.
 
     python benchmarks/expert_dropout_runs.py --text NOVELS --held-out FILE --out RUNS
-        [--seeds 1,2,3] [--recipes base,nested,...] [--model sparse]
+        [--seeds 1,2,3] [--recipes base,nested,...] [--model sparse] [--steps 640]
 
 Per seed, the base is trained plainly to the end. Recipes that have no effect before `begin` go on
 from the base's checkpoint at that step (`continue_from`), so that they share its weights, batches
@@ -21,8 +21,8 @@ from moefit.train.config import make_config
 from moefit.train.display import display
 from moefit.train.loop import train
 
-STEPS, TOKENS = 640, 1024  # steps of a run, and tokens of a step
-EVERY = 64  # steps between checkpoints: `begin` of every recipe is a multiple
+TOKENS = 1024  # of a step
+CHECKPOINTS = 10  # of a run, evenly spaced: `begin` of every recipe is that of one
 SHAPE = {
     "hidden_size": 192,
     "intermediate_size": 64,
@@ -45,11 +45,28 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
+MIXED_BITS = {"formats": ["int2", "int3", "int4"], "begin": 0.8}
+# `begin` is where a recipe leaves the base: by default where expert dropout begins.
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
     "nested": {"expert_dropout": NESTED},
     "early": {"expert_dropout": {**NESTED, "begin": 0.3}},
     "local": {"loss": {"routing_locality": 0.5}, "begin": 0.5},
+    "local-2": {"loss": {"routing_locality": 2.0}, "begin": 0.5},
+    "budget": {"budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]}, "begin": 0.5},
+    "budget-0.3": {"budget_aware": {"weight": 0.3, "ramp": [0.5, 0.6]}, "begin": 0.5},
+    "rounded": {"rounding": MIXED_BITS, "begin": 0.8},
+    "nested-local": {"expert_dropout": NESTED, "loss": {"routing_locality": 0.5}},
+    "nested-budget": {
+        "expert_dropout": NESTED,
+        "budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]},
+    },
+    "nested-rounded": {"expert_dropout": NESTED, "rounding": MIXED_BITS},
+    "all": {
+        "expert_dropout": NESTED,
+        "budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]},
+        "rounding": MIXED_BITS,
+    },
 }
 
 
@@ -61,6 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--model", choices=list(MODELS), default="sparse")
+    parser.add_argument("--steps", type=int, default=640, help="a multiple of ten")
     arguments = parser.parse_args()
     # Chosen experts one by one: the same function, in half the processor time in float32 where the
     # processor has no matrix units.
@@ -75,20 +93,19 @@ def main() -> None:
 def settings(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of one run."""
     recipe, model = RECIPES[name], MODELS[arguments.model]
-    dropout = recipe.get("expert_dropout")
     tree = {
         **model,
         "loss": {**model["loss"], **recipe.get("loss", {})},
-        "expert_dropout": dropout,
+        **{group: recipe.get(group) for group in ("expert_dropout", "budget_aware", "rounding")},
         "data": {
             "sources": [str(arguments.text)],
             "held_out": [str(arguments.held_out)],
             "vocab_size": 2048,
         },
         "optimizer": {"lr": 2e-3, "warmup_steps": 50},
-        "log": {"eval_every": 160, "eval_tokens": 16384},
-        "checkpoint": {"every": EVERY, "keep": STEPS // EVERY},
-        "steps": STEPS,
+        "log": {"eval_every": arguments.steps // 2, "eval_tokens": 16384},
+        "checkpoint": {"every": arguments.steps // CHECKPOINTS, "keep": CHECKPOINTS},
+        "steps": arguments.steps,
         "seq_len": 256,
         "batch_size": TOKENS // 256,
         "seed": seed,
@@ -96,7 +113,8 @@ def settings(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, A
     }
     if name != "base":
         begin = recipe.get("begin") or recipe["expert_dropout"]["begin"]
-        tree["continue_from"] = str(_shared(_folder(arguments, "base", seed), begin))
+        step = round(begin * arguments.steps)
+        tree["continue_from"] = str(_shared(_folder(arguments, "base", seed), step))
     return tree
 
 
@@ -104,9 +122,8 @@ def _folder(arguments: argparse.Namespace, name: str, seed: int) -> Path:
     return arguments.out / f"{arguments.model}-{name}-{seed}"
 
 
-def _shared(base: Path, begin: float) -> Path:
+def _shared(base: Path, step: int) -> Path:
     """Return the base's checkpoint in which a recipe begins."""
-    step = round(begin * STEPS)
     found = [one for one in checkpoints(base) if step_of(one) == step]
     if not found:
         raise SystemExit(f"{base} has no checkpoint of step {step}; train `base` first")

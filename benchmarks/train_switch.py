@@ -34,7 +34,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from moefit.dsmoe.losses import load_balancing_loss, z_loss
 from moefit.moe.routing import Rule, route_allowed
-from moefit.train.expert_dropout import ExpertDropout, set_record
+from moefit.train.memory.expert_dropout import ExpertDropout, set_record
 from moefit.train.settings import ExpertDropoutConfig
 
 BEGIN = 0.6  # of the steps, before the learning rate falls

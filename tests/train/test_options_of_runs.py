@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from moefit.dsmoe.model import register
 from moefit.errors import ConfigError
-from moefit.train import expert_dropout, spikes, step
+from moefit.train import spikes, step
 from moefit.train.config import make_config
 from moefit.train.data.batches import model_inputs
 from moefit.train.loop import train
+from moefit.train.memory import expert_dropout
 from moefit.train.run_folder import read_log
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moefit.moe.residents import slot_hits
+
 WINDOW = 32
 
 
@@ -36,6 +38,8 @@ def locality_statistics(logits: Sequence[Tensor], sequences: int, k: int) -> dic
     - `window_coverage`: share of a window's router weight on its E / 3 heaviest experts.
     - `reuse_distance`: tokens since an expert was last among the K best of its sequence; first
       uses are left out, and so is the statistic if no expert is used twice.
+    - `slot_hits`: share of the K best experts that a server with E / 3 slots holds (at least K;
+      the same eviction as the server's), from the second token of a sequence on.
 
     Args:
         logits: Per layer [B * T, E].
@@ -45,7 +49,7 @@ def locality_statistics(logits: Sequence[Tensor], sequences: int, k: int) -> dic
     if not logits:
         return {}
     rows = [_one(layer.detach().float().unflatten(0, (sequences, -1)), k) for layer in logits]
-    names = ("window_entropy", "window_coverage", "reuse_distance")
+    names = ("window_entropy", "window_coverage", "reuse_distance", "slot_hits")
     means = dict(zip(names, torch.stack(rows).nanmean(0).tolist(), strict=True))
     return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
@@ -60,7 +64,9 @@ def _one(logits_BTE: Tensor, k: int) -> Tensor:
     scale = torch.tensor(float(max(2, num_experts))).log()
     covered_N = mean_NE.topk(max(1, round(num_experts / 3)), dim=-1).values.sum(-1)
     distance = _reuse_distance(scores_BTE.topk(min(k, num_experts), dim=-1).indices, num_experts)
-    return torch.stack([entropy_N.mean().cpu() / scale, covered_N.mean().cpu(), distance])
+    chosen = min(k, num_experts)
+    hits = torch.tensor(slot_hits(logits_BTE, chosen, max(chosen, round(num_experts / 3))))
+    return torch.stack([entropy_N.mean().cpu() / scale, covered_N.mean().cpu(), distance, hits])
 
 
 def _reuse_distance(ids_BTK: Tensor, num_experts: int) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from moefit.errors import ConfigError
 from moefit.train.settings import (
     WARMUP_STEPS,
+    BudgetAwareConfig,
     CheckpointConfig,
     DataConfig,
     ExpertDropoutConfig,
@@ -21,6 +22,7 @@ from moefit.train.settings import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RoundingConfig,
     SparseConfig,
     Strict,
 )
@@ -48,6 +50,8 @@ class TrainConfig(Strict):
     loss: LossConfig = LossConfig()
     sparse: SparseConfig = SparseConfig()
     expert_dropout: ExpertDropoutConfig | None = None
+    budget_aware: BudgetAwareConfig | None = None
+    rounding: RoundingConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

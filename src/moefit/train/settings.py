@@ -165,6 +165,38 @@ class ExpertDropoutConfig(Strict):
         return self
 
 
+class BudgetAwareConfig(Strict):
+    """Routing that keeps to the experts which a server with few slots holds at each token."""
+
+    weight: float = Field(gt=0)
+    """Weight of the loss: a soft count of choices that evict, per choice, summed over layers."""
+    share: float = Field(default=1 / 3, gt=0, lt=1)
+    """Share of each layer's experts that the simulated server holds; at least the number that the
+    model's rule chooses, at most all but one."""
+    ramp: tuple[_Fraction, _Fraction] = (0.5, 0.6)
+    """Fractions of training between which the weight rises from zero to its full value."""
+
+    @model_validator(mode="after")
+    def _check_ramp(self) -> Self:
+        start, end = self.ramp
+        if start > end:
+            raise ValueError(f"ramp=[{start:g}, {end:g}] ends before it starts; swap them")
+        if start >= 1:
+            raise ValueError(
+                f"ramp=[{start:g}, {end:g}] begins when training ends; the start must be below 1"
+            )
+        return self
+
+
+class RoundingConfig(Strict):
+    """Training steps in which experts are rounded as a server holds them."""
+
+    formats: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    """Formats that each expert draws from in each step, such as int2, int3 and int4."""
+    begin: float = Field(default=0.9, ge=0, lt=1)
+    """Fraction of training before experts are rounded."""
+
+
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

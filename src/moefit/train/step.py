@@ -6,6 +6,7 @@ C sequences with few experts.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ from moefit.dsmoe.losses import (
 from moefit.errors import DivergenceError
 from moefit.moe.locality import routing_locality_loss
 from moefit.train.data.batches import model_inputs, windows
-from moefit.train.expert_dropout import AllowedExperts
+from moefit.train.memory.budget_aware import BudgetAware
+from moefit.train.memory.expert_dropout import AllowedExperts
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import Parallelism, Single
@@ -177,6 +179,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
     *,
     compile: bool,
     locality: float = 0.0,
+    budget: BudgetAware | None = None,
     allowed: AllowedExperts | None = None,
     distill: bool = False,
     total: Total = identity,
@@ -193,6 +196,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         weights: Weights of the router losses.
         compile: Whether to use torch.compile.
         locality: Weight of `routing_locality_loss`, summed over layers.
+        budget: Adds the loss on choices that a server with few slots would fetch.
         allowed: Limits which experts each sequence may use.
         distill: Whether sequences with few experts are computed twice: with all experts, where the
             text is the target, and with few, where the prediction with all experts is.
@@ -224,9 +228,11 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
             for layers in (output.router_logits, output.get("attention_router_logits", ()))
         )
         router = router_loss(mlp_logits, attention_logits, weights, mi_scale=mi_scale, total=total)
+        by_sequence = [logits.view(*ids_BN1.shape, -1) for logits in mlp_logits]
         if locality:
-            by_sequence = (logits.view(*ids_BN1.shape, -1) for logits in mlp_logits)
             router = router + locality * sum(map(routing_locality_loss, by_sequence))
+        if budget is not None:
+            router = router + budget.loss(by_sequence)
         if nodes is not None:
             router = router + nodes.loss(mlp_logits)
         return lm_loss, router, mlp_logits, attention_logits
@@ -256,6 +262,7 @@ class Stepper:
         mi_scale: float = 1.0,
         rule: str | None = None,
         allowed: Iterable[Tensor | None] = (),
+        weights: AbstractContextManager[None] | None = None,
     ) -> StepResult:
         """Accumulate gradients, clip them and update the weights.
 
@@ -265,6 +272,8 @@ class Stepper:
             mi_scale: Factor on the MI weights.
             rule: Which experts are used; None for the model's training rule.
             allowed: allowed_LBE of each micro-batch; those without one may use all experts.
+            weights: Entered while losses and gradients are computed, not for the update: holds
+                other weights in the model, such as rounded ones. None changes nothing.
 
         Raises:
             DivergenceError: A loss or gradient is not finite. The weights have not changed.
@@ -275,18 +284,19 @@ class Stepper:
         # As a tensor, because torch.compile would recompile for each value of a float.
         scale = torch.tensor(mi_scale, device=self.device)
         limits = chain(allowed, repeat(None))
-        for ids_BN1, allowed_LBE in zip(micro_batches, limits, strict=False):
-            ids_BN1 = self.parallel.share(ids_BN1).to(self.device, non_blocking=True)
-            if allowed_LBE is not None:
-                share = self.parallel.share(allowed_LBE, dim=1)
-                allowed_LBE = share.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                lm_loss, router, mlp_logits, attention_logits = self.losses(
-                    ids_BN1, scale, rule, allowed_LBE
-                )
-            ((lm_loss + router) / count).backward()
-            lm_total += lm_loss.item() / count
-            router_total += router.item() / count
+        with weights or nullcontext():
+            for ids_BN1, allowed_LBE in zip(micro_batches, limits, strict=False):
+                ids_BN1 = self.parallel.share(ids_BN1).to(self.device, non_blocking=True)
+                if allowed_LBE is not None:
+                    share = self.parallel.share(allowed_LBE, dim=1)
+                    allowed_LBE = share.to(self.device, non_blocking=True)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                    lm_loss, router, mlp_logits, attention_logits = self.losses(
+                        ids_BN1, scale, rule, allowed_LBE
+                    )
+                ((lm_loss + router) / count).backward()
+                lm_total += lm_loss.item() / count
+                router_total += router.item() / count
         norm = self.parallel.clip(self.model, self.clip)
         processes = self.parallel.processes
         # Means, the norm's too, so that all processes take the same decisions below.

@@ -28,7 +28,8 @@ from moefit.train.data.batches import training_batches
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
 from moefit.train.display import TrainingCallback
-from moefit.train.expert_dropout import (
+from moefit.train.memory.budget_aware import BudgetAware
+from moefit.train.memory.expert_dropout import (
     CALIBRATION_BATCHES,
     AllowedExperts,
     ExpertDropout,
@@ -38,6 +39,7 @@ from moefit.train.expert_dropout import (
     set_held_out_loss,
     set_record,
 )
+from moefit.train.memory.rounding import Rounding
 from moefit.train.model import (
     attention_implementation,
     build_model,
@@ -98,6 +100,8 @@ class Trainer:
         self.parallel.wrap(self.model)
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.dropout = ExpertDropout.of(config, self.model)
+        self.budget = BudgetAware.of(config, self.model)
+        self.rounding = Rounding.of(config, self.model, self.processes.size)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.spikes = SpikeDetector(config.optimizer.skip_sigma)
@@ -140,6 +144,7 @@ class Trainer:
                 loss_weights(self.config, self.model),
                 compile=self.config.compile,
                 locality=self.config.loss.routing_locality,
+                budget=self.budget,
                 allowed=self.allowed,
                 distill=self.dropout is not None and self.dropout.settings.self_distillation,
                 total=self.parallel.total,
@@ -330,6 +335,8 @@ class Trainer:
         if self.nodes is not None:
             ramp = mi_scale(step, self.config.steps, self.config.loss.locality_ramp)
             self.nodes.weight.fill_(self.config.loss.locality * ramp)
+        if self.budget is not None:
+            self.budget.set_step(step)
         sparse = self.config.sparse
         rule = sparse.rule if is_sparse(step, self.config.steps, sparse) else None
         count = self.config.accumulation
@@ -337,7 +344,12 @@ class Trainer:
         allowed = self._allowed(step)
         try:
             result = self.stepper.step(
-                micro_batches, count, mi_scale=scale, rule=rule, allowed=allowed
+                micro_batches,
+                count,
+                mi_scale=scale,
+                rule=rule,
+                allowed=allowed,
+                weights=self.rounding.applied(self.model, step) if self.rounding else None,
             )
         except DivergenceError as error:
             raise self._diverged(step, str(error)) from error

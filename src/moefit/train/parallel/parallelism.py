@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from moefit.dsmoe.config import nearest_multiple
 from moefit.errors import ConfigError
 from moefit.train.config import TrainConfig
-from moefit.train.expert_dropout import chosen_experts
+from moefit.train.memory.expert_dropout import chosen_experts
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import (
     Dispatch,

@@ -12,13 +12,13 @@ from moefit.evaluate.loading import load_full_model
 from moefit.moe.expert_dropout import dropout_record
 from moefit.train import checkpoint
 from moefit.train.config import make_config
-from moefit.train.expert_dropout import (
+from moefit.train.loop import train
+from moefit.train.memory.expert_dropout import (
     AllowedExperts,
     ExpertDropout,
     first_experts,
     measured_order,
 )
-from moefit.train.loop import train
 from moefit.train.model import build_model
 from moefit.train.run_folder import read_log
 from moefit.train.step import make_losses
